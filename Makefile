@@ -1,0 +1,71 @@
+# `make demo` and `make test` work on a fresh machine that has Python 3.10+ and make.
+PYTHON ?= python3
+VENV   ?= .venv
+# Passed on to pytest, for example: make test PYTEST_ARGS="tests/moe -x"
+PYTEST_ARGS ?=
+TIMM_MODELS ?= vqmoe or softmoe or smoe or stablemoe or xmoe
+
+BIN := $(VENV)/bin
+TIMM_SRC := $(VENV)/timm-src
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test long lint format types timm-suite clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.train ## train vit_tiny_vqmoe on scanned digits and draw what its experts took
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.dev ## run all tests but the long ones
+	$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+
+long: $(VENV)/.dev ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev ## fix style and formatting where that can be automated
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev ## check the package's types
+	$(BIN)/mypy
+
+# timm's tests are not in its wheel, so they come from the source distribution of the very version
+# that is installed. Only tests/ and pyproject.toml are unpacked: the installed timm is tested, not
+# the source tree.
+timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our models
+	@set -e; version=$$($(BIN)/python -c 'import timm; print(timm.__version__)'); \
+	src=$(TIMM_SRC)/timm-$$version; \
+	if [ ! -f $$src/.complete ]; then \
+	    mkdir -p $(TIMM_SRC); \
+	    $(BIN)/pip download --quiet --no-deps --no-binary timm --dest $(TIMM_SRC) timm==$$version; \
+	    tar -xzf $(TIMM_SRC)/timm-$$version.tar.gz -C $(TIMM_SRC) \
+	        timm-$$version/tests timm-$$version/pyproject.toml; \
+	    touch $$src/.complete; \
+	fi; \
+	python=$$(cd $(BIN) && pwd)/python; cd $$src; \
+	TORCH_BACKEND=vqmoe_vision $$python -m pytest tests/test_models.py -k "$(TIMM_MODELS)" $(PYTEST_ARGS)
+
+clean: ## remove the environment, caches and the demo's output
+	rm -rf $(VENV) work_dirs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Stamp files: an environment is set up once, and again when pyproject.toml changes.
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "vqmoe_vision needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot create virtual environments."; \
+	    echo "On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
+	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
+	@touch $@
