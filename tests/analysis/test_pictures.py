@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from vqmoe_vision.analysis.pictures import LIGHTEN, expert_colours, plot_experts, tint_patches
+
+
+@pytest.mark.parametrize('num_experts', [1, 8, 16, 64])
+def test_every_expert_has_a_colour_of_its_own(num_experts: int) -> None:
+    colours = expert_colours(num_experts)
+    assert colours.shape == (num_experts, 3)
+    assert len(colours.unique(dim=0)) == num_experts
+
+
+def test_patch_takes_the_colour_of_its_expert() -> None:
+    images = torch.zeros(1, 1, 4, 6)
+    images[..., 3, 5] = 1.0
+    experts = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
+    tinted = tint_patches(images, experts, num_experts=8)
+    colours = expert_colours(8)
+    assert tinted.shape == (1, 3, 4, 6)
+    for row in range(4):
+        for column in range(6):
+            expected = colours[experts[0, row // 2, column // 2]]
+            if (row, column) == (3, 5):  # the one bright pixel
+                expected = expected + LIGHTEN * (1 - expected)
+            torch.testing.assert_close(tinted[0, :, row, column], expected)
+
+
+def test_grid_that_does_not_divide_the_image_is_refused() -> None:
+    with pytest.raises(ValueError, match='experts: 3x2 patches do not divide images of 4x4'):
+        tint_patches(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, dtype=torch.long), 2)
+
+
+def test_picture_has_a_row_per_layer_and_a_legend_entry_per_expert() -> None:
+    experts = {name: torch.zeros(3, 2, 2, dtype=torch.long) for name in ('blocks.1', 'blocks.3')}
+    figure = plot_experts(torch.rand(3, 1, 4, 4), experts, num_experts=5, title='t')
+    assert len(figure.axes) == 3 * 3  # (image, two layers) x three images
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ['image', 'blocks.1', 'blocks.3']
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == [f'expert {i}' for i in range(5)]

@@ -1,0 +1,30 @@
+"""What every test starts from: the same seeds, one thread, and no GPU test without a GPU."""
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# Derandomized: a red run can be repeated. No deadline: the first example pays for warm-up.
+hypothesis.settings.register_profile('repository', derandomize=True, deadline=None)
+hypothesis.settings.load_profile('repository')
+
+# The tensors of the tests are so small that more threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if 'gpu' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))

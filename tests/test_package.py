@@ -1,0 +1,78 @@
+"""The package as a whole: which part may import which, and what the base install needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
+# A part may import itself and the parts of a lower layer. transfer.py and analysis/ work on models.
+LAYERS = {
+    'moe': 0,
+    'models': 1,
+    'transfer': 2,
+    'analysis': 2,
+    'engine': 2,
+    'classification': 3,
+    'segmentation': 3,
+}
+
+
+def imported_parts(source: str, package: str) -> set[str]:
+    """Names of the parts of vqmoe_vision that `source`, a module inside `package`, imports."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split('.')[: len(package.split('.')) - node.level + 1]
+            base = [*(parents if node.level else []), *(node.module or '').split('.')]
+            names += ['.'.join([*filter(None, base), alias.name]) for alias in node.names]
+    return {n.split('.')[1] for n in names if n.startswith('vqmoe_vision.')} & LAYERS.keys()
+
+
+@pytest.mark.parametrize(
+    ('source', 'expected'),
+    [
+        ('import vqmoe_vision.moe.routing', {'moe'}),
+        ('from vqmoe_vision import models, moe', {'models', 'moe'}),
+        ('from vqmoe_vision.engine.hooks import X', {'engine'}),
+        ('from .. import models', {'models'}),
+        ('from ..models import x', {'models'}),
+        ('from . import losses', {'moe'}),
+        ('import torch', set()),
+    ],
+)
+def test_imported_parts_sees_every_form_of_import(source: str, expected: set[str]) -> None:
+    assert imported_parts(source, 'vqmoe_vision.moe') == expected
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in PACKAGE.rglob('*.py'):
+        relative = path.relative_to(PACKAGE.parent)
+        part = relative.parts[1].removesuffix('.py')
+        if part == '__init__':
+            continue
+        for other in imported_parts(path.read_text(), '.'.join(relative.parent.parts)):
+            if other != part and LAYERS[other] >= LAYERS[part]:
+                wrong.append(f'{relative} imports {other}')
+    assert not wrong
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
+    assert parts - {'__init__'} <= LAYERS.keys()
+
+
+def test_base_import_needs_only_torch_and_timm() -> None:
+    listing = "import sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+
+    def roots(imports: str) -> set[str]:
+        command = [sys.executable, '-c', f'{imports}; {listing}']
+        return set(subprocess.check_output(command, text=True).split())
+
+    added = roots('import torch, timm, vqmoe_vision') - roots('import torch, timm')
+    assert added - sys.stdlib_module_names <= {'vqmoe_vision'}

@@ -1,0 +1,36 @@
+"""The README keeps its promises: its Python blocks run as printed, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / 'README.md'
+FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
+
+
+def python_blocks() -> list:
+    text = README.read_text()
+    blocks = []
+    for match in FENCE.finditer(text):
+        lines_before = text.count('\n', 0, match.start(1))
+        # Padded, so that a traceback names the line of the README.
+        padded = '\n' * lines_before + match[1]
+        blocks.append(pytest.param(padded, id=f'line {lines_before + 1}'))
+    return blocks
+
+
+@pytest.mark.parametrize('block', python_blocks())
+def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what a block writes must not land in the repository
+    exec(compile(block, str(README), 'exec'), {'__name__': '__main__'})
+
+
+def test_readme_shows_python() -> None:
+    assert python_blocks()
+
+
+def test_links_lead_to_files() -> None:
+    assert [link for link in LINK.findall(README.read_text()) if not (ROOT / link).exists()] == []

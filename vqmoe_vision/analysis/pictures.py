@@ -1,0 +1,91 @@
+"""Pictures of routing: test images coloured by the expert that took each patch.
+
+Needs matplotlib (extra `train`).
+"""
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+# How far the brightest pixel of a patch is lightened. A dark pixel keeps the colour of the legend.
+LIGHTEN = 0.7
+
+
+def expert_colours(num_experts: int) -> Tensor:
+    """Gives every expert a colour: (E, 3), RGB in [0, 1]."""
+    if num_experts <= 10:
+        return torch.tensor(matplotlib.colormaps['tab10'].colors[:num_experts])
+    if num_experts <= 20:
+        return torch.tensor(matplotlib.colormaps['tab20'].colors[:num_experts])
+    hues = torch.linspace(0, 1, num_experts + 1)[:-1]
+    return torch.from_numpy(matplotlib.colormaps['hsv'](hues.numpy())[:, :3]).float()
+
+
+def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """Colours every patch by its expert.
+
+    Args:
+        images: (B, C, H, W) in [0, 1], C 1 or 3.
+        experts: (B, rows, columns), the expert of every patch.
+        num_experts: How many experts there are.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: If the image does not divide into the grid of patches.
+    """
+    (height, width), (rows, columns) = images.shape[-2:], experts.shape[-2:]
+    if height % rows or width % columns:
+        raise ValueError(
+            f'experts: {rows}x{columns} patches do not divide images of {height}x{width}'
+        )
+    colours = expert_colours(num_experts).to(images)[experts].permute(0, 3, 1, 2)
+    colours = colours.repeat_interleave(height // rows, -2).repeat_interleave(width // columns, -1)
+    # Of the image only the brightness: its colours would be taken for those of experts.
+    return colours + LIGHTEN * images.mean(dim=1, keepdim=True) * (1 - colours)
+
+
+def plot_experts(
+    images: Tensor, experts: dict[str, Tensor], num_experts: int, title: str
+) -> Figure:
+    """Draws a row of images, and below it one row per layer with the expert of every patch.
+
+    Args:
+        images: (B, C, H, W) in [0, 1], C 1 or 3.
+        experts: For each layer, by its name: (B, rows, columns), the expert of every patch.
+        num_experts: How many experts each layer has.
+        title: Stands above the picture.
+    """
+    rows = {'image': images.expand(-1, 3, -1, -1)}
+    rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
+    count = len(images)
+    figure = Figure(figsize=(1.1 * count + 1.6, 1.15 * len(rows) + 1.3), layout='constrained')
+    figure.suptitle(title)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for (name, pictures), cells in zip(rows.items(), grid, strict=True):
+        cells[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize='large')
+        for picture, axes in zip(pictures, cells, strict=True):
+            _show(axes, picture)
+    figure.legend(
+        handles=[
+            Patch(color=tuple(colour.tolist()), label=f'expert {i}')
+            for i, colour in enumerate(expert_colours(num_experts))
+        ],
+        loc='outside lower center',
+        ncols=min(num_experts, 8),
+        frameon=False,
+        fontsize='large',
+    )
+    return figure
+
+
+def _show(axes: Axes, picture: Tensor) -> None:
+    # Not imshow's smoothing: the borders of patches are what is to be seen.
+    axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,111 @@
+"""Numbers about routing: over a data set instead of a batch, and per token instead of on average.
+
+Legend: B images, N tokens per image, E experts, K experts per token.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.routing import Routing
+
+
+def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Averages what the MoE layers report over batches of images, in eval mode.
+
+    Args:
+        model: Holds the MoE layers; it is left as it was.
+        batches: Images (B, C, H, W), normalised as in training.
+
+    Returns:
+        The statistics of `collect_losses` by their name: 'blocks.1.mlp/load' is the (E,) share of
+        assignments per expert. An image counts the same whatever batch it is in.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with _evaluating(model):
+        for images in batches:
+            with collect_losses(model, update_state=False) as collected:
+                model(images)
+            for name, value in collected.stats.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(images)
+            count += len(images)
+    if not count:
+        raise ValueError('batches: empty, there is nothing to average over')
+    return {name: value / count for name, value in sums.items()}
+
+
+def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Asks every router of a model which experts each token goes to, in eval mode.
+
+    Args:
+        model: Holds the MoE layers; it is left as it was.
+        images: (B, C, H, W), normalised as in training.
+
+    Returns:
+        By the name of the router, such as 'blocks.1.mlp.router': (B, N, K) expert indices, best
+        first; N counts class and register tokens too.
+
+    Raises:
+        ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
+            mixtures of all tokens.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> object:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, Routing):
+                found[name] = output.indices.unflatten(0, (len(images), -1))
+
+        return hook
+
+    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules()]
+    try:
+        with _evaluating(model):
+            model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not found:
+        raise ValueError('model: has no router that sends tokens to experts')
+    return found
+
+
+def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
+    """Maps the first choice of every patch, as a picture needs it.
+
+    Args:
+        model: Holds the MoE layers; it is left as it was.
+        images: (B, C, H, W), normalised as in training.
+
+    Returns:
+        By the name of the router: (B, rows, columns) expert indices.
+
+    Raises:
+        ValueError: If no layer sends tokens to experts.
+    """
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    prefix = model.num_prefix_tokens
+    return {
+        name: experts[:, prefix:, 0].unflatten(1, (rows, columns))
+        for name, experts in token_experts(model, images).items()
+    }
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}  # parts may be frozen in eval
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
