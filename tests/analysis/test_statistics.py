@@ -78,8 +78,8 @@ def test_model_without_routers_is_refused() -> None:
 
 
 def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid() -> None:
-    # Patch (r, c) of the image is constant, and the patch embedding and the one block pass its value
-    # on untouched, so that the router sees it: expert = value. The class token is 0, expert 0.
+    # Every patch of the image is constant, and the patch embedding passes its value on untouched:
+    # the router sees it, expert = value, rounded down. The class token is 0, expert 0.
     model = VisionTransformer(
         img_size=(4, 6), patch_size=2, embed_dim=2, depth=1, num_heads=1, num_classes=0
     )
