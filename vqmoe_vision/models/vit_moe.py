@@ -1,0 +1,349 @@
+"""Vision transformers whose blocks hold mixture-of-experts layers, registered with timm.
+
+`timm.create_model('vit_small_vqmoe', num_experts=16, moe_layers='last2')`: every argument of
+timm's `VisionTransformer` and every option of the method's configuration dataclass is a keyword.
+
+Only `blocks[i].mlp` differs from timm's ViT of the same size; the blocks, the stem, the head and
+their names are timm's, so weights of dense models fit everywhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import get_act_layer, register_notrace_module, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from ..moe.config import check
+from ..moe.experts import Experts
+from ..moe.layer import RoutedMlp
+from ..moe.methods import METHODS
+from ..moe.methods.softmoe import SoftMoEMlp
+from ..moe.methods.stablemoe import RawPatches, StableMoEMlp
+from ..moe.methods.vqmoe import VQMoEMlp
+from .complexity import complexity
+from .stable_stem import RawPatchEmbed, StableBlock
+
+__all__ = ['MoeVisionTransformer']  # register_model adds each entry point
+
+for _leaf in (RoutedMlp, StableMoEMlp, SoftMoEMlp, VQMoEMlp, RawPatchEmbed):
+    register_notrace_module(_leaf)
+
+
+def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices of the blocks that hold an MoE layer.
+
+    Args:
+        moe_layers: 'every2' for blocks 1, 3, 5, ... (V-MoE), 'everyN' in general; 'last2' for the
+            last two of every second block (V-MoE's 'Last 2'), 'lastN' in general; or indices.
+        depth: Number of blocks.
+
+    Raises:
+        ValueError: If the specification is not understood or selects no or missing blocks.
+    """
+    allowed = f"'everyN', 'lastN', or block indices below depth={depth}"
+    if isinstance(moe_layers, str):
+        match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
+        check(match is not None, 'moe_layers', moe_layers, allowed)
+        assert match is not None
+        kind, count = match[1], int(match[2])
+        chosen = range(depth)[1::2][-count:] if kind == 'last' else range(depth)[count - 1 :: count]
+    else:
+        chosen = sorted(set(moe_layers))
+    possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
+    check(possible, 'moe_layers', moe_layers, allowed)
+    return tuple(chosen)
+
+
+class MoeVisionTransformer(VisionTransformer):
+    """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
+
+    Args:
+        method: Key of `METHODS`: 'vqmoe', 'softmoe', 'smoe', 'stablemoe' or 'xmoe'.
+        moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
+        **kwargs: Arguments of `VisionTransformer`, and options of the method.
+
+    Raises:
+        ValueError: If a value is impossible; names the field, the value and what is allowed.
+        TypeError: If an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        moe_layers: str | Sequence[int] = 'every2',
+        fix_init: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        names = METHODS[method].config.option_names()
+        options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        _check_vit_arguments(kwargs)
+        # `build` finds here what its method asks for
+        context: dict[str, Any] = {'source': RawPatches()}
+        if method == 'stablemoe':
+            kwargs.update(_stable_parts(context['source'], kwargs))
+        super().__init__(**kwargs)
+        self.method = method
+        self.moe_config = METHODS[method].config.from_options(**options)
+        context['in_chans'] = self.in_chans
+        context['num_prefix_tokens'] = self.num_prefix_tokens
+        context['num_tokens'] = self.patch_embed.num_patches + self.num_prefix_tokens
+        for i in resolve_moe_layers(moe_layers, len(self.blocks)):
+            self.blocks[i].mlp = self._build_moe(kwargs, context)
+        self.fix_init = fix_init
+        if fix_init:
+            self.fix_init_weight()
+
+    def _build_moe(self, kwargs: dict[str, Any], context: dict[str, Any]) -> nn.Module:
+        method, config = METHODS[self.method], self.moe_config
+        factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
+        ratio = config.expert_mlp_ratio or kwargs.get('mlp_ratio', 4.0)
+        experts = Experts(
+            config.num_experts,
+            self.embed_dim,
+            int(self.embed_dim * ratio),
+            act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
+            bias=kwargs.get('proj_bias', True),
+            drop=kwargs.get('proj_drop_rate', 0.0),
+            **factory,
+        )
+        needed = {name: context[name] for name in method.context}
+        return method.build(self.embed_dim, config, experts, **needed, **factory)
+
+    def fix_init_weight(self) -> None:
+        """timm's rescaling of output layers by depth, for experts too."""
+        with torch.no_grad():
+            for i, block in enumerate(self.blocks):
+                scale = (2.0 * (i + 1)) ** 0.5
+                block.attn.proj.weight.div_(scale)
+                mlp = getattr(block.mlp, 'experts', block.mlp)
+                mlp.fc2.weight.div_(scale)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not use weight decay."""
+        names = super().no_weight_decay()
+        for i, block in enumerate(self.blocks):
+            own = getattr(block.mlp, 'no_weight_decay', set)()
+            names |= {f'blocks.{i}.mlp.{name}' for name in own}
+        return names
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing."""
+        if isinstance(self.blocks[0], StableBlock):
+            for block in self.blocks:
+                block.grad_checkpointing = enable
+        else:
+            super().set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def extra_repr(self) -> str:
+        """Method, size and cost, for print(model)."""
+        return f'{self.method}: {complexity(self)}'
+
+
+def _check_vit_arguments(kwargs: dict[str, Any]) -> None:
+    """Say in one line what timm would assert, ignore or cut off.
+
+    Raises:
+        ValueError: For arguments that cannot work together.
+    """
+    dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
+    check(dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
+    check(
+        not kwargs.get('scale_mlp_norm'),
+        'scale_mlp_norm',
+        kwargs.get('scale_mlp_norm'),
+        'False, experts have no norm between their layers',
+    )
+    image, patch = to_2tuple(kwargs.get('img_size', 224)), to_2tuple(kwargs.get('patch_size', 16))
+    fits = all(size % part == 0 for size, part in zip(image, patch, strict=True))
+    check(
+        fits or kwargs.get('dynamic_img_pad', False),
+        'img_size',
+        kwargs.get('img_size', 224),
+        f'a multiple of patch_size={kwargs.get("patch_size", 16)}, or any with dynamic_img_pad=True',
+    )
+
+
+def _stable_parts(source: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Stem and blocks of StableMoE.
+
+    Raises:
+        ValueError: For arguments that would take the raw patches away from the routers.
+    """
+    for name in ('embed_layer', 'block_fn'):
+        check(name not in kwargs, name, kwargs.get(name), 'not set, StableMoE brings its own')
+    rate = kwargs.get('patch_drop_rate', 0.0)
+    check(rate == 0, 'patch_drop_rate', rate, '0, StableMoE routes every raw patch')
+    return {'embed_layer': partial(RawPatchEmbed, source=source), 'block_fn': StableBlock}
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': (0.5, 0.5, 0.5),
+        'std': (0.5, 0.5, 0.5),
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+    }
+
+
+SIZES: dict[str, dict[str, int]] = {
+    'tiny': {'patch_size': 16, 'embed_dim': 192, 'depth': 12, 'num_heads': 3},
+    'small': {'patch_size': 16, 'embed_dim': 384, 'depth': 12, 'num_heads': 6},
+    'base': {'patch_size': 16, 'embed_dim': 768, 'depth': 12, 'num_heads': 12},
+    'large': {'patch_size': 16, 'embed_dim': 1024, 'depth': 24, 'num_heads': 16},
+}
+
+default_cfgs = generate_default_cfgs(
+    {f'vit_{size}_{method}.untrained': _cfg() for size in SIZES for method in METHODS}
+)
+
+
+def _create(size: str, method: str, pretrained: bool, **kwargs: Any) -> MoeVisionTransformer:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        MoeVisionTransformer,
+        f'vit_{size}_{method}',
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
+        method=method,
+        **{**SIZES[size], **kwargs},
+    )
+
+
+@register_model
+def vit_tiny_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with VQMoE layers."""
+    return _create('tiny', 'vqmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with VQMoE layers."""
+    return _create('small', 'vqmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with VQMoE layers."""
+    return _create('base', 'vqmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with VQMoE layers."""
+    return _create('large', 'vqmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with SoftMoE layers."""
+    return _create('tiny', 'softmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with SoftMoE layers."""
+    return _create('small', 'softmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with SoftMoE layers."""
+    return _create('base', 'softmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_softmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with SoftMoE layers."""
+    return _create('large', 'softmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with SMoE layers."""
+    return _create('tiny', 'smoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with SMoE layers."""
+    return _create('small', 'smoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with SMoE layers."""
+    return _create('base', 'smoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_smoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with SMoE layers."""
+    return _create('large', 'smoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with StableMoE layers."""
+    return _create('tiny', 'stablemoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with StableMoE layers."""
+    return _create('small', 'stablemoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with StableMoE layers."""
+    return _create('base', 'stablemoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_stablemoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with StableMoE layers."""
+    return _create('large', 'stablemoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with XMoE layers."""
+    return _create('tiny', 'xmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with XMoE layers."""
+    return _create('small', 'xmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with XMoE layers."""
+    return _create('base', 'xmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with XMoE layers."""
+    return _create('large', 'xmoe', pretrained, **kwargs)

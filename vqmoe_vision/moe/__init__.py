@@ -1,0 +1,15 @@
+"""Mixture-of-experts layers for token tensors: routing, dispatch, experts, codebooks, losses."""
+
+from .collect import Collected, MoeLayer, collect_losses, moe_layers, update_state
+from .config import MoeConfig
+from .methods import METHODS
+
+__all__ = [
+    'METHODS',
+    'Collected',
+    'MoeConfig',
+    'MoeLayer',
+    'collect_losses',
+    'moe_layers',
+    'update_state',
+]

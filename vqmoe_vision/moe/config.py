@@ -1,0 +1,118 @@
+"""Options that every mixture-of-experts method shares, and the checks behind them.
+
+A method declares its options as a frozen dataclass that extends `MoeConfig`; the dataclass fields
+are the keyword arguments a user may pass to `timm.create_model`. An option that a method does not
+have is therefore unknown (`TypeError`), never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+try:
+    from typing import Self
+except ImportError:  # Python 3.10
+    from typing_extensions import Self
+
+
+def check(valid: bool, field: str, value: object, allowed: str) -> None:
+    """Refuse a user's value in one line.
+
+    Raises:
+        ValueError: If `valid` is false; names the field, the value and what is allowed.
+    """
+    if not valid:
+        raise ValueError(f'{field}={value!r} is not possible: {allowed}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Options of every MoE layer.
+
+    Args:
+        num_experts: Number of experts E of a layer.
+        expert_mlp_ratio: Hidden width of an expert over the token width; None takes the
+            `mlp_ratio` of the dense blocks, so an expert has the size of the MLP it replaces.
+
+    Raises:
+        ValueError: If a field holds an impossible value.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}}
+
+    num_experts: int = 8
+    expert_mlp_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.num_experts >= 1, 'num_experts', self.num_experts, 'at least 1')
+        ratio = self.expert_mlp_ratio
+        check(ratio is None or ratio > 0, 'expert_mlp_ratio', ratio, 'above 0, or None')
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Names that a user may pass, `preset` included."""
+        return {field.name for field in fields(cls)} | {'preset'}
+
+    @classmethod
+    def from_options(cls, preset: str = 'paper', **options: Any) -> Self:
+        """Build from a named preset with single options on top.
+
+        Args:
+            preset: Key of `PRESETS`; 'paper' is the method's own paper.
+            **options: Fields of this dataclass; they win over the preset.
+
+        Raises:
+            ValueError: For an unknown preset or an impossible value.
+            TypeError: For an option that the method does not have.
+        """
+        check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
+        return cls(**{**cls.PRESETS[preset], **options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(MoeConfig):
+    """Options of methods that send a token to its `top_k` best experts.
+
+    Args:
+        top_k: Number of experts K of a token.
+    """
+
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            1 <= self.top_k <= self.num_experts,
+            'top_k',
+            self.top_k,
+            f'between 1 and num_experts={self.num_experts}',
+        )
+
+
+def check_renormalize(renormalize: bool, top_k: int) -> None:
+    """Refuse the combination in which a router learns nothing.
+
+    With one expert a renormalised weight is identically 1, so the task loss has no gradient with
+    respect to the router (it stays a random projection).
+
+    Raises:
+        ValueError: If `renormalize` is set while `top_k` is 1.
+    """
+    check(
+        not (renormalize and top_k == 1),
+        'renormalize',
+        renormalize,
+        'False when top_k=1, else every weight is 1 and the router gets no gradient',
+    )
+
+
+def check_weights(config: MoeConfig, *names: str) -> None:
+    """Refuse negative loss weights.
+
+    Raises:
+        ValueError: If one of the named fields is negative.
+    """
+    for name in names:
+        value = getattr(config, name)
+        check(value >= 0, name, value, 'at least 0')

@@ -1,0 +1,120 @@
+"""Experts as one stacked parameter per weight.
+
+Legend: R rows sorted by expert, E experts, D width, H hidden width.
+
+Stacked, not a ModuleList: an expert that no token chose has a zero gradient instead of none, which
+data-parallel training and timm's test suite need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import grouped_linear
+
+
+class StackedLinear(nn.Module):
+    """E linear layers, applied to consecutive groups of rows.
+
+    Args:
+        num_experts: E.
+        in_features: Input width.
+        out_features: Output width.
+        bias: Whether each linear layer has a bias.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {'device': device, 'dtype': dtype}
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as timm's ViT: truncated normal of 0.02, zero bias.
+
+        The spread is explicit because fan-based rules misread a stacked tensor (kaiming on
+        (8, 384, 1536) comes out 20 times too small).
+        """
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    reset_parameters = init_weights
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Apply layer e to rows offsets[e - 1]:offsets[e].
+
+        Args:
+            rows: (R, in_features).
+            offsets: (E,) int32, ascending ends of the groups; rows past the last end give zero.
+
+        Returns:
+            (R, out_features).
+        """
+        return grouped_linear(rows, self.weight, self.bias, offsets)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f'num_experts={self.weight.shape[0]}, {self.in_features} -> {self.out_features}'
+
+
+class Experts(nn.Module):
+    """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop.
+
+    Args:
+        num_experts: E.
+        in_features: D.
+        hidden_features: H.
+        act_layer: Builds the activation.
+        bias: Whether the linear layers have biases.
+        drop: Dropout rate after the activation and after the second layer.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: bool = True,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        sizes = (num_experts, in_features, hidden_features)
+        self.fc1 = StackedLinear(*sizes, bias, device, dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, device, dtype)
+        self.drop2 = nn.Dropout(drop)
+
+    @property
+    def params_per_expert(self) -> int:
+        """Parameters of one expert."""
+        return sum(p.numel() for p in self.parameters()) // self.num_experts
+
+    @property
+    def macs_per_row(self) -> int:
+        """Multiply-accumulates of one token in one expert."""
+        return 2 * self.fc1.in_features * self.fc1.out_features
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run expert e on rows offsets[e - 1]:offsets[e]; (R, D) -> (R, D)."""
+        hidden = self.drop1(self.act(self.fc1(rows, offsets)))
+        return self.drop2(self.fc2(hidden, offsets))

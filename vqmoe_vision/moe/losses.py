@@ -1,0 +1,107 @@
+"""Auxiliary losses of routers: pure functions, one equation each, value and gradient in float32.
+
+Legend: T tokens, E experts, K experts per token. Every balance term is 1 (or 0 where it is a
+coefficient of variation) at perfectly even routing, whatever K; papers and libraries differ by
+factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .routing import expert_load
+
+
+def load_balance(probs: Tensor, indices: Tensor) -> Tensor:
+    """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4).
+
+    f_i, the share of assignments of expert i, has no gradient; P_i is its mean probability.
+
+    Args:
+        probs: (T, E) float32, rows sum to 1.
+        indices: (T, K) int64.
+
+    Returns:
+        0-dim tensor: 1 at even routing, E when every token surely takes one expert.
+    """
+    num_experts = probs.shape[-1]
+    load = expert_load(indices, num_experts)
+    return num_experts * (load * probs.mean(dim=0)).sum()
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """Squared coefficient of variation, var / mean^2 with the population variance.
+
+    Not std^2 / mean^2: a standard deviation has no finite derivative at exact balance.
+
+    Args:
+        values: (E,).
+    """
+    return values.var(correction=0) / (values.mean().square() + 1e-10)
+
+
+def importance(probs: Tensor) -> Tensor:
+    """Importance loss of V-MoE (arXiv 2106.05974, equation 6).
+
+    Args:
+        probs: (T, E) noise-free softmax probabilities.
+
+    Returns:
+        0-dim tensor, 0 when all experts have the same summed probability.
+    """
+    return squared_variation(probs.sum(dim=0))
+
+
+def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> Tensor:
+    """Load loss of V-MoE (arXiv 2106.05974, equations 7 to 9).
+
+    The load of an expert is the expected share of tokens that would select it if its noise were
+    drawn again: 1 - Phi((threshold - logit) / noise_std), the threshold being the K-th largest
+    noisy logit of the token.
+
+    Args:
+        logits: (T, E) before noise.
+        noisy_logits: (T, E) after noise.
+        noise_std: Standard deviation of the noise in logits, above 0.
+        top_k: K.
+
+    Returns:
+        0-dim tensor, 0 at even load.
+    """
+    assert noise_std > 0, 'the load loss is defined by the noise'
+    threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
+    chance = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
+    return squared_variation(chance.mean(dim=0))
+
+
+def router_z(logits: Tensor) -> Tensor:
+    """Router z-loss of ST-MoE (arXiv 2202.08906, equation 5): mean of logsumexp^2.
+
+    Args:
+        logits: (T, E).
+
+    Returns:
+        0-dim tensor; ln(E)^2 for zero logits.
+    """
+    return logits.logsumexp(dim=-1).square().mean()
+
+
+def overload(gates: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+    """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens.
+
+    sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T * K / E. The counts carry no
+    gradient: an overloaded expert is pushed to smaller gates, an idle one to larger.
+
+    Args:
+        gates: (T, K) sigmoid gates of the assignments.
+        indices: (T, K) int64.
+        num_experts: E.
+
+    Returns:
+        0-dim tensor, 0 at even counts; may be negative.
+    """
+    excess = expert_load(indices, num_experts) * num_experts - 1
+    return (excess[indices] * gates).sum() / max(indices.shape[0], 1)

@@ -1,0 +1,195 @@
+"""SMoE: sparse mixture of experts with a softmax top-k router.
+
+V-MoE, "Scaling Vision with Sparse Mixture of Experts" (arXiv 2106.05974), numbered as there:
+
+    (1)  MoE(x) = sum_i g(x)_i e_i(x)
+    (2)  g(x) = TOP_k(softmax(W x + eps)),  eps ~ N(0, (noise / E)^2) while training
+
+TOP_k keeps the k largest and does not renormalise (`renormalize=True` gives GShard's and Mixtral's
+softmax over the selected logits). Auxiliary losses while training: importance (6) and load (9) of
+V-MoE, at 0.005 each as in its released configurations; the balance loss of Switch (arXiv
+2101.03961, 4) and the z-loss of ST-MoE (arXiv 2202.08906, 5) as options.
+
+Where we differ: dropless unless `capacity_factor` is set (then capacity = ceil(k T C / E), without
+the released code's rounding up to a multiple of 4); the routing group is the batch on a device;
+experts start from different draws, the released code starts them equal.
+
+Legend: T tokens, D width, E experts, K experts per token, C capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import losses
+from ..config import TopKConfig, check, check_renormalize, check_weights
+from ..experts import Experts
+from ..layer import RoutedMlp
+from ..routing import Routing, full_precision, renormalized, top_k_experts, within_capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMoEConfig(TopKConfig):
+    """Options of SMoE.
+
+    Args:
+        top_k: Experts per token.
+        renormalize: Let the weights of the selected experts sum to 1.
+        router_bias: Bias in the router.
+        router_noise: Standard deviation of the router noise times E, training only.
+        importance_weight: Weight of the importance loss.
+        load_weight: Weight of the load loss; needs noise.
+        balance_weight: Weight of the Switch balance loss.
+        z_weight: Weight of the router z-loss.
+        capacity_factor: Places over assignments while training; None drops nothing.
+        eval_capacity_factor: The same in eval mode.
+        batch_prioritized: Serve tokens with large weights first when a capacity is set.
+
+    Presets: 'paper'; 'group', the router of the tables published with VQMoE: a bias, top-2,
+    softmax over the two, no noise, and no auxiliary loss (theirs is always zero).
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        'paper': {},
+        'group': {
+            'router_bias': True,
+            'renormalize': True,
+            'router_noise': 0.0,
+            'importance_weight': 0.0,
+            'load_weight': 0.0,
+        },
+    }
+
+    top_k: int = 2
+    renormalize: bool = False
+    router_bias: bool = False
+    router_noise: float = 1.0
+    importance_weight: float = 0.005
+    load_weight: float = 0.005
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    batch_prioritized: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_renormalize(self.renormalize, self.top_k)
+        check_weights(
+            self, 'router_noise', 'importance_weight', 'load_weight', 'balance_weight', 'z_weight'
+        )
+        check(
+            self.load_weight == 0 or self.router_noise > 0,
+            'load_weight',
+            self.load_weight,
+            '0 when router_noise=0, as the load loss is defined by the noise',
+        )
+        for name in ('capacity_factor', 'eval_capacity_factor'):
+            factor = getattr(self, name)
+            check(factor is None or factor > 0, name, factor, 'above 0, or None for dropless')
+        capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
+        check(
+            capped or not self.batch_prioritized,
+            'batch_prioritized',
+            self.batch_prioritized,
+            'False unless a capacity_factor is set',
+        )
+
+
+class SMoERouter(nn.Module):
+    """Softmax top-k router, V-MoE (2).
+
+    Args:
+        in_features: D.
+        config: Options.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        config: SMoEConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory = {'device': device, 'dtype': dtype}
+        self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
+        bias = torch.empty(config.num_experts, **factory)
+        self.bias = nn.Parameter(bias) if config.router_bias else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated normal of 0.02; never zero, or all tokens tie and take the same experts."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    reset_parameters = init_weights
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        config = self.config
+        with full_precision(x):
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(x.float(), self.weight.float(), bias)
+            noisy = logits
+            if self.training and config.router_noise > 0:
+                noisy = logits + torch.randn_like(logits) * self.noise_std
+            probs = noisy.softmax(dim=-1)
+            weights, indices = top_k_experts(probs, config.top_k)
+            kept = self._within_capacity(indices, weights)
+            if config.renormalize:
+                weights = renormalized(weights)
+            terms = self._losses(logits, noisy, probs, indices) if self.training else {}
+        return Routing(indices, weights, terms, kept=kept)
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in logits."""
+        return self.config.router_noise / self.config.num_experts
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one routing decision."""
+        return self.weight.numel()
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: V-MoE decays its router."""
+        return set()
+
+    def _losses(
+        self, logits: Tensor, noisy: Tensor, probs: Tensor, indices: Tensor
+    ) -> dict[str, Tensor]:
+        config, terms = self.config, {}
+        # a term of weight zero is left out, it may be undefined (load without noise)
+        if config.importance_weight > 0:
+            terms['importance'] = config.importance_weight * losses.importance(logits.softmax(-1))
+        if config.load_weight > 0:
+            load = losses.load(logits, noisy, self.noise_std, config.top_k)
+            terms['load'] = config.load_weight * load
+        if config.balance_weight > 0:
+            terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+        if config.z_weight > 0:
+            terms['z'] = config.z_weight * losses.router_z(logits)
+        return terms
+
+    def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
+        config = self.config
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if factor is None:
+            return None
+        capacity = math.ceil(indices.numel() * factor / config.num_experts)
+        priority = weights[:, 0] if config.batch_prioritized else None
+        return within_capacity(indices, config.num_experts, capacity, priority)
+
+
+def build(in_features: int, config: SMoEConfig, experts: Experts, **factory: Any) -> RoutedMlp:
+    """SMoE layer for tokens of width `in_features`."""
+    return RoutedMlp(SMoERouter(in_features, config, **factory), experts)

@@ -1,0 +1,151 @@
+"""SoftMoE: every slot of every expert reads a soft mixture of an image's tokens.
+
+"From Sparse to Soft Mixtures of Experts" (Puigcerver et al., ICLR 2024, arXiv 2308.00951),
+numbered as there, per image X (N, D) with parameters Phi (D, S), S = E * P slots:
+
+    L = l2norm(X) (scale * l2norm(Phi))                algorithm 2, section 2.3
+    (1)  D = softmax of L over tokens,  X~ = D^T X      (X itself, not normalised)
+    (2)  C = softmax of L over slots,   Y = C Y~,       Y~_s = expert_{s // P}(X~_s)
+
+There is nothing to balance and no auxiliary loss; an image never sees another.
+
+Where we differ: the paper uses 128 experts with one slot in the last half of the blocks; this
+package's default is eight experts and as many slots as tokens (the compute of the dense MLP).
+P is fixed when the layer is built, so it does not change with the resolution. The 'lucidrains'
+preset is the widespread PyTorch variant that published SoftMoE baselines may rest on: RMS norm with
+gain sqrt(D) on both sides instead of l2norm (logits about D times larger), and experts fed the
+normalised tokens.
+
+Legend: B images, N tokens per image, D width, E experts, P slots per expert, S = E * P slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..collect import MoeLayer
+from ..config import MoeConfig, check
+from ..dispatch import compute_dtype
+from ..experts import Experts
+from ..routing import full_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMoEConfig(MoeConfig):
+    """Options of SoftMoE.
+
+    Args:
+        slots_per_expert: P; None gives about as many slots in all as the model has tokens when it
+            is built.
+        slot_norm: 'l2' as in the paper, or 'rms'.
+
+    Presets: 'paper', 'lucidrains'.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'lucidrains': {'slot_norm': 'rms'}}
+
+    slots_per_expert: int | None = None
+    slot_norm: str = 'l2'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        slots = self.slots_per_expert
+        check(slots is None or slots >= 1, 'slots_per_expert', slots, 'at least 1, or None')
+        check(self.slot_norm in ('l2', 'rms'), 'slot_norm', self.slot_norm, "'l2' or 'rms'")
+
+
+class SoftMoEMlp(MoeLayer):
+    """Drop-in for timm's `Mlp`, SoftMoE (1) and (2).
+
+    Args:
+        in_features: D.
+        config: Options.
+        experts: The experts.
+        num_tokens: N at construction, sets P if the options leave it open.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        config: SoftMoEConfig,
+        experts: Experts,
+        num_tokens: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {'device': device, 'dtype': dtype}
+        self.slot_norm = config.slot_norm
+        default_slots = max(round(num_tokens / config.num_experts), 1)
+        self.slots_per_expert = config.slots_per_expert or default_slots
+        self.num_slots = config.num_experts * self.slots_per_expert
+        self.experts = experts
+        self.slot_embed = nn.Parameter(torch.empty(self.num_slots, in_features, **factory))
+        self.scale = nn.Parameter(torch.empty((), **factory)) if self.slot_norm == 'l2' else None
+        rms = self.slot_norm == 'rms'
+        self.token_norm = nn.RMSNorm(in_features, **factory) if rms else None
+        self.slot_gain = nn.Parameter(torch.empty(in_features, **factory)) if rms else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Slots with the paper's lecun normal (their length does not matter), scale one."""
+        nn.init.normal_(self.slot_embed, std=self.slot_embed.shape[1] ** -0.5)
+        for gain in (self.scale, self.slot_gain):
+            if gain is not None:
+                nn.init.ones_(gain)
+
+    def mixing_logits(self, x: Tensor) -> Tensor:
+        """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S) float32."""
+        if self.slot_gain is not None:
+            gain = self.slot_gain.float()
+            return x.float() @ F.rms_norm(self.slot_embed.float(), gain.shape, gain).t()
+        slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
+        return F.normalize(x.float(), dim=-1, eps=1e-6) @ slots.t()
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
+        batch, _, width = x.shape
+        if self.token_norm is not None:
+            x = self.token_norm(x)
+        with full_precision(x):
+            logits = self.mixing_logits(x)
+            dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
+        dtype = compute_dtype(x)
+        slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
+        # sorted by expert: (B, S, D) -> (E, B, P, D) -> (E * B * P, D)
+        rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1).reshape(-1, width)
+        per_expert = rows.shape[0] // self.experts.num_experts
+        ends = torch.arange(1, self.experts.num_experts + 1, device=x.device, dtype=torch.int32)
+        answers = self.experts(rows, ends * per_expert)
+        answers = answers.view(-1, batch, self.slots_per_expert, width).transpose(0, 1)
+        self.record({}, {})
+        return combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
+
+    def macs(self, num_tokens: int) -> int:
+        """Logits, both mixtures, and the experts on all slots."""
+        mixing = 3 * num_tokens * self.slot_embed.numel()
+        return mixing + self.num_slots * self.experts.macs_per_row
+
+    def idle_params(self) -> int:
+        """None: every expert answers for every image."""
+        return 0
+
+    def no_weight_decay(self) -> set[str]:
+        """The slots, as in the released code."""
+        return {'slot_embed'}
+
+    def extra_repr(self) -> str:
+        """Slots, for print(model)."""
+        return f'slots_per_expert={self.slots_per_expert}, slot_norm={self.slot_norm!r}'
+
+
+def build(
+    in_features: int, config: SoftMoEConfig, experts: Experts, num_tokens: int, **factory: Any
+) -> SoftMoEMlp:
+    """SoftMoE layer for tokens of width `in_features`."""
+    return SoftMoEMlp(in_features, config, experts, num_tokens, **factory)

@@ -1,0 +1,166 @@
+"""XMoE: routing on a low-dimensional hypersphere.
+
+"On the Representation Collapse of Sparse Mixture of Experts" (Chi et al., NeurIPS 2022, arXiv
+2204.09179), numbered as there:
+
+    (5)  s_i = cos(W x, e_i),  W of shape (E / 2, D), e_i of width E / 2
+    (6)  g(x)_i = softmax(s / tau)_i, or sigmoid(s_i / tau), for the selected expert; tau is learned
+    (8)  balance = E * sum_i t_i mean_x softmax(s / tau_0)_i, with tau_0 fixed and t_i the load share
+
+Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing; tau is kept
+positive as exp(log_temperature); `top_k` above 1 selects by the same scores. torchscale's X-MoE is
+another router (no token normalisation, no temperature): see the 'group' preset.
+
+Legend: T tokens, D width, E experts, K experts per token, R router width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import losses
+from ..config import TopKConfig, check, check_renormalize, check_weights
+from ..experts import Experts
+from ..layer import RoutedMlp
+from ..routing import Routing, full_precision, init_orthogonal, renormalized, top_k_experts
+
+# gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
+_TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class XMoEConfig(TopKConfig):
+    """Options of XMoE.
+
+    Args:
+        top_k: Experts per token.
+        gate: 'softmax' or 'sigmoid', the form of (6).
+        router_dim: R; None gives E / 2, at least 2.
+        temperature: Initial tau; None takes the paper's for the gate form.
+        learn_temperature: Whether tau is learned.
+        balance_temperature: tau_0; None takes the paper's for the gate form.
+        normalize_tokens: Put tokens on the hypersphere, not only experts.
+        renormalize: Let the weights of the selected experts sum to 1.
+        balance_weight: Weight of (8).
+
+    Presets: 'paper'; 'group', the router of the tables published with VQMoE: width 8, experts but
+    not tokens normalised, no temperature, top-2, softmax over the two, no auxiliary loss.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        'paper': {},
+        'group': {
+            'top_k': 2,
+            'router_dim': 8,
+            'temperature': 1.0,
+            'learn_temperature': False,
+            'normalize_tokens': False,
+            'renormalize': True,
+            'balance_weight': 0.0,
+        },
+    }
+
+    gate: str = 'softmax'
+    router_dim: int | None = None
+    temperature: float | None = None
+    learn_temperature: bool = True
+    balance_temperature: float | None = None
+    normalize_tokens: bool = True
+    renormalize: bool = False
+    balance_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.gate in _TEMPERATURES, 'gate', self.gate, f'one of {sorted(_TEMPERATURES)}')
+        check_renormalize(self.renormalize, self.top_k)
+        check_weights(self, 'balance_weight')
+        dim = self.router_dim
+        check(dim is None or dim >= 1, 'router_dim', dim, 'at least 1, or None for E / 2')
+        for name in ('temperature', 'balance_temperature'):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "above 0, or None for the paper's")
+
+
+class XMoERouter(nn.Module):
+    """Cosine router, XMoE (5) to (8).
+
+    Args:
+        in_features: D.
+        config: Options.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        config: XMoEConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory = {'device': device, 'dtype': dtype}
+        dim = config.router_dim or max(config.num_experts // 2, 2)
+        gate_default, balance_default = _TEMPERATURES[config.gate]
+        self.initial_temperature = config.temperature or gate_default
+        self.balance_temperature = config.balance_temperature or balance_default
+        self.project = nn.Parameter(torch.empty(dim, in_features, **factory))
+        self.expert_embed = nn.Parameter(torch.empty(config.num_experts, dim, **factory))
+        log_temperature = torch.empty((), **factory)
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer('log_temperature', log_temperature)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Projection as timm's linear layers, embeddings orthogonal with gain 0.1."""
+        nn.init.trunc_normal_(self.project, std=0.02)
+        init_orthogonal(self.expert_embed)
+        with torch.no_grad():
+            self.log_temperature.fill_(math.log(self.initial_temperature))
+
+    reset_parameters = init_weights
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Cosine (5) of tokens (T, D) with the experts, (T, E) float32 in [-1, 1]."""
+        tokens = F.linear(x.float(), self.project.float())
+        if self.config.normalize_tokens:
+            # eps keeps an all-zero token finite, in value and gradient
+            tokens = F.normalize(tokens, dim=-1, eps=1e-4)
+        return F.linear(tokens, F.normalize(self.expert_embed.float(), dim=-1, eps=1e-4))
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        config = self.config
+        with full_precision(x):
+            scores = self.scores(x)
+            scaled = scores * torch.exp(-self.log_temperature.float())
+            gates = scaled.softmax(dim=-1) if config.gate == 'softmax' else scaled.sigmoid()
+            weights, indices = top_k_experts(gates, config.top_k)
+            if config.renormalize:
+                weights = renormalized(weights)
+            terms = {}
+            if self.training and config.balance_weight > 0:
+                probs = (scores / self.balance_temperature).softmax(dim=-1)
+                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+        return Routing(indices, weights, terms)
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one routing decision."""
+        return self.project.numel() + self.expert_embed.numel()
+
+    def no_weight_decay(self) -> set[str]:
+        """The expert embeddings: only their direction counts."""
+        return {'expert_embed'}
+
+
+def build(in_features: int, config: XMoEConfig, experts: Experts, **factory: Any) -> RoutedMlp:
+    """XMoE layer for tokens of width `in_features`."""
+    return RoutedMlp(XMoERouter(in_features, config, **factory), experts)
