@@ -118,7 +118,7 @@ class MoeVisionTransformer(VisionTransformer):
         return method.build(self.embed_dim, config, experts, **needed, **factory)
 
     def fix_init_weight(self) -> None:
-        """timm's rescaling of output layers by depth, for experts too."""
+        """Rescale output layers by depth as timm does, output layers by depth experts too."""
         with torch.no_grad():
             for i, block in enumerate(self.blocks):
                 scale = (2.0 * (i + 1)) ** 0.5
@@ -170,7 +170,7 @@ def _check_vit_arguments(kwargs: dict[str, Any]) -> None:
         fits or kwargs.get('dynamic_img_pad', False),
         'img_size',
         kwargs.get('img_size', 224),
-        f'a multiple of patch_size={kwargs.get("patch_size", 16)}, or any with dynamic_img_pad=True',
+        f'a multiple of patch_size={patch[0]}x{patch[1]}, or any with dynamic_img_pad=True',
     )
 
 

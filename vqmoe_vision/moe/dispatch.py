@@ -176,9 +176,7 @@ def _grouped_linear_backward(
 
 
 @_grouped_linear_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
 
 

@@ -40,7 +40,9 @@ class StackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
+        )
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -104,12 +106,10 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, device, dtype)
         self.drop2 = nn.Dropout(drop)
 
-    @property
     def params_per_expert(self) -> int:
         """Parameters of one expert."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
-    @property
     def macs_per_row(self) -> int:
         """Multiply-accumulates of one token in one expert."""
         return 2 * self.fc1.in_features * self.fc1.out_features

@@ -46,13 +46,13 @@ class RoutedMlp(MoeLayer):
 
     def macs(self, num_tokens: int) -> int:
         """Router and K experts for every token."""
-        per_token = self.router.config.top_k * self.experts.macs_per_row
-        return num_tokens * (self.router.macs_per_token + per_token)
+        per_token = self.router.config.top_k * self.experts.macs_per_row()
+        return num_tokens * (self.router.macs_per_token() + per_token)
 
     def idle_params(self) -> int:
         """All but K experts."""
         idle = self.experts.num_experts - self.router.config.top_k
-        return idle * self.experts.params_per_expert
+        return idle * self.experts.params_per_expert()
 
     def no_weight_decay(self) -> set[str]:
         """What the router wants left alone."""

@@ -141,7 +141,7 @@ class SMoERouter(nn.Module):
             logits = F.linear(x.float(), self.weight.float(), bias)
             noisy = logits
             if self.training and config.router_noise > 0:
-                noisy = logits + torch.randn_like(logits) * self.noise_std
+                noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
             weights, indices = top_k_experts(probs, config.top_k)
             kept = self._within_capacity(indices, weights)
@@ -150,12 +150,10 @@ class SMoERouter(nn.Module):
             terms = self._losses(logits, noisy, probs, indices) if self.training else {}
         return Routing(indices, weights, terms, kept=kept)
 
-    @property
     def noise_std(self) -> float:
         """Standard deviation of the noise in logits."""
         return self.config.router_noise / self.config.num_experts
 
-    @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""
         return self.weight.numel()
@@ -172,7 +170,7 @@ class SMoERouter(nn.Module):
         if config.importance_weight > 0:
             terms['importance'] = config.importance_weight * losses.importance(logits.softmax(-1))
         if config.load_weight > 0:
-            load = losses.load(logits, noisy, self.noise_std, config.top_k)
+            load = losses.load(logits, noisy, self.noise_std(), config.top_k)
             terms['load'] = config.load_weight * load
         if config.balance_weight > 0:
             terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)

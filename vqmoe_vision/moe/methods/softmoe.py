@@ -129,7 +129,7 @@ class SoftMoEMlp(MoeLayer):
     def macs(self, num_tokens: int) -> int:
         """Logits, both mixtures, and the experts on all slots."""
         mixing = 3 * num_tokens * self.slot_embed.numel()
-        return mixing + self.num_slots * self.experts.macs_per_row
+        return mixing + self.num_slots * self.experts.macs_per_row()
 
     def idle_params(self) -> int:
         """None: every expert answers for every image."""

@@ -11,7 +11,7 @@ the raw input token:
     (7)  distillation = cross entropy of softmax(s^) with the target a
     (9)  stage 2: a^ = argmax_i s^_i with D and E^ frozen, y = sigmoid(s_a^) expert_a^(h)
 
-E keeps learning in stage 2 through the gate; the balance and distillation losses are gone. Eval mode
+E keeps learning in stage 2 through the gate; the two losses are gone. Eval mode
 always assigns by the distilled router, in both stages.
 
 Where we differ: the raw token of the paper is a word and D its embedding of width 50; here it is an
@@ -153,7 +153,9 @@ class DistilledRouter(nn.Module):
 
     def weight(self, name: str) -> Tensor:
         """The parameter, or its frozen copy in stage 2 (then with a gradient of exact zeros)."""
-        return torch.where(self.frozen, getattr(self, f'frozen_{name}'), getattr(self, name)).float()
+        return torch.where(
+            self.frozen, getattr(self, f'frozen_{name}'), getattr(self, name)
+        ).float()
 
     def forward(self, cells: Tensor) -> Tensor:
         """Scores (6); raw patches (B, L, F) -> (B * (G + L), E) float32."""
@@ -163,7 +165,6 @@ class DistilledRouter(nn.Module):
             features = torch.cat([prefix, features], dim=1)
         return F.linear(features, self.weight('expert_embed')).flatten(0, 1)
 
-    @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""
         return self.project.numel() + self.expert_embed.numel()
@@ -205,9 +206,7 @@ class StableRouter(nn.Module):
         self.stage1_steps = config.stage1_steps
         self.source = source
         self.expert_embed = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
-        self.distilled = DistilledRouter(
-            in_chans, config.num_experts, num_prefix_tokens, **factory
-        )
+        self.distilled = DistilledRouter(in_chans, config.num_experts, num_prefix_tokens, **factory)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -234,10 +233,9 @@ class StableRouter(nn.Module):
             agreement = (student[:, 0] == indices[:, 0]).float().mean()
         return Routing(indices, weights, terms, stats={'agreement': agreement})
 
-    @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""
-        return self.expert_embed.numel() + self.distilled.macs_per_token
+        return self.expert_embed.numel() + self.distilled.macs_per_token()
 
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: decay would only flatten the gates."""
@@ -279,7 +277,6 @@ class SimplifiedRouter(nn.Module):
             weights, indices = top_k_experts(scores.softmax(dim=-1), self.config.top_k)
         return Routing(indices, renormalized(weights))
 
-    @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""
         return self.expert_embed.numel()

@@ -304,10 +304,10 @@ class VQMoEMlp(MoeLayer):
         """Router, code search and gate, and one expert per branch, for every token."""
         width, per_token = self.experts.fc1.in_features, 0
         if self.router is not None:
-            per_token += self.router.weight.numel() + self.experts.macs_per_row
+            per_token += self.router.weight.numel() + self.experts.macs_per_row()
         if self.quantizer is not None:
             search = self.quantizer.codebook.num_codes * width
-            per_token += search + self.experts.macs_per_row
+            per_token += search + self.experts.macs_per_row()
         if self.gate is not None:
             per_token += 2 * width
         return num_tokens * per_token
@@ -316,7 +316,7 @@ class VQMoEMlp(MoeLayer):
         """All but one expert per branch; two branches may meet in one expert."""
         branches = (self.router is not None) + (self.quantizer is not None)
         idle = max(self.experts.num_experts - branches, 0)
-        return idle * self.experts.params_per_expert
+        return idle * self.experts.params_per_expert()
 
     def no_weight_decay(self) -> set[str]:
         """What the codebook wants left alone."""

@@ -4,8 +4,8 @@
 2204.09179), numbered as there:
 
     (5)  s_i = cos(W x, e_i),  W of shape (E / 2, D), e_i of width E / 2
-    (6)  g(x)_i = softmax(s / tau)_i, or sigmoid(s_i / tau), for the selected expert; tau is learned
-    (8)  balance = E * sum_i t_i mean_x softmax(s / tau_0)_i, with tau_0 fixed and t_i the load share
+    (6)  g(x)_i = softmax(s / tau)_i, or sigmoid(s_i / tau); tau is learned
+    (8)  balance = E * sum_i t_i mean_x softmax(s / tau_0)_i, tau_0 fixed, t_i the load share
 
 Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing; tau is kept
 positive as exp(log_temperature); `top_k` above 1 selects by the same scores. torchscale's X-MoE is
@@ -151,7 +151,6 @@ class XMoERouter(nn.Module):
                 terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         return Routing(indices, weights, terms)
 
-    @property
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""
         return self.project.numel() + self.expert_embed.numel()
