@@ -1,8 +1,10 @@
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import vqmoe_vision  # noqa: F401  registers the models
 from vqmoe_vision.analysis import mean_statistics, patch_experts, token_experts
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
@@ -70,6 +72,19 @@ def test_token_experts_are_those_of_the_router() -> None:
         [[0, 1], [1, 2], [2, 3], [3, 0]],
         [[3, 0], [3, 0], [0, 1], [0, 1]],
     ]
+
+
+def test_both_branches_of_vqmoe_are_asked_and_agree_with_what_the_layer_reports() -> None:
+    size = dict(img_size=8, patch_size=2, depth=2, embed_dim=8, num_heads=1)
+    model = timm.create_model('vit_tiny_vqmoe', num_experts=3, num_codes=6, **size)
+    images = torch.randn(4, 3, 8, 8)
+    experts = token_experts(model, images)
+    reported = mean_statistics(model, [images])
+    for module, statistic in (('router', 'load'), ('quantizer.codebook', 'discrete_load')):
+        chosen = experts[f'blocks.1.mlp.{module}']
+        assert chosen.shape == (4, 17, 1)  # 4 x 4 patches and the class token
+        share = chosen.flatten().bincount(minlength=3) / chosen.numel()
+        torch.testing.assert_close(share, reported[f'blocks.1.mlp/{statistic}'])
 
 
 def test_model_without_routers_is_refused() -> None:

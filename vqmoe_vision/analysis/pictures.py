@@ -52,11 +52,11 @@ def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
 def plot_experts(
     images: Tensor, experts: dict[str, Tensor], num_experts: int, title: str
 ) -> Figure:
-    """Draws a row of images, and below it one row per layer with the expert of every patch.
+    """Draws a row of images, and below it one row per router with the expert of every patch.
 
     Args:
         images: (B, C, H, W) in [0, 1], C 1 or 3.
-        experts: For each layer, by its name: (B, rows, columns), the expert of every patch.
+        experts: By the name of the router: (B, rows, columns), the expert of every patch.
         num_experts: How many experts each layer has.
         title: Stands above the picture.
     """
@@ -67,7 +67,8 @@ def plot_experts(
     figure.suptitle(title)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, pictures), cells in zip(rows.items(), grid, strict=True):
-        cells[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize='large')
+        label = name.replace('.mlp.', '\n')  # 'blocks.1.mlp.router' is too wide for one line
+        cells[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize='large')
         for picture, axes in zip(pictures, cells, strict=True):
             _show(axes, picture)
     figure.legend(

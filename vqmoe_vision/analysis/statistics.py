@@ -3,14 +3,15 @@
 Legend: B images, N tokens per image, E experts, K experts per token.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe import collect_losses, moe_layers
+from vqmoe_vision.moe.codebook import Quantized
 from vqmoe_vision.moe.routing import Routing
 
 
@@ -43,15 +44,15 @@ def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Te
 
 
 def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Asks every router of a model which experts each token goes to, in eval mode.
+    """Asks every router and every codebook of a model which experts each token goes to.
 
     Args:
-        model: Holds the MoE layers; it is left as it was.
+        model: Holds the MoE layers; it runs in eval mode and is left as it was.
         images: (B, C, H, W), normalised as in training.
 
     Returns:
-        By the name of the router, such as 'blocks.1.mlp.router': (B, N, K) expert indices, best
-        first; N counts class and register tokens too.
+        By the name of the module that decides, such as 'blocks.1.mlp.router': (B, N, K) expert
+        indices, best first; N counts class and register tokens too.
 
     Raises:
         ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
@@ -59,14 +60,23 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> object:
+    def keep(name: str, num_experts: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             if isinstance(output, Routing):
-                found[name] = output.indices.unflatten(0, (len(images), -1))
+                experts = output.indices
+            elif isinstance(output, Quantized):
+                experts = output.indices[:, None] % num_experts  # code j belongs to expert j mod E
+            else:
+                return
+            found[name] = experts.unflatten(0, (len(images), -1))
 
         return hook
 
-    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules()]
+    hooks = [
+        module.register_forward_hook(keep(f'{layer_name}.{name}', layer.experts.num_experts))
+        for layer_name, layer in moe_layers(model).items()
+        for name, module in layer.named_modules()
+    ]
     try:
         with _evaluating(model):
             model(images)
@@ -86,7 +96,7 @@ def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]
         images: (B, C, H, W), normalised as in training.
 
     Returns:
-        By the name of the router: (B, rows, columns) expert indices.
+        By the name of the module that decides: (B, rows, columns) expert indices.
 
     Raises:
         ValueError: If no layer sends tokens to experts.
