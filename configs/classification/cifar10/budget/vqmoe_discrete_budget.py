@@ -1,0 +1,2 @@
+_base_ = 'vqmoe_budget.py'
+model = dict(form='discrete')

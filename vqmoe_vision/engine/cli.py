@@ -1,0 +1,218 @@
+"""What `tools/train.py` and `tools/test.py` do, for every task."""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .model import NonFiniteError
+
+# Fields that mmengine's Runner takes from the config without being arguments of its constructor.
+_EXTRA_FIELDS = frozenset(
+    {
+        'activation_checkpointing',
+        'compile',
+        'custom_imports',
+        'efficient_conv_bn_eval',
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'runner_type',
+        'sync_bn',
+    }
+)
+# Errors whose message says what a user did wrong; any other type is named in front of its message.
+_USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError)
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Trains the model of a config.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = _parser('Train a model.')
+    parser.add_argument(
+        '--resume', action='store_true', help='go on from the latest checkpoint in the work dir'
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision: bfloat16 on the CPU, float16 on a GPU'
+    )
+    _run(parser, argv, _train)
+
+
+def test(argv: Sequence[str] | None = None) -> None:
+    """Tests a checkpoint of the model of a config.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = _parser('Test a checkpoint.')
+    parser.add_argument('checkpoint', help='file written by tools/train.py')
+    parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
+    _run(parser, argv, _test)
+
+
+def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Reads a config file and merges the options of the command line into it.
+
+    Args:
+        path: Config file.
+        options: Values by dotted name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The first part of an option's name is not a field of a config.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path!r} does not exist')
+    config = Config.fromfile(path)
+    fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
+    for name in options or {}:
+        if name.partition('.')[0] not in fields:
+            raise ValueError(
+                f'--cfg-options {name}: a config has no field {name.partition(".")[0]!r}; '
+                f'it has {", ".join(sorted(fields))}'
+            )
+    config.merge_from_dict(options or {})
+    return config
+
+
+def use_amp(config: Config) -> None:
+    """Turns on mixed precision in a config.
+
+    Args:
+        config: Its `optim_wrapper` is changed.
+
+    Raises:
+        ValueError: The config's optimizer wrapper is neither the plain one nor one for mixed
+            precision.
+    """
+    known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
+    wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in known:
+        raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
+    if torch.cuda.is_available():
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        config.optim_wrapper.type = 'CpuAmpOptimWrapper'
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line, without the frames and prefixes that frameworks add.
+
+    Args:
+        error: What was raised.
+    """
+    if isinstance(error, ImportError) and error.__cause__ is not None:
+        error = error.__cause__  # mmengine hides the reason behind advice about PYTHONPATH
+    if isinstance(error, UnpicklingError):
+        return 'the checkpoint is damaged, or holds more than weights and is not loaded'
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
+        return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])
+    # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
+    text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
+    return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
+
+
+class _CfgOptions(DictAction):
+    """mmengine's action, but says which argument is not NAME=VALUE."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                raise ValueError(f'--cfg-options {value}: write it as name=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        default={},
+        metavar='NAME=VALUE',
+        help='change fields of the config, for example train_cfg.max_epochs=5 model.top_k=1',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torchrun sets the variable; torch.distributed.launch passes the option
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    return parser
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    action: Callable[[argparse.Namespace], None],
+) -> None:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = parser.parse_args(arguments)
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        # A checkpoint from someone else is data: never run code that it holds.
+        os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+        action(args)
+    except Exception as error:
+        if '--debug' in arguments:
+            raise
+        sys.exit(f'error: {one_line(error)}')
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _configure(args)
+    if args.amp:
+        use_amp(config)
+    if args.resume:
+        config.resume = True
+    _build_runner(config).train()
+
+
+def _test(args: argparse.Namespace) -> None:
+    config = _configure(args)
+    if not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
+    config.load_from = args.checkpoint
+    metrics = _build_runner(config).test()
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(metrics, indent=2) + '\n')
+
+
+def _configure(args: argparse.Namespace) -> Config:
+    config = load_config(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    # as in mmseg: the command line, then the config, then the name of the config
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    return config
+
+
+def _build_runner(config: Config) -> Runner:
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

@@ -1,0 +1,156 @@
+"""Hooks for models with MoE layers, used by classification and segmentation alike."""
+
+import math
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from vqmoe_vision.moe import update_state
+from vqmoe_vision.moe.methods.stablemoe import set_stage1_steps
+
+from .model import NonFiniteError
+
+
+def _unwrapped(runner: Runner) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+@HOOKS.register_module()
+class MoeStateHook(Hook):
+    """Moves the state that learns without gradients, and reports routing at the end of an epoch.
+
+    Args:
+        stage1_fraction: Share of the training iterations after which StableMoE freezes its router.
+            No other method looks at it.
+
+    Raises:
+        ValueError: `stage1_fraction` is not above 0 and at most 1.
+    """
+
+    def __init__(self, stage1_fraction: float = 0.1) -> None:
+        if not 0 < stage1_fraction <= 1:
+            raise ValueError(f'stage1_fraction={stage1_fraction} must be above 0 and at most 1')
+        self.stage1_fraction = stage1_fraction
+
+    def before_train(self, runner: Runner) -> None:
+        """Tells StableMoE how long its first stage is."""
+        steps = max(1, round(self.stage1_fraction * runner.max_iters))
+        set_stage1_steps(_unwrapped(runner).routed_model, steps)
+
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        _unwrapped(runner).routing_statistics.reset()
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Moves codebooks and the like, once per iteration and after the optimizer's step."""
+        update_state(_unwrapped(runner).routed_model)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Reports the routing of the epoch."""
+        self._report(runner, 'train_epoch')
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Reports the routing of the validation pass and adds it to the metrics."""
+        assert metrics is not None
+        metrics.update(self._report(runner, 'val'))
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Reports the routing of the test pass and adds it to the metrics."""
+        assert metrics is not None
+        metrics.update(self._report(runner, 'test'))
+
+    def _report(self, runner: Runner, mode: str) -> dict[str, float]:
+        statistics = _unwrapped(runner).routing_statistics
+        summary = statistics.summary()
+        for line in statistics.report():
+            runner.logger.info(f'{mode}  {line}')
+        scalars = {f'{mode}/{name}': value for name, value in summary.items()}
+        if scalars and mode != 'test':
+            runner.visualizer.add_scalars(scalars, step=runner.iter)
+        return summary
+
+
+@HOOKS.register_module()
+class NonFiniteGuardHook(Hook):
+    """Stops the run before a checkpoint with a nan or infinite parameter replaces a good one.
+
+    A loss that is not finite has already been stopped by `MoeTrainingMixin`. What is left is a
+    finite loss with a gradient that is not.
+    """
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Looks at the norm of the gradients, which clipping has computed anyway."""
+        norm = runner.message_hub.log_scalars.get('train/grad_norm')
+        # With a loss scale an infinite gradient is normal: that step is skipped.
+        if norm is not None and not math.isfinite(norm.current()):
+            self._check(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Looks at the parameters before the checkpoint of the epoch is written."""
+        self._check(runner)
+
+    @staticmethod
+    def _check(runner: Runner) -> None:
+        for name, parameter in runner.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(
+                    f'parameter {name} became nan or infinite at iteration {runner.iter + 1}; '
+                    'training has stopped, the last checkpoint is sound'
+                )
+
+
+@HOOKS.register_module()
+class CheckpointFitHook(Hook):
+    """Refuses a checkpoint that does not fit, where mmengine would warn and go on."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compares names and shapes.
+
+        Raises:
+            ValueError: Names the keys and shapes that do not fit.
+        """
+        loaded = checkpoint.get('state_dict', checkpoint)
+        problem = misfit(_unwrapped(runner).state_dict(), loaded)
+        if problem:
+            raise ValueError(f'the checkpoint does not fit the model: {problem}')
+
+
+def misfit(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> str:
+    """What keeps a state dict from being loaded, in words; empty if nothing does.
+
+    Args:
+        expected: State dict of the model.
+        loaded: State dict of the checkpoint; a leading `module.` in its keys is ignored.
+    """
+    loaded = {name.removeprefix('module.'): value for name, value in loaded.items()}
+    shapes = [
+        f'{name} is {tuple(loaded[name].shape)}, the model has {tuple(value.shape)}'
+        for name, value in expected.items()
+        if name in loaded and loaded[name].shape != value.shape
+    ]
+    parts = {
+        'missing keys': [name for name in expected if name not in loaded],
+        'unexpected keys': [name for name in loaded if name not in expected],
+        'shapes': shapes,
+    }
+    return '; '.join(f'{what}: {_shorten(names)}' for what, names in parts.items() if names)
+
+
+def _shorten(names: list[str], limit: int = 3) -> str:
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more
