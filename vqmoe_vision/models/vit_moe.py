@@ -118,7 +118,7 @@ class MoeVisionTransformer(VisionTransformer):
         return method.build(self.embed_dim, config, experts, **needed, **factory)
 
     def fix_init_weight(self) -> None:
-        """Rescale output layers by depth as timm does, output layers by depth experts too."""
+        """Rescale output layers by depth as timm does, those of experts too."""
         with torch.no_grad():
             for i, block in enumerate(self.blocks):
                 scale = (2.0 * (i + 1)) ** 0.5
