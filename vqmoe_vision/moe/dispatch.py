@@ -20,6 +20,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .experts import Experts
 
+ROW_BLOCK = 64  # rows
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,14 +142,33 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:
-            rows, target, matrix = x[start:end], out[start:end], weight[e].t()
-            if bias is None:
-                torch.mm(rows, matrix, out=target)
-            else:
-                torch.addmm(bias[e], rows, matrix, out=target)
+            rows, matrix = _group(x, start, end), weight[e].t()
+            _product(out[start:end], rows, matrix, None if bias is None else bias[e])
         start = end
     out[start:] = 0
     return out
+
+
+def _group(rows: Tensor, start: int, end: int) -> Tensor:
+    """Rows of one expert; below float32 on CPU with zero rows up to a multiple of ROW_BLOCK.
+
+    oneDNN compiles a kernel for each shape that it has not seen lately, ten times the cost of
+    running it, and routing gives new shapes at every step. Blocks leave only a few.
+    """
+    if rows.device.type != 'cpu' or rows.dtype not in (torch.bfloat16, torch.float16):
+        return rows[start:end]
+    return F.pad(rows[start:end], (0, 0, 0, (start - end) % ROW_BLOCK))
+
+
+def _product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
+    """out = rows @ matrix + bias, without the rows that `_group` added."""
+    if len(rows) > len(out):
+        product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+        out.copy_(product[: len(out)])
+    elif bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
 
 
 @_grouped_linear.register_fake
@@ -164,9 +185,9 @@ def _grouped_linear_backward(
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:
-            rows = grad[start:end]
-            torch.mm(rows, weight[e], out=grad_x[start:end])
-            torch.mm(rows.t(), x[start:end], out=grad_weight[e])
+            rows = _group(grad, start, end)
+            _product(grad_x[start:end], rows, weight[e])
+            torch.mm(rows.t(), _group(x, start, end), out=grad_weight[e])
             torch.sum(rows, dim=0, out=grad_bias[e])
         else:
             grad_weight[e] = 0
