@@ -1,0 +1,147 @@
+"""Tiny layers and models of every method, and what the tests look at in them.
+
+D = 8 tokens wide, E = 4 experts, H = 16 hidden. StableMoE's raw patch is here the token itself,
+twice (8 + 8 = the 4 x 4 cells of one channel), so that all methods are functions of x alone.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqmoe_vision.moe import METHODS, MoeLayer, collect
+from vqmoe_vision.moe.codebook import GradientCodebook
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.methods.stablemoe import RawPatches
+
+D, E, H = 8, 4, 16
+
+
+class Patched(nn.Module):
+    """Base: hands the raw patches to StableMoE's routers before anything else runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = RawPatches()
+
+    def read(self, x: Tensor) -> None:
+        self.source.cells = torch.cat([x, x], dim=-1).detach()
+
+    def make_layer(self, method: str, num_experts: int, **options) -> MoeLayer:
+        entry = METHODS[method]
+        config = entry.config.from_options(num_experts=num_experts, **options)
+        experts = Experts(num_experts, D, H)
+        # of ViT size the experts' answers would drown in rounding errors at this width
+        for linear in (experts.fc1, experts.fc2):
+            nn.init.normal_(linear.weight, std=0.3)
+            nn.init.normal_(linear.bias, std=0.3)
+        context = {
+            'source': self.source,
+            'in_chans': 1,
+            'num_prefix_tokens': 0,
+            'num_tokens': 2 * num_experts,
+        }
+        layer = entry.build(D, config, experts, **{name: context[name] for name in entry.context})
+        spread(layer)
+        return layer
+
+
+class OneLayer(Patched):
+    """One MoE layer, nothing around it."""
+
+    def __init__(self, method: str, num_experts: int = E, **options) -> None:
+        super().__init__()
+        self.layer = self.make_layer(method, num_experts, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.read(x)
+        return self.layer(x)
+
+
+class Block(nn.Module):
+    """Residual block with LayerScale: its multiplication saves the layer's answer for backward."""
+
+    def __init__(self, layer: MoeLayer) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.mlp = layer
+        self.gamma = nn.Parameter(torch.full((D,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.mlp(self.norm(x))
+
+
+class Model(Patched):
+    """Two MoE blocks; (B, N, D) -> (B, D), optionally with gradient checkpointing."""
+
+    def __init__(self, method: str, num_experts: int = E, **options) -> None:
+        super().__init__()
+        self.stem = nn.Linear(D, D)
+        layers = (self.make_layer(method, num_experts, **options) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(layer) for layer in layers)
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.read(x)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return x.mean(dim=1)
+
+
+@torch.no_grad()
+def spread(layer: MoeLayer) -> None:
+    """Draw routers and gates of size one: at their real start all experts are nearly equal."""
+    for name, parameter in layer.named_parameters():
+        if not name.startswith('experts.') and parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.5)
+    for module in layer.modules():
+        if isinstance(module, GradientCodebook):
+            module._start(torch.randn(module.num_codes, module.dim))
+
+
+@pytest.fixture(scope='session')
+def make_layer() -> Callable[..., OneLayer]:
+    """Build one layer: make_layer('smoe', top_k=1); its `MoeLayer` is `.layer`."""
+    return OneLayer
+
+
+@pytest.fixture(scope='session')
+def make_model() -> Callable[..., Model]:
+    """Build two blocks: make_model('smoe', top_k=1)."""
+    return Model
+
+
+@pytest.fixture
+def choices() -> Callable[[nn.Module, Tensor], list[Tensor]]:
+    """All expert or code indices that any router or codebook of a module chooses for x."""
+
+    def choose(module: nn.Module, x: Tensor) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: tuple, output: object) -> None:
+            indices = getattr(output, 'indices', None)
+            if isinstance(indices, Tensor):
+                seen.append(indices)
+
+        hooks = [part.register_forward_hook(keep) for part in module.modules()]
+        module(x)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    return choose
+
+
+@pytest.fixture
+def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
+    """Copy of a state dict."""
+    return lambda module: {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests train single layers without a collector, knowingly."""
+    monkeypatch.setattr(collect, '_already_warned', True)

@@ -1,0 +1,99 @@
+"""Options: what is refused says which field, which value and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from vqmoe_vision.moe import METHODS, MoeConfig
+from vqmoe_vision.moe.config import TopKConfig
+
+PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
+
+
+@pytest.mark.parametrize(('method', 'preset'), PRESETS)
+def test_a_preset_sets_exactly_its_fields(method, preset):
+    config = METHODS[method].config
+    changed = config.PRESETS[preset]
+    assert config.from_options(preset=preset) == dataclasses.replace(config(), **changed)
+
+
+@pytest.mark.parametrize(('method', 'preset'), PRESETS)
+def test_a_single_option_wins_over_the_preset(method, preset):
+    config = METHODS[method].config.from_options(preset=preset, num_experts=6, expert_mlp_ratio=2)
+    assert (config.num_experts, config.expert_mlp_ratio) == (6, 2)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_the_paper_is_the_default(method):
+    config = METHODS[method].config
+    assert config.from_options() == config()
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_an_unknown_option_is_a_type_error(method):
+    with pytest.raises(TypeError, match='num_exprts'):
+        METHODS[method].config.from_options(num_exprts=4)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_an_unknown_preset_names_the_known_ones(method):
+    with pytest.raises(ValueError, match=r"preset='papr' is not possible: one of \[.*'paper'"):
+        METHODS[method].config.from_options(preset='papr')
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_options_are_the_fields_and_the_preset(method):
+    config = METHODS[method].config
+    assert config.option_names() == {f.name for f in dataclasses.fields(config)} | {'preset'}
+
+
+@pytest.mark.parametrize(
+    ('config', 'field', 'value'),
+    [
+        (MoeConfig, 'num_experts', 0),
+        (MoeConfig, 'expert_mlp_ratio', 0.0),
+        (TopKConfig, 'top_k', 0),
+        (TopKConfig, 'top_k', 9),
+    ],
+)
+def test_an_impossible_value_names_the_field_and_the_value(config, field, value):
+    with pytest.raises(ValueError, match=f'{field}={value!r} is not possible'):
+        config(**{field: value})
+
+
+@pytest.mark.parametrize('method', ['smoe', 'xmoe'])
+def test_a_router_that_cannot_learn_is_refused(method):
+    # one expert, renormalised: its weight is identically 1
+    with pytest.raises(ValueError, match='renormalize=True is not possible'):
+        METHODS[method].config(top_k=1, renormalize=True)
+
+
+@pytest.mark.parametrize(
+    ('method', 'options', 'field'),
+    [
+        ('smoe', {'router_noise': 0.0}, 'load_weight'),
+        ('smoe', {'z_weight': -1.0}, 'z_weight'),
+        ('smoe', {'capacity_factor': 0.0}, 'capacity_factor'),
+        ('smoe', {'eval_capacity_factor': -1.0}, 'eval_capacity_factor'),
+        ('smoe', {'batch_prioritized': True}, 'batch_prioritized'),
+        ('xmoe', {'gate': 'tanh'}, 'gate'),
+        ('xmoe', {'router_dim': 0}, 'router_dim'),
+        ('xmoe', {'temperature': 0.0}, 'temperature'),
+        ('xmoe', {'balance_temperature': -1.0}, 'balance_temperature'),
+        ('stablemoe', {'stage1_steps': 0}, 'stage1_steps'),
+        ('stablemoe', {'two_stage': False, 'top_k': 1}, 'top_k'),
+        ('softmoe', {'slots_per_expert': 0}, 'slots_per_expert'),
+        ('softmoe', {'slot_norm': 'l1'}, 'slot_norm'),
+        ('vqmoe', {'form': 'both'}, 'form'),
+        ('vqmoe', {'codebook': 'kmeans'}, 'codebook'),
+        ('vqmoe', {'expert_input': 'code'}, 'expert_input'),
+        ('vqmoe', {'code_share': 1.5}, 'code_share'),
+        ('vqmoe', {'num_codes': 12}, 'num_codes'),  # 8 experts
+        ('vqmoe', {'num_codes': 0}, 'num_codes'),
+        ('vqmoe', {'vq_weight': -0.1}, 'vq_weight'),
+        ('vqmoe', {'train_router': False}, 'balance_weight'),
+    ],
+)
+def test_impossible_options_of_a_method(method, options, field):
+    with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
+        METHODS[method].config(**options)

@@ -1,0 +1,254 @@
+"""Dispatch against two plain loops: outputs and every gradient, in every dtype and odd case."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+from vqmoe_vision.moe import dispatch
+from vqmoe_vision.moe.experts import Experts
+
+
+def naive(experts, x, indices, weights, kept=None):
+    """Token by token, choice by choice; parameters are read one expert at a time."""
+    rows = []
+    for t in range(x.shape[0]):
+        row = torch.zeros_like(x[t])
+        for k in range(indices.shape[1]):
+            if kept is not None and not kept[t, k]:
+                continue
+            e = indices[t, k].item()
+            hidden = experts.fc1.weight[e] @ x[t]
+            if experts.fc1.bias is not None:
+                hidden = hidden + experts.fc1.bias[e]
+            answer = experts.fc2.weight[e] @ F.gelu(hidden)
+            if experts.fc2.bias is not None:
+                answer = answer + experts.fc2.bias[e]
+            row = row + weights[t, k] * answer
+        rows.append(row)
+    return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+def make_case(num_tokens, num_experts, k, dim, hidden, bias, seed=0):
+    """Experts of size one, tokens, distinct experts per token, and positive weights; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    experts = Experts(num_experts, dim, hidden, bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5)
+    x = draw(num_tokens, dim)
+    indices = draw(num_tokens, num_experts).argsort(dim=1)[:, :k]
+    return experts, x, indices, draw(num_tokens, k).abs()
+
+
+def run_and_backward(function, experts, x, indices, weights, kept=None, dtype=None):
+    """Output and gradients with respect to x, weights and every parameter, by name."""
+    experts.zero_grad(set_to_none=True)
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = function(experts, x, indices, weights, kept)
+    # a cotangent that is different for every token and channel
+    (out * torch.arange(1, out.numel() + 1).view_as(out).to(out.dtype).sin()).sum().backward()
+    grads = {name: p.grad for name, p in experts.named_parameters()}
+    return {'out': out.detach(), 'x': x.grad, 'weights': weights.grad, **grads}
+
+
+def assert_same(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:  # the naive loop never touches an expert without tokens
+            value = torch.zeros_like(actual[name])
+        assert actual[name] is not None, name
+        torch.testing.assert_close(
+            actual[name],
+            value.to(actual[name].dtype),
+            msg=lambda m, n=name: f'{n}: {m}',
+            **tolerance,
+        )
+
+
+# num_tokens, num_experts, k, dim, hidden
+SHAPES = {
+    'top-1': (12, 4, 1, 8, 16),
+    'top-2': (12, 4, 2, 8, 16),
+    'all experts': (5, 3, 3, 8, 8),
+    'one expert': (6, 1, 1, 8, 8),
+    'odd widths': (7, 3, 2, 5, 11),
+    'one token': (1, 4, 2, 8, 16),
+    'more experts than assignments': (3, 16, 2, 8, 8),
+}
+
+
+@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_float64_equals_the_naive_loops(shape, bias, function):
+    case = make_case(*shape, bias)
+    assert_same(run_and_backward(function, *case), run_and_backward(naive, *case))
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'),
+    # a few roundings of relative size 6e-8 and 4e-3, over sums of up to 24 products
+    [(torch.float32, {'rtol': 1e-5, 'atol': 1e-5}), (torch.bfloat16, {'rtol': 5e-2, 'atol': 5e-2})],
+)
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_lower_precision_is_close_to_float64(shape, dtype, tolerance):
+    experts, x, indices, weights = make_case(*shape, bias=True)
+    # both start from numbers that the low precision can hold
+    experts.to(dtype).double()
+    x, weights = x.to(dtype).double(), weights.to(dtype).double()
+    expected = run_and_backward(naive, experts, x, indices, weights)
+    low = run_and_backward(
+        dispatch.run_experts, experts.to(dtype), x.to(dtype), indices, weights.to(dtype)
+    )
+    assert {value.dtype for value in low.values()} == {dtype}
+    assert_same({name: value.double() for name, value in low.items()}, expected, **tolerance)
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_autocast_computes_in_bfloat16_and_returns_gradients_in_float32(k):
+    experts, x, indices, weights = make_case(12, 4, k, 8, 16, bias=True)
+    experts, x, weights = experts.float(), x.float(), weights.float()
+    expected = run_and_backward(naive, experts, x, indices, weights)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
+    assert actual.pop('out').dtype == torch.bfloat16
+    expected.pop('out')
+    assert {value.dtype for value in actual.values()} == {torch.float32}
+    assert_same(actual, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_all_tokens_on_one_expert_leave_zero_gradients_to_the_others(k):
+    experts, x, _, weights = make_case(9, 4, k, 8, 16, bias=True)
+    indices = torch.tensor([[2, 0][:k]] * 9)
+    actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
+    assert_same(actual, run_and_backward(naive, experts, x, indices, weights))
+    for name, parameter in experts.named_parameters():
+        used = parameter.grad.flatten(1).abs().sum(dim=1) > 0
+        assert used.tolist() == [k == 2, False, True, False], name
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_no_tokens(k):
+    experts, x, indices, weights = make_case(0, 4, k, 8, 16, bias=True)
+    actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
+    assert actual['out'].shape == (0, 8)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in experts.parameters())
+
+
+@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
+@pytest.mark.parametrize('k', [1, 2])
+def test_dropped_assignments_contribute_nothing(k, function):
+    case = make_case(12, 4, k, 8, 16, bias=True)
+    kept = torch.rand(12, k) < 0.5
+    kept[0] = False  # a token that no expert serves
+    actual = run_and_backward(function, *case, kept)
+    assert_same(actual, run_and_backward(naive, *case, kept))
+    assert torch.equal(actual['out'][0], torch.zeros(8, dtype=torch.float64))
+    assert torch.equal(actual['weights'][~kept], torch.zeros_like(actual['weights'][~kept]))
+
+
+def test_everything_dropped():
+    experts, x, indices, weights = make_case(6, 4, 2, 8, 16, bias=True)
+    kept = torch.zeros(6, 2, dtype=torch.bool)
+    actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights, kept)
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in actual.values())
+
+
+@settings(max_examples=40)
+@given(
+    st.tuples(
+        st.integers(0, 9),  # tokens
+        st.integers(1, 5),  # experts
+        st.integers(1, 5),  # k
+        st.integers(1, 9),  # D
+        st.integers(1, 9),  # H
+        st.booleans(),
+    ),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_any_shape_equals_the_naive_loops(shape, drop, seed):
+    num_tokens, num_experts, k, dim, hidden, bias = shape
+    k = min(k, num_experts)
+    case = make_case(num_tokens, num_experts, k, dim, hidden, bias, seed)
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(num_tokens, k, generator=generator) < 0.6 if drop else None
+    actual = run_and_backward(dispatch.run_experts, *case, kept)
+    out = naive(*case, kept).detach()
+    torch.testing.assert_close(actual['out'], out)
+    if num_tokens > 0 and (kept is None or kept.any()):
+        assert_same(actual, run_and_backward(naive, *case, kept))
+
+
+@pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
+@pytest.mark.parametrize(
+    'offsets',
+    # even, with empty experts at the start, middle and end, with dropped rows at the end, one full
+    [[2, 4, 6], [0, 3, 6], [3, 3, 6], [2, 6, 6], [1, 2, 4], [0, 0, 0], [0, 6, 6]],
+)
+def test_grouped_linear_gradcheck(offsets, bias):
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
+    vector = torch.randn(3, 5, dtype=torch.float64, requires_grad=True) if bias else None
+    ends = torch.tensor(offsets, dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: dispatch.grouped_linear(x, w, b, ends), (x, weight, vector)
+    )
+
+
+def test_grouped_linear_is_registered_correctly():
+    x, weight, bias = torch.randn(6, 3), torch.randn(3, 5, 3), torch.randn(3, 5)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    inputs = tuple(tensor.requires_grad_() for tensor in (x, weight, bias))
+    torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs, ends))
+    torch.library.opcheck(torch.ops.vqmoe_vision.grouped_linear, (*inputs[:2], None, ends))
+
+
+def test_rows_past_the_last_end_give_zero():
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    out = dispatch.grouped_linear(torch.ones(4, 3), torch.ones(2, 5, 3), torch.ones(2, 5), ends)
+    assert torch.equal(out[2:], torch.zeros(2, 5))
+
+
+def test_a_gradient_that_is_one_expanded_number():
+    experts, x, indices, weights = make_case(6, 3, 1, 8, 8, bias=True)
+    dispatch.run_experts(experts, x, indices, weights).sum().backward()
+    actual = {name: p.grad.clone() for name, p in experts.named_parameters()}
+    experts.zero_grad()
+    naive(experts, x, indices, weights).sum().backward()
+    for name, parameter in experts.named_parameters():
+        torch.testing.assert_close(actual[name], parameter.grad)
+
+
+@given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 2**31))
+def test_plan_sorts_stably_and_counts(num_experts, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, num_experts + 1, (size,), generator=generator)  # E = dropped
+    plan = dispatch.make_plan(indices, num_experts)
+    expected = sorted(range(size), key=lambda a: indices[a].item())  # Python's sort is stable
+    assert plan.order.tolist() == expected
+    assert plan.order[plan.inverse].tolist() == list(range(size))
+    ends = [int((indices <= e).sum()) for e in range(num_experts)]
+    assert plan.offsets.tolist() == ends
+    assert plan.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_combine_is_the_weighted_sum_of_rows(k):
+    rows = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    positions, weights = torch.randint(0, 6, (4, k)), torch.rand(4, k, dtype=torch.float64)
+    weights.requires_grad_()
+    out = dispatch.combine(rows, positions, weights)
+    torch.testing.assert_close(out, torch.einsum('tk,tkd->td', weights, rows[positions]))
+    assert torch.autograd.gradcheck(lambda r, w: dispatch.combine(r, positions, w), (rows, weights))
+
+
+def test_equal_runs_give_equal_bits():
+    experts, x, indices, weights = make_case(50, 4, 2, 8, 16, bias=True)
+    first = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
+    second = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
+    assert all(torch.equal(first[name], second[name]) for name in first)

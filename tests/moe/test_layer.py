@@ -1,0 +1,243 @@
+"""What must hold for the layer of every method and preset; a new method is tested by its entry."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe.codebook import CODEBOOKS
+
+D = 8
+METHOD_PRESETS = [
+    pytest.param(name, {'preset': preset}, id=f'{name}-{preset}')
+    for name, method in METHODS.items()
+    for preset in method.config.PRESETS
+]
+CODEBOOK_CASES = [
+    pytest.param('vqmoe', {'codebook': name}, id=f'vqmoe-{name}')
+    for name in CODEBOOKS
+    if name != METHODS['vqmoe'].config().codebook
+]
+FORM_CASES = [
+    pytest.param('vqmoe', {'form': form}, id=f'vqmoe-{form}') for form in ('discrete', 'continuous')
+]
+CASES = METHOD_PRESETS + CODEBOOK_CASES + FORM_CASES
+every_case = pytest.mark.parametrize(('method', 'options'), CASES)
+
+
+def tokens(batch=4, num_tokens=6):
+    return torch.randn(batch, num_tokens, D)
+
+
+@every_case
+def test_a_tensor_in_a_tensor_of_the_same_shape_out(make_layer, method, options):
+    layer = make_layer(method, **options)
+    for training in (True, False):
+        out = layer.train(training)(tokens())
+        assert isinstance(out, torch.Tensor)
+        assert (out.shape, out.dtype) == ((4, 6, D), torch.float32)
+        assert out.isfinite().all()
+
+
+@every_case
+def test_every_parameter_that_learns_gets_a_gradient(make_layer, method, options):
+    layer = make_layer(method, **options)
+    x = tokens()
+    with collect_losses(layer) as collected:
+        (layer(x).sum() + collected.total()).backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@every_case
+def test_one_token_leaves_no_expert_without_a_gradient(make_layer, method, options):
+    layer = make_layer(method, **options)
+    layer(tokens(1, 1)).sum().backward()
+    for parameter in layer.layer.experts.parameters():
+        assert parameter.grad is not None
+
+
+@every_case
+def test_the_task_reaches_the_input_of_the_layer(make_layer, method, options):
+    layer, x = make_layer(method, **options), tokens().requires_grad_()
+    layer(x).square().sum().backward()
+    assert (x.grad.abs().sum(dim=-1) > 0).all()
+
+
+@every_case
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_forward_changes_no_state(make_layer, snapshot, method, options, training):
+    layer = make_layer(method, **options).train(training)
+    before = snapshot(layer)
+    layer(tokens())
+    with torch.no_grad():
+        layer(tokens())
+    after = layer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@every_case
+def test_collecting_in_eval_mode_changes_no_state(make_layer, snapshot, method, options):
+    layer = make_layer(method, **options).eval()
+    before = snapshot(layer)
+    with collect_losses(layer) as collected:
+        layer(tokens())
+    after = layer.state_dict()
+    assert collected.losses == {}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@every_case
+def test_eval_is_deterministic(make_layer, method, options):
+    layer, x = make_layer(method, **options).eval(), tokens()
+    assert torch.equal(layer(x), layer(x))
+
+
+@every_case
+def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options):
+    layer = make_layer(method, **options)
+    with collect_losses(layer) as collected:
+        layer(tokens().requires_grad_())
+        for name, loss in collected.losses.items():
+            assert name.startswith('layer/')
+            assert (loss.shape, loss.dtype) == ((), torch.float32)
+            assert loss.requires_grad, name
+            assert loss.isfinite()
+
+
+@every_case
+def test_tokens_are_permutation_equivariant(make_layer, method, options):
+    layer, x = make_layer(method, **options).eval(), tokens()
+    shuffle = torch.randperm(6)
+    torch.testing.assert_close(layer(x[:, shuffle]), layer(x)[:, shuffle])
+
+
+@every_case
+def test_an_image_does_not_see_the_others(make_layer, method, options):
+    layer, x = make_layer(method, **options).eval(), tokens(8)
+    together = layer(x)
+    alone = torch.cat([layer(image[None]) for image in x])
+    torch.testing.assert_close(together, alone)
+
+
+@every_case
+def test_bfloat16_autocast_chooses_the_same_experts(make_layer, choices, method, options):
+    layer = make_layer(method, num_experts=16, **options)
+    # 4000 tokens: with logits in bfloat16 about 0.4 % of them would go elsewhere
+    x = tokens(4, 1000)
+    for training in (True, False):
+        layer.train(training)
+        torch.manual_seed(1)  # router noise
+        expected = choices(layer, x)
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16):
+            actual = choices(layer, x)
+        assert len(actual) == len(expected)
+        assert bool(expected) == (method != 'softmoe')
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_case
+def test_bfloat16_tokens_are_routed_in_float32(make_layer, choices, method, options):
+    layer = make_layer(method, num_experts=16, **options).eval()
+    x = tokens(4, 1000).bfloat16()
+    expected = choices(layer, x.float())
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = choices(layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_case
+def test_autocast_gives_the_same_losses(make_layer, method, options):
+    layer, x = make_layer(method, **options), tokens()
+    totals = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with (
+            torch.autocast('cpu', torch.bfloat16, enabled=enabled),
+            collect_losses(layer, update_state=False) as collected,
+        ):
+            layer(x)
+        totals.append(collected.losses)
+    assert totals[0] == totals[1]
+
+
+@every_case
+def test_a_bfloat16_layer_trains(make_layer, method, options):
+    layer, x = make_layer(method, **options).bfloat16(), tokens().bfloat16()
+    with collect_losses(layer) as collected:
+        out = layer(x)
+        (out.float().square().mean() + collected.total()).backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+@every_case
+def test_state_dict_round_trip_in_the_middle_of_training(make_layer, method, options):
+    def train(layer, steps):
+        # without momentum, whose state is not the layer's
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for step in steps:
+            torch.manual_seed(step)
+            with collect_losses(layer) as collected:
+                loss = layer(tokens()).square().mean() + collected.total()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+
+    straight, resumed = make_layer(method, **options), make_layer(method, **options)
+    train(straight, range(3))
+    resumed.load_state_dict(straight.state_dict())
+    train(straight, range(3, 6))
+    train(resumed, range(3, 6))
+    expected, actual = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@every_case
+@settings(max_examples=15)
+@given(
+    batch=st.integers(1, 4),
+    num_tokens=st.integers(1, 7),
+    num_experts=st.sampled_from([2, 3, 4, 8]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_size_is_finite_forward_and_backward(
+    make_layer, method, options, batch, num_tokens, num_experts, seed
+):
+    torch.manual_seed(seed)
+    layer = make_layer(method, num_experts=num_experts, **options)
+    x = tokens(batch, num_tokens).requires_grad_()
+    with collect_losses(layer) as collected:
+        out = layer(x)
+        (out.sum() + collected.total()).backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@every_case
+def test_zero_tokens_vectors_are_finite(make_layer, method, options):
+    layer = make_layer(method, **options)
+    x = torch.zeros(2, 3, D, requires_grad=True)
+    with collect_losses(layer) as collected:
+        (layer(x).sum() + collected.total()).backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+
+
+@every_case
+def test_no_weight_decay_names_parameters(make_layer, method, options):
+    layer = make_layer(method, **options).layer
+    assert layer.no_weight_decay() <= {name for name, _ in layer.named_parameters()}
+
+
+@every_case
+def test_idle_parameters_are_whole_experts(make_layer, method, options):
+    experts = make_layer(method, **options).layer.experts
+    # fc1 16 * 8 + 16 and fc2 8 * 16 + 8 numbers in an expert
+    idle, rest = divmod(make_layer(method, **options).layer.idle_params(), 280)
+    assert rest == 0
+    assert 0 <= idle < experts.num_experts

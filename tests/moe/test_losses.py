@@ -1,0 +1,140 @@
+"""Known answers of the auxiliary losses, their extremes and their gradients."""
+
+import math
+
+import pytest
+import torch
+
+from vqmoe_vision.moe import losses
+
+# rows sum to 1; from the unit tests of google-research/vmoe, arithmetic redone below
+GATES = torch.tensor([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]])
+
+
+def test_load_balance_known_answer():
+    # argmax 0, 2, 2, 0: f = (1/2, 0, 1/2); P = (1.7, 1.1, 1.2) / 4
+    # 3 * (1/2 * 1.7 / 4 + 1/2 * 1.2 / 4) = 3 * 2.9 / 8 = 1.0875
+    value = losses.load_balance(GATES, GATES.argmax(dim=1, keepdim=True))
+    torch.testing.assert_close(value, torch.tensor(1.0875))
+
+
+def test_importance_known_answer():
+    # sums (1.7, 1.1, 1.2), mean 4/3, deviations (11, -7, -4) / 30
+    # var = (121 + 49 + 16) / 900 / 3 = 0.0688889; over (4/3)^2 = 1.7777778: 0.03875
+    torch.testing.assert_close(losses.importance(GATES), torch.tensor(0.03875))
+
+
+def test_load_known_answer():
+    # vmoe's oracle: noisy = logits + noise; threshold = 2nd largest noisy logit
+    # = (.086, .225, .173); chances = 1 - Phi((threshold - logit) / .1), mean over tokens, then
+    # var / mean^2 = 0.485738
+    logits = torch.tensor([[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]])
+    noise = torch.tensor(
+        [[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]]
+    )
+    normal = torch.distributions.Normal(0.0, 1.0)
+    threshold = torch.tensor([[0.086], [0.225], [0.173]])
+    chance = (1 - normal.cdf((threshold - logits) / 0.1)).mean(dim=0)
+    by_hand = ((chance - chance.mean()) ** 2).mean() / chance.mean() ** 2
+    value = losses.load(logits, logits + noise, noise_std=0.1, top_k=2)
+    torch.testing.assert_close(value, by_hand)
+    torch.testing.assert_close(value, torch.tensor(0.485738), rtol=0, atol=1e-6)
+
+
+def test_load_of_a_threshold_reached_without_noise_is_one_half():
+    # one token, K = 1, no noise drawn: the threshold is its own logit, 1 - Phi(0) = 1/2; the
+    # other expert is 100 standard deviations below. Mean 1/4, var 1/16: 1
+    logits = torch.tensor([[1.0, 0.0]])
+    value = losses.load(logits, logits, noise_std=0.01, top_k=1)
+    torch.testing.assert_close(value, torch.tensor(1.0))
+
+
+def test_router_z_of_zero_logits():
+    # logsumexp of eight zeros = ln 8 = 2.0794; squared 4.3241
+    value = losses.router_z(torch.zeros(5, 8))
+    torch.testing.assert_close(value, torch.tensor(math.log(8) ** 2))
+    torch.testing.assert_close(value, torch.tensor(4.3241), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize('top_k', [1, 2, 4])
+def test_load_balance_is_one_at_even_routing(top_k):
+    num_experts, tokens = 8, 16
+    first = torch.arange(tokens) % num_experts
+    indices = torch.stack([(first + i) % num_experts for i in range(top_k)], dim=1)
+    probs = torch.full((tokens, num_experts), 1 / num_experts)
+    torch.testing.assert_close(losses.load_balance(probs, indices), torch.tensor(1.0))
+
+
+def test_load_balance_is_num_experts_at_collapse():
+    probs = torch.zeros(10, 8)
+    probs[:, 3] = 1
+    indices = torch.full((10, 1), 3)
+    torch.testing.assert_close(losses.load_balance(probs, indices), torch.tensor(8.0))
+
+
+def test_load_balance_gradient_is_the_load():
+    # d loss / d probs[t, i] = E * f_i / T: nothing comes through f
+    probs = torch.rand(6, 3).softmax(dim=-1).requires_grad_()
+    indices = torch.tensor([[0], [0], [0], [1], [1], [2]])
+    losses.load_balance(probs, indices).backward()
+    share = torch.tensor([3, 2, 1]) / 6
+    torch.testing.assert_close(probs.grad, (3 * share / 6).expand(6, 3))
+
+
+def test_squared_variation_is_differentiable_at_exact_balance():
+    values = torch.full((4,), 2.5, requires_grad=True)
+    loss = losses.squared_variation(values)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(values.grad, torch.zeros(4))
+
+
+def test_importance_has_a_gradient_away_from_balance():
+    gates = GATES.clone().requires_grad_()
+    losses.importance(gates).backward()
+    # an expert above the mean is pushed down: expert 0 has 1.7 > 4/3
+    assert (gates.grad[:, 0] > 0).all()
+    assert (gates.grad[:, 1] < 0).all()
+
+
+def test_load_gradient_reaches_logits_and_threshold():
+    logits = torch.tensor([[0.3, 0.2, 0.1]], requires_grad=True)
+    noisy = torch.tensor([[0.3, 0.25, 0.1]], requires_grad=True)
+    losses.load(logits, noisy, noise_std=0.1, top_k=2).backward()
+    assert (logits.grad != 0).all()
+    # only the threshold, the 2nd largest, has one
+    assert (noisy.grad != 0).tolist() == [[False, True, False]]
+
+
+def test_load_without_noise_is_refused():
+    with pytest.raises(AssertionError, match='noise'):
+        losses.load(torch.zeros(2, 3), torch.zeros(2, 3), noise_std=0.0, top_k=1)
+
+
+def test_overload_known_answer():
+    # T = 4, E = 2, counts (3, 1), n = 2: excess (1/2, -1/2)
+    # (0.5 * (0.2 + 0.4 + 0.6) - 0.5 * 0.8) / 4 = 0.2 / 4 = 0.05
+    gates = torch.tensor([[0.2], [0.4], [0.6], [0.8]])
+    indices = torch.tensor([[0], [0], [0], [1]])
+    torch.testing.assert_close(losses.overload(gates, indices, 2), torch.tensor(0.05))
+
+
+def test_overload_is_zero_at_even_counts():
+    gates = torch.rand(8, 1)
+    indices = torch.arange(8)[:, None] % 4
+    assert losses.overload(gates, indices, 4).item() == 0
+
+
+def test_overload_can_be_negative():
+    # same counts, the idle expert has the large gate: (0.5 * 0.03 - 0.5 * 0.99) / 4 < 0
+    gates = torch.tensor([[0.01], [0.01], [0.01], [0.99]])
+    indices = torch.tensor([[0], [0], [0], [1]])
+    torch.testing.assert_close(losses.overload(gates, indices, 2), torch.tensor(-0.12))
+
+
+def test_overload_pushes_busy_experts_down_and_idle_ones_up():
+    gates = torch.full((4, 1), 0.5, requires_grad=True)
+    indices = torch.tensor([[0], [0], [0], [1]])
+    losses.overload(gates, indices, 2).backward()
+    # descent follows -grad: excess / T = (+1/8, -1/8)
+    torch.testing.assert_close(gates.grad, torch.tensor([[0.125], [0.125], [0.125], [-0.125]]))
