@@ -291,7 +291,8 @@ class StableMoEMlp(RoutedMlp):
 
     def apply_update(self) -> bool:
         """Count an update; freeze the distilled router at the end of stage 1."""
-        return self.router.distilled.advance(self.router.stage1_steps)
+        # statistics may be collected in eval mode, which is no step of training
+        return self.training and self.router.distilled.advance(self.router.stage1_steps)
 
 
 def set_stage1_steps(model: nn.Module, steps: int) -> None:
