@@ -110,12 +110,12 @@ class SoftMoEMlp(MoeLayer):
     def compute(self, x: Tensor) -> Tensor:
         """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
         batch, _, width = x.shape
-        if self.token_norm is not None:
-            x = self.token_norm(x)
+        dtype = compute_dtype(x)
         with full_precision(x):
+            if self.token_norm is not None:
+                x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
             logits = self.mixing_logits(x)
             dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
-        dtype = compute_dtype(x)
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # sorted by expert: (B, S, D) -> (E, B, P, D) -> (E * B * P, D)
         rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1).reshape(-1, width)
