@@ -3,7 +3,7 @@
 Legend: B images, L patches, N tokens, D width.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: TorchScript reads the annotations of methods as types
 
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.methods.stablemoe import RawPatches, StableMoEMlp
+from ..moe.scripting import StaysPython
 
 
-class RawPatchEmbed(PatchEmbed):
+class RawPatchEmbed(StaysPython, PatchEmbed):
     """timm's `PatchEmbed` that also hands the raw patches to the routers.
 
     Args:
@@ -29,15 +30,14 @@ class RawPatchEmbed(PatchEmbed):
         super().__init__(**kwargs)
         self.source = source
 
-    @torch.jit.ignore
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Embed patches; (B, channels, height, width) -> (B, L, D), or (B, rows, columns, D)."""
         height, width = x.shape[-2:]
         rows, columns = self.dynamic_feat_size((height, width))
         down = max(rows * self.patch_size[0] - height, 0)
         right = max(columns * self.patch_size[1] - width, 0)
         self.source.read(F.pad(x, (0, right, 0, down)), (rows, columns))
-        return super().forward(x)
+        return PatchEmbed.forward(self, x)
 
 
 class StableBlock(Block):

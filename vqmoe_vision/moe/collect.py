@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .routing import perplexity
+from .scripting import StaysPython
 
 _UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
@@ -54,7 +55,7 @@ class Recorder:
         self.active, self.losses, self.stats = False, [], []
 
 
-class MoeLayer(nn.Module):
+class MoeLayer(StaysPython):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
     A subclass implements `compute`, reports with `record`, and, if it has state that learns without
@@ -66,9 +67,7 @@ class MoeLayer(nn.Module):
         self.recorder = Recorder()
         self._updated = False
 
-    # TorchScript calls back into Python here: a MoE layer scripts, but does not serialise
-    @torch.jit.ignore
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Apply the layer; (B, N, D) -> (B, N, D).
 
         Raises:

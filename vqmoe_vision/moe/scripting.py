@@ -1,0 +1,42 @@
+"""Modules that stay Python inside a model compiled by torch.jit.script."""
+
+# no `from __future__ import annotations`: TorchScript reads the annotations of `forward` as types
+
+from typing import ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+_scripted: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+class StaysPython(nn.Module):
+    """Base of modules with code that TorchScript cannot compile; subclasses implement `run`.
+
+    The compiled model calls back into Python, where it finds this very module by its handle. Such
+    a model runs, but does not serialise.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ['__jit_ignored_attributes__']
+
+    @property
+    def __jit_ignored_attributes__(self) -> list[str]:
+        # submodules are not compiled; keeping the bound `run` keeps this module alive
+        return ['run', *self._modules]
+
+    def __prepare_scriptable__(self) -> 'StaysPython':
+        self.script_handle = id(self)
+        _scripted[self.script_handle] = self
+        return self
+
+    @torch.jit.ignore
+    def forward(self, x: Tensor) -> Tensor:
+        """As `run`."""
+        # inside a compiled model, `self` is a shell that knows nothing but the handle
+        module = self if isinstance(self, StaysPython) else _scripted[self.script_handle]
+        return module.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the module computes."""
+        raise NotImplementedError
