@@ -14,7 +14,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='auto'),
 )
-log_processor = dict(type='MoeLogProcessor', window_size=50)
+log_processor = dict(type='MoeLogProcessor', window_size=10)
 visualizer = dict(
     type='Visualizer',
     vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],

@@ -1,5 +1,6 @@
 """Log lines that stay readable with many MoE layers."""
 
+import re
 from typing import Any
 
 from mmengine.registry import LOG_PROCESSORS
@@ -12,18 +13,18 @@ class MoeLogProcessor(LogProcessor):
 
     They go to TensorBoard and the JSON log at every logged iteration; a line of text per epoch and
     layer comes from `MoeStateHook`.
-
-    Args:
-        **kwargs: As for mmengine's `LogProcessor`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(log_with_hierarchy=True, **kwargs)
+    def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:
+        """As mmengine's, without `<layer>/<name>: <value>` in the text.
 
-    def _collect_scalars(
-        self, custom_cfg: list, runner: Any, mode: str, reserve_prefix: bool = False
-    ) -> dict:
-        scalars = super()._collect_scalars(custom_cfg, runner, mode, reserve_prefix)
-        if reserve_prefix:  # for TensorBoard and JSON
-            return scalars
-        return {name: value for name, value in scalars.items() if '/' not in name}
+        Args:
+            runner: The runner.
+            batch_idx: Index of the batch in the epoch.
+            mode: 'train', 'val' or 'test'.
+
+        Returns:
+            Scalars by name, and the line of text.
+        """
+        scalars, text = super().get_log_after_iter(runner, batch_idx, mode)
+        return scalars, re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)

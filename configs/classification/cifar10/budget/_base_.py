@@ -12,19 +12,19 @@ model = dict(
     global_pool='avg',
 )
 optim_wrapper = dict(
-    type='CpuAmpOptimWrapper',
+    type='OptimWrapper',
     constructor='TimmOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-train_cfg = dict(by_epoch=True, max_epochs=12)
+train_cfg = dict(by_epoch=True, max_epochs=10)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, end=1, convert_to_iter_based=True),
     dict(
         type='CosineAnnealingLR',
         begin=1,
-        end=12,
-        T_max=11,
+        end=10,
+        T_max=9,
         eta_min=1e-5,
         convert_to_iter_based=True,
     ),

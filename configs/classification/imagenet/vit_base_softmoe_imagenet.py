@@ -1,0 +1,3 @@
+# twice as many slots as the 197 tokens, about
+_base_ = ['../../_base_/models/vit_base_softmoe.py', '_base_.py']
+model = dict(slots_per_expert=98, **_base_.task)
