@@ -161,7 +161,7 @@ def _group(rows: Tensor, start: int, end: int) -> Tensor:
 
 
 def _product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
-    """out = rows @ matrix + bias, without the rows that `_group` added."""
+    """Write rows @ matrix + bias into out, without the rows that `_group` added."""
     if len(rows) > len(out):
         product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
         out.copy_(product[: len(out)])
