@@ -47,14 +47,17 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
     Raises:
         ValueError: If the specification is not understood or selects no or missing blocks.
     """
-    allowed = f"'everyN', 'lastN', or block indices below depth={depth}"
+    allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
     if isinstance(moe_layers, str):
         match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
         check(match is not None, 'moe_layers', moe_layers, allowed)
         assert match is not None
         kind, count = match[1], int(match[2])
-        chosen = range(depth)[1::2][-count:] if kind == 'last' else range(depth)[count - 1 :: count]
+        every_second = range(depth)[1::2]
+        check(kind == 'every' or count <= len(every_second), 'moe_layers', moe_layers, allowed)
+        chosen = every_second[-count:] if kind == 'last' else range(depth)[count - 1 :: count]
     else:
+        check(isinstance(moe_layers, Sequence), 'moe_layers', moe_layers, allowed)
         chosen = sorted(set(moe_layers))
     possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
     check(possible, 'moe_layers', moe_layers, allowed)
@@ -96,6 +99,8 @@ class MoeVisionTransformer(VisionTransformer):
         context['num_prefix_tokens'] = self.num_prefix_tokens
         context['num_tokens'] = self.patch_embed.num_patches + self.num_prefix_tokens
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
+            has_mlp = hasattr(self.blocks[i], 'mlp')
+            check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
             self.blocks[i].mlp = self._build_moe(kwargs, context)
         self.fix_init = fix_init
         if fix_init:
@@ -157,7 +162,7 @@ def _check_vit_arguments(kwargs: dict[str, Any]) -> None:
         ValueError: For arguments that cannot work together.
     """
     dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
-    check(dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
+    check(heads >= 1 and dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
     check(
         not kwargs.get('scale_mlp_norm'),
         'scale_mlp_norm',
@@ -165,12 +170,14 @@ def _check_vit_arguments(kwargs: dict[str, Any]) -> None:
         'False, experts have no norm between their layers',
     )
     image, patch = to_2tuple(kwargs.get('img_size', 224)), to_2tuple(kwargs.get('patch_size', 16))
+    check(min(patch) >= 1, 'patch_size', kwargs.get('patch_size', 16), 'at least 1')
     fits = all(size % part == 0 for size, part in zip(image, patch, strict=True))
     check(
-        fits or kwargs.get('dynamic_img_pad', False),
+        fits or bool(kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')),
         'img_size',
         kwargs.get('img_size', 224),
-        f'a multiple of patch_size={patch[0]}x{patch[1]}, or any with dynamic_img_pad=True',
+        f'a multiple of patch_size={patch[0]}x{patch[1]}, or any with both '
+        'dynamic_img_size=True and dynamic_img_pad=True',
     )
 
 
