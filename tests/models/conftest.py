@@ -1,0 +1,95 @@
+"""Tiny models of every method, and of every preset that runs other code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vqmoe_vision.models  # noqa: F401  registers the models
+from vqmoe_vision import collect_losses
+from vqmoe_vision.moe import METHODS
+
+# 16 patches and a class token per image; blocks 1 and 3 are MoE
+TINY = {
+    'img_size': 32,
+    'patch_size': 8,
+    'embed_dim': 32,
+    'depth': 4,
+    'num_heads': 2,
+    'num_classes': 10,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{method: {} for method in METHODS},
+    'smoe-group': {'preset': 'group'},
+    'smoe-capacity': {'capacity_factor': 1.0, 'batch_prioritized': True, 'z_weight': 0.001},
+    'xmoe-group': {'preset': 'group'},
+    'xmoe-sigmoid': {'gate': 'sigmoid', 'top_k': 2},
+    'stablemoe-group': {'preset': 'group'},
+    'softmoe-lucidrains': {'preset': 'lucidrains'},
+    'vqmoe-official': {'preset': 'official'},
+    'vqmoe-discrete': {'form': 'discrete'},
+    'vqmoe-continuous': {'form': 'continuous'},
+    'vqmoe-gradient': {'codebook': 'gradient', 'num_codes': 16},
+    'vqmoe-simvq': {'codebook': 'simvq', 'expert_input': 'ste'},
+    'vqmoe-cvq': {'codebook': 'cvq'},
+}
+
+Make = Callable[..., nn.Module]
+
+
+def make(method: str, **kwargs: Any) -> nn.Module:
+    return timm.create_model(f'vit_tiny_{method}', **{**TINY, **kwargs})
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny(method: str) -> Make:
+    """Builds a tiny model of each method in turn."""
+    return lambda **kwargs: make(method, **kwargs)
+
+
+@pytest.fixture(params=VARIANTS)
+def tiny_variant(request: pytest.FixtureRequest) -> Make:
+    """Builds a tiny model of each method, preset and form in turn."""
+    method, options = request.param.split('-')[0], VARIANTS[request.param]
+    return lambda **kwargs: make(method, **{**options, **kwargs})
+
+
+@pytest.fixture
+def make_tiny() -> Make:
+    """Builds a tiny model of a named method."""
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32)
+
+
+@pytest.fixture
+def train_step() -> Callable[..., torch.Tensor]:
+    """One step of the loop that users are told to write; returns the loss."""
+
+    def step(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        model.train()
+        model.zero_grad()
+        with collect_losses(model) as collected:
+            loss = nn.functional.cross_entropy(model(images), targets) + collected.total()
+            loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.detach()
+
+    return step

@@ -1,0 +1,287 @@
+"""Names, sizes, options and their mistakes."""
+
+from dataclasses import fields
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, ParallelScalingBlock
+from torch import nn
+
+from vqmoe_vision.models import MoeVisionTransformer
+from vqmoe_vision.models.vit_moe import SIZES, resolve_moe_layers
+from vqmoe_vision.moe import METHODS, MoeLayer
+
+NAMES = timm.list_models(module='vit_moe')
+
+# one value that is possible and is not the default, for every option of every method
+OTHER_VALUES = {
+    'num_experts': 4,
+    'expert_mlp_ratio': 2.0,
+    'top_k': 3,
+    'renormalize': True,
+    'router_bias': True,
+    'router_noise': 0.5,
+    'importance_weight': 0.1,
+    'load_weight': 0.1,
+    'balance_weight': 0.2,
+    'z_weight': 0.1,
+    'capacity_factor': 1.5,
+    'eval_capacity_factor': 1.5,
+    'batch_prioritized': True,
+    'gate': 'sigmoid',
+    'router_dim': 3,
+    'temperature': 0.5,
+    'learn_temperature': False,
+    'balance_temperature': 0.5,
+    'normalize_tokens': False,
+    'stage1_steps': 7,
+    'distill_weight': 0.5,
+    'two_stage': False,
+    'slots_per_expert': 3,
+    'slot_norm': 'rms',
+    'form': 'discrete',
+    'num_codes': 16,
+    'codebook': 'plain',
+    'commitment': 0.5,
+    'vq_weight': 0.5,
+    'expert_input': 'ste',
+    'code_share': 0.5,
+    'input_norm': False,
+    'output_norm': True,
+    'train_router': False,
+}
+NEEDS = {
+    'renormalize': {'top_k': 2},
+    'batch_prioritized': {'capacity_factor': 1.0},
+    'two_stage': {'top_k': 2},
+    'train_router': {'balance_weight': 0.0},
+}
+OPTIONS = [(m, field.name) for m in METHODS for field in fields(METHODS[m].config)]
+
+IMPOSSIBLE = [
+    ('smoe', {'num_experts': 0}, 'num_experts=0', 'at least 1'),
+    ('smoe', {'num_experts': 2, 'top_k': 3}, 'top_k=3', 'between 1 and num_experts=2'),
+    ('xmoe', {'num_experts': 1, 'top_k': 2}, 'top_k=2', 'between 1 and num_experts=1'),
+    ('stablemoe', {'top_k': 0}, 'top_k=0', 'between 1 and num_experts=8'),
+    ('smoe', {'expert_mlp_ratio': 0}, 'expert_mlp_ratio=0', 'above 0'),
+    ('smoe', {'preset': 'nonsense'}, "preset='nonsense'", "['group', 'paper']"),
+    ('smoe', {'renormalize': True, 'top_k': 1}, 'renormalize=True', 'False when top_k=1'),
+    ('smoe', {'router_noise': 0.0}, 'load_weight=0.005', '0 when router_noise=0'),
+    ('smoe', {'z_weight': -1.0}, 'z_weight=-1.0', 'at least 0'),
+    ('smoe', {'capacity_factor': 0.0}, 'capacity_factor=0.0', 'None for dropless'),
+    ('smoe', {'batch_prioritized': True}, 'batch_prioritized=True', 'capacity_factor is set'),
+    ('xmoe', {'gate': 'tanh'}, "gate='tanh'", "['sigmoid', 'softmax']"),
+    ('xmoe', {'router_dim': 0}, 'router_dim=0', 'at least 1'),
+    ('xmoe', {'temperature': 0.0}, 'temperature=0.0', 'above 0'),
+    ('stablemoe', {'stage1_steps': 0}, 'stage1_steps=0', 'at least 1'),
+    ('stablemoe', {'two_stage': False}, 'top_k=1', 'at least 2'),
+    ('stablemoe', {'patch_drop_rate': 0.1}, 'patch_drop_rate=0.1', '0, StableMoE'),
+    ('stablemoe', {'block_fn': Block}, 'block_fn=', 'not set'),
+    ('stablemoe', {'embed_layer': nn.Identity}, 'embed_layer=', 'not set'),
+    ('softmoe', {'slots_per_expert': 0}, 'slots_per_expert=0', 'at least 1'),
+    ('softmoe', {'slot_norm': 'l1'}, "slot_norm='l1'", "'l2' or 'rms'"),
+    ('vqmoe', {'form': 'both'}, "form='both'", "('full', 'discrete', 'continuous')"),
+    ('vqmoe', {'codebook': 'fsq'}, "codebook='fsq'", "'ema'"),
+    ('vqmoe', {'num_codes': 12}, 'num_codes=12', 'multiple of num_experts=8'),
+    ('vqmoe', {'num_codes': 4}, 'num_codes=4', 'multiple of num_experts=8'),
+    ('vqmoe', {'code_share': 1.5}, 'code_share=1.5', 'between 0 and 1'),
+    ('vqmoe', {'expert_input': 'x'}, "expert_input='x'", "'mix'"),
+    ('vqmoe', {'train_router': False}, 'balance_weight=0.01', '0 with train_router=False'),
+    ('vqmoe', {'num_heads': 3}, 'num_heads=3', 'a divisor of embed_dim=32'),
+    ('vqmoe', {'num_heads': 0}, 'num_heads=0', 'a divisor of embed_dim=32'),
+    ('vqmoe', {'img_size': 33}, 'img_size=33', 'a multiple of patch_size=8x8'),
+    (
+        'vqmoe',
+        {'img_size': 33, 'dynamic_img_pad': True},
+        'img_size=33',
+        'both dynamic_img_size=True and dynamic_img_pad=True',
+    ),
+    ('vqmoe', {'img_size': (32, 36)}, 'img_size=(32, 36)', 'a multiple of patch_size=8x8'),
+    ('vqmoe', {'patch_size': 0}, 'patch_size=0', 'at least 1'),
+    ('vqmoe', {'scale_mlp_norm': True}, 'scale_mlp_norm=True', 'False'),
+    ('vqmoe', {'block_fn': ParallelScalingBlock}, 'block_fn=', 'mlp'),
+    ('vqmoe', {'moe_layers': 'every0'}, "moe_layers='every0'", "'everyN'"),
+    ('vqmoe', {'moe_layers': 'every5'}, "moe_layers='every5'", 'depth=4'),
+    ('vqmoe', {'moe_layers': 'last3'}, "moe_layers='last3'", 'depth=4'),
+    ('vqmoe', {'moe_layers': 'first2'}, "moe_layers='first2'", "'lastN'"),
+    ('vqmoe', {'moe_layers': [4]}, 'moe_layers=[4]', 'blocks of depth=4'),
+    ('vqmoe', {'moe_layers': [-1]}, 'moe_layers=[-1]', 'blocks of depth=4'),
+    ('vqmoe', {'moe_layers': []}, 'moe_layers=[]', 'blocks of depth=4'),
+    ('vqmoe', {'moe_layers': 1}, 'moe_layers=1', 'block indices'),
+]
+
+
+def moe_blocks(model: nn.Module) -> list[int]:
+    return [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
+
+
+def test_the_twenty_names_exist() -> None:
+    expected = {f'vit_{size}_{method}' for size in SIZES for method in METHODS}
+    assert len(expected) == 20
+    assert set(NAMES) == expected
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_default_size_and_placement(name: str) -> None:
+    _, size, method = name.split('_')
+    model = timm.create_model(name, device='meta')
+    dense = timm.create_model(f'vit_{size}_patch16_224', device='meta')
+
+    assert isinstance(model, MoeVisionTransformer)
+    assert (model.method, model.num_classes) == (method, 1000)
+    assert model.patch_embed.img_size == (224, 224)
+    assert moe_blocks(model) == list(range(len(dense.blocks)))[1::2]
+    experts = model.blocks[1].mlp.experts
+    hidden, width = dense.blocks[1].mlp.fc1.weight.shape
+    assert experts.fc1.weight.shape == (8, hidden, width)
+    assert experts.fc2.weight.shape == (8, width, hidden)
+    # nothing but the MLPs differs from timm's model of the same size
+    others = {k: v.shape for k, v in dense.state_dict().items() if '.mlp.' not in k}
+    own = {k: v.shape for k, v in model.state_dict().items() if '.mlp.' not in k}
+    assert own == others
+
+
+@pytest.mark.parametrize(
+    ('layers', 'depth', 'expected'),
+    [
+        ('every2', 5, (1, 3)),
+        ('every2', 6, (1, 3, 5)),
+        ('every1', 3, (0, 1, 2)),
+        ('every3', 7, (2, 5)),
+        ('last2', 12, (9, 11)),  # V-MoE's Last 2 of a B/16
+        ('last1', 4, (3,)),
+        ([2, 0, 2], 3, (0, 2)),
+        ((1,), 3, (1,)),
+        (range(2), 4, (0, 1)),
+    ],
+)
+def test_which_blocks_are_moe(layers: object, depth: int, expected: tuple[int, ...]) -> None:
+    assert resolve_moe_layers(layers, depth) == expected
+
+
+def test_placement_reaches_the_model(tiny) -> None:
+    assert moe_blocks(tiny(moe_layers=[0, 2])) == [0, 2]
+
+
+def test_every_option_has_a_value_to_try() -> None:
+    assert {name for _, name in OPTIONS} == OTHER_VALUES.keys()
+
+
+@pytest.mark.parametrize(('method', 'option'), OPTIONS)
+def test_every_option_is_a_keyword(make_tiny, images, method: str, option: str) -> None:
+    value = OTHER_VALUES[option]
+    options = {**NEEDS.get(option, {}), option: value}
+    model = make_tiny(method, depth=2, **options)
+    default = getattr(METHODS[method].config(), option)
+
+    assert value != default, 'the other value must differ from the default'
+    assert getattr(model.moe_config, option) == value
+    assert model.eval()(images).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'method', [name for name, method in METHODS.items() for _ in method.config.PRESETS]
+)
+def test_an_option_wins_over_its_preset(make_tiny, method: str) -> None:
+    for preset, values in METHODS[method].config.PRESETS.items():
+        config = make_tiny(method, depth=2, preset=preset, num_experts=4).moe_config
+        assert config.num_experts == 4
+        assert values == {name: getattr(config, name) for name in values}
+
+
+def test_options_of_the_vit_reach_the_experts(tiny) -> None:
+    model = tiny(mlp_ratio=2.0, act_layer='relu', proj_bias=False, proj_drop_rate=0.3)
+    experts = model.blocks[1].mlp.experts
+    assert experts.fc1.weight.shape[1] == 64
+    assert isinstance(experts.act, nn.ReLU)
+    assert experts.fc1.bias is None and experts.fc2.bias is None
+    assert experts.drop1.p == experts.drop2.p == 0.3
+
+
+def test_experts_may_be_narrower_than_the_dense_mlp(tiny) -> None:
+    model = tiny(mlp_ratio=4.0, expert_mlp_ratio=1.0)
+    assert model.blocks[0].mlp.fc1.weight.shape[0] == 128
+    assert model.blocks[1].mlp.experts.fc1.weight.shape[1] == 32
+
+
+def test_an_unknown_keyword_is_a_type_error(tiny) -> None:
+    with pytest.raises(TypeError, match='num_expert'):
+        tiny(num_expert=4)
+
+
+@pytest.mark.parametrize(
+    ('method', 'option'),
+    [
+        ('smoe', 'slots_per_expert'),
+        ('softmoe', 'top_k'),
+        ('xmoe', 'z_weight'),
+        ('stablemoe', 'codebook'),
+        ('vqmoe', 'capacity_factor'),
+    ],
+)
+def test_an_option_of_another_method_is_a_type_error(make_tiny, method: str, option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        make_tiny(method, **{option: OTHER_VALUES[option]})
+
+
+@pytest.mark.parametrize(('method', 'options', 'found', 'allowed'), IMPOSSIBLE)
+def test_an_impossible_value_names_field_value_and_what_is_allowed(
+    make_tiny, method: str, options: dict, found: str, allowed: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        make_tiny(method, **options)
+    message = str(error.value)
+    assert found in message.split(' is not possible')[0]
+    assert allowed in message.split('is not possible: ')[1]
+    assert '\n' not in message
+
+
+def test_padding_lifts_the_demand_on_the_image_size(tiny) -> None:
+    model = tiny(img_size=33, dynamic_img_size=True, dynamic_img_pad=True)
+    assert model.eval()(torch.randn(2, 3, 33, 33)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'class_token': False, 'global_pool': 'avg'},
+        {'reg_tokens': 4},
+        {'reg_tokens': 2, 'no_embed_class': True, 'global_pool': 'avg'},
+        {'in_chans': 1},
+        {'global_pool': 'map'},
+        {'pos_embed': 'none'},
+    ],
+    ids=str,
+)
+def test_other_tokens_and_channels(tiny, kwargs: dict) -> None:
+    model = tiny(**kwargs).eval()
+    assert model(torch.randn(2, kwargs.get('in_chans', 3), 32, 32)).shape == (2, 10)
+    assert str(model)
+
+
+def test_fix_init_scales_experts_as_it_scales_dense_layers(tiny) -> None:
+    torch.manual_seed(0)
+    plain = tiny()
+    torch.manual_seed(0)
+    fixed = tiny(fix_init=True)
+    # block i is divided by sqrt(2 (i + 1)): 2 for i = 1
+    torch.testing.assert_close(
+        fixed.blocks[1].mlp.experts.fc2.weight, plain.blocks[1].mlp.experts.fc2.weight / 2
+    )
+    torch.testing.assert_close(
+        fixed.blocks[1].attn.proj.weight, plain.blocks[1].attn.proj.weight / 2
+    )
+    # 2^0.5 for i = 0
+    torch.testing.assert_close(
+        fixed.blocks[0].mlp.fc2.weight, plain.blocks[0].mlp.fc2.weight / 2**0.5
+    )
+
+
+def test_the_same_seed_builds_the_same_model(tiny) -> None:
+    torch.manual_seed(3)
+    first = tiny().state_dict()
+    torch.manual_seed(3)
+    second = tiny().state_dict()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
