@@ -172,6 +172,10 @@ class Codebook(nn.Module):
         stats = UsageStats(usage, sums / x.shape[0], x[::stride][:SAMPLE_SIZE].clone())
         self._pending.append(stats)
 
+    def discard(self) -> None:
+        """Forget the observed passes."""
+        self._pending = []
+
     @torch.no_grad()
     def update(self) -> bool:
         """Learn from the observed passes of all ranks; returns whether the codes changed."""
@@ -302,7 +306,8 @@ class EmaCodebook(GradientCodebook):
 class SimVQCodebook(Codebook):
     """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038).
 
-    Moving the layer for one selected code moves all codes, so none is left behind.
+    Moving the layer for one selected code moves all codes, so that few are left behind. But it has
+    no data-dependent start: a large mean that all tokens share still lets one code win all.
     """
 
     frozen_embed: Tensor

@@ -19,6 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,18 @@ def in_recomputation() -> bool:
 
 
 class Recorder:
-    """Keeps what a layer reports while a `collect_losses` block is open."""
+    """Keeps what a layer reports while a `collect_losses` block is open.
+
+    Copies and pickles of a model start closed and empty.
+    """
 
     def __init__(self) -> None:
         self.active = False
         self.losses: list[tuple[str, Tensor]] = []
         self.stats: list[tuple[str, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'active': False, 'losses': [], 'stats': []}
 
     def start(self) -> None:
         """Begin to keep."""
@@ -97,11 +104,15 @@ class MoeLayer(StaysPython):
 
     def update(self) -> None:
         """Apply what the last block collected for the state of this layer."""
-        self._updated = self.apply_update()
+        # an update with nothing to learn does not undo the one before
+        self._updated = self.apply_update() or self._updated
 
     def apply_update(self) -> bool:
         """Change state that learns without gradients; returns whether it changed."""
         return False
+
+    def discard(self) -> None:
+        """Forget what the next update would learn from, as the block ended in an error."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay should leave alone."""
@@ -229,6 +240,10 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
     try:
         yield collected
         collected._close()
+    except BaseException:
+        for layer in layers.values():
+            layer.discard()
+        raise
     finally:
         for layer in layers.values():
             layer.recorder.stop()

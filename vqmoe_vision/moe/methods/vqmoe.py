@@ -300,6 +300,11 @@ class VQMoEMlp(MoeLayer):
         """Let the codebook learn from what it observed."""
         return self.quantizer is not None and self.quantizer.codebook.update()
 
+    def discard(self) -> None:
+        """Let the codebook forget what it observed."""
+        if self.quantizer is not None:
+            self.quantizer.codebook.discard()
+
     def macs(self, num_tokens: int) -> int:
         """Router, code search and gate, and one expert per branch, for every token."""
         width, per_token = self.experts.fc1.in_features, 0
