@@ -1,0 +1,411 @@
+"""How losses leave a model, and when state changes."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from vqmoe_vision.moe import METHODS, MoeLayer, collect, collect_losses, moe_layers, update_state
+from vqmoe_vision.moe.codebook import CODEBOOKS
+
+D = 8
+CASES = [pytest.param(name, {}, id=name) for name in METHODS] + [
+    pytest.param('smoe', {'preset': 'group'}, id='smoe-group'),
+    pytest.param('smoe', {'capacity_factor': 0.5, 'batch_prioritized': True}, id='smoe-capacity'),
+    pytest.param('smoe', {'balance_weight': 0.1, 'z_weight': 0.1}, id='smoe-all-losses'),
+    pytest.param('xmoe', {'top_k': 2}, id='xmoe-top2'),
+    pytest.param('stablemoe', {'stage1_steps': 1}, id='stablemoe-stage2'),
+    *(
+        pytest.param('vqmoe', {'codebook': name, 'expert_input': 'ste'}, id=f'vqmoe-{name}')
+        for name in CODEBOOKS
+    ),
+]
+every_case = pytest.mark.parametrize(('method', 'options'), CASES)
+every_method = pytest.mark.parametrize('method', METHODS)
+# layers that report losses
+LOSSY = [name for name in METHODS if name != 'softmoe']
+
+
+class Reporter(MoeLayer):
+    """Reports its input as loss and statistic, and counts updates in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer('updates', torch.zeros(()))
+
+    def compute(self, x):
+        loss = self.scale * x.mean()
+        self.record({'loss': loss}, {'mean': loss.detach(), 'share': torch.tensor([0.5, 0.5, 0.0])})
+        return self.scale * x
+
+    def apply_update(self):
+        self.updates += 1
+        return True
+
+
+def tokens():
+    return torch.randn(4, 6, D)
+
+
+def step(model, x, **options):
+    """Losses and gradients of one training step, without an optimizer."""
+    model.zero_grad(set_to_none=True)
+    with collect_losses(model, **options) as collected:
+        loss = model(x).square().mean() + collected.total()
+        loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), dict(collected.losses), grads
+
+
+def assert_same_step(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# --- what a block keeps
+
+
+def test_names_values_and_sum():
+    model = nn.Sequential(Reporter(), Reporter())
+    with collect_losses(model) as collected:
+        model(torch.full((2, 3), 2.0))
+        assert {name: loss.item() for name, loss in collected.losses.items()} == {
+            '0/loss': 2.0,
+            '1/loss': 2.0,
+        }
+        assert collected.total().item() == 4.0
+        assert collected.total().requires_grad
+
+
+def test_two_forwards_sum_losses_and_average_statistics():
+    model = Reporter()
+    with collect_losses(model) as collected:
+        model(torch.full((2, 3), 2.0))
+        model(torch.full((2, 3), 6.0))
+        assert collected.total().item() == 8.0
+        assert collected.stats['/mean'].item() == 4.0
+
+
+@pytest.mark.parametrize('method', LOSSY)
+def test_gradients_of_two_forwards_are_the_sum(make_model, method):
+    # no noise, which two passes would draw differently from one
+    options = {'router_noise': 0.0, 'load_weight': 0.0} if method == 'smoe' else {}
+    model, x = make_model(method, **options), tokens()
+    _, losses, grads = step(model, x, update_state=False)
+    with collect_losses(model, update_state=False) as collected:
+        model.zero_grad()
+        loss = model(x).square().mean() + model(x).square().mean() + collected.total()
+        loss.backward()
+    for name, value in losses.items():
+        torch.testing.assert_close(collected.losses[name], 2 * value)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * grads[name])
+
+
+@every_method
+def test_nothing_is_kept_outside_a_block(make_model, method):
+    model = make_model(method)
+    model(tokens())
+    with collect_losses(model) as collected:
+        assert collected.losses == {}
+        model(tokens())
+    model(tokens())
+    for layer in moe_layers(model).values():
+        assert not layer.recorder.active
+        assert layer.recorder.losses == layer.recorder.stats == []
+
+
+def test_closed_losses_are_detached_and_stay():
+    model = Reporter()
+    with collect_losses(model) as collected:
+        model(torch.full((2, 3), 2.0))
+    model(torch.full((2, 3), 9.0))
+    assert collected.losses['/loss'].item() == 2.0
+    assert not collected.losses['/loss'].requires_grad
+
+
+def test_a_model_without_moe_layers_has_a_total_of_zero():
+    with collect_losses(nn.Linear(2, 2)) as collected:
+        assert collected.total().item() == 0
+
+
+def test_summary_known_answer():
+    model = Reporter()
+    with collect_losses(nn.Sequential(model)) as collected:
+        model(torch.full((2, 3), 2.0))
+    # shares (.5, .5, 0): entropy ln 2
+    assert collected.summary() == pytest.approx(
+        {
+            '0/mean': 2.0,
+            '0/share_min': 0.0,
+            '0/share_max': 0.5,
+            '0/share_unused': 1.0,
+            '0/share_perplexity': 2.0,
+        }
+    )
+
+
+def test_names_have_no_wrapper_prefixes():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = Wrapper(nn.Sequential(Reporter()))
+    assert list(moe_layers(model)) == ['0']
+    compiled = torch.compile(nn.Sequential(Reporter()), backend='eager')
+    assert list(moe_layers(compiled)) == ['0']
+
+
+# --- errors
+
+
+def test_blocks_do_not_nest():
+    model = nn.Sequential(Reporter(), Reporter())
+    with collect_losses(model) as collected:
+        with pytest.raises(RuntimeError, match='do not nest'), collect_losses(model[1]):
+            pass
+        # and the refused block took nothing away
+        model(torch.full((2, 3), 2.0))
+        assert collected.total().item() == 4.0
+    with collect_losses(model):
+        pass
+
+
+@every_case
+def test_an_error_in_a_block_changes_no_state(make_model, snapshot, method, options):
+    model = make_model(method, **options)
+    before = snapshot(model)
+    with pytest.raises(KeyError), collect_losses(model):
+        model(tokens())
+        raise KeyError
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(not layer.recorder.active for layer in moe_layers(model).values())
+
+
+@every_case
+def test_an_error_in_a_block_leaves_nothing_for_the_next(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    twin = copy.deepcopy(model)
+    with pytest.raises(KeyError), collect_losses(model):
+        model(tokens() + 10)
+        raise KeyError
+    for each in (model, twin):
+        torch.manual_seed(1)
+        with collect_losses(each):
+            each(x)
+    expected, actual = twin.state_dict(), model.state_dict()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+# --- warning
+
+
+def test_training_without_a_collector_warns_once(make_model, monkeypatch):
+    monkeypatch.setattr(collect, '_already_warned', False)
+    model = make_model('smoe')
+    with pytest.warns(UserWarning, match='training without collect_losses') as caught:
+        model(tokens())
+        model(tokens())
+        make_model('xmoe')(tokens())
+    assert len(caught) == 1
+
+
+def test_no_warning_without_a_reason(make_model, monkeypatch):
+    monkeypatch.setattr(collect, '_already_warned', False)
+    model = make_model('smoe')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with collect_losses(model) as collected:
+            (model(tokens()).sum() + collected.total()).backward()
+        with torch.no_grad():
+            model(tokens())
+        model.eval()(tokens())
+
+
+# --- copies
+
+
+@every_case
+def test_a_trained_model_copies_and_pickles(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    step(model, x)
+    model(x).sum().backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.eval()(x), model.eval()(x))
+        # the copy collects for itself
+        with collect_losses(model) as collected:
+            twin.train()(x)
+            assert collected.losses == {}
+        model.train()
+
+
+@every_method
+def test_a_whole_model_saves_and_loads(make_model, method):
+    model, x = make_model(method).eval(), tokens()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(twin(x), model(x))
+
+
+@every_method
+def test_a_copy_made_inside_a_block_starts_outside(make_model, method):
+    model, x = make_model(method), tokens()
+    with collect_losses(model):
+        model(x)
+        twin = copy.deepcopy(model)
+    with collect_losses(twin) as collected:
+        assert collected.losses == {}
+        twin(x)
+
+
+# --- state
+
+
+@pytest.mark.parametrize('passes', [1, 3])
+def test_state_changes_once_when_the_block_is_left(passes):
+    model = Reporter()
+    with collect_losses(model):
+        for _ in range(passes):
+            model(torch.ones(2, 3))
+        assert model.updates.item() == 0
+    assert model.updates.item() == 1
+
+
+@every_case
+def test_a_later_update_equals_the_one_at_the_end_of_the_block(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    step(model, x)
+    torch.manual_seed(1)
+    before = {name: value.clone() for name, value in twin.state_dict().items()}
+    step(twin, x, update_state=False)
+    assert all(torch.equal(before[name], value) for name, value in twin.state_dict().items())
+    update_state(twin)
+    expected, actual = model.state_dict(), twin.state_dict()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+# --- checkpointing
+
+
+@every_case
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_checkpointing_changes_neither_losses_nor_gradients_nor_state(
+    make_model, method, options, training
+):
+    plain, x = make_model(method, **options).train(training), tokens()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.checkpointing = True
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, checkpointed)]
+    for i in range(3):  # learned state of one step is used in the next
+        results = []
+        for model, optimizer in zip((plain, checkpointed), optimizers, strict=True):
+            torch.manual_seed(i)
+            results.append(step(model, x + i))
+            optimizer.step()
+        assert_same_step(*results)
+    torch.testing.assert_close(dict(checkpointed.state_dict()), dict(plain.state_dict()))
+
+
+@every_case
+def test_checkpointed_backward_after_a_block_without_update(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    torch.manual_seed(1)
+    expected = step(model, x, update_state=False)
+    model.checkpointing = True
+    model.zero_grad()
+    torch.manual_seed(1)
+    with collect_losses(model, update_state=False) as collected:
+        loss = model(x).square().mean() + collected.total()
+    loss.backward()
+    update_state(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_step((loss.detach(), dict(collected.losses), grads), expected)
+
+
+@pytest.mark.parametrize('codebook', ['ema', 'cvq'])
+def test_checkpointed_backward_after_the_state_changed_is_an_error(make_model, codebook):
+    model = make_model('vqmoe', codebook=codebook)
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
+def test_the_error_stays_when_another_update_changes_nothing(make_model):
+    model = make_model('vqmoe', codebook='ema')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    update_state(model)  # nothing new was observed
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
+def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
+    model = make_model('stablemoe', stage1_steps=1)
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
+def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(make_model):
+    model = make_model('smoe')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    loss.backward()
+
+
+def test_training_goes_on_after_the_error(make_model):
+    model = make_model('vqmoe')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with pytest.raises(RuntimeError, match='already changed'):
+        loss.backward()
+    step(model, tokens())
+
+
+# --- compile
+
+
+@every_case
+def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
+    make_layer, method, options
+):
+    plain = make_layer(method, **options)
+    twin = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
+    for i in range(4):
+        x, results = tokens(), []
+        for model, module, optimizer in zip(
+            (plain, compiled), (plain, twin), optimizers, strict=True
+        ):
+            torch.manual_seed(i)
+            module.zero_grad(set_to_none=True)
+            with collect_losses(model) as collected:
+                loss = model(x).square().mean() + collected.total()
+                loss.backward()
+            grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+            results.append((loss.detach(), dict(collected.losses), grads))
+            optimizer.step()
+        assert_same_step(*results)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(dict(twin.state_dict()), dict(plain.state_dict()))
