@@ -17,14 +17,14 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-train_cfg = dict(by_epoch=True, max_epochs=10)
+train_cfg = dict(by_epoch=True, max_epochs=6)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, end=1, convert_to_iter_based=True),
     dict(
         type='CosineAnnealingLR',
         begin=1,
-        end=10,
-        T_max=9,
+        end=6,
+        T_max=5,
         eta_min=1e-5,
         convert_to_iter_based=True,
     ),
