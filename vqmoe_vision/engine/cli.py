@@ -23,7 +23,6 @@ _EXTRA_FIELDS = frozenset(
     {
         'activation_checkpointing',
         'compile',
-        'custom_imports',
         'efficient_conv_bn_eval',
         'find_unused_parameters',
         'model_wrapper_cfg',
@@ -81,8 +80,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     for name in options or {}:
         if name.partition('.')[0] not in fields:
             raise ValueError(
-                f'--cfg-options {name}: a config has no field {name.partition(".")[0]!r}; '
-                f'it has {", ".join(sorted(fields))}'
+                f'--cfg-options {name}: {name.partition(".")[0]!r} is not a field that an option '
+                f'can change; those are {", ".join(sorted(fields))}'
             )
     config.merge_from_dict(options or {})
     return config

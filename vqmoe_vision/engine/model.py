@@ -95,13 +95,13 @@ class MoeTrainingMixin:
 def _describe(log_vars: dict[str, Any]) -> str:
     """One line: which component is not finite, and when."""
     bad = {
-        name.removesuffix('_loss'): float(value)
+        name.removesuffix('_loss'): value.item()
         for name, value in log_vars.items()
         if name != 'loss' and 'loss' in name and not torch.isfinite(value)
     }
     # MoE layers come before the task's loss and in the order of the network: the first is the
     # nearest to the cause. Finite parts can still overflow in the sum.
-    name, value = next(iter(bad.items())) if bad else ('loss', float(log_vars['loss']))
+    name, value = next(iter(bad.items())) if bad else ('loss', log_vars['loss'].item())
     iteration = MessageHub.get_current_instance().runtime_info.get('iter', 0) + 1
     others = f' (as did {", ".join(list(bad)[1:])})' if len(bad) > 1 else ''
     return f'{name} became {value} at iteration {iteration}{others}; training has stopped'

@@ -55,7 +55,7 @@ class RoutingStatistics:
     def report(self) -> list[str]:
         """One line per layer to read, for example `blocks.1.mlp  load 0.08..0.17  dead 0/8`."""
         summary = self.summary()
-        lines = {}
+        lines: dict[str, str] = {}
         for name, total in self._sums.items():
             layer, _, kind = name.rpartition('/')
             if kind == 'load':

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from vqmoe_vision.classification import Classifier
+
+SMALL = dict(
+    img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4
+)  # fmt: skip
+METHODS = ('vqmoe', 'softmoe', 'smoe', 'stablemoe', 'xmoe')
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 3, 8, 8), torch.arange(6) % 4
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_loss_holds_every_auxiliary_loss_of_the_model(method: str) -> None:
+    model = Classifier(f'vit_tiny_{method}', num_experts=2, **SMALL)
+    inputs, targets = batch()
+    entries = model(inputs, targets, mode='loss')
+    assert entries['cross_entropy_loss'].requires_grad
+    auxiliary = {k for k in entries if 'loss' in k} - {'cross_entropy_loss'}
+    assert all(key.startswith('blocks.1.mlp/') for key in auxiliary)
+    # SoftMoE gives every expert as much, and so has neither a loss nor a load
+    assert bool(auxiliary) == (method != 'softmoe')
+    assert ('blocks.1.mlp/load_max' in entries) == (method != 'softmoe')
+    total, _ = model.parse_losses(entries)
+    parts = sum(entries[key] for key in auxiliary | {'cross_entropy_loss'})
+    torch.testing.assert_close(total, parts)
+
+
+def test_dense_model_has_the_task_loss_only() -> None:
+    entries = Classifier('vit_tiny_patch16_224', **SMALL)(*batch(), mode='loss')
+    assert entries.keys() == {'cross_entropy_loss', 'top1'}
+
+
+def test_auxiliary_losses_reach_the_router() -> None:
+    model = Classifier('vit_tiny_smoe', num_experts=2, **SMALL)
+    with torch.no_grad():
+        model.model.head.weight.zero_()  # no gradient from the task below the head
+    total, _ = model.parse_losses(model(*batch(), mode='loss'))
+    total.backward()
+    gradients = [p.grad for n, p in model.named_parameters() if '.router.' in n]
+    assert any(g.abs().sum() > 0 for g in gradients)
+
+
+def test_forward_leaves_state_alone() -> None:
+    model = Classifier('vit_tiny_vqmoe', num_experts=2, **SMALL)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(*batch(), mode='loss')
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_predict_gives_logits_and_counts_routing() -> None:
+    model = Classifier('vit_tiny_smoe', num_experts=2, **SMALL).eval()
+    logits = model(batch()[0], mode='predict')
+    assert logits.shape == (6, 4)
+    assert 'blocks.1.mlp/dead_experts' in model.routing_statistics.summary()
+
+
+def test_mixup_trains_on_soft_targets() -> None:
+    mixup = dict(mixup_alpha=0.8, cutmix_alpha=1.0)
+    model = Classifier('vit_tiny_patch16_224', mixup=mixup, label_smoothing=0.1, **SMALL)
+    assert model(*batch(), mode='loss').keys() == {'cross_entropy_loss'}
+
+
+def test_label_smoothing_without_mixup() -> None:
+    model = Classifier('vit_tiny_patch16_224', label_smoothing=0.2, **SMALL)
+    with torch.no_grad():
+        model.model.head.weight.zero_()
+        model.model.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    loss = model(torch.randn(2, 3, 8, 8), torch.tensor([0, 0]), mode='loss')
+    # -log p: log(e + 3) - 1 for class 0, log(e + 3) else; 0.8 + 0.2/4 = 0.85 of it is on class 0
+    expected = torch.log(torch.tensor(torch.e + 3)) - 0.85
+    torch.testing.assert_close(loss['cross_entropy_loss'].detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'img_size': 9}, 'img_size=9 must be a multiple of patch_size=4'),
+        ({'num_heads': 5}, 'embed_dim=12 must be a multiple of num_heads=5'),
+        ({'num_experts': 2, 'top_k': 3}, 'top_k=3'),
+    ],
+)
+def test_impossible_model(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classifier('vit_tiny_smoe', **{**SMALL, **change})
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(ValueError, match="model_name='vit_tny'"):
+        Classifier('vit_tny', num_classes=2)
+
+
+def test_unknown_mode() -> None:
+    with pytest.raises(ValueError, match="mode='los'"):
+        Classifier('vit_tiny_patch16_224', **SMALL)(*batch(), mode='los')
+
+
+def test_init_weights_of_mmengine_changes_nothing() -> None:
+    model = Classifier('vit_tiny_patch16_224', **SMALL)
+    before = model.model.blocks[0].mlp.fc1.weight.detach().clone()
+    model.init_weights()
+    torch.testing.assert_close(model.model.blocks[0].mlp.fc1.weight.detach(), before)

@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DATASETS
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vqmoe_vision.classification.datasets import ImageClassification
+
+TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
+
+
+def build(name: str, **kwargs: object) -> ImageClassification:
+    return DATASETS.build(dict(type=name, transform=TO_TENSOR, **kwargs))
+
+
+def write_images(folder: Path, count: int = 2) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.full((8, 8, 3), 40 * i, np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+
+
+def test_digits_splits_share_no_scan_and_keep_the_classes_in_proportion() -> None:
+    train, val = build('digits', split='train'), build('digits', split='val')
+    assert (len(train), len(val)) == (1437, 360)
+    scans = [np.asarray(image).tobytes() for image, _ in [*train.source, *val.source]]
+    original = load_digits().images
+    assert len(set(scans)) == len(np.unique(original.reshape(len(original), -1), axis=0))
+    counts = np.bincount([target for _, target in val.source])
+    assert counts.min() >= 34 and counts.max() <= 37
+
+
+def test_digits_are_rgb_tensors() -> None:
+    image, target = build('digits', split='val')[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32
+    assert torch.equal(image[0], image[2])
+    assert isinstance(target, int)
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_class_folder(tmp_path: Path, in_memory: bool) -> None:
+    for name in ('dog', 'cat'):
+        write_images(tmp_path / 'train' / name)
+    dataset = build('class_folder', data_root=str(tmp_path), split='train', in_memory=in_memory)
+    assert dataset.metainfo == {'classes': ('cat', 'dog')}
+    assert [target for _, target in dataset] == [0, 0, 1, 1] if in_memory else len(dataset) == 4
+    torch.testing.assert_close(dataset[1][0], torch.full((3, 8, 8), 40 / 255))
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_as_class_folders(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / 'val' / 'cat', 3)
+    assert len(build(name, data_root=str(tmp_path), split='val')) == 3
+
+
+@pytest.mark.parametrize(
+    ('name', 'split', 'expected'),
+    [
+        ('class_folder', 'train', 'train/<class name>/<image>.jpg'),
+        ('cifar10', 'train', 'cifar-10-batches-py'),
+        ('cifar100', 'val', 'cifar-100-python'),
+        ('stl10', 'train', 'stl10_binary'),
+        ('svhn', 'test', 'test_32x32.mat'),
+    ],
+)
+def test_missing_data_set_names_folder_layout_and_help(
+    tmp_path: Path, name: str, split: str, expected: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(name, data_root=str(tmp_path), split=split)
+    message = str(caught.value)
+    assert str(tmp_path) in message and expected in message and 'docs/data.md' in message
+
+
+def test_class_folder_with_images_in_the_wrong_place(tmp_path: Path) -> None:
+    write_images(tmp_path / 'train')
+    with pytest.raises(ValueError, match=r'is not laid out as .*<class name>'):
+        build('class_folder', data_root=str(tmp_path), split='train')
+
+
+@pytest.mark.parametrize(
+    ('name', 'folder', 'split'),
+    [
+        ('cifar10', 'cifar-10-batches-py', 'train'),
+        ('cifar100', 'cifar-100-python', 'val'),
+        ('stl10', 'stl10_binary', 'test'),
+    ],
+)
+def test_incomplete_data_set(tmp_path: Path, name: str, folder: str, split: str) -> None:
+    (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match=f'{folder} is incomplete or damaged'):
+        build(name, data_root=str(tmp_path), split=split)
+
+
+def test_damaged_svhn(tmp_path: Path) -> None:
+    (tmp_path / 'train_32x32.mat').write_bytes(b'no matrix')
+    with pytest.raises(ValueError, match=r'train_32x32\.mat is incomplete or damaged'):
+        build('svhn', data_root=str(tmp_path), split='train')
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+@pytest.mark.parametrize('kept', [0, 20, 300])
+def test_corrupt_image_is_named(tmp_path: Path, in_memory: bool, kept: int) -> None:
+    write_images(tmp_path / 'val' / 'cat')
+    broken = tmp_path / 'val' / 'cat' / '1.png'
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(broken)  # noise does not compress: 768 bytes and a header
+    broken.write_bytes(broken.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r'1\.png cannot be read as an image'):
+        build('class_folder', data_root=str(tmp_path), split='val', in_memory=in_memory)[1]
+
+
+@pytest.mark.parametrize('name', ['digits', 'cifar10', 'cifar100', 'stl10', 'svhn'])
+def test_unknown_split(name: str) -> None:
+    root = {} if name == 'digits' else {'data_root': 'x'}
+    with pytest.raises(ValueError, match="split='eval' must be one of"):
+        build(name, split='eval', **root)

@@ -1,0 +1,235 @@
+"""The command line from end to end, on the embedded digits and a model of a few hundred weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from vqmoe_vision.engine import NonFiniteError, cli
+from vqmoe_vision.engine.cli import load_config, one_line, train, use_amp
+
+DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/vit_tiny_vqmoe_digits.py'
+TINY = f"""
+_base_ = {str(DIGITS)!r}
+experiment_name = NAME  # mmengine keeps one logger per name in a process
+model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, num_experts=2, drop_path_rate=0.2)
+train_dataloader = dict(batch_size=240)
+train_cfg = dict(max_epochs=2, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    path = tmp_path / 'tiny.py'
+    path.write_text(TINY.replace('NAME', repr(request.node.name)))
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of an uninterrupted run of two epochs."""
+    folder = tmp_path_factory.mktemp('trained')
+    path = folder / 'tiny.py'
+    path.write_text(TINY.replace('NAME', repr('trained')))
+    train([str(path), '--work-dir', str(folder / 'run')])
+    return folder / 'run'
+
+
+def load(path: Path) -> dict:
+    return _load_checkpoint(str(path), map_location='cpu')
+
+
+def equal(a: object, b: object) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> None:
+    assert (trained / 'last_checkpoint').read_text().endswith('epoch_2.pth')
+    assert len(list(trained.glob('best_accuracy_top1_epoch_*.pth'))) == 1
+    (scalars,) = trained.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    names = set().union(*records)
+    layer = 'blocks.1.mlp'
+    assert {'loss', 'cross_entropy_loss', 'accuracy/top1', 'accuracy/top5'} <= names
+    assert {f'{layer}/balance_loss', f'{layer}/load_max', f'{layer}/code_usage_perplexity'} <= names
+    for part in ('train_epoch', 'val'):
+        assert {f'{part}/{layer}/dead_experts', f'{part}/{layer}/code_perplexity'} <= names
+    assert list(trained.glob('*/vis_data/events.out.tfevents*'))
+
+
+def test_log_shows_time_left_and_one_line_per_layer_and_epoch(trained: Path) -> None:
+    (log,) = trained.glob('*/*.log')
+    lines = log.read_text().splitlines()
+    steps = [line for line in lines if 'Epoch(train)' in line]
+    assert steps and all('eta: ' in line and 'blocks.' not in line for line in steps)
+    reports = [line for line in lines if 'train_epoch  blocks.1.mlp  load ' in line]
+    assert len(reports) == 2
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    work_dir = tmp_path / 'resumed'
+    work_dir.mkdir()
+    shutil.copy(trained / 'epoch_1.pth', work_dir)
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_1.pth'))
+    train([config, '--work-dir', str(work_dir), '--resume'])
+    resumed, whole = load(work_dir / 'epoch_2.pth'), load(trained / 'epoch_2.pth')
+    first = load(trained / 'epoch_1.pth')['state_dict']
+    assert any('codebook' in name for name in whole['state_dict'])
+    assert any(not torch.equal(whole['state_dict'][name], first[name]) for name in first)
+    equal(resumed['state_dict'], whole['state_dict'])
+    equal(resumed['optimizer']['state'], whole['optimizer']['state'])
+    assert resumed['param_schedulers'] == whole['param_schedulers']
+
+
+def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: Path) -> None:
+    out = tmp_path / 'new' / 'metrics.json'
+    work = str(tmp_path / 'run')
+    cli.test([config, str(trained / 'epoch_2.pth'), '--out', str(out), '--work-dir', work])
+    metrics = json.loads(out.read_text())
+    assert 0 <= metrics['accuracy/top1'] <= metrics['accuracy/top5'] <= 100
+    assert metrics['blocks.1.mlp/dead_experts'] in (0, 1)
+    assert 1 <= metrics['blocks.1.mlp/code_perplexity'] <= 2
+
+
+def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path) -> None:
+    options = ['--cfg-options', 'train_cfg.max_epochs=1']
+    train([config, '--amp', '--work-dir', str(tmp_path / 'amp'), *options])
+    state = load(tmp_path / 'amp' / 'epoch_1.pth')['state_dict']
+    assert state['model.head.weight'].dtype == torch.float32
+
+
+@HOOKS.register_module()
+class SpoilHook(Hook):
+    def before_train_epoch(self, runner: Runner) -> None:
+        if runner.epoch == 1:
+            runner.model.model.blocks[0].mlp.fc1.weight.data.fill_(torch.nan)
+
+
+def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
+    config: str, tmp_path: Path
+) -> None:
+    with open(config, 'a') as file:
+        file.write("custom_hooks = [*_base_.custom_hooks, dict(type='SpoilHook')]\n")
+    work_dir = tmp_path / 'nan'
+    with pytest.raises(SystemExit, match=r'^error: blocks\.1\.mlp/\w+ became nan at iteration 6 '):
+        train([config, '--work-dir', str(work_dir)])
+    assert (work_dir / 'last_checkpoint').read_text().endswith('epoch_1.pth')
+    assert all(v.isfinite().all() for v in load(work_dir / 'epoch_1.pth')['state_dict'].values())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['model.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
+        (['model.num_heads=5'], 'embed_dim=12 must be a multiple of num_heads=5'),
+        (['model.patch_size=5'], 'img_size=32 must be a multiple of patch_size=5'),
+        (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
+        (['model.number_experts=2'], 'number_experts'),
+        (['trian_cfg.max_epochs=1'], "'trian_cfg' is not a field that an option can change"),
+        (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
+        (['train_cfg.max_epoch=1'], 'max_epoch'),
+        (
+            ['train_dataloader.dataset.type=class_folder', 'train_dataloader.dataset.data_root=no'],
+            'no/train does not exist; expected no/train/<class name>/<image>.jpg',
+        ),
+    ],
+)
+def test_mistake_in_options_is_one_line(
+    config: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command = [config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *arguments]
+    with pytest.raises(SystemExit) as caught:
+        train(command)
+    text = caught.value.code
+    assert isinstance(text, str)  # which python prints, and exits with 1
+    assert text.startswith('error: ') and message in text and '\n' not in text
+    with pytest.raises(Exception, match=r'.+'):  # and so not SystemExit, which is no Exception
+        train([*command, '--debug'])
+
+
+def test_missing_module_is_named(config: str) -> None:
+    with open(config, 'a') as file:
+        file.write("custom_imports = dict(imports=['no_such'], allow_failed_imports=False)\n")
+    with pytest.raises(SystemExit, match=r'^error: ImportError: Failed to import no_such$'):
+        train([config])
+
+
+def test_missing_config() -> None:
+    with pytest.raises(SystemExit, match=r"^error: config 'none.py' does not exist$"):
+        train(['none.py'])
+
+
+def test_missing_checkpoint(config: str) -> None:
+    with pytest.raises(SystemExit, match=r"^error: checkpoint 'none.pth' does not exist$"):
+        cli.test([config, 'none.pth'])
+
+
+def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path) -> None:
+    options = ['--work-dir', str(tmp_path / 'w'), '--cfg-options', 'model.embed_dim=24']
+    with pytest.raises(SystemExit) as caught:
+        cli.test([config, str(trained / 'epoch_2.pth'), *options])
+    text = str(caught.value.code)
+    assert text.startswith('error: the checkpoint does not fit the model: shapes: model.pos_embed')
+    assert 'is (1, 4, 12), the model has (1, 4, 24)' in text and '\n' not in text
+
+
+def test_damaged_checkpoint(config: str, tmp_path: Path) -> None:
+    path = tmp_path / 'damaged.pth'
+    path.write_bytes(b'no weights')
+    with pytest.raises(SystemExit, match=r'^error: the checkpoint is damaged'):
+        cli.test([config, str(path), '--work-dir', str(tmp_path / 'w')])
+
+
+def test_checkpoint_with_code_in_it_is_not_run(config: str, tmp_path: Path) -> None:
+    torch.save({'state_dict': {}, 'code': test_damaged_checkpoint}, tmp_path / 'code.pth')
+    with pytest.raises(SystemExit, match='holds more than weights'):
+        cli.test([config, str(tmp_path / 'code.pth'), '--work-dir', str(tmp_path / 'w')])
+
+
+def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr('vqmoe_vision.engine.cli._build_runner', lambda c: used.append(c.work_dir))
+    monkeypatch.setattr('sys.exit', lambda _: None)  # there is no runner to train
+    train([config])
+    train([config, '--cfg-options', 'work_dir=b'])
+    train([config, '--work-dir', 'c', '--cfg-options', 'work_dir=b'])
+    assert used == [str(Path('work_dirs/tiny')), 'b', 'c']
+
+
+def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:
+    settings = load_config(config, {'optim_wrapper.type': 'ApexOptimWrapper'})
+    with pytest.raises(ValueError, match=r"optim_wrapper.type='ApexOptimWrapper'"):
+        use_amp(settings)
+
+
+@pytest.mark.parametrize(
+    ('error', 'text'),
+    [
+        (ValueError('a is bad'), 'a is bad'),
+        (NonFiniteError('x became nan'), 'x became nan'),
+        (KeyError('X is not in the registry'), 'KeyError: X is not in the registry'),
+        (
+            ValueError('class `A` in a/b.py: class `B` in c/d.py: top_k=3 is bad'),
+            'top_k=3 is bad',
+        ),
+        (
+            ValueError(
+                'Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most '
+                'recent call last):\n  File "x.py"\nValueError: a.png cannot be read'
+            ),
+            'a.png cannot be read',
+        ),
+        (TypeError('one\n  two'), 'TypeError: one two'),
+    ],
+)
+def test_one_line(error: Exception, text: str) -> None:
+    assert one_line(error) == text

@@ -1,0 +1,56 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import nn
+
+from vqmoe_vision.engine import NonFiniteError
+from vqmoe_vision.engine.hooks import MoeStateHook, NonFiniteGuardHook, misfit
+
+
+def test_misfit_is_empty_for_the_same_model_wrapped_for_data_parallel_training() -> None:
+    state = nn.Linear(2, 3).state_dict()
+    assert misfit(state, {f'module.{name}': value for name, value in state.items()}) == ''
+
+
+def test_misfit_names_keys_and_shapes() -> None:
+    expected = {'a': torch.zeros(2), 'head.weight': torch.zeros(100, 4)}
+    loaded = {'b': torch.zeros(1), 'head.weight': torch.zeros(10, 4)}
+    assert misfit(expected, loaded) == (
+        'missing keys: a; unexpected keys: b; '
+        'shapes: head.weight is (10, 4), the model has (100, 4)'
+    )
+
+
+def test_misfit_stays_one_short_line() -> None:
+    expected = {str(i): torch.zeros(1) for i in range(9)}
+    assert misfit(expected, {}) == 'missing keys: 0, 1, 2 and 6 more'
+
+
+def stub_runner(norm: float, weight: float) -> Any:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, weight)
+    scalars = {'train/grad_norm': HistoryBuffer([norm], [1])}
+    return SimpleNamespace(model=model, iter=4, message_hub=SimpleNamespace(log_scalars=scalars))
+
+
+def test_guard_stops_when_a_gradient_has_spoilt_the_weights() -> None:
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
+        NonFiniteGuardHook().after_train_iter(stub_runner(torch.inf, torch.nan), 0)
+
+
+def test_guard_lets_a_step_pass_that_the_loss_scale_has_skipped() -> None:
+    NonFiniteGuardHook().after_train_iter(stub_runner(torch.inf, 1.0), 0)
+
+
+def test_guard_looks_at_the_weights_before_the_checkpoint_of_an_epoch() -> None:
+    with pytest.raises(NonFiniteError, match='parameter weight'):
+        NonFiniteGuardHook().after_train_epoch(stub_runner(1.0, torch.inf))
+
+
+@pytest.mark.parametrize('fraction', [0.0, 1.5])
+def test_stage1_fraction_out_of_range(fraction: float) -> None:
+    with pytest.raises(ValueError, match=f'stage1_fraction={fraction}'):
+        MoeStateHook(fraction)

@@ -1,0 +1,57 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vqmoe_vision  # noqa: F401
+from vqmoe_vision.engine.optim import (
+    CpuAmpOptimWrapper,
+    TimmOptimWrapperConstructor,
+    undecayed_parameters,
+)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model(
+            'vit_tiny_vqmoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3,
+            num_classes=2, num_experts=2, codebook='gradient',
+        )  # fmt: skip
+
+
+def test_undecayed_parameters_have_full_names() -> None:
+    model = Wrapped()
+    names = undecayed_parameters(model)
+    assert {'model.pos_embed', 'model.cls_token'} <= names
+    assert any(name.startswith('model.blocks.1.mlp.') for name in names)
+    assert names <= {name for name, _ in model.named_parameters()}
+
+
+def test_constructor_decays_matrices_only() -> None:
+    model = Wrapped()
+    build = TimmOptimWrapperConstructor({'optimizer': {'type': 'AdamW', 'weight_decay': 0.3}})
+    groups = build(model).optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for g in groups if g['weight_decay'] == 0.3 for p in g['params']}
+    kept = {names[id(p)] for g in groups if g['weight_decay'] == 0.0 for p in g['params']}
+    assert decayed | kept == set(names.values())
+    assert 'model.blocks.1.mlp.experts.fc1.weight' in decayed
+    assert {'model.pos_embed', 'model.blocks.1.mlp.experts.fc1.bias'} <= kept
+
+
+def test_constructor_refuses_what_it_would_ignore() -> None:
+    with pytest.raises(ValueError, match='paramwise_cfg'):
+        TimmOptimWrapperConstructor({}, paramwise_cfg={'norm_decay_mult': 0.0})
+
+
+def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32() -> None:
+    layer = nn.Linear(3, 2)
+    wrapper = CpuAmpOptimWrapper(optimizer=torch.optim.SGD(layer.parameters(), lr=1.0))
+    before = layer.weight.detach().clone()
+    with wrapper.optim_context(layer):
+        out = layer(torch.ones(4, 3))
+    assert out.dtype == torch.bfloat16
+    wrapper.update_params(out.sum())
+    # d(sum of 4 rows)/dw = 4 for each weight
+    torch.testing.assert_close(layer.weight.detach(), before - 4)
