@@ -143,7 +143,9 @@ class SMoERouter(nn.Module):
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
-            weights, indices = top_k_experts(probs, config.top_k)
+            # by logit: small probabilities underflow to equals
+            indices = top_k_experts(noisy, config.top_k)[1]
+            weights = probs.gather(1, indices)
             kept = self._within_capacity(indices, weights)
             if config.renormalize:
                 weights = renormalized(weights)

@@ -142,7 +142,9 @@ class XMoERouter(nn.Module):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
             gates = scaled.softmax(dim=-1) if config.gate == 'softmax' else scaled.sigmoid()
-            weights, indices = top_k_experts(gates, config.top_k)
+            # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
+            indices = top_k_experts(scores, config.top_k)[1]
+            weights = gates.gather(1, indices)
             if config.renormalize:
                 weights = renormalized(weights)
             terms = {}
