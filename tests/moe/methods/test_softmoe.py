@@ -1,0 +1,185 @@
+"""SoftMoE against a plain loop over images and slots, and the properties of its two mixtures."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vqmoe_vision.moe import collect_losses
+
+D, E = 8, 4
+
+
+@pytest.fixture
+def layer(make_layer):
+    """Four experts with three slots each."""
+    return make_layer('softmoe', slots_per_expert=3).layer
+
+
+def answer(experts, e, x):
+    hidden = experts.act(F.linear(x, experts.fc1.weight[e], experts.fc1.bias[e]))
+    return F.linear(hidden, experts.fc2.weight[e], experts.fc2.bias[e])
+
+
+def naive(layer, x):
+    """Algorithm 2 image by image, slot by slot."""
+    out = []
+    for image in x:
+        tokens = image / image.norm(dim=-1, keepdim=True)
+        slots = layer.slot_embed / layer.slot_embed.norm(dim=-1, keepdim=True)
+        logits = layer.scale * tokens @ slots.t()
+        dispatch = logits.exp() / logits.exp().sum(dim=0, keepdim=True)
+        combine = logits.exp() / logits.exp().sum(dim=1, keepdim=True)
+        answers = []
+        for s in range(layer.num_slots):
+            slot = (dispatch[:, s, None] * image).sum(dim=0)
+            answers.append(answer(layer.experts, s // layer.slots_per_expert, slot))
+        out.append(combine @ torch.stack(answers))
+    return torch.stack(out)
+
+
+def test_output_and_gradients_equal_the_plain_loop(layer):
+    with torch.no_grad():
+        layer.scale.fill_(3.0)
+    weights, grads = torch.randn(3, 5, D), []
+    x = torch.randn(3, 5, D)
+    outs = []
+    for function in (layer, lambda inputs: naive(layer, inputs)):
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        outs.append(function(inputs))
+        (outs[-1] * weights).sum().backward()
+        grads.append({'x': inputs.grad} | {n: p.grad.clone() for n, p in layer.named_parameters()})
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert all(grad.norm() > 1e-4 for grad in grads[0].values())
+
+
+def test_dispatch_sums_to_one_over_tokens(layer):
+    # identity experts hand back the slots; tokens of ones give slots of ones
+    with torch.no_grad():
+        for linear in (layer.experts.fc1, layer.experts.fc2):
+            linear.bias.zero_()
+            linear.weight.zero_()
+            linear.weight[:, range(D), range(D)] = 1.0
+    layer.experts.act = nn.Identity()
+    x = torch.ones(2, 5, D)
+    torch.testing.assert_close(layer(x), x)
+
+
+def test_combine_sums_to_one_over_slots(layer):
+    # experts that say the same whatever they read
+    constant = torch.randn(D)
+    with torch.no_grad():
+        layer.experts.fc2.weight.zero_()
+        layer.experts.fc2.bias.copy_(constant.expand(E, D))
+    torch.testing.assert_close(layer(torch.randn(2, 5, D)), constant.expand(2, 5, D))
+
+
+def test_outputs_lie_between_the_answers_of_the_experts(layer):
+    answers = []
+    layer.experts.register_forward_hook(lambda _m, _a, rows: answers.append(rows))
+    out = layer(torch.randn(1, 5, D))[0]
+    rows = answers[0]
+    assert rows.shape == (E * 3, D)
+    assert (out >= rows.min(dim=0).values - 1e-6).all()
+    assert (out <= rows.max(dim=0).values + 1e-6).all()
+
+
+def test_logits_ignore_the_lengths_of_tokens_and_slots(layer):
+    x = torch.randn(2, 5, D)
+    logits = layer.mixing_logits(x)
+    torch.testing.assert_close(layer.mixing_logits(x * 7), logits)
+    with torch.no_grad():
+        layer.slot_embed *= torch.rand(12, 1) + 0.5
+    torch.testing.assert_close(layer.mixing_logits(x), logits)
+    with torch.no_grad():
+        layer.scale *= 2
+    torch.testing.assert_close(layer.mixing_logits(x), 2 * logits)
+
+
+def test_experts_read_the_tokens_not_the_normalised_ones(layer):
+    # linear experts: the answer scales with the tokens
+    layer.experts.act = nn.Identity()
+    with torch.no_grad():
+        layer.experts.fc1.bias.zero_()
+        layer.experts.fc2.bias.zero_()
+    x = torch.randn(2, 5, D)
+    torch.testing.assert_close(layer(5 * x), 5 * layer(x))
+
+
+def test_scale_zero_mixes_evenly(layer):
+    with torch.no_grad():
+        layer.scale.zero_()
+    x = torch.randn(2, 5, D)
+    mean = x.mean(dim=1)
+    expected = torch.stack([answer(layer.experts, e, mean) for e in range(E)]).mean(dim=0)
+    torch.testing.assert_close(layer(x), expected[:, None].expand(2, 5, D))
+
+
+def test_a_large_scale_with_tokens_as_slots_routes_each_token_to_its_slot(make_layer):
+    layer = make_layer('softmoe', slots_per_expert=1).layer
+    x = torch.randn(1, E, D)
+    with torch.no_grad():
+        layer.slot_embed.copy_(x[0])
+        layer.scale.fill_(1e4)
+    expected = torch.stack([answer(layer.experts, e, x[0, e]) for e in range(E)])
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_experts_may_be_permuted_with_their_slots(layer):
+    x, shuffle = torch.randn(2, 5, D), torch.tensor([2, 0, 3, 1])
+    before = layer(x)
+    with torch.no_grad():
+        slots = layer.slot_embed.view(E, 3, D)[shuffle]
+        layer.slot_embed.copy_(slots.reshape(12, D))
+        for parameter in layer.experts.parameters():
+            parameter.copy_(parameter[shuffle].clone())
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize(('num_experts', 'slots'), [(4, 2), (8, 2)])
+def test_as_many_slots_as_tokens_by_default(make_layer, num_experts, slots):
+    # the fixture builds with num_tokens = 2 * num_experts
+    layer = make_layer('softmoe', num_experts=num_experts).layer
+    assert (layer.slots_per_expert, layer.num_slots) == (slots, slots * num_experts)
+
+
+def test_any_number_of_tokens_uses_the_same_slots(layer):
+    for num_tokens in (1, 4, 40):
+        x = torch.randn(2, num_tokens, D)
+        torch.testing.assert_close(layer(x), naive(layer, x))
+
+
+def test_mixtures_stay_in_float32_under_autocast(layer):
+    x = torch.randn(2, 500, D)
+    expected = layer.mixing_logits(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    # bfloat16 rounds mixtures and answers (2^-8), not the sums of 500 exponentials
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+    assert expected.dtype == torch.float32
+
+
+def test_there_is_no_auxiliary_loss(layer):
+    with collect_losses(layer) as collected:
+        layer(torch.randn(2, 5, D))
+    assert collected.losses == {}
+
+
+def test_lucidrains_logits_are_products_of_rms_norms(make_layer):
+    layer = make_layer('softmoe', preset='lucidrains').layer
+    with torch.no_grad():
+        layer.token_norm.weight.uniform_(0.5, 2)
+        layer.slot_gain.uniform_(0.5, 2)
+    x = torch.randn(2, 5, D)
+    tokens = F.normalize(x, dim=-1) * D**0.5 * layer.token_norm.weight
+    slots = F.normalize(layer.slot_embed, dim=-1) * D**0.5 * layer.slot_gain
+    logits = tokens @ slots.t()
+    rows = torch.einsum('bns,bnd->sbd', logits.softmax(dim=1), tokens)
+    answers = torch.stack([answer(layer.experts, s // 2, rows[s]) for s in range(8)])
+    expected = torch.einsum('bns,sbd->bnd', logits.softmax(dim=2), answers)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    # its experts read normalised tokens: the scale of the input is lost
+    torch.testing.assert_close(layer(5 * x), layer(x), rtol=1e-4, atol=1e-4)
