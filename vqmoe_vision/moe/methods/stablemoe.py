@@ -289,6 +289,12 @@ class SimplifiedRouter(nn.Module):
 class StableMoEMlp(RoutedMlp):
     """`RoutedMlp` whose router moves from stage 1 to stage 2."""
 
+    def macs(self, num_tokens: int) -> int:
+        """As `RoutedMlp`; prefix tokens have a learned D in the place of a product."""
+        distilled = self.router.distilled
+        num_prefix_tokens = distilled.prefix.shape[0] if 'prefix' in distilled.names else 0
+        return super().macs(num_tokens) - num_prefix_tokens * distilled.project.numel()
+
     def apply_update(self) -> bool:
         """Count an update; freeze the distilled router at the end of stage 1."""
         # statistics may be collected in eval mode, which is no step of training
