@@ -25,12 +25,26 @@ def runner(num_classes: int) -> Any:
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo={'classes': ('cat', 'dog')}))
     model = SimpleNamespace(num_classes=num_classes)
     return SimpleNamespace(
-        model=model, train_dataloader=loader, val_dataloader=loader, test_dataloader=loader
+        model=model,
+        train_dataloader=loader,
+        val_dataloader=loader,
+        test_dataloader=loader,
+        val_loop=None,
     )
 
 
-@pytest.mark.parametrize('stage', ['before_train', 'before_val', 'before_test'])
+@pytest.mark.parametrize('stage', ['before_train', 'before_test'])
 def test_class_count(stage: str) -> None:
     getattr(ClassCountHook(), stage)(runner(2))
     with pytest.raises(ValueError, match=r'num_classes=3.* has 2 classes \(cat, dog'):
         getattr(ClassCountHook(), stage)(runner(3))
+
+
+def test_validation_set_with_other_classes() -> None:
+    training = runner(2)
+    training.val_loop = object()
+    ClassCountHook().before_train(training)
+    metainfo = {'classes': ('cat', 'owl')}
+    training.val_dataloader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
+    with pytest.raises(ValueError, match='only one of them has dog, owl'):
+        ClassCountHook().before_train(training)

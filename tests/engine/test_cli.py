@@ -90,6 +90,13 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     assert resumed['param_schedulers'] == whole['param_schedulers']
 
 
+def test_codebook_moves_between_epochs(trained: Path) -> None:
+    before, after = (load(trained / f'epoch_{i}.pth')['state_dict'] for i in (1, 2))
+    codes = [name for name in after if name.endswith('codebook.embed')]
+    assert codes
+    assert all(not torch.equal(before[name], after[name]) for name in codes)
+
+
 def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: Path) -> None:
     out = tmp_path / 'new' / 'metrics.json'
     work = str(tmp_path / 'run')

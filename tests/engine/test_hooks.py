@@ -2,12 +2,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError
 from vqmoe_vision.engine.hooks import MoeStateHook, NonFiniteGuardHook, misfit
+from vqmoe_vision.moe.methods.stablemoe import StableRouter
 
 
 def test_misfit_is_empty_for_the_same_model_wrapped_for_data_parallel_training() -> None:
@@ -48,6 +50,21 @@ def test_guard_lets_a_step_pass_that_the_loss_scale_has_skipped() -> None:
 def test_guard_looks_at_the_weights_before_the_checkpoint_of_an_epoch() -> None:
     with pytest.raises(NonFiniteError, match='parameter weight'):
         NonFiniteGuardHook().after_train_epoch(stub_runner(1.0, torch.inf))
+
+
+def test_first_stage_of_stablemoe_is_a_tenth_of_training() -> None:
+    model = SimpleNamespace(
+        routed_model=timm.create_model(
+            'vit_tiny_stablemoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3
+        )
+    )
+    MoeStateHook().before_train(SimpleNamespace(model=model, max_iters=250))
+    steps = [
+        module.stage1_steps
+        for module in model.routed_model.modules()
+        if isinstance(module, StableRouter)
+    ]
+    assert steps == [25]
 
 
 @pytest.mark.parametrize('fraction', [0.0, 1.5])

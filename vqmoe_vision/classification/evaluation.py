@@ -53,15 +53,28 @@ class Accuracy(BaseMetric):
 
 @HOOKS.register_module()
 class ClassCountHook(Hook):
-    """Compares the number of classes of the model with that of the data set before a run."""
+    """Compares the classes of the model and of the data sets before a run.
+
+    Raises:
+        ValueError: The model has another number of classes than a data set, or the training and
+            validation sets have different classes.
+    """
 
     def before_train(self, runner: Runner) -> None:
-        """Checks the training set."""
+        """Checks the training set, and that validation numbers the classes in the same way."""
         self._check(runner, runner.train_dataloader)
-
-    def before_val(self, runner: Runner) -> None:
-        """Checks the validation set."""
-        self._check(runner, runner.val_dataloader)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader)
+            seen, held_out = (
+                loader.dataset.metainfo['classes']
+                for loader in (runner.train_dataloader, runner.val_dataloader)
+            )
+            if seen != held_out:
+                differ = sorted(set(seen) ^ set(held_out))
+                raise ValueError(
+                    'the training and validation sets have different classes: '
+                    f'only one of them has {", ".join(differ[:5])}'
+                )
 
     def before_test(self, runner: Runner) -> None:
         """Checks the test set."""

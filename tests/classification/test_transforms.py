@@ -1,0 +1,33 @@
+import numpy as np
+import torch
+from mmengine.registry import TRANSFORMS
+from PIL import Image
+from timm.data.auto_augment import AugmentOp
+
+import vqmoe_vision.classification  # noqa: F401  registers the transforms
+
+ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def test_crop_flip_shifts_by_at_most_the_padding() -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[4, 4] = 255
+    transform = TRANSFORMS.build(dict(type='crop_flip', input_size=8, padding=2, hflip=0.0, **ZERO))
+    places = {
+        tuple(transform(Image.fromarray(pixels))[0].nonzero()[0].tolist()) for _ in range(300)
+    }
+    # 5 x 5 shifts; 300 draws miss a given one with probability (24/25)^300 = 5e-6
+    assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+
+
+def test_crop_flip_normalises() -> None:
+    image = Image.new('RGB', (8, 8), (255, 255, 255))
+    transform = TRANSFORMS.build(
+        dict(type='crop_flip', input_size=8, padding=0, mean=(0.5,) * 3, std=(0.25,) * 3)
+    )
+    torch.testing.assert_close(transform(image), torch.full((3, 8, 8), 2.0))
+
+
+def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:
+    op = AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=10)
+    assert op(Image.new('RGB', (4, 4), (200, 100, 50))).getpixel((0, 0)) == (0, 0, 0)
