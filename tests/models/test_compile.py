@@ -1,0 +1,83 @@
+"""torch.compile and torch.export."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vqmoe_vision import collect_losses
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(
+    model: nn.Module, steps: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> list[dict[str, Tensor]]:
+    """Train a copy of `model`; loss, gradients and statistics of each step."""
+    model = copy.deepcopy(model).train()
+    called = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)  # the same images and the same router noise
+        images = torch.randn(4, 3, 32, 32) + step  # other tokens, other experts
+        model.zero_grad()
+        with collect_losses(called) as collected:
+            loss = F.cross_entropy(called(images), torch.arange(4)) + collected.total()
+            loss.backward()
+        optimizer.step()
+        learned = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({'loss': loss.detach(), **learned, **collected.losses, **collected.stats})
+    return found
+
+
+def test_compiled_training_equals_eager_and_compiles_once(tiny) -> None:
+    model = tiny(depth=2, init_values=0.1)
+    counter = CompileCounterWithBackend('aot_eager')
+    expected = run(model, 4)
+    found = run(model, 4, lambda m: torch.compile(m, fullgraph=True, backend=counter))
+    loads = [step['blocks.1.mlp/load'] for step in expected if 'blocks.1.mlp/load' in step]
+    assert not loads or any(not torch.equal(load, loads[0]) for load in loads)
+    # the same operations in the same order, but for fused sums
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_compiled_inference_equals_eager(tiny, images: Tensor) -> None:
+    model = tiny(depth=2).eval()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.long
+def test_inductor_trains_as_eager(make_tiny) -> None:
+    model = make_tiny('vqmoe', depth=2)
+    expected = run(model, 3)
+    found = run(model, 3, lambda m: torch.compile(m, fullgraph=True))
+    # inductor reorders sums in float32, and training carries the difference on
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_export(tiny_variant, images: Tensor) -> None:
+    model = tiny_variant(depth=2).eval()
+    exported = torch.export.export(model, (images,)).module()
+    other = torch.randn_like(images)  # other images go to other experts than the traced ones
+    torch.testing.assert_close(exported(other), model(other), rtol=1e-5, atol=1e-6)
+
+
+def test_export_with_any_batch_size(tiny) -> None:
+    model = tiny(depth=2).eval()
+    shapes = ({0: torch.export.Dim('batch', min=2, max=64)},)
+    program = torch.export.export(model, (torch.randn(3, 3, 32, 32),), dynamic_shapes=shapes)
+    images = torch.randn(7, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-6)
