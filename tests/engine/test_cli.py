@@ -175,6 +175,11 @@ def test_missing_config() -> None:
         train(['none.py'])
 
 
+def test_launcher_without_torchrun(config: str) -> None:
+    with pytest.raises(SystemExit, match=r'^error: --launcher pytorch needs torchrun'):
+        train([config, '--launcher', 'pytorch'])
+
+
 def test_missing_checkpoint(config: str) -> None:
     with pytest.raises(SystemExit, match=r"^error: checkpoint 'none.pth' does not exist$"):
         cli.test([config, 'none.pth'])

@@ -203,6 +203,8 @@ def _test(args: argparse.Namespace) -> None:
 
 
 def _configure(args: argparse.Namespace) -> Config:
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise ValueError('--launcher pytorch needs torchrun --nproc_per_node=N in place of python')
     config = load_config(args.config, args.cfg_options)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
