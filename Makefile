@@ -5,6 +5,10 @@ VENV   ?= .venv
 PYTEST_ARGS ?=
 TIMM_MODELS ?= vqmoe or softmoe or smoe or stablemoe or xmoe
 
+# Threads that wait at a barrier sleep: spinning, as is the default, makes training several times
+# slower as soon as anything else runs on the machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 

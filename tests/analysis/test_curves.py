@@ -5,21 +5,23 @@ import pytest
 
 from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
 
-# Two epochs of four iterations, logged every two: what mmengine's LocalVisBackend writes.
+# Two epochs of five iterations, logged every two: what mmengine's LocalVisBackend writes.
 RECORDS = [
-    {'lr': 0.1, 'loss': 2.0, 'blocks.1.mlp/load_max': 0.5, 'epoch': 1, 'step': 2},
-    {'lr': 0.1, 'loss': 1.5, 'blocks.1.mlp/load_max': 0.4, 'epoch': 1, 'step': 4},
+    {'loss': 2.0, 'blocks.1.mlp/vq_loss': 0.5, 'epoch': 1, 'iter': 2, 'step': 2},
+    {'loss': 1.5, 'blocks.1.mlp/vq_loss': 0.4, 'epoch': 1, 'iter': 4, 'step': 4},
+    {'val/blocks.1.mlp/dead_experts': 3, 'step': 5},
     {'accuracy/top1': 60.0, 'time': 0.1, 'step': 1},
-    {'lr': 0.1, 'loss': 1.0, 'blocks.1.mlp/load_max': 0.3, 'epoch': 2, 'step': 6},
-    {'lr': 0.1, 'loss': 0.5, 'blocks.1.mlp/load_max': 0.2, 'epoch': 2, 'step': 8},
+    {'loss': 1.0, 'blocks.1.mlp/vq_loss': 0.3, 'epoch': 2, 'iter': 7, 'step': 7},
+    {'loss': 0.5, 'blocks.1.mlp/vq_loss': 0.2, 'epoch': 2, 'iter': 9, 'step': 9},
+    {'val/blocks.1.mlp/dead_experts': 0, 'step': 10},
     {'accuracy/top1': 80.0, 'time': 0.1, 'step': 2},
 ]
 
 
 def test_validation_is_placed_at_the_iteration_before_it() -> None:
     collected = curves(RECORDS)
-    assert collected['loss'] == ([2, 4, 6, 8], [2.0, 1.5, 1.0, 0.5])
-    assert collected['accuracy/top1'] == ([4, 8], [60.0, 80.0])
+    assert collected['loss'] == ([2, 4, 7, 9], [2.0, 1.5, 1.0, 0.5])
+    assert collected['accuracy/top1'] == ([4, 9], [60.0, 80.0])
 
 
 def test_newest_run_is_read(tmp_path: Path) -> None:
@@ -43,10 +45,11 @@ def test_one_panel_per_kind_of_scalar() -> None:
     assert set(drawn) == {
         'Training loss',
         'Held-out accuracy (%)',
-        'Largest share of one expert',
+        'Auxiliary losses, weighted',
+        'Dead experts, held-out images',
     }
     (line,) = drawn['Held-out accuracy (%)']
-    assert list(line.get_xdata()) == [4, 8]
+    assert list(line.get_xdata()) == [4, 9]
     assert list(line.get_ydata()) == [60.0, 80.0]
 
 

@@ -25,11 +25,11 @@ class Panel:
 
 PANELS = (
     Panel('Training loss', r'loss'),
-    Panel('Held-out accuracy (%)', r'accuracy/.*'),
-    Panel('Auxiliary losses, weighted', r'.+loss|loss.+'),
-    Panel('Experts without a token in the batch', r'.*/dead_experts'),
-    Panel('Largest share of one expert', r'.*/load_max'),
-    Panel('Codebook perplexity', r'.*/code_perplexity'),
+    Panel('Held-out accuracy (%)', r'accuracy/top1'),
+    Panel('Auxiliary losses, weighted', r'.+/.+_loss'),
+    Panel('Dead experts, held-out images', r'val/.*/dead_experts'),
+    Panel('Largest load of an expert, held-out images', r'val/.*/load_max'),
+    Panel('Codebook perplexity, held-out images', r'val/.*/code_perplexity'),
 )
 
 
@@ -62,7 +62,7 @@ def curves(records: list[Record]) -> dict[str, Curve]:
     collected: dict[str, Curve] = {}
     iteration = 0
     for record in records:
-        if 'lr' in record:  # only training records have a learning rate
+        if 'iter' in record:  # only records of training iterations have it
             iteration = record['step']
         for name, value in record.items():
             if isinstance(value, (int, float)):
@@ -95,9 +95,16 @@ def plot_curves(records: list[Record], title: str, panels: tuple[Panel, ...] = P
         axes = figure.add_subplot(rows, columns, i + 1)
         for name, (steps, values) in named.items():
             # A validation curve of few points would be invisible without markers.
-            axes.plot(steps, values, label=name, marker='o' if len(steps) < 15 else None)
+            axes.plot(
+                steps,
+                values,
+                label=name.removeprefix('val/'),
+                marker='o' if len(steps) < 15 else None,
+            )
         axes.set(title=panel_title, xlabel='iteration')
         axes.grid(alpha=0.3)
+        if not any(any(values) for _, values in named.values()):
+            axes.set_ylim(-0.05, 1)  # around a flat zero, the default would show tiny fractions
         if len(named) > 1:
             axes.legend(fontsize='small')
     return figure
