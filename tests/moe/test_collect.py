@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect, collect_losses, moe_layers, update_state
 from vqmoe_vision.moe.codebook import CODEBOOKS
@@ -390,7 +391,7 @@ def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
     plain = make_layer(method, **options)
     twin = copy.deepcopy(plain)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(twin, fullgraph=True, backend=counter)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
     for i in range(4):
