@@ -68,8 +68,8 @@ def test_inductor_trains_as_eager(make_tiny) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_export(tiny_variant, images: Tensor) -> None:
-    model = tiny_variant(depth=2).eval()
+def test_export(tiny, images: Tensor) -> None:
+    model = tiny(depth=2).eval()
     exported = torch.export.export(model, (images,)).module()
     other = torch.randn_like(images)  # other images go to other experts than the traced ones
     torch.testing.assert_close(exported(other), model(other), rtol=1e-5, atol=1e-6)
