@@ -16,12 +16,12 @@ LIGHTEN = 0.7
 
 def expert_colours(num_experts: int) -> Tensor:
     """Gives every expert a colour: (E, 3), RGB in [0, 1]."""
-    if num_experts <= 10:
-        return torch.tensor(matplotlib.colormaps['tab10'].colors[:num_experts])
-    if num_experts <= 20:
-        return torch.tensor(matplotlib.colormaps['tab20'].colors[:num_experts])
-    hues = torch.linspace(0, 1, num_experts + 1)[:-1]
-    return torch.from_numpy(matplotlib.colormaps['hsv'](hues.numpy())[:, :3]).float()
+    if num_experts <= 20:  # lists of distinct colours, looked up by their index
+        listed = matplotlib.colormaps['tab10' if num_experts <= 10 else 'tab20']
+        rgba = listed(range(num_experts))
+    else:
+        rgba = matplotlib.colormaps['hsv']([i / num_experts for i in range(num_experts)])
+    return torch.as_tensor(rgba)[:, :3].float()
 
 
 def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe import collect_losses, moe_layers
 from vqmoe_vision.moe.codebook import Quantized
+from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.routing import Routing
 
 
@@ -72,11 +73,12 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(keep(f'{layer_name}.{name}', layer.experts.num_experts))
-        for layer_name, layer in moe_layers(model).items()
-        for name, module in layer.named_modules()
-    ]
+    hooks = []
+    for layer_name, layer in moe_layers(model).items():
+        assert isinstance(layer.experts, Experts)
+        for name, module in layer.named_modules():
+            hook = keep(f'{layer_name}.{name}', layer.experts.num_experts)
+            hooks.append(module.register_forward_hook(hook))
     try:
         with _evaluating(model):
             model(images)
