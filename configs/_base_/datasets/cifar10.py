@@ -1,42 +1,8 @@
 # CIFAR-10 with the recipe of QTClassification.
-norm = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-train_dataloader = dict(
-    batch_size=256,
-    num_workers=4,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    collate_fn=dict(type='default_collate'),
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='cifar10',
-        data_root='data/cifar10',
-        split='train',
-        transform=dict(
-            type='timm',
-            input_size=32,
-            is_training=True,
-            auto_augment='rand-m9-mstd0.5-inc1',
-            re_prob=0.25,
-            re_mode='pixel',
-            interpolation='random',
-            **norm,
-        ),
-    ),
-)
-val_dataloader = dict(
-    batch_size=256,
-    num_workers=4,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    collate_fn=dict(type='default_collate'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='cifar10',
-        data_root='data/cifar10',
-        split='val',
-        transform=dict(
-            type='timm', input_size=32, crop_pct=0.875, interpolation='bilinear', **norm
-        ),
-    ),
-)
+_base_ = 'recipe.py'
+data = dict(type='cifar10', data_root='data/cifar10')
+images = dict(input_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+train_dataloader = dict(dataset=dict(transform=images, **data))
+val_dataloader = dict(dataset=dict(transform=images, **data))
 test_dataloader = val_dataloader
-del norm
+del data, images

@@ -1,0 +1,31 @@
+# The recipe of QTClassification, for every image data set; each file beside this one names its data.
+train_dataloader = dict(
+    batch_size=256,
+    num_workers=4,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    collate_fn=dict(type='default_collate'),
+    drop_last=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        split='train',
+        transform=dict(
+            type='timm',
+            is_training=True,
+            auto_augment='rand-m9-mstd0.5-inc1',
+            re_prob=0.25,
+            re_mode='pixel',
+            interpolation='random',
+        ),
+    ),
+)
+val_dataloader = dict(
+    batch_size=256,
+    num_workers=4,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    collate_fn=dict(type='default_collate'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        split='val', transform=dict(type='timm', crop_pct=0.875, interpolation='bilinear')
+    ),
+)
+test_dataloader = val_dataloader
