@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity
-from vqmoe_vision.moe.codebook import SimVQCodebook
+from vqmoe_vision.moe.codebook_learning import SimVQCodebook
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect
-from vqmoe_vision.moe.codebook import GradientCodebook
+from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.methods.stablemoe import RawPatches
 

@@ -13,13 +13,13 @@ import torch.multiprocessing as mp
 from hypothesis import given
 
 from vqmoe_vision.moe import codebook as module
-from vqmoe_vision.moe.codebook import (
+from vqmoe_vision.moe.codebook import nearest_code
+from vqmoe_vision.moe.codebook_learning import (
     CODEBOOKS,
     EmaCodebook,
     GradientCodebook,
     SimVQCodebook,
     kmeans,
-    nearest_code,
 )
 from vqmoe_vision.moe.routing import expert_load, perplexity
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect, collect_losses, moe_layers, update_state
-from vqmoe_vision.moe.codebook import CODEBOOKS
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 
 D = 8
 CASES = [pytest.param(name, {}, id=name) for name in METHODS] + [

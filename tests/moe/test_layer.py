@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from vqmoe_vision.moe import METHODS, collect_losses
-from vqmoe_vision.moe.codebook import CODEBOOKS
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 
 D = 8
 METHOD_PRESETS = [

@@ -73,12 +73,14 @@ class MoeLayer(StaysPython):
         super().__init__()
         self.recorder = Recorder()
         self._updated = False
+        self._ran_without_grad = False
 
     def run(self, x: Tensor) -> Tensor:
         """Apply the layer; (B, N, D) -> (B, N, D).
 
         Raises:
-            RuntimeError: If gradient checkpointing repeats the layer after its state changed.
+            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
+                repeats a pass that ran without gradients (`use_reentrant=True`).
         """
         if self.training and not torch.compiler.is_compiling():
             self._check_use()
@@ -120,6 +122,11 @@ class MoeLayer(StaysPython):
 
     def _check_use(self) -> None:
         if in_recomputation():
+            if self._ran_without_grad:
+                raise RuntimeError(
+                    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of '
+                    'MoE layers: use use_reentrant=False'
+                )
             if self._updated:
                 raise RuntimeError(
                     'gradient checkpointing repeats a MoE layer whose state has already changed: '
@@ -127,6 +134,7 @@ class MoeLayer(StaysPython):
                 )
             return
         self._updated = False
+        self._ran_without_grad = not torch.is_grad_enabled()
         global _already_warned
         if not (self.recorder.active or _already_warned) and torch.is_grad_enabled():
             _already_warned = True
@@ -156,7 +164,13 @@ class Collected:
         return {name: torch.stack(v).mean(0) for name, v in self._gather('stats').items()}
 
     def total(self) -> Tensor:
-        """Sum of all losses: a 0-dim tensor to add to the task loss, zero without MoE layers."""
+        """Sum of all losses: a 0-dim tensor to add to the task loss, zero without MoE layers.
+
+        Raises:
+            RuntimeError: If the block has been left, as the losses have lost their graph.
+        """
+        if self._closed is not None:
+            raise RuntimeError('collected.total() has no gradient after its block: call it inside')
         losses = list(self.losses.values())
         if losses:
             return torch.stack(losses).sum()

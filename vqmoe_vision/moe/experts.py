@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .dispatch import grouped_linear
+from .grouped_linear import grouped_linear
 
 
 class StackedLinear(nn.Module):

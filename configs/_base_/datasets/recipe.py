@@ -1,4 +1,4 @@
-# The recipe of QTClassification, for every image data set; each file beside this one names its data.
+# The recipe of QTClassification for images; each file beside this one names its data.
 train_dataloader = dict(
     batch_size=256,
     num_workers=4,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses, losses
-from vqmoe_vision.moe.codebook import CODEBOOKS
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.methods.vqmoe import (
     EXPERT_INPUTS,
     FORMS,

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ..collect import MoeLayer
 from ..config import MoeConfig, check
-from ..dispatch import compute_dtype
 from ..experts import Experts
+from ..grouped_linear import compute_dtype
 from ..routing import full_precision
 
 

@@ -44,7 +44,7 @@ from .. import losses
 from ..config import TopKConfig, check, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
-from ..routing import Routing, full_precision, init_orthogonal, renormalized, top_k_experts
+from ..routing import Routing, full_precision, init_orthogonal, top_k_experts
 
 CELLS = 4  # a patch is averaged to CELLS x CELLS cells before D sees it
 DISTILLED_WIDTH = 50  # of the paper
@@ -222,15 +222,15 @@ class StableRouter(nn.Module):
             scores = F.linear(x.float(), self.expert_embed.float())
             student_scores = self.distilled(cells)
             student = top_k_experts(student_scores, k)[1]
+            teacher = top_k_experts(scores, k)[1]
             indices = student
             if self.training:
-                teacher = top_k_experts(scores, k)[1]
                 indices = torch.where(self.distilled.frozen, student, teacher)
             gates = scores.gather(1, indices).sigmoid()
             terms = self._losses(gates, student_scores, indices) if self.training else {}
             # the output reaches D and E^ with a gradient of zero, so that no parameter is unused
             weights = gates + 0 * student_scores.gather(1, indices)
-            agreement = (student[:, 0] == indices[:, 0]).float().mean()
+            agreement = (student[:, 0] == teacher[:, 0]).float().mean()
         return Routing(indices, weights, terms, stats={'agreement': agreement})
 
     def macs_per_token(self) -> int:
@@ -274,8 +274,8 @@ class SimplifiedRouter(nn.Module):
         """Route tokens (T, D) in float32."""
         with full_precision(x):
             scores = F.linear(x.float(), F.normalize(self.expert_embed.float(), dim=-1))
-            weights, indices = top_k_experts(scores.softmax(dim=-1), self.config.top_k)
-        return Routing(indices, renormalized(weights))
+            chosen, indices = top_k_experts(scores, self.config.top_k)
+        return Routing(indices, chosen.softmax(dim=-1))
 
     def macs_per_token(self) -> int:
         """Multiply-accumulates of one routing decision."""

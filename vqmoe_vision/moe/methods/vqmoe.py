@@ -50,11 +50,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..codebook import CODEBOOKS, Quantized
+from ..codebook import Quantized
+from ..codebook_learning import CODEBOOKS
 from ..collect import MoeLayer, in_recomputation
 from ..config import MoeConfig, check, check_weights
-from ..dispatch import combine, compute_dtype, make_plan
+from ..dispatch import combine, make_plan
 from ..experts import Experts
+from ..grouped_linear import compute_dtype
 from ..routing import Routing, expert_load, full_precision, top_k_experts
 
 FORMS = ('full', 'discrete', 'continuous')

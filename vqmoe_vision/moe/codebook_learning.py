@@ -1,0 +1,208 @@
+"""Codebooks that do not collapse, or collapse less, and all of them by name.
+
+Legend: T tokens, D width, M codes, S sample of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codebook import Codebook, UsageStats, nearest_code
+
+KMEANS_ITERATIONS = 10
+DEAD_SHARE = 0.01  # a code is dead below this share of even usage
+
+
+@torch.no_grad()
+def kmeans(sample: Tensor, num_codes: int) -> Tensor:
+    """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample.
+
+    A cluster that loses all members keeps its mean. With fewer distinct tokens than codes some
+    codes repeat.
+
+    Args:
+        sample: (S, D) float32.
+        num_codes: M.
+
+    Returns:
+        (M, D).
+    """
+    # a generator of its own: starting a codebook leaves the user's random stream alone
+    generator = torch.Generator().manual_seed(0)
+    codes = sample[:1]
+    for _ in range(num_codes - 1):
+        distance = torch.cdist(sample, codes).min(dim=1).values.square().cpu() + 1e-12
+        pick = torch.multinomial(distance, 1, generator=generator)
+        codes = torch.cat([codes, sample[pick.to(sample.device)]])
+    for _ in range(KMEANS_ITERATIONS):
+        members = F.one_hot(nearest_code(sample, codes), num_codes).to(sample.dtype)
+        counts = members.sum(dim=0)[:, None]
+        codes = torch.where(counts > 0, members.t() @ sample / counts.clamp(min=1), codes)
+    return codes
+
+
+class GradientCodebook(Codebook):
+    """Codes learned by gradient, with a k-means start and replacement of dead codes.
+
+    Usage is a moving average of decay 0.99; a code below 1 % of even usage takes the place of a
+    random token and starts again at even usage, so that it is not replaced before it had a chance.
+    """
+
+    decay = 0.99
+    usage: Tensor
+    started: Tensor
+
+    def _create(self) -> None:
+        super()._create()
+        device = self.factory['device']
+        self.register_buffer('usage', torch.empty(self.num_codes, device=device))
+        self.register_buffer('started', torch.empty((), dtype=torch.bool, device=device))
+        self.register_buffer('updates', torch.empty((), dtype=torch.int64, device=device))
+
+    def init_weights(self) -> None:
+        """The uniform start, until the first update replaces it; even usage."""
+        super().init_weights()
+        self._reset_usage(1 / self.num_codes)
+
+    def _reset_usage(self, share: float) -> None:
+        self.usage.fill_(share)
+        self.started.fill_(False)
+        self.updates.zero_()
+
+    def _learn(self, stats: UsageStats) -> bool:
+        self.updates += 1
+        if not bool(self.started):
+            self._start(kmeans(stats.sample, self.num_codes))
+            return True
+        self.usage.lerp_(stats.usage.to(self.usage.dtype), 1 - self.decay)
+        return self._move(stats) | self._replace_dead(stats)
+
+    def _start(self, codes: Tensor) -> None:
+        self.embed.copy_(codes)
+        self.usage.fill_(1 / self.num_codes)
+        self.started.fill_(True)
+
+    def _move(self, stats: UsageStats) -> bool:
+        return False
+
+    def _replace_dead(self, stats: UsageStats) -> bool:
+        dead = self.usage * self.num_codes < DEAD_SHARE
+        num_dead = int(dead.sum())
+        if num_dead == 0:
+            return False
+        generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
+        picks = torch.randint(len(stats.sample), (num_dead,), generator=generator)
+        self._revive(dead, stats.sample[picks.to(stats.sample.device)])
+        return True
+
+    def _revive(self, dead: Tensor, codes: Tensor) -> None:
+        self.embed[dead] = codes.to(self.embed.dtype)
+        self.usage[dead] = 1 / self.num_codes
+
+
+class EmaCodebook(GradientCodebook):
+    """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1).
+
+    With usage n_k and token sums m_k as shares of all tokens, both averaged with decay 0.99:
+    v_k = m_k / n~_k, n~_k = (n_k + eps) / (sum n + M eps) * sum n. There is no codebook loss.
+    Starts and replaces dead codes as `GradientCodebook` does.
+    """
+
+    codebook_scale = 0.0
+    epsilon = 1e-5
+
+    def _create(self) -> None:
+        super()._create()
+        del self.embed
+        shape = (self.num_codes, self.dim)
+        self.register_buffer('embed', torch.empty(shape, **self.factory))
+        self.register_buffer('token_sums', torch.empty(shape, **self.factory))
+
+    def init_weights(self) -> None:
+        """Random until the first update; token-sized, so that not all tokens take one code."""
+        nn.init.normal_(self.embed)
+        self.token_sums.zero_()
+        self._reset_usage(1 / self.num_codes)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: the codes are no parameter."""
+        return set()
+
+    def _start(self, codes: Tensor) -> None:
+        super()._start(codes)
+        self.token_sums.copy_(codes / self.num_codes)
+
+    def _move(self, stats: UsageStats) -> bool:
+        self.token_sums.lerp_(stats.token_sums.to(self.token_sums.dtype), 1 - self.decay)
+        total = self.usage.sum()
+        smoothed = (self.usage + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+        self.embed.copy_(self.token_sums / smoothed[:, None])
+        return True
+
+    def _revive(self, dead: Tensor, codes: Tensor) -> None:
+        super()._revive(dead, codes)
+        self.token_sums[dead] = codes.to(self.token_sums.dtype) / self.num_codes
+
+
+class SimVQCodebook(Codebook):
+    """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038).
+
+    Moving the layer for one selected code moves all codes, so that few are left behind. But it has
+    no data-dependent start: a large mean that all tokens share still lets one code win all.
+    """
+
+    frozen_embed: Tensor
+
+    def _create(self) -> None:
+        self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **self.factory))
+        self.project = nn.Linear(self.dim, self.dim, **self.factory)
+
+    def init_weights(self) -> None:
+        """Standard deviation D^-1/2 for the codes, torch's default for the layer."""
+        nn.init.normal_(self.frozen_embed, std=self.dim**-0.5)
+        self.project.reset_parameters()
+
+    def codes(self) -> Tensor:
+        """Projected codes, (M, D) float32."""
+        weight, bias = self.project.weight.float(), self.project.bias.float()
+        return F.linear(self.frozen_embed.float(), weight, bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """The projection: it is the codebook."""
+        return {'project.weight'}
+
+
+class CVQCodebook(GradientCodebook):
+    """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors.
+
+    Usage starts at zero and is averaged with decay 0.99. Code k moves by
+    alpha_k = exp(-10 usage_k M / (1 - decay) - 0.001) towards an anchor, a token drawn with
+    probability softmax(-distance) ('probrandom'): fully if never used, not measurably if used.
+    """
+
+    def init_weights(self) -> None:
+        """The uniform start; zero usage, so that all codes move to tokens at once."""
+        super().init_weights()
+        self._reset_usage(0.0)
+
+    def _learn(self, stats: UsageStats) -> bool:
+        self.updates += 1
+        self.usage.lerp_(stats.usage.to(self.usage.dtype), 1 - self.decay)
+        rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.decay) - 1e-3)
+        generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
+        distance = torch.cdist(self.codes(), stats.sample)
+        picks = torch.multinomial((-distance).softmax(dim=1).cpu(), 1, generator=generator)
+        anchors = stats.sample[picks.squeeze(1).to(stats.sample.device)]
+        self.embed.lerp_(anchors.to(self.embed.dtype), rate[:, None].to(self.embed.dtype))
+        return True
+
+
+CODEBOOKS: dict[str, type[Codebook]] = {
+    'ema': EmaCodebook,
+    'gradient': GradientCodebook,
+    'plain': Codebook,
+    'simvq': SimVQCodebook,
+    'cvq': CVQCodebook,
+}
