@@ -1,6 +1,8 @@
 """What every test starts from: the same seeds, one thread, and no GPU test without a GPU."""
 
+import os
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -20,6 +22,15 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _environment() -> Iterator[None]:
+    """A program that runs inside a test sets variables, such as how torch.load behaves."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
