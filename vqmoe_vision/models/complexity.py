@@ -9,6 +9,7 @@ Legend: N tokens per image, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -62,7 +63,7 @@ def complexity(model: VisionTransformer) -> Complexity:
     return Complexity(params, params - sum(layer.idle_params() for layer in layers), macs)
 
 
-def _block_macs(block: nn.Module, num_tokens: int) -> int:
+def _block_macs(block: Any, num_tokens: int) -> int:
     width = block.norm1.normalized_shape[0]
     attention = num_tokens * _linear_macs(block.attn) + 2 * num_tokens**2 * width
     if isinstance(block.mlp, MoeLayer):

@@ -63,11 +63,13 @@ class StableBlock(Block):
 
     @torch.jit.ignore
     def _checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        cells = self.mlp.router.source.cells if isinstance(self.mlp, StableMoEMlp) else None
+        mlp: Any = self.mlp
+        routed = isinstance(mlp, StableMoEMlp)
+        cells = mlp.router.source.cells if routed else None
 
         def run(x: Tensor, cells: Tensor | None) -> Tensor:
-            if cells is not None:
-                self.mlp.router.source.cells = cells
+            if routed:
+                mlp.router.source.cells = cells
             return Block.forward(self, x, attn_mask, is_causal)
 
         return checkpoint(run, x, cells, use_reentrant=False)

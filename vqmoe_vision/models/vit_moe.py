@@ -20,6 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
+from ..moe.collect import MoeLayer
 from ..moe.config import check
 from ..moe.experts import Experts
 from ..moe.layer import RoutedMlp
@@ -48,6 +49,7 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
         ValueError: If the specification is not understood or selects no or missing blocks.
     """
     allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
+    chosen: Sequence[int]
     if isinstance(moe_layers, str):
         match = re.fullmatch(r'(every|last)([1-9]\d*)', moe_layers)
         check(match is not None, 'moe_layers', moe_layers, allowed)
@@ -124,8 +126,9 @@ class MoeVisionTransformer(VisionTransformer):
 
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
+        blocks: Any = self.blocks
         with torch.no_grad():
-            for i, block in enumerate(self.blocks):
+            for i, block in enumerate(blocks):
                 scale = (2.0 * (i + 1)) ** 0.5
                 block.attn.proj.weight.div_(scale)
                 mlp = getattr(block.mlp, 'experts', block.mlp)
@@ -136,15 +139,16 @@ class MoeVisionTransformer(VisionTransformer):
         """Names of parameters that should not use weight decay."""
         names = super().no_weight_decay()
         for i, block in enumerate(self.blocks):
-            own = getattr(block.mlp, 'no_weight_decay', set)()
-            names |= {f'blocks.{i}.mlp.{name}' for name in own}
+            if isinstance(block.mlp, MoeLayer):
+                names |= {f'blocks.{i}.mlp.{name}' for name in block.mlp.no_weight_decay()}
         return names
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], StableBlock):
-            for block in self.blocks:
+            blocks: Any = self.blocks
+            for block in blocks:
                 block.grad_checkpointing = enable
         else:
             super().set_grad_checkpointing(enable)

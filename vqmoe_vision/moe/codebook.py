@@ -85,6 +85,7 @@ class Codebook(nn.Module):
     """
 
     codebook_scale = 1.0
+    embed: Tensor
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Codebook(nn.Module):
     ) -> None:
         super().__init__()
         self.num_codes, self.dim, self.commitment = num_codes, dim, commitment
-        self.factory = {'device': device, 'dtype': dtype}
+        self.factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._pending: list[UsageStats] = []
         self._create()
         self.init_weights()

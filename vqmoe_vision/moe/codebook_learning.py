@@ -53,6 +53,7 @@ class GradientCodebook(Codebook):
     decay = 0.99
     usage: Tensor
     started: Tensor
+    updates: Tensor
 
     def _create(self) -> None:
         super()._create()
@@ -111,6 +112,7 @@ class EmaCodebook(GradientCodebook):
     """
 
     codebook_scale = 0.0
+    token_sums: Tensor
     epsilon = 1e-5
 
     def _create(self) -> None:

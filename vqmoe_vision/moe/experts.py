@@ -9,6 +9,7 @@ data-parallel training and timm's test suite need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class StackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {'device': device, 'dtype': dtype}
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **factory))

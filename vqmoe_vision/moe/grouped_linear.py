@@ -5,6 +5,8 @@ Legend: R rows sorted by expert, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,13 +106,13 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor,
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, offsets = inputs
     ctx.save_for_backward(x, weight, offsets)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight, offsets = ctx.saved_tensors
     # sums of the output arrive as expanded tensors, which mm(out=) takes but slowly
     grads = torch.ops.vqmoe_vision.grouped_linear_backward(grad.contiguous(), x, weight, offsets)

@@ -5,12 +5,12 @@ Legend: B images, N tokens per image, T = B * N, D width.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .collect import MoeLayer
 from .dispatch import run_experts
 from .experts import Experts
-from .routing import Routing, expert_load
+from .routing import Router, Routing, expert_load
 
 
 class RoutedMlp(MoeLayer):
@@ -23,7 +23,9 @@ class RoutedMlp(MoeLayer):
         experts: The experts.
     """
 
-    def __init__(self, router: nn.Module, experts: Experts) -> None:
+    router: Router
+
+    def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
         self.router = router
         self.experts = experts

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .config import TopKConfig
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -30,6 +32,27 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Base of routers that choose `config.top_k` experts: tokens in, `Routing` out.
+
+    A router has no side effect; what it learns without gradients changes elsewhere.
+    """
+
+    config: TopKConfig
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D)."""
+        raise NotImplementedError
+
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of one routing decision."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone."""
+        raise NotImplementedError
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:

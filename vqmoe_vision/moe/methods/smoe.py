@@ -31,7 +31,7 @@ from .. import losses
 from ..config import TopKConfig, check, check_renormalize, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
-from ..routing import Routing, full_precision, renormalized, top_k_experts, within_capacity
+from ..routing import Router, Routing, full_precision, renormalized, top_k_experts, within_capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +102,15 @@ class SMoEConfig(TopKConfig):
         )
 
 
-class SMoERouter(nn.Module):
+class SMoERouter(Router):
     """Softmax top-k router, V-MoE (2).
 
     Args:
         in_features: D.
         config: Options.
     """
+
+    config: SMoEConfig
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class SMoERouter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        factory = {'device': device, 'dtype': dtype}
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         bias = torch.empty(config.num_experts, **factory)
         self.bias = nn.Parameter(bias) if config.router_bias else None

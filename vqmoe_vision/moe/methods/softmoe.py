@@ -79,7 +79,7 @@ class SoftMoEMlp(MoeLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {'device': device, 'dtype': dtype}
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.slot_norm = config.slot_norm
         default_slots = max(round(num_tokens / config.num_experts), 1)
         self.slots_per_expert = config.slots_per_expert or default_slots
@@ -104,6 +104,7 @@ class SoftMoEMlp(MoeLayer):
         if self.slot_gain is not None:
             gain = self.slot_gain.float()
             return x.float() @ F.rms_norm(self.slot_embed.float(), gain.shape, gain).t()
+        assert self.scale is not None
         slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
         return F.normalize(x.float(), dim=-1, eps=1e-6) @ slots.t()
 

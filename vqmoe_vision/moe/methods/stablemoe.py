@@ -44,7 +44,7 @@ from .. import losses
 from ..config import TopKConfig, check, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
-from ..routing import Routing, full_precision, init_orthogonal, top_k_experts
+from ..routing import Router, Routing, full_precision, init_orthogonal, top_k_experts
 
 CELLS = 4  # a patch is averaged to CELLS x CELLS cells before D sees it
 DISTILLED_WIDTH = 50  # of the paper
@@ -120,7 +120,11 @@ class DistilledRouter(nn.Module):
         num_prefix_tokens: G, tokens before the patches; each has a learned D.
     """
 
+    project: Tensor
+    prefix: Tensor
+    expert_embed: Tensor
     frozen: Tensor
+    steps: Tensor
 
     def __init__(
         self, in_chans: int, num_experts: int, num_prefix_tokens: int, **factory: Any
@@ -181,7 +185,7 @@ class DistilledRouter(nn.Module):
         return True
 
 
-class StableRouter(nn.Module):
+class StableRouter(Router):
     """Two-stage router, StableMoE (1) to (9).
 
     Args:
@@ -191,6 +195,8 @@ class StableRouter(nn.Module):
         in_chans: Image channels.
         num_prefix_tokens: G.
     """
+
+    config: StableMoEConfig
 
     def __init__(
         self,
@@ -252,13 +258,15 @@ class StableRouter(nn.Module):
         }
 
 
-class SimplifiedRouter(nn.Module):
+class SimplifiedRouter(Router):
     """One-stage router of the 'group' preset: softmax over the top-k of E_i . x / |E_i|.
 
     Args:
         in_features: D.
         config: Options.
     """
+
+    config: StableMoEConfig
 
     def __init__(self, in_features: int, config: StableMoEConfig, **factory: Any) -> None:
         super().__init__()
@@ -288,6 +296,8 @@ class SimplifiedRouter(nn.Module):
 
 class StableMoEMlp(RoutedMlp):
     """`RoutedMlp` whose router moves from stage 1 to stage 2."""
+
+    router: StableRouter
 
     def macs(self, num_tokens: int) -> int:
         """As `RoutedMlp`; prefix tokens have a learned D in the place of a product."""

@@ -282,6 +282,7 @@ class VQMoEMlp(MoeLayer):
         loss = {'vq': self.config.vq_weight * quantized.loss} if self.training else {}
         stats = {}
         if self.recorder.active and not in_recomputation():
+            assert self.quantizer is not None
             codebook = self.quantizer.codebook
             if self.training:
                 codebook.observe(tokens, quantized.indices)

@@ -28,7 +28,7 @@ from .. import losses
 from ..config import TopKConfig, check, check_renormalize, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
-from ..routing import Routing, full_precision, init_orthogonal, renormalized, top_k_experts
+from ..routing import Router, Routing, full_precision, init_orthogonal, renormalized, top_k_experts
 
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
 _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
@@ -87,13 +87,15 @@ class XMoEConfig(TopKConfig):
             check(value is None or value > 0, name, value, "above 0, or None for the paper's")
 
 
-class XMoERouter(nn.Module):
+class XMoERouter(Router):
     """Cosine router, XMoE (5) to (8).
 
     Args:
         in_features: D.
         config: Options.
     """
+
+    config: XMoEConfig
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class XMoERouter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        factory = {'device': device, 'dtype': dtype}
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         dim = config.router_dim or max(config.num_experts // 2, 2)
         gate_default, balance_default = _TEMPERATURES[config.gate]
         self.initial_temperature = config.temperature or gate_default
