@@ -1,6 +1,7 @@
 """What timm's users expect of a model: features, sizes, heads, dtypes, copies and scripts."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -310,9 +311,19 @@ def test_torchscript(tiny_variant, images: Tensor) -> None:
     # scripting leaves the model itself alone
     torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
     assert list(model.state_dict()) == names
-    # the compiled model keeps what it calls back into
-    del model
-    torch.testing.assert_close(scripted(images), expected, rtol=0, atol=0)
+    assert str(scripted)
+
+
+# as above
+@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:DeprecationWarning')
+def test_a_scripted_layer_keeps_what_it_calls_back_into(make_tiny) -> None:
+    layer = make_tiny('softmoe', depth=2).eval().blocks[1].mlp
+    tokens = torch.randn(2, 17, 32)
+    expected = layer(tokens)
+    scripted = torch.jit.script(layer)
+    del layer
+    gc.collect()
+    torch.testing.assert_close(scripted(tokens), expected, rtol=0, atol=0)
 
 
 def test_fx_feature_extraction(tiny, images: Tensor) -> None:

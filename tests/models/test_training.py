@@ -25,15 +25,21 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def accumulated(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, dict, dict]:
-    """Loss, gradients and state after all forward passes and then one backward."""
+def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
+    """Loss, gradients, state and records after all forward passes and then one backward."""
     model.train()
     torch.manual_seed(1)  # router noise and drop path
     with collect_losses(model) as collected:
         loss = sum(F.cross_entropy(model(images), TARGETS) for images in batches)
         loss = loss + collected.total()
         loss.backward()
-    return loss.detach(), gradients(model), dict(model.named_buffers())
+    return {
+        'loss': loss.detach(),
+        'gradients': gradients(model),
+        'state': dict(model.named_buffers()),
+        'losses': collected.losses,
+        'stats': collected.stats,
+    }
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_two_passes_in_one_block_add_their_losses(tiny) -> None:
             for images in batches:
                 torch.manual_seed(2)
                 model(images)
-        totals.append(collected.total())
+            totals.append(collected.total())
     torch.testing.assert_close(totals[0] + totals[1], totals[2])
 
 

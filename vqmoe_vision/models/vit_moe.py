@@ -153,7 +153,6 @@ class MoeVisionTransformer(VisionTransformer):
         else:
             super().set_grad_checkpointing(enable)
 
-    @torch.jit.ignore
     def extra_repr(self) -> str:
         """Method, size and cost, for print(model)."""
         return f'{self.method}: {complexity(self)}'
