@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Passed on to pytest, for example: make test PYTEST_ARGS="tests/moe -x"
 PYTEST_ARGS ?=
-TIMM_MODELS ?= vqmoe or softmoe or smoe or stablemoe or xmoe
+TIMM_SIZES   ?= tiny small base large
+TIMM_METHODS ?= vqmoe softmoe smoe stablemoe xmoe
 
 # Threads that wait at a barrier sleep: spinning, as is the default, makes training several times
 # slower as soon as anything else runs on the machine.
@@ -52,7 +53,11 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	    touch $$src/.complete; \
 	fi; \
 	python=$$(cd $(BIN) && pwd)/python; cd $$src; \
-	TORCH_BACKEND=vqmoe_vision $$python -m pytest tests/test_models.py -k "$(TIMM_MODELS)" $(PYTEST_ARGS)
+	for size in $(TIMM_SIZES); do for method in $(TIMM_METHODS); do \
+	    echo "vit_$${size}_$$method"; \
+	    TORCH_BACKEND=vqmoe_vision $$python -m pytest -q -W ignore tests/test_models.py \
+	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
+	done; done
 
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) work_dirs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

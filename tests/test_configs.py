@@ -19,7 +19,7 @@ LEAVES = sorted(
     for path in (CONFIGS / 'classification').rglob('*.py')
     if path.stem != '_base_'
 )
-DATASETS = ('cifar10', 'cifar100', 'stl10', 'svhn', 'imagenet')
+DATASETS = ('digits', 'cifar10', 'cifar100', 'stl10', 'svhn', 'imagenet')
 ROWS = ('dense', 'dense_wide', 'vqmoe', 'softmoe', 'smoe', 'stablemoe', 'xmoe')
 
 
@@ -77,11 +77,19 @@ def test_sizes_are_the_10m_and_110m_of_the_paper(size: str, row: str, millions: 
     assert complexity(model).params / 1e6 == pytest.approx(millions, rel=5e-3)
 
 
-@pytest.mark.parametrize('folder', ['digits', 'cifar10', 'imagenet'])
-def test_rows_are_matched_in_active_compute(folder: str) -> None:
+@pytest.mark.parametrize(
+    'leaf',
+    [
+        'digits/demo/vit_tiny_{row}_demo.py',
+        'cifar10/vit_tiny_{row}_cifar10.py',
+        'cifar10/budget/{row}_budget.py',
+        'imagenet/vit_tiny_{row}_imagenet.py',
+    ],
+)
+def test_rows_are_matched_in_active_compute(leaf: str) -> None:
     macs = {}
     for row in ROWS:
-        path = CONFIGS / f'classification/{folder}/vit_tiny_{row}_{folder}.py'
+        path = CONFIGS / 'classification' / leaf.format(row=row)
         with torch.device('meta'):
             macs[row] = complexity(MODELS.build(load_config(str(path)).model).model).macs
     dense = macs.pop('dense')
@@ -93,7 +101,7 @@ def test_rows_are_matched_in_active_compute(folder: str) -> None:
 
 
 def test_optimizers_and_schedules_can_be_built() -> None:
-    for path in ('digits/vit_tiny_vqmoe_digits.py', 'cifar10/vit_tiny_vqmoe_cifar10.py'):
+    for path in ('digits/demo/vit_tiny_vqmoe_demo.py', 'cifar10/vit_tiny_vqmoe_cifar10.py'):
         config = load_config(str(CONFIGS / 'classification' / path))
         model = vqmoe_vision.classification.Classifier(
             'vit_tiny_vqmoe', 2, img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3

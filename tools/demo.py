@@ -29,7 +29,7 @@ def main() -> None:
 def classify_digits() -> list[str]:
     """Trains, draws, and says what was reached."""
     started = time.monotonic()
-    config = load_config(str(ROOT / 'configs/classification/digits/vit_tiny_vqmoe_digits.py'))
+    config = load_config(str(ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'))
     config.work_dir = str(WORK_DIR)
     runner = Runner.from_cfg(config)
     runner.train()

@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from vqmoe_vision.engine import NonFiniteError, cli
 from vqmoe_vision.engine.cli import load_config, one_line, train, use_amp
 
-DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/vit_tiny_vqmoe_digits.py'
+DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TINY = f"""
 _base_ = {str(DIGITS)!r}
 experiment_name = NAME  # mmengine keeps one logger per name in a process

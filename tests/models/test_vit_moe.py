@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import timm
 import torch
+from timm.layers import SwiGLU
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import nn
 
@@ -100,6 +101,7 @@ IMPOSSIBLE = [
     ('vqmoe', {'img_size': (32, 36)}, 'img_size=(32, 36)', 'a multiple of patch_size=8x8'),
     ('vqmoe', {'patch_size': 0}, 'patch_size=0', 'at least 1'),
     ('vqmoe', {'scale_mlp_norm': True}, 'scale_mlp_norm=True', 'False'),
+    ('smoe', {'mlp_layer': SwiGLU}, 'mlp_layer=', 'Mlp'),
     ('vqmoe', {'block_fn': ParallelScalingBlock}, 'block_fn=', 'mlp'),
     ('vqmoe', {'moe_layers': 'every0'}, "moe_layers='every0'", "'everyN'"),
     ('vqmoe', {'moe_layers': 'every5'}, "moe_layers='every5'", 'depth=4'),

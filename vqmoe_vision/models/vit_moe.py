@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, register_notrace_module, to_2tuple
+from timm.layers import Mlp, get_act_layer, register_notrace_module, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -171,6 +171,12 @@ def _check_vit_arguments(kwargs: dict[str, Any]) -> None:
         'scale_mlp_norm',
         kwargs.get('scale_mlp_norm'),
         'False, experts have no norm between their layers',
+    )
+    check(
+        kwargs.get('mlp_layer') in (None, Mlp),
+        'mlp_layer',
+        kwargs.get('mlp_layer'),
+        "timm's Mlp, whose layout experts have",
     )
     image, patch = to_2tuple(kwargs.get('img_size', 224)), to_2tuple(kwargs.get('patch_size', 16))
     check(min(patch) >= 1, 'patch_size', kwargs.get('patch_size', 16), 'at least 1')
