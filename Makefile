@@ -55,7 +55,7 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	python=$$(cd $(BIN) && pwd)/python; cd $$src; \
 	for size in $(TIMM_SIZES); do for method in $(TIMM_METHODS); do \
 	    echo "vit_$${size}_$$method"; \
-	    TORCH_BACKEND=vqmoe_vision $$python -m pytest -q -W ignore tests/test_models.py \
+	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
 	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
 	done; done
 

@@ -180,6 +180,11 @@ def test_launcher_without_torchrun(config: str) -> None:
         train([config, '--launcher', 'pytorch'])
 
 
+def test_resume_without_a_checkpoint_does_not_start_again(config: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r'--resume finds no checkpoint in .*empty'):
+        train([config, '--work-dir', str(tmp_path / 'empty'), '--resume'])
+
+
 def test_missing_checkpoint(config: str) -> None:
     with pytest.raises(SystemExit, match=r"^error: checkpoint 'none.pth' does not exist$"):
         cli.test([config, 'none.pth'])

@@ -18,6 +18,16 @@ def test_expert_unused_in_one_batch_is_not_dead() -> None:
     }
 
 
+def test_expert_that_only_codes_reach_is_not_dead() -> None:
+    statistics = RoutingStatistics()
+    router, codes = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.5, 0.5, 0.0])
+    statistics.add({'a/load': router, 'a/discrete_load': codes, 'b/discrete_load': codes})
+    summary = statistics.summary()
+    # a: 1.5, 0.5, 0 of 2; b has no router
+    assert (summary['a/load_max'], summary['a/dead_experts']) == (0.75, 1)
+    assert (summary['b/load_max'], summary['b/dead_experts']) == (0.5, 1)
+
+
 def test_code_perplexity_is_that_of_the_whole_pass() -> None:
     statistics = RoutingStatistics()
     # each batch uses one code (perplexity 1), both together two codes equally (perplexity 2)

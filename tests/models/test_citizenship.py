@@ -155,6 +155,9 @@ def test_every_parameter_gets_a_gradient_from_the_loss(
 def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch) -> None:
     monkeypatch.setattr('vqmoe_vision.moe.collect._already_warned', False)
     model = tiny().train()
+    if model.method == 'softmoe':  # has nothing to collect, and a warning would be an error here
+        model(images)
+        return
     with pytest.warns(UserWarning, match='collect_losses') as warned:
         model(images)
         model(images)

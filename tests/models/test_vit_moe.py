@@ -10,7 +10,8 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import nn
 
 from vqmoe_vision.models import MoeVisionTransformer
-from vqmoe_vision.models.vit_moe import SIZES, resolve_moe_layers
+from vqmoe_vision.models.arguments import resolve_moe_layers
+from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS, MoeLayer
 
 NAMES = timm.list_models(module='vit_moe')

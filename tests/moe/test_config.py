@@ -1,6 +1,7 @@
 """Options: what is refused says which field, which value and what is allowed."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -92,6 +93,21 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('vqmoe', {'num_codes': 0}, 'num_codes'),
         ('vqmoe', {'vq_weight': -0.1}, 'vq_weight'),
         ('vqmoe', {'train_router': False}, 'balance_weight'),
+        # no effect with the others
+        ('vqmoe', {'form': 'discrete', 'balance_weight': 5.0}, 'balance_weight'),
+        ('vqmoe', {'form': 'continuous', 'num_codes': 16}, 'num_codes'),
+        ('vqmoe', {'form': 'continuous', 'vq_weight': 9.0}, 'vq_weight'),
+        ('vqmoe', {'expert_input': 'ste', 'code_share': 0.9}, 'code_share'),
+        ('stablemoe', {'two_stage': False, 'top_k': 2, 'stage1_steps': 7}, 'stage1_steps'),
+        ('xmoe', {'balance_weight': 0.0, 'balance_temperature': 9.0}, 'balance_temperature'),
+        # of another type, or not finite
+        ('smoe', {'num_experts': 2.5}, 'num_experts'),
+        ('smoe', {'num_experts': '8'}, 'num_experts'),
+        ('smoe', {'num_experts': True}, 'num_experts'),
+        ('smoe', {'top_k': 1.5}, 'top_k'),
+        ('smoe', {'renormalize': 'no'}, 'renormalize'),
+        ('smoe', {'router_noise': math.inf}, 'router_noise'),
+        ('xmoe', {'expert_mlp_ratio': math.inf}, 'expert_mlp_ratio'),
     ],
 )
 def test_impossible_options_of_a_method(method, options, field):

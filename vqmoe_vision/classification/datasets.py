@@ -178,7 +178,9 @@ def stl10(data_root: str, split: str, transform: dict) -> ImageClassification:
     _check_split(split, ('train', 'test'))
     folder = Path(data_root) / 'stl10_binary'
     if not folder.is_dir():
-        raise _missing(folder, f'{folder}/{{train,test}}_{{X,y}}.bin')
+        raise _missing(
+            folder, f'{folder}/{{train,test}}_{{X,y}}.bin, unlabeled_X.bin, class_names.txt'
+        )
     source = _read(datasets.STL10, folder, root=data_root, split=split)
     return ImageClassification(source, source.classes, transform)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from .model import NonFiniteError
 
@@ -187,6 +187,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp:
         use_amp(config)
     if args.resume:
+        if find_latest_checkpoint(config.work_dir) is None:
+            raise FileNotFoundError(f'--resume finds no checkpoint in {config.work_dir!r}')
         config.resume = True
     _build_runner(config).train()
 

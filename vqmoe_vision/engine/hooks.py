@@ -106,10 +106,13 @@ class NonFiniteGuardHook(Hook):
 
     @staticmethod
     def _check(runner: Runner) -> None:
-        for name, parameter in runner.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+        parameters = {name for name, _ in runner.model.named_parameters()}
+        # state_dict: codebooks that learn without gradients are buffers
+        for name, value in runner.model.state_dict().items():
+            if not torch.isfinite(value).all():
+                kind = 'parameter' if name in parameters else 'buffer'
                 raise NonFiniteError(
-                    f'parameter {name} became nan or infinite at iteration {runner.iter + 1}; '
+                    f'{kind} {name} became nan or infinite at iteration {runner.iter + 1}; '
                     'training has stopped, the last checkpoint is sound'
                 )
 

@@ -69,6 +69,8 @@ class MoeLayer(StaysPython):
     gradients, implements `apply_update`.
     """
 
+    needs_collecting = True  # it has losses, or state that learns without gradients
+
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
@@ -136,7 +138,8 @@ class MoeLayer(StaysPython):
         self._updated = False
         self._ran_without_grad = not torch.is_grad_enabled()
         global _already_warned
-        if not (self.recorder.active or _already_warned) and torch.is_grad_enabled():
+        unheard = self.needs_collecting and not self.recorder.active
+        if unheard and not _already_warned and torch.is_grad_enabled():
             _already_warned = True
             warnings.warn(_UNCOLLECTED, stacklevel=2)
 
@@ -225,6 +228,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
     for name, module in model.named_modules():
         if isinstance(module, MoeLayer):
             parts = [part for part in name.split('.') if part not in ('module', '_orig_mod')]
+            assert '.'.join(parts) not in found, 'two MoE layers with one name'
             found['.'.join(parts)] = module
     return found
 

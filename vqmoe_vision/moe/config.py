@@ -7,12 +7,12 @@ have is therefore unknown (`TypeError`), never ignored.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-try:
-    from typing import Self
-except ImportError:  # Python 3.10
+if TYPE_CHECKING:
     from typing_extensions import Self
 
 
@@ -45,9 +45,11 @@ class MoeConfig:
     expert_mlp_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
         check(self.num_experts >= 1, 'num_experts', self.num_experts, 'at least 1')
         ratio = self.expert_mlp_ratio
-        check(ratio is None or ratio > 0, 'expert_mlp_ratio', ratio, 'above 0, or None')
+        check(ratio is None or 0 < ratio < math.inf, 'expert_mlp_ratio', ratio, 'above 0, or None')
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -107,12 +109,36 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
     )
 
 
-def check_weights(config: MoeConfig, *names: str) -> None:
-    """Refuse negative loss weights.
+def check_unused(config: MoeConfig, names: Sequence[str], reason: str) -> None:
+    """Refuse options that the others leave without effect, unless they hold a default.
 
     Raises:
-        ValueError: If one of the named fields is negative.
+        ValueError: If a named field has neither its default nor a preset's value.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in names:
+        presets = [preset[name] for preset in config.PRESETS.values() if name in preset]
+        value = getattr(config, name)
+        check(value in [defaults[name], *presets], name, value, f'it has no effect with {reason}')
+
+
+def _check_type(name: str, annotation: str, value: object) -> None:
+    parts = annotation.split(' | ')
+    # bool is an int to Python, but no number of experts
+    kinds: dict[str, Any] = {'int': int, 'float': (int, float), 'bool': bool, 'str': str}
+    fits = any(
+        value is None if part == 'None' else isinstance(value, kinds[part]) for part in parts
+    )
+    confused = isinstance(value, bool) and 'bool' not in parts
+    check(fits and not confused, name, value, f'{annotation} is expected')
+
+
+def check_weights(config: MoeConfig, *names: str) -> None:
+    """Refuse loss weights that are negative or not finite.
+
+    Raises:
+        ValueError: If one of the named fields is.
     """
     for name in names:
         value = getattr(config, name)
-        check(value >= 0, name, value, 'at least 0')
+        check(value >= 0 and math.isfinite(value), name, value, 'at least 0 and finite')

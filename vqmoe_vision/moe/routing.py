@@ -112,9 +112,9 @@ def perplexity(shares: Tensor) -> float:
 
 
 def init_orthogonal(weight: Tensor) -> None:
-    """Orthogonal rows of length 0.1, as the authors' code; drawn in float32 on the CPU.
+    """Orthogonal with gain 0.1 as the authors' code: rows, or columns if there are fewer.
 
-    Not on the meta device, which has no QR decomposition and nothing to initialise.
+    Drawn in float32 on the CPU. Not on the meta device, which has nothing to initialise and no QR.
     """
     if weight.device.type != 'meta':
         rows = nn.init.orthogonal_(torch.empty(weight.shape), gain=0.1)

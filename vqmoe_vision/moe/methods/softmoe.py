@@ -69,6 +69,8 @@ class SoftMoEMlp(MoeLayer):
         num_tokens: N at construction, sets P if the options leave it open.
     """
 
+    needs_collecting = False
+
     def __init__(
         self,
         in_features: int,
@@ -124,7 +126,6 @@ class SoftMoEMlp(MoeLayer):
         ends = torch.arange(1, self.experts.num_experts + 1, device=x.device, dtype=torch.int32)
         answers = self.experts(rows, ends * per_expert)
         answers = answers.view(-1, batch, self.slots_per_expert, width).transpose(0, 1)
-        self.record({}, {})
         return combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
 
     def macs(self, num_tokens: int) -> int:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_weights
+from ..config import TopKConfig, check, check_unused, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
 from ..routing import Router, Routing, full_precision, init_orthogonal, top_k_experts
@@ -78,6 +78,9 @@ class StableMoEConfig(TopKConfig):
         super().__post_init__()
         check(self.stage1_steps >= 1, 'stage1_steps', self.stage1_steps, 'at least 1')
         check_weights(self, 'balance_weight', 'distill_weight')
+        if not self.two_stage:
+            stages = ['stage1_steps', 'balance_weight', 'distill_weight']
+            check_unused(self, stages, 'two_stage=False')
         check(
             self.two_stage or self.top_k > 1,
             'top_k',

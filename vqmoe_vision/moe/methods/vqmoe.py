@@ -34,8 +34,9 @@ norm, after the expert, is `output_norm`. The default codebook is an EMA codeboo
 data-dependent start and replacement of dead codes, as the paper's own collapses on tokens with a
 common mean (`codebook='plain'`).
 
-The 'official' preset follows the authors' code as released, untrained router included; its two
-norms have weights of their own here, one shared weight there.
+The 'official' preset follows the authors' code as released: untrained router, plain codebook,
+0.90 x + 0.05 v, norms on both sides. Of theirs it lacks the unit-length rows of the frozen router,
+ReLU in the experts, and the one weight that their two norms share.
 
 Legend: T tokens, D width, E experts, K = 1 router experts, M codes.
 """
@@ -53,7 +54,7 @@ from .. import losses
 from ..codebook import Quantized
 from ..codebook_learning import CODEBOOKS
 from ..collect import MoeLayer, in_recomputation
-from ..config import MoeConfig, check, check_weights
+from ..config import MoeConfig, check, check_unused, check_weights
 from ..dispatch import combine, make_plan
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
@@ -123,12 +124,23 @@ class VQMoEConfig(MoeConfig):
             codes,
             f'a positive multiple of num_experts={self.num_experts}, or None for one per expert',
         )
+        self._check_unused()
         check(
             self.train_router or self.balance_weight == 0,
             'balance_weight',
             self.balance_weight,
             '0 with train_router=False',
         )
+
+    def _check_unused(self) -> None:
+        if self.form == 'discrete':
+            check_unused(self, ['balance_weight', 'train_router'], "form='discrete'")
+        if self.form == 'continuous':
+            discrete = ['num_codes', 'codebook', 'commitment', 'vq_weight', 'expert_input']
+            discrete += ['code_share', 'input_norm', 'output_norm']
+            check_unused(self, discrete, "form='continuous'")
+        if self.expert_input in ('ste', 'token'):
+            check_unused(self, ['code_share'], f'expert_input={self.expert_input!r}')
 
 
 class ContinuousRouter(nn.Module):
@@ -154,8 +166,11 @@ class ContinuousRouter(nn.Module):
         """Route tokens (T, D) in float32."""
         config, terms = self.config, {}
         with full_precision(x):
-            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
-            weights, indices = top_k_experts(probs, 1)
+            logits = F.linear(x.float(), self.weight.float())
+            probs = logits.softmax(dim=-1)
+            # by logit: small probabilities underflow to equals
+            indices = top_k_experts(logits, 1)[1]
+            weights = probs.gather(1, indices)
             if not config.train_router:
                 weights = torch.ones_like(weights)
             if self.training and config.balance_weight > 0:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_renormalize, check_weights
+from ..config import TopKConfig, check, check_renormalize, check_unused, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
 from ..routing import Router, Routing, full_precision, init_orthogonal, renormalized, top_k_experts
@@ -80,6 +80,8 @@ class XMoEConfig(TopKConfig):
         check(self.gate in _TEMPERATURES, 'gate', self.gate, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
         check_weights(self, 'balance_weight')
+        if self.balance_weight == 0:
+            check_unused(self, ['balance_temperature'], 'balance_weight=0')
         dim = self.router_dim
         check(dim is None or dim >= 1, 'router_dim', dim, 'at least 1, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
