@@ -192,9 +192,15 @@ def misfit(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -
         'unexpected keys': [name for name in loaded if name not in expected],
         'shapes': shapes,
     }
-    return '; '.join(f'{what}: {_shorten(names)}' for what, names in parts.items() if names)
+    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
 
 
-def _shorten(names: list[str], limit: int = 3) -> str:
+def shorten(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Args:
+        names: What to list.
+        limit: How many to write out.
+    """
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
