@@ -56,9 +56,7 @@ class TimmViT(BaseModule):
         if not possible or possible != self.out_indices:
             raise ValueError(f'out_indices={out_indices} must rise and lie in 0..{depth - 1}')
         # parameters that no map depends on would have no gradient, which DDP does not allow
-        self.model.prune_intermediate_layers(
-            self.out_indices, prune_norm=not norm, prune_head=True
-        )
+        self.model.prune_intermediate_layers(self.out_indices, prune_norm=not norm, prune_head=True)
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.norm = norm
         self.checkpoint = checkpoint

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmseg.datasets import (
     ADE20KDataset,
@@ -89,7 +89,7 @@ class Cityscapes(CheckedDataset, CityscapesDataset):
 class CamVid(CheckedDataset):
     """CamVid with 11 classes; 255 is void."""
 
-    METAINFO = dict(
+    METAINFO: ClassVar = dict(
         classes=(
             'sky', 'building', 'pole', 'road', 'pavement', 'tree',
             'sign symbol', 'fence', 'car', 'pedestrian', 'bicyclist',
@@ -129,7 +129,7 @@ class DigitScenes(BaseSegDataset):
         ValueError: There is no such split, or the size or number is not possible.
     """
 
-    METAINFO = dict(
+    METAINFO: ClassVar = dict(
         classes=('background', *DIGITS),
         palette=[
             [0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
