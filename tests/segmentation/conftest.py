@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
@@ -41,7 +43,7 @@ def tiny_segmentor(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> Any:
         ),
         test_cfg=dict(mode='whole'),
     )  # fmt: skip
-    return MODELS.build({**config, **kwargs})
+    return MODELS.build(ConfigDict({**config, **kwargs}))
 
 
 def training_batch(model: Any, size: int = 32) -> dict[str, Any]:
@@ -49,16 +51,10 @@ def training_batch(model: Any, size: int = 32) -> dict[str, Any]:
     samples = []
     for _ in range(2):
         sample = SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size)))
-        sample.set_data({'gt_sem_seg': _pixels(torch.randint(4, (1, size, size)))})
+        sample.set_data({'gt_sem_seg': PixelData(data=torch.randint(4, (1, size, size)))})
         samples.append(sample)
     inputs = [torch.randint(256, (3, size, size), dtype=torch.uint8) for _ in range(2)]
     return model.data_preprocessor(dict(inputs=inputs, data_samples=samples), True)
-
-
-def _pixels(labels: torch.Tensor) -> Any:
-    from mmengine.structures import PixelData
-
-    return PixelData(data=labels)
 
 
 def write_pair(root: Path, image: str, label: str, labels: np.ndarray, **kw: Any) -> None:

@@ -130,12 +130,12 @@ def groups_by_name(model: Any, layer_decay: float) -> dict[str, tuple[float, flo
 def test_learning_rates_shrink_by_layer() -> None:
     groups = groups_by_name(tiny_segmentor(), 0.5)
     rate = {name: lr for name, (lr, _) in groups.items()}
-    # from the top: heads and norm 1, then the blocks and the patch embedding, halved each time
+    # from the top: heads, norm and last block 1, then halved for each block and the embedding
     assert rate['decode_head.cls_emb'] == rate['backbone.model.norm.weight'] == 1.0
-    assert rate['backbone.model.blocks.1.mlp.experts.fc1.weight'] == 0.5
-    assert rate['backbone.model.blocks.0.attn.qkv.weight'] == 0.25
-    assert rate['backbone.model.patch_embed.proj.weight'] == 0.125
-    assert rate['backbone.model.pos_embed'] == 0.125
+    assert rate['backbone.model.blocks.1.mlp.experts.fc1.weight'] == 1.0
+    assert rate['backbone.model.blocks.0.attn.qkv.weight'] == 0.5
+    assert rate['backbone.model.patch_embed.proj.weight'] == 0.25
+    assert rate['backbone.model.pos_embed'] == 0.25
 
 
 def test_no_weight_decay_is_that_of_timm() -> None:

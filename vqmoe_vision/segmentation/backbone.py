@@ -14,6 +14,9 @@ import vqmoe_vision  # noqa: F401  registers the models with timm
 
 from .checkpoint import fit_state, read_state
 
+# Files of timm, and ours, whose models are `VisionTransformer`s.
+_MODULES = ('vision_transformer', 'deit', 'vit_moe')
+
 
 @MODELS.register_module()
 class TimmViT(BaseModule):
@@ -89,8 +92,10 @@ class TimmViT(BaseModule):
 def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
     if not timm.is_model(model_name):
         raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
+    if not timm.models.is_model_in_modules(model_name, _MODULES):
+        raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
     try:
-        model = timm.create_model(
+        return timm.create_model(
             model_name,
             **{
                 'num_classes': 0,
@@ -102,6 +107,3 @@ def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
         )
     except AssertionError as error:
         raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {error}') from error
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
-    return model

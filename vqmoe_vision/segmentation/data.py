@@ -152,12 +152,14 @@ class DigitScenes(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """An entry per scene; the path is a name for overlays, there is no such file."""
+        # Validation compares at the original size: mmseg's transforms resize what is listed.
+        seg_fields = ['gt_seg_map'] if self.split == 'train' else []
         return [
             dict(
                 img_path=f'{self.split}_{index:05d}.png',
                 label_map=None,
                 reduce_zero_label=False,
-                seg_fields=['gt_seg_map'],
+                seg_fields=list(seg_fields),
             )
             for index in range(self.num_scenes)
         ]

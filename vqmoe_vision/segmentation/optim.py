@@ -14,8 +14,8 @@ from vqmoe_vision.engine.optim import TimmOptimWrapperConstructor, undecayed_par
 class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
     """timm's layer-wise decay for the backbone, the full learning rate for the heads.
 
-    The final norm of the backbone has the full rate, the last block `layer_decay` times that, and
-    so on down to the patch embedding. Biases, norms and `no_weight_decay()` names do not decay.
+    The last block and the final norm have the full rate, the block before `layer_decay` times that,
+    and so on down to the patch embedding. Biases, norms and `no_weight_decay()` names do not decay.
 
     Args:
         optim_wrapper_cfg: As in every mmengine config; `optimizer.lr` is the full rate.
@@ -43,10 +43,12 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         """
         segmentor: Any = model.module if is_model_wrapper(model) else model
         encoder = segmentor.backbone.model
+        # timm names biases by their single dimension here; those of experts are stacked
+        biases = {name for name, _ in encoder.named_parameters() if name.endswith('.bias')}
         groups = param_groups_layer_decay(
             encoder,
             weight_decay,
-            no_weight_decay_list=undecayed_parameters(encoder),
+            no_weight_decay_list=undecayed_parameters(encoder) | biases,
             layer_decay=self.layer_decay,
         )
         rate = self.optim_wrapper_cfg['optimizer']['lr']
