@@ -121,6 +121,7 @@ def test_segmentation_starts_from_a_segmentation_run(
 def test_mmsegmentations_own_tools_run_the_config(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
     tools = Path(mmseg.__file__).parent / '.mim' / 'tools'
     work = str(tmp_path / 'w')
     monkeypatch.setattr('sys.argv', ['train.py', config, '--work-dir', work])

@@ -27,11 +27,11 @@ def test_scene_depends_on_index_split_and_seed_only() -> None:
 
 def test_scene_is_an_image_with_a_label_map() -> None:
     counts = np.zeros(256, int)
-    data = scenes(num_scenes=40)
+    data = scenes(num_scenes=60, size=96)
     for index in range(len(data)):
         scene = data.scene(index)
-        assert scene.image.shape == (64, 64, 3) and scene.image.dtype == np.uint8
-        assert scene.labels.shape == (64, 64)
+        assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
+        assert scene.labels.shape == (96, 96)
         counts += np.bincount(scene.labels.ravel(), minlength=256)
     assert counts[11:].sum() == 0
     assert (counts[:11] > 0).all()

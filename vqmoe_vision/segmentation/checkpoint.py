@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -13,6 +14,9 @@ State = dict[str, Tensor]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in timm.
 _PREFIXES = ('backbone.model.', 'model.', '')
+# The log in a checkpoint holds mmseg's metrics, float32 scalars of numpy. Without this no checkpoint
+# of a validated run could be loaded as data: mmengine allows the other types of numpy only.
+torch.serialization.add_safe_globals([type(np.dtype(np.float32))])
 _HEADS = ('head.', 'head_dist.', 'attn_pool.')
 
 

@@ -10,8 +10,9 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
+from mmseg.registry import DATASETS, MODELS
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.hooks import misfit
