@@ -14,8 +14,8 @@ State = dict[str, Tensor]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in timm.
 _PREFIXES = ('backbone.model.', 'model.', '')
-# The log in a checkpoint holds mmseg's metrics, float32 scalars of numpy. Without this no checkpoint
-# of a validated run could be loaded as data: mmengine allows the other types of numpy only.
+# The log in a checkpoint holds the metrics of mmseg, float32 scalars of numpy. Without this no file
+# of a validated run could be loaded as data: mmengine allows other types of numpy only.
 torch.serialization.add_safe_globals([type(np.dtype(np.float32))])
 _HEADS = ('head.', 'head_dist.', 'attn_pool.')
 
