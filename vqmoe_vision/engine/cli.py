@@ -246,7 +246,7 @@ def _test(args: argparse.Namespace) -> None:
     metrics = _build_runner(config).test()
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(metrics, indent=2) + '\n')
+        args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
 
 def _configure(args: argparse.Namespace) -> Config:

@@ -1,6 +1,7 @@
 """What `tools/predict.py` does."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _predict(args: argparse.Namespace) -> None:
             raise ValueError(f'{seen[file.stem]} and {file} would write the same output')
         seen[file.stem] = file
     predictor = Predictor(args.config, args.checkpoint, args.device)
-    for file in track_iter_progress(files):
+    for file in track_iter_progress(files, file=sys.stdout):
         result = predictor(file, opacity=args.opacity)
         mmcv.imwrite(result.overlay, str(args.out_dir / 'overlays' / f'{result.name}.png'))
         mmcv.imwrite(result.labels, str(args.out_dir / 'labels' / f'{result.name}.png'))
