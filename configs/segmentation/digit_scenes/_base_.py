@@ -1,4 +1,4 @@
-# The backbone of configs/classification/digits, whose checkpoints it can start from:
+# The backbone of configs/classification/digits/demo, whose checkpoints it can start from:
 # model.backbone.checkpoint=work_dirs/.../best_accuracy_top1_epoch_40.pth
 _base_ = [
     '../../_base_/datasets/digit_scenes.py',
