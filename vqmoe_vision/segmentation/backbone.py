@@ -82,11 +82,10 @@ class TimmViT(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps; (B, 3, H, W) -> (B, width, ceil(H / patch), ceil(W / patch)) each."""
-        return tuple(
-            self.model.forward_intermediates(
-                x, indices=self.out_indices, norm=self.norm, intermediates_only=True
-            )
+        maps: Any = self.model.forward_intermediates(
+            x, indices=self.out_indices, norm=self.norm, intermediates_only=True
         )
+        return tuple(maps)
 
 
 def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
@@ -95,7 +94,7 @@ def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
     if not timm.models.is_model_in_modules(model_name, _MODULES):
         raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
     try:
-        return timm.create_model(
+        model: Any = timm.create_model(
             model_name,
             **{
                 'num_classes': 0,
@@ -107,3 +106,4 @@ def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
         )
     except AssertionError as error:
         raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {error}') from error
+    return model
