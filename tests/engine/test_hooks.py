@@ -8,7 +8,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError
-from vqmoe_vision.engine.hooks import MoeStateHook, NonFiniteGuardHook, misfit
+from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook, misfit
 from vqmoe_vision.moe.methods.stablemoe import StableRouter
 
 
@@ -47,9 +47,9 @@ def test_guard_lets_a_step_pass_that_the_loss_scale_has_skipped() -> None:
     NonFiniteGuardHook().after_train_iter(stub_runner(torch.inf, 1.0), 0)
 
 
-def test_guard_looks_at_the_weights_before_the_checkpoint_of_an_epoch() -> None:
+def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
     with pytest.raises(NonFiniteError, match='parameter weight'):
-        NonFiniteGuardHook().after_train_epoch(stub_runner(1.0, torch.inf))
+        NonFiniteGuardHook().before_save_checkpoint(stub_runner(1.0, torch.inf), {})
 
 
 def test_first_stage_of_stablemoe_is_a_tenth_of_training() -> None:
@@ -71,3 +71,32 @@ def test_first_stage_of_stablemoe_is_a_tenth_of_training() -> None:
 def test_stage1_fraction_out_of_range(fraction: float) -> None:
     with pytest.raises(ValueError, match=f'stage1_fraction={fraction}'):
         MoeStateHook(fraction)
+
+
+def runner_for(num_classes: int) -> Any:
+    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo={'classes': ('cat', 'dog')}))
+    model = SimpleNamespace(num_classes=num_classes)
+    return SimpleNamespace(
+        model=model,
+        train_dataloader=loader,
+        val_dataloader=loader,
+        test_dataloader=loader,
+        val_loop=None,
+    )
+
+
+@pytest.mark.parametrize('stage', ['before_train', 'before_test'])
+def test_class_count(stage: str) -> None:
+    getattr(ClassCountHook(), stage)(runner_for(2))
+    with pytest.raises(ValueError, match=r'num_classes=3.* has 2 classes \(cat, dog'):
+        getattr(ClassCountHook(), stage)(runner_for(3))
+
+
+def test_validation_set_with_other_classes() -> None:
+    training = runner_for(2)
+    training.val_loop = object()
+    ClassCountHook().before_train(training)
+    metainfo = {'classes': ('cat', 'owl')}
+    training.val_dataloader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
+    with pytest.raises(ValueError, match='only one of them has dog, owl'):
+        ClassCountHook().before_train(training)

@@ -7,6 +7,6 @@ import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import datasets, transforms
 from .classifier import Classifier
-from .evaluation import Accuracy, ClassCountHook
+from .evaluation import Accuracy
 
-__all__ = ['Accuracy', 'ClassCountHook', 'Classifier', 'datasets', 'transforms']
+__all__ = ['Accuracy', 'Classifier', 'datasets', 'transforms']

@@ -8,15 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-DIGITS = tuple(str(digit) for digit in range(10))
+from vqmoe_vision.engine.digits import DIGITS, digit_scans
 
 
 class ImageClassification(Dataset):
@@ -54,11 +51,7 @@ def digits(split: str, transform: dict) -> ImageClassification:
     Raises:
         ValueError: There is no such split.
     """
-    _check_split(split, ('train', 'val'))
-    images, targets = load_digits(return_X_y=True)
-    parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
-    images, targets = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
-    scans = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    scans, targets = digit_scans(split)
     pairs = [(Image.fromarray(scan), target) for scan, target in zip(scans, targets, strict=True)]
     return ImageClassification(pairs, DIGITS, transform)
 

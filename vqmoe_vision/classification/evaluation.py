@@ -1,14 +1,11 @@
-"""Accuracy, and the check that a data set has the classes that the model has."""
+"""Accuracy of a classifier."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS, METRICS
-from mmengine.runner import Runner
+from mmengine.registry import METRICS
 
 
 @METRICS.register_module()
@@ -49,43 +46,3 @@ class Accuracy(BaseMetric):
             f'top{k}': 100 * sum(column) / len(results)
             for k, column in zip(self.topk, columns, strict=True)
         }
-
-
-@HOOKS.register_module()
-class ClassCountHook(Hook):
-    """Compares the classes of the model and of the data sets before a run.
-
-    Raises:
-        ValueError: The model has another number of classes than a data set, or the training and
-            validation sets have different classes.
-    """
-
-    def before_train(self, runner: Runner) -> None:
-        """Checks the training set, and that validation numbers the classes in the same way."""
-        self._check(runner, runner.train_dataloader)
-        if runner.val_loop is not None:
-            self._check(runner, runner.val_dataloader)
-            seen, held_out = (
-                loader.dataset.metainfo['classes']
-                for loader in (runner.train_dataloader, runner.val_dataloader)
-            )
-            if seen != held_out:
-                differ = sorted(set(seen) ^ set(held_out))
-                raise ValueError(
-                    'the training and validation sets have different classes: '
-                    f'only one of them has {", ".join(differ[:5])}'
-                )
-
-    def before_test(self, runner: Runner) -> None:
-        """Checks the test set."""
-        self._check(runner, runner.test_dataloader)
-
-    @staticmethod
-    def _check(runner: Runner, loader: Any) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        classes = loader.dataset.metainfo['classes']
-        if len(classes) != model.num_classes:
-            raise ValueError(
-                f'model.num_classes={model.num_classes}, but the data set has {len(classes)} '
-                f'classes ({", ".join(classes[:3])}, ...)'
-            )

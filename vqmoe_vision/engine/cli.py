@@ -47,7 +47,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16 on the CPU, float16 on a GPU'
     )
-    _run(parser, argv, _train)
+    run(parser, argv, _train)
 
 
 def test(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +59,11 @@ def test(argv: Sequence[str] | None = None) -> None:
     parser = _parser('Test a checkpoint.')
     parser.add_argument('checkpoint', help='file written by tools/train.py')
     parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
-    _run(parser, argv, _test)
+    parser.add_argument('--show-dir', help='folder to write predictions over their images to')
+    parser.add_argument(
+        '--tta', action='store_true', help="augment the test as the config's tta_pipeline says"
+    )
+    run(parser, argv, _test)
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -106,6 +110,39 @@ def use_amp(config: Config) -> None:
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     else:
         config.optim_wrapper.type = 'CpuAmpOptimWrapper'
+
+
+def show_predictions(config: Config, folder: str) -> None:
+    """Lets a config's visualization hook draw every prediction of a test.
+
+    Args:
+        config: Its hook and visualizer are changed.
+        folder: Where pictures go, under `vis_data/vis_image`.
+
+    Raises:
+        ValueError: The config has no such hook.
+    """
+    hook = config.default_hooks.get('visualization')
+    if hook is None:
+        raise ValueError('--show-dir needs a config with default_hooks.visualization')
+    hook.draw = True
+    config.visualizer.save_dir = folder
+
+
+def augment_test(config: Config) -> None:
+    """Lets a test predict several versions of each image and merge the predictions.
+
+    Args:
+        config: Its model and test data set are changed.
+
+    Raises:
+        ValueError: The config does not say how.
+    """
+    for name in ('tta_model', 'tta_pipeline'):
+        if name not in config:
+            raise ValueError(f'--tta needs a config with {name}')
+    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    config.model = dict(config.tta_model, module=config.model)
 
 
 def one_line(error: BaseException) -> str:
@@ -164,15 +201,21 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(
+def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     action: Callable[[argparse.Namespace], None],
 ) -> None:
+    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only.
+
+    Args:
+        parser: Parser with the arguments of the tool, `--debug` among them.
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+        action: What to do with the parsed arguments.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parser.parse_args(arguments)
-        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
         # A checkpoint from someone else is data: never run code that it holds.
         os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
         action(args)
@@ -198,15 +241,20 @@ def _test(args: argparse.Namespace) -> None:
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     config.load_from = args.checkpoint
+    if args.show_dir is not None:
+        show_predictions(config, args.show_dir)
+    if args.tta:
+        augment_test(config)
     metrics = _build_runner(config).test()
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(metrics, indent=2) + '\n')
+        args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
 
 def _configure(args: argparse.Namespace) -> Config:
     if args.launcher == 'pytorch' and 'RANK' not in os.environ:
         raise ValueError('--launcher pytorch needs torchrun --nproc_per_node=N in place of python')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -16,7 +16,11 @@ from .model import NonFiniteError
 
 
 def _unwrapped(runner: Runner) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    """The model itself, inside what distributes it and what augments its tests."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 @HOOKS.register_module()
@@ -100,8 +104,8 @@ class NonFiniteGuardHook(Hook):
         if norm is not None and not math.isfinite(norm.current()):
             self._check(runner)
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Looks at the parameters before the checkpoint of the epoch is written."""
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Looks at the parameters before they are written."""
         self._check(runner)
 
     @staticmethod
@@ -133,6 +137,46 @@ class CheckpointFitHook(Hook):
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 
 
+@HOOKS.register_module()
+class ClassCountHook(Hook):
+    """Compares the classes of the model and of the data sets before a run.
+
+    Raises:
+        ValueError: The model has another number of classes than a data set, or the training and
+            validation sets have different classes.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Checks the training set, and that validation numbers the classes in the same way."""
+        self._check(runner, runner.train_dataloader)
+        if runner.val_loop is not None:
+            self._check(runner, runner.val_dataloader)
+            seen, held_out = (
+                loader.dataset.metainfo['classes']
+                for loader in (runner.train_dataloader, runner.val_dataloader)
+            )
+            if seen != held_out:
+                differ = sorted(set(seen) ^ set(held_out))
+                raise ValueError(
+                    'the training and validation sets have different classes: '
+                    f'only one of them has {", ".join(differ[:5])}'
+                )
+
+    def before_test(self, runner: Runner) -> None:
+        """Checks the test set."""
+        self._check(runner, runner.test_dataloader)
+
+    @staticmethod
+    def _check(runner: Runner, loader: Any) -> None:
+        model = _unwrapped(runner)
+        classes = loader.dataset.metainfo['classes']
+        if len(classes) != model.num_classes:
+            raise ValueError(
+                f'model.num_classes={model.num_classes}, but the data set has {len(classes)} '
+                f'classes ({", ".join(classes[:3])}, ...)'
+            )
+
+
 def misfit(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> str:
     """What keeps a state dict from being loaded, in words; empty if nothing does.
 
@@ -151,9 +195,15 @@ def misfit(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -
         'unexpected keys': [name for name in loaded if name not in expected],
         'shapes': shapes,
     }
-    return '; '.join(f'{what}: {_shorten(names)}' for what, names in parts.items() if names)
+    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
 
 
-def _shorten(names: list[str], limit: int = 3) -> str:
+def shorten(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Args:
+        names: What to list.
+        limit: How many to write out.
+    """
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -57,12 +58,21 @@ class TimmOptimWrapperConstructor:
         wrapper_cfg = dict(self.optim_wrapper_cfg)
         optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
         decay = optimizer_cfg.get('weight_decay', 0.0)
-        optimizer_cfg['params'] = param_groups_weight_decay(
-            model, decay, no_weight_decay_list=undecayed_parameters(model)
-        )
+        optimizer_cfg['params'] = self.param_groups(model, decay)
         wrapper_cfg.setdefault('type', 'OptimWrapper')
         optimizer = OPTIMIZERS.build(optimizer_cfg)
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters that decay and those that do not.
+
+        Args:
+            model: The model.
+            weight_decay: Weight decay of the first kind.
+        """
+        return param_groups_weight_decay(
+            model, weight_decay, no_weight_decay_list=undecayed_parameters(model)
+        )
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:

@@ -1,0 +1,60 @@
+# ADE20K, 150 classes, with the augmentation behind mmsegmentation's published numbers.
+# A batch of 8: on 8 GPUs set train_dataloader.batch_size=1.
+train_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='LoadLabels', num_classes=150),
+    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+# labels are loaded after the image is resized: predictions are compared at the original size
+test_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='LoadLabels', num_classes=150),
+    dict(type='PackSegInputs'),
+]
+tta_pipeline = [
+    dict(type='LoadImage'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale_factor=ratio, keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
+            [dict(type='LoadLabels', num_classes=150)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='ADE20K',
+        data_root='data/ade/ADEChallengeData2016',
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='ADE20K',
+        data_root='data/ade/ADEChallengeData2016',
+        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader

@@ -1,0 +1,63 @@
+# CamVid, 480x360 pixels, 11 classes, augmented by albumentations.
+train_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='LoadLabels', num_classes=11),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(352, 480), cat_max_ratio=0.75),
+    dict(
+        type='Albumentations',
+        transforms=[
+            dict(type='HorizontalFlip'),
+            dict(type='Rotate', limit=5, border_mode=0),
+            dict(type='ColorJitter', brightness=0.3, contrast=0.3, saturation=0.3, hue=0.02),
+        ],
+    ),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='LoadLabels', num_classes=11),
+    dict(type='PackSegInputs'),
+]
+tta_pipeline = [
+    dict(type='LoadImage'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale_factor=ratio, keep_ratio=True)
+                for ratio in (0.75, 1.0, 1.25)
+            ],
+            [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
+            [dict(type='LoadLabels', num_classes=11)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='CamVid',
+        data_root='data/camvid',
+        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CamVid',
+        data_root='data/camvid',
+        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader

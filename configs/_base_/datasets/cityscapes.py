@@ -1,0 +1,58 @@
+# Cityscapes, 19 classes, with mmsegmentation's augmentation.
+train_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='LoadLabels', num_classes=19),
+    dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(768, 768), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+# labels are loaded after the image is resized: predictions are compared at the original size
+test_pipeline = [
+    dict(type='LoadImage'),
+    dict(type='LoadLabels', num_classes=19),
+    dict(type='PackSegInputs'),
+]
+tta_pipeline = [
+    dict(type='LoadImage'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale_factor=ratio, keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
+            [dict(type='LoadLabels', num_classes=19)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='Cityscapes',
+        data_root='data/cityscapes',
+        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    worker_init_fn=dict(type='keep_worker_seed'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='Cityscapes',
+        data_root='data/cityscapes',
+        data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader

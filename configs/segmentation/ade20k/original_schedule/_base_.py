@@ -1,0 +1,13 @@
+_base_ = [
+    '../../../_base_/datasets/ade20k.py',
+    '../../../_base_/schedules/segmenter_original_162k.py',
+    '../../../_base_/segmentation_runtime.py',
+]
+default_hooks = dict(checkpoint=dict(interval=16170))
+# what every leaf puts into its model
+task = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(img_size=(512, 512)),
+    decode_head=dict(num_classes=150, drop_path_rate=0.0, dropout_ratio=0.1),
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(512, 512)),
+)

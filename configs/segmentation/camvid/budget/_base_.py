@@ -1,0 +1,21 @@
+# A comparison that fits a CPU: every leaf beside this file has the same data, seed and schedule.
+_base_ = [
+    '../../../_base_/datasets/camvid_budget.py',
+    '../../../_base_/models/segmenter_vit_tiny.py',
+    '../../../_base_/schedules/adamw_600.py',
+    '../../../_base_/segmentation_runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=(192, 192)),
+    backbone=dict(
+        img_size=(192, 192),
+        depth=4,
+        embed_dim=128,
+        num_heads=4,
+        class_token=False,
+        drop_path_rate=0.0,
+    ),
+    decode_head=dict(in_channels=128, channels=128, embed_dims=128, num_heads=4, num_classes=11),
+    test_cfg=dict(mode='slide', crop_size=(192, 192), stride=(144, 144)),
+)
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=600))

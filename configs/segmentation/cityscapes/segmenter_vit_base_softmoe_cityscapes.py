@@ -1,0 +1,2 @@
+_base_ = ['../../_base_/models/segmenter_vit_base_softmoe.py', '_base_.py']
+model = _base_.task

@@ -1,0 +1,87 @@
+from typing import Any
+
+import pytest
+import timm
+import torch
+from mmseg.registry import MODELS
+
+from vqmoe_vision.segmentation import TimmViT
+
+from .conftest import METHODS, TINY, tiny_backbone
+
+
+def build(*args: Any, **kwargs: Any) -> TimmViT:
+    return MODELS.build(tiny_backbone(*args, **kwargs)).eval()
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', *(f'vit_tiny_{m}' for m in METHODS)])
+@pytest.mark.parametrize(
+    ('height', 'width', 'rows', 'columns'),
+    [(32, 32, 4, 4), (37, 50, 5, 7), (1, 9, 1, 2), (8, 200, 1, 25)],
+)
+def test_any_size(name: str, height: int, width: int, rows: int, columns: int) -> None:
+    (features,) = build(name)(torch.randn(2, 3, height, width))
+    assert features.shape == (2, 12, rows, columns)
+    assert features.isfinite().all()
+
+
+def test_last_features_are_the_normalised_tokens_of_the_timm_model() -> None:
+    backbone = build()
+    images = torch.randn(2, 3, 32, 32)
+    tokens = backbone.model.forward_features(images)[:, backbone.model.num_prefix_tokens :]
+    (features,) = backbone(images)
+    torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens)
+    # a layer norm at its start: zero mean over the channels
+    torch.testing.assert_close(features.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
+
+
+def test_levels_without_norm_are_outputs_of_blocks() -> None:
+    backbone = build('vit_tiny_patch16_224', out_indices=(0, 1), norm=False)
+    seen = []
+    for block in backbone.model.blocks:
+        block.register_forward_hook(lambda *args: seen.append(args[2]))
+    levels = backbone(torch.randn(1, 3, 32, 32))
+    for level, tokens in zip(levels, seen, strict=True):
+        torch.testing.assert_close(level.flatten(2).transpose(1, 2), tokens[:, 1:])
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
+        backbone = build('vit_tiny_patch16_224', **options)
+        sum(level.square().sum() for level in backbone(torch.randn(1, 3, 32, 32))).backward()
+        assert all(p.grad is not None for p in backbone.parameters()), options
+
+
+def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
+    backbone = build()
+    before = backbone.model.blocks[0].attn.qkv.weight.clone()
+    backbone.init_weights()
+    torch.testing.assert_close(backbone.model.blocks[0].attn.qkv.weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(model_name='vit_tiny_nothing'), "model_name='vit_tiny_nothing' is not a timm model"),
+        (dict(model_name='resnet18'), "'resnet18' is not one of timm's VisionTransformers"),
+        (dict(out_indices=(1, 0)), r'out_indices=\(1, 0\) must rise and lie in 0..1'),
+        (dict(out_indices=(2,)), r'out_indices=\(2,\) must rise'),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], message: str) -> None:
+    config = {**tiny_backbone('vit_tiny_patch16_224'), **arguments}
+    if arguments.get('model_name') == 'resnet18':
+        config = dict(type='TimmViT', model_name='resnet18', global_pool='avg')
+    with pytest.raises(ValueError, match=message):
+        TimmViT(**{k: v for k, v in config.items() if k != 'type'})
+
+
+def test_dense_weights_of_timm_are_all_used(tmp_path: Any) -> None:
+    dense = timm.create_model('vit_tiny_patch16_224', num_classes=7, **TINY)
+    path = tmp_path / 'dense.pth'
+    torch.save(dense.state_dict(), path)
+    backbone = build('vit_tiny_patch16_224', checkpoint=str(path))
+    backbone.init_weights()
+    images = torch.randn(1, 3, 32, 32)
+    tokens = dense.eval().forward_features(images)[:, 1:]
+    torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)

@@ -1,0 +1,200 @@
+"""The command line from end to end, on scenes of digits and a model of a few hundred weights."""
+
+import json
+import runpy
+from pathlib import Path
+
+import cv2
+import mmseg
+import numpy as np
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.segmentation import predict
+from vqmoe_vision.segmentation.checkpoint import read_state
+from vqmoe_vision.segmentation.cli import predict as predict_cli
+
+SCENES = (
+    Path(__file__).parents[2]
+    / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+)
+TINY = f"""
+_base_ = {str(SCENES)!r}
+experiment_name = NAME  # mmengine keeps one logger per name in a process
+model = dict(
+    backbone=dict(patch_size=16, depth=2, embed_dim=12, num_heads=3, num_experts=2),
+    decode_head=dict(in_channels=12, channels=12, embed_dims=12, num_heads=3, num_layers=1),
+)
+train_dataloader = dict(batch_size=2, dataset=dict(num_scenes=4))
+val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
+test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
+param_scheduler = []
+"""
+
+
+def write_config(folder: Path, name: str) -> str:
+    path = folder / 'tiny.py'
+    path.write_text(TINY.replace('NAME', repr(name)))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    return write_config(tmp_path, request.node.name)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of a run of two iterations."""
+    folder = tmp_path_factory.mktemp('trained')
+    config = write_config(folder, 'trained')
+    cli.train([config, '--work-dir', str(folder / 'run')])
+    return folder / 'run'
+
+
+def test_training_logs_losses_statistics_and_metrics(trained: Path) -> None:
+    (scalars,) = trained.glob('*/vis_data/scalars.json')
+    names = set().union(*(json.loads(line) for line in scalars.read_text().splitlines()))
+    layer = 'blocks.1.mlp'
+    assert {'loss', 'decode.loss_ce', 'aAcc', 'mAcc', 'mIoU'} <= names
+    assert {f'{layer}/balance_loss', f'{layer}/load_max', f'val/{layer}/dead_experts'} <= names
+    assert (trained / 'iter_2.pth').is_file()
+    assert len(list(trained.glob('best_mIoU_iter_2.pth'))) == 1
+
+
+def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: Path) -> None:
+    out, shown = tmp_path / 'metrics.json', tmp_path / 'shown'
+    work = ['--work-dir', str(tmp_path / 'run')]
+    checkpoint = str(trained / 'iter_2.pth')
+    cli.test([config, checkpoint, '--out', str(out), '--show-dir', str(shown), *work])
+    metrics = json.loads(out.read_text())
+    assert all(0 <= metrics[name] <= 100 for name in ('aAcc', 'mAcc', 'mIoU'))
+    pictures = sorted(shown.rglob('*.png'))
+    assert [p.name for p in pictures] == [f'val_0000{i}_0.png' for i in range(3)]
+    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
+
+
+def test_augmented_test(trained: Path, config: str, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / 'metrics.json', str(trained / 'iter_2.pth')
+    work = ['--work-dir', str(tmp_path / 'run'), '--cfg-options', 'test_dataloader.batch_size=1']
+    cli.test([config, checkpoint, '--tta', '--out', str(out), *work])
+    assert {'aAcc', 'mAcc', 'mIoU', 'blocks.1.mlp/dead_experts'} <= json.loads(
+        out.read_text()
+    ).keys()
+
+
+def test_codebook_is_the_same_after_save_load_and_resume(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    state = read_state(str(trained / 'iter_2.pth'))
+    codes = [name for name in state if '.codebook.' in name]
+    assert any(name.endswith('codebook.embed') for name in codes)
+    settings = load_config(config)
+    settings.update(
+        work_dir=str(tmp_path / 'w'), resume=True, load_from=str(trained / 'iter_2.pth')
+    )
+    runner = Runner.from_cfg(settings)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.load_or_resume()
+    assert runner.iter == 2
+    loaded = runner.model.state_dict()
+    for name in codes:
+        torch.testing.assert_close(loaded[name], state[name], rtol=0, atol=0)
+
+
+def test_segmentation_starts_from_a_segmentation_run(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    option = f'model.backbone.checkpoint={trained / "iter_2.pth"}'
+    work = tmp_path / 'w'
+    cli.train([config, '--work-dir', str(work), '--cfg-options', option, 'train_cfg.max_iters=1'])
+    (log,) = work.glob('*/*.log')
+    assert 'tensors of the backbone' in log.read_text()
+
+
+def test_mmsegmentations_own_tools_run_the_config(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+    tools = Path(mmseg.__file__).parent / '.mim' / 'tools'
+    work = str(tmp_path / 'w')
+    monkeypatch.setattr('sys.argv', ['train.py', config, '--work-dir', work])
+    runpy.run_path(str(tools / 'train.py'), run_name='__main__')
+    arguments = [config, f'{work}/iter_2.pth', '--work-dir', work, '--show-dir', f'{work}/shown']
+    options = ['--cfg-options', f'experiment_name={tmp_path.name}']
+    monkeypatch.setattr('sys.argv', ['test.py', *arguments, *options])
+    runpy.run_path(str(tools / 'test.py'), run_name='__main__')
+    assert len(list((tmp_path / 'w/shown').rglob('*.png'))) == 3
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize('shape', [(20, 30), (20, 30, 3), (20, 30, 4), (1, 50, 3), (3, 400, 3)])
+def test_python_in_three_lines(trained: Path, config: str, shape: tuple[int, ...]) -> None:
+    (result,) = predict(config, str(trained / 'iter_2.pth'), noise(*shape))
+    assert result.labels.shape == shape[:2] and result.labels.max() < 11
+    assert result.overlay.shape == (*shape[:2], 3)
+    assert result.classes[0] == 'background'
+
+
+def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> None:
+    grey = noise(16, 16)
+    colour = np.repeat(grey[..., None], 3, axis=2)
+    images = [grey, colour, np.dstack([colour, noise(16, 16)])]
+    first, *others = (r.labels for r in predict(config, str(trained / 'iter_2.pth'), images))
+    assert all((first == other).all() for other in others)
+
+
+def test_folder_to_overlays_and_label_maps(
+    trained: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / 'in', tmp_path / 'out'
+    folder.mkdir()
+    for name, shape in (('grey.png', (16, 20)), ('alpha.png', (9, 8, 4)), ('a.jpg', (16, 16, 3))):
+        cv2.imwrite(str(folder / name), noise(*shape))
+    checkpoint = str(trained / 'iter_2.pth')
+    predict_cli([config, checkpoint, str(folder), '--out-dir', str(out), '--device', 'cpu'])
+    assert '3/3' in capsys.readouterr().out
+    labels = {p.name: cv2.imread(str(p), -1).shape for p in (out / 'labels').iterdir()}
+    assert labels == {'a.png': (16, 16), 'alpha.png': (9, 8), 'grey.png': (16, 20)}
+    assert {p.name for p in (out / 'overlays').iterdir()} == labels.keys()
+
+
+def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> None:
+    checkpoint = str(trained / 'iter_2.pth')
+    (tmp_path / 'bad.png').write_bytes(b'no image')
+    (tmp_path / 'empty').mkdir()
+    for arguments, message in (
+        ([str(tmp_path / 'none.png')], 'none.png'),
+        ([str(tmp_path / 'bad.png')], r'bad\.png cannot be read as an image'),
+        ([str(tmp_path / 'empty')], 'holds no image'),
+        ([str(tmp_path / 'bad.png'), str(tmp_path / 'bad.jpg')], 'would write the same output'),
+        ([str(tmp_path / 'bad.png'), '--opacity', '2'], 'must be from 0 to 1'),
+    ):
+        with pytest.raises(SystemExit, match=message) as caught:
+            predict_cli([config, checkpoint, *arguments, '--out-dir', str(tmp_path / 'out')])
+        assert '\n' not in str(caught.value)
+
+
+def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
+    digits = SCENES.parents[2] / 'classification/digits/vit_tiny_vqmoe_digits.py'
+    for option, message in (
+        (['--show-dir', str(tmp_path)], 'needs a config with default_hooks.visualization'),
+        (['--tta'], 'needs a config with tta_model'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            cli.test([str(digits), str(trained / 'iter_2.pth'), *option])
+
+
+def test_model_with_other_classes_than_the_data(config: str, tmp_path: Path) -> None:
+    option = 'model.decode_head.num_classes=4'
+    with pytest.raises(SystemExit, match=r'num_classes=4, but the data set has 11 classes'):
+        cli.train([config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', option])

@@ -1,0 +1,125 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmseg.registry import DATASETS
+
+from vqmoe_vision.engine.digits import digit_scans
+from vqmoe_vision.segmentation.data import ADE20K, CamVid, DigitScenes
+from vqmoe_vision.segmentation.scenes import digit_scene_maker
+
+from .conftest import write_pair
+
+
+def scenes(split: str = 'train', **kwargs: int) -> DigitScenes:
+    return DigitScenes(split=split, **{'num_scenes': 8, 'size': 64, **kwargs}, pipeline=[])
+
+
+def test_scene_depends_on_index_split_and_seed_only() -> None:
+    first, again = scenes(), pickle.loads(pickle.dumps(scenes()))
+    assert (first[3]['img'] == again[3]['img']).all()
+    assert (first[3]['gt_seg_map'] == again[3]['gt_seg_map']).all()
+    assert (first[3]['img'] != first[4]['img']).any()
+    assert (first[3]['img'] != scenes('val')[3]['img']).any()
+    assert (first[3]['img'] != scenes(seed=1)[3]['img']).any()
+
+
+def test_scene_is_an_image_with_a_label_map() -> None:
+    counts = np.zeros(256, int)
+    data = scenes(num_scenes=60, size=96)
+    for index in range(len(data)):
+        scene = data.scene(index)
+        assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
+        assert scene.labels.shape == (96, 96)
+        counts += np.bincount(scene.labels.ravel(), minlength=256)
+    assert counts[11:].sum() == 0
+    assert (counts[:11] > 0).all()
+    assert len(data.metainfo['classes']) == len(data.metainfo['palette']) == 11
+
+
+def test_strokes_are_brighter_than_the_background() -> None:
+    scene = scenes().scene(0)
+    grey = scene.image.astype(float).mean(2)
+    assert grey[scene.labels > 0].mean() > grey[scene.labels == 0].mean() + 40
+
+
+def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(split: str) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(split)
+        return digit_scans(split)
+
+    monkeypatch.setattr('vqmoe_vision.segmentation.scenes.digit_scans', spy)
+    scenes('val')
+    assert asked == ['val']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(split='test'), "split='test' must be one of"),
+        (dict(size=20), 'size=20 must be at least 40'),
+        (dict(num_scenes=0), 'num_scenes=0 must be at least 1'),
+    ],
+)
+def test_impossible_scenes(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scenes(**arguments)
+
+
+def test_maker_needs_a_split() -> None:
+    with pytest.raises(ValueError, match='split'):
+        digit_scene_maker('all', 64, 0)
+
+
+CAMVID = dict(img_path='images/train', seg_map_path='annotations/train')
+
+
+def camvid(root: Path) -> CamVid:
+    return CamVid(data_root=str(root), data_prefix=CAMVID, pipeline=[])
+
+
+def test_camvid_pairs(tmp_path: Path) -> None:
+    for name in ('b', 'a'):
+        write_pair(
+            tmp_path, f'images/train/{name}.jpg', f'annotations/train/{name}.png', np.zeros((4, 4))
+        )
+    pairs = [camvid(tmp_path)[i] for i in range(2)]
+    assert [Path(pair['img_path']).name for pair in pairs] == ['a.jpg', 'b.jpg']
+    assert [Path(pair['seg_map_path']).name for pair in pairs] == ['a.png', 'b.png']
+    assert CamVid.METAINFO['classes'][0] == 'sky' and len(CamVid.METAINFO['classes']) == 11
+
+
+def test_missing_data_set_says_layout_and_source(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'images/train does not exist; expected .*http://mi\.eng'):
+        camvid(tmp_path)
+    (tmp_path / 'images/train').mkdir(parents=True)
+    (tmp_path / 'annotations/train').mkdir(parents=True)
+    with pytest.raises(ValueError, match=r'images/train holds no image that ends in \.jpg'):
+        camvid(tmp_path)
+
+
+def test_image_without_label_map_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/b.png', np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r'1 of 1 images have no label map: .*a\.jpg needs .*a\.p'):
+        camvid(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59'])
+def test_other_data_sets_say_what_is_missing(name: str, tmp_path: Path) -> None:
+    prefix = dict(img_path='images', seg_map_path='labels')
+    with pytest.raises(ValueError, match=r'images does not exist; expected .*https?://'):
+        DATASETS.build(dict(type=name, data_root=str(tmp_path), data_prefix=prefix, ann_file=''))
+
+
+def test_ade20k_layout_with_mmsegs_conventions(tmp_path: Path) -> None:
+    labels = np.array([[0, 1], [2, 150]])
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    write_pair(tmp_path, 'images/training/A.jpg', 'annotations/training/A.png', labels)
+    pipeline = [dict(type='LoadImage'), dict(type='LoadLabels', num_classes=150)]
+    data = ADE20K(data_root=str(tmp_path), data_prefix=prefix, pipeline=pipeline)
+    # 0 is no class; 1..150 become 0..149
+    assert data[0]['gt_seg_map'].tolist() == [[255, 0], [1, 149]]
+    assert len(data.metainfo['classes']) == 150

@@ -1,0 +1,153 @@
+from typing import Any
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+
+from vqmoe_vision.moe import update_state
+from vqmoe_vision.segmentation.optim import LayerDecayOptimWrapperConstructor
+
+from .conftest import METHODS, tiny_segmentor, training_batch
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_loss_holds_every_auxiliary_loss_of_the_backbone(method: str) -> None:
+    model = tiny_segmentor(f'vit_tiny_{method}')
+    entries = model(**training_batch(model), mode='loss')
+    assert {'decode.loss_ce', 'decode.acc_seg'} <= entries.keys()
+    auxiliary = {k for k in entries if 'loss' in k} - {'decode.loss_ce'}
+    assert all(key.startswith('blocks.1.mlp/') for key in auxiliary)
+    # SoftMoE gives every expert as much, and so has neither a loss nor a load
+    assert bool(auxiliary) == (method != 'softmoe')
+    assert ('blocks.1.mlp/load_max' in entries) == (method != 'softmoe')
+    total, _ = model.parse_losses(entries)
+    parts = sum(entries[key] for key in auxiliary | {'decode.loss_ce'})
+    torch.testing.assert_close(total, parts)
+
+
+def test_codebook_learns_after_the_step_and_not_in_forward() -> None:
+    model = tiny_segmentor()
+    codes = {n: b for n, b in model.named_buffers() if n.endswith('codebook.embed')}
+    before = {name: code.clone() for name, code in codes.items()}
+    model(**training_batch(model), mode='loss')
+    assert codes and all(torch.equal(codes[name], before[name]) for name in codes)
+    update_state(model.routed_model)
+    after = dict(model.named_buffers())
+    assert all(not torch.equal(after[name], before[name]) for name in codes)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_two_steps_are_equal_with_and_without_gradient_checkpointing(method: str) -> None:
+    runs = []
+    for grad_checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny_segmentor(
+            f'vit_tiny_{method}', backbone=dict(grad_checkpointing=grad_checkpointing)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            total, _ = model.parse_losses(model(**training_batch(model), mode='loss'))
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            update_state(model.routed_model)
+            losses.append(total.detach())
+        runs.append((losses, model.state_dict()))
+    (plain, state), (recomputed, state_again) = runs
+    assert plain[0] != plain[1]
+    torch.testing.assert_close(recomputed, plain)
+    torch.testing.assert_close(state_again, state)
+
+
+@pytest.mark.parametrize('head', ['mask', 'linear'])
+def test_slide_equals_whole_on_an_image_of_crop_size(head: str) -> None:
+    linear = dict(
+        type='FCNHead', in_channels=12, channels=12, num_convs=0, concat_input=False,
+        num_classes=4, dropout_ratio=0.0,
+    )  # fmt: skip
+    model = tiny_segmentor(**({'decode_head': linear} if head == 'linear' else {})).eval()
+    images = torch.randn(2, 3, 32, 32)
+    metas = [dict(img_shape=(32, 32), ori_shape=(32, 32)) for _ in images]
+    whole = model.inference(images, metas)
+    model.test_cfg.update(mode='slide', crop_size=(32, 32), stride=(24, 24))
+    torch.testing.assert_close(model.inference(images, metas), whole)
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+@pytest.mark.parametrize('size', [(37, 50), (1, 40), (33, 7)])
+def test_predictions_have_the_size_of_odd_images(mode: str, size: tuple[int, int]) -> None:
+    model = tiny_segmentor(test_cfg=dict(mode=mode, crop_size=(32, 32), stride=(24, 24))).eval()
+    batch = training_batch(model)
+    sample = batch['data_samples'][0]
+    sample.set_metainfo(dict(img_shape=size, ori_shape=size))
+    inputs = [torch.randint(256, (3, *size), dtype=torch.uint8)]
+    (result,) = model.test_step(dict(inputs=inputs, data_samples=[sample]))
+    assert result.pred_sem_seg.shape == size
+    assert result.seg_logits.data.isfinite().all()
+    assert 'blocks.1.mlp/dead_experts' in model.routing_statistics.summary()
+
+
+def test_another_backbone_is_refused() -> None:
+    config = dict(
+        type='MoeEncoderDecoder',
+        backbone=dict(type='ResNet', depth=18),
+        decode_head=dict(type='FCNHead', in_channels=512, channels=8, num_classes=4),
+    )
+    with pytest.raises(ValueError, match=r"backbone\.type='ResNet' must be 'TimmViT'"):
+        MODELS.build(config)
+
+
+def test_upernet_takes_several_levels() -> None:
+    neck = dict(type='MultiLevelNeck', in_channels=[12, 12], out_channels=8, scales=[2, 1])
+    head = dict(
+        type='UPerHead', in_channels=[8, 8], in_index=[0, 1], pool_scales=(1, 2), channels=8,
+        num_classes=4, norm_cfg=dict(type='BN'), dropout_ratio=0.0,
+    )  # fmt: skip
+    model = tiny_segmentor(backbone=dict(out_indices=(0, 1)), neck=neck, decode_head=head)
+    total, _ = model.parse_losses(model(**training_batch(model), mode='loss'))
+    total.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == []
+
+
+def groups_by_name(model: Any, layer_decay: float) -> dict[str, tuple[float, float]]:
+    build = LayerDecayOptimWrapperConstructor(
+        {'optimizer': {'type': 'AdamW', 'lr': 1.0, 'weight_decay': 0.3}},
+        {'layer_decay': layer_decay},
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, tuple[float, float]] = {}
+    for group in build(model).optimizer.param_groups:
+        for parameter in group['params']:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (group['lr'], group['weight_decay'])
+    assert found.keys() == set(names.values())
+    return found
+
+
+def test_learning_rates_shrink_by_layer() -> None:
+    groups = groups_by_name(tiny_segmentor(), 0.5)
+    rate = {name: lr for name, (lr, _) in groups.items()}
+    # from the top: heads, norm and last block 1, then halved for each block and the embedding
+    assert rate['decode_head.cls_emb'] == rate['backbone.model.norm.weight'] == 1.0
+    assert rate['backbone.model.blocks.1.mlp.experts.fc1.weight'] == 1.0
+    assert rate['backbone.model.blocks.0.attn.qkv.weight'] == 0.5
+    assert rate['backbone.model.patch_embed.proj.weight'] == 0.25
+    assert rate['backbone.model.pos_embed'] == 0.25
+
+
+def test_no_weight_decay_is_that_of_timm() -> None:
+    groups = groups_by_name(tiny_segmentor(), 0.5)
+    decay = {name: value for name, (_, value) in groups.items()}
+    assert decay['backbone.model.pos_embed'] == decay['backbone.model.cls_token'] == 0
+    assert decay['backbone.model.blocks.1.mlp.experts.fc1.bias'] == 0
+    assert decay['backbone.model.blocks.1.mlp.experts.fc1.weight'] == 0.3
+    assert decay['decode_head.dec_proj.weight'] == 0.3
+
+
+@pytest.mark.parametrize('wrong', [None, {}, {'layer_decay': 0.0}, {'norm_decay_mult': 0.0}])
+def test_layer_decay_refuses_other_settings(wrong: dict | None) -> None:
+    with pytest.raises(ValueError, match=r'must be dict\(layer_decay=x\)'):
+        LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)

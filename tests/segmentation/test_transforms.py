@@ -1,0 +1,146 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
+from vqmoe_vision.segmentation.transforms import Albumentations, LoadImage, LoadLabels
+
+from .conftest import write_pair
+
+
+def sample() -> dict[str, Any]:
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[..., 0] = 200  # blue, in BGR
+    return dict(img=image, gt_seg_map=np.full((8, 8), 3, np.uint8))
+
+
+def test_transforms_see_rgb_and_the_result_is_bgr() -> None:
+    # grey of pure blue 200: 0.114 * 200 = 23; of pure red it would be 0.299 * 200 = 60
+    out = Albumentations([dict(type='ToGray', p=1.0)]).transform(sample())
+    assert np.unique(out['img']).tolist() == [23]
+    untouched = Albumentations([dict(type='HorizontalFlip', p=1.0)]).transform(sample())
+    assert (untouched['img'] == sample()['img']).all()
+
+
+def test_pixels_from_outside_are_ignored() -> None:
+    shift = dict(type='Affine', translate_percent={'x': 0.5}, p=1.0)
+    labels = Albumentations([shift]).transform(sample())['gt_seg_map']
+    assert np.unique(labels).tolist() == [3, 255]
+    # half of the image has come in from outside
+    assert (labels == 255).mean() == 0.5
+    one_of = Albumentations([dict(type='OneOf', transforms=[shift], p=1.0)]).transform(sample())
+    assert 255 in one_of['gt_seg_map']
+    as_told = Albumentations([dict(shift, fill_mask=1)]).transform(sample())
+    assert np.unique(as_told['gt_seg_map']).tolist() == [1, 3]
+
+
+def test_image_without_labels_and_new_size() -> None:
+    results = sample()
+    del results['gt_seg_map']
+    resize = dict(type='Resize', height=4, width=6)
+    out = Albumentations([resize]).transform(results)
+    assert out['img'].shape[:2] == out['img_shape'] == out['pad_shape'] == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        (dict(type='Cutout'), "type='Cutout' is not in albumentations"),
+        (dict(type='Rotate', value=0), 'Rotate.value is not possible; it has limit'),
+        (dict(type='OneOf', transforms=[dict(type='Rotate', mask_value=0)]), 'Rotate.mask_value'),
+    ],
+)
+def test_what_albumentations_would_ignore_is_refused(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Albumentations([config])
+
+
+class Noise(Dataset):
+    """What augmentation makes of the same grey image, as one number."""
+
+    def __init__(self) -> None:
+        self.augment = Albumentations([dict(type='RandomBrightnessContrast', p=1.0)])
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> float:
+        image = np.full((4, 4, 3), 128, np.uint8)
+        image[0, 0] = 10
+        return float(self.augment.transform(dict(img=image))['img'].astype(float).mean())
+
+
+def drawn(seed: int) -> list[float]:
+    loader = Runner.build_dataloader(
+        dict(
+            dataset=Noise(),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            batch_size=4,
+            num_workers=2,
+            worker_init_fn=dict(type='keep_worker_seed'),
+            collate_fn=dict(type='default_collate'),
+        ),
+        seed=0,
+    )
+    torch.manual_seed(seed)
+    return [value for batch in loader for value in batch.tolist()]
+
+
+def test_every_worker_has_its_own_stream_and_the_seed_repeats_it() -> None:
+    first = drawn(0)
+    assert len(set(first)) > 6  # two batches from two workers: nothing is drawn twice
+    assert first[:4] != first[4:]
+    assert drawn(0) == first
+    assert drawn(1) != first
+
+
+def load(root: Path, num_classes: int, **kwargs: Any) -> dict[str, Any]:
+    results = dict(
+        img_path=str(root / 'a.png'),
+        seg_map_path=str(root / 'b.png'),
+        reduce_zero_label=kwargs.get('reduce_zero_label', False),
+        label_map=None,
+        seg_fields=[],
+    )
+    return LoadLabels(num_classes).transform(LoadImage().transform(results))
+
+
+def test_labels_within_the_classes(tmp_path: Path) -> None:
+    labels = np.array([[0, 1], [2, 255]])
+    write_pair(tmp_path, 'a.png', 'b.png', labels)
+    assert (load(tmp_path, 3)['gt_seg_map'] == labels).all()
+    with pytest.raises(ValueError, match=r'b\.png holds the label 2; allowed are 0\.\.1, and 255'):
+        load(tmp_path, 2)
+
+
+def test_reduced_zero_label(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.array([[0, 1], [2, 3]]))
+    out = load(tmp_path, 3, reduce_zero_label=True)['gt_seg_map']
+    assert out.tolist() == [[255, 0], [1, 2]]
+    with pytest.raises(ValueError, match=r'holds the label 3; allowed are 1\.\.2, and 0 for'):
+        load(tmp_path, 2, reduce_zero_label=True)
+
+
+def test_one_pixel_high(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((1, 5)))
+    assert load(tmp_path, 3)['gt_seg_map'].shape == (1, 5)
+
+
+def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6)), image_size=(4, 5))
+    with pytest.raises(ValueError, match=r'b\.png has 6x4 pixels, .*a\.png has 5x4'):
+        load(tmp_path, 3)
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6, 3)), image_size=(4, 6))
+    with pytest.raises(ValueError, match=r'b\.png is a colour image'):
+        load(tmp_path, 3)
+    (tmp_path / 'b.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
+        load(tmp_path, 3)
+    (tmp_path / 'a.png').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
+        load(tmp_path, 3)

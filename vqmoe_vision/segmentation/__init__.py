@@ -1,0 +1,22 @@
+"""Segmentation on mmseg: a backbone around any timm ViT, a segmentor, data sets, augmentation.
+
+Importing this package registers everything that `configs/segmentation` names.
+"""
+
+import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
+
+from . import data, optim, transforms, visualization
+from .backbone import TimmViT
+from .inference import Prediction, predict
+from .segmentor import MoeEncoderDecoder
+
+__all__ = [
+    'MoeEncoderDecoder',
+    'Prediction',
+    'TimmViT',
+    'data',
+    'optim',
+    'predict',
+    'transforms',
+    'visualization',
+]

@@ -1,0 +1,109 @@
+"""Any timm vision transformer, dense or with MoE layers, as a backbone of mmseg."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import vqmoe_vision  # noqa: F401  registers the models with timm
+
+from .checkpoint import fit_state, read_state
+
+# Files of timm, and ours, whose models are `VisionTransformer`s.
+_MODULES = ('vision_transformer', 'deit', 'vit_moe')
+
+
+@MODELS.register_module()
+class TimmViT(BaseModule):
+    """Feature maps of a timm vision transformer, for images of any size.
+
+    Images that do not fill the last patches are padded below and to the right; position embeddings
+    are resized to the image. A map covers the padded image.
+
+    Args:
+        model_name: Name of a timm `VisionTransformer`, such as 'vit_small_vqmoe' or
+            'vit_small_patch16_224'.
+        out_indices: Blocks whose output is a feature map, in rising order; None for the last block.
+            Later blocks are left out of the model.
+        norm: Apply the final norm to every map.
+        checkpoint: File to start from: of a classification or segmentation run of this package
+            (.pth), or of timm (.pth or .safetensors). Read when training starts, not for tests.
+        grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
+        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`, `num_experts`
+            and `pretrained`.
+
+    Raises:
+        ValueError: The model or the blocks do not exist, or the model is no vision transformer.
+        TypeError: The model does not know one of `model_kwargs`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] | None = None,
+        norm: bool = True,
+        checkpoint: str | None = None,
+        grad_checkpointing: bool = False,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.model = _create(model_name, model_kwargs)
+        depth = len(self.model.blocks)
+        self.out_indices = [depth - 1] if out_indices is None else list(out_indices)
+        possible = [i for i in range(depth) if i in self.out_indices]
+        if not possible or possible != self.out_indices:
+            raise ValueError(f'out_indices={out_indices} must rise and lie in 0..{depth - 1}')
+        # parameters that no map depends on would have no gradient, which DDP does not allow
+        self.model.prune_intermediate_layers(self.out_indices, prune_norm=not norm, prune_head=True)
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.norm = norm
+        self.checkpoint = checkpoint
+
+    def init_weights(self) -> None:
+        """Loads the checkpoint, if there is one.
+
+        Nothing else: timm has initialised the model, and mmengine's way would do it a second time,
+        over weights that `pretrained` has loaded.
+
+        Raises:
+            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
+        """
+        if self.checkpoint is None:
+            return
+        state, notes = fit_state(self.model, read_state(self.checkpoint), self.checkpoint)
+        self.model.load_state_dict(state, strict=False)
+        for note in notes:
+            print_log(note, logger='current')
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps; (B, 3, H, W) -> (B, width, ceil(H / patch), ceil(W / patch)) each."""
+        maps: Any = self.model.forward_intermediates(
+            x, indices=self.out_indices, norm=self.norm, intermediates_only=True
+        )
+        return tuple(maps)
+
+
+def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
+    if not timm.is_model(model_name):
+        raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
+    if not timm.models.is_model_in_modules(model_name, _MODULES):
+        raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
+    try:
+        model: Any = timm.create_model(
+            model_name,
+            **{
+                'num_classes': 0,
+                'global_pool': '',  # else the last norm would belong to the pooled features
+                'dynamic_img_size': True,
+                'dynamic_img_pad': True,
+                **model_kwargs,
+            },
+        )
+    except AssertionError as error:
+        raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {error}') from error
+    return model

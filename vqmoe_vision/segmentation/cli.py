@@ -1,0 +1,52 @@
+"""What `tools/predict.py` does."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mmcv
+from mmengine.utils import track_iter_progress
+
+from vqmoe_vision.engine.cli import run
+
+from .inference import Predictor, list_images
+
+
+def predict(argv: Sequence[str] | None = None) -> None:
+    """Segments an image or a folder of images.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(description='Segment images.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='file written by tools/train.py')
+    parser.add_argument('images', nargs='+', help='image files, or folders of images')
+    parser.add_argument(
+        '--out-dir',
+        type=Path,
+        default=Path('work_dirs/predictions'),
+        help='gets overlays/<name>.png and labels/<name>.png (class indices)',
+    )
+    parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
+    parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if not 0 <= args.opacity <= 1:
+        raise ValueError(f'--opacity {args.opacity} must be from 0 to 1')
+    files = [Path(file) for images in args.images for file in list_images(images)]
+    seen: dict[str, Path] = {}
+    for file in files:
+        if file.stem in seen:
+            raise ValueError(f'{seen[file.stem]} and {file} would write the same output')
+        seen[file.stem] = file
+    predictor = Predictor(args.config, args.checkpoint, args.device)
+    for file in track_iter_progress(files, file=sys.stdout):
+        result = predictor(file, opacity=args.opacity)
+        mmcv.imwrite(result.overlay, str(args.out_dir / 'overlays' / f'{result.name}.png'))
+        mmcv.imwrite(result.labels, str(args.out_dir / 'labels' / f'{result.name}.png'))
+    print(f'\nwrote {args.out_dir}/overlays and {args.out_dir}/labels')

@@ -1,0 +1,185 @@
+"""Segmentation data sets that say what is missing, where it belongs and where to get it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmseg.datasets import (
+    ADE20KDataset,
+    BaseSegDataset,
+    CityscapesDataset,
+    PascalContextDataset59,
+)
+from mmseg.registry import DATASETS
+
+from vqmoe_vision.engine.digits import DIGITS
+
+from .scenes import DigitScene, digit_scene_maker
+
+
+class CheckedDataset(BaseSegDataset):
+    """A folder of images and one of label maps, complete or refused.
+
+    Attributes:
+        source: Where to get the data set, and how it is laid out; part of the messages.
+    """
+
+    source = 'docs/segmentation.md says how to lay out a data set'
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Finds the pairs.
+
+        Raises:
+            ValueError: A folder is missing or empty, or an image has no label map.
+        """
+        for kind in ('img_path', 'seg_map_path'):
+            folder = self.data_prefix.get(kind)
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f'{folder} does not exist; {self.source}')
+        pairs = super().load_data_list()
+        if not pairs:
+            folder, suffix = self.data_prefix['img_path'], self.img_suffix
+            raise ValueError(f'{folder} holds no image that ends in {suffix}; {self.source}')
+        absent = [
+            pair
+            for pair in pairs
+            if 'seg_map_path' in pair and not Path(pair['seg_map_path']).is_file()
+        ]
+        if absent:
+            raise ValueError(
+                f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
+                f'needs {absent[0]["seg_map_path"]}; {self.source}'
+            )
+        return pairs
+
+
+@DATASETS.register_module()
+class ADE20K(CheckedDataset, ADE20KDataset):
+    """ADE20K with 150 classes; label 0 in the files is everything else, and ignored."""
+
+    source = (
+        'expected ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, '
+        'from http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip; '
+        'see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class PascalContext59(CheckedDataset, PascalContextDataset59):
+    """Pascal Context with 59 classes; label 0 in the files is background, and ignored."""
+
+    source = (
+        'expected VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext}, from '
+        'https://www.cs.stanford.edu/~roozbeh/pascal-context/; see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class Cityscapes(CheckedDataset, CityscapesDataset):
+    """Cityscapes with 19 classes."""
+
+    source = (
+        'expected leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and '
+        'gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png, from '
+        'https://www.cityscapes-dataset.com; see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class CamVid(CheckedDataset):
+    """CamVid with 11 classes; 255 is void."""
+
+    METAINFO: ClassVar = dict(
+        classes=(
+            'sky', 'building', 'pole', 'road', 'pavement', 'tree',
+            'sign symbol', 'fence', 'car', 'pedestrian', 'bicyclist',
+        ),
+        palette=[
+            [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [0, 0, 192],
+            [128, 128, 0], [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0],
+            [0, 128, 192],
+        ],
+    )  # fmt: skip
+    source = (
+        'expected {images,annotations}/{train,val}/*.{jpg,png} with labels 0-10 and 255, from '
+        'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/; see docs/segmentation.md'
+    )
+
+    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kw: Any) -> None:
+        super().__init__(
+            img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=False, **kw
+        )
+
+
+@DATASETS.register_module()
+class DigitScenes(BaseSegDataset):
+    """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
+
+    A scene depends on its index, the split and the seed only. Scenes of the split 'val' are made
+    of scans that no scene of 'train' is made of.
+
+    Args:
+        split: 'train' or 'val'.
+        num_scenes: Length of the data set.
+        size: Height and width of a scene in pixels.
+        seed: Another seed makes other scenes of the same scans.
+        pipeline: Transforms; scenes need no loading.
+
+    Raises:
+        ValueError: There is no such split, or the size or number is not possible.
+    """
+
+    METAINFO: ClassVar = dict(
+        classes=('background', *DIGITS),
+        palette=[
+            [0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
+            [245, 130, 48], [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60],
+            [250, 190, 212],
+        ],
+    )  # fmt: skip
+
+    def __init__(
+        self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
+    ) -> None:
+        if num_scenes < 1:
+            raise ValueError(f'num_scenes={num_scenes} must be at least 1')
+        self.split = split
+        self.num_scenes = num_scenes
+        self._make = digit_scene_maker(split, size, seed)
+        super().__init__(
+            pipeline=list(pipeline), data_prefix=dict(img_path=None), reduce_zero_label=False
+        )
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """An entry per scene; the path is a name for overlays, there is no such file."""
+        # Validation compares at the original size: mmseg's transforms resize what is listed.
+        seg_fields = ['gt_seg_map'] if self.split == 'train' else []
+        return [
+            dict(
+                img_path=f'{self.split}_{index:05d}.png',
+                label_map=None,
+                reduce_zero_label=False,
+                seg_fields=list(seg_fields),
+            )
+            for index in range(self.num_scenes)
+        ]
+
+    def scene(self, index: int) -> DigitScene:
+        """Composes a scene.
+
+        Args:
+            index: Of the scene.
+        """
+        return self._make(index)
+
+    def prepare_data(self, idx: int) -> Any:
+        """Composes a scene and runs the pipeline on it.
+
+        Args:
+            idx: Index of the scene.
+        """
+        info = self.get_data_info(idx)
+        scene = self.scene(idx)
+        size = scene.labels.shape
+        info.update(img=scene.image, gt_seg_map=scene.labels, img_shape=size, ori_shape=size)
+        return self.pipeline(info)

@@ -1,0 +1,176 @@
+"""Predictions for images that need no data set: a file, a folder, or an array."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from mmseg.registry import DATASETS, MODELS
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.hooks import misfit
+
+from .checkpoint import read_state
+
+_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about an image.
+
+    Args:
+        name: Stem of the file, or `image_<index>` for an array.
+        labels: (H, W) uint8 class indices.
+        overlay: (H, W, 3) uint8, BGR: the image under half transparent colours of the classes.
+        classes: Names of the classes by index.
+    """
+
+    name: str
+    labels: np.ndarray
+    overlay: np.ndarray
+    classes: tuple[str, ...]
+
+
+def predict(
+    config: str,
+    checkpoint: str,
+    images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
+    device: str | None = None,
+    opacity: float = 0.5,
+) -> Iterator[Prediction]:
+    """Segments images one by one, in the order of their names or as given.
+
+    Args:
+        config: Config of a segmentation run.
+        checkpoint: File written by that run.
+        images: A file, a folder, an array (H, W), (H, W, 3) or (H, W, 4), uint8 and BGR, or a
+            sequence of files and arrays. Transparency is ignored.
+        device: Where to run; a GPU if there is one.
+        opacity: Of the colours of the classes, 0..1.
+
+    Yields:
+        A `Prediction` per image, at the size of the image.
+
+    Raises:
+        ValueError: The checkpoint does not fit the config, or an image cannot be read.
+        FileNotFoundError: There is no such config.
+    """
+    predictor = Predictor(config, checkpoint, device)
+    for index, image in enumerate(list_images(images)):
+        yield predictor(image, f'image_{index}', opacity)
+
+
+class Predictor:
+    """A trained model with the pipeline of its tests.
+
+    Args:
+        config: Config of a segmentation run.
+        checkpoint: File written by that run.
+        device: Where to run; a GPU if there is one.
+
+    Raises:
+        ValueError: The checkpoint does not fit the config.
+        FileNotFoundError: There is no such config.
+    """
+
+    def __init__(self, config: str, checkpoint: str, device: str | None = None) -> None:
+        settings = load_config(config)
+        init_default_scope(settings.get('default_scope', 'mmseg'))
+        dataset = settings.test_dataloader.dataset
+        metainfo = DATASETS.get(dataset.type).METAINFO
+        self.classes = tuple(metainfo['classes'])
+        self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
+        loading = {'LoadImage', 'LoadImageFromFile', 'LoadLabels', 'LoadAnnotations'}
+        self.pipeline = Compose([step for step in dataset.pipeline if step.type not in loading])
+        self.model = MODELS.build(settings.model)
+        state = read_state(checkpoint)
+        problem = misfit(self.model.state_dict(), state)
+        if problem:
+            raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
+        load_state_dict(self.model, state, strict=True)
+        self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+
+    @torch.inference_mode()
+    def __call__(
+        self, image: str | Path | np.ndarray, name: str = 'image', opacity: float = 0.5
+    ) -> Prediction:
+        """Segments an image.
+
+        Args:
+            image: File, or array as in `predict`.
+            name: Of the prediction, if the image is an array.
+            opacity: Of the colours of the classes, 0..1.
+
+        Raises:
+            ValueError: The image cannot be read, or the pipeline cannot resize it.
+        """
+        if isinstance(image, str | Path):
+            name = Path(image).stem
+        pixels = _read(image)
+        size = pixels.shape[:2]
+        try:
+            data = self.pipeline(
+                dict(img=pixels, img_path=str(name), img_shape=size, ori_shape=size)
+            )
+        except cv2.error as error:
+            raise ValueError(
+                f'{name} has {size[1]}x{size[0]} pixels, which the pipeline cannot resize'
+            ) from error
+        batch = {key: [value] for key, value in data.items()}
+        (sample,) = self.model.test_step(batch)
+        labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
+        return Prediction(name, labels, self._overlay(pixels, labels, opacity), self.classes)
+
+    def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
+        mixed = pixels * (1 - opacity) + self.palette[labels] * opacity
+        return mixed.round().astype(np.uint8)
+
+
+def list_images(images: Any) -> list[Any]:
+    """The files and arrays that `predict` was asked for.
+
+    Args:
+        images: As in `predict`.
+
+    Raises:
+        ValueError: A folder holds no image.
+    """
+    if isinstance(images, np.ndarray):
+        return [images]
+    if not isinstance(images, str | Path):
+        return list(images)
+    if not Path(images).is_dir():
+        return [images]
+    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(f'{images} holds no image ({", ".join(sorted(_SUFFIXES))})')
+    return files
+
+
+def _read(image: str | Path | np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8, BGR."""
+    if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise ValueError(f'image {str(image)!r} does not exist')
+        try:
+            pixels = mmcv.imread(image)
+        except cv2.error:
+            pixels = None
+        if pixels is None:
+            raise ValueError(f'{image} cannot be read as an image')
+        return pixels
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+        raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
+    if image.ndim == 2:
+        return mmcv.gray2bgr(image)
+    if image.shape[2] not in (3, 4):
+        raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
+    return np.ascontiguousarray(image[..., :3])

@@ -1,0 +1,61 @@
+"""Learning rates that shrink towards the first layers of the backbone."""
+
+from typing import Any
+
+from mmengine.model import is_model_wrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from vqmoe_vision.engine.optim import TimmOptimWrapperConstructor, undecayed_parameters
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
+    """timm's layer-wise decay for the backbone, the full learning rate for the heads.
+
+    The last block and the final norm have the full rate, the block before `layer_decay` times that,
+    and so on down to the patch embedding. Biases, norms and `no_weight_decay()` names do not decay.
+
+    Args:
+        optim_wrapper_cfg: As in every mmengine config; `optimizer.lr` is the full rate.
+        paramwise_cfg: `dict(layer_decay=...)`, above 0 and at most 1.
+
+    Raises:
+        ValueError: `paramwise_cfg` is something else.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg)
+        layer_decay = (paramwise_cfg or {}).get('layer_decay', 0.0)
+        if len(paramwise_cfg or {}) != 1 or not 0 < layer_decay <= 1:
+            raise ValueError(
+                f'paramwise_cfg={paramwise_cfg} must be dict(layer_decay=x) with 0 < x <= 1'
+            )
+        self.layer_decay = layer_decay
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups of a segmentor, which may be wrapped for distributed training.
+
+        Args:
+            model: A segmentor whose backbone is a `TimmViT`.
+            weight_decay: Weight decay of matrices.
+        """
+        segmentor: Any = model.module if is_model_wrapper(model) else model
+        encoder = segmentor.backbone.model
+        # timm names biases by their single dimension here; those of experts are stacked
+        biases = {name for name, _ in encoder.named_parameters() if name.endswith('.bias')}
+        groups = param_groups_layer_decay(
+            encoder,
+            weight_decay,
+            no_weight_decay_list=undecayed_parameters(encoder) | biases,
+            layer_decay=self.layer_decay,
+        )
+        rate = self.optim_wrapper_cfg['optimizer']['lr']
+        for group in groups:
+            group['lr'] = rate * group.pop('lr_scale')
+        inside = {id(parameter) for parameter in encoder.parameters()}
+        heads = super().param_groups(segmentor, weight_decay)
+        for group in heads:
+            group['params'] = [p for p in group['params'] if id(p) not in inside]
+        return groups + heads

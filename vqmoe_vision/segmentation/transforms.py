@@ -1,0 +1,136 @@
+"""Augmentation with albumentations, and loading that names the file that is wrong."""
+
+import inspect
+from typing import Any
+
+import albumentations
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+IGNORE = 255
+
+
+@TRANSFORMS.register_module()
+class Albumentations(BaseTransform):
+    """Runs albumentations on an image and its label map.
+
+    Images are handed over as RGB and come back as BGR. Pixels that a geometric transform brings in
+    from outside are ignored in the label map (`fill_mask=255`), where albumentations would call
+    them class 0. Random numbers come from torch's generator, which differs between workers and is
+    set by the run's seed; albumentations' own would be the same in every worker.
+
+    Args:
+        transforms: Each a `type` from albumentations and its arguments; `transforms` in one of
+            them, such as `OneOf`, is a list of the same kind.
+
+    Raises:
+        ValueError: albumentations does not know a type, or would ignore an argument.
+    """
+
+    def __init__(self, transforms: list[dict[str, Any]]) -> None:
+        self.compose = albumentations.Compose([_build(config) for config in transforms])
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes."""
+        self.compose.set_random_seed(int(torch.randint(2**31, ())))
+        inputs = {'image': mmcv.bgr2rgb(results['img'])}
+        if 'gt_seg_map' in results:
+            inputs['mask'] = results['gt_seg_map']
+        outputs = self.compose(**inputs)
+        results['img'] = mmcv.rgb2bgr(outputs['image'])
+        if 'gt_seg_map' in results:
+            results['gt_seg_map'] = outputs['mask']
+        results['img_shape'] = results['pad_shape'] = results['img'].shape[:2]
+        return results
+
+
+def _build(config: dict[str, Any]) -> Any:
+    arguments = dict(config)
+    name = arguments.pop('type')
+    kind = getattr(albumentations, name, None)
+    if kind is None:
+        raise ValueError(f'type={name!r} is not in albumentations {albumentations.__version__}')
+    known = inspect.signature(kind).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f'{name}.{argument} is not possible; it has {", ".join(known)}')
+    if 'fill_mask' in known:
+        arguments.setdefault('fill_mask', IGNORE)
+    if 'transforms' in arguments:
+        arguments['transforms'] = [_build(inner) for inner in arguments['transforms']]
+    return kind(**arguments)
+
+
+@TRANSFORMS.register_module()
+class LoadImage(LoadImageFromFile):
+    """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Loads `img_path`.
+
+        Raises:
+            ValueError: The file cannot be read as an image.
+        """
+        try:
+            return super().transform(results)
+        except (OSError, ValueError, AttributeError, cv2.error) as error:
+            raise ValueError(f'{results["img_path"]} cannot be read as an image') from error
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(LoadAnnotations):
+    """mmseg's `LoadAnnotations`, with checks that name the file.
+
+    Args:
+        num_classes: Number of classes; labels lie below it or are 255.
+        **kwargs: As `LoadAnnotations`.
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Loads `seg_map_path` into `gt_seg_map` (H, W).
+
+        Raises:
+            ValueError: The file cannot be read, is no map of class indices, holds a label outside
+                the classes, or has another size than its image.
+        """
+        path = results['seg_map_path']
+        try:
+            results = super().transform(results)
+        except (OSError, ValueError, AttributeError, cv2.error) as error:
+            raise ValueError(f'{path} cannot be read as a label map') from error
+        labels = results['gt_seg_map']
+        if labels.ndim != 2:
+            # squeeze() has taken away a side of one pixel, or colours are left
+            labels = results['gt_seg_map'] = self._restore(labels, results['ori_shape'], path)
+        if labels.shape != tuple(results['ori_shape']):
+            image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
+            raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
+        counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+        wrong = np.flatnonzero(counts[self.num_classes : IGNORE]) + self.num_classes
+        if len(wrong):
+            shift = int(bool(results['reduce_zero_label']))
+            raise ValueError(
+                f'{path} holds the label {wrong[0] + shift}; allowed are '
+                f'{shift}..{self.num_classes - 1 + shift}, and {0 if shift else IGNORE} for pixels '
+                'to ignore'
+            )
+        return results
+
+    @staticmethod
+    def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
+        if labels.size != shape[0] * shape[1]:
+            raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
+        return labels.reshape(shape)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f'{shape[1]}x{shape[0]}'

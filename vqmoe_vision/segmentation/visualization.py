@@ -1,0 +1,58 @@
+"""Overlays for data sets whose images are not files too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+
+
+@HOOKS.register_module()
+class OverlayHook(Hook):
+    """Draws the predictions of a test over the images.
+
+    mmseg's `SegVisualizationHook` reads every image from its file; a scene that is made on the fly
+    has none.
+
+    Args:
+        draw: Whether to draw; `--show-dir` turns it on.
+    """
+
+    def __init__(self, draw: bool = False) -> None:
+        self.draw = draw
+
+    def after_test_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[Any] | None = None,
+    ) -> None:
+        """Hands the overlays of a batch to the visualizer."""
+        if not self.draw:
+            return
+        assert outputs is not None
+        inputs = data_batch['inputs']
+        if isinstance(inputs[0], list):  # several versions of each image, to augment the test
+            inputs = inputs[0]
+        for tensor, sample in zip(inputs, outputs, strict=True):
+            name = Path(sample.img_path).stem
+            image = _image_of(sample, tensor.numpy())
+            Visualizer.get_current_instance().add_datasample(
+                name, image, data_sample=sample, show=False, with_labels=False
+            )
+
+
+def _image_of(sample: Any, tensor: np.ndarray) -> np.ndarray:
+    """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
+    if Path(sample.img_path).is_file():
+        return mmcv.imread(sample.img_path, channel_order='rgb')
+    image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
+    height, width = sample.pred_sem_seg.shape
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
