@@ -35,16 +35,8 @@ class RoutedMlp(MoeLayer):
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens)
         out = run_experts(self.experts, tokens, routing.indices, routing.weights, routing.kept)
-        self.record_routing(routing)
+        record_routing(self, routing, self.experts.num_experts)
         return out.view(x.shape)
-
-    def record_routing(self, routing: Routing) -> None:
-        """Report the losses of a routing, and its load if somebody listens."""
-        stats = routing.stats
-        if self.recorder.active:
-            load = expert_load(routing.indices, self.experts.num_experts)
-            stats = {'load': load, **stats}
-        self.record(routing.losses, stats)
 
     def macs(self, num_tokens: int) -> int:
         """Router and K experts for every token."""
@@ -59,3 +51,17 @@ class RoutedMlp(MoeLayer):
     def no_weight_decay(self) -> set[str]:
         """What the router wants left alone."""
         return {f'router.{name}' for name in self.router.no_weight_decay()}
+
+
+def record_routing(layer: MoeLayer, routing: Routing, num_experts: int) -> None:
+    """Report the losses of a routing, and its load if somebody listens.
+
+    Args:
+        layer: Whose routing it is.
+        routing: The routing.
+        num_experts: E.
+    """
+    stats = routing.stats
+    if layer.recorder.active:
+        stats = {'load': expert_load(routing.indices, num_experts), **stats}
+    layer.record(routing.losses, stats)

@@ -58,6 +58,7 @@ from ..config import MoeConfig, check, check_unused, check_weights
 from ..dispatch import combine, make_plan
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
+from ..layer import record_routing
 from ..routing import Routing, expert_load, full_precision, top_k_experts
 
 FORMS = ('full', 'discrete', 'continuous')
@@ -252,7 +253,7 @@ class VQMoEMlp(MoeLayer):
             inputs.append(tokens)
             experts.append(routing.indices[:, 0])
             weights.append(routing.weights)
-            self._record_continuous(routing)
+            record_routing(self, routing, self.experts.num_experts)
         if self.quantizer is not None:
             quantized_tokens, quantized = self.quantizer(tokens)
             inputs.append(quantized_tokens)
@@ -286,12 +287,6 @@ class VQMoEMlp(MoeLayer):
         answers[-1] = self.output_norm(answers[-1]).to(rows.dtype)
         pairs = zip(answers, weights, strict=True)
         return torch.stack([answer * weight.to(rows.dtype) for answer, weight in pairs]).sum(dim=0)
-
-    def _record_continuous(self, routing: Routing) -> None:
-        stats = {}
-        if self.recorder.active:
-            stats['load'] = expert_load(routing.indices, self.experts.num_experts)
-        self.record(routing.losses, stats)
 
     def _record_discrete(self, tokens: Tensor, quantized: Quantized) -> None:
         loss = {'vq': self.config.vq_weight * quantized.loss} if self.training else {}
