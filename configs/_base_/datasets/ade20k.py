@@ -1,5 +1,6 @@
 # ADE20K, 150 classes, with the augmentation behind mmsegmentation's published numbers.
 # A batch of 8: on 8 GPUs set train_dataloader.batch_size=1.
+_base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=150),
@@ -32,11 +33,6 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='ADE20K',
         data_root='data/ade/ADEChallengeData2016',
@@ -45,11 +41,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ADE20K',
         data_root='data/ade/ADEChallengeData2016',

@@ -1,4 +1,5 @@
 # CamVid, 480x360 pixels, 11 classes, augmented by albumentations.
+_base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=11),
@@ -35,11 +36,6 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='CamVid',
         data_root='data/camvid',
@@ -48,11 +44,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='CamVid',
         data_root='data/camvid',

@@ -1,4 +1,5 @@
 # CamVid in crops that a CPU can train on.
+_base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=11),
@@ -35,10 +36,8 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
     num_workers=0,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    persistent_workers=False,
     dataset=dict(
         type='CamVid',
         data_root='data/camvid',
@@ -47,10 +46,8 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
     num_workers=0,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    persistent_workers=False,
     dataset=dict(
         type='CamVid',
         data_root='data/camvid',

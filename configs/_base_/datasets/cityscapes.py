@@ -1,4 +1,5 @@
 # Cityscapes, 19 classes, with mmsegmentation's augmentation.
+_base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=19),
@@ -30,11 +31,6 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='Cityscapes',
         data_root='data/cityscapes',
@@ -43,11 +39,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='Cityscapes',
         data_root='data/cityscapes',

@@ -1,4 +1,5 @@
 # Pascal Context, 59 classes, with mmsegmentation's augmentation.
+_base_ = 'segmentation_loaders.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=59),
@@ -32,10 +33,6 @@ tta_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=16,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='PascalContext59',
         data_root='data/VOCdevkit/VOC2010',
@@ -45,11 +42,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='PascalContext59',
         data_root='data/VOCdevkit/VOC2010',
