@@ -1,5 +1,5 @@
 # CamVid in crops that a CPU can train on.
-_base_ = 'segmentation_loaders.py'
+_base_ = 'camvid.py'
 train_pipeline = [
     dict(type='LoadImage'),
     dict(type='LoadLabels', num_classes=11),
@@ -15,44 +15,9 @@ train_pipeline = [
     ),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImage'),
-    dict(type='LoadLabels', num_classes=11),
-    dict(type='PackSegInputs'),
-]
-tta_pipeline = [
-    dict(type='LoadImage'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [
-                dict(type='Resize', scale_factor=ratio, keep_ratio=True)
-                for ratio in (0.75, 1.0, 1.25)
-            ],
-            [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
-            [dict(type='LoadLabels', num_classes=11)],
-            [dict(type='PackSegInputs')],
-        ],
-    ),
-]
+# a list is not merged: this pipeline replaces that of camvid.py
 train_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        type='CamVid',
-        data_root='data/camvid',
-        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
-        pipeline=train_pipeline,
-    ),
+    num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline)
 )
-val_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        type='CamVid',
-        data_root='data/camvid',
-        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader

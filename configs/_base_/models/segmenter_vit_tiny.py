@@ -1,24 +1,4 @@
-# Segmenter: the last features of a ViT, decoded by a transformer with one token per class.
+_base_ = 'segmenter.py'
 model = dict(
-    type='MoeEncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[127.5, 127.5, 127.5],
-        std=[127.5, 127.5, 127.5],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        test_cfg=dict(size_divisor=16),
-    ),
-    backbone=dict(type='TimmViT', drop_path_rate=0.1),
-    decode_head=dict(
-        type='SegmenterMaskTransformerHead',
-        in_channels=192,
-        channels=192,
-        embed_dims=192,
-        num_heads=3,
-        num_layers=2,
-        dropout_ratio=0.0,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
-    ),
+    decode_head=dict(in_channels=192, channels=192, embed_dims=192, num_heads=3),
 )
