@@ -1,9 +1,11 @@
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
@@ -31,11 +33,12 @@ def test_misfit_stays_one_short_line() -> None:
     assert misfit(expected, {}) == 'missing keys: 0, 1, 2 and 6 more'
 
 
-def stub_runner(norm: float, weight: float) -> Any:
+def stub_runner(norm: float, weight: float, hooks: Sequence[Hook] = ()) -> Any:
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, weight)
     scalars = {'train/grad_norm': HistoryBuffer([norm], [1])}
-    return SimpleNamespace(model=model, iter=4, message_hub=SimpleNamespace(log_scalars=scalars))
+    hub = SimpleNamespace(log_scalars=scalars)
+    return SimpleNamespace(model=model, iter=4, max_iters=9, message_hub=hub, hooks=hooks)
 
 
 def test_guard_stops_when_a_gradient_has_spoilt_the_weights() -> None:
@@ -50,6 +53,20 @@ def test_guard_lets_a_step_pass_that_the_loss_scale_has_skipped() -> None:
 def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
     with pytest.raises(NonFiniteError, match='parameter weight'):
         NonFiniteGuardHook().before_save_checkpoint(stub_runner(1.0, torch.inf), {})
+
+
+def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:
+    with pytest.raises(NonFiniteError, match='parameter weight'):
+        NonFiniteGuardHook().after_train_epoch(stub_runner(1.0, torch.inf))
+
+
+def test_guard_looks_before_the_checkpoint_of_an_iteration_removes_an_older_one() -> None:
+    guard = NonFiniteGuardHook()
+    due = stub_runner(1.0, torch.inf, [CheckpointHook(interval=5, by_epoch=False)])
+    with pytest.raises(NonFiniteError, match='parameter weight'):
+        guard.after_train_iter(due, 0)  # the fifth iteration
+    # no checkpoint now, and a healthy gradient: nothing to look at
+    guard.after_train_iter(stub_runner(1.0, torch.inf, [CheckpointHook(6, by_epoch=False)]), 0)
 
 
 def test_first_stage_of_stablemoe_is_a_tenth_of_training() -> None:

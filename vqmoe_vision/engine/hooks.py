@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -101,8 +101,13 @@ class NonFiniteGuardHook(Hook):
         """Looks at the norm of the gradients, which clipping has computed anyway."""
         norm = runner.message_hub.log_scalars.get('train/grad_norm')
         # With a loss scale an infinite gradient is normal: that step is skipped.
-        if norm is not None and not math.isfinite(norm.current()):
+        spoilt = norm is not None and not math.isfinite(norm.current())
+        if spoilt or any(_saves_after_iteration(hook, runner) for hook in runner.hooks):
             self._check(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Looks at the parameters before the checkpoint of the epoch is due."""
+        self._check(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
@@ -119,6 +124,17 @@ class NonFiniteGuardHook(Hook):
                     f'{kind} {name} became nan or infinite at iteration {runner.iter + 1}; '
                     'training has stopped, the last checkpoint is sound'
                 )
+
+
+def _saves_after_iteration(hook: Hook, runner: Runner) -> bool:
+    """Whether a hook writes a checkpoint now.
+
+    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
+    """
+    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
+        return False
+    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+    return due or (hook.save_last and hook.is_last_train_iter(runner))
 
 
 @HOOKS.register_module()
