@@ -225,19 +225,6 @@ def test_a_gradient_that_is_one_expanded_number():
         torch.testing.assert_close(actual[name], parameter.grad)
 
 
-@given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 2**31))
-def test_plan_sorts_stably_and_counts(num_experts, size, seed):
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(0, num_experts + 1, (size,), generator=generator)  # E = dropped
-    plan = dispatch.make_plan(indices, num_experts)
-    expected = sorted(range(size), key=lambda a: indices[a].item())  # Python's sort is stable
-    assert plan.order.tolist() == expected
-    assert plan.order[plan.inverse].tolist() == list(range(size))
-    ends = [int((indices <= e).sum()) for e in range(num_experts)]
-    assert plan.offsets.tolist() == ends
-    assert plan.offsets.dtype == torch.int32
-
-
 @pytest.mark.parametrize('k', [1, 3])
 def test_combine_is_the_weighted_sum_of_rows(k):
     rows = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)

@@ -10,44 +10,13 @@ routed. `run_experts_loop` is the same computation as a plain loop: the oracle o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import Experts
 from .grouped_linear import compute_dtype
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where each assignment goes.
-
-    Args:
-        order: (A,) int64, assignment that sits in each sorted row.
-        inverse: (A,) int64, sorted row of each assignment.
-        offsets: (E,) int32, ends of the experts' groups. Rows past the last end were dropped.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    offsets: Tensor
-
-
-def make_plan(indices: Tensor, num_experts: int) -> Plan:
-    """Sort assignments by expert, without reading anything back from the device.
-
-    Args:
-        indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
-        num_experts: E.
-    """
-    ranked, order = indices.sort(stable=True)
-    positions = torch.arange(indices.numel(), device=indices.device)
-    inverse = torch.empty_like(order).scatter(0, order, positions)
-    experts = torch.arange(num_experts, device=indices.device)
-    offsets = torch.searchsorted(ranked, experts, right=True).to(torch.int32)
-    return Plan(order, inverse, offsets)
+from .plan import make_plan
 
 
 def run_experts(
@@ -67,8 +36,9 @@ def run_experts(
     """
     k = indices.shape[1]
     flat = indices if kept is None else indices.masked_fill(~kept, experts.num_experts)
-    plan = make_plan(flat.reshape(-1), experts.num_experts)
-    rows = experts(x.to(compute_dtype(x))[plan.order // k], plan.offsets)
+    dtype = compute_dtype(x)
+    plan = make_plan(flat.reshape(-1), experts.num_experts, dtype)
+    rows = experts(x.to(dtype)[plan.order // k], plan.offsets)
     return combine(rows, plan.inverse.view(-1, k), weights)
 
 

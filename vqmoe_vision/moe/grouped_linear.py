@@ -5,13 +5,11 @@ Legend: R rows sorted by expert, E experts.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-ROW_BLOCK = 64  # rows
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -44,36 +42,31 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
 @torch.library.custom_op('vqmoe_vision::grouped_linear', mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > start:
-            rows, matrix = _group(x, start, end), weight[e].t()
-            _product(out[start:end], rows, matrix, None if bias is None else bias[e])
-        start = end
-    out[start:] = 0
+    ends = offsets.tolist()
+    if _are_even(ends):
+        product = _batched(out, ends)
+        if bias is None:
+            torch.bmm(_batched(x, ends), weight.mT, out=product)
+        else:
+            torch.baddbmm(bias[:, None], _batched(x, ends), weight.mT, out=product)
+    else:
+        for e, (start, end) in enumerate(pairwise([0, *ends])):
+            if bias is None:
+                torch.mm(x[start:end], weight[e].t(), out=out[start:end])
+            else:
+                torch.addmm(bias[e], x[start:end], weight[e].t(), out=out[start:end])
+    out[ends[-1] :] = 0
     return out
 
 
-def _group(rows: Tensor, start: int, end: int) -> Tensor:
-    """Rows of one expert; below float32 on CPU with zero rows up to a multiple of ROW_BLOCK.
-
-    oneDNN compiles a kernel for each shape that it has not seen lately, ten times the cost of
-    running it, and routing gives new shapes at every step. Blocks leave only a few.
-    """
-    if rows.device.type != 'cpu' or rows.dtype not in (torch.bfloat16, torch.float16):
-        return rows[start:end]
-    return F.pad(rows[start:end], (0, 0, 0, (start - end) % ROW_BLOCK))
+def _are_even(ends: list[int]) -> bool:
+    """Whether all experts have as many rows, so that one batched product runs them all."""
+    return all(end == (e + 1) * ends[0] for e, end in enumerate(ends))
 
 
-def _product(out: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> None:
-    """Write rows @ matrix + bias into out, without the rows that `_group` added."""
-    if len(rows) > len(out):
-        product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-        out.copy_(product[: len(out)])
-    elif bias is None:
-        torch.mm(rows, matrix, out=out)
-    else:
-        torch.addmm(bias, rows, matrix, out=out)
+def _batched(rows: Tensor, ends: list[int]) -> Tensor:
+    """View of the computed rows with one entry per expert."""
+    return rows[: ends[-1]].unflatten(0, (len(ends), ends[0]))
 
 
 @_grouped_linear.register_fake
@@ -86,18 +79,20 @@ def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = weight.new_zeros(weight.shape[:2])
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        if end > start:
-            rows = _group(grad, start, end)
-            _product(grad_x[start:end], rows, weight[e])
-            torch.mm(rows.t(), _group(x, start, end), out=grad_weight[e])
+    grad_bias = weight.new_empty(weight.shape[:2])
+    ends = offsets.tolist()
+    if _are_even(ends):
+        rows = _batched(grad, ends)
+        torch.bmm(rows, weight, out=_batched(grad_x, ends))
+        torch.bmm(rows.mT, _batched(x, ends), out=grad_weight)
+        torch.sum(rows, dim=1, out=grad_bias)
+    else:
+        for e, (start, end) in enumerate(pairwise([0, *ends])):
+            rows = grad[start:end]
+            torch.mm(rows, weight[e], out=grad_x[start:end])
+            torch.mm(rows.t(), x[start:end], out=grad_weight[e])
             torch.sum(rows, dim=0, out=grad_bias[e])
-        else:
-            grad_weight[e] = 0
-        start = end
-    grad_x[start:] = 0
+    grad_x[ends[-1] :] = 0
     return grad_x, grad_weight, grad_bias
 
 

@@ -55,10 +55,11 @@ from ..codebook import Quantized
 from ..codebook_learning import CODEBOOKS
 from ..collect import MoeLayer, in_recomputation
 from ..config import MoeConfig, check, check_unused, check_weights
-from ..dispatch import combine, make_plan
+from ..dispatch import combine
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
 from ..layer import record_routing
+from ..plan import make_plan
 from ..routing import Routing, expert_load, full_precision, top_k_experts
 
 FORMS = ('full', 'discrete', 'continuous')
@@ -276,8 +277,8 @@ class VQMoEMlp(MoeLayer):
 
     def _run(self, inputs: list[Tensor], experts: list[Tensor], weights: list[Tensor]) -> Tensor:
         # (branches * T) rows in one sort and one pass over the experts' weights
-        plan = make_plan(torch.cat(experts), self.experts.num_experts)
         dtype = compute_dtype(inputs[0])
+        plan = make_plan(torch.cat(experts), self.experts.num_experts, dtype)
         rows = torch.cat([branch.to(dtype) for branch in inputs])[plan.order]
         rows = self.experts(rows, plan.offsets)
         positions = plan.inverse.view(len(inputs), -1).t()  # (T, branches)
