@@ -38,12 +38,12 @@ def groups(loads, dtype):
 @pytest.mark.parametrize(
     ('loads', 'dtype', 'expected'),
     [
-        # 2 * 12 rows are at most 5 / 4 of 20
+        # 2 * 12 rows, at most 20 + 20 / 4
         ([8, 12], torch.float32, [12, 12]),
         ([7, 13], torch.float32, [7, 13]),
-        # below float32 whole blocks of 16: 4 * 48 rows are at most 5 / 4 of 160
+        # below float32 whole blocks of 16: 4 * 48 rows, at most 160 + 160 / 4 + 4 * 15
         ([40, 36, 40, 44], torch.bfloat16, [48, 48, 48, 48]),
-        ([40, 30, 40, 50], torch.bfloat16, [48, 32, 48, 64]),
+        ([40, 10, 40, 70], torch.bfloat16, [48, 16, 48, 80]),
         ([0, 3, 160], torch.float16, [0, 16, 160]),
     ],
 )

@@ -185,12 +185,18 @@ class Collected:
         A share per expert or per code (`load`, `code_usage`) becomes its extremes, the number of
         members unused in this batch, and its perplexity.
         """
+        stats = self.stats
         out: dict[str, float] = {}
-        for name, value in self.stats.items():
+        if not stats:
+            return out
+        # one wait for the device, not one per statistic
+        flat = torch.cat([value.reshape(-1) for value in stats.values()]).cpu()
+        sizes = [value.numel() for value in stats.values()]
+        for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):
             if value.ndim == 0:
-                out[name] = value.item()
+                out[name] = numbers.item()
             else:
-                out.update(summarize_shares(name, value))
+                out.update(summarize_shares(name, numbers))
         return out
 
     def _gather(self, kind: str) -> dict[str, list[Tensor]]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_BLOCK = 16  # rows; more would waste more, fewer would compile more kernels
-# Rows that even groups may add, per assignment. Compiled models always hold that many.
-SPARE_ROWS = 0.25
+# Even groups may add one row for as many assignments. Compiled models always hold all of them.
+SPARE_PART = 4
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,21 @@ def _padded_plan(
     """Order, inverse and offsets; with `static`, the order is as long as any load may need."""
     ranked, order, ends = _sort(indices, num_experts)
     ends = F.pad(ends, (1, 0))
-    dropped = len(indices) - int(ends[-1])
-    limit = _num_rows(len(indices), num_experts, block)
+    dropped = indices.shape[0] - int(ends[-1])
+    limit = _num_rows(indices.shape[0], num_experts, block)
     sizes = _group_sizes(ends.diff().tolist(), block, limit - dropped)
     offsets = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     # dropped assignments come after the last group
     shift = F.pad(offsets, (1, 0)) - ends
-    rows = torch.arange(len(indices)) + shift[ranked]
+    rows = torch.arange(indices.shape[0]) + shift[ranked]
     inverse = torch.empty_like(order).scatter_(0, order, rows)
     num_rows = limit if static else int(offsets[-1]) + dropped
     return order.new_zeros(num_rows).scatter_(0, rows, order), inverse, offsets
 
 
 def _num_rows(num_assignments: int, num_experts: int, block: int) -> int:
-    """As many rows as any load may need."""
-    return num_assignments + max(int(SPARE_ROWS * num_assignments), num_experts * (block - 1))
+    """As many rows as any load may need; an expression that tracing keeps for any batch size."""
+    return num_assignments + num_assignments // SPARE_PART + num_experts * (block - 1)
 
 
 def _group_sizes(loads: list[int], block: int, num_rows: int) -> list[int]:
@@ -100,7 +100,7 @@ def _group_sizes(loads: list[int], block: int, num_rows: int) -> list[int]:
 
 @_padded_plan.register_fake
 def _(indices: Tensor, num_experts: int, block: int, static: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = _num_rows(len(indices), num_experts, block)
+    num_rows = _num_rows(indices.shape[0], num_experts, block)
     if not static:
         num_rows = torch.library.get_ctx().new_dynamic_size()
     offsets = indices.new_empty(num_experts, dtype=torch.int32)
