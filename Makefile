@@ -19,7 +19,7 @@ TIMM_SRC := $(VENV)/timm-src
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.train ## train vit_tiny_vqmoe on scanned digits and draw what its experts took
+demo: $(VENV)/.seg ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and draw both
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev ## run all tests but the long ones
@@ -74,7 +74,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Train a small model on data that needs no download, and draw what its experts took: make demo."""
+"""Train small models for both tasks on data that needs no download, and draw them: make demo."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.analysis import patch_experts
 from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
-from vqmoe_vision.analysis.pictures import plot_experts
+from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
 from vqmoe_vision.engine.cli import load_config, one_line
 
 ROOT = Path(__file__).parents[1]
@@ -19,41 +19,51 @@ WORK_DIR = ROOT / 'work_dirs' / 'demo'
 
 def main() -> None:
     try:
-        print('\n'.join(classify_digits()))
+        told = classify_digits(WORK_DIR / 'classification')
+        checkpoint = (WORK_DIR / 'classification' / 'last_checkpoint').read_text()
+        told += segment_scenes(WORK_DIR / 'segmentation', checkpoint)
+        print('\n'.join(told))
     except Exception as error:
         if '--debug' in sys.argv:
             raise
         sys.exit(f'error: {one_line(error)}')
 
 
-def classify_digits() -> list[str]:
-    """Trains, draws, and says what was reached."""
+def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Runner, dict, str]:
+    """Trains and draws curves; returns last values by name too, and a line of what lies where."""
+    settings = load_config(str(ROOT / 'configs' / config), options)
+    settings.work_dir = str(work_dir)
     started = time.monotonic()
-    config = load_config(str(ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'))
-    config.work_dir = str(WORK_DIR)
-    runner = Runner.from_cfg(config)
+    runner = Runner.from_cfg(settings)
     runner.train()
-    seconds = time.monotonic() - started
-    name = config.model.model_name
+    last = {'seconds': time.monotonic() - started}
+    records = read_scalars(newest_scalars(work_dir))
+    plot_curves(records, Path(config).stem).savefig(work_dir / 'curves.png')
+    last |= {scalar: values[-1] for scalar, (_, values) in curves(records).items()}
+    last['dead'] = sum(n for name, n in last.items() if re.fullmatch('val/.*/dead_experts', name))
+    places = (
+        f'  checkpoint  {(work_dir / "last_checkpoint").read_text()}\n'
+        f'  log         {work_dir / runner.timestamp / runner.timestamp}.log\n'
+        f'  curves      {work_dir / "curves.png"}'
+    )
+    return runner, last, places
 
-    records = read_scalars(newest_scalars(WORK_DIR))
-    plot_curves(records, f'{name} on scanned digits').savefig(WORK_DIR / 'curves.png')
-    draw_experts(runner)
-    last = {scalar: values[-1] for scalar, (_, values) in curves(records).items()}
-    dead = sum(n for scalar, n in last.items() if re.fullmatch('val/.*/dead_experts', scalar))
+
+def classify_digits(work_dir: Path) -> list[str]:
+    """Trains a classifier and draws its experts; says what was reached."""
+    runner, last, places = train('classification/digits/demo/vit_tiny_vqmoe_demo.py', work_dir)
+    draw_experts(runner, work_dir / 'experts.png')
     return [
         '',
-        f'{name} reached {last["accuracy/top1"]:.1f} % on '
-        f'{len(runner.val_dataloader.dataset)} held-out digits in {seconds:.0f} seconds; '
-        f'{dead:.0f} dead experts.',
-        f'checkpoint  {(WORK_DIR / "last_checkpoint").read_text()}',
-        f'log         {WORK_DIR / runner.timestamp / runner.timestamp}.log',
-        f'curves      {WORK_DIR / "curves.png"}',
-        f'experts     {WORK_DIR / "experts.png"}   which expert took each patch of a test image',
+        f'Classification: {last["accuracy/top1"]:.1f} % of '
+        f'{len(runner.val_dataloader.dataset)} held-out digits, {last["dead"]:.0f} dead experts, '
+        f'{last["seconds"]:.0f} seconds',
+        places,
+        f'  experts     {work_dir / "experts.png"}   which expert took each patch of a test image',
     ]
 
 
-def draw_experts(runner: Runner) -> None:
+def draw_experts(runner: Runner, path: Path) -> None:
     """Draws the first held-out digit of every class, as the trained model routes it."""
     dataset = runner.val_dataloader.dataset
     first = {}
@@ -68,7 +78,45 @@ def draw_experts(runner: Runner) -> None:
         experts,
         model.moe_config.num_experts,
         'Held-out digits, and the expert that each patch went to',
-    ).savefig(WORK_DIR / 'experts.png')
+    ).savefig(path)
+
+
+def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
+    """Trains Segmenter on that classifier's backbone and draws scenes; says what was reached."""
+    runner, last, places = train(
+        'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
+        work_dir,
+        {'model.backbone.checkpoint': checkpoint},
+    )
+    draw_scenes(runner, work_dir / 'scenes.png')
+    return [
+        '',
+        f'Segmentation, from that checkpoint: {last["mIoU"]:.1f} % mIoU ({last["aAcc"]:.1f} % aAcc, '
+        f'{last["mAcc"]:.1f} % mAcc) on {len(runner.val_dataloader.dataset)} scenes of held-out '
+        f'digits, {last["dead"]:.0f} dead experts, {last["seconds"]:.0f} seconds',
+        places,
+        f'  scenes      {work_dir / "scenes.png"}   images, labels and predictions',
+    ]
+
+
+def draw_scenes(runner: Runner, path: Path, count: int = 8) -> None:
+    """Draws scenes of held-out digits, what their pixels are and what the model takes them for."""
+    dataset = runner.val_dataloader.dataset
+    samples = [dataset[index] for index in range(count)]
+    batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
+    runner.model.cpu().eval()
+    with torch.inference_mode():
+        outputs = runner.model.test_step(batch)
+    plot_segmentation(
+        torch.stack(batch['inputs']).flip(1) / 255,  # BGR
+        {
+            'labels': torch.cat([output.gt_sem_seg.data for output in outputs]),
+            'predictions': torch.cat([output.pred_sem_seg.data for output in outputs]),
+        },
+        dataset.metainfo['classes'],
+        torch.tensor(dataset.metainfo['palette']) / 255,
+        'Scenes of held-out digits',
+    ).savefig(path)
 
 
 if __name__ == '__main__':

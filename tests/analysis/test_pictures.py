@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from vqmoe_vision.analysis.pictures import LIGHTEN, expert_colours, plot_experts, tint_patches
+from vqmoe_vision.analysis.pictures import (
+    LIGHTEN,
+    expert_colours,
+    plot_experts,
+    plot_segmentation,
+    tint_patches,
+)
 
 
 @pytest.mark.parametrize('num_experts', [1, 8, 16, 64])
@@ -38,3 +44,18 @@ def test_picture_has_a_row_per_layer_and_a_legend_entry_per_expert() -> None:
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ['image', 'blocks.1', 'blocks.3']
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == [f'expert {i}' for i in range(5)]
+
+
+def test_label_maps_are_drawn_in_the_colours_of_the_legend() -> None:
+    palette = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    labels = torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]])
+    rows = {'labels': labels, 'predictions': torch.zeros_like(labels)}
+    figure = plot_segmentation(torch.rand(2, 3, 2, 2), rows, ('none', 'a', 'b'), palette, 't')
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ['image', 'labels', 'predictions']
+    drawn = figure.axes[2].images[0].get_array()
+    assert drawn.tolist() == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ['none', 'a', 'b']
+    assert [p.get_facecolor()[:3] for p in legend.get_patches()] == [
+        tuple(colour) for colour in palette.tolist()
+    ]

@@ -60,7 +60,7 @@ def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.Monkey
     ('arguments', 'message'),
     [
         (dict(split='test'), "split='test' must be one of"),
-        (dict(size=20), 'size=20 must be at least 40'),
+        (dict(size=20), 'size=20 must be at least 48'),
         (dict(num_scenes=0), 'num_scenes=0 must be at least 1'),
     ],
 )

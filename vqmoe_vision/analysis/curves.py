@@ -26,6 +26,7 @@ class Panel:
 PANELS = (
     Panel('Training loss', r'loss'),
     Panel('Held-out accuracy (%)', r'accuracy/top1'),
+    Panel('Held-out mIoU (%)', r'mIoU'),
     Panel('Auxiliary losses, weighted', r'.+/.+_loss'),
     Panel('Dead experts, held-out images', r'val/.*/dead_experts'),
     Panel('Largest load of an expert, held-out images', r'val/.*/load_max'),

@@ -1,7 +1,9 @@
-"""Pictures of routing: test images coloured by the expert that took each patch.
+"""Pictures of test images: the expert that took each patch, the class of each pixel.
 
 Needs matplotlib (extra `train`).
 """
+
+from collections.abc import Sequence
 
 import matplotlib
 import torch
@@ -62,7 +64,33 @@ def plot_experts(
     """
     rows = {'image': images.expand(-1, 3, -1, -1)}
     rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
-    count = len(images)
+    figure = _rows_of_pictures(rows, title)
+    experts_in_order = [f'expert {i}' for i in range(num_experts)]
+    _legend(figure, experts_in_order, expert_colours(num_experts))
+    return figure
+
+
+def plot_segmentation(
+    images: Tensor, labels: dict[str, Tensor], classes: Sequence[str], palette: Tensor, title: str
+) -> Figure:
+    """Draws a row of images, and below it one row per kind of label map.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        labels: By the name of its row: (B, H, W), the class of every pixel.
+        classes: Names by index.
+        palette: (classes, 3), RGB in [0, 1].
+        title: Stands above the picture.
+    """
+    rows = {'image': images} | {name: palette[m].movedim(-1, 1) for name, m in labels.items()}
+    figure = _rows_of_pictures(rows, title)
+    _legend(figure, classes, palette)
+    return figure
+
+
+def _rows_of_pictures(rows: dict[str, Tensor], title: str) -> Figure:
+    """A grid of (B, 3, H, W) pictures with a name before each row."""
+    count = len(next(iter(rows.values())))
     figure = Figure(figsize=(1.1 * count + 1.6, 1.15 * len(rows) + 1.3), layout='constrained')
     figure.suptitle(title)
     grid = figure.subplots(len(rows), count, squeeze=False)
@@ -71,17 +99,20 @@ def plot_experts(
         cells[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize='large')
         for picture, axes in zip(pictures, cells, strict=True):
             _show(axes, picture)
+    return figure
+
+
+def _legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
     figure.legend(
         handles=[
-            Patch(color=tuple(colour.tolist()), label=f'expert {i}')
-            for i, colour in enumerate(expert_colours(num_experts))
+            Patch(color=tuple(colour.tolist()), label=name)
+            for name, colour in zip(names, colours, strict=True)
         ],
         loc='outside lower center',
-        ncols=min(num_experts, 8),
+        ncols=min(len(names), 8),
         frameon=False,
         fontsize='large',
     )
-    return figure
 
 
 def _show(axes: Axes, picture: Tensor) -> None:

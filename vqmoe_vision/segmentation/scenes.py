@@ -9,9 +9,9 @@ import numpy as np
 
 from vqmoe_vision.engine.digits import digit_scans
 
-# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 32x32 knows this scale.
-_SIDES = (28, 40)
-_DIGITS = (3, 7)  # per scene, the upper end excluded
+# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
+_SIDES = (40, 48)
+_DIGITS = (3, 6)  # per scene, the upper end excluded
 _ATTEMPTS = 20
 
 

@@ -1,13 +1,8 @@
-# Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load. Digits must
-# not be flipped.
+# Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load. Training sees
+# crops of the size of the classifier's images, so that its position embedding keeps its meaning, and
+# tests slide a window of that size, as Segmenter does on photographs. Digits must not be flipped.
 train_pipeline = [
-    dict(
-        type='Albumentations',
-        transforms=[
-            dict(type='Affine', scale=(0.8, 1.25), rotate=(-10, 10), translate_percent=(-0.1, 0.1)),
-            dict(type='ColorJitter', brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
-        ],
-    ),
+    dict(type='RandomCrop', crop_size=(48, 48), cat_max_ratio=0.95),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [dict(type='PackSegInputs')]
@@ -24,17 +19,18 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=16,
-    num_workers=0,
+    batch_size=64,
+    num_workers=1,
+    persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        type='DigitScenes', split='train', num_scenes=2000, size=96, pipeline=train_pipeline
+        type='DigitScenes', split='train', num_scenes=20000, size=96, pipeline=train_pipeline
     ),
 )
 val_dataloader = dict(
     batch_size=20,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type='DigitScenes', split='val', num_scenes=200, size=96, pipeline=test_pipeline),
+    dataset=dict(type='DigitScenes', split='val', num_scenes=100, size=96, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader

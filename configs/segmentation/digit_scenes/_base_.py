@@ -1,20 +1,20 @@
 # The backbone of configs/classification/digits/demo, whose checkpoints it can start from:
-# model.backbone.checkpoint=work_dirs/.../best_accuracy_top1_epoch_40.pth
+# model.backbone.checkpoint=work_dirs/.../epoch_40.pth
 _base_ = [
     '../../_base_/datasets/digit_scenes.py',
     '../../_base_/models/segmenter_vit_tiny.py',
-    '../../_base_/schedules/adamw_2k.py',
+    '../../_base_/schedules/adamw_1k.py',
     '../../_base_/segmentation_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(
         mean=[76.5, 76.5, 76.5],
         std=[89.25, 89.25, 89.25],
-        size=(96, 96),
+        size=(48, 48),
         test_cfg=dict(size_divisor=8),
     ),
     backbone=dict(
-        img_size=(96, 96),
+        img_size=(48, 48),
         patch_size=8,
         depth=4,
         embed_dim=96,
@@ -23,6 +23,6 @@ model = dict(
         drop_path_rate=0.0,
     ),
     decode_head=dict(in_channels=96, channels=96, embed_dims=96, num_heads=3, num_classes=11),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode='slide', crop_size=(48, 48), stride=(12, 12)),
 )
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=500))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200))

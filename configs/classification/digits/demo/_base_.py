@@ -1,9 +1,10 @@
-# Depth, width and patch as suit scans of 8x8 pixels; make demo trains the VQMoE of these.
+# Depth, width and patch as suit scans of 8x8 pixels; make demo trains the VQMoE of these, and starts
+# configs/segmentation/digit_scenes from it: 48 pixels leave patches enough to draw a digit with.
 _base_ = ['../../../_base_/datasets/digits.py', '../../../_base_/classification_runtime.py']
 model = dict(
     type='Classifier',
     num_classes=10,
-    img_size=32,
+    img_size=48,
     patch_size=8,
     depth=4,
     embed_dim=96,
@@ -11,6 +12,9 @@ model = dict(
     class_token=False,
     global_pool='avg',
 )
+train_dataloader = dict(dataset=dict(transform=dict(input_size=48)))
+val_dataloader = dict(dataset=dict(transform=dict(input_size=48)))
+test_dataloader = val_dataloader
 optim_wrapper = dict(
     constructor='TimmOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
