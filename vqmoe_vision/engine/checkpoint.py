@@ -31,6 +31,8 @@ _IN_A_LOG = [
 ]
 # With their names: the onedl mmengine forgets after every checkpoint what was added without.
 torch.serialization.add_safe_globals(
-    [(item, f'{item.__module__}.{item.__qualname__}') for item in _IN_A_LOG]
-    + [(_getattr, 'builtins.getattr')]
+    [
+        *((item, f'{item.__module__}.{item.__qualname__}') for item in _IN_A_LOG),
+        (_getattr, 'builtins.getattr'),
+    ]
 )
