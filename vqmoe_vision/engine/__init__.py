@@ -1,10 +1,10 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
 Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`.
+config needs no more than `custom_imports`, and lets torch read mmengine's checkpoints as data.
 """
 
-from . import hooks, log, optim, seeding
+from . import checkpoint, hooks, log, optim, seeding
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -12,6 +12,7 @@ __all__ = [
     'MoeTrainingMixin',
     'NonFiniteError',
     'RoutingStatistics',
+    'checkpoint',
     'hooks',
     'log',
     'optim',

@@ -2,21 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+import vqmoe_vision.engine.checkpoint  # noqa: F401  or the log in a checkpoint is refused
 from vqmoe_vision.engine.hooks import shorten
 
 State = dict[str, Tensor]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in timm.
 _PREFIXES = ('backbone.model.', 'model.', '')
-# The log in a checkpoint holds the metrics of mmseg, float32 scalars of numpy. Without this no file
-# of a validated run could be loaded as data: mmengine allows other types of numpy only.
-torch.serialization.add_safe_globals([type(np.dtype(np.float32))])
 _HEADS = ('head.', 'head_dist.', 'attn_pool.')
 
 
@@ -29,14 +25,10 @@ def read_state(path: str) -> State:
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights.
     """
-    # not at the top: the original mmengine, which we also import, does not have it
-    from mmengine.runner.checkpoint import get_torch_safe_globals
-
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            return load_state_dict(path, weights_only=True)
+        return load_state_dict(path, weights_only=True)
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
         raise ValueError(
             f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
