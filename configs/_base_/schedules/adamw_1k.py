@@ -2,7 +2,7 @@
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='TimmOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=4e-4, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=200)
