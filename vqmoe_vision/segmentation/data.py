@@ -30,12 +30,15 @@ class CheckedDataset(BaseSegDataset):
         """Finds the pairs.
 
         Raises:
-            ValueError: A folder is missing or empty, or an image has no label map.
+            ValueError: A folder or the list of images is missing, a folder is empty, or an image
+                has no label map.
         """
         for kind in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(kind)
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f'{folder} does not exist; {self.source}')
+        if self.ann_file and not Path(self.ann_file).is_file():
+            raise ValueError(f'{self.ann_file} does not exist; {self.source}')
         pairs = super().load_data_list()
         if not pairs:
             folder, suffix = self.data_prefix['img_path'], self.img_suffix
