@@ -79,13 +79,19 @@ def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: 
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
-def test_augmented_test(trained: Path, config: str, tmp_path: Path) -> None:
-    out, checkpoint = tmp_path / 'metrics.json', str(trained / 'iter_2.pth')
-    work = ['--work-dir', str(tmp_path / 'run'), '--cfg-options', 'test_dataloader.batch_size=1']
-    cli.test([config, checkpoint, '--tta', '--out', str(out), *work])
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_augmented_test(trained: Path, config: str, tmp_path: Path, batch_size: int) -> None:
+    out, shown = tmp_path / 'metrics.json', tmp_path / 'shown'
+    options = ['--cfg-options', f'test_dataloader.batch_size={batch_size}']
+    arguments = ['--tta', '--out', str(out), '--show-dir', str(shown), '--work-dir', str(tmp_path)]
+    cli.test([config, str(trained / 'iter_2.pth'), *arguments, *options])
     assert {'aAcc', 'mAcc', 'mIoU', 'blocks.1.mlp/dead_experts'} <= json.loads(
         out.read_text()
     ).keys()
+    # each scene once, not each of its versions
+    pictures = sorted(shown.rglob('*.png'))
+    assert [p.name for p in pictures] == [f'val_0000{i}_0.png' for i in range(3)]
+    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
 def test_codebook_is_the_same_after_save_load_and_resume(
