@@ -13,11 +13,26 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.seeding import SeededIndex, seed_generators
 
 from .scenes import DigitScene, digit_scene_maker
 
 
-class CheckedDataset(BaseSegDataset):
+class SeededDataset(BaseSegDataset):
+    """A data set that augments with the seed that an index of `SeededInfiniteSampler` brings."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """Loads and augments a sample.
+
+        Args:
+            idx: Index of the sample; a plain integer leaves the random numbers as they are.
+        """
+        if isinstance(idx, SeededIndex):
+            seed_generators(*idx.parts)
+        return super().__getitem__(idx)
+
+
+class CheckedDataset(SeededDataset):
     """A folder of images and one of label maps, complete or refused.
 
     Attributes:
@@ -115,7 +130,7 @@ class CamVid(CheckedDataset):
 
 
 @DATASETS.register_module()
-class DigitScenes(BaseSegDataset):
+class DigitScenes(SeededDataset):
     """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
 
     A scene depends on its index, the split and the seed only. Scenes of the split 'val' are made
