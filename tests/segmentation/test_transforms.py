@@ -171,6 +171,7 @@ def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
     (tmp_path / 'b.png').write_bytes(b'no image')
     with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
         load(tmp_path, 3)
-    (tmp_path / 'a.png').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
-        load(tmp_path, 3)
+    for content in (b'', b'no image', (tmp_path / 'a.png').read_bytes()[:40]):
+        (tmp_path / 'a.png').write_bytes(content)
+        with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
+            load(tmp_path, 3)

@@ -81,7 +81,7 @@ class LoadImage(LoadImageFromFile):
         """
         try:
             return super().transform(results)
-        except (OSError, ValueError, AttributeError, cv2.error) as error:
+        except (OSError, ValueError, AttributeError, AssertionError, cv2.error) as error:
             raise ValueError(f'{results["img_path"]} cannot be read as an image') from error
 
 
