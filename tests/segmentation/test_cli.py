@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -224,6 +225,13 @@ def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path
     cv2.imwrite(str(image), noise(8, 8))
     with pytest.raises(SystemExit, match=r"_digits\.py' is no config of segmentation: .* 'digits'"):
         predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
+
+
+def test_without_mmsegmentation_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'vqmoe_vision.segmentation.cli', None)
+    tool = SCENES.parents[3] / 'tools/predict.py'
+    with pytest.raises(SystemExit, match=r"^error: .* pip install '\.\[seg\]'$"):
+        runpy.run_path(str(tool), run_name='__main__')
 
 
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
