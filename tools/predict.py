@@ -1,6 +1,11 @@
 """Segment images: python tools/predict.py CONFIG CHECKPOINT IMAGE_OR_FOLDER... [--help]."""
 
-from vqmoe_vision.segmentation.cli import predict
+import sys
+
+try:
+    from vqmoe_vision.segmentation.cli import predict
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; segmentation needs: pip install '.[seg]'")
 
 if __name__ == '__main__':
     predict()

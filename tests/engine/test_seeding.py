@@ -1,12 +1,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
-from vqmoe_vision.engine.seeding import ReseedHook
+from vqmoe_vision.engine.seeding import ReseedHook, seed_generators
 
 
 class Noise(Dataset):
@@ -47,3 +48,43 @@ def test_seeds_of_neighbouring_runs_do_not_meet() -> None:
         ReseedHook().before_train_iter(SimpleNamespace(seed=seed, iter=iteration), 0)
         drawn.append(torch.rand(3))
     assert not torch.equal(*drawn)
+
+
+class Seeded(Noise):
+    """Noise with the seed that the index brings."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        seed_generators(*index.parts)
+        return torch.stack([torch.tensor(float(index)), torch.rand(())])
+
+
+def stream(num_workers: int, skip: int = 0, seed: int = 0) -> list[list[float]]:
+    """Indices and noise of the first eight samples of a run, or of those that follow `skip`."""
+    config = dict(
+        dataset=Seeded(),
+        sampler=dict(type='SeededInfiniteSampler', shuffle=True),
+        batch_size=2,
+        num_workers=num_workers,
+        worker_init_fn=dict(type='keep_worker_seed'),
+        collate_fn=dict(type='default_collate'),
+    )
+    loader = Runner.build_dataloader(config, seed=seed)
+    drawn = loader.sampler.indices
+    for _ in range(skip):
+        next(drawn)
+    batches = zip(range((8 - skip) // 2), loader, strict=False)
+    return [sample for _, batch in batches for sample in batch.tolist()]
+
+
+@pytest.mark.parametrize('num_workers', [0, 1, 2])
+def test_noise_of_a_sample_follows_from_its_position(num_workers: int) -> None:
+    whole = stream(0)
+    assert stream(num_workers) == whole
+    assert stream(num_workers, skip=4) == whole[4:]
+
+
+def test_noise_is_drawn_anew_for_every_sample_epoch_and_seed() -> None:
+    # four samples: the second half is the second epoch
+    noise = [value for _, value in stream(0)]
+    assert sorted(index for index, _ in stream(0)[:4]) == [0, 1, 2, 3]
+    assert len({*noise, *(value for _, value in stream(0, seed=1))}) == 16

@@ -85,3 +85,28 @@ def test_dense_weights_of_timm_are_all_used(tmp_path: Any) -> None:
     images = torch.randn(1, 3, 32, 32)
     tokens = dense.eval().forward_features(images)[:, 1:]
     torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
+
+
+def test_stablemoe_starts_with_a_first_stage_of_its_own(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        'vqmoe_vision.segmentation.backbone.print_log', lambda line, logger: lines.append(line)
+    )
+    finished = timm.create_model('vit_tiny_stablemoe', num_classes=7, num_experts=2, **TINY)
+    distilled = finished.blocks[1].mlp.router.distilled
+    distilled.advance(stage1_steps=1)
+    with torch.no_grad():
+        distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
+    path = str(tmp_path / 'finished.pth')
+    torch.save(finished.state_dict(), path)
+    backbone = build('vit_tiny_stablemoe', checkpoint=path)
+    backbone.init_weights()
+    loaded = backbone.model.blocks[1].mlp.router.distilled
+    assert not loaded.frozen and loaded.steps == 0
+    # what the frozen router had learned is where learning begins
+    images = torch.randn(1, 3, 32, 32)
+    tokens = finished.eval().forward_features(images)[:, 1:]
+    torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
+    assert lines[-1] == f'{path}: 1 frozen StableMoE routers learn again, in stage 1 of this run'

@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -79,13 +81,19 @@ def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: 
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
-def test_augmented_test(trained: Path, config: str, tmp_path: Path) -> None:
-    out, checkpoint = tmp_path / 'metrics.json', str(trained / 'iter_2.pth')
-    work = ['--work-dir', str(tmp_path / 'run'), '--cfg-options', 'test_dataloader.batch_size=1']
-    cli.test([config, checkpoint, '--tta', '--out', str(out), *work])
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_augmented_test(trained: Path, config: str, tmp_path: Path, batch_size: int) -> None:
+    out, shown = tmp_path / 'metrics.json', tmp_path / 'shown'
+    options = ['--cfg-options', f'test_dataloader.batch_size={batch_size}']
+    arguments = ['--tta', '--out', str(out), '--show-dir', str(shown), '--work-dir', str(tmp_path)]
+    cli.test([config, str(trained / 'iter_2.pth'), *arguments, *options])
     assert {'aAcc', 'mAcc', 'mIoU', 'blocks.1.mlp/dead_experts'} <= json.loads(
         out.read_text()
     ).keys()
+    # each scene once, not each of its versions
+    pictures = sorted(shown.rglob('*.png'))
+    assert [p.name for p in pictures] == [f'val_0000{i}_0.png' for i in range(3)]
+    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
 def test_codebook_is_the_same_after_save_load_and_resume(
@@ -106,6 +114,33 @@ def test_codebook_is_the_same_after_save_load_and_resume(
     loaded = runner.model.state_dict()
     for name in codes:
         torch.testing.assert_close(loaded[name], state[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_resumed_run_equals_an_uninterrupted_one(
+    config: str, tmp_path: Path, num_workers: int
+) -> None:
+    options = [
+        'train_cfg.max_iters=4',
+        f'train_dataloader.num_workers={num_workers}',
+        f'train_dataloader.persistent_workers={num_workers > 0}',
+        'train_dataloader.sampler.type=SeededInfiniteSampler',
+        'default_hooks.checkpoint.max_keep_ckpts=-1',
+    ]
+
+    def train(work: Path, *arguments: str) -> dict[str, torch.Tensor]:
+        named = f'experiment_name={tmp_path.name}_{work.name}'
+        cli.train([config, '--work-dir', str(work), *arguments, '--cfg-options', *options, named])
+        return read_state(str(work / 'iter_4.pth'))
+
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    expected = train(whole)
+    resumed.mkdir()
+    shutil.copy(whole / 'iter_2.pth', resumed)
+    (resumed / 'last_checkpoint').write_text(str(resumed / 'iter_2.pth'))
+    found = train(resumed, '--resume')
+    assert any(name.endswith('codebook.embed') for name in expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_segmentation_starts_from_a_segmentation_run(
@@ -182,6 +217,21 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
         with pytest.raises(SystemExit, match=message) as caught:
             predict_cli([config, checkpoint, *arguments, '--out-dir', str(tmp_path / 'out')])
         assert '\n' not in str(caught.value)
+
+
+def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path) -> None:
+    digits = SCENES.parents[2] / 'classification/digits/vit_tiny_vqmoe_digits.py'
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    with pytest.raises(SystemExit, match=r"_digits\.py' is no config of segmentation: .* 'digits'"):
+        predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
+
+
+def test_without_mmsegmentation_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'vqmoe_vision.segmentation.cli', None)
+    tool = SCENES.parents[3] / 'tools/predict.py'
+    with pytest.raises(SystemExit, match=r"^error: .* pip install '\.\[seg\]'$"):
+        runpy.run_path(str(tool), run_name='__main__')
 
 
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:

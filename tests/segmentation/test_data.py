@@ -107,6 +107,12 @@ def test_image_without_label_map_is_named(tmp_path: Path) -> None:
         camvid(tmp_path)
 
 
+def test_missing_list_of_images_is_named(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r'lists/train\.txt does not exist; expected .*http'):
+        CamVid(data_root=str(tmp_path), data_prefix=CAMVID, ann_file='lists/train.txt', pipeline=[])
+
+
 @pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59'])
 def test_other_data_sets_say_what_is_missing(name: str, tmp_path: Path) -> None:
     prefix = dict(img_path='images', seg_map_path='labels')

@@ -44,6 +44,9 @@ def test_two_steps_are_equal_with_and_without_gradient_checkpointing(method: str
         model = tiny_segmentor(
             f'vit_tiny_{method}', backbone=dict(grad_checkpointing=grad_checkpointing)
         )
+        calls: list[int] = []
+        attention = model.routed_model.blocks[1].attn
+        attention.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for _ in range(2):
@@ -54,6 +57,8 @@ def test_two_steps_are_equal_with_and_without_gradient_checkpointing(method: str
             optimizer.zero_grad()
             update_state(model.routed_model)
             losses.append(total.detach())
+        # two steps; blocks that are not stored run again in the backward pass
+        assert len(calls) == (4 if grad_checkpointing else 2)
         runs.append((losses, model.state_dict()))
     (plain, state), (recomputed, state_again) = runs
     assert plain[0] != plain[1]

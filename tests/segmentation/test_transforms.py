@@ -1,10 +1,12 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
+from PIL import Image
 from torch.utils.data import Dataset
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
@@ -126,6 +128,34 @@ def test_reduced_zero_label(tmp_path: Path) -> None:
         load(tmp_path, 2, reduce_zero_label=True)
 
 
+@pytest.mark.parametrize('label', [256, 259, 65535])
+def test_labels_above_8_bits_are_not_wrapped_around(tmp_path: Path, label: int) -> None:
+    # in 8 bits 256 would be class 0, 259 class 3, and 65535 ignored
+    deep = np.array([[0, 1], [label, 2]], np.uint16)
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
+    assert cv2.imwrite(str(tmp_path / 'b.png'), deep)
+    message = rf'b\.png holds the label {label}; allowed are 0\.\.4, and 255'
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, 5)
+    with pytest.raises(ValueError, match=rf'the label {label}; allowed are 1\.\.5, and 0 for'):
+        load(tmp_path, 5, reduce_zero_label=True)
+
+
+def test_labels_in_16_bits(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
+    assert cv2.imwrite(str(tmp_path / 'b.png'), np.array([[0, 1], [255, 2]], np.uint16))
+    assert load(tmp_path, 5)['gt_seg_map'].tolist() == [[0, 1], [255, 2]]
+
+
+def test_labels_of_a_tiff_are_integers_from_0(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
+    for labels, label in (([[0, -1]] * 2, '-1'), ([[0, 0.5]] * 2, '0.5')):
+        kind = np.int32 if label == '-1' else np.float32
+        Image.fromarray(np.array(labels, kind)).save(tmp_path / 'b.png', format='TIFF')
+        with pytest.raises(ValueError, match=rf'b\.png holds the label {label}; allowed'):
+            load(tmp_path, 5)
+
+
 def test_one_pixel_high(tmp_path: Path) -> None:
     write_pair(tmp_path, 'a.png', 'b.png', np.zeros((1, 5)))
     assert load(tmp_path, 3)['gt_seg_map'].shape == (1, 5)
@@ -141,6 +171,7 @@ def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
     (tmp_path / 'b.png').write_bytes(b'no image')
     with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
         load(tmp_path, 3)
-    (tmp_path / 'a.png').write_bytes(b'')
-    with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
-        load(tmp_path, 3)
+    for content in (b'', b'no image', (tmp_path / 'a.png').read_bytes()[:40]):
+        (tmp_path / 'a.png').write_bytes(content)
+        with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
+            load(tmp_path, 3)

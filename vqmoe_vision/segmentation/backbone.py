@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vqmoe_vision  # noqa: F401  registers the models with timm
+from vqmoe_vision.moe.methods.stablemoe import restart_stage1
 
 from .checkpoint import fit_state, read_state
 
@@ -65,7 +66,7 @@ class TimmViT(BaseModule):
         self.checkpoint = checkpoint
 
     def init_weights(self) -> None:
-        """Loads the checkpoint, if there is one.
+        """Loads the checkpoint, if there is one; StableMoE starts with stage 1 again.
 
         Nothing else: timm has initialised the model, and mmengine's way would do it a second time,
         over weights that `pretrained` has loaded.
@@ -77,6 +78,13 @@ class TimmViT(BaseModule):
             return
         state, notes = fit_state(self.model, read_state(self.checkpoint), self.checkpoint)
         self.model.load_state_dict(state, strict=False)
+        # a new training has a first stage of its own, as long as MoeStateHook says
+        frozen = restart_stage1(self.model)
+        if frozen:
+            notes.append(
+                f'{self.checkpoint}: {frozen} frozen StableMoE routers learn again, in stage 1 of '
+                'this run'
+            )
         for note in notes:
             print_log(note, logger='current')
 

@@ -13,11 +13,26 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.seeding import SeededIndex, seed_generators
 
 from .scenes import DigitScene, digit_scene_maker
 
 
-class CheckedDataset(BaseSegDataset):
+class SeededDataset(BaseSegDataset):
+    """A data set that augments with the seed that an index of `SeededInfiniteSampler` brings."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """Loads and augments a sample.
+
+        Args:
+            idx: Index of the sample; a plain integer leaves the random numbers as they are.
+        """
+        if isinstance(idx, SeededIndex):
+            seed_generators(*idx.parts)
+        return super().__getitem__(idx)
+
+
+class CheckedDataset(SeededDataset):
     """A folder of images and one of label maps, complete or refused.
 
     Attributes:
@@ -30,12 +45,15 @@ class CheckedDataset(BaseSegDataset):
         """Finds the pairs.
 
         Raises:
-            ValueError: A folder is missing or empty, or an image has no label map.
+            ValueError: A folder or the list of images is missing, a folder is empty, or an image
+                has no label map.
         """
         for kind in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(kind)
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f'{folder} does not exist; {self.source}')
+        if self.ann_file and not Path(self.ann_file).is_file():
+            raise ValueError(f'{self.ann_file} does not exist; {self.source}')
         pairs = super().load_data_list()
         if not pairs:
             folder, suffix = self.data_prefix['img_path'], self.img_suffix
@@ -112,7 +130,7 @@ class CamVid(CheckedDataset):
 
 
 @DATASETS.register_module()
-class DigitScenes(BaseSegDataset):
+class DigitScenes(SeededDataset):
     """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
 
     A scene depends on its index, the split and the seed only. Scenes of the split 'val' are made

@@ -77,7 +77,7 @@ class Predictor:
         device: Where to run; a GPU if there is one.
 
     Raises:
-        ValueError: The checkpoint does not fit the config.
+        ValueError: The config is none of segmentation, or the checkpoint does not fit it.
         FileNotFoundError: There is no such config.
     """
 
@@ -85,7 +85,12 @@ class Predictor:
         settings = load_config(config)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         dataset = settings.test_dataloader.dataset
-        metainfo = DATASETS.get(dataset.type).METAINFO
+        metainfo = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
+        if not {'classes', 'palette'} <= metainfo.keys():
+            raise ValueError(
+                f'{config!r} is no config of segmentation: its data set {dataset.type!r} has no '
+                'classes with colours'
+            )
         self.classes = tuple(metainfo['classes'])
         self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
         loading = {'LoadImage', 'LoadImageFromFile', 'LoadLabels', 'LoadAnnotations'}

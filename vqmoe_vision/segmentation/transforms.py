@@ -1,6 +1,7 @@
 """Augmentation with albumentations, and loading that names the file that is wrong."""
 
 import inspect
+import io
 from typing import Any
 
 import albumentations
@@ -9,8 +10,10 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmengine import fileio
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
+from PIL import Image
 
 IGNORE = 255
 
@@ -78,7 +81,7 @@ class LoadImage(LoadImageFromFile):
         """
         try:
             return super().transform(results)
-        except (OSError, ValueError, AttributeError, cv2.error) as error:
+        except (OSError, ValueError, AttributeError, AssertionError, cv2.error) as error:
             raise ValueError(f'{results["img_path"]} cannot be read as an image') from error
 
 
@@ -104,9 +107,13 @@ class LoadLabels(LoadAnnotations):
         """
         path = results['seg_map_path']
         try:
+            beyond = self._beyond_8_bits(path)
             results = super().transform(results)
         except (OSError, ValueError, AttributeError, cv2.error) as error:
             raise ValueError(f'{path} cannot be read as a label map') from error
+        shift = int(bool(results['reduce_zero_label']))
+        if len(beyond):
+            raise ValueError(self._outside(path, beyond[0], shift))
         labels = results['gt_seg_map']
         if labels.ndim != 2:
             # squeeze() has taken away a side of one pixel, or colours are left
@@ -117,13 +124,23 @@ class LoadLabels(LoadAnnotations):
         counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
         wrong = np.flatnonzero(counts[self.num_classes : IGNORE]) + self.num_classes
         if len(wrong):
-            shift = int(bool(results['reduce_zero_label']))
-            raise ValueError(
-                f'{path} holds the label {wrong[0] + shift}; allowed are '
-                f'{shift}..{self.num_classes - 1 + shift}, and {0 if shift else IGNORE} for pixels '
-                'to ignore'
-            )
+            raise ValueError(self._outside(path, wrong[0] + shift, shift))
         return results
+
+    def _beyond_8_bits(self, path: str) -> np.ndarray:
+        """Labels that are no uint8, to which mmseg casts in silence: 256 would become class 0."""
+        with Image.open(io.BytesIO(fileio.get(path, backend_args=self.backend_args))) as file:
+            # only the header has been read; all other modes have 8 bits or fewer
+            if not file.mode.startswith(('I', 'F')):
+                return np.empty(0)
+            labels = np.asarray(file)
+        return labels[labels != (labels.astype(np.int64) & 0xFF)]
+
+    def _outside(self, path: str, label: float, shift: int) -> str:
+        return (
+            f'{path} holds the label {label}; allowed are {shift}..{self.num_classes - 1 + shift}, '
+            f'and {0 if shift else IGNORE} for pixels to ignore'
+        )
 
     @staticmethod
     def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:

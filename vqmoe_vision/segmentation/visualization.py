@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
+from torch import Tensor
 
 
 @HOOKS.register_module()
@@ -39,8 +40,8 @@ class OverlayHook(Hook):
             return
         assert outputs is not None
         inputs = data_batch['inputs']
-        if isinstance(inputs[0], list):  # several versions of each image, to augment the test
-            inputs = inputs[0]
+        if not isinstance(inputs[0], Tensor):
+            inputs = inputs[0]  # an augmented test: the first version of each image
         for tensor, sample in zip(inputs, outputs, strict=True):
             name = Path(sample.img_path).stem
             image = _image_of(sample, tensor.numpy())

@@ -22,7 +22,7 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=1,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type='SeededInfiniteSampler', shuffle=True),
     dataset=dict(
         type='DigitScenes', split='train', num_scenes=20000, size=96, pipeline=train_pipeline
     ),

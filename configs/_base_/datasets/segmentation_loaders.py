@@ -4,7 +4,7 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     worker_init_fn=dict(type='keep_worker_seed'),
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type='SeededInfiniteSampler', shuffle=True),
 )
 val_dataloader = dict(
     batch_size=1,

@@ -15,6 +15,7 @@ from vqmoe_vision.moe.methods.stablemoe import (
     RawPatches,
     StableMoEConfig,
     StableRouter,
+    restart_stage1,
     set_stage1_steps,
 )
 
@@ -210,6 +211,33 @@ def test_the_frozen_router_is_the_one_learned_until_then(make_layer):
     before = {name: distilled.weight(name).clone() for name in distilled.names}
     freeze(net)
     assert all(torch.equal(distilled.weight(name), value) for name, value in before.items())
+
+
+def test_restarting_stage_1_keeps_the_frozen_router_and_learns_on(make_layer, choices):
+    net, x = make_layer('stablemoe', stage1_steps=2), torch.randn(4, 50, D)
+    train(net, 5)
+    distilled = net.layer.router.distilled
+    before = {name: distilled.weight(name).clone() for name in distilled.names}
+    # weight decay went on pulling at the parameters behind the frozen copy
+    assert not torch.equal(distilled.project, before['project'])
+    assert restart_stage1(net) == 1
+    assert not distilled.frozen and distilled.steps == 0
+    assert all(torch.equal(distilled.weight(name), value) for name, value in before.items())
+    assert torch.equal(choices(net.eval(), x)[0][:, 0], student_choice(net, x))
+    train(net.train(), 1)
+    assert not torch.equal(distilled.weight('project'), before['project'])
+    assert not distilled.frozen  # one of two steps
+    train(net, 1)
+    assert distilled.frozen
+
+
+def test_restarting_in_stage_1_only_counts_from_0(make_layer):
+    net = make_layer('stablemoe', stage1_steps=3)
+    train(net, 2)
+    distilled = net.layer.router.distilled
+    before = distilled.project.clone()
+    assert restart_stage1(net) == 0
+    assert distilled.steps == 0 and torch.equal(distilled.project, before)
 
 
 def test_freezing_says_so_once(make_layer):

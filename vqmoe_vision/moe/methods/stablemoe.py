@@ -187,6 +187,19 @@ class DistilledRouter(nn.Module):
         self.frozen.fill_(True)
         return True
 
+    @torch.no_grad()
+    def restart(self) -> bool:
+        """Back to the start of stage 1 with what was frozen; returns whether it was frozen."""
+        self.steps.zero_()
+        if not self.frozen:
+            return False
+        # optimizers have moved the parameters behind the copies
+        for name in self.names:
+            getattr(self, name).copy_(getattr(self, f'frozen_{name}'))
+            getattr(self, f'frozen_{name}').zero_()
+        self.frozen.fill_(False)
+        return True
+
 
 class StableRouter(Router):
     """Two-stage router, StableMoE (1) to (9).
@@ -328,6 +341,18 @@ def set_stage1_steps(model: nn.Module, steps: int) -> None:
     for module in model.modules():
         if isinstance(module, StableRouter):
             module.stage1_steps = steps
+
+
+def restart_stage1(model: nn.Module) -> int:
+    """Let every StableMoE router of a model learn again, for a new training from old weights.
+
+    Args:
+        model: Any model; without StableMoE layers nothing happens.
+
+    Returns:
+        How many routers were frozen.
+    """
+    return sum(m.distilled.restart() for m in model.modules() if isinstance(m, StableRouter))
 
 
 def build(
