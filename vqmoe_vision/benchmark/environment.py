@@ -41,7 +41,7 @@ def restart_prepared(threads: int) -> None:
         threads: CPU threads.
     """
     wanted = {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-    wanted['KINETO_LOG_LEVEL'] = '5'  # the profiler, which reads memory, says nothing of itself
+    wanted['KINETO_LOG_LEVEL'] = '99'  # the profiler, which reads memory, says nothing of itself
     if platform.libc_ver()[0] == 'glibc':
         wanted.update(MALLOC)
     missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}

@@ -13,7 +13,7 @@ from torch import nn
 from ..moe.config import check
 from . import ours, peers
 from .cells import Cell, Settings
-from .contenders import Contender, UnsuitableError
+from .contenders import Contender, Forward, UnsuitableError
 from .environment import installed
 from .inputs import Batch, Inputs
 from .oracle import check_against_oracle
@@ -123,35 +123,36 @@ def build(
         for contender in made:
             found.setdefault(contender.name, contender)
     if settings.compiled:
-        twins = [compiled(found[name], settings) for name in COMPILED if name in found]
+        twins = [compiled(found[name]) for name in COMPILED if name in found]
         found.update({twin.name: twin for twin in twins})
     return found, skipped
 
 
-def compiled(contender: Contender, settings: Settings) -> Contender:
+def compiled(contender: Contender) -> Contender:
     """The same through torch.compile, without a graph break.
 
     Router noise is drawn by the same generator as in eager mode, else no oracle could repeat it.
     """
     torch._inductor.config.fallback_random = True
-    call = torch.compile(contender.module, fullgraph=True)
+    forward: Forward
     if contender.forward is ours.experts_grouped:
-        call = torch.compile(ours.experts_grouped, fullgraph=True)
-        forward = call
-    elif contender.forward is ours.run_layer:
-        forward = partial(_run_compiled_layer, call)
+        forward = torch.compile(ours.experts_grouped, fullgraph=True)
     else:
-        forward = partial(_run_compiled, call)
-    name = f'{contender.name}+compiled'
-    return dataclasses.replace(contender, name=name, forward=forward)
+        call = torch.compile(contender.module, fullgraph=True)
+        routed = contender.forward is ours.run_layer
+        forward = partial(_run_compiled_layer if routed else _run_compiled, call)
+    return dataclasses.replace(contender, name=f'{contender.name}+compiled', forward=forward)
 
 
-def _run_compiled(call: nn.Module, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
+Compiled = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _run_compiled(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
     return [call(batch.x)]
 
 
-def _run_compiled_layer(call: nn.Module, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
-    return ours.run_layer(call, batch)
+def _run_compiled_layer(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
+    return ours.collecting(module, call, batch)
 
 
 def _first_line(error: BaseException) -> str:

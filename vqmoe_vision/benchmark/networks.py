@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..models import complexity
@@ -207,6 +208,7 @@ def _row(
     memory: int,
 ) -> dict[str, Any]:
     comparison = network.comparison
+    assert isinstance(network.model, VisionTransformer)  # complexity() has refused others
     size = complexity(network.model)
     embed: Any = network.model.patch_embed
     tokens = embed.num_patches + network.model.num_prefix_tokens

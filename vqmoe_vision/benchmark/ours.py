@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..moe import METHODS, MoeLayer, collect_losses
+from ..moe import collect_losses
 from ..moe.dispatch import run_experts, run_experts_loop
-from ..moe.experts import Experts
+from ..moe.experts import Experts, StackedLinear
 from ..moe.grouped_linear import compute_dtype
+from ..moe.layer import RoutedMlp
+from ..moe.methods import smoe
+from ..moe.methods.smoe import SMoEConfig
+from ..moe.methods.softmoe import SoftMoEConfig, SoftMoEMlp
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, place
 from .inputs import Batch, Inputs
@@ -37,6 +42,23 @@ def _on_tokens(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     return [module(batch.x)]
 
 
+class BatchedLinear(torch.autograd.Function):
+    """A linear layer of every expert; autograd's own `bmm` would transpose weight gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(E, C, in) -> (E, C, out)."""
+        ctx.save_for_backward(rows, weight)
+        return torch.baddbmm(bias[:, None], rows, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of rows, weight, bias."""
+        (grad,) = grads
+        rows, weight = ctx.saved_tensors
+        return grad @ weight, grad.mT @ rows, grad.sum(dim=1)
+
+
 class Grouped(nn.Module):
     """Every expert on its own C rows, as batched products of rows that are already in place."""
 
@@ -48,11 +70,15 @@ class Grouped(nn.Module):
 
     def forward(self) -> Tensor:
         """(E, C, D) -> (E, C, D)."""
-        fc1, fc2 = self.experts.fc1, self.experts.fc2
-        assert fc1.bias is not None and fc2.bias is not None
-        hidden = torch.baddbmm(fc1.bias[:, None], self.rows, fc1.weight.transpose(1, 2))
-        hidden = self.experts.act(hidden)
-        return torch.baddbmm(fc2.bias[:, None], hidden, fc2.weight.transpose(1, 2))
+        hidden = self.experts.act(self._linear(self.experts.fc1, self.rows))
+        return self._linear(self.experts.fc2, hidden)
+
+    def _linear(self, linear: StackedLinear, rows: Tensor) -> Tensor:
+        assert linear.bias is not None
+        dtype = compute_dtype(rows)
+        weight, bias = linear.weight.to(dtype), linear.bias.to(dtype)
+        found: Tensor = BatchedLinear.apply(rows.to(dtype), weight, bias)
+        return found
 
 
 def bound(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
@@ -133,11 +159,14 @@ def routed_layer(
         inputs: Batches on which load and drop rate are read.
         capacity_factor: Places over assignments; None drops nothing.
     """
-    options = {'num_experts': cell.experts, 'top_k': cell.top_k}
-    capped = {'capacity_factor': capacity_factor, 'eval_capacity_factor': capacity_factor}
-    config = METHODS['smoe'].config.from_options(**options, **capped)
-    module = place(METHODS['smoe'].build(cell.width, config, make_experts(cell)), cell, settings)
-    assert isinstance(module, MoeLayer)
+    config = SMoEConfig(
+        num_experts=cell.experts,
+        top_k=cell.top_k,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=capacity_factor,
+    )
+    module = place(smoe.build(cell.width, config, make_experts(cell)), cell, settings)
+    assert isinstance(module, RoutedMlp)
     counts, kept = routing_counts(module, inputs)
     macs = cell.batch * module.macs(cell.tokens)
     found = Contender(name, module, run_layer, kept * cell.num_rows, macs, routed_oracle)
@@ -147,7 +176,7 @@ def routed_layer(
 
 
 @torch.no_grad()
-def routing_counts(module: MoeLayer, inputs: Inputs) -> tuple[Tensor, float]:
+def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
     """Assignments of every expert in some batches (rounds, E), and the share that is kept."""
     counts, kept = [], []
     for index in range(PROBE_ROUNDS):
@@ -161,14 +190,22 @@ def routing_counts(module: MoeLayer, inputs: Inputs) -> tuple[Tensor, float]:
 
 def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """A layer inside its collector, as a training step runs it."""
+    return collecting(module, module, batch)
+
+
+def collecting(
+    module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
+) -> Sequence[Tensor]:
+    """Call a layer, perhaps compiled, inside the collector of its module."""
     if not module.training:
-        return [module(batch.x)]
+        return [call(batch.x)]
     with collect_losses(module) as collected:
-        return [module(batch.x), collected.total()]
+        return [call(batch.x), collected.total()]
 
 
 def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """The SMoE layer with its experts as a plain loop."""
+    assert isinstance(module, RoutedMlp)
     tokens = batch.x.flatten(0, 1)
     routing = module.router(tokens)
     rows = tokens.to(compute_dtype(tokens))
@@ -193,11 +230,11 @@ def slots_per_expert(cell: Cell) -> int:
 def soft_layer(name: str, preset: str, cell: Cell, settings: Settings) -> Contender:
     """Our SoftMoE layer as one of its presets."""
     slots = slots_per_expert(cell)
-    method = METHODS['softmoe']
-    config = method.config.from_options(preset, num_experts=cell.experts, slots_per_expert=slots)
-    built = method.build(cell.width, config, make_experts(cell), num_tokens=cell.tokens)
-    module = place(built, cell, settings)
-    assert isinstance(module, MoeLayer)
+    options = {'num_experts': cell.experts, 'slots_per_expert': slots}
+    config = SoftMoEConfig.from_options(preset, **options)
+    experts = make_experts(cell)
+    module = place(SoftMoEMlp(cell.width, config, experts, cell.tokens), cell, settings)
+    assert isinstance(module, SoftMoEMlp)
     rows, macs = cell.batch * cell.experts * slots, cell.batch * module.macs(cell.tokens)
     return Contender(name, module, _on_tokens, rows, macs, soft_oracle)
 
@@ -219,6 +256,7 @@ class ExpertsLoop(nn.Module):
 
 def soft_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """The SoftMoE layer with its experts as a plain loop."""
+    assert isinstance(module, SoftMoEMlp)
     plain = copy.copy(module)  # shares every parameter
     plain._modules = {**module._modules, 'experts': ExpertsLoop(module.experts)}
     return [plain(batch.x)]

@@ -22,6 +22,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from ..moe.layer import RoutedMlp
 from .cells import MLP_RATIO, Cell, Settings
 from .contenders import Contender, UnsuitableError, autocast, place
 from .inputs import Batch, Inputs
@@ -138,7 +139,8 @@ def _dispatched(
 ) -> tuple[float, int]:
     """Share of assignments that a peer keeps, and its places, from its own dispatch tensor."""
     seen: list[Tensor] = []
-    hook = peer.module.gate.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    gate = peer.module.get_submodule('gate')
+    hook = gate.register_forward_hook(lambda _, __, out: seen.append(out[0]))
     try:
         with autocast(cell, settings):
             for index in range(PROBE_ROUNDS):
@@ -154,8 +156,9 @@ def _capped_layer(
     name: str, kept: float, cell: Cell, settings: Settings, inputs: Inputs
 ) -> Contender:
     """Our SMoE layer with the capacity at which it keeps the share nearest to `kept`."""
-    dropless = routed_layer(name, cell, settings, inputs)
-    counts, _ = routing_counts(dropless.module, inputs)  # type: ignore[arg-type]
+    dropless = routed_layer(name, cell, settings, inputs).module
+    assert isinstance(dropless, RoutedMlp)
+    counts, _ = routing_counts(dropless, inputs)
     places = torch.arange(1, int(counts.max()) + 1)
     shares = counts[..., None].clamp(max=places).sum(dim=(0, 1)) / counts.sum()
     capacity = int((shares - kept).abs().argmin()) + 1
@@ -193,8 +196,8 @@ def _mixtral(implementation: str, hidden: int, cell: Cell, settings: Settings) -
         num_local_experts=cell.experts,
         num_experts_per_tok=cell.top_k,
         hidden_act='gelu',
-        experts_implementation=implementation,
     )
+    config._experts_implementation = implementation
     module = MixtralSparseMoeBlock(config)
     for parameter in module.parameters():  # empty memory until a whole model initialises them
         nn.init.trunc_normal_(parameter, std=0.02)
