@@ -41,21 +41,22 @@ def _limit(contender: str, against: str, at_most: float, **where: object) -> Gat
 _CI_CONTENDERS = ('loop', 'ours', 'layer')
 _CI_CELLS = (
     *(
-        Cell(tokens=197, batch=4, top_k=k, dtype=dtype)
+        Cell(tokens=197, top_k=k, dtype=dtype)
         for k, dtype in product((1, 2), ('float32', 'bfloat16'))
     ),
-    Cell(tokens=197, batch=4, skew=5.0),
+    Cell(tokens=197, skew=5.0),
 )
-# Measured on one thread with AVX512 and AMX at 8 x 197 tokens (float32 1.18 and 1.15 over dense,
-# bfloat16 1.39 and 1.19; the layer about 0.1 more) plus a third: half the tokens per expert, other
-# processors, and a machine that is not quiet. They catch a lost dispatch, not a lost percent.
+# One thread with AVX512 and AMX measured 1.18 and 1.15 over dense in float32, 1.39 and 1.19 in
+# bfloat16, 1.03 to 1.25 over the bound; the same machine with five other processes on two cores
+# gave 1.24, and 2.15 in bfloat16. The limits are above that too: they catch a lost dispatch, not a
+# lost percent.
 _CI_GATES = (
-    _limit('ours', 'dense', 1.7, dtype='float32', top_k=1, skew=1.0),
-    _limit('ours', 'dense', 1.5, dtype='float32', top_k=2, skew=1.0),
-    _limit('ours', 'dense', 2.5, dtype='bfloat16', top_k=1, skew=1.0),
-    _limit('ours', 'dense', 1.9, dtype='bfloat16', top_k=2, skew=1.0),
-    _limit('ours', 'bound', 1.4, dtype='float32', skew=1.0),
-    _limit('ours', 'bound', 1.8, dtype='bfloat16', skew=1.0),
+    _limit('ours', 'dense', 1.5, dtype='float32', top_k=1, skew=1.0),
+    _limit('ours', 'dense', 1.4, dtype='float32', top_k=2, skew=1.0),
+    _limit('ours', 'dense', 2.6, dtype='bfloat16', top_k=1, skew=1.0),
+    _limit('ours', 'dense', 2.0, dtype='bfloat16', top_k=2, skew=1.0),
+    _limit('ours', 'bound', 1.35, dtype='float32', skew=1.0),
+    _limit('ours', 'bound', 1.9, dtype='bfloat16', skew=1.0),
     _limit('ours', 'loop', 1.0),
     _limit('layer', 'ours', 1.3, dtype='float32'),
     _limit('layer', 'ours', 1.7, dtype='bfloat16'),
@@ -139,7 +140,7 @@ LAYER_PRESETS = {
         runs=tuple((cell, _CI_CONTENDERS) for cell in _CI_CELLS),
         threads=1,
         clock='process',
-        repeats=9,
+        repeats=7,
         gates=_CI_GATES,
         always_gated=True,
     ),
