@@ -75,9 +75,15 @@ class Inputs:
         shape = (cell.batch, cell.tokens, cell.width)
         tokens = torch.randn(shape, generator=generator)
         self.tokens = tokens.to(device=device, dtype=cell.param_dtype)
+        self._last: tuple[int, Batch] | None = None
 
     def batch(self, index: int) -> Batch:
-        """Batch of a round."""
+        """Batch of a round, made once for all contenders."""
+        if self._last is None or self._last[0] != index:
+            self._last = (index, self._make(index))
+        return self._last[1]
+
+    def _make(self, index: int) -> Batch:
         cell = self.cell
         generator = torch.Generator().manual_seed(index + 1)
         # other signs of the features: tokens that a router has not seen, at the price of a product

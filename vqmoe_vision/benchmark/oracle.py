@@ -22,10 +22,11 @@ def check_against_oracle(
     """Compare a contender with its oracle in the very configuration that is to be timed.
 
     What is exact is the oracle in float64. A contender may be as far from it as the oracle in the
-    contender's own precision: four times as far, since sums in another order round differently, and
-    eight units in the last place of the largest value, where the oracle happens to be exact. A row
-    that went to a wrong expert is off by about the values themselves, a hundred times more in
-    bfloat16.
+    contender's own precision: four times as far, since sums in another order round differently.
+    Where the oracle happens to be exact, eight units in the last place of the largest value are
+    allowed, or 64 of float32: routers and losses are float32 in any dtype, and a balance loss, the
+    variance of nearly equal numbers, cancels most digits. A row that went to a wrong expert is off
+    by about the values themselves, thirty times more even in bfloat16.
 
     Args:
         contender: One that has an oracle.
@@ -42,13 +43,13 @@ def check_against_oracle(
         found = results(module, contender.forward, batch, settings)
         plain = results(module, contender.oracle, batch, settings)
     exact = results(copy.deepcopy(module).double(), contender.oracle, batch.double(), settings)
-    unit = torch.finfo(cell.compute_dtype).eps
+    rounding = max(8 * torch.finfo(cell.compute_dtype).eps, 64 * torch.finfo(torch.float32).eps)
+    if found.keys() != exact.keys():
+        differing = sorted(exact.keys() ^ found.keys())
+        raise WrongResultError(f'{contender.name} in {cell}: only one side has {differing}')
     for name, truth in exact.items():
-        if found.keys() != exact.keys():
-            missing = sorted(exact.keys() ^ found.keys())
-            raise WrongResultError(f'{contender.name} in {cell}: no gradient of {missing}')
         scale = truth.abs().max().item() if truth.numel() else 0.0
-        allowed = 4 * _distance(plain[name], truth) + 8 * unit * scale
+        allowed = 4 * _distance(plain[name], truth) + rounding * scale
         error = _distance(found[name], truth)
         if not error <= allowed:  # nan too
             raise WrongResultError(

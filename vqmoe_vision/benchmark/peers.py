@@ -169,13 +169,15 @@ def _capped_layer(
 
 def transformers(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """Mixtral's block with each of its experts implementations, and its balance loss."""
-    implementations = ['eager', 'grouped_mm']
-    gated = _gated_hidden(cell)
+    implementations, gated = ['eager', 'grouped_mm'], _gated_hidden(cell)
+    # batched_mm copies a matrix out of the weights for every assignment
     copied = cell.num_rows * 2 * gated * cell.width * cell.compute_dtype.itemsize
-    if copied <= GATHER_LIMIT:  # else it would not fit; one matrix is copied for each assignment
+    if copied <= GATHER_LIMIT:
         implementations.append('batched_mm')
-    equal = layer(cell, settings, inputs)
-    return [*equal, *(_mixtral(name, gated, cell, settings) for name in implementations)]
+    made = [_mixtral(name, gated, cell, settings) for name in implementations]
+    if copied > GATHER_LIMIT:
+        made[0].note += f'; batched_mm left out, it would copy {copied / 1e9:.1f} GB of weights'
+    return [*layer(cell, settings, inputs), *made]
 
 
 def _gated_hidden(cell: Cell) -> int:
