@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 SWEEP_LABELS = {
     'tokens': 'tokens per image (8 images)',
-    'experts': 'experts (8 x 1024 tokens, same active FLOPs)',
+    'experts': 'experts (8 x 1024 tokens)',
     'batch': 'images (197 tokens each)',
     'width': 'width (8 x 197 tokens)',
 }
@@ -85,7 +85,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], sweep: str, quantity: str) -> 
 
 
 def _draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:
-    """Bars of the time over dense or the baseline, a panel per configuration."""
+    """Bars of the time over dense or the baseline, a panel per configuration; peers are orange."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(_configuration(row), []).append(row)
@@ -95,7 +95,9 @@ def _draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:
     for axes, (title, group) in zip(panels, groups.items(), strict=True):
         reference = 'to_dense' if 'to_dense' in group[0] else 'to_baseline'
         values = [row[reference] for row in group]
-        bars = axes.barh([row['contender'] for row in group], values, color='tab:blue')
+        # peers stand out from what they are compared with
+        colours = ['tab:orange' if row.get('equal_to') else 'tab:blue' for row in group]
+        bars = axes.barh([row['contender'] for row in group], values, color=colours)
         axes.bar_label(bars, fmt='%.2f', fontsize=12, padding=3)
         axes.axvline(1, color='black', linewidth=1)
         axes.invert_yaxis()
