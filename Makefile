@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long lint format types timm-suite clean
+.PHONY: help demo test long lint format types timm-suite bench bench-ci clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,16 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
 	done; done
 
+# Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
+bench: $(VENV)/.bench ## measure layers and models beside other libraries (an idle machine, minutes)
+	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py moe --preset table --gate \
+	    --out work_dirs/benchmark/moe.json --plot work_dirs/benchmark/moe.png; layers=$$?; \
+	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py model --preset table --gate \
+	    --out work_dirs/benchmark/model.json --plot work_dirs/benchmark/model.png && exit $$layers
+
+bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minute
+	$(BIN)/python tools/benchmark.py moe --preset ci
+
 clean: ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) work_dirs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -74,7 +84,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

@@ -15,6 +15,7 @@ LAYERS = {
     'transfer': 2,
     'analysis': 2,
     'engine': 2,
+    'benchmark': 2,
     'classification': 3,
     'segmentation': 3,
 }

@@ -1,0 +1,115 @@
+"""The command: a tiny run end to end, JSON to plot, and mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.benchmark.cli import main
+
+TINY = [
+    *('--tokens', '8', '--batch', '2', '--width', '8', '--experts', '4'),
+    *('--repeats', '1', '--threads', '1'),
+]
+
+
+def test_layers_end_to_end(tmp_path: Path, capsys) -> None:
+    out = tmp_path / 'new' / 'run.json'
+    ours = ['--contenders', 'loop', 'ours', 'layer', 'softmoe']
+    main(['moe', *TINY, '--top-k', '1', '2', *ours, '--out', str(out)])
+    run = json.loads(out.read_text())
+    assert run['header']['isa'] and run['header']['versions']['torch']
+    assert [(row['top_k'], row['contender']) for row in run['rows']] == [
+        (k, name) for k in (1, 2) for name in ('dense', 'bound', 'loop', 'ours', 'layer', 'softmoe')
+    ]
+    for row in run['rows']:
+        assert row['min_ms'] <= row['median_ms'] and row['peak_mb'] > 0
+        assert row['tokens_per_expert'] == 4 * row['top_k']  # 16 tokens over 4 experts
+    printed = capsys.readouterr().out
+    assert '2 x 8 tokens, width 8, 4 experts, top-2, float32, skew 1' in printed
+
+    pytest.importorskip('matplotlib')
+    plot = tmp_path / 'run.png'
+    main(['moe', '--from', str(out), '--plot', str(plot)])
+    assert plot.read_bytes().startswith(b'\x89PNG')
+
+
+def test_skewed_cells_leave_out_what_routes_by_itself(tmp_path: Path) -> None:
+    out = tmp_path / 'run.json'
+    main(['moe', *TINY, '--skew', '3', '--contenders', 'ours', 'layer', '--out', str(out)])
+    run = json.loads(out.read_text())
+    assert [row['contender'] for row in run['rows']] == ['dense', 'bound', 'ours']
+    assert run['rows'][-1]['load'] == 3.0  # 12 of 16 tokens, the mean is 4
+    assert 'routes by itself' in run['skipped'][0]['reasons']['layer']
+
+
+def test_sweeps_are_drawn_as_curves(tmp_path: Path) -> None:
+    pytest.importorskip('matplotlib')
+    fields = {'dtype': 'float32', 'mode': 'fwdbwd', 'sweep': 'experts', 'to_dense': 1.0}
+    rows = [
+        {**fields, 'contender': name, 'experts': e, 'median_ms': 1.0 * e, 'peak_mb': 2.0 * e}
+        for name in ('dense', 'ours')
+        for e in (4, 8)
+    ]
+    saved, plot = tmp_path / 'run.json', tmp_path / 'run.png'
+    saved.write_text(json.dumps({'command': 'moe', 'header': {}, 'rows': rows}))
+    main(['moe', '--from', str(saved), '--plot', str(plot)])
+    assert plot.read_bytes().startswith(b'\x89PNG')
+
+
+def test_models_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / 'run.json'
+    tiny = 'depth=2,embed_dim=24,num_heads=2'
+    models = ['--models', f'vit_tiny_smoe,top_k=1,{tiny}', '--baseline']
+    options = '--img-size 32 --batch 2 --repeats 1 --threads 1 --dtype float32 bfloat16 --amp'
+    command = ['model', *models, f'vit_tiny_patch16_224,{tiny}', *options.split()]
+    main([*command, '--out', str(out)])
+    rows = json.loads(out.read_text())['rows']
+    assert [(row['amp'], row['mode']) for row in rows[::2]] == [
+        (amp, mode) for amp in (False, True) for mode in ('inference', 'training')
+    ]
+    dense, smoe = rows[2:4]
+    assert dense['to_baseline'] == 1.0
+    assert list(smoe['parts_ms']) == ['forward', 'backward', 'optimizer']
+    # one block of 8 experts, 7 of them idle: 7 * (2 * 24 * 96 + 96 + 24) parameters
+    assert smoe['params'] - smoe['active_params'] == 7 * (2 * 24 * 96 + 96 + 24)
+    assert smoe['images_per_s'] == pytest.approx(2000 / smoe['median_ms'])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('moe --contenders nobody', "contenders='nobody' is not possible: one of"),
+        ('moe --skew 9', 'skew=9.0 is not possible: from 1 to experts / top_k = 8'),
+        ('moe --preset ci --tokens 3', "--preset='ci' is not possible: only without --tokens"),
+        ('moe --gate', '--gate=True is not possible: only with --preset'),
+        ('moe --device cuda --clock process', "clock='process' is not possible: 'wall' on a GPU"),
+        ('moe --from a.json', "--from='a.json' is not possible: only with --plot"),
+        ('moe --from no.json --plot a.png', 'no.json does not exist'),
+        ('moe --repeats 0', 'repeats=0 is not possible: at least 1'),
+        ('model --threads 1 --models nobody', "models='nobody' is not possible: a timm model"),
+        (
+            'model --threads 1 --models vit_tiny_smoe,x',
+            "models='vit_tiny_smoe,x' is not possible: options are",
+        ),
+        ('model --threads 1 --models vit_tiny_smoe,x=1', 'unexpected keyword'),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    line = str(exit_.value.code)
+    assert line.startswith('error: ') and message in line and '\n' not in line
+
+
+def test_debug_shows_the_trace() -> None:
+    with pytest.raises(ValueError, match='nobody'):
+        main(['moe', '--contenders', 'nobody', '--debug'])
+
+
+def test_an_absent_peer_is_an_error_only_when_named(monkeypatch) -> None:
+    monkeypatch.setattr('vqmoe_vision.benchmark.layers.installed', lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        main(['moe', '--contenders', 'soft-moe'])
+    assert "it is not installed: pip install '.[bench]'" in str(exit_.value.code)
+    main(['moe', *TINY])

@@ -1,0 +1,95 @@
+"""Limits on fixed numbers."""
+
+from vqmoe_vision.benchmark.gates import Gate, judge
+from vqmoe_vision.benchmark.presets import LAYER_PRESETS, MODEL_PRESETS
+
+CELL = {
+    'tokens': 10,
+    'batch': 2,
+    'width': 8,
+    'experts': 8,
+    'top_k': 1,
+    'dtype': 'float32',
+    'amp': False,
+    'skew': 1.0,
+    'mode': 'fwdbwd',
+    'sweep': '',
+}
+
+
+def row(contender: str, median_ms: float, **fields) -> dict:
+    return {**CELL, 'contender': contender, 'median_ms': median_ms, **fields}
+
+
+def broken(gates, rows) -> list[str]:
+    return [verdict.text for verdict in judge(gates, rows) if verdict.broken]
+
+
+GATE = Gate(contender='ours', against='dense', at_most=1.2, where={'top_k': 1})
+
+
+def test_a_ratio_at_its_limit_is_met_and_above_is_broken() -> None:
+    assert not broken([GATE], [row('ours', 12.0), row('dense', 10.0)])  # 12 / 10 = 1.2
+    (line,) = broken([GATE], [row('ours', 12.1), row('dense', 10.0)])
+    assert line == (
+        'BROKEN: ours top_k=1 over dense at 2 x 10 tokens, 8 experts, top-1, skew 1, float32, '
+        'fwdbwd: 1.21, at most 1.2'
+    )
+
+
+def test_rows_are_compared_within_their_configuration() -> None:
+    # 10 / 10 in float32; 30 / 10 in bfloat16, where dense of float32 must not be taken
+    rows = [row('ours', 10.0), row('dense', 10.0)]
+    rows += [row('ours', 30.0, dtype='bfloat16'), row('dense', 10.0, dtype='bfloat16')]
+    assert [': 3.00' in line for line in broken([GATE], rows)] == [True]
+
+
+def test_versus_compares_two_configurations_per_token() -> None:
+    gate = Gate(
+        contender='ours',
+        against='ours',
+        at_most=1.1,
+        where={'experts': 64},
+        versus={'experts': 8, 'batch': 2},
+    )
+    few = row('ours', 10.0)  # 20 tokens, 0.5 ms each
+    many = row('ours', 84.0, experts=64, batch=16)  # 160 tokens, 0.525 ms each: 1.05
+    assert not broken([gate], [few, many])
+    slow = row('ours', 96.0, experts=64, batch=16)  # 0.6 ms each: 1.2
+    assert len(broken([gate], [few, slow])) == 1
+
+
+def test_a_gate_without_rows_is_broken() -> None:
+    assert 'not measured' in broken([GATE], [row('dense', 10.0)])[0]
+    assert 'nothing to compare with' in broken([GATE], [row('ours', 10.0)])[0]
+
+
+def test_ours_must_not_be_slower_than_a_peer() -> None:
+    assert not broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.0)])
+    (line,) = broken([], [row('peer', 5.0, equal_to='layer', ours_to_peer=1.3)])
+    assert line.startswith('BROKEN: layer over peer at ')
+
+
+def test_every_preset_measures_what_its_gates_judge() -> None:
+    for preset in LAYER_PRESETS.values():
+        rows = []
+        for cell, names in preset.runs:
+            for name in ('dense', 'bound', *(names or ('loop', 'ours', 'layer'))):
+                rows.append({**vars(cell), 'mode': 'fwdbwd', 'contender': name, 'median_ms': 1e-9})
+        assert not [v.text for v in judge(preset.gates, rows) if 'at most' not in v.text]
+    for preset in MODEL_PRESETS.values():
+        rows = [
+            {
+                'contender': name,
+                'median_ms': 1.0,
+                'batch': run.batch,
+                'tokens': 197,
+                'dtype': run.dtype,
+                'amp': run.amp,
+                'mode': mode,
+            }
+            for run in preset.comparisons
+            for name in (run.baseline, *run.models)
+            for mode in run.modes
+        ]
+        assert not broken(preset.gates, rows)

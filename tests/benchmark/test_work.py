@@ -1,0 +1,79 @@
+"""Contenders do equal work: their formulas against torch's own count of their products."""
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from vqmoe_vision.benchmark import ours
+from vqmoe_vision.benchmark.cells import Cell, Settings
+from vqmoe_vision.benchmark.contenders import Contender, UnsuitableError
+from vqmoe_vision.benchmark.inputs import Inputs
+from vqmoe_vision.benchmark.layers import PEERS, choose
+from vqmoe_vision.benchmark.peers import mixture_of_experts, st_moe_pytorch
+
+# width 48: two thirds of its hidden width, 128, are whole and a multiple of eight
+CELL = Cell(tokens=16, batch=2, width=48, experts=4, top_k=2)
+# by hand: 2 * 16 tokens, two experts each, 2 * 48 * 192 in an expert
+EXPERT_MACS = 32 * 2 * 2 * 48 * 192
+
+
+def counted_macs(contender: Contender, use_oracle: bool = False) -> float:
+    forward = contender.oracle if use_oracle else contender.forward
+    assert forward is not None
+    with FlopCounterMode(display=False) as counter:
+        forward(contender.module, Inputs(CELL).batch(0))
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize('build', [ours.dense, ours.bound, ours.loop])
+def test_floors_and_loop_do_the_experts_work(build) -> None:
+    (contender,) = build(CELL, Settings(), Inputs(CELL))
+    assert contender.macs == counted_macs(contender) == EXPERT_MACS
+
+
+# the grouped operator is opaque to the counter, so the loops behind the oracles are counted
+@pytest.mark.parametrize('build', [ours.ours, ours.layer, ours.softmoe])
+def test_formulas_of_ours_equal_a_count_of_their_oracles(build) -> None:
+    (contender,) = build(CELL, Settings(), Inputs(CELL))
+    assert contender.macs == counted_macs(contender, use_oracle=True)
+
+
+@pytest.mark.parametrize('name', PEERS)
+@pytest.mark.parametrize('backward', [True, False])
+def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> None:
+    pytest.importorskip(name.replace('-', '_'))
+    made = PEERS[name](CELL, Settings(backward=backward), Inputs(CELL))
+    ours_by_name = {c.name: c for c in made if c.equal_to is None}
+    peers = [c for c in made if c.equal_to is not None]
+    assert peers
+    for peer in peers:
+        equal = ours_by_name[peer.equal_to]
+        # at most one place per expert and batch more or less: 4 of 64 assignments
+        assert abs(peer.rows - equal.rows) <= (4 if peer.drop_rate else 0)
+        if 'grouped_mm' not in peer.name:  # which the counter does not know
+            assert peer.macs == counted_macs(peer)
+
+
+@pytest.mark.parametrize('build', [mixture_of_experts, st_moe_pytorch])
+def test_drop_rate_is_the_peers_own(build) -> None:
+    pytest.importorskip(build.__name__)
+    inputs = Inputs(CELL)
+    # 16 tokens, factor 0.5: capacity max(4, 2) = 4 places in each of 4 experts and 2 images, at
+    # most 32 of 64 assignments kept
+    equal, tight = build(CELL, Settings(capacity_factor=0.5), inputs)
+    assert tight.drop_rate >= 0.5
+    assert equal.drop_rate == pytest.approx(tight.drop_rate, abs=4 / 64)
+    # factor 4: a place for every token, so every first choice is kept, and some second ones
+    _, loose = build(CELL, Settings(capacity_factor=4.0), inputs)
+    assert loose.drop_rate < 0.5
+
+
+@pytest.mark.parametrize('build', [mixture_of_experts, st_moe_pytorch])
+def test_top_1_is_left_out_where_a_peer_cannot(build) -> None:
+    pytest.importorskip(build.__name__)
+    cell = Cell(tokens=16, batch=2, width=48, experts=4, top_k=1)
+    with pytest.raises(UnsuitableError, match='two experts'):
+        build(cell, Settings(), Inputs(cell))
+
+
+def test_floors_are_always_measured() -> None:
+    assert choose(['ours']) == ('dense', 'bound', 'ours')

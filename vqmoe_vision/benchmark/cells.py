@@ -1,0 +1,139 @@
+"""What is measured: the shape of one MoE layer and how its tokens are spread.
+
+Legend: B images, N tokens per image, T = B * N, D width, H hidden width of an expert, E experts,
+K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..moe.config import check
+
+DTYPES = {
+    'float32': torch.float32,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+    'float64': torch.float64,
+}
+MLP_RATIO = 4  # hidden width over width, timm's ViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One configuration in which all contenders run.
+
+    Args:
+        tokens: N, per image.
+        batch: B, images.
+        width: D.
+        experts: E.
+        top_k: K.
+        dtype: Key of `DTYPES`, of parameters and tokens, or of autocast if `amp`.
+        amp: Keep parameters and tokens in float32 and compute under autocast.
+        skew: Load of the fullest expert over the mean load.
+        sweep: What varies, for plots; empty outside a sweep.
+
+    Raises:
+        ValueError: If no routing has this shape.
+    """
+
+    tokens: int = 197
+    batch: int = 8
+    width: int = 384
+    experts: int = 8
+    top_k: int = 1
+    dtype: str = 'float32'
+    amp: bool = False
+    skew: float = 1.0
+    sweep: str = ''
+
+    def __post_init__(self) -> None:
+        for name in ('tokens', 'batch', 'width', 'experts', 'top_k'):
+            check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
+        check(self.dtype in DTYPES, 'dtype', self.dtype, f'one of {sorted(DTYPES)}')
+        check(self.top_k <= self.experts, 'top_k', self.top_k, f'at most experts={self.experts}')
+        most = self.experts / self.top_k  # the fullest expert takes every token once
+        check(
+            1 <= self.skew <= most,
+            'skew',
+            self.skew,
+            f'from 1 to experts / top_k = {most:g}, where one expert has every token',
+        )
+        check(
+            not self.amp or self.dtype in ('bfloat16', 'float16'),
+            'amp',
+            self.amp,
+            'autocast needs --dtype bfloat16 or float16',
+        )
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return MLP_RATIO * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.batch * self.tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Assignments, T * K."""
+        return self.num_tokens * self.top_k
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return DTYPES[self.dtype]
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """What parameters and tokens are stored in."""
+        return torch.float32 if self.amp else self.compute_dtype
+
+    def __str__(self) -> str:
+        amp = ' amp' if self.amp else ''
+        return (
+            f'{self.batch} x {self.tokens} tokens, width {self.width}, {self.experts} experts, '
+            f'top-{self.top_k}, {self.dtype}{amp}, skew {self.skew:g}'
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run measures.
+
+    Args:
+        device: 'cpu', or a CUDA device.
+        threads: CPU threads.
+        clock: 'wall', or 'process' for the CPU time of all threads.
+        repeats: Measurements of each contender.
+        backward: Whether gradients are computed too.
+        compiled: Whether dense and our contenders also run through torch.compile.
+        capacity_factor: Of peers that have a capacity; None leaves them their own.
+    """
+
+    device: str = 'cpu'
+    threads: int = 1
+    clock: str = 'wall'
+    repeats: int = 15
+    backward: bool = True
+    compiled: bool = False
+    capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.repeats >= 1, 'repeats', self.repeats, 'at least 1')
+        check(self.threads >= 1, 'threads', self.threads, 'at least 1')
+        factor = self.capacity_factor
+        check(factor is None or factor > 0, 'capacity_factor', factor, 'above 0')
+        check(
+            self.clock == 'wall' or not self.device.startswith('cuda'),
+            'clock',
+            self.clock,
+            "'wall' on a GPU, which works while the process waits",
+        )
+        available = not self.device.startswith('cuda') or torch.cuda.is_available()
+        check(available, 'device', self.device, "'cpu', as this machine has no usable CUDA device")

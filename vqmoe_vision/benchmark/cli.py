@@ -1,0 +1,210 @@
+"""What `tools/benchmark.py` does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..moe.config import check
+from .cells import DTYPES, Cell, Settings
+from .environment import describe_machine, restart_prepared
+from .gates import judge
+from .layers import CONTENDERS, choose, measure_layer
+from .networks import MODES, Comparison, measure_networks
+from .plots import draw
+from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from .report import layer_table, network_table, read, write
+
+# options that a preset decides, with their values in a run without one
+LAYER_GRID: dict[str, Any] = {
+    'tokens': [197],
+    'batch': [8],
+    'width': [384],
+    'experts': [8],
+    'top_k': [1],
+    'dtype': ['float32'],
+    'skew': [1.0],
+    'amp': False,
+    'contenders': None,
+}
+MODEL_GRID: dict[str, Any] = {
+    'models': ['vit_small_smoe,top_k=1'],
+    'baseline': 'vit_small_patch16_224',
+    'batch': 8,
+    'img_size': 224,
+    'dtype': ['float32'],
+    'amp': False,
+    'modes': list(MODES),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Benchmarks layers or models; a mistake is one line unless `--debug`.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`, and then the
+            process restarts itself once to set up its allocator and threads.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser().parse_args(arguments)
+    try:
+        finished = _main(args, restart=argv is None)
+    except Exception as error:
+        if args.debug:
+            raise
+        text = ' '.join(str(error).split())
+        known = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
+        sys.exit(f'error: {text}' if known else f'error: {type(error).__name__}: {text}')
+    if not finished:
+        sys.exit(1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Command line of both subcommands."""
+    parser = argparse.ArgumentParser(description=__doc__, prog='benchmark.py')
+    commands = parser.add_subparsers(dest='command', required=True)
+    _add_layer_options(commands.add_parser('moe', help='one layer, beside other libraries'))
+    _add_model_options(commands.add_parser('model', help='whole networks, beside a dense one'))
+    return parser
+
+
+def _add_layer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--tokens', type=int, nargs='+', help='per image')
+    add('--batch', type=int, nargs='+', help='images')
+    add('--width', type=int, nargs='+', help='of tokens; experts are four times as wide')
+    add('--experts', type=int, nargs='+')
+    add('--top-k', type=int, nargs='+', help='experts per token')
+    add('--dtype', nargs='+', choices=DTYPES)
+    add('--skew', type=float, nargs='+', help='load of the fullest expert over the mean load')
+    add('--contenders', nargs='+', metavar='NAME', help=f'of {", ".join(CONTENDERS)}')
+    add('--mode', choices=('fwd', 'fwdbwd'), default='fwdbwd')
+    add('--capacity-factor', type=float, help='of peers that have one (default: their own)')
+    _add_common_options(parser, LAYER_PRESETS)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--models', nargs='+', metavar='NAME[,KEY=VALUE...]', help='timm names, with options')
+    add('--baseline', help='what they are compared with')
+    add('--batch', type=int, help='images')
+    add('--img-size', type=int, help='side in pixels')
+    add('--dtype', nargs='+', choices=DTYPES)
+    add('--modes', nargs='+', choices=MODES)
+    _add_common_options(parser, MODEL_PRESETS)
+
+
+def _add_common_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
+    add = parser.add_argument
+    add('--amp', action='store_true', default=None, help='autocast, where dtype is not float32')
+    add('--preset', choices=presets, help='a set of configurations, in place of those above')
+    add('--gate', action='store_true', help='exit with 1 if a limit of the preset is exceeded')
+    add('--compiled', action='store_true', help='run ours and dense through torch.compile too')
+    add('--threads', type=int, help='CPU threads (default: 2, or what the preset says)')
+    add('--device', default='cpu', help="'cpu' or 'cuda'")
+    add('--clock', choices=('wall', 'process'), help='process: CPU time of all threads')
+    add('--repeats', type=int, help='measurements of each contender')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--plot', type=Path, metavar='FILE.png', help='draw the run')
+    add(
+        '--from',
+        dest='source',
+        type=Path,
+        metavar='FILE.json',
+        help='draw a saved run, run nothing',
+    )
+    add('--debug', action='store_true', help='show the full trace of an error')
+
+
+def _main(args: argparse.Namespace, restart: bool) -> bool:
+    if args.source is not None:
+        check(args.plot is not None, '--from', str(args.source), 'only with --plot')
+        draw(read(args.source), args.plot)
+        print(f'wrote {args.plot}')
+        return True
+    preset = _preset(args)
+    settings = _settings(args, preset)
+    if restart:
+        restart_prepared(settings.threads)
+    torch.set_num_threads(settings.threads)
+    run: dict[str, Any] = {'command': args.command, 'header': describe_machine(settings.device)}
+    run['settings'] = vars(settings)
+    for name, value in {**run['header'], **run['settings']}.items():
+        print(f'{name}: {value}')
+    run['rows'], run['skipped'] = (_run_layers if args.command == 'moe' else _run_models)(
+        preset, settings
+    )
+    if args.out is not None:
+        write(args.out, run)
+    if args.plot is not None:
+        draw(run, args.plot)
+    return _judged(run['rows'], preset, args)
+
+
+def _preset(args: argparse.Namespace) -> Preset:
+    """The named preset, or one that holds what the options ask for."""
+    grid = LAYER_GRID if args.command == 'moe' else MODEL_GRID
+    given = {name: getattr(args, name) for name in grid if getattr(args, name) is not None}
+    if args.preset is not None:
+        clash = sorted(f'--{name.replace("_", "-")}' for name in given)
+        check(not clash, '--preset', args.preset, f'only without {", ".join(clash)}')
+        return (LAYER_PRESETS if args.command == 'moe' else MODEL_PRESETS)[args.preset]
+    check(not args.gate, '--gate', args.gate, 'only with --preset, which has the limits')
+    chosen = {**grid, **given}
+    amp = chosen.pop('amp')
+    if args.command == 'model':
+        dtypes = chosen.pop('dtype')
+        chosen.update(models=tuple(chosen['models']), modes=tuple(chosen['modes']))
+        low = [amp and dtype != 'float32' for dtype in dtypes]
+        pairs = zip(dtypes, low, strict=True)
+        return Preset(comparisons=tuple(Comparison(**chosen, dtype=d, amp=a) for d, a in pairs))
+    names = choose(chosen.pop('contenders'))
+    cells = [dict(zip(chosen, values, strict=True)) for values in product(*chosen.values())]
+    cells = [{**cell, 'amp': amp and cell['dtype'] != 'float32'} for cell in cells]
+    return Preset(runs=tuple((Cell(**cell), names) for cell in cells))
+
+
+def _settings(args: argparse.Namespace, preset: Preset) -> Settings:
+    layer = args.command == 'moe'
+    return Settings(
+        device=args.device,
+        threads=preset.threads if args.threads is None else args.threads,
+        clock=args.clock or preset.clock,
+        repeats=preset.repeats if args.repeats is None else args.repeats,
+        backward=not layer or args.mode == 'fwdbwd',
+        compiled=args.compiled,
+        capacity_factor=args.capacity_factor if layer else None,
+    )
+
+
+def _run_layers(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]], list[Any]]:
+    rows, skipped = [], []
+    for cell, names in preset.runs:
+        measured, absent = measure_layer(cell, settings, choose(names))
+        print(layer_table(str(cell), measured, absent), flush=True)
+        rows += measured
+        skipped.append({'cell': vars(cell), 'reasons': absent})
+    return rows, skipped
+
+
+def _run_models(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]], list[Any]]:
+    rows = []
+    for comparison in preset.comparisons:
+        measured = measure_networks(comparison, settings)
+        print(network_table(str(comparison), measured), flush=True)
+        rows += measured
+    return rows, []
+
+
+def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:
+    if not preset.gates:
+        return True
+    verdicts = judge(preset.gates, rows)
+    print('', *(verdict.text for verdict in verdicts), sep='\n')
+    return not (args.gate or preset.always_gated) or not any(v.broken for v in verdicts)

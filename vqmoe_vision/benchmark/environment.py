@@ -1,0 +1,93 @@
+"""What a run needs of its process, and what its result must say about the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Fresh weight gradients of 20 to 80 MB are otherwise mapped and faulted in anew at every step: that
+# costs every contender 10 to 25 %, some more than others.
+MALLOC = {
+    'MALLOC_MMAP_THRESHOLD_': '4000000000',
+    'MALLOC_TRIM_THRESHOLD_': '8000000000',
+    'MALLOC_TOP_PAD_': '268435456',
+}
+PACKAGES = (
+    'torch',
+    'timm',
+    'vqmoe-vision',
+    'soft-moe',
+    'soft-moe-pytorch',
+    'st-moe-pytorch',
+    'mixture-of-experts',
+    'transformers',
+)
+_RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
+
+
+def restart_prepared(threads: int) -> None:
+    """Replace this process by itself with glibc's allocator and OpenMP set up, once.
+
+    Both read their variables when a process starts, so they cannot be set from within.
+
+    Args:
+        threads: CPU threads.
+    """
+    wanted = {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    wanted['KINETO_LOG_LEVEL'] = '99'  # the profiler, which reads memory, says nothing of itself
+    if platform.libc_ver()[0] == 'glibc':
+        wanted.update(MALLOC)
+    missing = {k: v for k, v in wanted.items() if os.environ.get(k) != v}
+    if not missing or _RESTARTED in os.environ:
+        return
+    print('restarting with', ' '.join(f'{k}={v}' for k, v in missing.items()), flush=True)
+    environment = {**os.environ, **missing, _RESTARTED: '1'}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Machine, threads, versions and commit of a run, by name."""
+    cpu = Path('/proc/cpuinfo')
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    cuda = device.startswith('cuda')
+    return {
+        'machine': models[0] if models else platform.processor() or platform.machine(),
+        'cores': os.cpu_count(),
+        'load_average': round(os.getloadavg()[0], 2),
+        'device': torch.cuda.get_device_name(device) if cuda else 'cpu',
+        'isa': torch.backends.cpu.get_cpu_capability(),
+        'threads': torch.get_num_threads(),
+        'allocator': {name: os.environ.get(name) for name in MALLOC},
+        'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY'),
+        'python': platform.python_version(),
+        'versions': {name: version for name in PACKAGES if (version := installed(name))},
+        'commit': commit(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, None if it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Commit of the checkout this package runs from, '+' if files differ; None outside git."""
+    command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,105 @@
+"""Ratios that a run must not exceed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+# what tells the configurations of two rows apart
+IDENTITY = ('tokens', 'batch', 'width', 'experts', 'top_k', 'dtype', 'amp', 'skew', 'mode', 'sweep')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Time of a contender over that of another, or of itself elsewhere, at most so much.
+
+    Args:
+        contender: Whose time.
+        against: Over whose.
+        at_most: The limit.
+        where: Fields that a row must have to be judged.
+        versus: Fields in which the row of `against` differs; times are then per token.
+    """
+
+    contender: str
+    against: str
+    at_most: float
+    where: Mapping[str, Any] = field(default_factory=dict)
+    versus: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f'{_named(self.contender, self.where)} over {_named(self.against, self.versus)}'
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A gate in one configuration.
+
+    Args:
+        text: One line.
+        broken: Whether the limit is exceeded, or nothing could be judged.
+    """
+
+    text: str
+    broken: bool
+
+
+def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Verdict]:
+    """Hold measured rows against gates, and every peer against ours at equal work.
+
+    Args:
+        gates: The gates; one that finds no row is broken, not met.
+        rows: Of `layers` or `networks`.
+    """
+    verdicts = [verdict for gate in gates for verdict in _judge(gate, rows)]
+    peers = [row for row in rows if row.get('ours_to_peer') is not None]
+    for row in peers:
+        name = f'{row["equal_to"]} over {row["contender"]} at {_configuration(row)}'
+        verdicts.append(_compare(name, row['ours_to_peer'], 1.0))
+    return verdicts
+
+
+def _judge(gate: Gate, rows: Sequence[Row]) -> list[Verdict]:
+    wanted = {'contender': gate.contender, **gate.where}
+    judged = [row for row in rows if _has(row, wanted)]
+    if not judged:
+        return [Verdict(f'{gate}: not measured', True)]
+    verdicts = []
+    for row in judged:
+        same = {key: row[key] for key in IDENTITY if key in row}
+        others = [r for r in rows if _has(r, {**same, 'contender': gate.against, **gate.versus})]
+        name = f'{gate} at {_configuration(row)}'
+        if not others:
+            verdicts.append(Verdict(f'{name}: nothing to compare with', True))
+            continue
+        verdicts.append(_compare(name, _per_token(row) / _per_token(others[0]), gate.at_most))
+    return verdicts
+
+
+def _has(row: Row, fields: Mapping[str, Any]) -> bool:
+    return all(key in row and row[key] == value for key, value in fields.items())
+
+
+def _per_token(row: Row) -> float:
+    return row['median_ms'] / (row['batch'] * row['tokens'])
+
+
+def _compare(name: str, value: float, limit: float) -> Verdict:
+    broken = not value <= limit  # nan is broken too
+    return Verdict(
+        f'{"BROKEN" if broken else "met"}: {name}: {value:.2f}, at most {limit:g}', broken
+    )
+
+
+def _named(contender: str, fields: Mapping[str, Any]) -> str:
+    return ' '.join([contender, *(f'{key}={value}' for key, value in fields.items())])
+
+
+def _configuration(row: Row) -> str:
+    amp = ' amp' if row.get('amp') else ''
+    parts = [f'{row["batch"]} x {row["tokens"]} tokens']
+    if 'experts' in row:
+        parts.append(f'{row["experts"]} experts, top-{row["top_k"]}, skew {row["skew"]:g}')
+    return ', '.join([*parts, f'{row["dtype"]}{amp}', row['mode']])

@@ -1,0 +1,95 @@
+"""Tokens and routings of a cell, new ones for every round.
+
+Every round has its own routing: the CPU's bfloat16 products compile a kernel for each new number of
+rows, a cost of real training that a fixed routing would hide.
+
+Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cells import Cell
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step computes on.
+
+    Args:
+        x: Tokens (B, N, D), a leaf.
+        indices: (T, K) int64 in [0, E).
+        weights: (T, K) float32, a leaf.
+    """
+
+    x: Tensor
+    indices: Tensor
+    weights: Tensor
+
+    def double(self) -> Batch:
+        """The same in float64, new leaves."""
+        x, weights = (t.detach().double().requires_grad_() for t in (self.x, self.weights))
+        return Batch(x, self.indices, weights)
+
+    def clear(self) -> None:
+        """Forget gradients."""
+        self.x.grad = self.weights.grad = None
+
+
+def skewed_routing(cell: Cell, generator: torch.Generator, full: int = 0) -> Tensor:
+    """Random choices of which one expert gets `skew` times the mean load, exactly up to rounding.
+
+    The others share what is left, evenly but for chance.
+
+    Args:
+        cell: The shape.
+        generator: On the CPU.
+        full: The fullest expert.
+
+    Returns:
+        (T, K) int64, no expert twice in a row.
+    """
+    scores = torch.rand(cell.num_tokens, cell.experts, generator=generator)
+    load = round(cell.skew * cell.num_rows / cell.experts)
+    chosen = torch.randperm(cell.num_tokens, generator=generator)[:load]
+    scores[:, full] = -1.0  # last choice of most, first of the chosen
+    scores[chosen, full] = 2.0
+    return scores.topk(cell.top_k, dim=-1).indices
+
+
+class Inputs:
+    """Makes the batches of a cell; the same round is always the same batch.
+
+    Args:
+        cell: The cell.
+        device: Where the batches are.
+    """
+
+    def __init__(self, cell: Cell, device: str = 'cpu') -> None:
+        self.cell, self.device = cell, device
+        generator = torch.Generator().manual_seed(0)
+        shape = (cell.batch, cell.tokens, cell.width)
+        tokens = torch.randn(shape, generator=generator)
+        self.tokens = tokens.to(device=device, dtype=cell.param_dtype)
+        self._last: tuple[int, Batch] | None = None
+
+    def batch(self, index: int) -> Batch:
+        """Batch of a round, made once for all contenders."""
+        if self._last is None or self._last[0] != index:
+            self._last = (index, self._make(index))
+        return self._last[1]
+
+    def _make(self, index: int) -> Batch:
+        cell = self.cell
+        generator = torch.Generator().manual_seed(index + 1)
+        # other signs of the features: tokens that a router has not seen, at the price of a product
+        signs = torch.randint(0, 2, (cell.width,), generator=generator) * 2 - 1
+        x = (self.tokens * signs.to(self.tokens)).requires_grad_()
+        indices = skewed_routing(cell, generator, full=index % cell.experts).to(self.device)
+        logits = torch.randn(cell.num_tokens, cell.top_k, generator=generator)
+        weights = logits.softmax(dim=-1) if cell.top_k > 1 else logits.sigmoid()
+        return Batch(x, indices, weights.to(self.device).requires_grad_())

@@ -1,0 +1,234 @@
+"""`benchmark.py moe`: one layer, all contenders side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe.config import check
+from . import ours, peers
+from .cells import Cell, Settings
+from .contenders import Contender, Forward, UnsuitableError
+from .environment import installed
+from .inputs import Batch, Inputs
+from .oracle import check_against_oracle
+from .timing import Clock, interleave, median, peak_memory, ratio
+
+Build = Callable[[Cell, Settings, Inputs], list[Contender]]
+
+# the two that everything is compared with
+FLOORS: dict[str, Build] = {'dense': ours.dense, 'bound': ours.bound}
+OURS: dict[str, Build] = {
+    'loop': ours.loop,
+    'ours': ours.ours,
+    'layer': ours.layer,
+    'softmoe': ours.softmoe,
+}
+# by the name of their package
+PEERS: dict[str, Build] = {
+    'soft-moe': peers.soft_moe,
+    'soft-moe-pytorch': peers.soft_moe_pytorch,
+    'st-moe-pytorch': peers.st_moe_pytorch,
+    'mixture-of-experts': peers.mixture_of_experts,
+    'transformers': peers.transformers,
+}
+CONTENDERS = {**FLOORS, **OURS, **PEERS}
+COMPILED = ('dense', 'ours', 'layer', 'softmoe')
+CHECK_ROUND = 10**6  # a batch that is not timed
+
+
+def choose(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the contenders of a run, the floors always among them.
+
+    Args:
+        names: Keys of `CONTENDERS`; None takes all that are installed.
+
+    Raises:
+        ValueError: If a named one is unknown or not installed.
+    """
+    if names is None:
+        return tuple(name for name in CONTENDERS if name not in PEERS or installed(name))
+    for name in names:
+        check(name in CONTENDERS, 'contenders', name, f'one of {sorted(CONTENDERS)}')
+        present = name not in PEERS or installed(name) is not None
+        check(present, 'contenders', name, "it is not installed: pip install '.[bench]'")
+    return tuple(dict.fromkeys([*FLOORS, *names]))
+
+
+def measure_layer(
+    cell: Cell, settings: Settings, names: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Time all contenders in one cell.
+
+    Args:
+        cell: The cell.
+        settings: The run.
+        names: Keys of `CONTENDERS`.
+
+    Returns:
+        One row per contender, and the reasons why others have none.
+
+    Raises:
+        WrongResultError: If one of ours is not equal to its oracle.
+    """
+    inputs = Inputs(cell, settings.device)
+    contenders, skipped = build(cell, settings, names, inputs)
+    for contender in contenders.values():
+        if contender.oracle is not None:
+            check_against_oracle(contender, inputs.batch(CHECK_ROUND), cell, settings)
+            contender.clear(inputs.batch(CHECK_ROUND))
+    memory = try_out(contenders, skipped, inputs, settings)
+    times = interleave(_steps(contenders, inputs, settings), settings.repeats)
+    flat = {name: parts['step'] for name, parts in times.items()}
+    rows = [
+        _row(contender, flat, memory[name], cell, settings)
+        for name, contender in contenders.items()
+    ]
+    return rows, skipped
+
+
+def build(
+    cell: Cell, settings: Settings, names: Sequence[str], inputs: Inputs
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Make contenders by name, and say why others cannot be.
+
+    Args:
+        cell: The cell.
+        settings: The run.
+        names: Keys of `CONTENDERS`.
+        inputs: The cell's batches.
+    """
+    found: dict[str, Contender] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
+        if cell.skew > 1 and name not in (*FLOORS, 'loop', 'ours'):
+            skipped[name] = 'it routes by itself, so its load cannot be set'
+            continue
+        torch.manual_seed(0)
+        try:
+            made = CONTENDERS[name](cell, settings, inputs)
+        except UnsuitableError as reason:
+            skipped[name] = str(reason)
+            continue
+        except (RuntimeError, TypeError) as error:
+            if name not in PEERS:
+                raise
+            skipped[name] = f'fails: {_first_line(error)}'
+            continue
+        for contender in made:
+            found.setdefault(contender.name, contender)
+    if settings.compiled:
+        twins = [compiled(found[name]) for name in COMPILED if name in found]
+        found.update({twin.name: twin for twin in twins})
+    return found, skipped
+
+
+def compiled(contender: Contender) -> Contender:
+    """The same through torch.compile, without a graph break.
+
+    Router noise is drawn by the same generator as in eager mode, else no oracle could repeat it.
+    """
+    torch._inductor.config.fallback_random = True
+    forward: Forward
+    if contender.forward is ours.experts_grouped:
+        forward = torch.compile(ours.experts_grouped, fullgraph=True)
+    else:
+        call = torch.compile(contender.module, fullgraph=True)
+        routed = contender.forward is ours.run_layer
+        forward = partial(_run_compiled_layer if routed else _run_compiled, call)
+    return dataclasses.replace(contender, name=f'{contender.name}+compiled', forward=forward)
+
+
+Compiled = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _run_compiled(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
+    return [call(batch.x)]
+
+
+def _run_compiled_layer(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
+    return ours.collecting(module, call, batch)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition('\n')[0][:120]
+
+
+def try_out(
+    contenders: dict[str, Contender],
+    skipped: dict[str, str],
+    inputs: Inputs,
+    settings: Settings,
+) -> dict[str, int]:
+    """Run every contender alone, twice, and read the peak memory of the second step.
+
+    A peer that fails is moved to `skipped`; an error of ours is an error.
+    """
+    memory = {}
+    for name, contender in list(contenders.items()):
+        batch = inputs.batch(CHECK_ROUND)
+
+        def step(contender: Contender = contender, batch: Batch = batch) -> None:
+            contender.step(batch, inputs.cell, settings)
+
+        try:
+            step()
+            contender.clear(batch)
+            memory[name] = peak_memory(step, settings.device)
+        except (RuntimeError, TypeError) as error:
+            if contender.equal_to is None:
+                raise
+            skipped[name] = f'fails: {_first_line(error)}'
+            del contenders[name]
+        finally:
+            contender.clear(batch)
+    return memory
+
+
+def _steps(contenders: dict[str, Contender], inputs: Inputs, settings: Settings) -> dict[str, Any]:
+    clock = Clock(settings.clock, settings.device)
+
+    def timed(contender: Contender, index: int) -> dict[str, float]:
+        batch = inputs.batch(index)
+        clock.prepare()
+        milliseconds = clock.time(lambda: contender.step(batch, inputs.cell, settings))
+        contender.clear(batch)
+        return {'step': milliseconds}
+
+    return {name: partial(timed, contender) for name, contender in contenders.items()}
+
+
+def _row(
+    contender: Contender,
+    times: dict[str, list[float]],
+    memory: int,
+    cell: Cell,
+    settings: Settings,
+) -> dict[str, Any]:
+    own = times[contender.name]
+    passes = 3 if settings.backward else 1  # the backward of a product is two products
+    flops = 2 * passes * contender.rows * 2 * cell.width * cell.hidden
+    equal = contender.equal_to
+    return {
+        **vars(cell),
+        'mode': 'fwdbwd' if settings.backward else 'fwd',
+        'contender': contender.name,
+        'tokens_per_expert': cell.num_rows / cell.experts,
+        'load': contender.load,
+        'median_ms': median(own),
+        'min_ms': min(own),
+        'times_ms': own,
+        'gflops': flops / median(own) / 1e6,
+        'to_dense': ratio(own, times['dense']),
+        'to_bound': ratio(own, times['bound']),
+        'peak_mb': memory / 1e6,
+        'drop_rate': contender.drop_rate,
+        'equal_to': equal,
+        'ours_to_peer': ratio(times[equal], own) if equal else None,
+        'note': contender.note,
+    }

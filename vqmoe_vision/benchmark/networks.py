@@ -1,0 +1,234 @@
+"""`benchmark.py model`: whole networks, inference and training steps."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..models import complexity
+from ..moe import collect_losses
+from ..moe.config import check
+from .cells import DTYPES, Settings
+from .timing import Clock, interleave, median, peak_memory, ratio
+
+MODES = ('inference', 'training')
+NUM_BATCHES = 4  # different images, cycled
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Networks that run side by side.
+
+    Args:
+        models: timm names, with options: 'vit_small_smoe,top_k=1'.
+        baseline: What the others are compared with.
+        batch: Images.
+        img_size: Side in pixels.
+        dtype: Of parameters and images, or of autocast if `amp`.
+        amp: Keep parameters in float32 and compute under autocast.
+        modes: Of `MODES`.
+    """
+
+    models: tuple[str, ...]
+    baseline: str = 'vit_small_patch16_224'
+    batch: int = 8
+    img_size: int = 224
+    dtype: str = 'float32'
+    amp: bool = False
+    modes: tuple[str, ...] = MODES
+
+    def __post_init__(self) -> None:
+        check(self.batch >= 1, 'batch', self.batch, 'at least 1')
+        check(self.dtype in DTYPES, 'dtype', self.dtype, f'one of {sorted(DTYPES)}')
+        low = self.dtype in ('bfloat16', 'float16')
+        check(low or not self.amp, 'amp', self.amp, 'autocast needs --dtype bfloat16 or float16')
+
+    def __str__(self) -> str:
+        amp = ' amp' if self.amp else ''
+        return f'batch {self.batch}, {self.img_size} pixels, {self.dtype}{amp}'
+
+
+def parse_model(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split 'name,key=value,...' into a timm name and keyword arguments.
+
+    Args:
+        spec: Values are Python literals, or else strings.
+
+    Raises:
+        ValueError: If the name is unknown to timm or an option has no value.
+    """
+    name, *options = spec.split(',')
+    check(timm.is_model(name), 'models', name, 'a timm model, perhaps one of this package')
+    keywords: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition('=')
+        check(bool(key and equals and value), 'models', spec, 'options are key=value after a comma')
+        try:
+            keywords[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            keywords[key] = value
+    return name, keywords
+
+
+class Network:
+    """A model, its optimizer, and the images it sees.
+
+    Args:
+        spec: As in `Comparison.models`.
+        comparison: What runs side by side.
+        settings: The run.
+        compile_model: Run it through torch.compile.
+    """
+
+    def __init__(
+        self, spec: str, comparison: Comparison, settings: Settings, compile_model: bool
+    ) -> None:
+        name, options = parse_model(spec)
+        torch.manual_seed(0)
+        dtype = torch.float32 if comparison.amp else DTYPES[comparison.dtype]
+        sizes = {'img_size': comparison.img_size, 'num_classes': NUM_CLASSES}
+        self.model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
+        self.call: Callable[[Tensor], Tensor] = self.model
+        if compile_model:
+            self.call = torch.compile(self.model, fullgraph=True)
+        self.name = f'{spec}+compiled' if compile_model else spec
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.comparison, self.settings = comparison, settings
+        shape = (comparison.batch, 3, comparison.img_size, comparison.img_size)
+        self.images = [
+            torch.randn(shape, device=settings.device, dtype=dtype) for _ in range(NUM_BATCHES)
+        ]
+        self.labels = torch.randint(NUM_CLASSES, (comparison.batch,), device=settings.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which the model computes."""
+        if not self.comparison.amp:
+            return nullcontext()
+        kind = torch.device(self.settings.device).type
+        return torch.autocast(kind, dtype=DTYPES[self.comparison.dtype])
+
+    def infer(self, index: int) -> None:
+        """A forward pass in eval mode without gradients."""
+        with torch.no_grad(), self.autocast():
+            self.call(self.images[index % NUM_BATCHES])
+
+    def forward(self, index: int) -> Tensor:
+        """A training step's forward pass: loss and auxiliary losses."""
+        # what learns without gradients changes as the block is left, before backward: allowed
+        # without gradient checkpointing, and the cost is the same
+        with collect_losses(self.model) as collected:
+            with self.autocast():
+                logits = self.call(self.images[index % NUM_BATCHES])
+            return F.cross_entropy(logits.float(), self.labels) + collected.total()
+
+    def update(self) -> None:
+        """The optimizer's part of a step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def train_step(self, index: int) -> None:
+        """Forward, backward, optimizer."""
+        self.forward(index).backward()
+        self.update()
+
+
+def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[str, Any]]:
+    """Time networks side by side.
+
+    Args:
+        comparison: The networks.
+        settings: The run; `backward` is not used, `comparison.modes` says what runs.
+
+    Returns:
+        One row per network and mode.
+    """
+    specs = dict.fromkeys([comparison.baseline, *comparison.models])
+    networks = [Network(spec, comparison, settings, False) for spec in specs]
+    if settings.compiled:
+        networks += [Network(spec, comparison, settings, True) for spec in specs]
+    rows = []
+    for mode in comparison.modes:
+        for network in networks:
+            network.model.train(mode == 'training')
+        rows += _measure_mode(mode, networks, comparison, settings)
+    return rows
+
+
+def _measure_mode(
+    mode: str, networks: Sequence[Network], comparison: Comparison, settings: Settings
+) -> list[dict[str, Any]]:
+    clock = Clock(settings.clock, settings.device)
+    memory = {}
+    for network in networks:  # alone, and compiled before anything is timed
+        step = network.train_step if mode == 'training' else network.infer
+        step(0)
+        memory[network.name] = peak_memory(partial(step, 1), settings.device)
+    time_step = _time_training if mode == 'training' else _time_inference
+    steps = {network.name: partial(time_step, network, clock) for network in networks}
+    times = interleave(steps, settings.repeats)
+    baseline = times[comparison.baseline]['step']
+    return [
+        _row(network, mode, times[network.name], baseline, memory[network.name])
+        for network in networks
+    ]
+
+
+def _time_inference(network: Network, clock: Clock, index: int) -> dict[str, float]:
+    clock.prepare()
+    return {'step': clock.time(lambda: network.infer(index))}
+
+
+def _time_training(network: Network, clock: Clock, index: int) -> dict[str, float]:
+    losses: list[Tensor] = []
+    clock.prepare()
+    parts = {
+        'forward': clock.time(lambda: losses.append(network.forward(index))),
+        'backward': clock.time(lambda: losses[0].backward()),
+        'optimizer': clock.time(network.update),
+    }
+    return {**parts, 'step': sum(parts.values())}
+
+
+def _row(
+    network: Network,
+    mode: str,
+    times: dict[str, list[float]],
+    baseline: list[float],
+    memory: int,
+) -> dict[str, Any]:
+    comparison = network.comparison
+    assert isinstance(network.model, VisionTransformer)  # complexity() has refused others
+    size = complexity(network.model)
+    embed: Any = network.model.patch_embed
+    tokens = embed.num_patches + network.model.num_prefix_tokens
+    own = times['step']
+    return {
+        'contender': network.name,
+        'batch': comparison.batch,
+        'tokens': tokens,
+        'dtype': comparison.dtype,
+        'amp': comparison.amp,
+        'mode': mode,
+        'baseline': comparison.baseline,
+        'median_ms': median(own),
+        'min_ms': min(own),
+        'times_ms': times,
+        'parts_ms': {part: median(values) for part, values in times.items() if part != 'step'},
+        'images_per_s': comparison.batch / median(own) * 1e3,
+        'to_baseline': ratio(own, baseline),
+        'peak_mb': memory / 1e6,
+        'params': size.params,
+        'active_params': size.active_params,
+        'macs': size.macs,
+    }
