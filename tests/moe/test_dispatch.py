@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.grouped_linear import grouped_linear
+from vqmoe_vision.moe.plan import make_plan
 
 
 def naive(experts, x, indices, weights, kept=None):
@@ -226,13 +227,21 @@ def test_a_gradient_that_is_one_expanded_number():
 
 
 @pytest.mark.parametrize('k', [1, 3])
-def test_combine_is_the_weighted_sum_of_rows(k):
-    rows = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    positions, weights = torch.randint(0, 6, (4, k)), torch.rand(4, k, dtype=torch.float64)
-    weights.requires_grad_()
-    out = dispatch.combine(rows, positions, weights)
-    torch.testing.assert_close(out, torch.einsum('tk,tkd->td', weights, rows[positions]))
-    assert torch.autograd.gradcheck(lambda r, w: dispatch.combine(r, positions, w), (rows, weights))
+def test_gather_and_combine_against_indexing(k):
+    """Four tokens on three experts, two assignments dropped, groups padded to even size."""
+    indices = torch.tensor([2, 0, 3, 1, 0, 2, 1, 2, 1, 3, 0, 0][: 4 * k])
+    plan = make_plan(indices, 3, torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(len(plan.order), 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, k, dtype=torch.float64, requires_grad=True)
+    gathered = dispatch.gather(x, plan, k)
+    torch.testing.assert_close(gathered[plan.inverse], x.repeat_interleave(k, dim=0))
+    combined = dispatch.combine(rows, plan, weights)
+    answers = rows[plan.inverse].view(4, k, 5)
+    torch.testing.assert_close(combined, torch.einsum('tk,tkd->td', weights, answers))
+    assert torch.autograd.gradcheck(lambda r, w: dispatch.combine(r, plan, w), (rows, weights))
+    # rows that only fill a group are no assignment's: no gradient comes from there
+    assert torch.autograd.gradcheck(lambda x: dispatch.gather(x, plan, k)[plan.inverse], x)
 
 
 def test_equal_runs_give_equal_bits():

@@ -55,7 +55,7 @@ from ..codebook import Quantized
 from ..codebook_learning import CODEBOOKS
 from ..collect import MoeLayer, in_recomputation
 from ..config import MoeConfig, check, check_unused, check_weights
-from ..dispatch import combine
+from ..dispatch import combine, gather
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
 from ..layer import record_routing
@@ -278,12 +278,12 @@ class VQMoEMlp(MoeLayer):
     def _run(self, inputs: list[Tensor], experts: list[Tensor], weights: list[Tensor]) -> Tensor:
         # (branches * T) rows in one sort and one pass over the experts' weights
         dtype = compute_dtype(inputs[0])
-        plan = make_plan(torch.cat(experts), self.experts.num_experts, dtype)
-        rows = torch.cat([branch.to(dtype) for branch in inputs])[plan.order]
+        plan = make_plan(torch.stack(experts, dim=1).flatten(), self.experts.num_experts, dtype)
+        rows = gather(torch.stack([b.to(dtype) for b in inputs], dim=1).flatten(0, 1), plan, 1)
         rows = self.experts(rows, plan.offsets)
-        positions = plan.inverse.view(len(inputs), -1).t()  # (T, branches)
         if self.output_norm is None:
-            return combine(rows, positions.contiguous(), torch.cat(weights, dim=1))
+            return combine(rows, plan, torch.cat(weights, dim=1))
+        positions = plan.inverse.view(-1, len(inputs))
         answers = [rows[positions[:, i]] for i in range(len(inputs))]
         answers[-1] = self.output_norm(answers[-1]).to(rows.dtype)
         pairs = zip(answers, weights, strict=True)
