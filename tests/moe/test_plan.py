@@ -1,5 +1,7 @@
 """The rows of a dispatch: every assignment has one, each expert's stand together, padded or not."""
 
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -35,21 +37,37 @@ def groups(loads, dtype):
     return make_plan(indices, len(loads), dtype).offsets.diff(prepend=torch.zeros(1)).tolist()
 
 
+@pytest.fixture(autouse=True)
+def _same_threads_after() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
-    ('loads', 'dtype', 'expected'),
+    ('loads', 'dtype', 'threads', 'expected'),
     [
-        # 2 * 12 rows, at most 20 + 20 / 4
-        ([8, 12], torch.float32, [12, 12]),
-        ([7, 13], torch.float32, [7, 13]),
-        # below float32 whole blocks of 16: 4 * 48 rows, at most 160 + 160 / 4 + 4 * 15
-        ([40, 36, 40, 44], torch.bfloat16, [48, 48, 48, 48]),
-        ([40, 10, 40, 70], torch.bfloat16, [48, 16, 48, 80]),
-        ([0, 3, 160], torch.float16, [0, 16, 160]),
+        # float32, two threads: even groups may add 32 rows per expert ...
+        ([1032, 968], 'float32', 2, [1032, 1032]),
+        ([1033, 967], 'float32', 2, [1033, 967]),
+        # ... and at most a quarter: 2 * 60 rows are 100 + 100 / 4 at most, 2 * 63 are not
+        ([40, 60], 'float32', 2, [60, 60]),
+        ([37, 63], 'float32', 2, [37, 63]),
+        ([1001, 999], 'float32', 1, [1001, 999]),
+        # below float32 whole blocks of 32: 2 * 1056 rows instead of 1056 + 960 are 96 more, of
+        # which 2 * 50 are allowed on one thread; 2 * 1088 instead of 1088 + 928 are 160 more
+        ([1030, 950], 'bfloat16', 1, [1056, 1056]),
+        ([1070, 910], 'bfloat16', 1, [1088, 928]),
+        # and a sixth more on two: 100 + 330
+        ([1070, 910], 'bfloat16', 2, [1088, 1088]),
+        ([1250, 730], 'bfloat16', 2, [1280, 736]),
+        ([0, 3, 160], 'float16', 2, [0, 32, 160]),
     ],
 )
-def test_groups_are_even_where_that_costs_few_rows(loads, dtype, expected):
-    assert ROW_BLOCK == 16
-    assert groups(loads, dtype) == expected
+def test_groups_are_even_where_that_costs_few_rows(loads, dtype, threads, expected):
+    assert ROW_BLOCK == 32
+    torch.set_num_threads(threads)
+    assert groups(loads, getattr(torch, dtype)) == expected
 
 
 def test_a_compiled_plan_has_the_same_length_for_every_load():

@@ -1,10 +1,10 @@
 """Which row each assignment becomes, when rows stand together by expert.
 
 On CPU the groups of rows are padded where that is faster. If the load is near even, all groups get
-the size of the largest, and one batched product runs all experts: a product per expert is too
-small to keep two threads busy. If it is not, groups below float32 get whole blocks of rows: oneDNN
+the size of the largest, and one batched product runs all experts: a product per expert is too small
+to keep two threads busy. If it is not, groups below float32 get whole blocks of rows: oneDNN
 compiles a kernel for each number of rows that it has not seen lately, ten times the cost of running
-it, and routing gives new numbers at every step.
+it, and routing gives new numbers at every step. docs/performance.md has the measurements.
 
 Legend: A assignments, R rows, E experts.
 """
@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROW_BLOCK = 16  # rows; more would waste more, fewer would compile more kernels
-# Even groups may add one row for as many assignments. Compiled models always hold all of them.
-SPARE_PART = 4
+ROW_BLOCK = 32  # rows; 16 is 5 % slower on AMX, 64 wastes more than it saves
 
 
 @dataclass(frozen=True)
@@ -74,33 +72,45 @@ def _padded_plan(
     ranked, order, ends = _sort(indices, num_experts)
     ends = F.pad(ends, (1, 0))
     dropped = indices.shape[0] - int(ends[-1])
-    limit = _num_rows(indices.shape[0], num_experts, block)
-    sizes = _group_sizes(ends.diff().tolist(), block, limit - dropped)
+    sizes = _group_sizes(ends.diff().tolist(), block)
     offsets = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     # dropped assignments come after the last group
     shift = F.pad(offsets, (1, 0)) - ends
     rows = torch.arange(indices.shape[0]) + shift[ranked]
     inverse = torch.empty_like(order).scatter_(0, order, rows)
-    num_rows = limit if static else int(offsets[-1]) + dropped
+    num_rows = int(offsets[-1]) + dropped
+    if static:
+        num_rows = _most_rows(indices.shape[0], num_experts, block)
     return order.new_zeros(num_rows).scatter_(0, rows, order), inverse, offsets
 
 
-def _num_rows(num_assignments: int, num_experts: int, block: int) -> int:
-    """As many rows as any load may need; an expression that tracing keeps for any batch size."""
-    return num_assignments + num_assignments // SPARE_PART + num_experts * (block - 1)
-
-
-def _group_sizes(loads: list[int], block: int, num_rows: int) -> list[int]:
+def _group_sizes(loads: list[int], block: int) -> list[int]:
     sizes = [-(-load // block) * block for load in loads]
-    even = max(sizes)
-    if len(sizes) * even <= num_rows:
-        return [even] * len(sizes)
-    return sizes
+    even = [max(sizes)] * len(sizes)
+    # at most a quarter, which bounds the length of a compiled plan
+    spare = min(_spare_rows(loads, block), sum(loads) // 4)
+    return even if sum(even) <= sum(sizes) + spare else sizes
+
+
+def _spare_rows(loads: list[int], block: int) -> int:
+    """What a product for each expert costs over one for all, in rows computed for nothing.
+
+    Measured; one thread loses nothing in float32, several lose most where products are fast.
+    """
+    several = torch.get_num_threads() > 1
+    if block == 1:
+        return 32 * len(loads) if several else 0
+    return 50 * len(loads) + (sum(loads) // 6 if several else 0)
+
+
+def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
+    """As many rows as any load may need; an expression that tracing keeps for any batch size."""
+    return num_assignments + num_assignments // 4 + num_experts * (block - 1)
 
 
 @_padded_plan.register_fake
 def _(indices: Tensor, num_experts: int, block: int, static: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = _num_rows(indices.shape[0], num_experts, block)
+    num_rows = _most_rows(indices.shape[0], num_experts, block)
     if not static:
         num_rows = torch.library.get_ctx().new_dynamic_size()
     offsets = indices.new_empty(num_experts, dtype=torch.int32)
