@@ -138,7 +138,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
     [
         (['model.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
         (['model.num_heads=5'], 'embed_dim=12 must be a multiple of num_heads=5'),
-        (['model.patch_size=5'], 'img_size=32 must be a multiple of patch_size=5'),
+        (['model.patch_size=5'], 'img_size=48 must be a multiple of patch_size=5'),
         (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
         (['model.number_experts=2'], 'number_experts'),
         (['trian_cfg.max_epochs=1'], "'trian_cfg' is not a field that an option can change"),
