@@ -196,7 +196,7 @@ def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path
         cli.test([config, str(trained / 'epoch_2.pth'), *options])
     text = str(caught.value.code)
     assert text.startswith('error: the checkpoint does not fit the model: shapes: model.pos_embed')
-    assert 'is (1, 4, 12), the model has (1, 4, 24)' in text and '\n' not in text
+    assert 'is (1, 9, 12), the model has (1, 9, 24)' in text and '\n' not in text
 
 
 def test_damaged_checkpoint(config: str, tmp_path: Path) -> None:

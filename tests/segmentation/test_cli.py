@@ -30,7 +30,9 @@ model = dict(
     backbone=dict(patch_size=16, depth=2, embed_dim=12, num_heads=3, num_experts=2),
     decode_head=dict(in_channels=12, channels=12, embed_dims=12, num_heads=3, num_layers=1),
 )
-train_dataloader = dict(batch_size=2, dataset=dict(num_scenes=4))
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4)
+)
 val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
 test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
 train_cfg = dict(max_iters=2, val_interval=2)

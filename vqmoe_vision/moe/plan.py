@@ -110,8 +110,6 @@ def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
 
 @_padded_plan.register_fake
 def _(indices: Tensor, num_experts: int, block: int, static: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = _most_rows(indices.shape[0], num_experts, block)
-    if not static:
-        num_rows = torch.library.get_ctx().new_dynamic_size()
-    offsets = indices.new_empty(num_experts, dtype=torch.int32)
-    return indices.new_empty(num_rows), torch.empty_like(indices), offsets
+    most = _most_rows(indices.shape[0], num_experts, block)
+    order = indices.new_empty(most if static else torch.library.get_ctx().new_dynamic_size())
+    return order, torch.empty_like(indices), indices.new_empty(num_experts, dtype=torch.int32)
