@@ -91,9 +91,10 @@ def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
     draw_scenes(runner, work_dir / 'scenes.png')
     return [
         '',
-        f'Segmentation, from that checkpoint: {last["mIoU"]:.1f} % mIoU ({last["aAcc"]:.1f} % aAcc, '
-        f'{last["mAcc"]:.1f} % mAcc) on {len(runner.val_dataloader.dataset)} scenes of held-out '
-        f'digits, {last["dead"]:.0f} dead experts, {last["seconds"]:.0f} seconds',
+        f'Segmentation, from that checkpoint: {last["mIoU"]:.1f} % mIoU '
+        f'({last["aAcc"]:.1f} % aAcc, {last["mAcc"]:.1f} % mAcc) on '
+        f'{len(runner.val_dataloader.dataset)} scenes of held-out digits, '
+        f'{last["dead"]:.0f} dead experts, {last["seconds"]:.0f} seconds',
         places,
         f'  scenes      {work_dir / "scenes.png"}   images, labels and predictions',
     ]

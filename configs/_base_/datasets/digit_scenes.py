@@ -1,6 +1,7 @@
 # Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load. Training sees
-# crops of the size of the classifier's images, so that its position embedding keeps its meaning, and
-# tests slide a window of that size, as Segmenter does on photographs. Digits must not be flipped.
+# crops of the size of the classifier's images, so that its position embedding keeps its meaning,
+# and tests slide a window of that size, as Segmenter does on photographs. Digits must not be
+# flipped.
 train_pipeline = [
     dict(type='RandomCrop', crop_size=(48, 48), cat_max_ratio=0.95),
     dict(type='PackSegInputs'),
