@@ -60,11 +60,11 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	done; done
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
-bench: $(VENV)/.bench ## measure layers and models beside other libraries (an idle machine, minutes)
-	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py moe --preset table --gate \
-	    --out work_dirs/benchmark/moe.json --plot work_dirs/benchmark/moe.png; layers=$$?; \
-	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py model --preset table --gate \
-	    --out work_dirs/benchmark/model.json --plot work_dirs/benchmark/model.png && exit $$layers
+bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, half an hour)
+	@status=0; for run in "moe table" "model table" "moe peers" "moe scaling"; do set -- $$run; \
+	    env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py $$1 --preset $$2 --gate \
+	        --out work_dirs/benchmark/$$1-$$2.json --plot work_dirs/benchmark/$$1-$$2.png || status=1; \
+	done; exit $$status
 
 bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minute
 	$(BIN)/python tools/benchmark.py moe --preset ci

@@ -203,8 +203,7 @@ def _run_models(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]
 
 
 def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:
-    if not preset.gates:
-        return True
     verdicts = judge(preset.gates, rows)
-    print('', *(verdict.text for verdict in verdicts), sep='\n')
+    if verdicts:
+        print('', *(verdict.text for verdict in verdicts), sep='\n')
     return not (args.gate or preset.always_gated) or not any(v.broken for v in verdicts)
