@@ -24,6 +24,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Threads as in training on a CPU, where groups of rows are padded."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True, scope='module')
 def _environment() -> Iterator[None]:
     """A program that runs inside a test sets variables, such as how torch.load behaves."""

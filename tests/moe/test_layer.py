@@ -219,6 +219,20 @@ def test_any_size_is_finite_forward_and_backward(
 
 
 @every_case
+def test_no_image_at_all(make_layer, method, options):
+    model = make_layer(method, **options).train()
+    x = torch.zeros(0, 3, D, requires_grad=True)
+    with collect_losses(model) as collected:
+        out = model(x)
+        (out.sum() + collected.total()).backward()
+        assert out.shape == x.shape
+        assert all(loss.isfinite() for loss in collected.losses.values())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+
+
+@every_case
 def test_zero_tokens_vectors_are_finite(make_layer, method, options):
     layer = make_layer(method, **options)
     x = torch.zeros(2, 3, D, requires_grad=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from vqmoe_vision.moe.plan import ROW_BLOCK, make_plan
+from vqmoe_vision.moe import plan as plan_module
+from vqmoe_vision.moe.plan import make_plan
 
 
 @given(
@@ -29,6 +30,9 @@ def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype)
         start = bounds[expert]
         assert rows == list(range(start, start + len(rows)))  # dense, in the assignments' order
         assert start + len(rows) <= bounds[expert + 1]
+        if expert < num_experts:  # rows that only fill a group are its own: nothing else leaks in
+            filled = plan.order[start : bounds[expert + 1]]
+            assert (indices[filled] == expert).all()
 
 
 def groups(loads, dtype):
@@ -45,27 +49,40 @@ def _same_threads_after() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ('loads', 'dtype', 'threads', 'expected'),
+    ('loads', 'dtype', 'amx', 'threads', 'expected'),
     [
         # float32, two threads: even groups may add 32 rows per expert ...
-        ([1032, 968], 'float32', 2, [1032, 1032]),
-        ([1033, 967], 'float32', 2, [1033, 967]),
+        ([1032, 968], 'float32', True, 2, [1032, 1032]),
+        ([1033, 967], 'float32', True, 2, [1033, 967]),
+        # ... where not, neighbours may ...
+        ([1000, 1030, 600, 610], 'float32', True, 2, [1030, 1030, 610, 610]),
+        ([1000, 1070, 600, 610, 9], 'float32', True, 2, [1000, 1070, 610, 610, 9]),
         # ... and at most a quarter: 2 * 60 rows are 100 + 100 / 4 at most, 2 * 63 are not
-        ([40, 60], 'float32', 2, [60, 60]),
-        ([37, 63], 'float32', 2, [37, 63]),
-        ([1001, 999], 'float32', 1, [1001, 999]),
-        # below float32 whole blocks of 32: 2 * 1056 rows instead of 1056 + 960 are 96 more, of
-        # which 2 * 50 are allowed on one thread; 2 * 1088 instead of 1088 + 928 are 160 more
-        ([1030, 950], 'bfloat16', 1, [1056, 1056]),
-        ([1070, 910], 'bfloat16', 1, [1088, 928]),
+        ([40, 60], 'float32', True, 2, [60, 60]),
+        ([37, 63], 'float32', True, 2, [37, 63]),
+        ([1001, 999], 'float32', True, 1, [1001, 999]),
+        # neighbours only below float32 without AMX, in blocks of 8
+        ([1030, 970, 1030, 1030], 'bfloat16', False, 2, [1032, 1032, 1032, 1032]),
+        ([1030, 970], 'bfloat16', False, 2, [1032, 1032]),
+        ([1041, 959], 'bfloat16', False, 2, [1048, 960]),
+        ([1030, 970], 'bfloat16', False, 1, [1032, 976]),
+        ([1000, 1010, 1020], 'bfloat16', False, 2, [1016, 1016, 1024]),
+        # with AMX blocks of 32: 2 * 1056 rows instead of 1056 + 960 are 96 more, of which 2 * 50
+        # are allowed on one thread; 2 * 1088 instead of 1088 + 928 are 160 more
+        ([1030, 950], 'bfloat16', True, 1, [1056, 1056]),
+        ([1070, 910], 'bfloat16', True, 1, [1088, 928]),
         # and a sixth more on two: 100 + 330
-        ([1070, 910], 'bfloat16', 2, [1088, 1088]),
-        ([1250, 730], 'bfloat16', 2, [1280, 736]),
-        ([0, 3, 160], 'float16', 2, [0, 32, 160]),
+        ([1070, 910], 'bfloat16', True, 2, [1088, 1088]),
+        ([1250, 730], 'bfloat16', True, 2, [1280, 736]),
+        # never with an empty expert: there is nothing of its own to fill it with
+        ([0, 150, 160], 'float16', True, 2, [0, 160, 160]),
+        ([0, 20, 21], 'float32', True, 2, [0, 20, 21]),
     ],
 )
-def test_groups_are_even_where_that_costs_few_rows(loads, dtype, threads, expected):
-    assert ROW_BLOCK == 32
+def test_groups_are_even_where_that_costs_few_rows(
+    loads, dtype, amx, threads, expected, monkeypatch
+):
+    monkeypatch.setattr(plan_module, '_HAS_AMX', amx)
     torch.set_num_threads(threads)
     assert groups(loads, getattr(torch, dtype)) == expected
 

@@ -97,12 +97,12 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weights, order, positions = ctx.saved_tensors
         by_row = grads[0].index_select(0, order // weights.shape[1])
+        grad_weights = torch.linalg.vecdot(by_row, rows)[positions]
         # rows that only fill a group get no gradient: their weight is zero
         row_weights = weights.new_zeros(len(rows)).scatter(
             0, positions.flatten(), weights.flatten()
         )
-        grad_weights = (by_row * rows).sum(dim=1)[positions]
-        return by_row * row_weights[:, None], grad_weights, None, None
+        return by_row.mul_(row_weights[:, None]), grad_weights, None, None
 
 
 def run_experts_loop(
@@ -118,5 +118,5 @@ def run_experts_loop(
         answer = F.linear(
             experts.act(hidden), fc2.weight[e], None if fc2.bias is None else fc2.bias[e]
         )
-        out = out.index_add(0, token, answer * weights[token, choice, None].to(answer.dtype))
+        out.index_add_(0, token, answer * weights[token, choice, None].to(answer.dtype))
     return out

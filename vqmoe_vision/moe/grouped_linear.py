@@ -5,7 +5,8 @@ Legend: R rows sorted by expert, E experts.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype in which a linear layer would compute on `x`: autocast's, or the tensor's own."""
     kind = x.device.type
-    if kind != 'meta' and torch.is_autocast_enabled(kind):
+    # autocast leaves float64 alone
+    if kind != 'meta' and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -43,30 +45,27 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     ends = offsets.tolist()
-    if _are_even(ends):
-        product = _batched(out, ends)
+    for experts, rows, size in _even_runs(ends):
+        inputs, result = x[rows].unflatten(0, size), out[rows].unflatten(0, size)
         if bias is None:
-            torch.bmm(_batched(x, ends), weight.mT, out=product)
+            torch.bmm(inputs, weight[experts].mT, out=result)
         else:
-            torch.baddbmm(bias[:, None], _batched(x, ends), weight.mT, out=product)
-    else:
-        for e, (start, end) in enumerate(pairwise([0, *ends])):
-            if bias is None:
-                torch.mm(x[start:end], weight[e].t(), out=out[start:end])
-            else:
-                torch.addmm(bias[e], x[start:end], weight[e].t(), out=out[start:end])
+            torch.baddbmm(bias[experts, None], inputs, weight[experts].mT, out=result)
     out[ends[-1] :] = 0
     return out
 
 
-def _are_even(ends: list[int]) -> bool:
-    """Whether all experts have as many rows, so that one batched product runs them all."""
-    return all(end == (e + 1) * ends[0] for e, end in enumerate(ends))
+def _even_runs(ends: list[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Neighbours with as many rows each, which one batched product runs.
 
-
-def _batched(rows: Tensor, ends: list[int]) -> Tensor:
-    """View of the computed rows with one entry per expert."""
-    return rows[: ends[-1]].unflatten(0, (len(ends), ends[0]))
+    Yields:
+        The experts, all their rows, and how many experts and rows per expert that are.
+    """
+    expert = row = 0
+    for size, run in groupby(end - start for start, end in pairwise([0, *ends])):
+        count = len(list(run))
+        yield slice(expert, expert + count), slice(row, row + count * size), (count, size)
+        expert, row = expert + count, row + count * size
 
 
 @_grouped_linear.register_fake
@@ -76,43 +75,50 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor
 
 @torch.library.custom_op('vqmoe_vision::grouped_linear_backward', mutates_args=())
 def _grouped_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    grad_bias = weight.new_empty(weight.shape[:2])
+    """Gradients of rows, weight and bias; of frozen ones an empty tensor."""
+    grads = _empty_grads(x, weight, wanted)
+    grad_x, grad_weight, grad_bias = grads
     ends = offsets.tolist()
-    if _are_even(ends):
-        rows = _batched(grad, ends)
-        torch.bmm(rows, weight, out=_batched(grad_x, ends))
-        torch.bmm(rows.mT, _batched(x, ends), out=grad_weight)
-        torch.sum(rows, dim=1, out=grad_bias)
-    else:
-        for e, (start, end) in enumerate(pairwise([0, *ends])):
-            rows = grad[start:end]
-            torch.mm(rows, weight[e], out=grad_x[start:end])
-            torch.mm(rows.t(), x[start:end], out=grad_weight[e])
-            torch.sum(rows, dim=0, out=grad_bias[e])
-    grad_x[ends[-1] :] = 0
-    return grad_x, grad_weight, grad_bias
+    for experts, rows, size in _even_runs(ends):
+        of_run = grad[rows].unflatten(0, size)
+        if wanted[0]:
+            torch.bmm(of_run, weight[experts], out=grad_x[rows].unflatten(0, size))
+        if wanted[1]:
+            torch.bmm(of_run.mT, x[rows].unflatten(0, size), out=grad_weight[experts])
+        if wanted[2]:
+            torch.sum(of_run, dim=1, out=grad_bias[experts])
+    if wanted[0]:
+        grad_x[ends[-1] :] = 0
+    return grads
+
+
+def _empty_grads(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:2])
+    made = [x.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True)]
+    return made[0], made[1], made[2]
 
 
 @_grouped_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_grads(x, weight, wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, offsets = inputs
+    x, weight, _, offsets = inputs
     ctx.save_for_backward(x, weight, offsets)
-    ctx.has_bias = bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, weight, offsets = ctx.saved_tensors
     # sums of the output arrive as expanded tensors, which mm(out=) takes but slowly
-    grads = torch.ops.vqmoe_vision.grouped_linear_backward(grad.contiguous(), x, weight, offsets)
-    grad_x, grad_weight, grad_bias = grads
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
+    grads = torch.ops.vqmoe_vision.grouped_linear_backward(
+        grad.contiguous(), x, weight, offsets, list(ctx.needs_input_grad[:3])
+    )
+    return *(g if w else None for g, w in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup_context)

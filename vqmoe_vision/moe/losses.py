@@ -29,7 +29,12 @@ def load_balance(probs: Tensor, indices: Tensor) -> Tensor:
     """
     num_experts = probs.shape[-1]
     load = expert_load(indices, num_experts)
-    return num_experts * (load * probs.mean(dim=0)).sum()
+    return num_experts * (load * token_mean(probs)).sum()
+
+
+def token_mean(values: Tensor) -> Tensor:
+    """Mean over dim 0, (T, ...) -> (...); zero without tokens."""
+    return values.sum(dim=0) / max(values.shape[0], 1)
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
     chance = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
-    return squared_variation(chance.mean(dim=0))
+    return squared_variation(token_mean(chance))
 
 
 def router_z(logits: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ def router_z(logits: Tensor) -> Tensor:
     Returns:
         0-dim tensor; ln(E)^2 for zero logits.
     """
-    return logits.logsumexp(dim=-1).square().mean()
+    return token_mean(logits.logsumexp(dim=-1).square())
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> Tensor:

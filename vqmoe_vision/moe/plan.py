@@ -1,10 +1,11 @@
 """Which row each assignment becomes, when rows stand together by expert.
 
-On CPU the groups of rows are padded where that is faster. If the load is near even, all groups get
-the size of the largest, and one batched product runs all experts: a product per expert is too small
-to keep two threads busy. If it is not, groups below float32 get whole blocks of rows: oneDNN
-compiles a kernel for each number of rows that it has not seen lately, ten times the cost of running
-it, and routing gives new numbers at every step. docs/performance.md has the measurements.
+On CPU the groups of rows are padded where that is faster. Neighbours of similar load get the size
+of the largest, and one batched product runs them: a product per expert is too small to keep two
+threads busy. Below float32 all groups get whole blocks of rows: oneDNN compiles a kernel for each
+number of rows that it has not seen lately, ten times the cost of running it, and routing gives new
+numbers at every step. docs/performance.md has the measurements. A row that fills a group repeats a
+row of that group, so that a token which is not finite spoils no expert that it was not sent to.
 
 Legend: A assignments, R rows, E experts.
 """
@@ -12,12 +13,14 @@ Legend: A assignments, R rows, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ROW_BLOCK = 32  # rows; 16 is 5 % slower on AMX, 64 wastes more than it saves
+# Rows in a block below float32: AMX works on tiles of 16 rows, two at a time; AVX-512 on any.
+_AMX_BLOCK, _BLOCK = 32, 8
+_HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before torch 2.13
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Plan:
     """Where each assignment goes.
 
     Args:
-        order: (R,) int64, the assignment that each row computes. Rows that only fill a group name
-            an assignment too, but no assignment reads them.
+        order: (R,) int64, the assignment that each row computes. A row that only fills a group
+            names an assignment of that group, but no assignment reads it.
         inverse: (A,) int64, row of each assignment.
         offsets: (E,) int32, ends of the experts' groups. Rows past the last end are not computed:
             those of assignments that were dropped.
@@ -48,12 +51,17 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
         dtype: In which the experts compute.
     """
     if indices.device.type == 'cpu':
-        block = ROW_BLOCK if dtype in (torch.bfloat16, torch.float16) else 1
         static = torch.compiler.is_compiling()
-        return Plan(*_padded_plan(indices, num_experts, block, static))
+        return Plan(*_padded_plan(indices, num_experts, _row_block(dtype), static))
     _, order, ends = _sort(indices, num_experts)
     positions = torch.arange(indices.numel(), device=indices.device)
     return Plan(order, torch.empty_like(order).scatter(0, order, positions), ends)
+
+
+def _row_block(dtype: torch.dtype) -> int:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 1
+    return _AMX_BLOCK if _HAS_AMX else _BLOCK
 
 
 def _sort(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,43 +77,67 @@ def _padded_plan(
     indices: Tensor, num_experts: int, block: int, static: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets; with `static`, the order is as long as any load may need."""
-    ranked, order, ends = _sort(indices, num_experts)
-    ends = F.pad(ends, (1, 0))
-    dropped = indices.shape[0] - int(ends[-1])
-    sizes = _group_sizes(ends.diff().tolist(), block)
-    offsets = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    num_assignments = indices.shape[0]
+    ranked, order, counted = _sort(indices, num_experts)
+    ends = counted.tolist()
+    starts = [0, *ends[:-1]]
+    sizes = _group_sizes([e - s for s, e in zip(starts, ends, strict=True)], block)
+    padded_starts = [0, *accumulate(sizes)]
     # dropped assignments come after the last group
-    shift = F.pad(offsets, (1, 0)) - ends
-    rows = torch.arange(indices.shape[0]) + shift[ranked]
+    shift = torch.tensor([p - s for p, s in zip(padded_starts, [*starts, ends[-1]], strict=True)])
+    rows = torch.arange(num_assignments) + shift.index_select(0, ranked)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
-    num_rows = int(offsets[-1]) + dropped
+    num_rows = num_assignments - ends[-1] + padded_starts[-1]
     if static:
-        num_rows = _most_rows(indices.shape[0], num_experts, block)
-    return order.new_zeros(num_rows).scatter_(0, rows, order), inverse, offsets
+        num_rows = _most_rows(num_assignments, num_experts, block)
+    padded = order.new_zeros(num_rows)
+    if padded_starts[-1] > ends[-1]:  # no group is empty that has rows to fill
+        firsts = order[torch.tensor(starts).clamp_(max=num_assignments - 1)]
+        padded[: padded_starts[-1]] = firsts.repeat_interleave(torch.tensor(sizes))
+    padded.scatter_(0, rows, order)
+    return padded, inverse, torch.tensor(padded_starts[1:], dtype=torch.int32)
 
 
 def _group_sizes(loads: list[int], block: int) -> list[int]:
     sizes = [-(-load // block) * block for load in loads]
-    even = [max(sizes)] * len(sizes)
-    # at most a quarter, which bounds the length of a compiled plan
-    spare = min(_spare_rows(loads, block), sum(loads) // 4)
-    return even if sum(even) <= sum(sizes) + spare else sizes
-
-
-def _spare_rows(loads: list[int], block: int) -> int:
-    """What a product for each expert costs over one for all, in rows computed for nothing.
-
-    Measured; one thread loses nothing in float32, several lose most where products are fast.
-    """
     several = torch.get_num_threads() > 1
-    if block == 1:
-        return 32 * len(loads) if several else 0
-    return 50 * len(loads) + (sum(loads) // 6 if several else 0)
+    for length in _run_lengths(len(loads), block):
+        for i in range(0, len(loads), length):
+            run, load = sizes[i : i + length], loads[i : i + length]
+            spare = _spare_rows(sum(load), len(run), block, several)
+            # an empty group has no row of its own to repeat
+            if min(load) > 0 and len(run) * max(run) - sum(run) <= spare:
+                sizes[i : i + length] = [max(run)] * len(run)
+    return sizes
+
+
+def _run_lengths(num_experts: int, block: int) -> tuple[int, ...]:
+    """How many neighbours to give one size: all experts, pairs, or all and else pairs.
+
+    Measured: pairs fill less, and without AMX a product of two is as fast as one of eight.
+    """
+    if block == _AMX_BLOCK:
+        return (num_experts,)
+    return (num_experts, 2) if block == 1 else (2,)
+
+
+def _spare_rows(num_assignments: int, num_experts: int, block: int, several: bool) -> int:
+    """What products for each expert cost over one for all, in rows computed for nothing.
+
+    Measured: AMX, whose products are fast, loses most by small ones; without it one thread loses
+    nothing, `several` do. At most a quarter, which bounds the length of a compiled plan.
+    """
+    if block == _AMX_BLOCK:
+        spare = 50 * num_experts + (num_assignments // 6 if several else 0)
+    else:
+        spare = 32 * num_experts if several else 0
+    return torch.sym_min(num_assignments // 4, spare)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     """As many rows as any load may need; an expression that tracing keeps for any batch size."""
-    return num_assignments + num_assignments // 4 + num_experts * (block - 1)
+    spare = _spare_rows(num_assignments, num_experts, block, several=True)
+    return num_assignments + spare + num_experts * (block - 1)
 
 
 @_padded_plan.register_fake

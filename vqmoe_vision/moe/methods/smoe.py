@@ -172,7 +172,9 @@ class SMoERouter(Router):
         config, terms = self.config, {}
         # a term of weight zero is left out, it may be undefined (load without noise)
         if config.importance_weight > 0:
-            terms['importance'] = config.importance_weight * losses.importance(logits.softmax(-1))
+            # without noise it is the same softmax
+            clean = probs if noisy is logits else logits.softmax(dim=-1)
+            terms['importance'] = config.importance_weight * losses.importance(clean)
         if config.load_weight > 0:
             load = losses.load(logits, noisy, self.noise_std(), config.top_k)
             terms['load'] = config.load_weight * load

@@ -125,7 +125,8 @@ class SoftMoEMlp(MoeLayer):
         per_expert = rows.shape[0] // self.experts.num_experts
         ends = torch.arange(1, self.experts.num_experts + 1, device=x.device, dtype=torch.int32)
         answers = self.experts(rows, ends * per_expert)
-        answers = answers.view(-1, batch, self.slots_per_expert, width).transpose(0, 1)
+        by_expert = (self.experts.num_experts, batch, self.slots_per_expert, width)
+        answers = answers.view(by_expert).transpose(0, 1)
         return combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
 
     def macs(self, num_tokens: int) -> int:

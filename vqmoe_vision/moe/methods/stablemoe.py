@@ -252,7 +252,7 @@ class StableRouter(Router):
             terms = self._losses(gates, student_scores, indices) if self.training else {}
             # the output reaches D and E^ with a gradient of zero, so that no parameter is unused
             weights = gates + 0 * student_scores.gather(1, indices)
-            agreement = (student[:, 0] == teacher[:, 0]).float().mean()
+            agreement = losses.token_mean((student[:, 0] == teacher[:, 0]).float())
         return Routing(indices, weights, terms, stats={'agreement': agreement})
 
     def macs_per_token(self) -> int:
@@ -265,7 +265,8 @@ class StableRouter(Router):
 
     def _losses(self, gates: Tensor, student_scores: Tensor, indices: Tensor) -> dict[str, Tensor]:
         num_experts = self.config.num_experts
-        distill = -student_scores.log_softmax(dim=-1).gather(1, indices).mean()
+        chosen = student_scores.log_softmax(dim=-1).gather(1, indices)
+        distill = -losses.token_mean(chosen.mean(dim=1))
         balance = losses.overload(gates, indices, num_experts)
         stage1 = ~self.distilled.frozen
         return {

@@ -207,11 +207,11 @@ class Quantizer(nn.Module):
         share = self.config.code_share
         match self.config.expert_input:
             case 'mix':
-                return x + share * (code - x).detach()
+                return torch.add(x, (code - x).detach(), alpha=share)
             case 'ste':
                 return x + (code - x).detach()
             case 'official':
-                return (1 - share) * x + share * (code - x).detach()
+                return torch.add((1 - share) * x, (code - x).detach(), alpha=share)
             case _:
                 return x
 
@@ -284,7 +284,7 @@ class VQMoEMlp(MoeLayer):
         if self.output_norm is None:
             return combine(rows, plan, torch.cat(weights, dim=1))
         positions = plan.inverse.view(-1, len(inputs))
-        answers = [rows[positions[:, i]] for i in range(len(inputs))]
+        answers = [rows.index_select(0, positions[:, i]) for i in range(len(inputs))]
         answers[-1] = self.output_norm(answers[-1]).to(rows.dtype)
         pairs = zip(answers, weights, strict=True)
         return torch.stack([answer * weight.to(rows.dtype) for answer, weight in pairs]).sum(dim=0)
@@ -300,8 +300,8 @@ class VQMoEMlp(MoeLayer):
             usage = expert_load(quantized.indices, codebook.num_codes)
             stats['code_usage'] = usage
             stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)
-            error = (tokens.float() - quantized.codes).detach().square().mean()
-            stats['quantization_error'] = error / tokens.detach().float().square().mean()
+            size = torch.linalg.vector_norm(tokens.detach(), dtype=torch.float32).square()
+            stats['quantization_error'] = quantized.error * tokens.numel() / size
         self.record(loss, stats)
 
     def _record_both(self, gates: Tensor, experts: list[Tensor]) -> None:

@@ -1,0 +1,1 @@
+"""A package, or processes that tests spawn would import the `tests` that soft-moe installs."""
