@@ -5,10 +5,11 @@ import pytest
 import timm
 import torch
 from mmengine.logging import HistoryBuffer
+from mmseg.models import VisionTransformer as MMSegViT
 from mmseg.registry import MODELS
 from safetensors.torch import save_file
 
-from vqmoe_vision.segmentation.checkpoint import fit_state, read_state
+from vqmoe_vision.segmentation.checkpoint import fit_state, read_image_sizes, read_state
 
 from .conftest import TINY, tiny_backbone
 
@@ -50,6 +51,79 @@ def test_position_embeddings_are_resized() -> None:
     fitted, notes = fit_state(model, state_of(), 'a')
     assert fitted['pos_embed'].shape == model.pos_embed.shape == (1, 4 * 8 + 1, 12)
     assert notes[0] == 'a: pos_embed resized from (1, 17, 12) to (1, 33, 12)'
+
+
+def test_position_embeddings_of_an_oblong_image_are_resized() -> None:
+    # 16 positions of (16, 64) pixels are no 4 x 4 grid, though there are as many
+    state = state_of(img_size=(16, 64))
+    grid = torch.arange(8.0).expand(2, 8)  # a ramp along the width
+    state['pos_embed'][0, 1:] = grid.flatten()[:, None]
+    fitted, _ = fit_state(model_of(), state, 'a', [(224, 224), (16, 64)])
+    found = fitted['pos_embed'][0, 1:, 0].unflatten(0, (4, 4))
+    assert (found.diff(dim=1) > 1).all()
+    torch.testing.assert_close(found.diff(dim=0), torch.zeros(3, 4), atol=1e-5, rtol=0)
+
+
+def test_positions_of_an_unknown_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a' .* has 8 positions, which is no square"):
+        fit_state(model_of(), state_of(img_size=(16, 32)), 'a')
+
+
+def test_image_size_is_read_from_the_config_of_a_run(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    config = 'model = dict(\n    img_size=(\n        352,\n        480,\n    ))\nimg_size=64'
+    torch.save({'state_dict': state_of(), 'meta': {'cfg': config}}, path)
+    assert read_image_sizes(path) == [(352, 480), (64, 64)]
+    torch.save(state_of(), path)
+    assert read_image_sizes(path) == []
+    save_file(state_of(), tmp_path / 'a.safetensors')
+    assert read_image_sizes(str(tmp_path / 'a.safetensors')) == []
+
+
+@pytest.mark.parametrize('prefix', ['backbone.', ''])
+def test_weights_of_mmsegs_own_backbone_compute_the_same(prefix: str) -> None:
+    torch.manual_seed(0)
+    theirs = MMSegViT(
+        img_size=32, patch_size=8, embed_dims=12, num_layers=2, num_heads=3, final_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-6),
+    )  # fmt: skip
+    theirs.eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    loaded = prefixed(prefix, theirs.state_dict())
+    backbone = MODELS.build(tiny_backbone('vit_tiny_patch16_224')).eval()
+    fitted, notes = fit_state(backbone.model, loaded, 'a')
+    backbone.model.load_state_dict(fitted)
+    assert notes == [f'a: loaded {len(fitted)} of the {len(fitted)} tensors of the backbone']
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone(image)[0], theirs(image)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(2, 6), (6, 2)])
+def test_slots_of_softmoe_are_resized(before: int, after: int) -> None:
+    state = state_of('vit_tiny_softmoe', slots_per_expert=before)
+    model = model_of('vit_tiny_softmoe', slots_per_expert=after).eval()
+    fitted, notes = fit_state(model, state, 'a')
+    assert any('slot_embed resized' in note for note in notes)
+    model.load_state_dict(fitted)
+    slots = fitted['blocks.1.mlp.slot_embed'].unflatten(0, (2, after))
+    source = state['blocks.1.mlp.slot_embed'].unflatten(0, (2, before))
+    if after < before:
+        torch.testing.assert_close(slots, source[:, [0, 3]], rtol=0, atol=0)
+        return
+    assert len(slots.flatten(0, 1).unique(dim=0)) == 2 * after  # no two stay equal for ever
+    # three copies of each slot answer as one, up to the hundredth by which they differ
+    original = model_of('vit_tiny_softmoe', slots_per_expert=before).eval()
+    original.load_state_dict(fit_state(original, state, 'a')[0])
+    tokens = torch.randn(1, 16, 12)
+    found, expected = (m.blocks[1].mlp(tokens) for m in (model, original))
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_full_form_starts_the_discrete_form() -> None:
+    fitted, notes = fit_state(model_of(form='discrete'), state_of(), 'a')
+    assert 'blocks.1.mlp.quantizer.codebook.embed' in fitted
+    assert 'unused: blocks.1.mlp.router.weight, blocks.1.mlp.gate.weight' in notes[-1]
 
 
 def test_norm_of_averaged_features_becomes_the_final_norm() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import vqmoe_vision  # noqa: F401  registers the models with timm
 from vqmoe_vision.moe.methods.stablemoe import restart_stage1
 
-from .checkpoint import fit_state, read_state
+from .checkpoint import fit_state, read_image_sizes, read_state
 
 # Files of timm, and ours, whose models are `VisionTransformer`s.
 _MODULES = ('vision_transformer', 'deit', 'vit_moe')
@@ -33,7 +33,8 @@ class TimmViT(BaseModule):
             Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
-            (.pth), or of timm (.pth or .safetensors). Read when training starts, not for tests.
+            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Read when training
+            starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`, `num_experts`
             and `pretrained`.
@@ -76,14 +77,14 @@ class TimmViT(BaseModule):
         """
         if self.checkpoint is None:
             return
-        state, notes = fit_state(self.model, read_state(self.checkpoint), self.checkpoint)
+        path = self.checkpoint
+        state, notes = fit_state(self.model, read_state(path), path, read_image_sizes(path))
         self.model.load_state_dict(state, strict=False)
         # a new training has a first stage of its own, as long as MoeStateHook says
         frozen = restart_stage1(self.model)
         if frozen:
             notes.append(
-                f'{self.checkpoint}: {frozen} frozen StableMoE routers learn again, in stage 1 of '
-                'this run'
+                f'{path}: {frozen} frozen StableMoE routers learn again, in stage 1 of this run'
             )
         for note in notes:
             print_log(note, logger='current')
