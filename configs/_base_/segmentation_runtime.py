@@ -10,6 +10,8 @@ custom_hooks = [
     dict(type='ClassCountHook'),
 ]
 default_hooks = dict(
+    # validation at its iteration in TensorBoard: such a run has one epoch
+    logger=dict(log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=16000, save_best='mIoU', rule='greater'),
     visualization=dict(type='OverlayHook'),
 )

@@ -222,6 +222,18 @@ def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert used == [str(Path('work_dirs/tiny')), 'b', 'c']
 
 
+@pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, None)])
+def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
+    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
+    settings = load_config(config)
+    use_amp(settings)
+    assert settings.optim_wrapper.type == 'AmpOptimWrapper'
+    assert settings.optim_wrapper.get('dtype') == dtype
+
+
 def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:
     settings = load_config(config, {'optim_wrapper.type': 'ApexOptimWrapper'})
     with pytest.raises(ValueError, match=r"optim_wrapper.type='ApexOptimWrapper'"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError
 from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook, misfit
+from vqmoe_vision.engine.routing import RoutingStatistics
 from vqmoe_vision.moe.methods.stablemoe import StableRouter
 
 
@@ -82,6 +83,25 @@ def test_first_stage_of_stablemoe_is_a_tenth_of_training() -> None:
         if isinstance(module, StableRouter)
     ]
     assert steps == [25]
+
+
+def test_training_and_validation_are_reported_apart() -> None:
+    statistics, written = RoutingStatistics(), []
+    runner = SimpleNamespace(
+        model=SimpleNamespace(routing_statistics=statistics),
+        logger=SimpleNamespace(info=lambda line: None),
+        visualizer=SimpleNamespace(add_scalars=lambda scalars, step: written.append(scalars)),
+        iter=4,
+    )
+    hook = MoeStateHook()
+    for load, report in (([1.0, 0.0], hook.before_val_epoch), ([0.5, 0.5], hook.after_val_epoch)):
+        statistics.add({'layer/load': torch.tensor(load)})
+        report(runner, **({'metrics': {}} if report == hook.after_val_epoch else {}))
+    hook.after_train_epoch(runner)  # nothing was trained since
+    assert [(next(iter(s)), s[next(iter(s))]) for s in written] == [
+        ('train_epoch/layer/load_min', 0.0),
+        ('val/layer/load_min', 0.5),
+    ]
 
 
 @pytest.mark.parametrize('fraction', [0.0, 1.5])

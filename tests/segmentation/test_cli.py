@@ -18,6 +18,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.checkpoint import read_state
 from vqmoe_vision.segmentation.cli import predict as predict_cli
+from vqmoe_vision.segmentation.inference import Predictor
 
 SCENES = (
     Path(__file__).parents[2]
@@ -69,6 +70,22 @@ def test_training_logs_losses_statistics_and_metrics(trained: Path) -> None:
     assert {f'{layer}/balance_loss', f'{layer}/load_max', f'val/{layer}/dead_experts'} <= names
     assert (trained / 'iter_2.pth').is_file()
     assert len(list(trained.glob('best_mIoU_iter_2.pth'))) == 1
+
+
+def test_validation_stands_at_its_iteration_and_training_has_its_own_routing(
+    trained: Path,
+) -> None:
+    (scalars,) = trained.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    (validation,) = (record for record in records if 'mIoU' in record)
+    assert validation['step'] == 2
+    name = 'blocks.1.mlp/load_max'
+    (train,) = (r[f'train_epoch/{name}'] for r in records if f'train_epoch/{name}' in r)
+    (held_out,) = (r[f'val/{name}'] for r in records if f'val/{name}' in r)
+    assert train != held_out
+    (log,) = trained.glob('*/*.log')
+    steps = [line for line in log.read_text().splitlines() if 'Iter(train)' in line]
+    assert steps and all('moe/balance_loss: ' in s and 'moe/vq_loss: ' in s for s in steps)
 
 
 def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: Path) -> None:
@@ -188,6 +205,16 @@ def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> Non
     images = [grey, colour, np.dstack([colour, noise(16, 16)])]
     first, *others = (r.labels for r in predict(config, str(trained / 'iter_2.pth'), images))
     assert all((first == other).all() for other in others)
+
+
+def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Path) -> None:
+    chosen = tmp_path / 'chosen.py'
+    metainfo = "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('3', '1'))))"
+    chosen.write_text(f'_base_ = {config!r}\n{metainfo}\n')
+    predictor = Predictor(str(chosen), str(trained / 'iter_2.pth'))
+    assert predictor.classes == ('3', '1')
+    # BGR; the palette of the data set, where digit d is entry d + 1
+    assert predictor.palette.tolist() == [[200, 130, 0], [75, 180, 60]]
 
 
 def test_folder_to_overlays_and_label_maps(

@@ -27,6 +27,14 @@ def test_every_row_is_there() -> None:
     expected = {f'ade20k/segmenter_vit_{s}_{row}_ade20k.py' for s in sizes for row in ROWS}
     expected |= {f'digit_scenes/segmenter_vit_tiny_{row}_digit_scenes.py' for row in ROWS}
     expected |= {f'camvid/budget/segmenter_{row}_camvid_budget.py' for row in ROWS}
+    original = 'ade20k/original_schedule/segmenter_vit_small_{}_ade20k_original.py'
+    expected |= {original.format(row) for row in ROWS}
+    for data, pair in (
+        ('camvid', ('tiny', 'small')),
+        ('pascal_context', ('tiny', 'base')),
+        ('cityscapes', ('tiny', 'base')),
+    ):
+        expected |= {f'{data}/segmenter_vit_{s}_{row}_{data}.py' for s in pair for row in ROWS}
     assert expected <= set(LEAVES)
 
 
@@ -56,6 +64,15 @@ def test_model_can_be_built_and_run(leaf: str) -> None:
     assert model_config.decode_head.num_classes == len(
         DATASETS.get(dataset(config).type).METAINFO['classes']
     )
+
+
+@pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if '_softmoe_' in leaf])
+def test_softmoe_has_two_slots_per_token(leaf: str) -> None:
+    model = load_config(str(CONFIGS / leaf)).model
+    with torch.device('meta'):
+        backbone = MODELS.build(model.backbone).model
+    slots = {block.mlp.num_slots for block in backbone.blocks if hasattr(block.mlp, 'num_slots')}
+    assert slots == {2 * backbone.patch_embed.num_patches}
 
 
 def dataset(config: Config, split: str = 'train') -> Any:

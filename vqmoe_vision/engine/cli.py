@@ -45,7 +45,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         '--resume', action='store_true', help='go on from the latest checkpoint in the work dir'
     )
     parser.add_argument(
-        '--amp', action='store_true', help='mixed precision: bfloat16 on the CPU, float16 on a GPU'
+        '--amp', action='store_true', help='mixed precision: bfloat16, float16 on an older GPU'
     )
     run(parser, argv, _train)
 
@@ -108,6 +108,8 @@ def use_amp(config: Config) -> None:
     if torch.cuda.is_available():
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            config.optim_wrapper.setdefault('dtype', 'bfloat16')
     else:
         config.optim_wrapper.type = 'CpuAmpOptimWrapper'
 

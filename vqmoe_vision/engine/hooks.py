@@ -25,7 +25,10 @@ def _unwrapped(runner: Runner) -> Any:
 
 @HOOKS.register_module()
 class MoeStateHook(Hook):
-    """Moves the state that learns without gradients, and reports routing at the end of an epoch.
+    """Moves the state that learns without gradients, and reports routing.
+
+    Of a validation or test pass at its end; of training at the end of an epoch, or before the next
+    validation.
 
     Args:
         stage1_fraction: Share of the training iterations after which StableMoE freezes its router.
@@ -45,8 +48,13 @@ class MoeStateHook(Hook):
         steps = max(1, round(self.stage1_fraction * runner.max_iters))
         set_stage1_steps(_unwrapped(runner).routed_model, steps)
 
-    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
-        _unwrapped(runner).routing_statistics.reset()
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Reports the routing of the iterations since the last validation.
+
+        A run that is counted in epochs has done so; one that is counted in iterations is a single
+        epoch.
+        """
+        self._report(runner, 'train_epoch')
 
     def after_train_iter(
         self,
@@ -77,6 +85,7 @@ class MoeStateHook(Hook):
         summary = statistics.summary()
         for line in statistics.report():
             runner.logger.info(f'{mode}  {line}')
+        statistics.reset()
         scalars = {f'{mode}/{name}': value for name, value in summary.items()}
         if scalars and mode != 'test':
             runner.visualizer.add_scalars(scalars, step=runner.iter)

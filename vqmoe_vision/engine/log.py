@@ -9,14 +9,14 @@ from mmengine.runner import LogProcessor
 
 @LOG_PROCESSORS.register_module()
 class MoeLogProcessor(LogProcessor):
-    """Keeps statistics and losses of single layers out of the lines of text.
+    """Sums losses over layers in the lines of text, and keeps statistics of single layers out.
 
-    They go to TensorBoard and the JSON log at every logged iteration; a line of text per epoch and
+    Both go to TensorBoard and the JSON log at every logged iteration; a line of text per epoch and
     layer comes from `MoeStateHook`.
     """
 
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:
-        """As mmengine's, without `<layer>/<name>: <value>` in the text.
+        """As mmengine's, but for each `<layer>/<name>_loss` one `moe/<name>_loss` in the text.
 
         Args:
             runner: The runner.
@@ -27,4 +27,10 @@ class MoeLogProcessor(LogProcessor):
             Scalars by name, and the line of text.
         """
         scalars, text = super().get_log_after_iter(runner, batch_idx, mode)
-        return scalars, re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
+        sums: dict[str, float] = {}
+        for name, value in scalars.items():
+            layer, _, kind = name.rpartition('/')
+            if layer and kind.endswith('_loss'):
+                sums[kind] = sums.get(kind, 0.0) + value
+        text = re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
+        return scalars, text + ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())

@@ -51,6 +51,9 @@ class ReseedHook(Hook):
         seed_generators(runner.seed, runner.iter, get_rank())
 
 
+_SAMPLES = 1  # tells the seeds of samples from those of iterations
+
+
 class SeededIndex(int):
     """Index of a sample that brings the seed of its augmentation.
 
@@ -74,7 +77,7 @@ class SeededInfiniteSampler(InfiniteSampler):
     def _indices_of_rank(self) -> Iterator[int]:
         for position, index in enumerate(super()._indices_of_rank()):
             seeded = SeededIndex(index)
-            seeded.parts = (self.seed, position, self.rank)
+            seeded.parts = (self.seed, position, self.rank, _SAMPLES)
             yield seeded
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 from mmseg.datasets import (
     ADE20KDataset,
     BaseSegDataset,
@@ -69,6 +70,21 @@ class CheckedDataset(SeededDataset):
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
         return pairs
+
+    def prepare_data(self, idx: int) -> Any:
+        """Loads and augments a pair.
+
+        Args:
+            idx: Index of the pair.
+
+        Raises:
+            ValueError: The pipeline cannot resize the image; names it.
+        """
+        try:
+            return super().prepare_data(idx)
+        except cv2.error as error:
+            path = self.get_data_info(idx)['img_path']
+            raise ValueError(f'{path} has a size that the pipeline cannot resize') from error
 
 
 @DATASETS.register_module()

@@ -85,14 +85,8 @@ class Predictor:
         settings = load_config(config)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         dataset = settings.test_dataloader.dataset
-        metainfo = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
-        if not {'classes', 'palette'} <= metainfo.keys():
-            raise ValueError(
-                f'{config!r} is no config of segmentation: its data set {dataset.type!r} has no '
-                'classes with colours'
-            )
-        self.classes = tuple(metainfo['classes'])
-        self.palette = np.array(metainfo['palette'], np.uint8)[:, ::-1]  # BGR
+        self.classes, palette = _classes(config, dataset)
+        self.palette = np.array(palette, np.uint8)[:, ::-1]  # BGR
         loading = {'LoadImage', 'LoadImageFromFile', 'LoadLabels', 'LoadAnnotations'}
         self.pipeline = Compose([step for step in dataset.pipeline if step.type not in loading])
         self.model = MODELS.build(settings.model)
@@ -137,6 +131,22 @@ class Predictor:
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
         mixed = pixels * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
+
+
+def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[int]]]:
+    """Names and colours; `metainfo` of a config may choose some of its data set's classes."""
+    every = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
+    chosen = dataset.get('metainfo', {})
+    if not {'classes', 'palette'} <= {**every, **chosen}.keys():
+        raise ValueError(
+            f'{config!r} is no config of segmentation: its data set {dataset.type!r} has no '
+            'classes with colours'
+        )
+    classes = tuple(chosen.get('classes', every.get('classes')))
+    if 'palette' in chosen:
+        return classes, list(chosen['palette'])
+    colours = dict(zip(every['classes'], every['palette'], strict=True))
+    return classes, [colours[name] for name in classes]
 
 
 def list_images(images: Any) -> list[Any]:

@@ -2,7 +2,11 @@
 
 import inspect
 import io
+import os
 from typing import Any
+
+# or its import asks pypi.org for a newer version
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 
 import albumentations
 import cv2

@@ -10,7 +10,6 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.visualization import Visualizer
 from torch import Tensor
 
 
@@ -23,10 +22,12 @@ class OverlayHook(Hook):
 
     Args:
         draw: Whether to draw; `--show-dir` turns it on.
+        show: Whether to open windows too; `--show` of mmseg's own tools/test.py turns it on.
+        wait_time: Seconds for which a window stays open; 0 waits for a key.
     """
 
-    def __init__(self, draw: bool = False) -> None:
-        self.draw = draw
+    def __init__(self, draw: bool = False, show: bool = False, wait_time: float = 0.0) -> None:
+        self.draw, self.show, self.wait_time = draw, show, wait_time
 
     def after_test_iter(
         self,
@@ -45,8 +46,13 @@ class OverlayHook(Hook):
         for tensor, sample in zip(inputs, outputs, strict=True):
             name = Path(sample.img_path).stem
             image = _image_of(sample, tensor.numpy())
-            Visualizer.get_current_instance().add_datasample(
-                name, image, data_sample=sample, show=False, with_labels=False
+            runner.visualizer.add_datasample(
+                name,
+                image,
+                data_sample=sample,
+                show=self.show,
+                wait_time=self.wait_time,
+                with_labels=False,
             )
 
 

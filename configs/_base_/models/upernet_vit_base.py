@@ -1,5 +1,6 @@
-# UPerNet on four levels of a ViT, made a pyramid. The norms of its heads are over the batch: with
-# few images per GPU set sync_bn='torch'.
+# UPerNet on four levels of a ViT, made a pyramid. The norms of its heads are over the batch, in a
+# distributed run over that of all GPUs: one image alone has no variance.
+sync_bn = 'torch'
 norm_cfg = dict(type='BN', requires_grad=True)
 loss = dict(type='CrossEntropyLoss', use_sigmoid=False)
 model = dict(

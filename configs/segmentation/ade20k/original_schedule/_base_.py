@@ -8,6 +8,6 @@ default_hooks = dict(checkpoint=dict(interval=16170))
 task = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(img_size=(512, 512)),
-    decode_head=dict(num_classes=150, drop_path_rate=0.0, dropout_ratio=0.1),
+    decode_head=dict(num_classes=150, drop_path_rate=0.0, drop_rate=0.1),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(512, 512)),
 )
