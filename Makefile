@@ -60,8 +60,8 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	done; done
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
-bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, half an hour)
-	@status=0; for run in "moe table" "model table" "moe peers" "moe scaling"; do set -- $$run; \
+bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)
+	@status=0; for run in "moe table" "model table" "moe compiled" "model compiled" "moe peers" "moe scaling"; do set -- $$run; \
 	    env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py $$1 --preset $$2 --gate \
 	        --out work_dirs/benchmark/$$1-$$2.json --plot work_dirs/benchmark/$$1-$$2.png || status=1; \
 	done; exit $$status

@@ -1,4 +1,4 @@
-"""Benchmark layers and models: python tools/benchmark.py moe|model [--help]."""
+"""Benchmark layers, models and training steps: python tools/benchmark.py moe|model|training -h."""
 
 from vqmoe_vision.benchmark.cli import main
 

@@ -84,7 +84,12 @@ def test_models_end_to_end(tmp_path: Path) -> None:
         ('moe --preset ci --tokens 3', "--preset='ci' is not possible: only without --tokens"),
         ('moe --gate', '--gate=True is not possible: only with --preset'),
         ('moe --device cuda --clock process', "clock='process' is not possible: 'wall' on a GPU"),
-        ('moe --from a.json', "--from='a.json' is not possible: only with --plot"),
+        ('moe --from no.json', 'no.json does not exist'),
+        ('moe --preset table --gate --mode fwd', "--mode='fwd' is not possible: fwdbwd with"),
+        ('moe --capacity-factor 2 --contenders ours', '--capacity-factor=2.0 is not possible'),
+        ('training no.py --threads 1', "config 'no.py' does not exist"),
+        ('training no.py --cfg-options x', "--cfg-options='x' is not possible: name=value"),
+        ('training no.py --iterations 0', '--iterations=0 is not possible: at least 1'),
         ('moe --from no.json --plot a.png', 'no.json does not exist'),
         ('moe --repeats 0', 'repeats=0 is not possible: at least 1'),
         ('model --threads 1 --models nobody', "models='nobody' is not possible: a timm model"),
@@ -100,6 +105,67 @@ def test_mistakes_are_one_line(arguments: str, message: str) -> None:
         main(arguments.split())
     line = str(exit_.value.code)
     assert line.startswith('error: ') and message in line and '\n' not in line
+
+
+SAVED = {
+    **{
+        'tokens': 197,
+        'batch': 8,
+        'width': 384,
+        'experts': 8,
+        'top_k': 1,
+        'skew': 1.0,
+        'amp': False,
+    },
+    **{'dtype': 'float32', 'mode': 'fwdbwd', 'sweep': ''},
+}
+
+
+@pytest.mark.parametrize('gated', [True, False])
+def test_a_saved_run_is_judged(tmp_path: Path, capsys, gated: bool) -> None:
+    """Rows of one configuration only: every other limit of the preset is not measured."""
+    saved, plot = tmp_path / 'run.json', tmp_path / 'run.png'
+    rows = [
+        {**SAVED, 'contender': name, 'median_ms': 1.0, 'to_dense': 1.0}
+        for name in ('dense', 'ours')
+    ]
+    saved.write_text(json.dumps({'command': 'moe', 'header': {}, 'rows': rows}))
+    arguments = ['moe', '--preset', 'table', '--from', str(saved)]
+    if not gated:
+        main([*arguments, '--plot', str(plot)])
+        assert 'BROKEN' not in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, '--gate'])
+    assert exit_.value.code == 1
+    printed = capsys.readouterr().out
+    assert 'met: ours dtype=float32 tokens=197 top_k=1' in printed and 'not measured' in printed
+
+
+def test_a_training_step_is_split(tmp_path: Path, capsys) -> None:
+    out = tmp_path / 'run.json'
+    config = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+    size = 'model.depth=2 model.embed_dim=12 train_dataloader.batch_size=4'
+    workers = 'train_dataloader.num_workers=0 train_dataloader.persistent_workers=False'
+    options = ['--cfg-options', *size.split(), *workers.split()]
+    main(
+        [
+            'training',
+            str(config),
+            '--iterations',
+            '3',
+            '--threads',
+            '1',
+            *options,
+            '--out',
+            str(out),
+        ]
+    )
+    (row,) = json.loads(out.read_text())['rows']
+    assert row['images'] == 4
+    assert list(row['parts_ms']) == ['data', 'forward', 'backward', 'optimizer', 'hooks']
+    assert all(ms > 0 for ms in row['parts_ms'].values())
+    assert '4 images per step' in capsys.readouterr().out
 
 
 def test_debug_shows_the_trace() -> None:

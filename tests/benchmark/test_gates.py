@@ -1,7 +1,7 @@
 """Limits on fixed numbers."""
 
 from vqmoe_vision.benchmark.gates import Gate, judge
-from vqmoe_vision.benchmark.presets import LAYER_PRESETS, MODEL_PRESETS
+from vqmoe_vision.benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset
 
 CELL = {
     'tokens': 10,
@@ -70,11 +70,16 @@ def test_ours_must_not_be_slower_than_a_peer() -> None:
     assert line.startswith('BROKEN: layer over peer at ')
 
 
+def with_compiled(names: tuple[str, ...], preset: Preset) -> list[str]:
+    return [*names, *(f'{name}+compiled' for name in names if preset.compiled)]
+
+
 def test_every_preset_measures_what_its_gates_judge() -> None:
     for preset in LAYER_PRESETS.values():
         rows = []
         for cell, names in preset.runs:
-            for name in ('dense', 'bound', *(names or ('loop', 'ours', 'layer'))):
+            names = ('dense', 'bound', *(names or ('loop', 'ours', 'layer')))
+            for name in with_compiled(names, preset):
                 rows.append({**vars(cell), 'mode': 'fwdbwd', 'contender': name, 'median_ms': 1e-9})
         assert not [v.text for v in judge(preset.gates, rows) if 'at most' not in v.text]
     for preset in MODEL_PRESETS.values():
@@ -89,7 +94,7 @@ def test_every_preset_measures_what_its_gates_judge() -> None:
                 'mode': mode,
             }
             for run in preset.comparisons
-            for name in (run.baseline, *run.models)
+            for name in with_compiled((run.baseline, *run.models), preset)
             for mode in run.modes
         ]
         assert not broken(preset.gates, rows)

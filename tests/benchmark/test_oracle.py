@@ -14,7 +14,7 @@ from vqmoe_vision.benchmark.layers import measure_layer
 from vqmoe_vision.benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
 
-BUILDERS = [ours.ours, ours.layer, ours.softmoe]
+BUILDERS = [ours.ours, ours.layer, ours.softmoe, ours.vqmoe]
 
 
 def changed(**fields) -> Callable[[Cell], Cell]:
@@ -35,6 +35,8 @@ def changed(**fields) -> Callable[[Cell], Cell]:
 )
 def test_ours_equals_the_loop(build, backward, change, cell: Cell) -> None:
     cell, settings = change(cell), Settings(backward=backward)
+    if build is ours.vqmoe and cell.top_k == 1:
+        pytest.skip('two experts per token')
     inputs = Inputs(cell)
     (contender,) = build(cell, settings, inputs)
     check_against_oracle(contender, inputs.batch(0), cell, settings)

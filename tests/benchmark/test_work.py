@@ -1,14 +1,16 @@
 """Contenders do equal work: their formulas against torch's own count of their products."""
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.benchmark import ours
 from vqmoe_vision.benchmark.cells import Cell, Settings
 from vqmoe_vision.benchmark.contenders import Contender, UnsuitableError
 from vqmoe_vision.benchmark.inputs import Inputs
-from vqmoe_vision.benchmark.layers import PEERS, choose
-from vqmoe_vision.benchmark.peers import mixture_of_experts, st_moe_pytorch
+from vqmoe_vision.benchmark.layers import PEERS, REFERENCES, choose
+from vqmoe_vision.benchmark.peers import mixture_of_experts, moe_jetpack, st_moe_pytorch
+from vqmoe_vision.moe.methods.softmoe import SoftMoEMlp
 
 # width 48: two thirds of its hidden width, 128, are whole and a multiple of eight
 CELL = Cell(tokens=16, batch=2, width=48, experts=4, top_k=2)
@@ -31,7 +33,7 @@ def test_floors_and_loop_do_the_experts_work(build) -> None:
 
 
 # the grouped operator is opaque to the counter, so the loops behind the oracles are counted
-@pytest.mark.parametrize('build', [ours.ours, ours.layer, ours.softmoe])
+@pytest.mark.parametrize('build', [ours.ours, ours.layer, ours.vqmoe, ours.softmoe])
 def test_formulas_of_ours_equal_a_count_of_their_oracles(build) -> None:
     (contender,) = build(CELL, Settings(), Inputs(CELL))
     assert contender.macs == counted_macs(contender, use_oracle=True)
@@ -40,7 +42,8 @@ def test_formulas_of_ours_equal_a_count_of_their_oracles(build) -> None:
 @pytest.mark.parametrize('name', PEERS)
 @pytest.mark.parametrize('backward', [True, False])
 def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> None:
-    pytest.importorskip(name.replace('-', '_'))
+    if name not in REFERENCES:
+        pytest.importorskip(name.replace('-', '_'))
     made = PEERS[name](CELL, Settings(backward=backward), Inputs(CELL))
     ours_by_name = {c.name: c for c in made if c.equal_to is None}
     peers = [c for c in made if c.equal_to is not None]
@@ -51,6 +54,20 @@ def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> No
         assert abs(peer.rows - equal.rows) <= (4 if peer.drop_rate else 0)
         if 'grouped_mm' not in peer.name:  # which the counter does not know
             assert peer.macs == counted_macs(peer)
+
+
+def test_the_reference_of_moe_jetpack_computes_what_our_softmoe_does() -> None:
+    equal, peer = (contender.module for contender in moe_jetpack(CELL, Settings(), Inputs(CELL)))
+    assert isinstance(equal, SoftMoEMlp)
+    with torch.no_grad():
+        # (D, E, P) -> (E * P, D), and our linear layers are (out, in)
+        equal.slot_embed.copy_(peer.slot_embed.permute(1, 2, 0).flatten(0, 1))
+        for name, linear in (('1', equal.experts.fc1), ('2', equal.experts.fc2)):
+            linear.weight.copy_(peer.get_parameter(f'weight{name}').mT)
+            linear.bias.copy_(peer.get_parameter(f'bias{name}')[:, 0])
+        x = torch.randn(2, 16, 48)
+        # answers of size 0.01 to 0.1 after sums of up to 192 float32 products
+        torch.testing.assert_close(peer(x), equal(x), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('build', [mixture_of_experts, st_moe_pytorch])

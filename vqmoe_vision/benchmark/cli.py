@@ -15,11 +15,12 @@ from ..moe.config import check
 from .cells import DTYPES, Cell, Settings
 from .environment import describe_machine, restart_prepared
 from .gates import judge
-from .layers import CONTENDERS, choose, measure_layer
-from .networks import MODES, Comparison, measure_networks
+from .layers import CONTENDERS, DROPPING, choose, measure_layer
+from .networks import MODES, Comparison, literal, measure_networks
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
-from .report import layer_table, network_table, read, write
+from .report import layer_table, network_table, read, training_table, write
+from .training import measure_training
 
 # options that a preset decides, with their values in a run without one
 LAYER_GRID: dict[str, Any] = {
@@ -66,11 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Command line of both subcommands."""
+    """Command line of all subcommands."""
     parser = argparse.ArgumentParser(description=__doc__, prog='benchmark.py')
     commands = parser.add_subparsers(dest='command', required=True)
     _add_layer_options(commands.add_parser('moe', help='one layer, beside other libraries'))
     _add_model_options(commands.add_parser('model', help='whole networks, beside a dense one'))
+    add = commands.add_parser('training', help='where a step of a config goes').add_argument
+    add('config', help='config file')
+    add('--iterations', type=int, default=20, help='to measure')
+    add('--cfg-options', nargs='+', default=[], metavar='NAME=VALUE', help='change the config')
+    add('--threads', type=int, default=2, help='CPU threads')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
 
@@ -117,18 +125,22 @@ def _add_common_options(parser: argparse.ArgumentParser, presets: Mapping[str, P
         dest='source',
         type=Path,
         metavar='FILE.json',
-        help='draw a saved run, run nothing',
+        help='draw or judge a saved run, run nothing',
     )
     add('--debug', action='store_true', help='show the full trace of an error')
 
 
 def _main(args: argparse.Namespace, restart: bool) -> bool:
-    if args.source is not None:
-        check(args.plot is not None, '--from', str(args.source), 'only with --plot')
-        draw(read(args.source), args.plot)
-        print(f'wrote {args.plot}')
-        return True
+    if args.command == 'training':
+        return _run_training(args, restart)
     preset = _preset(args)
+    if args.source is not None:
+        saved = read(args.source)
+        check(args.plot or args.gate, '--from', str(args.source), 'only with --plot or --gate')
+        if args.plot is not None:
+            draw(saved, args.plot)
+            print(f'wrote {args.plot}')
+        return not args.gate or _judged(saved['rows'], preset, args)
     settings = _settings(args, preset)
     if restart:
         restart_prepared(settings.threads)
@@ -154,6 +166,8 @@ def _preset(args: argparse.Namespace) -> Preset:
     if args.preset is not None:
         clash = sorted(f'--{name.replace("_", "-")}' for name in given)
         check(not clash, '--preset', args.preset, f'only without {", ".join(clash)}')
+        forward_only = args.command == 'moe' and args.mode == 'fwd'
+        check(not (forward_only and args.gate), '--mode', 'fwd', 'fwdbwd with --gate')
         return (LAYER_PRESETS if args.command == 'moe' else MODEL_PRESETS)[args.preset]
     check(not args.gate, '--gate', args.gate, 'only with --preset, which has the limits')
     chosen = {**grid, **given}
@@ -165,6 +179,9 @@ def _preset(args: argparse.Namespace) -> Preset:
         pairs = zip(dtypes, low, strict=True)
         return Preset(comparisons=tuple(Comparison(**chosen, dtype=d, amp=a) for d, a in pairs))
     names = choose(chosen.pop('contenders'))
+    drops = not DROPPING.isdisjoint(names)
+    factor = args.capacity_factor
+    check(factor is None or drops, '--capacity-factor', factor, f'only with one of {DROPPING}')
     cells = [dict(zip(chosen, values, strict=True)) for values in product(*chosen.values())]
     cells = [{**cell, 'amp': amp and cell['dtype'] != 'float32'} for cell in cells]
     return Preset(runs=tuple((Cell(**cell), names) for cell in cells))
@@ -178,7 +195,7 @@ def _settings(args: argparse.Namespace, preset: Preset) -> Settings:
         clock=args.clock or preset.clock,
         repeats=preset.repeats if args.repeats is None else args.repeats,
         backward=not layer or args.mode == 'fwdbwd',
-        compiled=args.compiled,
+        compiled=args.compiled or preset.compiled,
         capacity_factor=args.capacity_factor if layer else None,
     )
 
@@ -200,6 +217,27 @@ def _run_models(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]
         print(network_table(str(comparison), measured), flush=True)
         rows += measured
     return rows, []
+
+
+def _run_training(args: argparse.Namespace, restart: bool) -> bool:
+    check(args.iterations >= 1, '--iterations', args.iterations, 'at least 1')
+    options = {}
+    for option in args.cfg_options:
+        name, equals, value = option.partition('=')
+        check(bool(name and equals), '--cfg-options', option, 'name=value')
+        options[name] = literal(value)
+    if restart:
+        restart_prepared(args.threads)
+    torch.set_num_threads(args.threads)
+    parts, images = measure_training(args.config, options, args.iterations)
+    header = describe_machine('cpu')
+    print('', *(f'{name}: {value}' for name, value in header.items()), sep='\n')
+    print(f'\n{args.config} {" ".join(args.cfg_options)}')
+    print(training_table(parts, images))
+    if args.out is not None:
+        row = {'config': args.config, 'options': options, 'images': images, 'parts_ms': parts}
+        write(args.out, {'command': 'training', 'header': header, 'rows': [row]})
+    return True
 
 
 def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:

@@ -27,6 +27,7 @@ OURS: dict[str, Build] = {
     'loop': ours.loop,
     'ours': ours.ours,
     'layer': ours.layer,
+    'vqmoe': ours.vqmoe,
     'softmoe': ours.softmoe,
 }
 # by the name of their package
@@ -36,8 +37,11 @@ PEERS: dict[str, Build] = {
     'st-moe-pytorch': peers.st_moe_pytorch,
     'mixture-of-experts': peers.mixture_of_experts,
     'transformers': peers.transformers,
+    'moe-jetpack': peers.moe_jetpack,
 }
 CONTENDERS = {**FLOORS, **OURS, **PEERS}
+DROPPING = frozenset({'st-moe-pytorch', 'mixture-of-experts'})  # peers with a capacity
+REFERENCES = ('moe-jetpack',)  # peers that are written here: nothing to install
 COMPILED = ('dense', 'ours', 'layer', 'softmoe')
 CHECK_ROUND = 10**6  # a batch that is not timed
 
@@ -52,12 +56,16 @@ def choose(names: Sequence[str] | None) -> tuple[str, ...]:
         ValueError: If a named one is unknown or not installed.
     """
     if names is None:
-        return tuple(name for name in CONTENDERS if name not in PEERS or installed(name))
+        return tuple(name for name in CONTENDERS if _available(name))
     for name in names:
         check(name in CONTENDERS, 'contenders', name, f'one of {sorted(CONTENDERS)}')
-        present = name not in PEERS or installed(name) is not None
-        check(present, 'contenders', name, "it is not installed: pip install '.[bench]'")
+        reason = "it is not installed: pip install '.[bench]'"
+        check(_available(name), 'contenders', name, reason)
     return tuple(dict.fromkeys([*FLOORS, *names]))
+
+
+def _available(name: str) -> bool:
+    return name not in PEERS or name in REFERENCES or installed(name) is not None
 
 
 def measure_layer(

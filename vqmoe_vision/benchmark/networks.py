@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from ..models import complexity
 from ..moe import collect_losses
+from ..moe.collect import moe_layers
 from ..moe.config import check
 from .cells import DTYPES, Settings
+from .oracle import WrongResultError
+from .ours import with_loops
 from .timing import Clock, interleave, median, peak_memory, ratio
 
 MODES = ('inference', 'training')
@@ -74,11 +78,16 @@ def parse_model(spec: str) -> tuple[str, dict[str, Any]]:
     for option in options:
         key, equals, value = option.partition('=')
         check(bool(key and equals and value), 'models', spec, 'options are key=value after a comma')
-        try:
-            keywords[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            keywords[key] = value
+        keywords[key] = literal(value)
     return name, keywords
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 class Network:
@@ -153,9 +162,14 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
 
     Returns:
         One row per network and mode.
+
+    Raises:
+        WrongResultError: If a network differs from itself with its experts as plain loops.
     """
     specs = dict.fromkeys([comparison.baseline, *comparison.models])
     networks = [Network(spec, comparison, settings, False) for spec in specs]
+    for network in networks:
+        check_against_loops(network)
     if settings.compiled:
         networks += [Network(spec, comparison, settings, True) for spec in specs]
     rows = []
@@ -164,6 +178,32 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
             network.model.train(mode == 'training')
         rows += _measure_mode(mode, networks, comparison, settings)
     return rows
+
+
+def check_against_loops(network: Network) -> None:
+    """Compare logits and gradients of a network with those of plain loops, in float32.
+
+    In float32 whatever is timed: rounded tokens of a deep layer go to other experts. Compiled
+    networks are the same graph; tests hold them to the eager ones.
+    """
+    found = copy.deepcopy(network.model).float().eval()
+    plain = copy.deepcopy(found)
+    for name, layer in moe_layers(plain).items():
+        plain.set_submodule(name, with_loops(layer))
+    images = network.images[0].float()
+    results = []
+    for model in (found, plain):
+        model(images).square().mean().backward()
+        results.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            | {'logits': model(images).detach()}
+        )
+    names = {name.replace('.experts.experts.', '.experts.'): name for name in results[1]}
+    for name, value in results[0].items():
+        exact = results[1][names[name]]
+        # sums of thousands of float32 products in another order, through all blocks
+        if not (value - exact).abs().max() <= 1e-3 * exact.abs().max() + 1e-6:
+            raise WrongResultError(f'{network.name}: {name} differs from the plain loop; not timed')
 
 
 def _measure_mode(

@@ -24,8 +24,9 @@ from ..moe.layer import RoutedMlp
 from ..moe.methods import smoe
 from ..moe.methods.smoe import SMoEConfig
 from ..moe.methods.softmoe import SoftMoEConfig, SoftMoEMlp
+from ..moe.methods.vqmoe import VQMoEConfig, VQMoEMlp
 from .cells import Cell, Settings
-from .contenders import Contender, Forward, place
+from .contenders import Contender, Forward, UnsuitableError, place
 from .inputs import Batch, Inputs
 
 PROBE_ROUNDS = 4  # batches on which drop rates and loads are read before anything is timed
@@ -217,6 +218,33 @@ def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     return [answer, torch.stack(list(routing.losses.values())).sum()]
 
 
+def vqmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
+    """The whole VQMoE layer in its full form: as many experts per token as a top-2 router."""
+    if cell.top_k != 2:
+        raise UnsuitableError('it computes two experts per token')
+    config = VQMoEConfig(num_experts=cell.experts)
+    module = place(VQMoEMlp(cell.width, config, make_experts(cell)), cell, settings)
+    assert isinstance(module, VQMoEMlp)
+    macs = cell.batch * module.macs(cell.tokens)
+    return [Contender('vqmoe', module, run_vqmoe, cell.num_rows, macs, vqmoe_oracle)]
+
+
+def run_vqmoe(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    """A layer inside its collector; its codes stay, or no oracle could repeat the pass."""
+    assert isinstance(module, VQMoEMlp)
+    if not module.training:
+        return [module(batch.x)]
+    with collect_losses(module, update_state=False) as collected:
+        results = [module(batch.x), collected.total()]
+    module.discard()
+    return results
+
+
+def vqmoe_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    """The VQMoE layer with its experts as a plain loop."""
+    return run_vqmoe(with_loops(module), batch)
+
+
 def softmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """Our SoftMoE layer with K * N slots per image: its experts do the work of the dense MLP."""
     return [soft_layer('softmoe', 'paper', cell, settings)]
@@ -256,7 +284,13 @@ class ExpertsLoop(nn.Module):
 
 def soft_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """The SoftMoE layer with its experts as a plain loop."""
-    assert isinstance(module, SoftMoEMlp)
-    plain = copy.copy(module)  # shares every parameter
-    plain._modules = {**module._modules, 'experts': ExpertsLoop(module.experts)}
-    return [plain(batch.x)]
+    return [with_loops(module)(batch.x)]
+
+
+def with_loops(module: nn.Module) -> nn.Module:
+    """A layer that shares every parameter with `module`, with its experts as a plain loop."""
+    plain = copy.copy(module)
+    experts = module.get_submodule('experts')
+    assert isinstance(experts, Experts)
+    plain._modules = {**module._modules, 'experts': ExpertsLoop(experts)}
+    return plain

@@ -1,8 +1,9 @@
 """Other libraries' layers, set up to do the work that one of ours does.
 
-All names here are those of packages on PyPI (extra `bench`). Nothing is taken from a peer: it keeps
-its router, losses, biases or their absence, and runs as its documentation shows. Each comes with
-the contender of ours that it is compared with:
+Names are those of packages on PyPI (extra `bench`), but for MoE Jetpack, which is on no registry
+and is written here from its formulas. Nothing is taken from a peer: it keeps its router, losses,
+biases or their absence, and runs as its documentation shows. Each comes with the contender of ours
+that it is compared with:
 
 - soft peers with our SoftMoE layer: the same slots, experts, widths, and the same normalisation;
 - peers that drop tokens with our SMoE layer under a capacity at which it keeps as many assignments;
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -61,6 +63,40 @@ def _soft_peer(
     peer = Contender(name, place(module, cell, settings), _answer, equal.rows, equal.macs)
     peer.equal_to, peer.note = equal.name, note
     return peer
+
+
+class EinsumSoftMoE(nn.Module):
+    """SoftMoE as MoE Jetpack (arXiv 2406.04801) computes it, products as einsums over all experts.
+
+    Tokens and slots are unit vectors in the logits; slots read the tokens as they are.
+    """
+
+    def __init__(self, cell: Cell, slots: int) -> None:
+        super().__init__()
+        sizes = (cell.experts, cell.width, cell.hidden)
+        self.slot_embed = nn.Parameter(torch.randn(cell.width, cell.experts, slots))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.weight1 = nn.Parameter(torch.randn(sizes) * 0.02)
+        self.weight2 = nn.Parameter(torch.randn(sizes).mT.contiguous() * 0.02)
+        self.bias1 = nn.Parameter(torch.zeros(cell.experts, 1, cell.hidden))
+        self.bias2 = nn.Parameter(torch.zeros(cell.experts, 1, cell.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D); e experts, p slots of each."""
+        slot_embed = self.scale * F.normalize(self.slot_embed, dim=0)
+        logits = torch.einsum('bnd,dep->bnep', F.normalize(x, dim=-1), slot_embed)
+        slots = torch.einsum('bnd,bnep->bepd', x, logits.softmax(dim=1))
+        hidden = F.gelu(torch.einsum('bepd,edh->beph', slots, self.weight1) + self.bias1)
+        answers = torch.einsum('beph,ehd->bepd', hidden, self.weight2) + self.bias2
+        combine = logits.flatten(2).softmax(dim=2).view_as(logits)
+        return torch.einsum('bepd,bnep->bnd', answers, combine)
+
+
+def moe_jetpack(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
+    """The SoftMoE layer of MoE Jetpack; the paper's normalisation."""
+    module = EinsumSoftMoE(cell, slots_per_expert(cell))
+    equal = soft_layer('softmoe', 'paper', cell, settings)
+    return [equal, _soft_peer('moe-jetpack', module, equal, cell, settings)]
 
 
 def _answer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:

@@ -21,6 +21,7 @@ class Preset:
         repeats: See `Settings`.
         gates: Limits.
         always_gated: A broken gate fails the run without `--gate` too.
+        compiled: Dense and ours through torch.compile too.
     """
 
     runs: tuple[tuple[Cell, tuple[str, ...] | None], ...] = ()
@@ -30,6 +31,7 @@ class Preset:
     repeats: int = 15
     gates: tuple[Gate, ...] = ()
     always_gated: bool = False
+    compiled: bool = False
 
 
 def _limit(contender: str, against: str, at_most: float, **where: object) -> Gate:
@@ -144,11 +146,18 @@ LAYER_PRESETS = {
     ),
     'table': Preset(
         runs=(
-            *((cell, _OURS) for cell in _TABLE_CELLS),
+            *((cell, (*_OURS, 'vqmoe')) for cell in _TABLE_CELLS),
             *((cell, ('loop', 'ours')) for cell in _SKEWED),
             *((cell, ('ours',)) for cell in _MANY),
         ),
         gates=_TABLE_GATES,
+    ),
+    # what torch.compile may cost: nothing recompiles when the routing changes
+    'compiled': Preset(
+        runs=tuple((cell, ('ours', 'layer')) for cell in _TABLE_CELLS if cell.top_k == 1),
+        repeats=9,
+        gates=(_limit('ours+compiled', 'ours', 1.10), _limit('layer+compiled', 'layer', 1.10)),
+        compiled=True,
     ),
     # apart from the table, for which some peers would take most of an hour
     'peers': Preset(
@@ -177,5 +186,13 @@ MODEL_PRESETS = {
         ),
         repeats=9,
         gates=_MODEL_GATES,
+    ),
+    'compiled': Preset(
+        comparisons=tuple(
+            Comparison(models=(_SMOE_1, _VQMOE), dtype=dtype, amp=amp) for dtype, amp in _PRECISIONS
+        ),
+        repeats=7,
+        gates=tuple(_limit(f'{name}+compiled', name, 1.10) for name in (_SMOE_1, _VQMOE)),
+        compiled=True,
     ),
 }

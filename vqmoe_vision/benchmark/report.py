@@ -77,6 +77,16 @@ def network_table(title: str, rows: Sequence[Row]) -> str:
     return '\n'.join(lines)
 
 
+def training_table(parts: Mapping[str, float], images: int) -> str:
+    """Where a step of `training` goes."""
+    whole = sum(parts.values())
+    lines = [
+        f'{part:<10}{ms:>9.1f} ms {ms / whole:>6.1%}'
+        for part, ms in (*parts.items(), ('step', whole))
+    ]
+    return '\n'.join([*lines, f'{images} images per step, {images / whole * 1e3:.1f} per second'])
+
+
 def write(path: Path, run: Mapping[str, Any]) -> None:
     """Save a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -300,7 +300,7 @@ class VQMoEMlp(MoeLayer):
             usage = expert_load(quantized.indices, codebook.num_codes)
             stats['code_usage'] = usage
             stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)
-            size = torch.linalg.vector_norm(tokens.detach(), dtype=torch.float32).square()
+            size = torch.linalg.vector_norm(tokens.detach().float()).square()
             stats['quantization_error'] = quantized.error * tokens.numel() / size
         self.record(loss, stats)
 

@@ -1,0 +1,123 @@
+"""`benchmark.py training`: where a training step of a config goes.
+
+mmengine's own loop runs, with clocks around what it calls. Needs the extra `train`, and `seg` for
+configs of segmentation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+
+from ..moe.config import check
+
+PARTS = ('data', 'forward', 'backward', 'optimizer', 'hooks')
+WARM_UP = 5  # iterations
+
+
+class _Finished(Exception):
+    """Enough iterations have run."""
+
+
+class StepClock:
+    """Adds up, per iteration, the time that a runner spends in some functions.
+
+    Args:
+        runner: mmengine's; its hooks, its model's step and its optimizer get clocks around them.
+        iterations: How many to measure, after `WARM_UP` that do not count.
+    """
+
+    def __init__(self, runner: Any, iterations: int) -> None:
+        self.iterations = iterations
+        self.steps: list[dict[str, float]] = []
+        self._current = dict.fromkeys(('train_step', 'backward', 'optimizer', 'hooks'), 0.0)
+        self._began: float | None = None
+        self._runner = runner
+        runner.call_hook = partial(self._call_hook, runner.call_hook)
+
+    def _wrap(self, owner: Any, name: str, part: str) -> None:
+        call = getattr(owner, name)
+        # with its attributes, by which a scheduler knows its optimizer's step
+        setattr(owner, name, update_wrapper(partial(self._timed, call, part), call))
+
+    def _timed(self, call: Callable, part: str, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._current[part] += time.perf_counter() - begin
+
+    def _call_hook(self, call: Callable, name: str, **kwargs: Any) -> None:
+        self._timed(call, 'hooks', name, **kwargs)
+        if name == 'before_train':  # all is built
+            self._wrap(self._runner.model, 'train_step', 'train_step')
+            self._wrap(self._runner.optim_wrapper, 'backward', 'backward')
+            for method in ('step', 'zero_grad'):
+                self._wrap(self._runner.optim_wrapper, method, 'optimizer')
+            self._restart()
+        if name == 'after_train_iter':  # the last of an iteration
+            self._finish()
+
+    def _restart(self) -> None:
+        self._began = time.perf_counter()
+        self._current = dict.fromkeys(self._current, 0.0)
+
+    def _finish(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        assert self._began is not None
+        spent, whole = self._current, time.perf_counter() - self._began
+        update = spent['backward'] + spent['optimizer']
+        # what is left of an iteration is the wait for data, and the loop itself: microseconds
+        parts = {
+            'data': whole - spent['train_step'] - spent['hooks'],
+            'forward': spent['train_step'] - update,
+            'backward': spent['backward'],
+            'optimizer': spent['optimizer'],
+            'hooks': spent['hooks'],
+        }
+        self.steps.append({name: seconds * 1e3 for name, seconds in parts.items()})
+        if len(self.steps) == WARM_UP + self.iterations:
+            raise _Finished
+        self._restart()
+
+
+def measure_training(
+    config: str, options: dict[str, Any], iterations: int
+) -> tuple[dict[str, float], int]:
+    """Train a config for some iterations, in a folder that is removed.
+
+    Args:
+        config: Config file.
+        options: Values that replace some of its own, by dotted name.
+        iterations: How many to measure.
+
+    Returns:
+        Median milliseconds of each of `PARTS`, and images per iteration.
+
+    Raises:
+        ValueError: If training ends before that.
+        FileNotFoundError: If there is no such config.
+    """
+    from mmengine.runner import Runner
+
+    from ..engine.cli import load_config
+
+    settings = load_config(config, options)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.work_dir, settings.log_level = folder, 'WARNING'
+        runner = Runner.from_cfg(settings)
+        clock = StepClock(runner, iterations)
+        with contextlib.suppress(_Finished):
+            runner.train()
+    measured = clock.steps[WARM_UP:]
+    check(len(measured) == iterations, 'iterations', iterations, f'at most {len(measured)} here')
+    medians = {part: statistics.median(step[part] for step in measured) for part in PARTS}
+    return medians, settings.train_dataloader.batch_size
