@@ -85,10 +85,18 @@ def test_models_end_to_end(tmp_path: Path) -> None:
         ('moe --gate', '--gate=True is not possible: only with --preset'),
         ('moe --device cuda --clock process', "clock='process' is not possible: 'wall' on a GPU"),
         ('moe --from no.json', 'no.json does not exist'),
-        ('moe --preset table --gate --mode fwd', "--mode='fwd' is not possible: fwdbwd with"),
+        ('moe --preset table --gate --mode fwd', "--mode='fwd' is not possible: fwdbwd where"),
+        ('moe --preset ci --mode fwd', "--mode='fwd' is not possible: fwdbwd where"),
+        (
+            'moe --preset table --capacity-factor 2',
+            '--capacity-factor=2.0 is not possible: only with',
+        ),
         ('moe --capacity-factor 2 --contenders ours', '--capacity-factor=2.0 is not possible'),
         ('training no.py --threads 1', "config 'no.py' does not exist"),
-        ('training no.py --cfg-options x', "--cfg-options='x' is not possible: name=value"),
+        (
+            'training no.py --cfg-options x --threads 1',
+            "--cfg-options='x' is not possible: name=value",
+        ),
         ('training no.py --iterations 0', '--iterations=0 is not possible: at least 1'),
         ('moe --from no.json --plot a.png', 'no.json does not exist'),
         ('moe --repeats 0', 'repeats=0 is not possible: at least 1'),
@@ -133,13 +141,31 @@ def test_a_saved_run_is_judged(tmp_path: Path, capsys, gated: bool) -> None:
     arguments = ['moe', '--preset', 'table', '--from', str(saved)]
     if not gated:
         main([*arguments, '--plot', str(plot)])
-        assert 'BROKEN' not in capsys.readouterr().out
+        assert capsys.readouterr().out == f'wrote {plot}\n'
         return
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, '--gate'])
     assert exit_.value.code == 1
     printed = capsys.readouterr().out
     assert 'met: ours dtype=float32 tokens=197 top_k=1' in printed and 'not measured' in printed
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'change', 'message'),
+    [
+        ('moe', {}, 'only with --plot or --gate'),
+        ('moe --plot a.png --repeats 3', {}, r"without what sets up a run: \['repeats'\]"),
+        ('moe --plot a.png --tokens 8', {}, r"without what sets up a run: \['tokens'\]"),
+        ('model --preset table --gate', {}, "a run of 'model'"),
+        ('moe --preset table --gate', {'mode': 'fwd'}, 'a run with backward passes'),
+    ],
+)
+def test_mistakes_about_a_saved_run(tmp_path: Path, arguments: str, change: dict, message) -> None:
+    saved = tmp_path / 'run.json'
+    rows = [{**SAVED, **change, 'contender': 'ours', 'median_ms': 1.0}]
+    saved.write_text(json.dumps({'command': 'moe', 'header': {}, 'rows': rows}))
+    with pytest.raises(SystemExit, match=message):
+        main([*arguments.split(), '--from', str(saved)])
 
 
 def test_a_training_step_is_split(tmp_path: Path, capsys) -> None:

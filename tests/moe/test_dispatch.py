@@ -133,6 +133,18 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(trained):
     assert_same(found, {name: expected[name] for name in found})
 
 
+def test_gradients_that_nobody_wants_are_not_computed():
+    grad, x, weight = torch.randn(6, 5), torch.randn(6, 3), torch.randn(2, 5, 3)
+    ends = torch.tensor([3, 6], dtype=torch.int32)
+    backward = torch.ops.vqmoe_vision.grouped_linear_backward
+    whole = backward(grad, x, weight, ends, [True, True, True])
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        for found, expected, is_wanted in zip(
+            backward(grad, x, weight, ends, wanted), whole, wanted, strict=True
+        ):
+            assert torch.equal(found, expected) if is_wanted else found.numel() == 0
+
+
 @pytest.mark.parametrize(
     ('dtype', 'tolerance'),
     # a few roundings of relative size 6e-8, 4e-3 and 5e-4, over sums of up to 140 products

@@ -227,6 +227,7 @@ def test_no_image_at_all(make_layer, method, options):
         (out.sum() + collected.total()).backward()
         assert out.shape == x.shape
         assert all(loss.isfinite() for loss in collected.losses.values())
+        assert all(value.isfinite().all() for value in collected.stats.values())
     assert all(value.isfinite().all() for value in model.state_dict().values())
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert grads and all(grad.isfinite().all() for grad in grads)

@@ -16,8 +16,10 @@ from vqmoe_vision.moe.plan import make_plan
     st.integers(0, 60),
     st.integers(0, 2**31),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([1, 2]),
 )
-def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype):
+def test_every_assignment_has_a_row_in_its_group(num_experts, size, seed, dtype, threads):
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(0, num_experts + 1, (size,), generator=generator)  # E = dropped
     plan = make_plan(indices, num_experts, dtype)

@@ -64,8 +64,18 @@ def test_position_embeddings_of_an_oblong_image_are_resized() -> None:
     torch.testing.assert_close(found.diff(dim=0), torch.zeros(3, 4), atol=1e-5, rtol=0)
 
 
+def test_positions_of_an_oblong_image_stay_where_the_size_does() -> None:
+    # 7 x 28 positions, as many as the 14 x 14 of the model's default size
+    state = state_of(img_size=(56, 224))
+    state['pos_embed'].normal_()
+    fitted, _ = fit_state(model_of(img_size=(56, 224)), state, 'a', [(56, 224)])
+    torch.testing.assert_close(fitted['pos_embed'], state['pos_embed'], rtol=0, atol=0)
+
+
 def test_positions_of_an_unknown_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'a' .* has 8 positions, which is no square"):
+    with pytest.raises(
+        ValueError, match=r"'a' .* pos_embed is \(1, 9, 12\), and of which img_size"
+    ):
         fit_state(model_of(), state_of(img_size=(16, 32)), 'a')
 
 
@@ -74,6 +84,8 @@ def test_image_size_is_read_from_the_config_of_a_run(tmp_path: Path) -> None:
     config = 'model = dict(\n    img_size=(\n        352,\n        480,\n    ))\nimg_size=64'
     torch.save({'state_dict': state_of(), 'meta': {'cfg': config}}, path)
     assert read_image_sizes(path) == [(352, 480), (64, 64)]
+    torch.save({'state_dict': state_of(), 'meta': {'cfg': 'img_size=[16, 64]'}}, path)
+    assert read_image_sizes(path) == [(16, 64)]
     torch.save(state_of(), path)
     assert read_image_sizes(path) == []
     save_file(state_of(), tmp_path / 'a.safetensors')

@@ -217,6 +217,16 @@ def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Pat
     assert predictor.palette.tolist() == [[200, 130, 0], [75, 180, 60]]
 
 
+def test_a_class_that_the_data_set_does_not_have(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    chosen = tmp_path / 'chosen.py'
+    metainfo = "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('cat',))))"
+    chosen.write_text(f'_base_ = {config!r}\n{metainfo}\n')
+    with pytest.raises(ValueError, match="has 'cat', which DigitScenes does not have"):
+        Predictor(str(chosen), str(trained / 'iter_2.pth'))
+
+
 def test_folder_to_overlays_and_label_maps(
     trained: Path, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The segmentor in DistributedDataParallel, as mmengine wraps it: losses inside, no idle parameter."""
+"""The segmentor in DistributedDataParallel: losses inside, no parameter without a gradient."""
 
 from pathlib import Path
 

@@ -16,11 +16,11 @@ from .cells import DTYPES, Cell, Settings
 from .environment import describe_machine, restart_prepared
 from .gates import judge
 from .layers import CONTENDERS, DROPPING, choose, measure_layer
-from .networks import MODES, Comparison, literal, measure_networks
+from .networks import MODES, Comparison, measure_networks
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
 from .report import layer_table, network_table, read, training_table, write
-from .training import measure_training
+from .training import describe_training_machine, measure_training
 
 # options that a preset decides, with their values in a run without one
 LAYER_GRID: dict[str, Any] = {
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser('training', help='where a step of a config goes').add_argument
     add('config', help='config file')
     add('--iterations', type=int, default=20, help='to measure')
-    add('--cfg-options', nargs='+', default=[], metavar='NAME=VALUE', help='change the config')
+    add('--cfg-options', nargs='+', action='extend', default=[], metavar='NAME=VALUE')
     add('--threads', type=int, default=2, help='CPU threads')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
     add('--debug', action='store_true', help='show the full trace of an error')
@@ -135,12 +135,7 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
         return _run_training(args, restart)
     preset = _preset(args)
     if args.source is not None:
-        saved = read(args.source)
-        check(args.plot or args.gate, '--from', str(args.source), 'only with --plot or --gate')
-        if args.plot is not None:
-            draw(saved, args.plot)
-            print(f'wrote {args.plot}')
-        return not args.gate or _judged(saved['rows'], preset, args)
+        return _use_saved(args, preset)
     settings = _settings(args, preset)
     if restart:
         restart_prepared(settings.threads)
@@ -159,6 +154,25 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
     return _judged(run['rows'], preset, args)
 
 
+def _use_saved(args: argparse.Namespace, preset: Preset) -> bool:
+    saved = read(args.source)
+    check(args.plot or args.gate, '--from', str(args.source), 'only with --plot or --gate')
+    of_runs = {'threads', 'clock', 'repeats', 'out', 'compiled', 'capacity_factor'}
+    of_runs |= (LAYER_GRID if args.command == 'moe' else MODEL_GRID).keys()
+    given = sorted(name for name in of_runs if getattr(args, name, None) not in (None, False))
+    check(not given, '--from', str(args.source), f'without what sets up a run: {given}')
+    if args.plot is not None:
+        draw(saved, args.plot)
+        print(f'wrote {args.plot}')
+    if not args.gate:
+        return True
+    command = saved['command']
+    check(command == args.command, '--from', str(args.source), f'a run of {args.command!r}')
+    modes = {row['mode'] for row in saved['rows']}
+    check('fwd' not in modes, '--from', str(args.source), 'a run with backward passes')
+    return _judged(saved['rows'], preset, args)
+
+
 def _preset(args: argparse.Namespace) -> Preset:
     """The named preset, or one that holds what the options ask for."""
     grid = LAYER_GRID if args.command == 'moe' else MODEL_GRID
@@ -166,9 +180,11 @@ def _preset(args: argparse.Namespace) -> Preset:
     if args.preset is not None:
         clash = sorted(f'--{name.replace("_", "-")}' for name in given)
         check(not clash, '--preset', args.preset, f'only without {", ".join(clash)}')
+        preset = (LAYER_PRESETS if args.command == 'moe' else MODEL_PRESETS)[args.preset]
         forward_only = args.command == 'moe' and args.mode == 'fwd'
-        check(not (forward_only and args.gate), '--mode', 'fwd', 'fwdbwd with --gate')
-        return (LAYER_PRESETS if args.command == 'moe' else MODEL_PRESETS)[args.preset]
+        gated = args.gate or preset.always_gated
+        check(not (forward_only and gated), '--mode', 'fwd', 'fwdbwd where limits are judged')
+        return preset
     check(not args.gate, '--gate', args.gate, 'only with --preset, which has the limits')
     chosen = {**grid, **given}
     amp = chosen.pop('amp')
@@ -179,9 +195,6 @@ def _preset(args: argparse.Namespace) -> Preset:
         pairs = zip(dtypes, low, strict=True)
         return Preset(comparisons=tuple(Comparison(**chosen, dtype=d, amp=a) for d, a in pairs))
     names = choose(chosen.pop('contenders'))
-    drops = not DROPPING.isdisjoint(names)
-    factor = args.capacity_factor
-    check(factor is None or drops, '--capacity-factor', factor, f'only with one of {DROPPING}')
     cells = [dict(zip(chosen, values, strict=True)) for values in product(*chosen.values())]
     cells = [{**cell, 'amp': amp and cell['dtype'] != 'float32'} for cell in cells]
     return Preset(runs=tuple((Cell(**cell), names) for cell in cells))
@@ -189,6 +202,10 @@ def _preset(args: argparse.Namespace) -> Preset:
 
 def _settings(args: argparse.Namespace, preset: Preset) -> Settings:
     layer = args.command == 'moe'
+    if layer and args.capacity_factor is not None:
+        names = {name for _, names in preset.runs for name in choose(names)}
+        allowed = f'only with one of {sorted(DROPPING)}'
+        check(bool(DROPPING & names), '--capacity-factor', args.capacity_factor, allowed)
     return Settings(
         device=args.device,
         threads=preset.threads if args.threads is None else args.threads,
@@ -221,21 +238,15 @@ def _run_models(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]
 
 def _run_training(args: argparse.Namespace, restart: bool) -> bool:
     check(args.iterations >= 1, '--iterations', args.iterations, 'at least 1')
-    options = {}
-    for option in args.cfg_options:
-        name, equals, value = option.partition('=')
-        check(bool(name and equals), '--cfg-options', option, 'name=value')
-        options[name] = literal(value)
     if restart:
         restart_prepared(args.threads)
     torch.set_num_threads(args.threads)
-    parts, images = measure_training(args.config, options, args.iterations)
-    header = describe_machine('cpu')
+    row = measure_training(args.config, args.cfg_options, args.iterations)
+    header = describe_training_machine()
     print('', *(f'{name}: {value}' for name, value in header.items()), sep='\n')
     print(f'\n{args.config} {" ".join(args.cfg_options)}')
-    print(training_table(parts, images))
+    print(training_table(row['parts_ms'], row['images']))
     if args.out is not None:
-        row = {'config': args.config, 'options': options, 'images': images, 'parts_ms': parts}
         write(args.out, {'command': 'training', 'header': header, 'rows': [row]})
     return True
 

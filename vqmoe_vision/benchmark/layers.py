@@ -131,6 +131,7 @@ def build(
         for contender in made:
             found.setdefault(contender.name, contender)
     if settings.compiled:
+        torch._dynamo.reset()  # or the graphs of earlier cells count against its limit
         twins = [compiled(found[name]) for name in COMPILED if name in found]
         found.update({twin.name: twin for twin in twins})
     return found, skipped

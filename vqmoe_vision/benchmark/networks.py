@@ -171,6 +171,7 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
     for network in networks:
         check_against_loops(network)
     if settings.compiled:
+        torch._dynamo.reset()  # or the graphs of earlier comparisons count against its limit
         networks += [Network(spec, comparison, settings, True) for spec in specs]
     rows = []
     for mode in comparison.modes:

@@ -24,8 +24,9 @@ def check_against_oracle(
     What is exact is the oracle in float64. A contender may be as far from it as the oracle in the
     contender's own precision: four times as far, since sums in another order round differently.
     Where the oracle happens to be exact, eight units in the last place of the largest value are
-    allowed, or 64 of float32: routers and losses are float32 in any dtype, and a balance loss, the
-    variance of nearly equal numbers, cancels most digits. A row that went to a wrong expert is off
+    allowed, or 64 of float32: routers and losses are float32 in any dtype. A loss may be off by 1e-9
+    more: the variance of nearly equal numbers around 1, times 0.005, it cancels most digits; a token
+    that changes its expert moves it by 1e-7. A row that went to a wrong expert is off
     by about the values themselves, thirty times more even in bfloat16.
 
     Args:
@@ -50,6 +51,8 @@ def check_against_oracle(
     for name, truth in exact.items():
         scale = truth.abs().max().item() if truth.numel() else 0.0
         allowed = 4 * _distance(plain[name], truth) + rounding * scale
+        if truth.ndim == 0:
+            allowed += 1e-9
         error = _distance(found[name], truth)
         if not error <= allowed:  # nan too
             raise WrongResultError(

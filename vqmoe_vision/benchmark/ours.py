@@ -219,7 +219,10 @@ def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
 
 
 def vqmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
-    """The whole VQMoE layer in its full form: as many experts per token as a top-2 router."""
+    """The whole VQMoE layer in its full form, all but the update of its codes.
+
+    As many experts per token as a top-2 router.
+    """
     if cell.top_k != 2:
         raise UnsuitableError('it computes two experts per token')
     config = VQMoEConfig(num_experts=cell.experts)

@@ -1,7 +1,8 @@
 """`benchmark.py training`: where a training step of a config goes.
 
-mmengine's own loop runs, with clocks around what it calls. Needs the extra `train`, and `seg` for
-configs of segmentation.
+mmengine's own loop runs, with clocks around what it calls. A GPU finishes its work before a clock
+is read, so that each part has its own, and a step takes longer than in training. Needs the extra
+`train`, and `seg` for configs of segmentation.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 
 from ..moe.config import check
+from .environment import describe_machine
 
 PARTS = ('data', 'forward', 'backward', 'optimizer', 'hooks')
 WARM_UP = 5  # iterations
@@ -48,11 +50,10 @@ class StepClock:
         setattr(owner, name, update_wrapper(partial(self._timed, call, part), call))
 
     def _timed(self, call: Callable, part: str, *args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._current[part] += time.perf_counter() - begin
+        begin = _now()
+        result = call(*args, **kwargs)
+        self._current[part] += _now() - begin
+        return result
 
     def _call_hook(self, call: Callable, name: str, **kwargs: Any) -> None:
         self._timed(call, 'hooks', name, **kwargs)
@@ -66,16 +67,14 @@ class StepClock:
             self._finish()
 
     def _restart(self) -> None:
-        self._began = time.perf_counter()
+        self._began = _now()
         self._current = dict.fromkeys(self._current, 0.0)
 
     def _finish(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         assert self._began is not None
-        spent, whole = self._current, time.perf_counter() - self._began
+        spent, whole = self._current, _now() - self._began
         update = spent['backward'] + spent['optimizer']
-        # what is left of an iteration is the wait for data, and the loop itself: microseconds
+        # what is left of an iteration is the wait for data; medians leave out a validation between
         parts = {
             'data': whole - spent['train_step'] - spent['hooks'],
             'forward': spent['train_step'] - update,
@@ -89,28 +88,39 @@ class StepClock:
         self._restart()
 
 
-def measure_training(
-    config: str, options: dict[str, Any], iterations: int
-) -> tuple[dict[str, float], int]:
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_training(config: str, options: Sequence[str], iterations: int) -> dict[str, Any]:
     """Train a config for some iterations, in a folder that is removed.
 
     Args:
         config: Config file.
-        options: Values that replace some of its own, by dotted name.
+        options: 'name=value' each, as `--cfg-options` of tools/train.py.
         iterations: How many to measure.
 
     Returns:
-        Median milliseconds of each of `PARTS`, and images per iteration.
+        The row of a run: `parts_ms`, the median milliseconds of each of `PARTS`, `images` per
+        iteration, and what was run.
 
     Raises:
-        ValueError: If training ends before that.
+        ValueError: If training ends before that, or an option has no value.
         FileNotFoundError: If there is no such config.
     """
+    from mmengine.config import DictAction
     from mmengine.runner import Runner
 
     from ..engine.cli import load_config
 
-    settings = load_config(config, options)
+    values = {}
+    for option in options:
+        name, equals, value = option.partition('=')
+        check(bool(name and equals), '--cfg-options', option, 'name=value')
+        values[name] = DictAction._parse_iterable(value)
+    settings = load_config(config, values)
     with tempfile.TemporaryDirectory() as folder:
         settings.work_dir, settings.log_level = folder, 'WARNING'
         runner = Runner.from_cfg(settings)
@@ -120,4 +130,10 @@ def measure_training(
     measured = clock.steps[WARM_UP:]
     check(len(measured) == iterations, 'iterations', iterations, f'at most {len(measured)} here')
     medians = {part: statistics.median(step[part] for step in measured) for part in PARTS}
-    return medians, settings.train_dataloader.batch_size
+    images = settings.train_dataloader.batch_size
+    return {'config': config, 'options': list(options), 'images': images, 'parts_ms': medians}
+
+
+def describe_training_machine() -> dict[str, Any]:
+    """Where mmengine trains: a GPU if there is one."""
+    return describe_machine('cuda' if torch.cuda.is_available() else 'cpu')

@@ -11,8 +11,8 @@ from mmengine.runner import LogProcessor
 class MoeLogProcessor(LogProcessor):
     """Sums losses over layers in the lines of text, and keeps statistics of single layers out.
 
-    Both go to TensorBoard and the JSON log at every logged iteration; a line of text per epoch and
-    layer comes from `MoeStateHook`.
+    Both go to TensorBoard and the JSON log at every logged iteration; a line of text per layer
+    and epoch, or validation, comes from `MoeStateHook`.
     """
 
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:

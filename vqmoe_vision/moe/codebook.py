@@ -141,12 +141,10 @@ class Codebook(nn.Module):
             x: (T, D) tokens.
             indices: (T,) their codes.
         """
-        if len(x) == 0:
-            return
         x = x.detach().float()
         usage = expert_load(indices, self.num_codes)
         sums = torch.zeros(self.num_codes, self.dim, device=x.device).index_add(0, indices, x)
-        self._pending.append(UsageStats(usage, sums / x.shape[0], _thinned(x).clone()))
+        self._pending.append(UsageStats(usage, sums / max(len(x), 1), _thinned(x).clone()))
 
     def discard(self) -> None:
         """Forget the observed passes."""
@@ -163,7 +161,9 @@ class Codebook(nn.Module):
             torch.stack([p.token_sums for p in passes]).mean(dim=0),
             _thinned(torch.cat([p.sample for p in passes])),
         )
-        return self._learn(over_ranks(stats))
+        stats = over_ranks(stats)
+        # without a token nothing is learned, but every rank has taken part
+        return len(stats.sample) > 0 and self._learn(stats)
 
     def _learn(self, stats: UsageStats) -> bool:
         return False

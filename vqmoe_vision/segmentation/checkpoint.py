@@ -66,7 +66,7 @@ def read_image_sizes(path: str) -> list[Size]:
         return []
     content = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     config = str(content.get('meta', {}).get('cfg', ''))
-    found = re.findall(r'\bimg_size=(?:\(\s*(\d+),\s*(\d+),?\s*\)|(\d+))', config)
+    found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
 
 
@@ -80,8 +80,7 @@ def fit_state(
             to its sizes.
         loaded: State dict of a segmentation or classification run, of timm, or of mmseg.
         path: Where it came from, for messages.
-        image_sizes: Of which one may be the size of the images that its positions belong to; a
-            square if none is.
+        image_sizes: Of which one may be the size of the images that its positions belong to.
 
     Returns:
         State dict to load, and lines for the log: what was loaded, resized, missing or unused.
@@ -103,9 +102,16 @@ def fit_state(
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: only {holder} has {name}'
             )
-    positioned = {**state, **_resized_positions(state, model, path, image_sizes)}
-    fitted = checkpoint_filter_fn(positioned, model)
-    fitted.update(_resized_slots(fitted, own))
+    positions = _resized_positions(state, model, image_sizes)
+    try:
+        fitted = checkpoint_filter_fn({**state, **positions}, model)
+    except RuntimeError as error:  # from a reshape of positions
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: pos_embed is '
+            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say'
+        ) from error
+    fitted |= positions  # timm takes them for those of the model's default size and resizes again
+    fitted |= _resized_slots(fitted, own)
     resized = [name for name in fitted if name in state and fitted[name] is not state[name]]
     notes += [
         f'{path}: {name} resized from {tuple(state[name].shape)} to {tuple(fitted[name].shape)}'
@@ -144,26 +150,24 @@ def _from_mmseg(state: State) -> State:
 
 
 def _resized_positions(
-    state: State, model: VisionTransformer, path: str, image_sizes: Sequence[Size]
+    state: State, model: VisionTransformer, image_sizes: Sequence[Size]
 ) -> State:
-    """The position embedding for the model's grid; timm's own takes any other grid for a square."""
-    if 'pos_embed' not in state:
+    """The position embedding for the model's grid, if an image size fits it.
+
+    Where none does, timm guesses: the default size of the model, or else a square.
+    """
+    if not {'pos_embed', 'patch_embed.proj.weight'} <= state.keys():
         return {}
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
-    count, patch = positions.shape[1], state['patch_embed.proj.weight'].shape[-2:]
-    grids = [(height // patch[0], width // patch[1]) for height, width in image_sizes]
-    grids = [grid for grid in grids if math.prod(grid) == count] or [(math.isqrt(count),) * 2]
-    if math.prod(grids[0]) != count:
-        raise ValueError(
-            f'checkpoint {path!r} does not fit the model: pos_embed has {count} positions, which '
-            'is no square, and the file does not say of which img_size they are'
-        )
-    grid = positions.unflatten(1, grids[0])
-    resized = resample_abs_pos_embed_nhwc(grid, list(model.patch_embed.grid_size))
-    if resized is grid:
-        return {}
-    return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
+    patch = state['patch_embed.proj.weight'].shape[-2:]
+    for height, width in image_sizes:
+        grid = (height // patch[0], width // patch[1])
+        if math.prod(grid) == positions.shape[1]:
+            new_size = list(model.patch_embed.grid_size)
+            resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
+            return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
+    return {}
 
 
 def _resized_slots(state: State, own: State) -> State:

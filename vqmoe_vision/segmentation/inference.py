@@ -10,6 +10,7 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
+from mmengine.fileio import list_from_file
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import DATASETS, MODELS
@@ -142,10 +143,16 @@ def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[
             f'{config!r} is no config of segmentation: its data set {dataset.type!r} has no '
             'classes with colours'
         )
-    classes = tuple(chosen.get('classes', every.get('classes')))
+    classes = chosen.get('classes', every.get('classes'))
+    classes = tuple(list_from_file(classes) if isinstance(classes, str) else classes)
     if 'palette' in chosen:
         return classes, list(chosen['palette'])
     colours = dict(zip(every['classes'], every['palette'], strict=True))
+    unknown = [name for name in classes if name not in colours]
+    if unknown:
+        raise ValueError(
+            f'{config!r}: metainfo.classes has {unknown[0]!r}, which {dataset.type} does not have'
+        )
     return classes, [colours[name] for name in classes]
 
 

@@ -301,13 +301,13 @@ class VQMoEMlp(MoeLayer):
             stats['code_usage'] = usage
             stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)
             size = torch.linalg.vector_norm(tokens.detach().float()).square()
-            stats['quantization_error'] = quantized.error * tokens.numel() / size
+            stats['quantization_error'] = quantized.error * tokens.numel() / size.clamp(min=1e-12)
         self.record(loss, stats)
 
     def _record_both(self, gates: Tensor, experts: list[Tensor]) -> None:
         if self.recorder.active:
-            agreement = (experts[0] == experts[1]).float().mean()
-            gate = gates[:, 0].detach().mean()
+            agreement = losses.token_mean((experts[0] == experts[1]).float())
+            gate = losses.token_mean(gates[:, 0].detach())
             self.record({}, {'gate_continuous': gate, 'agreement': agreement})
 
     def apply_update(self) -> bool:
