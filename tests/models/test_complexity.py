@@ -1,5 +1,6 @@
 """Counts by formula against torch's own counter and against counts by hand."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,9 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vqmoe_vision.benchmark.ours import with_loops
 from vqmoe_vision.models import complexity
+from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.codebook_learning import SimVQCodebook
 
 
@@ -22,17 +25,17 @@ def _plain_attention() -> Iterator[None]:
     set_fused_attn(bool(before))
 
 
-def _grouped_linear_flops(x: tuple, weight: tuple, *_: object, **__: object) -> int:
-    (rows, in_features), (_, out_features, _) = x, weight
-    return 2 * rows * in_features * out_features
-
-
 def counted_macs(model: nn.Module, images: Tensor) -> int:
-    """Per image, without the products of SimVQ's codes with its projection, done per batch."""
-    mapping = {torch.ops.vqmoe_vision.grouped_linear: _grouped_linear_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    """Per image, with experts as plain loops, whose products torch's counter knows.
+
+    Without the products of SimVQ's codes with its projection, done per batch.
+    """
+    plain = copy.deepcopy(model).eval()
+    for name, layer in moe_layers(plain).items():
+        plain.set_submodule(name, with_loops(layer))
+    counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model.eval()(images)
+        plain(images)
     codebooks = [m for m in model.modules() if isinstance(m, SimVQCodebook)]
     per_batch = sum(book.num_codes * book.dim**2 for book in codebooks)
     per_image, rest = divmod(counter.get_total_flops() // 2 - per_batch, len(images))

@@ -24,9 +24,9 @@ def check_against_oracle(
     What is exact is the oracle in float64. A contender may be as far from it as the oracle in the
     contender's own precision: four times as far, since sums in another order round differently.
     Where the oracle happens to be exact, eight units in the last place of the largest value are
-    allowed, or 64 of float32: routers and losses are float32 in any dtype. A loss may be off by 1e-9
-    more: the variance of nearly equal numbers around 1, times 0.005, it cancels most digits; a token
-    that changes its expert moves it by 1e-7. A row that went to a wrong expert is off
+    allowed, or 64 of float32: routers and losses are float32 in any dtype. A loss may be off by
+    1e-9 more: the variance of nearly equal numbers around 1 cancels most digits, and is about 1e-5
+    here. A row that went to a wrong expert is off
     by about the values themselves, thirty times more even in bfloat16.
 
     Args:

@@ -196,9 +196,17 @@ class Quantizer(nn.Module):
         self.codebook = codebook(num_codes, in_features, config.commitment, **factory)
         self.norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Quantize tokens (T, D); returns what the expert is fed, (T, D), and the quantization."""
-        quantized = self.codebook(x)
+    def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
+        """Quantize tokens.
+
+        Args:
+            x: (T, D).
+            precise: The same in float32.
+
+        Returns:
+            What the expert is fed, (T, D), and the quantization.
+        """
+        quantized = self.codebook(precise)
         code = quantized.codes.to(x.dtype)
         return self.norm(self.expert_input(x, code)), quantized
 
@@ -248,20 +256,21 @@ class VQMoEMlp(MoeLayer):
     def compute(self, x: Tensor) -> Tensor:
         """Both branches in one dispatch; (B, N, D) -> (B, N, D)."""
         tokens = x.reshape(-1, x.shape[-1])
+        precise = tokens.float()  # once for all that decides in float32
         inputs, experts, weights = [], [], []
         if self.router is not None:
-            routing = self.router(tokens)
+            routing = self.router(precise)
             inputs.append(tokens)
             experts.append(routing.indices[:, 0])
             weights.append(routing.weights)
             record_routing(self, routing, self.experts.num_experts)
         if self.quantizer is not None:
-            quantized_tokens, quantized = self.quantizer(tokens)
+            quantized_tokens, quantized = self.quantizer(tokens, precise)
             inputs.append(quantized_tokens)
             experts.append(quantized.indices % self.experts.num_experts)
             weights.append(torch.ones_like(tokens[:, :1], dtype=torch.float32))
-            self._record_discrete(tokens, quantized)
-        gates = self.gates(tokens)
+            self._record_discrete(precise, quantized)
+        gates = self.gates(precise)
         if gates is not None:
             weights = [weight * gates[:, i : i + 1] for i, weight in enumerate(weights)]
             self._record_both(gates, experts)
@@ -300,7 +309,7 @@ class VQMoEMlp(MoeLayer):
             usage = expert_load(quantized.indices, codebook.num_codes)
             stats['code_usage'] = usage
             stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)
-            size = torch.linalg.vector_norm(tokens.detach().float()).square()
+            size = torch.linalg.vector_norm(tokens.detach()).square()
             stats['quantization_error'] = quantized.error * tokens.numel() / size.clamp(min=1e-12)
         self.record(loss, stats)
 
