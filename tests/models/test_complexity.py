@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.benchmark.ours import with_loops
 from vqmoe_vision.models import complexity
-from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.codebook_learning import SimVQCodebook
+from vqmoe_vision.moe.collect import moe_layers
 
 
 @pytest.fixture(autouse=True)
