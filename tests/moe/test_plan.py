@@ -64,11 +64,11 @@ def _same_threads_after() -> Iterator[None]:
         ([37, 63], 'float32', True, 2, [37, 63]),
         ([1001, 999], 'float32', True, 1, [1001, 999]),
         # neighbours only below float32 without AMX, in blocks of 8
-        ([1030, 970, 1030, 1030], 'bfloat16', False, 2, [1032, 1032, 1032, 1032]),
-        ([1030, 970], 'bfloat16', False, 2, [1032, 1032]),
-        ([1041, 959], 'bfloat16', False, 2, [1048, 960]),
-        ([1030, 970], 'bfloat16', False, 1, [1032, 976]),
-        ([1000, 1010, 1020], 'bfloat16', False, 2, [1016, 1016, 1024]),
+        ([486, 440, 486, 486], 'bfloat16', False, 2, [488, 488, 488, 488]),
+        ([486, 440], 'bfloat16', False, 2, [488, 488]),
+        ([497, 431], 'bfloat16', False, 2, [504, 432]),
+        ([486, 440], 'bfloat16', False, 1, [488, 440]),
+        ([480, 490, 500], 'bfloat16', False, 2, [496, 496, 504]),
         # with AMX blocks of 32: 2 * 1056 rows instead of 1056 + 960 are 96 more, of which 2 * 50
         # are allowed on one thread; 2 * 1088 instead of 1088 + 928 are 160 more
         ([1030, 950], 'bfloat16', True, 1, [1056, 1056]),
@@ -76,6 +76,8 @@ def _same_threads_after() -> Iterator[None]:
         # and a sixth more on two: 100 + 330
         ([1070, 910], 'bfloat16', True, 2, [1088, 1088]),
         ([1250, 730], 'bfloat16', True, 2, [1280, 736]),
+        # above 128 blocks they double: of 16 above 1024 rows, of 32 above 2048
+        ([1025, 2049, 9], 'bfloat16', False, 1, [1040, 2080, 16]),
         # never with an empty expert: there is nothing of its own to fill it with
         ([0, 150, 160], 'float16', True, 2, [0, 160, 160]),
         ([0, 20, 21], 'float32', True, 2, [0, 20, 21]),

@@ -228,6 +228,10 @@ def vqmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     config = VQMoEConfig(num_experts=cell.experts)
     module = place(VQMoEMlp(cell.width, config, make_experts(cell)), cell, settings)
     assert isinstance(module, VQMoEMlp)
+    module.train()
+    with torch.no_grad(), collect_losses(module):  # its codes start from tokens
+        module(inputs.batch(0).x)
+    module.train(settings.backward)
     macs = cell.batch * module.macs(cell.tokens)
     return [Contender('vqmoe', module, run_vqmoe, cell.num_rows, macs, vqmoe_oracle)]
 

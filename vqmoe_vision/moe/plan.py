@@ -99,7 +99,7 @@ def _padded_plan(
 
 
 def _group_sizes(loads: list[int], block: int) -> list[int]:
-    sizes = [-(-load // block) * block for load in loads]
+    sizes = [_whole_blocks(load, block) for load in loads]
     several = torch.get_num_threads() > 1
     for length in _run_lengths(len(loads), block):
         for i in range(0, len(loads), length):
@@ -109,6 +109,16 @@ def _group_sizes(loads: list[int], block: int) -> list[int]:
             if min(load) > 0 and len(run) * max(run) - sum(run) <= spare:
                 sizes[i : i + length] = [max(run)] * len(run)
     return sizes
+
+
+def _whole_blocks(load: int, block: int) -> int:
+    """At least `load`, of few different sizes: blocks double with every octave above 128 of them.
+
+    Kernels of a few hundred sizes are kept, of thousands they would be compiled again and again.
+    """
+    while 1 < block < load / 128:
+        block *= 2
+    return -(-load // block) * block
 
 
 def _run_lengths(num_experts: int, block: int) -> tuple[int, ...]:
@@ -137,7 +147,9 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     """As many rows as any load may need; an expression that tracing keeps for any batch size."""
     spare = _spare_rows(num_assignments, num_experts, block, several=True)
-    return num_assignments + spare + num_experts * (block - 1)
+    # a group gets less than a block more, or at most 1 / 64 of a longer load
+    whole = num_experts * (block - 1) + (num_assignments // 64 if block > 1 else 0)
+    return num_assignments + spare + whole
 
 
 @_padded_plan.register_fake

@@ -16,6 +16,10 @@ preset is the widespread PyTorch variant that published SoftMoE baselines may re
 gain sqrt(D) on both sides instead of l2norm (logits about D times larger), and experts fed the
 normalised tokens.
 
+Norms and softmaxes are float32. The product of unit vectors L is computed as the experts are: in
+bfloat16 the layer's rounding error stays at 0.3 % (0.8 % instead of 0.4 % at a scale of 50). The
+large logits of 'lucidrains' stay float32: 2.8 % instead of 0.5 %.
+
 Legend: B images, N tokens per image, D width, E experts, P slots per expert, S = E * P slots.
 """
 
@@ -101,14 +105,19 @@ class SoftMoEMlp(MoeLayer):
             if gain is not None:
                 nn.init.ones_(gain)
 
-    def mixing_logits(self, x: Tensor) -> Tensor:
-        """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S) float32."""
+    def mixing_logits(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S).
+
+        Args:
+            x: Tokens.
+            dtype: Of the product of unit vectors; with 'rms' it is float32.
+        """
         if self.slot_gain is not None:
             gain = self.slot_gain.float()
             return x.float() @ F.rms_norm(self.slot_embed.float(), gain.shape, gain).t()
         assert self.scale is not None
         slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
-        return F.normalize(x.float(), dim=-1, eps=1e-6) @ slots.t()
+        return F.normalize(x.float(), dim=-1, eps=1e-6).to(dtype) @ slots.t().to(dtype)
 
     def compute(self, x: Tensor) -> Tensor:
         """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
@@ -117,8 +126,10 @@ class SoftMoEMlp(MoeLayer):
         with full_precision(x):
             if self.token_norm is not None:
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
-            logits = self.mixing_logits(x)
-            dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
+            # float64 too is mixed in float32
+            product = dtype if dtype.itemsize < 4 else torch.float32
+            logits = self.mixing_logits(x, product)
+            dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
         # sorted by expert: (B, S, D) -> (E, B, P, D) -> (E * B * P, D)
         rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1).reshape(-1, width)
