@@ -51,8 +51,11 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
         dtype: In which the experts compute.
     """
     if indices.device.type == 'cpu':
-        static = torch.compiler.is_compiling()
-        return Plan(*_padded_plan(indices, num_experts, _row_block(dtype), static))
+        block, length = _row_block(dtype), 0
+        if torch.compiler.is_compiling():
+            # an argument, so that a graph that was cached by another version keeps its own length
+            length = _most_rows(indices.shape[0], num_experts, block)
+        return Plan(*_padded_plan(indices, num_experts, block, length))
     _, order, ends = _sort(indices, num_experts)
     positions = torch.arange(indices.numel(), device=indices.device)
     return Plan(order, torch.empty_like(order).scatter(0, order, positions), ends)
@@ -74,9 +77,9 @@ def _sort(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 # One opaque operator: what is decided by the load here makes no graph of torch.compile break.
 @torch.library.custom_op('vqmoe_vision::padded_plan', mutates_args=())
 def _padded_plan(
-    indices: Tensor, num_experts: int, block: int, static: bool
+    indices: Tensor, num_experts: int, block: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Order, inverse and offsets; with `static`, the order is as long as any load may need."""
+    """Order, inverse and offsets; the order has `length`, or if that is 0 what this load needs."""
     num_assignments = indices.shape[0]
     ranked, order, counted = _sort(indices, num_experts)
     ends = counted.tolist()
@@ -88,9 +91,8 @@ def _padded_plan(
     rows = torch.arange(num_assignments) + shift.index_select(0, ranked)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
     num_rows = num_assignments - ends[-1] + padded_starts[-1]
-    if static:
-        num_rows = _most_rows(num_assignments, num_experts, block)
-    padded = order.new_zeros(num_rows)
+    assert length == 0 or num_rows <= length
+    padded = order.new_zeros(length or num_rows)
     if padded_starts[-1] > ends[-1]:  # no group is empty that has rows to fill
         firsts = order[torch.tensor(starts).clamp_(max=num_assignments - 1)]
         padded[: padded_starts[-1]] = firsts.repeat_interleave(torch.tensor(sizes))
@@ -153,7 +155,8 @@ def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
 
 
 @_padded_plan.register_fake
-def _(indices: Tensor, num_experts: int, block: int, static: bool) -> tuple[Tensor, Tensor, Tensor]:
-    most = _most_rows(indices.shape[0], num_experts, block)
-    order = indices.new_empty(most if static else torch.library.get_ctx().new_dynamic_size())
+def _(indices: Tensor, num_experts: int, block: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    # compared with a number: a symbolic length is never 0, and no condition of the graph
+    eager = isinstance(length, int) and length == 0
+    order = indices.new_empty(torch.library.get_ctx().new_dynamic_size() if eager else length)
     return order, torch.empty_like(indices), indices.new_empty(num_experts, dtype=torch.int32)
