@@ -109,7 +109,8 @@ def _legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
             for name, colour in zip(names, colours, strict=True)
         ],
         loc='outside lower center',
-        ncols=min(len(names), 8),
+        # an entry is a patch and its name, 0.13 inches per letter and 0.7 around
+        ncols=max(1, int(figure.get_figwidth() / (0.13 * max(map(len, names)) + 0.7))),
         frameon=False,
         fontsize='large',
     )
