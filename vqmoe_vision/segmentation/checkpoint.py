@@ -102,14 +102,8 @@ def fit_state(
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: only {holder} has {name}'
             )
-    positions = _resized_positions(state, model, image_sizes)
-    try:
-        fitted = checkpoint_filter_fn({**state, **positions}, model)
-    except RuntimeError as error:  # from a reshape of positions
-        raise ValueError(
-            f'checkpoint {path!r} does not fit the model: pos_embed is '
-            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say'
-        ) from error
+    positions = _resized_positions(state, model, path, image_sizes)
+    fitted = checkpoint_filter_fn({**state, **positions}, model)
     fitted |= positions  # timm takes them for those of the model's default size and resizes again
     fitted |= _resized_slots(fitted, own)
     resized = [name for name in fitted if name in state and fitted[name] is not state[name]]
@@ -150,11 +144,11 @@ def _from_mmseg(state: State) -> State:
 
 
 def _resized_positions(
-    state: State, model: VisionTransformer, image_sizes: Sequence[Size]
+    state: State, model: VisionTransformer, path: str, image_sizes: Sequence[Size]
 ) -> State:
     """The position embedding for the model's grid, if an image size fits it.
 
-    Where none does, timm guesses: the default size of the model, or else a square.
+    Where none does, timm guesses the default size of the model, or else a square.
     """
     if not {'pos_embed', 'patch_embed.proj.weight'} <= state.keys():
         return {}
@@ -167,6 +161,13 @@ def _resized_positions(
             new_size = list(model.patch_embed.grid_size)
             resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
             return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
+    count = positions.shape[1]
+    # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
+    if math.isqrt(count) ** 2 != count and 'mask_token' not in state:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: pos_embed is '
+            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say'
+        )
     return {}
 
 
