@@ -161,8 +161,16 @@ def test_dense_weights_start_a_model_with_experts_and_the_rest_is_listed() -> No
     [
         ('vit_tiny_vqmoe', dict(embed_dim=24), r'another size: .*cls_token is \(1, 1, 24\), the'),
         ('vit_tiny_vqmoe', dict(num_experts=4), r'another size: .*\(4, .*has \(2, '),
-        ('vit_tiny_smoe', {}, 'another MoE method: it has nothing instead of .*quantizer'),
-        ('vit_tiny_stablemoe', {}, 'another MoE method: it has .*router.* instead of'),
+        (
+            'vit_tiny_smoe',
+            {},
+            'another MoE method: only it has nothing; only the model has .*quantizer',
+        ),
+        (
+            'vit_tiny_stablemoe',
+            {},
+            'another MoE method: only it has .*router.*; only the model has',
+        ),
         (
             'vit_tiny_vqmoe',
             dict(class_token=False, global_pool='avg'),

@@ -235,7 +235,7 @@ def _train(args: argparse.Namespace) -> None:
         if find_latest_checkpoint(config.work_dir) is None:
             raise FileNotFoundError(f'--resume finds no checkpoint in {config.work_dir!r}')
         config.resume = True
-    _build_runner(config).train()
+    _loading(config, _build_runner(config).train)
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -247,10 +247,24 @@ def _test(args: argparse.Namespace) -> None:
         show_predictions(config, args.show_dir)
     if args.tta:
         augment_test(config)
-    metrics = _build_runner(config).test()
+    metrics = _loading(config, _build_runner(config).test)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
+
+
+def _loading(config: Config, call: Callable[[], Any]) -> Any:
+    """Runs what loads a checkpoint; names one that torch cannot read."""
+    try:
+        return call()
+    except (UnpicklingError, RuntimeError) as error:
+        cut_off = 'PytorchStreamReader' in str(error)
+        if not cut_off and not isinstance(error, UnpicklingError):
+            raise
+        path = config.get('load_from') or f'of {config.work_dir}'
+        raise ValueError(
+            f'checkpoint {path} is damaged, or holds more than weights and is not loaded'
+        ) from error
 
 
 def _configure(args: argparse.Namespace) -> Config:

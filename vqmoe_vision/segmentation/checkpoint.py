@@ -212,8 +212,8 @@ def _refuse_misfits(own: State, fitted: State, path: str) -> None:
     strange = [name for name in strange if _layer(name) in kept]
     if missing or not all(name.startswith(extra) for name in strange):
         raise ValueError(
-            f'checkpoint {path!r} is of another MoE method: it has {shorten(strange) or "nothing"} '
-            f'instead of {shorten(missing) or "nothing"}'
+            f'checkpoint {path!r} is of another MoE method: only it has '
+            f'{shorten(strange) or "nothing"}; only the model has {shorten(missing) or "nothing"}'
         )
 
 

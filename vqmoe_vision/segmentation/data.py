@@ -135,7 +135,8 @@ class CamVid(CheckedDataset):
         ],
     )  # fmt: skip
     source = (
-        'expected {images,annotations}/{train,val}/*.{jpg,png} with labels 0-10 and 255, from '
+        'expected images/{train,val}/*.jpg (or another img_suffix in the config) and '
+        'annotations/{train,val}/*.png with labels 0-10 and 255, from '
         'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/; see docs/segmentation.md'
     )
 
