@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -232,10 +233,12 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp:
         use_amp(config)
     if args.resume:
-        if find_latest_checkpoint(config.work_dir) is None:
+        latest = find_latest_checkpoint(config.work_dir)
+        if latest is None:
             raise FileNotFoundError(f'--resume finds no checkpoint in {config.work_dir!r}')
+        _check_readable(latest)
         config.resume = True
-    _loading(config, _build_runner(config).train)
+    _build_runner(config).train()
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -247,21 +250,19 @@ def _test(args: argparse.Namespace) -> None:
         show_predictions(config, args.show_dir)
     if args.tta:
         augment_test(config)
-    metrics = _loading(config, _build_runner(config).test)
+    metrics = _build_runner(config).test()
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
 
-def _loading(config: Config, call: Callable[[], Any]) -> Any:
-    """Runs what loads a checkpoint; names one that torch cannot read."""
+def _check_readable(path: str | None) -> None:
+    """Reads a checkpoint once before a run does: damage makes torch fail in any way, unnamed."""
+    if path is None or not Path(path).is_file():  # what is no file may be an address
+        return
     try:
-        return call()
-    except (UnpicklingError, RuntimeError) as error:
-        cut_off = 'PytorchStreamReader' in str(error)
-        if not cut_off and not isinstance(error, UnpicklingError):
-            raise
-        path = config.get('load_from') or f'of {config.work_dir}'
+        torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
         raise ValueError(
             f'checkpoint {path} is damaged, or holds more than weights and is not loaded'
         ) from error
@@ -282,4 +283,5 @@ def _configure(args: argparse.Namespace) -> Config:
 
 
 def _build_runner(config: Config) -> Runner:
+    _check_readable(config.get('load_from'))
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
