@@ -96,7 +96,7 @@ def test_stablemoe_starts_with_a_first_stage_of_its_own(
     )
     finished = timm.create_model('vit_tiny_stablemoe', num_classes=7, num_experts=2, **TINY)
     distilled = finished.blocks[1].mlp.router.distilled
-    distilled.advance(stage1_steps=1)
+    distilled.freeze()
     with torch.no_grad():
         distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
     path = str(tmp_path / 'finished.pth')

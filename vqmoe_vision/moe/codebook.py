@@ -1,6 +1,6 @@
 """Vector quantization: the nearest code of a token, and the plain codebook of VQ-VAE.
 
-Legend: T tokens, D width, M codes, S sample of tokens.
+Legend: T tokens, D width, M codes.
 
 Every codebook has, in float32 and with autocast off (VQ-VAE, arXiv 1711.00937):
 
@@ -14,18 +14,14 @@ silently, under gradient checkpointing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routing import expert_load, full_precision
-
-SAMPLE_SIZE = 1024  # tokens kept of a forward pass, for starting codes and replacing dead ones
+from .routing import full_precision
 
 
 @dataclass(frozen=True)
@@ -43,21 +39,6 @@ class Quantized:
     indices: Tensor
     loss: Tensor
     error: Tensor
-
-
-@dataclass(frozen=True)
-class UsageStats:
-    """What `update` needs to know of forward passes.
-
-    Args:
-        usage: (M,) share of tokens per code.
-        token_sums: (M, D) sum of each code's tokens over T.
-        sample: (S, D) some of the tokens.
-    """
-
-    usage: Tensor
-    token_sums: Tensor
-    sample: Tensor
 
 
 @torch.no_grad()
@@ -100,7 +81,6 @@ class Codebook(nn.Module):
         super().__init__()
         self.num_codes, self.dim, self.commitment = num_codes, dim, commitment
         self.factory: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self._pending: list[UsageStats] = []
         self._create()
         self.init_weights()
 
@@ -133,71 +113,30 @@ class Codebook(nn.Module):
                 loss = loss + self.codebook_scale * _mean_squared(chosen, x.detach())
         return Quantized(chosen, indices, loss, error.detach())
 
-    @torch.no_grad()
-    def observe(self, x: Tensor, indices: Tensor) -> None:
-        """Keep statistics of a forward pass for the next `update`.
+    def observe(self, x: Tensor, indices: Tensor) -> Tensor | None:
+        """Keep what the next `update` needs to know of a forward pass; here, nothing.
 
         Args:
             x: (T, D) tokens.
             indices: (T,) their codes.
+
+        Returns:
+            How many tokens had to be left out, 0-dim, or None if none ever are.
         """
-        x = x.detach().float()
-        usage = expert_load(indices, self.num_codes)
-        sums = torch.zeros(self.num_codes, self.dim, device=x.device).index_add(0, indices, x)
-        self._pending.append(UsageStats(usage, sums / max(len(x), 1), _thinned(x).clone()))
+        return None
 
     def discard(self) -> None:
         """Forget the observed passes."""
-        self._pending = []
 
-    @torch.no_grad()
     def update(self) -> bool:
         """Learn from the observed passes of all ranks; returns whether the codes changed."""
-        if not self._pending:
-            return False
-        passes, self._pending = self._pending, []
-        stats = UsageStats(
-            torch.stack([p.usage for p in passes]).mean(dim=0),
-            torch.stack([p.token_sums for p in passes]).mean(dim=0),
-            _thinned(torch.cat([p.sample for p in passes])),
-        )
-        stats = over_ranks(stats)
-        # without a token nothing is learned, but every rank has taken part
-        return len(stats.sample) > 0 and self._learn(stats)
-
-    def _learn(self, stats: UsageStats) -> bool:
         return False
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f'num_codes={self.num_codes}, dim={self.dim}, commitment={self.commitment}'
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_pending': []}
-
 
 def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
     """Mean over tokens and channels, zero without tokens."""
     return F.mse_loss(a, b, reduction='sum') / max(a.numel(), 1)
-
-
-def over_ranks(stats: UsageStats) -> UsageStats:
-    """Mean usage and sums of all ranks, and rank 0's sample; unchanged in a single process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return stats
-    shares = torch.cat([stats.usage[:, None], stats.token_sums], dim=1)
-    dist.all_reduce(shares)
-    shares /= dist.get_world_size()
-    # ranks may have seen different numbers of tokens, a broadcast needs equal shapes
-    size = torch.tensor(len(stats.sample), device=shares.device)
-    dist.broadcast(size, src=0)
-    sample = stats.sample.new_empty(int(size), stats.sample.shape[1])
-    if dist.get_rank() == 0:
-        sample.copy_(stats.sample)
-    dist.broadcast(sample, src=0)
-    return UsageStats(shares[:, 0], shares[:, 1:], sample)
-
-
-def _thinned(x: Tensor) -> Tensor:
-    """At most SAMPLE_SIZE tokens, evenly spread over images and passes."""
-    return x[:: max(math.ceil(len(x) / SAMPLE_SIZE), 1)]

@@ -1,15 +1,18 @@
 """Codebooks that do not collapse, or collapse less, and all of them by name.
 
-Legend: T tokens, D width, M codes, S sample of tokens.
+Legend: T tokens, D width, M codes, S sampled tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook, UsageStats, nearest_code
+from .codebook import Codebook, nearest_code
+from .codebook_usage import CodeUsage, code_usage
 
 KMEANS_ITERATIONS = 10
 DEAD_SHARE = 0.01  # a code is dead below this share of even usage
@@ -33,14 +36,29 @@ def kmeans(sample: Tensor, num_codes: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     codes = sample[:1]
     for _ in range(num_codes - 1):
-        distance = torch.cdist(sample, codes).min(dim=1).values.square().cpu() + 1e-12
-        pick = torch.multinomial(distance, 1, generator=generator)
+        distance = torch.cdist(sample, codes).min(dim=1).values.cpu()
+        # over the largest: squares of large distances have no finite sum
+        chances = (distance / distance.max().clamp(min=1e-30)).square() + 1e-12
+        pick = torch.multinomial(chances, 1, generator=generator)
         codes = torch.cat([codes, sample[pick.to(sample.device)]])
     for _ in range(KMEANS_ITERATIONS):
         members = F.one_hot(nearest_code(sample, codes), num_codes).to(sample.dtype)
         counts = members.sum(dim=0)[:, None]
         codes = torch.where(counts > 0, members.t() @ sample / counts.clamp(min=1), codes)
     return codes
+
+
+def anchor_probabilities(codes: Tensor, sample: Tensor) -> Tensor:
+    """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2).
+
+    Args:
+        codes: (M, D) float32.
+        sample: (S, D) float32.
+
+    Returns:
+        (M, S), rows sum to 1.
+    """
+    return torch.cdist(codes, sample).square().neg().softmax(dim=1)
 
 
 class GradientCodebook(Codebook):
@@ -51,6 +69,7 @@ class GradientCodebook(Codebook):
     """
 
     decay = 0.99
+    _pending: CodeUsage | None = None
     usage: Tensor
     started: Tensor
     updates: Tensor
@@ -72,43 +91,84 @@ class GradientCodebook(Codebook):
         self.started.fill_(False)
         self.updates.zero_()
 
-    def _learn(self, stats: UsageStats) -> bool:
+    @torch.no_grad()
+    def observe(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Keep statistics of a forward pass for the next `update`, in memory that does not grow.
+
+        Tokens that are not finite, or too large to be squared, are left out: a single one would
+        spoil its code for ever.
+
+        Args:
+            x: (T, D) tokens.
+            indices: (T,) their codes.
+
+        Returns:
+            How many tokens were left out, 0-dim float32.
+        """
+        before = self._pending
+        seen = code_usage(
+            x.detach().float(), indices, self.num_codes, before.num_passes if before else 0
+        )
+        self._pending = seen if before is None else before.merged(seen)
+        return len(x) - seen.num_tokens
+
+    def discard(self) -> None:
+        """Forget the observed passes."""
+        self._pending = None
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Learn from the observed passes of all ranks; returns whether the codes changed."""
+        if self._pending is None:
+            return False
+        usage, self._pending = self._pending.over_ranks(), None
+        # without a token nothing is learned, but every rank has taken part
+        return bool(usage.num_tokens > 0) and self._learn(usage)
+
+    def _learn(self, usage: CodeUsage) -> bool:
         self.updates += 1
         if not bool(self.started):
-            self._start(kmeans(stats.sample, self.num_codes))
+            self._start(kmeans(usage.sample, self.num_codes))
             return True
-        self.usage.lerp_(stats.usage.to(self.usage.dtype), 1 - self.decay)
-        return self._move(stats) | self._replace_dead(stats)
+        self._average(self.usage, usage.counts / usage.num_tokens)
+        return self._move(usage) | self._replace_dead(usage.sample)
+
+    def _average(self, average: Tensor, value: Tensor) -> None:
+        average.lerp_(value.to(average.dtype), 1 - self.decay)
 
     def _start(self, codes: Tensor) -> None:
         self.embed.copy_(codes)
         self.usage.fill_(1 / self.num_codes)
         self.started.fill_(True)
 
-    def _move(self, stats: UsageStats) -> bool:
+    def _move(self, usage: CodeUsage) -> bool:
         return False
 
-    def _replace_dead(self, stats: UsageStats) -> bool:
+    def _replace_dead(self, sample: Tensor) -> bool:
         dead = self.usage * self.num_codes < DEAD_SHARE
         num_dead = int(dead.sum())
         if num_dead == 0:
             return False
         generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
-        picks = torch.randint(len(stats.sample), (num_dead,), generator=generator)
-        self._revive(dead, stats.sample[picks.to(stats.sample.device)])
+        picks = torch.randint(len(sample), (num_dead,), generator=generator)
+        self._revive(dead, sample[picks.to(sample.device)])
         return True
 
     def _revive(self, dead: Tensor, codes: Tensor) -> None:
         self.embed[dead] = codes.to(self.embed.dtype)
         self.usage[dead] = 1 / self.num_codes
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_pending': None}
+
 
 class EmaCodebook(GradientCodebook):
     """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1).
 
-    With usage n_k and token sums m_k as shares of all tokens, both averaged with decay 0.99:
-    v_k = m_k / n~_k, n~_k = (n_k + eps) / (sum n + M eps) * sum n. There is no codebook loss.
-    Starts and replaces dead codes as `GradientCodebook` does.
+    With counts n_k and token sums m_k of an update, both averaged with decay 0.99:
+    v_k = m_k / n~_k, n~_k = (n_k + eps) / (sum n + M eps) * sum n, where eps = 1e-5 of a token. The
+    averages are kept as shares of the tokens, so that updates of different size count alike. There
+    is no codebook loss. Starts and replaces dead codes as `GradientCodebook` does.
     """
 
     codebook_scale = 0.0
@@ -136,10 +196,10 @@ class EmaCodebook(GradientCodebook):
         super()._start(codes)
         self.token_sums.copy_(codes / self.num_codes)
 
-    def _move(self, stats: UsageStats) -> bool:
-        self.token_sums.lerp_(stats.token_sums.to(self.token_sums.dtype), 1 - self.decay)
-        total = self.usage.sum()
-        smoothed = (self.usage + self.epsilon) / (total + self.num_codes * self.epsilon) * total
+    def _move(self, usage: CodeUsage) -> bool:
+        self._average(self.token_sums, usage.token_sums / usage.num_tokens)
+        total, epsilon = self.usage.sum(), self.epsilon / usage.num_tokens
+        smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
         self.embed.copy_(self.token_sums / smoothed[:, None])
         return True
 
@@ -181,7 +241,10 @@ class CVQCodebook(GradientCodebook):
 
     Usage starts at zero and is averaged with decay 0.99. Code k moves by
     alpha_k = exp(-10 usage_k M / (1 - decay) - 0.001) towards an anchor, a token drawn with
-    probability softmax(-distance) ('probrandom'): fully if never used, not measurably if used.
+    probability softmax(-distance^2) ('probrandom'): fully if never used, not measurably if used.
+
+    Where we differ: tokens and codes are compared by Euclidean distance, as in all codebooks here;
+    the authors' code does so as an option, its default is the cosine.
     """
 
     def init_weights(self) -> None:
@@ -189,14 +252,15 @@ class CVQCodebook(GradientCodebook):
         super().init_weights()
         self._reset_usage(0.0)
 
-    def _learn(self, stats: UsageStats) -> bool:
+    def _learn(self, usage: CodeUsage) -> bool:
         self.updates += 1
-        self.usage.lerp_(stats.usage.to(self.usage.dtype), 1 - self.decay)
+        self._average(self.usage, usage.counts / usage.num_tokens)
         rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.decay) - 1e-3)
         generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
-        distance = torch.cdist(self.codes(), stats.sample)
-        picks = torch.multinomial((-distance).softmax(dim=1).cpu(), 1, generator=generator)
-        anchors = stats.sample[picks.squeeze(1).to(stats.sample.device)]
+        sample = usage.sample
+        chances = anchor_probabilities(self.codes(), sample).cpu()
+        picks = torch.multinomial(chances, 1, generator=generator)
+        anchors = sample[picks.squeeze(1).to(sample.device)]
         self.embed.lerp_(anchors.to(self.embed.dtype), rate[:, None].to(self.embed.dtype))
         return True
 

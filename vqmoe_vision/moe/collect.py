@@ -106,6 +106,14 @@ class MoeLayer(StaysPython):
             self.recorder.losses.extend(losses.items())
             self.recorder.stats.extend(stats.items())
 
+    def begin(self) -> None:
+        """Get ready for the passes of a block, which opens now."""
+        self._updated = self.apply_begin() or self._updated
+
+    def apply_begin(self) -> bool:
+        """Change state that is due before the next pass; returns whether it changed."""
+        return False
+
     def update(self) -> None:
         """Apply what the last block collected for the state of this layer."""
         # an update with nothing to learn does not undo the one before
@@ -260,6 +268,7 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')
     collected = Collected(layers, next(model.parameters(), None))
     for layer in layers.values():
+        layer.begin()
         layer.recorder.start()
     try:
         yield collected

@@ -111,8 +111,19 @@ def perplexity(shares: Tensor) -> float:
     return math.exp(torch.special.entr(shares.double()).sum().item())
 
 
+def init_lecun_normal(weight: Tensor) -> None:
+    """Normal of variance 1 / D, cut off at two standard deviations: flax's default for a router.
+
+    Args:
+        weight: (E, D), changed in place.
+    """
+    # what the cut leaves has 0.87962566 of the spread of the uncut normal
+    std = weight.shape[1] ** -0.5 / 0.87962566
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
 def init_orthogonal(weight: Tensor) -> None:
-    """Orthogonal with gain 0.1 as the authors' code: rows, or columns if there are fewer.
+    """Orthogonal with gain 0.1 as StableMoE's code: rows, or columns if there are fewer.
 
     Drawn in float32 on the CPU. Not on the meta device, which has nothing to initialise and no QR.
     """

@@ -252,3 +252,15 @@ def test_prioritized_capacity_is_equivariant_under_token_permutation(make_layer)
     layer = make_layer('smoe', eval_capacity_factor=0.5, batch_prioritized=True).eval()
     x, shuffle = torch.randn(1, 12, D), torch.randperm(12)
     torch.testing.assert_close(layer(x[:, shuffle]), layer(x)[:, shuffle])
+
+
+def test_the_router_starts_as_that_of_v_moe():
+    torch.manual_seed(0)
+    router = SMoERouter(128, SMoEConfig(num_experts=64))
+    # 8192 draws of variance 1 / 128: the standard error of the spread is 0.8 %
+    assert router.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
+    # cut at two standard deviations of the uncut normal
+    assert router.weight.abs().max() <= 2 * 128**-0.5 / 0.87962566
+    # 8 logits of unit variance: measured on the authors' start, 0.35; 0.17 with a spread of 0.02
+    probs = (torch.randn(2000, 128) @ router.weight[:8].t()).softmax(dim=-1)
+    assert probs.max(dim=-1).values.mean().item() == pytest.approx(0.36, abs=0.03)

@@ -313,6 +313,7 @@ def test_statistics(make_layer):
         'load': torch.bincount(first, minlength=E) / 60,
         'code_usage': usage,
         'discrete_load': torch.bincount(q % E, minlength=E) / 60,
+        'nonfinite_tokens': torch.tensor(0.0),
         'quantization_error': error / tokens.square().mean(),
         'gate_continuous': layer.gates(tokens)[:, 0].mean(),
         'agreement': (first == q % E).float().mean(),

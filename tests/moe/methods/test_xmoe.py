@@ -156,3 +156,10 @@ def test_group_preset_normalises_experts_only():
     assert torch.equal(routing.indices, expected.indices)
     torch.testing.assert_close(routing.weights, expected.values.softmax(dim=-1))
     assert routing.losses == {}
+
+
+@pytest.mark.parametrize('num_experts', [4, 8, 32])
+def test_expert_embeddings_start_with_the_length_of_the_authors_code(num_experts):
+    router = XMoERouter(D, XMoEConfig(num_experts=num_experts))
+    lengths = router.expert_embed.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full((num_experts,), 1.5))

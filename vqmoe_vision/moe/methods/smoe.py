@@ -31,7 +31,15 @@ from .. import losses
 from ..config import TopKConfig, check, check_renormalize, check_weights
 from ..experts import Experts
 from ..layer import RoutedMlp
-from ..routing import Router, Routing, full_precision, renormalized, top_k_experts, within_capacity
+from ..routing import (
+    Router,
+    Routing,
+    full_precision,
+    init_lecun_normal,
+    renormalized,
+    top_k_experts,
+    within_capacity,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +136,8 @@ class SMoERouter(Router):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal of 0.02; never zero, or all tokens tie and take the same experts."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        """V-MoE's lecun normal; never zero, or all tokens tie and take the same experts."""
+        init_lecun_normal(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

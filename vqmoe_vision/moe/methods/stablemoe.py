@@ -177,15 +177,11 @@ class DistilledRouter(nn.Module):
         return self.project.numel() + self.expert_embed.numel()
 
     @torch.no_grad()
-    def advance(self, stage1_steps: int) -> bool:
-        """Count one update, freeze when stage 1 is over; returns whether it froze now."""
-        self.steps += 1
-        if bool(self.frozen) or int(self.steps) < stage1_steps:
-            return False
+    def freeze(self) -> None:
+        """Begin stage 2."""
         for name in self.names:
             getattr(self, f'frozen_{name}').copy_(getattr(self, name))
         self.frozen.fill_(True)
-        return True
 
     @torch.no_grad()
     def restart(self) -> bool:
@@ -322,10 +318,24 @@ class StableMoEMlp(RoutedMlp):
         num_prefix_tokens = distilled.prefix.shape[0] if 'prefix' in distilled.names else 0
         return super().macs(num_tokens) - num_prefix_tokens * distilled.project.numel()
 
+    def apply_begin(self) -> bool:
+        """Freeze the distilled router if stage 1 is over.
+
+        Not at the end of its last block: `optimizer.step()` may come after the block.
+        """
+        distilled = self.router.distilled
+        over = self.training and int(distilled.steps) >= self.router.stage1_steps
+        if not over or bool(distilled.frozen):
+            return False
+        distilled.freeze()
+        return True
+
     def apply_update(self) -> bool:
-        """Count an update; freeze the distilled router at the end of stage 1."""
+        """Count an update, which changes no answer."""
         # statistics may be collected in eval mode, which is no step of training
-        return self.training and self.router.distilled.advance(self.router.stage1_steps)
+        if self.training:
+            self.router.distilled.steps += 1
+        return False
 
 
 def set_stage1_steps(model: nn.Module, steps: int) -> None:

@@ -60,7 +60,7 @@ from ..experts import Experts
 from ..grouped_linear import compute_dtype
 from ..layer import record_routing
 from ..plan import make_plan
-from ..routing import Routing, expert_load, full_precision, top_k_experts
+from ..routing import Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
 
 FORMS = ('full', 'discrete', 'continuous')
 EXPERT_INPUTS = ('mix', 'ste', 'official', 'token')
@@ -161,8 +161,8 @@ class ContinuousRouter(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated normal of 0.02."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        """As SMoE's router."""
+        init_lecun_normal(self.weight)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
@@ -305,7 +305,9 @@ class VQMoEMlp(MoeLayer):
             assert self.quantizer is not None
             codebook = self.quantizer.codebook
             if self.training:
-                codebook.observe(tokens, quantized.indices)
+                left_out = codebook.observe(tokens, quantized.indices)
+                if left_out is not None:
+                    stats['nonfinite_tokens'] = left_out
             usage = expert_load(quantized.indices, codebook.num_codes)
             stats['code_usage'] = usage
             stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)

@@ -8,8 +8,11 @@
     (8)  balance = E * sum_i t_i mean_x softmax(s / tau_0)_i, tau_0 fixed, t_i the load share
 
 Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing; tau is kept
-positive as exp(log_temperature); `top_k` above 1 selects by the same scores. torchscale's X-MoE is
-another router (no token normalisation, no temperature): see the 'group' preset.
+positive as exp(log_temperature); `top_k` above 1 selects by the same scores. Expert embeddings
+start with the length of 1.5 to which torchscale's code brings them in every forward pass; here only
+the start is so long. Their length changes no score, but how far a step of the optimizer turns them.
+In all else torchscale's X-MoE is another router (no token normalisation, no temperature): see the
+'group' preset.
 
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
@@ -30,6 +33,7 @@ from ..experts import Experts
 from ..layer import RoutedMlp
 from ..routing import Router, Routing, full_precision, init_orthogonal, renormalized, top_k_experts
 
+EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
 _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
@@ -123,10 +127,11 @@ class XMoERouter(Router):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Projection as timm's linear layers, embeddings orthogonal with gain 0.1."""
+        """Projection as timm's linear layers, embeddings orthogonal, each of length 1.5."""
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.expert_embed)
         with torch.no_grad():
+            self.expert_embed.copy_(EMBED_NORM * F.normalize(self.expert_embed.float(), dim=-1))
             self.log_temperature.fill_(math.log(self.initial_temperature))
 
     reset_parameters = init_weights

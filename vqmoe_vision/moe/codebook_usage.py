@@ -1,0 +1,110 @@
+"""What a codebook learns from without gradients: how tokens use it, over passes and ranks.
+
+Legend: T tokens, D width, M codes, S = SAMPLE_SIZE sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
+
+
+@dataclass(frozen=True)
+class CodeUsage:
+    """Counts, sums and a uniform sample of the tokens of any number of forward passes.
+
+    The sample holds the S tokens with the smallest of independent random keys. So it can be merged
+    from the samples of passes and ranks, in memory that does not grow, and every token has the same
+    chance, whatever image and position it comes from.
+
+    Args:
+        counts: (M,) float32, tokens per code.
+        token_sums: (M, D) float32, sum of each code's tokens.
+        keys: (S,) float32, keys of the sample in rising order; infinite where there is no token.
+        tokens: (S, D) float32, the sample.
+        num_passes: How many forward passes are in it.
+    """
+
+    counts: Tensor
+    token_sums: Tensor
+    keys: Tensor
+    tokens: Tensor
+    num_passes: int = 1
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens in all, 0-dim float32."""
+        return self.counts.sum()
+
+    @property
+    def sample(self) -> Tensor:
+        """The sampled tokens, (at most S, D), in random order."""
+        return self.tokens[self.keys.isfinite()]
+
+    def merged(self, later: CodeUsage) -> CodeUsage:
+        """Usage in the passes of both."""
+        return CodeUsage(
+            self.counts + later.counts,
+            self.token_sums + later.token_sums,
+            *_smallest(torch.cat([self.keys, later.keys]), torch.cat([self.tokens, later.tokens])),
+            self.num_passes + later.num_passes,
+        )
+
+    def over_ranks(self) -> CodeUsage:
+        """Usage on all ranks; the same object in a single process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        sums = torch.cat([self.counts[:, None], self.token_sums], dim=1)
+        dist.all_reduce(sums)
+        sample = torch.cat([self.keys[:, None], self.tokens], dim=1)
+        samples = [torch.empty_like(sample) for _ in range(dist.get_world_size())]
+        dist.all_gather(samples, sample)
+        joint = torch.cat(samples)
+        keys, tokens = _smallest(joint[:, 0], joint[:, 1:])
+        return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], keys=keys, tokens=tokens)
+
+
+def code_usage(x: Tensor, indices: Tensor, num_codes: int, pass_number: int) -> CodeUsage:
+    """Usage in one forward pass, by tokens whose square is finite.
+
+    Args:
+        x: (T, D) float32 tokens.
+        indices: (T,) int64, their codes.
+        num_codes: M.
+        pass_number: How many passes are in the usage that this one will be merged with.
+    """
+    usable = torch.linalg.vecdot(x, x).isfinite()
+    x = x.masked_fill(~usable[:, None], 0)
+    counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
+    sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
+    keys = _random_keys(usable, pass_number).masked_fill(~usable, torch.inf)
+    return CodeUsage(counts, sums, *_smallest(keys, x))
+
+
+# An opaque operator: torch.compile knows no generators.
+@torch.library.custom_op('vqmoe_vision::random_keys', mutates_args=())
+def _random_keys(like: Tensor, pass_number: int) -> Tensor:
+    """Uniform keys; reproducible, new for each pass and rank, and the user's stream left alone."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed((rank << 32) + pass_number)
+    return torch.rand(len(like), generator=generator).to(like.device)
+
+
+@_random_keys.register_fake
+def _(like: Tensor, pass_number: int) -> Tensor:
+    return torch.empty_like(like, dtype=torch.float32)
+
+
+def _smallest(keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The S smallest keys and their tokens, filled up with infinite keys and zeros."""
+    missing = SAMPLE_SIZE - len(keys)
+    if missing > 0:
+        keys = torch.cat([keys, keys.new_full((missing,), torch.inf)])
+        tokens = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])
+    smallest = keys.topk(SAMPLE_SIZE, largest=False)
+    return smallest.values, tokens.index_select(0, smallest.indices)
