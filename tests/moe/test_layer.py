@@ -245,8 +245,9 @@ def test_zero_tokens_vectors_are_finite(make_layer, method, options):
 
 @every_case
 def test_no_weight_decay_names_parameters(make_layer, method, options):
-    layer = make_layer(method, **options).layer
-    assert layer.no_weight_decay() <= {name for name, _ in layer.named_parameters()}
+    for module in make_layer(method, **options).modules():
+        if hasattr(module, 'no_weight_decay'):
+            assert module.no_weight_decay() <= {name for name, _ in module.named_parameters()}
 
 
 @every_case

@@ -11,6 +11,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
+
 
 @OPTIM_WRAPPERS.register_module()
 class CpuAmpOptimWrapper(OptimWrapper):
@@ -61,6 +63,8 @@ class TimmOptimWrapperConstructor:
         optimizer_cfg['params'] = self.param_groups(model, decay)
         wrapper_cfg.setdefault('type', 'OptimWrapper')
         optimizer = OPTIMIZERS.build(optimizer_cfg)
+        if mixes_experts(optimizer):
+            per_expert(optimizer, model)
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from ..moe.collect import MoeLayer
 from ..moe.config import check
 from ..moe.experts import Experts
 from ..moe.layer import RoutedMlp
@@ -111,9 +110,9 @@ class MoeVisionTransformer(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not use weight decay."""
         names = super().no_weight_decay()
-        for i, block in enumerate(self.blocks):
-            if isinstance(block.mlp, MoeLayer):
-                names |= {f'blocks.{i}.mlp.{name}' for name in block.mlp.no_weight_decay()}
+        for prefix, module in self.named_modules():
+            if module is not self and hasattr(module, 'no_weight_decay'):
+                names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
     @torch.jit.ignore

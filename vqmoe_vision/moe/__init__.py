@@ -3,6 +3,7 @@
 from .collect import Collected, MoeLayer, collect_losses, moe_layers, update_state
 from .config import MoeConfig
 from .methods import METHODS
+from .optimizer import per_expert
 
 __all__ = [
     'METHODS',
@@ -11,5 +12,6 @@ __all__ = [
     'MoeLayer',
     'collect_losses',
     'moe_layers',
+    'per_expert',
     'update_state',
 ]

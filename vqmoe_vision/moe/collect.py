@@ -126,10 +126,6 @@ class MoeLayer(StaysPython):
     def discard(self) -> None:
         """Forget what the next update would learn from, as the block ended in an error."""
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of own parameters that weight decay should leave alone."""
-        return set()
-
     def _check_use(self) -> None:
         if in_recomputation():
             if self._ran_without_grad:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .grouped_linear import grouped_linear
+from .optimizer import track_stacked
 
 
 class StackedLinear(nn.Module):
@@ -44,6 +45,7 @@ class StackedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
         )
+        track_stacked(self)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -57,6 +59,14 @@ class StackedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     reset_parameters = init_weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        track_stacked(self)  # a copy, which no constructor made
+
+    def no_weight_decay(self) -> set[str]:
+        """The biases, which optimizers know by their single dimension elsewhere."""
+        return {'bias'} if self.bias is not None else set()
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Apply layer e to rows offsets[e - 1]:offsets[e].

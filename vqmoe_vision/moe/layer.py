@@ -48,10 +48,6 @@ class RoutedMlp(MoeLayer):
         idle = self.experts.num_experts - self.router.config.top_k
         return idle * self.experts.params_per_expert()
 
-    def no_weight_decay(self) -> set[str]:
-        """What the router wants left alone."""
-        return {f'router.{name}' for name in self.router.no_weight_decay()}
-
 
 def record_routing(layer: MoeLayer, routing: Routing, num_experts: int) -> None:
     """Report the losses of a routing, and its load if somebody listens.

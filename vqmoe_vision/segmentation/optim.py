@@ -43,12 +43,10 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         """
         segmentor: Any = model.module if is_model_wrapper(model) else model
         encoder = segmentor.backbone.model
-        # timm names biases by their single dimension here; those of experts are stacked
-        biases = {name for name, _ in encoder.named_parameters() if name.endswith('.bias')}
         groups = param_groups_layer_decay(
             encoder,
             weight_decay,
-            no_weight_decay_list=undecayed_parameters(encoder) | biases,
+            no_weight_decay_list=undecayed_parameters(encoder),
             layer_decay=self.layer_decay,
         )
         rate = self.optim_wrapper_cfg['optimizer']['lr']

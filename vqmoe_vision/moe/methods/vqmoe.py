@@ -348,13 +348,6 @@ class VQMoEMlp(MoeLayer):
         idle = max(self.experts.num_experts - branches, 0)
         return idle * self.experts.params_per_expert()
 
-    def no_weight_decay(self) -> set[str]:
-        """What the codebook wants left alone."""
-        if self.quantizer is None:
-            return set()
-        names = self.quantizer.codebook.no_weight_decay()
-        return {f'quantizer.codebook.{name}' for name in names}
-
 
 def build(in_features: int, config: VQMoEConfig, experts: Experts, **factory: Any) -> VQMoEMlp:
     """VQMoE layer for tokens of width `in_features`."""

@@ -1,0 +1,149 @@
+"""Optimizers that look at a tensor as a whole: an expert is a matrix of its own for them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from vqmoe_vision.moe.experts import Experts, StackedLinear
+from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
+
+# LAMB and the like start at a width and a batch that is theirs; 16 x 24 is what Muon orthogonalises
+E, OUT, IN = 4, 24, 16
+# These need CUDA, or a gradient that was made with create_graph.
+ELSEWHERE = ('bnb', 'fused', 'adahessian')
+OPTIMIZERS = [name for name in list_optimizers() if not name.startswith(ELSEWHERE)]
+SOME = ['lamb', 'lars', 'muon', 'cadamw', 'mars']
+
+
+class Separate(nn.Module):
+    """The experts of a `StackedLinear` as matrices and vectors of their own."""
+
+    def __init__(self, stacked: StackedLinear) -> None:
+        super().__init__()
+        for name, parameter in stacked.named_parameters():
+            parts = [nn.Parameter(part.clone()) for part in parameter.detach()]
+            setattr(self, name, nn.ParameterList(parts))
+
+    def stack(self, name: str) -> torch.Tensor:
+        return torch.stack(list(getattr(self, name)))
+
+
+def make(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, opt=name, lr=0.05, weight_decay=0.01)
+
+
+def pair(name: str) -> tuple:
+    stacked = StackedLinear(E, IN, OUT)
+    nn.init.normal_(stacked.weight)
+    nn.init.normal_(stacked.bias)
+    separate = Separate(stacked)
+    return stacked, make(stacked, name), separate, make(separate, name)
+
+
+def step(stacked, optimizer, separate, reference, scale: float = 1.0) -> None:
+    """One step of both with the same gradients, of very different size from expert to expert."""
+    sizes = scale * torch.tensor([1.0, 0.1, 3.0, 0.01])[torch.randperm(E)]
+    for name, parameter in stacked.named_parameters():
+        parameter.grad = torch.randn(parameter.shape) * sizes.view(E, *[1] * (parameter.ndim - 1))
+        for part, grad in zip(getattr(separate, name), parameter.grad, strict=True):
+            part.grad = grad.clone()
+    for each in (optimizer, reference):
+        torch.manual_seed(1)  # some draw random numbers, as many for either
+        each.step()
+
+
+def assert_equal(stacked, separate) -> None:
+    for name, parameter in stacked.named_parameters():
+        # the same operations on the same numbers; in batches or not, which may round differently
+        torch.testing.assert_close(parameter.detach(), separate.stack(name), rtol=1e-5, atol=1e-6)
+
+
+# torch warns of options that timm sets
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_every_optimizer_of_timm_updates_an_expert_as_a_matrix_or_is_refused(name: str) -> None:
+    case = pair(name)
+    if mixes_experts(case[1]):
+        match = rf'optimizer={type(case[1]).__name__} is not possible.*per_expert'
+        with pytest.raises(ValueError, match=match):
+            step(*case)
+        per_expert(case[1], case[0])
+    for scale in (1.0, 10.0, 1.0, 100.0):
+        step(*case, scale)
+    assert_equal(case[0], case[2])
+
+
+@pytest.mark.parametrize('name', ['lamb', 'muon'])
+def test_without_the_views_the_experts_would_be_mixed(name: str, monkeypatch) -> None:
+    monkeypatch.setattr('vqmoe_vision.moe.optimizer._WHOLE_TENSOR', frozenset())
+    case = pair(name)
+    step(*case)
+    assert (case[0].weight - case[2].stack('weight')).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_watched_too(duplicate) -> None:
+    model = duplicate(nn.Sequential(StackedLinear(E, IN, OUT)))
+    optimizer = make(model, 'lamb')
+    model[0].weight.grad = torch.randn(E, OUT, IN)
+    with pytest.raises(ValueError, match='Lamb'):
+        optimizer.step()
+
+
+def test_dense_models_are_left_alone() -> None:
+    model = nn.Linear(IN, OUT)
+    optimizer = make(model, 'lamb')
+    model(torch.randn(2, IN)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize('name', SOME)
+def test_parameter_groups_hold_the_parameters_between_steps(name: str) -> None:
+    model = Experts(E, IN, OUT)
+    optimizer = per_expert(make(model, name), model)
+    expected = [list(group['params']) for group in optimizer.param_groups]
+
+    def same() -> bool:
+        groups = [group['params'] for group in optimizer.param_groups]
+        pairs = zip(groups, expected, strict=True)
+        return all(a is b for found, e in pairs for a, b in zip(found, e, strict=True))
+
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert same()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert same()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['adamw', *SOME])
+def test_a_resumed_optimizer_goes_on_as_if_never_stopped(name: str) -> None:
+    torch.manual_seed(0)
+    first = pair(name)
+    per_expert(first[1], first[0])
+    for _ in range(3):
+        step(*first)
+    resumed = copy.deepcopy(first[0])
+    optimizer = per_expert(make(resumed, name), resumed)
+    optimizer.load_state_dict(copy.deepcopy(first[1].state_dict()))
+    case = (resumed, optimizer, *first[2:])
+    for _ in range(2):
+        step(*case)
+    assert_equal(resumed, first[2])
+
+
+def test_a_model_that_was_moved_is_updated_where_it_is_now() -> None:
+    model = StackedLinear(E, IN, OUT)
+    optimizer = per_expert(make(model, 'lamb'), model)
+    model.double()  # other memory behind the same parameters
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.randn(E, OUT, IN, dtype=torch.float64)
+    model.bias.grad = torch.zeros(E, OUT, dtype=torch.float64)
+    optimizer.step()
+    assert not torch.equal(model.weight, before)

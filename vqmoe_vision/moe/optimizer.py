@@ -1,0 +1,127 @@
+"""Optimizers that look at a tensor as a whole, and experts that are stacked in one.
+
+AdamW and its like work element by element: a stacked weight (E, out, in) is no different from E
+matrices. LAMB and LARS take one norm per tensor, Muon one orthogonal factor, 'cautious' variants
+one mean: there the experts would share what each matrix of a dense model has for itself. Such an
+optimizer is refused at its first step, unless `per_expert` has taught it the experts.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# Class names in timm, torch and apex. The tests hold every optimizer that timm lists against E
+# separate matrices.
+_WHOLE_TENSOR = frozenset(
+    {
+        'Adafactor',
+        'AdafactorBigVision',
+        'AdamP',
+        'FusedLAMB',
+        'FusedNovoGrad',
+        'Kron',
+        'Lamb',
+        'Lars',
+        'Mars',
+        'Muon',
+        'NvNovoGrad',
+        'SGDP',
+    }
+)
+_stacked_modules: WeakSet[nn.Module] = WeakSet()
+_taught: WeakSet[Optimizer] = WeakSet()
+
+
+def track_stacked(module: nn.Module) -> None:
+    """Remember a module whose own parameters have the experts as their first dimension."""
+    _watch_optimizers()
+    _stacked_modules.add(module)
+
+
+@cache
+def _watch_optimizers() -> None:
+    # with the first layer, not with the import, which should have no such effect
+    register_optimizer_step_pre_hook(_refuse)
+
+
+def mixes_experts(optimizer: Optimizer) -> bool:
+    """Whether an optimizer would update the experts of a stacked weight as one tensor."""
+    cautious = any(group.get('caution') for group in optimizer.param_groups)
+    return cautious or type(optimizer).__name__ in _WHOLE_TENSOR
+
+
+def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    """Let an optimizer update each expert as it would the same matrix alone.
+
+    While it steps, saves or loads, a stacked parameter is replaced by views of its experts;
+    otherwise the parameter groups hold the parameters of the model, for schedulers, clipping and
+    gradient scalers.
+
+    Args:
+        optimizer: Any optimizer over parameters of `model`; it is changed in place. Wrap it before
+            its state is loaded, and inside timm's `Lookahead`.
+        model: Holds the experts.
+
+    Returns:
+        The same optimizer.
+    """
+    stacked = [p for m in model.modules() if m in _stacked_modules for p in m.parameters(False)]
+    views = _ExpertViews(stacked)
+    optimizer.register_step_pre_hook(views.split)
+    optimizer.register_step_post_hook(views.join)
+    optimizer.register_state_dict_pre_hook(views.split)
+    optimizer.register_state_dict_post_hook(views.join)
+    optimizer.register_load_state_dict_pre_hook(views.split)
+    optimizer.register_load_state_dict_post_hook(views.join)
+    _taught.add(optimizer)
+    return optimizer
+
+
+class _ExpertViews:
+    """Exchanges stacked parameters and views of their experts in parameter groups."""
+
+    def __init__(self, stacked: list[nn.Parameter]) -> None:
+        self.views = {p: list(p.detach().unbind()) for p in stacked}
+        self.owners = {views[0]: p for p, views in self.views.items()}
+        self.others = {view for views in self.views.values() for view in views[1:]}
+
+    def split(self, optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group['params'] = [part for p in group['params'] for part in self._parts(p)]
+
+    def join(self, optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group['params'] = [
+                self.owners.get(p, p) for p in group['params'] if p not in self.others
+            ]
+
+    def _parts(self, parameter: Tensor) -> list[Tensor]:
+        if parameter not in self.views:
+            return [parameter]
+        views = self.views[parameter]
+        # again at each step: a model that was moved or cast has other memory behind its parameters
+        for i, view in enumerate(views):
+            view.data = parameter.detach()[i]
+            view.grad = None if parameter.grad is None else parameter.grad[i]
+        return views
+
+
+def _refuse(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Stop an optimizer that would mix the experts, before its first step."""
+    if optimizer in _taught or not mixes_experts(optimizer):
+        return
+    stacked = {p for module in _stacked_modules for p in module.parameters(False)}
+    if any(p in stacked for group in optimizer.param_groups for p in group['params']):
+        raise ValueError(
+            f'optimizer={type(optimizer).__name__} is not possible as it is: it would update all '
+            'experts of a layer as one tensor; call vqmoe_vision.per_expert(optimizer, model) '
+            'once, or take one that works element by element, such as AdamW'
+        )
