@@ -89,7 +89,7 @@ class _ExpertViews:
     """Exchanges stacked parameters and views of their experts in parameter groups."""
 
     def __init__(self, stacked: list[nn.Parameter]) -> None:
-        self.views = {p: list(p.detach().unbind()) for p in stacked}
+        self.views: dict[Tensor, list[Tensor]] = {p: list(p.detach().unbind()) for p in stacked}
         self.owners = {views[0]: p for p, views in self.views.items()}
         self.others = {view for views in self.views.values() for view in views[1:]}
 
