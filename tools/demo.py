@@ -40,7 +40,7 @@ def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Run
     records = read_scalars(newest_scalars(work_dir))
     plot_curves(records, Path(config).stem).savefig(work_dir / 'curves.png')
     last |= {scalar: values[-1] for scalar, (_, values) in curves(records).items()}
-    last['dead'] = sum(n for name, n in last.items() if re.fullmatch('val/.*/dead_experts', name))
+    last['dead'] = sum(n for name, n in last.items() if re.fullmatch('val/.*/load_unused', name))
     places = (
         f'  checkpoint  {(work_dir / "last_checkpoint").read_text()}\n'
         f'  log         {work_dir / runner.timestamp / runner.timestamp}.log\n'

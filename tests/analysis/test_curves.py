@@ -9,11 +9,11 @@ from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, re
 RECORDS = [
     {'loss': 2.0, 'blocks.1.mlp/vq_loss': 0.5, 'epoch': 1, 'iter': 2, 'step': 2},
     {'loss': 1.5, 'blocks.1.mlp/vq_loss': 0.4, 'epoch': 1, 'iter': 4, 'step': 4},
-    {'val/blocks.1.mlp/dead_experts': 3, 'step': 5},
+    {'val/blocks.1.mlp/load_unused': 3, 'step': 5},
     {'accuracy/top1': 60.0, 'time': 0.1, 'step': 1},
     {'loss': 1.0, 'blocks.1.mlp/vq_loss': 0.3, 'epoch': 2, 'iter': 7, 'step': 7},
     {'loss': 0.5, 'blocks.1.mlp/vq_loss': 0.2, 'epoch': 2, 'iter': 9, 'step': 9},
-    {'val/blocks.1.mlp/dead_experts': 0, 'step': 10},
+    {'val/blocks.1.mlp/load_unused': 0, 'step': 10},
     {'accuracy/top1': 80.0, 'time': 0.1, 'step': 2},
 ]
 
@@ -46,7 +46,7 @@ def test_one_panel_per_kind_of_scalar() -> None:
         'Training loss',
         'Held-out accuracy (%)',
         'Auxiliary losses, weighted',
-        'Dead experts, held-out images',
+        'Unused experts, held-out images',
     }
     (line,) = drawn['Held-out accuracy (%)']
     assert list(line.get_xdata()) == [4, 9]

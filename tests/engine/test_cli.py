@@ -60,7 +60,7 @@ def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> Non
     assert {'loss', 'cross_entropy_loss', 'accuracy/top1', 'accuracy/top5'} <= names
     assert {f'{layer}/balance_loss', f'{layer}/load_max', f'{layer}/code_usage_perplexity'} <= names
     for part in ('train_epoch', 'val'):
-        assert {f'{part}/{layer}/dead_experts', f'{part}/{layer}/code_perplexity'} <= names
+        assert {f'{part}/{layer}/load_unused', f'{part}/{layer}/code_usage_perplexity'} <= names
     assert list(trained.glob('*/vis_data/events.out.tfevents*'))
 
 
@@ -103,8 +103,8 @@ def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: P
     cli.test([config, str(trained / 'epoch_2.pth'), '--out', str(out), '--work-dir', work])
     metrics = json.loads(out.read_text())
     assert 0 <= metrics['accuracy/top1'] <= metrics['accuracy/top5'] <= 100
-    assert metrics['blocks.1.mlp/dead_experts'] in (0, 1)
-    assert 1 <= metrics['blocks.1.mlp/code_perplexity'] <= 2
+    assert metrics['blocks.1.mlp/load_unused'] in (0, 1)
+    assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
 def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path) -> None:

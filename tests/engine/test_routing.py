@@ -6,26 +6,17 @@ import torch
 from vqmoe_vision.engine import RoutingStatistics
 
 
-def test_expert_unused_in_one_batch_is_not_dead() -> None:
+def test_an_expert_that_one_batch_does_not_use_is_not_unused() -> None:
     statistics = RoutingStatistics()
     statistics.add({'a/load': torch.tensor([1.0, 0.0, 0.0])})
     statistics.add({'a/load': torch.tensor([0.5, 0.5, 0.0])})
-    # sums 1.5, 0.5, 0 of 2
+    # means 0.75, 0.25, 0; entropy 0.75 ln(4 / 3) + 0.25 ln 4 = 0.5623, e^0.5623 = 1.7548
     assert statistics.summary() == {
         'a/load_min': 0.0,
         'a/load_max': 0.75,
-        'a/dead_experts': 1,
+        'a/load_unused': 1,
+        'a/load_perplexity': pytest.approx(1.7548, abs=1e-4),
     }
-
-
-def test_expert_that_only_codes_reach_is_not_dead() -> None:
-    statistics = RoutingStatistics()
-    router, codes = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.5, 0.5, 0.0])
-    statistics.add({'a/load': router, 'a/discrete_load': codes, 'b/discrete_load': codes})
-    summary = statistics.summary()
-    # a: 1.5, 0.5, 0 of 2; b has no router
-    assert (summary['a/load_max'], summary['a/dead_experts']) == (0.75, 1)
-    assert (summary['b/load_max'], summary['b/dead_experts']) == (0.5, 1)
 
 
 def test_code_perplexity_is_that_of_the_whole_pass() -> None:
@@ -34,19 +25,20 @@ def test_code_perplexity_is_that_of_the_whole_pass() -> None:
     statistics.add({'a/code_usage': torch.tensor([1.0, 0.0, 0.0])})
     statistics.add({'a/code_usage': torch.tensor([0.0, 1.0, 0.0])})
     summary = statistics.summary()
-    assert summary['a/code_perplexity'] == pytest.approx(2)
-    assert summary['a/codes_used'] == 2
+    assert summary['a/code_usage_perplexity'] == pytest.approx(2)
+    assert summary['a/code_usage_unused'] == 1
 
 
-def test_report_has_one_line_per_layer() -> None:
+def test_every_statistic_of_a_layer_is_averaged_and_reported() -> None:
     statistics = RoutingStatistics()
     share = torch.tensor([0.25, 0.75])
-    statistics.add({'a/load': share, 'a/code_usage': share, 'b/load': share})
+    statistics.add({'a/load': share, 'a/new': torch.tensor(0.5), 'a/none': torch.tensor(0.0)})
+    statistics.add({'a/load': share, 'a/new': torch.tensor(1.0), 'b/load': share})
+    assert statistics.summary()['a/new'] == 0.75
+    assert statistics.summary()['b/load_max'] == 0.75
     perplexity = math.exp(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
-    assert statistics.report() == [
-        f'a  load 0.250..0.750  dead experts 0/2  code perplexity {perplexity:.2f}  codes used 2/2',
-        'b  load 0.250..0.750  dead experts 0/2',
-    ]
+    load = f'load 0.250..0.750 perplexity {perplexity:.2f} unused 0/2'
+    assert statistics.report() == [f'a  {load}  new 0.75', f'b  {load}']
 
 
 def test_reset_forgets() -> None:

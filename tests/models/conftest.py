@@ -21,21 +21,13 @@ TINY = {
     'num_heads': 2,
     'num_classes': 10,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{method: {} for method in METHODS},
-    'smoe-group': {'preset': 'group'},
-    'smoe-capacity': {'capacity_factor': 1.0, 'batch_prioritized': True, 'z_weight': 0.001},
-    'xmoe-group': {'preset': 'group'},
-    'xmoe-sigmoid': {'gate': 'sigmoid', 'top_k': 2},
-    'stablemoe-group': {'preset': 'group'},
-    'softmoe-lucidrains': {'preset': 'lucidrains'},
-    'vqmoe-official': {'preset': 'official'},
-    'vqmoe-discrete': {'form': 'discrete'},
-    'vqmoe-continuous': {'form': 'continuous'},
-    'vqmoe-gradient': {'codebook': 'gradient', 'num_codes': 16},
-    'vqmoe-simvq': {'codebook': 'simvq', 'expert_input': 'ste'},
-    'vqmoe-cvq': {'codebook': 'cvq'},
-}
+# by id: the method, and options that run other code
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
+for _name, _method in METHODS.items():
+    _config = _method.config
+    VARIANTS[_name] = (_name, {})
+    VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p, o in _config.PRESETS.items() if o}
+    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.TRIALS.items()}
 
 Make = Callable[..., nn.Module]
 
@@ -58,7 +50,7 @@ def tiny(method: str) -> Make:
 @pytest.fixture(params=VARIANTS)
 def tiny_variant(request: pytest.FixtureRequest) -> Make:
     """Builds a tiny model of each method, preset and form in turn."""
-    method, options = request.param.split('-')[0], VARIANTS[request.param]
+    method, options = VARIANTS[request.param]
     return lambda **kwargs: make(method, **{**options, **kwargs})
 
 

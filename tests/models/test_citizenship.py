@@ -134,7 +134,7 @@ def test_eval_is_deterministic(tiny_variant, images: Tensor) -> None:
 def test_every_parameter_gets_a_gradient_from_the_output(tiny, images: Tensor) -> None:
     model = tiny(init_values=0.1).train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('vqmoe_vision.moe.collect._already_warned', True)
+        patch.setattr('vqmoe_vision.moe.layer._already_warned', True)
         model(images[:2]).mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
@@ -153,9 +153,9 @@ def test_every_parameter_gets_a_gradient_from_the_loss(
 
 
 def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.moe.collect._already_warned', False)
+    monkeypatch.setattr('vqmoe_vision.moe.layer._already_warned', False)
     model = tiny().train()
-    if model.method == 'softmoe':  # has nothing to collect, and a warning would be an error here
+    if not model.blocks[1].mlp.needs_collecting:  # and a warning would be an error here
         model(images)
         return
     with pytest.warns(UserWarning, match='collect_losses') as warned:
@@ -297,7 +297,7 @@ def test_an_averaged_stablemoe_routes_as_its_frozen_router(make_tiny, train_step
     own, averaged = model.blocks[1].mlp.router.distilled, ema.module.blocks[1].mlp.router.distilled
     assert bool(own.frozen) and bool(averaged.frozen)
     model.eval()(images)
-    cells = model.blocks[1].mlp.router.source.cells
+    cells = model.blocks[1].mlp.router.raw_patches.value
     # The frozen copies start at zero, so the average is a multiple of them, and so are its scores:
     # the best expert is the same.
     assert torch.equal(own(cells).argmax(1), averaged(cells).argmax(1))

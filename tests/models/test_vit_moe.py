@@ -16,58 +16,13 @@ from vqmoe_vision.moe import METHODS, MoeLayer
 
 NAMES = timm.list_models(module='vit_moe')
 
-# one value that is possible and is not the default, for every option of every method
-OTHER_VALUES = {
-    'num_experts': 4,
-    'expert_mlp_ratio': 2.0,
-    'top_k': 3,
-    'renormalize': True,
-    'router_bias': True,
-    'router_noise': 0.5,
-    'importance_weight': 0.1,
-    'load_weight': 0.1,
-    'balance_weight': 0.2,
-    'z_weight': 0.1,
-    'capacity_factor': 1.5,
-    'eval_capacity_factor': 1.5,
-    'batch_prioritized': True,
-    'gate': 'sigmoid',
-    'router_dim': 3,
-    'temperature': 0.5,
-    'learn_temperature': False,
-    'balance_temperature': 0.5,
-    'normalize_tokens': False,
-    'stage1_steps': 7,
-    'distill_weight': 0.5,
-    'two_stage': False,
-    'slots_per_expert': 3,
-    'slot_norm': 'rms',
-    'form': 'discrete',
-    'num_codes': 16,
-    'codebook': 'plain',
-    'commitment': 0.5,
-    'vq_weight': 0.5,
-    'expert_input': 'ste',
-    'code_share': 0.5,
-    'input_norm': False,
-    'output_norm': True,
-    'train_router': False,
-}
-NEEDS = {
-    'renormalize': {'top_k': 2},
-    'batch_prioritized': {'capacity_factor': 1.0},
-    'two_stage': {'top_k': 2},
-    'train_router': {'balance_weight': 0.0},
-}
-OPTIONS = [(m, field.name) for m in METHODS for field in fields(METHODS[m].config)]
-
 IMPOSSIBLE = [
     ('smoe', {'num_experts': 0}, 'num_experts=0', 'at least 1'),
     ('smoe', {'num_experts': 2, 'top_k': 3}, 'top_k=3', 'between 1 and num_experts=2'),
     ('xmoe', {'num_experts': 1, 'top_k': 2}, 'top_k=2', 'between 1 and num_experts=1'),
     ('stablemoe', {'top_k': 0}, 'top_k=0', 'between 1 and num_experts=8'),
     ('smoe', {'expert_mlp_ratio': 0}, 'expert_mlp_ratio=0', 'above 0'),
-    ('smoe', {'preset': 'nonsense'}, "preset='nonsense'", "['group', 'paper']"),
+    ('smoe', {'preset': 'nonsense'}, "preset='nonsense'", "['group', 'matched', 'paper']"),
     ('smoe', {'renormalize': True, 'top_k': 1}, 'renormalize=True', 'False when top_k=1'),
     ('smoe', {'router_noise': 0.0}, 'load_weight=0.005', '0 when router_noise=0'),
     ('smoe', {'z_weight': -1.0}, 'z_weight=-1.0', 'at least 0'),
@@ -78,7 +33,7 @@ IMPOSSIBLE = [
     ('xmoe', {'temperature': 0.0}, 'temperature=0.0', 'above 0'),
     ('stablemoe', {'stage1_steps': 0}, 'stage1_steps=0', 'at least 1'),
     ('stablemoe', {'two_stage': False}, 'top_k=1', 'at least 2'),
-    ('stablemoe', {'patch_drop_rate': 0.1}, 'patch_drop_rate=0.1', '0, StableMoE'),
+    ('stablemoe', {'patch_drop_rate': 0.1}, 'patch_drop_rate=0.1', '0, the method routes'),
     ('stablemoe', {'block_fn': Block}, 'block_fn=', 'not set'),
     ('stablemoe', {'embed_layer': nn.Identity}, 'embed_layer=', 'not set'),
     ('softmoe', {'slots_per_expert': 0}, 'slots_per_expert=0', 'at least 1'),
@@ -119,10 +74,8 @@ def moe_blocks(model: nn.Module) -> list[int]:
     return [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer)]
 
 
-def test_the_twenty_names_exist() -> None:
-    expected = {f'vit_{size}_{method}' for size in SIZES for method in METHODS}
-    assert len(expected) == 20
-    assert set(NAMES) == expected
+def test_every_method_has_a_name_in_every_size() -> None:
+    assert set(NAMES) == {f'vit_{size}_{method}' for size in SIZES for method in METHODS}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -167,20 +120,22 @@ def test_placement_reaches_the_model(tiny) -> None:
     assert moe_blocks(tiny(moe_layers=[0, 2])) == [0, 2]
 
 
-def test_every_option_has_a_value_to_try() -> None:
-    assert {name for _, name in OPTIONS} == OTHER_VALUES.keys()
+@pytest.mark.parametrize('method', METHODS)
+def test_every_option_is_tried_with_another_value_than_its_default(method: str) -> None:
+    config = METHODS[method].config
+    shared = {'num_experts', 'expert_mlp_ratio'}  # of every method, and tried below
+    tried = [config.from_options(preset) for preset in config.PRESETS]
+    tried += [config.from_options(**options) for options in config.TRIALS.values()]
+    for field in fields(config):
+        values = [getattr(each, field.name) for each in tried]
+        assert field.name in shared or any(value != field.default for value in values), field.name
 
 
-@pytest.mark.parametrize(('method', 'option'), OPTIONS)
-def test_every_option_is_a_keyword(make_tiny, images, method: str, option: str) -> None:
-    value = OTHER_VALUES[option]
-    options = {**NEEDS.get(option, {}), option: value}
-    model = make_tiny(method, depth=2, **options)
-    default = getattr(METHODS[method].config(), option)
-
-    assert value != default, 'the other value must differ from the default'
-    assert getattr(model.moe_config, option) == value
+def test_options_reach_the_layers(tiny_variant, images) -> None:
+    model = tiny_variant(depth=2, num_experts=4, expert_mlp_ratio=2.0)
     assert model.eval()(images).isfinite().all()
+    layer = model.blocks[1].mlp
+    assert layer.experts.fc1.weight.shape == (4, 64, 32)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +180,7 @@ def test_an_unknown_keyword_is_a_type_error(tiny) -> None:
 )
 def test_an_option_of_another_method_is_a_type_error(make_tiny, method: str, option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        make_tiny(method, **{option: OTHER_VALUES[option]})
+        make_tiny(method, **{option: 1})
 
 
 @pytest.mark.parametrize(('method', 'options', 'found', 'allowed'), IMPOSSIBLE)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_vision.moe import METHODS, MoeLayer, collect
+from vqmoe_vision.moe import METHODS, MoeLayer, layer
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.methods.stablemoe import RawPatches
+from vqmoe_vision.moe.host import Host, RawPatches
 
 D, E, H = 8, 4, 16
 
@@ -24,10 +24,10 @@ class Patched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.source = RawPatches()
+        self.raw_patches = RawPatches()
 
     def read(self, x: Tensor) -> None:
-        self.source.cells = torch.cat([x, x], dim=-1).detach()
+        self.raw_patches.value = torch.cat([x, x], dim=-1).detach()
 
     def make_layer(self, method: str, num_experts: int, **options) -> MoeLayer:
         entry = METHODS[method]
@@ -37,13 +37,8 @@ class Patched(nn.Module):
         for linear in (experts.fc1, experts.fc2):
             nn.init.normal_(linear.weight, std=0.3)
             nn.init.normal_(linear.bias, std=0.3)
-        context = {
-            'source': self.source,
-            'in_chans': 1,
-            'num_prefix_tokens': 0,
-            'num_tokens': 2 * num_experts,
-        }
-        layer = entry.build(D, config, experts, **{name: context[name] for name in entry.context})
+        host = Host(2 * num_experts, in_chans=1, raw_patches=self.raw_patches)
+        layer = entry.build(D, config, experts, host)
         spread(layer)
         return layer
 
@@ -144,4 +139,4 @@ def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests train single layers without a collector, knowingly."""
-    monkeypatch.setattr(collect, '_already_warned', True)
+    monkeypatch.setattr(layer, '_already_warned', True)

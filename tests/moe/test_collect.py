@@ -10,25 +10,28 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vqmoe_vision.moe import METHODS, MoeLayer, collect, collect_losses, moe_layers, update_state
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses, moe_layers, update_state
+from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.host import Host
 
 D = 8
-CASES = [pytest.param(name, {}, id=name) for name in METHODS] + [
-    pytest.param('smoe', {'preset': 'group'}, id='smoe-group'),
-    pytest.param('smoe', {'capacity_factor': 0.5, 'batch_prioritized': True}, id='smoe-capacity'),
-    pytest.param('smoe', {'balance_weight': 0.1, 'z_weight': 0.1}, id='smoe-all-losses'),
-    pytest.param('xmoe', {'top_k': 2}, id='xmoe-top2'),
-    pytest.param('stablemoe', {'stage1_steps': 1}, id='stablemoe-stage2'),
-    *(
-        pytest.param('vqmoe', {'codebook': name, 'expert_input': 'ste'}, id=f'vqmoe-{name}')
-        for name in CODEBOOKS
-    ),
+CASES = [
+    pytest.param(name, options, id=f'{name}-{label}')
+    for name, method in METHODS.items()
+    for label, options in [
+        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
+        *method.config.TRIALS.items(),
+    ]
 ]
 every_case = pytest.mark.parametrize(('method', 'options'), CASES)
 every_method = pytest.mark.parametrize('method', METHODS)
 # layers that report losses
-LOSSY = [name for name in METHODS if name != 'softmoe']
+LOSSY = [
+    name
+    for name, method in METHODS.items()
+    if method.build(D, method.config(), Experts(8, D, D), Host(8)).needs_collecting
+]
 
 
 class Reporter(MoeLayer):
@@ -39,7 +42,7 @@ class Reporter(MoeLayer):
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer('updates', torch.zeros(()))
 
-    def compute(self, x):
+    def run(self, x):
         loss = self.scale * x.mean()
         self.record({'loss': loss}, {'mean': loss.detach(), 'share': torch.tensor([0.5, 0.5, 0.0])})
         return self.scale * x
@@ -209,7 +212,7 @@ def test_an_error_in_a_block_leaves_nothing_for_the_next(make_model, method, opt
 
 
 def test_training_without_a_collector_warns_once(make_model, monkeypatch):
-    monkeypatch.setattr(collect, '_already_warned', False)
+    monkeypatch.setattr(layer_module, '_already_warned', False)
     model = make_model('smoe')
     with pytest.warns(UserWarning, match='training without collect_losses') as caught:
         model(tokens())
@@ -219,7 +222,7 @@ def test_training_without_a_collector_warns_once(make_model, monkeypatch):
 
 
 def test_no_warning_without_a_reason(make_model, monkeypatch):
-    monkeypatch.setattr(collect, '_already_warned', False)
+    monkeypatch.setattr(layer_module, '_already_warned', False)
     model = make_model('smoe')
     with warnings.catch_warnings():
         warnings.simplefilter('error')

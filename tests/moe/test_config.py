@@ -82,6 +82,7 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('xmoe', {'temperature': 0.0}, 'temperature'),
         ('xmoe', {'balance_temperature': -1.0}, 'balance_temperature'),
         ('stablemoe', {'stage1_steps': 0}, 'stage1_steps'),
+        ('stablemoe', {'stage1_fraction': 0.0}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 1}, 'top_k'),
         ('softmoe', {'slots_per_expert': 0}, 'slots_per_expert'),
         ('softmoe', {'slot_norm': 'l1'}, 'slot_norm'),
@@ -98,6 +99,9 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('vqmoe', {'form': 'continuous', 'num_codes': 16}, 'num_codes'),
         ('vqmoe', {'form': 'continuous', 'vq_weight': 9.0}, 'vq_weight'),
         ('vqmoe', {'expert_input': 'ste', 'code_share': 0.9}, 'code_share'),
+        # also if the value is the default
+        ('vqmoe', {'expert_input': 'ste', 'code_share': 0.05}, 'code_share'),
+        ('stablemoe', {'stage1_steps': 7, 'stage1_fraction': 0.1}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 2, 'stage1_steps': 7}, 'stage1_steps'),
         ('xmoe', {'balance_weight': 0.0, 'balance_temperature': 9.0}, 'balance_temperature'),
         # of another type, or not finite
@@ -112,4 +116,4 @@ def test_a_router_that_cannot_learn_is_refused(method):
 )
 def test_impossible_options_of_a_method(method, options, field):
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
-        METHODS[method].config(**options)
+        METHODS[method].config.from_options(**options)

@@ -10,25 +10,25 @@ from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.grouped_linear import grouped_linear
 from vqmoe_vision.moe.plan import make_plan
+from vqmoe_vision.moe.routing import Routing
 
 
-def naive(experts, x, indices, weights, kept=None):
-    """Token by token, choice by choice; parameters are read one expert at a time."""
-    rows = []
-    for t in range(x.shape[0]):
-        row = torch.zeros_like(x[t])
-        for k in range(indices.shape[1]):
-            if kept is not None and not kept[t, k]:
-                continue
-            e = indices[t, k].item()
-            hidden = experts.fc1.weight[e] @ x[t]
-            if experts.fc1.bias is not None:
-                hidden = hidden + experts.fc1.bias[e]
-            answer = experts.fc2.weight[e] @ F.gelu(hidden)
-            if experts.fc2.bias is not None:
-                answer = answer + experts.fc2.bias[e]
-            row = row + weights[t, k] * answer
-        rows.append(row)
+def naive(experts, x, routing):
+    """Assignment by assignment; parameters are read one expert at a time."""
+    indices, weights, tokens = routing.indices, routing.weights, routing.tokens
+    if tokens is None:
+        tokens = torch.arange(len(indices))[:, None].expand_as(indices)
+    kept = torch.ones_like(indices, dtype=torch.bool) if routing.kept is None else routing.kept
+    rows = [torch.zeros_like(row) for row in x]
+    for place in kept.nonzero():
+        t, e = tokens[tuple(place)].item(), indices[tuple(place)].item()
+        hidden = experts.fc1.weight[e] @ x[t]
+        if experts.fc1.bias is not None:
+            hidden = hidden + experts.fc1.bias[e]
+        answer = experts.fc2.weight[e] @ F.gelu(hidden)
+        if experts.fc2.bias is not None:
+            answer = answer + experts.fc2.bias[e]
+        rows[t] = rows[t] + weights[tuple(place)] * answer
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
 
@@ -45,11 +45,11 @@ def make_case(num_tokens, num_experts, k, dim, hidden, bias, seed=0):
     return experts, x, indices, draw(num_tokens, k).abs()
 
 
-def run_and_backward(function, experts, x, indices, weights, kept=None, dtype=None):
+def run_and_backward(function, experts, x, indices, weights, kept=None, tokens=None):
     """Output and gradients with respect to x, weights and every parameter, by name."""
     experts.zero_grad(set_to_none=True)
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = function(experts, x, indices, weights, kept)
+    out = function(experts, x, Routing(indices, weights, kept=kept, tokens=tokens))
     # a cotangent that is different for every token and channel
     cotangent = torch.arange(1.0, out.numel() + 1, dtype=torch.float64).sin().view_as(out)
     (out * cotangent.to(out.dtype)).sum().backward()
@@ -250,7 +250,7 @@ def test_any_shape_equals_the_naive_loops(shape, drop, seed):
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(num_tokens, k, generator=generator) < 0.6 if drop else None
     actual = run_and_backward(dispatch.run_experts, *case, kept)
-    out = naive(*case, kept).detach()
+    out = naive(*case[:2], Routing(*case[2:], kept=kept)).detach()
     torch.testing.assert_close(actual['out'], out)
     if num_tokens > 0 and (kept is None or kept.any()):
         assert_same(actual, run_and_backward(naive, *case, kept))
@@ -288,32 +288,63 @@ def test_rows_past_the_last_end_give_zero():
 
 def test_a_gradient_that_is_one_expanded_number():
     experts, x, indices, weights = make_case(6, 3, 1, 8, 8, bias=True)
-    dispatch.run_experts(experts, x, indices, weights).sum().backward()
+    dispatch.run_experts(experts, x, Routing(indices, weights)).sum().backward()
     actual = {name: p.grad.clone() for name, p in experts.named_parameters()}
     experts.zero_grad()
-    naive(experts, x, indices, weights).sum().backward()
+    naive(experts, x, Routing(indices, weights)).sum().backward()
     for name, parameter in experts.named_parameters():
         torch.testing.assert_close(actual[name], parameter.grad)
 
 
-@pytest.mark.parametrize('k', [1, 3])
-def test_gather_and_combine_against_indexing(k, two_threads):
-    """Twelve assignments of three experts, two dropped; loads 4, 3, 3, padded to 4 each."""
-    indices = torch.tensor([2, 0, 3, 1, 0, 2, 1, 2, 1, 3, 0, 0])
-    plan = make_plan(indices, 3, torch.float64)
-    assert plan.offsets.tolist() == [4, 8, 12] and len(plan.order) == 14
-    tokens = 12 // k
-    x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(len(plan.order), 5, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(tokens, k, dtype=torch.float64, requires_grad=True)
-    gathered = dispatch.gather(x, plan, k)
-    torch.testing.assert_close(gathered[plan.inverse], x.repeat_interleave(k, dim=0))
-    combined = dispatch.combine(rows, plan, weights)
-    answers = rows[plan.inverse].view(tokens, k, 5)
-    torch.testing.assert_close(combined, torch.einsum('tk,tkd->td', weights, answers))
-    assert torch.autograd.gradcheck(lambda r, w: dispatch.combine(r, plan, w), (rows, weights))
-    # rows that only fill a group are no assignment's: no gradient comes from there
-    assert torch.autograd.gradcheck(lambda x: dispatch.gather(x, plan, k)[plan.inverse], x)
+def draw_assignments(num_tokens, num_experts, count, seed=0):
+    """Tokens with any number of experts, in any order: none for some, one expert twice for some."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(num_tokens, (count,), generator=generator)
+    indices = torch.randint(num_experts, (count,), generator=generator)
+    return tokens, indices, torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.usefixtures('two_threads')
+@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 60), st.integers(0, 2**31))
+def test_tokens_with_any_number_of_experts(function, num_tokens, num_experts, count, seed):
+    experts, x, _, _ = make_case(num_tokens, num_experts, 1, 5, 7, bias=True, seed=seed)
+    tokens, indices, weights = draw_assignments(num_tokens, num_experts, count, seed)
+    actual = run_and_backward(function, experts, x, indices, weights, None, tokens)
+    if count > 0:
+        assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))
+    alone = torch.bincount(tokens, minlength=num_tokens) == 0
+    assert torch.equal(actual['out'][alone], torch.zeros_like(x[alone]))
+
+
+def test_tokens_with_any_number_of_experts_in_blocks_of_bfloat16():
+    experts, x, _, _ = make_case(40, 4, 1, 8, 16, bias=True)
+    tokens, indices, weights = draw_assignments(40, 4, 50)
+    assert is_padded(indices, 4, torch.bfloat16)
+    experts, x, weights = experts.float(), x.float(), weights.float()
+    expected = run_and_backward(naive, experts, x, indices, weights, None, tokens)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights, None, tokens)
+    assert_same(actual, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize('k', [2, 3])
+def test_assignments_with_inputs_of_their_own(k, two_threads):
+    experts, _, indices, weights = make_case(30, 4, k, 5, 7, bias=True)
+    inputs = torch.randn(30 * k, 5, dtype=torch.float64)
+    actual = run_and_backward(dispatch.run_experts, experts, inputs, indices, weights)
+    # the same as 30 * k tokens of one expert each, whose answers are added by threes or twos
+    single = Routing(indices.reshape(-1, 1), weights.view(-1, 1))
+    expected = naive(experts, inputs, single).view(30, k, 5).sum(dim=1)
+    torch.testing.assert_close(actual['out'], expected.detach())
+    experts.zero_grad()
+    inputs.requires_grad_()
+    cotangent = torch.arange(1.0, 151, dtype=torch.float64).sin().view(30, 5)
+    (naive(experts, inputs, single).view(30, k, 5).sum(dim=1) * cotangent).sum().backward()
+    torch.testing.assert_close(actual['x'], inputs.grad)
+    for name, parameter in experts.named_parameters():
+        torch.testing.assert_close(actual[name], parameter.grad)
 
 
 def test_equal_runs_give_equal_bits():

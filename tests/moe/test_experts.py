@@ -48,10 +48,6 @@ def test_params_per_expert():
     assert Experts(4, 8, 16).params_per_expert() == 280
 
 
-def test_macs_per_row():
-    assert Experts(4, 8, 16).macs_per_row() == 8 * 16 + 16 * 8
-
-
 def test_dropout_only_while_training():
     experts = Experts(2, 8, 16, drop=0.5)
     nn.init.normal_(experts.fc2.bias)

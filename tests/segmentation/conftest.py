@@ -15,7 +15,6 @@ from mmseg.structures import SegDataSample
 
 import vqmoe_vision.segmentation  # noqa: F401  registers everything
 
-METHODS = ('vqmoe', 'softmoe', 'smoe', 'stablemoe', 'xmoe')
 TINY = dict(patch_size=8, depth=2, embed_dim=12, num_heads=3, img_size=32)
 
 

@@ -5,9 +5,10 @@ import timm
 import torch
 from mmseg.registry import MODELS
 
+from vqmoe_vision.moe import METHODS
 from vqmoe_vision.segmentation import TimmViT
 
-from .conftest import METHODS, TINY, tiny_backbone
+from .conftest import TINY, tiny_backbone
 
 
 def build(*args: Any, **kwargs: Any) -> TimmViT:

@@ -67,7 +67,7 @@ def test_training_logs_losses_statistics_and_metrics(trained: Path) -> None:
     names = set().union(*(json.loads(line) for line in scalars.read_text().splitlines()))
     layer = 'blocks.1.mlp'
     assert {'loss', 'decode.loss_ce', 'aAcc', 'mAcc', 'mIoU'} <= names
-    assert {f'{layer}/balance_loss', f'{layer}/load_max', f'val/{layer}/dead_experts'} <= names
+    assert {f'{layer}/balance_loss', f'{layer}/load_max', f'val/{layer}/load_unused'} <= names
     assert (trained / 'iter_2.pth').is_file()
     assert len(list(trained.glob('best_mIoU_iter_2.pth'))) == 1
 
@@ -106,7 +106,7 @@ def test_augmented_test(trained: Path, config: str, tmp_path: Path, batch_size: 
     options = ['--cfg-options', f'test_dataloader.batch_size={batch_size}']
     arguments = ['--tta', '--out', str(out), '--show-dir', str(shown), '--work-dir', str(tmp_path)]
     cli.test([config, str(trained / 'iter_2.pth'), *arguments, *options])
-    assert {'aAcc', 'mAcc', 'mIoU', 'blocks.1.mlp/dead_experts'} <= json.loads(
+    assert {'aAcc', 'mAcc', 'mIoU', 'blocks.1.mlp/load_unused'} <= json.loads(
         out.read_text()
     ).keys()
     # each scene once, not each of its versions

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from mmengine.registry import init_default_scope
 from torch.nn.parallel import DistributedDataParallel
 
-from vqmoe_vision.moe import update_state
+from vqmoe_vision.moe import METHODS, update_state
 
-from .conftest import METHODS, tiny_segmentor, training_batch
+from .conftest import tiny_segmentor, training_batch
 
 WORLD = 2
 

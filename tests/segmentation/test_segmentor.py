@@ -4,10 +4,10 @@ import pytest
 import torch
 from mmseg.registry import MODELS
 
-from vqmoe_vision.moe import update_state
+from vqmoe_vision.moe import METHODS, update_state
 from vqmoe_vision.segmentation.optim import LayerDecayOptimWrapperConstructor
 
-from .conftest import METHODS, tiny_segmentor, training_batch
+from .conftest import tiny_segmentor, training_batch
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -17,9 +17,10 @@ def test_loss_holds_every_auxiliary_loss_of_the_backbone(method: str) -> None:
     assert {'decode.loss_ce', 'decode.acc_seg'} <= entries.keys()
     auxiliary = {k for k in entries if 'loss' in k} - {'decode.loss_ce'}
     assert all(key.startswith('blocks.1.mlp/') for key in auxiliary)
-    # SoftMoE gives every expert as much, and so has neither a loss nor a load
-    assert bool(auxiliary) == (method != 'softmoe')
-    assert ('blocks.1.mlp/load_max' in entries) == (method != 'softmoe')
+    # a layer such as SoftMoE's gives every expert as much, and has neither a loss nor a load
+    collects = model.backbone.model.blocks[1].mlp.needs_collecting
+    assert bool(auxiliary) == collects
+    assert ('blocks.1.mlp/load_max' in model.logged_statistics.summary()) == collects
     total, _ = model.parse_losses(entries)
     parts = sum(entries[key] for key in auxiliary | {'decode.loss_ce'})
     torch.testing.assert_close(total, parts)
@@ -91,7 +92,7 @@ def test_predictions_have_the_size_of_odd_images(mode: str, size: tuple[int, int
     (result,) = model.test_step(dict(inputs=inputs, data_samples=[sample]))
     assert result.pred_sem_seg.shape == size
     assert result.seg_logits.data.isfinite().all()
-    assert 'blocks.1.mlp/dead_experts' in model.routing_statistics.summary()
+    assert 'blocks.1.mlp/load_unused' in model.routing_statistics.summary()
 
 
 def test_another_backbone_is_refused() -> None:

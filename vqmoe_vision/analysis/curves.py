@@ -28,9 +28,9 @@ PANELS = (
     Panel('Held-out accuracy (%)', r'accuracy/top1'),
     Panel('Held-out mIoU (%)', r'mIoU'),
     Panel('Auxiliary losses, weighted', r'.+/.+_loss'),
-    Panel('Dead experts, held-out images', r'val/.*/dead_experts'),
+    Panel('Unused experts, held-out images', r'val/.*/load_unused'),
     Panel('Largest load of an expert, held-out images', r'val/.*/load_max'),
-    Panel('Codebook perplexity, held-out images', r'val/.*/code_perplexity'),
+    Panel('Codebook perplexity, held-out images', r'val/.*/code_usage_perplexity'),
 )
 
 

@@ -5,22 +5,12 @@ from typing import Any
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from vqmoe_vision.moe import update_state
-from vqmoe_vision.moe.methods.stablemoe import set_stage1_steps
+from vqmoe_vision.moe import start_training, update_state
 
-from .model import NonFiniteError
-
-
-def _unwrapped(runner: Runner) -> Any:
-    """The model itself, inside what distributes it and what augments its tests."""
-    model = runner.model
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+from .model import NonFiniteError, unwrapped
 
 
 @HOOKS.register_module()
@@ -29,24 +19,11 @@ class MoeStateHook(Hook):
 
     Of a validation or test pass at its end; of training at the end of an epoch, or before the next
     validation.
-
-    Args:
-        stage1_fraction: Share of the training iterations after which StableMoE freezes its router.
-            No other method looks at it.
-
-    Raises:
-        ValueError: `stage1_fraction` is not above 0 and at most 1.
     """
 
-    def __init__(self, stage1_fraction: float = 0.1) -> None:
-        if not 0 < stage1_fraction <= 1:
-            raise ValueError(f'stage1_fraction={stage1_fraction} must be above 0 and at most 1')
-        self.stage1_fraction = stage1_fraction
-
     def before_train(self, runner: Runner) -> None:
-        """Tells StableMoE how long its first stage is."""
-        steps = max(1, round(self.stage1_fraction * runner.max_iters))
-        set_stage1_steps(_unwrapped(runner).routed_model, steps)
+        """Tells the layers how long the training is."""
+        start_training(unwrapped(runner).routed_model, runner.max_iters)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Reports the routing of the iterations since the last validation.
@@ -64,7 +41,7 @@ class MoeStateHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Moves codebooks and the like, once per iteration and after the optimizer's step."""
-        update_state(_unwrapped(runner).routed_model)
+        update_state(unwrapped(runner).routed_model)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Reports the routing of the epoch."""
@@ -81,7 +58,7 @@ class MoeStateHook(Hook):
         metrics.update(self._report(runner, 'test'))
 
     def _report(self, runner: Runner, mode: str) -> dict[str, float]:
-        statistics = _unwrapped(runner).routing_statistics
+        statistics = unwrapped(runner).routing_statistics
         summary = statistics.summary()
         for line in statistics.report():
             runner.logger.info(f'{mode}  {line}')
@@ -157,7 +134,7 @@ class CheckpointFitHook(Hook):
             ValueError: Names the keys and shapes that do not fit.
         """
         loaded = checkpoint.get('state_dict', checkpoint)
-        problem = misfit(_unwrapped(runner).state_dict(), loaded)
+        problem = misfit(unwrapped(runner).state_dict(), loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 
@@ -193,7 +170,7 @@ class ClassCountHook(Hook):
 
     @staticmethod
     def _check(runner: Runner, loader: Any) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner)
         classes = loader.dataset.metainfo['classes']
         if len(classes) != model.num_classes:
             raise ValueError(

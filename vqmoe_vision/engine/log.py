@@ -6,13 +6,16 @@ from typing import Any
 from mmengine.registry import LOG_PROCESSORS
 from mmengine.runner import LogProcessor
 
+from .model import unwrapped
+
 
 @LOG_PROCESSORS.register_module()
 class MoeLogProcessor(LogProcessor):
-    """Sums losses over layers in the lines of text, and keeps statistics of single layers out.
+    """Sums losses over layers in the lines of text, and fetches statistics of single layers.
 
-    Both go to TensorBoard and the JSON log at every logged iteration; a line of text per layer
-    and epoch, or validation, comes from `MoeStateHook`.
+    Losses and statistics of layers go to TensorBoard and the JSON log at every logged iteration,
+    statistics as averages since the last one; a line of text per layer and epoch, or validation,
+    comes from `MoeStateHook`.
     """
 
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:
@@ -33,4 +36,8 @@ class MoeLogProcessor(LogProcessor):
             if layer and kind.endswith('_loss'):
                 sums[kind] = sums.get(kind, 0.0) + value
         text = re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
+        statistics = getattr(unwrapped(runner), 'logged_statistics', None)
+        if mode == 'train' and statistics is not None:
+            scalars |= statistics.summary()
+            statistics.reset()
         return scalars, text + ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from mmengine.logging import MessageHub
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import Runner
 from torch import nn
 
 from vqmoe_vision.moe import Collected, collect_losses
@@ -17,30 +19,36 @@ class NonFiniteError(FloatingPointError):
     """A loss or a parameter is nan or infinite; training cannot go on from here."""
 
 
+def unwrapped(runner: Runner) -> Any:
+    """The model itself, inside what distributes it and what augments its tests."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
     """What the MoE layers add to the dictionary that a model's `loss` returns.
 
-    mmengine sums every entry with "loss" in its key and logs the others, so `blocks.1.mlp/balance`
-    becomes `blocks.1.mlp/balance_loss`, and the statistics keep their names.
+    mmengine sums every entry with "loss" in its key, so `blocks.1.mlp/balance` becomes
+    `blocks.1.mlp/balance_loss`. Statistics are no entries: `MoeLogProcessor` fetches them when a
+    line is due.
 
     Args:
-        collected: The losses (already weighted) and statistics of one forward pass.
+        collected: The losses (already weighted) of one forward pass.
 
     Returns:
         0-dim tensors by name.
     """
-    entries = {f'{name}_loss': value for name, value in collected.losses.items()}
-    for name, value in collected.summary().items():
-        assert 'loss' not in name, f'statistic {name!r} would be added to the loss'
-        entries[name] = torch.as_tensor(value)
-    return entries
+    return {f'{name}_loss': value for name, value in collected.losses.items()}
 
 
 class MoeTrainingMixin:
     """Stands left of mmengine's `BaseModel` in the bases of a model that may hold MoE layers.
 
     Attributes:
-        routing_statistics: Adds up over every `collect` block; `MoeStateHook` reads and resets it.
+        routing_statistics: Averages over every `collect` block; `MoeStateHook` reads and resets it.
+        logged_statistics: Of training, since the last line of the log; `MoeLogProcessor` does so.
 
     Args:
         *args: Passed on to the next base.
@@ -50,6 +58,7 @@ class MoeTrainingMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.routing_statistics = RoutingStatistics()
+        self.logged_statistics = RoutingStatistics()
 
     @property
     def routed_model(self) -> nn.Module:
@@ -69,6 +78,8 @@ class MoeTrainingMixin:
         with collect_losses(self.routed_model, update_state=False) as collected:
             yield collected
         self.routing_statistics.add(collected.stats)
+        if self.training:  # type: ignore[attr-defined]
+            self.logged_statistics.add(collected.stats)
 
     def parse_losses(
         self, losses: dict[str, torch.Tensor]

@@ -1,18 +1,18 @@
-"""Parameters and multiply-accumulates of a vision transformer, counted by formula.
+"""Parameters and multiply-accumulates of a vision transformer.
 
-By formula, because the operators that run experts are opaque to counters, and because a formula
-needs no forward pass: a model on the meta device is enough.
-
-Legend: N tokens per image, D width.
+Counted by torch's own counter of operations in a forward pass on the meta device, which computes
+nothing; it knows the experts by the formula that `moe.grouped_linear` registers.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..moe import MoeLayer
 
@@ -25,8 +25,7 @@ class Complexity:
         params: Number of parameters.
         active_params: Parameters that one token uses.
         macs: Multiply-accumulates per image at the model's input size. Matrix products only:
-            norms, activations and biases are left out, as is usual, and so is what SimVQ computes
-            once per batch.
+            norms, activations and biases are left out, as is usual.
     """
 
     params: int
@@ -34,17 +33,15 @@ class Complexity:
     macs: int
 
     def __str__(self) -> str:
-        return (
-            f'{self.params / 1e6:.2f}M parameters, {self.active_params / 1e6:.2f}M active, '
-            f'{self.macs / 1e9:.3f} GMACs per image'
-        )
+        params = describe_params(self.params, self.active_params)
+        return f'{params}, {self.macs / 1e9:.3f} GMACs per image'
 
 
 def complexity(model: VisionTransformer) -> Complexity:
     """Count parameters, active parameters and MACs of a timm ViT, dense or with MoE layers.
 
     Args:
-        model: The model; its current input size counts. Attention pooling heads are not counted.
+        model: The model; its current input size counts.
 
     Raises:
         ValueError: If `model` is not a timm `VisionTransformer`.
@@ -53,23 +50,34 @@ def complexity(model: VisionTransformer) -> Complexity:
         raise ValueError(
             f'model={type(model).__name__} is not possible: a timm VisionTransformer is expected'
         )
+    height, width = model.patch_embed.img_size
+    images = torch.empty(1, model.patch_embed.proj.in_channels, height, width, device='meta')
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        _weightless(model)(images)
+    return Complexity(*count_params(model), counter.get_total_flops() // 2)
+
+
+def count_params(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and those that one token uses."""
     params = sum(p.numel() for p in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, MoeLayer)]
-    num_patches = model.patch_embed.num_patches
-    num_tokens = num_patches + model.num_prefix_tokens
-    macs = num_patches * model.patch_embed.proj.weight.numel()
-    macs += sum(_block_macs(block, num_tokens) for block in model.blocks)
-    macs += _linear_macs(model.head)
-    return Complexity(params, params - sum(layer.idle_params() for layer in layers), macs)
+    return params, params - sum(layer.idle_params() for layer in layers)
 
 
-def _block_macs(block: Any, num_tokens: int) -> int:
-    width = block.norm1.normalized_shape[0]
-    attention = num_tokens * _linear_macs(block.attn) + 2 * num_tokens**2 * width
-    if isinstance(block.mlp, MoeLayer):
-        return attention + block.mlp.macs(num_tokens)
-    return attention + num_tokens * _linear_macs(block.mlp)
+def describe_params(params: int, active: int) -> str:
+    """Both counts in words."""
+    return f'{params / 1e6:.2f}M parameters, {active / 1e6:.2f}M active'
 
 
-def _linear_macs(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def _weightless(model: nn.Module) -> nn.Module:
+    """A copy in eval mode on the meta device, without the hooks of the original."""
+    memo: dict[int, torch.Tensor] = {
+        id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()
+    }
+    memo |= {id(buffer): buffer.to('meta') for buffer in model.buffers()}
+    clone = copy.deepcopy(model, memo)
+    for module in clone.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return clone.eval()

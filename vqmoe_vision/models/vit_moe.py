@@ -10,7 +10,6 @@ their names are timm's, so weights of dense models fit everywhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,26 +20,21 @@ from torch import nn
 
 from ..moe.config import check
 from ..moe.experts import Experts
-from ..moe.layer import RoutedMlp
+from ..moe.host import Host, RawPatches
+from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from ..moe.methods.softmoe import SoftMoEMlp
-from ..moe.methods.stablemoe import RawPatches, StableMoEMlp
-from ..moe.methods.vqmoe import VQMoEMlp
 from .arguments import check_vit_arguments, resolve_moe_layers
-from .complexity import complexity
-from .stable_stem import RawPatchEmbed, StableBlock
+from .complexity import count_params, describe_params
+from .raw_patches import RawPatchBlock, raw_patch_parts
 
 __all__ = ['MoeVisionTransformer']  # register_model adds each entry point
-
-for _leaf in (RoutedMlp, StableMoEMlp, SoftMoEMlp, VQMoEMlp, RawPatchEmbed):
-    register_notrace_module(_leaf)
 
 
 class MoeVisionTransformer(VisionTransformer):
     """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
 
     Args:
-        method: Key of `METHODS`: 'vqmoe', 'softmoe', 'smoe', 'stablemoe' or 'xmoe'.
+        method: Key of `METHODS`.
         moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
 
@@ -60,25 +54,24 @@ class MoeVisionTransformer(VisionTransformer):
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_vit_arguments(kwargs)
-        # `build` finds here what its method asks for
-        context: dict[str, Any] = {'source': RawPatches()}
-        if method == 'stablemoe':
-            kwargs.update(_stable_parts(context['source'], kwargs))
+        raw_patches = RawPatches()
+        read = METHODS[method].read_patches
+        if read is not None:
+            kwargs.update(raw_patch_parts(raw_patches, read, kwargs))
         super().__init__(**kwargs)
         self.method = method
         self.moe_config = METHODS[method].config.from_options(**options)
-        context['in_chans'] = self.in_chans
-        context['num_prefix_tokens'] = self.num_prefix_tokens
-        context['num_tokens'] = self.patch_embed.num_patches + self.num_prefix_tokens
+        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
             has_mlp = hasattr(self.blocks[i], 'mlp')
             check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
-            self.blocks[i].mlp = self._build_moe(kwargs, context)
+            self.blocks[i].mlp = self._build_moe(kwargs, host)
         self.fix_init = fix_init
         if fix_init:
             self.fix_init_weight()
 
-    def _build_moe(self, kwargs: dict[str, Any], context: dict[str, Any]) -> nn.Module:
+    def _build_moe(self, kwargs: dict[str, Any], host: Host) -> MoeLayer:
         method, config = METHODS[self.method], self.moe_config
         factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
         ratio = config.expert_mlp_ratio or kwargs.get('mlp_ratio', 4.0)
@@ -93,8 +86,10 @@ class MoeVisionTransformer(VisionTransformer):
             drop=kwargs.get('proj_drop_rate', 0.0),
             **factory,
         )
-        needed = {name: context[name] for name in method.context}
-        return method.build(self.embed_dim, config, experts, **needed, **factory)
+        layer = method.build(self.embed_dim, config, experts, host, **factory)
+        # torch.fx, which timm's feature extraction uses, takes it as one operation
+        register_notrace_module(type(layer))
+        return layer
 
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
@@ -118,7 +113,7 @@ class MoeVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
-        if isinstance(self.blocks[0], StableBlock):
+        if isinstance(self.blocks[0], RawPatchBlock):
             blocks: Any = self.blocks
             for block in blocks:
                 block.grad_checkpointing = enable
@@ -126,24 +121,8 @@ class MoeVisionTransformer(VisionTransformer):
             super().set_grad_checkpointing(enable)
 
     def extra_repr(self) -> str:
-        """Method, size and cost, for print(model)."""
-        try:
-            return f'{self.method}: {complexity(self)}'
-        except AttributeError:  # a part was replaced by something that has no formula
-            return self.method
-
-
-def _stable_parts(source: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Stem and blocks of StableMoE.
-
-    Raises:
-        ValueError: For arguments that would take the raw patches away from the routers.
-    """
-    for name in ('embed_layer', 'block_fn'):
-        check(name not in kwargs, name, kwargs.get(name), 'not set, StableMoE brings its own')
-    rate = kwargs.get('patch_drop_rate', 0.0)
-    check(rate == 0, 'patch_drop_rate', rate, '0, StableMoE routes every raw patch')
-    return {'embed_layer': partial(RawPatchEmbed, source=source), 'block_fn': StableBlock}
+        """Method and size, for print(model)."""
+        return f'{self.method}: {describe_params(*count_params(self))}'
 
 
 def _cfg() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Mixture-of-experts layers for token tensors: routing, dispatch, experts, codebooks, losses."""
 
-from .collect import Collected, MoeLayer, collect_losses, moe_layers, update_state
+from .collect import Collected, collect_losses, moe_layers, restart, start_training, update_state
 from .config import MoeConfig
+from .layer import MoeLayer
 from .methods import METHODS
 from .optimizer import per_expert
 
@@ -13,5 +14,7 @@ __all__ = [
     'collect_losses',
     'moe_layers',
     'per_expert',
+    'restart',
+    'start_training',
     'update_state',
 ]

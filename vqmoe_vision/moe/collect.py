@@ -15,137 +15,16 @@ State that learns without gradients (an EMA codebook, StableMoE's stage) never c
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .routing import perplexity
-from .scripting import StaysPython
-
-_UNCOLLECTED = (
-    'training without collect_losses(model): auxiliary losses are not part of the loss and '
-    'codebooks do not learn'
-)
-_already_warned = False
-
-
-def in_recomputation() -> bool:
-    """Whether autograd's backward is running, as when gradient checkpointing repeats a layer."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class Recorder:
-    """Keeps what a layer reports while a `collect_losses` block is open.
-
-    Copies and pickles of a model start closed and empty.
-    """
-
-    def __init__(self) -> None:
-        self.active = False
-        self.losses: list[tuple[str, Tensor]] = []
-        self.stats: list[tuple[str, Tensor]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {'active': False, 'losses': [], 'stats': []}
-
-    def start(self) -> None:
-        """Begin to keep."""
-        self.active = True
-
-    def stop(self) -> None:
-        """Stop keeping, and forget."""
-        self.active, self.losses, self.stats = False, [], []
-
-
-class MoeLayer(StaysPython):
-    """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
-
-    A subclass implements `compute`, reports with `record`, and, if it has state that learns without
-    gradients, implements `apply_update`.
-    """
-
-    needs_collecting = True  # it has losses, or state that learns without gradients
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recorder = Recorder()
-        self._updated = False
-        self._ran_without_grad = False
-
-    def run(self, x: Tensor) -> Tensor:
-        """Apply the layer; (B, N, D) -> (B, N, D).
-
-        Raises:
-            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
-                repeats a pass that ran without gradients (`use_reentrant=True`).
-        """
-        if self.training and not torch.compiler.is_compiling():
-            self._check_use()
-        return self.compute(x)
-
-    def compute(self, x: Tensor) -> Tensor:
-        """The method itself; (B, N, D) -> (B, N, D)."""
-        raise NotImplementedError
-
-    def macs(self, num_tokens: int) -> int:
-        """Multiply-accumulates for an image of `num_tokens` tokens, counted by formula."""
-        raise NotImplementedError
-
-    def idle_params(self) -> int:
-        """Parameters of the experts that a token does not use."""
-        raise NotImplementedError
-
-    def record(self, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
-        """Report weighted losses and detached statistics; kept only by an open block."""
-        if self.recorder.active and not in_recomputation():
-            self.recorder.losses.extend(losses.items())
-            self.recorder.stats.extend(stats.items())
-
-    def begin(self) -> None:
-        """Get ready for the passes of a block, which opens now."""
-        self._updated = self.apply_begin() or self._updated
-
-    def apply_begin(self) -> bool:
-        """Change state that is due before the next pass; returns whether it changed."""
-        return False
-
-    def update(self) -> None:
-        """Apply what the last block collected for the state of this layer."""
-        # an update with nothing to learn does not undo the one before
-        self._updated = self.apply_update() or self._updated
-
-    def apply_update(self) -> bool:
-        """Change state that learns without gradients; returns whether it changed."""
-        return False
-
-    def discard(self) -> None:
-        """Forget what the next update would learn from, as the block ended in an error."""
-
-    def _check_use(self) -> None:
-        if in_recomputation():
-            if self._ran_without_grad:
-                raise RuntimeError(
-                    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of '
-                    'MoE layers: use use_reentrant=False'
-                )
-            if self._updated:
-                raise RuntimeError(
-                    'gradient checkpointing repeats a MoE layer whose state has already changed: '
-                    'call backward() inside the collect_losses block'
-                )
-            return
-        self._updated = False
-        self._ran_without_grad = not torch.is_grad_enabled()
-        global _already_warned
-        unheard = self.needs_collecting and not self.recorder.active
-        if unheard and not _already_warned and torch.is_grad_enabled():
-            _already_warned = True
-            warnings.warn(_UNCOLLECTED, stacklevel=2)
+from .config import check
+from .layer import MoeLayer
+from .statistics import summarize
 
 
 class Collected:
@@ -184,24 +63,8 @@ class Collected:
         return torch.zeros((), device=None if self._like is None else self._like.device)
 
     def summary(self) -> dict[str, float]:
-        """One number per layer and statistic, for a log.
-
-        A share per expert or per code (`load`, `code_usage`) becomes its extremes, the number of
-        members unused in this batch, and its perplexity.
-        """
-        stats = self.stats
-        out: dict[str, float] = {}
-        if not stats:
-            return out
-        # one wait for the device, not one per statistic
-        flat = torch.cat([value.reshape(-1) for value in stats.values()]).cpu()
-        sizes = [value.numel() for value in stats.values()]
-        for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):
-            if value.ndim == 0:
-                out[name] = numbers.item()
-            else:
-                out.update(summarize_shares(name, numbers))
-        return out
+        """One number per layer and statistic, for a log; see `statistics.summarize`."""
+        return summarize(self.stats)
 
     def _gather(self, kind: str) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = defaultdict(list)
@@ -214,22 +77,6 @@ class Collected:
         # losses lose their graph here, or a kept `Collected` would keep a whole step alive
         losses = {name: value.detach() for name, value in self.losses.items()}
         self._closed = (losses, self.stats)
-
-
-def summarize_shares(name: str, shares: Tensor) -> dict[str, float]:
-    """Extremes, number unused and perplexity of shares that sum to 1.
-
-    Args:
-        name: Prefix of the keys, such as 'blocks.1.mlp/load'.
-        shares: (E,) or (M,).
-    """
-    values = shares.tolist()
-    return {
-        f'{name}_min': min(values),
-        f'{name}_max': max(values),
-        f'{name}_unused': float(sum(value == 0 for value in values)),
-        f'{name}_perplexity': perplexity(shares),
-    }
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
@@ -289,3 +136,34 @@ def update_state(model: nn.Module) -> None:
     """
     for layer in moe_layers(model).values():
         layer.update()
+
+
+def start_training(model: nn.Module, num_updates: int) -> None:
+    """Tell the layers how long a training will be, before it starts.
+
+    A loop of your own needs this only for a method whose schedule follows the length: StableMoE
+    freezes its router after a tenth, unless its options say after how many updates.
+
+    Args:
+        model: Any model.
+        num_updates: How often `update_state` will be called, or a block that updates be left.
+
+    Raises:
+        ValueError: If `num_updates` is below 1.
+    """
+    check(num_updates >= 1, 'num_updates', num_updates, 'at least 1')
+    for layer in moe_layers(model).values():
+        layer.start_training(num_updates)
+
+
+def restart(model: nn.Module) -> list[str]:
+    """Let every layer begin a new training from the weights that it has.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        A line for the log per kind of change.
+    """
+    notes = [layer.restart() for layer in moe_layers(model).values()]
+    return [f'{count} layers {note}' for note, count in Counter(filter(None, notes)).items()]

@@ -1,7 +1,7 @@
 """Sending tokens to experts and putting the answers together.
 
-Legend: T tokens, K experts per token, A = T * K assignments, R rows that stand together by expert,
-E experts, D width.
+Legend: T tokens, K experts per token, A assignments (T * K, or as many as a routing names), R rows
+that stand together by expert, E experts, D width.
 
 Dropless and exact: a plan of the rows, a gather, two grouped linear layers, and a weighted sum.
 Each assignment has one row, so backward passes gather as well: autograd would scatter, which on CPU
@@ -11,7 +11,7 @@ is one thread's work and took a tenth of a layer's time. Nothing here knows how 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,103 +20,110 @@ from torch import Tensor
 from .experts import Experts
 from .grouped_linear import compute_dtype
 from .plan import Plan, make_plan
+from .routing import Routing
 
 
-def run_experts(
-    experts: Experts, x: Tensor, indices: Tensor, weights: Tensor, kept: Tensor | None = None
-) -> Tensor:
-    """Weighted sum of the chosen experts' answers.
+def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """Weighted sum of the experts' answers for each token.
 
     Args:
         experts: The layer's experts.
-        x: Tokens (T, D).
-        indices: (T, K) int64 in [0, E).
-        weights: (T, K).
-        kept: (T, K) bool; assignments marked False contribute nothing and are not computed.
+        x: Tokens (T, D); or inputs (T * K, D), where each of a token's K assignments has its own.
+        routing: Who goes where. Assignments that are not `kept` are not computed, and add nothing.
 
     Returns:
         (T, D) in the dtype that the experts compute in.
     """
-    k = indices.shape[1]
-    flat = indices if kept is None else indices.masked_fill(~kept, experts.num_experts)
+    flat = routing.indices
+    if routing.kept is not None:
+        flat = flat.masked_fill(~routing.kept, experts.num_experts)
     dtype = compute_dtype(x)
     plan = make_plan(flat.reshape(-1), experts.num_experts, dtype)
-    rows = experts(gather(x.to(dtype), plan, k), plan.offsets)
-    return combine(rows, plan, weights)
+    sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
+    rows = experts(_Gather.apply(x.to(dtype), *sources), plan.offsets)
+    return _Combine.apply(rows, weights.to(rows.dtype), *bags)
 
 
-def gather(x: Tensor, plan: Plan, k: int) -> Tensor:
-    """The rows of a plan.
+class Bags(NamedTuple):
+    """Rows and tokens of each other.
 
     Args:
-        x: Tokens (T, D).
-        plan: Plan of A = T * k assignments, those of a token side by side.
-        k: Assignments per token.
-
-    Returns:
-        (R, D).
+        tokens: (R,) int64, token of each row.
+        rows: Rows of each token: (T, K), or (A,) with `starts`.
+        starts: (T,) int64, where the rows of a token begin in `rows`, or None.
     """
-    return _Gather.apply(x, plan.order // k, plan.inverse.view(-1, k))
+
+    tokens: Tensor
+    rows: Tensor
+    starts: Tensor | None
+
+
+def _sources_and_bags(plan: Plan, routing: Routing, num_inputs: int) -> tuple[Bags, Bags, Tensor]:
+    """From where each row gets its input, to where its answer goes, and with which weight."""
+    if routing.tokens is None:
+        num_tokens, k = routing.indices.shape
+        by_token = Bags(plan.order // k, plan.inverse.view(num_tokens, k), None)
+        if num_inputs == num_tokens:
+            return by_token, by_token, routing.weights
+        assert num_inputs == num_tokens * k
+        return Bags(plan.order, plan.inverse[:, None], None), by_token, routing.weights
+    ranked, order = routing.tokens.sort(stable=True)
+    starts = torch.searchsorted(ranked, torch.arange(num_inputs, device=ranked.device))
+    # a row that only fills a group repeats an assignment of it, so `order` names a token for all
+    bags = Bags(routing.tokens[plan.order], plan.inverse[order], starts)
+    return bags, bags, routing.weights[order]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(positions)
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor, starts: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, starts)
         return x.index_select(0, tokens)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return F.embedding_bag(ctx.saved_tensors[0], grads[0], mode='sum'), None, None
-
-
-def combine(rows: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-    """Weighted sum of the K rows of each token.
-
-    Args:
-        rows: Answers (R, D).
-        plan: Plan of A = T * K assignments.
-        weights: (T, K), cast to the rows' dtype.
-
-    Returns:
-        (T, D).
-    """
-    positions = plan.inverse.view(weights.shape)
-    return _Combine.apply(rows, weights.to(rows.dtype), plan.order, positions)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, starts = ctx.saved_tensors
+        return F.embedding_bag(rows, grads[0], starts, mode='sum'), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, positions: Tensor
+        ctx: Any,
+        answers: Tensor,
+        weights: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        starts: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weights, order, positions)
-        return F.embedding_bag(positions, rows, per_sample_weights=weights, mode='sum')
+        ctx.save_for_backward(answers, weights, tokens, rows)
+        return F.embedding_bag(rows, answers, starts, mode='sum', per_sample_weights=weights)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weights, order, positions = ctx.saved_tensors
-        by_row = grads[0].index_select(0, order // weights.shape[1])
-        grad_weights = torch.linalg.vecdot(by_row, rows)[positions]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        answers, weights, tokens, rows = ctx.saved_tensors
+        by_row = grads[0].index_select(0, tokens)
+        grad_weights = torch.linalg.vecdot(by_row, answers)[rows]
         # rows that only fill a group get no gradient: their weight is zero
-        row_weights = weights.new_zeros(len(rows)).scatter(
-            0, positions.flatten(), weights.flatten()
-        )
-        return by_row.mul_(row_weights[:, None]), grad_weights, None, None
+        row_weights = weights.new_zeros(len(answers)).scatter(0, rows.flatten(), weights.flatten())
+        return by_row.mul_(row_weights[:, None]), grad_weights, None, None, None
 
 
-def run_experts_loop(
-    experts: Experts, x: Tensor, indices: Tensor, weights: Tensor, kept: Tensor | None = None
-) -> Tensor:
-    """Same as `run_experts`, one expert after the other; slow, plain, the tests' oracle."""
-    weights = weights if kept is None else weights * kept
+def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle."""
+    indices, weights = routing.indices, routing.weights
+    weights = weights if routing.kept is None else weights * routing.kept
+    tokens = routing.tokens
+    if tokens is None:
+        tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(indices)
     out = torch.zeros_like(x)
     fc1, fc2 = experts.fc1, experts.fc2
     for e in range(experts.num_experts):
-        token, choice = torch.nonzero(indices == e, as_tuple=True)
+        chosen = indices == e
+        token = tokens[chosen]
         hidden = F.linear(x[token], fc1.weight[e], None if fc1.bias is None else fc1.bias[e])
         answer = F.linear(
             experts.act(hidden), fc2.weight[e], None if fc2.bias is None else fc2.bias[e]
         )
-        out.index_add_(0, token, answer * weights[token, choice, None].to(answer.dtype))
+        out.index_add_(0, token, answer * weights[chosen][:, None].to(answer.dtype))
     return out

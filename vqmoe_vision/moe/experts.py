@@ -121,10 +121,6 @@ class Experts(nn.Module):
         """Parameters of one expert."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
-    def macs_per_row(self) -> int:
-        """Multiply-accumulates of one token in one expert."""
-        return 2 * self.fc1.in_features * self.fc1.out_features
-
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run expert e on rows offsets[e - 1]:offsets[e]; (R, D) -> (R, D)."""
         hidden = self.drop1(self.act(self.fc1(rows, offsets)))

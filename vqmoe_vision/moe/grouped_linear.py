@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -73,6 +74,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_linear)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """Of the forward pass, for torch's `FlopCounterMode`, from shapes."""
+    return 2 * x[0] * weight[1] * weight[2]
+
+
 @torch.library.custom_op('vqmoe_vision::grouped_linear_backward', mutates_args=())
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
@@ -98,6 +105,18 @@ def _empty_grads(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor,
     shapes = (x.shape, weight.shape, weight.shape[:2])
     made = [x.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
+
+
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_linear_backward)
+def _backward_flops(
+    grad: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    offsets: torch.Size,
+    wanted: list[bool],
+    **_: Any,
+) -> int:
+    return 2 * x[0] * weight[1] * weight[2] * sum(wanted[:2])
 
 
 @_grouped_linear_backward.register_fake

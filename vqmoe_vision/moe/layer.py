@@ -1,16 +1,168 @@
-"""The MoE layer of every method that is 'make a Routing, then run the experts'.
+"""Mixture-of-experts layers: what every one of them owes, and the one that routes by a `Router`.
 
-Legend: B images, N tokens per image, T = B * N, D width.
+Legend: B images, N tokens per image, T = B * N, D width, E experts.
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import Any, ClassVar
+
+import torch
 from torch import Tensor
 
-from .collect import MoeLayer
 from .dispatch import run_experts
 from .experts import Experts
 from .routing import Router, Routing, expert_load
+from .scripting import StaysPython
+
+_UNCOLLECTED = (
+    'training without collect_losses(model): auxiliary losses are not part of the loss and '
+    'codebooks do not learn'
+)
+_already_warned = False
+
+
+def in_recomputation() -> bool:
+    """Whether autograd's backward is running, as when gradient checkpointing repeats a layer."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Recorder:
+    """Keeps what a layer reports while a `collect_losses` block is open.
+
+    Copies and pickles of a model start closed and empty.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.losses: list[tuple[str, Tensor]] = []
+        self.stats: list[tuple[str, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'active': False, 'losses': [], 'stats': []}
+
+    def start(self) -> None:
+        """Begin to keep."""
+        self.active = True
+
+    def stop(self) -> None:
+        """Stop keeping, and forget."""
+        self.active, self.losses, self.stats = False, [], []
+
+
+class MoeLayer(StaysPython):
+    """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
+
+    A subclass implements `run` ((B, N, D) -> (B, N, D), no buffer changes) and calls `record` once
+    in it, if it has losses or statistics. The other methods are there for layers that need them.
+
+    Attributes:
+        needs_collecting: Whether the layer has losses, or state that learns without gradients.
+        experts: The experts.
+    """
+
+    needs_collecting = True
+    experts: Experts
+    # TorchScript would compile properties
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *StaysPython.__jit_unused_properties__,
+        'experts_per_token',
+        'listens',
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = Recorder()
+        self._updated = False
+        self._ran_without_grad = False
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that compute for a token, on average."""
+        raise NotImplementedError
+
+    def idle_params(self) -> int:
+        """Parameters of the experts that a token does not use, on average."""
+        idle = max(self.experts.num_experts - self.experts_per_token, 0)
+        return round(idle * self.experts.params_per_expert())
+
+    def record(self, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+        """Report weighted losses and detached statistics; kept only by an open block.
+
+        Raises:
+            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
+                repeats a pass that ran without gradients (`use_reentrant=True`).
+        """
+        if self.training and not torch.compiler.is_compiling():
+            self._check_use()
+        if self.listens:
+            self.recorder.losses.extend(losses.items())
+            self.recorder.stats.extend(stats.items())
+
+    @property
+    def listens(self) -> bool:
+        """Whether somebody keeps what is recorded now, so that statistics are worth computing."""
+        return self.recorder.active and not in_recomputation()
+
+    def begin(self) -> None:
+        """Get ready for the passes of a block, which opens now."""
+        self._updated = self.apply_begin() or self._updated
+
+    def apply_begin(self) -> bool:
+        """Change state that is due before the next pass; returns whether it changed."""
+        return False
+
+    def update(self) -> None:
+        """Apply what the last block collected for the state of this layer."""
+        # an update with nothing to learn does not undo the one before
+        self._updated = self.apply_update() or self._updated
+
+    def apply_update(self) -> bool:
+        """Change state that learns without gradients; returns whether it changed."""
+        return False
+
+    def discard(self) -> None:
+        """Forget what the next update would learn from, as the block ended in an error."""
+
+    def start_training(self, num_updates: int) -> None:
+        """Hear how many updates a training will have, before it starts."""
+
+    def restart(self) -> str | None:
+        """Begin a new training from the weights as they are; returns what changed, in words."""
+        return None
+
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the state of a layer of this method, but of other sizes or form, fit this one.
+
+        Args:
+            state: Names relative to the layer.
+
+        Returns:
+            What fits is changed, what is of no use here left out; the rest stays as it is.
+        """
+        return state
+
+    def _check_use(self) -> None:
+        if in_recomputation():
+            if self._ran_without_grad:
+                raise RuntimeError(
+                    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of '
+                    'MoE layers: use use_reentrant=False'
+                )
+            if self._updated:
+                raise RuntimeError(
+                    'gradient checkpointing repeats a MoE layer whose state has already changed: '
+                    'call backward() inside the collect_losses block'
+                )
+            return
+        self._updated = False
+        self._ran_without_grad = not torch.is_grad_enabled()
+        global _already_warned
+        uncollected = self.needs_collecting and not self.recorder.active
+        if uncollected and not _already_warned and torch.is_grad_enabled():
+            _already_warned = True
+            warnings.warn(_UNCOLLECTED, stacklevel=2)
 
 
 class RoutedMlp(MoeLayer):
@@ -19,7 +171,7 @@ class RoutedMlp(MoeLayer):
     Prefix tokens (class, registers) are routed like all others.
 
     Args:
-        router: Tokens (T, D) to `Routing`.
+        router: Tokens to `Routing`.
         experts: The experts.
     """
 
@@ -30,34 +182,20 @@ class RoutedMlp(MoeLayer):
         self.router = router
         self.experts = experts
 
-    def compute(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Route, run, report; (B, N, D) -> (B, N, D)."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens)
-        out = run_experts(self.experts, tokens, routing.indices, routing.weights, routing.kept)
-        record_routing(self, routing, self.experts.num_experts)
+        routing = self.router(x if self.router.per_image else x.flatten(0, 1))
+        out = run_experts(self.experts, x.flatten(0, 1), routing)
+        self.record(routing.losses, self.statistics(routing))
         return out.view(x.shape)
 
-    def macs(self, num_tokens: int) -> int:
-        """Router and K experts for every token."""
-        per_token = self.router.config.top_k * self.experts.macs_per_row()
-        return num_tokens * (self.router.macs_per_token() + per_token)
+    def statistics(self, routing: Routing) -> dict[str, Tensor]:
+        """The load of the experts and what the router reports, if somebody listens."""
+        if not self.listens:
+            return {}
+        return {'load': expert_load(routing.indices, self.experts.num_experts), **routing.stats}
 
-    def idle_params(self) -> int:
-        """All but K experts."""
-        idle = self.experts.num_experts - self.router.config.top_k
-        return idle * self.experts.params_per_expert()
-
-
-def record_routing(layer: MoeLayer, routing: Routing, num_experts: int) -> None:
-    """Report the losses of a routing, and its load if somebody listens.
-
-    Args:
-        layer: Whose routing it is.
-        routing: The routing.
-        num_experts: E.
-    """
-    stats = routing.stats
-    if layer.recorder.active:
-        stats = {'load': expert_load(routing.indices, num_experts), **stats}
-    layer.record(routing.losses, stats)
+    @property
+    def experts_per_token(self) -> float:
+        """As many as the router says."""
+        return self.router.experts_per_token

@@ -1,6 +1,7 @@
 """What a router says, and the pure functions routers are made of.
 
-Legend: T tokens, D width, E experts, K experts per token, A = T * K assignments, C capacity.
+Legend: B images, N tokens per image, T = B * N tokens, D width, E experts, K experts per token,
+A assignments of a token to an expert (T * K where every token has K), C capacity.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from .config import TopKConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts a token goes to and with which weight.
+    """Which tokens go to which experts, and with which weight.
+
+    Where every token has K experts, row t of `indices` and `weights` is that of token t. Where a
+    token may have any number of them, `tokens` says whose each assignment is, and all three are
+    (A,), in any order.
 
     Args:
-        indices: Expert of each assignment, (T, K) int64 in [0, E).
-        weights: Combine weight of each assignment, (T, K) float32.
+        indices: Expert of each assignment, (T, K) or (A,), int64 in [0, E).
+        weights: Combine weight of each assignment, as `indices`, float32.
         losses: Weighted auxiliary losses, name to 0-dim float32 tensor. Empty in eval mode.
         stats: Detached tensors for the log.
         kept: (T, K) bool, False for assignments dropped by a capacity; None if nothing can drop.
+        tokens: Token of each assignment, (A,) int64 in [0, T); None where every token has K.
     """
 
     indices: Tensor
@@ -32,27 +38,40 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Router(nn.Module):
-    """Base of routers that choose `config.top_k` experts: tokens in, `Routing` out.
+    """Base of routers: tokens in, `Routing` out.
 
-    A router has no side effect; what it learns without gradients changes elsewhere.
+    A router has no side effect; what it learns without gradients changes elsewhere. One whose
+    parameters should escape weight decay lists their names in a method `no_weight_decay`.
+
+    Attributes:
+        per_image: Whether it routes images (B, N, D), not tokens (T, D).
     """
+
+    per_image = False
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D), or images (B, N, D) if `per_image`."""
+        raise NotImplementedError
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that a token is sent to, on average."""
+        raise NotImplementedError
+
+
+class TopKRouter(Router):
+    """Base of routers that send every token to `config.top_k` experts."""
 
     config: TopKConfig
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D)."""
-        raise NotImplementedError
-
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of one routing decision."""
-        raise NotImplementedError
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone."""
-        raise NotImplementedError
+    @property
+    def experts_per_token(self) -> float:
+        """K."""
+        return self.config.top_k
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -94,7 +113,7 @@ def expert_load(indices: Tensor, num_experts: int) -> Tensor:
     """Share of assignments that each expert receives.
 
     Args:
-        indices: (T, K) int64.
+        indices: (T, K) or (A,) int64.
         num_experts: E.
 
     Returns:

@@ -22,8 +22,10 @@ class StaysPython(nn.Module):
 
     @property
     def __jit_ignored_attributes__(self) -> list[str]:
-        # submodules are not compiled; keeping the bound `run` keeps this module alive
-        return ['run', *self._modules]
+        # keeping the bound `run` keeps this module alive; nothing but the handle is compiled
+        compiled = ('training', 'script_handle')
+        own = [name for name in vars(self) if name[0] != '_' and name not in compiled]
+        return ['run', *self._modules, *own]
 
     def __prepare_scriptable__(self) -> 'StaysPython':
         self.script_handle = id(self)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vqmoe_vision  # noqa: F401  registers the models with timm
-from vqmoe_vision.moe.methods.stablemoe import restart_stage1
+from vqmoe_vision.moe import restart
 
 from .checkpoint import fit_state, read_image_sizes, read_state
 
@@ -80,12 +80,7 @@ class TimmViT(BaseModule):
         path = self.checkpoint
         state, notes = fit_state(self.model, read_state(path), path, read_image_sizes(path))
         self.model.load_state_dict(state, strict=False)
-        # a new training has a first stage of its own, as long as MoeStateHook says
-        frozen = restart_stage1(self.model)
-        if frozen:
-            notes.append(
-                f'{path}: {frozen} frozen StableMoE routers learn again, in stage 1 of this run'
-            )
+        notes += [f'{path}: {note}' for note in restart(self.model)]
         for note in notes:
             print_log(note, logger='current')
 

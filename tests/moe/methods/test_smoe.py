@@ -231,9 +231,7 @@ def test_kept_weights_are_those_before_dropping(make_layer):
     routing = layer.layer.router(x[0])
     assert not routing.kept.all()
     torch.testing.assert_close(routing.weights.sum(dim=-1), torch.ones(12))
-    expected = run_experts_loop(
-        layer.layer.experts, x[0], routing.indices, routing.weights, routing.kept
-    )
+    expected = run_experts_loop(layer.layer.experts, x[0], routing)
     torch.testing.assert_close(layer(x)[0], expected)
 
 

@@ -8,16 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqmoe_vision.moe import collect_losses, losses
-from vqmoe_vision.moe.methods.stablemoe import (
-    DISTILLED_WIDTH,
-    DistilledRouter,
-    RawPatches,
-    StableMoEConfig,
-    StableRouter,
-    restart_stage1,
-    set_stage1_steps,
-)
+from vqmoe_vision.moe import collect_losses, losses, restart, start_training
+from vqmoe_vision.moe.distilled_router import DISTILLED_WIDTH, DistilledRouter, read_patches
+from vqmoe_vision.moe.host import Host, RawPatches
+from vqmoe_vision.moe.methods.stablemoe import StableMoEConfig, StableRouter
 
 D, E = 8, 4
 
@@ -107,7 +101,7 @@ def test_losses_of_stage_1(make_layer):
     net.read(x)
     router, tokens = net.layer.router, x.flatten(0, 1)
     routing = router(tokens)
-    student = router.distilled(net.source.cells)
+    student = router.distilled(net.raw_patches.value)
     target = teacher_choice(net, x)
     torch.testing.assert_close(routing.losses['distill'], 2.0 * F.cross_entropy(student, target))
     expected = 0.3 * losses.overload(routing.weights, routing.indices, E)
@@ -180,13 +174,28 @@ def test_the_router_freezes_after_exactly_stage1_steps(make_layer, steps):
     assert frozen == [False] * steps + [True]
 
 
-def test_set_stage1_steps(make_model):
+def test_stage_1_is_a_tenth_of_the_training_that_is_announced(make_model):
     model = make_model('stablemoe')
-    set_stage1_steps(model, 2)
-    routers = [module for module in model.modules() if isinstance(module, StableRouter)]
-    assert [router.stage1_steps for router in routers] == [2, 2]
-    with pytest.raises(ValueError, match='steps=0 is not possible: at least 1'):
-        set_stage1_steps(model, 0)
+    layers = [block.mlp for block in model.blocks]
+    assert [layer.stage1_steps for layer in layers] == [6000, 6000]  # nobody has said how long
+    start_training(model, 50)
+    assert [layer.stage1_steps for layer in layers] == [5, 5]
+    start_training(model, 3)
+    assert [layer.stage1_steps for layer in layers] == [1, 1]
+    with pytest.raises(ValueError, match='num_updates=0 is not possible: at least 1'):
+        start_training(model, 0)
+
+
+def test_a_fraction_of_the_users(make_model):
+    model = make_model('stablemoe', stage1_fraction=0.5)
+    start_training(model, 50)
+    assert model.blocks[0].mlp.stage1_steps == 25
+
+
+def test_steps_that_the_user_gave_are_kept(make_model):
+    model = make_model('stablemoe', stage1_steps=7)
+    start_training(model, 50)
+    assert model.blocks[0].mlp.stage1_steps == 7
 
 
 def test_stage_2_keeps_the_router_under_momentum_and_weight_decay(make_layer, choices):
@@ -222,7 +231,7 @@ def test_restarting_stage_1_keeps_the_frozen_router_and_learns_on(make_layer, ch
     before = {name: distilled.weight(name).clone() for name in distilled.names}
     # weight decay went on pulling at the parameters behind the frozen copy
     assert not torch.equal(distilled.project, before['project'])
-    assert restart_stage1(net) == 1
+    assert restart(net) == ['1 layers that were frozen learn to route again, in a first stage']
     assert not distilled.frozen and distilled.steps == 0
     assert all(torch.equal(distilled.weight(name), value) for name, value in before.items())
     assert torch.equal(choices(net.eval(), x)[0][:, 0], student_choice(net, x))
@@ -238,7 +247,7 @@ def test_restarting_in_stage_1_only_counts_from_0(make_layer):
     train(net, 2)
     distilled = net.layer.router.distilled
     before = distilled.project.clone()
-    assert restart_stage1(net) == 0
+    assert restart(net) == []
     assert distilled.steps == 0 and torch.equal(distilled.project, before)
 
 
@@ -290,27 +299,25 @@ def test_raw_patches_are_averaged_to_four_by_four_cells():
     # one channel, 2 x 3 patches of 8 x 8 pixels; pixel value = 100 * cell row + cell column
     rows, columns = torch.arange(16) // 2, torch.arange(24) // 2
     image = (100.0 * rows[:, None] + columns[None])[None, None]
-    source = RawPatches()
-    source.read(image, (2, 3))
-    assert source.cells.shape == (1, 6, 16)
+    patches = read_patches(image, (2, 3))
+    assert patches.shape == (1, 6, 16)
     # patch (1, 2) holds cell rows 4..7 and cell columns 8..11, row by row
     expected = [100.0 * row + column for row in range(4, 8) for column in range(8, 12)]
-    assert source.cells[0, 5].tolist() == expected
+    assert patches[0, 5].tolist() == expected
 
 
 def test_raw_patches_keep_channels_apart_and_no_graph():
     image = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])[None].requires_grad_()
-    source = RawPatches()
-    source.read(image, (1, 1))
-    assert source.cells[0, 0].tolist() == [0.0] * 16 + [1.0] * 16
-    assert not source.cells.requires_grad
+    patches = read_patches(image, (1, 1))
+    assert patches[0, 0].tolist() == [0.0] * 16 + [1.0] * 16
+    assert not patches.requires_grad
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_copies_of_raw_patches_start_empty(duplicate):
-    source = RawPatches()
-    source.read(torch.ones(1, 1, 4, 4), (1, 1))
-    assert duplicate(source).cells is None
+    patches = RawPatches()
+    patches.value = torch.ones(1, 1, 16)
+    assert duplicate(patches).value is None
 
 
 def test_prefix_tokens_come_first_and_are_learned():
@@ -324,7 +331,7 @@ def test_prefix_tokens_come_first_and_are_learned():
 
 
 def test_without_raw_patches_routing_is_refused():
-    router = StableRouter(D, StableMoEConfig(num_experts=E), RawPatches(), 1, 0)
+    router = StableRouter(D, StableMoEConfig(num_experts=E), Host(4, in_chans=1))
     with pytest.raises(AssertionError, match='raw patches'):
         router(torch.randn(3, D))
 

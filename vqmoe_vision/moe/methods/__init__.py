@@ -1,12 +1,15 @@
-"""The methods by name: how each is configured and built."""
+"""The methods by name. docs/add-a-method.md says how to add one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..collect import MoeLayer
+from torch import Tensor
+
 from ..config import MoeConfig
+from ..distilled_router import read_patches
+from ..layer import MoeLayer
 from . import smoe, softmoe, stablemoe, vqmoe, xmoe
 
 
@@ -16,21 +19,22 @@ class Method:
 
     Args:
         config: Class of its options.
-        build: Builds its layer from `in_features`, the options and the experts.
-        context: Names of further arguments that `build` needs from the model.
+        build: Builds its layer from the width of tokens, the options, the experts, the `Host`, and
+            `device` and `dtype`.
+        read_patches: For a method that decides by the raw image: from images (B, channels, height,
+            width) and the grid of patches (rows, columns) to what its layers find in
+            `host.raw_patches`, (B, L, F).
     """
 
     config: type[MoeConfig]
     build: Callable[..., MoeLayer]
-    context: tuple[str, ...] = ()
+    read_patches: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
 
 
 METHODS: dict[str, Method] = {
     'smoe': Method(smoe.SMoEConfig, smoe.build),
     'xmoe': Method(xmoe.XMoEConfig, xmoe.build),
-    'stablemoe': Method(
-        stablemoe.StableMoEConfig, stablemoe.build, ('source', 'in_chans', 'num_prefix_tokens')
-    ),
-    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build, ('num_tokens',)),
+    'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, read_patches),
+    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
     'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
 }

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import TopKConfig, check, check_renormalize, check_weights
 from ..experts import Experts
+from ..host import Host
 from ..layer import RoutedMlp
 from ..routing import (
-    Router,
     Routing,
+    TopKRouter,
     full_precision,
     init_lecun_normal,
     renormalized,
@@ -74,6 +75,19 @@ class SMoEConfig(TopKConfig):
         },
     }
 
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
+        'switch': {
+            'top_k': 1,
+            'router_noise': 0.5,
+            'importance_weight': 0.1,
+            'load_weight': 0.1,
+            'balance_weight': 0.1,
+            'z_weight': 0.1,
+        },
+        'capacity': {'capacity_factor': 1.0, 'batch_prioritized': True},
+        'eval-capacity': {'eval_capacity_factor': 1.0},
+    }
+
     top_k: int = 2
     renormalize: bool = False
     router_bias: bool = False
@@ -110,7 +124,7 @@ class SMoEConfig(TopKConfig):
         )
 
 
-class SMoERouter(Router):
+class SMoERouter(TopKRouter):
     """Softmax top-k router, V-MoE (2).
 
     Args:
@@ -166,14 +180,6 @@ class SMoERouter(Router):
         """Standard deviation of the noise in logits."""
         return self.config.router_noise / self.config.num_experts
 
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of one routing decision."""
-        return self.weight.numel()
-
-    def no_weight_decay(self) -> set[str]:
-        """Nothing: V-MoE decays its router."""
-        return set()
-
     def _losses(
         self, logits: Tensor, noisy: Tensor, probs: Tensor, indices: Tensor
     ) -> dict[str, Tensor]:
@@ -202,6 +208,8 @@ class SMoERouter(Router):
         return within_capacity(indices, config.num_experts, capacity, priority)
 
 
-def build(in_features: int, config: SMoEConfig, experts: Experts, **factory: Any) -> RoutedMlp:
+def build(
+    in_features: int, config: SMoEConfig, experts: Experts, host: Host, **factory: Any
+) -> RoutedMlp:
     """SMoE layer for tokens of width `in_features`."""
     return RoutedMlp(SMoERouter(in_features, config, **factory), experts)

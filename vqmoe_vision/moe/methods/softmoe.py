@@ -25,6 +25,7 @@ Legend: B images, N tokens per image, D width, E experts, P slots per expert, S 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,10 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collect import MoeLayer
 from ..config import MoeConfig, check
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
+from ..host import Host
+from ..layer import MoeLayer
 from ..routing import full_precision
 
 
@@ -52,6 +54,8 @@ class SoftMoEConfig(MoeConfig):
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'lucidrains': {'slot_norm': 'rms'}}
+
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'slots': {'slots_per_expert': 3}}
 
     slots_per_expert: int | None = None
     slot_norm: str = 'l2'
@@ -70,7 +74,7 @@ class SoftMoEMlp(MoeLayer):
         in_features: D.
         config: Options.
         experts: The experts.
-        num_tokens: N at construction, sets P if the options leave it open.
+        host: Its number of tokens sets P if the options leave it open.
     """
 
     needs_collecting = False
@@ -80,14 +84,12 @@ class SoftMoEMlp(MoeLayer):
         in_features: int,
         config: SoftMoEConfig,
         experts: Experts,
-        num_tokens: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        host: Host,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.slot_norm = config.slot_norm
-        default_slots = max(round(num_tokens / config.num_experts), 1)
+        default_slots = max(round(host.num_tokens / config.num_experts), 1)
         self.slots_per_expert = config.slots_per_expert or default_slots
         self.num_slots = config.num_experts * self.slots_per_expert
         self.experts = experts
@@ -119,7 +121,7 @@ class SoftMoEMlp(MoeLayer):
         slots = self.scale.float() * F.normalize(self.slot_embed.float(), dim=-1, eps=1e-6)
         return F.normalize(x.float(), dim=-1, eps=1e-6).to(dtype) @ slots.t().to(dtype)
 
-    def compute(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
         batch, _, width = x.shape
         dtype = compute_dtype(x)
@@ -140,14 +142,27 @@ class SoftMoEMlp(MoeLayer):
         answers = answers.view(by_expert).transpose(0, 1)
         return combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
 
-    def macs(self, num_tokens: int) -> int:
-        """Logits, both mixtures, and the experts on all slots."""
-        mixing = 3 * num_tokens * self.slot_embed.numel()
-        return mixing + self.num_slots * self.experts.macs_per_row()
+    @property
+    def experts_per_token(self) -> float:
+        """All: every expert answers for every image."""
+        return self.experts.num_experts
 
-    def idle_params(self) -> int:
-        """None: every expert answers for every image."""
-        return 0
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Slots of a layer that has another number of them per expert.
+
+        Copies share the weight that their original had, so that as many copies of each leave the
+        layer's answer as it is. They differ by a hundredth: equal ones would stay equal for ever.
+        """
+        slots = state.get('slot_embed')
+        if slots is None or slots.shape == self.slot_embed.shape:
+            return state
+        by_expert = slots.unflatten(0, (self.experts.num_experts, -1))
+        before, after = by_expert.shape[1], self.slots_per_expert
+        chosen = by_expert[:, torch.arange(after) * before // after]
+        if after > before:
+            spread = 0.01 * chosen.norm(dim=-1, keepdim=True) / math.sqrt(chosen.shape[-1])
+            chosen = chosen + spread * torch.randn_like(chosen)
+        return {**state, 'slot_embed': chosen.flatten(0, 1)}
 
     def no_weight_decay(self) -> set[str]:
         """The slots, as in the released code."""
@@ -159,7 +174,7 @@ class SoftMoEMlp(MoeLayer):
 
 
 def build(
-    in_features: int, config: SoftMoEConfig, experts: Experts, num_tokens: int, **factory: Any
+    in_features: int, config: SoftMoEConfig, experts: Experts, host: Host, **factory: Any
 ) -> SoftMoEMlp:
     """SoftMoE layer for tokens of width `in_features`."""
-    return SoftMoEMlp(in_features, config, experts, num_tokens, **factory)
+    return SoftMoEMlp(in_features, config, experts, host, **factory)

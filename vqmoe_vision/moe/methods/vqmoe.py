@@ -14,56 +14,48 @@ For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
 One codebook; code q belongs to expert q mod E. The full form computes two experts per token, as a
 top-2 router does; the discrete form computes one.
 
-Readings. The paper feeds the code itself to the expert (3); with M = E every expert then maps its
-one code to one constant. The authors' code feeds almost the token and lets the code decide only
-which expert. Both, and what lies between, are values of `expert_input`, with c = `code_share`:
-
-    'mix'       (1 - c) x + c v     gradient 1 with respect to x
-    'ste'       v                   equation (3), straight through: gradient 1
-    'official'  (1 - 2c) x + c v    the value and gradient (1 - c) of the authors' code
-    'token'     x                   the code is only an index
-
-The default was chosen by measurement, see docs/results.md.
+The paper feeds the code itself to the expert (3); with M = E every expert then maps its one code to
+one constant. That and other readings are values of `expert_input`, see `quantizer.py`; the default
+was chosen by measurement, see docs/results.md.
 
 Where we differ: the paper's gate states no right-hand side for g_c + g_d, we follow the authors'
 code (softmax). (6) uses means over tokens and channels, as their code does; a squared norm is D
 times larger. Their balance loss is always zero by mistake; ours is added with `balance_weight`, and
 their top-1 weight is always one, which leaves the router untrained; ours is the probability, as (2)
-says. The code vector passes a LayerNorm of its own before the expert (`input_norm`); their second
-norm, after the expert, is `output_norm`. The default codebook is an EMA codebook with a
-data-dependent start and replacement of dead codes, as the paper's own collapses on tokens with a
-common mean (`codebook='plain'`).
+says, and starts as SMoE's. The code vector passes a LayerNorm of its own before the expert
+(`input_norm`); their second norm, after the expert, is `output_norm`. The default codebook is an
+EMA codebook with a data-dependent start and replacement of dead codes, as the paper's own collapses
+on tokens with a common mean (`codebook='plain'`).
 
 The 'official' preset follows the authors' code as released: untrained router, plain codebook,
 0.90 x + 0.05 v, norms on both sides. Of theirs it lacks the unit-length rows of the frozen router,
 ReLU in the experts, and the one weight that their two norms share.
 
-Legend: T tokens, D width, E experts, K = 1 router experts, M codes.
+Legend: T tokens, D width, E experts, M codes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import losses
-from ..codebook import Quantized
 from ..codebook_learning import CODEBOOKS
-from ..collect import MoeLayer, in_recomputation
-from ..config import MoeConfig, check, check_unused, check_weights
-from ..dispatch import combine, gather
+from ..config import MoeConfig, check, check_weights
+from ..dispatch import run_experts
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
-from ..layer import record_routing
-from ..plan import make_plan
-from ..routing import Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
+from ..host import Host
+from ..layer import MoeLayer
+from ..losses import token_mean
+from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
+from ..routing import Routing, expert_load, full_precision
+from .smoe import SMoEConfig, SMoERouter
 
 FORMS = ('full', 'discrete', 'continuous')
-EXPERT_INPUTS = ('mix', 'ste', 'official', 'token')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +91,14 @@ class VQMoEConfig(MoeConfig):
         },
     }
 
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
+        'discrete': {'form': 'discrete', 'commitment': 0.5, 'code_share': 0.3},
+        'continuous': {'form': 'continuous'},
+        'gradient': {'codebook': 'gradient', 'num_codes': 24, 'input_norm': False},
+        'simvq': {'codebook': 'simvq', 'expert_input': 'ste', 'vq_weight': 0.5},
+        'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
+    }
+
     form: str = 'full'
     num_codes: int | None = None
     codebook: str = 'ema'
@@ -126,7 +126,6 @@ class VQMoEConfig(MoeConfig):
             codes,
             f'a positive multiple of num_experts={self.num_experts}, or None for one per expert',
         )
-        self._check_unused()
         check(
             self.train_router or self.balance_weight == 0,
             'balance_weight',
@@ -134,94 +133,24 @@ class VQMoEConfig(MoeConfig):
             '0 with train_router=False',
         )
 
-    def _check_unused(self) -> None:
+    def unused(self) -> dict[str, str]:
+        """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
         if self.form == 'discrete':
-            check_unused(self, ['balance_weight', 'train_router'], "form='discrete'")
+            return dict.fromkeys(('balance_weight', 'train_router'), "form='discrete'")
         if self.form == 'continuous':
-            discrete = ['num_codes', 'codebook', 'commitment', 'vq_weight', 'expert_input']
-            discrete += ['code_share', 'input_norm', 'output_norm']
-            check_unused(self, discrete, "form='continuous'")
-        if self.expert_input in ('ste', 'token'):
-            check_unused(self, ['code_share'], f'expert_input={self.expert_input!r}')
+            discrete = ('num_codes', 'codebook', 'commitment', 'vq_weight', 'expert_input')
+            names = (*discrete, 'code_share', 'input_norm', 'output_norm')
+            return dict.fromkeys(names, "form='continuous'")
+        fixed = self.expert_input in FIXED_SHARES
+        return {'code_share': f'expert_input={self.expert_input!r}'} if fixed else {}
 
 
-class ContinuousRouter(nn.Module):
-    """Top-1 softmax router of the continuous branch, VQMoE (2).
+class Branch(NamedTuple):
+    """What one branch asks of the experts: (T, D) inputs, (T,) experts, (T, 1) weights."""
 
-    Args:
-        in_features: D.
-        config: Options.
-    """
-
-    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        weight = torch.empty(config.num_experts, in_features, **factory)
-        self.weight = nn.Parameter(weight, requires_grad=config.train_router)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """As SMoE's router."""
-        init_lecun_normal(self.weight)
-
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D) in float32."""
-        config, terms = self.config, {}
-        with full_precision(x):
-            logits = F.linear(x.float(), self.weight.float())
-            probs = logits.softmax(dim=-1)
-            # by logit: small probabilities underflow to equals
-            indices = top_k_experts(logits, 1)[1]
-            weights = probs.gather(1, indices)
-            if not config.train_router:
-                weights = torch.ones_like(weights)
-            if self.training and config.balance_weight > 0:
-                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
-        return Routing(indices, weights, terms)
-
-
-class Quantizer(nn.Module):
-    """Discrete branch up to the expert: (3) and the readings of its input.
-
-    Args:
-        in_features: D.
-        config: Options.
-    """
-
-    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        num_codes = config.num_codes or config.num_experts
-        codebook = CODEBOOKS[config.codebook]
-        self.codebook = codebook(num_codes, in_features, config.commitment, **factory)
-        self.norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-
-    def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
-        """Quantize tokens.
-
-        Args:
-            x: (T, D).
-            precise: The same in float32.
-
-        Returns:
-            What the expert is fed, (T, D), and the quantization.
-        """
-        quantized = self.codebook(precise)
-        code = quantized.codes.to(x.dtype)
-        return self.norm(self.expert_input(x, code)), quantized
-
-    def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
-        """Input of the expert, before the norm, for tokens and their codes (T, D)."""
-        share = self.config.code_share
-        match self.config.expert_input:
-            case 'mix':
-                return torch.add(x, (code - x).detach(), alpha=share)
-            case 'ste':
-                return x + (code - x).detach()
-            case 'official':
-                return torch.add((1 - share) * x, (code - x).detach(), alpha=share)
-            case _:
-                return x
+    inputs: Tensor
+    experts: Tensor
+    weights: Tensor
 
 
 class VQMoEMlp(MoeLayer):
@@ -240,8 +169,8 @@ class VQMoEMlp(MoeLayer):
         self.config = config
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
-        self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
-        self.quantizer = Quantizer(in_features, config, **factory) if discrete else None
+        self.router = _top1_router(in_features, config, **factory) if continuous else None
+        self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
         self.gate = nn.Linear(in_features, 2, **factory) if config.form == 'full' else None
@@ -253,28 +182,32 @@ class VQMoEMlp(MoeLayer):
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
 
-    def compute(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """Both branches in one dispatch; (B, N, D) -> (B, N, D)."""
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.flatten(0, 1)
         precise = tokens.float()  # once for all that decides in float32
-        inputs, experts, weights = [], [], []
+        branches: list[Branch] = []
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
         if self.router is not None:
             routing = self.router(precise)
-            inputs.append(tokens)
-            experts.append(routing.indices[:, 0])
-            weights.append(routing.weights)
-            record_routing(self, routing, self.experts.num_experts)
+            weights = routing.weights
+            if not self.config.train_router:
+                weights = torch.ones_like(weights)
+            branches.append(Branch(tokens, routing.indices[:, 0], weights))
+            losses |= routing.losses
         if self.quantizer is not None:
-            quantized_tokens, quantized = self.quantizer(tokens, precise)
-            inputs.append(quantized_tokens)
-            experts.append(quantized.indices % self.experts.num_experts)
-            weights.append(torch.ones_like(tokens[:, :1], dtype=torch.float32))
-            self._record_discrete(precise, quantized)
+            inputs, quantized = self.quantizer(tokens, precise)
+            experts = quantized.indices % self.experts.num_experts
+            branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
+            if self.training:
+                losses['vq'] = self.config.vq_weight * quantized.loss
+            if self.listens:
+                stats |= self.quantizer.observe(precise, quantized)
         gates = self.gates(precise)
-        if gates is not None:
-            weights = [weight * gates[:, i : i + 1] for i, weight in enumerate(weights)]
-            self._record_both(gates, experts)
-        return self._run(inputs, experts, weights).view(x.shape)
+        out = self._run_experts(branches, gates)
+        self.record(losses, {**self._loads(branches, gates), **stats})
+        return out.view(x.shape)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""
@@ -284,42 +217,33 @@ class VQMoEMlp(MoeLayer):
             logits = F.linear(tokens.float(), self.gate.weight.float(), self.gate.bias.float())
             return logits.softmax(dim=-1)
 
-    def _run(self, inputs: list[Tensor], experts: list[Tensor], weights: list[Tensor]) -> Tensor:
-        # (branches * T) rows in one sort and one pass over the experts' weights
-        dtype = compute_dtype(inputs[0])
-        plan = make_plan(torch.stack(experts, dim=1).flatten(), self.experts.num_experts, dtype)
-        rows = gather(torch.stack([b.to(dtype) for b in inputs], dim=1).flatten(0, 1), plan, 1)
-        rows = self.experts(rows, plan.offsets)
+    def _run_experts(self, branches: list[Branch], gates: Tensor | None) -> Tensor:
+        weights = torch.cat([branch.weights for branch in branches], dim=1)
+        if gates is not None:
+            weights = weights * gates
+        indices = torch.stack([branch.experts for branch in branches], dim=1)
+        # one sort, and one pass over the experts' weights, for the inputs of all branches
+        dtype = compute_dtype(branches[0].inputs)
+        inputs = torch.stack([branch.inputs.to(dtype) for branch in branches], dim=1).flatten(0, 1)
         if self.output_norm is None:
-            return combine(rows, plan, torch.cat(weights, dim=1))
-        positions = plan.inverse.view(-1, len(inputs))
-        answers = [rows.index_select(0, positions[:, i]) for i in range(len(inputs))]
-        answers[-1] = self.output_norm(answers[-1]).to(rows.dtype)
-        pairs = zip(answers, weights, strict=True)
-        return torch.stack([answer * weight.to(rows.dtype) for answer, weight in pairs]).sum(dim=0)
+            return run_experts(self.experts, inputs, Routing(indices, weights))
+        each = Routing(indices.view(-1, 1), torch.ones_like(weights).view(-1, 1))
+        answers = list(
+            run_experts(self.experts, inputs, each).unflatten(0, indices.shape).unbind(1)
+        )
+        answers[-1] = self.output_norm(answers[-1]).to(dtype)
+        pairs = zip(answers, weights.to(dtype).split(1, dim=1), strict=True)
+        return torch.stack([answer * weight for answer, weight in pairs]).sum(dim=0)
 
-    def _record_discrete(self, tokens: Tensor, quantized: Quantized) -> None:
-        loss = {'vq': self.config.vq_weight * quantized.loss} if self.training else {}
-        stats = {}
-        if self.recorder.active and not in_recomputation():
-            assert self.quantizer is not None
-            codebook = self.quantizer.codebook
-            if self.training:
-                left_out = codebook.observe(tokens, quantized.indices)
-                if left_out is not None:
-                    stats['nonfinite_tokens'] = left_out
-            usage = expert_load(quantized.indices, codebook.num_codes)
-            stats['code_usage'] = usage
-            stats['discrete_load'] = usage.view(-1, self.experts.num_experts).sum(dim=0)
-            size = torch.linalg.vector_norm(tokens.detach()).square()
-            stats['quantization_error'] = quantized.error * tokens.numel() / size.clamp(min=1e-12)
-        self.record(loss, stats)
-
-    def _record_both(self, gates: Tensor, experts: list[Tensor]) -> None:
-        if self.recorder.active:
-            agreement = losses.token_mean((experts[0] == experts[1]).float())
-            gate = losses.token_mean(gates[:, 0].detach())
-            self.record({}, {'gate_continuous': gate, 'agreement': agreement})
+    def _loads(self, branches: list[Branch], gates: Tensor | None) -> dict[str, Tensor]:
+        if not self.listens:
+            return {}
+        experts = torch.stack([branch.experts for branch in branches], dim=1)
+        stats = {'load': expert_load(experts, self.experts.num_experts)}
+        if gates is not None:
+            stats['agreement'] = token_mean((experts[:, 0] == experts[:, 1]).float())
+            stats['gate_continuous'] = token_mean(gates[:, 0].detach())
+        return stats
 
     def apply_update(self) -> bool:
         """Let the codebook learn from what it observed."""
@@ -330,25 +254,42 @@ class VQMoEMlp(MoeLayer):
         if self.quantizer is not None:
             self.quantizer.codebook.discard()
 
-    def macs(self, num_tokens: int) -> int:
-        """Router, code search and gate, and one expert per branch, for every token."""
-        width, per_token = self.experts.fc1.in_features, 0
+    @property
+    def experts_per_token(self) -> float:
+        """One per branch."""
+        return (self.router is not None) + (self.quantizer is not None)
+
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The discrete form of a layer that was trained in full has no router and no gate."""
         if self.router is not None:
-            per_token += self.router.weight.numel() + self.experts.macs_per_row()
-        if self.quantizer is not None:
-            search = self.quantizer.codebook.num_codes * width
-            per_token += search + self.experts.macs_per_row()
-        if self.gate is not None:
-            per_token += 2 * width
-        return num_tokens * per_token
-
-    def idle_params(self) -> int:
-        """All but one expert per branch; two branches may meet in one expert."""
-        branches = (self.router is not None) + (self.quantizer is not None)
-        idle = max(self.experts.num_experts - branches, 0)
-        return idle * self.experts.params_per_expert()
+            return state
+        return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
 
 
-def build(in_features: int, config: VQMoEConfig, experts: Experts, **factory: Any) -> VQMoEMlp:
+def _top1_router(in_features: int, config: VQMoEConfig, **factory: Any) -> SMoERouter:
+    """Router of the continuous branch (2): SMoE's with one expert, without noise."""
+    options = SMoEConfig(
+        num_experts=config.num_experts,
+        top_k=1,
+        router_noise=0.0,
+        importance_weight=0.0,
+        load_weight=0.0,
+        balance_weight=config.balance_weight,
+    )
+    router = SMoERouter(in_features, options, **factory)
+    router.weight.requires_grad_(config.train_router)
+    return router
+
+
+def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
+    num_codes = config.num_codes or config.num_experts
+    codebook = CODEBOOKS[config.codebook](num_codes, in_features, config.commitment, **factory)
+    norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
+    return Quantizer(codebook, norm, config.expert_input, config.code_share)
+
+
+def build(
+    in_features: int, config: VQMoEConfig, experts: Experts, host: Host, **factory: Any
+) -> VQMoEMlp:
     """VQMoE layer for tokens of width `in_features`."""
     return VQMoEMlp(in_features, config, experts, **factory)

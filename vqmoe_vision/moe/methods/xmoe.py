@@ -28,10 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_renormalize, check_unused, check_weights
+from ..config import TopKConfig, check, check_renormalize, check_weights
 from ..experts import Experts
+from ..host import Host
 from ..layer import RoutedMlp
-from ..routing import Router, Routing, full_precision, init_orthogonal, renormalized, top_k_experts
+from ..routing import (
+    Routing,
+    TopKRouter,
+    full_precision,
+    init_orthogonal,
+    renormalized,
+    top_k_experts,
+)
 
 EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
@@ -70,6 +78,10 @@ class XMoEConfig(TopKConfig):
         },
     }
 
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
+        'sigmoid': {'gate': 'sigmoid', 'balance_temperature': 0.5},
+    }
+
     gate: str = 'softmax'
     router_dim: int | None = None
     temperature: float | None = None
@@ -84,16 +96,18 @@ class XMoEConfig(TopKConfig):
         check(self.gate in _TEMPERATURES, 'gate', self.gate, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
         check_weights(self, 'balance_weight')
-        if self.balance_weight == 0:
-            check_unused(self, ['balance_temperature'], 'balance_weight=0')
         dim = self.router_dim
         check(dim is None or dim >= 1, 'router_dim', dim, 'at least 1, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "above 0, or None for the paper's")
 
+    def unused(self) -> dict[str, str]:
+        """Without the balance loss, its temperature."""
+        return {'balance_temperature': 'balance_weight=0'} if self.balance_weight == 0 else {}
 
-class XMoERouter(Router):
+
+class XMoERouter(TopKRouter):
     """Cosine router, XMoE (5) to (8).
 
     Args:
@@ -162,15 +176,13 @@ class XMoERouter(Router):
                 terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         return Routing(indices, weights, terms)
 
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of one routing decision."""
-        return self.project.numel() + self.expert_embed.numel()
-
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: only their direction counts."""
         return {'expert_embed'}
 
 
-def build(in_features: int, config: XMoEConfig, experts: Experts, **factory: Any) -> RoutedMlp:
+def build(
+    in_features: int, config: XMoEConfig, experts: Experts, host: Host, **factory: Any
+) -> RoutedMlp:
     """XMoE layer for tokens of width `in_features`."""
     return RoutedMlp(XMoERouter(in_features, config, **factory), experts)

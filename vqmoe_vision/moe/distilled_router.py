@@ -1,0 +1,119 @@
+"""The distilled router of StableMoE (arXiv 2204.08396, equation 6): raw patches in, scores out.
+
+It has no bias, as the authors' code. Most of what tells raw patches apart is their brightness, so
+that the router learns that first.
+
+The frozen router is a copy kept in buffers. Freezing the parameters themselves would not do:
+optimizers with momentum or weight decay move a parameter whose gradient is zero, and a parameter
+that stops to receive gradients breaks data-parallel training.
+
+Legend: B images, L patches per image, F = 16 * channels raw features of a patch, W = 50 distilled
+width, G prefix tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .routing import init_orthogonal
+
+CELLS = 4  # a patch is averaged to CELLS x CELLS cells before D sees it
+DISTILLED_WIDTH = 50  # of the paper
+
+
+def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Average every patch to 4 x 4 cells.
+
+    Args:
+        images: (B, channels, height, width), patches of equal size.
+        grid_size: Patches per column and row.
+
+    Returns:
+        (B, L, F), without a graph.
+    """
+    rows, columns = grid_size
+    cells = F.adaptive_avg_pool2d(images.detach(), (rows * CELLS, columns * CELLS))
+    return F.pixel_unshuffle(cells, CELLS).flatten(2).transpose(1, 2)
+
+
+class DistilledRouter(nn.Module):
+    """D and E^ of (6), with their frozen copy.
+
+    Args:
+        in_chans: Image channels.
+        num_experts: E.
+        num_prefix_tokens: G, tokens before the patches; each has a learned D.
+    """
+
+    project: Tensor
+    prefix: Tensor
+    expert_embed: Tensor
+    frozen: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, in_chans: int, num_experts: int, num_prefix_tokens: int, **factory: Any
+    ) -> None:
+        super().__init__()
+        shapes = {
+            'project': (DISTILLED_WIDTH, in_chans * CELLS * CELLS),
+            'prefix': (num_prefix_tokens, DISTILLED_WIDTH),
+            'expert_embed': (num_experts, DISTILLED_WIDTH),
+        }
+        self.names = [name for name, shape in shapes.items() if shape[0] > 0]
+        for name in self.names:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name], **factory)))
+            self.register_buffer(f'frozen_{name}', torch.empty(shapes[name], **factory))
+        device = factory.get('device')
+        self.register_buffer('frozen', torch.empty((), dtype=torch.bool, device=device))
+        self.register_buffer('steps', torch.empty((), dtype=torch.int64, device=device))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layer as timm's, prefix of 0.02, experts orthogonal with gain 0.1; stage 1."""
+        nn.init.trunc_normal_(self.project, std=0.02)
+        if 'prefix' in self.names:
+            nn.init.normal_(self.prefix, std=0.02)
+        init_orthogonal(self.expert_embed)
+        for name in self.names:
+            nn.init.zeros_(getattr(self, f'frozen_{name}'))
+        self.frozen.fill_(False)
+        self.steps.zero_()
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter, or its frozen copy in stage 2 (then with a gradient of exact zeros)."""
+        return torch.where(
+            self.frozen, getattr(self, f'frozen_{name}'), getattr(self, name)
+        ).float()
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Scores (6); raw patches (B, L, F) -> (B * (G + L), E) float32."""
+        features = F.linear(cells.float(), self.weight('project'))
+        if 'prefix' in self.names:
+            prefix = self.weight('prefix').expand(cells.shape[0], -1, -1)
+            features = torch.cat([prefix, features], dim=1)
+        return F.linear(features, self.weight('expert_embed')).flatten(0, 1)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Begin stage 2."""
+        for name in self.names:
+            getattr(self, f'frozen_{name}').copy_(getattr(self, name))
+        self.frozen.fill_(True)
+
+    @torch.no_grad()
+    def restart(self) -> bool:
+        """Back to the start of stage 1 with what was frozen; returns whether it was frozen."""
+        self.steps.zero_()
+        if not self.frozen:
+            return False
+        # optimizers have moved the parameters behind the copies
+        for name in self.names:
+            getattr(self, name).copy_(getattr(self, f'frozen_{name}'))
+            getattr(self, f'frozen_{name}').zero_()
+        self.frozen.fill_(False)
+        return True

@@ -1,0 +1,45 @@
+"""What a layer may know of the model it stands in.
+
+Legend: B images, L patches, F raw features of a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+class RawPatches:
+    """Raw patches of the images that a model is looking at, handed from its stem to its layers.
+
+    Holds plain data, never a graph: a decision by the raw image must not depend on anything learned
+    before it. Copies and pickles of a model start empty.
+
+    Attributes:
+        value: (B, L, F), or None before the first pass.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, None]:
+        return {'value': None}
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model around a layer, as it is when the layer is built.
+
+    Args:
+        num_tokens: Tokens per image, prefix tokens included.
+        num_prefix_tokens: Tokens before the patches (class, registers).
+        in_chans: Image channels.
+        raw_patches: Where a method finds what its `read_patches` made of the images; empty for a
+            method without one.
+    """
+
+    num_tokens: int
+    num_prefix_tokens: int = 0
+    in_chans: int = 3
+    raw_patches: RawPatches = field(default_factory=RawPatches)

@@ -1,0 +1,86 @@
+"""The discrete branch of VQMoE (arXiv 2411.19402, equation 3) up to its expert, and its readings.
+
+The paper feeds the code v itself to the expert. The authors' code feeds almost the token x, and
+lets the code decide only which expert. Both, and what lies between, are readings, with
+c = `code_share`:
+
+    'mix'       (1 - c) x + c v     gradient 1 with respect to x
+    'ste'       v                   'mix' with c = 1: equation (3), straight through
+    'token'     x                   'mix' with c = 0: the code is only an index
+    'official'  (1 - 2c) x + c v    the value and gradient (1 - c) of the authors' code
+
+Legend: T tokens, D width, M codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .codebook import Codebook, Quantized
+from .routing import expert_load
+
+EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
+FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
+
+
+class Quantizer(nn.Module):
+    """Tokens to their codes, and to what an expert is fed.
+
+    Args:
+        codebook: The codebook.
+        norm: Between code and expert.
+        reading: What the expert is fed, one of `EXPERT_INPUTS`.
+        code_share: c, where the reading leaves it open.
+    """
+
+    codebook: Codebook
+
+    def __init__(
+        self, codebook: Codebook, norm: nn.Module, reading: str, code_share: float
+    ) -> None:
+        super().__init__()
+        self.codebook = codebook
+        self.norm = norm
+        self.reading = reading
+        self.code_share = FIXED_SHARES.get(reading, code_share)
+
+    def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
+        """Quantize tokens.
+
+        Args:
+            x: (T, D).
+            precise: The same in float32.
+
+        Returns:
+            What the expert is fed, (T, D), and the quantization.
+        """
+        quantized = self.codebook(precise)
+        return self.norm(self.expert_input(x, quantized.codes.to(x.dtype))), quantized
+
+    def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
+        """Input of the expert, before the norm, for tokens and their codes (T, D)."""
+        share = self.code_share
+        if share == 0:
+            return x
+        kept = (1 - share) * x if self.reading == 'official' else x
+        return torch.add(kept, (code - x).detach(), alpha=share)
+
+    def observe(self, tokens: Tensor, quantized: Quantized) -> dict[str, Tensor]:
+        """Let the codebook see tokens while it trains.
+
+        Args:
+            tokens: (T, D) float32.
+            quantized: Their codes.
+
+        Returns:
+            `code_usage` (M,), `quantization_error` (of the tokens' energy), and how many tokens a
+            codebook that learns from them had to leave out, `nonfinite_tokens`.
+        """
+        energy = torch.linalg.vector_norm(tokens.detach()).square()
+        stats = {
+            'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
+            'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
+        }
+        left_out = self.codebook.observe(tokens, quantized.indices) if self.training else None
+        return stats if left_out is None else {**stats, 'nonfinite_tokens': left_out}
