@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_vision.benchmark.cli import main
+from benchmark.cli import main
 
 TINY = [
     *('--tokens', '8', '--batch', '2', '--width', '8', '--experts', '4'),
@@ -200,7 +200,7 @@ def test_debug_shows_the_trace() -> None:
 
 
 def test_an_absent_peer_is_an_error_only_when_named(monkeypatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.benchmark.layers.installed', lambda name: None)
+    monkeypatch.setattr('benchmark.layers.installed', lambda name: None)
     with pytest.raises(SystemExit) as exit_:
         main(['moe', '--contenders', 'soft-moe'])
     assert "it is not installed: pip install '.[bench]'" in str(exit_.value.code)

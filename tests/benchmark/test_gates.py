@@ -1,7 +1,7 @@
 """Limits on fixed numbers."""
 
-from vqmoe_vision.benchmark.gates import Gate, judge
-from vqmoe_vision.benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from benchmark.gates import Gate, judge
+from benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset
 
 CELL = {
     'tokens': 10,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqmoe_vision.benchmark import ours
-from vqmoe_vision.benchmark.cells import Cell, Settings
-from vqmoe_vision.benchmark.inputs import Batch, Inputs
-from vqmoe_vision.benchmark.layers import measure_layer
-from vqmoe_vision.benchmark.oracle import WrongResultError, check_against_oracle
+from benchmark import ours
+from benchmark.cells import Cell, Settings
+from benchmark.inputs import Batch, Inputs
+from benchmark.layers import measure_layer
+from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
 
 BUILDERS = [ours.ours, ours.layer, ours.softmoe, ours.vqmoe]
@@ -88,7 +88,7 @@ def test_a_broken_contender_is_refused(broken, named, dtype, cell: Cell, setting
 
 def test_nothing_is_timed_beside_a_broken_contender(monkeypatch, cell: Cell, settings) -> None:
     monkeypatch.setattr(ours, 'experts_grouped', swapped)
-    monkeypatch.setattr('vqmoe_vision.benchmark.layers.interleave', None)  # would fail if reached
+    monkeypatch.setattr('benchmark.layers.interleave', None)  # would fail if reached
     with pytest.raises(WrongResultError, match='ours in 2 x 12 tokens'):
         measure_layer(cell, settings, ('dense', 'bound', 'ours'))
 

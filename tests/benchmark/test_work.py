@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqmoe_vision.benchmark import ours
-from vqmoe_vision.benchmark.cells import Cell, Settings
-from vqmoe_vision.benchmark.contenders import Contender, UnsuitableError
-from vqmoe_vision.benchmark.inputs import Inputs
-from vqmoe_vision.benchmark.layers import PEERS, REFERENCES, choose
-from vqmoe_vision.benchmark.peers import mixture_of_experts, moe_jetpack, st_moe_pytorch
+from benchmark import ours
+from benchmark.cells import Cell, Settings
+from benchmark.contenders import Contender, UnsuitableError
+from benchmark.inputs import Inputs
+from benchmark.layers import PEERS, REFERENCES, choose
+from benchmark.peers import mixture_of_experts, moe_jetpack, st_moe_pytorch
 from vqmoe_vision.moe.methods.softmoe import SoftMoEMlp
 
 # width 48: two thirds of its hidden width, 128, are whole and a multiple of eight

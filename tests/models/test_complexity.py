@@ -10,7 +10,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqmoe_vision.benchmark.ours import with_loops
+from benchmark.ours import with_loops
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe.codebook_learning import SimVQCodebook
 from vqmoe_vision.moe.collect import moe_layers

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
+
 from . import ours, peers
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, UnsuitableError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
 
 Row = Mapping[str, Any]
 

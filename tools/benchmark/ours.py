@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..moe import collect_losses
-from ..moe.dispatch import run_experts, run_experts_loop
-from ..moe.experts import Experts, StackedLinear
-from ..moe.grouped_linear import compute_dtype
-from ..moe.layer import RoutedMlp
-from ..moe.methods import smoe
-from ..moe.methods.smoe import SMoEConfig
-from ..moe.methods.softmoe import SoftMoEConfig, SoftMoEMlp
-from ..moe.methods.vqmoe import VQMoEConfig, VQMoEMlp
+from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.dispatch import run_experts, run_experts_loop
+from vqmoe_vision.moe.experts import Experts, StackedLinear
+from vqmoe_vision.moe.grouped_linear import compute_dtype
+from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.methods import smoe
+from vqmoe_vision.moe.methods.smoe import SMoEConfig
+from vqmoe_vision.moe.methods.softmoe import SoftMoEConfig, SoftMoEMlp
+from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig, VQMoEMlp
+
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, UnsuitableError, place
 from .inputs import Batch, Inputs

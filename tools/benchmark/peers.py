@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..moe.layer import RoutedMlp
+from vqmoe_vision.moe.layer import RoutedMlp
+
 from .cells import MLP_RATIO, Cell, Settings
 from .contenders import Contender, UnsuitableError, autocast, place
 from .inputs import Batch, Inputs
