@@ -1,4 +1,4 @@
-"""Dense, the GEMM-only bound, the naive loop, and what this package computes.
+"""Dense, the GEMM-only bound, the naive loop, and the dispatch of this package.
 
 Legend: B images, N tokens per image, T = B * N, D width, H hidden width, E experts, K experts per
 token, C rows per expert.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,12 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.dispatch import run_experts, run_experts_loop
 from vqmoe_vision.moe.experts import Experts, StackedLinear
 from vqmoe_vision.moe.grouped_linear import compute_dtype
-from vqmoe_vision.moe.layer import RoutedMlp
-from vqmoe_vision.moe.methods import smoe
-from vqmoe_vision.moe.methods.smoe import SMoEConfig
-from vqmoe_vision.moe.methods.softmoe import SoftMoEConfig, SoftMoEMlp
-from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig, VQMoEMlp
 
 from .cells import Cell, Settings
-from .contenders import Contender, Forward, UnsuitableError, place
+from .contenders import Contender, Forward, place
 from .inputs import Batch, Inputs
 
 PROBE_ROUNDS = 4  # batches on which drop rates and loads are read before anything is timed
@@ -144,137 +138,6 @@ def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     return [run_experts_loop(module, tokens, batch.indices, batch.weights)]
 
 
-def layer(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
-    """The whole SMoE layer: float32 router, losses, dispatch, experts."""
-    return [routed_layer('layer', cell, settings, inputs)]
-
-
-def routed_layer(
-    name: str, cell: Cell, settings: Settings, inputs: Inputs, capacity_factor: float | None = None
-) -> Contender:
-    """The SMoE layer, dropless or with a capacity.
-
-    Args:
-        name: Of the contender.
-        cell: The cell.
-        settings: The run.
-        inputs: Batches on which load and drop rate are read.
-        capacity_factor: Places over assignments; None drops nothing.
-    """
-    config = SMoEConfig(
-        num_experts=cell.experts,
-        top_k=cell.top_k,
-        capacity_factor=capacity_factor,
-        eval_capacity_factor=capacity_factor,
-    )
-    module = place(smoe.build(cell.width, config, make_experts(cell)), cell, settings)
-    assert isinstance(module, RoutedMlp)
-    counts, kept = routing_counts(module, inputs)
-    macs = cell.batch * module.macs(cell.tokens)
-    found = Contender(name, module, run_layer, kept * cell.num_rows, macs, routed_oracle)
-    found.load = mean_load(counts)
-    found.drop_rate = None if capacity_factor is None else 1 - kept
-    return found
-
-
-@torch.no_grad()
-def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
-    """Assignments of every expert in some batches (rounds, E), and the share that is kept."""
-    counts, kept = [], []
-    for index in range(PROBE_ROUNDS):
-        routing = module.router(inputs.batch(index).x.flatten(0, 1))
-        indices = routing.indices.flatten()
-        counts.append(indices.bincount(minlength=inputs.cell.experts).cpu())
-        everything = torch.ones(1) if routing.kept is None else routing.kept.float()
-        kept.append(everything.mean().item())
-    return torch.stack(counts), sum(kept) / len(kept)
-
-
-def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """A layer inside its collector, as a training step runs it."""
-    return collecting(module, module, batch)
-
-
-def collecting(
-    module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
-) -> Sequence[Tensor]:
-    """Call a layer, perhaps compiled, inside the collector of its module."""
-    if not module.training:
-        return [call(batch.x)]
-    with collect_losses(module) as collected:
-        return [call(batch.x), collected.total()]
-
-
-def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """The SMoE layer with its experts as a plain loop."""
-    assert isinstance(module, RoutedMlp)
-    tokens = batch.x.flatten(0, 1)
-    routing = module.router(tokens)
-    rows = tokens.to(compute_dtype(tokens))
-    answer = run_experts_loop(
-        module.experts, rows, routing.indices, routing.weights, routing.kept
-    ).view(batch.x.shape)
-    if not module.training:
-        return [answer]
-    return [answer, torch.stack(list(routing.losses.values())).sum()]
-
-
-def vqmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
-    """The whole VQMoE layer in its full form, all but the update of its codes.
-
-    As many experts per token as a top-2 router.
-    """
-    if cell.top_k != 2:
-        raise UnsuitableError('it computes two experts per token')
-    config = VQMoEConfig(num_experts=cell.experts)
-    module = place(VQMoEMlp(cell.width, config, make_experts(cell)), cell, settings)
-    assert isinstance(module, VQMoEMlp)
-    module.train()
-    with torch.no_grad(), collect_losses(module):  # its codes start from tokens
-        module(inputs.batch(0).x)
-    module.train(settings.backward)
-    macs = cell.batch * module.macs(cell.tokens)
-    return [Contender('vqmoe', module, run_vqmoe, cell.num_rows, macs, vqmoe_oracle)]
-
-
-def run_vqmoe(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """A layer inside its collector; its codes stay, or no oracle could repeat the pass."""
-    assert isinstance(module, VQMoEMlp)
-    if not module.training:
-        return [module(batch.x)]
-    with collect_losses(module, update_state=False) as collected:
-        results = [module(batch.x), collected.total()]
-    module.discard()
-    return results
-
-
-def vqmoe_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """The VQMoE layer with its experts as a plain loop."""
-    return run_vqmoe(with_loops(module), batch)
-
-
-def softmoe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
-    """Our SoftMoE layer with K * N slots per image: its experts do the work of the dense MLP."""
-    return [soft_layer('softmoe', 'paper', cell, settings)]
-
-
-def slots_per_expert(cell: Cell) -> int:
-    """Slots of an expert for which all experts together answer K * N times per image."""
-    return max(round(cell.top_k * cell.tokens / cell.experts), 1)
-
-
-def soft_layer(name: str, preset: str, cell: Cell, settings: Settings) -> Contender:
-    """Our SoftMoE layer as one of its presets."""
-    slots = slots_per_expert(cell)
-    options = {'num_experts': cell.experts, 'slots_per_expert': slots}
-    config = SoftMoEConfig.from_options(preset, **options)
-    experts = make_experts(cell)
-    module = place(SoftMoEMlp(cell.width, config, experts, cell.tokens), cell, settings)
-    assert isinstance(module, SoftMoEMlp)
-    rows, macs = cell.batch * cell.experts * slots, cell.batch * module.macs(cell.tokens)
-    return Contender(name, module, _on_tokens, rows, macs, soft_oracle)
-
-
 class ExpertsLoop(nn.Module):
     """Experts that take sorted rows and run as a plain loop."""
 
@@ -288,11 +151,6 @@ class ExpertsLoop(nn.Module):
         indices = torch.arange(self.num_experts, device=rows.device).repeat_interleave(counts)
         weights = torch.ones_like(indices, dtype=torch.float32)
         return run_experts_loop(self.experts, rows, indices[:, None], weights[:, None])
-
-
-def soft_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """The SoftMoE layer with its experts as a plain loop."""
-    return [with_loops(module)(batch.x)]
 
 
 def with_loops(module: nn.Module) -> nn.Module:
