@@ -23,7 +23,7 @@ LAYER_COLUMNS = {
     'ours_to_peer': '{:>13.2f}',
 }
 NETWORK_COLUMNS = {
-    'contender': '{:<36}',
+    'contender': '{:<38}',
     'mode': '{:<10}',
     'median_ms': '{:>10.1f}',
     'min_ms': '{:>10.1f}',
