@@ -36,7 +36,7 @@ format: $(VENV)/.dev ## fix style and formatting where that can be automated
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.dev ## check the package's types
+types: $(VENV)/.dev ## check the types of the package and the benchmark
 	$(BIN)/mypy
 
 # timm's tests are not in its wheel, so they come from the source distribution of the very version

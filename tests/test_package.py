@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
-# A part may import itself and the parts of a lower layer. transfer.py and analysis/ work on models,
-# benchmark/ measures models and the engine.
+TOOLS = PACKAGE.parent / 'tools'
+# A part may import itself and the parts of a lower layer. transfer.py and analysis/ work on models.
 LAYERS = {
     'moe': 0,
     'models': 1,
     'transfer': 2,
     'analysis': 2,
     'engine': 2,
-    'benchmark': 3,
     'classification': 3,
     'segmentation': 3,
 }
 
 
-def imported_parts(source: str, package: str) -> set[str]:
-    """Names of the parts of vqmoe_vision that `source`, a module inside `package`, imports."""
+def imported_names(source: str, package: str) -> list[str]:
+    """Full names of what `source`, a module inside `package`, imports."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -32,6 +31,12 @@ def imported_parts(source: str, package: str) -> set[str]:
             parents = package.split('.')[: len(package.split('.')) - node.level + 1]
             base = [*(parents if node.level else []), *(node.module or '').split('.')]
             names += ['.'.join([*filter(None, base), alias.name]) for alias in node.names]
+    return names
+
+
+def imported_parts(source: str, package: str) -> set[str]:
+    """Names of the parts of vqmoe_vision that `source`, a module inside `package`, imports."""
+    names = imported_names(source, package)
     return {n.split('.')[1] for n in names if n.startswith('vqmoe_vision.')} & LAYERS.keys()
 
 
@@ -62,6 +67,15 @@ def test_imports_point_down() -> None:
             if other != part and LAYERS[other] >= LAYERS[part]:
                 wrong.append(f'{relative} imports {other}')
     assert not wrong
+
+
+def test_the_package_imports_no_tool() -> None:
+    tools = {'tools', *(path.stem for path in TOOLS.iterdir())}
+    assert {'benchmark', 'train'} <= tools
+    for path in PACKAGE.rglob('*.py'):
+        package = '.'.join(path.relative_to(PACKAGE.parent).parent.parts)
+        names = imported_names(path.read_text(), package)
+        assert not {name.partition('.')[0] for name in names} & tools, path
 
 
 def test_every_part_has_a_layer() -> None:

@@ -1,6 +1,6 @@
 """Benchmark layers, models and training steps: python tools/benchmark.py moe|model|training -h."""
 
-from vqmoe_vision.benchmark.cli import main
+from benchmark.cli import main
 
 if __name__ == '__main__':
     main()

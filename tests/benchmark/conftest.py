@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqmoe_vision.benchmark.cells import Cell, Settings
+from benchmark.cells import Cell, Settings
 
 
 @pytest.fixture

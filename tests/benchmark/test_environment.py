@@ -3,12 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from vqmoe_vision.benchmark.environment import MALLOC, installed
+import pytest
 
+import vqmoe_vision
+from benchmark.environment import MALLOC, commit, installed
+
+TOOLS = Path(__file__).parents[2] / 'tools'
 PROGRAM = """
 import os
-from vqmoe_vision.benchmark.environment import MALLOC, restart_prepared
+from benchmark.environment import MALLOC, restart_prepared
 restart_prepared(3)
 print(os.environ['OMP_NUM_THREADS'], *(os.environ.get(name) for name in MALLOC))
 """
@@ -17,6 +22,7 @@ print(os.environ['OMP_NUM_THREADS'], *(os.environ.get(name) for name in MALLOC))
 def test_restarts_once_with_the_environment_it_needs() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in MALLOC}
     environment['OMP_NUM_THREADS'] = '1'
+    environment['PYTHONPATH'] = os.pathsep.join(sys.path)
     command = [sys.executable, '-c', PROGRAM]
     lines = subprocess.check_output(command, text=True, env=environment).splitlines()
     assert len(lines) == 2
@@ -29,3 +35,16 @@ def test_restarts_once_with_the_environment_it_needs() -> None:
 def test_absent_packages_have_no_version() -> None:
     assert installed('torch') is not None
     assert installed('no-such-package-anywhere') is None
+
+
+def test_the_program_finds_its_package_beside_it(tmp_path: Path) -> None:
+    """Both are called benchmark, and only the folder of the program is on the path."""
+    command = [sys.executable, TOOLS / 'benchmark.py', 'moe', '-h']
+    assert '--contenders' in subprocess.check_output(command, text=True, cwd=tmp_path)
+
+
+def test_the_commit_is_that_of_the_package_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vqmoe_vision, '__file__', str(tmp_path / '__init__.py'))
+    assert commit() is None  # there is no checkout

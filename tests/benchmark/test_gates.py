@@ -1,7 +1,10 @@
 """Limits on fixed numbers."""
 
-from vqmoe_vision.benchmark.gates import Gate, judge
-from vqmoe_vision.benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from benchmark.gates import Gate, judge
+from benchmark.methods import LAYERS
+from benchmark.networks import parse_model
+from benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from vqmoe_vision.moe import METHODS
 
 CELL = {
     'tokens': 10,
@@ -72,6 +75,15 @@ def test_ours_must_not_be_slower_than_a_peer() -> None:
 
 def with_compiled(names: tuple[str, ...], preset: Preset) -> list[str]:
     return [*names, *(f'{name}+compiled' for name in names if preset.compiled)]
+
+
+def test_every_method_is_in_the_tables() -> None:
+    assert set(LAYERS.values()) == set(METHODS)
+    measured = [set(names or ()) for _, names in LAYER_PRESETS['table'].runs]
+    assert LAYERS.keys() <= set.union(*measured)
+    for run in MODEL_PRESETS['table'].comparisons:
+        names = {parse_model(model)[0] for model in run.models}
+        assert names == {f'vit_small_{method}' for method in METHODS}
 
 
 def test_every_preset_measures_what_its_gates_judge() -> None:

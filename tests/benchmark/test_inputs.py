@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vqmoe_vision.benchmark.cells import Cell
-from vqmoe_vision.benchmark.inputs import Inputs, skewed_routing
+from benchmark.cells import Cell
+from benchmark.inputs import Inputs, skewed_routing
 
 
 @pytest.mark.parametrize(

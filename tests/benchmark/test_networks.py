@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vqmoe_vision.benchmark.cells import Settings
-from vqmoe_vision.benchmark.networks import Comparison, Network, check_against_loops
-from vqmoe_vision.benchmark.oracle import WrongResultError
+from benchmark.cells import Settings
+from benchmark.networks import Comparison, Network, check_against_loops
+from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import Experts
 

@@ -7,21 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqmoe_vision.benchmark import ours
-from vqmoe_vision.benchmark.cells import Cell, Settings
-from vqmoe_vision.benchmark.inputs import Batch, Inputs
-from vqmoe_vision.benchmark.layers import measure_layer
-from vqmoe_vision.benchmark.oracle import WrongResultError, check_against_oracle
+from benchmark import ours
+from benchmark.cells import Cell, Settings
+from benchmark.contenders import UnsuitableError
+from benchmark.inputs import Batch, Inputs
+from benchmark.layers import OURS, measure_layer
+from benchmark.methods import whole_layer
+from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
-
-BUILDERS = [ours.ours, ours.layer, ours.softmoe, ours.vqmoe]
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.methods import METHODS, Method
+from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
 
 
 def changed(**fields) -> Callable[[Cell], Cell]:
     return lambda cell: dataclasses.replace(cell, **fields)
 
 
-@pytest.mark.parametrize('build', BUILDERS)
+@pytest.mark.parametrize('name', [name for name in OURS if name != 'loop'])
 @pytest.mark.parametrize('backward', [True, False])
 @pytest.mark.parametrize(
     'change',
@@ -33,13 +37,35 @@ def changed(**fields) -> Callable[[Cell], Cell]:
         changed(dtype='bfloat16', amp=True),
     ],
 )
-def test_ours_equals_the_loop(build, backward, change, cell: Cell) -> None:
+def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> None:
     cell, settings = change(cell), Settings(backward=backward)
-    if build is ours.vqmoe and cell.top_k == 1:
-        pytest.skip('two experts per token')
     inputs = Inputs(cell)
-    (contender,) = build(cell, settings, inputs)
+    try:
+        (contender,) = OURS[name](cell, settings, inputs)
+    except UnsuitableError as reason:
+        pytest.skip(str(reason))
     check_against_oracle(contender, inputs.batch(0), cell, settings)
+
+
+class Doubled(RoutedMlp):
+    """Computes more than its routing tells."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return 2 * super().compute(x)
+
+
+def build_doubled(width: int, config: SMoEConfig, experts: Experts, **factory) -> Doubled:
+    router = SMoERouter(width, config, **factory)
+    router.weight.requires_grad_(False)
+    return Doubled(router, experts)
+
+
+def test_a_new_method_enters_by_its_line_in_the_table(monkeypatch, cell: Cell, settings) -> None:
+    monkeypatch.setitem(METHODS, 'new', Method(SMoEConfig, build_doubled))
+    inputs = Inputs(cell)
+    contender = whole_layer('new', 'new', cell, settings, inputs)
+    check_against_oracle(contender, inputs.batch(0), cell, settings)
+    assert contender.rows == 48  # 24 tokens, two experts each
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
@@ -88,7 +114,7 @@ def test_a_broken_contender_is_refused(broken, named, dtype, cell: Cell, setting
 
 def test_nothing_is_timed_beside_a_broken_contender(monkeypatch, cell: Cell, settings) -> None:
     monkeypatch.setattr(ours, 'experts_grouped', swapped)
-    monkeypatch.setattr('vqmoe_vision.benchmark.layers.interleave', None)  # would fail if reached
+    monkeypatch.setattr('benchmark.layers.interleave', None)  # would fail if reached
     with pytest.raises(WrongResultError, match='ours in 2 x 12 tokens'):
         measure_layer(cell, settings, ('dense', 'bound', 'ours'))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqmoe_vision.benchmark.timing import WARM_UP, Clock, interleave, median, peak_memory, ratio
+from benchmark.timing import WARM_UP, Clock, interleave, median, peak_memory, ratio
 
 
 def test_ratio_is_median_over_median() -> None:

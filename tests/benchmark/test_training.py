@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vqmoe_vision.benchmark import training
-from vqmoe_vision.benchmark.training import WARM_UP, StepClock, _Finished
+from benchmark import training
+from benchmark.training import WARM_UP, StepClock, _Finished
 
 
 def test_every_part_is_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from ..moe.layer import RoutedMlp
+from vqmoe_vision.moe.layer import RoutedMlp
+
 from .cells import MLP_RATIO, Cell, Settings
 from .contenders import Contender, UnsuitableError, autocast, place
 from .inputs import Batch, Inputs
-from .ours import PROBE_ROUNDS, layer, routed_layer, routing_counts, slots_per_expert, soft_layer
+from .methods import routing_counts, slots_per_expert, whole_layer
+from .ours import PROBE_ROUNDS
 
 GATHER_LIMIT = 2e9  # bytes; what `batched_mm` may copy out of the weights for one product
 
@@ -40,7 +42,7 @@ def soft_moe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     slots = slots_per_expert(cell)
     sizes = {'in_features': cell.width, 'hidden_features': cell.hidden}
     module = SoftMoELayerWrapper(cell.width, cell.experts, slots, Mlp, **sizes)
-    equal = soft_layer('softmoe', 'paper', cell, settings)
+    equal = whole_layer('softmoe', 'softmoe', cell, settings, inputs)
     return [equal, _soft_peer('soft-moe', module, equal, cell, settings)]
 
 
@@ -51,7 +53,9 @@ def soft_moe_pytorch(cell: Cell, settings: Settings, inputs: Inputs) -> list[Con
     slots = slots_per_expert(cell)
     sizes: dict[str, Any] = {'num_experts': cell.experts, 'expert_mult': MLP_RATIO}
     module = SoftMoE(cell.width, num_slots=slots, **sizes)
-    equal = soft_layer('softmoe-lucidrains', 'lucidrains', cell, settings)
+    equal = whole_layer(
+        'softmoe-lucidrains', 'softmoe', cell, settings, inputs, preset='lucidrains'
+    )
     return [equal, _soft_peer('soft-moe-pytorch', module, equal, cell, settings)]
 
 
@@ -95,7 +99,7 @@ class EinsumSoftMoE(nn.Module):
 def moe_jetpack(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """The SoftMoE layer of MoE Jetpack; the paper's normalisation."""
     module = EinsumSoftMoE(cell, slots_per_expert(cell))
-    equal = soft_layer('softmoe', 'paper', cell, settings)
+    equal = whole_layer('softmoe', 'softmoe', cell, settings, inputs)
     return [equal, _soft_peer('moe-jetpack', module, equal, cell, settings)]
 
 
@@ -192,7 +196,7 @@ def _capped_layer(
     name: str, kept: float, cell: Cell, settings: Settings, inputs: Inputs
 ) -> Contender:
     """Our SMoE layer with the capacity at which it keeps the share nearest to `kept`."""
-    dropless = routed_layer(name, cell, settings, inputs).module
+    dropless = whole_layer(name, 'smoe', cell, settings, inputs).module
     assert isinstance(dropless, RoutedMlp)
     counts, _ = routing_counts(dropless, inputs)
     places = torch.arange(1, int(counts.max()) + 1)
@@ -200,7 +204,8 @@ def _capped_layer(
     capacity = int((shares - kept).abs().argmin()) + 1
     # half a place less, so that the layer's rounding up gives this capacity whatever the fraction
     factor = (capacity - 0.5) * cell.experts / cell.num_rows
-    return routed_layer(name, cell, settings, inputs, factor)
+    factors = {'capacity_factor': factor, 'eval_capacity_factor': factor}
+    return whole_layer(name, 'smoe', cell, settings, inputs, **factors)
 
 
 def transformers(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
@@ -213,7 +218,7 @@ def transformers(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contend
     made = [_mixtral(name, gated, cell, settings) for name in implementations]
     if copied > GATHER_LIMIT:
         made[0].note += f'; batched_mm left out, it would copy {copied / 1e9:.1f} GB of weights'
-    return [*layer(cell, settings, inputs), *made]
+    return [whole_layer('layer', 'smoe', cell, settings, inputs), *made]
 
 
 def _gated_hidden(cell: Cell) -> int:

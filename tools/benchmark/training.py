@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
+
 from .environment import describe_machine
 
 PARTS = ('data', 'forward', 'backward', 'optimizer', 'hooks')
@@ -113,7 +114,7 @@ def measure_training(config: str, options: Sequence[str], iterations: int) -> di
     from mmengine.config import DictAction
     from mmengine.runner import Runner
 
-    from ..engine.cli import load_config
+    from vqmoe_vision.engine.cli import load_config
 
     values = {}
     for option in options:

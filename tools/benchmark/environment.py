@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import vqmoe_vision
+
 # Fresh weight gradients of 20 to 80 MB are otherwise mapped and faulted in anew at every step: that
 # costs every contender 10 to 25 %, some more than others.
 MALLOC = {
@@ -82,12 +84,11 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, '+' if files differ; None outside git."""
+    """Commit of the checkout that is measured, '+' if files differ; None outside git."""
     command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
+    measured = Path(vqmoe_vision.__file__).parent
     try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(command, cwd=measured, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

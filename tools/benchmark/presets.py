@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
+from vqmoe_vision.moe import METHODS
+
 from .cells import Cell
 from .gates import Gate
+from .methods import LAYERS, matched_options
 from .networks import Comparison
 
 
@@ -146,7 +149,7 @@ LAYER_PRESETS = {
     ),
     'table': Preset(
         runs=(
-            *((cell, (*_OURS, 'vqmoe')) for cell in _TABLE_CELLS),
+            *((cell, ('loop', 'ours', *LAYERS)) for cell in _TABLE_CELLS),
             *((cell, ('loop', 'ours')) for cell in _SKEWED),
             *((cell, ('ours',)) for cell in _MANY),
         ),
@@ -171,8 +174,15 @@ LAYER_PRESETS = {
 }
 
 _PRECISIONS = (('float32', False), ('bfloat16', True))
-_SMOE_1, _SMOE_2 = 'vit_small_smoe,top_k=1', 'vit_small_smoe,top_k=2'
-_VQMOE = 'vit_small_vqmoe,form=full'
+
+
+def _model(method: str, top_k: int = 2) -> str:
+    """ViT-S of a method, 197 tokens and eight experts, with K experts per token."""
+    options = matched_options(method, Cell(tokens=197, experts=8, top_k=top_k))
+    return ','.join([f'vit_small_{method}', *(f'{key}={options[key]}' for key in options)])
+
+
+_SMOE_1, _SMOE_2, _VQMOE = _model('smoe', top_k=1), _model('smoe'), _model('vqmoe')
 _MODEL_GATES = (
     _limit(_SMOE_1, 'vit_small_patch16_224', 1.10, dtype='float32', mode='training'),
     _limit(_SMOE_1, 'vit_small_patch16_224', 1.22, dtype='bfloat16', mode='training'),
@@ -181,7 +191,7 @@ _MODEL_GATES = (
 MODEL_PRESETS = {
     'table': Preset(
         comparisons=tuple(
-            Comparison(models=(_SMOE_1, _SMOE_2, _VQMOE), dtype=dtype, amp=amp)
+            Comparison(models=(_SMOE_1, *map(_model, METHODS)), dtype=dtype, amp=amp)
             for dtype, amp in _PRECISIONS
         ),
         repeats=9,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
 
 DTYPES = {
     'float32': torch.float32,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe.config import check
-from . import ours, peers
+from vqmoe_vision.moe.config import check
+
+from . import methods, ours, peers
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, UnsuitableError
 from .environment import installed
@@ -21,14 +22,17 @@ from .timing import Clock, interleave, median, peak_memory, ratio
 
 Build = Callable[[Cell, Settings, Inputs], list[Contender]]
 
+
+def _whole_layer(name: str, cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
+    return [methods.whole_layer(name, methods.LAYERS[name], cell, settings, inputs)]
+
+
 # the two that everything is compared with
 FLOORS: dict[str, Build] = {'dense': ours.dense, 'bound': ours.bound}
 OURS: dict[str, Build] = {
     'loop': ours.loop,
     'ours': ours.ours,
-    'layer': ours.layer,
-    'vqmoe': ours.vqmoe,
-    'softmoe': ours.softmoe,
+    **{name: partial(_whole_layer, name) for name in methods.LAYERS},
 }
 # by the name of their package
 PEERS: dict[str, Build] = {
@@ -42,7 +46,7 @@ PEERS: dict[str, Build] = {
 CONTENDERS = {**FLOORS, **OURS, **PEERS}
 DROPPING = frozenset({'st-moe-pytorch', 'mixture-of-experts'})  # peers with a capacity
 REFERENCES = ('moe-jetpack',)  # peers that are written here: nothing to install
-COMPILED = ('dense', 'ours', 'layer', 'softmoe')
+COMPILED = ('dense', 'ours', *methods.LAYERS)
 CHECK_ROUND = 10**6  # a batch that is not timed
 
 
@@ -148,7 +152,7 @@ def compiled(contender: Contender) -> Contender:
         forward = torch.compile(ours.experts_grouped, fullgraph=True)
     else:
         call = torch.compile(contender.module, fullgraph=True)
-        routed = contender.forward is ours.run_layer
+        routed = contender.forward is methods.run_layer
         forward = partial(_run_compiled_layer if routed else _run_compiled, call)
     return dataclasses.replace(contender, name=f'{contender.name}+compiled', forward=forward)
 
@@ -161,7 +165,7 @@ def _run_compiled(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[t
 
 
 def _run_compiled_layer(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
-    return ours.collecting(module, call, batch)
+    return methods.collecting(module, call, batch)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..models import complexity
-from ..moe import collect_losses
-from ..moe.collect import moe_layers
-from ..moe.config import check
+from vqmoe_vision.models import complexity
+from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.collect import moe_layers
+from vqmoe_vision.moe.config import check
+
 from .cells import DTYPES, Settings
 from .oracle import WrongResultError
 from .ours import with_loops

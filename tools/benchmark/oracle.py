@@ -76,7 +76,8 @@ def results(
         batch: Its leaves get gradients too.
         settings: Without backward there are only outputs.
     """
-    leaves = {'x': batch.x, 'weights': batch.weights, **dict(module.named_parameters())}
+    learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves = {'x': batch.x, 'weights': batch.weights, **learned}
     devices = [batch.x.device] if batch.x.is_cuda else []
     with torch.random.fork_rng(devices), torch.set_grad_enabled(settings.backward):
         torch.manual_seed(0)  # the same router noise, and the same gradient

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
 
 Row = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ LAYER_COLUMNS = {
     'ours_to_peer': '{:>13.2f}',
 }
 NETWORK_COLUMNS = {
-    'contender': '{:<36}',
+    'contender': '{:<38}',
     'mode': '{:<10}',
     'median_ms': '{:>10.1f}',
     'min_ms': '{:>10.1f}',

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..moe.config import check
+from vqmoe_vision.moe.config import check
+
 from .cells import DTYPES, Cell, Settings
 from .environment import describe_machine, restart_prepared
 from .gates import judge

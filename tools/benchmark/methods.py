@@ -1,0 +1,183 @@
+"""Whole layers, of every method that the package has.
+
+An option that sets how much a layer computes is set for K experts per token; a method that then
+computes something else is left out of the cell. So a new method needs nothing here.
+
+Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
+from vqmoe_vision.moe.dispatch import run_experts_loop
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.grouped_linear import compute_dtype
+from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.methods.stablemoe import RawPatches
+
+from .cells import Cell, Settings
+from .contenders import Contender, UnsuitableError, place
+from .inputs import IN_CHANS, Batch, Inputs
+from .ours import PROBE_ROUNDS, make_experts, mean_load, with_loops
+
+# methods by the name of their contender; SMoE's is 'layer', which limits and peers refer to
+LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}
+
+
+def slots_per_expert(cell: Cell) -> int:
+    """Slots of an expert for which all experts together answer K * N times per image."""
+    return max(round(cell.top_k * cell.tokens / cell.experts), 1)
+
+
+def matched_options(method: str, cell: Cell) -> dict[str, Any]:
+    """Options with which a layer of a method computes K experts per token.
+
+    Args:
+        method: Key of `METHODS`.
+        cell: Its tokens, experts and K count.
+    """
+    values = {'top_k': cell.top_k, 'slots_per_expert': slots_per_expert(cell), 'form': 'full'}
+    names = METHODS[method].config.option_names()
+    return {name: value for name, value in values.items() if name in names}
+
+
+def whole_layer(
+    name: str, method: str, cell: Cell, settings: Settings, inputs: Inputs, **options: Any
+) -> Contender:
+    """The layer of a method: routing in float32, losses, dispatch, experts.
+
+    Args:
+        name: Of the contender.
+        method: Key of `METHODS`.
+        cell: The cell.
+        settings: The run.
+        inputs: Batches on which load and drop rate are read.
+        **options: Of the method, over `matched_options`.
+
+    Raises:
+        UnsuitableError: If the method cannot compute K experts per token.
+    """
+    rows = _expert_rows(method, cell, options)
+    if rows not in (cell.top_k * cell.tokens, cell.experts * slots_per_expert(cell)):
+        raise UnsuitableError(f'it computes {rows / cell.tokens:g} experts per token')
+    module = place(_build(method, cell, make_experts(cell), options), cell, settings)
+    assert isinstance(module, MoeLayer)
+    _start(module, inputs.batch(0))
+    module.train(settings.backward)
+    macs = cell.batch * module.macs(cell.tokens)
+    # a subclass may compute more than its routing tells
+    routed = isinstance(module, RoutedMlp) and type(module).compute is RoutedMlp.compute
+    oracle = routed_oracle if routed else loops_oracle
+    found = Contender(name, module, run_layer, cell.batch * rows, macs, oracle)
+    if isinstance(module, RoutedMlp):
+        counts, kept = routing_counts(module, inputs)
+        found.load, found.rows = mean_load(counts), found.rows * kept
+        found.drop_rate = 1 - kept if 'capacity_factor' in options else None
+    return found
+
+
+def _build(
+    method: str, cell: Cell, experts: Experts, options: dict[str, Any], **factory: Any
+) -> MoeLayer:
+    entry = METHODS[method]
+    options = {'num_experts': cell.experts, **matched_options(method, cell), **options}
+    try:
+        config = entry.config.from_options(**options)
+    except ValueError as reason:  # K experts per token are not possible
+        raise UnsuitableError(str(reason)) from None
+    context: dict[str, Any] = {
+        'source': RawPatches(),
+        'in_chans': IN_CHANS,
+        'num_prefix_tokens': 0,
+        'num_tokens': cell.tokens,
+    }
+    needed = {name: context[name] for name in entry.context}
+    return entry.build(cell.width, config, experts, **needed, **factory)
+
+
+def _expert_rows(method: str, cell: Cell, options: dict[str, Any]) -> int:
+    """Rows of an image that pass through experts: by them the cost grows with the hidden width."""
+    macs = []
+    for hidden in (cell.hidden, 2 * cell.hidden):
+        experts = Experts(cell.experts, cell.width, hidden, device='meta')
+        macs.append(_build(method, cell, experts, options, device='meta').macs(cell.tokens))
+    return (macs[1] - macs[0]) // (2 * cell.width * cell.hidden)
+
+
+def _start(module: MoeLayer, batch: Batch) -> None:
+    """Let state that learns without gradients, such as codes, start from tokens."""
+    module.train()
+    _show_patches(module, batch)
+    with torch.no_grad(), collect_losses(module):
+        module(batch.x)
+
+
+def _show_patches(module: nn.Module, batch: Batch) -> None:
+    """Hand the raw patches to routers that read them, as the stem of a model does."""
+    for part in module.modules():
+        source = getattr(part, 'source', None)
+        if isinstance(source, RawPatches):
+            source.cells = batch.patches
+
+
+@torch.no_grad()
+def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
+    """Assignments of every expert in some batches (rounds, E), and the share that is kept."""
+    counts, kept = [], []
+    for index in range(PROBE_ROUNDS):
+        batch = inputs.batch(index)
+        _show_patches(module, batch)
+        routing = module.router(batch.x.flatten(0, 1))
+        indices = routing.indices.flatten()
+        counts.append(indices.bincount(minlength=inputs.cell.experts).cpu())
+        everything = torch.ones(1) if routing.kept is None else routing.kept.float()
+        kept.append(everything.mean().item())
+    return torch.stack(counts), sum(kept) / len(kept)
+
+
+def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    """A layer inside its collector, as a training step runs it."""
+    return collecting(module, module, batch)
+
+
+def collecting(
+    module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
+) -> Sequence[Tensor]:
+    """Call a layer, perhaps compiled, inside the collector of its module.
+
+    What learns without gradients stays as it is, or no oracle could repeat the pass.
+    """
+    assert isinstance(module, MoeLayer)
+    _show_patches(module, batch)
+    if not module.training or not module.needs_collecting:
+        return [call(batch.x)]
+    with collect_losses(module, update_state=False) as collected:
+        answer, loss = call(batch.x), collected.total()
+    module.discard()
+    return [answer, loss] if loss.requires_grad else [answer]
+
+
+def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    """A layer that is a router and experts, dispatched and computed by a plain loop."""
+    assert isinstance(module, RoutedMlp)
+    _show_patches(module, batch)
+    tokens = batch.x.flatten(0, 1)
+    routing = module.router(tokens)
+    rows = tokens.to(compute_dtype(tokens))
+    answer = run_experts_loop(
+        module.experts, rows, routing.indices, routing.weights, routing.kept
+    ).view(batch.x.shape)
+    if not module.training or not routing.losses:
+        return [answer]
+    return [answer, torch.stack(list(routing.losses.values())).sum()]
+
+
+def loops_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+    """A layer with its experts as a plain loop."""
+    return run_layer(with_loops(module), batch)
