@@ -124,3 +124,18 @@ def test_loss(record: dict[str, Any]) -> None:
     close(value.detach(), record['value'], 'value')
     for name, expected in record['gradients'].items():
         close(arguments[name].grad, expected, f'gradient of {name}')
+
+
+@records('anchors')
+def test_anchors(record: dict[str, Any]) -> None:
+    # many codes at one point draw an anchor each; the token they quantize to is the first code's
+    num_codes = 4000
+    tokens = torch.tensor(record['tokens'])
+    codebook = CODEBOOKS['cvq'](num_codes, tokens.shape[1])
+    load(codebook, {'embed': [record['code']] * num_codes})
+    codebook.observe(tokens, codebook(tokens).indices)
+    codebook.update()
+    anchors = torch.cdist(codebook.codes()[1:], tokens).argmin(dim=1)
+    shares = anchors.bincount(minlength=len(tokens)) / (num_codes - 1)
+    # four standard deviations of a share of one half; softmax(-distance) is off by 0.33
+    torch.testing.assert_close(shares, torch.tensor(record['probabilities']), rtol=0, atol=0.032)
