@@ -16,9 +16,11 @@ from benchmark.methods import whole_layer
 from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.host import Host
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import METHODS, Method
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
+from vqmoe_vision.moe.routing import Routing
 
 
 def changed(**fields) -> Callable[[Cell], Cell]:
@@ -50,11 +52,13 @@ def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> 
 class Doubled(RoutedMlp):
     """Computes more than its routing tells."""
 
-    def compute(self, x: Tensor) -> Tensor:
-        return 2 * super().compute(x)
+    def run(self, x: Tensor) -> Tensor:
+        return 2 * super().run(x)
 
 
-def build_doubled(width: int, config: SMoEConfig, experts: Experts, **factory) -> Doubled:
+def build_doubled(
+    width: int, config: SMoEConfig, experts: Experts, host: Host, **factory
+) -> Doubled:
     router = SMoERouter(width, config, **factory)
     router.weight.requires_grad_(False)
     return Doubled(router, experts)
@@ -76,7 +80,7 @@ def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
 def swapped(module, batch: Batch) -> list[Tensor]:
     indices = batch.indices.clone()
     indices[0] = (indices[0] + 1) % module.num_experts  # one token of 24 to other experts
-    return [run_experts(module, batch.x.flatten(0, 1), indices, batch.weights)]
+    return [run_experts(module, batch.x.flatten(0, 1), Routing(indices, batch.weights))]
 
 
 def wrong_in(name: str) -> Callable:
@@ -90,7 +94,7 @@ def wrong_in(name: str) -> Callable:
 
 def detached(module, batch: Batch) -> list[Tensor]:
     tokens, weights = batch.x.flatten(0, 1), batch.weights.detach()
-    return [run_experts(module, tokens, batch.indices, weights)]
+    return [run_experts(module, tokens, Routing(batch.indices, weights))]
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

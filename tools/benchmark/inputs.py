@@ -3,8 +3,7 @@
 Every round has its own routing: the CPU's bfloat16 products compile a kernel for each new number of
 rows, a cost of real training that a fixed routing would hide.
 
-Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token,
-F raw features of a patch.
+Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqmoe_vision.moe.methods.stablemoe import CELLS
-
 from .cells import Cell
 
-IN_CHANS = 3  # of the images that raw patches come from
+PATCH = 8  # pixels of the patches behind the tokens, which stand in one row
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,18 @@ class Batch:
         x: Tokens (B, N, D), a leaf.
         indices: (T, K) int64 in [0, E).
         weights: (T, K) float32, a leaf.
-        patches: Raw patches behind the tokens (B, N, F), as `RawPatches` holds them.
+        images: Pixels behind the tokens, (B, 3, PATCH, PATCH * N), for methods that look at them.
     """
 
     x: Tensor
     indices: Tensor
     weights: Tensor
-    patches: Tensor
+    images: Tensor
 
     def double(self) -> Batch:
         """The same in float64, new leaves."""
         x, weights = (t.detach().double().requires_grad_() for t in (self.x, self.weights))
-        return Batch(x, self.indices, weights, self.patches)
+        return Batch(x, self.indices, weights, self.images)
 
     def clear(self) -> None:
         """Forget gradients."""
@@ -99,6 +96,6 @@ class Inputs:
         indices = skewed_routing(cell, generator, full=index % cell.experts).to(self.device)
         logits = torch.randn(cell.num_tokens, cell.top_k, generator=generator)
         weights = logits.softmax(dim=-1) if cell.top_k > 1 else logits.sigmoid()
-        shape = (cell.batch, cell.tokens, IN_CHANS * CELLS**2)
-        patches = torch.randn(shape, generator=generator).to(self.device)
-        return Batch(x, indices, weights.to(self.device).requires_grad_(), patches)
+        shape = (cell.batch, 3, PATCH, PATCH * cell.tokens)
+        images = torch.randn(shape, generator=generator).to(self.device)
+        return Batch(x, indices, weights.to(self.device).requires_grad_(), images)

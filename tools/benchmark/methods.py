@@ -13,26 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
 from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.grouped_linear import compute_dtype
+from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.layer import RoutedMlp
-from vqmoe_vision.moe.methods.stablemoe import RawPatches
 
 from .cells import Cell, Settings
 from .contenders import Contender, UnsuitableError, place
-from .inputs import IN_CHANS, Batch, Inputs
+from .inputs import PATCH, Batch, Inputs
 from .ours import PROBE_ROUNDS, make_experts, mean_load, with_loops
 
 # methods by the name of their contender; SMoE's is 'layer', which limits and peers refer to
 LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}
-
-
-def slots_per_expert(cell: Cell) -> int:
-    """Slots of an expert for which all experts together answer K * N times per image."""
-    return max(round(cell.top_k * cell.tokens / cell.experts), 1)
 
 
 def matched_options(method: str, cell: Cell) -> dict[str, Any]:
@@ -40,11 +36,16 @@ def matched_options(method: str, cell: Cell) -> dict[str, Any]:
 
     Args:
         method: Key of `METHODS`.
-        cell: Its tokens, experts and K count.
+        cell: Its K counts.
     """
-    values = {'top_k': cell.top_k, 'slots_per_expert': slots_per_expert(cell), 'form': 'full'}
     names = METHODS[method].config.option_names()
-    return {name: value for name, value in values.items() if name in names}
+    values = {
+        'top_k': cell.top_k,
+        'slots_per_token': float(cell.top_k),
+        'capacity_factor': float(cell.top_k),
+    }
+    # one of them: beside top_k a capacity drops tokens
+    return next(({name: value} for name, value in values.items() if name in names), {})
 
 
 def whole_layer(
@@ -63,18 +64,18 @@ def whole_layer(
     Raises:
         UnsuitableError: If the method cannot compute K experts per token.
     """
-    rows = _expert_rows(method, cell, options)
-    if rows not in (cell.top_k * cell.tokens, cell.experts * slots_per_expert(cell)):
+    macs, rows = _cost(method, cell, options)
+    # groups of whole rows per expert
+    if abs(rows - cell.top_k * cell.tokens) >= cell.experts:
         raise UnsuitableError(f'it computes {rows / cell.tokens:g} experts per token')
     module = place(_build(method, cell, make_experts(cell), options), cell, settings)
     assert isinstance(module, MoeLayer)
     _start(module, inputs.batch(0))
     module.train(settings.backward)
-    macs = cell.batch * module.macs(cell.tokens)
     # a subclass may compute more than its routing tells
-    routed = isinstance(module, RoutedMlp) and type(module).compute is RoutedMlp.compute
+    routed = isinstance(module, RoutedMlp) and type(module).run is RoutedMlp.run
     oracle = routed_oracle if routed else loops_oracle
-    found = Contender(name, module, run_layer, cell.batch * rows, macs, oracle)
+    found = Contender(name, module, run_layer, cell.batch * rows, cell.batch * macs, oracle)
     if isinstance(module, RoutedMlp):
         counts, kept = routing_counts(module, inputs)
         found.load, found.rows = mean_load(counts), found.rows * kept
@@ -91,39 +92,46 @@ def _build(
         config = entry.config.from_options(**options)
     except ValueError as reason:  # K experts per token are not possible
         raise UnsuitableError(str(reason)) from None
-    context: dict[str, Any] = {
-        'source': RawPatches(),
-        'in_chans': IN_CHANS,
-        'num_prefix_tokens': 0,
-        'num_tokens': cell.tokens,
-    }
-    needed = {name: context[name] for name in entry.context}
-    return entry.build(cell.width, config, experts, **needed, **factory)
+    host = Host(cell.tokens, raw_patches=RawPatches(entry.read_patches))
+    return entry.build(cell.width, config, experts, host, **factory)
 
 
-def _expert_rows(method: str, cell: Cell, options: dict[str, Any]) -> int:
-    """Rows of an image that pass through experts: by them the cost grows with the hidden width."""
+def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:
+    """Multiply-accumulates of an image, and its rows that pass through experts.
+
+    By such rows the cost grows with the hidden width.
+    """
     macs = []
     for hidden in (cell.hidden, 2 * cell.hidden):
         experts = Experts(cell.experts, cell.width, hidden, device='meta')
-        macs.append(_build(method, cell, experts, options, device='meta').macs(cell.tokens))
-    return (macs[1] - macs[0]) // (2 * cell.width * cell.hidden)
+        layer = _build(method, cell, experts, options, device='meta').eval()
+        images = torch.empty(1, 3, PATCH, PATCH * cell.tokens, device='meta')
+        _show_images(layer, images)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            layer(torch.empty(1, cell.tokens, cell.width, device='meta'))
+        macs.append(counter.get_total_flops() // 2)
+    return macs[0], (macs[1] - macs[0]) // (2 * cell.width * cell.hidden)
 
 
 def _start(module: MoeLayer, batch: Batch) -> None:
     """Let state that learns without gradients, such as codes, start from tokens."""
     module.train()
-    _show_patches(module, batch)
+    _show_images(module, batch.images)
     with torch.no_grad(), collect_losses(module):
         module(batch.x)
 
 
-def _show_patches(module: nn.Module, batch: Batch) -> None:
-    """Hand the raw patches to routers that read them, as the stem of a model does."""
+def _show_images(module: nn.Module, images: Tensor) -> None:
+    """Let layers that look at raw patches see them, as the stem of a model does."""
     for part in module.modules():
-        source = getattr(part, 'source', None)
-        if isinstance(source, RawPatches):
-            source.cells = batch.patches
+        patches = getattr(part, 'raw_patches', None)
+        if isinstance(patches, RawPatches):
+            patches.show(images, (1, images.shape[-1] // PATCH))
+
+
+def _for_router(module: RoutedMlp, x: Tensor) -> Tensor:
+    return x if module.router.per_image else x.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -132,8 +140,8 @@ def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
     counts, kept = [], []
     for index in range(PROBE_ROUNDS):
         batch = inputs.batch(index)
-        _show_patches(module, batch)
-        routing = module.router(batch.x.flatten(0, 1))
+        _show_images(module, batch.images)
+        routing = module.router(_for_router(module, batch.x))
         indices = routing.indices.flatten()
         counts.append(indices.bincount(minlength=inputs.cell.experts).cpu())
         everything = torch.ones(1) if routing.kept is None else routing.kept.float()
@@ -154,7 +162,7 @@ def collecting(
     What learns without gradients stays as it is, or no oracle could repeat the pass.
     """
     assert isinstance(module, MoeLayer)
-    _show_patches(module, batch)
+    _show_images(module, batch.images)
     if not module.training or not module.needs_collecting:
         return [call(batch.x)]
     with collect_losses(module, update_state=False) as collected:
@@ -166,13 +174,11 @@ def collecting(
 def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """A layer that is a router and experts, dispatched and computed by a plain loop."""
     assert isinstance(module, RoutedMlp)
-    _show_patches(module, batch)
+    _show_images(module, batch.images)
     tokens = batch.x.flatten(0, 1)
-    routing = module.router(tokens)
+    routing = module.router(_for_router(module, batch.x))
     rows = tokens.to(compute_dtype(tokens))
-    answer = run_experts_loop(
-        module.experts, rows, routing.indices, routing.weights, routing.kept
-    ).view(batch.x.shape)
+    answer = run_experts_loop(module.experts, rows, routing).view(batch.x.shape)
     if not module.training or not routing.losses:
         return [answer]
     return [answer, torch.stack(list(routing.losses.values())).sum()]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vqmoe_vision.moe.dispatch import run_experts, run_experts_loop
 from vqmoe_vision.moe.experts import Experts, StackedLinear
 from vqmoe_vision.moe.grouped_linear import compute_dtype
+from vqmoe_vision.moe.routing import Routing
 
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, place
@@ -127,7 +128,7 @@ def mean_load(counts: Iterable[Tensor]) -> float:
 def experts_grouped(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """What `ours` times."""
     assert isinstance(module, Experts)
-    return [run_experts(module, batch.x.flatten(0, 1), batch.indices, batch.weights)]
+    return [run_experts(module, batch.x.flatten(0, 1), Routing(batch.indices, batch.weights))]
 
 
 def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
@@ -135,7 +136,7 @@ def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     assert isinstance(module, Experts)
     tokens = batch.x.flatten(0, 1)
     tokens = tokens.to(compute_dtype(tokens))
-    return [run_experts_loop(module, tokens, batch.indices, batch.weights)]
+    return [run_experts_loop(module, tokens, Routing(batch.indices, batch.weights))]
 
 
 class ExpertsLoop(nn.Module):
@@ -150,7 +151,7 @@ class ExpertsLoop(nn.Module):
         counts = F.pad(offsets, (1, 0)).diff().long()
         indices = torch.arange(self.num_experts, device=rows.device).repeat_interleave(counts)
         weights = torch.ones_like(indices, dtype=torch.float32)
-        return run_experts_loop(self.experts, rows, indices[:, None], weights[:, None])
+        return run_experts_loop(self.experts, rows, Routing(indices[:, None], weights[:, None]))
 
 
 def with_loops(module: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ Legend: B images, L patches, N tokens, D width.
 
 # no `from __future__ import annotations`: TorchScript reads the annotations of methods as types
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,17 +18,12 @@ from ..moe.config import check
 from ..moe.host import RawPatches
 from ..moe.scripting import StaysPython
 
-ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 
-
-def raw_patch_parts(
-    raw_patches: RawPatches, read: ReadPatches, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Stem and blocks of a vision transformer whose layers look at raw patches.
 
     Args:
         raw_patches: Where the layers find them.
-        read: Makes them of images and the grid of patches.
         kwargs: Arguments of the vision transformer.
 
     Raises:
@@ -41,7 +35,7 @@ def raw_patch_parts(
     rate = kwargs.get('patch_drop_rate', 0.0)
     check(rate == 0, 'patch_drop_rate', rate, '0, the method routes every raw patch')
     return {
-        'embed_layer': partial(RawPatchEmbed, raw_patches=raw_patches, read=read),
+        'embed_layer': partial(RawPatchEmbed, raw_patches=raw_patches),
         'block_fn': partial(RawPatchBlock, raw_patches=raw_patches),
     }
 
@@ -52,14 +46,12 @@ class RawPatchEmbed(StaysPython, PatchEmbed):
 
     Args:
         raw_patches: Where the layers look for them.
-        read: Makes them of images and the grid of patches.
         **kwargs: As `PatchEmbed`.
     """
 
-    def __init__(self, *, raw_patches: RawPatches, read: ReadPatches, **kwargs: Any) -> None:
+    def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.raw_patches = raw_patches
-        self.read = read
 
     def run(self, x: Tensor) -> Tensor:
         """Embed patches; (B, channels, height, width) -> (B, L, D), or (B, rows, columns, D)."""
@@ -67,7 +59,7 @@ class RawPatchEmbed(StaysPython, PatchEmbed):
         rows, columns = self.dynamic_feat_size((height, width))
         down = max(rows * self.patch_size[0] - height, 0)
         right = max(columns * self.patch_size[1] - width, 0)
-        self.raw_patches.value = self.read(F.pad(x, (0, right, 0, down)), (rows, columns))
+        self.raw_patches.show(F.pad(x, (0, right, 0, down)), (rows, columns))
         return PatchEmbed.forward(self, x)
 
 

@@ -54,10 +54,9 @@ class MoeVisionTransformer(VisionTransformer):
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_vit_arguments(kwargs)
-        raw_patches = RawPatches()
-        read = METHODS[method].read_patches
-        if read is not None:
-            kwargs.update(raw_patch_parts(raw_patches, read, kwargs))
+        raw_patches = RawPatches(METHODS[method].read_patches)
+        if raw_patches.read is not None:
+            kwargs.update(raw_patch_parts(raw_patches, kwargs))
         super().__init__(**kwargs)
         self.method = method
         self.moe_config = METHODS[method].config.from_options(**options)

@@ -5,9 +5,13 @@ Legend: B images, L patches, F raw features of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 class RawPatches:
@@ -16,15 +20,25 @@ class RawPatches:
     Holds plain data, never a graph: a decision by the raw image must not depend on anything learned
     before it. Copies and pickles of a model start empty.
 
+    Args:
+        read: Makes them of images (B, channels, height, width) and the grid of patches (rows,
+            columns).
+
     Attributes:
         value: (B, L, F), or None before the first pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: ReadPatches | None = None) -> None:
+        self.read = read
         self.value: Tensor | None = None
 
-    def __getstate__(self) -> dict[str, None]:
-        return {'value': None}
+    def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
+        """Read the patches of the images that the model looks at now."""
+        assert self.read is not None
+        self.value = self.read(images, grid_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'read': self.read, 'value': None}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..config import MoeConfig
 from ..distilled_router import read_patches
+from ..host import ReadPatches
 from ..layer import MoeLayer
 from . import smoe, softmoe, stablemoe, vqmoe, xmoe
 
@@ -28,7 +27,7 @@ class Method:
 
     config: type[MoeConfig]
     build: Callable[..., MoeLayer]
-    read_patches: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+    read_patches: ReadPatches | None = None
 
 
 METHODS: dict[str, Method] = {
