@@ -39,7 +39,8 @@ class MoeConfig:
         ValueError: If a field holds an impossible value.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}}
+    # 'matched' has the compute of two experts per token, as every row of our comparisons
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {}}
 
     num_experts: int = 8
     expert_mlp_ratio: float | None = None
@@ -79,6 +80,8 @@ class TopKConfig(MoeConfig):
     Args:
         top_k: Number of experts K of a token.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
 
     top_k: int = 1
 

@@ -31,6 +31,6 @@ METHODS: dict[str, Method] = {
     'stablemoe': Method(
         stablemoe.StableMoEConfig, stablemoe.build, ('source', 'in_chans', 'num_prefix_tokens')
     ),
-    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build, ('num_tokens',)),
+    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build, ('num_tokens', 'num_prefix_tokens')),
     'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
 }

@@ -25,6 +25,7 @@ Legend: B images, N tokens per image, D width, E experts, P slots per expert, S 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,20 +47,33 @@ class SoftMoEConfig(MoeConfig):
     Args:
         slots_per_expert: P; None gives about as many slots in all as the model has tokens when it
             is built.
+        slots_per_token: Slots in all over the patches that the model has when it is built, in place
+            of `slots_per_expert`; rounded to whole slots per expert.
         slot_norm: 'l2' as in the paper, or 'rms'.
 
-    Presets: 'paper', 'lucidrains'.
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has; 'lucidrains'.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'lucidrains': {'slot_norm': 'rms'}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        'paper': {},
+        'matched': {'slots_per_token': 2.0},
+        'lucidrains': {'slot_norm': 'rms'},
+    }
 
     slots_per_expert: int | None = None
+    slots_per_token: float | None = None
     slot_norm: str = 'l2'
 
     def __post_init__(self) -> None:
         super().__post_init__()
         slots = self.slots_per_expert
         check(slots is None or slots >= 1, 'slots_per_expert', slots, 'at least 1, or None')
+        ratio = self.slots_per_token
+        valid = ratio is None or 0 < ratio < math.inf
+        check(valid, 'slots_per_token', ratio, 'above 0, or None')
+        together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
+        check(slots is None or ratio is None, 'slots_per_expert', slots, together)
         check(self.slot_norm in ('l2', 'rms'), 'slot_norm', self.slot_norm, "'l2' or 'rms'")
 
 
@@ -71,6 +85,7 @@ class SoftMoEMlp(MoeLayer):
         config: Options.
         experts: The experts.
         num_tokens: N at construction, sets P if the options leave it open.
+        num_prefix_tokens: How many of them are no patches.
     """
 
     needs_collecting = False
@@ -81,13 +96,17 @@ class SoftMoEMlp(MoeLayer):
         config: SoftMoEConfig,
         experts: Experts,
         num_tokens: int,
+        num_prefix_tokens: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.slot_norm = config.slot_norm
-        default_slots = max(round(num_tokens / config.num_experts), 1)
+        slots = float(num_tokens)
+        if config.slots_per_token is not None:
+            slots = config.slots_per_token * (num_tokens - num_prefix_tokens)
+        default_slots = max(round(slots / config.num_experts), 1)
         self.slots_per_expert = config.slots_per_expert or default_slots
         self.num_slots = config.num_experts * self.slots_per_expert
         self.experts = experts
@@ -159,7 +178,12 @@ class SoftMoEMlp(MoeLayer):
 
 
 def build(
-    in_features: int, config: SoftMoEConfig, experts: Experts, num_tokens: int, **factory: Any
+    in_features: int,
+    config: SoftMoEConfig,
+    experts: Experts,
+    num_tokens: int,
+    num_prefix_tokens: int,
+    **factory: Any,
 ) -> SoftMoEMlp:
     """SoftMoE layer for tokens of width `in_features`."""
-    return SoftMoEMlp(in_features, config, experts, num_tokens, **factory)
+    return SoftMoEMlp(in_features, config, experts, num_tokens, num_prefix_tokens, **factory)
