@@ -17,6 +17,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from .former_configs import missing_config
 from .model import NonFiniteError
 
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor.
@@ -75,12 +76,19 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         options: Values by dotted name.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
+            config of before.
         ValueError: The first part of an option's name is not a field of a config.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path!r} does not exist')
-    config = Config.fromfile(path)
+        raise missing_config(path)
+    try:
+        config = Config.fromfile(path)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        base = os.path.normpath(error.filename)
+        raise missing_config(base, f', on which {path!r} builds,') from error
     fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
     for name in options or {}:
         if name.partition('.')[0] not in fields:
@@ -183,20 +191,29 @@ class _CfgOptions(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
-    )
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--cfg-options` to a parser.
+
+    Args:
+        parser: Is changed; the values are `args.cfg_options`, as `load_config` takes them.
+    """
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=_CfgOptions,
         default={},
         metavar='NAME=VALUE',
-        help='change fields of the config, for example train_cfg.max_epochs=5 model.top_k=1',
+        help='change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
     )
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
+    )
+    add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
