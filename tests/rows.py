@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.cli import add_config_options
+from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 

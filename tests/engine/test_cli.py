@@ -148,6 +148,11 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
             ['model.model_name=vit_tiny_patch16_224'],
             '} is not possible: vit_tiny_patch16_224 is dense, which takes moe=None',
         ),
+        (
+            ['model.moe=None', 'model.moe.top_k=2'],
+            "--cfg-options model.moe.top_k: model.moe is None, it has no 'top_k'",
+        ),
+        (['model.embed_dim.top_k=2'], "model.embed_dim is 12, it has no 'top_k'"),
         (['model.extra_mlps=2'], 'extra_mlps=2 is not possible: 0, vit_tiny_vqmoe is no dense'),
         (['model.num_heads=5'], 'embed_dim=12 must be a multiple of num_heads=5'),
         (['model.patch_size=5'], 'img_size=48 must be a multiple of patch_size=5'),

@@ -1,7 +1,6 @@
 """What `tools/train.py` and `tools/test.py` do, for every task."""
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -13,25 +12,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .former_configs import missing_config
 from .model import NonFiniteError
+from .options import add_config_options, check_options
 
-# Fields that mmengine's Runner takes from the config without being arguments of its constructor.
-_EXTRA_FIELDS = frozenset(
-    {
-        'activation_checkpointing',
-        'compile',
-        'efficient_conv_bn_eval',
-        'find_unused_parameters',
-        'model_wrapper_cfg',
-        'runner_type',
-        'sync_bn',
-    }
-)
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError)
 
@@ -78,7 +66,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
             config of before.
-        ValueError: The first part of an option's name is not a field of a config.
+        ValueError: An option changes what is no field of a config.
     """
     if not Path(path).is_file():
         raise missing_config(path)
@@ -89,13 +77,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
             raise
         base = os.path.normpath(error.filename)
         raise missing_config(base, f', on which {path!r} builds,') from error
-    fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
-    for name in options or {}:
-        if name.partition('.')[0] not in fields:
-            raise ValueError(
-                f'--cfg-options {name}: {name.partition(".")[0]!r} is not a field that an option '
-                f'can change; those are {", ".join(sorted(fields))}'
-            )
+    check_options(config, options or {})
     config.merge_from_dict(options or {})
     return config
 
@@ -173,38 +155,6 @@ def one_line(error: BaseException) -> str:
     # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
     text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
     return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
-
-
-class _CfgOptions(DictAction):
-    """mmengine's action, but says which argument is not NAME=VALUE."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        for value in values:
-            if '=' not in value:
-                raise ValueError(f'--cfg-options {value}: write it as name=value')
-        super().__call__(parser, namespace, values, option_string)
-
-
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--cfg-options` to a parser.
-
-    Args:
-        parser: Is changed; the values are `args.cfg_options`, as `load_config` takes them.
-    """
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_CfgOptions,
-        default={},
-        metavar='NAME=VALUE',
-        help='change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
-    )
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
