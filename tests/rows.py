@@ -1,6 +1,7 @@
 """The rows of every comparison, as options of a config: dense models, and all methods there are."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str,
         line = f'{model}.model_name=vit_{size}_patch16_224 {model}.moe=None'
         line += f' {model}.extra_mlps=2' if row == 'dense_wide' else ''
     return parse_options(line)
+
+
+def result_options(model: str) -> list[str]:
+    """The options that docs/results.md gives for its rows, those of `model` only."""
+    lines = (CONFIGS.parent / 'docs/results.md').read_text().splitlines()
+    cells = [cell.strip() for line in lines if line.startswith('|') for cell in line.split('|')]
+    return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
 
 
 def parse_options(line: str) -> dict[str, Any]:

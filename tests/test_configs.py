@@ -16,8 +16,9 @@ from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-from .rows import CONFIGS, ROWS, leaves, row_options
+from .rows import CONFIGS, ROWS, leaves, parse_options, result_options, row_options
 
+ROOT = CONFIGS.parent
 LEAVES = leaves('classification')
 DEMO = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 BUDGET = 'classification/cifar10_budget.py'
@@ -137,6 +138,19 @@ def test_rows_are_matched_in_active_compute(leaf: str) -> None:
         # routers and codebooks come on top of the experts, and with many tokens SoftMoE's mixing
         tolerance = 0.07 if row == 'softmoe' else 0.04
         assert value == pytest.approx(macs['dense_wide'], rel=tolerance), row
+
+
+def test_docs_name_configs_that_are_there() -> None:
+    texts = [path.read_text() for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'))]
+    named = {name for text in texts for name in re.findall(r'configs/[\w/]+\.py', text)}
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize('line', result_options('model'))
+def test_rows_of_the_results_can_be_built(line: str) -> None:
+    with torch.device('meta'):
+        MODELS.build(load_config(str(CONFIGS / BUDGET), parse_options(line)).model)
 
 
 def test_optimizers_and_schedules_can_be_built() -> None:

@@ -15,7 +15,7 @@ from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-from ..rows import CONFIGS, ROWS, leaves, row_options
+from ..rows import CONFIGS, ROWS, leaves, parse_options, result_options, row_options
 from .conftest import write_pair
 
 LEAVES = leaves('segmentation')
@@ -78,6 +78,12 @@ def test_heads_of_the_decoder_are_those_of_the_backbone(monkeypatch: pytest.Monk
         head = build(config, monkeypatch).decode_head
         assert (head.channels, head.cls_emb.shape[-1]) == (given['embed_dim'],) * 2
         assert {layer.attn.attn.num_heads for layer in head.layers} == {given['num_heads']}
+
+
+@pytest.mark.parametrize('line', result_options('model.backbone'))
+def test_rows_of_the_results_can_be_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = CONFIGS / 'segmentation/camvid_budget.py'
+    assert build(load_config(str(budget), parse_options(line)), monkeypatch).num_classes == 11
 
 
 @pytest.mark.parametrize(('leaf', 'size'), EVERY)
