@@ -1,12 +1,5 @@
 _base_ = 'default_runtime.py'
 custom_imports = dict(imports=['vqmoe_vision.classification'], allow_failed_imports=False)
-custom_hooks = [
-    dict(type='ReseedHook'),
-    dict(type='CheckpointFitHook'),
-    dict(type='NonFiniteGuardHook'),
-    dict(type='MoeStateHook'),
-    dict(type='ClassCountHook'),
-]
 default_hooks = dict(checkpoint=dict(save_best='accuracy/top1', rule='greater'))
 val_cfg = dict()
 test_cfg = dict()

@@ -9,6 +9,7 @@ custom_hooks = [
     dict(type='CheckpointFitHook'),
     dict(type='NonFiniteGuardHook'),
     dict(type='MoeStateHook'),
+    dict(type='ClassCountHook'),
 ]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),

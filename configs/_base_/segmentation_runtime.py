@@ -2,13 +2,6 @@
 _base_ = 'default_runtime.py'
 default_scope = 'mmseg'
 custom_imports = dict(imports=['vqmoe_vision.segmentation'], allow_failed_imports=False)
-custom_hooks = [
-    dict(type='ReseedHook'),
-    dict(type='CheckpointFitHook'),
-    dict(type='NonFiniteGuardHook'),
-    dict(type='MoeStateHook'),
-    dict(type='ClassCountHook'),
-]
 default_hooks = dict(
     # validation at its iteration in TensorBoard: such a run has one epoch
     logger=dict(log_metric_by_epoch=False),

@@ -1,5 +1,6 @@
 """The command line from end to end, on the embedded digits and a model of a few hundred weights."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,9 @@ DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tin
 TINY = f"""
 _base_ = {str(DIGITS)!r}
 experiment_name = NAME  # mmengine keeps one logger per name in a process
-model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, num_experts=2, drop_path_rate=0.2)
+model = dict(
+    patch_size=16, embed_dim=12, depth=2, num_heads=3, drop_path_rate=0.2, moe=dict(num_experts=2)
+)
 train_dataloader = dict(batch_size=240)
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
@@ -136,7 +139,21 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
         (['model.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
+        (['model.num_experts=4'], 'num_experts=4 is not possible: moe.num_experts=2 is set'),
+        (['model.moe.top_k=2'], 'moe.top_k=2 is not possible: the options of vit_tiny_vqmoe are'),
+        (['model.moe.foo=1'], 'moe.foo=1 is not possible: the options of vit_tiny_vqmoe are'),
+        (
+            ['model.model_name=vit_tiny_patch16_224'],
+            '} is not possible: vit_tiny_patch16_224 is dense, which takes moe=None',
+        ),
+        (
+            ['model.moe=None', 'model.moe.top_k=2'],
+            "--cfg-options model.moe.top_k: model.moe is None, it has no 'top_k'",
+        ),
+        (['model.embed_dim.top_k=2'], "model.embed_dim is 12, it has no 'top_k'"),
+        (['model.extra_mlps=2'], 'extra_mlps=2 is not possible: 0, vit_tiny_vqmoe is no dense'),
         (['model.num_heads=5'], 'embed_dim=12 must be a multiple of num_heads=5'),
         (['model.patch_size=5'], 'img_size=48 must be a multiple of patch_size=5'),
         (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
@@ -173,6 +190,25 @@ def test_missing_module_is_named(config: str) -> None:
 def test_missing_config() -> None:
     with pytest.raises(SystemExit, match=r"^error: config 'none.py' does not exist$"):
         train(['none.py'])
+
+
+# mmengine leaves the copy of the config open that it was reading
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
+@pytest.mark.parametrize('base', [False, True])
+def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -> None:
+    former = f'{DIGITS.parents[1]}/vit_base_xmoe_digits.py'
+    config = tmp_path / 'mine.py'
+    config.write_text(f'_base_ = {former!r}')
+    with pytest.raises(SystemExit) as caught:
+        train([str(config) if base else former])
+    where = f', on which {str(config)!r} builds,' if base else ''
+    now = f'{DIGITS.parents[2]}/digits.py --cfg-options model.model_name=vit_base_xmoe'
+    assert caught.value.code == (
+        f'error: config {former!r}{where} does not exist; in its place: {now} '
+        'model.moe.num_experts=4'
+    )
+    del caught
+    gc.collect()
 
 
 def test_launcher_without_torchrun(config: str) -> None:

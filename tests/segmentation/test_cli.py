@@ -28,8 +28,8 @@ TINY = f"""
 _base_ = {str(SCENES)!r}
 experiment_name = NAME  # mmengine keeps one logger per name in a process
 model = dict(
-    backbone=dict(patch_size=16, depth=2, embed_dim=12, num_heads=3, num_experts=2),
-    decode_head=dict(in_channels=12, channels=12, embed_dims=12, num_heads=3, num_layers=1),
+    backbone=dict(patch_size=16, depth=2, embed_dim=12, num_heads=3, moe=dict(num_experts=2)),
+    decode_head=dict(num_layers=1),
 )
 train_dataloader = dict(
     batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4)
@@ -172,16 +172,25 @@ def test_segmentation_starts_from_a_segmentation_run(
     assert 'tensors of the backbone' in log.read_text()
 
 
+@pytest.mark.parametrize(
+    'row',
+    [
+        [],
+        ['model.backbone.model_name=vit_tiny_xmoe'],
+        ['model.backbone.model_name=vit_tiny_patch16_224', 'model.backbone.moe=None'],
+    ],
+)
 def test_mmsegmentations_own_tools_run_the_config(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: list[str]
 ) -> None:
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
     tools = Path(mmseg.__file__).parent / '.mim' / 'tools'
     work = str(tmp_path / 'w')
-    monkeypatch.setattr('sys.argv', ['train.py', config, '--work-dir', work])
+    options = ['--cfg-options', f'experiment_name={tmp_path.name}', *row]
+    monkeypatch.setattr('sys.argv', ['train.py', config, '--work-dir', work, *options])
     runpy.run_path(str(tools / 'train.py'), run_name='__main__')
     arguments = [config, f'{work}/iter_2.pth', '--work-dir', work, '--show-dir', f'{work}/shown']
-    options = ['--cfg-options', f'experiment_name={tmp_path.name}']
+    options[1] += '_test'
     monkeypatch.setattr('sys.argv', ['test.py', *arguments, *options])
     runpy.run_path(str(tools / 'test.py'), run_name='__main__')
     assert len(list((tmp_path / 'w/shown').rglob('*.png'))) == 3
@@ -258,11 +267,30 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
         assert '\n' not in str(caught.value)
 
 
-def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path) -> None:
-    digits = SCENES.parents[2] / 'classification/digits/vit_tiny_vqmoe_digits.py'
+def test_prediction_takes_the_options_of_the_run(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
     image = tmp_path / 'a.png'
     cv2.imwrite(str(image), noise(8, 8))
-    with pytest.raises(SystemExit, match=r"_digits\.py' is no config of segmentation: .* 'digits'"):
+    run = [config, str(trained / 'iter_2.pth'), str(image), '--out-dir', str(tmp_path)]
+    for experts, problem in ((2, None), (4, r'does not fit the config: shapes: .*experts')):
+        options = {'model.backbone.moe.num_experts': experts}
+        command = [*run, '--cfg-options', f'model.backbone.moe.num_experts={experts}']
+        if problem is None:
+            predict_cli(command)
+            assert len(list(predict(*run[:3], options=options))) == 1
+        else:
+            with pytest.raises(SystemExit, match=problem):
+                predict_cli(command)
+            with pytest.raises(ValueError, match=problem):
+                next(predict(*run[:3], options=options))
+
+
+def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path) -> None:
+    digits = SCENES.parents[2] / 'classification/digits.py'
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    with pytest.raises(SystemExit, match=r"digits\.py' is no config of segmentation: .* 'digits'"):
         predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
 
 
@@ -274,7 +302,7 @@ def test_without_mmsegmentation_it_says_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
-    digits = SCENES.parents[2] / 'classification/digits/vit_tiny_vqmoe_digits.py'
+    digits = SCENES.parents[2] / 'classification/digits.py'
     for option, message in (
         (['--show-dir', str(tmp_path)], 'needs a config with default_hooks.visualization'),
         (['--tta'], 'needs a config with tta_model'),

@@ -1,5 +1,6 @@
-"""Every config: its model can be built and run, and its pipelines run on generated images."""
+"""Every config: its model can be built and run in each row and size, and its pipelines run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,83 +11,112 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS, MODELS
 
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.models.vit_moe import SIZES
+from vqmoe_vision.moe import METHODS
 
+from ..rows import CONFIGS, ROWS, leaves, parse_options, result_options, row_options
 from .conftest import write_pair
 
-CONFIGS = Path(__file__).parents[2] / 'configs' / 'segmentation'
-LEAVES = sorted(
-    path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob('*.py') if path.stem != '_base_'
+LEAVES = leaves('segmentation')
+ADE = 'segmentation/ade20k'
+DATA_SETS = (
+    f'{ADE}/segmenter_vit_tiny_vqmoe_ade20k.py',
+    'segmentation/pascal_context.py',
+    'segmentation/cityscapes.py',
+    'segmentation/camvid.py',
 )
-ROWS = ('dense', 'vqmoe', 'softmoe', 'smoe', 'stablemoe', 'xmoe')
-# one leaf of every folder: its data set and schedule are those of the others
-FOLDERS = ('ade20k', 'pascal_context', 'cityscapes', 'camvid', 'camvid/budget', 'digit_scenes')
+# of one size
+SMALL = {
+    f'{ADE}/segmenter_linear_ade20k.py': 'small',
+    f'{ADE}/segmenter_original_ade20k.py': 'small',
+    f'{ADE}/upernet_ade20k.py': 'base',
+    'segmentation/camvid_budget.py': 'tiny',
+    'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py': 'tiny',
+}
+EVERY = [(leaf, size) for leaf in DATA_SETS for size in SIZES] + list(SMALL.items())
 
 
-def test_every_row_is_there() -> None:
-    sizes = ('tiny', 'small', 'base', 'large')
-    expected = {f'ade20k/segmenter_vit_{s}_{row}_ade20k.py' for s in sizes for row in ROWS}
-    expected |= {f'digit_scenes/segmenter_vit_tiny_{row}_digit_scenes.py' for row in ROWS}
-    expected |= {f'camvid/budget/segmenter_{row}_camvid_budget.py' for row in ROWS}
-    original = 'ade20k/original_schedule/segmenter_vit_small_{}_ade20k_original.py'
-    expected |= {original.format(row) for row in ROWS}
-    for data, pair in (
-        ('camvid', ('tiny', 'small')),
-        ('pascal_context', ('tiny', 'base')),
-        ('cityscapes', ('tiny', 'base')),
-    ):
-        expected |= {f'{data}/segmenter_vit_{s}_{row}_{data}.py' for s in pair for row in ROWS}
-    assert expected <= set(LEAVES)
-
-
-def test_names_differ_because_they_name_the_work_dir() -> None:
-    stems = [Path(leaf).stem for leaf in LEAVES]
-    assert len(set(stems)) == len(stems)
-
-
-@pytest.mark.parametrize('leaf', LEAVES)
-def test_model_can_be_built_and_run(leaf: str) -> None:
-    config = load_config(str(CONFIGS / leaf))
-    model_config = config.model
-    size = model_config.data_preprocessor['size']
-    # in parts, as mmseg's mask transformer reads the values of a tensor when it is built
-    head = MODELS.build(model_config.decode_head).to('meta').eval()
+def build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model without memory; mmseg's mask transformer reads the values of one tensor."""
+    monkeypatch.setattr(torch, 'linspace', partial(torch.linspace, device='cpu'))
     with torch.device('meta'):
-        backbone = MODELS.build(model_config.backbone).eval()
-        features = backbone(torch.empty(1, 3, *size))
-        if 'neck' in model_config:
-            features = MODELS.build(model_config.neck)(features)
-        logits = head(features)
-    assert model_config.type == 'MoeEncoderDecoder'
-    patch = backbone.model.patch_embed.patch_size[0]
-    assert logits.shape[:2] == (1, model_config.decode_head.num_classes)
-    if 'upernet' not in leaf:
+        return MODELS.build(config.model).eval()
+
+
+def run(config: Config, model: Any) -> None:
+    """One image of the size of a crop."""
+    size = config.model.data_preprocessor['size']
+    logits = model(torch.empty(1, 3, *size, device='meta'), mode='tensor')
+    classes = DATASETS.get(dataset(config).type).METAINFO['classes']
+    assert logits.shape[:2] == (1, len(classes)) == (1, model.num_classes)
+    if not model.with_neck:
+        patch = model.routed_model.patch_embed.patch_size[0]
         assert logits.shape[2:] == (size[0] // patch, size[1] // patch)
-    assert model_config.decode_head.num_classes == len(
-        DATASETS.get(dataset(config).type).METAINFO['classes']
-    )
 
 
-@pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if '_softmoe_' in leaf])
-def test_softmoe_has_two_slots_per_token(leaf: str) -> None:
-    model = load_config(str(CONFIGS / leaf)).model
-    with torch.device('meta'):
-        backbone = MODELS.build(model.backbone).model
+@pytest.mark.parametrize('row', ROWS)
+@pytest.mark.parametrize(('leaf', 'size'), EVERY)
+def test_every_config_takes_every_row(
+    leaf: str, size: str, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(str(CONFIGS / leaf), row_options(row, size, 'model.backbone'))
+    model = build(config, monkeypatch)
+    backbone = model.routed_model
+    if leaf in DATA_SETS:
+        assert backbone.embed_dim == SIZES[size]['embed_dim']
+    routed = sum(hasattr(block.mlp, 'experts') for block in backbone.blocks)
+    assert routed == (2 if row in METHODS else 0)
+    head = model.decode_head
+    assert head.in_channels in (backbone.embed_dim, [backbone.embed_dim] * 4)
+    run(config, model)
+
+
+def test_heads_of_the_decoder_are_those_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, given in SIZES.items():
+        config = load_config(str(CONFIGS / ADE / f'segmenter_vit_{size}_smoe_ade20k.py'))
+        head = build(config, monkeypatch).decode_head
+        assert (head.channels, head.cls_emb.shape[-1]) == (given['embed_dim'],) * 2
+        assert {layer.attn.attn.num_heads for layer in head.layers} == {given['num_heads']}
+
+
+@pytest.mark.parametrize('line', result_options('model.backbone'))
+def test_rows_of_the_results_can_be_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = CONFIGS / 'segmentation/camvid_budget.py'
+    assert build(load_config(str(budget), parse_options(line)), monkeypatch).num_classes == 11
+
+
+@pytest.mark.parametrize(('leaf', 'size'), EVERY)
+def test_softmoe_has_two_slots_per_token(
+    leaf: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(str(CONFIGS / leaf), row_options('softmoe', size, 'model.backbone'))
+    backbone = build(config, monkeypatch).routed_model
     slots = {block.mlp.num_slots for block in backbone.blocks if hasattr(block.mlp, 'num_slots')}
     assert slots == {2 * backbone.patch_embed.num_patches}
+
+
+@pytest.mark.parametrize('leaf', [*DATA_SETS[1::2], *list(SMALL)[-2:]])
+def test_rows_are_matched_in_active_compute(leaf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    macs = {}
+    for row in ROWS:
+        config = load_config(str(CONFIGS / leaf), row_options(row, 'tiny', 'model.backbone'))
+        macs[row] = complexity(build(config, monkeypatch).routed_model).macs
+    dense = macs.pop('dense')
+    assert all(value > 1.05 * dense for value in macs.values())
+    for row, value in macs.items():
+        # SoftMoE's mixing, which grows with the square of the tokens, comes on top of its experts
+        tolerance = 0.21 if row == 'softmoe' else 0.02
+        assert value == pytest.approx(macs['dense_wide'], rel=tolerance), row
 
 
 def dataset(config: Config, split: str = 'train') -> Any:
     return config[f'{split}_dataloader'].dataset
 
 
-def leaf_of(folder: str) -> Config:
-    return load_config(str(next(iter(sorted((CONFIGS / folder).glob('*vqmoe*.py'))))))
-
-
 FILES = {
     'ade20k': ('images/{}/a.jpg', 'annotations/{}/a.png', ('training', 'validation')),
     'camvid': ('images/{}/a.jpg', 'annotations/{}/a.png', ('train', 'val')),
-    'camvid/budget': ('images/{}/a.jpg', 'annotations/{}/a.png', ('train', 'val')),
     'pascal_context': ('JPEGImages/a.jpg', 'SegmentationClassContext/a.png', ('train', 'val')),
     'cityscapes': (
         'leftImg8bit/{}/town/a_leftImg8bit.png',
@@ -96,11 +126,12 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize('folder', FOLDERS)
-def test_pipelines_run(folder: str, tmp_path: Path) -> None:
-    config = leaf_of(folder)
-    if folder in FILES:
-        image, label, splits = FILES[folder]
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
+    config = load_config(str(CONFIGS / leaf))
+    files = next((files for name, files in FILES.items() if name in leaf), None)
+    if files is not None:
+        image, label, splits = files
         labels = np.random.default_rng(0).integers(1, 5, (45, 60))
         for split in splits:
             write_pair(tmp_path, image.format(split), label.format(split), labels)
@@ -110,7 +141,7 @@ def test_pipelines_run(folder: str, tmp_path: Path) -> None:
     pipelines = [('train', None), ('val', None), ('test', config.tta_pipeline)]
     for split, pipeline in pipelines:
         settings = dataset(config, split).copy()
-        if folder in FILES:
+        if files is not None:
             settings.data_root = str(tmp_path)
         if pipeline is not None:
             settings.pipeline = pipeline
@@ -122,8 +153,3 @@ def test_pipelines_run(folder: str, tmp_path: Path) -> None:
         first = samples[0] if pipeline is not None else samples
         found = first.gt_sem_seg.data.unique().tolist()
         assert set(found) <= {*range(config.model.decode_head.num_classes), 255}
-
-
-def test_only_bases_are_long() -> None:
-    for leaf in LEAVES:
-        assert len((CONFIGS / leaf).read_text().splitlines()) <= 15, leaf

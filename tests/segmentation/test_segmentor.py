@@ -118,6 +118,71 @@ def test_upernet_takes_several_levels() -> None:
     assert missing == []
 
 
+# what the configs of heads and necks leave to the backbone of width 12 with three heads
+MASK = dict(type='SegmenterMaskTransformerHead', num_layers=1, num_classes=4)
+LINEAR = dict(type='FCNHead', num_convs=0, concat_input=False, num_classes=4)
+UPER = dict(type='UPerHead', in_index=[0, 1], pool_scales=(1, 2), num_classes=4)
+NECK = dict(type='MultiLevelNeck', scales=[2, 1])
+LEVELS = dict(out_indices=(0, 1))
+
+
+def sizes(**config: Any) -> dict[str, Any]:
+    model = tiny_segmentor(**config)
+    names = ('in_channels', 'channels', 'embed_dims', 'num_heads', 'out_channels')
+    parts = {'decode': model.decode_head}
+    if model.with_neck:
+        parts['neck'] = model.neck
+    if model.with_auxiliary_head:
+        parts['auxiliary'] = model.auxiliary_head
+    return {
+        f'{part}.{name}': getattr(module, name)
+        for part, module in parts.items()
+        for name in names
+        if hasattr(module, name) and (part, name) != ('decode', 'out_channels')
+    }
+
+
+def test_the_decoder_has_the_width_and_heads_of_the_backbone() -> None:
+    head = tiny_segmentor(decode_head=MASK).decode_head
+    assert (head.in_channels, head.channels, head.cls_emb.shape[-1]) == (12, 12, 12)
+    assert head.layers[0].attn.attn.num_heads == 3
+    narrow = tiny_segmentor(decode_head=dict(MASK, embed_dims=8, num_heads=2)).decode_head
+    assert (narrow.in_channels, narrow.cls_emb.shape[-1]) == (12, 8)
+    assert narrow.layers[0].attn.attn.num_heads == 2
+
+
+def test_a_linear_head_has_the_width_of_the_backbone() -> None:
+    found = sizes(decode_head=LINEAR)
+    assert found == {'decode.in_channels': 12, 'decode.channels': 12}
+
+
+def test_neck_and_heads_of_several_levels_have_the_width_of_the_backbone() -> None:
+    auxiliary = dict(type='FCNHead', in_index=1, channels=6, num_classes=4)
+    config = dict(backbone=LEVELS, neck=NECK, auxiliary_head=auxiliary)
+    assert sizes(**config, decode_head=dict(UPER, channels=5)) == {
+        'neck.in_channels': [12, 12],
+        'neck.out_channels': 12,
+        'decode.in_channels': [12, 12],
+        'decode.channels': 5,
+        'auxiliary.in_channels': 12,
+        'auxiliary.channels': 6,
+        'auxiliary.out_channels': 4,
+    }
+    several = tiny_segmentor(**{**config, 'auxiliary_head': [auxiliary] * 2}, decode_head=UPER)
+    assert [head.in_channels for head in several.auxiliary_head] == [12, 12]
+
+
+def test_heads_behind_a_neck_have_its_width() -> None:
+    found = sizes(backbone=LEVELS, neck=dict(NECK, out_channels=8), decode_head=UPER)
+    assert found['neck.in_channels'] == [12, 12]
+    assert (found['decode.in_channels'], found['decode.channels']) == ([8, 8], 8)
+
+
+def test_an_unknown_head_is_named() -> None:
+    with pytest.raises(KeyError, match='NoHead is not in the mmseg::model registry'):
+        tiny_segmentor(decode_head=dict(type='NoHead'))
+
+
 def groups_by_name(model: Any, layer_decay: float) -> dict[str, tuple[float, float]]:
     build = LayerDecayOptimWrapperConstructor(
         {'optimizer': {'type': 'AdamW', 'lr': 1.0, 'weight_decay': 0.3}},

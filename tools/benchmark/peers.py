@@ -29,10 +29,15 @@ from vqmoe_vision.moe.layer import RoutedMlp
 from .cells import MLP_RATIO, Cell, Settings
 from .contenders import Contender, UnsuitableError, autocast, place
 from .inputs import Batch, Inputs
-from .methods import routing_counts, slots_per_expert, whole_layer
+from .methods import routing_counts, whole_layer
 from .ours import PROBE_ROUNDS
 
 GATHER_LIMIT = 2e9  # bytes; what `batched_mm` may copy out of the weights for one product
+
+
+def slots_per_expert(cell: Cell) -> int:
+    """Slots of an expert for which all experts together answer K * N times per image."""
+    return max(round(cell.top_k * cell.tokens / cell.experts), 1)
 
 
 def soft_moe(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import timm
 import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -10,8 +9,8 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-import vqmoe_vision  # noqa: F401  registers the models with timm
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
+from vqmoe_vision.models.create import create_model
 
 
 @MODELS.register_module()
@@ -26,6 +25,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`.
         label_smoothing: Share of the target that is spread over all classes.
         data_preprocessor: mmengine's; by default moves the batch to the device.
+        moe: Options of the MoE layers, as `create_model`; a dense model takes None.
+        extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments of `timm.create_model`.
 
     Raises:
@@ -40,11 +41,15 @@ class Classifier(MoeTrainingMixin, BaseModel):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         data_preprocessor: dict | nn.Module | None = None,
+        moe: dict[str, Any] | None = None,
+        extra_mlps: int = 0,
         **model_kwargs: Any,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.num_classes = num_classes
-        self.model = create_model(model_name, num_classes=num_classes, **model_kwargs)
+        self.model = create_model(
+            model_name, moe, extra_mlps, num_classes=num_classes, **model_kwargs
+        )
         self.mixup = None
         self.criterion: nn.Module
         if mixup is not None:
@@ -102,29 +107,3 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if self.mixup is None:  # a mixed image has no single right answer
             entries['top1'] = (logits.argmax(1) == targets).float().mean() * 100
         return entries
-
-
-def create_model(model_name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with errors that name what was asked for.
-
-    Args:
-        model_name: Name of a timm model.
-        **kwargs: Its keyword arguments.
-
-    Raises:
-        ValueError: There is no such model, or the arguments do not go together.
-        TypeError: The model does not know one of the arguments.
-    """
-    if not timm.is_model(model_name):
-        raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
-    size, patch = kwargs.get('img_size'), kwargs.get('patch_size')
-    # timm would cut off the pixels that do not fill a patch
-    if isinstance(size, int) and isinstance(patch, int) and size % patch:
-        raise ValueError(f'img_size={size} must be a multiple of patch_size={patch}')
-    width, heads = kwargs.get('embed_dim'), kwargs.get('num_heads')
-    if width is not None and heads is not None and width % heads:
-        raise ValueError(f'embed_dim={width} must be a multiple of num_heads={heads}')
-    try:
-        return timm.create_model(model_name, **kwargs)
-    except AssertionError as error:
-        raise ValueError(f'{model_name} cannot be built with {kwargs}: {error}') from error

@@ -1,7 +1,6 @@
 """What `tools/train.py` and `tools/test.py` do, for every task."""
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -13,24 +12,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from .former_configs import missing_config
 from .model import NonFiniteError
+from .options import add_config_options, check_options
 
-# Fields that mmengine's Runner takes from the config without being arguments of its constructor.
-_EXTRA_FIELDS = frozenset(
-    {
-        'activation_checkpointing',
-        'compile',
-        'efficient_conv_bn_eval',
-        'find_unused_parameters',
-        'model_wrapper_cfg',
-        'runner_type',
-        'sync_bn',
-    }
-)
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError)
 
@@ -75,19 +64,20 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         options: Values by dotted name.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The first part of an option's name is not a field of a config.
+        FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
+            config of before.
+        ValueError: An option changes what is no field of a config.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path!r} does not exist')
-    config = Config.fromfile(path)
-    fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
-    for name in options or {}:
-        if name.partition('.')[0] not in fields:
-            raise ValueError(
-                f'--cfg-options {name}: {name.partition(".")[0]!r} is not a field that an option '
-                f'can change; those are {", ".join(sorted(fields))}'
-            )
+        raise missing_config(path)
+    try:
+        config = Config.fromfile(path)
+    except FileNotFoundError as error:
+        if error.filename is None:
+            raise
+        base = os.path.normpath(error.filename)
+        raise missing_config(base, f', on which {path!r} builds,') from error
+    check_options(config, options or {})
     config.merge_from_dict(options or {})
     return config
 
@@ -167,36 +157,13 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
 
 
-class _CfgOptions(DictAction):
-    """mmengine's action, but says which argument is not NAME=VALUE."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        for value in values:
-            if '=' not in value:
-                raise ValueError(f'--cfg-options {value}: write it as name=value')
-        super().__call__(parser, namespace, values, option_string)
-
-
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_CfgOptions,
-        default={},
-        metavar='NAME=VALUE',
-        help='change fields of the config, for example train_cfg.max_epochs=5 model.top_k=1',
-    )
+    add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)

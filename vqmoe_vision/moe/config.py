@@ -93,6 +93,8 @@ class TopKConfig(MoeConfig):
         top_k: Number of experts K of a token.
     """
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
+
     top_k: int = 1
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-import vqmoe_vision  # noqa: F401  registers the models with timm
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import restart
 
 from .checkpoint import fit_state, read_image_sizes, read_state
@@ -36,8 +36,10 @@ class TimmViT(BaseModule):
             (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Read when training
             starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
-        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`, `num_experts`
-            and `pretrained`.
+        moe: Options of the MoE layers, as `create_model`; a dense model takes None.
+        extra_mlps: What a dense model is widened by, as `create_model`.
+        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size` and
+            `pretrained`.
 
     Raises:
         ValueError: The model or the blocks do not exist, or the model is no vision transformer.
@@ -51,10 +53,12 @@ class TimmViT(BaseModule):
         norm: bool = True,
         checkpoint: str | None = None,
         grad_checkpointing: bool = False,
+        moe: dict[str, Any] | None = None,
+        extra_mlps: int = 0,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.model = _create(model_name, model_kwargs)
+        self.model = _create(model_name, moe=moe, extra_mlps=extra_mlps, **model_kwargs)
         depth = len(self.model.blocks)
         self.out_indices = [depth - 1] if out_indices is None else list(out_indices)
         possible = [i for i in range(depth) if i in self.out_indices]
@@ -92,22 +96,15 @@ class TimmViT(BaseModule):
         return tuple(maps)
 
 
-def _create(model_name: str, model_kwargs: dict[str, Any]) -> VisionTransformer:
-    if not timm.is_model(model_name):
-        raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
-    if not timm.models.is_model_in_modules(model_name, _MODULES):
+def _create(model_name: str, **kwargs: Any) -> VisionTransformer:
+    known = timm.is_model(model_name)
+    if known and not timm.models.is_model_in_modules(model_name, _MODULES):
         raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
-    try:
-        model: Any = timm.create_model(
-            model_name,
-            **{
-                'num_classes': 0,
-                'global_pool': '',  # else the last norm would belong to the pooled features
-                'dynamic_img_size': True,
-                'dynamic_img_pad': True,
-                **model_kwargs,
-            },
-        )
-    except AssertionError as error:
-        raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {error}') from error
+    defaults = {
+        'num_classes': 0,
+        'global_pool': '',  # else the last norm would belong to the pooled features
+        'dynamic_img_size': True,
+        'dynamic_img_pad': True,
+    }
+    model: Any = create_model(model_name, **{**defaults, **kwargs})
     return model

@@ -9,6 +9,7 @@ import mmcv
 from mmengine.utils import track_iter_progress
 
 from vqmoe_vision.engine.cli import run
+from vqmoe_vision.engine.options import add_config_options
 
 from .inference import Predictor, list_images
 
@@ -31,6 +32,7 @@ def predict(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
     parser.add_argument('--opacity', type=float, default=0.5, help='of the colours, 0 to 1')
+    add_config_options(parser)
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _predict)
 
@@ -44,7 +46,7 @@ def _predict(args: argparse.Namespace) -> None:
         if file.stem in seen:
             raise ValueError(f'{seen[file.stem]} and {file} would write the same output')
         seen[file.stem] = file
-    predictor = Predictor(args.config, args.checkpoint, args.device)
+    predictor = Predictor(args.config, args.checkpoint, args.device, args.cfg_options)
     for file in track_iter_progress(files, file=sys.stdout):
         result = predictor(file, opacity=args.opacity)
         mmcv.imwrite(result.overlay, str(args.out_dir / 'overlays' / f'{result.name}.png'))

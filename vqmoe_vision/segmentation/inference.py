@@ -46,6 +46,7 @@ def predict(
     images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
     device: str | None = None,
     opacity: float = 0.5,
+    options: dict[str, Any] | None = None,
 ) -> Iterator[Prediction]:
     """Segments images one by one, in the order of their names or as given.
 
@@ -56,6 +57,7 @@ def predict(
             sequence of files and arrays. Transparency is ignored.
         device: Where to run; a GPU if there is one.
         opacity: Of the colours of the classes, 0..1.
+        options: Changes to the config by dotted name, those of the run.
 
     Yields:
         A `Prediction` per image, at the size of the image.
@@ -64,7 +66,7 @@ def predict(
         ValueError: The checkpoint does not fit the config, or an image cannot be read.
         FileNotFoundError: There is no such config.
     """
-    predictor = Predictor(config, checkpoint, device)
+    predictor = Predictor(config, checkpoint, device, options)
     for index, image in enumerate(list_images(images)):
         yield predictor(image, f'image_{index}', opacity)
 
@@ -76,14 +78,21 @@ class Predictor:
         config: Config of a segmentation run.
         checkpoint: File written by that run.
         device: Where to run; a GPU if there is one.
+        options: Changes to the config by dotted name, those of the run.
 
     Raises:
         ValueError: The config is none of segmentation, or the checkpoint does not fit it.
         FileNotFoundError: There is no such config.
     """
 
-    def __init__(self, config: str, checkpoint: str, device: str | None = None) -> None:
-        settings = load_config(config)
+    def __init__(
+        self,
+        config: str,
+        checkpoint: str,
+        device: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        settings = load_config(config, options)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         dataset = settings.test_dataloader.dataset
         self.classes, palette = _classes(config, dataset)

@@ -1,5 +1,6 @@
 """mmseg's encoder-decoder with the auxiliary losses of its backbone."""
 
+import inspect
 from typing import Any
 
 from mmseg.models import EncoderDecoder
@@ -18,18 +19,52 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     Auxiliary losses join mmseg's inside `forward`, and so inside what DDP wraps. Losses and
     statistics are named by the layers of the timm model: `blocks.1.mlp/balance_loss`.
 
+    What neck and heads cannot be built without, and their configs do not give, is taken from the
+    backbone: `in_channels`, `out_channels`, `channels`, `embed_dims` and `num_heads`.
+
     Args:
+        neck: Config of a neck, as `EncoderDecoder`.
         **kwargs: As `EncoderDecoder`.
 
     Raises:
         ValueError: The backbone is not a `TimmViT`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self._neck = neck  # mmseg would build it before its width is known
         super().__init__(**kwargs)
+
+    def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
         if not isinstance(self.backbone, TimmViT):
             found = type(self.backbone).__name__
             raise ValueError(f"backbone.type={found!r} must be 'TimmViT'; others: EncoderDecoder")
+        if self._neck is not None:
+            width = self.backbone.model.embed_dim
+            levels = [width] * len(self.backbone.out_indices)
+            self.neck = MODELS.build(
+                _completed(self._neck, in_channels=levels, out_channels=width, embed_dim=width)
+            )
+        super()._init_decode_head(self._fitted(decode_head))
+
+    def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
+        if isinstance(auxiliary_head, list):
+            auxiliary_head = [self._fitted(head) for head in auxiliary_head]
+        elif auxiliary_head is not None:
+            auxiliary_head = self._fitted(auxiliary_head)
+        super()._init_auxiliary_head(auxiliary_head)
+
+    def _fitted(self, head: dict[str, Any]) -> dict[str, Any]:
+        """A head's config with what follows from backbone and neck."""
+        model = self.backbone.model
+        width = getattr(self.neck if self.with_neck else None, 'out_channels', model.embed_dim)
+        index = head.get('in_index', -1)
+        return _completed(
+            head,
+            in_channels=width if isinstance(index, int) else [width] * len(index),
+            channels=width,
+            embed_dims=width,
+            num_heads=model.blocks[0].attn.num_heads,
+        )
 
     @property
     def routed_model(self) -> nn.Module:
@@ -56,3 +91,15 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         """
         with self.collect():
             return super().predict(inputs, data_samples)
+
+
+def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A config with those of `values` that it lacks and its class cannot be built without."""
+    found = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
+    if found is None:  # the registry says what is wrong
+        return config
+    # a class hands its **kwargs to the next one
+    inits = [base.__dict__['__init__'] for base in found.__mro__ if '__init__' in base.__dict__]
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    return {**{name: value for name, value in values.items() if name in needed}, **config}

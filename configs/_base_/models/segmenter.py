@@ -1,5 +1,5 @@
 # Segmenter: the last features of a ViT, decoded by a transformer with one token per class. The
-# files of the sizes give the decoder the width of the backbone.
+# decoder takes width and heads from the backbone.
 model = dict(
     type='MoeEncoderDecoder',
     data_preprocessor=dict(
@@ -11,7 +11,12 @@ model = dict(
         seg_pad_val=255,
         test_cfg=dict(size_divisor=16),
     ),
-    backbone=dict(type='TimmViT', drop_path_rate=0.1),
+    backbone=dict(
+        type='TimmViT',
+        model_name='vit_tiny_vqmoe',
+        moe=dict(preset='matched', moe_layers='last2', num_experts=8),
+        drop_path_rate=0.1,
+    ),
     decode_head=dict(
         type='SegmenterMaskTransformerHead',
         num_layers=2,

@@ -1,10 +1,10 @@
 _base_ = [
     '../../_base_/datasets/imagenet.py',
+    '../../_base_/models/vit.py',
     '../../_base_/schedules/adamw_300e.py',
     '../../_base_/classification_runtime.py',
 ]
-# what every leaf puts into its model
-task = dict(
+model = dict(
     img_size=224,
     patch_size=16,
     num_classes=1000,

@@ -1,2 +1,2 @@
-_base_ = ['../../_base_/models/vit_base_vqmoe.py', '_base_.py']
-model = _base_.task
+_base_ = '_base_.py'
+model = dict(model_name='vit_base_vqmoe', moe=dict(num_experts=4))

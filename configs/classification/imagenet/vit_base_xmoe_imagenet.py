@@ -1,2 +1,2 @@
-_base_ = ['../../_base_/models/vit_base_xmoe.py', '_base_.py']
-model = _base_.task
+_base_ = '_base_.py'
+model = dict(model_name='vit_base_xmoe', moe=dict(num_experts=4))

@@ -1,2 +1,2 @@
-_base_ = ['../../_base_/models/vit_tiny_stablemoe.py', '_base_.py']
-model = _base_.task
+_base_ = '_base_.py'
+model = dict(model_name='vit_tiny_stablemoe')

@@ -1,10 +1,10 @@
 _base_ = [
     '../../_base_/datasets/ade20k.py',
+    '../../_base_/models/segmenter.py',
     '../../_base_/schedules/segmenter_160k.py',
     '../../_base_/segmentation_runtime.py',
 ]
-# what every leaf puts into its model
-task = dict(
+model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(img_size=(512, 512)),
     decode_head=dict(num_classes=150),

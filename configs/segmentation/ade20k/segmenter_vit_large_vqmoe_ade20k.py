@@ -1,2 +1,2 @@
-_base_ = ['../../_base_/models/segmenter_vit_large_vqmoe.py', '_base_.py']
-model = _base_.task
+_base_ = '_base_.py'
+model = dict(backbone=dict(model_name='vit_large_vqmoe', moe=dict(num_experts=4)))

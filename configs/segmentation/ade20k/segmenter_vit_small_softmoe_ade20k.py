@@ -1,2 +1,2 @@
-_base_ = ['../../_base_/models/segmenter_vit_small_softmoe.py', '_base_.py']
-model = _base_.task
+_base_ = '_base_.py'
+model = dict(backbone=dict(model_name='vit_small_softmoe'))

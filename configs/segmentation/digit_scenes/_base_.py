@@ -2,7 +2,7 @@
 # model.backbone.checkpoint=work_dirs/.../epoch_40.pth
 _base_ = [
     '../../_base_/datasets/digit_scenes.py',
-    '../../_base_/models/segmenter_vit_tiny.py',
+    '../../_base_/models/segmenter.py',
     '../../_base_/schedules/adamw_1k.py',
     '../../_base_/segmentation_runtime.py',
 ]
@@ -14,6 +14,7 @@ model = dict(
         test_cfg=dict(size_divisor=8),
     ),
     backbone=dict(
+        moe=dict(_delete_=True, preset='matched'),
         img_size=(48, 48),
         patch_size=8,
         depth=4,
@@ -22,7 +23,7 @@ model = dict(
         class_token=False,
         drop_path_rate=0.0,
     ),
-    decode_head=dict(in_channels=96, channels=96, embed_dims=96, num_heads=3, num_classes=11),
+    decode_head=dict(num_classes=11),
     test_cfg=dict(mode='slide', crop_size=(48, 48), stride=(12, 12)),
 )
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe.experts import Experts
 
 D, E = 8, 4
 
@@ -142,6 +143,23 @@ def test_experts_may_be_permuted_with_their_slots(layer):
 def test_as_many_slots_as_tokens_by_default(make_layer, num_experts, slots):
     # the fixture builds with num_tokens = 2 * num_experts
     layer = make_layer('softmoe', num_experts=num_experts).layer
+    assert (layer.slots_per_expert, layer.num_slots) == (slots, slots * num_experts)
+
+
+@pytest.mark.parametrize(
+    ('num_experts', 'ratio', 'prefix', 'slots'),
+    [
+        (4, 2.0, 0, 18),  # 2 * 36 patches / 4
+        (4, 2.0, 1, 18),  # the class token is no patch
+        (4, 2.0, 5, 18),
+        (8, 1.0, 1, 4),  # 36 / 8 = 4.5, to even
+        (8, 0.1, 1, 1),  # at least one
+    ],
+)
+def test_slots_per_token_counts_patches(num_experts, ratio, prefix, slots):
+    entry = METHODS['softmoe']
+    config = entry.config(num_experts=num_experts, slots_per_token=ratio)
+    layer = entry.build(D, config, Experts(num_experts, D, 4), 36 + prefix, prefix)
     assert (layer.slots_per_expert, layer.num_slots) == (slots, slots * num_experts)
 
 

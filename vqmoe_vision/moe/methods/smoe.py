@@ -60,12 +60,14 @@ class SMoEConfig(TopKConfig):
         eval_capacity_factor: The same in eval mode.
         batch_prioritized: Serve tokens with large weights first when a capacity is set.
 
-    Presets: 'paper'; 'group', the router of the tables published with VQMoE: a bias, top-2,
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has; 'group', the router of the tables published with VQMoE: a bias, top-2,
     softmax over the two, no noise, and no auxiliary loss (theirs is always zero).
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         'paper': {},
+        'matched': {'top_k': 2},
         'group': {
             'router_bias': True,
             'renormalize': True,

@@ -48,22 +48,35 @@ class SoftMoEConfig(MoeConfig):
     Args:
         slots_per_expert: P; None gives about as many slots in all as the model has tokens when it
             is built.
+        slots_per_token: Slots in all over the patches that the model has when it is built, in place
+            of `slots_per_expert`; rounded to whole slots per expert.
         slot_norm: 'l2' as in the paper, or 'rms'.
 
-    Presets: 'paper', 'lucidrains'.
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has; 'lucidrains'.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'lucidrains': {'slot_norm': 'rms'}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        'paper': {},
+        'matched': {'slots_per_token': 2.0},
+        'lucidrains': {'slot_norm': 'rms'},
+    }
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'slots': {'slots_per_expert': 3}}
 
     slots_per_expert: int | None = None
+    slots_per_token: float | None = None
     slot_norm: str = 'l2'
 
     def __post_init__(self) -> None:
         super().__post_init__()
         slots = self.slots_per_expert
         check(slots is None or slots >= 1, 'slots_per_expert', slots, 'at least 1, or None')
+        ratio = self.slots_per_token
+        valid = ratio is None or 0 < ratio < math.inf
+        check(valid, 'slots_per_token', ratio, 'above 0, or None')
+        together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
+        check(slots is None or ratio is None, 'slots_per_expert', slots, together)
         check(self.slot_norm in ('l2', 'rms'), 'slot_norm', self.slot_norm, "'l2' or 'rms'")
 
 
@@ -89,7 +102,10 @@ class SoftMoEMlp(MoeLayer):
     ) -> None:
         super().__init__()
         self.slot_norm = config.slot_norm
-        default_slots = max(round(host.num_tokens / config.num_experts), 1)
+        slots = float(host.num_tokens)
+        if config.slots_per_token is not None:
+            slots = config.slots_per_token * (host.num_tokens - host.num_prefix_tokens)
+        default_slots = max(round(slots / config.num_experts), 1)
         self.slots_per_expert = config.slots_per_expert or default_slots
         self.num_slots = config.num_experts * self.slots_per_expert
         self.experts = experts

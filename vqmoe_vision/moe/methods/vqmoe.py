@@ -77,11 +77,13 @@ class VQMoEConfig(MoeConfig):
         balance_weight: Weight of the router's balance loss.
         train_router: False freezes the router at its random start with weight one.
 
-    Presets: 'paper'; 'official', the released code.
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has: one by router and one by code; 'official', the released code.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         'paper': {},
+        'matched': {},
         'official': {
             'codebook': 'plain',
             'expert_input': 'official',

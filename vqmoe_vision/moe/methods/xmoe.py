@@ -61,12 +61,14 @@ class XMoEConfig(TopKConfig):
         renormalize: Let the weights of the selected experts sum to 1.
         balance_weight: Weight of (8).
 
-    Presets: 'paper'; 'group', the router of the tables published with VQMoE: width 8, experts but
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has; 'group', the router of the tables published with VQMoE: width 8, experts but
     not tokens normalised, no temperature, top-2, softmax over the two, no auxiliary loss.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         'paper': {},
+        'matched': {'top_k': 2},
         'group': {
             'top_k': 2,
             'router_dim': 8,

@@ -3,6 +3,7 @@
 _base_ = ['../../../_base_/datasets/digits.py', '../../../_base_/classification_runtime.py']
 model = dict(
     type='Classifier',
+    moe=dict(preset='matched'),
     num_classes=10,
     img_size=48,
     patch_size=8,

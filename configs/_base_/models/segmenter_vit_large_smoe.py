@@ -1,9 +1,0 @@
-_base_ = 'segmenter_vit_large.py'
-model = dict(
-    backbone=dict(
-        model_name='vit_large_smoe',
-        moe_layers='last2',
-        num_experts=4,
-        top_k=2,
-    )
-)

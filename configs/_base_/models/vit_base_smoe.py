@@ -1,8 +1,0 @@
-model = dict(
-    type='Classifier',
-    drop_path_rate=0.1,
-    model_name='vit_base_smoe',
-    moe_layers='last2',
-    num_experts=4,
-    top_k=2,
-)

@@ -1,2 +1,0 @@
-_base_ = '_base_.py'
-model = dict(model_name='vit_tiny_stablemoe', top_k=2)

@@ -1,2 +1,0 @@
-_base_ = 'vqmoe_budget.py'
-model = dict(expert_input='ste')

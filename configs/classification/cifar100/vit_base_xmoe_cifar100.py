@@ -1,2 +1,0 @@
-_base_ = ['../../_base_/models/vit_base_xmoe.py', '_base_.py']
-model = _base_.task

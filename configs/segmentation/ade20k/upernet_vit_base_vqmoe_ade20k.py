@@ -1,2 +1,0 @@
-_base_ = ['../../_base_/models/upernet_vit_base_vqmoe.py', '_base_.py']
-model = dict(auxiliary_head=dict(num_classes=150), **_base_.task)

@@ -1,2 +1,0 @@
-_base_ = '_base_.py'
-model = dict(backbone=dict(model_name='vit_tiny_softmoe', slots_per_expert=36))

@@ -1,4 +1,0 @@
-_base_ = ['../../_base_/models/segmenter_vit_base_softmoe.py', '_base_.py']
-model = _base_.task
-# two slots per token of 480x480 pixels
-model['backbone']['slots_per_expert'] = 450

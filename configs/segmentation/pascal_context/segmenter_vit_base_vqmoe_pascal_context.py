@@ -1,2 +1,0 @@
-_base_ = ['../../_base_/models/segmenter_vit_base_vqmoe.py', '_base_.py']
-model = _base_.task

@@ -1,0 +1,83 @@
+"""What both tasks ask of timm: options of the MoE layers, the width of a dense model, mistakes."""
+
+import pytest
+import torch
+
+from vqmoe_vision.models import complexity
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.moe import METHODS
+
+SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
+DENSE = 'vit_tiny_patch16_224'
+
+
+def test_options_of_the_moe_layers_reach_the_model() -> None:
+    moe = dict(preset='group', num_experts=2, moe_layers=[0])
+    model = create_model('vit_tiny_smoe', moe, **SMALL)
+    assert model.moe_config == METHODS['smoe'].config.from_options(preset='group', num_experts=2)
+    assert [hasattr(block.mlp, 'experts') for block in model.blocks] == [True, False, False, False]
+    assert moe == dict(preset='group', num_experts=2, moe_layers=[0])
+
+
+@pytest.mark.parametrize(
+    ('name', 'moe'),
+    [('vit_tiny_smoe', None), ('vit_tiny_smoe.untrained', {'top_k': 1}), (DENSE, None)],
+)
+def test_options_may_be_left_out(name: str, moe: dict | None) -> None:
+    model = create_model(name, moe, **SMALL).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 8, 8)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ('extra_mlps', 'options', 'hidden'),
+    [
+        (2, {}, 72),  # 48 in four blocks, and two more: 48 * 6 / 4
+        (1, {}, 60),
+        (2, {'mlp_ratio': 2.0}, 36),
+        (2, {'depth': 12}, 56),
+    ],
+)
+def test_a_dense_model_is_widened_by_mlps(extra_mlps: int, options: dict, hidden: int) -> None:
+    model = create_model(DENSE, extra_mlps=extra_mlps, **{**SMALL, **options})
+    plain = create_model(DENSE, **{**SMALL, **options})
+    assert {block.mlp.fc1.out_features for block in model.blocks} == {hidden}
+    # 4 patches and the class token through two products of 12 x hidden, for each MLP
+    one = 5 * 2 * 12 * plain.blocks[0].mlp.fc1.out_features
+    assert complexity(model).macs - complexity(plain).macs == extra_mlps * one
+
+
+def test_widening_draws_no_random_number() -> None:
+    torch.manual_seed(0)
+    ratio = create_model(DENSE, mlp_ratio=6.0, **SMALL).state_dict()
+    torch.manual_seed(0)
+    extra = create_model(DENSE, extra_mlps=2, **SMALL).state_dict()
+    torch.testing.assert_close(extra, ratio, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        (DENSE, {'moe': {'top_k': 2}}, f"moe={{'top_k': 2}} .*{DENSE} is dense, .* moe=None"),
+        (DENSE, {'moe': {}}, 'moe={} is not possible'),
+        ('vit_tiny_vqmoe', {'moe': 'None '}, "moe='None ' is not possible: a dictionary"),
+        ('vit_tiny_vqmoe', {'moe': {'foo': 1}}, 'moe.foo=1 .* the options of vit_tiny_vqmoe are b'),
+        ('vit_tiny_vqmoe', {'moe': {'top_k': 2}}, r'moe\.top_k=2 is not possible'),
+        (
+            'vit_tiny_smoe',
+            {'moe': {'num_experts': 8}, 'num_experts': 2},
+            r'^num_experts=2 is not possible: moe\.num_experts=8 is set, change it',
+        ),
+        (DENSE, {'extra_mlps': -1}, 'extra_mlps=-1 is not possible: a whole number'),
+        (DENSE, {'extra_mlps': 1.5}, r'extra_mlps=1\.5 is not possible: a whole number'),
+        ('vit_tiny_smoe', {'extra_mlps': 2}, 'extra_mlps=2 .* vit_tiny_smoe is no dense'),
+    ],
+)
+def test_mistakes(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(name, **SMALL, **options)
+
+
+def test_only_a_vision_transformer_is_widened() -> None:
+    with pytest.raises(ValueError, match='resnet18 is no dense vision transformer'):
+        create_model('resnet18', extra_mlps=2)

@@ -1,0 +1,51 @@
+"""The rows of every comparison, as options of a config: dense models, and all methods there are."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from vqmoe_vision.engine.options import add_config_options
+from vqmoe_vision.models.vit_moe import SIZES
+from vqmoe_vision.moe import METHODS
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+ROWS = ('dense', 'dense_wide', *METHODS)
+# as the paper: "small, 10M" and "large, 110M"
+NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
+
+
+def leaves(part: str) -> list[str]:
+    """Names of the configs that can be run."""
+    paths = (CONFIGS / part).rglob('*.py')
+    return sorted(p.relative_to(CONFIGS).as_posix() for p in paths if p.stem != '_base_')
+
+
+def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str, Any]:
+    """What `--cfg-options` makes of a row's line of options.
+
+    Args:
+        row: One of `ROWS`.
+        size: Key of `SIZES`.
+        model: Field that holds the timm model: 'model', or 'model.backbone'.
+    """
+    if row in METHODS:
+        line = f'{model}.model_name=vit_{size}_{row} {model}.moe.num_experts={NUM_EXPERTS[size]}'
+    else:
+        line = f'{model}.model_name=vit_{size}_patch16_224 {model}.moe=None'
+        line += f' {model}.extra_mlps=2' if row == 'dense_wide' else ''
+    return parse_options(line)
+
+
+def result_options(model: str) -> list[str]:
+    """The options that docs/results.md gives for its rows, those of `model` only."""
+    lines = (CONFIGS.parent / 'docs/results.md').read_text().splitlines()
+    cells = [cell.strip() for line in lines if line.startswith('|') for cell in line.split('|')]
+    return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
+
+
+def parse_options(line: str) -> dict[str, Any]:
+    """The values of a command line's options by name."""
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    return parser.parse_args(['--cfg-options', *line.split()] if line else []).cfg_options

@@ -1,0 +1,81 @@
+"""`--cfg-options`: how they are written, and which ones a config takes."""
+
+import argparse
+import inspect
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+# Fields that mmengine's Runner takes from the config without being arguments of its constructor.
+_EXTRA_FIELDS = frozenset(
+    {
+        'activation_checkpointing',
+        'compile',
+        'efficient_conv_bn_eval',
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'runner_type',
+        'sync_bn',
+    }
+)
+
+
+class _CfgOptions(DictAction):
+    """mmengine's action, but says which argument is not NAME=VALUE."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if '=' not in value:
+                raise ValueError(f'--cfg-options {value}: write it as name=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--cfg-options` to a parser.
+
+    Args:
+        parser: Is changed; the values are `args.cfg_options`, as `load_config` takes them.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        default={},
+        metavar='NAME=VALUE',
+        help='change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
+    )
+
+
+def check_options(config: Config, options: dict[str, Any]) -> None:
+    """Refuses options that a config cannot take.
+
+    Args:
+        config: Before they are merged into it.
+        options: Values by dotted name.
+
+    Raises:
+        ValueError: The first part of a name is not a field of a config, or another part is a field
+            of something that has none.
+    """
+    fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
+    for name in options:
+        first, *others = name.split('.')
+        if first not in fields:
+            raise ValueError(
+                f'--cfg-options {name}: {first!r} is not a field that an option can change; '
+                f'those are {", ".join(sorted(fields))}'
+            )
+        owner, value = first, options.get(first, config.get(first, {}))
+        for part in others:
+            if not isinstance(value, dict | list):
+                raise ValueError(f'--cfg-options {name}: {owner} is {value!r}, it has no {part!r}')
+            owner = f'{owner}.{part}'
+            inside = value.get(part, {}) if isinstance(value, dict) else {}
+            value = options.get(owner, inside)

@@ -1,0 +1,92 @@
+"""`timm.create_model` as the tasks call it: one line for a mistake, and the options of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..moe.config import check
+from ..moe.methods import METHODS
+
+
+def create_model(
+    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+) -> nn.Module:
+    """`timm.create_model`, with errors that name what was asked for.
+
+    Args:
+        model_name: Name of a timm model.
+        moe: Options of the MoE layers: `moe_layers`, and those of the method. A dense model takes
+            None.
+        extra_mlps: Widens all MLPs of a dense model, by in all what so many further MLPs per token
+            would cost.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        ValueError: There is no such model, or the arguments do not go together.
+        TypeError: The model does not know one of the keyword arguments.
+    """
+    if not timm.is_model(model_name):
+        raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
+    _check_sizes(kwargs)
+    _check_moe(model_name, moe, kwargs)
+    kwargs.update(moe or {})
+    try:
+        if extra_mlps:
+            kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
+        return timm.create_model(model_name, **kwargs)
+    except AssertionError as error:
+        raise ValueError(f'{model_name} cannot be built with {kwargs}: {error}') from error
+
+
+def _check_sizes(kwargs: dict[str, Any]) -> None:
+    size: Any = kwargs.get('img_size')
+    patch: Any = kwargs.get('patch_size')
+    known = isinstance(size, int) and isinstance(patch, int)
+    # timm would cut off the pixels that do not fill a patch, unless it pads
+    if known and size % patch and not kwargs.get('dynamic_img_pad'):
+        raise ValueError(f'img_size={size} must be a multiple of patch_size={patch}')
+    width, heads = kwargs.get('embed_dim'), kwargs.get('num_heads')
+    if width is not None and heads is not None and width % heads:
+        raise ValueError(f'embed_dim={width} must be a multiple of num_heads={heads}')
+
+
+def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+    """Refuses options that the model would not have, or that are given twice."""
+    if moe is None:
+        return
+    method = _method_of(model_name)
+    check(method is not None, 'moe', moe, f'{model_name} is dense, which takes moe=None')
+    check(isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
+    assert method is not None
+    names = {'moe_layers', *METHODS[method].config.option_names()}
+    for name, value in moe.items():
+        allowed = f'the options of {model_name} are {", ".join(sorted(names))}'
+        check(name in names, f'moe.{name}', value, allowed)
+        check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
+
+
+def _method_of(model_name: str) -> str | None:
+    """Key of `METHODS` of one of this package's models, None of any other."""
+    if not timm.models.is_model_in_modules(model_name, ('vit_moe',)):
+        return None
+    return model_name.partition('.')[0].rpartition('_')[2]
+
+
+def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
+    """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
+    valid = isinstance(extra_mlps, int) and extra_mlps > 0
+    check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
+    with torch.device('meta'):  # for depth and ratio only: no memory, no random numbers
+        model: Any = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
+    blocks: Any = model.blocks if isinstance(model, VisionTransformer) else []
+    mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]
+    dense = len(mlps) == len(blocks) > 0
+    check(dense, 'extra_mlps', extra_mlps, f'0, {model_name} is no dense vision transformer')
+    ratio = mlps[0].fc1.out_features / mlps[0].fc1.in_features
+    return ratio * (len(mlps) + extra_mlps) / len(mlps)
