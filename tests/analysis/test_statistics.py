@@ -8,10 +8,10 @@ import vqmoe_vision  # noqa: F401  registers the models
 from vqmoe_vision.analysis import mean_statistics, patch_experts, token_experts
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
-from vqmoe_vision.moe.routing import Routing
+from vqmoe_vision.moe.routing import Router, Routing
 
 
-class BrightnessRouter(nn.Module):
+class BrightnessRouter(Router):
     """Sends a token of value v to expert v first, to expert v + 1 second."""
 
     def forward(self, x: Tensor) -> Routing:
@@ -80,11 +80,28 @@ def test_both_branches_of_vqmoe_are_asked_and_agree_with_what_the_layer_reports(
     images = torch.randn(4, 3, 8, 8)
     experts = token_experts(model, images)
     reported = mean_statistics(model, [images])
-    for module, statistic in (('router', 'load'), ('quantizer.codebook', 'discrete_load')):
-        chosen = experts[f'blocks.1.mlp.{module}']
-        assert chosen.shape == (4, 17, 1)  # 4 x 4 patches and the class token
-        share = chosen.flatten().bincount(minlength=3) / chosen.numel()
-        torch.testing.assert_close(share, reported[f'blocks.1.mlp/{statistic}'])
+    branches = [experts[f'blocks.1.mlp.{name}'] for name in ('router', 'quantizer.codebook')]
+    # 4 x 4 patches and the class token
+    assert all(chosen.shape == (4, 17, 1) for chosen in branches)
+    both = torch.cat(branches)
+    share = both.flatten().bincount(minlength=3) / both.numel()
+    torch.testing.assert_close(share, reported['blocks.1.mlp/load'])
+
+
+def test_tokens_with_any_number_of_experts_have_their_best_first() -> None:
+    class Chosen(Router):
+        """Token 0 has experts 2 and 0, the first with more weight, token 1 none, the others one."""
+
+        per_image = True
+
+        def forward(self, x: Tensor) -> Routing:
+            tokens, experts = torch.tensor([0, 2, 0, 3]), torch.tensor([0, 1, 2, 3])
+            return Routing(experts, torch.tensor([0.1, 0.5, 0.9, 0.5]), tokens=tokens)
+
+    model = Pixels()
+    model.mlp.router = Chosen()
+    found = token_experts(model, image([0.0, 1.0], [2.0, 3.0]))['mlp.router']
+    assert found.tolist() == [[[2, 0], [-1, -1], [1, -1], [3, -1]]]
 
 
 def test_model_without_routers_is_refused() -> None:

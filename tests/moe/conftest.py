@@ -111,13 +111,14 @@ def make_model() -> Callable[..., Model]:
 
 @pytest.fixture
 def choices() -> Callable[[nn.Module, Tensor], list[Tensor]]:
-    """All expert or code indices that any router or codebook of a module chooses for x."""
+    """All experts, codes or tokens that any router or codebook of a module chooses for x."""
 
     def choose(module: nn.Module, x: Tensor) -> list[Tensor]:
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: tuple, output: object) -> None:
-            indices = getattr(output, 'indices', None)
+            tokens = getattr(output, 'tokens', None)
+            indices = getattr(output, 'indices', None) if tokens is None else tokens
             if isinstance(indices, Tensor):
                 seen.append(indices)
 

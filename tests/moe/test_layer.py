@@ -58,8 +58,11 @@ def test_one_token_leaves_no_expert_without_a_gradient(make_layer, method, optio
 @every_case
 def test_the_task_reaches_the_input_of_the_layer(make_layer, method, options):
     layer, x = make_layer(method, **options), tokens().requires_grad_()
-    layer(x).square().sum().backward()
-    assert (x.grad.abs().sum(dim=-1) > 0).all()
+    out = layer(x)
+    out.square().sum().backward()
+    served = out.abs().sum(dim=-1) > 0  # an expert may not choose a token, a capacity drop it
+    assert torch.equal(x.grad.abs().sum(dim=-1) > 0, served)
+    assert served.float().mean() > 0.5
 
 
 @every_case

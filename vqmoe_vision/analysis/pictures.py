@@ -14,6 +14,7 @@ from torch import Tensor
 
 # How far the brightest pixel of a patch is lightened. A dark pixel keeps the colour of the legend.
 LIGHTEN = 0.7
+NO_EXPERT = torch.tensor([[0.2, 0.2, 0.2]])  # RGB of a patch that no expert takes
 
 
 def expert_colours(num_experts: int) -> Tensor:
@@ -31,7 +32,7 @@ def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
 
     Args:
         images: (B, C, H, W) in [0, 1], C 1 or 3.
-        experts: (B, rows, columns), the expert of every patch.
+        experts: (B, rows, columns), the expert of every patch, -1 for none.
         num_experts: How many experts there are.
 
     Returns:
@@ -45,7 +46,8 @@ def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
         raise ValueError(
             f'experts: {rows}x{columns} patches do not divide images of {height}x{width}'
         )
-    colours = expert_colours(num_experts).to(images)[experts].permute(0, 3, 1, 2)
+    palette = torch.cat([expert_colours(num_experts), NO_EXPERT])  # where -1 is the last
+    colours = palette.to(images)[experts].permute(0, 3, 1, 2)
     colours = colours.repeat_interleave(height // rows, -2).repeat_interleave(width // columns, -1)
     # Of the image only the brightness: its colours would be taken for those of experts.
     return colours + LIGHTEN * images.mean(dim=1, keepdim=True) * (1 - colours)
@@ -58,15 +60,18 @@ def plot_experts(
 
     Args:
         images: (B, C, H, W) in [0, 1], C 1 or 3.
-        experts: By the name of the router: (B, rows, columns), the expert of every patch.
+        experts: By the name of the router: (B, rows, columns), the expert of every patch, -1 for
+            none.
         num_experts: How many experts each layer has.
         title: Stands above the picture.
     """
     rows = {'image': images.expand(-1, 3, -1, -1)}
     rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
     figure = _rows_of_pictures(rows, title)
-    experts_in_order = [f'expert {i}' for i in range(num_experts)]
-    _legend(figure, experts_in_order, expert_colours(num_experts))
+    names, colours = [f'expert {i}' for i in range(num_experts)], expert_colours(num_experts)
+    if any((each == -1).any() for each in experts.values()):
+        names, colours = [*names, 'no expert'], torch.cat([colours, NO_EXPERT])
+    _legend(figure, names, colours)
     return figure
 
 

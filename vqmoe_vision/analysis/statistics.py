@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe import collect_losses, moe_layers
 from vqmoe_vision.moe.codebook import Quantized
-from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.routing import Routing
 
 
@@ -53,7 +52,8 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Returns:
         By the name of the module that decides, such as 'blocks.1.mlp.router': (B, N, K) expert
-        indices, best first; N counts class and register tokens too.
+        indices, best first, -1 where a token has fewer than the others; N counts class and register
+        tokens too.
 
     Raises:
         ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
@@ -64,7 +64,8 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def keep(name: str, num_experts: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             if isinstance(output, Routing):
-                experts = output.indices
+                num_tokens = args[0].numel() // args[0].shape[-1]
+                experts = _by_token(output, num_tokens)
             elif isinstance(output, Quantized):
                 experts = output.indices[:, None] % num_experts  # code j belongs to expert j mod E
             else:
@@ -75,7 +76,6 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     hooks = []
     for layer_name, layer in moe_layers(model).items():
-        assert isinstance(layer.experts, Experts)
         for name, module in layer.named_modules():
             hook = keep(f'{layer_name}.{name}', layer.experts.num_experts)
             hooks.append(module.register_forward_hook(hook))
@@ -90,6 +90,21 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def _by_token(routing: Routing, num_tokens: int) -> Tensor:
+    """Experts of each token (T, K), best first, filled up with -1."""
+    if routing.tokens is None:
+        return routing.indices
+    # assignments by token, and by weight within a token: both sorts keep the order of equals
+    order = routing.weights.argsort(descending=True, stable=True)
+    order = order[routing.tokens[order].argsort(stable=True)]
+    tokens = routing.tokens[order]
+    counts = tokens.bincount(minlength=num_tokens)
+    place = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
+    experts = counts.new_full((num_tokens, int(counts.max())), -1)
+    experts[tokens, place] = routing.indices[order]
+    return experts
+
+
 def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
     """Maps the first choice of every patch, as a picture needs it.
 
@@ -98,7 +113,8 @@ def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]
         images: (B, C, H, W), normalised as in training.
 
     Returns:
-        By the name of the module that decides: (B, rows, columns) expert indices.
+        By the name of the module that decides: (B, rows, columns) expert indices, -1 for a patch
+        that no expert takes.
 
     Raises:
         ValueError: If no layer sends tokens to experts.

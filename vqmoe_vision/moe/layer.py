@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .dispatch import run_experts
 from .experts import Experts
+from .losses import token_mean
 from .routing import Router, Routing, expert_load
 from .scripting import StaysPython
 
@@ -186,14 +187,28 @@ class RoutedMlp(MoeLayer):
         """Route, run, report; (B, N, D) -> (B, N, D)."""
         routing = self.router(x if self.router.per_image else x.flatten(0, 1))
         out = run_experts(self.experts, x.flatten(0, 1), routing)
-        self.record(routing.losses, self.statistics(routing))
+        self.record(routing.losses, self.statistics(routing, out.shape[0]))
         return out.view(x.shape)
 
-    def statistics(self, routing: Routing) -> dict[str, Tensor]:
-        """The load of the experts and what the router reports, if somebody listens."""
+    def statistics(self, routing: Routing, num_tokens: int) -> dict[str, Tensor]:
+        """Of a routing, if somebody listens.
+
+        Args:
+            routing: The routing.
+            num_tokens: T.
+
+        Returns:
+            `load`, the share of assignments per expert (E,); `unrouted`, the share of tokens
+            without an expert, where there can be some; and what the router reports.
+        """
         if not self.listens:
             return {}
-        return {'load': expert_load(routing.indices, self.experts.num_experts), **routing.stats}
+        stats = {'load': expert_load(routing.indices, self.experts.num_experts)}
+        if routing.tokens is not None:
+            served = torch.zeros(num_tokens, device=routing.tokens.device)
+            served[routing.tokens] = 1
+            stats['unrouted'] = 1 - token_mean(served)
+        return {**stats, **routing.stats}
 
     @property
     def experts_per_token(self) -> float:

@@ -7,6 +7,7 @@ from torch import nn
 
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.host import Host
 
 D, E = 8, 4
 
@@ -159,7 +160,7 @@ def test_as_many_slots_as_tokens_by_default(make_layer, num_experts, slots):
 def test_slots_per_token_counts_patches(num_experts, ratio, prefix, slots):
     entry = METHODS['softmoe']
     config = entry.config(num_experts=num_experts, slots_per_token=ratio)
-    layer = entry.build(D, config, Experts(num_experts, D, 4), 36 + prefix, prefix)
+    layer = entry.build(D, config, Experts(num_experts, D, 4), Host(36 + prefix, prefix))
     assert (layer.slots_per_expert, layer.num_slots) == (slots, slots * num_experts)
 
 

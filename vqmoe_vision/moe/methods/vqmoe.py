@@ -36,7 +36,7 @@ Legend: T tokens, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ class VQMoEConfig(MoeConfig):
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
         'discrete': {'form': 'discrete', 'commitment': 0.5, 'code_share': 0.3},
         'continuous': {'form': 'continuous'},
-        'gradient': {'codebook': 'gradient', 'num_codes': 24, 'input_norm': False},
+        'gradient': {'codebook': 'gradient', 'num_codes': 48, 'input_norm': False},
         'simvq': {'codebook': 'simvq', 'expert_input': 'ste', 'vq_weight': 0.5},
         'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
     }
@@ -147,6 +147,35 @@ class VQMoEConfig(MoeConfig):
         return {'code_share': f'expert_input={self.expert_input!r}'} if fixed else {}
 
 
+class ContinuousRouter(SMoERouter):
+    """SMoE's router with one expert and without noise (2); weight one if it is not trained.
+
+    Args:
+        in_features: D.
+        config: Options.
+    """
+
+    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
+        options = SMoEConfig(
+            num_experts=config.num_experts,
+            top_k=1,
+            router_noise=0.0,
+            importance_weight=0.0,
+            load_weight=0.0,
+            balance_weight=config.balance_weight,
+        )
+        super().__init__(in_features, options, **factory)
+        self.weight.requires_grad_(config.train_router)
+        self.train_router = config.train_router
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        routing = super().forward(x)
+        if self.train_router:
+            return routing
+        return replace(routing, weights=torch.ones_like(routing.weights))
+
+
 class Branch(NamedTuple):
     """What one branch asks of the experts: (T, D) inputs, (T,) experts, (T, 1) weights."""
 
@@ -171,7 +200,7 @@ class VQMoEMlp(MoeLayer):
         self.config = config
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
-        self.router = _top1_router(in_features, config, **factory) if continuous else None
+        self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
         self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
@@ -193,10 +222,7 @@ class VQMoEMlp(MoeLayer):
         stats: dict[str, Tensor] = {}
         if self.router is not None:
             routing = self.router(precise)
-            weights = routing.weights
-            if not self.config.train_router:
-                weights = torch.ones_like(weights)
-            branches.append(Branch(tokens, routing.indices[:, 0], weights))
+            branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
             losses |= routing.losses
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
@@ -266,21 +292,6 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             return state
         return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
-
-
-def _top1_router(in_features: int, config: VQMoEConfig, **factory: Any) -> SMoERouter:
-    """Router of the continuous branch (2): SMoE's with one expert, without noise."""
-    options = SMoEConfig(
-        num_experts=config.num_experts,
-        top_k=1,
-        router_noise=0.0,
-        importance_weight=0.0,
-        load_weight=0.0,
-        balance_weight=config.balance_weight,
-    )
-    router = SMoERouter(in_features, options, **factory)
-    router.weight.requires_grad_(config.train_router)
-    return router
 
 
 def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
