@@ -284,3 +284,27 @@ def vit_base_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransform
 def vit_large_xmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
     """ViT-L/16 with XMoE layers."""
     return _create('large', 'xmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with expert choice layers."""
+    return _create('tiny', 'ecmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with expert choice layers."""
+    return _create('small', 'ecmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with expert choice layers."""
+    return _create('base', 'ecmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with expert choice layers."""
+    return _create('large', 'ecmoe', pretrained, **kwargs)

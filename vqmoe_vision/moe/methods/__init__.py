@@ -9,7 +9,7 @@ from ..config import MoeConfig
 from ..distilled_router import read_patches
 from ..host import ReadPatches
 from ..layer import MoeLayer
-from . import smoe, softmoe, stablemoe, vqmoe, xmoe
+from . import ecmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,5 @@ METHODS: dict[str, Method] = {
     'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, read_patches),
     'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
     'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
+    'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.build),
 }

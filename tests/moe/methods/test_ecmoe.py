@@ -1,0 +1,100 @@
+"""Expert choice against a plain reading of its equations, expert by expert."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqmoe_vision.moe import collect_losses
+
+D, E = 8, 4
+
+
+def naive(layer, x):
+    """(1) to (3) for images (B, N, D), one expert after the other."""
+    out = torch.zeros_like(x)
+    experts = layer.experts
+    for b, image in enumerate(x):
+        scores = (image @ layer.router.weight.t()).softmax(dim=1)
+        count = max(round(len(image) * layer.router.config.capacity_factor / E), 1)
+        for e in range(E):
+            for t in scores[:, e].argsort(descending=True)[:count]:
+                hidden = F.gelu(experts.fc1.weight[e] @ image[t] + experts.fc1.bias[e])
+                answer = experts.fc2.weight[e] @ hidden + experts.fc2.bias[e]
+                out[b, t] = out[b, t] + scores[t, e] * answer
+    return out
+
+
+@pytest.mark.parametrize('capacity_factor', [0.1, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize('num_tokens', [1, 6, 17])
+def test_output_and_every_gradient(make_layer, capacity_factor, num_tokens):
+    net = make_layer('ecmoe', capacity_factor=capacity_factor)
+    cotangent = torch.randn(3, num_tokens, D)
+    found = []
+    for function in (net, lambda x: naive(net.layer, x)):
+        torch.manual_seed(1)
+        x = torch.randn(3, num_tokens, D, requires_grad=True)
+        net.zero_grad()
+        out = function(x)
+        (out * cotangent).sum().backward()
+        grads = {name: p.grad.clone() for name, p in net.named_parameters()}
+        found.append({'out': out.detach(), 'x': x.grad, **grads})
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_known_choices(make_layer):
+    # Two experts of capacity 1 take 2 of 4 tokens each, those with the largest probability for
+    # them. Logits (v, 0): the first expert prefers large v, the second small.
+    net = make_layer('ecmoe', num_experts=2, capacity_factor=1.0)
+    with torch.no_grad():
+        net.layer.router.weight.zero_()
+        net.layer.router.weight[0, 0] = 1.0
+    x = torch.zeros(1, 4, D)
+    x[0, :, 0] = torch.tensor([0.0, 3.0, -1.0, 2.0])
+    routing = net.layer.router(x)
+    assert routing.indices.tolist() == [0, 0, 1, 1]
+    assert routing.tokens.tolist() == [1, 3, 2, 0]
+    # sigmoid(3), sigmoid(2), sigmoid(1), sigmoid(0)
+    expected = torch.tensor([0.952574, 0.880797, 0.731059, 0.5])
+    torch.testing.assert_close(routing.weights, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('capacity_factor', [0.5, 1.0, 2.0])
+def test_every_expert_takes_as_many_tokens_of_every_image(make_layer, capacity_factor):
+    net, x = make_layer('ecmoe', capacity_factor=capacity_factor), torch.randn(3, 20, D)
+    routing = net.layer.router(x)
+    each = round(20 * capacity_factor / E)
+    image_and_expert = routing.tokens // 20 * E + routing.indices
+    assert torch.equal(image_and_expert.bincount(), torch.full((3 * E,), each))
+    with collect_losses(net) as collected:
+        net(x)
+    assert collected.losses == {}
+    torch.testing.assert_close(collected.stats['layer/load'], torch.full((E,), 1 / E))
+
+
+def test_tokens_without_an_expert_give_zero_and_are_counted(make_layer):
+    net, x = make_layer('ecmoe', capacity_factor=0.5), torch.randn(3, 20, D)
+    with collect_losses(net) as collected:
+        out = net(x).flatten(0, 1)
+    served = torch.zeros(60, dtype=torch.bool)
+    served[net.layer.router(x).tokens] = True
+    assert torch.equal(out[~served], torch.zeros_like(out[~served]))
+    assert (out[served].abs().sum(dim=1) > 0).all()
+    # at most 10 of 20 tokens find a place
+    share = collected.stats['layer/unrouted'].item()
+    assert share == pytest.approx(1 - served.float().mean().item()) and share >= 0.5
+
+
+def test_full_capacity_is_the_dense_mixture(make_layer):
+    net, x = make_layer('ecmoe', capacity_factor=float(E)), torch.randn(2, 5, D)
+    probs = (x @ net.layer.router.weight.t()).softmax(dim=-1)
+    assert net.layer.router(x).tokens.bincount().tolist() == [E] * 10
+    torch.testing.assert_close(
+        net.layer.router(x).weights.sum(), probs.sum(), msg='all probabilities are used'
+    )
+    torch.testing.assert_close(net(x), naive(net.layer, x))
+
+
+@pytest.mark.parametrize('factor', [0.0, -1.0, 9.0, float('inf')])
+def test_capacity_factors_that_are_not_possible(make_layer, factor):
+    with pytest.raises(ValueError, match=r'capacity_factor=.* is not possible: above 0'):
+        make_layer('ecmoe', num_experts=8, capacity_factor=factor)

@@ -1,0 +1,112 @@
+"""Expert choice: every expert takes its best tokens, a token has any number of experts.
+
+"Mixture-of-Experts with Expert Choice Routing" (Zhou et al., NeurIPS 2022, arXiv 2202.09368), for
+tokens X (N, D) of one image, numbered as there:
+
+    (1)  k = N c / E                                    c: `capacity_factor`
+    (2)  S = softmax(X W_g) over experts,  G, I = TopK(S^T, k) over tokens
+    (3)  y_t = sum over experts i that chose t of G_i,t f_i(x_t)
+
+Loads are even by construction, so that there is nothing to balance and no auxiliary loss. A token
+that no expert takes is left to the residual connection; this may be the class token.
+
+Where we differ: the paper's groups are batches of sentences, here each image is a group of its own,
+so that an answer does not depend on the rest of the batch. k is rounded, and at least one token.
+The paper's limit on the experts of a token is not offered.
+
+Legend: B images, N tokens per image, D width, E experts, C tokens per expert and image (k above).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MoeConfig, check
+from ..experts import Experts
+from ..host import Host
+from ..layer import RoutedMlp
+from ..routing import Router, Routing, full_precision, init_lecun_normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceConfig(MoeConfig):
+    """Options of expert choice.
+
+    Args:
+        capacity_factor: Experts per token, on average.
+
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has.
+    """
+
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'one': {'capacity_factor': 1.0}}
+
+    capacity_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.capacity_factor
+        valid = 0 < factor <= self.num_experts and math.isfinite(factor)
+        allowed = f'above 0 and at most num_experts={self.num_experts}'
+        check(valid, 'capacity_factor', factor, allowed)
+
+
+class ExpertChoiceRouter(Router):
+    """Chooses tokens for every expert, expert choice (1) and (2).
+
+    Args:
+        in_features: D.
+        config: Options.
+    """
+
+    per_image = True
+
+    def __init__(self, in_features: int, config: ExpertChoiceConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As V-MoE's router; the paper does not say."""
+        init_lecun_normal(self.weight)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route images (B, N, D) in float32."""
+        batch, num_tokens, _ = x.shape
+        config = self.config
+        capacity = max(round(num_tokens * config.capacity_factor / config.num_experts), 1)
+        with full_precision(x):
+            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+            chosen = probs.transpose(1, 2).topk(capacity, dim=-1)  # (B, E, C)
+        first = torch.arange(batch, device=x.device)[:, None, None] * num_tokens
+        experts = torch.arange(config.num_experts, device=x.device)[:, None]
+        return Routing(
+            indices=experts.expand_as(chosen.indices).flatten(),
+            weights=chosen.values.flatten(),
+            tokens=(first + chosen.indices).flatten(),
+        )
+
+    @property
+    def experts_per_token(self) -> float:
+        """The capacity factor."""
+        return self.config.capacity_factor
+
+
+class ExpertChoiceMlp(RoutedMlp):
+    """`RoutedMlp` without losses or state."""
+
+    needs_collecting = False
+
+
+def build(
+    in_features: int, config: ExpertChoiceConfig, experts: Experts, host: Host, **factory: Any
+) -> ExpertChoiceMlp:
+    """Expert choice layer for tokens of width `in_features`."""
+    return ExpertChoiceMlp(ExpertChoiceRouter(in_features, config, **factory), experts)
