@@ -110,4 +110,4 @@ def test_stablemoe_starts_with_a_first_stage_of_its_own(
     images = torch.randn(1, 3, 32, 32)
     tokens = finished.eval().forward_features(images)[:, 1:]
     torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
-    assert lines[-1] == f'{path}: 1 frozen StableMoE routers learn again, in stage 1 of this run'
+    assert lines[-1] == f'{path}: 1 layers that were frozen learn to route again, in a first stage'
