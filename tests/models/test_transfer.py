@@ -132,10 +132,10 @@ def test_position_embeddings_of_an_oblong_image_are_resized() -> None:
 
 
 def test_positions_of_an_oblong_image_stay_where_the_size_does() -> None:
-    # 7 x 28 positions, as many as the 14 x 14 of the model's default size
-    state = state_of(img_size=(56, 224))
+    # 14 x 56 positions, as many as the 28 x 28 of the model's default size, 224
+    state = state_of(img_size=(112, 448))
     state['pos_embed'].normal_()
-    fitted, _ = fit_state(model_of(img_size=(56, 224)), state, 'a', [(56, 224)])
+    fitted, _ = fit_state(model_of(img_size=(112, 448)), state, 'a', [(112, 448)])
     torch.testing.assert_close(fitted['pos_embed'], state['pos_embed'], rtol=0, atol=0)
 
 
@@ -197,6 +197,12 @@ def test_dense_weights_start_a_model_with_experts_and_the_rest_is_listed() -> No
     missing, unused = notes[-2:]
     assert 'not in the checkpoint' in missing and 'blocks.1.mlp.experts.fc1.weight' in missing
     assert 'unused: blocks.1.mlp.fc1.weight' in unused
+
+
+def test_layers_of_blocks_that_the_model_has_not_are_listed() -> None:
+    fitted, notes = fit_state(model_of(), state_of(depth=4), 'a')
+    assert fitted.keys() == model_of().state_dict().keys()
+    assert 'unused: blocks.2.norm1.weight' in notes[-1] and 'blocks.3.mlp.router' in notes[-1]
 
 
 @pytest.mark.parametrize(
