@@ -9,11 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
-# A part may import itself and the parts of a lower layer. transfer.py and analysis/ work on models.
+# A part may import itself and the parts of a lower layer.
 LAYERS = {
     'moe': 0,
     'models': 1,
-    'transfer': 2,
     'analysis': 2,
     'engine': 2,
     'classification': 3,

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.moe import METHODS
@@ -106,3 +109,36 @@ def test_init_weights_of_mmengine_changes_nothing() -> None:
     before = model.model.blocks[0].mlp.fc1.weight.detach().clone()
     model.init_weights()
     torch.testing.assert_close(model.model.blocks[0].mlp.fc1.weight.detach(), before)
+
+
+def saved(model: nn.Module, path: Path) -> str:
+    """A checkpoint as a run leaves it."""
+    torch.save({'state_dict': model.state_dict()}, path)
+    return str(path)
+
+
+def test_starts_from_a_checkpoint_of_another_number_of_classes(tmp_path: Path) -> None:
+    source = Classifier('vit_tiny_vqmoe', num_experts=2, **{**SMALL, 'num_classes': 7}).eval()
+    path = saved(source, tmp_path / 'a.pth')
+    model = Classifier('vit_tiny_vqmoe', num_experts=2, checkpoint=path, **SMALL).eval()
+    inputs, head = batch()[0], model.model.head.weight.detach().clone()
+    expected = source.model.forward_features(inputs)
+    assert not torch.equal(model.model.forward_features(inputs), expected)  # read in training only
+    model.init_weights()
+    torch.testing.assert_close(model.model.forward_features(inputs), expected, rtol=0, atol=0)
+    assert torch.equal(model.model.head.weight, head)
+
+
+def test_starts_from_a_checkpoint_of_as_many_classes_with_its_head(tmp_path: Path) -> None:
+    source = Classifier('vit_tiny_patch16_224', **SMALL).eval()
+    path = saved(source, tmp_path / 'a.pth')
+    model = Classifier('vit_tiny_patch16_224', checkpoint=path, **SMALL).eval()
+    model.init_weights()
+    inputs = batch()[0]
+    torch.testing.assert_close(model(inputs), source(inputs), rtol=0, atol=0)
+
+
+def test_checkpoint_of_a_model_that_is_no_vision_transformer() -> None:
+    message = "checkpoint='a.pth' is not possible: None, resnet18 is not one of timm's"
+    with pytest.raises(ValueError, match=message):
+        Classifier('resnet18', num_classes=2, checkpoint='a.pth')

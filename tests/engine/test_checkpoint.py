@@ -1,12 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import _load_checkpoint
+from safetensors.torch import save_file
 
-import vqmoe_vision.engine  # noqa: F401  registers what a log holds
+from vqmoe_vision.engine import checkpoint
+from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
 
 
 def write(path: Path) -> dict:
@@ -46,3 +50,80 @@ def test_a_log_reaches_nothing_but_its_own_methods(
     torch.save({'w': Reaches(owner, name)}, tmp_path / 'a.pth')
     with pytest.raises(Exception, match='is not part of a log'):
         torch.load(tmp_path / 'a.pth', weights_only=True)
+
+
+def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:
+    state = {'w': torch.ones(2)}
+    write(tmp_path / 'run.pth')
+    torch.save(state, tmp_path / 'timm.pth')
+    save_file(state, tmp_path / 'timm.safetensors')
+    for name in ('run.pth', 'timm.pth', 'timm.safetensors'):
+        read = read_state(str(tmp_path / name))
+        assert read.keys() == {'w'} and torch.equal(read['w'], state['w']), name
+
+
+def test_files_that_are_not_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='does not exist'):
+        read_state(str(tmp_path / 'none.pth'))
+    for name in ('text.pth', 'text.safetensors'):
+        (tmp_path / name).write_text('this is no checkpoint')
+        with pytest.raises(ValueError, match='is damaged'):
+            read_state(str(tmp_path / name))
+    torch.save({'state_dict': {}, 'code': write}, tmp_path / 'code.pth')
+    with pytest.raises(ValueError, match='holds more than weights'):
+        read_state(str(tmp_path / 'code.pth'))
+
+
+def test_image_size_is_read_from_the_config_of_a_run(tmp_path: Path) -> None:
+    path, state = str(tmp_path / 'a.pth'), {'w': torch.ones(2)}
+    config = 'model = dict(\n    img_size=(\n        352,\n        480,\n    ))\nimg_size=64'
+    torch.save({'state_dict': state, 'meta': {'cfg': config}}, path)
+    assert read_image_sizes(path) == [(352, 480), (64, 64)]
+    torch.save({'state_dict': state, 'meta': {'cfg': 'img_size=[16, 64]'}}, path)
+    assert read_image_sizes(path) == [(16, 64)]
+    torch.save(state, path)
+    assert read_image_sizes(path) == []
+    save_file(state, tmp_path / 'a.safetensors')
+    assert read_image_sizes(str(tmp_path / 'a.safetensors')) == []
+
+
+def tiny(name: str, **kwargs: Any) -> Any:
+    sizes = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
+    return timm.create_model(name, **{**sizes, **kwargs}).eval()
+
+
+def test_a_model_starts_at_the_image_size_of_the_run(tmp_path: Path) -> None:
+    state = tiny('vit_tiny_patch16_224', img_size=(16, 32)).state_dict()
+    path = str(tmp_path / 'a.pth')
+    torch.save({'state_dict': state, 'meta': {'cfg': 'img_size=(16, 32)'}}, path)
+    model = tiny('vit_tiny_patch16_224')
+    start_from(model, path)  # of 2 x 4 positions, which are no square
+    assert model.pos_embed.shape == (1, 17, 12)
+    torch.testing.assert_close(model.cls_token.detach(), state['cls_token'], rtol=0, atol=0)
+
+
+def test_layers_begin_a_new_training_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(checkpoint, 'print_log', lambda line, logger: lines.append(line))
+    finished = tiny('vit_tiny_stablemoe', num_experts=2)
+    distilled = finished.blocks[1].mlp.router.distilled
+    distilled.freeze()
+    with torch.no_grad():
+        distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
+    path = str(tmp_path / 'finished.pth')
+    torch.save(finished.state_dict(), path)
+    model = tiny('vit_tiny_stablemoe', num_experts=2)
+    start_from(model, path)
+    loaded = model.blocks[1].mlp.router.distilled
+    assert not loaded.frozen and loaded.steps == 0
+    # what the frozen router had learned is where learning begins
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(images), finished(images))
+    number = len(finished.state_dict())
+    assert lines == [
+        f'{path}: the head is the one of the checkpoint',
+        f'{path}: loaded {number} of the {number} tensors of the model',
+        f'{path}: 1 layers that were frozen learn to route again, in a first stage',
+    ]

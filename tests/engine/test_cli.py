@@ -67,6 +67,15 @@ def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> Non
     assert list(trained.glob('*/vis_data/events.out.tfevents*'))
 
 
+def test_training_starts_from_the_weights_of_another_run(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    options = [f'model.checkpoint={trained / "epoch_2.pth"}', 'train_cfg.max_epochs=1']
+    train([config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *options])
+    (log,) = (tmp_path / 'w').glob('*/*.log')
+    assert 'epoch_2.pth: the head is the one of the checkpoint' in log.read_text()
+
+
 def test_log_shows_time_left_and_one_line_per_layer_and_epoch(trained: Path) -> None:
     (log,) = trained.glob('*/*.log')
     lines = log.read_text().splitlines()

@@ -10,27 +10,8 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError
-from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook, misfit
+from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook
 from vqmoe_vision.engine.routing import RoutingStatistics
-
-
-def test_misfit_is_empty_for_the_same_model_wrapped_for_data_parallel_training() -> None:
-    state = nn.Linear(2, 3).state_dict()
-    assert misfit(state, {f'module.{name}': value for name, value in state.items()}) == ''
-
-
-def test_misfit_names_keys_and_shapes() -> None:
-    expected = {'a': torch.zeros(2), 'head.weight': torch.zeros(100, 4)}
-    loaded = {'b': torch.zeros(1), 'head.weight': torch.zeros(10, 4)}
-    assert misfit(expected, loaded) == (
-        'missing keys: a; unexpected keys: b; '
-        'shapes: head.weight is (10, 4), the model has (100, 4)'
-    )
-
-
-def test_misfit_stays_one_short_line() -> None:
-    expected = {str(i): torch.zeros(1) for i in range(9)}
-    assert misfit(expected, {}) == 'missing keys: 0, 1, 2 and 6 more'
 
 
 def stub_runner(norm: float, weight: float, hooks: Sequence[Hook] = ()) -> Any:

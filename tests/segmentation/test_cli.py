@@ -14,9 +14,9 @@ import torch
 from mmengine.runner import Runner
 
 from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
-from vqmoe_vision.segmentation.checkpoint import read_state
 from vqmoe_vision.segmentation.cli import predict as predict_cli
 from vqmoe_vision.segmentation.inference import Predictor
 

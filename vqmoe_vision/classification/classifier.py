@@ -7,10 +7,13 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.moe.config import check
 
 
 @MODELS.register_module()
@@ -25,6 +28,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`.
         label_smoothing: Share of the target that is spread over all classes.
         data_preprocessor: mmengine's; by default moves the batch to the device.
+        checkpoint: File for a vision transformer to start from, with any number of classes: of a
+            classification or segmentation run of this package (.pth), of timm (.pth or
+            .safetensors), or of mmseg's ViT (.pth). Read when training starts, not for tests.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments of `timm.create_model`.
@@ -41,6 +47,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         data_preprocessor: dict | nn.Module | None = None,
+        checkpoint: str | None = None,
         moe: dict[str, Any] | None = None,
         extra_mlps: int = 0,
         **model_kwargs: Any,
@@ -50,6 +57,10 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.model = create_model(
             model_name, moe, extra_mlps, num_classes=num_classes, **model_kwargs
         )
+        fits = checkpoint is None or isinstance(self.model, VisionTransformer)
+        allowed = f"None, {model_name} is not one of timm's VisionTransformers"
+        check(fits, 'checkpoint', checkpoint, allowed)
+        self.checkpoint = checkpoint
         self.mixup = None
         self.criterion: nn.Module
         if mixup is not None:
@@ -61,7 +72,16 @@ class Classifier(MoeTrainingMixin, BaseModel):
             self.criterion = nn.CrossEntropyLoss()
 
     def init_weights(self) -> None:
-        """Does nothing: timm has initialised the model, mmengine would do it a second time."""
+        """Loads the checkpoint, if there is one, for a new training.
+
+        Nothing else: timm has initialised the model, mmengine would do it a second time.
+
+        Raises:
+            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
+        """
+        if self.checkpoint is not None:
+            assert isinstance(self.model, VisionTransformer)
+            start_from(self.model, self.checkpoint)
 
     @property
     def routed_model(self) -> nn.Module:

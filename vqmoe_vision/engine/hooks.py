@@ -8,6 +8,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.models.transfer import misfit
 from vqmoe_vision.moe import start_training, update_state
 
 from .model import NonFiniteError, unwrapped
@@ -177,35 +178,3 @@ class ClassCountHook(Hook):
                 f'model.num_classes={model.num_classes}, but the data set has {len(classes)} '
                 f'classes ({", ".join(classes[:3])}, ...)'
             )
-
-
-def misfit(expected: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> str:
-    """What keeps a state dict from being loaded, in words; empty if nothing does.
-
-    Args:
-        expected: State dict of the model.
-        loaded: State dict of the checkpoint; a leading `module.` in its keys is ignored.
-    """
-    loaded = {name.removeprefix('module.'): value for name, value in loaded.items()}
-    shapes = [
-        f'{name} is {tuple(loaded[name].shape)}, the model has {tuple(value.shape)}'
-        for name, value in expected.items()
-        if name in loaded and loaded[name].shape != value.shape
-    ]
-    parts = {
-        'missing keys': [name for name in expected if name not in loaded],
-        'unexpected keys': [name for name in loaded if name not in expected],
-        'shapes': shapes,
-    }
-    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
-
-
-def shorten(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are.
-
-    Args:
-        names: What to list.
-        limit: How many to write out.
-    """
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + more

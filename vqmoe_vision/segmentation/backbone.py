@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.moe import restart
-
-from .checkpoint import fit_state, read_image_sizes, read_state
 
 # Files of timm, and ours, whose models are `VisionTransformer`s.
 _MODULES = ('vision_transformer', 'deit', 'vit_moe')
@@ -71,7 +68,7 @@ class TimmViT(BaseModule):
         self.checkpoint = checkpoint
 
     def init_weights(self) -> None:
-        """Loads the checkpoint, if there is one; StableMoE starts with stage 1 again.
+        """Loads the checkpoint, if there is one, for a new training.
 
         Nothing else: timm has initialised the model, and mmengine's way would do it a second time,
         over weights that `pretrained` has loaded.
@@ -79,14 +76,8 @@ class TimmViT(BaseModule):
         Raises:
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
-        if self.checkpoint is None:
-            return
-        path = self.checkpoint
-        state, notes = fit_state(self.model, read_state(path), path, read_image_sizes(path))
-        self.model.load_state_dict(state, strict=False)
-        notes += [f'{path}: {note}' for note in restart(self.model)]
-        for note in notes:
-            print_log(note, logger='current')
+        if self.checkpoint is not None:
+            start_from(self.model, self.checkpoint)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps; (B, 3, H, W) -> (B, width, ceil(H / patch), ceil(W / patch)) each."""

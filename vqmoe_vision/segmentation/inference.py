@@ -15,10 +15,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.registry import DATASETS, MODELS
 
+from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.hooks import misfit
-
-from .checkpoint import read_state
+from vqmoe_vision.models.transfer import misfit
 
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
