@@ -27,9 +27,7 @@ says, and starts as SMoE's. The code vector passes a LayerNorm of its own before
 EMA codebook with a data-dependent start and replacement of dead codes, as the paper's own collapses
 on tokens with a common mean (`codebook='plain'`).
 
-The 'official' preset follows the authors' code as released: untrained router, plain codebook,
-0.90 x + 0.05 v, norms on both sides. Of theirs it lacks the unit-length rows of the frozen router,
-ReLU in the experts, and the one weight that their two norms share.
+The 'official' preset is the released code; docs/methods.md names what it lacks of it.
 
 Legend: T tokens, D width, E experts, M codes.
 """
@@ -37,22 +35,21 @@ Legend: T tokens, D width, E experts, M codes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..branches import Branch, branch_statistics, run_branches
 from ..codebook_learning import CODEBOOKS
 from ..config import MoeConfig, check, check_weights
-from ..dispatch import run_experts
 from ..experts import Experts
-from ..grouped_linear import compute_dtype
 from ..host import Host
 from ..layer import MoeLayer
 from ..losses import token_mean
-from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
-from ..routing import Routing, expert_load, full_precision
+from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, build_quantizer
+from ..routing import Routing, full_precision
 from .smoe import SMoEConfig, SMoERouter
 
 FORMS = ('full', 'discrete', 'continuous')
@@ -122,18 +119,11 @@ class VQMoEConfig(MoeConfig):
         check(0 <= self.code_share <= 1, 'code_share', self.code_share, 'between 0 and 1')
         check_weights(self, 'commitment', 'vq_weight', 'balance_weight')
         codes = self.num_codes
-        check(
-            codes is None or (codes >= self.num_experts and codes % self.num_experts == 0),
-            'num_codes',
-            codes,
-            f'a positive multiple of num_experts={self.num_experts}, or None for one per expert',
-        )
-        check(
-            self.train_router or self.balance_weight == 0,
-            'balance_weight',
-            self.balance_weight,
-            '0 with train_router=False',
-        )
+        valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
+        multiple = f'a positive multiple of num_experts={self.num_experts}'
+        check(valid, 'num_codes', codes, f'{multiple}, or None for one per expert')
+        balance, valid = self.balance_weight, self.train_router or self.balance_weight == 0
+        check(valid, 'balance_weight', balance, '0 with train_router=False')
 
     def unused(self) -> dict[str, str]:
         """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
@@ -156,13 +146,9 @@ class ContinuousRouter(SMoERouter):
     """
 
     def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
+        silent: dict[str, Any] = {'router_noise': 0.0, 'importance_weight': 0.0, 'load_weight': 0.0}
         options = SMoEConfig(
-            num_experts=config.num_experts,
-            top_k=1,
-            router_noise=0.0,
-            importance_weight=0.0,
-            load_weight=0.0,
-            balance_weight=config.balance_weight,
+            num_experts=config.num_experts, top_k=1, balance_weight=config.balance_weight, **silent
         )
         super().__init__(in_features, options, **factory)
         self.weight.requires_grad_(config.train_router)
@@ -174,14 +160,6 @@ class ContinuousRouter(SMoERouter):
         if self.train_router:
             return routing
         return replace(routing, weights=torch.ones_like(routing.weights))
-
-
-class Branch(NamedTuple):
-    """What one branch asks of the experts: (T, D) inputs, (T,) experts, (T, 1) weights."""
-
-    inputs: Tensor
-    experts: Tensor
-    weights: Tensor
 
 
 class VQMoEMlp(MoeLayer):
@@ -201,7 +179,7 @@ class VQMoEMlp(MoeLayer):
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
         self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
-        self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
+        self.quantizer = build_quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
         self.gate = nn.Linear(in_features, 2, **factory) if config.form == 'full' else None
@@ -233,8 +211,12 @@ class VQMoEMlp(MoeLayer):
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized)
         gates = self.gates(precise)
-        out = self._run_experts(branches, gates)
-        self.record(losses, {**self._loads(branches, gates), **stats})
+        out = run_branches(self.experts, branches, gates, self.output_norm)
+        if self.listens:
+            stats |= branch_statistics(self.experts.num_experts, branches)
+            if gates is not None:
+                stats['gate_continuous'] = token_mean(gates[:, 0].detach())
+        self.record(losses, stats)
         return out.view(x.shape)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
@@ -244,34 +226,6 @@ class VQMoEMlp(MoeLayer):
         with full_precision(tokens):
             logits = F.linear(tokens.float(), self.gate.weight.float(), self.gate.bias.float())
             return logits.softmax(dim=-1)
-
-    def _run_experts(self, branches: list[Branch], gates: Tensor | None) -> Tensor:
-        weights = torch.cat([branch.weights for branch in branches], dim=1)
-        if gates is not None:
-            weights = weights * gates
-        indices = torch.stack([branch.experts for branch in branches], dim=1)
-        # one sort, and one pass over the experts' weights, for the inputs of all branches
-        dtype = compute_dtype(branches[0].inputs)
-        inputs = torch.stack([branch.inputs.to(dtype) for branch in branches], dim=1).flatten(0, 1)
-        if self.output_norm is None:
-            return run_experts(self.experts, inputs, Routing(indices, weights))
-        each = Routing(indices.view(-1, 1), torch.ones_like(weights).view(-1, 1))
-        answers = list(
-            run_experts(self.experts, inputs, each).unflatten(0, indices.shape).unbind(1)
-        )
-        answers[-1] = self.output_norm(answers[-1]).to(dtype)
-        pairs = zip(answers, weights.to(dtype).split(1, dim=1), strict=True)
-        return torch.stack([answer * weight for answer, weight in pairs]).sum(dim=0)
-
-    def _loads(self, branches: list[Branch], gates: Tensor | None) -> dict[str, Tensor]:
-        if not self.listens:
-            return {}
-        experts = torch.stack([branch.experts for branch in branches], dim=1)
-        stats = {'load': expert_load(experts, self.experts.num_experts)}
-        if gates is not None:
-            stats['agreement'] = token_mean((experts[:, 0] == experts[:, 1]).float())
-            stats['gate_continuous'] = token_mean(gates[:, 0].detach())
-        return stats
 
     def apply_update(self) -> bool:
         """Let the codebook learn from what it observed."""
@@ -292,13 +246,6 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             return state
         return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
-
-
-def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
-    num_codes = config.num_codes or config.num_experts
-    codebook = CODEBOOKS[config.codebook](num_codes, in_features, config.commitment, **factory)
-    norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-    return Quantizer(codebook, norm, config.expert_input, config.code_share)
 
 
 def build(
