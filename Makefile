@@ -4,7 +4,8 @@ VENV   ?= .venv
 # Passed on to pytest, for example: make test PYTEST_ARGS="tests/moe -x"
 PYTEST_ARGS ?=
 TIMM_SIZES   ?= tiny small base large
-TIMM_METHODS ?= vqmoe softmoe smoe stablemoe xmoe
+# empty: all of the table of methods
+TIMM_METHODS ?=
 
 # Threads that wait at a barrier sleep: spinning, as is the default, makes training several times
 # slower as soon as anything else runs on the machine.
@@ -53,7 +54,9 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	    touch $$src/.complete; \
 	fi; \
 	python=$$(cd $(BIN) && pwd)/python; cd $$src; \
-	for size in $(TIMM_SIZES); do for method in $(TIMM_METHODS); do \
+	methods="$(TIMM_METHODS)"; \
+	: $${methods:=$$($$python -c 'from vqmoe_vision.moe import METHODS; print(*METHODS)')}; \
+	for size in $(TIMM_SIZES); do for method in $$methods; do \
 	    echo "vit_$${size}_$$method"; \
 	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
 	        -k vit_$${size}_$$method $(PYTEST_ARGS); \

@@ -1,6 +1,7 @@
 """The package as a whole: which part may import which, and what the base install needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_the_package_imports_no_tool() -> None:
         package = '.'.join(path.relative_to(PACKAGE.parent).parent.parts)
         names = imported_names(path.read_text(), package)
         assert not {name.partition('.')[0] for name in names} & tools, path
+
+
+def test_no_module_but_the_table_imports_a_method() -> None:
+    methods = PACKAGE / 'moe' / 'methods'
+    names = {path.stem for path in methods.glob('*.py')} - {'__init__'}
+    pattern = re.compile(
+        rf'methods\.({"|".join(names)})\b|methods import .*\b({"|".join(names)})\b'
+    )
+    found = [
+        f'{path.relative_to(PACKAGE)}: {match[0]}'
+        for path in PACKAGE.rglob('*.py')
+        if path.parent != methods
+        for match in pattern.finditer(path.read_text())
+    ]
+    assert found == []
 
 
 def test_every_part_has_a_layer() -> None:

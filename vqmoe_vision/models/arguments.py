@@ -50,18 +50,11 @@ def check_vit_arguments(kwargs: dict[str, Any]) -> None:
     dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
     check(dim >= 1, 'embed_dim', dim, 'at least 1')
     check(heads >= 1 and dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
-    check(
-        not kwargs.get('scale_mlp_norm'),
-        'scale_mlp_norm',
-        kwargs.get('scale_mlp_norm'),
-        'False, experts have no norm between their layers',
-    )
-    check(
-        kwargs.get('mlp_layer') in (None, Mlp),
-        'mlp_layer',
-        kwargs.get('mlp_layer'),
-        "timm's Mlp, whose layout experts have",
-    )
+    for name, possible, allowed in (
+        ('scale_mlp_norm', (None, False), 'False, experts have no norm between their layers'),
+        ('mlp_layer', (None, Mlp), "timm's Mlp, whose layout experts have"),
+    ):
+        check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
     image, patch = to_2tuple(kwargs.get('img_size', 224)), to_2tuple(kwargs.get('patch_size', 16))
     check(min(patch) >= 1, 'patch_size', kwargs.get('patch_size', 16), 'at least 1')
     check(min(image) >= 1, 'img_size', kwargs.get('img_size', 224), 'at least 1')

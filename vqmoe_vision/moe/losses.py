@@ -78,8 +78,8 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
     """
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
-    chance = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
-    return squared_variation(token_mean(chance))
+    probability = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
+    return squared_variation(token_mean(probability))
 
 
 def router_z(logits: Tensor) -> Tensor:

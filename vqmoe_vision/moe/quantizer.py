@@ -14,17 +14,11 @@ Legend: T tokens, D width, M codes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
 from .codebook import Codebook, Quantized
-from .codebook_learning import CODEBOOKS
 from .routing import expert_load
-
-if TYPE_CHECKING:
-    from .methods.vqmoe import VQMoEConfig
 
 EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
@@ -90,11 +84,3 @@ class Quantizer(nn.Module):
         }
         left_out = self.codebook.observe(tokens, quantized.indices) if self.training else None
         return stats if left_out is None else {**stats, 'nonfinite_tokens': left_out}
-
-
-def build_quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
-    """Quantizer for tokens of width `in_features`."""
-    num_codes = config.num_codes or config.num_experts
-    codebook = CODEBOOKS[config.codebook](num_codes, in_features, config.commitment, **factory)
-    norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-    return Quantizer(codebook, norm, config.expert_input, config.code_share)

@@ -37,7 +37,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
         if not isinstance(self.backbone, TimmViT):
             found = type(self.backbone).__name__
-            raise ValueError(f"backbone.type={found!r} must be 'TimmViT'; others: EncoderDecoder")
+            raise ValueError(
+                f"backbone.type={found!r} must be 'TimmViT'; mmseg's EncoderDecoder takes others"
+            )
         if self._neck is not None:
             width = self.backbone.model.embed_dim
             levels = [width] * len(self.backbone.out_indices)

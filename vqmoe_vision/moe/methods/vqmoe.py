@@ -48,7 +48,7 @@ from ..experts import Experts
 from ..host import Host
 from ..layer import MoeLayer
 from ..losses import token_mean
-from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, build_quantizer
+from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
 from ..routing import Routing, full_precision
 from .smoe import SMoEConfig, SMoERouter
 
@@ -179,7 +179,7 @@ class VQMoEMlp(MoeLayer):
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
         self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
-        self.quantizer = build_quantizer(in_features, config, **factory) if discrete else None
+        self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
         self.gate = nn.Linear(in_features, 2, **factory) if config.form == 'full' else None
@@ -246,6 +246,13 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             return state
         return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
+
+
+def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
+    num_codes = config.num_codes or config.num_experts
+    codebook = CODEBOOKS[config.codebook](num_codes, in_features, config.commitment, **factory)
+    norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
+    return Quantizer(codebook, norm, config.expert_input, config.code_share)
 
 
 def build(
