@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_vision.moe import METHODS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -34,3 +36,9 @@ def test_readme_shows_python() -> None:
 
 def test_links_lead_to_files() -> None:
     assert [link for link in LINK.findall(README.read_text()) if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_has_its_row_and_its_section(method: str) -> None:
+    assert f'| `vit_*_{method}` |' in README.read_text()
+    assert f'`methods/{method}.py`\n' in (ROOT / 'docs' / 'methods.md').read_text()
