@@ -41,6 +41,14 @@ def test_every_statistic_of_a_layer_is_averaged_and_reported() -> None:
     assert statistics.report() == [f'a  {load}  new 0.75', f'b  {load}']
 
 
+def test_values_that_are_not_finite_are_left_out() -> None:
+    statistics = RoutingStatistics()
+    statistics.add({'a/error': torch.tensor(0.5), 'a/bad': torch.tensor(torch.nan)})
+    statistics.add({'a/error': torch.tensor(torch.inf), 'a/bad': torch.tensor(torch.nan)})
+    statistics.add({'a/error': torch.tensor(1.0), 'a/bad': torch.tensor(torch.nan)})
+    assert statistics.summary() == {'a/error': 0.75, 'a/bad': 0.0}
+
+
 def test_reset_forgets() -> None:
     statistics = RoutingStatistics()
     statistics.add({'a/load': torch.ones(2) / 2})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity
+from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
 from vqmoe_vision.moe.grouped_linear import grouped_linear
 
@@ -92,20 +93,26 @@ def test_a_dense_timm_model_counts_too() -> None:
 
 # Default tiny layers: expert of 32 x 128: 32 * 128 + 128 + 128 * 32 + 32 = 8352 parameters, eight
 # of them in each of two MoE blocks. Idle experts per block:
-@pytest.mark.parametrize(
-    ('method', 'options', 'idle'),
-    [
-        ('smoe', {}, 6),
-        ('smoe', {'top_k': 8}, 0),
-        ('xmoe', {}, 7),
-        ('stablemoe', {}, 7),
-        ('stablemoe', {'preset': 'group'}, 6),
-        ('softmoe', {}, 0),
-        ('vqmoe', {}, 6),
-        ('vqmoe', {'form': 'discrete'}, 7),
-        ('vqmoe', {'num_experts': 1}, 0),
-    ],
-)
+IDLE = [
+    ('smoe', {}, 6),
+    ('smoe', {'top_k': 8}, 0),
+    ('xmoe', {}, 7),
+    ('stablemoe', {}, 7),
+    ('stablemoe', {'preset': 'group'}, 6),
+    ('softmoe', {}, 0),
+    ('vqmoe', {}, 6),
+    ('vqmoe', {'form': 'discrete'}, 7),
+    ('vqmoe', {'num_experts': 1}, 0),
+    ('ecmoe', {}, 6),
+    ('ecmoe', {'capacity_factor': 1.0}, 7),
+]
+
+
+def test_every_method_is_counted() -> None:
+    assert {method for method, *_ in IDLE} == METHODS.keys()
+
+
+@pytest.mark.parametrize(('method', 'options', 'idle'), IDLE)
 def test_active_parameters_leave_idle_experts_out(
     make_tiny, method: str, options: dict, idle: int
 ) -> None:

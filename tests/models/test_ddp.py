@@ -23,10 +23,15 @@ from vqmoe_vision.moe import METHODS, start_training
 WORLD = 2
 
 
+# no mean over the tokens of a batch: shares and their products
+NO_MEANS = ('importance_weight', 'load_weight', 'balance_weight', 'router_noise')
+
+
 def means_only(method: str) -> dict[str, float]:
-    """Options without losses, some of which are no mean, and without noise, drawn on every rank."""
+    """Options without the losses that are no mean over tokens, and without noise, but with z."""
     names = METHODS[method].config.option_names()
-    return {name: 0.0 for name in names if name.endswith(('_weight', '_noise'))}
+    options = {name: 0.0 for name in NO_MEANS if name in names}
+    return {**options, **({'z_weight': 0.1} if 'z_weight' in names else {})}
 
 
 class TrainStep(nn.Module):

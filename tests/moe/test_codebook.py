@@ -26,6 +26,7 @@ from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
 M, D = 6, 8
+ZERO = torch.tensor(0)  # updates before
 every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
 STARTED = [name for name, cls in CODEBOOKS.items() if cls in (EmaCodebook, GradientCodebook)]
 
@@ -590,7 +591,7 @@ def test_the_sample_covers_all_positions_of_a_grid_of_patches():
     # 64 images of 16 x 16 patches: a stride of 16 would take the left column only
     positions = torch.arange(256).repeat(64)
     x = positions[:, None].float().expand(-1, 2) + 1
-    sample = code_usage(x, positions % M, M, 0).sample[:, 0] - 1
+    sample = code_usage(x, positions % M, M, ZERO, 0).sample[:, 0] - 1
     assert len(sample) == SAMPLE_SIZE
     # 1024 draws of 256 positions: 4 each on average; none with probability e^-4, so about 5 of 256
     assert len(sample.unique()) > 240
@@ -599,11 +600,23 @@ def test_the_sample_covers_all_positions_of_a_grid_of_patches():
     assert columns.min() > 32 and columns.max() < 96
 
 
+def test_every_update_samples_other_places():
+    book = make('ema')
+    places = torch.arange(4.0 * SAMPLE_SIZE)[:, None].expand(-1, D)
+    seen = []
+    for _ in range(2):
+        book.observe(places, torch.zeros(len(places), dtype=torch.int64))
+        seen.append(set(book._pending.sample[:, 0].tolist()))
+        book.update()
+    # a quarter of the places each: a quarter of 1024 is in both by chance, +- 14
+    assert 200 < len(seen[0] & seen[1]) < 312
+
+
 def test_a_sample_of_several_passes_takes_of_each():
     x = torch.randn(3 * SAMPLE_SIZE, D)
     usage = None
     for number, part in enumerate(x.chunk(3)):
-        seen = code_usage(part, torch.zeros(len(part), dtype=torch.int64), M, number)
+        seen = code_usage(part, torch.zeros(len(part), dtype=torch.int64), M, ZERO, number)
         usage = seen if usage is None else usage.merged(seen)
     origin = [(x == token).all(dim=1).nonzero().item() // SAMPLE_SIZE for token in usage.sample]
     # 341 +- 15 of each pass
@@ -655,9 +668,12 @@ def run_rank(rank, folder):
     )
     x = next(iter(batches()))
     part, indices = x[rank::WORLD], (x[rank::WORLD, 0] > 0).long()
-    usage = code_usage(part, indices, M, 0).over_ranks()
+    usage = code_usage(part, indices, M, ZERO, 0).over_ranks()
     joint = (usage.counts, usage.token_sums, usage.sample)
-    torch.save((trained(rank), joint), f'{folder}/{rank}.pt')
+    places = torch.arange(4.0 * SAMPLE_SIZE)[:, None].expand(-1, D)
+    nothing = torch.zeros(len(places), dtype=torch.int64)
+    own = code_usage(places, nothing, M, ZERO, 0).sample[:, 0]
+    torch.save((trained(rank), joint, own), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
@@ -667,9 +683,12 @@ def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
     for name in CODEBOOKS:
         assert same(ranks[0][0][name], ranks[1][0][name]), name
     x = next(iter(batches()))
-    single = code_usage(x, (x[:, 0] > 0).long(), M, 0)
+    single = code_usage(x, (x[:, 0] > 0).long(), M, ZERO, 0)
     counts, sums, sample = ranks[0][1]
     assert torch.equal(counts, single.counts)
     torch.testing.assert_close(sums, single.token_sums)
+    # ranks draw apart: a quarter of the places each, so a quarter of 1024 in both, +- 14
+    both = set(ranks[0][2].tolist()) & set(ranks[1][2].tolist())
+    assert 200 < len(both) < 312
     # all 300 tokens fit the sample: the same ones, in another order
     assert torch.equal(sample.sort(dim=0).values, single.sample.sort(dim=0).values)

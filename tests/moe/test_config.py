@@ -104,6 +104,12 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('vqmoe', {'expert_input': 'ste', 'code_share': 0.9}, 'code_share'),
         # also if the value is the default
         ('vqmoe', {'expert_input': 'ste', 'code_share': 0.05}, 'code_share'),
+        (
+            'vqmoe',
+            {'form': 'discrete', 'expert_input': 'ste', 'code_share': 0.3},
+            'code_share',
+        ),
+        ('vqmoe', {'vq_weight': 0.0, 'commitment': 3.0}, 'commitment'),
         ('stablemoe', {'stage1_steps': 7, 'stage1_fraction': 0.1}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 2, 'stage1_steps': 7}, 'stage1_steps'),
         ('xmoe', {'balance_weight': 0.0, 'balance_temperature': 9.0}, 'balance_temperature'),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -147,3 +148,35 @@ def test_a_model_that_was_moved_is_updated_where_it_is_now() -> None:
     model.bias.grad = torch.zeros(E, OUT, dtype=torch.float64)
     optimizer.step()
     assert not torch.equal(model.weight, before)
+
+
+def test_a_closure_makes_its_gradients_on_the_parameters() -> None:
+    torch.manual_seed(0)
+    model = StackedLinear(E, IN, OUT)
+    twin = copy.deepcopy(model)
+    rows, ends = torch.randn(20, IN), torch.tensor([5, 9, 15, 20], dtype=torch.int32)
+    stepped, plain = (per_expert(make(m, 'lamb'), m) for m in (model, twin))
+
+    def closure() -> torch.Tensor:
+        stepped.zero_grad()
+        loss = model(rows, ends).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        expected = twin(rows, ends).square().mean()
+        plain.zero_grad()
+        expected.backward()
+        plain.step()
+        assert torch.equal(stepped.step(closure), expected)
+    assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
+
+
+def test_gradients_are_freed_by_zero_grad() -> None:
+    model = StackedLinear(E, IN, OUT)
+    optimizer = per_expert(make(model, 'lamb'), model)
+    model.weight.grad = torch.randn(E, OUT, IN)
+    gradient = weakref.ref(model.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gradient() is None

@@ -112,7 +112,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         raise ValueError(f"mode={mode!r} must be 'tensor', 'predict' or 'loss'")
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each auxiliary loss, then the task's, then statistics that are only logged.
+        """Each auxiliary loss, then the task's, then the accuracy, which is only logged.
 
         Args:
             inputs: (B, 3, H, W) normalised images.

@@ -10,8 +10,10 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.models.transfer import misfit
 from vqmoe_vision.moe import start_training, update_state
+from vqmoe_vision.moe.statistics import summarize
 
 from .model import NonFiniteError, unwrapped
+from .routing import lines_of
 
 
 @HOOKS.register_module()
@@ -60,10 +62,11 @@ class MoeStateHook(Hook):
 
     def _report(self, runner: Runner, mode: str) -> dict[str, float]:
         statistics = unwrapped(runner).routing_statistics
-        summary = statistics.summary()
-        for line in statistics.report():
-            runner.logger.info(f'{mode}  {line}')
+        means = statistics.means()
         statistics.reset()
+        summary = summarize(means)
+        for line in lines_of(means):
+            runner.logger.info(f'{mode}  {line}')
         scalars = {f'{mode}/{name}': value for name, value in summary.items()}
         if scalars and mode != 'test':
             runner.visualizer.add_scalars(scalars, step=runner.iter)

@@ -38,6 +38,10 @@ class MoeLogProcessor(LogProcessor):
         text = re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
         statistics = getattr(unwrapped(runner), 'logged_statistics', None)
         if mode == 'train' and statistics is not None:
-            scalars |= statistics.summary()
+            summary = statistics.summary()
             statistics.reset()
+            scalars |= summary
+            left_out = [v for n, v in summary.items() if n.endswith('/nonfinite_tokens')]
+            if any(left_out):
+                sums['nonfinite_tokens'] = sum(left_out)
         return scalars, text + ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())

@@ -1,7 +1,7 @@
 """Routing statistics over many batches: the honest count of experts that nothing reaches."""
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_gather_object, all_reduce
 
 from vqmoe_vision.moe.statistics import describe, summarize
 
@@ -10,13 +10,13 @@ class RoutingStatistics:
     """Averages what MoE layers report over an epoch, a validation pass, or between two log lines.
 
     An expert is unused when nothing was assigned to it in all that time; an expert that one batch
-    does not use is no such thing. Batches count alike, whatever their size. Nothing is read from
-    the device before somebody asks.
+    does not use is no such thing. Batches count alike, whatever their size; a value that is not
+    finite is left out. Nothing is read from the device before somebody asks.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, torch.Tensor] = {}
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -31,13 +31,35 @@ class RoutingStatistics:
         """
         for name, value in stats.items():
             value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            finite = value.isfinite().all()
+            value = torch.where(finite, value, 0.0)
+            if name in self._sums:
+                value = value + self._sums[name]
+                finite = finite + self._counts[name]
+            self._sums[name], self._counts[name] = value, finite.double()
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Averages over everything added, on all ranks, by name; empty without MoE layers."""
+        """Averages over everything added, on all ranks, by name; empty without MoE layers.
+
+        Every rank has to ask. Ranks may have seen different statistics, or none.
+        """
+        shapes: dict[str, torch.Size] = {}
+        for of_rank in all_gather_object({name: v.shape for name, v in self._sums.items()}):
+            shapes |= of_rank
+        if not shapes:
+            return {}
+        device = next((value.device for value in self._sums.values()), None)
+        sums = [self._sums.get(n, torch.zeros(s, device=device)) for n, s in shapes.items()]
+        counts = [self._counts.get(n, torch.zeros((), device=device)) for n in shapes]
+        # one reduction for all
+        flat = torch.cat([value.double().reshape(-1) for value in (*sums, *counts)])
+        all_reduce(flat)
+        parts = flat.split([value.numel() for value in (*sums, *counts)])
         return {
-            name: _mean_over_ranks(total / self._counts[name]) for name, total in self._sums.items()
+            name: total.view(shape) / count.view(()).clamp(min=1)
+            for (name, shape), total, count in zip(
+                shapes.items(), parts[: len(sums)], parts[len(sums) :], strict=True
+            )
         }
 
     def summary(self) -> dict[str, float]:
@@ -45,15 +67,18 @@ class RoutingStatistics:
         return summarize(self.means())
 
     def report(self) -> list[str]:
-        """One line per layer to read: `blocks.1.mlp  load 0.083..0.172 ... unused 0/8`."""
-        by_layer: dict[str, dict[str, torch.Tensor]] = {}
-        for name, value in self.means().items():
-            layer, _, kind = name.rpartition('/')
-            by_layer.setdefault(layer, {})[kind] = value
-        return [f'{layer}  {describe(stats)}' for layer, stats in by_layer.items()]
+        """One line per layer to read, see `lines_of`."""
+        return lines_of(self.means())
 
 
-def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    value = value.clone()
-    all_reduce(value, op='mean')
-    return value
+def lines_of(means: dict[str, torch.Tensor]) -> list[str]:
+    """One line per layer: `blocks.1.mlp  load 0.083..0.172 perplexity 7.71 unused 0/8`.
+
+    Args:
+        means: By name, as `RoutingStatistics.means`.
+    """
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in means.items():
+        layer, _, kind = name.rpartition('/')
+        by_layer.setdefault(layer, {})[kind] = value
+    return [f'{layer}  {describe(stats)}' for layer, stats in by_layer.items()]

@@ -38,8 +38,8 @@ def kmeans(sample: Tensor, num_codes: int) -> Tensor:
     for _ in range(num_codes - 1):
         distance = torch.cdist(sample, codes).min(dim=1).values.cpu()
         # over the largest: squares of large distances have no finite sum
-        chances = (distance / distance.max().clamp(min=1e-30)).square() + 1e-12
-        pick = torch.multinomial(chances, 1, generator=generator)
+        weights = (distance / distance.max().clamp(min=1e-30)).square() + 1e-12
+        pick = torch.multinomial(weights, 1, generator=generator)
         codes = torch.cat([codes, sample[pick.to(sample.device)]])
     for _ in range(KMEANS_ITERATIONS):
         members = F.one_hot(nearest_code(sample, codes), num_codes).to(sample.dtype)
@@ -106,11 +106,10 @@ class GradientCodebook(Codebook):
             How many tokens were left out, 0-dim float32.
         """
         before = self._pending
-        seen = code_usage(
-            x.detach().float(), indices, self.num_codes, before.num_passes if before else 0
-        )
+        number = 0 if before is None else before.num_passes
+        seen = code_usage(x.detach().float(), indices, self.num_codes, self.updates, number)
         self._pending = seen if before is None else before.merged(seen)
-        return len(x) - seen.num_tokens
+        return x.shape[0] - seen.num_tokens
 
     def discard(self) -> None:
         """Forget the observed passes."""
@@ -258,8 +257,8 @@ class CVQCodebook(GradientCodebook):
         rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.decay) - 1e-3)
         generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
         sample = usage.sample
-        chances = anchor_probabilities(self.codes(), sample).cpu()
-        picks = torch.multinomial(chances, 1, generator=generator)
+        probabilities = anchor_probabilities(self.codes(), sample).cpu()
+        picks = torch.multinomial(probabilities, 1, generator=generator)
         anchors = sample[picks.squeeze(1).to(sample.device)]
         self.embed.lerp_(anchors.to(self.embed.dtype), rate[:, None].to(self.embed.dtype))
         return True

@@ -69,40 +69,49 @@ class CodeUsage:
         return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], keys=keys, tokens=tokens)
 
 
-def code_usage(x: Tensor, indices: Tensor, num_codes: int, pass_number: int) -> CodeUsage:
+def code_usage(
+    x: Tensor, indices: Tensor, num_codes: int, updates: Tensor, pass_number: int
+) -> CodeUsage:
     """Usage in one forward pass, by tokens whose square is finite.
 
     Args:
         x: (T, D) float32 tokens.
         indices: (T,) int64, their codes.
         num_codes: M.
+        updates: How often the codebook has learned, 0-dim int64.
         pass_number: How many passes are in the usage that this one will be merged with.
     """
     usable = torch.linalg.vecdot(x, x).isfinite()
     x = x.masked_fill(~usable[:, None], 0)
     counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
     sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
-    keys = _random_keys(usable, pass_number).masked_fill(~usable, torch.inf)
+    keys = _random_keys(usable, updates, pass_number).masked_fill(~usable, torch.inf)
     return CodeUsage(counts, sums, *_smallest(keys, x))
 
 
 # An opaque operator: torch.compile knows no generators.
 @torch.library.custom_op('vqmoe_vision::random_keys', mutates_args=())
-def _random_keys(like: Tensor, pass_number: int) -> Tensor:
-    """Uniform keys; reproducible, new for each pass and rank, and the user's stream left alone."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    generator = torch.Generator().manual_seed((rank << 32) + pass_number)
-    return torch.rand(len(like), generator=generator).to(like.device)
+def _random_keys(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
+    """Uniform keys, new for each update, pass and rank; the user's stream is left alone.
+
+    Reproducible: a run that resumes draws what it would have drawn.
+    """
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    number = (int(updates) * 1000 + pass_number) * world_size + rank
+    # the generator looks at 32 bits
+    generator = torch.Generator().manual_seed(number % 2**32)
+    return torch.rand(like.shape[0], generator=generator).to(like.device)
 
 
 @_random_keys.register_fake
-def _(like: Tensor, pass_number: int) -> Tensor:
+def _(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
     return torch.empty_like(like, dtype=torch.float32)
 
 
 def _smallest(keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The S smallest keys and their tokens, filled up with infinite keys and zeros."""
-    missing = SAMPLE_SIZE - len(keys)
+    missing = SAMPLE_SIZE - keys.shape[0]
     if missing > 0:
         keys = torch.cat([keys, keys.new_full((missing,), torch.inf)])
         tokens = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])

@@ -36,6 +36,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     """
     flat = routing.indices
     if routing.kept is not None:
+        assert routing.tokens is None, 'an assignment that is not kept is left out instead'
         flat = flat.masked_fill(~routing.kept, experts.num_experts)
     dtype = compute_dtype(x)
     plan = make_plan(flat.reshape(-1), experts.num_experts, dtype)

@@ -37,7 +37,6 @@ _WHOLE_TENSOR = frozenset(
     }
 )
 _stacked_modules: WeakSet[nn.Module] = WeakSet()
-_taught: WeakSet[Optimizer] = WeakSet()
 
 
 def track_stacked(module: nn.Module) -> None:
@@ -66,8 +65,8 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     gradient scalers.
 
     Args:
-        optimizer: Any optimizer over parameters of `model`; it is changed in place. Wrap it before
-            its state is loaded, and inside timm's `Lookahead`.
+        optimizer: Any optimizer over parameters of `model`; it is changed in place. Teach it before
+            its state is loaded, a copy of it anew, and the one inside timm's `Lookahead`.
         model: Holds the experts.
 
     Returns:
@@ -75,13 +74,12 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """
     stacked = [p for m in model.modules() if m in _stacked_modules for p in m.parameters(False)]
     views = _ExpertViews(stacked)
-    optimizer.register_step_pre_hook(views.split)
+    optimizer.register_step_pre_hook(views.before_step)
     optimizer.register_step_post_hook(views.join)
     optimizer.register_state_dict_pre_hook(views.split)
     optimizer.register_state_dict_post_hook(views.join)
     optimizer.register_load_state_dict_pre_hook(views.split)
     optimizer.register_load_state_dict_post_hook(views.join)
-    _taught.add(optimizer)
     return optimizer
 
 
@@ -93,6 +91,26 @@ class _ExpertViews:
         self.owners = {views[0]: p for p, views in self.views.items()}
         self.others = {view for views in self.views.values() for view in views[1:]}
 
+    def before_step(
+        self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Split; a closure, which makes the gradients, runs on the parameters themselves."""
+        self.split(optimizer)
+        # the optimizer itself comes first
+        closure = args[1] if len(args) > 1 else kwargs.get('closure')
+        if closure is None:
+            return args, kwargs
+
+        def on_parameters() -> Any:
+            self.join(optimizer)
+            try:
+                return closure()
+            finally:
+                self.split(optimizer)
+
+        others = {name: value for name, value in kwargs.items() if name != 'closure'}
+        return (args[0], on_parameters, *args[2:]), others
+
     def split(self, optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             group['params'] = [part for p in group['params'] for part in self._parts(p)]
@@ -102,6 +120,9 @@ class _ExpertViews:
             group['params'] = [
                 self.owners.get(p, p) for p in group['params'] if p not in self.others
             ]
+        for views in self.views.values():
+            for view in views:
+                view.grad = None  # or it would keep the gradient of the whole parameter alive
 
     def _parts(self, parameter: Tensor) -> list[Tensor]:
         if parameter not in self.views:
@@ -116,7 +137,9 @@ class _ExpertViews:
 
 def _refuse(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     """Stop an optimizer that would mix the experts, before its first step."""
-    if optimizer in _taught or not mixes_experts(optimizer):
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    taught = any(isinstance(getattr(hook, '__self__', None), _ExpertViews) for hook in hooks)
+    if taught or not mixes_experts(optimizer):
         return
     stacked = {p for module in _stacked_modules for p in module.parameters(False)}
     if any(p in stacked for group in optimizer.param_groups for p in group['params']):

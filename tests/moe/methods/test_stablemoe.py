@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses, losses, restart, start_training
-from vqmoe_vision.moe.distilled_router import DISTILLED_WIDTH, DistilledRouter, read_patches
 from vqmoe_vision.moe.host import Host, RawPatches
+from vqmoe_vision.moe.methods._distilled_router import (
+    DISTILLED_WIDTH,
+    DistilledRouter,
+    read_patches,
+)
 from vqmoe_vision.moe.methods.stablemoe import StableMoEConfig, StableRouter
 
 D, E = 8, 4

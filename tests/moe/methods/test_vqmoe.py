@@ -7,8 +7,8 @@ from torch import nn
 
 from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.methods._quantizer import EXPERT_INPUTS, Quantizer
 from vqmoe_vision.moe.methods.vqmoe import FORMS
-from vqmoe_vision.moe.quantizer import EXPERT_INPUTS, Quantizer
 
 D, E = 8, 4
 SHARE = 0.3  # of the code; the default 0.05 would hide a mistake

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import MoeConfig
-from ..distilled_router import read_patches
 from ..host import ReadPatches
 from ..layer import MoeLayer
 from . import ecmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
+from ._distilled_router import read_patches
 
 
 @dataclass(frozen=True)

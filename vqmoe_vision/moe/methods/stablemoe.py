@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import TopKConfig, check, check_weights
-from ..distilled_router import DistilledRouter
-from ..embedding_router import EmbeddingRouter
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
+from ._distilled_router import DistilledRouter
+from ._embedding_router import EmbeddingRouter
 
 DEFAULT_STAGE1_STEPS = 6000  # of the paper's language model, where nobody says how long training is
 

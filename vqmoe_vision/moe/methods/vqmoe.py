@@ -15,7 +15,7 @@ One codebook; code q belongs to expert q mod E. The full form computes two exper
 top-2 router does; the discrete form computes one.
 
 The paper feeds the code itself to the expert (3); with M = E every expert then maps its one code to
-one constant. That and other readings are values of `expert_input`, see `quantizer.py`; the default
+one constant. That and other readings are values of `expert_input`, see `_quantizer.py`; the default
 was chosen by measurement, see docs/results.md.
 
 Where we differ: the paper's gate states no right-hand side for g_c + g_d, we follow the authors'
@@ -48,8 +48,8 @@ from ..experts import Experts
 from ..host import Host
 from ..layer import MoeLayer
 from ..losses import token_mean
-from ..quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
 from ..routing import Routing, full_precision
+from ._quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
 from .smoe import SMoEConfig, SMoERouter
 
 FORMS = ('full', 'discrete', 'continuous')
@@ -127,14 +127,18 @@ class VQMoEConfig(MoeConfig):
 
     def unused(self) -> dict[str, str]:
         """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
+        unused: dict[str, str] = {}
+        if self.vq_weight == 0:
+            unused['commitment'] = 'vq_weight=0'
+        if self.expert_input in FIXED_SHARES:
+            unused['code_share'] = f'expert_input={self.expert_input!r}'
         if self.form == 'discrete':
-            return dict.fromkeys(('balance_weight', 'train_router'), "form='discrete'")
+            unused |= dict.fromkeys(('balance_weight', 'train_router'), "form='discrete'")
         if self.form == 'continuous':
             discrete = ('num_codes', 'codebook', 'commitment', 'vq_weight', 'expert_input')
             names = (*discrete, 'code_share', 'input_norm', 'output_norm')
-            return dict.fromkeys(names, "form='continuous'")
-        fixed = self.expert_input in FIXED_SHARES
-        return {'code_share': f'expert_input={self.expert_input!r}'} if fixed else {}
+            unused |= dict.fromkeys(names, "form='continuous'")
+        return unused
 
 
 class ContinuousRouter(SMoERouter):
@@ -213,7 +217,7 @@ class VQMoEMlp(MoeLayer):
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm)
         if self.listens:
-            stats |= branch_statistics(self.experts.num_experts, branches)
+            stats = {**branch_statistics(self.experts.num_experts, branches), **stats}
             if gates is not None:
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
         self.record(losses, stats)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .codebook import Codebook, Quantized
-from .routing import expert_load
+from ..codebook import Codebook, Quantized
+from ..routing import expert_load
 
 EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TopKConfig
-from .routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
+from ..config import TopKConfig
+from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
 
 
 class EmbeddingRouter(TopKRouter):

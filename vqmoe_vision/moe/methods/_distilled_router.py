@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routing import init_orthogonal
+from ..routing import init_orthogonal
 
 CELLS = 4  # a patch is averaged to CELLS x CELLS cells before D sees it
 DISTILLED_WIDTH = 50  # of the paper
