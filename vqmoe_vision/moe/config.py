@@ -50,7 +50,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, str(field.type), getattr(self, field.name))
-        check(self.num_experts >= 1, 'num_experts', self.num_experts, 'at least 1')
+        self.require('num_experts', self.num_experts >= 1, 'at least 1')
         ratio = self.expert_mlp_ratio
         check(ratio is None or 0 < ratio < math.inf, 'expert_mlp_ratio', ratio, 'above 0, or None')
 
@@ -77,6 +77,10 @@ class MoeConfig:
             check(name not in options, name, options.get(name), f'it has no effect with {reason}')
         return config
 
+    def require(self, name: str, valid: bool, allowed: str) -> None:
+        """Refuse the value of a field in one line, see `check`."""
+        check(valid, name, getattr(self, name), allowed)
+
     def unused(self) -> dict[str, str]:
         """Options that the others leave without effect, and the value that does so.
 
@@ -99,10 +103,9 @@ class TopKConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            1 <= self.top_k <= self.num_experts,
+        self.require(
             'top_k',
-            self.top_k,
+            1 <= self.top_k <= self.num_experts,
             f'between 1 and num_experts={self.num_experts}',
         )
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, check
+from ..config import MoeConfig
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
@@ -54,7 +54,7 @@ class ExpertChoiceConfig(MoeConfig):
         factor = self.capacity_factor
         valid = 0 < factor <= self.num_experts and math.isfinite(factor)
         allowed = f'above 0 and at most num_experts={self.num_experts}'
-        check(valid, 'capacity_factor', factor, allowed)
+        self.require('capacity_factor', valid, allowed)
 
 
 class ExpertChoiceRouter(Router):

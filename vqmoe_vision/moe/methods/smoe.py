@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_renormalize, check_weights
+from ..config import TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
@@ -108,20 +108,18 @@ class SMoEConfig(TopKConfig):
         check_weights(
             self, 'router_noise', 'importance_weight', 'load_weight', 'balance_weight', 'z_weight'
         )
-        check(
-            self.load_weight == 0 or self.router_noise > 0,
+        self.require(
             'load_weight',
-            self.load_weight,
+            self.load_weight == 0 or self.router_noise > 0,
             '0 when router_noise=0, as the load loss is defined by the noise',
         )
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
-            check(factor is None or factor > 0, name, factor, 'above 0, or None for dropless')
+            self.require(name, factor is None or factor > 0, 'above 0, or None for dropless')
         capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
-        check(
-            capped or not self.batch_prioritized,
+        self.require(
             'batch_prioritized',
-            self.batch_prioritized,
+            capped or not self.batch_prioritized,
             'False unless a capacity_factor is set',
         )
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, check
+from ..config import MoeConfig
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
 from ..host import Host
@@ -71,13 +71,13 @@ class SoftMoEConfig(MoeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         slots = self.slots_per_expert
-        check(slots is None or slots >= 1, 'slots_per_expert', slots, 'at least 1, or None')
+        self.require('slots_per_expert', slots is None or slots >= 1, 'at least 1, or None')
         ratio = self.slots_per_token
         valid = ratio is None or 0 < ratio < math.inf
-        check(valid, 'slots_per_token', ratio, 'above 0, or None')
+        self.require('slots_per_token', valid, 'above 0, or None')
         together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
-        check(slots is None or ratio is None, 'slots_per_expert', slots, together)
-        check(self.slot_norm in ('l2', 'rms'), 'slot_norm', self.slot_norm, "'l2' or 'rms'")
+        self.require('slots_per_expert', slots is None or ratio is None, together)
+        self.require('slot_norm', self.slot_norm in ('l2', 'rms'), "'l2' or 'rms'")
 
 
 class SoftMoEMlp(MoeLayer):

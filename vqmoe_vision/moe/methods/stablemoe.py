@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_weights
+from ..config import TopKConfig, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
@@ -85,13 +85,12 @@ class StableMoEConfig(TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps, fraction = self.stage1_steps, self.stage1_fraction
-        check(steps is None or steps >= 1, 'stage1_steps', steps, 'at least 1, or None')
-        check(0 < fraction <= 1, 'stage1_fraction', fraction, 'above 0 and at most 1')
+        self.require('stage1_steps', steps is None or steps >= 1, 'at least 1, or None')
+        self.require('stage1_fraction', 0 < fraction <= 1, 'above 0 and at most 1')
         check_weights(self, 'balance_weight', 'distill_weight')
-        check(
-            self.two_stage or self.top_k > 1,
+        self.require(
             'top_k',
-            self.top_k,
+            self.two_stage or self.top_k > 1,
             'at least 2 with two_stage=False, else every weight is 1 and the router learns nothing',
         )
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from ..branches import Branch, branch_statistics, run_branches
 from ..codebook_learning import CODEBOOKS
-from ..config import MoeConfig, check, check_weights
+from ..config import MoeConfig, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import MoeLayer
@@ -112,18 +112,18 @@ class VQMoEConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.form in FORMS, 'form', self.form, f'one of {FORMS}')
-        check(self.codebook in CODEBOOKS, 'codebook', self.codebook, f'one of {sorted(CODEBOOKS)}')
+        self.require('form', self.form in FORMS, f'one of {FORMS}')
+        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
         inputs = self.expert_input
-        check(inputs in EXPERT_INPUTS, 'expert_input', inputs, f'one of {EXPERT_INPUTS}')
-        check(0 <= self.code_share <= 1, 'code_share', self.code_share, 'between 0 and 1')
+        self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
+        self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
         check_weights(self, 'commitment', 'vq_weight', 'balance_weight')
         codes = self.num_codes
         valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
         multiple = f'a positive multiple of num_experts={self.num_experts}'
-        check(valid, 'num_codes', codes, f'{multiple}, or None for one per expert')
-        balance, valid = self.balance_weight, self.train_router or self.balance_weight == 0
-        check(valid, 'balance_weight', balance, '0 with train_router=False')
+        self.require('num_codes', valid, f'{multiple}, or None for one per expert')
+        valid = self.train_router or self.balance_weight == 0
+        self.require('balance_weight', valid, '0 with train_router=False')
 
     def unused(self) -> dict[str, str]:
         """What belongs to a branch that the form leaves out, and a share that the reading fixes."""

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check, check_renormalize, check_weights
+from ..config import TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
@@ -95,14 +95,14 @@ class XMoEConfig(TopKConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.gate in _TEMPERATURES, 'gate', self.gate, f'one of {sorted(_TEMPERATURES)}')
+        self.require('gate', self.gate in _TEMPERATURES, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
         check_weights(self, 'balance_weight')
         dim = self.router_dim
-        check(dim is None or dim >= 1, 'router_dim', dim, 'at least 1, or None for E / 2')
+        self.require('router_dim', dim is None or dim >= 1, 'at least 1, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
-            check(value is None or value > 0, name, value, "above 0, or None for the paper's")
+            self.require(name, value is None or value > 0, "above 0, or None for the paper's")
 
     def unused(self) -> dict[str, str]:
         """Without the balance loss, its temperature."""
