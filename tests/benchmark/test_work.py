@@ -38,7 +38,10 @@ def test_floors_and_loop_do_the_experts_work(build) -> None:
 # the grouped operator is opaque to the counter, so the loops behind the oracles are counted
 @pytest.mark.parametrize('name', OURS)
 def test_formulas_of_ours_equal_a_count_of_their_oracles(name: str) -> None:
-    (contender,) = OURS[name](CELL, Settings(), Inputs(CELL))
+    try:
+        (contender,) = OURS[name](CELL, Settings(), Inputs(CELL))
+    except UnsuitableError as reason:  # of a method that has no form with two experts per token
+        pytest.skip(str(reason))
     assert contender.macs == counted_macs(contender, use_oracle=name != 'loop')
     # 32 tokens, two experts each; SoftMoE's slots come out even
     assert contender.rows == 64
