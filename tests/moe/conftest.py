@@ -17,6 +17,15 @@ from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
 
 D, E, H = 8, 4, 16
+# every preset and trial of every method: its name, the options, and an id
+CASES = [
+    pytest.param(name, options, id=f'{name}-{label}')
+    for name, method in METHODS.items()
+    for label, options in [
+        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
+        *method.config.TRIALS.items(),
+    ]
+]
 
 
 class Patched(nn.Module):

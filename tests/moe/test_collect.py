@@ -15,15 +15,9 @@ from vqmoe_vision.moe import layer as layer_module
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host
 
+from .conftest import CASES
+
 D = 8
-CASES = [
-    pytest.param(name, options, id=f'{name}-{label}')
-    for name, method in METHODS.items()
-    for label, options in [
-        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *method.config.TRIALS.items(),
-    ]
-]
 every_case = pytest.mark.parametrize(('method', 'options'), CASES)
 every_method = pytest.mark.parametrize('method', METHODS)
 # layers that report losses

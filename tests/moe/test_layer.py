@@ -5,20 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe import collect_losses
+
+from .conftest import CASES
 
 D = 8
-CASES = [
-    pytest.param(name, options, id=f'{name}-{label}')
-    for name, method in METHODS.items()
-    for label, options in [
-        *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *method.config.TRIALS.items(),
-    ]
-    # by design an image then depends on the others
-    if not options.get('eval_capacity_factor')
-]
-every_case = pytest.mark.parametrize(('method', 'options'), CASES)
+# but those of which an image by design depends on the others
+every_case = pytest.mark.parametrize(
+    ('method', 'options'),
+    [case for case in CASES if not case.values[1].get('eval_capacity_factor')],
+)
 
 
 def tokens(batch=4, num_tokens=6):

@@ -66,10 +66,6 @@ class RoutingStatistics:
         """The averages as numbers: `<layer>/load_max` and so on, see `moe.statistics.summarize`."""
         return summarize(self.means())
 
-    def report(self) -> list[str]:
-        """One line per layer to read, see `lines_of`."""
-        return lines_of(self.means())
-
 
 def lines_of(means: dict[str, torch.Tensor]) -> list[str]:
     """One line per layer: `blocks.1.mlp  load 0.083..0.172 perplexity 7.71 unused 0/8`.
