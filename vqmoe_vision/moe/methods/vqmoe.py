@@ -34,7 +34,7 @@ Legend: T tokens, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +48,9 @@ from ..experts import Experts
 from ..host import Host
 from ..layer import MoeLayer
 from ..losses import token_mean
-from ..routing import Routing, full_precision
+from ..routing import full_precision
+from ._continuous_router import ContinuousRouter
 from ._quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
-from .smoe import SMoEConfig, SMoERouter
 
 FORMS = ('full', 'discrete', 'continuous')
 
@@ -141,31 +141,6 @@ class VQMoEConfig(MoeConfig):
         return unused
 
 
-class ContinuousRouter(SMoERouter):
-    """SMoE's router with one expert and without noise (2); weight one if it is not trained.
-
-    Args:
-        in_features: D.
-        config: Options.
-    """
-
-    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
-        silent: dict[str, Any] = {'router_noise': 0.0, 'importance_weight': 0.0, 'load_weight': 0.0}
-        options = SMoEConfig(
-            num_experts=config.num_experts, top_k=1, balance_weight=config.balance_weight, **silent
-        )
-        super().__init__(in_features, options, **factory)
-        self.weight.requires_grad_(config.train_router)
-        self.train_router = config.train_router
-
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D) in float32."""
-        routing = super().forward(x)
-        if self.train_router:
-            return routing
-        return replace(routing, weights=torch.ones_like(routing.weights))
-
-
 class VQMoEMlp(MoeLayer):
     """Drop-in for timm's `Mlp`, VQMoE (4) and (5).
 
@@ -182,7 +157,7 @@ class VQMoEMlp(MoeLayer):
         self.config = config
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
-        self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
+        self.router = _router(in_features, config, **factory) if continuous else None
         self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
@@ -250,6 +225,11 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             return state
         return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
+
+
+def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> ContinuousRouter:
+    num_experts, weight, trained = config.num_experts, config.balance_weight, config.train_router
+    return ContinuousRouter(in_features, num_experts, weight, trained, **factory)
 
 
 def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:

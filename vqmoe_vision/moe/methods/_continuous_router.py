@@ -1,0 +1,55 @@
+"""The continuous branch of VQMoE (arXiv 2411.19402, equation 2): SMoE's router with one expert.
+
+The authors' code gives its expert the weight 1, which leaves the router at its random start.
+
+Legend: T tokens, D width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .smoe import SMoEConfig, SMoERouter
+
+
+class ContinuousRouter(SMoERouter):
+    """SMoE's router with one expert and without noise; weight one if it is not trained.
+
+    Args:
+        in_features: D.
+        num_experts: E.
+        balance_weight: Weight of its balance loss.
+        trained: False freezes the router at its random start.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        balance_weight: float,
+        trained: bool,
+        **factory: Any,
+    ) -> None:
+        config = SMoEConfig(
+            num_experts=num_experts,
+            top_k=1,
+            router_noise=0.0,
+            importance_weight=0.0,
+            load_weight=0.0,
+            balance_weight=balance_weight,
+        )
+        super().__init__(in_features, config, **factory)
+        self.weight.requires_grad_(trained)
+        self.trained = trained
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        routing = super().forward(x)
+        if self.trained:
+            return routing
+        return replace(routing, weights=torch.ones_like(routing.weights))
