@@ -13,6 +13,7 @@ from torch import nn
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
 
@@ -54,9 +55,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.num_classes = num_classes
-        self.model = create_model(
-            model_name, moe, extra_mlps, num_classes=num_classes, **model_kwargs
-        )
+        arguments = {'num_classes': num_classes, **model_kwargs}
+        self.model = create_model(model_name, moe, extra_mlps, **arguments)
+        self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, VisionTransformer)
         allowed = f"None, {model_name} is not one of timm's VisionTransformers"
         check(fits, 'checkpoint', checkpoint, allowed)
@@ -72,13 +73,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
             self.criterion = nn.CrossEntropyLoss()
 
     def init_weights(self) -> None:
-        """Loads the checkpoint, if there is one, for a new training.
-
-        Nothing else: timm has initialised the model, mmengine would do it a second time.
+        """Starts a new training: as every row does at this seed, or from weights.
 
         Raises:
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
+        share_start(self.model, seed=torch.initial_seed(), **self._arguments)
         if self.checkpoint is not None:
             assert isinstance(self.model, VisionTransformer)
             start_from(self.model, self.checkpoint)

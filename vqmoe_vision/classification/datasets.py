@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.seeding import seed_sample
 
 
 class ImageClassification(Dataset):
@@ -34,6 +35,7 @@ class ImageClassification(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        seed_sample(index)
         image, target = self.source[index]
         return self.transform(image.convert('RGB')), int(target)
 

@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, HOOKS
@@ -20,10 +21,26 @@ def seed_generators(*parts: int) -> None:
     Args:
         *parts: At least 0, such as the run's seed and the iteration.
     """
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    seed = _hash(*parts)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _hash(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@contextmanager
+def drawn_apart(part: int) -> Iterator[None]:
+    """Random numbers of torch that follow from the run's seed alone, and move no generator.
+
+    Args:
+        part: Tells what is drawn from what else is drawn in this way.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_hash(torch.initial_seed(), part))
+        yield
 
 
 @HOOKS.register_module()
@@ -64,6 +81,36 @@ class SeededIndex(int):
     parts: tuple[int, ...]
 
 
+def _seeded(index: int, *parts: int) -> SeededIndex:
+    seeded = SeededIndex(index)
+    seeded.parts = (*parts, _SAMPLES)
+    return seeded
+
+
+def seed_sample(index: int) -> None:
+    """What a data set calls first for a sample, so that its augmentation is its own.
+
+    Args:
+        index: Of the sample; a plain integer leaves the random numbers as they are.
+    """
+    if isinstance(index, SeededIndex):
+        seed_generators(*index.parts)
+
+
+@DATA_SAMPLERS.register_module()
+class SeededSampler(DefaultSampler):
+    """mmengine's `DefaultSampler`, for epochs, whose indices bring the seed of their augmentation.
+
+    Without workers the model and the augmentation draw from one generator, and a method that draws
+    noise would see other images than one that does not. A sample that is seeded by the run's seed,
+    the epoch and its index is the same for all models and for every number of workers. The data
+    set has to call `seed_sample`.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return (_seeded(index, self.seed, self.epoch, index) for index in super().__iter__())
+
+
 @DATA_SAMPLERS.register_module()
 class SeededInfiniteSampler(InfiniteSampler):
     """mmengine's `InfiniteSampler`, whose indices know their position in the run.
@@ -71,14 +118,12 @@ class SeededInfiniteSampler(InfiniteSampler):
     A run that is counted in iterations resumes in the middle of a worker's stream of random
     numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
     run's seed, the process and the position, is the same after a resume, and for every number of
-    workers. The data set has to seed, as `vqmoe_vision.segmentation.data` does.
+    workers. The data set has to call `seed_sample`.
     """
 
     def _indices_of_rank(self) -> Iterator[int]:
         for position, index in enumerate(super()._indices_of_rank()):
-            seeded = SeededIndex(index)
-            seeded.parts = (self.seed, position, self.rank, _SAMPLES)
-            yield seeded
+            yield _seeded(index, self.seed, position, self.rank)
 
 
 @FUNCTIONS.register_module()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+import torch
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from timm.models.vision_transformer import VisionTransformer
@@ -11,9 +12,16 @@ from torch import Tensor
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.shared_start import share_start
 
 # Files of timm, and ours, whose models are `VisionTransformer`s.
 _MODULES = ('vision_transformer', 'deit', 'vit_moe')
+_DEFAULTS = {
+    'num_classes': 0,
+    'global_pool': '',  # else the last norm would belong to the pooled features
+    'dynamic_img_size': True,
+    'dynamic_img_pad': True,
+}
 
 
 @MODELS.register_module()
@@ -55,7 +63,9 @@ class TimmViT(BaseModule):
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.model = _create(model_name, moe=moe, extra_mlps=extra_mlps, **model_kwargs)
+        arguments = {**_DEFAULTS, **model_kwargs}
+        self.model = _create(model_name, moe, extra_mlps, arguments)
+        self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)
         self.out_indices = [depth - 1] if out_indices is None else list(out_indices)
         possible = [i for i in range(depth) if i in self.out_indices]
@@ -68,14 +78,12 @@ class TimmViT(BaseModule):
         self.checkpoint = checkpoint
 
     def init_weights(self) -> None:
-        """Loads the checkpoint, if there is one, for a new training.
-
-        Nothing else: timm has initialised the model, and mmengine's way would do it a second time,
-        over weights that `pretrained` has loaded.
+        """Starts a new training: as every row does at this seed, or from weights.
 
         Raises:
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
+        share_start(self.model, seed=torch.initial_seed(), **self._arguments)
         if self.checkpoint is not None:
             start_from(self.model, self.checkpoint)
 
@@ -87,15 +95,11 @@ class TimmViT(BaseModule):
         return tuple(maps)
 
 
-def _create(model_name: str, **kwargs: Any) -> VisionTransformer:
+def _create(
+    model_name: str, moe: dict[str, Any] | None, extra_mlps: int, arguments: dict[str, Any]
+) -> VisionTransformer:
     known = timm.is_model(model_name)
     if known and not timm.models.is_model_in_modules(model_name, _MODULES):
         raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
-    defaults = {
-        'num_classes': 0,
-        'global_pool': '',  # else the last norm would belong to the pooled features
-        'dynamic_img_size': True,
-        'dynamic_img_pad': True,
-    }
-    model: Any = create_model(model_name, **{**defaults, **kwargs})
+    model: Any = create_model(model_name, moe, extra_mlps, **arguments)
     return model

@@ -14,7 +14,7 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
-from vqmoe_vision.engine.seeding import SeededIndex, seed_generators
+from vqmoe_vision.engine.seeding import seed_sample
 
 from .scenes import DigitScene, digit_scene_maker
 
@@ -28,8 +28,7 @@ class SeededDataset(BaseSegDataset):
         Args:
             idx: Index of the sample; a plain integer leaves the random numbers as they are.
         """
-        if isinstance(idx, SeededIndex):
-            seed_generators(*idx.parts)
+        seed_sample(idx)
         return super().__getitem__(idx)
 
 

@@ -8,6 +8,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
+from vqmoe_vision.engine.seeding import drawn_apart
 
 from .backbone import TimmViT
 
@@ -34,6 +35,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         self._neck = neck  # mmseg would build it before its width is known
         super().__init__(**kwargs)
 
+    @drawn_apart(0)
     def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
         if not isinstance(self.backbone, TimmViT):
             found = type(self.backbone).__name__
@@ -48,6 +50,12 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             )
         super()._init_decode_head(self._fitted(decode_head))
 
+    @drawn_apart(2)
+    def init_weights(self) -> None:
+        """Starts a new training; neck and heads start alike in all rows at one seed."""
+        super().init_weights()
+
+    @drawn_apart(1)
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
         if isinstance(auxiliary_head, list):
             auxiliary_head = [self._fitted(head) for head in auxiliary_head]

@@ -6,7 +6,7 @@ train_dataloader = dict(
     num_workers=0,
     collate_fn=dict(type='default_collate'),
     drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
+    sampler=dict(type='SeededSampler', shuffle=True),
     dataset=dict(
         type='cifar10',
         data_root='data/cifar10',

@@ -5,7 +5,7 @@ train_dataloader = dict(
     worker_init_fn=dict(type='keep_worker_seed'),
     collate_fn=dict(type='default_collate'),
     drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
+    sampler=dict(type='SeededSampler', shuffle=True),
     dataset=dict(
         split='train',
         transform=dict(

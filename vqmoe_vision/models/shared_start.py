@@ -1,0 +1,63 @@
+"""One start for every row of a comparison: what two models have in common begins equal.
+
+At one seed, models of two methods draw different numbers of random values, and everything that is
+built after the first MoE layer would start differently. Here the tensors that a row shares with the
+dense model of the same shape are that model's, drawn from the seed alone, and so are experts. A
+router or a codebook starts as its method says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..moe.experts import StackedLinear
+from ..moe.methods import METHODS
+from .vit_moe import MoeVisionTransformer
+
+
+def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
+    """Set a freshly built model to the start that all rows of its shape have at a seed.
+
+    Args:
+        model: As `timm.create_model` gave it, whole or pruned. It is changed.
+        model_name: Its name in timm.
+        seed: The same for all rows that are compared.
+        **kwargs: The arguments that it was built with. With `pretrained` it keeps its weights.
+    """
+    if kwargs.get('pretrained'):
+        return
+    if isinstance(model, MoeVisionTransformer):
+        _draw_experts(model, seed)
+        options = {'moe_layers', *METHODS[model.method].config.option_names()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in options}
+        _, size, _ = model_name.partition('.')[0].split('_')
+        model_name = f'vit_{size}_patch16_224'
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = timm.create_model(model_name, **kwargs)
+    own = model.state_dict()
+    shared = {k: v for k, v in dense.state_dict().items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(shared, strict=False)
+
+
+def _draw_experts(model: MoeVisionTransformer, seed: int) -> None:
+    blocks: Any = model.blocks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        seeds = iter(torch.randint(2**62, (len(blocks), 2)).flatten().tolist())
+        for block in blocks:
+            first, second = next(seeds), next(seeds)
+            if hasattr(block.mlp, 'experts'):
+                _draw(block.mlp.experts.fc1, first)
+                _draw(block.mlp.experts.fc2, second)
+    if model.fix_init:
+        model.fix_init_weight()  # what it scales a second time is the dense model's afterwards
+
+
+def _draw(linear: StackedLinear, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear.init_weights()
