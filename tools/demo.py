@@ -1,6 +1,5 @@
 """Train small models for both tasks on data that needs no download, and draw them: make demo."""
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -36,11 +35,14 @@ def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Run
     started = time.monotonic()
     runner = Runner.from_cfg(settings)
     runner.train()
-    last = {'seconds': time.monotonic() - started}
+    seconds = time.monotonic() - started
+    last = {'seconds': seconds}
     records = read_scalars(newest_scalars(work_dir))
     plot_curves(records, Path(config).stem).savefig(work_dir / 'curves.png')
     last |= {scalar: values[-1] for scalar, (_, values) in curves(records).items()}
-    last['dead'] = sum(n for name, n in last.items() if re.fullmatch('val/.*/load_unused', name))
+    tested = runner.test()
+    last |= tested
+    last['dead'] = sum(n for name, n in tested.items() if name.endswith('/load_unused'))
     places = (
         f'  checkpoint  {(work_dir / "last_checkpoint").read_text()}\n'
         f'  log         {work_dir / runner.timestamp / runner.timestamp}.log\n'
@@ -56,7 +58,7 @@ def classify_digits(work_dir: Path) -> list[str]:
     return [
         '',
         f'Classification: {last["accuracy/top1"]:.1f} % of '
-        f'{len(runner.val_dataloader.dataset)} held-out digits, {last["dead"]:.0f} dead experts, '
+        f'{len(runner.test_dataloader.dataset)} held-out digits, {last["dead"]:.0f} dead experts, '
         f'{last["seconds"]:.0f} seconds',
         places,
         f'  experts     {work_dir / "experts.png"}   which expert took each patch of a test image',
@@ -65,7 +67,7 @@ def classify_digits(work_dir: Path) -> list[str]:
 
 def draw_experts(runner: Runner, path: Path) -> None:
     """Draws the first held-out digit of every class, as the trained model routes it."""
-    dataset = runner.val_dataloader.dataset
+    dataset = runner.test_dataloader.dataset
     first = {}
     for index, (_, target) in enumerate(dataset.source):
         first.setdefault(int(target), index)
@@ -93,7 +95,7 @@ def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
         '',
         f'Segmentation, from that checkpoint: {last["mIoU"]:.1f} % mIoU '
         f'({last["aAcc"]:.1f} % aAcc, {last["mAcc"]:.1f} % mAcc) on '
-        f'{len(runner.val_dataloader.dataset)} scenes of held-out digits, '
+        f'{len(runner.test_dataloader.dataset)} scenes of held-out digits, '
         f'{last["dead"]:.0f} dead experts, {last["seconds"]:.0f} seconds',
         places,
         f'  scenes      {work_dir / "scenes.png"}   images, labels and predictions',
@@ -102,7 +104,7 @@ def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
 
 def draw_scenes(runner: Runner, path: Path, count: int = 8) -> None:
     """Draws scenes of held-out digits, what their pixels are and what the model takes them for."""
-    dataset = runner.val_dataloader.dataset
+    dataset = runner.test_dataloader.dataset
     samples = [dataset[index] for index in range(count)]
     batch = {key: [sample[key] for sample in samples] for key in ('inputs', 'data_samples')}
     runner.model.cpu().eval()

@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification.datasets import ImageClassification
+from vqmoe_vision.classification.splits import SPLITS, split_indices
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
@@ -24,17 +25,17 @@ def write_images(folder: Path, count: int = 2) -> None:
 
 
 def test_digits_splits_share_no_scan_and_keep_the_classes_in_proportion() -> None:
-    train, val = build('digits', split='train'), build('digits', split='val')
-    assert (len(train), len(val)) == (1437, 360)
-    scans = [np.asarray(image).tobytes() for image, _ in [*train.source, *val.source]]
+    parts = [build('digits', split=split) for split in ('train', 'dev', 'test')]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+    scans = [np.asarray(image).tobytes() for part in parts for image, _ in part.source]
     original = load_digits().images
     assert len(set(scans)) == len(np.unique(original.reshape(len(original), -1), axis=0))
-    counts = np.bincount([target for _, target in val.source])
+    counts = np.bincount([target for _, target in parts[2].source])
     assert counts.min() >= 34 and counts.max() <= 37
 
 
 def test_digits_are_rgb_tensors() -> None:
-    image, target = build('digits', split='val')[0]
+    image, target = build('digits', split='dev')[0]
     assert image.shape == (3, 8, 8) and image.dtype == torch.float32
     assert torch.equal(image[0], image[2])
     assert isinstance(target, int)
@@ -52,8 +53,44 @@ def test_class_folder(tmp_path: Path, in_memory: bool) -> None:
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
 def test_cifar_as_class_folders(tmp_path: Path, name: str) -> None:
-    write_images(tmp_path / 'val' / 'cat', 3)
-    assert len(build(name, data_root=str(tmp_path), split='val')) == 3
+    for part, count in (('train', 6), ('val', 3)):
+        for animal in ('cat', 'dog'):
+            write_images(tmp_path / part / animal, count)
+    sizes = {}
+    for split in SPLITS:
+        sizes[split] = len(build(name, data_root=str(tmp_path), split=split, dev_size=4))
+    assert sizes == {'train': 8, 'dev': 4, 'trainval': 12, 'test': 6}
+    write_images(tmp_path / 'test' / 'cat', 1)
+    assert len(build(name, data_root=str(tmp_path), split='test')) == 1
+
+
+def test_dev_is_held_out_of_train_and_always_the_same() -> None:
+    targets = [0] * 60 + [1] * 30
+    train, dev = (split_indices(targets, split, 9) for split in ('train', 'dev'))
+    assert sorted(train + dev) == list(range(90))
+    assert sum(index < 60 for index in dev) == 6  # two of three, as among all
+    assert dev == split_indices(targets, 'dev', 9)
+    assert split_indices(targets, 'trainval', 9) == list(range(90))
+
+
+@pytest.mark.parametrize('dev_size', [1, 89, 90])
+def test_a_dev_that_is_too_small_or_too_large(dev_size: int) -> None:
+    with pytest.raises(ValueError, match=f'dev_size={dev_size} is not possible with 90'):
+        split_indices([0, 1] * 45, 'dev', dev_size)
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+def test_a_part_of_a_class_folder_reads_its_own_images_only(
+    tmp_path: Path, in_memory: bool
+) -> None:
+    for animal in ('cat', 'dog'):
+        write_images(tmp_path / 'train' / animal, 4)
+    folder = dict(data_root=str(tmp_path), dev_size=2, in_memory=in_memory)
+    parts = [build('class_folder', split=split, **folder) for split in ('train', 'dev')]
+    assert [sorted(part[i][1] for i in range(len(part))) for part in parts] == [
+        [0, 0, 0, 1, 1, 1],
+        [0, 1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +98,7 @@ def test_cifar_as_class_folders(tmp_path: Path, name: str) -> None:
     [
         ('class_folder', 'train', 'train/<class name>/<image>.jpg'),
         ('cifar10', 'train', 'cifar-10-batches-py'),
-        ('cifar100', 'val', 'cifar-100-python'),
+        ('cifar100', 'test', 'cifar-100-python'),
         ('stl10', 'train', 'stl10_binary'),
         ('svhn', 'test', 'test_32x32.mat'),
     ],
@@ -85,7 +122,7 @@ def test_class_folder_with_images_in_the_wrong_place(tmp_path: Path) -> None:
     ('name', 'folder', 'split'),
     [
         ('cifar10', 'cifar-10-batches-py', 'train'),
-        ('cifar100', 'cifar-100-python', 'val'),
+        ('cifar100', 'cifar-100-python', 'test'),
         ('stl10', 'stl10_binary', 'test'),
     ],
 )

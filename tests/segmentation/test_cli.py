@@ -35,6 +35,7 @@ train_dataloader = dict(
     batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4)
 )
 val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
+test_dataloader = val_dataloader
 test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=3))
 train_cfg = dict(max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))
@@ -96,7 +97,7 @@ def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: 
     metrics = json.loads(out.read_text())
     assert all(0 <= metrics[name] <= 100 for name in ('aAcc', 'mAcc', 'mIoU'))
     pictures = sorted(shown.rglob('*.png'))
-    assert [p.name for p in pictures] == [f'val_0000{i}_0.png' for i in range(3)]
+    assert [p.name for p in pictures] == [f'test_0000{i}_0.png' for i in range(3)]
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
@@ -111,7 +112,7 @@ def test_augmented_test(trained: Path, config: str, tmp_path: Path, batch_size: 
     ).keys()
     # each scene once, not each of its versions
     pictures = sorted(shown.rglob('*.png'))
-    assert [p.name for p in pictures] == [f'val_0000{i}_0.png' for i in range(3)]
+    assert [p.name for p in pictures] == [f'test_0000{i}_0.png' for i in range(3)]
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 

@@ -21,7 +21,7 @@ def test_scene_depends_on_index_split_and_seed_only() -> None:
     assert (first[3]['img'] == again[3]['img']).all()
     assert (first[3]['gt_seg_map'] == again[3]['gt_seg_map']).all()
     assert (first[3]['img'] != first[4]['img']).any()
-    assert (first[3]['img'] != scenes('val')[3]['img']).any()
+    assert (first[3]['img'] != scenes('dev')[3]['img']).any()
     assert (first[3]['img'] != scenes(seed=1)[3]['img']).any()
 
 
@@ -52,14 +52,14 @@ def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.Monkey
         return digit_scans(split)
 
     monkeypatch.setattr('vqmoe_vision.segmentation.scenes.digit_scans', spy)
-    scenes('val')
-    assert asked == ['val']
+    scenes('dev')
+    assert asked == ['dev']
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(split='test'), "split='test' must be one of"),
+        (dict(split='val'), "split='val' must be one of"),
         (dict(size=20), 'size=20 must be at least 48'),
         (dict(num_scenes=0), 'num_scenes=0 must be at least 1'),
     ],

@@ -4,14 +4,15 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+SPLITS = ('train', 'dev', 'test')
 DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scans and what they show; a fifth of each digit is held out, always the same.
+    """Scans and what they show, always the same, every digit in proportion.
 
     Args:
-        split: 'train' (1,437 scans) or 'val' (360 scans).
+        split: 'train' (1,257 scans), 'dev' (180 scans) or 'test' (360 scans).
 
     Returns:
         Scans (N, 8, 8), uint8, bright strokes on black; and the digits (N,).
@@ -19,9 +20,15 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: There is no such split.
     """
-    if split not in ('train', 'val'):
-        raise ValueError(f"split={split!r} must be one of ('train', 'val')")
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r} must be one of {SPLITS}')
     images, targets = load_digits(return_X_y=True)
-    parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
-    images, targets = (parts[0], parts[2]) if split == 'train' else (parts[1], parts[3])
-    return np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), targets
+    rest, test = _parted(np.arange(len(targets)), targets, 360)
+    train, dev = _parted(rest, targets[rest], 180)
+    chosen = {'train': train, 'dev': dev, 'test': test}[split]
+    scans = np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return scans, targets[chosen]
+
+
+def _parted(indices: np.ndarray, targets: np.ndarray, size: int) -> list[np.ndarray]:
+    return train_test_split(indices, test_size=size, stratify=targets, random_state=0)

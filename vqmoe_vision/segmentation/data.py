@@ -149,11 +149,10 @@ class CamVid(CheckedDataset):
 class DigitScenes(SeededDataset):
     """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
 
-    A scene depends on its index, the split and the seed only. Scenes of the split 'val' are made
-    of scans that no scene of 'train' is made of.
+    A scene depends on its index, the split and the seed only. Each split has scans of its own.
 
     Args:
-        split: 'train' or 'val'.
+        split: 'train', 'dev' or 'test'.
         num_scenes: Length of the data set.
         size: Height and width of a scene in pixels.
         seed: Another seed makes other scenes of the same scans.

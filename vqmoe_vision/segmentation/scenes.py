@@ -32,7 +32,7 @@ def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], Digit
     """A function from an index to a scene, always the same for the same arguments.
 
     Args:
-        split: 'train' or 'val': which scans the scenes are made of.
+        split: 'train', 'dev' or 'test': which scans the scenes are made of.
         size: Height and width in pixels.
         seed: Seed of everything random.
 
@@ -42,7 +42,7 @@ def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], Digit
     scans, digits = digit_scans(split)
     if size < _SIDES[1]:
         raise ValueError(f'size={size} must be at least {_SIDES[1]}, the side of a large digit')
-    own = ('train', 'val').index(split)
+    own = ('train', 'test', 'dev').index(split)
     # a partial and not a lambda: workers that are spawned get their data set pickled
     return partial(_compose, scans=scans, digits=digits, size=size, seeds=(seed, own))
 

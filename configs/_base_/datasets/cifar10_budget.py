@@ -23,10 +23,10 @@ val_dataloader = dict(
     dataset=dict(
         type='cifar10',
         data_root='data/cifar10',
-        split='val',
+        split='dev',
         in_memory=True,
         transform=dict(type='timm', input_size=32, crop_pct=1.0, **norm),
     ),
 )
-test_dataloader = val_dataloader
+test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], split='test'))
 del norm

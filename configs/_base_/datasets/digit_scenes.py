@@ -32,6 +32,6 @@ val_dataloader = dict(
     batch_size=20,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type='DigitScenes', split='val', num_scenes=100, size=96, pipeline=test_pipeline),
+    dataset=dict(type='DigitScenes', split='dev', num_scenes=100, size=96, pipeline=test_pipeline),
 )
-test_dataloader = val_dataloader
+test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], split='test'))

@@ -24,15 +24,15 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=360,
+    batch_size=180,
     num_workers=0,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='digits',
-        split='val',
+        split='dev',
         transform=dict(type='timm', input_size=32, crop_pct=1.0, interpolation='bilinear', **norm),
     ),
 )
-test_dataloader = val_dataloader
+test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], split='test'))
 del norm

@@ -1,4 +1,5 @@
-# The recipe of QTClassification for images; each file beside this one names its data.
+# The recipe of QTClassification for images; each file beside this one names its data. Training
+# leaves out the images of dev, at which validation looks; split='trainval' takes them too.
 train_dataloader = dict(
     batch_size=256,
     num_workers=4,
@@ -25,7 +26,7 @@ val_dataloader = dict(
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        split='val', transform=dict(type='timm', crop_pct=0.875, interpolation='bilinear')
+        split='dev', transform=dict(type='timm', crop_pct=0.875, interpolation='bilinear')
     ),
 )
-test_dataloader = val_dataloader
+test_dataloader = dict(val_dataloader, dataset=dict(val_dataloader['dataset'], split='test'))

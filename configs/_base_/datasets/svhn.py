@@ -4,6 +4,6 @@ data = dict(type='svhn', data_root='data/svhn')
 images = dict(input_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 light = dict(type='crop_flip', hflip=0.0, _delete_=True, **images)
 train_dataloader = dict(dataset=dict(transform=light, **data))
-val_dataloader = dict(dataset=dict(split='test', transform=dict(crop_pct=1.0, **images), **data))
+val_dataloader = dict(dataset=dict(transform=dict(crop_pct=1.0, **images), **data))
 test_dataloader = val_dataloader
 del data, images, light
