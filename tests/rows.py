@@ -10,7 +10,11 @@ from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-ROWS = ('dense', 'dense_wide', *METHODS)
+# all methods that have a form with the compute of the others
+ROWS = (
+    *('dense', 'dense_wide'),
+    *(name for name, method in METHODS.items() if 'matched' in method.config.PRESETS),
+)
 # as the paper: "small, 10M" and "large, 110M"
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 

@@ -50,12 +50,6 @@ def test_compiled_training_equals_eager_and_compiles_once(tiny) -> None:
     counter = CompileCounterWithBackend('aot_eager')
     expected = run(model, 4)
     found = run(model, 4, lambda m: torch.compile(m, fullgraph=True, backend=counter))
-    routings = [
-        torch.cat([step[n].flatten() for n in sorted(step) if n.startswith('blocks.1.mlp/')])
-        for step in expected
-        if 'blocks.1.mlp/load' in step
-    ]
-    assert not routings or any(not torch.equal(each, routings[0]) for each in routings)
     # the same operations in the same order, but for fused sums
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 1

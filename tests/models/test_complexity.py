@@ -92,34 +92,62 @@ def test_a_dense_timm_model_counts_too() -> None:
 
 
 # Default tiny layers: expert of 32 x 128: 32 * 128 + 128 + 128 * 32 + 32 = 8352 parameters, eight
-# of them in each of two MoE blocks. Idle experts per block:
-IDLE = [
-    ('smoe', {}, 6),
-    ('smoe', {'top_k': 8}, 0),
-    ('xmoe', {}, 7),
-    ('stablemoe', {}, 7),
-    ('stablemoe', {'preset': 'group'}, 6),
-    ('softmoe', {}, 0),
-    ('vqmoe', {}, 6),
-    ('vqmoe', {'form': 'discrete'}, 7),
-    ('vqmoe', {'num_experts': 1}, 0),
-    ('ecmoe', {}, 6),
-    ('ecmoe', {'capacity_factor': 1.0}, 7),
-]
+# of them in each of two MoE blocks.
+EXPERT = 8352
 
 
-def test_every_method_is_counted() -> None:
-    assert {method for method, *_ in IDLE} == METHODS.keys()
-
-
-@pytest.mark.parametrize(('method', 'options', 'idle'), IDLE)
-def test_active_parameters_leave_idle_experts_out(
-    make_tiny, method: str, options: dict, idle: int
-) -> None:
-    model = make_tiny(method, **options)
+def test_active_parameters_leave_idle_experts_out(tiny_variant) -> None:
+    model = tiny_variant()
     counts = complexity(model)
+    active = min(model.blocks[1].mlp.experts_per_token, 8)
     assert counts.params == sum(p.numel() for p in model.parameters())
-    assert counts.params - counts.active_params == 2 * idle * 8352
+    assert counts.params - counts.active_params == round(2 * (8 - active) * EXPERT)
+
+
+def test_a_token_reaches_as_many_experts_as_its_layer_says(tiny_variant) -> None:
+    # without a class token, whose raw patch is the same in every image
+    model = tiny_variant(depth=2, class_token=False, global_pool='avg').eval()
+    if getattr(model.moe_config, 'eval_capacity_factor', None) is not None:
+        pytest.skip('a capacity drops some, depending on the images')
+    layer = model.blocks[1].mlp
+    answers: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, out: answers.append(out[0]))
+    model(torch.randn(1, 3, 32, 32))
+    reached = 0
+    for token in answers[0]:
+        (grad,) = torch.autograd.grad(token.sum(), layer.experts.fc2.bias, retain_graph=True)
+        reached += int(grad.any(dim=1).sum())
+    # fewer where two choices fall on the same expert, as those of router and code may
+    assert layer.experts_per_token - 1 < reached / 16 <= layer.experts_per_token
+
+
+@pytest.mark.parametrize(
+    ('method', 'options', 'idle'),
+    [
+        ('smoe', {}, 6),
+        ('smoe', {'top_k': 8}, 0),
+        ('xmoe', {}, 7),
+        ('softmoe', {}, 0),
+        ('vqmoe', {}, 6),
+        ('vqmoe', {'form': 'discrete'}, 7),
+        ('vqmoe', {'num_experts': 1}, 0),
+        ('ecmoe', {'capacity_factor': 1.0}, 7),
+    ],
+)
+def test_known_numbers_of_idle_experts(make_tiny, method: str, options: dict, idle: int) -> None:
+    counts = complexity(make_tiny(method, **options))
+    assert counts.params - counts.active_params == 2 * idle * EXPERT
+
+
+@pytest.mark.parametrize('method', [n for n, m in METHODS.items() if 'matched' in m.config.PRESETS])
+def test_matched_has_the_compute_of_two_experts_per_token(make_tiny, method: str) -> None:
+    # 16 tokens, all of them patches; two MoE blocks, D = 32
+    kwargs = {'preset': 'matched', 'class_token': False, 'global_pool': 'avg', 'device': 'meta'}
+    narrow, wide = (
+        complexity(make_tiny(method, expert_mlp_ratio=ratio, **kwargs)).macs for ratio in (1.0, 2.0)
+    )
+    # Only the experts grow: by 32 hidden units, of 32 products in and 32 out, for each row
+    assert wide - narrow == 2 * (2 * 16) * 2 * 32 * 32
 
 
 def test_known_answer_of_smoe(make_tiny) -> None:

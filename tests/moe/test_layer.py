@@ -105,8 +105,26 @@ def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options)
 @every_case
 def test_tokens_are_permutation_equivariant(make_layer, method, options):
     layer, x = make_layer(method, **options).eval(), tokens()
+    if not layer.layer.permutation_equivariant:
+        pytest.skip('the method says that it is not')
     shuffle = torch.randperm(6)
     torch.testing.assert_close(layer(x[:, shuffle]), layer(x)[:, shuffle])
+
+
+@every_case
+def test_routing_changes_while_the_model_learns(make_model, choices, method, options):
+    model, x = make_model(method, **options), tokens(4, 64)
+    before = choices(model.eval(), x)
+    if not before:
+        pytest.skip('nothing is chosen')
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for _ in range(5):
+        with collect_losses(model) as collected:
+            (model(x).square().mean() + collected.total()).backward()
+        optimizer.step()
+    after = choices(model.eval(), x)
+    changed = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+    assert any(changed), 'every token goes where it went before training'
 
 
 @every_case
