@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long lint format types timm-suite bench bench-ci clean
+.PHONY: help demo test long lint format types timm-suite docs bench bench-ci clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -62,6 +62,12 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
 	done; done
 
+docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a broken link fails
+	$(BIN)/sphinx-apidoc -q --force --separate --module-first --remove-old \
+	    --doc-project 'API reference' --output-dir docs/api vqmoe_vision
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
 bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)
 	@status=0; for run in "moe table" "model table" "moe compiled" "model compiled" "moe peers" "moe scaling"; do set -- $$run; \
@@ -73,7 +79,7 @@ bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minu
 	$(BIN)/python tools/benchmark.py moe --preset ci
 
 clean: ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) work_dirs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) work_dirs/demo docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Stamp files: an environment is set up once, and again when pyproject.toml changes.
@@ -87,7 +93,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

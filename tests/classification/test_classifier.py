@@ -57,6 +57,16 @@ def test_forward_leaves_state_alone() -> None:
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('enable', [False, True])
+def test_gradient_checkpointing_computes_blocks_again(enable: bool) -> None:
+    model = Classifier('vit_tiny_vqmoe', num_experts=2, grad_checkpointing=enable, **SMALL)
+    calls: list[int] = []
+    model.model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    total, _ = model.parse_losses(model(*batch(), mode='loss'))
+    total.backward()
+    assert len(calls) == 1 + enable
+
+
 def test_predict_gives_logits_and_counts_routing() -> None:
     model = Classifier('vit_tiny_smoe', num_experts=2, **SMALL).eval()
     logits = model(batch()[0], mode='predict')

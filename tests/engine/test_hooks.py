@@ -7,9 +7,10 @@ import timm
 import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapper
 from torch import nn
 
-from vqmoe_vision.engine import NonFiniteError
+from vqmoe_vision.engine import NonFiniteError, hooks
 from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook
 from vqmoe_vision.engine.routing import RoutingStatistics
 
@@ -54,9 +55,34 @@ def test_layers_hear_how_long_the_training_is() -> None:
     model = timm.create_model(
         'vit_tiny_stablemoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3
     )
-    runner = SimpleNamespace(model=SimpleNamespace(routed_model=model), max_iters=250)
+    model_of_run = SimpleNamespace(routed_model=model)
+    runner = SimpleNamespace(model=model_of_run, max_iters=250, optim_wrapper=sgd_wrapper(model))
     MoeStateHook().before_train(runner)
     assert model.blocks[1].mlp.stage1_steps == 25  # a tenth
+
+
+def sgd_wrapper(model: nn.Module, accumulate: int = 1) -> OptimWrapper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return OptimWrapper(optimizer, accumulative_counts=accumulate)
+
+
+def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(1, 1)
+    wrapper = sgd_wrapper(model, accumulate=2)
+    wrapper.initialize_count_status(model, 0, 5)
+    runner: Any = SimpleNamespace(model=SimpleNamespace(routed_model=model), max_iters=5)
+    runner.optim_wrapper = wrapper
+    announced: list[int] = []
+    monkeypatch.setattr(hooks, 'start_training', lambda _, updates: announced.append(updates))
+    moved: list[int] = []
+    hook = MoeStateHook()
+    hook.before_train(runner)
+    for iteration in range(1, 6):
+        monkeypatch.setattr(hooks, 'update_state', lambda _, at=iteration: moved.append(at))
+        wrapper.update_params(model(torch.ones(1, 1)).sum())
+        hook.after_train_iter(runner, iteration - 1)
+    assert moved == [2, 4, 5]  # every second batch, and the one that is left over
+    assert announced == [3]
 
 
 def test_training_and_validation_are_reported_apart() -> None:

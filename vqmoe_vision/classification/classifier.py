@@ -32,6 +32,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
             classification or segmentation run of this package (.pth), of timm (.pth or
             .safetensors), or of mmseg's ViT (.pth). Read when training starts, not for tests.
+        grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments of `timm.create_model`.
@@ -49,6 +50,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         label_smoothing: float = 0.0,
         data_preprocessor: dict | nn.Module | None = None,
         checkpoint: str | None = None,
+        grad_checkpointing: bool = False,
         moe: dict[str, Any] | None = None,
         extra_mlps: int = 0,
         **model_kwargs: Any,
@@ -57,6 +59,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.num_classes = num_classes
         arguments = {'num_classes': num_classes, **model_kwargs}
         self.model = create_model(model_name, moe, extra_mlps, **arguments)
+        if grad_checkpointing:
+            timm_model: Any = self.model
+            timm_model.set_grad_checkpointing()
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, VisionTransformer)
         allowed = f"None, {model_name} is not one of timm's VisionTransformers"

@@ -25,8 +25,10 @@ class MoeStateHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Tells the layers how long the training is."""
-        start_training(unwrapped(runner).routed_model, runner.max_iters)
+        """Tells the layers how long the training is, in steps of the optimizer."""
+        batches_per_step = runner.optim_wrapper._accumulative_counts
+        updates = math.ceil(runner.max_iters / batches_per_step)
+        start_training(unwrapped(runner).routed_model, updates)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Reports the routing of the iterations since the last validation.
@@ -43,8 +45,12 @@ class MoeStateHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Moves codebooks and the like, once per iteration and after the optimizer's step."""
-        update_state(unwrapped(runner).routed_model)
+        """Moves codebooks and the like, after a step of the optimizer.
+
+        Where gradients accumulate, the batches of a step are one update.
+        """
+        if runner.optim_wrapper.should_update():
+            update_state(unwrapped(runner).routed_model)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Reports the routing of the epoch."""

@@ -97,7 +97,7 @@ def router_z(logits: Tensor) -> Tensor:
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> Tensor:
     """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens.
 
-    sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T * K / E. The counts carry no
+    `sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i` with n = T * K / E. The counts carry no
     gradient: an overloaded expert is pushed to smaller gates, an idle one to larger.
 
     Args:

@@ -4,8 +4,9 @@ On CPU the groups of rows are padded where that is faster. Neighbours of similar
 of the largest, and one batched product runs them: a product per expert is too small to keep two
 threads busy. Below float32 all groups get whole blocks of rows: oneDNN compiles a kernel for each
 number of rows that it has not seen lately, ten times the cost of running it, and routing gives new
-numbers at every step. docs/performance.md has the measurements. A row that fills a group repeats a
-row of that group, so that a token which is not finite spoils no expert that it was not sent to.
+numbers at every step. docs/notes/performance.md has the measurements. A row that fills a group
+repeats a row of that group, so that a token which is not finite spoils no expert that it was not
+sent to.
 
 Legend: A assignments, R rows, E experts.
 """
