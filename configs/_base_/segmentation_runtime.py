@@ -9,7 +9,7 @@ default_hooks = dict(
     visualization=dict(type='OverlayHook'),
 )
 log_processor = dict(by_epoch=False)
-visualizer = dict(type='SegLocalVisualizer')
+visualizer = dict(type='OverlayVisualizer')
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])

@@ -248,7 +248,7 @@ def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path
 def test_damaged_checkpoint(trained: Path, config: str, tmp_path: Path, cut_off: bool) -> None:
     path = tmp_path / 'damaged.pth'
     path.write_bytes((trained / 'epoch_2.pth').read_bytes()[:9000] if cut_off else b'no weights')
-    with pytest.raises(SystemExit, match=r'^error: checkpoint \S+\.pth is damaged'):
+    with pytest.raises(SystemExit, match=r"^error: checkpoint '\S+\.pth' is damaged"):
         cli.test([config, str(path), '--work-dir', str(tmp_path / 'w')])
 
 

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIMIZERS
 from torch import nn
 
@@ -58,9 +59,58 @@ def test_constructor_teaches_optimizers_the_experts(monkeypatch) -> None:
     torch.testing.assert_close(weight.detach(), before - 1)
 
 
-def test_constructor_refuses_what_it_would_ignore() -> None:
-    with pytest.raises(ValueError, match='paramwise_cfg'):
-        TimmOptimWrapperConstructor({}, paramwise_cfg={'norm_decay_mult': 0.0})
+SGD = {'type': 'SGD', 'lr': 1.0, 'weight_decay': 0.3}
+
+
+def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
+    model = Wrapped()
+    keys = {
+        'blocks': {'lr_mult': 0.5},
+        'blocks.1': {'lr_mult': 0.1, 'decay_mult': 2.0},
+        'head': {'decay_mult': 0.0},
+    }
+
+    def settings(kind: type) -> dict[str, tuple[float, float]]:
+        build = kind({'optimizer': SGD}, {'custom_keys': keys})
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            names[id(parameter)]: (group['lr'], group['weight_decay'])
+            for group in build(model).optimizer.param_groups
+            for parameter in group['params']
+        }
+
+    ours, theirs = settings(TimmOptimWrapperConstructor), settings(DefaultOptimWrapperConstructor)
+    assert ours['model.blocks.1.attn.qkv.weight'] == (0.1, 0.6)
+    undecayed = undecayed_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or name.endswith('.bias') or name in undecayed:
+            assert ours[name] == (theirs[name][0], 0.0)  # timm's rule
+        else:
+            assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize(
+    ('paramwise', 'message'),
+    [
+        ({'norm_decay_mult': 0.0}, r'norm_decay_mult is not possible .* takes custom_keys: leave'),
+        (
+            {'custom_keys': {'head': {'lr': 1.0}}},
+            r"\['head'\]\.lr is .* takes lr_mult and decay_mult",
+        ),
+        (
+            {'custom_keys': {'hed': {'lr_mult': 2.0}}},
+            r"\['hed'\] is in no name .* model\.cls_token",
+        ),
+        (
+            {'custom_keys': {'head': {'decay_mult': 2.0}}},
+            r'optimizer\.weight_decay, which is not set',
+        ),
+    ],
+)
+def test_constructor_refuses_what_it_would_ignore(paramwise: dict, message: str) -> None:
+    config = {'optimizer': {'type': 'SGD', 'lr': 1.0}}
+    with pytest.raises(ValueError, match=message):
+        TimmOptimWrapperConstructor(config, paramwise)(Wrapped())
 
 
 def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32() -> None:

@@ -184,10 +184,10 @@ def test_an_unknown_head_is_named() -> None:
         tiny_segmentor(decode_head=dict(type='NoHead'))
 
 
-def groups_by_name(model: Any, layer_decay: float) -> dict[str, tuple[float, float]]:
+def groups_by_name(model: Any, layer_decay: float, **kw: Any) -> dict[str, tuple[float, float]]:
     build = LayerDecayOptimWrapperConstructor(
         {'optimizer': {'type': 'AdamW', 'lr': 1.0, 'weight_decay': 0.3}},
-        {'layer_decay': layer_decay},
+        {'layer_decay': layer_decay, **kw},
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, tuple[float, float]] = {}
@@ -219,7 +219,22 @@ def test_no_weight_decay_is_that_of_timm() -> None:
     assert decay['decode_head.dec_proj.weight'] == 0.3
 
 
-@pytest.mark.parametrize('wrong', [None, {}, {'layer_decay': 0.0}, {'norm_decay_mult': 0.0}])
-def test_layer_decay_refuses_other_settings(wrong: dict | None) -> None:
-    with pytest.raises(ValueError, match=r'must be dict\(layer_decay=x\)'):
+def test_custom_keys_come_on_top_of_the_rate_of_the_layer() -> None:
+    keys = {'decode_head': {'lr_mult': 10.0}, 'blocks.0': {'lr_mult': 3.0, 'decay_mult': 2.0}}
+    groups = groups_by_name(tiny_segmentor(), 0.5, custom_keys=keys)
+    assert groups['decode_head.dec_proj.weight'] == (10.0, 0.3)
+    assert groups['backbone.model.blocks.0.attn.qkv.weight'] == (3 * 0.5, 0.6)
+    assert groups['backbone.model.blocks.0.attn.qkv.bias'] == (3 * 0.5, 0.0)
+    assert groups['backbone.model.patch_embed.proj.weight'] == (0.25, 0.3)
+
+
+@pytest.mark.parametrize('wrong', [None, {}, {'layer_decay': 0.0}, {'layer_decay': 1.5}])
+def test_layer_decay_is_a_share(wrong: dict | None) -> None:
+    with pytest.raises(ValueError, match=r'must have layer_decay=x with 0 < x <= 1'):
+        LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+def test_layer_decay_refuses_other_settings() -> None:
+    wrong = {'layer_decay': 0.5, 'norm_decay_mult': 0.0}
+    with pytest.raises(ValueError, match=r'norm_decay_mult .* takes layer_decay and custom_keys'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)

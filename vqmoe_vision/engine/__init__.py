@@ -1,10 +1,11 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
 Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`, and lets torch read mmengine's checkpoints as data.
+config needs no more than `custom_imports`, lets torch read mmengine's checkpoints as data, and
+teaches mmengine's count of FLOPs the operators of these models.
 """
 
-from . import checkpoint, hooks, log, optim, seeding
+from . import checkpoint, flops, hooks, log, optim, seeding
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -13,6 +14,7 @@ __all__ = [
     'NonFiniteError',
     'RoutingStatistics',
     'checkpoint',
+    'flops',
     'hooks',
     'log',
     'optim',

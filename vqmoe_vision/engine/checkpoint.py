@@ -93,7 +93,25 @@ def read_image_sizes(path: str) -> list[Size]:
     """
     if path.endswith('.safetensors'):
         return []
-    content = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    config = str(content.get('meta', {}).get('cfg', ''))
+    config = str(read_content(path).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
+
+
+def read_content(path: str) -> Any:
+    """Reads all that a .pth file holds, without running any code that it may hold.
+
+    Args:
+        path: A .pth file.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds more than weights and a log.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'checkpoint {path!r} does not exist')
+    try:
+        return torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes of another format can make an unpickler fail in any way
+        raise ValueError(
+            f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
+        ) from error

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from .checkpoint import read_content
 from .former_configs import missing_config
 from .model import NonFiniteError
 from .options import add_config_options, check_options
@@ -227,12 +227,7 @@ def _check_readable(path: str | None) -> None:
     """Reads a checkpoint once before a run does: damage makes torch fail in any way, unnamed."""
     if path is None or not Path(path).is_file():  # what is no file may be an address
         return
-    try:
-        torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ValueError(
-            f'checkpoint {path} is damaged, or holds more than weights and is not loaded'
-        ) from error
+    read_content(path)
 
 
 def _configure(args: argparse.Namespace) -> Config:

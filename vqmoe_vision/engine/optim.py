@@ -41,26 +41,42 @@ class TimmOptimWrapperConstructor:
 
     Args:
         optim_wrapper_cfg: As in every mmengine config: `type`, `optimizer`, `clip_grad`, ...
-        paramwise_cfg: Not supported: must be None.
+        paramwise_cfg: `dict(custom_keys={part of a name: dict(lr_mult=..., decay_mult=...)})`. As
+            in mmengine, the longest key in a parameter's name multiplies its learning rate and
+            weight decay; what does not decay by timm's rules still does not.
 
     Raises:
-        ValueError: `paramwise_cfg` was given.
+        ValueError: `paramwise_cfg` has other options.
     """
 
+    paramwise_options: tuple[str, ...] = ('custom_keys',)
+
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
-        if paramwise_cfg is not None:
-            raise ValueError(
-                f'paramwise_cfg={paramwise_cfg} has no effect with TimmOptimWrapperConstructor: '
-                "leave it out, or set optim_wrapper.constructor='DefaultOptimWrapperConstructor'"
-            )
         self.optim_wrapper_cfg = optim_wrapper_cfg
+        self.paramwise_cfg = paramwise_cfg or {}
+        for option in self.paramwise_cfg:
+            if option not in self.paramwise_options:
+                raise ValueError(
+                    f'paramwise_cfg.{option} is not possible with {type(self).__name__}, which '
+                    f'takes {" and ".join(self.paramwise_options)}: leave it out, or set '
+                    "optim_wrapper.constructor='DefaultOptimWrapperConstructor'"
+                )
+        self.custom_keys = _checked(self.paramwise_cfg.get('custom_keys', {}))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a model, which may be wrapped for distributed training."""
+        """Builds the wrapper for a model, which may be wrapped for distributed training.
+
+        Raises:
+            ValueError: A key of `custom_keys` is the longest in no parameter's name, or multiplies
+                what the optimizer's config does not give.
+        """
         wrapper_cfg = dict(self.optim_wrapper_cfg)
         optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
         decay = optimizer_cfg.get('weight_decay', 0.0)
-        optimizer_cfg['params'] = self.param_groups(model, decay)
+        groups = self.param_groups(model, decay)
+        if self.custom_keys:
+            groups = _multiplied(groups, model, self.custom_keys, optimizer_cfg)
+        optimizer_cfg['params'] = groups
         wrapper_cfg.setdefault('type', 'OptimWrapper')
         optimizer = OPTIMIZERS.build(optimizer_cfg)
         if mixes_experts(optimizer):
@@ -77,6 +93,57 @@ class TimmOptimWrapperConstructor:
         return param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=undecayed_parameters(model)
         )
+
+
+# What `custom_keys` multiply, and which field of the optimizer gives.
+_MULTIPLIERS = {'lr_mult': 'lr', 'decay_mult': 'weight_decay'}
+
+
+def _checked(custom_keys: Any) -> dict[str, dict[str, float]]:
+    for key, factors in custom_keys.items():
+        for name in factors:
+            if name not in _MULTIPLIERS:
+                raise ValueError(
+                    f'paramwise_cfg.custom_keys[{key!r}].{name} is not possible; '
+                    f'it takes {" and ".join(_MULTIPLIERS)}'
+                )
+    return custom_keys
+
+
+def _multiplied(
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    custom_keys: dict[str, dict[str, float]],
+    optimizer: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Groups of which each has one of `custom_keys`, or none, and its factors applied."""
+    ordered = sorted(sorted(custom_keys), key=len, reverse=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    key_of = {i: next((k for k in ordered if k in name), None) for i, name in names.items()}
+    for key in ordered:
+        if key not in key_of.values():
+            raise ValueError(
+                f'paramwise_cfg.custom_keys[{key!r}] is in no name of a parameter, or each has a '
+                f'longer one; names are {", ".join(list(names.values())[:3])}, ...'
+            )
+        for factor in custom_keys[key]:
+            if _MULTIPLIERS[factor] not in optimizer:
+                raise ValueError(
+                    f'paramwise_cfg.custom_keys[{key!r}].{factor} multiplies '
+                    f'optimizer.{_MULTIPLIERS[factor]}, which is not set'
+                )
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        by_key: dict[str | None, list[nn.Parameter]] = {}
+        for parameter in group['params']:
+            by_key.setdefault(key_of[id(parameter)], []).append(parameter)
+        for matched, parameters in by_key.items():
+            part = {**group, 'params': parameters}
+            for factor, value in custom_keys.get(matched or '', {}).items():
+                field = _MULTIPLIERS[factor]
+                part[field] = part.get(field, optimizer[field]) * value
+            parts.append(part)
+    return parts
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:

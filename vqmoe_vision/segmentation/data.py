@@ -17,6 +17,7 @@ from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
 
 from .scenes import DigitScene, digit_scene_maker
+from .transforms import LOADING
 
 
 class SeededDataset(BaseSegDataset):
@@ -156,7 +157,8 @@ class DigitScenes(SeededDataset):
         num_scenes: Length of the data set.
         size: Height and width of a scene in pixels.
         seed: Another seed makes other scenes of the same scans.
-        pipeline: Transforms; scenes need no loading.
+        pipeline: Transforms; those that load are left out, as there is no file. A config has them
+            for what predicts files, such as mmseg's inferencer.
 
     Raises:
         ValueError: There is no such split, or the size or number is not possible.
@@ -180,7 +182,9 @@ class DigitScenes(SeededDataset):
         self.num_scenes = num_scenes
         self._make = digit_scene_maker(split, size, seed)
         super().__init__(
-            pipeline=list(pipeline), data_prefix=dict(img_path=None), reduce_zero_label=False
+            pipeline=[step for step in pipeline if step['type'] not in LOADING],
+            data_prefix=dict(img_path=None),
+            reduce_zero_label=False,
         )
 
     def load_data_list(self) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.transfer import misfit
 
+from .transforms import LOADING
+
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
 
@@ -96,8 +98,7 @@ class Predictor:
         dataset = settings.test_dataloader.dataset
         self.classes, palette = _classes(config, dataset)
         self.palette = np.array(palette, np.uint8)[:, ::-1]  # BGR
-        loading = {'LoadImage', 'LoadImageFromFile', 'LoadLabels', 'LoadAnnotations'}
-        self.pipeline = Compose([step for step in dataset.pipeline if step.type not in loading])
+        self.pipeline = Compose([step for step in dataset.pipeline if step.type not in LOADING])
         self.model = MODELS.build(settings.model)
         state = read_state(checkpoint)
         problem = misfit(self.model.state_dict(), state)

@@ -19,20 +19,22 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg: As in every mmengine config; `optimizer.lr` is the full rate.
-        paramwise_cfg: `dict(layer_decay=...)`, above 0 and at most 1.
+        paramwise_cfg: `dict(layer_decay=...)`, above 0 and at most 1, and `custom_keys` as
+            `TimmOptimWrapperConstructor`, whose factors come on top.
 
     Raises:
-        ValueError: `paramwise_cfg` is something else.
+        ValueError: `paramwise_cfg` has other options, or no `layer_decay`.
     """
 
+    paramwise_options = ('layer_decay', 'custom_keys')
+
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
-        super().__init__(optim_wrapper_cfg)
-        layer_decay = (paramwise_cfg or {}).get('layer_decay', 0.0)
-        if len(paramwise_cfg or {}) != 1 or not 0 < layer_decay <= 1:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        self.layer_decay = self.paramwise_cfg.get('layer_decay', 0.0)
+        if not 0 < self.layer_decay <= 1:
             raise ValueError(
-                f'paramwise_cfg={paramwise_cfg} must be dict(layer_decay=x) with 0 < x <= 1'
+                f'paramwise_cfg={paramwise_cfg} must have layer_decay=x with 0 < x <= 1'
             )
-        self.layer_decay = layer_decay
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups of a segmentor, which may be wrapped for distributed training.

@@ -20,6 +20,8 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 IGNORE = 255
+# What a pipeline without files, such as that of an image at hand, leaves out.
+LOADING = frozenset({'LoadImageFromFile', 'LoadImage', 'LoadAnnotations', 'LoadLabels'})
 
 
 @TRANSFORMS.register_module()
@@ -73,7 +75,8 @@ def _build(config: dict[str, Any]) -> Any:
     return kind(**arguments)
 
 
-@TRANSFORMS.register_module()
+# Under the stock names too: mmseg's inference and tools look for them in a pipeline.
+@TRANSFORMS.register_module(name=['LoadImageFromFile', 'LoadImage'], force=True)
 class LoadImage(LoadImageFromFile):
     """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file."""
 
@@ -89,16 +92,17 @@ class LoadImage(LoadImageFromFile):
             raise ValueError(f'{results["img_path"]} cannot be read as an image') from error
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name=['LoadAnnotations', 'LoadLabels'], force=True)
 class LoadLabels(LoadAnnotations):
     """mmseg's `LoadAnnotations`, with checks that name the file.
 
     Args:
-        num_classes: Number of classes; labels lie below it or are 255.
+        num_classes: Number of classes; labels lie below it or are 255. None, for pipelines of
+            mmseg's own configs, does not compare them.
         **kwargs: As `LoadAnnotations`.
     """
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = num_classes
 
@@ -125,10 +129,11 @@ class LoadLabels(LoadAnnotations):
         if labels.shape != tuple(results['ori_shape']):
             image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
             raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
-        counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-        wrong = np.flatnonzero(counts[self.num_classes : IGNORE]) + self.num_classes
-        if len(wrong):
-            raise ValueError(self._outside(path, wrong[0] + shift, shift))
+        if self.num_classes is not None:
+            counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+            wrong = np.flatnonzero(counts[self.num_classes : IGNORE]) + self.num_classes
+            if len(wrong):
+                raise ValueError(self._outside(path, wrong[0] + shift, shift))
         return results
 
     def _beyond_8_bits(self, path: str) -> np.ndarray:
@@ -141,8 +146,9 @@ class LoadLabels(LoadAnnotations):
         return labels[labels != (labels.astype(np.int64) & 0xFF)]
 
     def _outside(self, path: str, label: float, shift: int) -> str:
+        highest = (IGNORE if self.num_classes is None else self.num_classes) - 1 + shift
         return (
-            f'{path} holds the label {label}; allowed are {shift}..{self.num_classes - 1 + shift}, '
+            f'{path} holds the label {label}; allowed are {shift}..{highest}, '
             f'and {0 if shift else IGNORE} for pixels to ignore'
         )
 

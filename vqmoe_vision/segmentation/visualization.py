@@ -1,5 +1,6 @@
-"""Overlays for data sets whose images are not files too."""
+"""Pictures of predictions, also for data sets whose images are not files."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,27 +8,85 @@ from typing import Any
 import cv2
 import mmcv
 import numpy as np
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine import fileio
 from mmengine.runner import Runner
+from mmseg.engine.hooks import SegVisualizationHook
+from mmseg.registry import HOOKS, VISUALIZERS
+from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor
 
 
-@HOOKS.register_module()
-class OverlayHook(Hook):
-    """Draws the predictions of a test over the images.
+@VISUALIZERS.register_module()
+class OverlayVisualizer(SegLocalVisualizer):
+    """mmseg's visualizer, which can also be built from a config that gives it no name.
 
-    mmseg's `SegVisualizationHook` reads every image from its file; a scene that is made on the fly
-    has none.
+    mmseg's browse_dataset.py needs that. A name in the config would be that of every run of a
+    process, and mmengine would hand the visualizer of the first run to the others.
+    """
+
+    @classmethod
+    def get_instance(cls, name: str = 'visualizer', **kwargs: Any) -> Any:
+        """The visualizer of that name, which is made once.
+
+        Args:
+            name: mmengine's Runner gives that of the run.
+            **kwargs: As the constructor.
+        """
+        return super().get_instance(name, **kwargs)
+
+    def add_datasample(self, name: str, image: np.ndarray, *args: Any, **kwargs: Any) -> None:
+        """As mmseg's, also for an image in another order of memory, as browse_dataset.py has it.
+
+        Args:
+            name: Of the picture.
+            image: (H, W, 3) uint8 RGB.
+            *args: As mmseg's.
+            **kwargs: As mmseg's.
+        """
+        super().add_datasample(name, np.ascontiguousarray(image), *args, **kwargs)
+
+
+@HOOKS.register_module()
+class OverlayHook(SegVisualizationHook):
+    """mmseg's `SegVisualizationHook`, which also draws images that are made and not read.
+
+    Of a test every prediction, of validation the first one of every `interval`-th iteration,
+    counted as in mmseg from the iteration of the training.
 
     Args:
         draw: Whether to draw; `--show-dir` turns it on.
-        show: Whether to open windows too; `--show` of mmseg's own tools/test.py turns it on.
+        interval: Iterations of validation between two pictures.
+        show: Whether to open windows, and write no files then; `--show` of mmseg's own
+            tools/test.py turns it on.
         wait_time: Seconds for which a window stays open; 0 waits for a key.
+        backend_args: Of mmengine's file backend that reads the images.
     """
 
-    def __init__(self, draw: bool = False, show: bool = False, wait_time: float = 0.0) -> None:
-        self.draw, self.show, self.wait_time = draw, show, wait_time
+    def __init__(
+        self,
+        draw: bool = False,
+        interval: int = 50,
+        show: bool = False,
+        wait_time: float = 0.0,
+        backend_args: dict[str, Any] | None = None,
+    ) -> None:
+        with warnings.catch_warnings():  # most runs draw nothing, which is no news
+            warnings.filterwarnings('ignore', 'The draw is False')
+            super().__init__(draw, interval, show, wait_time, backend_args)
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[Any] | None = None,
+    ) -> None:
+        """Draws the first prediction of a batch, where it is its turn."""
+        step = runner.iter + batch_idx
+        if not self.draw or step % self.interval:
+            return
+        assert outputs is not None
+        self._draw(data_batch['inputs'][0], outputs[0], 'val_', step)
 
     def after_test_iter(
         self,
@@ -36,7 +95,7 @@ class OverlayHook(Hook):
         data_batch: Any = None,
         outputs: Sequence[Any] | None = None,
     ) -> None:
-        """Hands the overlays of a batch to the visualizer."""
+        """Draws every prediction of a batch."""
         if not self.draw:
             return
         assert outputs is not None
@@ -44,22 +103,24 @@ class OverlayHook(Hook):
         if not isinstance(inputs[0], Tensor):
             inputs = inputs[0]  # an augmented test: the first version of each image
         for tensor, sample in zip(inputs, outputs, strict=True):
-            name = Path(sample.img_path).stem
-            image = _image_of(sample, tensor.numpy())
-            runner.visualizer.add_datasample(
-                name,
-                image,
-                data_sample=sample,
-                show=self.show,
-                wait_time=self.wait_time,
-                with_labels=False,
-            )
+            self._draw(tensor, sample)
 
+    def _draw(self, tensor: Tensor, sample: Any, prefix: str = '', step: int = 0) -> None:
+        self._visualizer.add_datasample(
+            prefix + Path(sample.img_path).stem,
+            self._image_of(tensor.numpy(), sample),
+            data_sample=sample,
+            show=self.show,
+            wait_time=self.wait_time,
+            step=step,
+            with_labels=False,
+        )
 
-def _image_of(sample: Any, tensor: np.ndarray) -> np.ndarray:
-    """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
-    if Path(sample.img_path).is_file():
-        return mmcv.imread(sample.img_path, channel_order='rgb')
-    image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
-    height, width = sample.pred_sem_seg.shape
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    def _image_of(self, tensor: np.ndarray, sample: Any) -> np.ndarray:
+        """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
+        if fileio.exists(sample.img_path, backend_args=self.backend_args):
+            content = fileio.get(sample.img_path, backend_args=self.backend_args)
+            return mmcv.imfrombytes(content, channel_order='rgb')
+        image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
+        height, width = sample.pred_sem_seg.shape
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -1,4 +1,5 @@
-# Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load. Training sees
+# Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load, and
+# LoadImageFromFile is for mmsegmentation's tools that predict files. Training sees
 # crops of the size of the classifier's images, so that its position embedding keeps its meaning,
 # and tests slide a window of that size, as Segmenter does on photographs. Digits must not be
 # flipped.
@@ -6,7 +7,7 @@ train_pipeline = [
     dict(type='RandomCrop', crop_size=(48, 48), cat_max_ratio=0.95),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [dict(type='PackSegInputs')]
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
 tta_pipeline = [
     dict(
         type='TestTimeAug',

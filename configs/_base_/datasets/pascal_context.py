@@ -1,8 +1,8 @@
 # Pascal Context, 59 classes, with mmsegmentation's augmentation.
 _base_ = 'segmentation_loaders.py'
 train_pipeline = [
-    dict(type='LoadImage'),
-    dict(type='LoadLabels', num_classes=59),
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', num_classes=59),
     dict(type='RandomResize', scale=(520, 520), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(480, 480), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
@@ -11,13 +11,13 @@ train_pipeline = [
 ]
 # labels are loaded after the image is resized: predictions are compared at the original size
 test_pipeline = [
-    dict(type='LoadImage'),
+    dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(520, 520), keep_ratio=True),
-    dict(type='LoadLabels', num_classes=59),
+    dict(type='LoadAnnotations', num_classes=59),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImage'),
+    dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
         transforms=[
@@ -26,7 +26,7 @@ tta_pipeline = [
                 for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
             ],
             [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
-            [dict(type='LoadLabels', num_classes=59)],
+            [dict(type='LoadAnnotations', num_classes=59)],
             [dict(type='PackSegInputs')],
         ],
     ),

@@ -80,6 +80,8 @@ class ExpertChoiceRouter(Router):
     def forward(self, x: Tensor) -> Routing:
         """Route images (B, N, D) in float32."""
         batch, num_tokens, _ = x.shape
+        if torch.jit.is_tracing():  # sizes are tensors then
+            num_tokens = int(num_tokens)
         config = self.config
         capacity = max(round(num_tokens * config.capacity_factor / config.num_experts), 1)
         with full_precision(x):

@@ -1,0 +1,174 @@
+"""mmsegmentation's own entry points, unmodified, on a config of ours."""
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import mmseg
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from mmengine.config import Config
+from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.publish import publish_checkpoint
+from vqmoe_vision.segmentation import predict
+
+from .test_cli import write_config
+
+TOOLS = Path(mmseg.__file__).parent / '.mim' / 'tools'
+# theirs: of a temporary folder, of a visualizer without one, of classes that no scene shows
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:Implicitly cleaning up:ResourceWarning'),
+    pytest.mark.filterwarnings('ignore::UserWarning:mmengine'),
+    pytest.mark.filterwarnings('ignore:invalid value encountered in divide:RuntimeWarning'),
+]
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """Config, checkpoint, and work dir of a run of two iterations that draws its validation."""
+    folder = tmp_path_factory.mktemp('trained')
+    config = write_config(folder, 'trained_for_tools')
+    draw = [f'default_hooks.visualization.{option}' for option in ('draw=True', 'interval=1')]
+    cli.train([config, '--work-dir', str(folder / 'run'), '--cfg-options', *draw])
+    return config, str(folder / 'run/iter_2.pth'), folder / 'run'
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(name: str, *arguments: Any) -> None:
+        monkeypatch.setattr('sys.argv', [name, *map(str, arguments)])
+        runpy.run_path(str(TOOLS / name), run_name='__main__')
+
+    monkeypatch.setattr(pyplot, 'show', lambda: None)
+    matplotlib.use('Agg')
+    return run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / 'photo.png'
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    return path
+
+
+def test_inference_by_mmsegs_functions(trained: tuple[str, str, Path], image: Path) -> None:
+    config, checkpoint, _ = trained
+    (expected,) = predict(config, checkpoint, image)
+    published = publish_checkpoint(checkpoint, str(image.parent / 'scenes.pth'))
+    model = init_model(config, str(published), device='cpu')
+    result = inference_model(model, str(image))
+    assert (result.pred_sem_seg.data[0].numpy() == expected.labels).all()
+    drawn = show_result_pyplot(model, str(image), result, show=False, out_file=str(image) + '.png')
+    assert drawn.shape == (40, 60, 3)
+    array = cv2.imread(str(image))
+    for one in inference_model(model, [array, array]):
+        assert (one.pred_sem_seg.data[0].numpy() == expected.labels).all()
+
+
+def test_inference_by_mmsegs_inferencer(
+    trained: tuple[str, str, Path], image: Path, tmp_path: Path
+) -> None:
+    config, checkpoint, _ = trained
+    (expected,) = predict(config, checkpoint, image)
+    inferencer = MMSegInferencer(config, checkpoint, device='cpu')
+    found = inferencer(str(image), out_dir=str(tmp_path / 'out'), return_vis=True)
+    assert (found['predictions'] == expected.labels).all()
+    assert found['visualization'].shape == (40, 60, 3)
+    written = cv2.imread(str(tmp_path / 'out/pred/00000000_pred.png'), cv2.IMREAD_UNCHANGED)
+    assert (written == expected.labels).all()
+    array = cv2.imread(str(image))
+    assert len(inferencer([array, array], batch_size=2)['predictions']) == 2
+
+
+@pytest.mark.parametrize('leaf', ['camvid.py', 'ade20k/segmenter_vit_tiny_vqmoe_ade20k.py'])
+def test_mmsegs_functions_take_the_pipelines_of_photographs(leaf: str, image: Path) -> None:
+    config = Config.fromfile(Path(__file__).parents[2] / 'configs/segmentation' / leaf)
+    config.model.update(test_cfg=dict(mode='whole'))
+    config.model.backbone.update(depth=4, embed_dim=12, num_heads=3)
+    config.model.decode_head.num_layers = 1
+    for step in config.test_pipeline:
+        if step.type == 'Resize':
+            step.scale = (64, 64)
+    result = inference_model(init_model(config, device='cpu'), str(image))
+    assert result.pred_sem_seg.shape == (40, 60)
+
+
+def test_validation_draws_the_first_of_each_batch(trained: tuple[str, str, Path]) -> None:
+    pictures = sorted(trained[2].glob('*/vis_data/vis_image/*.png'))
+    # three scenes in batches of two, from iteration 2 on
+    assert [path.name for path in pictures] == ['val_val_00000_2.png', 'val_val_00002_3.png']
+    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
+
+
+def test_browse_dataset(trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path) -> None:
+    run_tool('analysis_tools/browse_dataset.py', trained[0], '--output-dir', tmp_path, '--not-show')
+    pictures = sorted(tmp_path.glob('*.png'))
+    assert [path.name for path in pictures] == [f'train_0000{i}.png' for i in range(4)]
+    assert cv2.imread(str(pictures[0])).shape == (48, 48, 3)  # crops
+
+
+def test_get_flops_counts_the_experts(
+    trained: tuple[str, str, Path], run_tool: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if 'input_shape,\n' in (TOOLS / 'analysis_tools/get_flops.py').read_text():
+        pytest.skip("mmsegmentation 1.2.2's gives mmengine two inputs, which 0.10.7 refuses")
+
+    def flops(*options: str) -> float:
+        arguments = ['--shape', 96, '--cfg-options', *options]
+        run_tool('analysis_tools/get_flops.py', trained[0], *arguments)
+        (found,) = (s for s in capsys.readouterr().out.splitlines() if s.startswith('Flops: '))
+        assert found.endswith('M')
+        return float(found.removeprefix('Flops: ').rstrip('M'))
+
+    narrow, wide = (
+        flops('experiment_name=flops', f'model.backbone.moe.expert_mlp_ratio={ratio}')
+        for ratio in (4, 8)
+    )
+    # 36 tokens; two experts each, as preset='matched' has it; two layers of 12 x 48 more weights
+    assert wide - narrow == pytest.approx(36 * 2 * 2 * 12 * 48 / 1e6, abs=0.002)
+
+
+def test_confusion_matrix(
+    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, checkpoint, _ = trained
+    options = ['--cfg-options', f'experiment_name={tmp_path.name}']
+    arguments = ['--work-dir', tmp_path / 'run', '--out', tmp_path / 'labels']
+    run_tool('test.py', config, checkpoint, *arguments, *options)
+    monkeypatch.setitem(matplotlib.rcParams, 'savefig.dpi', 10)
+    arguments = [config, tmp_path / 'labels', tmp_path / 'drawn']
+    run_tool('analysis_tools/confusion_matrix.py', *arguments)
+    assert (tmp_path / 'drawn/confusion_matrix.png').is_file()
+    pyplot.close('all')
+
+
+def test_analyze_logs(trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path) -> None:
+    pytest.importorskip('seaborn')
+    (scalars,) = trained[2].glob('*/vis_data/scalars.json')
+    keys = ['--keys', 'loss', 'mIoU']
+    run_tool('analysis_tools/analyze_logs.py', scalars, *keys, '--out', tmp_path / 'curve.png')
+    assert (tmp_path / 'curve.png').is_file()
+    pyplot.close('all')
+
+
+def test_benchmark_needs_200_images(
+    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path
+) -> None:
+    config = tmp_path / 'many.py'
+    config.write_text(
+        f'_base_ = {trained[0]!r}\n'
+        'test_dataloader = dict(dataset=dict(num_scenes=200))\n'
+        "model = dict(test_cfg=dict(_delete_=True, mode='whole'))\n"
+    )
+    run_tool('analysis_tools/benchmark.py', config, trained[1], '--work-dir', tmp_path)
+    (written,) = tmp_path.glob('fps_*.json')
+    assert json.loads(written.read_text())['average_fps'] > 0

@@ -1,0 +1,11 @@
+"""Write a checkpoint for others: python tools/publish.py CHECKPOINT OUT [--help]."""
+
+import sys
+
+try:
+    from vqmoe_vision.engine.publish import publish
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; training and testing need: pip install '.[train]'")
+
+if __name__ == '__main__':
+    publish()

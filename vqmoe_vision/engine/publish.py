@@ -1,0 +1,62 @@
+"""What `tools/publish.py` does: a checkpoint without what only its own training needs."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .checkpoint import read_content
+from .cli import run
+
+# Of `meta`: what starting from the file, mmseg's functions, and a reader want to know.
+_META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
+
+
+def publish(argv: Sequence[str] | None = None) -> None:
+    """Writes a checkpoint for others.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(
+        description='Write a checkpoint for others: its weights, its config and its classes, '
+        'without optimizer, schedulers and log.'
+    )
+    parser.add_argument('checkpoint', help='file written by tools/train.py')
+    parser.add_argument('out', help='NAME.pth, which is written as NAME-<8 digits of sha256>.pth')
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, lambda args: print(f'wrote {publish_checkpoint(args.checkpoint, args.out)}'))
+
+
+def publish_checkpoint(checkpoint: str, out: str) -> Path:
+    """Writes the weights, the config and the classes of a checkpoint.
+
+    Args:
+        checkpoint: File written by a training; read as data, code in it is not run.
+        out: Path that ends in .pth; the file's name also has the first eight digits of its sha256,
+            as `torch.hub` checks them.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ValueError: `out` has another ending, or `checkpoint` cannot be read or is none of a
+            training.
+    """
+    target = Path(out)
+    if target.suffix != '.pth':
+        raise ValueError(f'out={out!r} must end in .pth')
+    content = read_content(checkpoint)
+    if not isinstance(content, dict) or not {'state_dict', 'meta'} <= content.keys():
+        raise ValueError(f"checkpoint {checkpoint!r} has no 'state_dict' and 'meta' of a training")
+    meta = {name: content['meta'][name] for name in _META if name in content['meta']}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unnamed = target.with_suffix('.part')
+    torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
+    digits = hashlib.sha256(unnamed.read_bytes()).hexdigest()[:8]
+    named = target.with_name(f'{target.stem}-{digits}.pth')
+    os.replace(unnamed, named)
+    return named
