@@ -308,3 +308,27 @@ def vit_base_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransfor
 def vit_large_ecmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
     """ViT-L/16 with expert choice layers."""
     return _create('large', 'ecmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with hash layers."""
+    return _create('tiny', 'hashmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with hash layers."""
+    return _create('small', 'hashmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with hash layers."""
+    return _create('base', 'hashmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with hash layers."""
+    return _create('large', 'hashmoe', pretrained, **kwargs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..config import MoeConfig
 from ..host import ReadPatches
 from ..layer import MoeLayer
-from . import ecmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
+from . import ecmoe, hashmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
 from ._distilled_router import read_patches
 
 
@@ -37,4 +37,5 @@ METHODS: dict[str, Method] = {
     'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
     'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
     'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.build),
+    'hashmoe': Method(hashmoe.HashConfig, hashmoe.build),
 }

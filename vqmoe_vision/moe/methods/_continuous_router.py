@@ -42,14 +42,13 @@ class ContinuousRouter(SMoERouter):
             importance_weight=0.0,
             load_weight=0.0,
             balance_weight=balance_weight,
+            train_router=trained,
         )
         super().__init__(in_features, config, **factory)
-        self.weight.requires_grad_(trained)
-        self.trained = trained
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         routing = super().forward(x)
-        if self.trained:
+        if self.config.train_router:
             return routing
         return replace(routing, weights=torch.ones_like(routing.weights))

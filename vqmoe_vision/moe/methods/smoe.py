@@ -59,10 +59,12 @@ class SMoEConfig(TopKConfig):
         capacity_factor: Places over assignments while training; None drops nothing.
         eval_capacity_factor: The same in eval mode.
         batch_prioritized: Serve tokens with large weights first when a capacity is set.
+        train_router: False freezes the router at its random start.
 
     Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
     comparisons has; 'group', the router of the tables published with VQMoE: a bias, top-2,
-    softmax over the two, no noise, and no auxiliary loss (theirs is always zero).
+    softmax over the two, no noise, and no auxiliary loss (theirs is always zero); 'frozen', a
+    control that a learned router has to beat: a random router, top-2, without noise and losses.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -71,6 +73,12 @@ class SMoEConfig(TopKConfig):
         'group': {
             'router_bias': True,
             'renormalize': True,
+            'router_noise': 0.0,
+            'importance_weight': 0.0,
+            'load_weight': 0.0,
+        },
+        'frozen': {
+            'train_router': False,
             'router_noise': 0.0,
             'importance_weight': 0.0,
             'load_weight': 0.0,
@@ -101,6 +109,7 @@ class SMoEConfig(TopKConfig):
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     batch_prioritized: bool = False
+    train_router: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +156,8 @@ class SMoERouter(TopKRouter):
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         bias = torch.empty(config.num_experts, **factory)
         self.bias = nn.Parameter(bias) if config.router_bias else None
+        for parameter in self.parameters():
+            parameter.requires_grad_(config.train_router)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -1,0 +1,103 @@
+"""Hash routing: a token's experts follow from its position, and nothing is learned.
+
+"Hash Layers For Large Sparse Models" (Roller et al., NeurIPS 2021, arXiv 2106.04426), for token
+t = 1 .. N of one image:
+
+    y_t = f_hash(t)(x_t)                                 no gate, no auxiliary loss
+
+It is the control that a learned router has to beat: same experts, same compute, no decision. The
+paper hashes the identity of a word, and among others its position. A patch has no identity, so that
+its position is hashed here, and each of E consecutive positions has another expert, so that loads
+are even ('balanced hash').
+
+Where we differ: K experts per token are possible, different ones, whose answers are averaged; the
+paper's MultiHash cuts one expert into K pieces. Positions repeat after 4,096 tokens.
+
+Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TopKConfig
+from ..experts import Experts
+from ..host import Host
+from ..layer import RoutedMlp
+from ..routing import Routing, TopKRouter
+
+POSITIONS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashConfig(TopKConfig):
+    """Options of hash routing.
+
+    Args:
+        top_k: Experts per token.
+
+    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
+    comparisons has.
+    """
+
+
+class HashRouter(TopKRouter):
+    """Experts by position.
+
+    Args:
+        config: Options.
+
+    Attributes:
+        hash: Experts of every position, (4096, K) int64; another draw per layer.
+    """
+
+    per_image = True
+    hash: Tensor
+
+    def __init__(self, config: HashConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        table = torch.empty((POSITIONS, config.top_k), dtype=torch.int64, device=device)
+        self.register_buffer('hash', table)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws the hash; every block of E positions has each expert first once."""
+        num_experts = self.config.num_experts
+        # the ranks of random numbers are a random order
+        blocks = torch.rand(-(-POSITIONS // num_experts), num_experts, device=self.hash.device)
+        first = blocks.argsort(dim=1).flatten()[:POSITIONS, None]
+        others = torch.rand(POSITIONS, num_experts - 1, device=self.hash.device).argsort(dim=1) + 1
+        steps = torch.cat([torch.zeros_like(first), others[:, : self.config.top_k - 1]], dim=1)
+        self.hash.copy_((first + steps) % num_experts)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route images (B, N, D)."""
+        batch, num_tokens, _ = x.shape
+        positions = torch.arange(num_tokens, device=x.device) % POSITIONS
+        indices = self.hash[positions].repeat(batch, 1)
+        weights = torch.full_like(indices, 1 / self.config.top_k, dtype=torch.float32)
+        return Routing(indices, weights)
+
+
+class HashMlp(RoutedMlp):
+    """`RoutedMlp` that decides nothing."""
+
+    needs_collecting = False
+    permutation_equivariant = False
+    routing_learns = False
+
+
+def build(
+    in_features: int,
+    config: HashConfig,
+    experts: Experts,
+    host: Host,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> HashMlp:
+    """Hash layer."""
+    return HashMlp(HashRouter(config, device), experts)
