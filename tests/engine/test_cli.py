@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from mmengine.runner.checkpoint import _load_checkpoint
 
 from vqmoe_vision.engine import NonFiniteError, cli
 from vqmoe_vision.engine.cli import load_config, one_line, train, use_amp
+
+from ..logs import reports
 
 DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TINY = f"""
@@ -76,13 +79,13 @@ def test_training_starts_from_the_weights_of_another_run(
     assert 'epoch_2.pth: the head is the one of the checkpoint' in log.read_text()
 
 
-def test_log_shows_time_left_and_one_line_per_layer_and_epoch(trained: Path) -> None:
-    (log,) = trained.glob('*/*.log')
-    lines = log.read_text().splitlines()
-    steps = [line for line in lines if 'Epoch(train)' in line]
-    assert steps and all('eta: ' in line and 'blocks.' not in line for line in steps)
-    reports = [line for line in lines if 'train_epoch  blocks.1.mlp  load ' in line]
-    assert len(reports) == 2
+def test_log_shows_time_left_and_one_report_per_layer_and_epoch(trained: Path) -> None:
+    told = reports(trained)
+    steps = [report for report in told if 'Epoch(train)' in report]
+    assert steps and all('eta: ' in step and 'blocks.' not in step for step in steps)
+    assert not any('base_lr' in step for step in steps)  # as `lr`
+    assert len([r for r in told if re.search(r'train_epoch  blocks.1.mlp\s+load ', r)]) == 2
+    assert all(len(line) <= 100 for report in told for line in report.splitlines())
 
 
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(

@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.cli import predict as predict_cli
 from vqmoe_vision.segmentation.inference import Predictor
+
+from ..logs import reports
 
 SCENES = (
     Path(__file__).parents[2]
@@ -84,9 +87,17 @@ def test_validation_stands_at_its_iteration_and_training_has_its_own_routing(
     (train,) = (r[f'train_epoch/{name}'] for r in records if f'train_epoch/{name}' in r)
     (held_out,) = (r[f'val/{name}'] for r in records if f'val/{name}' in r)
     assert train != held_out
-    (log,) = trained.glob('*/*.log')
-    steps = [line for line in log.read_text().splitlines() if 'Iter(train)' in line]
+    told = reports(trained)
+    steps = [report for report in told if 'Iter(train)' in report]
     assert steps and all('moe/balance_loss: ' in s and 'moe/vq_loss: ' in s for s in steps)
+    assert all(len(line) <= 100 for report in told for line in report.splitlines())
+
+
+def test_what_comes_first_is_about_the_run(config: str, tmp_path: Path) -> None:
+    command = [sys.executable, SCENES.parents[3] / 'tools/predict.py', config]
+    done = subprocess.run([*command, 'none.pth', tmp_path], capture_output=True, text=True)
+    assert done.stdout == ''
+    assert done.stderr.startswith(f'error: {tmp_path} holds no image')
 
 
 def test_test_writes_metrics_and_overlays(trained: Path, config: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from vqmoe_vision.models.transfer import misfit
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
+from .log import wrapped
 from .model import NonFiniteError, unwrapped
 from .routing import lines_of
 
@@ -72,7 +73,7 @@ class MoeStateHook(Hook):
         statistics.reset()
         summary = summarize(means)
         for line in lines_of(means):
-            runner.logger.info(f'{mode}  {line}')
+            runner.logger.info(wrapped(f'{mode}  {line}'))
         scalars = {f'{mode}/{name}': value for name, value in summary.items()}
         if scalars and mode != 'test':
             runner.visualizer.add_scalars(scalars, step=runner.iter)

@@ -8,6 +8,26 @@ from mmengine.runner import LogProcessor
 
 from .model import unwrapped
 
+_COLUMNS = 100
+# mmengine writes it in front of every message
+_PREFIX = len('MM/dd HH:mm:ss - mmengine - INFO - ')
+
+
+def wrapped(text: str) -> str:
+    """A message whose lines fit a terminal of 100 columns; the second and later ones are indented.
+
+    Args:
+        text: One line of parts with two or more spaces between them, and no digit after the spaces.
+    """
+    lines, room = [''], _COLUMNS - _PREFIX
+    for part in re.split(r' {2,}(?!\d)', text.strip()):
+        if lines[-1].strip() and len(lines[-1]) + 2 + len(part) > room:
+            lines.append('    ' + part)
+            room = _COLUMNS
+        else:
+            lines[-1] += f'  {part}' if lines[-1] else part
+    return '\n'.join(lines)
+
 
 @LOG_PROCESSORS.register_module()
 class MoeLogProcessor(LogProcessor):
@@ -21,13 +41,15 @@ class MoeLogProcessor(LogProcessor):
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:
         """As mmengine's, but for each `<layer>/<name>_loss` one `moe/<name>_loss` in the text.
 
+        The text is wrapped, and has `base_lr` only where groups of parameters have other rates.
+
         Args:
             runner: The runner.
             batch_idx: Index of the batch in the epoch.
             mode: 'train', 'val' or 'test'.
 
         Returns:
-            Scalars by name, and the line of text.
+            Scalars by name, and the text.
         """
         scalars, text = super().get_log_after_iter(runner, batch_idx, mode)
         sums: dict[str, float] = {}
@@ -36,6 +58,7 @@ class MoeLogProcessor(LogProcessor):
             if layer and kind.endswith('_loss'):
                 sums[kind] = sums.get(kind, 0.0) + value
         text = re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
+        text = re.sub(r'base_lr: (\S+) (lr: \1)(?=\s)', r'\2', text)
         statistics = getattr(unwrapped(runner), 'logged_statistics', None)
         if mode == 'train' and statistics is not None:
             summary = statistics.summary()
@@ -44,4 +67,15 @@ class MoeLogProcessor(LogProcessor):
             left_out = [v for n, v in summary.items() if n.endswith('/nonfinite_tokens')]
             if any(left_out):
                 sums['nonfinite_tokens'] = sum(left_out)
-        return scalars, text + ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())
+        text += ''.join(f'  moe/{kind}: {value:.4f}' for kind, value in sums.items())
+        return scalars, wrapped(text)
+
+    def get_log_after_epoch(self, *args: Any, **kwargs: Any) -> tuple:
+        """As mmengine's; the text is wrapped.
+
+        Args:
+            *args: As mmengine's.
+            **kwargs: As mmengine's.
+        """
+        *scalars, text = super().get_log_after_epoch(*args, **kwargs)
+        return *scalars, wrapped(text)

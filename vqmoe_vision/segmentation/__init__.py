@@ -5,7 +5,7 @@ Importing this package registers everything that `configs/segmentation` names.
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
-from . import data, optim, transforms, visualization
+from . import _upstream, data, optim, transforms, visualization  # noqa: F401  _upstream first
 from .backbone import TimmViT
 from .inference import Prediction, predict
 from .segmentor import MoeEncoderDecoder
