@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long lint format types timm-suite docs bench bench-ci clean
+.PHONY: help demo test long lint format types timm-suite docs picture bench bench-ci clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -67,6 +67,10 @@ docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a bro
 	    --doc-project 'API reference' --output-dir docs/api vqmoe_vision
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
 	@echo "Open docs/_build/index.html"
+
+picture: ## draw the picture of the architecture from its text; needs Graphviz
+	@command -v dot >/dev/null || { echo "make picture needs Graphviz: sudo apt-get install graphviz"; exit 1; }
+	dot -Tsvg docs/architecture.dot -o docs/images/architecture.svg
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
 bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)
