@@ -7,6 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from vqmoe_vision.installed import config_path
+
 from .former_configs import replacement
 
 _PREFIX = 'vqmoe_vision::'
@@ -57,7 +58,7 @@ def _nearest(path: str) -> str | None:
 
 
 def _base_path(base: str, filename: str) -> tuple[str, str | None]:
-    """mmengine's file and scope of a `_base_`, which may also be one that comes with the package.
+    """File and scope of a `_base_`, which may also be one that comes with the package.
 
     mmengine knows such names for OpenMMLab's packages alone, and gives what it reads the package
     as scope of its registries; ours are mmengine's and mmseg's.
