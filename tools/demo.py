@@ -4,16 +4,19 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from mmengine.runner import Runner
+try:
+    import mmseg  # noqa: F401  the second task needs it, minutes later
+    import torch
+    from mmengine.runner import Runner
 
-from vqmoe_vision.analysis import patch_experts
-from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
-from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
-from vqmoe_vision.engine.cli import load_config, one_line
+    from vqmoe_vision.analysis import patch_experts
+    from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
+    from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
+    from vqmoe_vision.engine.cli import load_config, one_line
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg]'")
 
-ROOT = Path(__file__).parents[1]
-WORK_DIR = ROOT / 'work_dirs' / 'demo'
+WORK_DIR = Path('work_dirs/demo')
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
 
 def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Runner, dict, str]:
     """Trains and draws curves; returns last values by name too, and a line of what lies where."""
-    settings = load_config(str(ROOT / 'configs' / config), options)
+    settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
     started = time.monotonic()
     runner = Runner.from_cfg(settings)

@@ -309,7 +309,7 @@ def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path
 def test_without_mmsegmentation_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'vqmoe_vision.segmentation.cli', None)
     tool = SCENES.parents[3] / 'tools/predict.py'
-    with pytest.raises(SystemExit, match=r"^error: .* pip install '\.\[seg\]'$"):
+    with pytest.raises(SystemExit, match=r"^error: .* pip install 'vqmoe-vision\[seg\]'$"):
         runpy.run_path(str(tool), run_name='__main__')
 
 

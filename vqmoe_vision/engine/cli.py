@@ -16,10 +16,12 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoint import read_content
-from .former_configs import missing_config
+from .config_names import find_config, missing_config
 from .model import NonFiniteError
 from .options import add_config_options, check_options
 
+# What every tool says of its first argument.
+CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError)
 
@@ -60,18 +62,17 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Reads a config file and merges the options of the command line into it.
 
     Args:
-        path: Config file.
+        path: Config file, or name of one that comes with the package, as `find_config`.
         options: Values by dotted name.
 
     Raises:
         FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
-            config of before.
+            config of before, or one with a similar name.
         ValueError: An option changes what is no field of a config.
     """
-    if not Path(path).is_file():
-        raise missing_config(path)
+    file = find_config(path)
     try:
-        config = Config.fromfile(path)
+        config = Config.fromfile(file)
     except FileNotFoundError as error:
         if error.filename is None:
             raise
@@ -159,7 +160,7 @@ def one_line(error: BaseException) -> str:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument(
         '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
     )

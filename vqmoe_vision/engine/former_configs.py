@@ -57,18 +57,6 @@ _TABLE = {
 }
 
 
-def missing_config(path: str, where: str = '') -> FileNotFoundError:
-    """The error for a config that does not exist; says what replaces one of before.
-
-    Args:
-        path: Its name.
-        where: What named it, if not the command line.
-    """
-    former = replacement(path)
-    now = f'; in its place: {former}' if former else ''
-    return FileNotFoundError(f'config {path!r}{where} does not exist{now}')
-
-
 def replacement(path: str) -> str | None:
     """What to name in place of a config of before: another, and the options that go with it.
 
@@ -79,7 +67,9 @@ def replacement(path: str) -> str | None:
         A path and options, as on a command line; None if there was no such config.
     """
     for pattern, (new, default) in _TABLE.items():
-        match = re.fullmatch(rf'(?P<root>(.*/)?){pattern}\.py', PurePath(path).as_posix())
+        match = re.fullmatch(
+            rf'(?P<root>(.*/|vqmoe_vision::)?){pattern}\.py', PurePath(path).as_posix()
+        )
         if match is None:
             continue
         parts = {name: text for name, text in match.groupdict().items() if text is not None}

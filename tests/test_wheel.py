@@ -1,0 +1,45 @@
+"""What the wheel holds: the package, configs and tools, and neither benchmark nor tests."""
+
+import runpy
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked."""
+    folder = tmp_path_factory.mktemp('wheel')
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(folder / 'dist'), versions=['standard'])
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(folder / 'site')
+    return folder / 'site'
+
+
+def names(folder: Path) -> set[str]:
+    files = (path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+    return {path.as_posix() for path in files if '__pycache__' not in path.parts}
+
+
+def test_it_holds_the_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
+    tools = names(ROOT / 'tools')
+    benchmark = {name for name in tools if name.startswith('benchmark')}
+    assert len(benchmark) > 1
+    expected = names(ROOT / 'vqmoe_vision')
+    expected |= {f'.mim/configs/{name}' for name in names(ROOT / 'configs')}
+    expected |= {f'.mim/tools/{name}' for name in tools - benchmark}
+    assert names(wheel / 'vqmoe_vision') == expected
+    assert 'py.typed' in expected
+    (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
+    assert info.endswith('.dist-info')
+
+
+def test_its_configs_are_found_in_it(wheel: Path) -> None:
+    config_path = runpy.run_path(str(wheel / 'vqmoe_vision/installed.py'))['config_path']
+    name = 'classification/cifar10.py'
+    assert Path(config_path(name)) == wheel / 'vqmoe_vision/.mim/configs' / name
+    assert Path(config_path(name)).read_text() == (ROOT / 'configs' / name).read_text()
