@@ -44,6 +44,14 @@ def result_options(model: str) -> list[str]:
     return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
 
 
+def printed_config(section: str, data_root: str) -> str:
+    """The config that a section of docs/own-data.md prints, for this clone and a folder of data."""
+    page = (CONFIGS.parent / 'docs/own-data.md').read_text()
+    text = page.split(f'## {section}\n')[1].split('\n```python\n')[1].split('```')[0]
+    root = str(CONFIGS.parent)
+    return text.replace('/path/to/vqmoe_vision', root).replace('data/mine', data_root)
+
+
 def parse_options(line: str) -> dict[str, Any]:
     """The values of a command line's options by name."""
     parser = argparse.ArgumentParser()
