@@ -18,7 +18,9 @@ NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 def leaves(part: str) -> list[str]:
     """Names of the configs that can be run."""
     paths = (CONFIGS / part).rglob('*.py')
-    return sorted(p.relative_to(CONFIGS).as_posix() for p in paths if p.stem != '_base_')
+    return sorted(
+        p.relative_to(CONFIGS).as_posix() for p in paths if not p.stem.startswith('_base_')
+    )
 
 
 def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str, Any]:

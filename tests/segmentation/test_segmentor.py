@@ -189,7 +189,9 @@ def test_auxiliary_heads_have_the_classes_of_the_decode_head() -> None:
 
 
 def test_the_decode_head_needs_a_number_of_classes() -> None:
-    with pytest.raises(ValueError, match=r'model\.decode_head\.num_classes=None must be the number'):
+    with pytest.raises(
+        ValueError, match=r'model\.decode_head\.num_classes=None must be the number'
+    ):
         tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
 
 
