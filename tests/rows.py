@@ -22,7 +22,9 @@ NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 def leaves(part: str) -> list[str]:
     """Names of the configs that can be run."""
     paths = (CONFIGS / part).rglob('*.py')
-    return sorted(p.relative_to(CONFIGS).as_posix() for p in paths if p.stem != '_base_')
+    return sorted(
+        p.relative_to(CONFIGS).as_posix() for p in paths if not p.stem.startswith('_base_')
+    )
 
 
 def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str, Any]:
@@ -46,6 +48,14 @@ def result_options(model: str) -> list[str]:
     lines = (CONFIGS.parent / 'docs/results.md').read_text().splitlines()
     cells = [cell.strip() for line in lines if line.startswith('|') for cell in line.split('|')]
     return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
+
+
+def printed_config(section: str, data_root: str) -> str:
+    """The config that a section of docs/own-data.md prints, for this clone and a folder of data."""
+    page = (CONFIGS.parent / 'docs/own-data.md').read_text()
+    text = page.split(f'## {section}\n')[1].split('\n```python\n')[1].split('```')[0]
+    root = str(CONFIGS.parent)
+    return text.replace('/path/to/vqmoe_vision', root).replace('data/mine', data_root)
 
 
 def parse_options(line: str) -> dict[str, Any]:

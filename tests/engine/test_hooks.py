@@ -131,3 +131,11 @@ def test_validation_set_with_other_classes() -> None:
     training.val_dataloader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
     with pytest.raises(ValueError, match='only one of them has dog, owl'):
         ClassCountHook().before_train(training)
+    metainfo['classes'] = ('dog', 'cat')
+    with pytest.raises(ValueError, match='have their classes in different orders'):
+        ClassCountHook().before_train(training)
+    metainfo['classes'] = ['cat', 'dog']  # a file of names is read as a list
+    ClassCountHook().before_train(training)
+    del metainfo['classes']
+    with pytest.raises(ValueError, match=r'val_dataloader\.dataset has no classes; metainfo=dict'):
+        ClassCountHook().before_train(training)

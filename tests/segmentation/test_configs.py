@@ -1,9 +1,12 @@
 """Every config: its model can be built and run in each row and size, and its pipelines run."""
 
+import re
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mmseg
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,7 @@ DATA_SETS = (
 )
 # of one size
 SMALL = {
+    f'{ADE}/segmenter_vit_large_vqmoe_ade20k.py': 'large',
     f'{ADE}/segmenter_linear_ade20k.py': 'small',
     f'{ADE}/segmenter_original_ade20k.py': 'small',
     f'{ADE}/upernet_ade20k.py': 'base',
@@ -108,6 +112,106 @@ def test_rows_are_matched_in_active_compute(leaf: str, monkeypatch: pytest.Monke
         # SoftMoE's mixing, which grows with the square of the tokens, comes on top of its experts
         tolerance = 0.21 if row == 'softmoe' else 0.02
         assert value == pytest.approx(macs['dense_wide'], rel=tolerance), row
+
+
+def changes(one: Any, other: Any, name: str = '') -> dict[str, Any]:
+    """What `other` has where it differs from `one`, by dotted name."""
+    if type(one) is type(other) is dict:
+        return {
+            key: value
+            for part in one.keys() | other.keys()
+            for key, value in changes(one.get(part), other.get(part), f'{name}.{part}').items()
+        }
+    if type(one) is type(other) is list and len(one) == len(other):
+        pairs = zip(one, other, strict=True)
+        return {
+            k: v for i, (a, b) in enumerate(pairs) for k, v in changes(a, b, f'{name}.{i}').items()
+        }
+    return {} if one == other else {name.removeprefix('.'): other}
+
+
+def flat(leaf: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A config without the variables that its parts were made of."""
+    config = load_config(str(CONFIGS / ADE / leaf), options).to_dict()
+    return {k: v for k, v in config.items() if k not in ('train_pipeline', 'test_pipeline')}
+
+
+LARGE = 'segmenter_vit_large_vqmoe_ade20k.py'
+AT_640 = {
+    'model.data_preprocessor.size': (640, 640),
+    'model.backbone.img_size': (640, 640),
+    'model.test_cfg.crop_size': (640, 640),
+    'train_dataloader.dataset.pipeline.2.scale': (2560, 640),
+    'train_dataloader.dataset.pipeline.3.crop_size': (640, 640),
+    'val_dataloader.dataset.pipeline.1.scale': (2560, 640),
+    'test_dataloader.dataset.pipeline.1.scale': (2560, 640),
+}
+
+
+def test_large_has_the_crops_of_its_reference() -> None:
+    row = row_options('vqmoe', 'large', 'model.backbone')
+    tiny = flat('segmenter_vit_tiny_vqmoe_ade20k.py', row)
+    assert changes(tiny, flat(LARGE)) == {**AT_640, 'model.test_cfg.stride': (608, 608)}
+
+
+def test_the_original_schedule_of_every_size() -> None:
+    page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
+    (line,) = re.findall(
+        r'^python tools/train.py .*/segmenter_original_ade20k.py.*\\\n(.*)', page, re.M
+    )
+    line = line.replace('--cfg-options', '').strip()
+    assert parse_options(line) == row_options('vqmoe', 'large', 'model.backbone')
+    original = 'segmenter_original_ade20k.py'
+    ours = flat('segmenter_vit_small_vqmoe_ade20k.py')
+    schedule = changes(ours, flat(original))
+    assert schedule == {
+        'optim_wrapper.optimizer.nesterov': True,
+        'train_cfg.max_iters': 161700,
+        'train_cfg.val_interval': 16170,
+        'default_hooks.checkpoint.interval': 16170,
+        'param_scheduler.0.eta_min': 1e-5,
+        'param_scheduler.0.end': 161700,
+        'model.decode_head.drop_path_rate': 0.0,
+        'model.decode_head.drop_rate': 0.1,
+        'model.test_cfg.stride': (512, 512),
+    }
+    # Large at 640, whose windows do not overlap either
+    (printed,) = re.findall(
+        r'```\n(python tools/train.py \S+/segmenter_vit_large.*?)```', page, re.S
+    )
+    words = shlex.split(printed.replace('\\\n', ' '))
+    options = parse_options(' '.join(words[words.index('--cfg-options') + 1 :]))
+    expected = flat(
+        original, {**parse_options(line), **AT_640, 'model.test_cfg.stride': (640, 640)}
+    )
+    assert changes(expected, flat(words[2].removeprefix(f'configs/{ADE}/'), options)) == {}
+
+
+def test_albumentations_replace_flips_and_colours() -> None:
+    other = flat('segmenter_albumentations_ade20k.py')
+    (changed,) = changes(flat('segmenter_vit_small_vqmoe_ade20k.py'), other).items()
+    name, pipeline = changed
+    assert name == 'train_dataloader.dataset.pipeline'
+    assert [step['type'] for step in pipeline[-2:]] == ['Albumentations', 'PackSegInputs']
+    ours = flat('segmenter_vit_small_vqmoe_ade20k.py')['train_dataloader']['dataset']['pipeline']
+    assert pipeline[:-2] == ours[:-3]
+
+
+def test_upernet_is_trained_as_its_reference() -> None:
+    mmseg_configs = Path(mmseg.__file__).parent / '.mim/configs/vit'
+    theirs = Config.fromfile(mmseg_configs / 'vit_deit-b16_upernet_8xb2-160k_ade20k-512x512.py')
+    ours = load_config(str(CONFIGS / ADE / 'upernet_ade20k.py'))
+    assert ours.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
+    for a, b in zip(ours.param_scheduler, theirs.param_scheduler, strict=True):
+        assert {**a, 'type': a.type} == b
+    assert ours.train_cfg.max_iters == theirs.train_cfg.max_iters
+    assert ours.train_dataloader.batch_size == 8 * theirs.train_dataloader.batch_size
+    assert ours.model.test_cfg == theirs.model.test_cfg
+    assert ours.model.data_preprocessor['size'] == theirs.model.data_preprocessor['size']
+    for head in ('decode_head', 'auxiliary_head'):
+        shared = (ours.model[head].keys() & theirs.model[head].keys()) - {'norm_cfg'}
+        assert {'loss_decode', 'channels', 'in_index', 'dropout_ratio'} <= shared
+        assert all(ours.model[head][k] == theirs.model[head][k] for k in shared)
 
 
 def dataset(config: Config, split: str = 'train') -> Any:

@@ -179,6 +179,22 @@ def test_heads_behind_a_neck_have_its_width() -> None:
     assert (found['decode.in_channels'], found['decode.channels']) == ([8, 8], 8)
 
 
+def test_auxiliary_heads_have_the_classes_of_the_decode_head() -> None:
+    auxiliary = dict(type='FCNHead', channels=6)
+    model = tiny_segmentor(auxiliary_head=auxiliary)
+    assert model.auxiliary_head.num_classes == model.decode_head.num_classes == 4
+    wrong = [auxiliary, dict(auxiliary, num_classes=5)]
+    with pytest.raises(ValueError, match=r'auxiliary_head\.num_classes=5, .*decode_head\..*=4$'):
+        tiny_segmentor(auxiliary_head=wrong)
+
+
+def test_the_decode_head_needs_a_number_of_classes() -> None:
+    with pytest.raises(
+        ValueError, match=r'model\.decode_head\.num_classes=None must be the number'
+    ):
+        tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
+
+
 def test_an_unknown_head_is_named() -> None:
     with pytest.raises(KeyError, match='NoHead is not in the mmseg::model registry'):
         tiny_segmentor(decode_head=dict(type='NoHead'))

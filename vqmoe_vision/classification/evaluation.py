@@ -13,7 +13,8 @@ class Accuracy(BaseMetric):
     """Share of images, in percent, whose class is among the k best logits.
 
     Args:
-        topk: The values of k; the result has a key `accuracy/top<k>` for each.
+        topk: The values of k; the result has a key `accuracy/top<k>` for each. Of a k above the
+            number of classes it is 100.
     """
 
     default_prefix = 'accuracy'
@@ -30,7 +31,9 @@ class Accuracy(BaseMetric):
             data_samples: Logits (C,) of each image.
         """
         targets = data_batch[1]
-        ranked = torch.stack(list(data_samples)).topk(max(self.topk), dim=1).indices.cpu()
+        logits = torch.stack(list(data_samples))
+        best = min(max(self.topk), logits.shape[1])
+        ranked = logits.topk(best, dim=1).indices.cpu()
         hits = ranked == targets.cpu()[:, None]
         # one entry per image: mmengine cuts off those that pad the last batch of a rank
         self.results.extend([hits[i, :k].any().item() for k in self.topk] for i in range(len(hits)))

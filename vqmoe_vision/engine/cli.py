@@ -206,7 +206,9 @@ def _train(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f'--resume finds no checkpoint in {config.work_dir!r}')
         _check_readable(latest)
         config.resume = True
-    _build_runner(config).train()
+    runner = _build_runner(config)
+    _check_batches(runner)
+    runner.train()
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -222,6 +224,19 @@ def _test(args: argparse.Namespace) -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
+
+
+def _check_batches(runner: Any) -> None:
+    """Names the options before mmengine fails on an epoch without an iteration."""
+    if not isinstance(runner, Runner):
+        return
+    loader = runner.train_dataloader
+    if len(loader) == 0:
+        raise ValueError(
+            f'train_dataloader.batch_size={loader.batch_size} must be at most '
+            f'{len(loader.dataset)}, the number of training images: drop_last=True leaves out what '
+            'fills no batch'
+        )
 
 
 def _check_readable(path: str | None) -> None:

@@ -161,30 +161,33 @@ class ClassCountHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Checks the training set, and that validation numbers the classes in the same way."""
-        self._check(runner, runner.train_dataloader)
+        seen = self._check(runner, 'train')
         if runner.val_loop is not None:
-            self._check(runner, runner.val_dataloader)
-            seen, held_out = (
-                loader.dataset.metainfo['classes']
-                for loader in (runner.train_dataloader, runner.val_dataloader)
-            )
+            held_out = self._check(runner, 'val')
             if seen != held_out:
                 differ = sorted(set(seen) ^ set(held_out))
                 raise ValueError(
                     'the training and validation sets have different classes: '
                     f'only one of them has {", ".join(differ[:5])}'
+                    if differ
+                    else 'the training and validation sets have their classes in different orders'
                 )
 
     def before_test(self, runner: Runner) -> None:
         """Checks the test set."""
-        self._check(runner, runner.test_dataloader)
+        self._check(runner, 'test')
 
     @staticmethod
-    def _check(runner: Runner, loader: Any) -> None:
+    def _check(runner: Runner, split: str) -> tuple[str, ...]:
+        loader = f'{split}_dataloader'
+        classes = tuple(getattr(runner, loader).dataset.metainfo.get('classes', ()))
+        if not classes:
+            raise ValueError(f'{loader}.dataset has no classes; metainfo=dict(classes=...)')
         model = unwrapped(runner)
-        classes = loader.dataset.metainfo['classes']
         if len(classes) != model.num_classes:
+            head = 'decode_head.' if hasattr(model, 'decode_head') else ''
             raise ValueError(
-                f'model.num_classes={model.num_classes}, but the data set has {len(classes)} '
-                f'classes ({", ".join(classes[:3])}, ...)'
+                f'model.{head}num_classes={model.num_classes}, but the data set has {len(classes)} '
+                f'classes ({", ".join(classes[:3])}, ...) in {loader}'
             )
+        return classes

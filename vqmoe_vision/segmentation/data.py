@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
+from mmengine.logging import print_log
 from mmseg.datasets import (
     ADE20KDataset,
     BaseSegDataset,
@@ -16,6 +17,7 @@ from mmseg.registry import DATASETS
 from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
 
+from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker
 from .transforms import LOADING
 
@@ -33,17 +35,38 @@ class SeededDataset(BaseSegDataset):
         return super().__getitem__(idx)
 
 
+@DATASETS.register_module()
 class CheckedDataset(SeededDataset):
     """A folder of images and one of label maps, complete or refused.
 
+    Without a `palette`, mmseg generates one, always the same for a number of classes.
+
+    Args:
+        metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
+            colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
+            them.
+        **kwargs: As mmseg's `BaseSegDataset`.
+
     Attributes:
         source: Where to get the data set, and how it is laid out; part of the messages.
+
+    Raises:
+        ValueError: Classes and palette do not fit, or the files are not complete.
     """
 
-    source = 'docs/segmentation.md says how to lay out a data set'
+    source = 'docs/own-data.md says how to lay out a data set'
+
+    def __init__(self, metainfo: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        check_metainfo(type(self), metainfo)
+        super().__init__(metainfo=metainfo, **kwargs)
+        if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
+            print_log(
+                f'{type(self).__name__}: metainfo has no palette, its colours are generated',
+                logger='current',
+            )
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Finds the pairs.
+        """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
 
         Raises:
             ValueError: A folder or the list of images is missing, a folder is empty, or an image
@@ -69,7 +92,7 @@ class CheckedDataset(SeededDataset):
                 f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
-        return pairs
+        return [dict(pair, num_classes=len(self.metainfo['classes'])) for pair in pairs]
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair.

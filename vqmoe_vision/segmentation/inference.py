@@ -10,15 +10,16 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import Compose
-from mmengine.fileio import list_from_file
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
+from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, MODELS
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.transfer import misfit
 
+from .metainfo import complete_metainfo
 from .transforms import LOADING
 
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
@@ -145,24 +146,17 @@ class Predictor:
 
 def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[int]]]:
     """Names and colours; `metainfo` of a config may choose some of its data set's classes."""
-    every = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
-    chosen = dataset.get('metainfo', {})
-    if not {'classes', 'palette'} <= {**every, **chosen}.keys():
+    found = DATASETS.get(dataset.type)
+    if not (isinstance(found, type) and issubclass(found, BaseSegDataset)):
         raise ValueError(
-            f'{config!r} is no config of segmentation: its data set {dataset.type!r} has no '
-            'classes with colours'
+            f'{config!r} is no config of segmentation: its data set {dataset.type!r} is not one of '
+            "mmseg's kind"
         )
-    classes = chosen.get('classes', every.get('classes'))
-    classes = tuple(list_from_file(classes) if isinstance(classes, str) else classes)
-    if 'palette' in chosen:
-        return classes, list(chosen['palette'])
-    colours = dict(zip(every['classes'], every['palette'], strict=True))
-    unknown = [name for name in classes if name not in colours]
-    if unknown:
-        raise ValueError(
-            f'{config!r}: metainfo.classes has {unknown[0]!r}, which {dataset.type} does not have'
-        )
-    return classes, [colours[name] for name in classes]
+    try:
+        metainfo = complete_metainfo(found, dataset.get('metainfo'))
+    except ValueError as error:
+        raise ValueError(f'{config!r}: {error}') from error
+    return tuple(metainfo['classes']), metainfo['palette']
 
 
 def list_images(images: Any) -> list[Any]:

@@ -21,14 +21,16 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     statistics are named by the layers of the timm model: `blocks.1.mlp/balance_loss`.
 
     What neck and heads cannot be built without, and their configs do not give, is taken from the
-    backbone: `in_channels`, `out_channels`, `channels`, `embed_dims` and `num_heads`.
+    backbone: `in_channels`, `out_channels`, `channels`, `embed_dims` and `num_heads`. An auxiliary
+    head has the `num_classes` of the decode head.
 
     Args:
         neck: Config of a neck, as `EncoderDecoder`.
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`.
+        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, or an
+            auxiliary head has another.
     """
 
     def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -48,7 +50,12 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             self.neck = MODELS.build(
                 _completed(self._neck, in_channels=levels, out_channels=width, embed_dim=width)
             )
-        super()._init_decode_head(self._fitted(decode_head))
+        head = _completed(self._fitted(decode_head), num_classes=None)
+        if 'num_classes' in head and head['num_classes'] is None:
+            raise ValueError(
+                "model.decode_head.num_classes=None must be the number of the data set's classes"
+            )
+        super()._init_decode_head(head)
 
     @drawn_apart(2)
     def init_weights(self) -> None:
@@ -58,10 +65,20 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     @drawn_apart(1)
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:
         if isinstance(auxiliary_head, list):
-            auxiliary_head = [self._fitted(head) for head in auxiliary_head]
+            auxiliary_head = [self._fitted_auxiliary(head) for head in auxiliary_head]
         elif auxiliary_head is not None:
-            auxiliary_head = self._fitted(auxiliary_head)
+            auxiliary_head = self._fitted_auxiliary(auxiliary_head)
         super()._init_auxiliary_head(auxiliary_head)
+
+    def _fitted_auxiliary(self, head: dict[str, Any]) -> dict[str, Any]:
+        """As `_fitted`, with the classes of the decode head."""
+        head = _completed(self._fitted(head), num_classes=self.num_classes)
+        if head.get('num_classes', self.num_classes) != self.num_classes:
+            raise ValueError(
+                f'model.auxiliary_head.num_classes={head["num_classes"]}, but '
+                f'model.decode_head.num_classes={self.num_classes}'
+            )
+        return head
 
     def _fitted(self, head: dict[str, Any]) -> dict[str, Any]:
         """A head's config with what follows from backbone and neck."""

@@ -97,8 +97,8 @@ class LoadLabels(LoadAnnotations):
     """mmseg's `LoadAnnotations`, with checks that name the file.
 
     Args:
-        num_classes: Number of classes; labels lie below it or are 255. None, for pipelines of
-            mmseg's own configs, does not compare them.
+        num_classes: Number of classes; labels lie below it or are 255. None takes it from a
+            `CheckedDataset`, and does not compare the labels of mmseg's own data sets.
         **kwargs: As `LoadAnnotations`.
     """
 
@@ -111,9 +111,13 @@ class LoadLabels(LoadAnnotations):
 
         Raises:
             ValueError: The file cannot be read, is no map of class indices, holds a label outside
-                the classes, or has another size than its image.
+                the classes, or has another size than its image; or the number of classes is
+                another than that of the data set.
         """
         path = results['seg_map_path']
+        num_classes = self._num_classes(results)
+        # of the classes in the files, which may be more than a config chooses
+        num_labels = len(results.get('label_map') or ()) or num_classes
         try:
             beyond = self._beyond_8_bits(path)
             results = super().transform(results)
@@ -121,7 +125,7 @@ class LoadLabels(LoadAnnotations):
             raise ValueError(f'{path} cannot be read as a label map') from error
         shift = int(bool(results['reduce_zero_label']))
         if len(beyond):
-            raise ValueError(self._outside(path, beyond[0], shift))
+            raise ValueError(_outside(path, beyond[0], num_labels, shift))
         labels = results['gt_seg_map']
         if labels.ndim != 2:
             # squeeze() has taken away a side of one pixel, or colours are left
@@ -129,12 +133,21 @@ class LoadLabels(LoadAnnotations):
         if labels.shape != tuple(results['ori_shape']):
             image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
             raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
-        if self.num_classes is not None:
+        if num_classes is not None:
             counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-            wrong = np.flatnonzero(counts[self.num_classes : IGNORE]) + self.num_classes
+            wrong = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
             if len(wrong):
-                raise ValueError(self._outside(path, wrong[0] + shift, shift))
+                raise ValueError(_outside(path, wrong[0] + shift, num_labels, shift))
         return results
+
+    def _num_classes(self, results: dict[str, Any]) -> int | None:
+        told = results.get('num_classes', self.num_classes)
+        if self.num_classes not in (None, told):
+            raise ValueError(
+                f'LoadAnnotations.num_classes={self.num_classes}, but the data set has {told} classes; '
+                'leave it out of the pipeline'
+            )
+        return told
 
     def _beyond_8_bits(self, path: str) -> np.ndarray:
         """Labels that are no uint8, to which mmseg casts in silence: 256 would become class 0."""
@@ -145,18 +158,18 @@ class LoadLabels(LoadAnnotations):
             labels = np.asarray(file)
         return labels[labels != (labels.astype(np.int64) & 0xFF)]
 
-    def _outside(self, path: str, label: float, shift: int) -> str:
-        highest = (IGNORE if self.num_classes is None else self.num_classes) - 1 + shift
-        return (
-            f'{path} holds the label {label}; allowed are {shift}..{highest}, '
-            f'and {0 if shift else IGNORE} for pixels to ignore'
-        )
-
     @staticmethod
     def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
         if labels.size != shape[0] * shape[1]:
             raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
         return labels.reshape(shape)
+
+
+def _outside(path: str, label: float, num_labels: int, shift: int) -> str:
+    return (
+        f'{path} holds the label {label}; allowed are {shift}..{num_labels - 1 + shift}, '
+        f'and {0 if shift else IGNORE} for pixels to ignore'
+    )
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 _base_ = 'camvid.py'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=11),
+    dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.4, 0.8), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(192, 192), cat_max_ratio=0.75),
     dict(

@@ -1,5 +1,5 @@
 # Segmenter with the schedule of rstrudel/segmenter, dropout in the head, and windows that do not
-# overlap.
+# overlap. Size and method are options; for Large at 640 see docs/segmentation.md.
 _base_ = [
     '../../_base_/datasets/ade20k.py',
     '../../_base_/models/segmenter.py',

@@ -1,2 +1,2 @@
-_base_ = '_base_.py'
+_base_ = '_base_640.py'
 model = dict(backbone=dict(model_name='vit_large_vqmoe', moe=dict(num_experts=4)))
