@@ -22,7 +22,12 @@ IMPOSSIBLE = [
     ('xmoe', {'num_experts': 1, 'top_k': 2}, 'top_k=2', 'between 1 and num_experts=1'),
     ('stablemoe', {'top_k': 0}, 'top_k=0', 'between 1 and num_experts=8'),
     ('smoe', {'expert_mlp_ratio': 0}, 'expert_mlp_ratio=0', 'above 0'),
-    ('smoe', {'preset': 'nonsense'}, "preset='nonsense'", "['frozen', 'group', 'matched', 'paper']"),
+    (
+        'smoe',
+        {'preset': 'nonsense'},
+        "preset='nonsense'",
+        "['frozen', 'group', 'matched', 'paper']",
+    ),
     ('smoe', {'renormalize': True, 'top_k': 1}, 'renormalize=True', 'False when top_k=1'),
     ('smoe', {'router_noise': 0.0}, 'load_weight=0.005', '0 when router_noise=0'),
     ('smoe', {'z_weight': -1.0}, 'z_weight=-1.0', 'at least 0'),

@@ -117,7 +117,7 @@ class LoadLabels(LoadAnnotations):
         path = results['seg_map_path']
         num_classes = self._num_classes(results)
         # of the classes in the files, which may be more than a config chooses
-        num_labels = len(results.get('label_map') or ()) or num_classes
+        num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
         try:
             beyond = self._beyond_8_bits(path)
             results = super().transform(results)
@@ -144,8 +144,8 @@ class LoadLabels(LoadAnnotations):
         told = results.get('num_classes', self.num_classes)
         if self.num_classes not in (None, told):
             raise ValueError(
-                f'LoadAnnotations.num_classes={self.num_classes}, but the data set has {told} classes; '
-                'leave it out of the pipeline'
+                f'LoadAnnotations.num_classes={self.num_classes}, but the data set has {told} '
+                'classes; leave it out of the pipeline'
             )
         return told
 
