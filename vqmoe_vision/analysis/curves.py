@@ -76,6 +76,11 @@ def curves(records: list[Record]) -> dict[str, Curve]:
 def plot_curves(records: list[Record], title: str, panels: tuple[Panel, ...] = PANELS) -> Figure:
     """Draws one panel per kind of scalar that the run has.
 
+    Args:
+        records: What `read_scalars` found.
+        title: Heading of the figure.
+        panels: Which scalars stand together; a panel without any is left out.
+
     Raises:
         ValueError: If the records hold no scalar of any panel.
     """

@@ -36,6 +36,7 @@ class MoeVisionTransformer(VisionTransformer):
     Args:
         method: Key of `METHODS`.
         moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
+        fix_init: Rescale output layers by depth after they are initialised, as timm's option.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
 
     Raises:

@@ -28,7 +28,12 @@ from .statistics import summarize
 
 
 class Collected:
-    """What the layers of a model reported inside one `collect_losses` block."""
+    """What the layers of a model reported inside one `collect_losses` block.
+
+    Args:
+        layers: MoE layers by name.
+        like: Any tensor on the device of the model; None for a model without parameters.
+    """
 
     def __init__(self, layers: dict[str, MoeLayer], like: Tensor | None) -> None:
         self._layers = layers

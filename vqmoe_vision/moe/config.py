@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
     """Refuse a user's value in one line.
 
+    Args:
+        valid: Whether the value is possible.
+        field: What the user calls it.
+        value: What the user gave.
+        allowed: What is possible, in words.
+
     Raises:
         ValueError: If `valid` is false; names the field, the value and what is allowed.
     """
@@ -78,7 +84,16 @@ class MoeConfig:
         return config
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
-        """Refuse the value of a field in one line, see `check`."""
+        """Refuse the value of a field in one line, see `check`.
+
+        Args:
+            name: Name of the field.
+            valid: Whether its value is possible.
+            allowed: What is possible, in words.
+
+        Raises:
+            ValueError: If `valid` is false.
+        """
         check(valid, name, getattr(self, name), allowed)
 
     def unused(self) -> dict[str, str]:
@@ -116,6 +131,10 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
     With one expert a renormalised weight is identically 1, so the task loss has no gradient with
     respect to the router (it stays a random projection).
 
+    Args:
+        renormalize: Whether the weights of a token's experts are made to sum to 1.
+        top_k: Experts per token.
+
     Raises:
         ValueError: If `renormalize` is set while `top_k` is 1.
     """
@@ -140,6 +159,10 @@ def _check_type(name: str, annotation: str, value: object) -> None:
 
 def check_weights(config: MoeConfig, *names: str) -> None:
     """Refuse loss weights that are negative or not finite.
+
+    Args:
+        config: Options of a method.
+        *names: Fields that hold the weights.
 
     Raises:
         ValueError: If one of the named fields is.

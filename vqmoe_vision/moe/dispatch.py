@@ -111,7 +111,16 @@ class _Combine(torch.autograd.Function):
 
 
 def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle."""
+    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle.
+
+    Args:
+        experts: The layer's experts.
+        x: Tokens (T, D).
+        routing: Who goes where.
+
+    Returns:
+        (T, D) in the dtype of `x`.
+    """
     indices, weights = routing.indices, routing.weights
     weights = weights if routing.kept is None else weights * routing.kept
     tokens = routing.tokens

@@ -122,6 +122,14 @@ class Experts(nn.Module):
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run expert e on rows offsets[e - 1]:offsets[e]; (R, D) -> (R, D)."""
+        """Run expert e on rows offsets[e - 1]:offsets[e].
+
+        Args:
+            rows: (R, D), grouped by expert.
+            offsets: (E,) int32, ascending ends of the groups; rows past the last are of no expert.
+
+        Returns:
+            (R, D).
+        """
         hidden = self.drop1(self.act(self.fc1(rows, offsets)))
         return self.drop2(self.fc2(hidden, offsets))

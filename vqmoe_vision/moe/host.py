@@ -33,7 +33,12 @@ class RawPatches:
         self.value: Tensor | None = None
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
-        """Read the patches of the images that the model looks at now."""
+        """Read the patches of the images that the model looks at now.
+
+        Args:
+            images: (B, channels, height, width).
+            grid_size: Rows and columns of patches.
+        """
         assert self.read is not None
         self.value = self.read(images, grid_size)
 

@@ -94,7 +94,11 @@ class MoeLayer(StaysPython):
         return round(idle * self.experts.params_per_expert())
 
     def record(self, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
-        """Report weighted losses and detached statistics; kept only by an open block.
+        """Report what a pass gave; kept only by an open block of `collect_losses`.
+
+        Args:
+            losses: Weighted losses by name, 0-dim float32.
+            stats: Detached statistics by name: scalars, or shares (E,) that sum to 1.
 
         Raises:
             RuntimeError: If gradient checkpointing repeats the layer after its state changed, or

@@ -144,7 +144,13 @@ class Cityscapes(CheckedDataset, CityscapesDataset):
 
 @DATASETS.register_module()
 class CamVid(CheckedDataset):
-    """CamVid with 11 classes; 255 is void."""
+    """CamVid with 11 classes; 255 is void.
+
+    Args:
+        img_suffix: Ending of the images' names.
+        seg_map_suffix: Ending of the label maps' names.
+        **kw: Passed on to `CheckedDataset`.
+    """
 
     METAINFO: ClassVar = dict(
         classes=(

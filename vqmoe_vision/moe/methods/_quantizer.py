@@ -59,7 +59,12 @@ class Quantizer(nn.Module):
         return self.norm(self.expert_input(x, quantized.codes.to(x.dtype))), quantized
 
     def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
-        """Input of the expert, before the norm, for tokens and their codes (T, D)."""
+        """What the expert is fed, before the norm, (T, D).
+
+        Args:
+            x: Tokens (T, D).
+            code: The code of each, (T, D).
+        """
         share = self.code_share
         if share == 0:
             return x

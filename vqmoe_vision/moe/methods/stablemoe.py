@@ -168,7 +168,12 @@ class StableRouter(TopKRouter):
 
 
 class StableMoEMlp(RoutedMlp):
-    """`RoutedMlp` whose router moves from stage 1 to stage 2."""
+    """`RoutedMlp` whose router moves from stage 1 to stage 2.
+
+    Args:
+        router: The learned and the distilled router.
+        experts: The layer's experts.
+    """
 
     router: StableRouter
 
