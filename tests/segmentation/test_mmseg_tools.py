@@ -105,7 +105,7 @@ def test_mmsegs_functions_take_the_pipelines_of_photographs(leaf: str, image: Pa
 def test_validation_draws_the_first_of_each_batch(trained: tuple[str, str, Path]) -> None:
     pictures = sorted(trained[2].glob('*/vis_data/vis_image/*.png'))
     # three scenes in batches of two, from iteration 2 on
-    assert [path.name for path in pictures] == ['val_val_00000_2.png', 'val_val_00002_3.png']
+    assert [path.name for path in pictures] == ['val_dev_00000_2.png', 'val_dev_00002_3.png']
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
