@@ -1,5 +1,7 @@
-"""The README keeps its promises: its Python blocks run as printed, its links lead somewhere."""
+"""README and methods.md keep their promises: code runs as printed, links lead somewhere."""
 
+import importlib
+import operator
 import re
 from pathlib import Path
 
@@ -11,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
+
+# [`module.name`](../path.py), or [`Name`](../path.py)
+NAME = re.compile(r'\[`([\w.]+)`\]\(\.\./(vqmoe_vision/[\w/]+)\.py\)')
 
 
 def python_blocks() -> list:
@@ -43,3 +48,12 @@ def test_every_method_has_its_row_and_its_section(method: str) -> None:
     assert f'| `vit_*_{method}` |' in README.read_text()
     assert f'`methods/{method}.py`\n' in (ROOT / 'docs' / 'methods.md').read_text()
     assert f', `vit_*_{method}` |' in (ROOT / 'docs' / 'which-method.md').read_text()
+
+
+def test_methods_page_links_names_to_the_files_that_define_them() -> None:
+    found = NAME.findall((ROOT / 'docs' / 'methods.md').read_text())
+    names = [(name, path) for name, path in found if not name.endswith('.py')]
+    assert len(names) > 5
+    for name, path in names:
+        module = importlib.import_module(path.replace('/', '.'))
+        operator.attrgetter(name.removeprefix(f'{path.rpartition("/")[2]}.'))(module)
