@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long lint format types timm-suite docs picture bench bench-ci clean
+.PHONY: help demo test long lint format types timm-suite docs picture bench bench-ci release clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -82,8 +82,16 @@ bench: $(VENV)/.bench ## measure layers and models beside dense and other librar
 bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minute
 	$(BIN)/python tools/benchmark.py moe --preset ci
 
+# Uploads nothing.
+release: $(VENV)/.release ## build and check the distributions, and use the wheel where there is nothing else
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	PYTHON=$(PYTHON) .ci/try-wheel dist/*.whl
+
 clean: ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) work_dirs/demo docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist work_dirs/demo docs/_build docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Stamp files: an environment is set up once, and again when pyproject.toml changes.
@@ -97,7 +105,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

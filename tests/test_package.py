@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import vqmoe_vision
+
 PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
 # A part may import itself and the parts of a lower layer.
@@ -109,3 +111,12 @@ def test_base_import_needs_only_torch_and_timm() -> None:
 
     added = roots('import torch, timm, vqmoe_vision') - roots('import torch, timm')
     assert added - sys.stdlib_module_names <= {'vqmoe_vision'}
+
+
+def test_version_and_changelog_agree() -> None:
+    changelog = (PACKAGE.parent / 'CHANGELOG.md').read_text()
+    newest = re.search('^## (.*)$', changelog, re.MULTILINE)
+    assert newest
+    released = f'{re.escape(vqmoe_vision.__version__)} - [0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}'
+    developed = vqmoe_vision.__version__.endswith('.dev0')
+    assert re.fullmatch('Unreleased' if developed else released, newest[1])

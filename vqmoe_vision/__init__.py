@@ -4,7 +4,7 @@ from . import models
 from .installed import config_path
 from .moe import collect_losses, per_expert, update_state
 
-__version__ = '0.1.0'
+__version__ = '0.1.0.dev0'
 
 __all__ = [
     '__version__',
