@@ -51,11 +51,10 @@ def result_options(model: str) -> list[str]:
 
 
 def printed_config(section: str, data_root: str) -> str:
-    """The config that a section of docs/own-data.md prints, for this clone and a folder of data."""
+    """The config that a section of docs/own-data.md prints, for a folder of data."""
     page = (CONFIGS.parent / 'docs/own-data.md').read_text()
     text = page.split(f'## {section}\n')[1].split('\n```python\n')[1].split('```')[0]
-    root = str(CONFIGS.parent)
-    return text.replace('/path/to/vqmoe_vision', root).replace('data/mine', data_root)
+    return text.replace('data/mine', data_root)
 
 
 def parse_options(line: str) -> dict[str, Any]:

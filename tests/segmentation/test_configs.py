@@ -187,6 +187,26 @@ def test_the_original_schedule_of_every_size() -> None:
     assert changes(expected, flat(words[2].removeprefix(f'configs/{ADE}/'), options)) == {}
 
 
+def test_the_table_of_configs_says_what_they_have() -> None:
+    page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
+    table = page.split('| config | data |')[1].split('\n\n')[0]
+    found = set()
+    for row in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in row.strip('|').split('|')]
+        leaf = cells[0].strip('`').replace('SIZE_ROW', 'tiny_vqmoe')
+        found.add(f'segmentation/{leaf}.py')
+        config = load_config(str(CONFIGS / f'segmentation/{leaf}.py'))
+        schedule = Config.fromfile(CONFIGS / '_base_/schedules' / cells[3].strip('`'))
+        assert all(config[name] == schedule[name] for name in ('optim_wrapper', 'param_scheduler'))
+        optimizer, rate = cells[4].split(', ')
+        assert optimizer.startswith(config.optim_wrapper.optimizer.type)
+        assert float(rate) == config.optim_wrapper.optimizer.lr
+        assert int(re.sub(r'\D', '', cells[5])) == config.train_cfg.max_iters
+        crop = config.model.data_preprocessor['size']
+        assert cells[2].startswith('x'.join(str(side) for side in dict.fromkeys(crop)))
+    assert found == {leaf for leaf in LEAVES if '_vit_' not in leaf or '_tiny_vqmoe_' in leaf}
+
+
 def test_albumentations_replace_flips_and_colours() -> None:
     other = flat('segmenter_albumentations_ade20k.py')
     (changed,) = changes(flat('segmenter_vit_small_vqmoe_ade20k.py'), other).items()
