@@ -144,7 +144,10 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
         spare = 50 * num_experts + (num_assignments // 6 if several else 0)
     else:
         spare = 32 * num_experts if several else 0
-    return torch.sym_min(num_assignments // 4, spare)
+    # Python's `min` would ask torch.export which one it is; torch.compile knows `min`, and no
+    # `sym_min` before torch 2.9
+    smaller = min if torch.compiler.is_dynamo_compiling() else torch.sym_min
+    return smaller(num_assignments // 4, spare)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:

@@ -7,7 +7,6 @@ Legend: T tokens, D width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,4 +50,5 @@ class ContinuousRouter(SMoERouter):
         routing = super().forward(x)
         if self.config.train_router:
             return routing
-        return replace(routing, weights=torch.ones_like(routing.weights))
+        weights = torch.ones_like(routing.weights)
+        return Routing(routing.indices, weights, routing.losses, routing.stats, routing.kept)
