@@ -16,6 +16,7 @@ LAYERS = {
     'models': 1,
     'analysis': 2,
     'engine': 2,
+    'script': 2,
     'classification': 3,
     'segmentation': 3,
 }
