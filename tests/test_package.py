@@ -19,6 +19,7 @@ LAYERS = {
     'models': 1,
     'analysis': 2,
     'engine': 2,
+    'script': 2,
     'classification': 3,
     'segmentation': 3,
     '__main__': 4,
