@@ -179,6 +179,11 @@ def test_heads_behind_a_neck_have_its_width() -> None:
     assert (found['decode.in_channels'], found['decode.channels']) == ([8, 8], 8)
 
 
+def test_a_field_of_the_timm_model_is_sent_to_the_backbone() -> None:
+    with pytest.raises(ValueError, match=r'^model\.img_size=32 .* model\.backbone\.img_size$'):
+        tiny_segmentor(img_size=32)
+
+
 def test_an_unknown_head_is_named() -> None:
     with pytest.raises(KeyError, match='NoHead is not in the mmseg::model registry'):
         tiny_segmentor(decode_head=dict(type='NoHead'))

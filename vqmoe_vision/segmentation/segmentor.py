@@ -8,6 +8,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
+from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
 
@@ -27,10 +28,13 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`.
+        ValueError: The backbone is not a `TimmViT`, or there is no such argument.
     """
 
     def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
+            allowed = f'fields of the timm model are those of the backbone, model.backbone.{name}'
+            check(False, f'model.{name}', kwargs[name], allowed)
         self._neck = neck  # mmseg would build it before its width is known
         super().__init__(**kwargs)
 
