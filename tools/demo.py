@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 try:
-    import mmseg  # noqa: F401  the second task needs it, minutes later
+    import mmcv  # noqa: F401  the second task needs it, minutes later
     import torch
     from mmengine.runner import Runner
 

@@ -5,7 +5,7 @@ import sys
 try:
     from vqmoe_vision.segmentation.cli import predict
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; segmentation needs: pip install 'vqmoe-vision[seg]'")
+    sys.exit(f'error: {missing}')
 
 if __name__ == '__main__':
     predict()

@@ -195,7 +195,7 @@ def test_mistake_in_options_is_one_line(
 def test_missing_module_is_named(config: str) -> None:
     with open(config, 'a') as file:
         file.write("custom_imports = dict(imports=['no_such'], allow_failed_imports=False)\n")
-    with pytest.raises(SystemExit, match=r'^error: ImportError: Failed to import no_such$'):
+    with pytest.raises(SystemExit, match=r"^error: No module named 'no_such'$"):
         train([config])
 
 
@@ -221,6 +221,30 @@ def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -
     )
     del caught
     gc.collect()
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('model.moe.num_expert=4', r'^error: model\.moe\.num_expert=4 is not possible: the op'),
+        ('model.moe.num_experts=0', r'^error: model\.moe\.num_experts=0 is not possible: at least'),
+        ('model.model_name=vit_tiny_vqmo', r"^error: model\.model_name='vit_tiny_vqmo' is not a"),
+    ],
+)
+def test_a_mistake_in_an_option_names_it_as_it_was_typed(
+    config: str, tmp_path: Path, option: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train([config, '--work-dir', str(tmp_path), '--cfg-options', option])
+
+
+def test_an_unknown_argument_is_shown_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        train(['none.py', '--batch-size', '8'])
+    assert capsys.readouterr().err.endswith(
+        'error: unrecognized arguments: --batch-size 8; fields of the config change with '
+        '--cfg-options, for example train_dataloader.batch_size=8\n'
+    )
 
 
 def test_launcher_without_torchrun(config: str) -> None:

@@ -78,6 +78,19 @@ def test_mistakes(name: str, options: dict, message: str) -> None:
         create_model(name, **SMALL, **options)
 
 
+@pytest.mark.parametrize(
+    ('name', 'hint'),
+    [
+        ('vit_tiny_vqmo', r'did you mean vit_tiny_vqmoe\?$'),
+        ('vit_smal_patch16_224', r'did you mean vit_small_patch16_224\?$'),
+        ('xyz', r'timm\.list_models\(\) lists them$'),
+    ],
+)
+def test_an_unknown_model_gets_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f'^model_name={name!r} is not a timm model; {hint}'):
+        create_model(name)
+
+
 def test_only_a_vision_transformer_is_widened() -> None:
     with pytest.raises(ValueError, match='resnet18 is no dense vision transformer'):
         create_model('resnet18', extra_mlps=2)

@@ -306,11 +306,16 @@ def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path
         predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
 
 
-def test_without_mmsegmentation_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'vqmoe_vision.segmentation.cli', None)
-    tool = SCENES.parents[3] / 'tools/predict.py'
+@pytest.mark.parametrize('tool', ['predict', 'demo'])
+def test_without_mmsegmentation_it_says_what_to_install(
+    tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith('vqmoe_vision.segmentation')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'mmcv', None)
+    path = SCENES.parents[3] / f'tools/{tool}.py'
     with pytest.raises(SystemExit, match=r"^error: .* pip install 'vqmoe-vision\[seg\]'$"):
-        runpy.run_path(str(tool), run_name='__main__')
+        runpy.run_path(str(path), run_name='__main__')
 
 
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_the_decode_head_needs_a_number_of_classes() -> None:
         tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
 
 
+def test_a_field_of_the_timm_model_is_sent_to_the_backbone() -> None:
+    with pytest.raises(ValueError, match=r'^model\.img_size=32 .* model\.backbone\.img_size$'):
+        tiny_segmentor(img_size=32)
+
+
 def test_an_unknown_head_is_named() -> None:
     with pytest.raises(KeyError, match='NoHead is not in the mmseg::model registry'):
         tiny_segmentor(decode_head=dict(type='NoHead'))

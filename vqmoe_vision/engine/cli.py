@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,7 +23,7 @@ from .options import add_config_options, check_options
 # What every tool says of its first argument.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
-_USER_ERRORS = (ValueError, FileNotFoundError, NonFiniteError)
+_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError)
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -145,8 +145,9 @@ def one_line(error: BaseException) -> str:
     Args:
         error: What was raised.
     """
-    if isinstance(error, ImportError) and error.__cause__ is not None:
-        error = error.__cause__  # mmengine hides the reason behind advice about PYTHONPATH
+    # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
+    while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
+        error = error.__context__
     if isinstance(error, UnpicklingError):
         return 'the checkpoint is damaged, or holds more than weights and is not loaded'
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -185,15 +186,31 @@ def run(
         action: What to do with the parsed arguments.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    options: dict[str, Any] = {}
     try:
-        args = parser.parse_args(arguments)
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.error(
+                f'unrecognized arguments: {" ".join(unknown)}; fields of the config change with '
+                '--cfg-options, for example train_dataloader.batch_size=8'
+            )
+        options = args.cfg_options
         # A checkpoint from someone else is data: never run code that it holds.
         os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
         action(args)
     except Exception as error:
         if '--debug' in arguments:
             raise
-        sys.exit(f'error: {one_line(error)}')
+        sys.exit(f'error: {_as_typed(one_line(error), options)}')
+
+
+def _as_typed(message: str, options: Iterable[str]) -> str:
+    """Names the field that a message begins with as the command line did: model.moe.top_k."""
+    field = message.partition('=')[0]
+    for name in options:
+        if name.endswith(f'.{field}'):
+            return message.replace(field, name, 1)
+    return message
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from timm.layers import Mlp, to_2tuple
+from timm.models.vision_transformer import VisionTransformer
 
 from ..moe.config import check
 
@@ -39,6 +41,25 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
     possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
     check(possible, 'moe_layers', moe_layers, allowed)
     return tuple(chosen)
+
+
+def check_names(names: Iterable[str], method: str, options: set[str]) -> None:
+    """Refuse an argument that neither timm's vision transformer nor the method has.
+
+    Args:
+        names: Names of the arguments that are no options of the method.
+        method: Key of `METHODS`.
+        options: Names of the method's options.
+
+    Raises:
+        TypeError: As Python does for such an argument; lists the options.
+    """
+    for name in names:
+        if name not in inspect.signature(VisionTransformer).parameters:
+            raise TypeError(
+                f"{name!r} is neither an argument of timm's VisionTransformer nor an option of "
+                f'{method}, which are {", ".join(sorted(options))}'
+            )
 
 
 def check_vit_arguments(kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -32,7 +33,9 @@ def create_model(
         TypeError: The model does not know one of the keyword arguments.
     """
     if not timm.is_model(model_name):
-        raise ValueError(f'model_name={model_name!r} is not a timm model; see timm.list_models()')
+        nearest = get_close_matches(model_name, timm.list_models(), 1)
+        hint = f'did you mean {nearest[0]}?' if nearest else 'timm.list_models() lists them'
+        raise ValueError(f'model_name={model_name!r} is not a timm model; {hint}')
     _check_sizes(kwargs)
     _check_moe(model_name, moe, kwargs)
     kwargs.update(moe or {})

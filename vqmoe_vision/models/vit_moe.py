@@ -23,7 +23,7 @@ from ..moe.experts import Experts
 from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import check_vit_arguments, resolve_moe_layers
+from .arguments import check_names, check_vit_arguments, resolve_moe_layers
 from .complexity import count_params, describe_params
 from .raw_patches import RawPatchBlock, raw_patch_parts
 
@@ -54,6 +54,7 @@ class MoeVisionTransformer(VisionTransformer):
     ) -> None:
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        check_names(kwargs, method, names | {'moe_layers'})
         check_vit_arguments(kwargs)
         raw_patches = RawPatches(METHODS[method].read_patches)
         if raw_patches.read is not None:

@@ -3,6 +3,13 @@
 Importing this package registers everything that `configs/segmentation` names.
 """
 
+try:
+    import mmcv  # noqa: F401  without the extra, this comes first to what is missing
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"{missing}; segmentation needs: pip install 'vqmoe-vision[seg]'"
+    ) from None
+
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
 from . import _upstream, data, optim, transforms, visualization  # noqa: F401  _upstream first

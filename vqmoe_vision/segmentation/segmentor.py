@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
+from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
 
@@ -29,11 +30,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, or an
-            auxiliary head has another.
+        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, an auxiliary
+            head has another, or there is no such argument.
     """
 
     def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
+            allowed = f'fields of the timm model are those of the backbone, model.backbone.{name}'
+            check(False, f'model.{name}', kwargs[name], allowed)
         self._neck = neck  # mmseg would build it before its width is known
         super().__init__(**kwargs)
 
