@@ -30,8 +30,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, an auxiliary
-            head has another, or there is no such argument.
+        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, an
+            auxiliary head has another, or there is no such argument.
     """
 
     def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
