@@ -266,7 +266,8 @@ def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
     for split, pipeline in pipelines:
         settings = dataset(config, split).copy()
         if files is not None:
-            settings.data_root = str(tmp_path)
+            # one pair of each kind, of which nothing can be set aside
+            settings.update(data_root=str(tmp_path), part='all')
         if pipeline is not None:
             settings.pipeline = pipeline
         sample = DATASETS.build(settings)[0]

@@ -223,4 +223,4 @@ def test_camvids_test_split_is_two_options(tmp_path: Path) -> None:
     (sample,) = DATASETS.build(config.test_dataloader.dataset)
     assert Path(sample['data_samples'].img_path).name == 'test.jpg'
     assert sample['data_samples'].gt_sem_seg.data.unique().tolist() == [2]
-    assert config.val_dataloader.dataset.data_prefix.img_path == 'images/val'
+    assert config.val_dataloader.dataset.data_prefix.img_path == 'images/train'  # its dev part

@@ -19,6 +19,7 @@ from vqmoe_vision.engine.seeding import seed_sample
 
 from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker
+from .splits import part_indices
 from .transforms import LOADING
 
 
@@ -42,6 +43,9 @@ class CheckedDataset(SeededDataset):
     Without a `palette`, mmseg generates one, always the same for a number of classes.
 
     Args:
+        part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
+            same.
+        dev_size: Number of pairs of 'dev', which 'train' leaves out.
         metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
             colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
             them.
@@ -51,13 +55,21 @@ class CheckedDataset(SeededDataset):
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, or the files are not complete.
+        ValueError: Classes and palette do not fit, the files are not complete, or there is no such
+            part.
     """
 
     source = 'docs/own-data.md says how to lay out a data set'
 
-    def __init__(self, metainfo: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        metainfo: dict[str, Any] | None = None,
+        part: str = 'all',
+        dev_size: int = 0,
+        **kwargs: Any,
+    ) -> None:
         check_metainfo(type(self), metainfo)
+        self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
         if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
             print_log(
@@ -92,7 +104,9 @@ class CheckedDataset(SeededDataset):
                 f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
-        return [dict(pair, num_classes=len(self.metainfo['classes'])) for pair in pairs]
+        chosen = part_indices(len(pairs), self.part, self.dev_size)
+        num_classes = len(self.metainfo['classes'])
+        return [dict(pairs[i], num_classes=num_classes) for i in chosen]
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair.

@@ -37,6 +37,8 @@ train_dataloader = dict(
         type='ADE20K',
         data_root='data/ade/ADEChallengeData2016',
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        part='train',
+        dev_size=500,
         pipeline=train_pipeline,
     ),
 )
@@ -44,8 +46,17 @@ val_dataloader = dict(
     dataset=dict(
         type='ADE20K',
         data_root='data/ade/ADEChallengeData2016',
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        part='dev',
+        dev_size=500,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = dict(
+    dataset=dict(
+        type='ADE20K',
+        data_root='data/ade/ADEChallengeData2016',
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader

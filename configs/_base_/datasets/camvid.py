@@ -40,6 +40,8 @@ train_dataloader = dict(
         type='CamVid',
         data_root='data/camvid',
         data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
+        part='train',
+        dev_size=60,
         pipeline=train_pipeline,
     ),
 )
@@ -47,8 +49,17 @@ val_dataloader = dict(
     dataset=dict(
         type='CamVid',
         data_root='data/camvid',
+        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
+        part='dev',
+        dev_size=60,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = dict(
+    dataset=dict(
+        type='CamVid',
+        data_root='data/camvid',
         data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader

@@ -35,6 +35,8 @@ train_dataloader = dict(
         type='Cityscapes',
         data_root='data/cityscapes',
         data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
+        part='train',
+        dev_size=150,
         pipeline=train_pipeline,
     ),
 )
@@ -42,8 +44,17 @@ val_dataloader = dict(
     dataset=dict(
         type='Cityscapes',
         data_root='data/cityscapes',
+        data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
+        part='dev',
+        dev_size=150,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = dict(
+    dataset=dict(
+        type='Cityscapes',
+        data_root='data/cityscapes',
         data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader

@@ -38,6 +38,8 @@ train_dataloader = dict(
         data_root='data/VOCdevkit/VOC2010',
         data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClassContext'),
         ann_file='ImageSets/SegmentationContext/train.txt',
+        part='train',
+        dev_size=200,
         pipeline=train_pipeline,
     ),
 )
@@ -46,8 +48,18 @@ val_dataloader = dict(
         type='PascalContext59',
         data_root='data/VOCdevkit/VOC2010',
         data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClassContext'),
+        ann_file='ImageSets/SegmentationContext/train.txt',
+        part='dev',
+        dev_size=200,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = dict(
+    dataset=dict(
+        type='PascalContext59',
+        data_root='data/VOCdevkit/VOC2010',
+        data_prefix=dict(img_path='JPEGImages', seg_map_path='SegmentationClassContext'),
         ann_file='ImageSets/SegmentationContext/val.txt',
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader

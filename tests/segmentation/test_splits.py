@@ -1,0 +1,53 @@
+"""What is set aside of the training pairs."""
+
+from itertools import pairwise
+
+import pytest
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.segmentation.splits import part_indices
+
+from ..rows import CONFIGS
+
+
+def test_dev_is_set_aside_of_train_in_runs_of_neighbours() -> None:
+    train, dev = part_indices(367, 'train', 60), part_indices(367, 'dev', 60)
+    assert sorted(train + dev) == list(range(367)) == part_indices(367, 'all', 0)
+    assert len(dev) == 60
+    # blocks of 19 or 20: three whole ones and a rest, so at most four runs
+    runs = sum(b - a > 1 for a, b in pairwise(dev)) + 1
+    assert runs <= 4
+    assert dev == part_indices(367, 'dev', 60)
+
+
+@pytest.mark.parametrize('dev_size', [0, 10, 11])
+def test_a_part_that_would_be_empty(dev_size: int) -> None:
+    with pytest.raises(ValueError, match=f'dev_size={dev_size} must lie between 1 and 9'):
+        part_indices(10, 'train', dev_size)
+
+
+def test_an_unknown_part() -> None:
+    with pytest.raises(ValueError, match=r"part='val' must be one of"):
+        part_indices(10, 'val', 2)
+
+
+@pytest.mark.parametrize(
+    'leaf',
+    [
+        'ade20k/segmenter_vit_tiny_vqmoe_ade20k.py',
+        'ade20k/segmenter_vit_large_vqmoe_ade20k.py',
+        'pascal_context.py',
+        'cityscapes.py',
+        'camvid.py',
+        'camvid_budget.py',
+    ],
+)
+def test_configs_choose_by_what_training_leaves_out(leaf: str) -> None:
+    config = load_config(str(CONFIGS / 'segmentation' / leaf))
+    train, val, test = (config[f'{n}_dataloader'].dataset for n in ('train', 'val', 'test'))
+    files = ('data_root', 'data_prefix', 'ann_file', 'dev_size')
+    assert {k: train.get(k) for k in files} == {k: val.get(k) for k in files}
+    assert (train.part, val.part) == ('train', 'dev')
+    assert 'part' not in test
+    assert (test.data_prefix, test.get('ann_file')) != (val.data_prefix, val.get('ann_file'))
+    assert test.pipeline == val.pipeline
