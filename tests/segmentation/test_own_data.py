@@ -94,18 +94,28 @@ def test_trains_tests_draws_and_predicts(
 def test_mmsegs_own_data_set(tmp_path: Path) -> None:
     write_data(tmp_path / 'data')
     config = write_config(tmp_path, palette=False)
-    with_type = [f'{split}_dataloader.dataset.type=BaseSegDataset' for split in ('train', 'val')]
-    work = ['--work-dir', str(tmp_path / 'w'), '--cfg-options', *with_type]
+    own = (tmp_path / 'mine.py').read_text()
+    text = own.replace("type='CheckedDataset',", "type='BaseSegDataset', _delete_=True,")
+    text = text.replace("    part='all',\n", '')
+    for split, kind in (('train', 'train'), ('val', 'test')):
+        text, count = re.subn(
+            rf"(dataset=dict\()(data_prefix=dict\(img_path='images/{split}')",
+            rf'\1pipeline={{{{_base_.{kind}_pipeline}}}}, \2',
+            text,
+        )
+        assert count == 1
+    (tmp_path / 'mine.py').write_text(text)
     numbers = [
         f'{split}_dataloader.dataset.pipeline.{step}.num_classes=3'
         for split, step in (('train', 1), ('val', 2))
     ]
-    cli.train([config, *work, *numbers, 'experiment_name=base'])
-    test = {'test_dataloader.dataset.type': 'BaseSegDataset'}
-    predictor = Predictor(config, str(tmp_path / 'w/iter_1.pth'), options=test)
-    own = Predictor(config, str(tmp_path / 'w/iter_1.pth'))
+    work = ['--work-dir', str(tmp_path / 'w'), '--cfg-options', *numbers]
+    cli.train([config, *work, 'experiment_name=base'])
+    predictor = Predictor(config, str(tmp_path / 'w/iter_1.pth'))
     assert predictor.classes == CLASSES
-    assert (predictor.palette == own.palette).all()
+    (tmp_path / 'mine.py').write_text(own)
+    checked = Predictor(config, str(tmp_path / 'w/iter_1.pth'))
+    assert (predictor.palette == checked.palette).all()
 
 
 def refused(config: str, *options: str) -> str:
