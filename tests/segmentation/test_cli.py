@@ -306,13 +306,14 @@ def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path
         predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
 
 
-@pytest.mark.parametrize('tool', ['predict', 'demo'])
+@pytest.mark.parametrize('tool', ['predict', 'demo', 'train'])
 def test_without_mmsegmentation_it_says_what_to_install(
     tool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.startswith('vqmoe_vision.segmentation')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, 'mmcv', None)
+    monkeypatch.setattr(sys, 'argv', [tool, str(SCENES)])
     path = SCENES.parents[3] / f'tools/{tool}.py'
     with pytest.raises(SystemExit, match=r"^error: .* pip install 'vqmoe-vision\[seg\]'$"):
         runpy.run_path(str(path), run_name='__main__')

@@ -146,8 +146,11 @@ def one_line(error: BaseException) -> str:
         error: What was raised.
     """
     # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
-    while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
-        error = error.__context__
+    while isinstance(error, ImportError):
+        hidden = error.__cause__ if error.__suppress_context__ else error.__context__
+        if not isinstance(hidden, ImportError):
+            break
+        error = hidden
     if isinstance(error, UnpicklingError):
         return 'the checkpoint is damaged, or holds more than weights and is not loaded'
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
