@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vqmoe_vision.classification import Classifier
+from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS
 
 SMALL = dict(
@@ -154,3 +155,20 @@ def test_checkpoint_of_a_model_that_is_no_vision_transformer() -> None:
     message = "checkpoint='a.pth' is not possible: None, resnet18 is not one of timm's"
     with pytest.raises(ValueError, match=message):
         Classifier('resnet18', num_classes=2, checkpoint='a.pth')
+
+
+def test_fields_of_a_backbone_are_sent_to_the_classifier() -> None:
+    with pytest.raises(ValueError, match=r'^model\.backbone=.* itself, such as model\.model_name$'):
+        Classifier('vit_tiny_vqmoe', num_classes=2, backbone=dict(model_name='vit_tiny_smoe'))
+
+
+def test_learning_rates_shrink_by_layer_and_the_head_has_all_of_it() -> None:
+    model = Classifier('vit_tiny_vqmoe', num_experts=2, **SMALL)
+    build = LayerDecayOptimWrapperConstructor(
+        {'optimizer': {'type': 'AdamW', 'lr': 1.0, 'weight_decay': 0.3}}, {'layer_decay': 0.5}
+    )
+    rate = {id(p): g['lr'] for g in build(model).optimizer.param_groups for p in g['params']}
+    rates = {name: rate[id(parameter)] for name, parameter in model.named_parameters()}
+    assert rates['model.head.weight'] == rates['model.blocks.1.mlp.experts.fc1.weight'] == 1.0
+    assert rates['model.blocks.0.attn.qkv.weight'] == 0.5
+    assert rates['model.patch_embed.proj.weight'] == 0.25

@@ -4,8 +4,8 @@ import pytest
 import torch
 from mmseg.registry import MODELS
 
+from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, update_state
-from vqmoe_vision.segmentation.optim import LayerDecayOptimWrapperConstructor
 
 from .conftest import tiny_segmentor, training_batch
 

@@ -57,6 +57,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.num_classes = num_classes
+        check(
+            'backbone' not in model_kwargs,
+            'model.backbone',
+            model_kwargs.get('backbone'),
+            'a classifier has the fields of its timm model itself, such as model.model_name',
+        )
         arguments = {'num_classes': num_classes, **model_kwargs}
         self.model = create_model(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:

@@ -1,11 +1,12 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
 Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`, lets torch read mmengine's checkpoints as data, and
-teaches mmengine's count of FLOPs the operators of these models.
+config needs no more than `custom_imports`, lets torch read mmengine's checkpoints as data, lets
+`_base_` name the configs of this package, and teaches mmengine's count of FLOPs the operators of
+these models.
 """
 
-from . import checkpoint, flops, hooks, log, optim, seeding
+from . import checkpoint, config_names, flops, hooks, layer_decay, log, optim, seeding
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -14,8 +15,10 @@ __all__ = [
     'NonFiniteError',
     'RoutingStatistics',
     'checkpoint',
+    'config_names',
     'flops',
     'hooks',
+    'layer_decay',
     'log',
     'optim',
     'seeding',

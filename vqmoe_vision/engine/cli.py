@@ -197,7 +197,7 @@ def run(
                 f'unrecognized arguments: {" ".join(unknown)}; fields of the config change with '
                 '--cfg-options, for example train_dataloader.batch_size=8'
             )
-        options = args.cfg_options
+        options = getattr(args, 'cfg_options', {})
         # A checkpoint from someone else is data: never run code that it holds.
         os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
         action(args)

@@ -1,4 +1,4 @@
-"""Learning rates that shrink towards the first layers of the backbone."""
+"""Learning rates that shrink towards the first layers of the timm model."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from vqmoe_vision.engine.optim import TimmOptimWrapperConstructor, undecayed_parameters
+from .optim import TimmOptimWrapperConstructor, undecayed_parameters
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
-    """timm's layer-wise decay for the backbone, the full learning rate for the heads.
+    """timm's layer-wise decay for the timm model, the full learning rate for heads beside it.
 
     The last block and the final norm have the full rate, the block before `layer_decay` times that,
     and so on down to the patch embedding. Biases, norms and `no_weight_decay()` names do not decay.
@@ -37,14 +37,14 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
             )
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of a segmentor, which may be wrapped for distributed training.
+        """Parameter groups of a model, which may be wrapped for distributed training.
 
         Args:
-            model: A segmentor whose backbone is a `TimmViT`.
+            model: A `MoeTrainingMixin`: a classifier, or a segmentor around a `TimmViT`.
             weight_decay: Weight decay of matrices.
         """
-        segmentor: Any = model.module if is_model_wrapper(model) else model
-        encoder = segmentor.backbone.model
+        whole: Any = model.module if is_model_wrapper(model) else model
+        encoder = whole.routed_model
         groups = param_groups_layer_decay(
             encoder,
             weight_decay,
@@ -55,7 +55,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         for group in groups:
             group['lr'] = rate * group.pop('lr_scale')
         inside = {id(parameter) for parameter in encoder.parameters()}
-        heads = super().param_groups(segmentor, weight_decay)
+        heads = super().param_groups(whole, weight_decay)
         for group in heads:
             group['params'] = [p for p in group['params'] if id(p) not in inside]
-        return groups + heads
+        return groups + [group for group in heads if group['params']]
