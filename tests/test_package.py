@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 TOOLS = PACKAGE.parent / 'tools'
 # A part may import itself and the parts of a lower layer.
 LAYERS = {
+    'provenance': 0,
     'moe': 0,
     'models': 1,
     'analysis': 2,
     'engine': 2,
     'classification': 3,
     'segmentation': 3,
+    'comparison': 3,
 }
 
 

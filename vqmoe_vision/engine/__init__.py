@@ -4,7 +4,7 @@ Importing this package registers the hooks, optimizer wrappers and the log proce
 config needs no more than `custom_imports`, and lets torch read mmengine's checkpoints as data.
 """
 
-from . import checkpoint, hooks, log, optim, seeding
+from . import checkpoint, hooks, log, optim, record, seeding
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -16,5 +16,6 @@ __all__ = [
     'hooks',
     'log',
     'optim',
+    'record',
     'seeding',
 ]
