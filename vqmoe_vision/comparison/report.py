@@ -16,6 +16,8 @@ from .sentences import sentences
 from .spec import Comparison
 from .tables import frame_of, notes, scores_of, shown
 
+_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
+
 
 def write_report(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
     """Writes tables and figures; the same rows give the same bytes.
@@ -38,7 +40,9 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     missing = [run.name for run in results.missing]
     texts = {
         'md': _markdown(comparison, results, frame, table, [*remarks, *said]),
-        'tex': table.to_latex(index=False, escape=True, caption=' '.join(remarks)),
+        'tex': table.to_latex(
+            index=False, escape=True, caption=' '.join(remarks).translate(_LATEX)
+        ),
         'csv': frame.to_csv(index_label='row'),
         'json': json.dumps(
             {

@@ -13,7 +13,17 @@ from typing import Any
 from .runs import Run
 
 VERSION = 1
-_NEEDED = {'config', 'options', 'command', 'row', 'seed', 'test', 'first_losses', 'held_out'}
+_NEEDED = {
+    'config',
+    'options',
+    'command',
+    'row',
+    'seed',
+    'metric',
+    'test',
+    'first_losses',
+    'held_out',
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Store:
             'command': shlex.join(run.train(folder)),
             'options': run.options,
             **record,
+            'metric': metric,
             'test': test,
             'held_out': [[i, values[metric]] for i, values in record['held_out']],
             'config': run.resolved,
@@ -150,6 +161,8 @@ def _damage(content: dict[str, Any], run: Run) -> str | None:
         return f'it is damaged: {missing} are missing'
     if (content['row'], content['seed']) != (run.row, run.seed):
         return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
+    if content['metric'] != (metric := run.comparison.metric):
+        return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
     return None
 
 

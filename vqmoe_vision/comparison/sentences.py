@@ -54,9 +54,10 @@ def verdict(row: str, reference: str, difference: Difference, corrected_p: float
     if needed is None:
         more = f'more than a thousand seeds would be needed for a difference of {abs(d):.2f}'
     elif needed > pairs:
-        more = f'about {needed - pairs} more seeds would tell a difference of {abs(d):.2f}'
+        seeds = 'seed' if needed == pairs + 1 else 'seeds'
+        more = f'about {needed - pairs} more {seeds} would tell a difference of {abs(d):.2f}'
     else:
-        more = 'the number of comparisons is what the difference does not stand'
+        more = 'more than that is only needed because several rows are compared'
     return (
         f'{row} and {reference} cannot be told apart at this budget ({interval}): {pairs} seeds '
         f'tell a difference of {found:.2f} with 80 % power, {more}.'

@@ -114,4 +114,4 @@ class RunRecordHook(Hook):
 def _thinned(losses: np.ndarray) -> list[list[float]]:
     """Pairs of an iteration and the mean loss up to it since the pair before."""
     ends = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
-    return [[int(end), float(losses[start:end].mean())] for start, end in pairwise(ends)]
+    return [[int(end), round(float(losses[start:end].mean()), 5)] for start, end in pairwise(ends)]
