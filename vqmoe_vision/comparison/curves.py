@@ -9,27 +9,27 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import Results
+from .results import Usable
 from .spec import Comparison
 
 _STYLES = ('-', '--', ':')
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
-def plot_curves(comparison: Comparison, results: Results) -> Figure:
+def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     """Draws the training loss and the metric on held-out images against iterations.
 
     A line is the mean over the seeds of a row, its band one standard deviation to both sides.
 
     Args:
         comparison: What was compared.
-        results: What is there of it.
+        usable: As `Results.usable`.
     """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     panels = {'training_loss': 'training loss', 'held_out': f'{comparison.metric}, held out'}
     for axes, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for number, row in enumerate(comparison.rows):
-            of_row = [c[field] for (name, _), c in results.usable.items() if name == row]
+            of_row = [c[field] for (name, _), c in usable.items() if name == row]
             if of_row:
                 _draw(axes, row, number, of_row)
         axes.set(title=title, xlabel='iteration')

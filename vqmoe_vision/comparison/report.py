@@ -38,11 +38,10 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     said = sentences(comparison, frame, scores_of(comparison, results))
     remarks = notes(comparison, frame)
     missing = [run.name for run in results.missing]
+    caption = ' '.join(remarks).translate(_LATEX)
     texts = {
         'md': _markdown(comparison, results, frame, table, [*remarks, *said]),
-        'tex': table.to_latex(
-            index=False, escape=True, caption=' '.join(remarks).translate(_LATEX)
-        ),
+        'tex': table.to_latex(index=False, escape=True, caption=caption),
         'csv': frame.to_csv(index_label='row'),
         'json': json.dumps(
             {
@@ -62,7 +61,7 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     for kind, text in texts.items():
         written.append(folder / f'{comparison.name}.{kind}')
         written[-1].write_text(text.rstrip() + '\n')
-    figure = plot_curves(comparison, results)
+    figure = plot_curves(comparison, results.usable)
     # without the time and the version of matplotlib
     for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
         written.append(folder / f'{comparison.name}-curves.{kind}')

@@ -13,6 +13,7 @@ from typing import Any
 from .runs import Run
 
 VERSION = 1
+Usable = dict[tuple[str, int], dict[str, Any]]
 _NEEDED = {
     'config',
     'options',
@@ -36,7 +37,7 @@ class Results:
         missing: Runs without a file.
     """
 
-    usable: dict[tuple[str, int], dict[str, Any]]
+    usable: Usable
     left_out: dict[str, str]
     missing: list[Run]
 
