@@ -74,11 +74,12 @@ def test_jobs_run_at_the_same_time(spec, says) -> None:
 @pytest.mark.parametrize('signal_', [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
-    queue = subprocess.Popen([sys.executable, '-c', QUEUE], env={**os.environ})
+    queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
     until(Path('pid').exists)
     run = Run(read_comparison(path), 'slow', 1, Path('work_dirs/comparisons'))
     queue.send_signal(signal_)
-    assert queue.wait() != 0
+    said = queue.communicate()[1].splitlines()
+    assert queue.returncode != 0
     lock = _lock(run.folder / 'lock')
     if signal_ == signal.SIGKILL:  # its run lives, and nobody else may begin it
         assert lock is None
@@ -86,6 +87,7 @@ def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
     else:
         assert lock is not None
         lock.close()
+        assert said[-1].startswith('error: stopped; the same command goes on')
     says('run', path)
     assert {path.name for path in ROWS.glob('*.json')} == {'dense-seed1.json', 'slow-seed1.json'}
     slow = [line for line in calls() if 'kind=waits' in line]

@@ -86,7 +86,11 @@ def _run(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
-    failed = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE').work()
+    queue = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE')
+    try:
+        failed = queue.work()
+    except KeyboardInterrupt:
+        raise ValueError('stopped; the same command goes on from the last checkpoints') from None
     if failed:
         raise ValueError(f'{len(failed)} of {len(waiting)} runs failed: {", ".join(failed)}')
 

@@ -52,7 +52,8 @@ class Run:
         Raises:
             ValueError: The config does not take an option.
         """
-        config = load_config(self.comparison.config, parse_options(self.options))
+        options = parse_options(self.options)
+        config = load_config(self.comparison.config, options, import_modules=False)
         return json.loads(json.dumps(config.to_dict(), default=str))
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_comparison(path: str) -> Comparison:
     if wrong := sorted((given.keys() - known) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
     config = given.pop('config')
-    model, size = _model_of(load_config(config))
+    model, size = _model_of(load_config(config, import_modules=False))
     rows = {row: row for row in ROWS} if given.pop('all_methods', False) else {}
     rows |= given.pop('rows', {})
     return Comparison(
@@ -104,7 +105,7 @@ def read_comparison(path: str) -> Comparison:
 
 
 def _of_config(name: str, path: str) -> Comparison:
-    config = load_config(path)
+    config = load_config(path, import_modules=False)
     metric = config.default_hooks.checkpoint.get('save_best')
     if not isinstance(metric, str) or metric == 'auto':
         raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
@@ -126,7 +127,7 @@ def _model_of(config: Config) -> tuple[str, str]:
 def _options(row: str, line: str, size: str, model: str) -> list[str]:
     if not isinstance(line, str):
         raise ValueError(f'rows.{row}={line!r} is not possible: write options in one string')
-    words = line.split()
+    words = shlex.split(line)
     if words and '=' not in words[0]:
         return [*row_options(words[0], size, model), *words[1:]]
     return words

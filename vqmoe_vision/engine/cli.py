@@ -56,12 +56,15 @@ def test(argv: Sequence[str] | None = None) -> None:
     run(parser, argv, _test)
 
 
-def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str, options: dict[str, Any] | None = None, import_modules: bool = True
+) -> Config:
     """Reads a config file and merges the options of the command line into it.
 
     Args:
         path: Config file.
         options: Values by dotted name.
+        import_modules: Import the modules that it names, as building anything of it needs.
 
     Raises:
         FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
@@ -71,7 +74,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if not Path(path).is_file():
         raise missing_config(path)
     try:
-        config = Config.fromfile(path)
+        config = Config.fromfile(path, import_custom_modules=import_modules)
     except FileNotFoundError as error:
         if error.filename is None:
             raise
