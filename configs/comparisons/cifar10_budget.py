@@ -1,7 +1,7 @@
 # Six epochs of CIFAR-10 on a CPU, compute matched: docs/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
-reference = 'dense'
+reference = 'dense_wide'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
 rows = dict(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.sentences import verdict
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.statistics import Difference
+from vqmoe_vision.comparison.statistics import Difference, pairs_needed
 
 from ..rows import CONFIGS
 
@@ -70,15 +71,21 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
 
 
 def test_sentences_by_hand() -> None:
-    # n = 3: the interval of test_statistics.py; 80 % power for 2 standard deviations needs 5 pairs
-    open_ = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.15)
+    # two standard deviations need 5 pairs for 80 % power at 5 %
+    open_ = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.074, 1)
     assert open_.startswith('a and b cannot be told apart at this budget (+2.00, 95 % interval')
-    assert open_.endswith('about 2 more seeds would tell a difference of 2.00.')
-    told = verdict('a', 'b', Difference(5, -2.0, 0.5, -2.6, -1.4, 0.001), 0.004)
+    assert open_.endswith('about 2 more would tell one of 2.00.')
+    # among ten rows the same difference has to stand a level of 0.5 %
+    assert pairs_needed(1.0, 2.0, 0.005) == 8
+    among_ten = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.74, 10)
+    assert among_ten.endswith('about 5 more would tell one of 2.00.')
+    told = verdict('a', 'b', Difference(5, -2.0, 0.5, -2.6, -1.4, 0.001), 0.004, 4)
     assert told.startswith('a is worse than b at this budget: -2.00') and 'p = 0.004' in told
-    assert 'nothing can be said' in verdict('a', 'b', Difference(1, 2.0, *[float('nan')] * 4), 1)
-    assert 'more than a thousand' in verdict('a', 'b', Difference(3, 0.0, 1.0, -2, 2, 1), 1)
-    assert 'by exactly +2.00' in verdict('a', 'b', Difference(3, 2.0, 0.0, 2, 2, float('nan')), 1)
+    lone = verdict('a', 'b', Difference(1, 2.0, *[math.nan] * 4), math.nan, 1)
+    assert 'nothing can be said' in lone
+    assert 'more than a thousand' in verdict('a', 'b', Difference(3, 0.0, 1.0, -2, 2, 1), 1, 1)
+    equal = verdict('a', 'b', Difference(3, 2.0, 0.0, 2, 2, math.nan), math.nan, 1)
+    assert 'by exactly +2.00' in equal
 
 
 def test_a_router_that_does_not_beat_a_control_is_named(fill, says) -> None:
@@ -162,6 +169,11 @@ def test_curves_are_means_with_bands(fill) -> None:
     held_out = figure.axes[1]
     lines = {line.get_label(): line.get_xydata().tolist() for line in held_out.get_lines()}
     assert lines['better (3)'] == [[1, 11.0], [2, 22.0]]  # half the scores first
+    differences = {
+        line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].get_lines()
+    }
+    assert differences['better (3)'] == [[1, 1.0], [2, 2.0]]
+    assert differences['dense (3)'] == [[1, 0.0], [2, 0.0]]
     (band,) = held_out.collections[1].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}

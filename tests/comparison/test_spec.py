@@ -59,6 +59,21 @@ def test_options_of_the_row_win_over_the_budget(spec) -> None:
     assert run.folder != other.folder
 
 
+def test_another_budget_never_resumes_the_checkpoints_of_this_one(spec) -> None:
+    folders = set()
+    for number in (7, 8):
+        path = spec(f"options = ['train_cfg.max_iters={number}']")
+        folders.add(Run(read_comparison(path), 'dense', 1, Path('work')).folder)
+    assert len(folders) == 2
+
+
+def test_values_with_spaces_are_quoted_as_on_a_command_line(spec) -> None:
+    comparison = read_comparison(spec(own='smoe model.moe.moe_layers="(1, 3)"'))
+    run = Run(comparison, 'own', 1, Path('work'))
+    assert run.resolved['model']['moe']['moe_layers'] == [1, 3]
+    assert "'model.moe.moe_layers=(1, 3)'" in run.line()
+
+
 def test_all_methods_follow_the_table(spec) -> None:
     comparison = read_comparison(
         spec('all_methods = True', more_experts='smoe model.moe.num_experts=16')

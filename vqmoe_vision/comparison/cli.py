@@ -136,7 +136,8 @@ def _check(args: argparse.Namespace) -> None:
 def _noise(args: argparse.Namespace) -> None:
     work = _Work(args)
     frame, budget = noise_of(work.comparison, work.read())
-    print(frame.to_markdown(floatfmt='.2f'))
+    known = frame.astype(object).where(frame.notna(), None)
+    print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
     print(
         f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {work.comparison.metric} '
         'with 80 % power at the 5 % level, if the noise is that of all rows together.'

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from .results import Usable
 from .spec import Comparison
 
+Curve = list[list[float]]  # iterations and values
 _STYLES = ('-', '--', ':')
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
-    """Draws the training loss and the metric on held-out images against iterations.
+    """Draws training loss, metric on held-out images, and its paired difference to the reference.
 
     A line is the mean over the seeds of a row, its band one standard deviation to both sides.
 
@@ -25,22 +26,40 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         comparison: What was compared.
         usable: As `Results.usable`.
     """
-    figure = Figure(figsize=(11, 5.2), layout='constrained')
-    panels = {'training_loss': 'training loss', 'held_out': f'{comparison.metric}, held out'}
-    for axes, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number, row in enumerate(comparison.rows):
-            of_row = [c[field] for (name, _), c in usable.items() if name == row]
-            if of_row:
-                _draw(axes, row, number, of_row)
-        axes.set(title=title, xlabel='iteration')
-        axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=6, frameon=False)
+    figure = Figure(figsize=(15, 5.2), layout='constrained')
+    metric, reference = comparison.metric, comparison.reference
+    titles = ('training loss', f'{metric}, held out', f'the same, difference to {reference}')
+    axes = figure.subplots(1, 3)
+    for number, row in enumerate(comparison.rows):
+        of_row = {seed: content for (name, seed), content in usable.items() if name == row}
+        curves: tuple[list[Curve], ...] = (
+            [content['training_loss'] for content in of_row.values()],
+            [content['held_out'] for content in of_row.values()],
+            [
+                _minus(content['held_out'], usable[reference, seed]['held_out'])
+                for seed, content in of_row.items()
+                if (reference, seed) in usable
+            ],
+        )
+        for panel, of_panel in zip(axes, curves, strict=True):
+            if of_panel:
+                _draw(panel, row, number, of_panel)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set(title=title, xlabel='iteration')
+        panel.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=8, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
 
 
-def _draw(axes: Axes, row: str, number: int, curves: Iterable[list[list[float]]]) -> None:
+def _minus(curve: Curve, other: Curve) -> Curve:
+    """Of the points that both have."""
+    values = {step: value for step, value in other}
+    return [[step, value - values[step]] for step, value in curve if step in values]
+
+
+def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
     points: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve:

@@ -20,15 +20,18 @@ def sentences(comparison: Comparison, frame: pd.DataFrame, scores: Scores) -> li
     """
     reference = comparison.reference
     said = []
-    for row in frame.index.drop(reference, errors='ignore'):
+    rows = frame.index.drop(reference, errors='ignore')
+    for row in rows:
         difference = paired_difference(scores[row], scores.get(reference, {}))
-        said.append(verdict(row, reference, difference, frame.p_holm[row]))
+        said.append(verdict(row, reference, difference, frame.p_holm[row], len(rows)))
     for control in comparison.controls:
         said += _against_control(comparison, control, scores)
     return said
 
 
-def verdict(row: str, reference: str, difference: Difference, corrected_p: float) -> str:
+def verdict(
+    row: str, reference: str, difference: Difference, corrected_p: float, comparisons: int
+) -> str:
     """What may be said of a row and the reference.
 
     Args:
@@ -36,6 +39,7 @@ def verdict(row: str, reference: str, difference: Difference, corrected_p: float
         reference: The other's.
         difference: Row minus reference; more is better.
         corrected_p: Its p after correction for the number of rows.
+        comparisons: That number; power is that of a test which stands all of them.
     """
     pairs, d = difference.pairs, difference.mean
     if pairs < 2:
@@ -49,18 +53,16 @@ def verdict(row: str, reference: str, difference: Difference, corrected_p: float
             f'{row} is {better} than {reference} at this budget: {interval}, '
             f'p = {corrected_p:.2g} after correction, {pairs} seeds.'
         )
-    found = detectable(difference.std, pairs)
-    needed = pairs_needed(difference.std, d)
+    level = LEVEL / comparisons
+    needed = pairs_needed(difference.std, d, level)
     if needed is None:
-        more = f'more than a thousand seeds would be needed for a difference of {abs(d):.2f}'
-    elif needed > pairs:
-        seeds = 'seed' if needed == pairs + 1 else 'seeds'
-        more = f'about {needed - pairs} more {seeds} would tell a difference of {abs(d):.2f}'
+        more = f'more than a thousand would be needed for one of {abs(d):.2f}'
     else:
-        more = 'more than that is only needed because several rows are compared'
+        # at 80 % power what was seen would have been significant: more are needed than there are
+        more = f'about {needed - pairs} more would tell one of {abs(d):.2f}'
     return (
         f'{row} and {reference} cannot be told apart at this budget ({interval}): {pairs} seeds '
-        f'tell a difference of {found:.2f} with 80 % power, {more}.'
+        f'tell a difference of {detectable(difference.std, pairs, level):.2f}, {more}.'
     )
 
 

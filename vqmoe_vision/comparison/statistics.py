@@ -71,39 +71,45 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def detectable(std: float, pairs: int) -> float:
-    """The smallest true difference that a paired t-test finds with `POWER` at `LEVEL`.
+def detectable(std: float, pairs: int, level: float = LEVEL) -> float:
+    """The smallest true difference that a paired t-test finds with `POWER`.
 
     Args:
         std: Of the differences of pairs.
         pairs: At least 2.
+        level: Of the test.
     """
-    return std * optimize.brentq(lambda effect: _power(effect, pairs) - POWER, 0, 100)
+    most = 1.0  # scipy's power of an effect far beyond the answer does not converge
+    while _power(most, pairs, level) < POWER:
+        most *= 2
+    return std * optimize.brentq(lambda effect: _power(effect, pairs, level) - POWER, 0, most)
 
 
-def pairs_needed(std: float, difference: float) -> int | None:
-    """How many pairs find a true difference with `POWER` at `LEVEL`.
+def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | None:
+    """How many pairs find a true difference with `POWER`.
 
     Args:
         std: Of the differences of pairs, above 0.
         difference: In the same unit.
+        level: Of the test.
 
     Returns:
         None if that is more than a thousand.
     """
     effect = abs(difference) / std
-    enough = (n for n in range(2, _MOST_PAIRS + 1) if _power(effect, n) >= POWER)
+    enough = (n for n in range(2, _MOST_PAIRS + 1) if _power(effect, n, level) >= POWER)
     return next(enough, None)
 
 
-def _power(effect: float, pairs: int) -> float:
+def _power(effect: float, pairs: int, level: float) -> float:
     """Of the two-sided paired t-test, from the noncentral t distribution.
 
     Args:
         effect: True difference over the standard deviation of differences.
         pairs: At least 2.
+        level: Of the test.
     """
     freedom, shift = pairs - 1, effect * math.sqrt(pairs)
-    critical = stats.t.isf(LEVEL / 2, freedom)
+    critical = stats.t.isf(level / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute
     return float(stats.nct.sf(critical, freedom, shift))
