@@ -24,7 +24,8 @@ demo: $(VENV)/.seg ## train vit_tiny_vqmoe to classify digits, then to segment s
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev ## run all tests but the long ones
-	$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+	    --durations=10 $(PYTEST_ARGS)
 
 long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)

@@ -1,22 +1,14 @@
 """The rows of every comparison, as options of a config: dense models, and all methods there are."""
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.options import add_config_options
-from vqmoe_vision.models.vit_moe import SIZES
-from vqmoe_vision.moe import METHODS
+from vqmoe_vision.comparison.rows import ROWS as ROWS
+from vqmoe_vision.comparison.rows import row_options as named_row_options
+from vqmoe_vision.engine.options import parse_options as parse
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-# all methods that have a form with the compute of the others
-ROWS = (
-    *('dense', 'dense_wide'),
-    *(name for name, method in METHODS.items() if 'matched' in method.config.PRESETS),
-)
-# as the paper: "small, 10M" and "large, 110M"
-NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
 
 def leaves(part: str) -> list[str]:
@@ -35,12 +27,7 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str,
         size: Key of `SIZES`.
         model: Field that holds the timm model: 'model', or 'model.backbone'.
     """
-    if row in METHODS:
-        line = f'{model}.model_name=vit_{size}_{row} {model}.moe.num_experts={NUM_EXPERTS[size]}'
-    else:
-        line = f'{model}.model_name=vit_{size}_patch16_224 {model}.moe=None'
-        line += f' {model}.extra_mlps=2' if row == 'dense_wide' else ''
-    return parse_options(line)
+    return parse(named_row_options(row, size, model))
 
 
 def result_options(model: str) -> list[str]:
@@ -59,6 +46,4 @@ def printed_config(section: str, data_root: str) -> str:
 
 def parse_options(line: str) -> dict[str, Any]:
     """The values of a command line's options by name."""
-    parser = argparse.ArgumentParser()
-    add_config_options(parser)
-    return parser.parse_args(['--cfg-options', *line.split()] if line else []).cfg_options
+    return parse(line.split())

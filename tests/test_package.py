@@ -15,6 +15,7 @@ TOOLS = PACKAGE.parent / 'tools'
 # A part may import itself and the parts of a lower layer.
 LAYERS = {
     'installed': 0,
+    'provenance': 0,
     'moe': 0,
     'models': 1,
     'analysis': 2,
@@ -22,6 +23,7 @@ LAYERS = {
     'script': 2,
     'classification': 3,
     'segmentation': 3,
+    'comparison': 3,
     '__main__': 4,
 }
 

@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-import vqmoe_vision
-from benchmark.environment import MALLOC, commit, installed
+from benchmark.environment import MALLOC
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 PROGRAM = """
@@ -32,19 +29,7 @@ def test_restarts_once_with_the_environment_it_needs() -> None:
         assert lines[1] == ' '.join(['3', *MALLOC.values()])
 
 
-def test_absent_packages_have_no_version() -> None:
-    assert installed('torch') is not None
-    assert installed('no-such-package-anywhere') is None
-
-
 def test_the_program_finds_its_package_beside_it(tmp_path: Path) -> None:
     """Both are called benchmark, and only the folder of the program is on the path."""
     command = [sys.executable, TOOLS / 'benchmark.py', 'moe', '-h']
     assert '--contenders' in subprocess.check_output(command, text=True, cwd=tmp_path)
-
-
-def test_the_commit_is_that_of_the_package_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vqmoe_vision, '__file__', str(tmp_path / '__init__.py'))
-    assert commit() is None  # there is no checkout

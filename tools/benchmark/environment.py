@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import vqmoe_vision
+from vqmoe_vision.provenance import commit, installed, processor
 
 # Fresh weight gradients of 20 to 80 MB are otherwise mapped and faulted in anew at every step: that
 # costs every contender 10 to 25 %, some more than others.
@@ -56,12 +53,9 @@ def restart_prepared(threads: int) -> None:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Machine, threads, versions and commit of a run, by name."""
-    cpu = Path('/proc/cpuinfo')
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     cuda = device.startswith('cuda')
     return {
-        'machine': models[0] if models else platform.processor() or platform.machine(),
+        'machine': processor(),
         'cores': os.cpu_count(),
         'load_average': round(os.getloadavg()[0], 2),
         'device': torch.cuda.get_device_name(device) if cuda else 'cpu',
@@ -73,22 +67,3 @@ def describe_machine(device: str) -> dict[str, Any]:
         'versions': {name: version for name in PACKAGES if (version := installed(name))},
         'commit': commit(),
     }
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """Commit of the checkout that is measured, '+' if files differ; None outside git."""
-    command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
-    measured = Path(vqmoe_vision.__file__).parent
-    try:
-        found = subprocess.run(command, cwd=measured, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

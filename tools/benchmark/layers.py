@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from vqmoe_vision.moe.config import check
+from vqmoe_vision.provenance import installed
 
 from . import methods, ours, peers
 from .cells import Cell, Settings
 from .contenders import Contender, Forward, UnsuitableError
-from .environment import installed
 from .inputs import Batch, Inputs
 from .oracle import check_against_oracle
 from .timing import Clock, interleave, median, peak_memory, ratio

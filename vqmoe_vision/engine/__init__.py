@@ -6,7 +6,7 @@ config needs no more than `custom_imports`, lets torch read mmengine's checkpoin
 these models.
 """
 
-from . import checkpoint, config_names, flops, hooks, layer_decay, log, optim, seeding
+from . import checkpoint, config_names, flops, hooks, layer_decay, log, optim, record, seeding
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -21,5 +21,6 @@ __all__ = [
     'layer_decay',
     'log',
     'optim',
+    'record',
     'seeding',
 ]

@@ -58,12 +58,15 @@ def test(argv: Sequence[str] | None = None) -> None:
     run(parser, argv, _test)
 
 
-def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str, options: dict[str, Any] | None = None, import_modules: bool = True
+) -> Config:
     """Reads a config file and merges the options of the command line into it.
 
     Args:
         path: Config file, or name of one that comes with the package, as `find_config`.
         options: Values by dotted name.
+        import_modules: Import the modules that it names, as building anything of it needs.
 
     Raises:
         FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
@@ -72,7 +75,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """
     file = find_config(path)
     try:
-        config = Config.fromfile(file)
+        config = Config.fromfile(file, import_custom_modules=import_modules)
     except FileNotFoundError as error:
         if error.filename is None:
             raise

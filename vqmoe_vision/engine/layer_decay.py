@@ -14,8 +14,9 @@ from .optim import TimmOptimWrapperConstructor, undecayed_parameters
 class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
     """timm's layer-wise decay for the timm model, the full learning rate for heads beside it.
 
-    The last layer has the full rate, which is the head of a classifier, the last block and the norm of
-    a backbone; the block before has `layer_decay` times that, and so on down to the patch embedding. Biases, norms and `no_weight_decay()` names do not decay.
+    The last layer has the full rate: the head of a classifier, or the last block and the norm of a
+    backbone. The layer before has `layer_decay` times that, and so on down to the patch embedding.
+    Biases, norms and `no_weight_decay()` names do not decay.
 
     Args:
         optim_wrapper_cfg: As in every mmengine config; `optimizer.lr` is the full rate.

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -51,6 +52,20 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         metavar='NAME=VALUE',
         help='change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
     )
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """The values of options by dotted name.
+
+    Args:
+        options: As `--cfg-options` takes them, such as 'train_cfg.max_epochs=5'.
+
+    Raises:
+        ValueError: One of them is not NAME=VALUE.
+    """
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
 
 
 def check_options(config: Config, options: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-# CamVid in crops that a CPU can train on.
+# CamVid in crops that a CPU can train on, and tested at a scale that training has seen.
 _base_ = 'camvid.py'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.4, 0.8), keep_ratio=True),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.54, 0.8), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(192, 192), cat_max_ratio=0.75),
     dict(
         type='Albumentations',
@@ -15,9 +15,16 @@ train_pipeline = [
     ),
     dict(type='PackSegInputs'),
 ]
+# labels are loaded after the image is resized: predictions are compared at the original size
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale_factor=0.65, keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
 # a list is not merged: this pipeline replaces that of camvid.py
 train_dataloader = dict(
     num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline)
 )
-val_dataloader = dict(num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

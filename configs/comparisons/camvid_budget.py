@@ -1,0 +1,22 @@
+# 2,400 iterations of CamVid on a CPU, compute matched: docs/compare.md.
+config = 'configs/segmentation/camvid_budget.py'
+metric = 'mIoU'
+reference = 'dense_wide'
+seeds = [1, 2, 3, 4, 5]
+all_methods = True
+controls = ['smoe_frozen', 'hashmoe']
+rows = dict(
+    smoe_frozen='smoe model.backbone.moe.preset=frozen',
+    vqmoe_token='vqmoe model.backbone.moe.expert_input=token',
+    vqmoe_official='vqmoe model.backbone.moe.expert_input=official',
+    vqmoe_ste='vqmoe model.backbone.moe.expert_input=ste',
+    vqmoe_discrete='vqmoe model.backbone.moe.form=discrete',
+    vqmoe_continuous='vqmoe model.backbone.moe.form=continuous',
+    vqmoe_32_codes='vqmoe model.backbone.moe.num_codes=32',
+)
+options = [
+    'train_cfg.max_iters=2400',
+    'train_cfg.val_interval=300',
+    'param_scheduler.1.end=2400',
+    'default_hooks.checkpoint.interval=300',
+]

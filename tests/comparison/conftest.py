@@ -1,0 +1,138 @@
+"""A repository whose programs take no time, so that a queue of runs can be tested."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.comparison.cli import compare
+from vqmoe_vision.comparison.results import Store
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+
+# What the queue needs of a training: files, an exit status, time. Rows choose by their options.
+TRAIN = """
+import json, os, sys, time
+from pathlib import Path
+options = dict(word.split('=', 1) for word in sys.argv if '=' in word)
+folder = Path(sys.argv[sys.argv.index('--work-dir') + 1])
+folder.mkdir(parents=True, exist_ok=True)
+with open('calls', 'a') as calls:
+    print(*sys.argv[1:], file=calls)
+kind = options.get('train_cfg.kind')
+if kind == 'fails':
+    print('a long trace')
+    sys.exit('error: there is no memory left')
+if kind == 'killed':
+    os.kill(os.getpid(), 9)
+if kind == 'waits' and '--resume' not in sys.argv:
+    (folder / 'last_checkpoint').write_text(str(folder / 'iter_1.pth'))
+    (folder / 'progress').write_text('1 2')
+    Path('pid').write_text(str(os.getpid()))
+    while not Path('go').exists():
+        time.sleep(0.02)
+if kind == 'meets':
+    Path('met_' + options['randomness.seed']).touch()
+    while not (Path('met_1').exists() and Path('met_2').exists()):
+        time.sleep(0.02)
+(folder / 'last_checkpoint').write_text(str(folder / 'iter_2.pth'))
+seed = int(options['randomness.seed'])
+drift = float(os.environ.get('DRIFT', 0))
+losses = [(1 + drift) / (i + seed) for i in range(20)]
+Path(folder / 'run.json').write_text(json.dumps(dict(
+    seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
+    cpu_minutes=1.0, iterations=2, params=2, active_params=1, macs=10**6, first_losses=losses,
+    training_loss=[[1, 2.0], [2, 1.0]], held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0}]],
+)))
+"""
+TEST = """
+import json, sys
+from pathlib import Path
+checkpoint, out = sys.argv[2], Path(sys.argv[sys.argv.index('--out') + 1])
+assert Path(checkpoint).name == 'iter_2.pth'
+out.write_text(json.dumps({'mIoU': 3.0, 'blocks.1.mlp/load_unused': 0.0}))
+"""
+CONFIG = "model = dict(type='Model', model_name='vit_tiny_smoe')\ntrain_cfg = dict(max_iters=2)\n"
+SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder."""
+    (tmp_path / 'tools').mkdir()
+    (tmp_path / 'tools/train.py').write_text(TRAIN)
+    (tmp_path / 'tools/test.py').write_text(TEST)
+    (tmp_path / 'config.py').write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def spec(repository: Path) -> Callable[..., str]:
+    """Writes a comparison with rows besides dense; gives its path."""
+
+    def write(more: str = '', **rows: str) -> str:
+        given = {'dense': 'dense', **rows}
+        Path('spec.py').write_text(
+            SPEC.format(rows=', '.join(f'{k}={v!r}' for k, v in given.items())) + more
+        )
+        return 'spec.py'
+
+    return write
+
+
+@pytest.fixture
+def fill(spec: Callable[..., str]) -> Callable[..., str]:
+    """Writes results as finished runs leave them: scores by row, one for each seed from 1 on."""
+
+    def write(scores: dict[str, list[float]], more: str = '', **changes: Any) -> str:
+        seeds = list(range(1, 1 + max(map(len, scores.values()))))
+        path = spec(f'seeds = {seeds}\n{more}', **{row: f'train_cfg.row={row}' for row in scores})
+        comparison = read_comparison(path)
+        store = Store(Path('docs/results/rows/spec'))
+        for row, values in scores.items():
+            for seed, value in enumerate(values, 1):
+                run = Run(comparison, row, seed, Path('work_dirs/comparisons'))
+                run.folder.mkdir(parents=True)
+                record = {
+                    'seed': seed,
+                    'commit': 'abc',
+                    'device': 'cpu',
+                    'hardware': 'stub',
+                    'minutes': 9.0,
+                    'cpu_minutes': 1.5,
+                    'params': 2_000_000,
+                    'active_params': 1_000_000,
+                    'macs': 10_000_000,
+                    'first_losses': [1.0 / i for i in range(1, 21)],
+                    'training_loss': [[1, 2.0], [2, 1.0]],
+                    'held_out': [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]],
+                    **changes.get(row, {}),
+                }
+                test = {'mIoU': value}
+                for layer, unused in (('blocks.1.mlp', 0.0), ('blocks.3.mlp', 1.0)):
+                    test[f'{layer}/load_unused'] = unused
+                    test[f'{layer}/code_usage_perplexity'] = 4.25
+                (run.folder / 'run.json').write_text(json.dumps(record))
+                (run.folder / 'test.json').write_text(json.dumps(test))
+                assert store.collect(run)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What the program says; of one that fails the line of its error."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        try:
+            compare(arguments)
+        except SystemExit as end:
+            return str(end)
+        return capsys.readouterr().out
+
+    return run

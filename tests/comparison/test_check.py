@@ -1,0 +1,55 @@
+"""Rows that today's code does not repeat are stale."""
+
+from pathlib import Path
+
+import pytest
+
+ROWS = Path('docs/results/rows/spec')
+
+
+def table() -> str:
+    return Path('docs/results/tables/spec.md').read_text()
+
+
+@pytest.mark.parametrize(('drift', 'equal'), [('0', True), ('0.0009', True), ('0.0011', False)])
+def test_first_losses_come_out_again_within_a_thousandth(
+    spec, says, monkeypatch, drift: str, equal: bool
+) -> None:
+    path = spec('seeds = [1]')
+    says('run', path)
+    monkeypatch.setenv('DRIFT', drift)
+    said = says('check', path)
+    expected = 'the first losses of 1 of 1 rows came out again\n'
+    assert said == (expected if equal else 'error: 1 rows are stale: dense-seed1')
+    assert 'only_first=True' in Path('calls').read_text().splitlines()[-1]
+
+
+def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monkeypatch) -> None:
+    path = spec()
+    says('run', path)
+    monkeypatch.setenv('DRIFT', '0.01')
+    assert says('check', path, '--seeds', '2') == 'error: 1 rows are stale: dense-seed2'
+    says('table', path)
+    assert '`dense-seed2.json`: stale: loss ' in table()
+    said = says('run', path)
+    assert '1 of 2 runs are there already' in said
+    says('table', path)
+    assert 'stale' not in table()
+    folders = {p.name.rpartition('-')[2] for p in Path('work_dirs/comparisons/spec').iterdir()}
+    assert 'stale1' in folders
+    assert '--resume' not in Path('calls').read_text()
+
+
+def test_a_sample(spec, says) -> None:
+    path = spec()
+    says('run', path)
+    assert says('check', path, '--sample', '1').startswith('the first losses of 1 of 1 rows')
+
+
+def test_a_training_that_fails_refutes_nothing(spec, says, repository) -> None:
+    path = spec('seeds = [1]')
+    says('run', path)
+    (repository / 'tools/train.py').write_text("import sys; sys.exit('error: no data')")
+    assert says('check', path) == 'error: dense-seed1 cannot be repeated: error: no data'
+    says('table', path)
+    assert 'stale' not in table()

@@ -1,0 +1,183 @@
+"""A queue of runs: several at a time, resumed, paused, and no lost run loses another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.comparison.queue import _lock
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+
+ROWS = Path('docs/results/rows/spec')
+QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
+needs_proc = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
+
+
+def calls() -> list[str]:
+    """Command lines of all trainings so far."""
+    return Path('calls').read_text().splitlines() if Path('calls').exists() else []
+
+
+def until(happens: Callable[[], bool]) -> None:
+    while not happens():
+        time.sleep(0.02)
+
+
+def test_finished_runs_leave_rows_and_are_not_repeated(spec, says) -> None:
+    path = spec(other='train_cfg.row=3')
+    assert '0 of 4 runs are there already' in says('run', path)
+    assert len(list(ROWS.glob('*.json'))) == len(calls()) == 4
+    row = json.loads((ROWS / 'other-seed2.json').read_text())
+    assert row['test']['mIoU'] == 3.0
+    assert row['held_out'] == [[1, 1.0], [2, 2.0]]
+    assert row['config']['train_cfg'] == {'max_iters': 2, 'row': 3}
+    assert row['command'].startswith('python tools/train.py config.py --work-dir work_dirs/')
+    assert row['command'].removeprefix('python tools/train.py ') in calls()
+    assert '4 of 4 runs are there already' in says('run', path)
+    assert len(calls()) == 4
+
+
+def test_only_what_is_asked_for(spec, says) -> None:
+    says('run', spec(other='train_cfg.row=3'), '--rows', 'other', '--seeds', '2')
+    assert [path.name for path in ROWS.glob('*.json')] == ['other-seed2.json']
+    line = says('run', 'spec.py', '--rows', 'others')
+    assert line == 'error: --rows others does not exist; there are dense, other'
+    assert says('run', 'spec.py', '--seeds', '7').endswith(
+        '--seeds 7 does not exist; there are 1, 2'
+    )
+
+
+def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, capsys) -> None:
+    path = spec('seeds = [1]', bad='train_cfg.kind=fails', dead='train_cfg.kind=killed', good='')
+    line = says('run', path)
+    assert line == 'error: 2 of 4 runs failed: bad-seed1, dead-seed1'
+    assert {path.name for path in ROWS.glob('*.json')} == {'dense-seed1.json', 'good-seed1.json'}
+    said = capsys.readouterr().out
+    assert 'bad-seed1 failed: error: there is no memory left (work_dirs/' in said
+    assert 'dead-seed1 failed: killed by SIGKILL' in said
+
+
+def test_jobs_run_at_the_same_time(spec, says) -> None:
+    """Each of two waits until the other is there."""
+    says('run', spec(both='train_cfg.kind=meets'), '--rows', 'both', '--jobs', '2')
+    assert len(list(ROWS.glob('*.json'))) == 2
+
+
+@pytest.mark.parametrize('signal_', [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
+    path = spec('seeds = [1]', slow='train_cfg.kind=waits')
+    queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)
+    until(Path('pid').exists)
+    run = Run(read_comparison(path), 'slow', 1, Path('work_dirs/comparisons'))
+    queue.send_signal(signal_)
+    said = queue.communicate()[1].splitlines()
+    assert queue.returncode != 0
+    lock = _lock(run.folder / 'lock')
+    if signal_ == signal.SIGKILL:  # its run lives, and nobody else may begin it
+        assert lock is None
+        os.kill(int(Path('pid').read_text()), signal.SIGKILL)
+    else:
+        assert lock is not None
+        lock.close()
+        assert said[-1].startswith('error: stopped; the same command goes on')
+    says('run', path)
+    assert {path.name for path in ROWS.glob('*.json')} == {'dense-seed1.json', 'slow-seed1.json'}
+    slow = [line for line in calls() if 'kind=waits' in line]
+    assert len(calls()) == 3 and len(slow) == 2
+    assert '--resume' not in slow[0] and '--resume' in slow[1]
+
+
+def test_two_queues_do_not_work_on_the_same_run(spec, says) -> None:
+    path = spec('seeds = [1]')
+    run = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons'))
+    run.folder.mkdir(parents=True)
+    other = _lock(run.folder / 'lock')
+
+    def finish() -> None:
+        time.sleep(0.5)
+        assert calls() == []
+        other.close()
+
+    finisher = threading.Thread(target=finish)
+    finisher.start()
+    says('run', path)
+    finisher.join()
+    assert len(calls()) == 1
+
+
+@needs_proc
+def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
+    path = spec('seeds = [1]', slow='train_cfg.kind=waits')
+    pause, states = Path('work_dirs/comparisons/spec/PAUSE'), []
+
+    def state() -> str:
+        return (
+            Path(f'/proc/{Path("pid").read_text()}/stat').read_text().rpartition(')')[2].split()[0]
+        )
+
+    def operate() -> None:
+        until(lambda: Path('pid').exists() and bool(Path('pid').read_text()))
+        pause.touch()
+        until(lambda: state() == 'T')
+        Path('go').touch()
+        time.sleep(0.3)
+        states.append(state())
+        pause.unlink()
+
+    operator = threading.Thread(target=operate)
+    operator.start()
+    says('run', path)
+    operator.join()
+    assert states == ['T']
+    assert len(list(ROWS.glob('*.json'))) == 2
+
+
+def test_a_list_of_commands_for_a_scheduler(spec, says) -> None:
+    path = spec(other='train_cfg.row=3')
+    says('run', path, '--rows', 'dense')
+    lines = says('list', path).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        # the programs of this Python
+        subprocess.run(
+            line.replace('python tools', f'{sys.executable} tools'), shell=True, check=True
+        )
+    assert says('table', path, '--rows', 'other').startswith('error: no run of spec can be used')
+    assert says('collect', path) == '2 runs collected, 0 are not finished\n'
+    assert says('list', path) == ''
+
+
+def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(spec, says) -> None:
+    path = spec('seeds = [1]')
+    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    folder.mkdir(parents=True)
+    (folder / 'last_checkpoint').write_text('/elsewhere/iter_1.pth')
+    line = says('list', path).strip()
+    subprocess.run(line.replace('python tools', f'{sys.executable} tools'), shell=True, check=True)
+    assert ' --resume --work-dir ' in f' {calls()[0]}'
+
+
+def test_a_folder_that_cannot_be_written(spec, says) -> None:
+    path = spec()
+    Path('file').touch()
+    line = says('run', path, '--work-dir', 'file')
+    assert line.startswith('error: folder file/spec cannot be written: ')
+    line = says('run', path, '--results', 'file')
+    assert line.startswith('error: folder file/rows/spec cannot be written: ')
+    assert calls() == []
+
+
+def test_other_mistakes_are_one_line(spec, says, monkeypatch, tmp_path_factory) -> None:
+    path = str(Path(spec("metric = 'mAcc'\nseeds = [1]")).absolute())
+    assert says('run', path, '--jobs', '0') == 'error: --jobs 0 must be at least 1'
+    assert says('run', path) == 'error: 1 of 1 runs failed: dense-seed1'
+    Path('tools/train.py').unlink()
+    assert says('run', path).startswith('error: tools/train.py is not here: start this at the root')

@@ -1,0 +1,42 @@
+"""From end to end with the programs of the repository: a run and its row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.comparison.cli import compare
+
+from ..rows import CONFIGS
+
+SPEC = """
+config = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+metric = 'accuracy/top1'
+reference = 'vqmoe'
+seeds = [3]
+rows = dict(vqmoe='vqmoe')
+options = [
+    'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'param_scheduler.1.end=3',
+    'model.depth=2', 'model.embed_dim=24',
+]
+"""
+
+
+def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    (tmp_path / 'digits.py').write_text(SPEC)
+    folders = ['--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
+    compare(['run', str(tmp_path / 'digits.py'), *folders])
+    row = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
+    assert row['seed'] == row['config']['randomness']['seed'] == 3
+    assert len(row['first_losses']) == 20
+    # 1,437 images are 22 batches of 64
+    assert [step for step, _ in row['held_out']] == [22, 44]
+    assert row['training_loss'][-1][0] == row['iterations'] == 44
+    assert row['test']['accuracy/top1'] == row['held_out'][-1][1]  # the last checkpoint
+    assert row['test']['blocks.1.mlp/load_unused'] >= 0
+    assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
+    assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
+    assert row['cpu_minutes'] > 0 and row['minutes'] > 0
+    assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
+    assert row['commit'] and row['versions']['torch']

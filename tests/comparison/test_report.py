@@ -1,0 +1,185 @@
+"""Tables, figures and sentences of results with known answers."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.comparison.curves import plot_curves
+from vqmoe_vision.comparison.results import Store
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.sentences import verdict
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.statistics import Difference, pairs_needed
+
+from ..rows import CONFIGS
+
+ROWS = Path('docs/results/rows/spec')
+TABLES = Path('docs/results/tables')
+# differences to dense by seed: 1, 2, 3; and 1, 0, -1
+SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
+CHECKED_IN = sorted((CONFIGS.parent / 'docs/results/rows').glob('*/'))
+
+
+def files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in TABLES.iterdir()}
+
+
+def test_every_table_and_figure_is_made_from_rows_again(fill, says) -> None:
+    says('table', fill(SCORES))
+    first = files()
+    kinds = {'md', 'tex', 'csv', 'json'}
+    assert first.keys() == {f'spec.{k}' for k in kinds} | {'spec-curves.png', 'spec-curves.pdf'}
+    for path in TABLES.iterdir():
+        path.unlink()
+    says('table', 'spec.py')
+    assert files() == first
+
+
+@pytest.mark.parametrize('rows', CHECKED_IN, ids=lambda rows: rows.name)
+def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    (tmp_path / 'rows').symlink_to(rows.parent)
+    says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
+    made = (tmp_path / f'tables/{rows.name}.md').read_text()
+    assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+
+
+def test_numbers_of_the_table_by_hand(fill, says) -> None:
+    says('table', fill(SCORES))
+    with (TABLES / 'spec.csv').open() as file:
+        rows = {line['row']: line for line in csv.DictReader(file)}
+    # 11, 22, 33: mean 22, standard deviation 11
+    better = rows['better']
+    assert (float(better['score']), float(better['std'])) == pytest.approx((22, 11))
+    assert (float(better['difference']), float(better['difference_std'])) == pytest.approx((2, 1))
+    # p = 0.0742 (test_statistics.py), twice that for two rows; 'same' has t = 0
+    assert float(better['p_holm']) == pytest.approx(0.1484, abs=1e-4)
+    assert float(rows['same']['p']) == pytest.approx(1)
+    shown = (TABLES / 'spec.md').read_text()
+    cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
+    assert cells[1:-1] == [
+        '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '0.148', '2.00 / 1.00', '10.0', '1.5',
+        '0 / 1', '4.25 / 4.25',
+    ]  # fmt: skip
+    data = json.loads((TABLES / 'spec.json').read_text())
+    assert data['scores']['same'] == {'1': 11.0, '2': 20.0, '3': 29.0}
+    tex = (TABLES / 'spec.tex').read_text()
+    assert r'better & 22.00 & 11.00' in tex
+
+
+def test_sentences_by_hand() -> None:
+    # two standard deviations need 5 pairs for 80 % power at 5 %
+    open_ = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.074, 1)
+    assert open_.startswith('a and b cannot be told apart at this budget (+2.00, 95 % interval')
+    assert open_.endswith('about 2 more would tell one of 2.00.')
+    # among ten rows the same difference has to stand a level of 0.5 %
+    assert pairs_needed(1.0, 2.0, 0.005) == 8
+    among_ten = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.74, 10)
+    assert among_ten.endswith('about 5 more would tell one of 2.00.')
+    told = verdict('a', 'b', Difference(5, -2.0, 0.5, -2.6, -1.4, 0.001), 0.004, 4)
+    assert told.startswith('a is worse than b at this budget: -2.00') and 'p = 0.004' in told
+    lone = verdict('a', 'b', Difference(1, 2.0, *[math.nan] * 4), math.nan, 1)
+    assert 'nothing can be said' in lone
+    assert 'more than a thousand' in verdict('a', 'b', Difference(3, 0.0, 1.0, -2, 2, 1), 1, 1)
+    equal = verdict('a', 'b', Difference(3, 2.0, 0.0, 2, 2, math.nan), math.nan, 1)
+    assert 'by exactly +2.00' in equal
+
+
+def test_a_router_that_does_not_beat_a_control_is_named(fill, says) -> None:
+    scores = {
+        'dense': [1.0, 2.0, 3.0],
+        'frozen': [5.0, 6.0, 7.0],
+        'a': [5.0, 6.0, 7.1],
+        'b': [8.0, 9.1, 10.0],
+    }
+    says('table', fill(scores, "controls = ['frozen']"))
+    shown = (TABLES / 'spec.md').read_text()
+    assert 'a does not beat the control frozen: +0.03' in shown
+    assert 'b does not beat' not in shown
+
+
+def test_unequal_compute_is_marked(fill, says) -> None:
+    says('table', fill(SCORES, better={'macs': 10_400_000}, same={'macs': 10_600_000}))
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| same* ' in shown and '| better ' in shown
+    assert '* does not have the compute of dense' in shown
+    # a bare percent sign would comment the rest of the caption out
+    assert r'differ by more than 5\%.' in (TABLES / 'spec.tex').read_text()
+
+
+def test_times_of_different_machines_are_not_compared(fill, says) -> None:
+    says('table', fill(SCORES, same={'hardware': 'other'}))
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| minutes' not in shown and 'machines differ: other; stub' in shown
+
+
+def test_time_on_a_gpu_is_that_of_the_clock(fill, says) -> None:
+    says('table', fill({'dense': [1.0]}, dense={'device': 'cuda'}))
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| 9.0 ' in shown and 'wall-clock' in shown
+
+
+def test_rows_of_another_config_are_listed_and_not_mixed_in(fill, says) -> None:
+    path = fill(SCORES)
+    Path(path).write_text(Path(path).read_text().replace('row=same', 'row=changed'))
+    says('table', path)
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| same' not in shown
+    assert "`same-seed3.json`: stale: train_cfg.row='same', today 'changed'" in shown
+    says('run', path, '--seeds', '1')
+    assert 'row=changed' in (ROWS / 'same-seed1.json').read_text()
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (lambda text: text[:100], 'is damaged: '),
+        (lambda text: '[]', 'is damaged: it holds no object'),
+        (lambda text: text.replace('"version": 1', '"version": 2'), 'it is of version 2'),
+        (lambda text: text.replace('"seed": 2', '"seed": 3'), 'it holds same, seed 3'),
+        (lambda text: text.replace('"first_losses"', '"first"'), "['first_losses'] are missing"),
+        (lambda text: text.replace('"metric": "mIoU"', '"metric": "mAcc"'), "of 'mAcc', not of"),
+    ],
+)
+def test_damaged_rows_and_those_of_another_version(fill, says, change, said: str) -> None:
+    path = fill(SCORES)
+    row = ROWS / 'same-seed2.json'
+    row.write_text(change(row.read_text()))
+    says('table', path)
+    shown = (TABLES / 'spec.md').read_text()
+    assert f'`{row.name}`: ' in shown and said in shown
+    assert '| 20.00 ' in shown  # the mean of the two seeds that are left
+
+
+def test_nothing_is_finished_yet(spec, says) -> None:
+    path = spec()
+    assert says('table', path) == 'error: no run of spec can be used: none is finished'
+    assert says('check', path) == 'error: no run of spec can be checked: none is finished'
+    assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
+    assert says('collect', path) == '0 runs collected, 2 are not finished\n'
+
+
+def test_curves_are_means_with_bands(fill) -> None:
+    comparison = read_comparison(fill(SCORES))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    held_out = figure.axes[1]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in held_out.get_lines()}
+    assert lines['better (3)'] == [[1, 11.0], [2, 22.0]]  # half the scores first
+    differences = {
+        line.get_label(): line.get_xydata().tolist() for line in figure.axes[2].get_lines()
+    }
+    assert differences['better (3)'] == [[1, 1.0], [2, 2.0]]
+    assert differences['dense (3)'] == [[1, 0.0], [2, 0.0]]
+    (band,) = held_out.collections[1].get_paths()
+    # standard deviations 5.5 and 11
+    assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
+
+
+def test_noise_by_hand(fill, says) -> None:
+    said = says('noise', fill(SCORES))
+    # both rows' differences have standard deviation 1; five pairs detect 1.68 of those
+    assert '5 paired seeds detect a difference of 1.68 in mIoU' in said

@@ -1,0 +1,105 @@
+"""What a comparison may say of itself, and that those of the repository can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import MODELS, DefaultScope
+
+import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
+from vqmoe_vision.comparison.rows import ROWS
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.options import parse_options
+
+from ..rows import CONFIGS
+
+SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
+# the paper's tables: docs/compare.md
+PAPER = ('classification/cifar100.py', 'segmentation/ade20k/segmenter_vit_small_vqmoe_ade20k.py')
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+
+
+@pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
+def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> None:
+    comparison = read_comparison(str(path))
+    for row in comparison.rows:
+        run = Run(comparison, row, comparison.seeds[0], Path('work_dirs'))
+        config = load_config(comparison.config, parse_options(run.options))
+        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
+            MODELS.build(config.model.get('backbone', config.model))
+        assert config.default_hooks.record.type == 'RunRecordHook'
+
+
+@pytest.mark.parametrize('leaf', PAPER)
+def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
+    comparison = read_comparison(f'configs/{leaf}')
+    assert tuple(comparison.rows) == ROWS
+    assert len(comparison.seeds) == 5
+    size = 'small' if 'small' in leaf else 'tiny'
+    field = 'model.backbone' if 'segmentation' in leaf else 'model'
+    assert f'{field}.model_name=vit_{size}_smoe' in comparison.rows['smoe']
+    assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
+
+
+def test_options_of_the_row_win_over_the_budget(spec) -> None:
+    comparison = read_comparison(
+        spec("options = ['train_cfg.max_iters=7']", own='train_cfg.max_iters=9')
+    )
+    run = Run(comparison, 'own', 2, Path('work'))
+    assert run.resolved['train_cfg']['max_iters'] == 9
+    assert run.resolved['randomness'] == {'seed': 2}
+    other = Run(comparison, 'dense', 2, Path('work'))
+    assert other.resolved['train_cfg']['max_iters'] == 7
+    assert run.folder != other.folder
+
+
+def test_another_budget_never_resumes_the_checkpoints_of_this_one(spec) -> None:
+    folders = set()
+    for number in (7, 8):
+        path = spec(f"options = ['train_cfg.max_iters={number}']")
+        folders.add(Run(read_comparison(path), 'dense', 1, Path('work')).folder)
+    assert len(folders) == 2
+
+
+def test_values_with_spaces_are_quoted_as_on_a_command_line(spec) -> None:
+    comparison = read_comparison(spec(own='smoe model.moe.moe_layers="(1, 3)"'))
+    run = Run(comparison, 'own', 1, Path('work'))
+    assert run.resolved['model']['moe']['moe_layers'] == [1, 3]
+    assert "'model.moe.moe_layers=(1, 3)'" in run.line()
+
+
+def test_all_methods_follow_the_table(spec) -> None:
+    comparison = read_comparison(
+        spec('all_methods = True', more_experts='smoe model.moe.num_experts=16')
+    )
+    assert tuple(comparison.rows) == (*ROWS, 'more_experts')
+    assert comparison.rows['more_experts'][-1] == 'model.moe.num_experts=16'
+
+
+@pytest.mark.parametrize(
+    ('more', 'said'),
+    [
+        ('seeds = []', 'seeds is empty'),
+        ('seeds = [1, 2, 1]', 'seeds [1] are there twice'),
+        ("reference = 'smoke'", 'row smoke does not exist; there are dense'),
+        ("rows = dict(one='smoke')", "row 'smoke' does not exist"),
+        ('rows = dict(one=3)', 'rows.one=3 is not possible'),
+        ("rows = dict(dense='dense', one='optimiser.lr=3')", "'optimiser' is not a field"),
+        ("rows = dict(dense='dense', one='model.depth')", "row 'model.depth' does not exist"),
+        ("budget = 'long'", "fields ['budget'] are missing or not known"),
+        ("config = 'absent.py'", "config 'absent.py' does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
+    line = says('list', spec(more))
+    assert line.startswith('error: ') and said in line and '\n' not in line
+
+
+def test_a_comparison_that_is_not_there(repository, says) -> None:
+    assert says('run', 'absent.py') == "error: comparison 'absent.py' does not exist"

@@ -1,0 +1,154 @@
+"""What `tools/compare.py` does."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vqmoe_vision.engine.cli import run
+
+from .check import repeat
+from .noise import PAIRS, noise_of
+from .queue import Queue
+from .report import write_report
+from .results import Results, Store
+from .runs import Run
+from .spec import read_comparison
+
+
+def compare(argv: Sequence[str] | None = None) -> None:
+    """Compares rows of options over seeds.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(description='Compare models over seeds.')
+    actions = parser.add_subparsers(required=True, metavar='ACTION')
+    for action, (function, text) in _ACTIONS.items():
+        one = actions.add_parser(action, help=text, description=text)
+        one.set_defaults(function=function)
+        one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
+        one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
+        one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
+        one.add_argument(
+            '--work-dir', type=Path, default=Path('work_dirs/comparisons'), help='for runs'
+        )
+        one.add_argument(
+            '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
+        )
+        one.add_argument('--debug', action='store_true', help='show the full trace of an error')
+        if action == 'run':
+            one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
+        if action == 'check':
+            one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
+    run(parser, argv, lambda args: args.function(args))
+
+
+class _Work:
+    """What every action begins with."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.comparison = read_comparison(args.spec)
+        name = self.comparison.name
+        self.runs = [
+            Run(self.comparison, row, seed, args.work_dir)
+            for row, seed in self.comparison.selected(args.rows, args.seeds)
+        ]
+        for one in self.runs:  # a mistake in any of them is found before the first starts
+            one.folder  # noqa: B018
+        self.folder = args.work_dir / name
+        self.store = Store(args.results / 'rows' / name)
+
+    def read(self) -> Results:
+        """What is there, with a line for all that is left out."""
+        results = self.store.read(self.runs)
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
+        return results
+
+    def unfinished(self) -> list[Run]:
+        """The runs that have no results yet, or none that count."""
+        usable = self.read().usable
+        waiting = [one for one in self.runs if (one.row, one.seed) not in usable]
+        for one in waiting:
+            self.store.set_aside(one)
+        return waiting
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f'--jobs {args.jobs} must be at least 1')
+    work = _Work(args)
+    waiting = work.unfinished()
+    print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
+    queue = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE')
+    try:
+        failed = queue.work()
+    except KeyboardInterrupt:
+        raise ValueError('stopped; the same command goes on from the last checkpoints') from None
+    if failed:
+        raise ValueError(f'{len(failed)} of {len(waiting)} runs failed: {", ".join(failed)}')
+
+
+def _list(args: argparse.Namespace) -> None:
+    for one in _Work(args).unfinished():
+        print(one.line())
+
+
+def _collect(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    waiting = work.unfinished()
+    found = [one for one in waiting if work.store.collect(one)]
+    print(f'{len(found)} runs collected, {len(waiting) - len(found)} are not finished')
+
+
+def _table(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    for path in write_report(work.comparison, work.read(), args.results / 'tables'):
+        print(path)
+
+
+def _check(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    usable = work.store.read(work.runs, checked=False).usable
+    if not usable:
+        raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')
+    runs = [one for one in work.runs if (one.row, one.seed) in usable]
+    if args.sample is not None:
+        runs = random.sample(runs, min(args.sample, len(runs)))
+    wrong = []
+    for one in tqdm(runs, unit='row', disable=None):
+        finding = repeat(one, usable[one.row, one.seed])
+        work.store.keep_check(one, finding)
+        if not finding['equal']:
+            wrong.append(one.name)
+            tqdm.write(f'{one.name} is stale: {finding["finding"]}')
+    print(f'the first losses of {len(runs) - len(wrong)} of {len(runs)} rows came out again')
+    if wrong:
+        raise ValueError(f'{len(wrong)} rows are stale: {", ".join(wrong)}')
+
+
+def _noise(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    frame, budget = noise_of(work.comparison, work.read())
+    known = frame.astype(object).where(frame.notna(), None)
+    print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
+    print(
+        f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {work.comparison.metric} '
+        'with 80 % power at the 5 % level, if the noise is that of all rows together.'
+    )
+
+
+_ACTIONS = {
+    'run': (_run, 'work through all runs that have no results yet'),
+    'list': (_list, 'print the commands of those runs, one a line, for a scheduler'),
+    'collect': (_collect, 'take up the results of runs that a scheduler has finished'),
+    'table': (_table, 'make tables and learning curves from the results'),
+    'check': (_check, 'repeat the first losses of runs that have results'),
+    'noise': (_noise, 'say which differences the seeds of this budget allow to be seen'),
+}

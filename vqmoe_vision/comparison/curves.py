@@ -1,0 +1,78 @@
+"""Learning curves of a comparison, a band for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .results import Usable
+from .spec import Comparison
+
+Curve = list[list[float]]  # iterations and values
+_STYLES = ('-', '--', ':')
+_COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
+
+
+def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
+    """Draws training loss, metric on held-out images, and its paired difference to the reference.
+
+    A line is the mean over the seeds of a row, its band one standard deviation to both sides.
+
+    Args:
+        comparison: What was compared.
+        usable: As `Results.usable`.
+    """
+    figure = Figure(figsize=(15, 5.2), layout='constrained')
+    metric, reference = comparison.metric, comparison.reference
+    titles = ('training loss', f'{metric}, held out', f'the same, difference to {reference}')
+    axes = figure.subplots(1, 3)
+    for number, row in enumerate(comparison.rows):
+        of_row = {seed: content for (name, seed), content in usable.items() if name == row}
+        curves: tuple[list[Curve], ...] = (
+            [content['training_loss'] for content in of_row.values()],
+            [content['held_out'] for content in of_row.values()],
+            [
+                _minus(content['held_out'], usable[reference, seed]['held_out'])
+                for seed, content in of_row.items()
+                if (reference, seed) in usable
+            ],
+        )
+        for panel, of_panel in zip(axes, curves, strict=True):
+            if of_panel:
+                _draw(panel, row, number, of_panel)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set(title=title, xlabel='iteration')
+        panel.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=8, frameon=False)
+    figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
+    return figure
+
+
+def _minus(curve: Curve, other: Curve) -> Curve:
+    """Of the points that both have."""
+    values = {step: value for step, value in other}
+    return [[step, value - values[step]] for step, value in curve if step in values]
+
+
+def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
+    points: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in curve:
+            points.setdefault(step, []).append(value)
+    steps = sorted(points)
+    mean = np.array([np.mean(points[step]) for step in steps])
+    seeds = len(points[steps[-1]])
+    spread = np.array([np.std(points[s], ddof=1) if len(points[s]) > 1 else 0 for s in steps])
+    style = {
+        'color': _COLOURS[number % len(_COLOURS)],
+        'linestyle': _STYLES[number // len(_COLOURS) % len(_STYLES)],
+        'marker': 'o' if len(steps) < 15 else None,  # a point alone would be invisible
+        'markersize': 3,
+    }
+    axes.plot(steps, mean, label=f'{row} ({seeds})', **style)
+    axes.fill_between(steps, mean - spread, mean + spread, color=style['color'], alpha=0.15, lw=0)

@@ -1,0 +1,53 @@
+"""How much of a difference between two rows is the seed."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from .results import Results
+from .spec import Comparison
+from .statistics import detectable, paired_difference
+from .tables import scores_of
+
+PAIRS = 5
+
+
+def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, float]:
+    """Spread over seeds, and what five pairs of seeds would tell.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it.
+
+    Returns:
+        One line for each row: the standard deviation of its score, of its differences to the
+        reference, and the smallest true difference that five pairs detect. And that for the
+        budget, from the variance of all rows' differences.
+
+    Raises:
+        ValueError: No row shares two seeds with the reference.
+    """
+    scores = scores_of(comparison, results)
+    reference = scores.get(comparison.reference, {})
+    lines, squares, freedom = {}, 0.0, 0
+    for row in filter(scores.__contains__, comparison.rows):
+        line = {'seeds': len(scores[row]), 'std': pd.Series(scores[row]).std()}
+        difference = paired_difference(scores[row], reference)
+        if row != comparison.reference and difference.pairs > 1:
+            squares += difference.std**2 * (difference.pairs - 1)
+            freedom += difference.pairs - 1
+            line |= {
+                'pairs': difference.pairs,
+                'std of differences': difference.std,
+                'five pairs detect': detectable(difference.std, PAIRS),
+            }
+        lines[row] = line
+    if not freedom:
+        raise ValueError(
+            f'no row of {comparison.name} shares two seeds with {comparison.reference}: '
+            'the noise is not known yet'
+        )
+    frame = pd.DataFrame.from_dict(lines, orient='index')
+    return frame, detectable(math.sqrt(squares / freedom), PAIRS)

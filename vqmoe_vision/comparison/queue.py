@@ -1,0 +1,236 @@
+"""Works through runs: several at a time, one thread each, and one lost run loses no other.
+
+A run holds a lock while it works. The lock is inherited by the process that trains and lives as
+long as that does: a queue that was killed leaves no lock, and no second process on a run either.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm import tqdm
+
+from .results import Store
+from .runs import Run
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass
+class _Job:
+    """A run that is being worked on."""
+
+    run: Run
+    folder: Path
+    slot: int
+    lock: IO[str]
+    process: subprocess.Popen | None = None
+    testing: bool = False
+
+
+class Queue:
+    """A queue of runs.
+
+    Args:
+        runs: In this order, but for those that another queue works on: they come last.
+        store: Where a finished run leaves its results.
+        jobs: Runs at a time; None is one for each GPU, or one on a CPU.
+        pause: While this file exists nothing starts, and what runs is stopped where it stands.
+
+    Raises:
+        ValueError: A folder cannot be written, or the commands are not here.
+    """
+
+    def __init__(self, runs: Sequence[Run], store: Store, jobs: int | None, pause: Path) -> None:
+        if not Path('tools/train.py').is_file():
+            raise ValueError('tools/train.py is not here: start this at the root of the repository')
+        self._gpus = _visible_gpus()
+        self._slots = list(range(jobs or max(len(self._gpus), 1)))
+        self._waiting, self._store, self._pause = list(runs), store, pause
+        self._jobs: list[_Job] = []
+        self._failed: dict[str, str] = {}
+        for folder in (store.folder, pause.parent):
+            _make(folder)
+
+    def work(self) -> dict[str, str]:
+        """Works until nothing is left.
+
+        Returns:
+            The last line of what it said, by the name of a run that failed.
+        """
+        total = len(self._waiting)
+        with (
+            _terminated_as_interrupted(),
+            tqdm(total=total, smoothing=0, unit='run', disable=None) as bar,
+        ):
+            try:
+                while self._waiting or self._jobs:
+                    self._hold_while_paused()
+                    self._start()
+                    for job in list(self._jobs):
+                        self._advance(job)
+                    begun = sum(_share(job) for job in self._jobs)
+                    bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
+                    bar.set_postfix_str(', '.join(job.run.name for job in self._jobs), False)
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                for job in self._jobs:
+                    _end(job.process)
+        return self._failed
+
+    def _start(self) -> None:
+        for run in list(self._waiting):
+            free = [s for s in self._slots if s not in {job.slot for job in self._jobs}]
+            if not free:
+                return
+            folder = run.folder
+            _make(folder)
+            lock = _lock(folder / 'lock')
+            if lock is None:
+                continue  # another queue works on it: perhaps it is finished when we look again
+            self._waiting.remove(run)
+            job = _Job(run, folder, free[0], lock, testing=(folder / 'run.json').is_file())
+            self._jobs.append(job)
+            if not self._collect(job):
+                self._launch(job)
+
+    def _launch(self, job: _Job) -> None:
+        if job.testing:
+            command = job.run.test(job.folder)
+        else:
+            command = job.run.train(job.folder)
+            if (job.folder / 'last_checkpoint').is_file():
+                command.insert(command.index('--work-dir'), '--resume')
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+        if self._gpus:
+            environment['CUDA_VISIBLE_DEVICES'] = self._gpus[job.slot % len(self._gpus)]
+        with (job.folder / f'{"test" if job.testing else "train"}.log').open('a') as log:
+            job.process = subprocess.Popen(
+                [sys.executable, *command[1:]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[job.lock.fileno()],
+            )
+
+    def _advance(self, job: _Job) -> None:
+        assert job.process is not None
+        if job.process.poll() is None:
+            return
+        if job.process.returncode != 0:
+            self._finish(job, _last_line(job))
+        elif not job.testing:
+            job.testing = True
+            self._launch(job)
+        elif not self._collect(job):
+            self._finish(job, f'its commands left no run.json and test.json in {job.folder}')
+
+    def _collect(self, job: _Job) -> bool:
+        """Whether nothing is left to do for a run: it is finished, or its files cannot be read."""
+        try:
+            finished = self._store.collect(job.run)
+        except ValueError as error:
+            self._finish(job, str(error))
+            return True
+        if finished:
+            self._finish(job)
+        return finished
+
+    def _finish(self, job: _Job, error: str | None = None) -> None:
+        self._jobs.remove(job)
+        job.lock.close()
+        if error is not None:
+            self._failed[job.run.name] = error
+        tqdm.write(f'{job.run.name} failed: {error}' if error else f'{job.run.name} is finished')
+
+    def _hold_while_paused(self) -> None:
+        if not self._pause.exists():
+            return
+        processes = [job.process for job in self._jobs if job.process is not None]
+        tqdm.write(f'paused until {self._pause} is removed')
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            while self._pause.exists():
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGCONT)
+
+
+def _visible_gpus() -> list[str]:
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if not torch.cuda.is_available():
+        return []
+    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / '.writable').open('w'):
+            pass
+        (folder / '.writable').unlink()
+    except OSError as error:
+        raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
+
+
+def _lock(path: Path) -> IO[str] | None:
+    file = path.open('w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _share(job: _Job) -> float:
+    """How much of a run is done."""
+    try:
+        done, total = (job.folder / 'progress').read_text().split()
+    except FileNotFoundError:
+        return 0.0
+    return int(done) / int(total)
+
+
+def _last_line(job: _Job) -> str:
+    log = job.folder / f'{"test" if job.testing else "train"}.log'
+    lines = [line.strip() for line in log.read_text(errors='replace').splitlines()]
+    last = next((line for line in reversed(lines) if line), 'it said nothing')
+    assert job.process is not None
+    code = job.process.returncode
+    return f'killed by {signal.Signals(-code).name}, see {log}' if code < 0 else f'{last} ({log})'
+
+
+def _end(process: subprocess.Popen | None) -> None:
+    if process is None or process.poll() is not None:
+        return
+    process.terminate()
+    process.wait()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Lets a queue that is told to end take its runs with it."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

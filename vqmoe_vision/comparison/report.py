@@ -1,0 +1,110 @@
+"""Files of a comparison, made again from its rows: tables in four formats and learning curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .curves import plot_curves
+from .results import Results
+from .sentences import sentences
+from .spec import Comparison
+from .tables import frame_of, notes, scores_of, shown
+
+_LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
+
+
+def write_report(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+    """Writes tables and figures; the same rows give the same bytes.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it.
+        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json` and `<name>-curves.png`, `.pdf`.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: No run can be used.
+    """
+    frame = frame_of(comparison, results)
+    table = shown(comparison, frame)
+    said = sentences(comparison, frame, scores_of(comparison, results))
+    remarks = notes(comparison, frame)
+    missing = [run.name for run in results.missing]
+    caption = ' '.join(remarks).translate(_LATEX)
+    texts = {
+        'md': _markdown(comparison, results, frame, table, [*remarks, *said]),
+        'tex': table.to_latex(index=False, escape=True, caption=caption),
+        'csv': frame.to_csv(index_label='row'),
+        'json': json.dumps(
+            {
+                'rows': _plain(frame),
+                'scores': scores_of(comparison, results),
+                'notes': remarks,
+                'sentences': said,
+                'left_out': results.left_out,
+                'missing': missing,
+            },
+            indent=1,
+            allow_nan=False,
+        ),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind, text in texts.items():
+        written.append(folder / f'{comparison.name}.{kind}')
+        written[-1].write_text(text.rstrip() + '\n')
+    figure = plot_curves(comparison, results.usable)
+    # without the time and the version of matplotlib
+    for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
+        written.append(folder / f'{comparison.name}-curves.{kind}')
+        figure.savefig(written[-1], metadata=metadata, dpi=110)
+    return written
+
+
+def _markdown(
+    comparison: Comparison,
+    results: Results,
+    frame: pd.DataFrame,
+    table: pd.DataFrame,
+    lines: Sequence[str],
+) -> str:
+    left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
+    missing = [', '.join(run.name for run in results.missing)] if results.missing else []
+    commands = [frame.command[row] for row in frame.index]
+    parts = [
+        f'# {comparison.name}',
+        f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
+        # numbers are strings already, with the digits that they deserve
+        table.to_markdown(index=False, disable_numparse=True),
+        _list(lines),
+        *(['Left out:', _list(left_out)] if left_out else []),
+        *(['Not run:', _list(missing)] if missing else []),
+        'The command of each row, with its first seed:',
+        '```sh\n' + '\n'.join(f'OMP_NUM_THREADS=1 {command}' for command in commands) + '\n```',
+    ]
+    return '\n\n'.join(parts)
+
+
+def _commits(frame: pd.DataFrame) -> str:
+    return ', '.join(sorted({c for line in frame.commits for c in line.split(', ')}))
+
+
+def _list(lines: Sequence[str]) -> str:
+    return '\n'.join(f'- {line}' for line in lines)
+
+
+def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Lines of the frame, where JSON has no nan."""
+    lines = frame.reset_index(names='row').to_dict(orient='records')
+    return [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
+        for line in lines
+    ]

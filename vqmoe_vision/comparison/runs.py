@@ -1,0 +1,101 @@
+"""A run: one row at one seed, as commands that anybody can repeat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.options import parse_options
+
+from .spec import Comparison
+
+RECORD = 'default_hooks.record.type=RunRecordHook'
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a comparison at one seed.
+
+    Args:
+        comparison: What it is part of.
+        row: Key of its rows.
+        seed: Of everything that is drawn.
+        root: Folder of all comparisons' runs.
+    """
+
+    comparison: Comparison
+    row: str
+    seed: int
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """Names its file of results."""
+        return f'{self.row}-seed{self.seed}'
+
+    @property
+    def options(self) -> list[str]:
+        """All of `--cfg-options`."""
+        budget, row = self.comparison.options, self.comparison.rows[self.row]
+        return [*budget, *row, f'randomness.seed={self.seed}', RECORD]
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The config with all options merged in, as JSON has it.
+
+        Raises:
+            ValueError: The config does not take an option.
+        """
+        options = parse_options(self.options)
+        config = load_config(self.comparison.config, options, import_modules=False)
+        return json.loads(json.dumps(config.to_dict(), default=str))
+
+    @cached_property
+    def folder(self) -> Path:
+        """Its work dir, named by what is run too: another config never resumes its checkpoints."""
+        content = json.dumps(self.resolved, sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        return self.root / self.comparison.name / f'{self.name}-{digest}'
+
+    def train(self, folder: Path, *more: str) -> list[str]:
+        """Command line of its training.
+
+        Args:
+            folder: Work dir.
+            *more: Further options of `--cfg-options`.
+        """
+        options = ['--work-dir', str(folder), '--cfg-options', *self.options, *more]
+        return ['python', 'tools/train.py', self.comparison.config, *options]
+
+    def test(self, folder: Path) -> list[str]:
+        """Command line of the test of its last checkpoint, once that is there.
+
+        Args:
+            folder: Work dir of its training.
+        """
+        last = (folder / 'last_checkpoint').read_text().strip()
+        # wherever the folder was when it was written
+        return self._test(folder, str(folder / Path(last).name))
+
+    def _test(self, folder: Path, checkpoint: str) -> list[str]:
+        out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
+        command = ['python', 'tools/test.py', self.comparison.config, checkpoint, *out]
+        return [*command, '--cfg-options', *self.options]
+
+    def line(self) -> str:
+        """Training, resumed where there is a checkpoint, and test as one line for a shell."""
+        folder = self.folder
+        last = shlex.quote(str(folder / 'last_checkpoint'))
+        train = shlex.join(self.train(folder))
+        test = shlex.join(self._test(folder, 'CHECKPOINT'))
+        resume = f'$(test -e {last} && echo --resume)'
+        # before the options, which take all that follows them
+        train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
+        test = test.replace(' CHECKPOINT ', f' "$(cat {last})" ', 1)
+        return f'OMP_NUM_THREADS=1 {train} && OMP_NUM_THREADS=1 {test}'

@@ -1,0 +1,144 @@
+"""What is compared: a config, rows of options, seeds and a budget."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from vqmoe_vision.engine.cli import load_config
+
+from .rows import ROWS, row_options
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, as a file in `configs/comparisons` gives it.
+
+    Args:
+        name: Names its folders and files.
+        config: Path of the config that all rows train.
+        rows: Options by the name of the row.
+        seeds: Each is a pair of any two rows.
+        reference: Row that the others are compared with.
+        metric: Name of the test metric.
+        options: The budget: options of all rows.
+        controls: Rows that a learned router has to beat, such as one that is frozen at random.
+    """
+
+    name: str
+    config: str
+    rows: dict[str, list[str]]
+    seeds: tuple[int, ...]
+    reference: str
+    metric: str
+    options: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ('seeds', 'rows'):
+            if not getattr(self, field):
+                raise ValueError(f'comparison {self.name}: {field} is empty')
+        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
+        for row in (self.reference, *self.controls):
+            _choose(f'comparison {self.name}: row', [row], self.rows)
+
+    def selected(
+        self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[tuple[str, int]]:
+        """Rows by seeds, a seed of all rows before the next: the first pairs come first.
+
+        Args:
+            rows: None for all.
+            seeds: None for all.
+
+        Raises:
+            ValueError: The comparison has no such row or seed.
+        """
+        rows = _choose('--rows', rows, self.rows)
+        seeds = _choose('--seeds', seeds, self.seeds)
+        return [(row, seed) for seed in seeds for row in rows]
+
+
+def read_comparison(path: str) -> Comparison:
+    """Reads a comparison.
+
+    Args:
+        path: A file with the fields of `Comparison` but for its name, where `rows` are written as
+            on a command line and may begin with the name of one of `ROWS`, and `all_methods=True`
+            stands for all of those. Or a config that trains: then all of them at five seeds.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A field is missing, is not known, or has a value that is not possible.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'comparison {path!r} does not exist')
+    name = Path(path).stem
+    given = Config.fromfile(path, import_custom_modules=False).to_dict()
+    if 'model' in given:
+        return _of_config(name, path)
+    known = {field.name for field in fields(Comparison)} - {'name'} | {'all_methods'}
+    missing = {'config', 'seeds', 'metric'} - given.keys()
+    if wrong := sorted((given.keys() - known) | missing):
+        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
+    config = given.pop('config')
+    model, size = _model_of(load_config(config, import_modules=False))
+    rows = {row: row for row in ROWS} if given.pop('all_methods', False) else {}
+    rows |= given.pop('rows', {})
+    return Comparison(
+        name=name,
+        config=config,
+        rows={row: _options(row, line, size, model) for row, line in rows.items()},
+        seeds=tuple(given['seeds']),
+        reference=given.get('reference', 'dense'),
+        metric=given['metric'],
+        options=tuple(given.get('options', ())),
+        controls=tuple(given.get('controls', ())),
+    )
+
+
+def _of_config(name: str, path: str) -> Comparison:
+    config = load_config(path, import_modules=False)
+    metric = config.default_hooks.checkpoint.get('save_best')
+    if not isinstance(metric, str) or metric == 'auto':
+        raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
+    model, size = _model_of(config)
+    rows = {row: row_options(row, size, model) for row in ROWS}
+    return Comparison(name, path, rows, (1, 2, 3, 4, 5), 'dense', metric)
+
+
+def _model_of(config: Config) -> tuple[str, str]:
+    """The field that holds the timm model, and its size."""
+    field = 'model.backbone' if 'backbone' in config.model else 'model'
+    name = (config.model.backbone if 'backbone' in config.model else config.model).model_name
+    match = re.match(r'vit_([a-z]+)_', name)
+    if match is None:
+        raise ValueError(f'{field}.model_name={name!r} is no vision transformer of this package')
+    return field, match[1]
+
+
+def _options(row: str, line: str, size: str, model: str) -> list[str]:
+    if not isinstance(line, str):
+        raise ValueError(f'rows.{row}={line!r} is not possible: write options in one string')
+    words = shlex.split(line)
+    if words and '=' not in words[0]:
+        return [*row_options(words[0], size, model), *words[1:]]
+    return words
+
+
+def _choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
+    if wanted is None:
+        return list(known)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f'{field} {name} does not exist; there are {", ".join(map(str, known))}'
+            )
+    return list(dict.fromkeys(wanted))

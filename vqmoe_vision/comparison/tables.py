@@ -1,0 +1,175 @@
+"""Tables of a comparison: all numbers as a frame, and what a reader sees of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from .results import Results
+from .spec import Comparison
+from .statistics import holm, paired_difference
+
+UNEQUAL = 0.05  # share of the reference's multiply-accumulates
+_MARK = '*'
+
+
+def frame_of(comparison: Comparison, results: Results) -> pd.DataFrame:
+    """One line for each row that has results, all numbers unrounded.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it.
+
+    Raises:
+        ValueError: No run is there.
+    """
+    by_row = _by_row(results)
+    if not by_row:
+        kept = '; '.join(f'{name}: {why}' for name, why in results.left_out.items())
+        raise ValueError(
+            f'no run of {comparison.name} can be used'
+            + (f' ({kept})' if kept else ': none is finished')
+        )
+    rows = [row for row in comparison.rows if row in by_row]
+    scores = scores_of(comparison, results)
+    reference = scores.get(comparison.reference, {})
+    differences = {
+        row: paired_difference(scores[row], reference)
+        for row in rows
+        if row != comparison.reference
+    }
+    corrected = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
+    frame = pd.DataFrame([_line(row, by_row[row], scores[row]) for row in rows], index=rows)
+    for field in ('pairs', 'mean', 'low', 'high', 'p', 'std'):
+        name = {'mean': 'difference', 'std': 'difference_std'}.get(field, field)
+        frame[name] = [getattr(differences.get(row), field, math.nan) for row in rows]
+    frame['p_holm'] = [corrected.get(row, math.nan) for row in rows]
+    if comparison.reference in rows:
+        macs = frame.macs / frame.macs[comparison.reference]
+        frame['unequal_compute'] = (macs - 1).abs() > UNEQUAL
+    return frame
+
+
+def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, float]]:
+    """The metric by row and seed."""
+    return {
+        row: {content['seed']: content['test'][comparison.metric] for content in contents}
+        for row, contents in _by_row(results).items()
+    }
+
+
+def layer_means(contents: list[dict[str, Any]], name: str) -> list[float]:
+    """A statistic of each layer, in the order of layers, as mean over runs.
+
+    Args:
+        contents: Of files of one row.
+        name: What stands after the layer's name.
+    """
+    found = {}
+    for metric in contents[0]['test']:
+        if metric.rpartition('/')[2] == name:
+            found[metric] = sum(content['test'][metric] for content in contents) / len(contents)
+    return list(found.values())
+
+
+def shown(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame as a reader sees it, rounded and with units.
+
+    Args:
+        comparison: What was compared.
+        frame: As `frame_of`.
+    """
+    unequal = frame.get('unequal_compute', pd.Series(False, frame.index))
+    columns = {
+        'row': [f'{row}{_MARK if unequal[row] else ""}' for row in frame.index],
+        comparison.metric: frame.score.map('{:.2f}'.format),
+        'std': frame['std'].map(_number),
+        'seeds': frame.seeds.map('{:.0f}'.format),
+        f'difference to {comparison.reference} (95 % interval)': frame.apply(_interval, axis=1),
+        'p (Holm)': frame.p_holm.map(_p),
+        'parameters, M: all / active': frame.apply(
+            lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
+        ),
+        'MACs, M': frame.macs.map(lambda macs: f'{macs / 1e6:.1f}'),
+        'minutes': frame.minutes.map('{:.1f}'.format),
+        'unused experts': frame.unused_experts.map(_layers),
+        'code perplexity': frame.code_perplexity.map(_layers),
+    }
+    if frame.hardware.nunique() > 1:
+        del columns['minutes']  # times of different machines are not compared
+    return pd.DataFrame(columns)
+
+
+def notes(comparison: Comparison, frame: pd.DataFrame) -> list[str]:
+    """What a reader of the table must know."""
+    lines = [
+        f'{comparison.metric} of the last checkpoint on the test data. Differences are paired by '
+        'seed; intervals and p are those of the paired t-test, p corrected for the number of rows '
+        'by the method of Holm. Seeds "tell" a difference that they would find with 80 % power '
+        'at the 5 % level after that correction. Unused experts and code perplexity are those of '
+        'the test pass, by layer.'
+    ]
+    if frame.get('unequal_compute', pd.Series(False)).any():
+        lines.append(
+            f'{_MARK} does not have the compute of {comparison.reference}: its '
+            f'multiply-accumulates differ by more than {UNEQUAL:.0%}.'
+        )
+    hardware = sorted(frame.hardware.unique())
+    if len(hardware) > 1:
+        lines.append(f'Times are left out, because machines differ: {"; ".join(hardware)}.')
+    else:
+        kind = 'processor time' if (frame.device == 'cpu').all() else 'wall-clock time'
+        lines.append(f'Minutes are {kind} of training: {hardware[0]}.')
+    return lines
+
+
+def _by_row(results: Results) -> dict[str, list[dict[str, Any]]]:
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for (row, _), content in results.usable.items():
+        by_row.setdefault(row, []).append(content)
+    return by_row
+
+
+def _line(row: str, contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str, Any]:
+    first = contents[0]
+    clock = 'cpu_minutes' if first['device'] == 'cpu' else 'minutes'
+    values = pd.Series(scores)
+    return {
+        'seeds': len(values),
+        'score': values.mean(),
+        'std': values.std(),
+        'params': first['params'],
+        'active_params': first['active_params'],
+        'macs': first['macs'],
+        'minutes': sum(content[clock] for content in contents) / len(contents),
+        'unused_experts': layer_means(contents, 'load_unused'),
+        'code_perplexity': layer_means(contents, 'code_usage_perplexity'),
+        'device': ', '.join(sorted({content['device'] for content in contents})),
+        'hardware': ', '.join(sorted({content['hardware'] for content in contents})),
+        'commits': ', '.join(sorted({content['commit'] for content in contents})),
+        'command': first['command'],
+    }
+
+
+def _number(value: float) -> str:
+    return '-' if math.isnan(value) else f'{value:.2f}'
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return '-'
+    return '<0.001' if value < 0.001 else f'{value:.3f}'
+
+
+def _interval(line: pd.Series) -> str:
+    if math.isnan(line.difference):
+        return '-'
+    if math.isnan(line.low):
+        return f'{line.difference:+.2f}'
+    return f'{line.difference:+.2f} ({line.low:+.2f} to {line.high:+.2f})'
+
+
+def _layers(values: list[float]) -> str:
+    return ' / '.join(f'{value:.2f}'.rstrip('0').rstrip('.') for value in values) or '-'

@@ -1,0 +1,117 @@
+"""What a run says of itself, for a comparison: every number, and where it comes from."""
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from vqmoe_vision.models.complexity import complexity, count_params
+from vqmoe_vision.provenance import commit, installed, processor
+
+from .model import unwrapped
+
+FIRST_LOSSES = 20
+CURVE_POINTS = 60
+PACKAGES = ('torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation', 'vqmoe-vision')
+
+
+@HOOKS.register_module()
+class RunRecordHook(Hook):
+    """Writes `run.json` into the work dir when training ends, and `progress` while it goes on.
+
+    The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
+    has the first losses, and the time of work that a kill has lost is not counted.
+
+    Args:
+        only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
+    """
+
+    def __init__(self, only_first: bool = False) -> None:
+        self.only_first = only_first
+        self._before = {'minutes': 0.0, 'cpu_minutes': 0.0}
+        self._commits: list[str | None] = []
+        self._held_out: list[list[Any]] = []
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Goes on with the record of a run that is resumed."""
+        if runner._resume and 'run_record' in checkpoint:
+            self._before, self._commits, self._held_out = checkpoint['run_record']
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Leaves the record so far in the checkpoint."""
+        checkpoint['run_record'] = [self._spent(), self._commits, self._held_out]
+
+    def before_train(self, runner: Runner) -> None:
+        """Starts the clocks, and counts before the work rather than after it."""
+        model = unwrapped(runner)
+        self._size = *count_params(model), complexity(model.routed_model).macs
+        self._start = time.perf_counter(), time.process_time()
+        if (now := commit()) not in self._commits:
+            self._commits.append(now)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Keeps a point of the learning curves."""
+        assert metrics is not None
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._held_out.append([runner.iter, numbers])
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Says how far the run is, a hundred times."""
+        done = runner.iter + 1
+        if self.only_first and done >= FIRST_LOSSES:
+            self.after_train(runner)
+            raise SystemExit(0)  # the loop over an epoch knows no other end
+        if done % max(runner.max_iters // 100, 1) == 0:
+            self._write(runner, 'progress', f'{done} {runner.max_iters}\n')
+
+    def after_train(self, runner: Runner) -> None:
+        """Writes the record."""
+        losses = runner.message_hub.get_scalar('train/loss').data[0]
+        cuda = torch.cuda.is_available()
+        record = {
+            'seed': runner.seed,
+            'commit': ' '.join(str(name) for name in self._commits),
+            'versions': {p: v for p in PACKAGES if (v := installed(p))},
+            'device': 'cuda' if cuda else 'cpu',
+            'hardware': torch.cuda.get_device_name() if cuda else processor(),
+            'threads': torch.get_num_threads(),
+            **{name: round(value, 3) for name, value in self._spent().items()},
+            'iterations': runner.max_iters,
+            **dict(zip(('params', 'active_params', 'macs'), self._size, strict=True)),
+            'first_losses': losses[:FIRST_LOSSES].tolist(),
+            'training_loss': _thinned(losses),
+            'held_out': self._held_out,
+        }
+        self._write(runner, 'run.json', json.dumps(record))
+
+    def _spent(self) -> dict[str, float]:
+        seconds = (time.perf_counter() - self._start[0], time.process_time() - self._start[1])
+        return {k: v + s / 60 for (k, v), s in zip(self._before.items(), seconds, strict=True)}
+
+    @staticmethod
+    @master_only
+    def _write(runner: Runner, name: str, text: str) -> None:
+        path = Path(runner.work_dir) / name
+        partial = path.with_name(f'{name}.part')
+        partial.write_text(text)
+        partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
+
+
+def _thinned(losses: np.ndarray) -> list[list[float]]:
+    """Pairs of an iteration and the mean loss up to it since the pair before."""
+    ends = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
+    return [[int(end), round(float(losses[start:end].mean()), 5)] for start, end in pairwise(ends)]
