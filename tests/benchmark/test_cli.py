@@ -107,7 +107,7 @@ def test_models_end_to_end(tmp_path: Path) -> None:
             'model --threads 1 --models vit_tiny_smoe,x',
             "models='vit_tiny_smoe,x' is not possible: options are",
         ),
-        ('model --threads 1 --models vit_tiny_smoe,x=1', ''x' is neither an argument'),
+        ('model --threads 1 --models vit_tiny_smoe,x=1', "'x' is neither an argument"),
     ],
 )
 def test_mistakes_are_one_line(arguments: str, message: str) -> None:

@@ -30,10 +30,15 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     row = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
     assert row['seed'] == row['config']['randomness']['seed'] == 3
     assert len(row['first_losses']) == 20
-    # 1,437 images are 22 batches of 64
-    assert [step for step, _ in row['held_out']] == [22, 44]
-    assert row['training_loss'][-1][0] == row['iterations'] == 44
-    assert row['test']['accuracy/top1'] == row['held_out'][-1][1]  # the last checkpoint
+    # 1,257 images are 19 batches of 64
+    assert [step for step, _ in row['held_out']] == [19, 38]
+    assert row['training_loss'][-1][0] == row['iterations'] == 38
+    # of the 360 test images, not of the 180 that validation sees
+    right = row['test']['accuracy/top1'] * 3.6
+    assert right == pytest.approx(round(right), abs=1e-3)
+    assert row['held_out'][-1][1] * 1.8 == pytest.approx(
+        round(row['held_out'][-1][1] * 1.8), abs=1e-3
+    )
     assert row['test']['blocks.1.mlp/load_unused'] >= 0
     assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0

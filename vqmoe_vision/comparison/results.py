@@ -118,7 +118,12 @@ class Store:
         return Results(usable, left_out, missing)
 
     def refuted(self, run: Run, record: dict[str, Any]) -> str | None:
-        """What `check` has found against a record, if it has."""
+        """What `check` has found against a record, if it has.
+
+        Args:
+            run: The run.
+            record: What it left.
+        """
         check = self.checks().get(run.name)
         # a check of another training of the same name says nothing
         if check is None or check['equal'] or check['losses'] != record['first_losses']:
@@ -139,7 +144,12 @@ class Store:
         return _load(path) if path.is_file() else {}
 
     def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
-        """Writes down what `check` has found."""
+        """Writes down what `check` has found.
+
+        Args:
+            run: The run.
+            finding: Whether its first losses came out again, and what is to be said of it.
+        """
         checks = dict(sorted({**self.checks(), run.name: finding}.items()))
         lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in checks.items())
         (self.folder / 'checks.json').write_text(f'{{\n{lines}\n}}\n')

@@ -53,7 +53,12 @@ def frame_of(comparison: Comparison, results: Results) -> pd.DataFrame:
 
 
 def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, float]]:
-    """The metric by row and seed."""
+    """The metric by row and seed.
+
+    Args:
+        comparison: Names the metric.
+        results: Its finished runs.
+    """
     return {
         row: {content['seed']: content['test'][comparison.metric] for content in contents}
         for row, contents in _by_row(results).items()
@@ -103,7 +108,12 @@ def shown(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def notes(comparison: Comparison, frame: pd.DataFrame) -> list[str]:
-    """What a reader of the table must know."""
+    """What a reader of the table must know.
+
+    Args:
+        comparison: What was compared.
+        frame: A row of the table for each of its rows.
+    """
     lines = [
         f'{comparison.metric} of the last checkpoint on the test data. Differences are paired by '
         'seed; intervals and p are those of the paired t-test, p corrected for the number of rows '
