@@ -34,7 +34,7 @@ Legend: T tokens, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -163,8 +163,7 @@ class ContinuousRouter(SMoERouter):
         routing = super().forward(x)
         if self.train_router:
             return routing
-        weights = torch.ones_like(routing.weights)
-        return Routing(routing.indices, weights, routing.losses, routing.stats, routing.kept)
+        return replace(routing, weights=torch.ones_like(routing.weights))
 
 
 class VQMoEMlp(MoeLayer):
@@ -206,7 +205,7 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             routing = self.router(precise)
             branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
-            losses.update(routing.losses)  # torch.compile knows no `|=` before torch 2.8
+            losses |= routing.losses
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
             experts = quantized.indices % self.experts.num_experts
@@ -214,7 +213,7 @@ class VQMoEMlp(MoeLayer):
             if self.training:
                 losses['vq'] = self.config.vq_weight * quantized.loss
             if self.listens:
-                stats.update(self.quantizer.observe(precise, quantized))
+                stats |= self.quantizer.observe(precise, quantized)
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm)
         if self.listens:
