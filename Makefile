@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Passed on to pytest, for example: make test PYTEST_ARGS="tests/moe -x"
 PYTEST_ARGS ?=
+# of `make oldest`: the oldest Python that pyproject.toml allows
+OLDEST_PYTHON ?= python3.10
 TIMM_SIZES   ?= tiny small base large
 # empty: all of the table of methods
 TIMM_METHODS ?=
@@ -13,9 +15,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 TIMM_SRC := $(VENV)/timm-src
+OLDEST := $(VENV)/oldest
+
+# a process of the tests per core, each with one thread; a file's tests share what they have built
+ALL_CORES := OMP_NUM_THREADS=1
+IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long lint format types timm-suite docs picture bench bench-ci release clean
+.PHONY: help demo test long oldest lint format types timm-suite docs picture bench bench-ci release clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -24,11 +31,13 @@ demo: $(VENV)/.seg ## train vit_tiny_vqmoe to classify digits, then to segment s
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev ## run all tests but the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
-	    --durations=10 $(PYTEST_ARGS)
+	$(ALL_CORES) $(BIN)/python -m pytest $(IN_PARALLEL) --durations=10 $(PYTEST_ARGS)
 
 long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+oldest: $(OLDEST)/.dev ## run all tests but the long ones with the oldest versions that are allowed
+	$(ALL_CORES) $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
@@ -109,4 +118,17 @@ $(VENV)/.venv:
 $(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# uv takes the lower bound of everything that pyproject.toml names, and the newest of what that asks
+# for. opencv-python, which onedl-mmcv asks for, would put another version over the files of the
+# headless one.
+$(OLDEST)/.dev: pyproject.toml
+	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' || { \
+	    echo "make oldest needs Python 3.10: make oldest OLDEST_PYTHON=/path/to/python3.10"; exit 1; }
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check --quiet uv
+	echo "opencv-python; python_version < '3'" > $(OLDEST)/overrides.txt
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct \
+	    --overrides $(OLDEST)/overrides.txt --editable '.[dev]'
 	@touch $@

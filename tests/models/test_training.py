@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models import group_parameters, load_checkpoint
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from vqmoe_vision import collect_losses
@@ -60,6 +61,34 @@ def test_gradient_checkpointing_changes_nothing(tiny_variant, kwargs: dict, pass
     repeated.zero_grad()
     expected = accumulated(plain, batches)
     torch.testing.assert_close(accumulated(repeated, batches), expected, **SAME)
+
+
+def test_channels_last_changes_nothing(tiny_variant) -> None:
+    plain = tiny_variant(depth=2)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    assert last.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 32, 32)
+    expected = accumulated(plain, [images])
+    found = accumulated(last, [images.contiguous(memory_format=torch.channels_last)])
+    # the convolution of the stem adds up in another order
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_task_of_timm_trains_with_the_losses(tiny, train_step, images: Tensor) -> None:
+    model = tiny(depth=2)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = train_step(twin, None, images, TARGETS)
+    task = ClassificationTask(model.train(), nn.CrossEntropyLoss(), verbose=False)
+    torch.manual_seed(1)
+    with collect_losses(task) as collected:
+        result = task(images, TARGETS)
+        loss = result['loss'] + collected.total()
+        loss.backward()
+    assert result['output'].shape == (4, 10)
+    torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_repeats_every_moe_layer(tiny, images: Tensor) -> None:

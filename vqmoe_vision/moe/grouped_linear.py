@@ -80,13 +80,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
-# torch 2.6 reads no `list[bool]` from annotations
-@torch.library.custom_op(
-    'vqmoe_vision::grouped_linear_backward',
-    mutates_args=(),
-    schema='(Tensor grad, Tensor x, Tensor weight, Tensor offsets, bool[] wanted)'
-    ' -> (Tensor, Tensor, Tensor)',
-)
+@torch.library.custom_op('vqmoe_vision::grouped_linear_backward', mutates_args=())
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -180,7 +180,7 @@ class VQMoEMlp(MoeLayer):
         if self.router is not None:
             routing = self.router(precise)
             branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
-            losses.update(routing.losses)  # torch.compile knows no `|=` before torch 2.8
+            losses |= routing.losses
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
             experts = quantized.indices % self.experts.num_experts
@@ -188,7 +188,7 @@ class VQMoEMlp(MoeLayer):
             if self.training:
                 losses['vq'] = self.config.vq_weight * quantized.loss
             if self.listens:
-                stats.update(self.quantizer.observe(precise, quantized))
+                stats |= self.quantizer.observe(precise, quantized)
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm)
         if self.listens:
