@@ -33,7 +33,8 @@ long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 oldest: $(OLDEST)/.dev ## run all tests but the long ones with the oldest versions that are allowed
-	$(OLDEST)/bin/python -m pytest -W ignore::DeprecationWarning $(PYTEST_ARGS)
+	NO_ALBUMENTATIONS_UPDATE=1 $(OLDEST)/bin/python -m pytest -W ignore::DeprecationWarning \
+	    $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
