@@ -37,7 +37,8 @@ long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 oldest: $(OLDEST)/.dev ## run all tests but the long ones with the oldest versions that are allowed
-	$(ALL_CORES) $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning $(PYTEST_ARGS)
+	NO_ALBUMENTATIONS_UPDATE=1 $(ALL_CORES) $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) \
+	    -W ignore::DeprecationWarning $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
