@@ -102,4 +102,6 @@ def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
 
 
 def test_a_comparison_that_is_not_there(repository, says) -> None:
-    assert says('run', 'absent.py') == "error: comparison 'absent.py' does not exist"
+    assert says('run', 'cifar10_budge.py').startswith(
+        "error: config 'cifar10_budge.py' does not exist; did you mean"
+    )

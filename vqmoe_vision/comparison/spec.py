@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.config_names import find_config
 
 from .rows import ROWS, row_options
 
@@ -78,8 +79,7 @@ def read_comparison(path: str) -> Comparison:
         FileNotFoundError: There is no such file.
         ValueError: A field is missing, is not known, or has a value that is not possible.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'comparison {path!r} does not exist')
+    path = find_config(path)
     name = Path(path).stem
     given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
@@ -97,7 +97,7 @@ def read_comparison(path: str) -> Comparison:
         config=config,
         rows={row: _options(row, line, size, model) for row, line in rows.items()},
         seeds=tuple(given['seeds']),
-        reference=given.get('reference', 'dense'),
+        reference=given.get('reference', next(iter(rows), '')),
         metric=given['metric'],
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),

@@ -30,7 +30,7 @@ def frame_of(comparison: Comparison, results: Results) -> pd.DataFrame:
         kept = '; '.join(f'{name}: {why}' for name, why in results.left_out.items())
         raise ValueError(
             f'no run of {comparison.name} can be used'
-            + (f' ({kept})' if kept else ': none is finished')
+            + (f' ({kept})' if kept else ': none is finished, tools/compare.py run trains them')
         )
     rows = [row for row in comparison.rows if row in by_row]
     scores = scores_of(comparison, results)

@@ -144,8 +144,8 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
         spare = 50 * num_experts + (num_assignments // 6 if several else 0)
     else:
         spare = 32 * num_experts if several else 0
-    # Python's `min` would make torch.export ask which one it is; torch.compile knows what to do with
-    # it, and up to torch 2.9 not with `sym_min`
+    # Python's `min` would make torch.export ask which one it is; torch.compile knows what to do
+    # with it, and up to torch 2.9 not with `sym_min`
     smaller = min if torch.compiler.is_dynamo_compiling() else torch.sym_min
     return smaller(num_assignments // 4, spare)
 
