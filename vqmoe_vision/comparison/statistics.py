@@ -112,4 +112,5 @@ def _power(effect: float, pairs: int, level: float) -> float:
     freedom, shift = pairs - 1, effect * math.sqrt(pairs)
     critical = stats.t.isf(level / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute
-    return float(stats.nct.sf(critical, freedom, shift))
+    with np.errstate(divide='ignore'):  # some versions of scipy divide by zero on their way
+        return float(stats.nct.sf(critical, freedom, shift))
