@@ -12,7 +12,7 @@ from typing import Any
 
 from vqmoe_vision.provenance import commit
 
-from .runs import Run
+from .runs import ONE_THREAD, Run
 
 TOLERANCE = 1e-3  # relative: another processor rounds differently
 
@@ -33,7 +33,7 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = run.train(folder, 'default_hooks.record.only_first=True')
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+        environment = {**os.environ, **ONE_THREAD}
         done = subprocess.run(
             [sys.executable, *command[1:]], capture_output=True, text=True, env=environment
         )

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from .results import Store
-from .runs import Run
+from .runs import ONE_THREAD, Run
 
 _POLL_SECONDS = 0.2
 
@@ -37,6 +37,11 @@ class _Job:
     lock: IO[str]
     process: subprocess.Popen | None = None
     testing: bool = False
+
+    @property
+    def log(self) -> Path:
+        """What its process says."""
+        return self.folder / ('test.log' if self.testing else 'train.log')
 
 
 class Queue:
@@ -112,10 +117,10 @@ class Queue:
             command = job.run.train(job.folder)
             if (job.folder / 'last_checkpoint').is_file():
                 command.insert(command.index('--work-dir'), '--resume')
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+        environment = {**os.environ, **ONE_THREAD}
         if self._gpus:
             environment['CUDA_VISIBLE_DEVICES'] = self._gpus[job.slot % len(self._gpus)]
-        with (job.folder / f'{"test" if job.testing else "train"}.log').open('a') as log:
+        with job.log.open('a') as log:
             job.process = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 stdout=log,
@@ -207,7 +212,7 @@ def _share(job: _Job) -> float:
 
 
 def _last_line(job: _Job) -> str:
-    log = job.folder / f'{"test" if job.testing else "train"}.log'
+    log = job.log
     lines = [line.strip() for line in log.read_text(errors='replace').splitlines()]
     last = next((line for line in reversed(lines) if line), 'it said nothing')
     assert job.process is not None

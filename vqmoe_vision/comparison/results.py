@@ -86,9 +86,7 @@ class Store:
             'config': run.resolved,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        # a line for each field, so that a difference of two versions can be read
-        lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
-        self.path(run).write_text(f'{{\n{lines}\n}}\n')
+        _save(self.path(run), content)
         return True
 
     def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
@@ -151,8 +149,13 @@ class Store:
             finding: Whether its first losses came out again, and what is to be said of it.
         """
         checks = dict(sorted({**self.checks(), run.name: finding}.items()))
-        lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in checks.items())
-        (self.folder / 'checks.json').write_text(f'{{\n{lines}\n}}\n')
+        _save(self.folder / 'checks.json', checks)
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    # a line for each field, so that a difference of two versions can be read
+    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
+    path.write_text(f'{{\n{lines}\n}}\n')
 
 
 def _load(path: Path) -> dict[str, Any]:

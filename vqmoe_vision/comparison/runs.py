@@ -15,6 +15,8 @@ from vqmoe_vision.engine.options import parse_options
 
 from .spec import Comparison
 
+# the environment of a run's process
+ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
 RECORD = 'default_hooks.record.type=RunRecordHook'
 
 

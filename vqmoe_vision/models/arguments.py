@@ -11,6 +11,7 @@ from timm.layers import Mlp, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 
 from ..moe.config import check
+from ..moe.methods import METHODS
 
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -43,22 +44,31 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
     return tuple(chosen)
 
 
-def check_names(names: Iterable[str], method: str, options: set[str]) -> None:
+def moe_options(method: str) -> set[str]:
+    """Names of the arguments that a model of a method has beyond timm's.
+
+    Args:
+        method: Key of `METHODS`.
+    """
+    return {'moe_layers', *METHODS[method].config.option_names()}
+
+
+def check_names(names: Iterable[str], method: str) -> None:
     """Refuse an argument that neither timm's vision transformer nor the method has.
 
     Args:
         names: Names of the arguments that are no options of the method.
         method: Key of `METHODS`.
-        options: Names of the method's options.
 
     Raises:
         TypeError: As Python does for such an argument; lists the options.
     """
+    known = inspect.signature(VisionTransformer).parameters
     for name in names:
-        if name not in inspect.signature(VisionTransformer).parameters:
+        if name not in known:
             raise TypeError(
                 f"{name!r} is neither an argument of timm's VisionTransformer nor an option of "
-                f'{method}, which are {", ".join(sorted(options))}'
+                f'{method}, which are {", ".join(sorted(moe_options(method)))}'
             )
 
 

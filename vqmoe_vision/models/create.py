@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe.config import check
-from ..moe.methods import METHODS
+from .arguments import moe_options
 
 
 def create_model(
@@ -67,7 +67,7 @@ def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, An
     check(method is not None, 'moe', moe, f'{model_name} is dense, which takes moe=None')
     check(isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     assert method is not None
-    names = {'moe_layers', *METHODS[method].config.option_names()}
+    names = moe_options(method)
     for name, value in moe.items():
         allowed = f'the options of {model_name} are {", ".join(sorted(names))}'
         check(name in names, f'moe.{name}', value, allowed)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..moe.experts import StackedLinear
-from ..moe.methods import METHODS
+from .arguments import moe_options
 from .vit_moe import MoeVisionTransformer
 
 
@@ -32,7 +32,7 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
         return
     if isinstance(model, MoeVisionTransformer):
         _draw_experts(model, seed)
-        options = {'moe_layers', *METHODS[model.method].config.option_names()}
+        options = moe_options(model.method)
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         _, size, _ = model_name.partition('.')[0].split('_')
         model_name = f'vit_{size}_patch16_224'

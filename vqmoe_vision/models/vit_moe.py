@@ -54,7 +54,7 @@ class MoeVisionTransformer(VisionTransformer):
     ) -> None:
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        check_names(kwargs, method, names | {'moe_layers'})
+        check_names(kwargs, method)
         check_vit_arguments(kwargs)
         raw_patches = RawPatches(METHODS[method].read_patches)
         if raw_patches.read is not None:
