@@ -4,11 +4,11 @@ metric = 'accuracy/top1'
 reference = 'dense_wide'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
+all_presets = True
 controls = ['smoe_frozen', 'hashmoe']
 rows = dict(
-    smoe_frozen='smoe model.moe.preset=frozen',
     vqmoe_token='vqmoe model.moe.expert_input=token',
-    vqmoe_official='vqmoe model.moe.expert_input=official',
+    vqmoe_official_input='vqmoe model.moe.expert_input=official',
     vqmoe_ste='vqmoe model.moe.expert_input=ste',
     vqmoe_discrete='vqmoe model.moe.form=discrete',
     vqmoe_continuous='vqmoe model.moe.form=continuous',
