@@ -6,7 +6,18 @@ config needs no more than `custom_imports`, lets torch read mmengine's checkpoin
 these models.
 """
 
-from . import checkpoint, config_names, flops, hooks, layer_decay, log, optim, record, seeding
+from . import (
+    checkpoint,
+    config_names,
+    flops,
+    hooks,
+    layer_decay,
+    log,
+    optim,
+    record,
+    routing_history,
+    seeding,
+)
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
 
@@ -22,5 +33,6 @@ __all__ = [
     'log',
     'optim',
     'record',
+    'routing_history',
     'seeding',
 ]

@@ -49,6 +49,8 @@ class MoeTrainingMixin:
     Attributes:
         routing_statistics: Averages over every `collect` block; `MoeStateHook` reads and resets it.
         logged_statistics: Of training, since the last line of the log; `MoeLogProcessor` does so.
+        recorded_statistics: Shares of training, since the last line of `routing.jsonl`, for
+            `RoutingHistoryHook`; None without that hook.
 
     Args:
         *args: Passed on to the next base.
@@ -59,6 +61,7 @@ class MoeTrainingMixin:
         super().__init__(*args, **kwargs)
         self.routing_statistics = RoutingStatistics()
         self.logged_statistics = RoutingStatistics()
+        self.recorded_statistics: RoutingStatistics | None = None
 
     @property
     def routed_model(self) -> nn.Module:
@@ -80,6 +83,9 @@ class MoeTrainingMixin:
         self.routing_statistics.add(collected.stats)
         if self.training:  # type: ignore[attr-defined]
             self.logged_statistics.add(collected.stats)
+            if self.recorded_statistics is not None:
+                shares = {name: value for name, value in collected.stats.items() if value.ndim}
+                self.recorded_statistics.add(shares)
 
     def parse_losses(
         self, losses: dict[str, torch.Tensor]

@@ -22,6 +22,22 @@ class RoutingStatistics:
         """Forgets everything."""
         self._sums, self._counts = {}, {}
 
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What was added so far, for a checkpoint."""
+        return {'sums': dict(self._sums), 'counts': dict(self._counts)}
+
+    def load_state_dict(
+        self, state: dict[str, dict[str, torch.Tensor]], device: torch.device
+    ) -> None:
+        """Goes on from a `state_dict`.
+
+        Args:
+            state: What `state_dict` gave.
+            device: Of what will be added.
+        """
+        self._sums = {name: value.to(device) for name, value in state['sums'].items()}
+        self._counts = {name: value.to(device) for name, value in state['counts'].items()}
+
     def add(self, stats: dict[str, torch.Tensor]) -> None:
         """Takes the statistics of one batch.
 

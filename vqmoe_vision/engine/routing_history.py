@@ -1,0 +1,153 @@
+"""What the routing did while a model trained: a line per record in `routing.jsonl`.
+
+Legend: E experts, M codes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.layer import MoeLayer
+
+from .model import unwrapped
+from .routing import RoutingStatistics
+
+FILE = 'routing.jsonl'
+# So many of its entries stand for a part of a layer: the experts of a ViT-B are a gigabyte, and of
+# 16,384 entries drawn at random a norm is known to about a percent.
+SAMPLED = 16_384
+
+
+@HOOKS.register_module()
+class RoutingHistoryHook(Hook):
+    """Writes `routing.jsonl` into the work dir while a model trains.
+
+    A line is a JSON object: `iteration`, and in `layers`, by the name of the layer, each share that
+    the layer reports (`load` (E,), `code_usage` (M,)) as its mean over the iterations since the
+    line before, and `change`: by part of the layer, how far its weights moved since the line
+    before, |new - old| / |new|. Parts are the children and parameters of the layer by name, such as
+    `router`, `experts` and `gate`, and `codebook`. Norms are estimated from `SAMPLED` entries.
+
+    A resumed run goes on with the file: what lies behind the checkpoint is replaced. The hook draws
+    from a generator of its own and changes nothing that training reads.
+
+    Args:
+        records: How many lines a whole run gives.
+
+    Raises:
+        ValueError: If `records` is below 1.
+    """
+
+    priority = 'LOW'  # codebooks have moved by then, and the checkpoint is not yet written
+
+    def __init__(self, records: int = 100) -> None:
+        if records < 1:
+            raise ValueError(f'records={records} is not possible: at least 1')
+        self.records = records
+        self._resumed: dict[str, Any] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Goes on from the last line of a run that is resumed."""
+        if runner._resume:
+            self._resumed = checkpoint.get('routing_history')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Leaves in the checkpoint what the next line is made from."""
+        statistics = unwrapped(runner).recorded_statistics
+        checkpoint['routing_history'] = {
+            'statistics': statistics.state_dict(),  # of this rank: others may not be asked here
+            'weights': self._before,
+        }
+
+    def before_train(self, runner: Runner) -> None:
+        """Starts the file, or cuts it where a resumed run goes on."""
+        model = unwrapped(runner)
+        self._layers = moe_layers(model.routed_model)
+        model.recorded_statistics = RoutingStatistics()
+        self._before = {name: _sample(layer) for name, layer in self._layers.items()}
+        if self._resumed is not None:
+            device = next(model.parameters()).device
+            model.recorded_statistics.load_state_dict(self._resumed['statistics'], device)
+            self._before = self._resumed['weights']
+        if is_main_process():
+            path = Path(runner.work_dir) / FILE
+            lines = read_history(path) if runner._resume and path.exists() else []
+            kept = [json.dumps(line) + '\n' for line in lines if line['iteration'] <= runner.iter]
+            path.write_text(''.join(kept))
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Writes a line when one is due."""
+        done = runner.iter + 1
+        if done % max(runner.max_iters // self.records, 1):
+            return
+        statistics = unwrapped(runner).recorded_statistics
+        layers: dict[str, dict[str, Any]] = {name: {} for name in self._layers}
+        for name, share in statistics.means().items():
+            layer, _, kind = name.rpartition('/')
+            layers[layer][kind] = [round(value, 6) for value in share.tolist()]
+        statistics.reset()
+        for name, layer in self._layers.items():
+            now = _sample(layer)
+            layers[name]['change'] = _change(self._before[name], now)
+            self._before[name] = now
+        if is_main_process():
+            with (Path(runner.work_dir) / FILE).open('a') as file:
+                file.write(json.dumps({'iteration': done, 'layers': layers}) + '\n')
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines that `RoutingHistoryHook` wrote, oldest first.
+
+    Args:
+        path: Of `routing.jsonl`. Its last line may be cut off, as a kill leaves it.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith('\n')]
+
+
+def _sample(layer: MoeLayer) -> dict[str, Tensor]:
+    """By part of a layer: its weights (at most `SAMPLED` of a tensor), on the CPU."""
+    codebooks = {name: m for name, m in layer.named_modules() if isinstance(m, Codebook)}
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in layer.named_parameters():
+        if not any(name.startswith(f'{codebook}.') for codebook in codebooks):
+            parts.setdefault(name.partition('.')[0], []).append(parameter.detach())
+    with torch.no_grad():
+        for codebook in codebooks.values():
+            # not its parameters: some codebooks have none, some make their codes from two
+            parts.setdefault('codebook', []).append(codebook.codes())
+    return {name: torch.cat([_picked(t) for t in tensors]) for name, tensors in parts.items()}
+
+
+def _picked(weights: Tensor) -> Tensor:
+    """The weights, or the same random ones of them every time, scaled to the norm of all."""
+    flat = weights.reshape(-1)
+    if len(flat) <= SAMPLED:
+        return flat.float().cpu().clone()
+    own = torch.Generator().manual_seed(0)  # training draws from the global one
+    picked = flat[torch.randint(len(flat), (SAMPLED,), generator=own).to(flat.device)]
+    return picked.float().cpu() * (len(flat) / SAMPLED) ** 0.5
+
+
+def _change(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, float]:
+    """|new - old| / |new| by part; zero weights that have not moved give 0."""
+    changes = {}
+    for name, new in now.items():
+        moved = (new - before[name].to(new.device)).norm()
+        changes[name] = float(f'{(moved / new.norm().clamp(min=1e-12)).item():.4g}')
+    return changes
