@@ -14,3 +14,8 @@ rows = dict(
     vqmoe_continuous='vqmoe model.moe.form=continuous',
     vqmoe_32_codes='vqmoe model.moe.num_codes=32',
 )
+# for tools/analyze.py: a checkpoint of every epoch, and what the routing did
+options = [
+    'default_hooks.checkpoint.max_keep_ckpts=6',
+    'default_hooks.routing_history.type=RoutingHistoryHook',
+]

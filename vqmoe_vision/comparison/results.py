@@ -17,6 +17,7 @@ VERSION = 1
 _KEEPING = (
     'default_hooks.checkpoint.',
     'default_hooks.logger.',
+    'default_hooks.routing_history.',
     'default_hooks.visualization.',
     'log_processor.',
     'visualizer.',
