@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vqmoe_vision.moe import moe_layers
@@ -85,6 +86,49 @@ def record_layers(model: nn.Module) -> Iterator[dict[str, LayerRecord]]:
     finally:
         for layer in layers.values():
             layer.recorder.watcher = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is in eval mode and without gradients; it is left as it was."""
+    modes = {module: module.training for module in model.modules()}  # parts may be frozen in eval
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
+    """Runs a model in eval mode and returns what its layers decided; it is left as it was.
+
+    Args:
+        model: Holds the MoE layers.
+        images: (B, C, H, W), normalised as in training, on any device.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+    """
+    with evaluating(model), record_layers(model) as records:
+        model(images.to(next(model.parameters(), images).device))
+    return records
+
+
+def on_patches(model: VisionTransformer, images: Tensor, of_tokens: Tensor) -> Tensor:
+    """Puts what is known of every token in the place of its patch.
+
+    Args:
+        model: Says how images are cut, and which tokens are of no patch.
+        images: (B, C, H, W), those that the model has seen.
+        of_tokens: (B, N, ...).
+
+    Returns:
+        (B, rows, columns, ...).
+    """
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))
 
 
 def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> LayerRecord:

@@ -3,8 +3,7 @@
 Legend: B images, N tokens per image, E experts, K experts per token.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe import collect_losses
 
-from .record import record_layers
+from .record import evaluating, on_patches, recorded
 
 
 def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -59,11 +58,9 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
             mixtures of all tokens.
     """
-    with evaluating(model), record_layers(model) as records:
-        model(images)
     found = {
         f'{layer}.{decider}': experts
-        for layer, record in records.items()
+        for layer, record in recorded(model, images).items()
         for decider, experts in record.experts.items()
     }
     if not found:
@@ -85,22 +82,7 @@ def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]
     Raises:
         ValueError: If no layer sends tokens to experts.
     """
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    prefix = model.num_prefix_tokens
     return {
-        name: experts[:, prefix:, 0].unflatten(1, (rows, columns))
+        name: on_patches(model, images, experts[..., 0])
         for name, experts in token_experts(model, images).items()
     }
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which a model is in eval mode and without gradients; it is left as it was."""
-    modes = {module: module.training for module in model.modules()}  # parts may be frozen in eval
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
