@@ -51,7 +51,7 @@ IMPOSSIBLE = [
     ('vqmoe', {'expert_input': 'x'}, "expert_input='x'", "'mix'"),
     ('vqmoe', {'train_router': False}, 'balance_weight=0.01', '0 with train_router=False'),
     ('vqmoe', {'num_heads': 3}, 'num_heads=3', 'a divisor of embed_dim=32'),
-    ('vqmoe', {'num_heads': 0}, 'num_heads=0', 'a divisor of embed_dim=32'),
+    ('vqmoe', {'num_heads': 0}, 'num_heads=0', 'at least 1'),
     ('vqmoe', {'img_size': 33}, 'img_size=33', 'a multiple of patch_size=8x8'),
     (
         'vqmoe',
