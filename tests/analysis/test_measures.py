@@ -183,10 +183,10 @@ def test_hidden_units_in_another_order_are_similar_by_outputs_only() -> None:
 
 
 def test_every_expert_answers_every_token() -> None:
-    experts, tokens = different_experts(), torch.randn(3, 6)
+    experts, tokens = different_experts().double(), torch.randn(3, 6)
     outputs = measures.expert_outputs(experts, tokens)
     for e in range(E):
-        hidden = nn.functional.linear(tokens, experts.fc1.weight[e], experts.fc1.bias[e])
+        hidden = nn.functional.linear(tokens.double(), experts.fc1.weight[e], experts.fc1.bias[e])
         answer = nn.functional.linear(
             experts.act(hidden), experts.fc2.weight[e], experts.fc2.bias[e]
         )
@@ -209,6 +209,18 @@ def test_changed_share_counts_tokens_and_refuses_other_tokens() -> None:
     assert measures.changed_share(before, (before + 1) % 4) == 1
     with pytest.raises(ValueError, match=r'after=\(1, 3\) is not possible'):
         measures.changed_share(before, before[:, :3])
+
+
+def test_chance_of_change_is_the_change_of_a_routing_drawn_anew() -> None:
+    assert measures.chance_of_change(ONE_TAKES_ALL) == 0
+    assert measures.chance_of_change(EVEN) == pytest.approx(1 - 1 / E)
+    # shares 1/2, 1/4, 1/4: 1 - 1/4 - 1/16 - 1/16
+    load = torch.tensor([2.0, 1.0, 1.0])
+    assert measures.chance_of_change(load) == pytest.approx(0.625)
+    before, after = load.multinomial(40_000, replacement=True).view(2, 20_000)
+    # std sqrt(0.625 * 0.375 / 20,000) = 0.0034, five of them
+    share = measures.changed_share(before, after)
+    assert share == pytest.approx(measures.chance_of_change(load), abs=0.017)
 
 
 def test_parameters_approach_the_last_checkpoint() -> None:

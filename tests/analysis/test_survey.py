@@ -65,6 +65,7 @@ COLLAPSE = {
             'load_entropy': ('below', 0.5),
             'load_variation': ('above', 1),
             'dead_experts': ('above', 1.5),
+            'changed_by_chance': ('below', 0.5),
             'mutual_information': ('below', 0.2),
             'normalized_mutual_information': ('below', 0.2),
         }.items()
@@ -127,7 +128,7 @@ def test_every_method_can_be_looked_at(tiny_variant) -> None:
         assert load.sum() == pytest.approx(1)
         # every token of every image but those that no expert takes, by class
         by_class = layer.expert_by_class[decider].sum(dim=0)
-        if f'{decider}/unrouted' in layer.numbers and layer.numbers[f'{decider}/unrouted'] == 0:
+        if layer.numbers.get(f'{decider}/unrouted', 0) == 0:
             assert by_class.tolist() == pytest.approx([2 * 17, 2 * 17, 17])
         for patches, share in zip(layer.confident[decider], load, strict=True):
             assert len(patches) <= MOST_PATCHES

@@ -139,12 +139,13 @@ def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
 
     Args:
         experts: E of them.
-        tokens: (T, D).
+        tokens: (T, D), on any device.
 
     Returns:
-        (E, T, D).
+        (E, T, D), where the experts are.
     """
     num_experts, num_tokens = experts.num_experts, len(tokens)
+    tokens = tokens.to(experts.fc1.weight)
     ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
     return experts(tokens.repeat(num_experts, 1), ends).view(num_experts, num_tokens, -1)
 
@@ -191,6 +192,20 @@ def changed_share(before: Tensor, after: Tensor) -> float:
             f'{tuple(before.shape)}'
         )
     return (before != after).double().mean().item()
+
+
+def chance_of_change(usage: Tensor) -> float:
+    """Share of tokens that would change if experts were drawn anew from the same load, 1 - sum p^2.
+
+    What `changed_share` has to be compared with: the less even a load, the less can change, and one
+    expert with all tokens never changes. 1 - changed_share / chance is Cohen's kappa (1960) of the
+    two routings if both have this load: 1 if nothing changes, 0 if agreement is that of chance.
+
+    Args:
+        usage: (E,) or one more for no expert: counts or shares of first experts.
+    """
+    shares = usage.double() / usage.sum().clamp(min=1e-300)
+    return 1 - shares.square().sum().item()
 
 
 def similarity_to_last(checkpoints: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class ExpertTally:
         self.num_experts = num_experts
         self.assigned = torch.zeros(num_experts, dtype=torch.float64)
         self.by_class = torch.zeros(num_experts, num_classes, dtype=torch.float64)
-        self.tokens = 0
-        self.unrouted = 0
+        # of no expert, and of each
+        self.first = torch.zeros(num_experts + 1, dtype=torch.float64)
         self.confident = ConfidentPatches(num_experts)
 
     def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
@@ -65,16 +65,16 @@ class ExpertTally:
             scores: (B, N, K), how sure each assignment is, comparable within an expert.
             seen: The batch.
         """
-        first = nn.functional.one_hot(experts[..., 0] + 1, self.num_experts + 1)[..., 1:]
-        # index 0 is that of no expert
-        assigned = (experts.flatten() + 1).bincount(minlength=self.num_experts + 1)[1:]
-        self.unrouted += int((experts[..., 0] == -1).sum())
-        shape = (*experts.shape[:2], self.num_experts + 1)
+        size = self.num_experts + 1  # index 0 is that of no expert
+        first = nn.functional.one_hot(experts[..., 0] + 1, size)
+        assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
+        self.first += first.sum((0, 1))
+        shape = (*experts.shape[:2], size)
         of_expert, weight = (
             torch.full(shape, nothing).scatter(-1, experts + 1, value)[..., 1:]
             for value, nothing in ((scores, -torch.inf), (weights, 0.0))
         )
-        self._add(assigned, first, of_expert, weight, seen)
+        self._add(assigned, first[..., 1:], of_expert, weight, seen)
 
     def add_shares(self, shares: Tensor, seen: Seen) -> None:
         """Take a batch of a layer that gives every token a share of every expert.
@@ -88,7 +88,6 @@ class ExpertTally:
     def _add(
         self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
     ) -> None:
-        self.tokens += first.shape[0] * first.shape[1]
         self.assigned += assigned
         if seen.classes is not None:
             classes = nn.functional.one_hot(seen.classes + 1, self.by_class.shape[1] + 1)[..., 1:]
@@ -107,8 +106,10 @@ class ExpertTally:
             'load_entropy': measures.load_entropy(self.load),
             'load_variation': measures.load_variation(self.load),
             'dead_experts': float(measures.num_dead(self.load)),
-            'unrouted': self.unrouted / self.tokens,
         }
+        if self.first.any():  # slots have no first expert
+            numbers['unrouted'] = (self.first[0] / self.first.sum()).item()
+            numbers['changed_by_chance'] = measures.chance_of_change(self.first)
         if self.by_class.any():
             numbers['mutual_information'] = measures.mutual_information(self.by_class)
             normalized = measures.normalized_mutual_information(self.by_class)
