@@ -4,11 +4,11 @@ metric = 'mIoU'
 reference = 'dense_wide'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
+all_presets = True
 controls = ['smoe_frozen', 'hashmoe']
 rows = dict(
-    smoe_frozen='smoe model.backbone.moe.preset=frozen',
     vqmoe_token='vqmoe model.backbone.moe.expert_input=token',
-    vqmoe_official='vqmoe model.backbone.moe.expert_input=official',
+    vqmoe_official_input='vqmoe model.backbone.moe.expert_input=official',
     vqmoe_ste='vqmoe model.backbone.moe.expert_input=ste',
     vqmoe_discrete='vqmoe model.backbone.moe.form=discrete',
     vqmoe_continuous='vqmoe model.backbone.moe.form=continuous',

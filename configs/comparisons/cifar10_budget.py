@@ -4,13 +4,18 @@ metric = 'accuracy/top1'
 reference = 'dense_wide'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
+all_presets = True
 controls = ['smoe_frozen', 'hashmoe']
 rows = dict(
-    smoe_frozen='smoe model.moe.preset=frozen',
     vqmoe_token='vqmoe model.moe.expert_input=token',
-    vqmoe_official='vqmoe model.moe.expert_input=official',
+    vqmoe_official_input='vqmoe model.moe.expert_input=official',
     vqmoe_ste='vqmoe model.moe.expert_input=ste',
     vqmoe_discrete='vqmoe model.moe.form=discrete',
     vqmoe_continuous='vqmoe model.moe.form=continuous',
     vqmoe_32_codes='vqmoe model.moe.num_codes=32',
 )
+# for tools/analyze.py: a checkpoint of every epoch, and what the routing did
+options = [
+    'default_hooks.checkpoint.max_keep_ckpts=6',
+    'default_hooks.routing_history.type=RoutingHistoryHook',
+]

@@ -61,7 +61,7 @@ def test_model_is_asked_in_eval_mode_and_left_as_it_was(part_in_eval: bool) -> N
     assert model.modes == [False, False]
     assert model.training
     assert model.mlp.training is not part_in_eval
-    assert not any(module._forward_hooks for module in model.modules())
+    assert model.mlp.recorder.watcher is None
 
 
 def test_token_experts_are_those_of_the_router() -> None:
@@ -105,8 +105,11 @@ def test_tokens_with_any_number_of_experts_have_their_best_first() -> None:
 
 
 def test_model_without_routers_is_refused() -> None:
-    with pytest.raises(ValueError, match='model: has no router'):
+    with pytest.raises(ValueError, match='model: Flatten is dense'):
         token_experts(nn.Flatten(), image([0.0]))
+    size = dict(img_size=8, patch_size=2, depth=2, embed_dim=8, num_heads=1)
+    with pytest.raises(ValueError, match='model: has no router'):
+        token_experts(timm.create_model('vit_tiny_softmoe', **size), torch.zeros(1, 3, 8, 8))
 
 
 def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid() -> None:

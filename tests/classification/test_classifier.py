@@ -95,8 +95,8 @@ def test_label_smoothing_without_mixup() -> None:
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'img_size': 9}, 'img_size=9 must be a multiple of patch_size=4'),
-        ({'num_heads': 5}, 'embed_dim=12 must be a multiple of num_heads=5'),
+        ({'img_size': 9}, 'img_size=9 is not possible: a multiple of patch_size=4x4'),
+        ({'num_heads': 5}, 'num_heads=5 is not possible: a divisor of embed_dim=12'),
         ({'num_experts': 2, 'top_k': 3}, 'top_k=3'),
     ],
 )

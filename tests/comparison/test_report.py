@@ -133,6 +133,16 @@ def test_rows_of_another_config_are_listed_and_not_mixed_in(fill, says) -> None:
     assert 'row=changed' in (ROWS / 'same-seed1.json').read_text()
 
 
+def test_how_a_run_is_logged_and_kept_makes_no_row_stale(fill, says) -> None:
+    path = fill(SCORES)
+    before = says('table', path)
+    shown = (TABLES / 'spec.md').read_text()
+    with Path('config.py').open('a') as config:
+        config.write('default_hooks = dict(checkpoint=dict(interval=7), logger=dict(interval=7))\n')
+    assert says('table', path) == before
+    assert (TABLES / 'spec.md').read_text() == shown
+
+
 @pytest.mark.parametrize(
     ('change', 'said'),
     [

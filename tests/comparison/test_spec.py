@@ -12,6 +12,7 @@ from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS
 
@@ -82,9 +83,22 @@ def test_all_methods_follow_the_table(spec) -> None:
     assert comparison.rows['more_experts'][-1] == 'model.moe.num_experts=16'
 
 
+def test_all_presets_are_those_that_differ_from_the_rows_of_the_methods(spec) -> None:
+    comparison = read_comparison(spec('all_presets = True'))
+    differing = {
+        f'{name}_{preset}'
+        for name, method in METHODS.items()
+        for preset in method.config.PRESETS
+        if method.config.from_options(preset=preset) != method.config.from_options(preset='matched')
+    }
+    assert differing == comparison.rows.keys() - {'dense'}
+    assert comparison.rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
+
+
 @pytest.mark.parametrize(
     ('more', 'said'),
     [
+        ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
         ('seeds = [1, 2, 1]', 'seeds [1] are there twice'),
         ("reference = 'smoke'", 'row smoke does not exist; there are dense'),

@@ -94,3 +94,26 @@ def test_an_unknown_model_gets_the_nearest(name: str, hint: str) -> None:
 def test_only_a_vision_transformer_is_widened() -> None:
     with pytest.raises(ValueError, match='resnet18 is no dense vision transformer'):
         create_model('resnet18', extra_mlps=2)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        (DENSE, {'num_heads': 5}, 'num_heads=5 is not possible: a divisor of embed_dim=12'),
+        (DENSE, {'img_size': 9}, 'img_size=9 is not possible: a multiple of patch_size=4x4'),
+        (DENSE, {'class_token': False}, 'class_token=False is not possible: Token pooling'),
+        (DENSE, {'weight_init': 'skip'}, "weight_init='skip' is not possible"),
+        (DENSE, {'drop_path_rate': 2}, 'drop_path_rate=2 is not possible: from 0 to 1'),
+        # of other timm models, too: timm cuts off what does not fill a patch
+        ('deit_tiny_patch16_224', {'img_size': 9}, 'img_size=9 is not possible: a multiple of'),
+        ('deit_tiny_patch16_224', {'num_heads': 5}, 'num_heads=5 .*dim should be divisible'),
+    ],
+)
+def test_arguments_that_timm_takes_amiss(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f'^{message}'):
+        create_model(name, **{**SMALL, **options})
+
+
+def test_an_argument_that_timm_does_not_know() -> None:
+    with pytest.raises(TypeError, match=r'^foo=1 is not possible: .* unexpected keyword'):
+        create_model(DENSE, foo=1, **SMALL)

@@ -1,5 +1,6 @@
 """Names, sizes, options and their mistakes."""
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -32,6 +33,7 @@ IMPOSSIBLE = [
     ('smoe', {'router_noise': 0.0}, 'load_weight=0.005', '0 when router_noise=0'),
     ('smoe', {'z_weight': -1.0}, 'z_weight=-1.0', 'at least 0'),
     ('smoe', {'capacity_factor': 0.0}, 'capacity_factor=0.0', 'None for dropless'),
+    ('smoe', {'eval_capacity_factor': math.inf}, 'eval_capacity_factor=inf', 'finite'),
     ('smoe', {'batch_prioritized': True}, 'batch_prioritized=True', 'capacity_factor is set'),
     ('xmoe', {'gate': 'tanh'}, "gate='tanh'", "['sigmoid', 'softmax']"),
     ('xmoe', {'router_dim': 0}, 'router_dim=0', 'at least 1'),
@@ -51,7 +53,7 @@ IMPOSSIBLE = [
     ('vqmoe', {'expert_input': 'x'}, "expert_input='x'", "'mix'"),
     ('vqmoe', {'train_router': False}, 'balance_weight=0.01', '0 with train_router=False'),
     ('vqmoe', {'num_heads': 3}, 'num_heads=3', 'a divisor of embed_dim=32'),
-    ('vqmoe', {'num_heads': 0}, 'num_heads=0', 'a divisor of embed_dim=32'),
+    ('vqmoe', {'num_heads': 0}, 'num_heads=0', 'at least 1'),
     ('vqmoe', {'img_size': 33}, 'img_size=33', 'a multiple of patch_size=8x8'),
     (
         'vqmoe',
@@ -61,6 +63,33 @@ IMPOSSIBLE = [
     ),
     ('vqmoe', {'img_size': (32, 36)}, 'img_size=(32, 36)', 'a multiple of patch_size=8x8'),
     ('vqmoe', {'patch_size': 0}, 'patch_size=0', 'at least 1'),
+    ('vqmoe', {'class_token': False}, 'class_token=False', 'Token pooling needs the class token'),
+    ('vqmoe', {'weight_init': 'skip'}, "weight_init='skip'", 'uninitialised'),
+    ('vqmoe', {'weight_init': 'xavier'}, "weight_init='xavier'", "'moco'"),
+    ('vqmoe', {'pos_embed': 'rope'}, "pos_embed='rope'", 'timm refuses it'),
+    ('vqmoe', {'patch_drop_rate': 1.0}, 'patch_drop_rate=1.0', 'from 0 to below 1'),
+    ('vqmoe', {'drop_path_rate': 2}, 'drop_path_rate=2', 'from 0 to 1'),
+    ('vqmoe', {'act_layer': 'gellu'}, "act_layer='gellu'", "'gelu'"),
+    ('vqmoe', {'norm_layer': 'layernrm'}, "norm_layer='layernrm'", "'layernorm'"),
+    # timm knows it, but it normalises images, not tokens
+    ('vqmoe', {'norm_layer': 'batchnorm2d'}, "norm_layer='batchnorm2d'", "'rmsnorm'"),
+    # would take 32 tokens for 32 features
+    ('vqmoe', {'embed_norm_layer': 'groupnorm'}, "embed_norm_layer='groupnorm'", "'rmsnorm'"),
+    ('vqmoe', {'attn_layer': 'flash'}, "attn_layer='flash'", "'diff'"),
+    ('vqmoe', {'global_pool': 'mean'}, "global_pool='mean'", "'avg'"),
+    ('vqmoe', {'reg_tokens': -1}, 'reg_tokens=-1', 'at least 0'),
+    ('vqmoe', {'in_chans': 0}, 'in_chans=0', 'at least 1'),
+    ('vqmoe', {'num_classes': 2.5}, 'num_classes=2.5', 'int is expected'),
+    ('vqmoe', {'qkv_bias': 'no'}, "qkv_bias='no'", 'bool is expected'),
+    ('vqmoe', {'mlp_ratio': 0.01}, 'mlp_ratio=0.01', 'one hidden feature'),
+    ('vqmoe', {'dtype': torch.int32}, 'dtype=torch.int32', 'floating-point'),
+    ('vqmoe', {'device': 'cpux'}, "device='cpux'", 'device type'),
+    (
+        'vqmoe',
+        {'weight_init': 'jax_nlhb', 'num_classes': 0},
+        "num_classes=0, weight_init='jax_nlhb'",
+        'math domain error',
+    ),
     ('vqmoe', {'scale_mlp_norm': True}, 'scale_mlp_norm=True', 'False'),
     ('smoe', {'mlp_layer': SwiGLU}, 'mlp_layer=', 'Mlp'),
     ('vqmoe', {'block_fn': ParallelScalingBlock}, 'block_fn=', 'mlp'),

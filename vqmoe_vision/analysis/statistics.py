@@ -3,16 +3,15 @@
 Legend: B images, N tokens per image, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.moe import collect_losses, moe_layers
-from vqmoe_vision.moe.codebook import Quantized
-from vqmoe_vision.moe.routing import Routing
+from vqmoe_vision.moe import collect_losses
+
+from .record import evaluating, on_patches, recorded
 
 
 def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -31,7 +30,7 @@ def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Te
     """
     sums: dict[str, Tensor] = {}
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for images in batches:
             with collect_losses(model, update_state=False) as collected:
                 model(images)
@@ -52,57 +51,21 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Returns:
         By the name of the module that decides, such as 'blocks.1.mlp.router': (B, N, K) expert
-        indices, best first, -1 where a token has fewer than the others; N counts class and register
-        tokens too.
+        indices on the CPU, best first, -1 where a token has fewer than the others; N counts class
+        and register tokens too.
 
     Raises:
         ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
             mixtures of all tokens.
     """
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, num_experts: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            if isinstance(output, Routing):
-                num_tokens = args[0].numel() // args[0].shape[-1]
-                experts = _by_token(output, num_tokens)
-            elif isinstance(output, Quantized):
-                experts = output.indices[:, None] % num_experts  # code j belongs to expert j mod E
-            else:
-                return
-            found[name] = experts.unflatten(0, (len(images), -1))
-
-        return hook
-
-    hooks = []
-    for layer_name, layer in moe_layers(model).items():
-        for name, module in layer.named_modules():
-            hook = keep(f'{layer_name}.{name}', layer.experts.num_experts)
-            hooks.append(module.register_forward_hook(hook))
-    try:
-        with _evaluating(model):
-            model(images)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    found = {
+        f'{layer}.{decider}': experts
+        for layer, record in recorded(model, images).items()
+        for decider, experts in record.experts.items()
+    }
     if not found:
         raise ValueError('model: has no router that sends tokens to experts')
     return found
-
-
-def _by_token(routing: Routing, num_tokens: int) -> Tensor:
-    """Experts of each token (T, K), best first, filled up with -1."""
-    if routing.tokens is None:
-        return routing.indices
-    # assignments by token, and by weight within a token: both sorts keep the order of equals
-    order = routing.weights.argsort(descending=True, stable=True)
-    order = order[routing.tokens[order].argsort(stable=True)]
-    tokens = routing.tokens[order]
-    counts = tokens.bincount(minlength=num_tokens)
-    place = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
-    experts = counts.new_full((num_tokens, int(counts.max())), -1)
-    experts[tokens, place] = routing.indices[order]
-    return experts
 
 
 def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
@@ -119,21 +82,7 @@ def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]
     Raises:
         ValueError: If no layer sends tokens to experts.
     """
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    prefix = model.num_prefix_tokens
     return {
-        name: experts[:, prefix:, 0].unflatten(1, (rows, columns))
+        name: on_patches(model, images, experts[..., 0])
         for name, experts in token_experts(model, images).items()
     }
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}  # parts may be frozen in eval
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

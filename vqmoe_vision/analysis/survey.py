@@ -1,133 +1,147 @@
-"""What was seen of the routing of a model over a data set: numbers, samples and examples.
+"""One pass over a data set that looks at the routing of every MoE layer, in memory that stays flat.
 
-Legend: E experts, C classes of the data set, M codes, D width, S sampled tokens.
+Legend: B images, N tokens per image, C channels, H height, W width, E experts, P slots per expert.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.config import check
 
-@dataclass(frozen=True)
-class Patch:
-    """One patch that an expert took.
+from .normalization import Normalization, in_colour
+from .record import LayerRecord, evaluating, on_patches, recorded
+from .samples import image_patches
+from .shifts import Shift, ShiftTally
+from .surveyed import Codes, Example, LayerSurvey, Patch, Survey
+from .tally import LayerTally, Seen
 
-    Args:
-        pixels: (3, h, w) in [0, 1].
-        weight: The combine weight of the expert for this patch.
-        image: Index of the image in the data set.
-    """
+__all__ = ['Codes', 'Example', 'LayerSurvey', 'Patch', 'Survey', 'survey']
 
-    pixels: Tensor
-    weight: float
-    image: int
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A codebook and some of the tokens around its codes.
-
-    Args:
-        codes: (M, D).
-        usage: (M,), share of tokens per code, sums to 1.
-        tokens: (S, D), a sample of the tokens of all images.
-        indices: (S,) int64, the codes of the sampled tokens.
-    """
-
-    codes: Tensor
-    usage: Tensor
-    tokens: Tensor
-    indices: Tensor
+IGNORED = 255  # the class of pixels that have none, as in mmsegmentation
+Batch = Tensor | tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class LayerSurvey:
-    """What was seen of one MoE layer.
-
-    A decider is what chooses experts in a layer, by its module name inside the layer: 'router',
-    'quantizer.codebook'. SoftMoE has none, but slots.
+def survey(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    title: str,
+    normalization: Normalization,
+    classes: Sequence[str] | None = None,
+    names: Sequence[str] = (),
+    num_examples: int = 8,
+    shifts: Sequence[Shift] = (),
+    shifted_images: int = 100,
+) -> Survey:
+    """Looks at the routing of a model over a data set.
 
     Args:
-        num_experts: E.
-        numbers: Scalar measures by name, such as 'router/load_entropy'.
-        load: By decider, or 'slots': (E,), sums to 1.
-        expert_by_class: By decider: (E, C), how many tokens of a class an expert took as their
-            first; {} without labels.
-        similarity: 'weights' and 'outputs': (E, E) cosine similarity of the experts.
-        confident: By decider and expert: the patches with the largest weights, largest first.
-        codebook: Of the layer, None where it has none.
-    """
-
-    num_experts: int
-    numbers: dict[str, float]
-    load: dict[str, Tensor]
-    expert_by_class: dict[str, Tensor]
-    similarity: dict[str, Tensor]
-    confident: dict[str, list[list[Patch]]]
-    codebook: Codes | None
-
-
-@dataclass(frozen=True)
-class Example:
-    """One picture and what every layer does with its patches.
-
-    Args:
-        name: Of the picture.
-        image: (3, H, W) in [0, 1].
-        experts: 'blocks.1.mlp.router': (rows, columns) int64, the first expert, -1 for none.
-        codes: 'blocks.1.mlp.quantizer.codebook': (rows, columns) int64.
-        gates: 'blocks.1.mlp': (rows, columns), share of the continuous branch.
-        slots: 'blocks.1.mlp': (E, rows, columns), SoftMoE's dispatch weights, summed over the slots
-            of an expert.
-    """
-
-    name: str
-    image: Tensor
-    experts: dict[str, Tensor]
-    codes: dict[str, Tensor]
-    gates: dict[str, Tensor]
-    slots: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What was seen of a model over a data set.
-
-    Args:
+        model: A vision transformer of timm with MoE layers, such as `routed_model` of what was
+            trained; it runs in eval mode and is left as it was.
+        batches: Images (B, C, H, W), normalised as in training; or pairs of these and labels,
+            int64: a class per image (B,), or per pixel (B, H, W) with 255 for none.
         title: Says which model or checkpoint.
-        images: How many were looked at.
-        classes: Names by index, None without labels.
-        layers: By name, such as 'blocks.1.mlp'.
-        examples: The first pictures.
-        shifts: By shift and severity, such as 'gaussian_noise 3', and by decider, such as
-            'blocks.1.mlp.router': share of tokens whose first expert changes; {} if not asked for.
+        normalization: Of the images, so that people can look at them.
+        classes: Names by index; demanded with labels.
+        names: Of the first images; others are called by their number.
+        num_examples: How many of the first images are kept with what every layer does with them.
+        shifts: Ways to change images, to see whose expert changes; see `shifts` and `corruptions`.
+        shifted_images: How many of the first images are changed.
+
+    Raises:
+        ValueError: If the model is dense or no vision transformer, there is no image, or labels do
+            not fit.
     """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f'model: {type(model).__name__} is no VisionTransformer of timm')
+    tallies = {name: LayerTally(name, each, len(classes or ())) for name, each in layers.items()}
+    shifted = ShiftTally(model, normalization, shifts)
+    examples: list[Example] = []
+    count = 0
+    with evaluating(model):
+        for batch in batches:
+            images, labels = (batch, None) if isinstance(batch, Tensor) else batch
+            records = recorded(model, images)
+            pixels = in_colour(normalization.pixels(images))
+            of_tokens = _classes_of_tokens(model, images, labels, classes)
+            seen = Seen(model, images, image_patches(model, pixels), of_tokens, count)
+            for name, record in records.items():
+                tallies[name].add(record, seen)
+            for i in range(min(num_examples - count, len(images))):
+                name = names[count + i] if count + i < len(names) else f'image {count + i}'
+                examples.append(_example(model, images, i, pixels[i].clone(), name, records))
+            shifted.add(images[: max(shifted_images - count, 0)])
+            count += len(images)
+        check(count > 0, 'batches', count, 'at least one image to look at')
+        surveyed = {name: tally.survey() for name, tally in tallies.items()}
+    return Survey(
+        title, count, list(classes) if classes else None, surveyed, examples, shifted.shares()
+    )
 
-    title: str
-    images: int
-    classes: list[str] | None
-    layers: dict[str, LayerSurvey]
-    examples: list[Example]
-    shifts: dict[str, dict[str, float]]
 
-    def numbers(self) -> dict[str, Any]:
-        """All but pictures and samples, as JSON can hold it."""
-        return {
-            'title': self.title,
-            'images': self.images,
-            'classes': self.classes,
-            'layers': {name: _layer_numbers(layer) for name, layer in self.layers.items()},
-            'shifts': self.shifts,
-        }
+def _classes_of_tokens(
+    model: VisionTransformer, images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
+) -> Tensor | None:
+    """Class of every token (B, N), -1 for none: of its image, or of most pixels of its patch."""
+    if labels is None:
+        return None
+    check(bool(classes), 'classes', classes, 'names of the classes, as there are labels')
+    assert classes is not None
+    per_image, per_pixel = images.shape[:1], (*images.shape[:1], *images.shape[-2:])
+    fits = tuple(labels.shape) in (tuple(per_image), per_pixel) and not labels.is_floating_point()
+    check(
+        fits,
+        'labels',
+        f'{labels.dtype} {tuple(labels.shape)}',
+        f'integers, one per image {tuple(per_image)} or per pixel {per_pixel}',
+    )
+    labels = labels.detach().cpu().long()
+    known = labels[labels != IGNORED] if labels.ndim == 3 else labels
+    for value in (known.amin().item(), known.amax().item()) if known.numel() else ():
+        check(0 <= value < len(classes), 'labels', value, f'a class from 0 to {len(classes) - 1}')
+    num_tokens = model.num_prefix_tokens + _num_patches(model, images)
+    if labels.ndim == 1:
+        return labels[:, None].expand(-1, num_tokens)
+    ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
+    # padding is shifted so that what it adds, zeros, is the class of pixels that have none
+    of_patch = image_patches(model, ignored + 1).flatten(3).mode(dim=-1).values - 1
+    prefix = of_patch.new_full((len(labels), model.num_prefix_tokens), -1)
+    return torch.cat([prefix, of_patch.flatten(1)], dim=1)
 
 
-def _layer_numbers(layer: LayerSurvey) -> dict[str, Any]:
-    return {
-        'num_experts': layer.num_experts,
-        'numbers': layer.numbers,
-        'load': {name: load.tolist() for name, load in layer.load.items()},
-        'expert_by_class': {n: counts.tolist() for n, counts in layer.expert_by_class.items()},
-        'similarity': {name: cosine.tolist() for name, cosine in layer.similarity.items()},
-        'code_usage': None if layer.codebook is None else layer.codebook.usage.tolist(),
-    }
+def _num_patches(model: VisionTransformer, images: Tensor) -> int:
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return rows * columns
+
+
+def _example(
+    model: VisionTransformer,
+    images: Tensor,
+    index: int,
+    pixels: Tensor,
+    name: str,
+    records: dict[str, LayerRecord],
+) -> Example:
+    """What every layer does with the patches of one image of a batch."""
+
+    def grid(of_tokens: Tensor) -> Tensor:
+        return on_patches(model, images, of_tokens[index : index + 1])[0].clone()
+
+    example = Example(name, pixels, {}, {}, {}, {})
+    for layer, record in records.items():
+        for decider, experts in record.experts.items():
+            example.experts[f'{layer}.{decider}'] = grid(experts[..., 0])
+        for decider, codes in record.codes.items():
+            example.codes[f'{layer}.{decider}'] = grid(codes)
+        if record.gates is not None:
+            example.gates[layer] = grid(record.gates[..., 0])
+        if record.dispatch is not None:
+            example.slots[layer] = grid(record.dispatch.sum(dim=-1)).movedim(-1, 0)
+    return example

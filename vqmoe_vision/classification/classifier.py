@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.data import Mixup
@@ -10,11 +11,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
+
+from .source import source
 
 
 @MODELS.register_module()
@@ -98,6 +102,15 @@ class Classifier(MoeTrainingMixin, BaseModel):
     def routed_model(self) -> nn.Module:
         """The timm model."""
         return self.model
+
+    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
+        """Images for a survey of the routing.
+
+        Args:
+            dataset: Config of the data set of its tests.
+            folder: Images without labels in its place.
+        """
+        return source(dataset, folder)
 
     def forward(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, mode: str = 'tensor'

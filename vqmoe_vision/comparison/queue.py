@@ -21,6 +21,8 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
+from vqmoe_vision.engine.cli import make_folder
+
 from .results import Store
 from .runs import ONE_THREAD, Run
 
@@ -66,7 +68,7 @@ class Queue:
         self._jobs: list[_Job] = []
         self._failed: dict[str, str] = {}
         for folder in (store.folder, pause.parent):
-            _make(folder)
+            make_folder(folder)
 
     def work(self) -> dict[str, str]:
         """Works until nothing is left.
@@ -100,7 +102,7 @@ class Queue:
             if not free:
                 return
             folder = run.folder
-            _make(folder)
+            make_folder(folder)
             lock = _lock(folder / 'lock')
             if lock is None:
                 continue  # another queue works on it: perhaps it is finished when we look again
@@ -180,16 +182,6 @@ def _visible_gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / '.writable').open('w'):
-            pass
-        (folder / '.writable').unlink()
-    except OSError as error:
-        raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
 
 
 def _lock(path: Path) -> IO[str] | None:

@@ -13,6 +13,15 @@ from typing import Any
 from .runs import Run
 
 VERSION = 1
+# What keeps, logs and draws a run, and cannot change what it gives.
+_KEEPING = (
+    'default_hooks.checkpoint.',
+    'default_hooks.logger.',
+    'default_hooks.routing_history.',
+    'default_hooks.visualization.',
+    'log_processor.',
+    'visualizer.',
+)
 Usable = dict[tuple[str, int], dict[str, Any]]
 _NEEDED = {
     'config',
@@ -184,7 +193,9 @@ def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Says where a config differs from today's."""
     flat_then, flat_now = _flat(then), _flat(now)
     names = sorted(flat_then.keys() | flat_now.keys())
-    changed = [n for n in names if flat_then.get(n) != flat_now.get(n)]
+    changed = [
+        n for n in names if flat_then.get(n) != flat_now.get(n) and not n.startswith(_KEEPING)
+    ]
     if not changed:
         return None
     name = changed[0]

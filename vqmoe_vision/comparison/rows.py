@@ -7,6 +7,23 @@ ROWS = (
     *('dense', 'dense_wide'),
     *(name for name, method in METHODS.items() if 'matched' in method.config.PRESETS),
 )
+
+
+def _other_presets() -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, method in METHODS.items():
+        seen = [method.config.from_options(preset='matched')] if name in ROWS else []
+        for preset in method.config.PRESETS:
+            config = method.config.from_options(preset=preset)
+            if config not in seen:
+                seen.append(config)
+                found[f'{name}_{preset}'] = (name, preset)
+    return found
+
+
+# Method and preset of further rows: the papers' own forms, and what else a method names. Their
+# compute may be another.
+PRESET_ROWS = _other_presets()
 # as the paper: "small, 10M" and "large, 110M"
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
@@ -15,17 +32,21 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> list[str]
     """The options that make a row of any config.
 
     Args:
-        row: One of `ROWS`; `dense_wide` has the compute of two experts per token.
+        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token, or of
+            `PRESET_ROWS`.
         size: Key of `SIZES`.
         model: Field that holds the timm model: 'model', or 'model.backbone'.
 
     Raises:
         ValueError: There is no such row.
     """
-    if row not in ROWS:
-        raise ValueError(f'row {row!r} does not exist; those that need no options are {ROWS}')
-    if row in METHODS:
-        name, experts = f'vit_{size}_{row}', NUM_EXPERTS[size]
-        return [f'{model}.model_name={name}', f'{model}.moe.num_experts={experts}']
+    if row not in ROWS and row not in PRESET_ROWS:
+        known = (*ROWS, *PRESET_ROWS)
+        raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
+    method, preset = PRESET_ROWS.get(row, (row, None))
+    if method in METHODS:
+        experts = f'{model}.moe.num_experts={NUM_EXPERTS[size]}'
+        options = [f'{model}.model_name=vit_{size}_{method}', experts]
+        return options if preset is None else [*options, f'{model}.moe.preset={preset}']
     wider = [f'{model}.extra_mlps=2'] if row == 'dense_wide' else []
     return [f'{model}.model_name=vit_{size}_patch16_224', f'{model}.moe=None', *wider]

@@ -14,7 +14,10 @@ from mmengine.config import Config
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
 
-from .rows import ROWS, row_options
+from .rows import PRESET_ROWS, ROWS, row_options
+
+# Fields of a file that stand for many rows.
+_ROWS = {'all_methods': ROWS, 'all_presets': tuple(PRESET_ROWS)}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def read_comparison(path: str) -> Comparison:
 
     Args:
         path: A file with the fields of `Comparison` but for its name, where `rows` are written as
-            on a command line and may begin with the name of one of `ROWS`, and `all_methods=True`
-            stands for all of those. Or a config that trains: then all of them at five seeds.
+            on a command line and may begin with the name of one of `ROWS` or `PRESET_ROWS`, and
+            `all_methods=True` and `all_presets=True` stand for all of those. Or a config that
+            trains: then all of `ROWS` at five seeds.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,14 +88,17 @@ def read_comparison(path: str) -> Comparison:
     given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
         return _of_config(name, path)
-    known = {field.name for field in fields(Comparison)} - {'name'} | {'all_methods'}
+    known = {field.name for field in fields(Comparison)} - {'name'} | _ROWS.keys()
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
     config = given.pop('config')
     model, size = _model_of(load_config(config, import_modules=False))
-    rows = {row: row for row in ROWS} if given.pop('all_methods', False) else {}
-    rows |= given.pop('rows', {})
+    rows = {row: row for field, names in _ROWS.items() if given.pop(field, False) for row in names}
+    own = given.pop('rows', {})
+    if other := sorted(row for row in rows.keys() & own.keys() if rows[row] != own[row]):
+        raise ValueError(f'{path}: rows {other} stand for others by all_methods or all_presets')
+    rows |= own
     return Comparison(
         name=name,
         config=config,

@@ -86,6 +86,24 @@ def load_config(
     return config
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, before the work whose results go there.
+
+    Args:
+        folder: May be there already.
+
+    Raises:
+        ValueError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / '.writable').open('w'):
+            pass
+        (folder / '.writable').unlink()
+    except OSError as error:
+        raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
+
+
 def use_amp(config: Config) -> None:
     """Turns on mixed precision in a config.
 

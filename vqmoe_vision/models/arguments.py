@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_type_hints
 
+import torch
 from timm.layers import Mlp, to_2tuple
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.layers.create_norm import _NORM_MAP
+from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
+from torch import nn
 
-from ..moe.config import check
+from ..moe.config import check, check_type
 from ..moe.methods import METHODS
+
+# timm's names of layers, by the options that take one
+_LAYERS: dict[str, dict[str, Any]] = {
+    'act_layer': _ACT_LAYER_DEFAULT,
+    'norm_layer': _NORM_MAP,
+    'embed_norm_layer': _NORM_MAP,
+    'attn_layer': ATTN_LAYERS,
+}
+_TYPES = get_type_hints(VisionTransformer.__init__)
+# counts of what a model can do without; all others are at least 1
+_MAY_BE_ZERO = ('num_classes', 'reg_tokens')
+
+# what timm and torch raise for an argument that they cannot work with
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -73,27 +96,157 @@ def check_names(names: Iterable[str], method: str) -> None:
 
 
 def check_vit_arguments(kwargs: dict[str, Any]) -> None:
-    """Say in one line what timm would assert, ignore or cut off.
+    """Say in one line what timm would assert, ignore, cut off or leave to chance.
+
+    Types are those of timm's signature. Names of layers are tried, without memory.
+
+    Args:
+        kwargs: Arguments of timm's `VisionTransformer`; others are passed over.
 
     Raises:
-        ValueError: For arguments that cannot work together.
+        ValueError: For arguments that are impossible, or cannot work together.
     """
-    dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
-    check(dim >= 1, 'embed_dim', dim, 'at least 1')
-    check(heads >= 1 and dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
+    for name, value in kwargs.items():
+        if name in _TYPES and value is not None:
+            check_type(name, _TYPES[name], value)
+            _check_range(name, value)
+    skipped = kwargs.get('weight_init') == 'skip'
+    check(not skipped, 'weight_init', 'skip', "'reset', skipping leaves embeddings uninitialised")
+    dtype = kwargs.get('dtype')
+    real = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    check(real, 'dtype', dtype, 'a torch.dtype of floating-point numbers')
+    _check_device(kwargs.get('device'))
+    dim, heads = kwargs.get('embed_dim'), kwargs.get('num_heads')
+    if dim is not None and heads is not None:
+        check(dim % heads == 0, 'num_heads', heads, f'a divisor of embed_dim={dim}')
+    ratio = kwargs.get('mlp_ratio')
+    if dim is not None and ratio is not None:
+        check(int(dim * ratio) >= 1, 'mlp_ratio', ratio, 'wide enough for one hidden feature')
+    for name, layers in _LAYERS.items():
+        if isinstance(kwargs.get(name), str):
+            _check_layer(name, layers, kwargs)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except FAILURES as error:
+        raise ValueError(f'device={device!r} is not possible: {error}') from error
+
+
+def _check_range(name: str, value: Any) -> None:
+    if name.endswith('_rate'):
+        # a model that drops every patch would have nothing to look at
+        below = name == 'patch_drop_rate'
+        possible = 0 <= value < 1 if below else 0 <= value <= 1
+        check(possible, name, value, 'from 0 to below 1' if below else 'from 0 to 1')
+    elif _TYPES[name] is int:
+        least = 0 if name in _MAY_BE_ZERO else 1
+        check(value >= least, name, value, f'at least {least}')
+    elif name in ('img_size', 'patch_size'):
+        check(min(to_2tuple(value)) >= 1, name, value, 'at least 1')
+    elif name == 'mlp_ratio':
+        check(0 < value < math.inf, name, value, 'above 0')
+    elif name == 'init_values':
+        check(math.isfinite(value), name, value, 'finite, or None')
+
+
+def _check_layer(name: str, layers: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Tries the layer of that name in a block, on other sizes of features than of tokens."""
+    shape = ('embed_dim', 'num_heads', 'qk_norm', 'scale_attn_norm')
+    options = {key: kwargs[key] for key in shape if kwargs.get(key) is not None}
+
+    def fits(layer: str) -> bool:
+        with torch.device('meta'), torch.no_grad():
+            try:
+                model = VisionTransformer(**{**options, name: layer, 'depth': 1})
+                tokens = torch.empty(1, model.embed_dim + 1, model.embed_dim)
+                return model.blocks(model.patch_embed.norm(tokens)).shape == tokens.shape
+            except FAILURES:
+                return False
+
+    # '' is timm's default: where not even that fits, the layer is not to blame
+    if not fits(kwargs[name]) and fits(''):
+        allowed = f'one of {", ".join(map(repr, filter(fits, layers)))}'
+        raise ValueError(f'{name}={kwargs[name]!r} is not possible: {allowed}, with {options}')
+
+
+@contextmanager
+def named_failures(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Say which arguments are to blame when a model cannot be built.
+
+    The fewest of them that timm refuses are looked for, on a device without memory.
+
+    Args:
+        build: Builds the model.
+        kwargs: What it was given.
+
+    Raises:
+        ValueError: In the place of what timm or torch raised.
+        TypeError: In the place of a `TypeError`.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        reason = _failure(build, kwargs)
+        if reason is None:
+            raise  # the arguments are not to blame
+        blamed = dict(kwargs)
+        for name in kwargs:
+            rest = {key: value for key, value in blamed.items() if key != name}
+            failure = _failure(build, rest)
+            if failure is not None:
+                blamed, reason = rest, failure
+        options = ', '.join(f'{name}={value!r}' for name, value in blamed.items())
+        kind = TypeError if isinstance(reason, TypeError) else ValueError
+        raise kind(f'{options} is not possible: {str(reason) or "timm refuses it"}') from error
+
+
+def _failure(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> Exception | None:
+    try:
+        with torch.device('meta'):
+            build(**{**kwargs, 'device': 'meta'})
+    except FAILURES as error:
+        return error
+    return None
+
+
+def check_experts(kwargs: dict[str, Any]) -> None:
+    """Refuse what a dense MLP may be and an expert cannot.
+
+    Args:
+        kwargs: Arguments of timm's `VisionTransformer`.
+
+    Raises:
+        ValueError: For such an argument.
+    """
     for name, possible, allowed in (
         ('scale_mlp_norm', (None, False), 'False, experts have no norm between their layers'),
         ('mlp_layer', (None, Mlp), "timm's Mlp, whose layout experts have"),
     ):
         check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
-    image, patch = to_2tuple(kwargs.get('img_size', 224)), to_2tuple(kwargs.get('patch_size', 16))
-    check(min(patch) >= 1, 'patch_size', kwargs.get('patch_size', 16), 'at least 1')
-    check(min(image) >= 1, 'img_size', kwargs.get('img_size', 224), 'at least 1')
-    fits = all(size % part == 0 for size, part in zip(image, patch, strict=True))
+
+
+def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse a size whose last pixels timm would cut off.
+
+    Args:
+        model: Any model; only timm's `patch_embed` is looked at.
+        kwargs: What it was built with.
+
+    Raises:
+        ValueError: The image is no whole number of patches.
+    """
+    embed: Any = getattr(model, 'patch_embed', None)
+    size, patch = getattr(embed, 'img_size', None), getattr(embed, 'patch_size', None)
+    if size is None or patch is None:
+        return
+    (height, width), (rows, columns) = to_2tuple(size), to_2tuple(patch)
+    padded = kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')
     check(
-        fits or bool(kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')),
+        bool(padded) or (height % rows == 0 and width % columns == 0),
         'img_size',
-        kwargs.get('img_size', 224),
-        f'a multiple of patch_size={patch[0]}x{patch[1]}, or any with both '
+        kwargs.get('img_size', size),
+        f'a multiple of patch_size={rows}x{columns}, or any with both '
         'dynamic_img_size=True and dynamic_img_pad=True',
     )

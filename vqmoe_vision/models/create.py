@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
@@ -12,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe.config import check
-from .arguments import moe_options
+from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
 
 
 def create_model(
@@ -36,27 +38,24 @@ def create_model(
         nearest = get_close_matches(model_name, timm.list_models(), 1)
         hint = f'did you mean {nearest[0]}?' if nearest else 'timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model; {hint}')
-    _check_sizes(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
     _check_moe(model_name, moe, kwargs)
     kwargs.update(moe or {})
-    try:
+    build = partial(_untrained, model_name)
+    # one of this package's models says itself which option is wrong
+    dense = _method_of(model_name) is None
+    if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer',)):
+        check_vit_arguments(kwargs)
+    with named_failures(build, kwargs) if dense else nullcontext():
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
-        return timm.create_model(model_name, **kwargs)
-    except AssertionError as error:
-        raise ValueError(f'{model_name} cannot be built with {kwargs}: {error}') from error
+        model = timm.create_model(model_name, **kwargs)
+    check_patches(model, kwargs)
+    return model
 
 
-def _check_sizes(kwargs: dict[str, Any]) -> None:
-    size: Any = kwargs.get('img_size')
-    patch: Any = kwargs.get('patch_size')
-    known = isinstance(size, int) and isinstance(patch, int)
-    # timm would cut off the pixels that do not fill a patch, unless it pads
-    if known and size % patch and not kwargs.get('dynamic_img_pad'):
-        raise ValueError(f'img_size={size} must be a multiple of patch_size={patch}')
-    width, heads = kwargs.get('embed_dim'), kwargs.get('num_heads')
-    if width is not None and heads is not None and width % heads:
-        raise ValueError(f'embed_dim={width} must be a multiple of num_heads={heads}')
+def _untrained(model_name: str, **kwargs: Any) -> nn.Module:
+    return timm.create_model(model_name, **{**kwargs, 'pretrained': False, 'checkpoint_path': ''})
 
 
 def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
@@ -86,7 +85,7 @@ def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
     valid = isinstance(extra_mlps, int) and extra_mlps > 0
     check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
     with torch.device('meta'):  # for depth and ratio only: no memory, no random numbers
-        model: Any = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
+        model: Any = _untrained(model_name, **kwargs)
     blocks: Any = model.blocks if isinstance(model, VisionTransformer) else []
     mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]
     dense = len(mlps) == len(blocks) > 0

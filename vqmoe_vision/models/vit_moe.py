@@ -23,7 +23,14 @@ from ..moe.experts import Experts
 from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import check_names, check_vit_arguments, resolve_moe_layers
+from .arguments import (
+    check_experts,
+    check_names,
+    check_patches,
+    check_vit_arguments,
+    named_failures,
+    resolve_moe_layers,
+)
 from .complexity import count_params, describe_params
 from .raw_patches import RawPatchBlock, raw_patch_parts
 
@@ -55,11 +62,14 @@ class MoeVisionTransformer(VisionTransformer):
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_names(kwargs, method)
-        check_vit_arguments(kwargs)
+        check_vit_arguments({**kwargs, 'fix_init': fix_init})
+        check_experts(kwargs)
         raw_patches = RawPatches(METHODS[method].read_patches)
         if raw_patches.read is not None:
             kwargs.update(raw_patch_parts(raw_patches, kwargs))
-        super().__init__(**kwargs)
+        with named_failures(VisionTransformer, kwargs):
+            super().__init__(**kwargs)
+        check_patches(self, kwargs)
         self.method = method
         self.moe_config = METHODS[method].config.from_options(**options)
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens

@@ -7,9 +7,22 @@ have is therefore unknown (`TypeError`), never ignored.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,8 +67,9 @@ class MoeConfig:
     expert_mlp_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
         for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+            check_type(field.name, types[field.name], getattr(self, field.name))
         self.require('num_experts', self.num_experts >= 1, 'at least 1')
         ratio = self.expert_mlp_ratio
         check(ratio is None or 0 < ratio < math.inf, 'expert_mlp_ratio', ratio, 'above 0, or None')
@@ -146,15 +160,34 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
     )
 
 
-def _check_type(name: str, annotation: str, value: object) -> None:
-    parts = annotation.split(' | ')
+def check_type(name: str, hint: Any, value: object) -> None:
+    """Refuse a value of another type than is declared.
+
+    Args:
+        name: What the user calls it.
+        hint: The declared type: numbers, `bool`, `str`, `Literal`, tuples, callables, unions.
+        value: What the user gave.
+
+    Raises:
+        ValueError: If the value is none of that type.
+    """
+    check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:  # a config may have it as a list
+        listed = isinstance(value, list | tuple) and len(value) == len(parts)
+        return listed and all(map(_has_type, value, parts))
+    if hint is Callable or origin in (type, Callable):
+        return callable(value)
     # bool is an int to Python, but no number of experts
-    kinds: dict[str, Any] = {'int': int, 'float': (int, float), 'bool': bool, 'str': str}
-    fits = any(
-        value is None if part == 'None' else isinstance(value, kinds[part]) for part in parts
-    )
-    confused = isinstance(value, bool) and 'bool' not in parts
-    check(fits and not confused, name, value, f'{annotation} is expected')
+    confused = isinstance(value, bool) and hint is not bool
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and not confused
 
 
 def check_weights(config: MoeConfig, *names: str) -> None:

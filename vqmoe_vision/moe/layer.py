@@ -6,16 +6,23 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .codebook import Quantized
 from .dispatch import run_experts
 from .experts import Experts
 from .losses import token_mean
 from .routing import Router, Routing, expert_load
 from .scripting import StaysPython
+
+# What a pass decided for every token, by name; a module that decided has the name it has in the
+# layer. Then come the tokens (B, N, D) that the layer was given, and its answer.
+Decisions = dict[str, Routing | Quantized | Tensor]
+Watcher = Callable[[Decisions, Tensor, Tensor], None]
 
 _UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
@@ -32,16 +39,20 @@ def in_recomputation() -> bool:
 class Recorder:
     """Keeps what a layer reports while a `collect_losses` block is open.
 
-    Copies and pickles of a model start closed and empty.
+    Copies and pickles of a model start closed, empty and unwatched.
+
+    Attributes:
+        watcher: Who looks at what is decided for every token; nobody, as a rule.
     """
 
     def __init__(self) -> None:
         self.active = False
         self.losses: list[tuple[str, Tensor]] = []
         self.stats: list[tuple[str, Tensor]] = []
+        self.watcher: Watcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {'active': False, 'losses': [], 'stats': []}
+        return {'active': False, 'losses': [], 'stats': [], 'watcher': None}
 
     def start(self) -> None:
         """Begin to keep."""
@@ -55,8 +66,9 @@ class Recorder:
 class MoeLayer(StaysPython):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
-    A subclass implements `run` ((B, N, D) -> (B, N, D), no buffer changes) and calls `record` once
-    in it, if it has losses or statistics. The other methods are there for layers that need them.
+    A subclass implements `run` ((B, N, D) -> (B, N, D), no buffer changes). In it, it calls
+    `record` once, if it has losses or statistics, and `show`. The other methods are there for
+    layers that need them.
 
     Attributes:
         needs_collecting: Whether the layer has losses, or state that learns without gradients.
@@ -109,6 +121,18 @@ class MoeLayer(StaysPython):
         if self.listens:
             self.recorder.losses.extend(losses.items())
             self.recorder.stats.extend(stats.items())
+
+    def show(self, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> None:
+        """Let whoever watches see what a pass decided; nothing is kept or computed for it here.
+
+        Args:
+            decisions: By name: the routing of a router or the answer of a codebook, under the name
+                of that module in this layer; or a tensor that begins with (B, N), or (T,).
+            inputs: What the layer was given, (B, N, D).
+            outputs: Its answer, (B, N, D).
+        """
+        if self.recorder.watcher is not None and not in_recomputation():
+            self.recorder.watcher(decisions, inputs, outputs)
 
     @property
     def listens(self) -> bool:
@@ -197,7 +221,9 @@ class RoutedMlp(MoeLayer):
         routing = self.router(x if self.router.per_image else x.flatten(0, 1))
         out = run_experts(self.experts, x.flatten(0, 1), routing)
         self.record(routing.losses, self.statistics(routing, out.shape[0]))
-        return out.view(x.shape)
+        out = out.view(x.shape)
+        self.show({'router': routing}, x, out)
+        return out
 
     def statistics(self, routing: Routing, num_tokens: int) -> dict[str, Tensor]:
         """Of a routing, if somebody listens.

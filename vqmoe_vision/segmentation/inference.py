@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.registry import init_default_scope
-from mmengine.runner.checkpoint import load_state_dict
 from mmseg.datasets import BaseSegDataset
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.models.transfer import misfit
+from vqmoe_vision.engine.trained import load_trained
 
 from .metainfo import complete_metainfo
 from .transforms import LOADING
@@ -100,13 +98,7 @@ class Predictor:
         self.classes, palette = _classes(config, dataset)
         self.palette = np.array(palette, np.uint8)[:, ::-1]  # BGR
         self.pipeline = Compose([step for step in dataset.pipeline if step.type not in LOADING])
-        self.model = MODELS.build(settings.model)
-        state = read_state(checkpoint)
-        problem = misfit(self.model.state_dict(), state)
-        if problem:
-            raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
-        load_state_dict(self.model, state, strict=True)
-        self.model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+        self.model = load_trained(settings, checkpoint, device)
 
     @torch.inference_mode()
     def __call__(

@@ -3,15 +3,18 @@
 import inspect
 from typing import Any
 
+from mmengine.config import ConfigDict
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
+from .source import source
 
 
 @MODELS.register_module()
@@ -101,6 +104,16 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     def routed_model(self) -> nn.Module:
         """The timm model in the backbone."""
         return self.backbone.model
+
+    def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
+        """Images for a survey of the routing: what one window of a test sees.
+
+        Args:
+            dataset: Config of the data set of its tests.
+            folder: Images without labels in its place.
+        """
+        size = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
+        return source(dataset, self.data_preprocessor, size, folder)
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """Each auxiliary loss, then mmseg's losses and accuracy.

@@ -21,7 +21,8 @@ from PIL import Image
 
 IGNORE = 255
 # What a pipeline without files, such as that of an image at hand, leaves out.
-LOADING = frozenset({'LoadImageFromFile', 'LoadImage', 'LoadAnnotations', 'LoadLabels'})
+LOADING_LABELS = frozenset({'LoadAnnotations', 'LoadLabels'})
+LOADING = LOADING_LABELS | {'LoadImageFromFile', 'LoadImage'}
 
 
 @TRANSFORMS.register_module()

@@ -37,7 +37,8 @@ def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """
     rows, columns = grid_size
     cells = F.adaptive_avg_pool2d(images.detach(), (rows * CELLS, columns * CELLS))
-    return F.pixel_unshuffle(cells, CELLS).flatten(2).transpose(1, 2)
+    # not pixel_unshuffle, which leaves an empty batch in the shape it came in
+    return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
 
 
 class DistilledRouter(nn.Module):

@@ -124,7 +124,8 @@ class SMoEConfig(TopKConfig):
         )
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
-            self.require(name, factor is None or factor > 0, 'above 0, or None for dropless')
+            possible = factor is None or 0 < factor < math.inf
+            self.require(name, possible, 'above 0 and finite, or None for dropless')
         capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
         self.require(
             'batch_prioritized',

@@ -140,7 +140,7 @@ class SoftMoEMlp(MoeLayer):
     def run(self, x: Tensor) -> Tensor:
         """Mix, run, mix back; (B, N, D) -> (B, N, D)."""
         batch, _, width = x.shape
-        dtype = compute_dtype(x)
+        dtype, given = compute_dtype(x), x
         with full_precision(x):
             if self.token_norm is not None:
                 x = F.rms_norm(x.float(), (width,), self.token_norm.weight.float())
@@ -156,7 +156,9 @@ class SoftMoEMlp(MoeLayer):
         answers = self.experts(rows, ends * per_expert)
         by_expert = (self.experts.num_experts, batch, self.slots_per_expert, width)
         answers = answers.view(by_expert).transpose(0, 1)
-        return combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
+        out = combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
+        self.show({'dispatch': dispatch, 'combine': combine}, given, out)
+        return out
 
     @property
     def experts_per_token(self) -> float:

@@ -46,7 +46,7 @@ from ..codebook_learning import CODEBOOKS
 from ..config import MoeConfig, check_weights
 from ..experts import Experts
 from ..host import Host
-from ..layer import MoeLayer
+from ..layer import Decisions, MoeLayer
 from ..losses import token_mean
 from ..routing import full_precision
 from ._continuous_router import ContinuousRouter
@@ -177,12 +177,14 @@ class VQMoEMlp(MoeLayer):
         branches: list[Branch] = []
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        decisions: Decisions = {}
         if self.router is not None:
-            routing = self.router(precise)
+            routing = decisions['router'] = self.router(precise)
             branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
             losses |= routing.losses
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
+            decisions['quantizer.codebook'] = quantized
             experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
@@ -196,7 +198,11 @@ class VQMoEMlp(MoeLayer):
             if gates is not None:
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
         self.record(losses, stats)
-        return out.view(x.shape)
+        if gates is not None:
+            decisions['gates'] = gates
+        out = out.view(x.shape)
+        self.show(decisions, x, out)
+        return out
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""

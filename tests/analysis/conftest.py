@@ -1,0 +1,48 @@
+"""Tiny models of every method, and of every preset and trial that runs other code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import vqmoe_vision.models  # noqa: F401  registers the models
+from vqmoe_vision.moe import METHODS
+
+# 16 patches and a class token per image; block 1 is MoE
+TINY = {
+    'img_size': 32,
+    'patch_size': 8,
+    'embed_dim': 16,
+    'depth': 2,
+    'num_heads': 2,
+    'num_classes': 3,
+    'num_experts': 4,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
+for _name, _method in METHODS.items():
+    _config = _method.config
+    VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p in _config.PRESETS}
+    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.TRIALS.items()}
+
+Make = Callable[..., VisionTransformer]
+
+
+def make(method: str, **options: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    return timm.create_model(f'vit_tiny_{method}', **{**TINY, **options}).eval()
+
+
+@pytest.fixture
+def make_tiny() -> Make:
+    """Builds a tiny model of a named method."""
+    return make
+
+
+@pytest.fixture(params=VARIANTS)
+def tiny_variant(request: pytest.FixtureRequest) -> VisionTransformer:
+    """A tiny model of each method, preset and trial in turn."""
+    method, options = VARIANTS[request.param]
+    return make(method, **options)

@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import torch
+
+from vqmoe_vision.analysis.checkpoints import convergence, routing_changes
+from vqmoe_vision.moe import moe_layers
+
+NAME = 'blocks.1.mlp'
+
+
+def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny) -> None:
+    before = make_tiny('smoe')
+    after = copy.deepcopy(before)
+    images = torch.rand(3, 3, 32, 32)
+    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 0}
+    with torch.no_grad():
+        router = moe_layers(after)[NAME].router
+        router.weight.copy_(router.weight.roll(1, dims=0))  # every expert has another number
+    assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
+
+
+def test_both_deciders_are_compared_and_slots_have_none(make_tiny) -> None:
+    images = [torch.rand(1, 3, 32, 32)]
+    model = make_tiny('vqmoe')
+    changes = routing_changes(model, model, images)
+    assert changes == {f'{NAME}.router': 0, f'{NAME}.quantizer.codebook': 0}
+    slots = make_tiny('softmoe')
+    assert routing_changes(slots, slots, images) == {}
+
+
+def test_models_that_have_nothing_to_compare_are_refused(make_tiny) -> None:
+    full, discrete = make_tiny('vqmoe'), make_tiny('vqmoe', form='discrete')
+    with pytest.raises(ValueError, match=f'after: only one .* has {NAME}.router'):
+        routing_changes(full, discrete, [torch.rand(1, 3, 32, 32)])
+    with pytest.raises(ValueError, match='batches: empty'):
+        routing_changes(full, full, [])
+
+
+def test_a_part_that_arrives_first_has_converged_first(make_tiny) -> None:
+    # the router has its last weights at the second checkpoint of three, the experts are half way
+    start, end = (
+        make_tiny('vqmoe', num_experts=2).state_dict(),
+        copy.deepcopy(make_tiny('vqmoe', num_experts=2).state_dict()),
+    )
+    for name, value in end.items():
+        if value.is_floating_point():
+            end[name] = value + torch.randn_like(value)
+    middle = {
+        name: end[name]
+        if '.router.' in name
+        else (start[name] + end[name]) / 2
+        if value.is_floating_point()
+        else value
+        for name, value in start.items()
+    }
+    found = convergence([start, middle, end], [NAME])
+    assert found.keys() == {f'{NAME}.{part}' for part in ('router', 'quantizer', 'gate', 'experts')}
+    assert found[f'{NAME}.router']['distance'] == [1, 0, 0]
+    assert found[f'{NAME}.experts']['distance'] == pytest.approx([1, 0.5, 0], abs=1e-6)
+    first, second, third = found[f'{NAME}.experts']['similarity']
+    assert first < second < third == pytest.approx(1)
+
+
+def test_checkpoints_of_no_one_training_are_refused(make_tiny) -> None:
+    state = make_tiny('smoe').state_dict()
+    with pytest.raises(ValueError, match='checkpoints=1 is not possible: at least 2'):
+        convergence([state], [NAME])
+    other = {k: v for k, v in state.items() if '.router.' not in k}
+    with pytest.raises(ValueError, match=rf'one of them has no {NAME}.router.weight'):
+        convergence([state, other], [NAME])

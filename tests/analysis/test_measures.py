@@ -1,0 +1,236 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
+from torch import Tensor, nn
+
+from vqmoe_vision.analysis import measures
+from vqmoe_vision.moe.experts import Experts
+
+E = 4
+ONE_TAKES_ALL = torch.tensor([0.0, 12.0, 0.0, 0.0])
+EVEN = torch.full((E,), 3.0)
+counts = st.lists(st.integers(0, 50), min_size=2, max_size=8).filter(any).map(torch.tensor)
+tables = st.integers(2, 5).flatmap(
+    lambda columns: (
+        st.lists(
+            st.lists(st.integers(0, 20), min_size=columns, max_size=columns), min_size=2, max_size=5
+        )
+        .map(torch.tensor)
+        .filter(lambda table: bool(table.any()))
+    )
+)
+
+
+def identical_experts() -> Experts:
+    experts = Experts(E, in_features=6, hidden_features=5)
+    for p in experts.parameters():
+        nn.init.normal_(p)
+        p.data[:] = p.data[0]
+    return experts
+
+
+def different_experts() -> Experts:
+    experts = Experts(E, in_features=6, hidden_features=5)
+    for p in experts.parameters():
+        nn.init.normal_(p)
+    return experts
+
+
+def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load() -> None:
+    assert measures.load_entropy(ONE_TAKES_ALL) == 0
+    # load 0, 12, 0, 0: mean 3, variance (9 + 81 + 9 + 9) / 4 = 27; sqrt(27) / 3 = sqrt(E - 1)
+    assert measures.load_variation(ONE_TAKES_ALL) == pytest.approx(math.sqrt(3))
+    assert measures.num_dead(ONE_TAKES_ALL) == 3
+    assert measures.usage_perplexity(ONE_TAKES_ALL) == 1
+
+
+def test_even_load_is_the_other_end() -> None:
+    assert measures.load_entropy(EVEN) == pytest.approx(1)
+    assert measures.load_variation(EVEN) == 0
+    assert measures.num_dead(EVEN) == 0
+    assert measures.usage_perplexity(EVEN) == pytest.approx(E)
+
+
+def test_load_of_two_of_four_experts() -> None:
+    # H(1/2, 1/2) / log 4 = log 2 / log 4 = 1/2; mean 1/4, std 1/4; two codes in even use
+    load = torch.tensor([0.5, 0.0, 0.5, 0.0])
+    assert measures.load_entropy(load) == pytest.approx(0.5)
+    assert measures.load_variation(load) == pytest.approx(1)
+    assert measures.num_dead(load) == 2
+    assert measures.usage_perplexity(load) == pytest.approx(2)
+
+
+def test_a_single_expert_has_an_even_load() -> None:
+    assert measures.load_entropy(torch.tensor([5.0])) == 1
+    assert measures.load_variation(torch.tensor([5.0])) == 0
+
+
+@given(counts)
+def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_range(
+    load: Tensor,
+) -> None:
+    ranges = {
+        measures.load_entropy: (0, 1),
+        measures.load_variation: (0, math.sqrt(len(load) - 1)),
+        measures.num_dead: (0, len(load) - 1),
+        measures.usage_perplexity: (1, len(load)),
+    }
+    for measure, (low, high) in ranges.items():
+        value = measure(load)
+        assert low - 1e-9 <= value <= high + 1e-9
+        assert measure(load.flip(0)) == pytest.approx(value)
+        assert measure(load / load.sum()) == pytest.approx(value, abs=1e-6)
+
+
+def test_an_expert_that_copies_the_class_tells_all_of_it() -> None:
+    # classes 1/2, 1/4, 1/4: H = 1/2 log 2 + 2 * 1/4 log 4 = 1.5 log 2
+    table = torch.diag(torch.tensor([20, 10, 10]))
+    assert measures.mutual_information(table) == pytest.approx(1.5 * math.log(2))
+    assert measures.normalized_mutual_information(table) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('load', [ONE_TAKES_ALL, EVEN, torch.tensor([6.0, 3.0, 2.0, 1.0])])
+def test_routing_that_knows_nothing_of_the_class_tells_nothing(load: Tensor) -> None:
+    table = load[:, None] * torch.tensor([1.0, 2.0, 5.0])
+    assert measures.mutual_information(table) == pytest.approx(0, abs=1e-12)
+    assert measures.normalized_mutual_information(table) == pytest.approx(0, abs=1e-12)
+
+
+def test_random_routing_tells_no_more_than_its_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, classes = 20_000, 10
+    experts = torch.randint(E, (tokens,), generator=generator)
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    table = torch.bincount(experts * classes + labels, minlength=E * classes).view(E, classes)
+    # (E - 1)(C - 1) / 2T = 27 / 40,000; 2T times it is chi-squared of 27 degrees: within 10 sigma
+    assert measures.mutual_information(table) == pytest.approx(
+        27 / 40_000, abs=10 * math.sqrt(2 * 27) / 40_000
+    )
+    assert measures.load_entropy(experts.bincount()) > 0.999
+
+
+@given(tables)
+def test_mutual_information_agrees_with_scikit_learn(table: Tensor) -> None:
+    experts, labels = (
+        index.repeat_interleave(table.flatten()).numpy()
+        for index in (
+            torch.arange(len(table))[:, None].expand(table.shape).flatten(),
+            torch.arange(table.shape[1]).expand(table.shape).flatten(),
+        )
+    )
+    expected = mutual_info_score(experts, labels)
+    assert measures.mutual_information(table) == pytest.approx(expected, abs=1e-9)
+    assert measures.mutual_information(table.t().flip(0)) == pytest.approx(expected, abs=1e-9)
+    if (table.sum(0) > 0).sum() > 1 and (table.sum(1) > 0).sum() > 1:
+        expected = normalized_mutual_info_score(experts, labels, average_method='min')
+        assert measures.normalized_mutual_information(table) == pytest.approx(expected, abs=1e-9)
+
+
+def test_quantization_error_of_the_mean_is_one_around_the_mean() -> None:
+    # tokens (3, 1), (3, -1), code (3, 0): distance 1 + 1, energy 10 + 10, around the mean 1 + 1
+    assert measures.quantization_error(2, 20) == 0.1
+    assert measures.quantization_error(2, 2) == 1
+
+
+def gram(tokens: Tensor) -> Tensor:
+    return tokens.double().t() @ tokens.double()
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    assert measures.effective_rank(gram(torch.eye(5))) == pytest.approx(5)
+    assert measures.effective_rank(gram(torch.ones(7, 5))) == pytest.approx(1, abs=1e-6)
+    # singular values 3, 1: shares 3/4, 1/4; H = log 4 - 3/4 log 3
+    tokens = torch.diag(torch.tensor([3.0, 1.0]))
+    expected = math.exp(math.log(4) - 0.75 * math.log(3))
+    assert measures.effective_rank(gram(tokens)) == pytest.approx(expected)
+
+
+def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length() -> None:
+    tokens = torch.randn(40, 8) @ torch.randn(8, 8)
+    shares = torch.linalg.svdvals(tokens.double())
+    shares = shares / shares.sum()
+    expected = math.exp(-(shares * shares.log()).sum())
+    rotation = torch.linalg.qr(torch.randn(8, 8)).Q
+    for same in (tokens, tokens[torch.randperm(40)], tokens @ rotation, 7 * tokens):
+        assert measures.effective_rank(gram(same)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_identical_experts_are_wholly_similar_and_others_are_not() -> None:
+    tokens = torch.randn(9, 6)
+    for experts, similar in ((identical_experts(), True), (different_experts(), False)):
+        by_weights = measures.weight_similarity(experts)
+        by_outputs = measures.output_similarity(measures.expert_outputs(experts, tokens))
+        for similarity in (by_weights, by_outputs):
+            torch.testing.assert_close(similarity.diagonal(), torch.ones(E).double())
+            mean = measures.mean_similarity(similarity)
+            assert mean == pytest.approx(1) if similar else abs(mean) < 0.5
+
+
+def test_hidden_units_in_another_order_are_similar_by_outputs_only() -> None:
+    experts = identical_experts()
+    order = torch.tensor([4, 3, 2, 1, 0])
+    with torch.no_grad():
+        experts.fc1.weight[1] = experts.fc1.weight[1, order]
+        experts.fc1.bias[1] = experts.fc1.bias[1, order]
+        experts.fc2.weight[1] = experts.fc2.weight[1, :, order]
+    outputs = measures.expert_outputs(experts, torch.randn(9, 6))
+    assert measures.output_similarity(outputs)[0, 1] == pytest.approx(1)
+    assert measures.weight_similarity(experts)[0, 1] < 0.9
+
+
+def test_every_expert_answers_every_token() -> None:
+    experts, tokens = different_experts().double(), torch.randn(3, 6)
+    outputs = measures.expert_outputs(experts, tokens)
+    for e in range(E):
+        hidden = nn.functional.linear(tokens.double(), experts.fc1.weight[e], experts.fc1.bias[e])
+        answer = nn.functional.linear(
+            experts.act(hidden), experts.fc2.weight[e], experts.fc2.bias[e]
+        )
+        torch.testing.assert_close(outputs[e], answer)
+
+
+def test_cosine_of_outputs_is_averaged_over_tokens() -> None:
+    # expert 0 answers (1, 0) and (0, 2), expert 1 (3, 0) and (5, 0): cosines 1 and 0
+    outputs = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [5.0, 0.0]]])
+    similarity = measures.output_similarity(outputs)
+    assert similarity.tolist() == [[1, 0.5], [0.5, 1]]
+    assert measures.mean_similarity(similarity) == 0.5
+
+
+def test_changed_share_counts_tokens_and_refuses_other_tokens() -> None:
+    before = torch.tensor([[0, 1, 2, -1]])
+    assert measures.changed_share(before, before) == 0
+    assert measures.changed_share(before, torch.tensor([[0, 2, 2, 3]])) == 0.5
+    # renumbered experts route alike, and yet all seem to change
+    assert measures.changed_share(before, (before + 1) % 4) == 1
+    with pytest.raises(ValueError, match=r'after=\(1, 3\) is not possible'):
+        measures.changed_share(before, before[:, :3])
+
+
+def test_chance_of_change_is_the_change_of_a_routing_drawn_anew() -> None:
+    assert measures.chance_of_change(ONE_TAKES_ALL) == 0
+    assert measures.chance_of_change(EVEN) == pytest.approx(1 - 1 / E)
+    # shares 1/2, 1/4, 1/4: 1 - 1/4 - 1/16 - 1/16
+    load = torch.tensor([2.0, 1.0, 1.0])
+    assert measures.chance_of_change(load) == pytest.approx(0.625)
+    before, after = load.multinomial(40_000, replacement=True).view(2, 20_000)
+    # std sqrt(0.625 * 0.375 / 20,000) = 0.0034, five of them
+    share = measures.changed_share(before, after)
+    assert share == pytest.approx(measures.chance_of_change(load), abs=0.017)
+
+
+def test_parameters_approach_the_last_checkpoint() -> None:
+    # at (1, 0), (1, 1), (0, 2): cosines with (0, 2) are 0, 1 / sqrt 2, 1;
+    # distances are sqrt 5, sqrt 2, 0 of sqrt 5
+    trajectory = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    torch.testing.assert_close(
+        measures.similarity_to_last(trajectory), torch.tensor([0, 0.5**0.5, 1]).double()
+    )
+    torch.testing.assert_close(
+        measures.distance_to_last(trajectory), torch.tensor([1, 0.4**0.5, 0]).double()
+    )
+    assert measures.distance_to_last(torch.ones(3, 2)).tolist() == [0, 0, 0]

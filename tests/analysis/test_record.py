@@ -1,0 +1,186 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqmoe_vision import collect_losses
+from vqmoe_vision.analysis import measures
+from vqmoe_vision.analysis.record import LayerRecord, record_layers
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.layer import MoeLayer, RoutedMlp
+from vqmoe_vision.moe.routing import Router, Routing
+
+E, NAME = 4, 'blocks.1.mlp'
+
+
+class GivenRouter(Router):
+    """Answers what it is told."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, x: Tensor) -> Routing:
+        return self.routing
+
+
+def decider_inputs(layer: MoeLayer, record: LayerRecord, decider: str) -> Tensor:
+    """What the experts of a decider are fed, (T, D)."""
+    tokens = record.inputs.flatten(0, 1)
+    if decider not in record.codes:
+        return tokens
+    quantizer = layer.get_submodule(decider.rpartition('.')[0])
+    return quantizer(tokens, tokens)[0]
+
+
+@torch.no_grad()
+def answer(layer: MoeLayer, record: LayerRecord) -> Tensor:
+    """The layer's answer, computed anew from nothing but what was recorded."""
+    if record.dispatch is not None:
+        norm = getattr(layer, 'token_norm', None)
+        tokens = record.inputs if norm is None else norm(record.inputs)
+        slots = torch.einsum('bnep,bnd->ebpd', record.dispatch, tokens)
+        own = [
+            measures.expert_outputs(layer.experts, of.flatten(0, 1))[e].view(of.shape)
+            for e, of in enumerate(slots)
+        ]
+        return torch.einsum('bnep,ebpd->bnd', record.combine, torch.stack(own))
+    total = torch.zeros_like(record.inputs).flatten(0, 1)
+    for decider, experts in record.experts.items():
+        outputs = measures.expert_outputs(layer.experts, decider_inputs(layer, record, decider))
+        if decider in record.codes and getattr(layer, 'output_norm', None) is not None:
+            outputs = layer.output_norm(outputs)
+        weights = record.weights[decider]
+        for chosen, weight in zip(
+            experts.flatten(0, 1).t(), weights.flatten(0, 1).t(), strict=True
+        ):
+            taken = outputs[chosen.clamp(min=0), torch.arange(len(chosen))]
+            total += taken * weight[:, None]
+    return total.view(record.inputs.shape)
+
+
+def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad(), record_layers(tiny_variant) as records:
+        assert records == {}
+        tiny_variant(images)
+    layer, record = moe_layers(tiny_variant)[NAME], records[NAME]
+    assert record.num_experts == E
+    assert record.inputs.shape == record.outputs.shape == (3, 17, 16)
+    torch.testing.assert_close(answer(layer, record), record.outputs, rtol=1e-4, atol=1e-6)
+    for decider, experts in record.experts.items():
+        assert isinstance(layer.get_submodule(decider), nn.Module)
+        weights = record.weights[decider]
+        assert experts.shape == weights.shape
+        assert experts.shape[:2] == (3, 17)
+        assert torch.equal(experts == -1, weights == 0)
+    if record.gates is not None:
+        torch.testing.assert_close(record.gates.sum(-1), torch.ones(3, 17))
+    if record.dispatch is not None:
+        torch.testing.assert_close(record.dispatch.sum(1), torch.ones(record.dispatch[:, 0].shape))
+        torch.testing.assert_close(record.combine.sum((2, 3)), torch.ones(3, 17))
+
+
+def test_looking_changes_nothing(tiny_variant) -> None:
+    tiny_variant.train()
+    images = torch.randn(2, 3, 32, 32)
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(1)
+        tiny_variant.zero_grad()
+        with collect_losses(tiny_variant, update_state=False) as collected:
+            loss = tiny_variant(images).square().sum() + collected.total()
+            loss.backward()
+        return [loss.detach(), *(p.grad for p in tiny_variant.parameters() if p.grad is not None)]
+
+    expected = step()
+    with record_layers(tiny_variant):
+        looked_at = step()
+    assert all(torch.equal(a, b) for a, b in zip(expected, looked_at, strict=True))
+
+
+def test_the_last_pass_counts_and_nobody_looks_afterwards(make_tiny) -> None:
+    model = make_tiny('vqmoe')
+    with torch.no_grad(), record_layers(model) as records:
+        model(torch.zeros(5, 3, 32, 32))
+        model(torch.randn(2, 3, 32, 32))
+    kept = records[NAME]
+    assert len(kept.inputs) == 2
+    assert not kept.inputs.requires_grad
+    model(torch.randn(1, 3, 32, 32))
+    assert records[NAME] is kept
+
+
+def test_an_error_closes_the_block_and_blocks_do_not_nest(make_tiny) -> None:
+    model = make_tiny('smoe')
+    with pytest.raises(ZeroDivisionError), record_layers(model):
+        raise ZeroDivisionError
+    refused = pytest.raises(RuntimeError, match='do not nest')
+    with record_layers(model) as records:
+        with refused, record_layers(model):
+            pass
+        model(torch.zeros(1, 3, 32, 32))
+    assert records.keys() == {NAME}  # the refused one has closed nothing of the other
+
+
+def test_a_dense_model_is_refused_in_one_line() -> None:
+    refused = pytest.raises(ValueError, match=r'^model: Linear is dense, .*$')
+    with refused, record_layers(nn.Linear(2, 2)):
+        pass
+
+
+def test_copies_and_pickles_are_not_looked_at(make_tiny) -> None:
+    model = make_tiny('softmoe')
+    with record_layers(model) as records:
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            twin(torch.zeros(1, 3, 32, 32))
+    assert records == {}
+
+
+def test_a_recomputation_is_not_recorded() -> None:
+    layer = RoutedMlp(
+        GivenRouter(Routing(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1))),
+        Experts(2, in_features=2, hidden_features=2),
+    ).eval()
+    seen = []
+    layer.recorder.watcher = lambda *shown: seen.append(shown)
+    x = torch.randn(1, 4, 2, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert len(seen) == 1
+
+
+def test_dropped_assignments_have_no_expert_and_come_last() -> None:
+    # token 0 keeps both, token 1 its second, token 2 none
+    routing = Routing(
+        torch.tensor([[0, 1], [1, 0], [1, 2]]),
+        torch.tensor([[0.6, 0.3], [0.5, 0.4], [0.5, 0.2]]),
+        kept=torch.tensor([[True, True], [False, True], [False, False]]),
+    )
+    layer = RoutedMlp(GivenRouter(routing), Experts(3, in_features=2, hidden_features=2))
+    with torch.no_grad(), record_layers(layer) as records:
+        layer(torch.randn(1, 3, 2))
+    assert records[''].experts['router'].tolist() == [[[0, 1], [0, -1], [-1, -1]]]
+    expected = torch.tensor([[[0.6, 0.3], [0.4, 0.0], [0.0, 0.0]]])
+    torch.testing.assert_close(records[''].weights['router'], expected)
+
+
+def test_load_is_what_the_layer_reports(tiny_variant) -> None:
+    collecting = collect_losses(tiny_variant, update_state=False)
+    with torch.no_grad(), record_layers(tiny_variant) as records, collecting as collected:
+        tiny_variant(torch.randn(3, 3, 32, 32))
+    record = records[NAME]
+    if not record.experts:
+        assert f'{NAME}/load' not in collected.stats  # slots have none
+        return
+    of_experts = torch.zeros(E)
+    for experts in record.experts.values():
+        of_experts += experts[experts >= 0].bincount(minlength=E)
+    if getattr(tiny_variant.moe_config, 'eval_capacity_factor', None) is not None:
+        # the layer counts what it drops, too
+        assert of_experts.sum() < record.experts['router'].numel()
+        return
+    torch.testing.assert_close(of_experts / of_experts.sum(), collected.stats[f'{NAME}/load'])

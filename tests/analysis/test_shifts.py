@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.analysis.corruptions import corruption, corruptions
+from vqmoe_vision.analysis.normalization import Normalization
+from vqmoe_vision.analysis.shifts import Shift, ShiftTally, crop, flip, noise
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.routing import Router, Routing
+
+E, ROUTER = 4, 'blocks.1.mlp.router'
+NORMALIZATION = Normalization((0.5,) * 3, (0.5,) * 3)
+PATCH = (8, 8)
+
+
+class BrightnessRouter(Router):
+    """Sends a token of brightness v in [0, 1] to expert floor(E v)."""
+
+    def forward(self, x: Tensor) -> Routing:
+        indices = (E * x[:, :1]).long().clamp(0, E - 1)
+        return Routing(indices, torch.ones(indices.shape))
+
+
+@pytest.fixture
+def by_content() -> VisionTransformer:
+    """Patches of 8 x 8 in images of 32 x 48, whose expert follows from their mean pixel alone."""
+    model = VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=2, depth=1, num_heads=1, num_classes=0
+    )
+    for p in (model.pos_embed, model.cls_token):
+        nn.init.zeros_(p)
+    # of normalised pixels 2 v - 1
+    nn.init.constant_(model.patch_embed.proj.weight, 0.5 / (3 * 64))
+    nn.init.constant_(model.patch_embed.proj.bias, 0.5)
+    model.blocks = nn.Sequential(RoutedMlp(BrightnessRouter(), Experts(E, 2, 2)))
+    return model.eval()
+
+
+def shares(model: nn.Module, pixels: Tensor, *shifts: Shift, batch: int = 3) -> dict:
+    tally = ShiftTally(model, NORMALIZATION, shifts)
+    for part in pixels.split(batch):
+        tally.add(NORMALIZATION.normalized(part))
+    return {name: of.get(ROUTER, of.get('blocks.0.router')) for name, of in tally.shares().items()}
+
+
+def flat_patches(images: int) -> Tensor:
+    """Every patch has one brightness, away from the borders between experts."""
+    levels = (torch.randint(E, (images, 1, 4, 6)) + 0.5) / E
+    return levels.repeat_interleave(8, -2).repeat_interleave(8, -1).expand(-1, 3, -1, -1)
+
+
+def test_experts_by_content_follow_their_patches(by_content) -> None:
+    found = shares(by_content, flat_patches(3), flip(), crop(), noise(0.01))
+    assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
+
+
+def test_without_alignment_the_same_patches_would_seem_to_change(by_content) -> None:
+    unaligned = [Shift(s.name, s.change) for s in (flip(), crop())]
+    # of four experts, another patch has another one in three cases of four
+    assert all(share > 0.5 for share in shares(by_content, flat_patches(3), *unaligned).values())
+
+
+def test_experts_by_position_change_with_it(make_tiny) -> None:
+    model = make_tiny('hashmoe')
+    grid = moe_layers(model)[ROUTER.removesuffix('.router')].router.hash[1:17, 0].view(4, 4)
+    expected = {
+        'flip': (grid != grid.flip(1)).double().mean().item(),
+        'crop': (grid[1:, 1:] != grid[:-1, :-1]).double().mean().item(),
+        'noise 0.1': 0,  # no pixel matters
+    }
+    assert shares(model, torch.rand(4, 3, 32, 32), flip(), crop(), noise(0.1)) == expected
+
+
+def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_content) -> None:
+    found = shares(by_content, torch.zeros(2, 3, 32, 48), flip(), noise(0.05))
+    assert found == {'flip': 0, 'noise 0.05': 0}
+    replaced = Shift('other', lambda pixels, first, patch: flat_patches(len(pixels)))
+    # 2,400 patches of four experts: 3/4 change, std sqrt(3/16 / 2400) = 0.009, five of them
+    share = shares(by_content, flat_patches(100), replaced, batch=50)['other']
+    assert share == pytest.approx(0.75, abs=0.045)
+
+
+def test_images_count_alike_whatever_their_batch(by_content) -> None:
+    def darken_the_first(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
+        return torch.stack([p * (first + i > 0) for i, p in enumerate(pixels)])
+
+    pixels = torch.ones(3, 3, 32, 48)
+    share = shares(by_content, pixels, Shift('x', darken_the_first), batch=2)['x']
+    assert share == pytest.approx(1 / 3)
+
+
+def test_slots_choose_no_expert(make_tiny) -> None:
+    tally = ShiftTally(make_tiny('softmoe'), NORMALIZATION, [flip()])
+    tally.add(torch.rand(1, 3, 32, 32))
+    assert tally.shares() == {'flip': {}}
+
+
+def test_nothing_that_is_no_change_changes_anything(make_tiny) -> None:
+    # images as files hold them, but not in 256 steps: rounding alone is no change
+    same = Shift('same', lambda pixels, first, patch: (pixels + 1e-4).clamp(0, 1))
+    assert shares(make_tiny('smoe'), torch.rand(3, 3, 32, 32), same) == {'same': 0}
+
+
+def test_crop_of_a_single_patch_is_refused(make_tiny) -> None:
+    model = make_tiny('smoe', img_size=8)
+    with pytest.raises(ValueError, match=r'crop=\(8, 8\) is not possible: more than a patch, 8x8'):
+        shares(model, torch.rand(1, 3, 8, 8), crop())
+
+
+def test_noise_is_refused_without_strength() -> None:
+    with pytest.raises(ValueError, match='noise=0 is not possible: above 0'):
+        noise(0)
+
+
+def test_the_fifteen_corruptions_at_three_severities() -> None:
+    names = [shift.name for shift in corruptions()]
+    assert len(names) == len(set(names)) == 45
+    assert {name.split()[1] for name in names} == {'1', '3', '5'}
+    assert {'gaussian_noise 3', 'glass_blur 1', 'jpeg_compression 5'} <= set(names)
+    with pytest.raises(ValueError, match='severities=6 is not possible: from 1 to 5'):
+        corruptions([6])
+
+
+@pytest.mark.parametrize('shift', [*corruptions([3]), noise(0.1)], ids=lambda shift: shift.name)
+def test_an_image_is_always_changed_alike_and_nothing_else_is(shift: Shift) -> None:
+    pixels = torch.rand(3, 3, 40, 32)
+    pixels[2] = pixels[1]
+    kept = pixels.clone()
+    changed = shift.change(pixels, 0, PATCH)
+    np.random.rand(3)
+    torch.rand(3)
+    assert torch.equal(changed[1:2], shift.change(pixels[1:2], 1, PATCH))  # in another batch
+    assert changed.shape == pixels.shape
+    assert not torch.equal(changed, pixels)
+    assert 0 <= changed.min() <= changed.max() <= 1
+    assert torch.equal(pixels, kept)
+
+
+def test_corruptions_leave_numpys_generator_alone_and_differ_between_images() -> None:
+    pixels = torch.rand(1, 3, 32, 32).expand(2, -1, -1, -1)
+    for name in ('gaussian_noise', 'impulse_noise', 'glass_blur', 'snow'):
+        np.random.seed(7)
+        expected = np.random.rand()
+        np.random.seed(7)
+        changed = corruption(name, 3).change(pixels, 0, PATCH)
+        assert np.random.rand() == expected
+        assert not torch.equal(changed[0], changed[1])
+
+
+def test_severity_grows() -> None:
+    pixels = torch.rand(4, 3, 32, 32)
+    for name in ('gaussian_noise', 'contrast', 'pixelate'):
+        distances = [
+            (corruption(name, severity).change(pixels, 0, PATCH) - pixels).square().mean()
+            for severity in (1, 3, 5)
+        ]
+        assert distances[0] < distances[1] < distances[2]
+
+
+def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused() -> None:
+    changed = corruption('frost', 1).change(torch.rand(2, 1, 32, 32), 0, PATCH)
+    assert changed.shape == (2, 1, 32, 32)
+    with pytest.raises(ValueError, match=r'images=\(31, 40\) is not possible: at least 32x32'):
+        corruption('fog', 1).change(torch.rand(1, 3, 31, 40), 0, PATCH)

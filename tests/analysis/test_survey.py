@@ -1,0 +1,347 @@
+import json
+import math
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.analysis.normalization import Normalization
+from vqmoe_vision.analysis.record import record_layers, recorded
+from vqmoe_vision.analysis.samples import MOST_PATCHES, MOST_TOKENS, TokenMoments, TokenSample
+from vqmoe_vision.analysis.shifts import flip
+from vqmoe_vision.analysis.survey import LayerSurvey, Survey, survey
+from vqmoe_vision.moe import moe_layers
+
+E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
+AS_IT_IS = Normalization((0.0,) * 3, (1.0,) * 3)
+
+
+def look(model: nn.Module, *batches, **options) -> Survey:
+    return survey(model, batches, title='t', normalization=AS_IT_IS, **options)
+
+
+def images_of_classes(per_class: int) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, 32, 32) in [0, 1] of four classes: a colour each, and a little noise."""
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    images = colours[:, None, :, None, None] + 0.05 * torch.randn(E, per_class, 3, 32, 32)
+    labels = torch.arange(E).repeat_interleave(per_class)
+    return images.flatten(0, 1).clamp(0, 1), labels
+
+
+@torch.no_grad()
+def make_sound(model: VisionTransformer, images: Tensor, labels: Tensor) -> None:
+    """Experts and codes that divide the tokens between them, by class."""
+    layer = moe_layers(model)[NAME]
+    for p in layer.experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    tokens = recorded(model, images)[NAME].inputs
+    means = torch.stack([tokens[labels == c].mean(dim=(0, 1)) for c in range(E)])
+    layer.router.weight.copy_(10 * (means - means.mean(dim=0)))
+    layer.quantizer.codebook.embed.copy_(means)
+
+
+@torch.no_grad()
+def make_collapsed(model: VisionTransformer) -> None:
+    """Tokens that are nearly their mean, experts that are the same, codes of which one is near."""
+    layer, norm = moe_layers(model)[NAME], model.blocks[1].norm2
+    nn.init.constant_(norm.weight, 0.01)
+    nn.init.normal_(norm.bias)
+    for p in layer.experts.parameters():
+        nn.init.normal_(p, std=0.3)
+        p[:] = p[0].clone()
+    if hasattr(layer, 'quantizer'):
+        layer.quantizer.codebook.embed.copy_(10 + torch.rand(E, 16))
+        layer.quantizer.codebook.embed[2] = norm.bias + 0.1
+
+
+# by measure: on which side the collapsed model stands, and a border between the two
+COLLAPSE = {
+    **{
+        f'{decider}/{measure}': border
+        for decider in ('router', 'quantizer.codebook')
+        for measure, border in {
+            'load_entropy': ('below', 0.5),
+            'load_variation': ('above', 1),
+            'dead_experts': ('above', 1.5),
+            'changed_by_chance': ('below', 0.5),
+            'mutual_information': ('below', 0.2),
+            'normalized_mutual_information': ('below', 0.2),
+        }.items()
+    },
+    'quantizer.codebook/code_perplexity': ('below', 1.5),
+    'quantizer.codebook/dead_codes': ('above', 1.5),
+    # of the energy the collapsed codes miss little, as most of it is the common mean
+    'quantizer.codebook/quantization_error_around_mean': ('above', 0.99),
+    'similarity_weights': ('above', 0.9),
+    'similarity_outputs': ('above', 0.9),
+    'effective_rank_before': ('below', 2),
+    'effective_rank_after': ('below', 2),
+}
+
+
+def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny) -> None:
+    images, labels = images_of_classes(5)
+    models = {name: make_tiny('vqmoe', codebook='plain') for name in ('sound', 'collapsed')}
+    make_sound(models['sound'], images, labels)
+    make_collapsed(models['collapsed'])
+    sound, collapsed = (
+        look(model, (images, labels), classes=list('abcd')).layers[NAME].numbers
+        for model in models.values()
+    )
+    for measure, (side, border) in COLLAPSE.items():
+        low, high = (collapsed, sound) if side == 'below' else (sound, collapsed)
+        assert low[measure] < border < high[measure], measure
+    others = {f'{d}/unrouted' for d in ('router', 'quantizer.codebook')} | {
+        'gate_continuous',
+        'quantizer.codebook/quantization_error',
+    }
+    assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
+
+
+def test_slots_of_one_expert_that_answer_for_all_are_a_collapse(make_tiny) -> None:
+    images, _ = images_of_classes(2)
+    model = make_tiny('softmoe')
+    sound = look(model, images).layers[NAME]
+    make_collapsed(model)
+    layer = moe_layers(model)[NAME]
+    with torch.no_grad():
+        layer.scale.fill_(50)
+        layer.slot_embed[: layer.slots_per_expert] = model.blocks[1].norm2.bias
+    collapsed = look(model, images).layers[NAME]
+    assert sound.numbers['slots/load_entropy'] > 0.9
+    assert collapsed.numbers['slots/load_entropy'] < 0.1
+    assert collapsed.load['slots'].argmax() == 0
+
+
+def test_every_method_can_be_looked_at(tiny_variant) -> None:
+    batches = [(torch.rand(n, 3, 32, 32), torch.arange(n) % 3) for n in (3, 2)]
+    seen = look(tiny_variant, *batches, classes=CLASSES, num_examples=4, shifts=[flip()])
+    assert seen.images == 5
+    assert seen.classes == CLASSES
+    layer = seen.layers[NAME]
+    assert layer.num_experts == E
+    assert all(math.isfinite(value) for value in layer.numbers.values())
+    assert layer.load.keys() == layer.expert_by_class.keys() == layer.confident.keys()
+    for decider, load in layer.load.items():
+        assert load.sum() == pytest.approx(1)
+        # every token of every image but those that no expert takes, by class
+        by_class = layer.expert_by_class[decider].sum(dim=0)
+        if layer.numbers.get(f'{decider}/unrouted', 0) == 0:
+            assert by_class.tolist() == pytest.approx([2 * 17, 2 * 17, 17])
+        for patches, share in zip(layer.confident[decider], load, strict=True):
+            assert len(patches) <= MOST_PATCHES
+            assert share > 0 or not patches
+            assert all(patch.pixels.shape == (3, 8, 8) for patch in patches)
+    assert {name: s.shape for name, s in layer.similarity.items()} == {
+        'weights': (E, E),
+        'outputs': (E, E),
+    }
+    deciders = {f'{NAME}.{name}' for name in layer.load if name != 'slots'}
+    assert set(seen.shifts['flip']) == deciders
+    assert [example.name for example in seen.examples] == [f'image {i}' for i in range(4)]
+    for example in seen.examples:
+        assert example.experts.keys() == deciders
+        assert bool(example.slots) == ('slots' in layer.load)
+        assert bool(example.codes) == (layer.codebook is not None)
+        maps = [*example.experts.values(), *example.codes.values(), *example.gates.values()]
+        assert all(m.shape == (4, 4) for m in maps)
+        assert all(m.shape == (E, 4, 4) for m in example.slots.values())
+    assert json.loads(json.dumps(seen.numbers()))['layers'][NAME]['numbers'] == layer.numbers
+
+
+def test_the_numbers_are_those_of_the_record(make_tiny) -> None:
+    model, images = make_tiny('vqmoe', num_codes=8), torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        nn.init.normal_(moe_layers(model)[NAME].gate.weight)
+        nn.init.normal_(moe_layers(model)[NAME].quantizer.codebook.embed)
+    record = recorded(model, images)[NAME]
+    layer = look(model, images, classes=CLASSES).layers[NAME]
+    experts, codes = record.experts['router'].flatten(), record.codes['quantizer.codebook']
+    assert torch.equal(layer.load['router'], experts.bincount(minlength=E) / 51)
+    assert torch.equal(layer.codebook.usage, codes.flatten().bincount(minlength=8) / 51)
+    assert torch.equal(layer.codebook.codes[layer.codebook.indices], chosen_codes(layer))
+    tokens = record.inputs.flatten(0, 1).double()
+    distance = (tokens - layer.codebook.codes[codes.flatten()]).square().sum()
+    energies = {
+        'quantization_error': tokens.square().sum(),
+        'quantization_error_around_mean': (tokens - tokens.mean(dim=0)).square().sum(),
+    }
+    for name, energy in energies.items():
+        value = layer.numbers[f'quantizer.codebook/{name}']
+        assert value == pytest.approx((distance / energy).item(), rel=1e-5)
+    assert layer.numbers['gate_continuous'] == pytest.approx(record.gates[..., 0].mean().item())
+    for name, side in (('before', record.inputs), ('after', record.outputs)):
+        shares = torch.linalg.svdvals(side.flatten(0, 1).double())
+        shares = shares / shares.sum()
+        expected = math.exp(-(shares * shares.log()).sum())
+        assert layer.numbers[f'effective_rank_{name}'] == pytest.approx(expected, rel=1e-4)
+
+
+def chosen_codes(layer: LayerSurvey) -> Tensor:
+    """The nearest code of every sampled token, by torch's distance."""
+    nearest = torch.cdist(layer.codebook.tokens, layer.codebook.codes).argmin(dim=1)
+    return layer.codebook.codes[nearest]
+
+
+def test_batches_change_nothing(make_tiny) -> None:
+    model, images = make_tiny('vqmoe'), torch.rand(4, 3, 32, 32)
+    labels = torch.tensor([0, 2, 1, 0])
+    whole = look(model, (images, labels), classes=CLASSES)
+    parts = look(model, *zip(images.split(1), labels.split(1), strict=True), classes=CLASSES)
+    whole_layer, layer = whole.layers[NAME], parts.layers[NAME]
+    assert layer.numbers == pytest.approx(whole_layer.numbers, rel=1e-4)
+    for decider, patches in layer.confident.items():
+        for ours, theirs in zip(patches, whole_layer.confident[decider], strict=True):
+            assert [p.image for p in ours] == [p.image for p in theirs]
+            assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_confident_patches_are_those_with_the_largest_weights(make_tiny) -> None:
+    model, images = make_tiny('smoe', top_k=2), torch.rand(6, 3, 32, 32)
+    record = recorded(model, images)[NAME]
+    layer = look(model, *images.split(4)).layers[NAME]
+    for expert in range(E):
+        # prefix token left out; an expert takes a patch as its first or its second
+        weights = torch.where(record.experts['router'] == expert, record.weights['router'], 0.0)
+        weights = weights.sum(dim=-1)[:, 1:]
+        best = weights.flatten().sort(descending=True)
+        for rank, patch in enumerate(layer.confident['router'][expert]):
+            assert patch.weight == pytest.approx(best.values[rank].item(), rel=1e-4)
+            image, place = divmod(int(best.indices[rank]), 16)
+            row, column = divmod(place, 4)
+            assert patch.image == image
+            cut = images[image, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+            torch.testing.assert_close(patch.pixels, cut)
+        expected = min(MOST_PATCHES, int((weights > 0).sum()))
+        assert len(layer.confident['router'][expert]) == expected
+
+
+def test_confident_patches_of_a_code_are_those_nearest_to_it(make_tiny) -> None:
+    model, images = make_tiny('vqmoe', form='discrete', codebook='plain'), torch.rand(2, 3, 32, 32)
+    codebook = moe_layers(model)[NAME].quantizer.codebook
+    tokens = recorded(model, images)[NAME].inputs
+    with torch.no_grad():
+        codebook.embed.copy_(tokens[0, [1, 5, 9, 13]])  # four patches of image 0
+    patches = look(model, images).layers[NAME].confident['quantizer.codebook']
+    for code, place in enumerate([0, 4, 8, 12]):
+        row, column = divmod(place, 4)
+        nearest = patches[code][0]
+        assert (nearest.image, nearest.weight) == (0, 1)
+        cut = images[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+        torch.testing.assert_close(nearest.pixels, cut)
+
+
+def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny) -> None:
+    # upper half class 0, lower half class 2, except that the last patch is mostly ignored
+    model, images = make_tiny('hashmoe'), torch.rand(2, 3, 32, 32)
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    labels[:, 16:] = 2
+    labels[:, 24:, 25:] = 255
+    layer = look(model, (images, labels), classes=CLASSES).layers[NAME]
+    counts = layer.expert_by_class['router']
+    assert counts.sum(dim=0).tolist() == [16, 0, 14]
+    hash_ = moe_layers(model)[NAME].router.hash[1:17, 0]  # after the class token
+    assert torch.equal(counts[:, 0], 2.0 * hash_[:8].bincount(minlength=E))
+
+
+def test_images_that_do_not_fill_the_last_patches(make_tiny) -> None:
+    model = make_tiny('smoe', dynamic_img_size=True, dynamic_img_pad=True)
+    images, labels = torch.rand(1, 3, 20, 30), torch.ones(1, 20, 30, dtype=torch.long)
+    seen = look(model, (images, labels), classes=CLASSES, shifts=[flip()])
+    (example,) = seen.examples
+    assert example.image.shape == (3, 20, 30)
+    assert example.experts[f'{NAME}.router'].shape == (3, 4)
+    # padding is of no class: rows of 8, 8, 4 pixels, columns of 8, 8, 8, 6; the last row has as
+    # much padding as pixels, or more
+    assert seen.layers[NAME].expert_by_class['router'].sum() == 8
+
+
+def test_grey_images_are_shown_as_they_were(make_tiny) -> None:
+    pixels = torch.rand(2, 1, 32, 32)
+    seen = survey(
+        make_tiny('smoe', in_chans=1),
+        [(pixels - 0.3) / 0.5],
+        title='t',
+        normalization=Normalization((0.3,), (0.5,)),
+        names=['first.png'],
+    )
+    assert [example.name for example in seen.examples] == ['first.png', 'image 1']
+    torch.testing.assert_close(seen.examples[1].image, pixels[1].expand(3, -1, -1))
+
+
+def test_memory_does_not_grow_with_images(make_tiny) -> None:
+    model = make_tiny('vqmoe', num_experts=2)
+    seen = look(model, *torch.rand(130, 3, 32, 32).split(26), num_examples=2)
+    layer = seen.layers[NAME]
+    assert len(layer.codebook.tokens) == MOST_TOKENS < 130 * 17
+    pixels = [p.pixels for of in layer.confident.values() for taken in of for p in taken]
+    assert 0 < len(pixels) <= 2 * 2 * MOST_PATCHES
+    maps = [m for e in seen.examples for m in (e.image, *e.experts.values(), *e.gates.values())]
+    for kept in (*pixels, *maps):  # views would keep their whole batches
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_every_token_has_the_same_chance_to_be_in_the_sample() -> None:
+    sample = TokenSample()
+    for first in range(0, 20_000, 1000):
+        numbers = torch.arange(first, first + 1000)
+        sample.add(numbers[:, None].float(), numbers)
+    assert torch.equal(sample.tokens[:, 0].long(), sample.indices)
+    assert len(sample.indices.unique()) == MOST_TOKENS
+    # of 2,000 in 20,000 each quarter has 500; std sqrt(2000 * 1/4 * 3/4 * 0.9) = 18, five of them
+    assert ((sample.indices // 5000).bincount(minlength=4) - 500).abs().max() < 5 * 18
+
+
+def test_moments_of_batches_are_those_of_all() -> None:
+    tokens, moments = torch.randn(30, 4) + 2, TokenMoments()
+    for part in tokens.split(7):
+        moments.add(part)
+    assert moments.energy == pytest.approx(tokens.square().sum().item(), rel=1e-5)
+    around = (tokens - tokens.mean(dim=0)).square().sum().item()
+    assert moments.energy_around_mean == pytest.approx(around, rel=1e-4)
+
+
+def test_the_model_is_left_as_it_was(make_tiny) -> None:
+    model = make_tiny('vqmoe').train()
+    model.blocks[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    look(model, torch.rand(2, 3, 32, 32))
+    assert model.training
+    assert not model.blocks[0].training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with record_layers(model):  # nobody looks any more
+        pass
+
+
+IMAGES = torch.rand(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ('batches', 'options', 'message'),
+    [
+        ([], {}, 'batches=0 is not possible: at least one image'),
+        ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes=None is not possible: names'),
+        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, 'labels=3 .* from 0 to 2'),
+        ([(IMAGES, torch.tensor([0, -1]))], {'classes': CLASSES}, 'labels=-1 .* from 0 to 2'),
+        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, r'labels=.*\(1,\).* per image \(2,'),
+        ([(IMAGES, torch.rand(2))], {'classes': CLASSES}, 'labels=.*float32.*: integers'),
+        ([(IMAGES, torch.zeros(2, 4, 4).long())], {'classes': CLASSES}, r'per pixel \(2, 32, 32\)'),
+        ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan or infinite'),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(make_tiny, batches, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        look(make_tiny('smoe'), *batches, **options)
+    assert '\n' not in str(refused.value)
+
+
+def test_models_that_cannot_be_looked_at_are_refused(make_tiny) -> None:
+    dense = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1)
+    with pytest.raises(ValueError, match='VisionTransformer is dense, it has no layer of experts'):
+        look(dense, IMAGES)
+    with pytest.raises(ValueError, match='Sequential is no VisionTransformer of timm'):
+        look(nn.Sequential(make_tiny('smoe')), IMAGES)
+    with pytest.raises(ValueError, match=r'mean=\(0.5,\) is not possible: .* per channel, 3'):
+        survey(make_tiny('smoe'), [IMAGES], title='t', normalization=Normalization((0.5,), (0.5,)))

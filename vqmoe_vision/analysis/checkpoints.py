@@ -1,0 +1,99 @@
+"""What changes between the checkpoints of one training: who goes where, and the parameters.
+
+Legend: B images, N tokens per image, S checkpoints, P parameters.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import measures
+from .record import recorded
+
+
+def routing_changes(
+    before: nn.Module, after: nn.Module, batches: Iterable[Tensor]
+) -> dict[str, float]:
+    """Share of tokens whose first expert is another one at a later checkpoint.
+
+    Only for two checkpoints of one training: the experts of two trainings have nothing in common
+    but their numbers.
+
+    Args:
+        before: The model at a checkpoint; it is left as it was.
+        after: The model at a later one; it is left as it was.
+        batches: Images (B, C, H, W), normalised as in training.
+
+    Returns:
+        By decider, such as 'blocks.1.mlp.router'; {} if no layer sends tokens to experts.
+
+    Raises:
+        ValueError: If a model is dense, the models have other layers, or there is no image.
+    """
+    changed: dict[str, float] = {}
+    count = 0
+    for images in batches:
+        old, new = (_first_experts(model, images) for model in (before, after))
+        if old.keys() != new.keys():
+            differ = ', '.join(sorted(old.keys() ^ new.keys()))
+            raise ValueError(f'after: only one of the checkpoints has {differ}')
+        for name, experts in old.items():
+            share = measures.changed_share(experts, new[name])
+            changed[name] = changed.get(name, 0.0) + share * len(images)
+        count += len(images)
+    if not count:
+        raise ValueError('batches: empty, there is nothing to look at')
+    return {name: total / count for name, total in changed.items()}
+
+
+def _first_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    return {
+        f'{layer}.{decider}': experts[..., 0]
+        for layer, record in recorded(model, images).items()
+        for decider, experts in record.experts.items()
+    }
+
+
+def convergence(
+    checkpoints: Sequence[Mapping[str, Tensor]], layers: Iterable[str]
+) -> dict[str, dict[str, list[float]]]:
+    """How near the parts of every layer are to what they will be: Theorem 4.1 as a measurement.
+
+    Args:
+        checkpoints: State dictionaries of one training, oldest first, with equal names and shapes.
+        layers: Names of MoE layers, such as 'blocks.1.mlp', or longer where the names in the
+            checkpoints are.
+
+    Returns:
+        By part, such as 'blocks.1.mlp.router', 'blocks.1.mlp.quantizer' and 'blocks.1.mlp.experts':
+        'similarity' and 'distance' at every checkpoint, see `measures.similarity_to_last` and
+        `measures.distance_to_last`.
+
+    Raises:
+        ValueError: If there are fewer than two checkpoints, or a later one lacks a parameter.
+    """
+    if len(checkpoints) < 2:
+        raise ValueError(f'checkpoints={len(checkpoints)} is not possible: at least 2')
+    parts: dict[str, list[str]] = {}
+    for layer in layers:
+        for name, value in checkpoints[0].items():
+            # counters and flags are no parameters
+            if name.startswith(f'{layer}.') and value.is_floating_point():
+                part = name.removeprefix(f'{layer}.').split('.')[0]
+                parts.setdefault(f'{layer}.{part}', []).append(name)
+    found = {}
+    for part, names in parts.items():
+        trajectory = torch.stack([_flat(state, names) for state in checkpoints])
+        found[part] = {
+            'similarity': measures.similarity_to_last(trajectory).tolist(),
+            'distance': measures.distance_to_last(trajectory).tolist(),
+        }
+    return found
+
+
+def _flat(state: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f'checkpoints: one of them has no {missing[0]}')
+    return torch.cat([state[name].detach().float().cpu().flatten() for name in names])

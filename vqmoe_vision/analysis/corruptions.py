@@ -1,0 +1,77 @@
+"""The fifteen common corruptions of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261).
+
+Needs imagecorruptions-imaug (extra `analyze`).
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from imagecorruptions import corrupt, get_corruption_names
+from torch import Tensor
+
+from vqmoe_vision.moe.config import check
+
+from .normalization import in_colour
+from .shifts import Shift
+
+SMALLEST = 32  # pixels; the library refuses what is smaller
+# these do not draw from NumPy's global generator, but take a seed
+SEEDED = ('impulse_noise', 'glass_blur')
+
+
+def corruptions(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
+    """Every common corruption at every severity.
+
+    Args:
+        severities: From 1 to 5.
+
+    Raises:
+        ValueError: If a severity does not exist. When it is used, if images are smaller than 32
+            pixels.
+    """
+    for severity in severities:
+        check(severity in range(1, 6), 'severities', severity, 'from 1 to 5')
+    return [corruption(name, s) for name in get_corruption_names('common') for s in severities]
+
+
+def corruption(name: str, severity: int) -> Shift:
+    """One corruption, drawn anew for each image, but always the same for the same image.
+
+    Args:
+        name: As the library knows it, such as 'gaussian_noise'.
+        severity: From 1 to 5.
+    """
+
+    def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
+        height, width = pixels.shape[-2:]
+        enough = min(height, width) >= SMALLEST
+        allowed = f'at least {SMALLEST}x{SMALLEST} pixels; leave the corruptions out'
+        check(enough, 'images', (height, width), allowed)
+        bytes_ = (in_colour(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        changed = []
+        for i, image in enumerate(bytes_):
+            # by name too, or every kind of noise would be drawn alike
+            seed = (zlib.crc32(name.encode()) + first + i) % 2**32
+            options = {'seed': seed} if name in SEEDED else {}
+            with _numpy_seed(seed):
+                image = np.ascontiguousarray(image)
+                changed.append(corrupt(image, corruption_name=name, severity=severity, **options))
+        colour = torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).float() / 255
+        # a corruption of grey may come out in colour
+        return colour if pixels.shape[1] == 3 else colour.mean(dim=1, keepdim=True)
+
+    return Shift(f'{name} {severity}', change)
+
+
+@contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """The library draws from NumPy's global generator, which is left as it was."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

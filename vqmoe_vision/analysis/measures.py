@@ -1,0 +1,238 @@
+"""Measures of routing: pure functions of counts, tokens and weights.
+
+docs/routing-measures.md says what a collapsed and a sound model give, and where each one is from.
+
+Legend: T tokens, D width, E experts, C classes, M codes, P parameters, S checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.losses import squared_variation
+from vqmoe_vision.moe.routing import perplexity
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy of counts or shares of any shape, in nats (Shannon 1948); 0 of nothing."""
+    counts = counts.double()
+    return torch.special.entr(counts / counts.sum().clamp(min=1e-300)).sum().item()
+
+
+def load_entropy(load: Tensor) -> float:
+    """Entropy of the load over that of an even load, H(load) / log E, in [0, 1].
+
+    1 if all experts receive as much, 0 if one receives everything. Of a single expert, 1.
+
+    Args:
+        load: (E,), counts or shares.
+    """
+    num_experts = load.numel()
+    if num_experts == 1:
+        return 1.0
+    return entropy(load) / math.log(num_experts)
+
+
+def load_variation(load: Tensor) -> float:
+    """Coefficient of variation of the load, std / mean, in [0, sqrt(E - 1)].
+
+    Shazeer et al. (arXiv 1701.06538) and V-MoE balance experts by the square of it. 0 if all
+    experts receive as much, sqrt(E - 1) if one receives everything.
+
+    Args:
+        load: (E,), counts or shares.
+    """
+    return squared_variation(load.double()).sqrt().item()
+
+
+def num_dead(usage: Tensor) -> int:
+    """How many experts or codes received nothing at all, of counts or shares (E,) or (M,)."""
+    return int((usage == 0).sum())
+
+
+def usage_perplexity(usage: Tensor) -> float:
+    """exp(entropy) of counts or shares (M,): how many codes are in use, weighted by how often.
+
+    M if all are used evenly, 1 if one takes everything (van den Oord et al., arXiv 1711.00937).
+    """
+    usage = usage.double()
+    return perplexity(usage / usage.sum().clamp(min=1e-300))
+
+
+def mutual_information(counts: Tensor) -> float:
+    """Mutual information of expert and class, H(expert) + H(class) - H(expert, class), in nats.
+
+    0 if they are independent; H(class) if the expert tells the class. With T tokens, routing that
+    has nothing to do with classes still gives about (E - 1)(C - 1) / 2T (Miller 1955).
+
+    Args:
+        counts: (E, C), how often they meet.
+    """
+    shared = entropy(counts.sum(dim=1)) + entropy(counts.sum(dim=0)) - entropy(counts)
+    return max(shared, 0.0)  # independence gives a rounding error of either sign
+
+
+def normalized_mutual_information(counts: Tensor) -> float:
+    """Mutual information over the most that it can be, min(H(expert), H(class)), in [0, 1].
+
+    1 if one of them tells the other. 0 if one expert takes everything, or there is one class only
+    (Vinh et al. 2010, NMI_min).
+
+    Args:
+        counts: (E, C), how often they meet.
+    """
+    most = min(entropy(counts.sum(dim=1)), entropy(counts.sum(dim=0)))
+    return mutual_information(counts) / most if most > 0 else 0.0
+
+
+def quantization_error(squared_distance: float, energy: float) -> float:
+    """Squared distance between tokens and their codes, over an energy of the tokens.
+
+    Over the energy sum |x|^2, a large mean that all tokens share hides the error: one code at the
+    mean gives a small value. Over the energy around their mean, sum |x - mean|^2, that code gives
+    1, and codes are worth something below 1.
+
+    Args:
+        squared_distance: sum |x - v|^2 over tokens.
+        energy: One of the two, over the same tokens.
+    """
+    return squared_distance / max(energy, 1e-300)
+
+
+def effective_rank(gram: Tensor) -> float:
+    """exp(entropy) of the singular values of tokens, as shares of their sum, in [1, min(T, D)].
+
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007; of representations, RankMe (arXiv
+    2210.02885). 1 if all tokens lie on one line through the origin; the mean is not taken off, so
+    that tokens that are all the same have 1.
+
+    Args:
+        gram: X^T X of the tokens X (T, D), (D, D) float64. It can be summed over batches; its
+            eigenvalues are the squares of the singular values.
+    """
+    singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
+    return usage_perplexity(singular)
+
+
+def weight_similarity(experts: Experts) -> Tensor:
+    """Cosine similarity of the experts' parameters, weights and biases in one vector each.
+
+    Experts that compute the same in another order of their hidden units are not similar by it.
+
+    Args:
+        experts: E of them.
+
+    Returns:
+        (E, E) float64 in [-1, 1], ones on the diagonal.
+    """
+    flat = torch.cat([p.detach().double().flatten(1).cpu() for p in experts.parameters()], dim=1)
+    unit = F.normalize(flat, dim=1)
+    return unit @ unit.t()
+
+
+@torch.no_grad()
+def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
+    """Every expert's answer to every token, wherever it is sent.
+
+    Args:
+        experts: E of them.
+        tokens: (T, D), on any device.
+
+    Returns:
+        (E, T, D), where the experts are.
+    """
+    num_experts, num_tokens = experts.num_experts, len(tokens)
+    tokens = tokens.to(experts.fc1.weight)
+    ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
+    return experts(tokens.repeat(num_experts, 1), ends).view(num_experts, num_tokens, -1)
+
+
+def output_similarity(outputs: Tensor) -> Tensor:
+    """Cosine similarity of the experts' answers to the same tokens, averaged over tokens.
+
+    Args:
+        outputs: (E, T, D).
+
+    Returns:
+        (E, E) float64 in [-1, 1], ones on the diagonal.
+    """
+    unit = F.normalize(outputs.double(), dim=-1)
+    return torch.einsum('etd,ftd->ef', unit, unit) / outputs.shape[1]
+
+
+def mean_similarity(similarity: Tensor) -> float:
+    """Mean over pairs of different experts of (E, E) similarities; 1 of a single expert."""
+    num_experts = len(similarity)
+    if num_experts == 1:
+        return 1.0
+    others = ~torch.eye(num_experts, dtype=torch.bool, device=similarity.device)
+    return similarity[others].mean().item()
+
+
+def changed_share(before: Tensor, after: Tensor) -> float:
+    """Share of tokens whose first expert is another one in a second routing of the same tokens.
+
+    Between checkpoints of one run, or for one model that sees an image in two ways. Between two
+    trainings it means nothing, as there the numbers of the experts do not: two that route alike
+    under other numbers would seem to differ in everything.
+
+    Args:
+        before: First experts of tokens, any shape, int64, -1 for none.
+        after: The same after the change.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f'after={tuple(after.shape)} is not possible: as many tokens as before, '
+            f'{tuple(before.shape)}'
+        )
+    return (before != after).double().mean().item()
+
+
+def chance_of_change(usage: Tensor) -> float:
+    """Share of tokens that would change if experts were drawn anew from the same load, 1 - sum p^2.
+
+    What `changed_share` has to be compared with: the less even a load, the less can change, and one
+    expert with all tokens never changes. 1 - changed_share / chance is Cohen's kappa (1960) of the
+    two routings if both have this load: 1 if nothing changes, 0 if agreement is that of chance.
+
+    Args:
+        usage: (E,) or one more for no expert: counts or shares of first experts.
+    """
+    shares = usage.double() / usage.sum().clamp(min=1e-300)
+    return 1 - shares.square().sum().item()
+
+
+def similarity_to_last(checkpoints: Tensor) -> Tensor:
+    """Cosine similarity of parameters at every checkpoint with those at the last one.
+
+    Args:
+        checkpoints: (S, P), oldest first.
+
+    Returns:
+        (S,) float64, the last is 1.
+    """
+    unit = F.normalize(checkpoints.double(), dim=1)
+    return unit @ unit[-1]
+
+
+def distance_to_last(checkpoints: Tensor) -> Tensor:
+    """What is left of the way from the first checkpoint to the last, |p_s - p_S| / |p_1 - p_S|.
+
+    The paper's Theorem 4.1 (arXiv 2411.19402) says that the embeddings by which a router chooses
+    converge long before the experts do: their curve would fall earlier. Unlike the cosine it does
+    not depend on how long a parameter was at the start.
+
+    Args:
+        checkpoints: (S, P), oldest first.
+
+    Returns:
+        (S,) float64: 1 at the first, 0 at the last; all 0 if nothing moved.
+    """
+    left = (checkpoints.double() - checkpoints[-1].double()).norm(dim=1)
+    return left / left[0].clamp(min=1e-300)

@@ -1,0 +1,189 @@
+"""What every MoE layer of a model decides for every token, as plain tensors.
+
+Legend: B images, N tokens per image (class and register tokens too), T = B * N, D width, E experts,
+K experts per token, P slots per expert.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.codebook import Quantized
+from vqmoe_vision.moe.layer import Decisions, MoeLayer
+from vqmoe_vision.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One pass of one layer; all tensors are detached and on the CPU.
+
+    A decider is a module that chooses experts, by its name in the layer: 'router',
+    'quantizer.codebook'. SoftMoE has none, but slots.
+
+    Args:
+        num_experts: E.
+        inputs: What the layer was given, (B, N, D) float32.
+        outputs: Its answer, (B, N, D) float32.
+        experts: By decider: (B, N, K) int64, in its order, best first, -1 where a token has fewer
+            than others.
+        weights: By decider: (B, N, K) float32, the factors of these experts' answers in the output,
+            gates included; 0 where there is no expert.
+        codes: By decider: the code of every token, (B, N) int64.
+        gates: Shares of the continuous and the discrete branch, (B, N, 2) float32, or None.
+        dispatch: Share of every token in every slot, (B, N, E, P) float32, sums to 1 over N; None
+            without slots.
+        combine: Share of every slot in every token, (B, N, E, P) float32, sums to 1 over E and P;
+            None without slots.
+    """
+
+    num_experts: int
+    inputs: Tensor
+    outputs: Tensor
+    experts: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    gates: Tensor | None = None
+    dispatch: Tensor | None = None
+    combine: Tensor | None = None
+
+
+@contextmanager
+def record_layers(model: nn.Module) -> Iterator[dict[str, LayerRecord]]:
+    """Look at the MoE layers of a model while it runs.
+
+    Args:
+        model: Holds the MoE layers; its results are what they are without anybody looking.
+
+    Yields:
+        Layer name to the record of its last pass; empty before the first.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+        RuntimeError: If a block is already open for the model.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
+    if any(layer.recorder.watcher is not None for layer in layers.values()):
+        raise RuntimeError('record_layers is already open for this model: blocks do not nest')
+    records: dict[str, LayerRecord] = {}
+
+    def keep(name: str, layer: MoeLayer) -> None:
+        def watcher(decisions: Decisions, inputs: Tensor, outputs: Tensor) -> None:
+            records[name] = _record(layer.experts.num_experts, decisions, inputs, outputs)
+
+        layer.recorder.watcher = watcher
+
+    for name, layer in layers.items():
+        keep(name, layer)
+    try:
+        yield records
+    finally:
+        for layer in layers.values():
+            layer.recorder.watcher = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is in eval mode and without gradients; it is left as it was."""
+    modes = {module: module.training for module in model.modules()}  # parts may be frozen in eval
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
+    """Runs a model in eval mode and returns what its layers decided; it is left as it was.
+
+    Args:
+        model: Holds the MoE layers.
+        images: (B, C, H, W), normalised as in training, on any device.
+
+    Raises:
+        ValueError: If the model has no MoE layer.
+    """
+    with evaluating(model), record_layers(model) as records:
+        model(images.to(next(model.parameters(), images).device))
+    return records
+
+
+def on_patches(model: VisionTransformer, images: Tensor, of_tokens: Tensor) -> Tensor:
+    """Puts what is known of every token in the place of its patch.
+
+    Args:
+        model: Says how images are cut, and which tokens are of no patch.
+        images: (B, C, H, W), those that the model has seen.
+        of_tokens: (B, N, ...).
+
+    Returns:
+        (B, rows, columns, ...).
+    """
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))
+
+
+def _record(num_experts: int, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> LayerRecord:
+    batch = inputs.shape[:2]  # B, N
+    maps = {n: _plain(value) for n, value in decisions.items() if isinstance(value, Tensor)}
+    gates = maps['gates'].view(*batch, 2) if 'gates' in maps else None
+    experts, weights, codes = {}, {}, {}
+    for name, decided in decisions.items():
+        if isinstance(decided, Routing):
+            experts[name], weights[name] = _by_token(decided, batch.numel())
+            branch = 0
+        elif isinstance(decided, Quantized):
+            codes[name] = decided.indices.cpu()
+            # code j belongs to expert j mod E
+            experts[name] = codes[name][:, None] % num_experts
+            weights[name] = torch.ones(experts[name].shape)
+            codes[name] = codes[name].view(batch)
+            branch = 1
+        else:
+            continue
+        experts[name] = experts[name].unflatten(0, batch)
+        weights[name] = weights[name].unflatten(0, batch)
+        if gates is not None:
+            weights[name] = weights[name] * gates[..., branch, None]
+    slots = {
+        n: maps[n].unflatten(-1, (num_experts, -1)) for n in ('dispatch', 'combine') if n in maps
+    }
+    return LayerRecord(
+        num_experts, _plain(inputs), _plain(outputs), experts, weights, codes, gates, **slots
+    )
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().float().cpu()
+
+
+def _by_token(routing: Routing, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Experts and weights of each token, (T, K), best first, filled up with -1 and 0."""
+    indices, weights = routing.indices.cpu(), _plain(routing.weights)
+    if routing.tokens is None:
+        if routing.kept is None:
+            return indices, weights
+        kept = routing.kept.cpu()
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)  # what is dropped comes last
+        indices, weights = indices.masked_fill(~kept, -1), weights.masked_fill(~kept, 0)
+        return indices.gather(1, order), weights.gather(1, order)
+    # assignments by token, and by weight within a token: both sorts keep the order of equals
+    of_token = routing.tokens.cpu()
+    order = weights.argsort(descending=True, stable=True)
+    order = order[of_token[order].argsort(stable=True)]
+    tokens = of_token[order]
+    counts = tokens.bincount(minlength=num_tokens)
+    place = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[tokens]
+    shape = (num_tokens, int(counts.max()))
+    experts, by_token = torch.full(shape, -1), torch.zeros(shape)
+    experts[tokens, place] = indices[order]
+    by_token[tokens, place] = weights[order]
+    return experts, by_token

@@ -1,0 +1,91 @@
+"""What a survey looks at: images as a model takes them, one by one, and their classes.
+
+Legend: B images, H, W height and width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from .normalization import Normalization
+
+_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+
+
+class Sample(NamedTuple):
+    """One image.
+
+    Args:
+        image: (3, H, W), normalised as in training.
+        label: Class of the image, () int64, or of every pixel, (H, W) int64, 255 where there is
+            none; None without labels.
+    """
+
+    image: Tensor
+    label: Tensor | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images that are read when they are asked for.
+
+    Args:
+        samples: The images.
+        names: Of the images.
+        classes: Names by index; None without labels.
+        normalization: How the images were normalised.
+    """
+
+    samples: Dataset[Sample]
+    names: Sequence[str]
+    classes: list[str] | None
+    normalization: Normalization
+
+    def first(self, count: int) -> 'Source':
+        """At most `count` of them, taken evenly from all."""
+        if count >= len(self.samples):
+            return self
+        chosen = torch.linspace(0, len(self.samples) - 1, count).long().tolist()
+        return Source(
+            Subset(self.samples, chosen),
+            [self.names[i] for i in chosen],
+            self.classes,
+            self.normalization,
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Neighbours of one size together, as `survey` takes them.
+
+        Args:
+            batch_size: Largest B.
+        """
+        for start in range(0, len(self.samples), batch_size):
+            stop = min(start + batch_size, len(self.samples))
+            found = [self.samples[i] for i in range(start, stop)]
+            for _, group in groupby(found, key=lambda sample: sample.image.shape):
+                images, labels = zip(*group, strict=True)
+                batch = torch.stack(images)
+                yield batch if self.classes is None else (batch, torch.stack(labels))
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files in a folder and the folders in it, by name.
+
+    Args:
+        folder: Where to look.
+
+    Raises:
+        ValueError: It is no folder, or holds no image.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f'images: {folder} is not a folder')
+    files = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(f'images: {folder} holds no image ({", ".join(sorted(_SUFFIXES))})')
+    return files

@@ -1,0 +1,252 @@
+"""What is counted of one MoE layer over any number of images.
+
+Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token,
+C classes, M codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.layer import MoeLayer
+
+from . import measures
+from .record import LayerRecord, on_patches
+from .samples import ConfidentPatches, TokenMoments, TokenSample
+from .surveyed import Codes, LayerSurvey
+
+COMPARED_TOKENS = 256  # on which the answers of all experts are compared
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch, as all layers see it.
+
+    Args:
+        model: Says how images are cut.
+        images: (B, C, height, width).
+        patches: (B, rows, columns, 3, h, w) in [0, 1].
+        classes: Class of every token, (B, N) int64, -1 for none; None without labels.
+        first_image: Index of the first image.
+    """
+
+    model: VisionTransformer
+    images: Tensor
+    patches: Tensor
+    classes: Tensor | None
+    first_image: int
+
+
+class ExpertTally:
+    """How one decider, or the slots of SoftMoE, use the experts.
+
+    Args:
+        num_experts: E.
+        num_classes: C, 0 without labels.
+    """
+
+    def __init__(self, num_experts: int, num_classes: int) -> None:
+        self.num_experts = num_experts
+        self.assigned = torch.zeros(num_experts, dtype=torch.float64)
+        self.by_class = torch.zeros(num_experts, num_classes, dtype=torch.float64)
+        # of no expert, and of each
+        self.first = torch.zeros(num_experts + 1, dtype=torch.float64)
+        self.confident = ConfidentPatches(num_experts)
+
+    def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
+        """Take what was decided for a batch.
+
+        Args:
+            experts: (B, N, K) int64, -1 for none.
+            weights: (B, N, K), combine weights.
+            scores: (B, N, K), how sure each assignment is, comparable within an expert.
+            seen: The batch.
+        """
+        size = self.num_experts + 1  # index 0 is that of no expert
+        first = nn.functional.one_hot(experts[..., 0] + 1, size)
+        assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
+        self.first += first.sum((0, 1))
+        shape = (*experts.shape[:2], size)
+        of_expert, weight = (
+            torch.full(shape, nothing).scatter(-1, experts + 1, value)[..., 1:]
+            for value, nothing in ((scores, -torch.inf), (weights, 0.0))
+        )
+        self._add(assigned, first[..., 1:], of_expert, weight, seen)
+
+    def add_shares(self, shares: Tensor, seen: Seen) -> None:
+        """Take a batch of a layer that gives every token a share of every expert.
+
+        Args:
+            shares: (B, N, E), sums to 1.
+            seen: The batch.
+        """
+        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
+
+    def _add(
+        self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
+    ) -> None:
+        self.assigned += assigned
+        if seen.classes is not None:
+            classes = nn.functional.one_hot(seen.classes + 1, self.by_class.shape[1] + 1)[..., 1:]
+            self.by_class += torch.einsum('bne,bnc->ec', first.double(), classes.double())
+        scores, weights = (on_patches(seen.model, seen.images, v) for v in (scores, weights))
+        self.confident.add(scores, weights, seen.patches, seen.first_image)
+
+    @property
+    def load(self) -> Tensor:
+        """Share of assignments per expert, (E,), sums to 1 unless there are none."""
+        return self.assigned / self.assigned.sum().clamp(min=1)
+
+    def numbers(self) -> dict[str, float]:
+        """The measures by name."""
+        numbers = {
+            'load_entropy': measures.load_entropy(self.load),
+            'load_variation': measures.load_variation(self.load),
+            'dead_experts': float(measures.num_dead(self.load)),
+        }
+        if self.first.any():  # slots have no first expert
+            numbers['unrouted'] = (self.first[0] / self.first.sum()).item()
+            numbers['changed_by_chance'] = measures.chance_of_change(self.first)
+        if self.by_class.any():
+            numbers['mutual_information'] = measures.mutual_information(self.by_class)
+            normalized = measures.normalized_mutual_information(self.by_class)
+            numbers['normalized_mutual_information'] = normalized
+        return numbers
+
+
+class CodebookTally:
+    """How tokens use a codebook.
+
+    Args:
+        codebook: The codebook.
+    """
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.codes = codebook.codes().detach().float().cpu()
+        self.usage = torch.zeros(len(self.codes), dtype=torch.float64)
+        self.squared_distance = 0.0
+
+    def add(self, tokens: Tensor, codes: Tensor) -> Tensor:
+        """Take a batch; returns the squared distance of every token to its code, (B, N).
+
+        Args:
+            tokens: (B, N, D).
+            codes: (B, N) int64.
+        """
+        self.usage += codes.flatten().bincount(minlength=len(self.usage))
+        distance = (tokens - self.codes[codes]).square().sum(dim=-1)
+        self.squared_distance += distance.double().sum().item()
+        return distance
+
+    def numbers(self, moments: TokenMoments) -> dict[str, float]:
+        """The measures by name, relative to the tokens that came with the codes."""
+        error, around_mean = (
+            measures.quantization_error(self.squared_distance, energy)
+            for energy in (moments.energy, moments.energy_around_mean)
+        )
+        return {
+            'code_perplexity': measures.usage_perplexity(self.usage),
+            'dead_codes': float(measures.num_dead(self.usage)),
+            'quantization_error': error,
+            'quantization_error_around_mean': around_mean,
+        }
+
+
+class LayerTally:
+    """All that is counted of one layer.
+
+    Args:
+        name: Of the layer.
+        layer: The layer.
+        num_classes: C, 0 without labels.
+    """
+
+    def __init__(self, name: str, layer: MoeLayer, num_classes: int) -> None:
+        self.name, self.layer, self.num_classes = name, layer, num_classes
+        self.experts: dict[str, ExpertTally] = {}
+        self.codebooks: dict[str, CodebookTally] = {}
+        self.before, self.after = TokenMoments(), TokenMoments()
+        self.sample = TokenSample()
+        self.gates: Tensor | None = None
+
+    def add(self, record: LayerRecord, seen: Seen) -> None:
+        """Take a batch.
+
+        Args:
+            record: Of this layer.
+            seen: The batch.
+        """
+        tokens = record.inputs.flatten(0, 1)
+        self.before.add(tokens)
+        self.after.add(record.outputs.flatten(0, 1))
+        scores = dict(record.weights)
+        for name, codes in record.codes.items():
+            if name not in self.codebooks:
+                codebook = self.layer.get_submodule(name)
+                assert isinstance(codebook, Codebook)
+                self.codebooks[name] = CodebookTally(codebook)
+            # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
+            scores[name] = -self.codebooks[name].add(record.inputs, codes)[..., None]
+        for name, experts in record.experts.items():
+            self._tally(name).add(experts, record.weights[name], scores[name], seen)
+        if record.combine is not None:
+            self._tally('slots').add_shares(record.combine.sum(dim=-1), seen)
+        if record.gates is not None:
+            gates = record.gates.double().sum((0, 1))
+            self.gates = gates if self.gates is None else self.gates + gates
+        # a layer has one codebook, or none
+        codes = next(iter(record.codes.values()), torch.full(record.inputs.shape[:2], -1))
+        self.sample.add(tokens, codes.flatten())
+
+    def _tally(self, name: str) -> ExpertTally:
+        num_experts = self.layer.experts.num_experts
+        return self.experts.setdefault(name, ExpertTally(num_experts, self.num_classes))
+
+    def survey(self) -> LayerSurvey:
+        """Everything seen so far.
+
+        Raises:
+            ValueError: If tokens were not finite.
+        """
+        if not (self.before.gram.isfinite().all() and self.after.gram.isfinite().all()):
+            raise ValueError(f'{self.name}: tokens are nan or infinite, the weights are of no use')
+        similarity = self._similarity()
+        numbers = {
+            'effective_rank_before': measures.effective_rank(self.before.gram),
+            'effective_rank_after': measures.effective_rank(self.after.gram),
+            **{f'similarity_{n}': measures.mean_similarity(s) for n, s in similarity.items()},
+        }
+        if self.gates is not None:
+            numbers['gate_continuous'] = (self.gates[0] / self.gates.sum()).item()
+        for name, experts in self.experts.items():
+            numbers |= {f'{name}/{measure}': v for measure, v in experts.numbers().items()}
+        for name, codebook in self.codebooks.items():
+            of_codebook = codebook.numbers(self.before)
+            numbers |= {f'{name}/{measure}': v for measure, v in of_codebook.items()}
+        by_class = {name: experts.by_class for name, experts in self.experts.items()}
+        return LayerSurvey(
+            num_experts=self.layer.experts.num_experts,
+            numbers=numbers,
+            load={name: experts.load.float() for name, experts in self.experts.items()},
+            expert_by_class={name: counts for name, counts in by_class.items() if counts.any()},
+            similarity={name: cosine.float() for name, cosine in similarity.items()},
+            confident={name: e.confident.by_expert() for name, e in self.experts.items()},
+            codebook=self._codes(),
+        )
+
+    def _similarity(self) -> dict[str, Tensor]:
+        experts = self.layer.experts
+        outputs = measures.expert_outputs(experts, self.sample.tokens[:COMPARED_TOKENS])
+        return {
+            'weights': measures.weight_similarity(experts),
+            'outputs': measures.output_similarity(outputs.float().cpu()),
+        }
+
+    def _codes(self) -> Codes | None:
+        for codebook in self.codebooks.values():
+            usage = (codebook.usage / codebook.usage.sum()).float()
+            return Codes(codebook.codes, usage, self.sample.tokens, self.sample.indices)
+        return None

@@ -1,0 +1,32 @@
+"""A trained model from its config and a checkpoint, without a runner."""
+
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+
+from vqmoe_vision.models.transfer import misfit
+
+from .checkpoint import read_state
+
+
+def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
+    """Builds the model of a config with the weights of a checkpoint, ready to predict.
+
+    Args:
+        config: Of the run.
+        checkpoint: File written by the run.
+        device: Where to; a GPU if there is one.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or does not fit the config.
+    """
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    model = MODELS.build(config.model)
+    state = read_state(checkpoint)
+    if problem := misfit(model.state_dict(), state):
+        raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
+    load_state_dict(model, state, strict=True)
+    return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()

@@ -1,0 +1,96 @@
+"""Test images of a segmentation config, or those of a folder, for a survey of the routing.
+
+A survey looks at one crop from the middle of each image, of the size that the model is trained on,
+so that what is seen are the tokens that the model knows.
+
+Legend: H, W height and width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from mmcv.transforms import Compose
+from mmengine.config import ConfigDict
+from mmseg.registry import DATASETS
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqmoe_vision.analysis.normalization import Normalization
+from vqmoe_vision.analysis.source import Sample, Source, image_files
+
+from .transforms import LOADING_LABELS
+
+
+class _Files(Dataset):
+    def __init__(self, files: Sequence[Path], pipeline: Compose) -> None:
+        self.files, self.pipeline = files, pipeline
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        return self.pipeline({'img_path': str(self.files[index])})
+
+
+class _Crops(Dataset):
+    """Middles of images, normalised.
+
+    Args:
+        found: Gives an image as the pipeline leaves it.
+        preprocessor: mmseg's, which knows how images are normalised.
+        crop_size: Largest height and width.
+    """
+
+    def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
+        self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, index: Any) -> Sample:
+        data = self.found[index]
+        inputs = data['inputs']
+        image = self._middle(inputs).float()
+        if self.preprocessor._channel_conversion:
+            image = image.flip(0)
+        image = (image - self.preprocessor.mean.cpu()) / self.preprocessor.std.cpu()
+        if 'gt_sem_seg' not in data['data_samples']:
+            return Sample(image, None)
+        label = data['data_samples'].gt_sem_seg.data
+        # a test pipeline may resize the image before it loads the labels
+        label = F.interpolate(label[None].float(), inputs.shape[-2:], mode='nearest')[0, 0].long()
+        return Sample(image, self._middle(label))
+
+    def _middle(self, pixels: Tensor) -> Tensor:
+        (height, width), (most_height, most_width) = pixels.shape[-2:], self.crop_size
+        top, left = max(height - most_height, 0) // 2, max(width - most_width, 0) // 2
+        return pixels[..., top : top + most_height, left : left + most_width]
+
+
+def source(
+    dataset: ConfigDict, preprocessor: Any, crop_size: tuple[int, int], folder: str | None = None
+) -> Source:
+    """What a survey of a segmentor looks at.
+
+    Args:
+        dataset: Config of the data set of its tests.
+        preprocessor: The segmentor's.
+        crop_size: Height and width of what the survey sees of an image.
+        folder: Images without labels in its place, which its pipeline prepares.
+
+    Raises:
+        ValueError: Images are missing or laid out otherwise.
+    """
+    mean, std = ((v.flatten() / 255).tolist() for v in (preprocessor.mean, preprocessor.std))
+    normalization = Normalization(tuple(mean), tuple(std))
+    if folder is not None:
+        files = image_files(folder)
+        steps = [step for step in dataset.pipeline if step.type not in LOADING_LABELS]
+        crops = _Crops(_Files(files, Compose(steps)), preprocessor, crop_size)
+        return Source(crops, [file.name for file in files], None, normalization)
+    built = DATASETS.build(dataset)
+    names = [f'image {i}' for i in range(len(built))]
+    classes = list(built.metainfo['classes'])
+    return Source(_Crops(built, preprocessor, crop_size), names, classes, normalization)
