@@ -7,11 +7,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
+from vqmoe_vision.analysis.code_map import code_map
+from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.report import write_report
-from vqmoe_vision.analysis.report_tables import Change
-from vqmoe_vision.analysis.survey import Survey
+from vqmoe_vision.analysis.report_tables import Change, number_tables
+from vqmoe_vision.analysis.shifts import flip
+from vqmoe_vision.analysis.survey import survey as survey_of
+from vqmoe_vision.analysis.surveyed import Codes, Survey
+from vqmoe_vision.moe import METHODS
 
 from .surveys import CLASSES, NAME, history, soft_survey, survey
 
@@ -121,7 +128,7 @@ def test_an_expert_in_words(page: Page) -> None:
         'most like it (cosine 0.75).'
     ) in items
     assert any(text.startswith('takes none of the tokens by router.') for text in items)
-    assert any(text.startswith('has 40 % of the weight of all slots.') for text in items)
+    assert any(text.startswith('gives 40 % of the answers, by its slots.') for text in items)
 
 
 def test_a_table_has_a_column_per_model(page: Page) -> None:
@@ -168,3 +175,50 @@ def test_settings_of_matplotlib_stay(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     write_report([soft_survey()], tmp_path)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_models_as_they_are(tmp_path: Path) -> None:
+    """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
+    normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
+    surveys = []
+    for method in METHODS:
+        model = timm.create_model(
+            f'vit_tiny_{method}',
+            img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=2,
+        )  # fmt: skip
+        batches = [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))]
+        seen = survey_of(
+            model, batches, title=method, normalization=normalization, classes=['a', 'b'],
+            shifts=[flip()],
+        )  # fmt: skip
+        surveys.append(seen)
+    page = Page(write_report(surveys, tmp_path)[0].read_text())
+    rows = [row for table in number_tables(surveys) for row in table.rows]
+    assert len(rows) > 10 and [row.name for row in rows if not row.meaning] == []
+    assert {h['id'] for h in page.all('h2')} == {
+        'contents', 'experts', 'patches', 'load', 'surest', 'codes', 'gates', 'slots', 'classes',
+        'similarity', 'numbers', 'shifts',
+    }  # fmt: skip
+    titles = [text for tag, text in page.texts if tag == 'h3']
+    assert all(titles.count(method) >= 4 for method in METHODS)
+
+
+def test_a_codebook_whose_tokens_are_all_the_same_is_drawn() -> None:
+    usage = torch.tensor([1.0, 0, 0, 0])
+    codes = Codes(torch.eye(4), usage, torch.ones(5, 4), torch.zeros(5).long())
+    picture = code_map(NAME, codes, num_experts=2)
+    assert picture.alt.replace('\xa0', ' ').startswith(
+        '4 codes among 5 tokens, on axes that hold 0 % of the variance. 1 codes are used; code 0'
+    )
+
+
+def test_axes_of_the_map_by_hand() -> None:
+    # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
+    tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
+    codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
+    axes = code_map(NAME, codes, num_experts=2).figure.axes[0]
+    assert axes.get_xlabel().replace('\xa0', ' ') == 'first component, 90 % of the variance'
+    assert axes.get_ylabel().replace('\xa0', ' ') == 'second component, 10 %'
+    placed = axes.collections[1].get_offsets()
+    assert abs(placed[:, 0]).tolist() == pytest.approx([3, 3])
+    assert placed[:, 1].tolist() == pytest.approx([0, 0])

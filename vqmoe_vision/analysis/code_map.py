@@ -1,15 +1,15 @@
 """Codes of a layer among the tokens around them, on a plane.
 
-Legend: M codes, D width, S sampled tokens. Needs matplotlib and scikit-learn (extra `train`).
+Legend: M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
 """
 
 import torch
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
+from torch import Tensor
 
 from .drawing import WIDTH, Picture, percent, short, styled
 from .pictures import expert_colours, with_legend
-from .survey import Codes
+from .surveyed import Codes
 
 NAMED = 32  # more numbers would lie on each other
 
@@ -23,13 +23,13 @@ def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
         codebook: Its codes, and tokens around them.
         num_experts: E; code j belongs to expert j mod E, which gives the colour.
     """
-    tokens, codes = codebook.tokens.double().numpy(), codebook.codes.double().numpy()
-    plane = PCA(n_components=2).fit(tokens)
+    tokens, codes = codebook.tokens.double(), codebook.codes.double()
+    mean, plane, shares = _plane(tokens)
     colours = expert_colours(num_experts)
     of_codes = torch.arange(len(codes)) % num_experts
     figure = Figure(figsize=(WIDTH, 7), layout='constrained')
     axes = figure.subplots()
-    x, y = plane.transform(tokens).T
+    x, y = ((tokens - mean) @ plane).t().numpy()
     axes.scatter(
         x,
         y,
@@ -39,10 +39,10 @@ def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
         linewidths=0,
     )
     used = codebook.usage > 0
-    placed = torch.from_numpy(plane.transform(codes))
+    placed = (codes - mean) @ plane
     sizes = 60 + 600 * codebook.usage
     for mask, marker in ((used, 'o'), (~used, 'X')):
-        x, y = placed[mask].T.numpy()
+        x, y = placed[mask].t().numpy()
         axes.scatter(
             x,
             y,
@@ -55,7 +55,6 @@ def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
     if len(codes) <= NAMED:
         for number, place in enumerate(placed.tolist()):
             axes.annotate(str(number), place, xytext=(7, 7), textcoords='offset points')
-    shares = plane.explained_variance_ratio_
     axes.set(
         title=f'{short(name)}: codes (large, x: unused) among tokens',
         xlabel=f'first component, {percent(shares[0])} of the variance',
@@ -71,3 +70,15 @@ def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
         f'takes most, {percent(codebook.usage[top].item())} of the tokens.'
     )
     return Picture(f'codes-{name}', f'{name}: codes among tokens', alt, figure)
+
+
+def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean (D,), first two principal axes (D, 2) and their shares of the variance.
+
+    Not scikit-learn's, which divides by the variance: tokens that are all the same have none, and a
+    collapsed model is what the picture is to show. Nor torch.pca_lowrank, which draws numbers.
+    """
+    mean = tokens.mean(dim=0)
+    spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
+    shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
+    return mean, axes[:, -2:].flip(1), shares[-2:].flip(0).tolist()

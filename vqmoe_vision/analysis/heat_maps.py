@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .drawing import WIDTH, Picture, heat_map, listed, percent, short, spread, styled
-from .survey import LayerSurvey, Survey
+from .surveyed import LayerSurvey, Survey
 
 CLASSES = 30  # rows of a map that a page has room for
 

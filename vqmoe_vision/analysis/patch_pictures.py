@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .drawing import WIDTH, Picture, listed, percent, short, styled
 from .pictures import NO_EXPERT, expert_colours, rows_of_pictures, tint_patches, with_legend
-from .survey import Example, LayerSurvey, Patch, Survey
+from .surveyed import Example, LayerSurvey, Patch, Survey
 
 COLUMNS = 6  # examples in a row: more would be too small
 LEGEND = 20  # colours that can be told apart

@@ -1,6 +1,6 @@
 """One page that shows what the experts of a model do, and opens without a network.
 
-Needs matplotlib, scikit-learn and jinja2 (extra `train`).
+Needs matplotlib and jinja2 (extra `train`).
 """
 
 import json
@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .report_sections import sections_of
 from .report_tables import Change
 from .routing_curves import History
-from .survey import Survey
+from .surveyed import Survey
 
 
 def write_report(

@@ -13,7 +13,7 @@ from .patch_pictures import contact_sheet, frames, gate_map, slot_map
 from .report_tables import Change, Table, change_table, number_tables, shift_tables
 from .routing_curves import History, curve_pictures
 from .sentences import expert_sentence, layer_sentence
-from .survey import Survey
+from .surveyed import Survey
 
 DPI = 110
 
@@ -244,15 +244,17 @@ def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Sectio
         (
             'shifts',
             'When the picture changes',
-            'The same tokens with the picture corrupted, cropped or mirrored: a share of 0 % means '
-            'that routing does not notice.',
+            'The same tokens with the picture corrupted, cropped or mirrored. A share of 0 % means '
+            'that the routing does not notice; it says something only if much less changes than '
+            'would by chance, for one expert that takes everything never changes.',
             shift_tables(surveys),
         ),
         (
             'changes',
             'Changes between checkpoints',
             'The same tokens, seen by two checkpoints of a run: a router that is still undecided '
-            'late in training sends them elsewhere.',
+            'late in training sends them elsewhere. What would change by chance stands under '
+            'Numbers.',
             [change_table(changes)] if changes else [],
         ),
     )

@@ -4,15 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .drawing import percent
-from .survey import Survey
+from .surveyed import Survey
 
 # By the last part of a number's name; docs/routing-measures.md has definitions and sources.
 MEANINGS = {
-    'load_entropy': '1: all experts take as many tokens; 0: one takes all',
-    'load_variation': 'spread of the load over its mean; 0: even',
-    'dead_experts': 'experts that no token went to',
+    'load_entropy': '1 if all experts take as many tokens, 0 if one takes all',
+    'load_variation': 'standard deviation of the load over its mean, 0 if it is even',
+    'dead_experts': 'experts that received nothing from any image',
+    'unrouted': 'share of tokens without any expert',
+    'changed_by_chance': 'share of tokens that would change if experts were drawn from the load',
+    'mutual_information': 'what the expert says about the class, in nats, 0 if nothing',
+    'normalized_mutual_information': 'the same, from 0 to 1: one of them tells the other',
     'code_perplexity': 'how many codes are in use, weighted by how often',
+    'dead_codes': 'codes that no token took',
+    'quantization_error': "squared distance of tokens to their codes, over the tokens' energy",
+    'quantization_error_around_mean': 'the same over the variance of tokens; below 1 codes help',
+    'similarity_weights': "mean cosine of two experts' parameters, 1 if all are the same",
+    'similarity_outputs': "mean cosine of two experts' answers to the same tokens",
+    'effective_rank_before': 'directions that the tokens of the layer spread over, 1 if collapsed',
+    'effective_rank_after': "the same of the layer's answers",
+    'gate_continuous': 'mean share of the continuous branch, the router; the rest is the codebook',
 }
+BY_CHANCE = 'by chance'
 
 
 @dataclass(frozen=True)
@@ -93,13 +106,24 @@ def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
     Args:
         surveys: Those without shifts are left out.
     """
+    said = 'share of tokens whose first expert changes'
     return [
         _shares(
-            f'{survey.title}: share of tokens whose first expert changes', 'shift', survey.shifts
+            f'{survey.title}: {said}', 'shift', {BY_CHANCE: _by_chance(survey), **survey.shifts}
         )
         for survey in surveys
         if survey.shifts
     ]
+
+
+def _by_chance(survey: Survey) -> dict[str, float]:
+    end = '/changed_by_chance'
+    return {
+        f'{name}.{number.removesuffix(end)}': value
+        for name, layer in survey.layers.items()
+        for number, value in layer.numbers.items()
+        if number.endswith(end)
+    }
 
 
 def change_table(changes: Sequence[Change]) -> Table:
@@ -117,5 +141,6 @@ def _shares(caption: str, corner: str, rows: dict[str, dict[str, float]]) -> Tab
     lines = [
         Row(name, [percent(shares[d]) if d in shares else '' for d in deciders])
         for name, shares in rows.items()
+        if shares
     ]
     return Table(caption, corner, deciders, lines)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .drawing import listed, percent, spread
-from .survey import LayerSurvey
+from .surveyed import LayerSurvey
 
 # Tokens of an image are no independent draws, so that a test of each class would find everything
 # significant: what a reader could see in a picture is said, and nothing below.
@@ -43,11 +43,10 @@ def expert_sentence(layer: LayerSurvey, expert: int, classes: list[str] | None) 
     said = []
     for decider, load in layer.load.items():
         share = percent(load[expert].item()) if load[expert] > 0 else 'none'
-        if decider == 'slots':
-            said.append(f'has {share} of the weight of all slots.')
-            continue
-        counts = layer.expert_by_class.get(decider)
         taken = f'takes {share} of the tokens by {decider}'
+        if decider == 'slots':
+            taken = f'gives {share} of the answers, by its slots'
+        counts = layer.expert_by_class.get(decider)
         if counts is None or classes is None or load[expert] == 0:
             said.append(f'{taken}.')
         else:
