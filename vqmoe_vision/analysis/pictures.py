@@ -3,7 +3,7 @@
 Needs matplotlib (extra `train`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import torch
@@ -67,11 +67,11 @@ def plot_experts(
     """
     rows = {'image': images.expand(-1, 3, -1, -1)}
     rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
-    figure = _rows_of_pictures(rows, title)
+    figure = rows_of_pictures(rows, title)
     names, colours = [f'expert {i}' for i in range(num_experts)], expert_colours(num_experts)
     if any((each == -1).any() for each in experts.values()):
         names, colours = [*names, 'no expert'], torch.cat([colours, NO_EXPERT])
-    _legend(figure, names, colours)
+    with_legend(figure, names, colours)
     return figure
 
 
@@ -88,15 +88,24 @@ def plot_segmentation(
         title: Stands above the picture.
     """
     rows = {'image': images} | {name: palette[m].movedim(-1, 1) for name, m in labels.items()}
-    figure = _rows_of_pictures(rows, title)
-    _legend(figure, classes, palette)
+    figure = rows_of_pictures(rows, title)
+    with_legend(figure, classes, palette)
     return figure
 
 
-def _rows_of_pictures(rows: dict[str, Tensor], title: str) -> Figure:
-    """A grid of (B, 3, H, W) pictures with a name before each row."""
+def rows_of_pictures(
+    rows: Mapping[str, Tensor | Sequence[Tensor]], title: str, cell: float = 1.1
+) -> Figure:
+    """Draws a grid of pictures with a name before each row.
+
+    Args:
+        rows: By name: (B, 3, H, W), or B pictures (3, H, W) of different sizes, in [0, 1].
+        title: Stands above the picture.
+        cell: Width of one, in inches.
+    """
     count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.1 * count + 1.6, 1.15 * len(rows) + 1.3), layout='constrained')
+    size = (cell * count + 1.6, 1.05 * cell * len(rows) + 1.3)
+    figure = Figure(figsize=size, layout='constrained')
     figure.suptitle(title)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, pictures), cells in zip(rows.items(), grid, strict=True):
@@ -107,7 +116,14 @@ def _rows_of_pictures(rows: dict[str, Tensor], title: str) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
+def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
+    """Adds a legend below a figure.
+
+    Args:
+        figure: Is changed; its layout is 'constrained'.
+        names: Of the colours.
+        colours: (names, 3), RGB in [0, 1].
+    """
     figure.legend(
         handles=[
             Patch(color=tuple(colour.tolist()), label=name)

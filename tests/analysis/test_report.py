@@ -1,0 +1,224 @@
+"""The report: what stands in it, from surveys made by hand."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from vqmoe_vision.analysis.code_map import code_map
+from vqmoe_vision.analysis.normalization import Normalization
+from vqmoe_vision.analysis.report import write_report
+from vqmoe_vision.analysis.report_tables import Change, number_tables
+from vqmoe_vision.analysis.shifts import flip
+from vqmoe_vision.analysis.survey import survey as survey_of
+from vqmoe_vision.analysis.surveyed import Codes, Survey
+from vqmoe_vision.moe import METHODS
+
+from .surveys import CLASSES, NAME, history, soft_survey, survey
+
+CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
+VOID = {'meta', 'link', 'img', 'input', 'br'}
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: tags with their attributes, and texts by tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self._open[-1], data.strip()))
+
+    def all(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag in tags]
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The report of two models and a history."""
+    out = tmp_path_factory.mktemp('report') / 'new' / 'folder'
+    return write_report([survey(), soft_survey()], out, {'run': history()}, CHANGES)
+
+
+@pytest.fixture(scope='module')
+def page(written: list[Path]) -> Page:
+    return Page(written[0].read_text())
+
+
+def test_every_picture_is_in_the_page_and_a_file(written: list[Path], page: Page) -> None:
+    files = [path for path in written if path.suffix == '.png']
+    prefix = 'data:image/png;base64,'
+    shown = [(image['src'] or '').removeprefix(prefix) for image in page.all('img')]
+    assert [base64.b64decode(data) for data in shown] == [path.read_bytes() for path in files]
+    for path in files:
+        with Image.open(path) as picture:
+            assert picture.width > 800, path
+    # per layer of the first: experts of two deciders, codes, surest, code map, gates, classes,
+    # similarity; one map of loads. Of the second: load, slots, similarity. Three of training.
+    assert len(files) == len(set(files)) == 2 * 8 + 1 + 3 + 3
+
+
+def test_nothing_is_fetched(written: list[Path], page: Page) -> None:
+    text = written[0].read_text()
+    assert 'http:' not in text and 'https:' not in text and '@import' not in text
+    addresses = [tag.get('href') or tag.get('src') or '' for _, tag in page.tags]
+    assert {a.partition(':')[0] if ':' in a else a[:1] for a in addresses} == {'', '#', 'data'}
+
+
+def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: Page) -> None:
+    anchors = {a['href'] for a in page.all('a')}
+    sections = [h['id'] for h in page.all('h2') if h['id'] != 'contents']
+    assert anchors == {f'#{anchor}' for anchor in sections}
+    assert sections == [
+        'experts', 'patches', 'load', 'surest', 'codes', 'gates', 'slots', 'classes', 'similarity',
+        'training', 'numbers', 'shifts', 'changes',
+    ]  # fmt: skip
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in {'h1', 'h2', 'h3', 'h4'}]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_every_picture_says_in_numbers_what_it_shows(page: Page) -> None:
+    said = [image['alt'] or '' for image in page.all('img')]
+    assert all(any(letter.isdigit() for letter in alt) for alt in said)
+    assert len(set(said)) > 10
+
+
+def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
+    named = survey('<b>x</b> & "y"', layers=1)
+    page = Page(write_report([named], tmp_path)[0].read_text())
+    assert ('h3', '<b>x</b> & "y"') in page.texts
+    assert page.all('b') == []
+
+
+def test_numbers_are_those_of_the_surveys(written: list[Path]) -> None:
+    numbers = json.loads(written[1].read_text())
+    assert [s['title'] for s in numbers['surveys']] == ['vit_tiny_vqmoe', 'vit_tiny_softmoe']
+    assert numbers['surveys'][0] == json.loads(json.dumps(survey().numbers()))
+    assert numbers['history'] == {'run': history()}
+    assert numbers['changes'] == [vars(CHANGES[0])]
+
+
+def test_an_expert_in_words(page: Page) -> None:
+    items = [text.replace('\xa0', ' ') for tag, text in page.texts if tag == 'li']
+    # of the expert's 300 tokens 200 are of cats, of all 600 tokens 200: 2 / 3 over 1 / 3
+    assert (
+        'takes 50 % of the tokens by router; over-represented are cat (2.0 times its share). '
+        'It takes 25 % of the tokens by quantizer.codebook. Of the other experts, expert 1 answers '
+        'most like it (cosine 0.75).'
+    ) in items
+    assert any(text.startswith('takes none of the tokens by router.') for text in items)
+    assert any(text.startswith('gives 40 % of the answers, by its slots.') for text in items)
+
+
+def test_a_table_has_a_column_per_model(page: Page) -> None:
+    cells = [text for tag, text in page.texts if tag in {'th', 'td', 'span'}]
+    at = cells.index('effective_rank_before')
+    assert {'9.5', '7.25'} <= set(cells[at + 1 : at + 4])
+    assert cells.index('9.5') + 1 == cells.index('7.25')
+    assert cells[-3:] == [f'{NAME}.router', 'epoch 1 to epoch 2', '25\xa0%']
+
+
+def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:
+    write_report([survey(layers=1)], tmp_path)
+    files = write_report([soft_survey()], tmp_path)
+    assert {p for p in tmp_path.rglob('*') if p.is_file()} == set(files)
+
+
+def test_the_same_survey_gives_the_same_files(tmp_path: Path) -> None:
+    first = write_report([soft_survey()], tmp_path / 'first')
+    second = write_report([soft_survey()], tmp_path / 'second')
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_without_layers_there_is_no_report(tmp_path: Path) -> None:
+    dense = Survey('dense', 10, CLASSES, {}, [], {})
+    with pytest.raises(ValueError, match='none has a layer with experts'):
+        write_report([dense], tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_dense_model_beside_another_has_its_line(tmp_path: Path) -> None:
+    dense = Survey('dense', 10, CLASSES, {}, [], {})
+    text = write_report([soft_survey(), dense], tmp_path)[0].read_text()
+    assert '<strong>dense</strong>: 0 layers with experts, seen over 10 images of 3 classes' in text
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='titles have to differ, these are a, a'):
+        write_report([survey('a'), survey('a')], tmp_path)
+
+
+def test_settings_of_matplotlib_stay(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    write_report([soft_survey()], tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_models_as_they_are(tmp_path: Path) -> None:
+    """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
+    normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
+    surveys = []
+    for method in METHODS:
+        model = timm.create_model(
+            f'vit_tiny_{method}',
+            img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=2,
+        )  # fmt: skip
+        batches = [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))]
+        seen = survey_of(
+            model, batches, title=method, normalization=normalization, classes=['a', 'b'],
+            shifts=[flip()],
+        )  # fmt: skip
+        surveys.append(seen)
+    page = Page(write_report(surveys, tmp_path)[0].read_text())
+    rows = [row for table in number_tables(surveys) for row in table.rows]
+    assert len(rows) > 10 and [row.name for row in rows if not row.meaning] == []
+    assert {h['id'] for h in page.all('h2')} == {
+        'contents', 'experts', 'patches', 'load', 'surest', 'codes', 'gates', 'slots', 'classes',
+        'similarity', 'numbers', 'shifts',
+    }  # fmt: skip
+    titles = [text for tag, text in page.texts if tag == 'h3']
+    assert all(titles.count(method) >= 4 for method in METHODS)
+
+
+def test_a_codebook_whose_tokens_are_all_the_same_is_drawn() -> None:
+    usage = torch.tensor([1.0, 0, 0, 0])
+    codes = Codes(torch.eye(4), usage, torch.ones(5, 4), torch.zeros(5).long())
+    picture = code_map(NAME, codes, num_experts=2)
+    assert picture.alt.replace('\xa0', ' ').startswith(
+        '4 codes among 5 tokens, on axes that hold 0 % of the variance. 1 codes are used; code 0'
+    )
+
+
+def test_axes_of_the_map_by_hand() -> None:
+    # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
+    tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
+    codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
+    axes = code_map(NAME, codes, num_experts=2).figure.axes[0]
+    assert axes.get_xlabel().replace('\xa0', ' ') == 'first component, 90 % of the variance'
+    assert axes.get_ylabel().replace('\xa0', ' ') == 'second component, 10 %'
+    placed = axes.collections[1].get_offsets()
+    assert abs(placed[:, 0]).tolist() == pytest.approx([3, 3])
+    assert placed[:, 1].tolist() == pytest.approx([0, 0])

@@ -1,0 +1,84 @@
+"""Codes of a layer among the tokens around them, on a plane.
+
+Legend: M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
+"""
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .drawing import WIDTH, Picture, percent, short, styled
+from .pictures import expert_colours, with_legend
+from .surveyed import Codes
+
+NAMED = 32  # more numbers would lie on each other
+
+
+@styled
+def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
+    """Tokens and codes on the two axes along which the tokens vary most (PCA).
+
+    Args:
+        name: Of the layer.
+        codebook: Its codes, and tokens around them.
+        num_experts: E; code j belongs to expert j mod E, which gives the colour.
+    """
+    tokens, codes = codebook.tokens.double(), codebook.codes.double()
+    mean, plane, shares = _plane(tokens)
+    colours = expert_colours(num_experts)
+    of_codes = torch.arange(len(codes)) % num_experts
+    figure = Figure(figsize=(WIDTH, 7), layout='constrained')
+    axes = figure.subplots()
+    x, y = ((tokens - mean) @ plane).t().numpy()
+    axes.scatter(
+        x,
+        y,
+        c=colours[codebook.indices % num_experts].numpy(),
+        s=9,
+        alpha=0.35,
+        linewidths=0,
+    )
+    used = codebook.usage > 0
+    placed = (codes - mean) @ plane
+    sizes = 60 + 600 * codebook.usage
+    for mask, marker in ((used, 'o'), (~used, 'X')):
+        x, y = placed[mask].t().numpy()
+        axes.scatter(
+            x,
+            y,
+            c=colours[of_codes[mask]].numpy(),
+            s=sizes[mask].numpy(),
+            marker=marker,
+            edgecolors='black',
+            linewidths=1.5,
+        )
+    if len(codes) <= NAMED:
+        for number, place in enumerate(placed.tolist()):
+            axes.annotate(str(number), place, xytext=(7, 7), textcoords='offset points')
+    axes.set(
+        title=f'{short(name)}: codes (large, x: unused) among tokens',
+        xlabel=f'first component, {percent(shares[0])} of the variance',
+        ylabel=f'second component, {percent(shares[1])}',
+    )
+    axes.grid(alpha=0.3)
+    if num_experts <= 20:
+        with_legend(figure, [f'expert {i}' for i in range(num_experts)], colours)
+    top = int(codebook.usage.argmax())
+    alt = (
+        f'{len(codes)} codes among {len(tokens)} tokens, on axes that hold '
+        f'{percent(sum(shares))} of the variance. {int(used.sum())} codes are used; code {top} '
+        f'takes most, {percent(codebook.usage[top].item())} of the tokens.'
+    )
+    return Picture(f'codes-{name}', f'{name}: codes among tokens', alt, figure)
+
+
+def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean (D,), first two principal axes (D, 2) and their shares of the variance.
+
+    Not scikit-learn's, which divides by the variance: tokens that are all the same have none, and a
+    collapsed model is what the picture is to show. Nor torch.pca_lowrank, which draws numbers.
+    """
+    mean = tokens.mean(dim=0)
+    spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
+    shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
+    return mean, axes[:, -2:].flip(1), shares[-2:].flip(0).tolist()

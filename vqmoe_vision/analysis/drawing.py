@@ -1,0 +1,125 @@
+"""What the pictures of the report share: their size and letters, and the words that stand for them.
+
+Needs matplotlib (extra `train`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+WIDTH = 8.6  # inches; the page shows a picture about as wide
+ANNOTATED = 16  # more columns leave no room for numbers in the cells
+# Letters that can be read at half the size, on a background of their own: the page may be dark.
+STYLE: Any = {  # matplotlib's own type differs between its versions
+    'font.size': 14,
+    'axes.titlesize': 15,
+    'figure.facecolor': 'white',
+}
+
+P = ParamSpec('P')
+R = TypeVar('R')
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what a reader who does not see it has to know.
+
+    Args:
+        name: Of its file, without `.png`.
+        title: What it shows, in a few words.
+        alt: The same in numbers.
+        figure: The figure.
+    """
+
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function draw in `STYLE`, and leaves the settings of the caller alone."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def percent(share: float) -> str:
+    """A share in words of a page, which no line breaks: '14 %', '0.3 %', '0 %'."""
+    if 0 < share < 0.0005:
+        return 'under\N{NO-BREAK SPACE}0.1\N{NO-BREAK SPACE}%'
+    digits = 1 if 0 < share < 0.01 else 0
+    return f'{100 * share:.{digits}f}\N{NO-BREAK SPACE}%'
+
+
+def short(name: str) -> str:
+    """A layer or decider as an axis can show it: 'blocks.1.mlp.quantizer.codebook' has no room."""
+    return name.replace('.mlp', '').replace('quantizer.', '')
+
+
+def listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def spread(shares: Tensor, word: str) -> str:
+    """How shares of experts or codes spread, in words.
+
+    Args:
+        shares: (E,) or (M,), they sum to 1.
+        word: 'expert' or 'code'.
+    """
+    most, least = percent(shares.max().item()), percent(shares.min().item())
+    if most == least:
+        return f'all {len(shares)} {word}s take {most}'
+    return (
+        f'{word} {int(shares.argmax())} takes most, {most}, '
+        f'{word} {int(shares.argmin())} least, {least}'
+    )
+
+
+def heat_map(
+    axes: Axes, values: Tensor, limits: tuple[float, float], form: str, colours: str = 'viridis'
+) -> None:
+    """Draws a matrix with its numbers in the cells, where there is room, and a colour bar.
+
+    Args:
+        axes: Are changed.
+        values: (rows, columns); nan stays empty.
+        limits: The values at the ends of the colours.
+        form: Format of a number in a cell, such as '.2f'.
+        colours: A colour map of matplotlib.
+    """
+    shown = axes.imshow(values.numpy(), vmin=limits[0], vmax=limits[1], cmap=colours, aspect='auto')
+    bar = axes.figure.colorbar(shown, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+    rows, columns = values.shape
+    axes.set_xticks(range(0, columns, -(-columns // ANNOTATED)))
+    if columns > ANNOTATED or rows > 2 * ANNOTATED:
+        return
+    for row in range(rows):
+        for column in range(columns):
+            value = values[row, column].item()
+            if value == value:
+                place = (value - limits[0]) / ((limits[1] - limits[0]) or 1)
+                red, green, blue, _ = matplotlib.colormaps[colours](place)
+                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+                axes.text(
+                    column,
+                    row,
+                    f'{value:{form}}',
+                    ha='center',
+                    va='center',
+                    color='white' if dark else 'black',
+                    fontsize=11 if columns > 10 else 12,
+                )

@@ -1,0 +1,183 @@
+"""Patches of a survey: coloured by expert or code, the surest of each expert, gates and slots.
+
+Legend: E experts, M codes. Needs matplotlib (extra `train`).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .drawing import WIDTH, Picture, listed, percent, short, styled
+from .pictures import NO_EXPERT, expert_colours, rows_of_pictures, tint_patches, with_legend
+from .surveyed import Example, LayerSurvey, Patch, Survey
+
+COLUMNS = 6  # examples in a row: more would be too small
+LEGEND = 20  # colours that can be told apart
+
+
+def frames(survey: Survey) -> Iterator[Picture]:
+    """Pictures with their patches coloured, one by one for each decider, in the layers' order."""
+    examples = survey.examples[:COLUMNS]
+    for name, layer in survey.layers.items():
+        for decider in _of_layer(name, examples, 'experts'):
+            maps = [example.experts[decider] for example in examples]
+            yield _frame(examples, maps, layer.num_experts, decider, 'expert')
+        for decider in _of_layer(name, examples, 'codes'):
+            maps = [example.codes[decider] for example in examples]
+            codes = len(layer.codebook.usage) if layer.codebook else int(max(map(torch.max, maps)))
+            yield _frame(examples, maps, codes, decider, 'code')
+
+
+def _of_layer(layer: str, examples: Sequence[Example], kind: str) -> list[str]:
+    names = getattr(examples[0], kind) if examples else []
+    return [name for name in names if name == layer or name.startswith(f'{layer}.')]
+
+
+@styled
+def _frame(
+    examples: Sequence[Example], maps: Sequence[Tensor], count: int, decider: str, kind: str
+) -> Picture:
+    tinted = [
+        tint_patches(example.image[None], chosen[None], count)[0]
+        for example, chosen in zip(examples, maps, strict=True)
+    ]
+    rows = {'image': [example.image for example in examples], f'{kind}s': tinted}
+    cell = (WIDTH - 1.6) / max(len(examples), 3)
+    figure = rows_of_pictures(rows, f'{short(decider)}: {kind} of each patch', cell)
+    figure.set_figwidth(WIDTH)
+    colours, names = expert_colours(count), [f'{kind} {i}' for i in range(count)]
+    if any((chosen == -1).any() for chosen in maps):
+        names, colours = [*names, f'no {kind}'], torch.cat([colours, NO_EXPERT])
+    if count <= LEGEND:
+        with_legend(figure, names, colours)
+    counts = torch.cat([m.flatten() for m in maps]).add(1).bincount(minlength=count + 1)[1:]
+    best = counts.argsort(descending=True, stable=True)[:3]
+    shares = [
+        f'{kind} {i} {percent(counts[i].item() / sum(m.numel() for m in maps))}' for i in best
+    ]
+    alt = (
+        f'Patches of {len(examples)} pictures in the colour of their {kind} by {decider}. '
+        f'{int((counts > 0).sum())} of {count} {kind}s occur, most often {listed(shares)}.'
+    )
+    return Picture(f'{kind}s-{decider}', f'{decider}: {kind}s', alt, figure)
+
+
+@styled
+def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
+    """The patches of each expert with the largest weights, a row per expert.
+
+    Args:
+        name: Of the layer.
+        decider: In the layer.
+        layer: What was seen of it.
+    """
+    sheet = layer.confident[decider]
+    columns = max(1, max(map(len, sheet)))
+    figure = Figure(figsize=(WIDTH, 1 + 0.98 * len(sheet)), layout='constrained')
+    grid = figure.subplots(len(sheet), columns, squeeze=False)
+    for expert, (patches, cells) in enumerate(zip(sheet, grid, strict=True)):
+        load = percent(layer.load[decider][expert].item())
+        cells[0].set_ylabel(f'expert {expert}\n{load}', rotation=0, ha='right', va='center')
+        for at, axes in enumerate(cells):
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if at < len(patches):
+                axes.imshow(patches[at].pixels.permute(1, 2, 0).clamp(0, 1).numpy())
+                axes.set_title(f'{patches[at].weight:.2f}', fontsize=12, pad=2)
+    figure.suptitle(f'{short(name)}.{short(decider)}: surest patches, with their weights')
+    surest = [_surest(expert, patches) for expert, patches in enumerate(sheet)]
+    return Picture(
+        f'surest-{name}.{decider}',
+        f'{name}, {decider}: the surest patches of each expert',
+        f'Patches with the largest weights. {" ".join(surest)}',
+        figure,
+    )
+
+
+def _surest(expert: int, patches: Sequence[Patch]) -> str:
+    if not patches:
+        return f'Expert {expert}: none.'
+    images = len({patch.image for patch in patches})
+    return (
+        f'Expert {expert}: {len(patches)} from {images} images, weights '
+        f'{patches[0].weight:.2f} to {patches[-1].weight:.2f}.'
+    )
+
+
+@styled
+def gate_map(name: str, examples: Sequence[Example]) -> Picture:
+    """The share of the continuous branch at each patch, and how often it has which value.
+
+    Args:
+        name: Of the layer.
+        examples: Pictures.
+    """
+    examples = examples[:4]
+    figure = Figure(figsize=(WIDTH, 6), layout='constrained')
+    grid = figure.add_gridspec(2, len(examples), height_ratios=(1, 1.2))
+    shown = None
+    maps = []
+    for column, example in enumerate(examples):
+        axes = figure.add_subplot(grid[0, column])
+        shown = axes.imshow(example.gates[name].numpy(), vmin=0, vmax=1, cmap='viridis')
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(example.name, fontsize=12)
+        maps.append(axes)
+    assert shown is not None
+    figure.colorbar(shown, ax=maps, label='share', pad=0.02)
+    values = torch.cat([example.gates[name].flatten() for example in examples]).float()
+    axes = figure.add_subplot(grid[1, :])
+    axes.hist(values.numpy(), bins=25, range=(0, 1), color='tab:blue')
+    axes.set(xlabel='share of the continuous branch', ylabel='patches', xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    figure.suptitle(f'{short(name)}: share of the continuous branch')
+    low, middle, high = values.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return Picture(
+        f'gates-{name}',
+        f'{name}: share of the continuous branch',
+        f'Of the patches of {len(examples)} pictures the middle share is {middle:.2f}; '
+        f'eight of ten lie between {low:.2f} and {high:.2f}.',
+        figure,
+    )
+
+
+@styled
+def slot_map(name: str, examples: Sequence[Example]) -> Picture:
+    """What the slots of each expert mix: dispatch weights over the picture.
+
+    Args:
+        name: Of the layer.
+        examples: Pictures.
+    """
+    examples = examples[:3]
+    num_experts = len(examples[0].slots[name])
+    columns = min(num_experts, 8) + 1
+    lines = -(-num_experts // (columns - 1))
+    high = max(example.slots[name].max().item() for example in examples)
+    rows = lines * len(examples)
+    figure = Figure(figsize=(WIDTH, 1.15 * rows + 1.4), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    said = []
+    for number, example in enumerate(examples):
+        cells = grid[number * lines : (number + 1) * lines]
+        cells[0, 0].imshow(example.image.permute(1, 2, 0).clamp(0, 1).numpy())
+        cells[0, 0].set_title('image', fontsize=12)
+        slots = example.slots[name].float()
+        for expert, axes in enumerate(cells[:, 1:].flat):
+            if expert < num_experts:
+                shown = axes.imshow(slots[expert].numpy(), vmin=0, vmax=high, cmap='viridis')
+                axes.set_title(f'exp. {expert}', fontsize=12)
+        peak = (slots.flatten(1).max(1).values / slots.flatten(1).sum(1).clamp(min=1e-12)).tolist()
+        said.append(f'{example.name}: {percent(min(peak))} to {percent(max(peak))}')
+    figure.colorbar(shown, ax=grid, label='dispatch weight', pad=0.02)
+    figure.suptitle(f"{short(name)}: what each expert's slots look at")
+    alt = (
+        f'Dispatch weights of {num_experts} experts over {len(examples)} pictures. The patch with '
+        f"the largest weight has, of an expert's sum over the picture, {'; '.join(said)}."
+    )
+    return Picture(f'slots-{name}', f'{name}: slots', alt, figure)

@@ -1,0 +1,73 @@
+"""One page that shows what the experts of a model do, and opens without a network.
+
+Needs matplotlib and jinja2 (extra `train`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .report_sections import sections_of
+from .report_tables import Change
+from .routing_curves import History
+from .surveyed import Survey
+
+
+def write_report(
+    surveys: Sequence[Survey],
+    out: Path,
+    history: Mapping[str, History] | None = None,
+    changes: Sequence[Change] = (),
+) -> list[Path]:
+    """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`.
+
+    Args:
+        surveys: One per model or checkpoint; each has a column.
+        out: Folder; made if it is not there, and what it holds of an older report is replaced.
+        history: By the name of a run: lines of its `routing.jsonl`, oldest first.
+        changes: Between checkpoints.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ValueError: If there is no survey, none has a layer, or two have the same title.
+    """
+    titles = [survey.title for survey in surveys]
+    if not any(survey.layers for survey in surveys):
+        raise ValueError('surveys: none has a layer with experts, there is nothing to report')
+    if len(set(titles)) < len(titles):
+        raise ValueError(f'surveys: titles have to differ, these are {", ".join(titles)}')
+    sections = sections_of(surveys, history or {}, changes)
+    pictures = out / 'pictures'
+    pictures.mkdir(parents=True, exist_ok=True)
+    for old in pictures.glob('*.png'):
+        old.unlink()
+    written = [out / 'report.html', out / 'numbers.json']
+    environment = Environment(
+        loader=PackageLoader('vqmoe_vision.analysis'),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template('report.html').render(surveys=surveys, sections=sections)
+    written[0].write_text(page)
+    written[1].write_text(json.dumps(_numbers(surveys, history or {}, changes), indent=1))
+    for shown in (p for s in sections for column in s.columns for p in column.pictures):
+        written.append(pictures / shown.file)
+        written[-1].write_bytes(shown.png)
+    return written
+
+
+def _numbers(
+    surveys: Sequence[Survey], history: Mapping[str, History], changes: Sequence[Change]
+) -> dict[str, Any]:
+    return {
+        'surveys': [survey.numbers() for survey in surveys],
+        'history': {name: list(lines) for name, lines in history.items()},
+        'changes': [vars(change) for change in changes],
+    }

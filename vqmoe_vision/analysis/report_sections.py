@@ -1,0 +1,273 @@
+"""The parts of the report's page: pictures, sentences and tables under their headings."""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .code_map import code_map
+from .drawing import Picture
+from .heat_maps import class_map, load_map, similarity_map
+from .patch_pictures import contact_sheet, frames, gate_map, slot_map
+from .report_tables import Change, Table, change_table, number_tables, shift_tables
+from .routing_curves import History, curve_pictures
+from .sentences import expert_sentence, layer_sentence
+from .surveyed import Survey
+
+DPI = 110
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture as the page and a file hold it.
+
+    Args:
+        file: Name of the file.
+        title: What it shows, in a few words.
+        alt: The same in numbers.
+        png: The file's bytes.
+    """
+
+    file: str
+    title: str
+    alt: str
+    png: bytes
+
+    @property
+    def uri(self) -> str:
+        """The picture as the address of an image."""
+        return 'data:image/png;base64,' + base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Sentences on the experts of a layer.
+
+    Args:
+        title: The layer.
+        summary: On the layer.
+        sentences: By expert.
+    """
+
+    title: str
+    summary: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a section shows of one model.
+
+    Args:
+        title: Of the model.
+        pictures: Pictures.
+        experts: Sentences.
+    """
+
+    title: str
+    pictures: list[Shown] = field(default_factory=list)
+    experts: list[Experts] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the page and what stands below it.
+
+    Args:
+        id: Its anchor.
+        title: Heading.
+        text: How to read it.
+        columns: One per model that has something to show.
+        tables: Tables.
+        stepped: Whether a slider shows one picture after the other.
+    """
+
+    id: str
+    title: str
+    text: str
+    columns: list[Column] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    stepped: bool = False
+
+
+# In the order of the page: anchor, heading, how to read it, and what draws a model's pictures.
+PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]]], ...] = (
+    (
+        'patches',
+        'Where the patches go',
+        'Every patch has the colour of its expert, or of its code. The slider goes through the '
+        'layers from the first to the last.',
+        frames,
+    ),
+    (
+        'load',
+        'Load of the experts',
+        'An even row shares the work; a row with one bright cell has collapsed.',
+        lambda survey: [load_map(survey)],
+    ),
+    (
+        'surest',
+        'The surest patches of each expert',
+        'What an expert takes with the largest weights says what it looks for, if it looks for '
+        'anything that can be seen.',
+        lambda survey: (
+            contact_sheet(name, decider, layer)
+            for name, layer in survey.layers.items()
+            for decider in layer.confident
+            if any(layer.confident[decider])
+        ),
+    ),
+    (
+        'codes',
+        'Codes among tokens',
+        'A token goes to its nearest code. Codes that lie among the tokens are used; on a plane, '
+        'near may be far in the other directions.',
+        lambda survey: (
+            code_map(name, layer.codebook, layer.num_experts)
+            for name, layer in survey.layers.items()
+            if layer.codebook is not None
+        ),
+    ),
+    (
+        'gates',
+        'Continuous or discrete branch',
+        'At 1 only the continuous branch, the router, counts; at 0 only the discrete one, the '
+        'codebook.',
+        lambda survey: (
+            gate_map(name, survey.examples)
+            for name in survey.layers
+            if survey.examples and name in survey.examples[0].gates
+        ),
+    ),
+    (
+        'slots',
+        'What slots look at',
+        'A slot mixes all patches of a picture; bright ones have much weight in it.',
+        lambda survey: (
+            slot_map(name, survey.examples)
+            for name in survey.layers
+            if survey.examples and name in survey.examples[0].slots
+        ),
+    ),
+    (
+        'classes',
+        'Experts and classes',
+        'Each row is a class and sums to 100. Rows that are all alike say that experts do not '
+        'follow classes.',
+        lambda survey: (
+            class_map(name, decider, counts, layer.load[decider], survey.classes)
+            for name, layer in survey.layers.items()
+            for decider, counts in layer.expert_by_class.items()
+            if survey.classes is not None
+        ),
+    ),
+    (
+        'similarity',
+        'Similarity of the experts',
+        'Of weights: their parameters as they lie. Of outputs: their answers to the same tokens. '
+        'Experts that are all alike do the work of one.',
+        lambda survey: (similarity_map(name, layer) for name, layer in survey.layers.items()),
+    ),
+)
+
+
+def sections_of(
+    surveys: Sequence[Survey], history: Mapping[str, History], changes: Sequence[Change]
+) -> list[Section]:
+    """All sections that have something to show, in the order of the page.
+
+    Args:
+        surveys: One per model or checkpoint.
+        history: By the name of a run: lines of its `routing.jsonl`.
+        changes: Between checkpoints.
+    """
+    return [
+        *_experts(surveys),
+        *_pictures(surveys),
+        *_training(history),
+        *_tables(surveys, changes),
+    ]
+
+
+def _experts(surveys: Sequence[Survey]) -> list[Section]:
+    columns = [
+        Column(
+            survey.title,
+            experts=[
+                Experts(
+                    name,
+                    layer_sentence(layer),
+                    [
+                        expert_sentence(layer, expert, survey.classes)
+                        for expert in range(layer.num_experts)
+                    ],
+                )
+                for name, layer in survey.layers.items()
+            ],
+        )
+        for survey in surveys
+        if survey.layers
+    ]
+    text = (
+        'Each sentence is made from the numbers of this page. A class is over-represented if it '
+        "is at least a quarter more frequent among the expert's tokens than among all tokens; "
+        '2.0 times its share is twice as frequent.'
+    )
+    return [Section('experts', 'Which expert does what', text, columns)]
+
+
+def _pictures(surveys: Sequence[Survey]) -> list[Section]:
+    sections = []
+    for anchor, title, text, draw in PICTURES:
+        columns = [Column(s.title, _shown(draw(s), s.title)) for s in surveys]
+        columns = [column for column in columns if column.pictures]
+        if columns:
+            stepped = draw is frames
+            sections.append(Section(anchor, title, text, columns, stepped=stepped))
+    return sections
+
+
+def _training(history: Mapping[str, History]) -> list[Section]:
+    columns = [Column(name, _shown(curve_pictures(h), name)) for name, h in history.items()]
+    columns = [column for column in columns if column.pictures]
+    text = (
+        'Recorded while the model trained. Movement says how fast a part still changes: a router '
+        'or codebook that has come to rest before the experts has converged faster.'
+    )
+    return [Section('training', 'Over training', text, columns)] if columns else []
+
+
+def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Section]:
+    found = (
+        ('numbers', 'Numbers', 'One table per layer.', number_tables(surveys)),
+        (
+            'shifts',
+            'When the picture changes',
+            'The same tokens with the picture corrupted, cropped or mirrored. A share of 0 % means '
+            'that the routing does not notice; it says something only if much less changes than '
+            'would by chance, for one expert that takes everything never changes.',
+            shift_tables(surveys),
+        ),
+        (
+            'changes',
+            'Changes between checkpoints',
+            'The same tokens, seen by two checkpoints of a run: a router that is still undecided '
+            'late in training sends them elsewhere. What would change by chance stands under '
+            'Numbers.',
+            [change_table(changes)] if changes else [],
+        ),
+    )
+    return [Section(a, title, text, tables=tables) for a, title, text, tables in found if tables]
+
+
+def _shown(pictures: Iterable[Picture | None], title: str) -> list[Shown]:
+    return [_png(picture, title) for picture in pictures if picture is not None]
+
+
+def _png(picture: Picture, title: str) -> Shown:
+    data = io.BytesIO()
+    # without the version of matplotlib: the same survey gives the same file
+    picture.figure.savefig(data, format='png', dpi=DPI, metadata={'Software': None})
+    name = re.sub(r'[^\w.-]+', '_', f'{title}-{picture.name}')
+    return Shown(f'{name}.png', picture.title, picture.alt, data.getvalue())

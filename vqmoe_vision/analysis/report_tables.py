@@ -1,0 +1,146 @@
+"""Tables of the report: numbers with what they mean, shifts, and changes between checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .drawing import percent
+from .surveyed import Survey
+
+# By the last part of a number's name; docs/routing-measures.md has definitions and sources.
+MEANINGS = {
+    'load_entropy': '1 if all experts take as many tokens, 0 if one takes all',
+    'load_variation': 'standard deviation of the load over its mean, 0 if it is even',
+    'dead_experts': 'experts that received nothing from any image',
+    'unrouted': 'share of tokens without any expert',
+    'changed_by_chance': 'share of tokens that would change if experts were drawn from the load',
+    'mutual_information': 'what the expert says about the class, in nats, 0 if nothing',
+    'normalized_mutual_information': 'the same, from 0 to 1: one of them tells the other',
+    'code_perplexity': 'how many codes are in use, weighted by how often',
+    'dead_codes': 'codes that no token took',
+    'quantization_error': "squared distance of tokens to their codes, over the tokens' energy",
+    'quantization_error_around_mean': 'the same over the variance of tokens; below 1 codes help',
+    'similarity_weights': "mean cosine of two experts' parameters, 1 if all are the same",
+    'similarity_outputs': "mean cosine of two experts' answers to the same tokens",
+    'effective_rank_before': 'directions that the tokens of the layer spread over, 1 if collapsed',
+    'effective_rank_after': "the same of the layer's answers",
+    'gate_continuous': 'mean share of the continuous branch, the router; the rest is the codebook',
+}
+BY_CHANCE = 'by chance'
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the routing of the same tokens differs between two checkpoints of a run.
+
+    Args:
+        before: Says which checkpoint.
+        after: Says which other one.
+        shares: By decider, such as 'blocks.1.mlp.router': share of tokens whose first expert is
+            another one.
+    """
+
+    before: str
+    after: str
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Args:
+        name: Its head.
+        cells: As shown; '' where there is nothing.
+        meaning: Of the head, in a line.
+    """
+
+    name: str
+    cells: list[str]
+    meaning: str = ''
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page.
+
+    Args:
+        caption: What it is.
+        corner: Head of the first column.
+        heads: Of the other columns.
+        rows: Lines.
+    """
+
+    caption: str
+    corner: str
+    heads: list[str]
+    rows: list[Row] = field(default_factory=list)
+
+
+def number_tables(surveys: Sequence[Survey]) -> list[Table]:
+    """A table per layer: its numbers, a column for each model.
+
+    Args:
+        surveys: At least one.
+    """
+    layers = list(dict.fromkeys(name for survey in surveys for name in survey.layers))
+    tables = []
+    for layer in layers:
+        found = [s.layers[layer].numbers if layer in s.layers else {} for s in surveys]
+        names = dict.fromkeys(name for numbers in found for name in numbers)
+        rows = [
+            Row(
+                name,
+                [f'{numbers[name]:.4g}' if name in numbers else '' for numbers in found],
+                MEANINGS.get(name.rpartition('/')[2], ''),
+            )
+            for name in names
+        ]
+        if rows:
+            tables.append(Table(layer, 'number', [s.title for s in surveys], rows))
+    return tables
+
+
+def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
+    """A table per model: share of tokens whose expert changes, by shift and decider.
+
+    Args:
+        surveys: Those without shifts are left out.
+    """
+    said = 'share of tokens whose first expert changes'
+    return [
+        _shares(
+            f'{survey.title}: {said}', 'shift', {BY_CHANCE: _by_chance(survey), **survey.shifts}
+        )
+        for survey in surveys
+        if survey.shifts
+    ]
+
+
+def _by_chance(survey: Survey) -> dict[str, float]:
+    end = '/changed_by_chance'
+    return {
+        f'{name}.{number.removesuffix(end)}': value
+        for name, layer in survey.layers.items()
+        for number, value in layer.numbers.items()
+        if number.endswith(end)
+    }
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    """Share of tokens whose expert changes from one checkpoint to another.
+
+    Args:
+        changes: A line of the table each.
+    """
+    rows = {f'{change.before} to {change.after}': change.shares for change in changes}
+    return _shares('Share of tokens whose first expert changes', 'checkpoints', rows)
+
+
+def _shares(caption: str, corner: str, rows: dict[str, dict[str, float]]) -> Table:
+    deciders = list(dict.fromkeys(name for shares in rows.values() for name in shares))
+    lines = [
+        Row(name, [percent(shares[d]) if d in shares else '' for d in deciders])
+        for name, shares in rows.items()
+        if shares
+    ]
+    return Table(caption, corner, deciders, lines)
