@@ -21,6 +21,8 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
+from vqmoe_vision.engine.checkpoint_files import candidates
+
 from .results import Store
 from .runs import ONE_THREAD, Run
 
@@ -115,7 +117,7 @@ class Queue:
             command = job.run.test(job.folder)
         else:
             command = job.run.train(job.folder)
-            if (job.folder / 'last_checkpoint').is_file():
+            if candidates(job.folder):
                 command.insert(command.index('--work-dir'), '--resume')
         environment = {**os.environ, **ONE_THREAD}
         if self._gpus:
