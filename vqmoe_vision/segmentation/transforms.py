@@ -155,11 +155,12 @@ class LoadImage(LoadImageFromFile):
             return None  # a test may have the place of label maps, but none
         content = fileio.get(path, backend_args=self.backend_args)
         with opened(io.BytesIO(content), path) as labels:
-            return stored(np.asarray(labels), _turned(labels)).shape[:2]
+            turn = _turned(labels)
+            return stored(np.asarray(labels), turn).shape[:2]
 
 
 def _turned(image: Any) -> int:
-    """By what orientation decoders have turned the pixels already: that of a TIFF, unasked."""
+    """What decoders turn the pixels by unasked: that of a TIFF, which is gone once it is read."""
     return orientation(image) if image.format == 'TIFF' else 1
 
 
@@ -230,11 +231,12 @@ class LoadLabels(LoadAnnotations):
         """
         content = fileio.get(path, backend_args=self.backend_args)
         with opened(io.BytesIO(content), path) as file:
+            turn = _turned(file)
             # only the header has been read; all other modes have 8 bits or fewer
             if not file.mode.startswith(('I', 'F')):
-                return _turned(file), np.empty(0)
+                return turn, np.empty(0)
             labels = np.asarray(file)
-            return _turned(file), labels[labels != (labels.astype(np.int64) & 0xFF)]
+            return turn, labels[labels != (labels.astype(np.int64) & 0xFF)]
 
     @staticmethod
     def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
