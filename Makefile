@@ -27,7 +27,7 @@ IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.seg ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and draw both
+demo: $(VENV)/.seg,analyze ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and show what its experts do
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev ## run all tests but the long ones
@@ -116,7 +116,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg,analyze $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

@@ -47,7 +47,7 @@ def analyze(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--images', help="folder of images, in place of the config's test images")
     parser.add_argument(
-        '--num-images', type=int, default=1000, help='look at so many, taken evenly from all'
+        '--num-images', type=int, default=1000, help='look at so many, drawn from all'
     )
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument(
@@ -124,7 +124,7 @@ def _changes(
 
 def _source(model: Any, config: Config, args: argparse.Namespace) -> Source:
     source: Source = model.source(config.test_dataloader.dataset, args.images)
-    return source.first(args.num_images)
+    return source.drawn(args.num_images)
 
 
 def _progress(source: Source, title: str, args: argparse.Namespace) -> Iterator[Any]:
