@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
 from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.trained import load_trained, scope_of
 
 from .checkpoints import routing_changes
 from .corruptions import corruptions
@@ -123,7 +123,8 @@ def _changes(
 
 
 def _source(model: Any, config: Config, args: argparse.Namespace) -> Source:
-    source: Source = model.source(config.test_dataloader.dataset, args.images)
+    with scope_of(config):
+        source: Source = model.source(config.test_dataloader.dataset, args.images)
     return source.drawn(args.num_images)
 
 

@@ -89,10 +89,20 @@ class LoadImage(LoadImageFromFile):
     `imdecode_backend` decodes JPEG, of which decoders differ; the rest is read as in
     classification. Other values of `color_type` than 'color', and the backend 'tifffile', are
     mmcv's alone.
+
+    Args:
+        shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
+        **kwargs: As `LoadImageFromFile`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, shift: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.corrupt = None
+        if shift is not None:
+            # numba and scikit-image come with it: only those who ask for it wait for them
+            from vqmoe_vision.analysis.corruptions import Corruption
+
+            self.corrupt = Corruption(shift)
         args = self.file_client_args
         check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
 
@@ -108,6 +118,8 @@ class LoadImage(LoadImageFromFile):
             if self.ignore_empty:
                 return None
             raise
+        if self.corrupt is not None:  # which takes RGB
+            pixels = np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])
         results['img'] = pixels.astype(np.float32) if self.to_float32 else pixels
         results['img_shape'] = results['ori_shape'] = pixels.shape[:2]
         return results
