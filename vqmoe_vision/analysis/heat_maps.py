@@ -85,7 +85,9 @@ def similarity_map(name: str, layer: LayerSurvey) -> Picture | None:
     panels = figure.subplots(1, len(layer.similarity), squeeze=False)[0]
     said = []
     for axes, (kind, cosine) in zip(panels, layer.similarity.items(), strict=True):
-        heat_map(axes, cosine, (-1, 1), '.1f' if len(cosine) > 8 else '.2f', 'RdBu_r')
+        digits = 2 if len(cosine) <= 5 else 1
+        # rounded here: adding zero turns -0.0 into 0.0
+        heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
         axes.set_yticks(axes.get_xticks())
         axes.set(title=f'of {kind}', xlabel='expert', ylabel='expert')
         said.append(f'of {kind}: {_pairs(cosine)}')
