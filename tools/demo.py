@@ -12,6 +12,7 @@ try:
     from vqmoe_vision.analysis import patch_experts
     from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
+    from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config, one_line
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg]'")
@@ -22,7 +23,7 @@ WORK_DIR = Path('work_dirs/demo')
 def main() -> None:
     try:
         told = classify_digits(WORK_DIR / 'classification')
-        checkpoint = (WORK_DIR / 'classification' / 'last_checkpoint').read_text()
+        checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
         told += segment_scenes(WORK_DIR / 'segmentation', checkpoint)
         print('\n'.join(told))
     except Exception as error:
@@ -47,7 +48,7 @@ def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Run
     last |= tested
     last['dead'] = sum(n for name, n in tested.items() if name.endswith('/load_unused'))
     places = (
-        f'  checkpoint  {(work_dir / "last_checkpoint").read_text()}\n'
+        f'  checkpoint  {last_checkpoint(work_dir)}\n'
         f'  log         {work_dir / runner.timestamp / runner.timestamp}.log\n'
         f'  curves      {work_dir / "curves.png"}'
     )

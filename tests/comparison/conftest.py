@@ -28,7 +28,7 @@ if kind == 'fails':
 if kind == 'killed':
     os.kill(os.getpid(), 9)
 if kind == 'waits' and '--resume' not in sys.argv:
-    (folder / 'last_checkpoint').write_text(str(folder / 'iter_1.pth'))
+    (folder / 'iter_1.pth').touch()
     (folder / 'progress').write_text('1 2')
     Path('pid').write_text(str(os.getpid()))
     while not Path('go').exists():
@@ -37,7 +37,7 @@ if kind == 'meets':
     Path('met_' + options['randomness.seed']).touch()
     while not (Path('met_1').exists() and Path('met_2').exists()):
         time.sleep(0.02)
-(folder / 'last_checkpoint').write_text(str(folder / 'iter_2.pth'))
+(folder / 'last_checkpoint').write_text('iter_2.pth')
 seed = int(options['randomness.seed'])
 drift = float(os.environ.get('DRIFT', 0))
 losses = [(1 + drift) / (i + seed) for i in range(20)]

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from .normalization import Normalization
 
@@ -31,18 +31,26 @@ class Sample(NamedTuple):
     label: Tensor | None
 
 
+class Indexed(Protocol):
+    """A data set of so many samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """Images that are read when they are asked for.
 
     Args:
-        samples: The images.
+        samples: A `Sample` each.
         names: Of the images.
         classes: Names by index; None without labels.
         normalization: How the images were normalised.
     """
 
-    samples: Dataset[Sample]
+    samples: Indexed
     names: Sequence[str]
     classes: list[str] | None
     normalization: Normalization
@@ -52,12 +60,9 @@ class Source:
         if count >= len(self.samples):
             return self
         chosen = torch.linspace(0, len(self.samples) - 1, count).long().tolist()
-        return Source(
-            Subset(self.samples, chosen),
-            [self.names[i] for i in chosen],
-            self.classes,
-            self.normalization,
-        )
+        samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset
+        names = [self.names[i] for i in chosen]
+        return Source(samples, names, self.classes, self.normalization)
 
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """Neighbours of one size together, as `survey` takes them.

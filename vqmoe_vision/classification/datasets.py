@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.registry import DATASETS, TRANSFORMS
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.images import opened, read_rgb
 from vqmoe_vision.engine.seeding import seed_sample
 
 from .splits import check_split, split_indices
@@ -101,19 +102,17 @@ def class_folder(
 
 
 def load_image(path: str) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file as RGB, the way it is meant to be seen.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: The file is not an image, or is damaged.
+        ValueError: The file is not an image, is damaged or too large, or its pixels have no
+            meaning here, see `read_rgb`.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f'{path} cannot be read as an image: {error}') from error
+    with opened(path, path) as image:
+        return read_rgb(image, path)
 
 
 def _cifar(

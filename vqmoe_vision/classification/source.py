@@ -1,12 +1,12 @@
 """Test images of a classification config, or those of a folder, for a survey of the routing."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import DATASETS, TRANSFORMS
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 from vqmoe_vision.analysis.normalization import Normalization
@@ -15,26 +15,26 @@ from vqmoe_vision.analysis.source import Sample, Source, image_files
 from .datasets import ImageClassification, load_image
 
 
-class _Labelled(Dataset):
+class _Labelled:
     def __init__(self, dataset: ImageClassification) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         image, target = self.dataset[index]
         return Sample(image, torch.tensor(target))
 
 
-class _Files(Dataset):
-    def __init__(self, files: Sequence, transform: Any) -> None:
+class _Files:
+    def __init__(self, files: Sequence[Path], transform: Any) -> None:
         self.files, self.transform = files, transform
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: Any) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         return Sample(self.transform(load_image(str(self.files[index]))), None)
 
 

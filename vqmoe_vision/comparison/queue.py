@@ -21,6 +21,7 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
+from vqmoe_vision.engine.checkpoint_files import candidates
 from vqmoe_vision.engine.cli import make_folder
 
 from .results import Store
@@ -117,7 +118,7 @@ class Queue:
             command = job.run.test(job.folder)
         else:
             command = job.run.train(job.folder)
-            if (job.folder / 'last_checkpoint').is_file():
+            if candidates(job.folder):
                 command.insert(command.index('--work-dir'), '--resume')
         environment = {**os.environ, **ONE_THREAD}
         if self._gpus:

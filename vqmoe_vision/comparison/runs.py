@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
 
@@ -81,9 +82,7 @@ class Run:
         Args:
             folder: Work dir of its training.
         """
-        last = (folder / 'last_checkpoint').read_text().strip()
-        # wherever the folder was when it was written
-        return self._test(folder, str(folder / Path(last).name))
+        return self._test(folder, str(last_checkpoint(folder)))
 
     def _test(self, folder: Path, checkpoint: str) -> list[str]:
         out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
@@ -99,5 +98,5 @@ class Run:
         resume = f'$(test -e {last} && echo --resume)'
         # before the options, which take all that follows them
         train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
-        test = test.replace(' CHECKPOINT ', f' "$(cat {last})" ', 1)
+        test = test.replace(' CHECKPOINT ', f' {shlex.quote(str(folder))}/"$(cat {last})" ', 1)
         return f'OMP_NUM_THREADS=1 {train} && OMP_NUM_THREADS=1 {test}'

@@ -1,22 +1,26 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
 Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`, lets torch read mmengine's checkpoints as data, lets
-`_base_` name the configs of this package, and teaches mmengine's count of FLOPs the operators of
-these models.
+config needs no more than `custom_imports`, puts a hook that saves safely, a loop that resumes in
+the middle of an epoch, and loaders that run no code in the place of mmengine's, lets `_base_` name
+the configs of this package, and teaches mmengine's count of FLOPs the operators of these models.
 """
 
 from . import (
     checkpoint,
+    checkpoint_files,
+    checkpoint_hook,
     config_names,
     flops,
     hooks,
     layer_decay,
     log,
+    loops,
     optim,
     record,
     routing_history,
     seeding,
+    stop,
 )
 from .model import MoeTrainingMixin, NonFiniteError
 from .routing import RoutingStatistics
@@ -26,13 +30,17 @@ __all__ = [
     'NonFiniteError',
     'RoutingStatistics',
     'checkpoint',
+    'checkpoint_files',
+    'checkpoint_hook',
     'config_names',
     'flops',
     'hooks',
     'layer_decay',
     'log',
+    'loops',
     'optim',
     'record',
     'routing_history',
     'seeding',
+    'stop',
 ]

@@ -1,11 +1,19 @@
 """Checkpoints are read as data: weights, and the log that mmengine leaves beside them.
 
 `torch.load` refuses any type that it does not know. Of the packages named mmengine only the
-onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are.
+onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are;
+where a file is refused it runs the code in it. Importing this module puts a loader in the place of
+those of mmengine: no file runs code, none changes what the process has in common, and a file whose
+checksums do not match is not used.
 """
 
+import ast
+import functools
+import os
 import re
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,23 +21,39 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models.transfer import Size, StateDict, fit_state
 from vqmoe_vision.moe import restart
 
+# `torch.load` takes no file at all where both are set
+_FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 
-def _getattr(owner: object, name: str) -> Any:
-    """What a log calls to name its means and minima; the real one reaches any code from there."""
-    if owner is not HistoryBuffer:
+
+class _Log(HistoryBuffer):
+    """A log while it is read. mmengine's own lets a file set the functions of all logs."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = ('_log_history', '_count_history')
+        if not all(isinstance(state.get(name), np.ndarray) for name in numbers):
+            raise UnpicklingError('a log without numbers')
+        self._set_default_statistics()
+        self.__dict__.update({name: state[name] for name in numbers})
+        self.max_length = int(state['max_length'])
+        self.__class__ = HistoryBuffer
+
+
+def _getattr(owner: object, name: str) -> None:
+    """What a log calls to name its means and minima, which are those of the code that reads it."""
+    if owner is not _Log:
         raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
-    return getattr(owner, name)
 
 
 _NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-_IN_A_LOG = [
-    HistoryBuffer,
+_IN_A_LOG: list[Any] = [
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in _NUMBERS},
@@ -37,10 +61,10 @@ _IN_A_LOG = [
     np.ndarray(0).__reduce__()[0],
     np.float32(0).__reduce__()[0],
 ]
-# With their names: the onedl mmengine forgets after every checkpoint what was added without.
 torch.serialization.add_safe_globals(
     [
         *((item, f'{item.__module__}.{item.__qualname__}') for item in _IN_A_LOG),
+        (_Log, f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'),
         (_getattr, 'builtins.getattr'),
     ]
 )
@@ -72,14 +96,8 @@ def read_state(path: str) -> StateDict:
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights.
     """
-    if not Path(path).is_file():
-        raise ValueError(f'checkpoint {path!r} does not exist')
-    try:
+    with _reading(path):
         return load_state_dict(path, weights_only=True)
-    except Exception as error:  # bytes of another format can make an unpickler fail in any way
-        raise ValueError(
-            f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
-        ) from error
 
 
 def read_image_sizes(path: str) -> list[Size]:
@@ -98,20 +116,126 @@ def read_image_sizes(path: str) -> list[Size]:
     return [(int(height or side), int(width or side)) for height, width, side in found]
 
 
-def read_content(path: str) -> Any:
+def read_content(path: str, verify: bool = True) -> Any:
     """Reads all that a .pth file holds, without running any code that it may hold.
 
     Args:
         path: A .pth file.
+        verify: Compare the checksums, for which the whole file is read; tensors are read when they
+            are used.
 
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
     """
+    with _reading(path, verify):
+        return torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+@contextmanager
+def _reading(path: str, verify: bool = True) -> Iterator[None]:
+    """Verifies the checksums of a file before it is read, and names the file where that fails."""
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
+    if verify and zipfile.is_zipfile(path):  # older formats have no checksums
+        try:
+            with zipfile.ZipFile(path) as archive:
+                spoilt = archive.testzip()
+        except Exception as error:  # a flipped bit can make it fail in any way
+            raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
+        if spoilt is not None:
+            raise ValueError(
+                f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum'
+            )
     try:
-        return torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+        with _as_data():
+            yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
         raise ValueError(
             f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
         ) from error
+
+
+@contextmanager
+def _as_data() -> Iterator[None]:
+    """Lets `torch.load` read data alone, whatever its caller and the environment say."""
+    before = {name: os.environ.pop(name, None) for name in (_FORCED, _SWITCHED_OFF)}
+    os.environ[_FORCED] = '1'
+    try:
+        yield
+    finally:
+        del os.environ[_FORCED]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def load_from_local(filename: str, map_location: Any) -> Any:
+    """The loader of files that mmengine asks for, which reads them as data.
+
+    Args:
+        filename: A .pth file; `~` is the user's folder.
+        map_location: As in `torch.load`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds more than weights and a log.
+    """
+    path = os.path.expanduser(filename)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path!r} does not exist')
+    with _reading(path):
+        content = torch.load(path, map_location, weights_only=True)
+    return _without_code(content, path)
+
+
+def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """In place of onedl-mmengine's function, which runs the code of a file that torch refuses."""
+    with _as_data():
+        return torch.load(file, map_location, weights_only=True)
+
+
+def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """A loader of mmengine, such as that of addresses, that reads data alone."""
+
+    @functools.wraps(loader)
+    def load(filename: str, *args: Any, **kwargs: Any) -> Any:
+        with _as_data():
+            return _without_code(loader(filename, *args, **kwargs), filename)
+
+    return load
+
+
+def _without_code(content: Any, path: str) -> Any:
+    """Leaves out a config that mmengine would run: its `resume` does so, and its inferencers."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    for name in ('config', 'cfg'):
+        if isinstance(meta, dict) and name in meta and not _holds_values_alone(meta[name]):
+            print_log(f'{path}: meta[{name!r}] holds more than values and is left out', 'current')
+            del meta[name]
+    return content
+
+
+_IN_A_CONFIG = (
+    *(ast.Module, ast.Assign, ast.Name, ast.expr_context, ast.Call, ast.keyword, ast.Constant),
+    *(ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp, ast.USub),
+)
+
+
+def _holds_values_alone(text: Any) -> bool:
+    """Whether a config assigns nothing but values, as all do that mmengine writes."""
+    if not isinstance(text, str) or '{{' in text or '_base_' in text:
+        return False  # mmengine replaces what is in braces before it runs the text
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except Exception:  # what is no Python makes the parser fail in any way
+        return False
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return all(isinstance(node, _IN_A_CONFIG) for node in nodes) and all(
+        isinstance(function, ast.Name) and function.id == 'dict' for function in calls
+    )
+
+
+for _prefix, _loader in list(CheckpointLoader._schemes.items()):
+    CheckpointLoader.register_scheme(
+        _prefix, load_from_local if _prefix == '' else _guarded(_loader), force=True
+    )
+if hasattr(upstream, '_safe_torch_load'):
+    upstream._safe_torch_load = _load_as_data

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
-from .checkpoint import read_content
+from .checkpoint_files import SaveError, newest_checkpoint
 from .config_names import find_config, missing_config
 from .model import NonFiniteError
 from .options import add_config_options, check_options
@@ -23,7 +23,7 @@ from .options import add_config_options, check_options
 # What every tool says of its first argument.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
-_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError)
+_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError, SaveError)
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -219,8 +219,6 @@ def run(
                 '--cfg-options, for example train_dataloader.batch_size=8'
             )
         options = getattr(args, 'cfg_options', {})
-        # A checkpoint from someone else is data: never run code that it holds.
-        os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
         action(args)
     except Exception as error:
         if '--debug' in arguments:
@@ -242,11 +240,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp:
         use_amp(config)
     if args.resume:
-        latest = find_latest_checkpoint(config.work_dir)
-        if latest is None:
-            raise FileNotFoundError(f'--resume finds no checkpoint in {config.work_dir!r}')
-        _check_readable(latest)
-        config.resume = True
+        latest = newest_checkpoint(Path(config.work_dir), lambda line: print(line, file=sys.stderr))
+        config.load_from, config.resume = str(latest), True
     runner = _build_runner(config)
     _check_batches(runner)
     runner.train()
@@ -280,13 +275,6 @@ def _check_batches(runner: Any) -> None:
         )
 
 
-def _check_readable(path: str | None) -> None:
-    """Reads a checkpoint once before a run does: damage makes torch fail in any way, unnamed."""
-    if path is None or not Path(path).is_file():  # what is no file may be an address
-        return
-    read_content(path)
-
-
 def _configure(args: argparse.Namespace) -> Config:
     if args.launcher == 'pytorch' and 'RANK' not in os.environ:
         raise ValueError('--launcher pytorch needs torchrun --nproc_per_node=N in place of python')
@@ -302,5 +290,4 @@ def _configure(args: argparse.Namespace) -> Config:
 
 
 def _build_runner(config: Config) -> Runner:
-    _check_readable(config.get('load_from'))
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -114,8 +115,20 @@ class SeededSampler(DefaultSampler):
     set has to call `seed_sample`.
     """
 
+    _passed_over = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Passes over the first samples of the next epoch, as the method of `InfiniteSampler`.
+
+        Args:
+            num_samples: Of this process.
+        """
+        self._passed_over = num_samples
+
     def __iter__(self) -> Iterator[int]:
-        return (_seeded(index, self.seed, self.epoch, index) for index in super().__iter__())
+        seeded = (_seeded(index, self.seed, self.epoch, index) for index in super().__iter__())
+        passed_over, self._passed_over = self._passed_over, 0
+        return islice(seeded, passed_over, None)
 
 
 @DATA_SAMPLERS.register_module()

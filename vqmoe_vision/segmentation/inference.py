@@ -18,7 +18,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
 
 from .metainfo import complete_metainfo
-from .transforms import LOADING
+from .transforms import LOADING, LoadImage
 
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
@@ -177,13 +177,7 @@ def _read(image: str | Path | np.ndarray) -> np.ndarray:
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')
-        try:
-            pixels = mmcv.imread(image)
-        except cv2.error:
-            pixels = None
-        if pixels is None:
-            raise ValueError(f'{image} cannot be read as an image')
-        return pixels
+        return LoadImage().read(str(image))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
     if image.ndim == 2:

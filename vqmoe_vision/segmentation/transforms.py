@@ -17,7 +17,10 @@ from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine import fileio
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
+from vqmoe_vision.moe.config import check
 
 IGNORE = 255
 # What a pipeline without files, such as that of an image at hand, leaves out.
@@ -79,18 +82,85 @@ def _build(config: dict[str, Any]) -> Any:
 # Under the stock names too: mmseg's inference and tools look for them in a pipeline.
 @TRANSFORMS.register_module(name=['LoadImageFromFile', 'LoadImage'], force=True)
 class LoadImage(LoadImageFromFile):
-    """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file."""
+    """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file.
+
+    An image is turned as its label map was drawn, if EXIF says how to show it: as it is stored
+    where that fits the label map's size, else as it is displayed; displayed without a label map.
+    `imdecode_backend` decodes JPEG, of which decoders differ; the rest is read as in
+    classification. Other values of `color_type` than 'color', and the backend 'tifffile', are
+    mmcv's alone.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        args = self.file_client_args
+        check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Loads `img_path`.
 
         Raises:
-            ValueError: The file cannot be read as an image.
+            ValueError: The file cannot be read as an image, or is too large.
         """
         try:
-            return super().transform(results)
-        except (OSError, ValueError, AttributeError, AssertionError, cv2.error) as error:
-            raise ValueError(f'{results["img_path"]} cannot be read as an image') from error
+            pixels = self.read(results['img_path'], results.get('seg_map_path'))
+        except ValueError:
+            if self.ignore_empty:
+                return None
+            raise
+        results['img'] = pixels.astype(np.float32) if self.to_float32 else pixels
+        results['img_shape'] = results['ori_shape'] = pixels.shape[:2]
+        return results
+
+    def read(self, path: str, label_path: str | None = None) -> np.ndarray:
+        """Reads an image.
+
+        Args:
+            path: The image.
+            label_path: Its label map, which decides which way it is turned.
+
+        Returns:
+            (H, W, 3) uint8, BGR.
+
+        Raises:
+            ValueError: The file cannot be read as an image, or is too large.
+        """
+        try:
+            content = fileio.get(path, backend_args=self.backend_args)
+            if self.imdecode_backend == 'tifffile':
+                return self._decode(content, self.color_type)
+            with opened(io.BytesIO(content), str(path)) as image:
+                if self.color_type != 'color':
+                    return self._decode(content, self.color_type)
+                turn = orientation(image)
+                if isinstance(image, JpegImageFile):
+                    turns = self.imdecode_backend != 'turbojpeg'
+                    flag = 'color_ignore_orientation' if turns else 'color'
+                    pixels = self._decode(content, flag)
+                else:
+                    pixels = stored(np.asarray(read_rgb(image, str(path)))[..., ::-1], turn)
+        except (OSError, AttributeError, AssertionError, cv2.error) as error:
+            raise ValueError(f'{path} cannot be read as an image') from error
+        if turn > 1 and self._label_shape(label_path) != pixels.shape[:2]:
+            pixels = displayed(pixels, turn)
+        return np.ascontiguousarray(pixels)
+
+    def _decode(self, content: bytes, flag: str) -> np.ndarray:
+        pixels = mmcv.imfrombytes(content, flag=flag, backend=self.imdecode_backend)
+        assert pixels is not None, 'what mmcv gives for what it cannot decode'
+        return pixels
+
+    def _label_shape(self, path: str | None) -> tuple[int, ...] | None:
+        if path is None or not fileio.exists(path, backend_args=self.backend_args):
+            return None  # a test may have the place of label maps, but none
+        content = fileio.get(path, backend_args=self.backend_args)
+        with opened(io.BytesIO(content), path) as labels:
+            return stored(np.asarray(labels), _turned(labels)).shape[:2]
+
+
+def _turned(image: Any) -> int:
+    """By what orientation decoders have turned the pixels already: that of a TIFF, unasked."""
+    return orientation(image) if image.format == 'TIFF' else 1
 
 
 @TRANSFORMS.register_module(name=['LoadAnnotations', 'LoadLabels'], force=True)
@@ -120,17 +190,20 @@ class LoadLabels(LoadAnnotations):
         # of the classes in the files, which may be more than a config chooses
         num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
         try:
-            beyond = self._beyond_8_bits(path)
+            turn, beyond = self._inspect(path)
             results = super().transform(results)
         except (OSError, ValueError, AttributeError, cv2.error) as error:
-            raise ValueError(f'{path} cannot be read as a label map') from error
+            raise ValueError(f'{path} cannot be read as a label map: {error}') from error
         shift = int(bool(results['reduce_zero_label']))
         if len(beyond):
             raise ValueError(_outside(path, beyond[0], num_labels, shift))
         labels = results['gt_seg_map']
-        if labels.ndim != 2:
+        if labels.ndim == 2:
+            labels = np.ascontiguousarray(stored(labels, turn))
+        else:
             # squeeze() has taken away a side of one pixel, or colours are left
-            labels = results['gt_seg_map'] = self._restore(labels, results['ori_shape'], path)
+            labels = self._restore(labels, results['ori_shape'], path)
+        results['gt_seg_map'] = labels
         if labels.shape != tuple(results['ori_shape']):
             image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
             raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
@@ -150,14 +223,18 @@ class LoadLabels(LoadAnnotations):
             )
         return told
 
-    def _beyond_8_bits(self, path: str) -> np.ndarray:
-        """Labels that are no uint8, to which mmseg casts in silence: 256 would become class 0."""
-        with Image.open(io.BytesIO(fileio.get(path, backend_args=self.backend_args))) as file:
+    def _inspect(self, path: str) -> tuple[int, np.ndarray]:
+        """How the map will come turned, and labels that are no uint8.
+
+        mmseg would cast those in silence: 256 would become class 0.
+        """
+        content = fileio.get(path, backend_args=self.backend_args)
+        with opened(io.BytesIO(content), path) as file:
             # only the header has been read; all other modes have 8 bits or fewer
             if not file.mode.startswith(('I', 'F')):
-                return np.empty(0)
+                return _turned(file), np.empty(0)
             labels = np.asarray(file)
-        return labels[labels != (labels.astype(np.int64) & 0xFF)]
+            return _turned(file), labels[labels != (labels.astype(np.int64) & 0xFF)]
 
     @staticmethod
     def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:

@@ -15,6 +15,8 @@ from mmseg.registry import HOOKS, VISUALIZERS
 from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor
 
+from .transforms import LoadImage
+
 
 @VISUALIZERS.register_module()
 class OverlayVisualizer(SegLocalVisualizer):
@@ -119,8 +121,9 @@ class OverlayHook(SegVisualizationHook):
     def _image_of(self, tensor: np.ndarray, sample: Any) -> np.ndarray:
         """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
         if fileio.exists(sample.img_path, backend_args=self.backend_args):
-            content = fileio.get(sample.img_path, backend_args=self.backend_args)
-            return mmcv.imfrombytes(content, channel_order='rgb')
+            # turned as the prediction is, which depends on the label map
+            load = LoadImage(backend_args=self.backend_args)
+            return mmcv.bgr2rgb(load.read(sample.img_path, sample.get('seg_map_path')))
         image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
         height, width = sample.pred_sem_seg.shape
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,134 @@
+"""What `tools/analyze.py` does."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from torch import Tensor
+from tqdm import tqdm
+
+from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
+from vqmoe_vision.engine.options import add_config_options
+from vqmoe_vision.engine.routing_history import FILE, read_history
+from vqmoe_vision.engine.trained import load_trained
+
+from .checkpoints import routing_changes
+from .corruptions import corruptions
+from .report import write_report
+from .report_tables import Change
+from .shifts import crop, flip, noise
+from .source import Source
+from .survey import Survey, survey
+
+
+def analyze(argv: Sequence[str] | None = None) -> None:
+    """Writes a report of the routing of trained models.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(description='See what the experts of trained models do.')
+    parser.add_argument('config', help=CONFIG_HELP)
+    parser.add_argument(
+        'checkpoints',
+        nargs='+',
+        help='files written by tools/train.py; several of one run, oldest first',
+    )
+    parser.add_argument(
+        '--beside',
+        nargs=2,
+        action='append',
+        default=[],
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='another model to look at on the same images; may be repeated',
+    )
+    parser.add_argument('--images', help="folder of images, in place of the config's test images")
+    parser.add_argument(
+        '--num-images', type=int, default=1000, help='look at so many, taken evenly from all'
+    )
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument(
+        '--shifts',
+        action='store_true',
+        help='also how many tokens change their expert under crops, flips, noise and corruptions',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/analysis'),
+        help='folder for report.html, numbers.json and pictures',
+    )
+    parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
+    add_config_options(parser)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _analyze)
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    for name in ('num_images', 'batch_size'):
+        value, option = getattr(args, name), name.replace('_', '-')
+        if value < 1:
+            raise ValueError(f'--{option} {value} must be at least 1')
+    own = load_config(args.config, args.cfg_options)
+    files = [(own, checkpoint) for checkpoint in args.checkpoints]
+    files += [(load_config(config), checkpoint) for config, checkpoint in args.beside]
+    trained = {_title(path, files): (config, path) for config, path in files}
+    if len(trained) < len(files):
+        raise ValueError('a checkpoint is there twice')
+    make_folder(args.out)
+    surveys = [_survey(title, *each, args) for title, each in trained.items()]
+    changes = []
+    for before, after in pairwise(list(trained)[: len(args.checkpoints)]):
+        changes.append(Change(before, after, _changes(trained[before], trained[after], args)))
+    runs = {title: Path(path).parent / FILE for title, (_, path) in trained.items()}
+    # the history of a run belongs to all of its checkpoints
+    first = {file: title for title, file in reversed(runs.items()) if file.is_file()}
+    history = {title: read_history(file) for file, title in first.items()}
+    page, *_ = write_report(surveys, args.out, history, changes)
+    print(page)
+
+
+def _title(path: str, files: Sequence[tuple[Config, str]]) -> str:
+    """Folder and name of a file, or all of its path if others are called the same."""
+    short = ['/'.join(Path(other).with_suffix('').parts[-2:]) for _, other in files]
+    own = '/'.join(Path(path).with_suffix('').parts[-2:])
+    return own if short.count(own) == 1 else path
+
+
+def _survey(title: str, config: Config, checkpoint: str, args: argparse.Namespace) -> Survey:
+    model = load_trained(config, checkpoint, args.device)
+    source = _source(model, config, args)
+    shifts = [flip(), crop(), noise(0.04), *corruptions()] if args.shifts else []
+    return survey(
+        model.routed_model,
+        _progress(source, title, args),
+        title=title,
+        normalization=source.normalization,
+        classes=source.classes,
+        names=source.names,
+        shifts=shifts,
+    )
+
+
+def _changes(
+    before: tuple[Config, str], after: tuple[Config, str], args: argparse.Namespace
+) -> dict[str, float]:
+    old, new = load_trained(*before, args.device), load_trained(*after, args.device)
+    batches = _progress(_source(new, after[0], args), 'changes', args)
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    return routing_changes(old.routed_model, new.routed_model, images)
+
+
+def _source(model: Any, config: Config, args: argparse.Namespace) -> Source:
+    source: Source = model.source(config.test_dataloader.dataset, args.images)
+    return source.first(args.num_images)
+
+
+def _progress(source: Source, title: str, args: argparse.Namespace) -> Iterator[Any]:
+    with tqdm(total=len(source.names), desc=title, unit='image') as bar:
+        for batch in source.batches(args.batch_size):
+            yield batch
+            bar.update(len(batch) if isinstance(batch, Tensor) else len(batch[0]))

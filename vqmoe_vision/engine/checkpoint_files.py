@@ -1,0 +1,160 @@
+"""Files of checkpoints: written whole or not at all, and found again whatever ended the run."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mmengine.fileio import LocalBackend, register_backend
+
+from .checkpoint import read_content
+
+POINTER = 'last_checkpoint'
+BEST = 'best_'
+# of every checkpoint that a run can go on from
+_NEEDED = ('meta', 'state_dict', 'message_hub')
+
+
+class SaveError(OSError):
+    """A file could not be written; what was there before is as it was."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file, so that whatever happens meanwhile it is the old one or the new one.
+
+    Args:
+        path: Its folder exists.
+        content: All of the new file.
+
+    Raises:
+        SaveError: It cannot be written, for example because the disk is full.
+    """
+    partial = path.with_name(f'.{path.name}.part')
+    try:
+        with partial.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: a name may reach the disk before its bytes
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise SaveError(
+            f'{path} could not be written ({error.strerror}); what was saved before is intact'
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@register_backend('atomic')
+class AtomicBackend(LocalBackend):
+    """mmengine's files on this machine, written whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Writes a file.
+
+        Args:
+            obj: All that it holds.
+            filepath: Where to.
+        """
+        write_atomically(Path(filepath), obj)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a run wrote last.
+
+    Args:
+        folder: Work dir with a pointer, which holds a name; former versions wrote a whole path,
+            wherever the folder was then.
+    """
+    return folder / Path((folder / POINTER).read_text().strip()).name
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a run that was killed has written in part.
+
+    Args:
+        folder: Work dir, in which nothing else runs.
+    """
+    for path in folder.glob('.*.part'):
+        path.unlink()
+
+
+def delete(folder: Path, names: Iterable[str]) -> None:
+    """Deletes checkpoints in a work dir, and nothing else whatever the names say.
+
+    Args:
+        folder: Work dir.
+        names: Of files, which may be gone.
+    """
+    for name in names:
+        path = folder / Path(name).name
+        if path.suffix == '.pth' and path.is_file():
+            path.unlink()
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Files of a work dir that a run may go on from; the best ones hold no optimizer.
+
+    Args:
+        folder: Work dir, which need not exist.
+    """
+    return sorted(path for path in folder.glob('*.pth') if not path.name.startswith(BEST))
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint of a run that reads completely, its checksums included.
+
+    It is looked for among the files themselves: whatever ends a run may do so before the pointer
+    is written.
+
+    Args:
+        folder: Work dir.
+        say: Takes a line for each file that is passed over.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    found: list[tuple[tuple[float, int], Path]] = []
+    passed_over = []
+    for path in candidates(folder):
+        try:
+            found.append((_age(path), path))
+        except ValueError as error:
+            passed_over.append(str(error))
+    chosen = None
+    for _, path in sorted(found, reverse=True):
+        try:
+            read_content(str(path))
+            chosen = path
+            break
+        except ValueError as error:
+            passed_over.append(str(error))
+    for reason in passed_over:
+        say(f'passed over: {reason}')
+    if chosen is None:
+        raise FileNotFoundError(
+            f'--resume finds no checkpoint in {str(folder)!r}'
+            + (f' that reads completely: {"; ".join(passed_over)}' if passed_over else '')
+        )
+    return chosen
+
+
+def _age(path: Path) -> tuple[float, int]:
+    """When a checkpoint was written, which its file knows better than the folder of a copy."""
+    content: Any = read_content(str(path), verify=False)
+    if not isinstance(content, dict) or not all(name in content for name in _NEEDED):
+        raise ValueError(f'{str(path)!r} is no checkpoint of a run, which has {list(_NEEDED)}')
+    meta = content['meta']
+    if not isinstance(meta, dict) or not all(type(meta.get(n)) is int for n in ('epoch', 'iter')):
+        raise ValueError(f'{str(path)!r} does not say which epoch and iteration it is of')
+    saved_at = meta.get('saved_at', path.stat().st_mtime)
+    return (saved_at if isinstance(saved_at, float) else 0.0), meta['iter']

@@ -1,0 +1,260 @@
+"""Saves that survive whatever ends a run."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from .checkpoint_files import (
+    BEST,
+    POINTER,
+    candidates,
+    delete,
+    newest_checkpoint,
+    remove_partial,
+    write_atomically,
+)
+from .loops import SEEN
+from .stop import StopSignals
+
+_VALIDATED, _OUTDATED = 'validated_iter', 'outdated_ckpts'
+
+
+@HOOKS.register_module('CheckpointHook', force=True)
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's hook, whose files are whole at every moment, and that saves when a run is stopped.
+
+    mmengine's deletes the old file, writes the new one in place and then the pointer; it follows
+    whatever path a checkpoint names, and a run that is stopped loses what it did since. Here a
+    file is written beside its place and renamed, old files are deleted after that, names in files
+    are relative to the work dir, and nothing outside it is touched. A run that resumes takes the
+    newest file that reads completely, and validates first where a validation was cut off. This
+    hook takes the name of mmengine's, so that every config that imports this package has it.
+
+    Args:
+        interval: Epochs, or iterations, between checkpoints.
+        **options: As mmengine's, without those of another place for the files.
+
+    Raises:
+        ValueError: An option names another place for the files.
+    """
+
+    keep_ckpt_ids: deque[int]
+
+    def __init__(self, interval: int = -1, **options: Any) -> None:
+        for name in ('out_dir', 'backend_args', 'file_client_args'):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f'{name}={options[name]!r} is not supported: checkpoints are files in the work '
+                    'dir, --work-dir'
+                )
+        super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
+        self._outdated: list[str] = []
+        self._former_best: dict[str, str | None] = {}
+        self._saved_iter = -1
+        self._validating = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
+        folder = Path(runner.work_dir)
+        follows = runner._resume and runner._load_from is None
+        if follows and (candidates(folder) or (folder / POINTER).is_file()):
+            runner._load_from = str(newest_checkpoint(folder, runner.logger.warning))
+
+    def before_train(self, runner: Runner) -> None:
+        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
+        hub, folder = runner.message_hub, Path(runner.work_dir)
+        kept = hub.get_info('keep_ckpt_ids', [])
+        kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
+        names = hub.get_info(_OUTDATED, [])
+        self._outdated = [str(n) for n in names] if isinstance(names, list) else []
+        if self.max_keep_ckpts > 0:
+            surplus = kept[: -self.max_keep_ckpts]
+            self._outdated += [self.filename_tmpl.format(step) for step in surplus]
+            kept = kept[-self.max_keep_ckpts :]
+        hub.update_info('keep_ckpt_ids', kept)
+        super().before_train(runner)
+        for key, path in self._best().items():
+            name = Path(str(path)).name
+            known = name.startswith(BEST) and (folder / name).is_file()
+            self._set_best(key, str(folder / name) if known else None)
+        if is_main_process():
+            remove_partial(folder)
+        self._progress = (runner.epoch, runner.iter)
+        self._signals = StopSignals(lambda: self._save_now(runner))
+        if self._validation_was_cut_off(runner):
+            runner.logger.info('Validating first: the run ended before it had done so')
+            runner.val_loop.run()
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Ends a run that was told to stop between two epochs."""
+        self._progress = (runner.epoch, runner.iter)
+        self._signals.obey()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """A run that is told to stop does so after this iteration."""
+        self._signals.at_once = False
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Saves where that is due, and ends a run that was told to stop."""
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        self._progress = (runner.epoch, runner.iter + 1)
+        if not runner.optim_wrapper.should_update():
+            return  # gradients that wait for more are in no checkpoint
+        self._signals.obey()
+        # after the last iteration of an epoch other hooks change what is saved
+        last = batch_idx + 1 == len(runner.train_dataloader) or self.is_last_train_iter(runner)
+        self._signals.at_once = not last
+
+    def before_val(self, runner: Runner) -> None:
+        """Until the first batch hooks change what is saved."""
+        self._signals.at_once = False
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """A run that is told to stop does not wait for the validation."""
+        self._progress = (runner.epoch, runner.iter)
+        self._validating = True
+        self._signals.obey()
+        self._signals.at_once = True
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """After the last batch hooks change what is saved."""
+        if batch_idx + 1 == len(runner.val_dataloader):
+            self._signals.at_once = False
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Saves the best, and ends a run that was told to stop."""
+        self._validating = False
+        runner.message_hub.update_info(_VALIDATED, runner.iter)
+        super().after_val_epoch(runner, metrics)
+        self._signals.obey()
+
+    def after_train(self, runner: Runner) -> None:
+        """Gives the signals back."""
+        self._signals.release()
+        super().after_train(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Leaves names without folders in a checkpoint, and when it was written."""
+        checkpoint['meta']['saved_at'] = time.time()
+        info = checkpoint['message_hub']['runtime_info']
+        for key, value in info.items():
+            if key.startswith(('best_ckpt', 'last_ckpt')):
+                info[key] = Path(str(value)).name
+
+    def _validation_was_cut_off(self, runner: Runner) -> bool:
+        loop = runner.train_loop
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        done, end = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        return (
+            runner.val_loop is not None
+            and runner._resume
+            and done >= max(loop.val_begin, 1)
+            and (done % loop.val_interval == 0 or done == end)
+            and not runner.message_hub.get_info(SEEN, 0)
+            and runner.message_hub.get_info(_VALIDATED) != runner.iter
+        )
+
+    def _save_now(self, runner: Runner) -> int:
+        """Saves a run that is told to stop, whatever the interval.
+
+        Returns:
+            The number of iterations that are done; -1 where another process saves.
+        """
+        epoch, iteration = self._progress
+        if self._validating:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):  # validation is with the averages
+                    hook._swap_ema_parameters()
+        if self._saved_iter != iteration:
+            meta = {'epoch': epoch, 'iter': iteration}
+            if self.by_epoch and runner.message_hub.get_info(SEEN, 0):
+                name = f'iter_{iteration}.pth'
+                self._outdated.append(name)  # once the run that goes on from it has saved
+                self._save(runner, name, meta)
+            else:
+                self._save_checkpoint_with_step(runner, epoch if self.by_epoch else iteration, meta)
+        runner.visualizer.close()
+        return iteration if is_main_process() else -1
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        if self.max_keep_ckpts > 0:
+            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
+            names = [self.filename_tmpl.format(other) for other in kept]
+            surplus = len(kept) - min(len(kept), self.max_keep_ckpts)
+            self._outdated = [name for name in self._outdated if name not in names]
+            self._outdated += names[:surplus]
+            self.keep_ckpt_ids = deque(kept[surplus:], self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self._save(runner, self.filename_tmpl.format(step), meta)
+
+    def _save(self, runner: Runner, name: str, meta: dict) -> None:
+        """Writes a checkpoint and the pointer, and deletes then what they replace."""
+        self._outdate_former_best()
+        folder = Path(self.out_dir)
+        self.last_ckpt = str(folder / name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.message_hub.update_info(_OUTDATED, self._outdated)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self._saved_iter = meta['iter']
+        if is_main_process():
+            write_atomically(folder / POINTER, name.encode())
+        self._delete_outdated(name)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
+        if not self.save_best:
+            return
+        # mmengine deletes the file that it knows of before it writes the new one
+        self._former_best = self._best()
+        for key in self._former_best:
+            self._set_best(key, None)
+        super()._save_best_checkpoint(runner, metrics)
+        self._outdate_former_best()
+        self._delete_outdated()
+
+    def _outdate_former_best(self) -> None:
+        """Sorts the former best files into those that are still the best and the others."""
+        now = self._best()
+        for key, former in self._former_best.items():
+            if now[key] is None:
+                self._set_best(key, former)
+            elif former is not None and former != now[key]:
+                self._outdated.append(Path(former).name)
+        self._former_best = {}
+
+    def _best(self) -> dict[str, str | None]:
+        """Paths of the best files by metric; of one metric by no name."""
+        if not self.save_best:
+            return {}
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return {key: self.best_ckpt_path_dict.get(key) for key in self.key_indicators}
+
+    def _set_best(self, key: str, path: str | None) -> None:
+        if key:
+            self.best_ckpt_path_dict[key] = path
+        else:
+            self.best_ckpt_path = path
+
+    def _delete_outdated(self, current: str | None = None) -> None:
+        if is_main_process():
+            delete(Path(self.out_dir), [name for name in self._outdated if name != current])
+        self._outdated = []

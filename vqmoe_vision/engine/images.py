@@ -1,0 +1,105 @@
+"""Image files as every task reads them: which way is up, what pixels mean, what is refused.
+
+Legend: H, W height and width.
+
+A camera may store an image turned, and say in its EXIF data how to show it. `stored` is the pixels
+as they stand in the file, `displayed` what people see. Whoever drew a label map saw one of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+
+@contextmanager
+def opened(source: str | PathLike | IO[bytes], name: str) -> Iterator[Image.Image]:
+    """Opens an image file; its pixels are not read before they are asked for.
+
+    Args:
+        source: Path, or open file.
+        name: What errors call it.
+
+    Raises:
+        ValueError: The file is no image, is damaged, or has more pixels than Pillow allows.
+    """
+    try:
+        with Image.open(source) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f'{name} is too large to be opened unasked: {error} '
+            '(twice PIL.Image.MAX_IMAGE_PIXELS, which may be raised)'
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f'{name} cannot be read as an image: {error}') from error
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1..8; 1 is upright, and what a file without a valid one has."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
+
+
+def displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns stored pixels as they are meant to be seen.
+
+    Args:
+        pixels: (H, W) or (H, W, channels).
+        orientation: Of EXIF, 1..8.
+
+    Returns:
+        A view of `pixels`; from 5 on height and width have changed places.
+    """
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels[::rows, ::columns]
+
+
+def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns displayed pixels back; the inverse of `displayed`.
+
+    Args:
+        pixels: (H, W) or (H, W, channels).
+        orientation: Of EXIF, 1..8.
+    """
+    # quarter turns undo each other, all others themselves
+    return displayed(pixels, {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def read_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Reads the pixels of an opened image, as they are displayed.
+
+    16 bits are cut to the upper 8, as OpenCV does; floating-point numbers lie in 0..1. Transparency
+    is ignored.
+
+    Args:
+        image: As `opened` gives it.
+        name: What errors call it.
+
+    Returns:
+        RGB, 8 bits a channel.
+
+    Raises:
+        ValueError: Floating-point numbers are outside 0..1, or the pixels are integers of 32 bits.
+    """
+    upright = ImageOps.exif_transpose(image)
+    mode = upright.mode
+    # a 16-bit file that is no TIFF has mode I in some versions of Pillow
+    if mode == 'I' and image.format == 'TIFF':
+        raise ValueError(f'{name} has integers of 32 bits; images have 8 or 16, or floats of 0..1')
+    if mode.startswith('I'):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif mode == 'F':
+        values = np.asarray(upright)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f'{name} has floats of {values.min()}..{values.max()}; they must lie in 0..1'
+            )
+        upright = Image.fromarray((values * 255).round().astype(np.uint8))
+    return upright.convert('RGB')

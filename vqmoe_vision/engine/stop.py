@@ -1,0 +1,103 @@
+"""What becomes of SIGTERM and Ctrl-C while a training runs."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner
+
+
+class StopSignals:
+    """Lets a training save before a signal ends it; a second signal ends it at once.
+
+    A signal that is ignored stays so, and so does one that somebody else handles. Signals are
+    taken from here on.
+
+    Args:
+        save: Called at a moment when all that a checkpoint holds belongs together; returns the
+            number of iterations that are saved.
+
+    Attributes:
+        at_once: Whether now is such a moment.
+    """
+
+    def __init__(self, save: Callable[[], int]) -> None:
+        self._save = save
+        self._received: int | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+        self.at_once = False
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there can a handler be set
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former: Any = signal.getsignal(number)
+            owner = getattr(former, '__self__', None)
+            if isinstance(owner, StopSignals):  # of a training that failed
+                former = owner._former[number]
+            if former in (signal.SIG_DFL, signal.default_int_handler):
+                self._former[number] = former
+                signal.signal(number, self._receive)
+
+    def release(self) -> None:
+        """Gives the signals back to whom they belonged before."""
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def obey(self) -> None:
+        """Saves and ends the process if a signal has come."""
+        if self._received is None:
+            return
+        saved = self._save()
+        if saved >= 0:
+            name = signal.Signals(self._received).name
+            print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
+        _end(self._received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
+            if number == signal.SIGTERM:
+                _end(number)
+            return
+        if self._received is not None:
+            _end(number)
+        if not _trains(frame):  # it has failed, and somebody caught that
+            self.release()
+            signal.raise_signal(number)
+            return
+        self._received = number
+        # Workers may have got the same signal. PyTorch raises an error in the middle of an
+        # iteration when it is told that one has ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.at_once:
+            self.obey()
+
+
+def _trains(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is Runner.train.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _resume() -> str:
+    """The command that goes on."""
+    if get_world_size() > 1:  # this process does not know how it was launched
+        return 'the same command, --resume'
+    again = [] if '--resume' in sys.orig_argv else ['--resume']
+    return shlex.join([*sys.orig_argv, *again])
+
+
+def _end(number: int) -> NoReturn:
+    """Ends as the signal would have, which is what a shell's loop over trainings looks at."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    raise AssertionError('a default signal ends the process')
