@@ -49,7 +49,7 @@ def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: li
     """
     shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
     seen = counts.sum(0) > 0
-    apart = (shares - load).abs().sum(1) * seen
+    apart = torch.where(seen, (shares - load).abs().sum(1), -1)
     rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
     rows = rows[seen[rows]]
     figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
