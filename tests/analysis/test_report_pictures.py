@@ -96,7 +96,7 @@ def test_of_many_classes_those_are_shown_that_differ_most() -> None:
     picture = class_map(NAME, ROUTER, counts, torch.tensor([0.5, 0.5]), classes)
     names = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
     assert len(names) == 30 and names[-1] == 'class 149' and 'class 7' not in names
-    assert '30 classes that differ most' in picture.figure.axes[0].get_title()
+    assert '(30 that differ most)' in picture.figure.axes[0].get_title()
 
 
 def test_similarity_names_the_pair_that_is_most_alike() -> None:

@@ -56,8 +56,12 @@ def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: li
     axes = figure.subplots()
     heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
     axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
-    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} classes that differ most)'
-    axes.set(xlabel='expert', ylabel='class', title=f'% of the tokens of a class{chosen}')
+    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} that differ most)'
+    axes.set(
+        xlabel='expert',
+        ylabel='class',
+        title=f'{short(name)}.{short(decider)}: % of a class{chosen}',
+    )
     most = [
         f'{classes[i]} to expert {int(shares[i].argmax())} ({percent(shares[i].max().item())})'
         for i in rows.tolist()
@@ -89,7 +93,7 @@ def similarity_map(name: str, layer: LayerSurvey) -> Picture | None:
         # rounded here: adding zero turns -0.0 into 0.0
         heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
         axes.set_yticks(axes.get_xticks())
-        axes.set(title=f'of {kind}', xlabel='expert', ylabel='expert')
+        axes.set(title=f'{short(name)}: {kind}', xlabel='expert', ylabel='expert')
         said.append(f'of {kind}: {_pairs(cosine)}')
     return Picture(
         f'similarity-{name}',
