@@ -49,15 +49,19 @@ def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: li
     """
     shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
     seen = counts.sum(0) > 0
-    apart = (shares - load).abs().sum(1) * seen
+    apart = torch.where(seen, (shares - load).abs().sum(1), -1)
     rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
     rows = rows[seen[rows]]
     figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
     axes = figure.subplots()
     heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
     axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
-    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} classes that differ most)'
-    axes.set(xlabel='expert', ylabel='class', title=f'% of the tokens of a class{chosen}')
+    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} that differ most)'
+    axes.set(
+        xlabel='expert',
+        ylabel='class',
+        title=f'{short(name)}.{short(decider)}: % of a class{chosen}',
+    )
     most = [
         f'{classes[i]} to expert {int(shares[i].argmax())} ({percent(shares[i].max().item())})'
         for i in rows.tolist()
@@ -85,9 +89,11 @@ def similarity_map(name: str, layer: LayerSurvey) -> Picture | None:
     panels = figure.subplots(1, len(layer.similarity), squeeze=False)[0]
     said = []
     for axes, (kind, cosine) in zip(panels, layer.similarity.items(), strict=True):
-        heat_map(axes, cosine, (-1, 1), '.1f' if len(cosine) > 8 else '.2f', 'RdBu_r')
+        digits = 2 if len(cosine) <= 5 else 1
+        # rounded here: adding zero turns -0.0 into 0.0
+        heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
         axes.set_yticks(axes.get_xticks())
-        axes.set(title=f'of {kind}', xlabel='expert', ylabel='expert')
+        axes.set(title=f'{short(name)}: {kind}', xlabel='expert', ylabel='expert')
         said.append(f'of {kind}: {_pairs(cosine)}')
     return Picture(
         f'similarity-{name}',

@@ -6,7 +6,9 @@ Legend: E experts, M codes. Needs matplotlib (extra `train`).
 from collections.abc import Iterator, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from .drawing import WIDTH, Picture, listed, percent, short, styled
@@ -74,19 +76,16 @@ def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
         layer: What was seen of it.
     """
     sheet = layer.confident[decider]
-    columns = max(1, max(map(len, sheet)))
-    figure = Figure(figsize=(WIDTH, 1 + 0.98 * len(sheet)), layout='constrained')
-    grid = figure.subplots(len(sheet), columns, squeeze=False)
-    for expert, (patches, cells) in enumerate(zip(sheet, grid, strict=True)):
-        load = percent(layer.load[decider][expert].item())
-        cells[0].set_ylabel(f'expert {expert}\n{load}', rotation=0, ha='right', va='center')
-        for at, axes in enumerate(cells):
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            if at < len(patches):
-                axes.imshow(patches[at].pixels.permute(1, 2, 0).clamp(0, 1).numpy())
-                axes.set_title(f'{patches[at].weight:.2f}', fontsize=12, pad=2)
+    # as wide a sheet for an expert with few patches, or these would be huge
+    figure, axes = _sheet(max(6, *map(len, sheet)), len(sheet), room=1.1)
+    for expert, patches in enumerate(sheet):
+        for at, patch in enumerate(patches):
+            _show(axes, patch.pixels, expert, at, f'{patch.weight:.2f}')
+    loads = [percent(share) for share in layer.load[decider].tolist()]
+    axes.set_yticks(
+        [expert + 0.5 for expert in range(len(sheet))],
+        [f'expert {expert}\n{load}' for expert, load in enumerate(loads)],
+    )
     figure.suptitle(f'{short(name)}.{short(decider)}: surest patches, with their weights')
     surest = [_surest(expert, patches) for expert, patches in enumerate(sheet)]
     return Picture(
@@ -94,6 +93,40 @@ def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
         f'{name}, {decider}: the surest patches of each expert',
         f'Patches with the largest weights. {" ".join(surest)}',
         figure,
+    )
+
+
+def _sheet(columns: int, rows: int, room: float) -> tuple[Figure, Axes]:
+    """Axes for many small pictures: a pair of axes for each would take seconds to lay out.
+
+    Args:
+        columns: Of pictures.
+        rows: Of pictures.
+        room: Inches beside them, for names or a colour bar.
+    """
+    height = 0.9 + rows * (WIDTH - room) / columns
+    figure = Figure(figsize=(WIDTH, height), layout='constrained')
+    axes = figure.subplots()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0), autoscale_on=False)
+    return figure, axes
+
+
+def _show(
+    axes: Axes, picture: Tensor, row: int, column: int, label: str, high: float = 1
+) -> AxesImage:
+    """A picture (h, w) or (3, h, w) in a cell of a sheet, below its label."""
+    height, width = picture.shape[-2:]
+    size = 0.74 / max(height, width)
+    left, top = column + (1 - size * width) / 2, row + 0.24
+    axes.text(column + 0.5, row + 0.2, label, ha='center', fontsize=12)
+    return axes.imshow(
+        (picture if picture.ndim == 2 else picture.permute(1, 2, 0).clamp(0, 1)).numpy(),
+        extent=(left, left + size * width, top + size * height, top),
+        vmin=0,
+        vmax=high,
     )
 
 
@@ -154,27 +187,21 @@ def slot_map(name: str, examples: Sequence[Example]) -> Picture:
     """
     examples = examples[:3]
     num_experts = len(examples[0].slots[name])
-    columns = min(num_experts, 8) + 1
-    lines = -(-num_experts // (columns - 1))
+    columns = min(num_experts, 8)
+    lines = -(-num_experts // columns)
     high = max(example.slots[name].max().item() for example in examples)
-    rows = lines * len(examples)
-    figure = Figure(figsize=(WIDTH, 1.15 * rows + 1.4), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    figure, axes = _sheet(columns + 1, lines * len(examples), room=1.2)
     said = []
     for number, example in enumerate(examples):
-        cells = grid[number * lines : (number + 1) * lines]
-        cells[0, 0].imshow(example.image.permute(1, 2, 0).clamp(0, 1).numpy())
-        cells[0, 0].set_title('image', fontsize=12)
+        top = number * lines
+        _show(axes, example.image, top, 0, 'image')
         slots = example.slots[name].float()
-        for expert, axes in enumerate(cells[:, 1:].flat):
-            if expert < num_experts:
-                shown = axes.imshow(slots[expert].numpy(), vmin=0, vmax=high, cmap='viridis')
-                axes.set_title(f'exp. {expert}', fontsize=12)
+        for expert, weights in enumerate(slots):
+            row, column = top + expert // columns, 1 + expert % columns
+            shown = _show(axes, weights, row, column, f'exp. {expert}', high)
         peak = (slots.flatten(1).max(1).values / slots.flatten(1).sum(1).clamp(min=1e-12)).tolist()
         said.append(f'{example.name}: {percent(min(peak))} to {percent(max(peak))}')
-    figure.colorbar(shown, ax=grid, label='dispatch weight', pad=0.02)
+    figure.colorbar(shown, ax=axes, label='dispatch weight', pad=0.02)
     figure.suptitle(f"{short(name)}: what each expert's slots look at")
     alt = (
         f'Dispatch weights of {num_experts} experts over {len(examples)} pictures. The patch with '

@@ -1,6 +1,6 @@
 """One page that shows what the experts of a model do, and opens without a network.
 
-Needs matplotlib and jinja2 (extra `train`).
+Needs matplotlib and jinja2 (extra `analyze`).
 """
 
 import json

@@ -110,7 +110,8 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]
         'surest',
         'The surest patches of each expert',
         'What an expert takes with the largest weights says what it looks for, if it looks for '
-        'anything that can be seen.',
+        'anything that can be seen. Of a codebook, whose weights are fixed, it is what lies '
+        'nearest to the code.',
         lambda survey: (
             contact_sheet(name, decider, layer)
             for name, layer in survey.layers.items()

@@ -88,4 +88,5 @@ def _classes(counts: Tensor, expert: int, classes: list[str]) -> str:
         return 'no class stands out'
     named = [f'{classes[i]} ({lift:.1f} times its share)' for i, lift in found[:3]]
     more = f', and {len(found) - 3} more' if len(found) > 3 else ''
-    return f'over-represented are {listed(named)}{more}'
+    kinds = 'the class' if len(found) == 1 else 'the classes'
+    return f'over-represented: {kinds} {listed(named)}{more}'

@@ -1,0 +1,148 @@
+"""The report in a browser: it opens, without scripts too, on a phone, in the dark, by keyboard."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.analysis.report import write_report
+from vqmoe_vision.analysis.report_tables import Change
+
+from .surveys import NAME, history, soft_survey, survey
+
+playwright = pytest.importorskip(
+    'playwright.sync_api', reason='needs playwright: pip install playwright'
+)
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None,
+    reason=f'needs a browser, one of {", ".join(BROWSERS)}: apt-get install chromium',
+)
+LOADED = '[...document.images].map(i => i.complete ? i.naturalWidth : 0)'
+VISIBLE = "[...document.querySelector('.stepped').querySelectorAll('figure')].map(f => !f.hidden)"
+
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    changes = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
+    folder = tmp_path_factory.mktemp('report')
+    surveys = [survey(), soft_survey()]
+    page = write_report(surveys, folder, {'run': history()}, changes)[0]
+    for other in folder.iterdir():  # the page needs nothing beside it
+        if other.is_dir():
+            shutil.rmtree(other)
+    return page.as_uri()
+
+
+@pytest.fixture(scope='module')
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=BROWSER)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens the report in a window of its own; what it complains about or fetches is a failure."""
+    complaints: list[str] = []
+    windows = []
+
+    def opened(**settings: Any) -> Any:
+        windows.append(browser.new_context(**settings))
+        page = windows[-1].new_page()
+        page.on('console', lambda message: complaints.append(message.text))
+        page.on('pageerror', lambda error: complaints.append(str(error)))
+        page.on('requestfailed', lambda request: complaints.append(request.url[:99]))
+        page.on(
+            'request',
+            lambda request: (
+                request.url == address
+                or request.url.startswith('data:')
+                or complaints.append(request.url)
+            ),
+        )
+        page.goto(address)
+        return page
+
+    yield opened
+    for window in windows:
+        window.close()
+    assert complaints == []
+
+
+def test_all_pictures_load_and_the_page_does_not_complain(visit: Callable[..., Any]) -> None:
+    widths = visit().evaluate(LOADED)
+    assert len(widths) > 20 and min(widths) > 800
+
+
+def test_the_slider_steps_through_the_layers_by_keyboard(visit: Callable[..., Any]) -> None:
+    page = visit()
+    shown = page.evaluate(VISIBLE)
+    assert shown == [True] + [False] * 5
+    slider = page.locator('.stepped input').first
+    assert slider.get_attribute('aria-valuetext') == f'{NAME}.router: experts'
+    for _ in range(60):  # from the top of the page by Tab alone
+        page.keyboard.press('Tab')
+        if slider.evaluate('s => s === document.activeElement'):
+            break
+    page.keyboard.press('ArrowRight')
+    page.keyboard.press('ArrowRight')
+    assert page.evaluate(VISIBLE) == [False, False, True, False, False, False]
+    assert slider.get_attribute('aria-valuetext') == f'{NAME}.quantizer.codebook: codes'
+    assert page.get_by_text(f'3 of 6: {NAME}.quantizer.codebook: codes').is_visible()
+    page.keyboard.press('End')
+    assert page.evaluate(VISIBLE) == [False] * 5 + [True]
+    assert page.get_by_role('slider', name='6 of 6').count() == 1
+
+
+def test_without_scripts_all_pictures_are_there(visit: Callable[..., Any]) -> None:
+    page = visit(java_script_enabled=False)
+    figures = page.locator('figure')
+    assert figures.count() > 20
+    # evaluate works all the same: it is the browser's, not the page's
+    assert all(figure.is_visible() for figure in figures.all())
+    assert min(page.evaluate(LOADED)) > 800
+    assert page.locator('input').count() == 0
+
+
+@pytest.mark.parametrize('scripts', [True, False])
+def test_a_phone_needs_no_scrolling_sideways(visit: Callable[..., Any], scripts: bool) -> None:
+    phone = {'viewport': {'width': 320, 'height': 640}, 'java_script_enabled': scripts}
+    page = visit(**phone)
+    assert page.evaluate('document.documentElement.scrollWidth') <= 320
+    blocks = '[...document.querySelectorAll("p, li, figure, h1, h2, h3, h4, .scroll")]'
+    right = f'Math.max(...{blocks}.map(block => block.getBoundingClientRect().right))'
+    assert page.evaluate(right) <= 320
+
+
+def luminance(colour: str) -> float:
+    """Of WCAG 2, of 'rgb(r, g, b)'."""
+    parts = [int(part) / 255 for part in colour.removeprefix('rgb(').rstrip(')').split(',')]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_text_can_be_read_in_the_light_and_in_the_dark(
+    visit: Callable[..., Any], scheme: str
+) -> None:
+    page = visit(color_scheme=scheme)
+    ground = page.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert (luminance(ground) > 0.5) == (scheme == 'light')
+    for selector in ('h1', '.how', 'a[href="#load"]', 'figcaption', 'td', '.meaning'):
+        colour = page.locator(selector).first.evaluate('e => getComputedStyle(e).color')
+        bright, dark = sorted([luminance(colour), luminance(ground)], reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= 4.5, selector  # WCAG 2, level AA
+    # letters of a picture are black, on a ground of its own
+    image = page.locator('img').first
+    assert image.evaluate('e => getComputedStyle(e).backgroundColor') == 'rgb(255, 255, 255)'
+
+
+def test_contents_lead_to_their_sections(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.get_by_role('link', name='Similarity of the experts').press('Enter')
+    page.wait_for_function('document.querySelector("#similarity").getBoundingClientRect().top < 5')
+    assert page.url.endswith('#similarity')
