@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_vision.comparison import routing
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.shifts import expanded
 
@@ -18,7 +19,8 @@ seeds = [3]
 rows = dict(vqmoe='vqmoe')
 options = [
     'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'param_scheduler.1.end=3',
-    'model.depth=2', 'model.embed_dim=24',
+    'model.depth=2', 'model.embed_dim=24', 'default_hooks.checkpoint.interval=1',
+    'default_hooks.checkpoint.max_keep_ckpts=2',
 ]
 shifts = dict(
     unchanged='test_dataloader.batch_size=50',
@@ -56,9 +58,19 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert shifts['unchanged'] == {'test_dataloader.batch_size=50': row['test']['accuracy/top1']}
     # a third of a digit is no digit
     assert shifts['zoomed'].popitem()[1] < row['test']['accuracy/top1'] - 5
+    monkeypatch.setattr(routing, 'NUM_IMAGES', 20)
+    compare(['routing', str(tmp_path / 'digits.py'), *folders])
+    measured = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())['routing']
+    assert measured['images'] == 20 and measured['layers'].keys() == {'blocks.1.mlp'}
+    assert measured['checkpoints'] == ['epoch_1', 'epoch_2']
+    deciders = {'blocks.1.mlp.router', 'blocks.1.mlp.quantizer.codebook'}
+    assert [change.keys() for change in measured['changes']] == [deciders]
+    assert measured['convergence']['model.blocks.1.mlp.router']['distance'] == [1, 0]
     compare(['table', str(tmp_path / 'digits.py'), *folders])
     table = (tmp_path / 'tables/digits.md').read_text()
-    assert f'| unchanged | vqmoe | {row["test"]["accuracy/top1"]:.2f}' in ' '.join(table.split())
+    words = ' '.join(table.split())
+    assert f'| unchanged | vqmoe | {row["test"]["accuracy/top1"]:.2f}' in words
+    assert '| vqmoe | router | 1 ' in words and '| vqmoe | quantizer.codebook | 1 ' in words
     before = (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     assert (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns == before

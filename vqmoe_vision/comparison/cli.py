@@ -17,6 +17,7 @@ from .noise import PAIRS, noise_of
 from .queue import Queue
 from .report import write_report
 from .results import Results, Store
+from .routing import measure_routing
 from .runs import Run
 from .shifts import measure_shifts
 from .spec import read_comparison
@@ -118,8 +119,17 @@ def _shifts(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    if absent := measure_shifts(work.runs, work.store):
-        print(f'checkpoints are not here: {", ".join(absent)}')
+    _say_absent(measure_shifts(work.runs, work.store))
+
+
+def _routing(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    _say_absent(measure_routing(work.runs, work.store))
+
+
+def _say_absent(names: list[str]) -> None:
+    if names:
+        print(f'checkpoints are not here: {", ".join(names)}')
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -159,6 +169,7 @@ _ACTIONS = {
     'collect': (_collect, 'take up the results of runs that a scheduler has finished'),
     'table': (_table, 'make tables and learning curves from the results'),
     'shifts': (_shifts, 'test finished runs under the shifts that the comparison names'),
+    'routing': (_routing, 'measure what the routing of finished runs is like'),
     'check': (_check, 'repeat the first losses of runs that have results'),
     'noise': (_noise, 'say which differences the seeds of this budget allow to be seen'),
 }

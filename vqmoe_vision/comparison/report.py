@@ -12,6 +12,7 @@ import pandas as pd
 
 from .curves import plot_curves
 from .results import Results
+from .routing import NUM_IMAGES, SEVERITY, routing_table
 from .sentences import sentences
 from .spec import Comparison
 from .tables import frame_of, notes, scores_of, shift_table, shown
@@ -86,6 +87,7 @@ def _markdown(
         table.to_markdown(index=False, disable_numparse=True),
         _list(lines),
         *_shifted(comparison, results),
+        *_routed(comparison, results),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),
         'The command of each row, with its first seed:',
@@ -101,6 +103,20 @@ def _shifted(comparison: Comparison, results: Results) -> list[str]:
     text = (
         'The same checkpoints on test images that are changed. A corruption is the mean over the '
         'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
+    )
+    return [text, table.to_markdown(index=False, disable_numparse=True)]
+
+
+def _routed(comparison: Comparison, results: Results) -> list[str]:
+    table = routing_table(comparison, results)
+    if table.empty:
+        return []
+    text = (
+        f'What the routing of the last checkpoints is like on {NUM_IMAGES} test images; '
+        'docs/routing-measures.md defines the measures. "Kept" is the share of patches whose '
+        'expert stays, beyond chance (1: all, 0: as if drawn from the load), from the checkpoint '
+        'before to the last, and under shifts; corruptions are those of ImageNet-C at severity '
+        f'{SEVERITY}.'
     )
     return [text, table.to_markdown(index=False, disable_numparse=True)]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqmoe_vision.engine.checkpoint_files import POINTER
+
 from .runs import Run, what_counts
 
 VERSION = 1
@@ -123,6 +125,21 @@ class Store:
             else:
                 left_out[path.name] = reason
         return Results(usable, left_out, missing)
+
+    def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
+        """Finished runs that can be looked at again.
+
+        Args:
+            runs: Of one comparison.
+
+        Returns:
+            Contents of the rows that count, their runs whose checkpoints are here, and the names of
+            the others.
+        """
+        usable = self.read(runs).usable
+        finished = [run for run in runs if (run.row, run.seed) in usable]
+        absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
+        return usable, [run for run in finished if run.name not in absent], absent
 
     def refuted(self, run: Run, record: dict[str, Any]) -> str | None:
         """What `check` has found against a record, if it has.

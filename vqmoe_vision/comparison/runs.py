@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
@@ -64,9 +66,21 @@ class Run:
         Raises:
             ValueError: The config does not take an option.
         """
-        options = parse_options(self.options)
-        config = load_config(self.comparison.config, options, import_modules=False)
+        config = self.config(import_modules=False)
         return json.loads(json.dumps(config.to_dict(), default=str))
+
+    def config(self, *more: str, import_modules: bool = True) -> Config:
+        """The config with all options merged in.
+
+        Args:
+            *more: Further options.
+            import_modules: As `load_config`.
+
+        Raises:
+            ValueError: The config does not take an option.
+        """
+        options = parse_options([*self.options, *more])
+        return load_config(self.comparison.config, options, import_modules)
 
     @cached_property
     def folder(self) -> Path:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from tqdm import tqdm
 
-from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 
 from .results import Store, Usable
@@ -68,9 +64,7 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
     Returns:
         Names of the runs whose checkpoints are not on this machine.
     """
-    usable = store.read(runs).usable
-    finished = [run for run in runs if (run.row, run.seed) in usable]
-    present = [run for run in finished if (run.folder / POINTER).is_file()]
+    usable, present, absent = store.with_checkpoints(runs)
     for name, line in runs[0].comparison.shifts.items() if runs else ():
         due = [run for run in present if name not in _measured(run, usable)]
         found: dict[str, dict[str, float]] = {run.name: {} for run in due}
@@ -81,7 +75,7 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
             row = usable[run.row, run.seed]
             row['shifts'] = {**row.get('shifts', {}), name: found[run.name]}
             store.write(run, row)
-    return [run.name for run in finished if run not in present]
+    return absent
 
 
 def _measured(run: Run, usable: Usable) -> dict[str, float]:
@@ -90,7 +84,7 @@ def _measured(run: Run, usable: Usable) -> dict[str, float]:
 
 def _test(runs: Sequence[Run], options: str) -> dict[str, float]:
     """The metric of each run, by its name."""
-    configs = [_config(run, options) for run in runs]
+    configs = [run.config(*shlex.split(options)) for run in runs]
     init_default_scope(configs[0].get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(configs[0].test_dataloader, seed=0)
     models, evaluators = [], []
@@ -107,8 +101,3 @@ def _test(runs: Sequence[Run], options: str) -> dict[str, float]:
         run.name: float(evaluator.evaluate(count)[run.comparison.metric])
         for run, evaluator in zip(runs, evaluators, strict=True)
     }
-
-
-def _config(run: Run, options: str) -> Config:
-    words: list[Any] = [*run.options, *shlex.split(options)]
-    return load_config(run.comparison.config, parse_options(words))

@@ -1,0 +1,178 @@
+"""What the routing of finished runs is like, kept in their rows.
+
+docs/routing-measures.md defines the measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+from mmengine.config import Config
+from torch import Tensor
+from tqdm import tqdm
+
+from vqmoe_vision.analysis.checkpoints import convergence, routing_changes
+from vqmoe_vision.analysis.shifts import Shift, crop, flip, noise
+from vqmoe_vision.analysis.source import Source
+from vqmoe_vision.analysis.survey import survey
+from vqmoe_vision.engine.checkpoint import read_content, read_state
+from vqmoe_vision.engine.checkpoint_files import candidates, last_checkpoint
+from vqmoe_vision.engine.trained import load_trained, scope_of
+from vqmoe_vision.moe import moe_layers
+
+from .results import Results, Store
+from .runs import Run
+from .spec import Comparison
+
+NUM_IMAGES = 1000  # of the test
+SEVERITY = 3
+_BATCH = 50
+
+
+def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
+    """Surveys finished runs that have MoE layers and no such numbers, and adds them to their rows.
+
+    Args:
+        runs: Of one comparison; those without a row that counts are passed over.
+        store: Their rows.
+
+    Returns:
+        Names of the runs whose checkpoints are not on this machine.
+    """
+    usable, present, absent = store.with_checkpoints(runs)
+    for run in tqdm(present, unit='run'):
+        row = usable[run.row, run.seed]
+        if 'routing' not in row:
+            row['routing'] = _routing(run)
+            store.write(run, row)
+    return absent
+
+
+def _routing(run: Run) -> dict[str, Any]:
+    """Numbers by layer, changes by shift and by checkpoint, convergence; {} of a dense model."""
+    config = run.config()
+    files = [*candidates(run.folder)]
+    files.sort(key=lambda path: read_content(str(path))['meta']['iter'])
+    model = load_trained(config, str(last_checkpoint(run.folder)))
+    layers = moe_layers(model.routed_model)
+    if not layers:
+        return {}
+    source = _source(model, config)
+    seen = survey(
+        model.routed_model,
+        source.batches(_BATCH),
+        title=run.name,
+        normalization=source.normalization,
+        classes=source.classes,
+        shifts=_shifts(),
+    )
+    models = [load_trained(config, str(path)).routed_model for path in files]
+    prefix = next(n for n, module in model.named_modules() if module is model.routed_model)
+    names = [f'{prefix}.{name}' if prefix else name for name in layers]
+    states = [read_state(str(path)) for path in files]
+    found = {
+        'images': seen.images,
+        'layers': {name: layer.numbers for name, layer in seen.layers.items()},
+        'shifts': seen.shifts,
+        'checkpoints': [path.stem for path in files],
+        'changes': [routing_changes(a, b, _images(source)) for a, b in pairwise(models)],
+        'convergence': convergence(states, names) if len(files) > 1 else {},
+    }
+    return _rounded(found)
+
+
+def _rounded(value: Any) -> Any:
+    """A row is a few kilobytes: five digits of each number are enough."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f'{value:.5g}') if isinstance(value, float) else value
+
+
+def _shifts() -> list[Shift]:
+    from vqmoe_vision.analysis.corruptions import corruptions  # with numba, in extra `analyze`
+
+    return [flip(), crop(), noise(0.04), *corruptions((SEVERITY,))]
+
+
+def _source(model: Any, config: Config) -> Source:
+    with scope_of(config):
+        source: Source = model.source(config.test_dataloader.dataset)
+    return source.drawn(NUM_IMAGES)
+
+
+def _images(source: Source) -> Iterator[Tensor]:
+    for batch in source.batches(_BATCH):
+        yield batch if isinstance(batch, Tensor) else batch[0]
+
+
+def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
+    """Measures as means over layers, with the standard deviation over seeds; a line per decider.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it.
+    """
+    lines = []
+    for (row, _), content in results.usable.items():
+        for decider, numbers in _by_decider(content.get('routing') or {'layers': {}}).items():
+            lines.append({'row': row, 'decider': decider, **numbers})
+    if not lines:
+        return pd.DataFrame()
+    frame = pd.DataFrame(lines)
+    order = {row: number for number, row in enumerate(comparison.rows)}
+    groups = frame.sort_values('row', key=lambda rows: rows.map(order), kind='stable')
+    shown = []
+    for (row, decider), group in groups.groupby(['row', 'decider'], sort=False):
+        values = group.drop(columns=['row', 'decider'])
+        cells = {name: _spread(values[name]) for name in values}
+        shown.append({'row': row, 'decider': decider, 'seeds': str(len(group)), **cells})
+    return pd.DataFrame(shown)
+
+
+def _by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
+    layers: dict[str, dict[str, float]] = routing['layers']
+    deciders = dict.fromkeys(
+        name.rpartition('/')[0] for numbers in layers.values() for name in numbers if '/' in name
+    )
+    return {decider: _numbers(decider, layers, routing) for decider in deciders}
+
+
+def _numbers(
+    decider: str, layers: dict[str, dict[str, float]], routing: dict[str, Any]
+) -> dict[str, float]:
+    def mean(name: str) -> float:
+        return float(pd.Series([layer.get(name) for layer in layers.values()], dtype=float).mean())
+
+    def kept(changes: dict[str, float]) -> float:
+        """What is kept beyond chance, a kappa: 1 if nothing changes, 0 if chance decides anew."""
+        found = [
+            1 - changes[f'{name}.{decider}'] / numbers[f'{decider}/changed_by_chance']
+            for name, numbers in layers.items()
+            if f'{name}.{decider}' in changes and numbers[f'{decider}/changed_by_chance'] > 0
+        ]
+        return float(pd.Series(found, dtype=float).mean())
+
+    shifts, changes = routing['shifts'], routing['changes']
+    corrupted = [kept(shifts[name]) for name in shifts if name.endswith(f' {SEVERITY}')]
+    return {
+        'load entropy': mean(f'{decider}/load_entropy'),
+        'information on the class': mean(f'{decider}/normalized_mutual_information'),
+        'effective rank, before': mean('effective_rank_before'),
+        'after': mean('effective_rank_after'),
+        'similarity of answers': mean('similarity_outputs'),
+        'kept in the last epoch': kept(changes[-1]) if changes else float('nan'),
+        'kept when mirrored': kept(shifts['flip']),
+        'kept when corrupted': float(pd.Series(corrupted, dtype=float).mean()),
+    }
+
+
+def _spread(values: pd.Series) -> str:
+    values = values.dropna()
+    if values.empty:
+        return '-'
+    return f'{values.mean():.2f}' + (f' ± {values.std():.2f}' if len(values) > 1 else '')
