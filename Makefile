@@ -22,12 +22,12 @@ ALL_CORES := OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long oldest lint format types timm-suite docs picture bench bench-ci release clean
+.PHONY: help demo test long soak oldest lint format types timm-suite docs picture bench bench-ci release clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.seg ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and draw both
+demo: $(VENV)/.seg,analyze ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and show what its experts do
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev ## run all tests but the long ones
@@ -35,6 +35,9 @@ test: $(VENV)/.dev ## run all tests but the long ones
 
 long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## kill a hundred trainings, half of them in a save, go on with them and compare
+	$(ALL_CORES) $(BIN)/python -W ignore tests/soak/kills.py --kills 100 --out work_dirs/soak/kills.json
 
 oldest: $(OLDEST)/.dev ## run all tests but the long ones with the oldest versions that are allowed
 	NO_ALBUMENTATIONS_UPDATE=1 $(ALL_CORES) $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) \
@@ -116,7 +119,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.seg $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
+$(VENV)/.seg,analyze $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release: $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	@echo "Installing into $(VENV); the first time this downloads PyTorch and takes minutes."
 	$(BIN)/pip install --disable-pip-version-check --editable '.[$*]'
 	@touch $@

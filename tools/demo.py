@@ -10,14 +10,19 @@ try:
     from mmengine.runner import Runner
 
     from vqmoe_vision.analysis import patch_experts
+    from vqmoe_vision.analysis.cli import analyze
     from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config, one_line
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg]'")
+    sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg,analyze]'")
 
 WORK_DIR = Path('work_dirs/demo')
+DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+# for the report: what the routing did while the model was trained
+HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
 
 
 def main() -> None:
@@ -25,6 +30,11 @@ def main() -> None:
         told = classify_digits(WORK_DIR / 'classification')
         checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
         told += segment_scenes(WORK_DIR / 'segmentation', checkpoint)
+        scenes = str(last_checkpoint(WORK_DIR / 'segmentation'))
+        out = ['--out', str(WORK_DIR / 'report'), '--beside', f'vqmoe_vision::{SCENES}', scenes]
+        analyze([f'vqmoe_vision::{DIGITS}', checkpoint, *out])
+        report = WORK_DIR / 'report' / 'report.html'
+        told += ['', f'Which expert does what, in both: open {report} in a browser']
         print('\n'.join(told))
     except Exception as error:
         if '--debug' in sys.argv:
@@ -32,7 +42,7 @@ def main() -> None:
         sys.exit(f'error: {one_line(error)}')
 
 
-def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Runner, dict, str]:
+def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str]:
     """Trains and draws curves; returns last values by name too, and a line of what lies where."""
     settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
@@ -57,7 +67,7 @@ def train(config: str, work_dir: Path, options: dict | None = None) -> tuple[Run
 
 def classify_digits(work_dir: Path) -> list[str]:
     """Trains a classifier and draws its experts; says what was reached."""
-    runner, last, places = train('classification/digits/demo/vit_tiny_vqmoe_demo.py', work_dir)
+    runner, last, places = train(DIGITS, work_dir, HISTORY)
     draw_experts(runner, work_dir / 'experts.png')
     return [
         '',
@@ -90,9 +100,9 @@ def draw_experts(runner: Runner, path: Path) -> None:
 def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
     """Trains Segmenter on that classifier's backbone and draws scenes; says what was reached."""
     runner, last, places = train(
-        'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
+        SCENES,
         work_dir,
-        {'model.backbone.checkpoint': checkpoint},
+        {'model.backbone.checkpoint': checkpoint, **HISTORY},
     )
     draw_scenes(runner, work_dir / 'scenes.png')
     return [

@@ -20,3 +20,9 @@ options = [
     'param_scheduler.1.end=2400',
     'default_hooks.checkpoint.interval=300',
 ]
+shifts = {
+    'scale 0.5': 'test_dataloader.dataset.pipeline.1.scale_factor=0.5',
+    'scale 1.0': 'test_dataloader.dataset.pipeline.1.scale_factor=1.0',
+    'window 256': 'model.test_cfg.crop_size="(256, 256)" model.test_cfg.stride="(192, 192)"',
+    'corruptions 3': 'test_dataloader.dataset.pipeline.0.shift={corruption}_3',
+}

@@ -19,3 +19,9 @@ options = [
     'default_hooks.checkpoint.max_keep_ckpts=6',
     'default_hooks.routing_history.type=RoutingHistoryHook',
 ]
+shifts = {
+    'corruptions 1': 'test_dataloader.dataset.transform.shift={corruption}_1',
+    'corruptions 3': 'test_dataloader.dataset.transform.shift={corruption}_3',
+    'corruptions 5': 'test_dataloader.dataset.transform.shift={corruption}_5',
+    'scale 1.25': 'test_dataloader.dataset.transform.crop_pct=0.8',
+}

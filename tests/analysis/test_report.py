@@ -124,8 +124,8 @@ def test_an_expert_in_words(page: Page) -> None:
     # of the expert's 300 tokens 200 are of cats, of all 600 tokens 200: 2 / 3 over 1 / 3
     assert (
         'takes 50 % of the tokens by router; over-represented: the class cat (2.0 times its '
-        'share). It takes 25 % of the tokens by quantizer.codebook. Of the other experts, '
-        'expert 1 answers most like it (cosine 0.75).'
+        'share). It takes 25 % of the tokens by quantizer.codebook. Of the other experts, expert 1 '
+        'answers most like it (cosine 0.75).'
     ) in items
     assert any(text.startswith('takes none of the tokens by router.') for text in items)
     assert any(text.startswith('gives 40 % of the answers, by its slots.') for text in items)

@@ -99,10 +99,10 @@ def test_slots_choose_no_expert(make_tiny) -> None:
     assert tally.shares() == {'flip': {}}
 
 
-def test_nothing_that_is_no_change_changes_anything(make_tiny) -> None:
-    # images as files hold them, but not in 256 steps: rounding alone is no change
-    same = Shift('same', lambda pixels, first, patch: (pixels + 1e-4).clamp(0, 1))
-    assert shares(make_tiny('smoe'), torch.rand(3, 3, 32, 32), same) == {'same': 0}
+def test_to_be_written_in_256_steps_is_no_change(by_content) -> None:
+    # 0.2499 goes to expert 0 and 0.2501 to expert 1, but both are 64 / 255 in a file
+    same = Shift('same', lambda pixels, first, patch: pixels + 0.0002)
+    assert shares(by_content, torch.full((1, 3, 32, 48), 0.2499), same) == {'same': 0}
 
 
 def test_crop_of_a_single_patch_is_refused(make_tiny) -> None:

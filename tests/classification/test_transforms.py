@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
+from vqmoe_vision.analysis.corruptions import Corruption
 
 ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -31,3 +33,19 @@ def test_crop_flip_normalises() -> None:
 def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:
     op = AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=10)
     assert op(Image.new('RGB', (4, 4), (200, 100, 50))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_shift_corrupts_the_image_of_a_test_alike_each_time() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    recipe = dict(type='timm', input_size=40, crop_pct=1.0, **ZERO)
+    corrupted = TRANSFORMS.build(dict(recipe, shift='gaussian_noise_3'))(Image.fromarray(pixels))
+    expected = Corruption('gaussian_noise_3')(pixels)
+    assert (corrupted.permute(1, 2, 0) * 255).round().byte().equal(torch.from_numpy(expected))
+    # severity 3 of ImageNet-C is a standard deviation of 0.18, before what leaves [0, 1] is cut off
+    plain = TRANSFORMS.build(recipe)(Image.fromarray(pixels))
+    assert 0.08 < (corrupted - plain).std() < 0.18
+
+
+def test_a_shift_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="shift='fog_6' is not possible"):
+        TRANSFORMS.build(dict(type='timm', shift='fog_6', input_size=40, **ZERO))

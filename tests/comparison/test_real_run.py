@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vqmoe_vision.comparison.cli import compare
+from vqmoe_vision.comparison.shifts import expanded
 
 from ..rows import CONFIGS
 
@@ -19,6 +20,10 @@ options = [
     'train_cfg.max_epochs=2', 'train_cfg.val_interval=1', 'param_scheduler.1.end=3',
     'model.depth=2', 'model.embed_dim=24',
 ]
+shifts = dict(
+    unchanged='test_dataloader.batch_size=50',
+    zoomed='test_dataloader.dataset.transform.crop_pct=0.3',
+)
 """
 
 
@@ -45,3 +50,21 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row['cpu_minutes'] > 0 and row['minutes'] > 0
     assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
     assert row['commit'] and row['versions']['torch']
+
+    compare(['shifts', str(tmp_path / 'digits.py'), *folders])
+    shifts = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())['shifts']
+    assert shifts['unchanged'] == {'test_dataloader.batch_size=50': row['test']['accuracy/top1']}
+    # a third of a digit is no digit
+    assert shifts['zoomed'].popitem()[1] < row['test']['accuracy/top1'] - 5
+    compare(['table', str(tmp_path / 'digits.py'), *folders])
+    table = (tmp_path / 'tables/digits.md').read_text()
+    assert f'| unchanged | vqmoe | {row["test"]["accuracy/top1"]:.2f}' in ' '.join(table.split())
+    before = (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns
+    compare(['shifts', str(tmp_path / 'digits.py'), *folders])
+    assert (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns == before
+
+
+def test_a_corruption_stands_for_all_fifteen() -> None:
+    tests = expanded('test_dataloader.dataset.transform.shift={corruption}_3')
+    assert len(set(tests)) == 15 and 'test_dataloader.dataset.transform.shift=fog_3' in tests
+    assert expanded('model.img_size=64') == ['model.img_size=64']

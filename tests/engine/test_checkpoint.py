@@ -1,4 +1,7 @@
+import io
+import random
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 import timm
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
 from safetensors.torch import save_file
 
@@ -50,6 +54,117 @@ def test_a_log_reaches_nothing_but_its_own_methods(
     torch.save({'w': Reaches(owner, name)}, tmp_path / 'a.pth')
     with pytest.raises(Exception, match='is not part of a log'):
         torch.load(tmp_path / 'a.pth', weights_only=True)
+
+
+class Runs:
+    """Pickled as a call that leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('variable', ['', 'FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY', 'both'])
+def test_no_loader_of_mmengine_runs_code(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ('FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY'):
+        if variable in (name, 'both'):
+            monkeypatch.setenv(f'TORCH_{name}_LOAD', '1')
+    hub = tmp_path / 'hub'  # where torch.hub keeps downloads, so that nothing is downloaded
+    monkeypatch.setenv('TORCH_HOME', str(hub))
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+    (hub / 'hub/checkpoints').mkdir(parents=True)
+    (tmp_path / 'open_mmlab.json').write_text('{"theirs": "a.pth"}')
+    names = [str(tmp_path / 'a.pth'), 'https://example.org/a.pth', 'open-mmlab://theirs']
+    for content, sound in (({'w': Runs(tmp_path / 'ran')}, False), ({'w': torch.ones(2)}, True)):
+        for path in (tmp_path / 'a.pth', hub / 'hub/checkpoints/a.pth'):
+            torch.save(content, path)
+        for name in names:
+            if sound:
+                assert torch.equal(_load_checkpoint(name)['w'], torch.ones(2))
+            else:
+                with pytest.raises(Exception, match=r'holds more|[Ww]eights only'):
+                    _load_checkpoint(name)
+        if sound:  # our own readers, under the same variables
+            assert torch.equal(read_state(names[0])['w'], torch.ones(2))
+        else:
+            with pytest.raises(ValueError, match='holds more than weights'):
+                read_state(names[0])
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
+    load = getattr(upstream, '_safe_torch_load', None)
+    if load is None:
+        pytest.skip('mmengine has no such function')
+    for content in (Runs(tmp_path / 'ran'), Reaches(Reaches(HistoryBuffer, 'mean'), '__globals__')):
+        file = io.BytesIO()
+        torch.save({'w': content}, file)
+        file.seek(0)
+        with pytest.raises(UnpicklingError):
+            load(file)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
+    methods = dict(HistoryBuffer._statistics_methods)
+    try:
+        hostile = HistoryBuffer([1.0], [1])
+        HistoryBuffer._statistics_methods['mean'] = HistoryBuffer.max
+        HistoryBuffer._statistics_methods['theirs'] = HistoryBuffer.max
+        torch.save({'log': hostile}, tmp_path / 'a.pth')
+    finally:
+        HistoryBuffer._statistics_methods.clear()
+        HistoryBuffer._statistics_methods.update(methods)
+    read = _load_checkpoint(str(tmp_path / 'a.pth'))['log']
+    assert HistoryBuffer._statistics_methods == methods
+    assert type(read) is HistoryBuffer  # as mmengine writes it again
+    assert 'statistics_methods' not in read.__dict__
+    assert HistoryBuffer([1.0, 3.0], [1, 1]).statistics('mean') == 2  # (1 + 3) / 2
+
+
+@pytest.mark.parametrize(
+    ('config', 'kept'),
+    [
+        ("model = dict(type='A', sizes=(1, -2.5), names=['a', None])\nx = {'a': True}\n", True),
+        ("__import__('os').system('true')\n", False),
+        ("a = print('ran')\n", False),
+        ('a = [].append\n', False),
+        ("_base_ = 'theirs.py'\n", False),
+        ("a = '{{$HOME:x}}'\n", False),  # mmengine replaces text before it runs it
+        ('a = (\n', False),
+        (7, False),
+    ],
+)
+def test_a_config_that_would_run_is_left_out(config: Any, kept: bool, tmp_path: Path) -> None:
+    meta = {'iter': 3, 'cfg': config, 'config': config}
+    torch.save({'meta': meta, 'state_dict': {}}, tmp_path / 'a.pth')
+    read = _load_checkpoint(str(tmp_path / 'a.pth'))['meta']
+    assert read == (meta if kept else {'iter': 3})
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    path, content = tmp_path / 'a.pth', {'state_dict': {'w': torch.arange(500.0)}}
+    torch.save(content, path)
+    sound, draw, found = path.read_bytes(), random.Random(0), 0
+    weights = sound.index(torch.arange(500.0).numpy().tobytes())
+    for number in range(200):
+        # every second one in the weights
+        place = draw.randrange(len(sound)) if number % 2 else weights + draw.randrange(2000)
+        spoilt = bytearray(sound)
+        spoilt[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(spoilt)
+        try:
+            read = _load_checkpoint(str(path))
+        except ValueError as error:
+            assert str(error).startswith(f'checkpoint {str(path)!r} is damaged')
+            found += 1
+            continue
+        torch.testing.assert_close(read, content, rtol=0, atol=0)
+    assert found >= 100
 
 
 def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:

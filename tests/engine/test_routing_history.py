@@ -33,7 +33,10 @@ OPTIONS = {
     'default_hooks.checkpoint.interval': 1,
 }
 # of 20 iterations a line after every third, so that a checkpoint after ten lies between two
-HISTORY = {'default_hooks.history.type': 'RoutingHistoryHook', 'default_hooks.history.records': 6}
+HISTORY = {
+    'default_hooks.routing_history.type': 'RoutingHistoryHook',
+    'default_hooks.routing_history.records': 6,
+}
 
 
 def config_of(folder: Path, method: str, **more: Any) -> Config:
@@ -81,7 +84,7 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(
     whole: Runner, tmp_path: Path
 ) -> None:
     folder = tmp_path / 'parts'
-    half = {**HISTORY, 'default_hooks.history.records': 3, 'train_cfg.max_epochs': 1}
+    half = {**HISTORY, 'default_hooks.routing_history.records': 3, 'train_cfg.max_epochs': 1}
     trained(config_of(folder, 'vqmoe', **half))
     assert [line['iteration'] for line in history(folder)] == [3, 6, 9]
     with (folder / 'routing.jsonl').open('a') as file:  # work that a kill has lost, and half a line

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
+from vqmoe_vision.analysis.corruptions import Corruption
 from vqmoe_vision.segmentation.transforms import Albumentations, LoadImage, LoadLabels
 
 from .conftest import write_pair
@@ -175,3 +176,12 @@ def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
         (tmp_path / 'a.png').write_bytes(content)
         with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
             load(tmp_path, 3)
+
+
+def test_a_shift_corrupts_the_image_as_in_classification(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'image.png')
+    loaded = LoadImage(shift='fog_3').transform({'img_path': str(tmp_path / 'image.png')})
+    assert (loaded['img'][..., ::-1] == Corruption('fog_3')(pixels)).all()
+    with pytest.raises(ValueError, match="shift='fog' is not possible"):
+        LoadImage(shift='fog')

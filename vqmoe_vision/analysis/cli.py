@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
 from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
-from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.trained import load_trained, scope_of
 
 from .checkpoints import routing_changes
 from .corruptions import corruptions
@@ -47,7 +47,7 @@ def analyze(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--images', help="folder of images, in place of the config's test images")
     parser.add_argument(
-        '--num-images', type=int, default=1000, help='look at so many, taken evenly from all'
+        '--num-images', type=int, default=1000, help='look at so many, drawn from all'
     )
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument(
@@ -123,8 +123,9 @@ def _changes(
 
 
 def _source(model: Any, config: Config, args: argparse.Namespace) -> Source:
-    source: Source = model.source(config.test_dataloader.dataset, args.images)
-    return source.first(args.num_images)
+    with scope_of(config):
+        source: Source = model.source(config.test_dataloader.dataset, args.images)
+    return source.drawn(args.num_images)
 
 
 def _progress(source: Source, title: str, args: argparse.Namespace) -> Iterator[Any]:

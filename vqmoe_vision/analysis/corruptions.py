@@ -46,24 +46,48 @@ def corruption(name: str, severity: int) -> Shift:
     """
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
-        height, width = pixels.shape[-2:]
-        enough = min(height, width) >= SMALLEST
-        allowed = f'at least {SMALLEST}x{SMALLEST} pixels; leave the corruptions out'
-        check(enough, 'images', (height, width), allowed)
         bytes_ = (in_colour(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        changed = []
-        for i, image in enumerate(bytes_):
-            # by name too, or every kind of noise would be drawn alike
-            seed = (zlib.crc32(name.encode()) + first + i) % 2**32
-            options = {'seed': seed} if name in SEEDED else {}
-            with _numpy_seed(seed):
-                image = np.ascontiguousarray(image)
-                changed.append(corrupt(image, corruption_name=name, severity=severity, **options))
+        changed = [_corrupted(each, name, severity, first + i) for i, each in enumerate(bytes_)]
         colour = torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).float() / 255
         # a corruption of grey may come out in colour
         return colour if pixels.shape[1] == 3 else colour.mean(dim=1, keepdim=True)
 
     return Shift(f'{name} {severity}', change)
+
+
+class Corruption:
+    """Corrupts images of a test, always alike for the same pixels.
+
+    Args:
+        shift: Name and severity, such as 'gaussian_noise_3'.
+
+    Raises:
+        ValueError: If there is no such corruption.
+    """
+
+    def __init__(self, shift: str) -> None:
+        self.name, _, severity = shift.rpartition('_')
+        known = get_corruption_names('common')
+        valid = self.name in known and severity in [*'12345']
+        check(valid, 'shift', shift, f"such as 'fog_3', 1 to 5, of {', '.join(known)}")
+        self.severity = int(severity)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8, RGB, of at least 32 pixels; returns the same."""
+        return _corrupted(image, self.name, self.severity, zlib.crc32(image.tobytes()))
+
+
+def _corrupted(image: np.ndarray, name: str, severity: int, number: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    enough = min(height, width) >= SMALLEST
+    allowed = f'at least {SMALLEST}x{SMALLEST} pixels; leave the corruptions out'
+    check(enough, 'images', (height, width), allowed)
+    # by name too, or every kind of noise would be drawn alike
+    seed = (zlib.crc32(name.encode()) + number) % 2**32
+    options = {'seed': seed} if name in SEEDED else {}
+    with _numpy_seed(seed):
+        image = np.ascontiguousarray(image)
+        return corrupt(image, corruption_name=name, severity=severity, **options)
 
 
 @contextmanager

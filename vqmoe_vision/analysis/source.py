@@ -55,11 +55,13 @@ class Source:
     classes: list[str] | None
     normalization: Normalization
 
-    def first(self, count: int) -> 'Source':
-        """At most `count` of them, taken evenly from all."""
-        if count >= len(self.samples):
-            return self
-        chosen = torch.linspace(0, len(self.samples) - 1, count).long().tolist()
+    def drawn(self, count: int) -> 'Source':
+        """At most `count` of them in random order, the same every time.
+
+        In the order of their files the first pictures would be of one class.
+        """
+        own = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(self.samples), generator=own)[:count].tolist()
         samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset
         names = [self.names[i] for i in chosen]
         return Source(samples, names, self.classes, self.normalization)

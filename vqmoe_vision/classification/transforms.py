@@ -1,13 +1,35 @@
 """Image transforms by name, for configs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 from mmengine.registry import TRANSFORMS
+from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-# timm's own recipe: `type='timm'`, then the keyword arguments of timm.data.create_transform.
-TRANSFORMS.register_module(name='timm', module=create_transform)
+
+@TRANSFORMS.register_module(name='timm')
+def timm_transform(shift: str | None = None, **kwargs: Any) -> Callable:
+    """The recipe of timm.
+
+    Args:
+        shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
+        **kwargs: Of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: There is no such corruption.
+    """
+    transform = create_transform(**kwargs)
+    if shift is None:
+        return transform
+    # numba and scikit-image come with it: only those who ask for it wait for them
+    from vqmoe_vision.analysis.corruptions import Corruption
+
+    corrupt = Corruption(shift)
+    first = transforms.Lambda(lambda image: Image.fromarray(corrupt(np.asarray(image))))
+    return transforms.Compose([first, *transform.transforms])
 
 
 @TRANSFORMS.register_module(name='crop_flip')

@@ -18,6 +18,7 @@ from .queue import Queue
 from .report import write_report
 from .results import Results, Store
 from .runs import Run
+from .shifts import measure_shifts
 from .spec import read_comparison
 
 
@@ -113,6 +114,14 @@ def _table(args: argparse.Namespace) -> None:
         print(path)
 
 
+def _shifts(args: argparse.Namespace) -> None:
+    work = _Work(args)
+    if not work.comparison.shifts:
+        raise ValueError(f'{args.spec}: shifts names none')
+    if absent := measure_shifts(work.runs, work.store):
+        print(f'checkpoints are not here: {", ".join(absent)}')
+
+
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
     usable = work.store.read(work.runs, checked=False).usable
@@ -149,6 +158,7 @@ _ACTIONS = {
     'list': (_list, 'print the commands of those runs, one a line, for a scheduler'),
     'collect': (_collect, 'take up the results of runs that a scheduler has finished'),
     'table': (_table, 'make tables and learning curves from the results'),
+    'shifts': (_shifts, 'test finished runs under the shifts that the comparison names'),
     'check': (_check, 'repeat the first losses of runs that have results'),
     'noise': (_noise, 'say which differences the seeds of this budget allow to be seen'),
 }

@@ -14,7 +14,7 @@ from .curves import plot_curves
 from .results import Results
 from .sentences import sentences
 from .spec import Comparison
-from .tables import frame_of, notes, scores_of, shown
+from .tables import frame_of, notes, scores_of, shift_table, shown
 
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 
@@ -85,12 +85,24 @@ def _markdown(
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
         _list(lines),
+        *_shifted(comparison, results),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),
         'The command of each row, with its first seed:',
         '```sh\n' + '\n'.join(f'OMP_NUM_THREADS=1 {command}' for command in commands) + '\n```',
     ]
     return '\n\n'.join(parts)
+
+
+def _shifted(comparison: Comparison, results: Results) -> list[str]:
+    table = shift_table(comparison, results)
+    if table.empty:
+        return []
+    text = (
+        'The same checkpoints on test images that are changed. A corruption is the mean over the '
+        'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
+    )
+    return [text, table.to_markdown(index=False, disable_numparse=True)]
 
 
 def _commits(frame: pd.DataFrame) -> str:

@@ -10,18 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .runs import Run
+from .runs import Run, what_counts
 
 VERSION = 1
-# What keeps, logs and draws a run, and cannot change what it gives.
-_KEEPING = (
-    'default_hooks.checkpoint.',
-    'default_hooks.logger.',
-    'default_hooks.routing_history.',
-    'default_hooks.visualization.',
-    'log_processor.',
-    'visualizer.',
-)
 Usable = dict[tuple[str, int], dict[str, Any]]
 _NEEDED = {
     'config',
@@ -94,9 +85,18 @@ class Store:
             'held_out': [[i, values[metric]] for i, values in record['held_out']],
             'config': run.resolved,
         }
+        self.write(run, content)
+        return True
+
+    def write(self, run: Run, content: dict[str, Any]) -> None:
+        """Writes the file of a run.
+
+        Args:
+            run: The run.
+            content: Of its file.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         _save(self.path(run), content)
-        return True
 
     def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
         """Reads what is there and sorts out what may not be mixed with today's.
@@ -191,25 +191,11 @@ def _damage(content: dict[str, Any], run: Run) -> str | None:
 
 def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Says where a config differs from today's."""
-    flat_then, flat_now = _flat(then), _flat(now)
+    flat_then, flat_now = what_counts(then), what_counts(now)
     names = sorted(flat_then.keys() | flat_now.keys())
-    changed = [
-        n for n in names if flat_then.get(n) != flat_now.get(n) and not n.startswith(_KEEPING)
-    ]
+    changed = [n for n in names if flat_then.get(n) != flat_now.get(n)]
     if not changed:
         return None
     name = changed[0]
     others = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
     return f'stale: {name}={flat_then.get(name)!r}, today {flat_now.get(name)!r}{others}'
-
-
-def _flat(value: Any, name: str = '') -> dict[str, Any]:
-    """Values by dotted name."""
-    if isinstance(value, list) and value:
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f'{name}.{key}' if name else str(key))
-    return flat

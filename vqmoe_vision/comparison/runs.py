@@ -18,6 +18,15 @@ from .spec import Comparison
 
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
+# What keeps, logs and draws a run, and cannot change what it gives.
+_KEEPING = (
+    'default_hooks.checkpoint.',
+    'default_hooks.logger.',
+    'default_hooks.routing_history.',
+    'default_hooks.visualization.',
+    'log_processor.',
+    'visualizer.',
+)
 RECORD = 'default_hooks.record.type=RunRecordHook'
 
 
@@ -62,7 +71,7 @@ class Run:
     @cached_property
     def folder(self) -> Path:
         """Its work dir, named by what is run too: another config never resumes its checkpoints."""
-        content = json.dumps(self.resolved, sort_keys=True)
+        content = json.dumps(what_counts(self.resolved), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return self.root / self.comparison.name / f'{self.name}-{digest}'
 
@@ -100,3 +109,27 @@ class Run:
         train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
         test = test.replace(' CHECKPOINT ', f' {shlex.quote(str(folder))}/"$(cat {last})" ', 1)
         return f'OMP_NUM_THREADS=1 {train} && OMP_NUM_THREADS=1 {test}'
+
+
+def what_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what a run gives.
+
+    Args:
+        config: Resolved.
+
+    Returns:
+        Values by dotted name.
+    """
+    return {name: v for name, v in _flat(config).items() if not name.startswith(_KEEPING)}
+
+
+def _flat(value: Any, name: str = '') -> dict[str, Any]:
+    """Values by dotted name."""
+    if isinstance(value, list) and value:
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f'{name}.{key}' if name else str(key))
+    return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Comparison:
         metric: Name of the test metric.
         options: The budget: options of all rows.
         controls: Rows that a learned router has to beat, such as one that is frozen at random.
+        shifts: Further tests of finished runs, by name: options of the test, of which
+            `{corruption}` stands for each of ImageNet-C's.
     """
 
     name: str
@@ -43,11 +45,12 @@ class Comparison:
     metric: str
     options: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    shifts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in ('seeds', 'rows'):
-            if not getattr(self, field):
-                raise ValueError(f'comparison {self.name}: {field} is empty')
+        for name in ('seeds', 'rows'):
+            if not getattr(self, name):
+                raise ValueError(f'comparison {self.name}: {name} is empty')
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         for row in (self.reference, *self.controls):
@@ -88,7 +91,7 @@ def read_comparison(path: str) -> Comparison:
     given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
         return _of_config(name, path)
-    known = {field.name for field in fields(Comparison)} - {'name'} | _ROWS.keys()
+    known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
@@ -108,6 +111,7 @@ def read_comparison(path: str) -> Comparison:
         metric=given['metric'],
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),
+        shifts=given.get('shifts', {}),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .results import Results
+from .shifts import mean_scores
 from .spec import Comparison
 from .statistics import holm, paired_difference
 
@@ -105,6 +106,43 @@ def shown(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
     if frame.hardware.nunique() > 1:
         del columns['minutes']  # times of different machines are not compared
     return pd.DataFrame(columns)
+
+
+def shift_table(comparison: Comparison, results: Results) -> pd.DataFrame:
+    """Scores under shifts, for each row and shift that was measured.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it.
+    """
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for (row, seed), content in results.usable.items():
+        for name, score in mean_scores(comparison, content.get('shifts', {})).items():
+            scores.setdefault(name, {}).setdefault(row, {})[seed] = score
+    lines = []
+    for name, by_row in scores.items():
+        reference = by_row.get(comparison.reference, {})
+        for row, values in by_row.items():
+            difference = paired_difference(values, reference)
+            own = row == comparison.reference or not difference.pairs
+            line = pd.Series(
+                {
+                    'difference': math.nan if own else difference.mean,
+                    'low': difference.low,
+                    'high': difference.high,
+                }
+            )
+            lines.append(
+                {
+                    'shift': name,
+                    'row': row,
+                    comparison.metric: f'{pd.Series(values).mean():.2f}',
+                    'std': _number(pd.Series(values).std()),
+                    'seeds': str(len(values)),
+                    f'difference to {comparison.reference} (95 % interval)': _interval(line),
+                }
+            )
+    return pd.DataFrame(lines)
 
 
 def notes(comparison: Comparison, frame: pd.DataFrame) -> list[str]:

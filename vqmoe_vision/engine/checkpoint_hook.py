@@ -83,6 +83,9 @@ class AtomicCheckpointHook(CheckpointHook):
             name = Path(str(path)).name
             known = name.startswith(BEST) and (folder / name).is_file()
             self._set_best(key, str(folder / name) if known else None)
+        # mmengine writes the last one again after a new best, if this process has written it
+        last = folder / Path(str(hub.get_info('last_ckpt'))).name
+        self.last_ckpt = str(last) if last in candidates(folder) else None
         if is_main_process():
             remove_partial(folder)
         self._progress = (runner.epoch, runner.iter)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -219,6 +220,8 @@ def run(
                 '--cfg-options, for example train_dataloader.batch_size=8'
             )
         options = getattr(args, 'cfg_options', {})
+        # of a log that cannot be written, as on a full disk: the error that follows is one line
+        logging.raiseExceptions = '--debug' in arguments
         action(args)
     except Exception as error:
         if '--debug' in arguments:

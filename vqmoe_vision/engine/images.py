@@ -12,7 +12,7 @@ from os import PathLike
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 
 @contextmanager
@@ -34,7 +34,9 @@ def opened(source: str | PathLike | IO[bytes], name: str) -> Iterator[Image.Imag
             f'{name} is too large to be opened unasked: {error} '
             '(twice PIL.Image.MAX_IMAGE_PIXELS, which may be raised)'
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
+        if type(error) is ValueError and name in str(error):
+            raise  # says already what is wrong with the file
         raise ValueError(f'{name} cannot be read as an image: {error}') from error
 
 
@@ -88,18 +90,18 @@ def read_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         ValueError: Floating-point numbers are outside 0..1, or the pixels are integers of 32 bits.
     """
-    upright = ImageOps.exif_transpose(image)
-    mode = upright.mode
+    ImageOps.exif_transpose(image, in_place=True)
+    mode = image.mode
     # a 16-bit file that is no TIFF has mode I in some versions of Pillow
     if mode == 'I' and image.format == 'TIFF':
         raise ValueError(f'{name} has integers of 32 bits; images have 8 or 16, or floats of 0..1')
     if mode.startswith('I'):
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif mode == 'F':
-        values = np.asarray(upright)
+        values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(
                 f'{name} has floats of {values.min()}..{values.max()}; they must lie in 0..1'
             )
-        upright = Image.fromarray((values * 255).round().astype(np.uint8))
-    return upright.convert('RGB')
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    return image.convert('RGB')

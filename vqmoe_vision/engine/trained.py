@@ -1,15 +1,21 @@
 """A trained model from its config and a checkpoint, without a runner."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
 from vqmoe_vision.models.transfer import misfit
 
 from .checkpoint import read_state
+
+
+def scope_of(config: Config) -> AbstractContextManager:
+    """A block in which names of a config mean what they mean in its runs."""
+    return DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine'))
 
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
@@ -23,8 +29,8 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     Raises:
         ValueError: The checkpoint cannot be read, or does not fit the config.
     """
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    model = MODELS.build(config.model)
+    with scope_of(config):
+        model = MODELS.build(config.model)
     state = read_state(checkpoint)
     if problem := misfit(model.state_dict(), state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')

@@ -89,10 +89,20 @@ class LoadImage(LoadImageFromFile):
     `imdecode_backend` decodes JPEG, of which decoders differ; the rest is read as in
     classification. Other values of `color_type` than 'color', and the backend 'tifffile', are
     mmcv's alone.
+
+    Args:
+        shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
+        **kwargs: As `LoadImageFromFile`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, shift: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.corrupt = None
+        if shift is not None:
+            # numba and scikit-image come with it: only those who ask for it wait for them
+            from vqmoe_vision.analysis.corruptions import Corruption
+
+            self.corrupt = Corruption(shift)
         args = self.file_client_args
         check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
 
@@ -108,6 +118,8 @@ class LoadImage(LoadImageFromFile):
             if self.ignore_empty:
                 return None
             raise
+        if self.corrupt is not None:  # which takes RGB
+            pixels = np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])
         results['img'] = pixels.astype(np.float32) if self.to_float32 else pixels
         results['img_shape'] = results['ori_shape'] = pixels.shape[:2]
         return results
@@ -155,11 +167,12 @@ class LoadImage(LoadImageFromFile):
             return None  # a test may have the place of label maps, but none
         content = fileio.get(path, backend_args=self.backend_args)
         with opened(io.BytesIO(content), path) as labels:
-            return stored(np.asarray(labels), _turned(labels)).shape[:2]
+            turn = _turned(labels)
+            return stored(np.asarray(labels), turn).shape[:2]
 
 
 def _turned(image: Any) -> int:
-    """By what orientation decoders have turned the pixels already: that of a TIFF, unasked."""
+    """What decoders turn the pixels by unasked: that of a TIFF, which is gone once it is read."""
     return orientation(image) if image.format == 'TIFF' else 1
 
 
@@ -230,11 +243,12 @@ class LoadLabels(LoadAnnotations):
         """
         content = fileio.get(path, backend_args=self.backend_args)
         with opened(io.BytesIO(content), path) as file:
+            turn = _turned(file)
             # only the header has been read; all other modes have 8 bits or fewer
             if not file.mode.startswith(('I', 'F')):
-                return _turned(file), np.empty(0)
+                return turn, np.empty(0)
             labels = np.asarray(file)
-            return _turned(file), labels[labels != (labels.astype(np.int64) & 0xFF)]
+            return turn, labels[labels != (labels.astype(np.int64) & 0xFF)]
 
     @staticmethod
     def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:

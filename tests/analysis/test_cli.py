@@ -1,0 +1,163 @@
+"""tools/analyze.py, for both tasks, on models that were never trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+from vqmoe_vision.analysis.cli import analyze
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.moe import METHODS
+
+from ..rows import CONFIGS
+
+DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+SCENES = CONFIGS / 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SMALL = {'depth': 2, 'embed_dim': 24, 'num_heads': 2}
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:
+    """Writes a small config and a checkpoint of its model; gives both paths."""
+
+    def write(
+        base: Path = DIGITS, name: str = 'run', seed: int = 0, **model: object
+    ) -> tuple[str, str]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        model = {**SMALL, **model}
+        if base == SCENES:
+            model = {'backbone': model, 'decode_head': {'num_layers': 1}}
+        path = folder / 'config.py'
+        path.write_text(f'_base_ = {str(base)!r}\nmodel = {model!r}\n')
+        config = load_config(str(path))
+        init_default_scope(config.default_scope)
+        torch.manual_seed(seed)
+        checkpoint = folder / f'seed_{seed}.pth'
+        torch.save({'state_dict': MODELS.build(config.model).state_dict()}, checkpoint)
+        return str(path), str(checkpoint)
+
+    return write
+
+
+@pytest.fixture
+def report(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., dict]:
+    """Runs the tool; gives what `numbers.json` says, once the page is there."""
+
+    def run(*words: str) -> dict:
+        analyze([*words, '--num-images', '12', '--out', str(tmp_path / 'out')])
+        page = Path(capsys.readouterr().out.strip())
+        assert page == tmp_path / 'out' / 'report.html'
+        assert page.stat().st_size > 10_000
+        return json.loads((tmp_path / 'out' / 'numbers.json').read_text())
+
+    return run
+
+
+def says(*words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        analyze(words)
+    message = str(stopped.value)
+    assert message.startswith('error: ') and '\n' not in message
+    return message
+
+
+def image(path: Path, height: int, width: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_of_a_classifier(method: str, untrained, report) -> None:
+    (survey,) = report(*untrained(model_name=f'vit_tiny_{method}'))['surveys']
+    assert survey['images'] == 12 and survey['classes'][3] == '3'
+    assert survey['layers'].keys() == {'blocks.1.mlp'}
+
+
+def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
+    beside = untrained(SCENES, 'scenes')
+    one, other = report(*untrained(), '--beside', *beside)['surveys']
+    assert one['title'] == 'run/seed_0' and other['title'] == 'scenes/seed_0'
+    assert 'background' in other['classes']
+    for survey in (one, other):
+        (counts,) = {len(r) for r in survey['layers']['blocks.1.mlp']['expert_by_class']['router']}
+        assert counts == len(survey['classes'])
+
+
+def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -> None:
+    config, first = untrained(seed=0)
+    second = untrained(seed=1)[1]
+    found = report(config, first, second)
+    (change,) = found['changes']
+    assert (change['before'], change['after']) == ('run/seed_0', 'run/seed_1')
+    # of two routers that were drawn apart, most tokens find another of eight experts
+    assert change['shares']['blocks.1.mlp.router'] > 0.5
+
+
+def test_what_the_hook_wrote_is_drawn(untrained, report) -> None:
+    config, checkpoint = untrained()
+    lines = [
+        {
+            'iteration': i,
+            'layers': {'blocks.1.mlp': {'load': [0.125] * 8, 'change': {'router': 0.1}}},
+        }
+        for i in (1, 2)
+    ]
+    (Path(checkpoint).parent / 'routing.jsonl').write_text(
+        ''.join(json.dumps(line) + '\n' for line in lines)
+    )
+    report(config, checkpoint)
+    pictures = [path.name for path in (Path(checkpoint).parents[1] / 'out/pictures').iterdir()]
+    assert any('training' in name for name in pictures), pictures
+
+
+@pytest.mark.parametrize('base', [DIGITS, SCENES])
+def test_a_folder_of_images_of_different_sizes(base: Path, untrained, report, tmp_path) -> None:
+    image(tmp_path / 'own' / 'a.png', 60, 90)
+    image(tmp_path / 'own' / 'b.jpg', 100, 50)
+    (survey,) = report(*untrained(base), '--images', str(tmp_path / 'own'))['surveys']
+    assert survey['images'] == 2 and survey['classes'] is None
+
+
+def test_shifts_have_a_share_for_every_decider(untrained, report, tmp_path) -> None:
+    image(tmp_path / 'own' / 'a.png', 64, 64)
+    words = ('--images', str(tmp_path / 'own'), '--shifts')
+    (survey,) = report(*untrained(), *words)['surveys']
+    assert len(survey['shifts']) == 3 + 15 * 3
+    assert all(
+        shares.keys() == {'blocks.1.mlp.router', 'blocks.1.mlp.quantizer.codebook'}
+        for shares in survey['shifts'].values()
+    )
+
+
+def test_mistakes_are_one_line(untrained, tmp_path) -> None:
+    config, checkpoint = untrained()
+    assert 'absent.pth' in says(config, 'absent.pth')
+    assert 'twice' in says(config, checkpoint, checkpoint)
+    assert '--num-images 0 must be at least 1' in says(config, checkpoint, '--num-images', '0')
+    assert 'is not a folder' in says(config, checkpoint, '--images', str(tmp_path / 'absent'))
+    (tmp_path / 'empty').mkdir()
+    assert 'holds no image' in says(config, checkpoint, '--images', str(tmp_path / 'empty'))
+    image(tmp_path / 'broken' / 'a.png', 40, 40)
+    (tmp_path / 'broken' / 'b.png').write_bytes(b'nothing')
+    assert 'b.png cannot be read' in says(config, checkpoint, '--images', str(tmp_path / 'broken'))
+    (tmp_path / 'file').touch()
+    assert 'cannot be written' in says(config, checkpoint, '--out', str(tmp_path / 'file' / 'out'))
+
+
+def test_a_dense_model_has_nothing_to_show(untrained) -> None:
+    dense = untrained(model_name='vit_tiny_patch16_224', moe=None)
+    assert 'is dense, it has no layer of experts' in says(*dense)
+
+
+def test_labels_that_the_config_does_not_name(untrained, tmp_path) -> None:
+    config, checkpoint = untrained()
+    other = untrained(name='other', num_classes=7)[1]
+    assert 'does not fit the config' in says(config, other)
+    assert checkpoint

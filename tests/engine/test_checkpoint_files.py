@@ -1,0 +1,132 @@
+"""Files of checkpoints under all that can happen to them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqmoe_vision.engine.checkpoint_files import (
+    SaveError,
+    candidates,
+    delete,
+    last_checkpoint,
+    newest_checkpoint,
+    remove_partial,
+    write_atomically,
+)
+
+
+def write(path: Path, iteration: int, saved_at: float | None) -> None:
+    meta = {'epoch': 0, 'iter': iteration}
+    if saved_at is not None:
+        meta['saved_at'] = saved_at
+    content = {'meta': meta, 'state_dict': {'w': torch.ones(1000)}, 'message_hub': {}}
+    torch.save(content, path)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    for content in (b'old', b'new and longer'):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+
+
+# a limit of 1,000 bytes; with the default signal the kernel kills in the middle of the write
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from vqmoe_vision.engine.checkpoint_files import write_atomically
+if 'killed' in sys.argv:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(Path(sys.argv[1]), b'new' * 1000)
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize('killed', [False, True])
+def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    path.write_bytes(b'old')
+    command = [sys.executable, '-c', LIMITED, str(path), *['killed'] * killed]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert path.read_bytes() == b'old'
+    if killed:
+        assert done.returncode == -signal.SIGXFSZ
+        partial = tmp_path / '.a.pth.part'
+        assert partial.stat().st_size == 1000
+        remove_partial(tmp_path)
+    else:
+        assert done.stderr == (
+            f'{path} could not be written (File too large); what was saved before is intact\n'
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+
+
+def test_what_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / 'a.pth').mkdir()  # root may write into any folder, but not rename over this one
+    with pytest.raises(SaveError, match=r'a\.pth could not be written \(Is a directory\)'):
+        write_atomically(tmp_path / 'a.pth', b'new')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+    with pytest.raises(SaveError, match='No such file'):
+        write_atomically(tmp_path / 'none/a.pth', b'new')
+
+
+def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
+    # times of the files, as a copy leaves them, say the opposite of what is in them
+    for age, iteration in enumerate((3, 4, 2)):
+        write(tmp_path / f'iter_{iteration}.pth', iteration, 100.0 + iteration)
+        os.utime(tmp_path / f'iter_{iteration}.pth', (age, age))
+    write(tmp_path / 'best_mIoU_iter_9.pth', 9, 900.0)  # has no optimizer
+    torch.save({'w': torch.ones(2)}, tmp_path / 'weights.pth')
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append).name == 'iter_4.pth'
+    (reason,) = said
+    assert "weights.pth' is no checkpoint of a run" in reason
+
+    flip(tmp_path / 'iter_4.pth', (tmp_path / 'iter_4.pth').stat().st_size // 2)
+    cut_off = (tmp_path / 'iter_3.pth').read_bytes()[:2000]
+    (tmp_path / 'iter_3.pth').write_bytes(cut_off)
+    said.clear()
+    assert newest_checkpoint(tmp_path, said.append).name == 'iter_2.pth'
+    assert any("iter_4.pth' is damaged" in line and 'checksum' in line for line in said)
+    assert any("iter_3.pth' is damaged" in line for line in said)
+
+    for path in candidates(tmp_path):
+        path.write_bytes(b'')
+    with pytest.raises(FileNotFoundError, match=r'finds no checkpoint in .* reads completely: '):
+        newest_checkpoint(tmp_path, said.append)
+
+
+def test_files_without_a_time_are_as_old_as_their_folder_says(tmp_path: Path) -> None:
+    for age, iteration in enumerate((4, 3)):
+        write(tmp_path / f'iter_{iteration}.pth', iteration, None)
+        os.utime(tmp_path / f'iter_{iteration}.pth', (age, age))
+    assert newest_checkpoint(tmp_path, print).name == 'iter_3.pth'
+
+
+def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
+    work, other = tmp_path / 'work', tmp_path / 'thesis.pth'
+    work.mkdir()
+    for path in (other, work / 'notes.txt', work / 'iter_1.pth'):
+        path.touch()
+    (work / 'folder.pth').mkdir()
+    delete(work, [str(other), '../thesis.pth', 'notes.txt', 'folder.pth', 'iter_1.pth', 'gone.pth'])
+    assert other.is_file()
+    assert sorted(path.name for path in work.iterdir()) == ['folder.pth', 'notes.txt']
+    (work / 'last_checkpoint').write_text(str(other))
+    assert last_checkpoint(work) == work / 'thesis.pth'

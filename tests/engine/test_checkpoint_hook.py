@@ -1,0 +1,175 @@
+"""Saves of a training: what lies in the work dir at each moment, and what a checkpoint may name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
+from vqmoe_vision.engine.cli import load_config, train
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+TINY = f"""
+_base_ = {str(DIGITS)!r}
+experiment_name = NAME  # mmengine keeps one logger per name in a process
+model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
+train_dataloader = dict(batch_size=600)
+train_cfg = dict(max_epochs=2, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1))
+"""
+
+
+def write_config(folder: Path) -> str:
+    (folder / 'tiny.py').write_text(TINY.replace('NAME', repr(folder.name)))
+    return str(folder / 'tiny.py')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of two epochs."""
+    folder = tmp_path_factory.mktemp('two_epochs')
+    train([write_config(folder), '--work-dir', str(folder / 'work')])
+    return folder / 'work'
+
+
+def names(work: Path) -> list[str]:
+    return sorted(p.name for p in work.iterdir() if p.suffix in ('.pth', '.part'))
+
+
+def test_configs_of_mmengine_have_this_hook_and_loop() -> None:
+    assert HOOKS.get('CheckpointHook') is AtomicCheckpointHook
+    assert issubclass(AtomicCheckpointHook, CheckpointHook)
+
+
+@pytest.mark.parametrize('option', [{'out_dir': 'x'}, {'backend_args': {'backend': 'petrel'}}])
+def test_other_places_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf'^{next(iter(option))}=.* is not supported'):
+        AtomicCheckpointHook(interval=1, **option)
+
+
+def test_files_name_each_other_without_folders(trained: Path) -> None:
+    last, best = names(trained)[1], names(trained)[0]
+    assert last == 'epoch_2.pth' and best.startswith('best_accuracy_top1_epoch_')
+    assert (trained / 'last_checkpoint').read_text() == last
+    info = read_content(str(trained / last))['message_hub']['runtime_info']
+    assert (info['last_ckpt'], info['best_ckpt']) == (last, best)
+    assert info['keep_ckpt_ids'] == [2]
+    # as it stands, which the hook finds in the work dir
+    assert find_latest_checkpoint(str(trained)) == last
+
+
+def resumed(config: str, work: Path, epochs: int = 3) -> Runner:
+    """As mmseg's own tools/train.py --resume, which knows nothing of this package's hook."""
+    settings = load_config(config, {'train_cfg.max_epochs': epochs})
+    settings.work_dir, settings.resume = str(work), True
+    runner = Runner.from_cfg(settings)
+    runner.train()
+    return runner
+
+
+def test_a_copied_work_dir_leaves_the_original_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / 'copy'
+    shutil.copytree(trained, work)
+    before = {path: path.read_bytes() for path in trained.glob('*.pth')}
+    monkeypatch.chdir(tmp_path)  # from any folder
+    runner = resumed(write_config(tmp_path), work)
+    assert runner.epoch == 3
+    assert {path: path.read_bytes() for path in trained.glob('*.pth')} == before
+    assert 'epoch_3.pth' in names(work) and len(names(work)) == 2
+
+
+def crafted(trained: Path, work: Path, **info: Any) -> None:
+    work.mkdir()
+    content = torch.load(trained / 'epoch_2.pth', weights_only=True)
+    content['message_hub']['runtime_info'] |= info
+    content['message_hub']['resumed_keys'] |= dict.fromkeys(info, True)
+    torch.save(content, work / 'epoch_2.pth')
+
+
+def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_path: Path) -> None:
+    thesis, folder = tmp_path / 'best_thesis.pth', tmp_path / 'epoch_..'
+    thesis.touch()
+    folder.mkdir()
+    crafted(
+        trained,
+        tmp_path / 'work',
+        best_ckpt=str(thesis),
+        best_score=-1.0,
+        keep_ckpt_ids=['../epoch_..', f'/../{thesis.name}', 0, 1, 2],
+        outdated_ckpts=[str(thesis), '../best_thesis.pth', str(folder)],
+    )
+    resumed(write_config(tmp_path), tmp_path / 'work')
+    assert thesis.is_file() and folder.is_dir()
+    assert len(names(tmp_path / 'work')) == 2
+
+
+def test_a_damaged_file_is_passed_over_and_partial_ones_go(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / 'work'
+    shutil.copytree(trained, work)
+    (work / 'epoch_3.pth').write_bytes((work / 'epoch_2.pth').read_bytes()[:-5000])
+    (work / '.epoch_3.pth.part').write_bytes(b'half')
+    (work / 'last_checkpoint').write_text('')  # as mmengine leaves it when it is killed
+    config = write_config(tmp_path)
+    train([config, '--work-dir', str(work), '--resume', '--cfg-options', 'train_cfg.max_epochs=3'])
+    assert "passed over: checkpoint '" in (said := capsys.readouterr().err)
+    assert "epoch_3.pth' is damaged" in said
+    assert len(names(work)) == 2 and read_content(str(work / 'epoch_3.pth'))['meta']['epoch'] == 3
+
+
+def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: Path) -> None:
+    # a kill in the validation of the last epoch leaves its checkpoint as it was before
+    content = torch.load(trained / 'epoch_2.pth', weights_only=True)
+    info = content['message_hub']['runtime_info']
+    best = info['best_score']
+    info['best_score'], info['validated_iter'] = 0.0, 1
+    info.pop('best_ckpt')
+    work = tmp_path / 'work'
+    work.mkdir()
+    torch.save(content, work / 'epoch_2.pth')
+    resumed(write_config(tmp_path), work, epochs=2)
+    info = read_content(str(work / 'epoch_2.pth'))['message_hub']['runtime_info']
+    assert info['best_ckpt'] == 'best_accuracy_top1_epoch_2.pth' == names(work)[0]
+    assert 0 < info['best_score'] <= best
+
+
+def limited(config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A training that may write no file of more than 60,000 bytes, which a checkpoint has."""
+    command = [sys.executable, str(ROOT / 'tools/train.py'), config, '--work-dir', str(work)]
+    limit = f'ulimit -f {60_000 // 1024}; exec "$@"'
+    return subprocess.run(
+        ['bash', '-c', limit, 'bash', *command, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+    )
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(
+    trained: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / 'work'
+    shutil.copytree(trained, work)
+    before = {name: (work / name).read_bytes() for name in names(work)}
+    assert len(before['epoch_2.pth']) > 60_000
+    options = ['--resume', '--cfg-options', 'train_cfg.max_epochs=3', 'visualizer.vis_backends=[]']
+    done = limited(write_config(tmp_path), work, *options)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'error: {work}/epoch_3.pth could not be written (File too large); what was saved before '
+        'is intact\n'
+    )
+    assert {name: (work / name).read_bytes() for name in names(work)} == before

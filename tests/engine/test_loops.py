@@ -1,0 +1,48 @@
+"""An epoch that goes on in its middle."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mmengine.dataset import DefaultSampler
+from mmengine.logging import MessageHub
+from mmengine.registry import LOOPS
+from mmengine.runner import runner as upstream
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vqmoe_vision.engine.loops import SEEN, ResumableEpochLoop
+from vqmoe_vision.engine.seeding import SeededSampler
+
+
+class Recorded(ResumableEpochLoop):
+    """Keeps the batches, and trains nothing."""
+
+    def __init__(self, runner: Any, dataloader: DataLoader) -> None:
+        self._runner, self.dataloader, self._epoch = runner, dataloader, 1
+        self.batches: list[tuple[int, list[int]]] = []
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        self.batches.append((idx, data_batch.tolist()))
+
+
+def test_configs_of_mmengine_have_this_loop() -> None:
+    assert LOOPS.get('EpochBasedTrainLoop') is ResumableEpochLoop
+    assert upstream.EpochBasedTrainLoop is ResumableEpochLoop
+
+
+@pytest.mark.parametrize('kind', [SeededSampler, DefaultSampler])
+def test_what_an_epoch_has_seen_is_passed_over_once(kind: Any) -> None:
+    hub = MessageHub(kind.__name__)
+    runner = SimpleNamespace(call_hook=lambda *_: None, model=nn.Identity(), message_hub=hub)
+    sampler = kind(range(10), seed=3)
+    loop = Recorded(runner, DataLoader(range(10), batch_size=3, sampler=sampler))
+    loop.run_epoch()
+    whole, loop.batches = loop.batches, []
+    assert [index for index, _ in whole] == [0, 1, 2, 3]  # of 3, 3, 3 and 1
+    hub.update_info(SEEN, 2)  # as a checkpoint after two batches
+    loop.run_epoch()
+    resumed, loop.batches = loop.batches, []
+    assert resumed == whole[2:]
+    loop.run_epoch()
+    assert loop.batches == whole

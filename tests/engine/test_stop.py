@@ -1,0 +1,135 @@
+"""SIGTERM and Ctrl-C in the middle of a training, in processes of their own."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqmoe_vision.engine.checkpoint import read_content
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+# four iterations an epoch; sends itself a signal in the second iteration of the second epoch, in
+# its last one, or in the second validation, which uses averaged weights
+TINY = f"""
+_base_ = {str(DIGITS)!r}
+custom_imports = dict(imports=['vqmoe_vision.classification', 'told_to_stop'])
+model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
+train_dataloader = dict(batch_size=300, WORKERS)
+val_dataloader = dict(batch_size=120)
+train_cfg = dict(max_epochs=3, val_interval=1)
+default_hooks = dict(
+    checkpoint=dict(interval=1), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
+    ema=dict(type='EMAHook', momentum=0.1),
+)
+"""
+HOOK = """
+import os, signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class ToldToStop(Hook):
+    priority = 'LOWEST'  # in the iteration, after all other hooks
+
+    def __init__(self, at, signals):
+        self.at, self.signals = at, signals
+
+    def send(self, at, *now):
+        if [at, *now] == self.at and os.path.exists('armed'):
+            if at != 'iteration':
+                os.remove('armed')
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.send('iteration', runner.iter)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.send('validation', runner.epoch, batch_idx)
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def write(folder: Path, at: list, signals: list[int], workers: str = '') -> None:
+    folder.mkdir(exist_ok=True)
+    text = TINY.replace('AT', repr(at)).replace(
+        'SIGNALS', repr([int(number) for number in signals])
+    )
+    (folder / 'tiny.py').write_text(text.replace('WORKERS', workers))
+    (folder / 'told_to_stop.py').write_text(HOOK)
+    (folder / 'armed').touch()
+
+
+@pytest.fixture(autouse=True)
+def _imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('PYTHONPATH', f'.:{ROOT}')
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What an uninterrupted training leaves."""
+    folder = tmp_path_factory.mktemp('whole')
+    write(folder, ['never'], [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', f'.:{ROOT}')
+        patch.setenv('OMP_NUM_THREADS', '1')
+        done = start(folder)
+    assert done.returncode == 0, done.stderr
+    return read_content(str(folder / 'w/epoch_3.pth'))
+
+
+def equal(work: Path, whole: dict) -> None:
+    content = read_content(str(work / 'epoch_3.pth'))
+    for key in ('state_dict', 'ema_state_dict'):
+        torch.testing.assert_close(content[key], whole[key], rtol=0, atol=0)
+    states = [c['optimizer']['state'] for c in (content, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert content['param_schedulers'] == whole['param_schedulers']
+    best = [c['message_hub']['runtime_info']['best_score'] for c in (content, whole)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize(
+    ('number', 'at', 'saved', 'workers'),
+    [
+        (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', ''),
+        (signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
+        (signal.SIGINT, ['validation', 2, 1], 'epoch_2.pth', ''),
+        (signal.SIGTERM, ['iteration', 7], 'iter_8.pth', ''),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(
+    number: int, at: list, saved: str, workers: str, whole: dict, tmp_path: Path
+) -> None:
+    write(tmp_path, at, [number], workers)
+    done = start(tmp_path)
+    assert done.returncode == -number  # 143 and 130 in a shell
+    last = done.stderr.strip().splitlines()[-1]
+    found = re.fullmatch(r'(\w+): saved iteration (\d+); go on with: (.*)', last)
+    assert found is not None, done.stderr
+    assert found[1] == signal.Signals(number).name
+    assert (tmp_path / 'w/last_checkpoint').read_text() == saved
+    assert read_content(str(tmp_path / 'w' / saved))['meta']['iter'] == int(found[2])
+    (tmp_path / 'armed').unlink(missing_ok=True)
+    again = subprocess.run(shlex.split(found[3]), cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    equal(tmp_path / 'w', whole)
+    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {'epoch_3.pth'}
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+    write(tmp_path, ['iteration', 5], [signal.SIGTERM, signal.SIGTERM])
+    done = start(tmp_path)
+    assert done.returncode == -signal.SIGTERM
+    assert (tmp_path / 'w/last_checkpoint').read_text() == 'epoch_1.pth'

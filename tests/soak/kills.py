@@ -1,0 +1,338 @@
+"""Kills trainings at chosen moments, goes on with them, and compares with one left alone.
+
+    python tests/soak/kills.py --kills 50 --seed 0 --out work_dirs/soak/kills.json
+
+Each training is a process of its own, forked from one that has imported everything. Half of the
+kills are aimed at saves: Python's audit events say when a file of a checkpoint or the pointer is
+about to be created, renamed or deleted, and a limit on file sizes ends a process in the middle of
+a write. The others come at a random moment.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import Value
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.checkpoint_files import POINTER, candidates, last_checkpoint
+from vqmoe_vision.engine.cli import train
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    'patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2, _delete_=True MOE)'
+)
+CLASSIFICATION = f"""
+_base_ = {str(ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py')!r}
+model = dict(model_name=METHOD, drop_path_rate=0.2, {TINY})
+train_dataloader = dict(batch_size=300)  # four iterations an epoch
+train_cfg = dict(max_epochs=3, val_interval=1)
+default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
+"""
+SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_layers=1))
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
+    sampler=dict(type='SeededInfiniteSampler'),
+)
+val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=9, val_interval=3)
+default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
+"""
+AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
+STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training.
+
+    Args:
+        config: Text of its config.
+        interval: Iterations between checkpoints.
+        values: Replaces words in capitals.
+        arguments: Of the command line.
+    """
+
+    config: str
+    interval: int
+    values: dict[str, str]
+    arguments: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> Path:
+        """Writes the config and returns its path."""
+        text = self.config
+        for word in ('METHOD', 'MOE', 'CHECKPOINT', 'MORE'):
+            text = text.replace(word, self.values.get(word, ''))
+        path = folder / 'config.py'
+        path.write_text(text)
+        return path
+
+
+KINDS = {
+    'classification': Kind(
+        CLASSIFICATION, 4, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'}
+    ),
+    'classification, iterations, StableMoE, EMA': Kind(
+        CLASSIFICATION,
+        3,
+        {
+            'METHOD': "'vit_tiny_stablemoe'",
+            'MOE': STAGES,
+            'CHECKPOINT': 'interval=3, by_epoch=False',
+            'MORE': AVERAGES,
+        },
+    ),
+    'classification, AMP, EMA': Kind(
+        CLASSIFICATION,
+        4,
+        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1', 'MORE': AVERAGES},
+        ('--amp',),
+    ),
+    'segmentation, EMA': Kind(
+        SEGMENTATION,
+        2,
+        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=2', 'MORE': AVERAGES},
+    ),
+    'segmentation, StableMoE, AMP': Kind(
+        SEGMENTATION,
+        2,
+        {'METHOD': "'vit_tiny_stablemoe'", 'MOE': STAGES, 'CHECKPOINT': 'interval=2'},
+        ('--amp',),
+    ),
+}
+
+
+class Shared:
+    """What a training says to the process that survives it."""
+
+    begun = Value('i', 0)
+    reached = Value('i', 0)
+    events = Value('i', 0)
+
+
+@HOOKS.register_module()
+class ReachedHook(Hook):
+    """Says where a training begins, and how many iterations are done."""
+
+    def before_train(self, runner: Any) -> None:
+        """Where it begins."""
+        Shared.begun.value = runner.iter
+
+    def after_train_iter(self, runner: Any, **_: Any) -> None:
+        """Before a checkpoint of the iteration."""
+        Shared.reached.value = runner.iter + 1
+
+
+def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
+    """Calls a function before each step of a save in this process, with its number and name."""
+    inside = str(folder)
+
+    def audit(event: str, args: tuple) -> None:
+        name = None
+        if event == 'open' and str(args[0]) == inside:
+            name = 'sync'
+        elif event in ('open', 'os.rename', 'os.remove') and str(args[0]).startswith(inside):
+            file = Path(str(args[0]))
+            of_a_save = file.suffix in ('.pth', '.part') or file.name == POINTER
+            if of_a_save and (event != 'open' or 'w' in str(args[1])):
+                name = {'open': 'create', 'os.rename': 'rename', 'os.remove': 'delete'}[event]
+                if POINTER in file.name:
+                    name = f'{name} pointer'
+        if name is not None:
+            Shared.events.value += 1
+            step(Shared.events.value, name)
+
+    sys.addaudithook(audit)
+
+
+def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, str], None]:
+    """Ends the process at a step of a save, or in the write that follows the step.
+
+    Args:
+        number: Of the step.
+        in_write_at: Bytes of the file after which the kernel ends the process; None is at once.
+        told: File that is given the name of the step.
+    """
+
+    def step(now: int, name: str) -> None:
+        if now < number or (in_write_at is not None and 'create' not in name):
+            return
+        if in_write_at is None or 'pointer' in name:
+            told.write_text(name)
+            os.kill(os.getpid(), signal.SIGKILL)
+        told.write_text('write')
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (in_write_at, in_write_at))
+
+    return step
+
+
+def run(
+    kind: Kind,
+    folder: Path,
+    prepare: Callable[[], None] = lambda: None,
+    seconds: float | None = None,
+) -> int:
+    """Trains in a process of its own, resumed where there is a checkpoint.
+
+    Args:
+        kind: What to train.
+        folder: Holds the config; the work dir is beside it.
+        prepare: Called in the process first.
+        seconds: Kill it after these.
+
+    Returns:
+        Status, negative for the number of the signal that ended it.
+    """
+    resume = ['--resume'] if candidates(folder / 'work') else []
+    Shared.reached.value = Shared.events.value = Shared.begun.value = 0
+    process = os.fork()
+    if process == 0:
+        status = 1
+        with (folder / 'output').open('a') as out, redirect_stdout(out), redirect_stderr(out):
+            try:
+                prepare()
+                arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+                train([*arguments, *resume, *kind.arguments])
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=out)
+        os._exit(status)
+    end = time.monotonic() + (seconds if seconds is not None else 600)
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a finished training leaves."""
+    work = folder / 'work'
+    content = read_content(str(last_checkpoint(work)))
+    (best,) = work.glob('best_*.pth')
+    keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
+    return {
+        'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
+        'best': read_content(str(best))['state_dict'],
+        **{key: content[key] for key in keys if key in content},
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def kill_and_go_on(
+    kind: Kind, root: Path, whole: dict[str, Any], steps: int, seconds: float, draw: random.Random
+) -> tuple[str, list[str]]:
+    """Kills a training once, goes on with it, and compares.
+
+    Returns:
+        What it was killed at, empty if it was not, and faults that were found.
+    """
+    folder = Path(tempfile.mkdtemp(dir=root))
+    kind.write(folder)
+    told = folder / 'told'
+    if draw.random() < 0.6:
+        in_write_at = draw.randrange(1, 40_000) if draw.random() < 0.3 else None
+        step = dies_at(draw.randint(1, steps), in_write_at, told)
+        work = folder / 'work'
+        status = run(kind, folder, lambda: watch_saves(work, step))
+    else:
+        status = run(kind, folder, seconds=draw.uniform(0, seconds))
+    if status >= 0:
+        faults = [] if status == 0 else [f'it ended with {status} before it was killed']
+        where = ''
+    else:
+        reached, where = Shared.reached.value, told.read_text() if told.is_file() else 'random'
+        status, faults = run(kind, folder), []
+        if status != 0:
+            faults.append(f'lost: {(folder / "output").read_text()[-500:]}')
+        elif reached - Shared.begun.value > kind.interval:
+            faults.append(f'{reached} iterations were done, it went on from {Shared.begun.value}')
+    if not faults:
+        found = outcome(folder)
+        faults = [f'{key} differs' for key in whole if not same(whole[key], found.get(key))]
+    shutil.rmtree(folder)
+    return where, faults
+
+
+def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int:
+    """Kills as many trainings as asked for, of some kinds in turn.
+
+    Returns:
+        The number of faults.
+    """
+    draw, counts = random.Random(seed), Counter[str]()
+    faults: list[str] = []
+    torch.set_num_threads(1)
+    for package in ('classification', 'segmentation'):
+        import_module(f'vqmoe_vision.{package}')
+    with tempfile.TemporaryDirectory() as name:
+        references = {}
+        for title, kind in kinds.items():
+            folder = Path(tempfile.mkdtemp(dir=name))
+            kind.write(folder)
+            start, work = time.monotonic(), folder / 'work'
+            status = run(kind, folder, lambda work=work: watch_saves(work, lambda *_: None))
+            if status != 0:
+                raise RuntimeError((folder / 'output').read_text()[-3000:])
+            references[title] = outcome(folder), Shared.events.value, time.monotonic() - start
+        while sum(counts.values()) < kills:
+            title = list(kinds)[sum(counts.values()) % len(kinds)]
+            where, found = kill_and_go_on(kinds[title], Path(name), *references[title], draw)
+            if where:
+                counts[where] += 1
+            faults += [f'{title}, killed at {where!r}: {fault}' for fault in found]
+            print(f'{title}, killed at {where!r}: {found or "equal"}', flush=True)
+    figures = {'seed': seed, 'kills': dict(counts), 'faults': faults}
+    print(json.dumps(figures, indent=2))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(figures, indent=2) + '\n')
+    return len(faults)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--kills', type=int, default=100)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--kind', choices=KINDS, help='of training; all in turn unless given')
+    parser.add_argument('--out', type=Path, help='JSON file for the figures')
+    args = parser.parse_args()
+    kinds = KINDS if args.kind is None else {args.kind: KINDS[args.kind]}
+    sys.exit(min(soak(args.kills, args.seed, kinds, args.out), 1))

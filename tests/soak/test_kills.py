@@ -1,0 +1,37 @@
+"""Trainings that are killed end as they would have: the short form of `make soak`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def soak(tmp_path: Path, *arguments: str) -> dict:
+    """A process of its own: it forks, which one with threads must not."""
+    out = tmp_path / 'kills.json'
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/soak/kills.py'), *arguments]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*command, '--out', str(out)], env=environment, capture_output=True, text=True
+    )
+    assert out.is_file(), done.stderr
+    return json.loads(out.read_text())
+
+
+def test_killed_trainings_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    kind = 'classification, iterations, StableMoE, EMA'
+    figures = soak(tmp_path, '--kills', '3', '--seed', '2', '--kind', kind)
+    assert figures['faults'] == []
+    assert sum(figures['kills'].values()) == 3
+
+
+@pytest.mark.long
+def test_all_kinds(tmp_path: Path) -> None:
+    figures = soak(tmp_path, '--kills', '20', '--seed', '3')
+    assert figures['faults'] == []
+    assert sum(figures['kills'].values()) == 20

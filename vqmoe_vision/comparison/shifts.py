@@ -1,0 +1,114 @@
+"""What rows score on test images that are not as in training: other scales, crops, corruptions.
+
+Nothing is trained for it: the last checkpoints of finished runs are tested again, all of them on
+the same images, which are read and changed once.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from tqdm import tqdm
+
+from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.trained import load_trained
+
+from .results import Store, Usable
+from .runs import Run
+from .spec import Comparison
+
+PLACE = '{corruption}'
+Shifts = dict[str, dict[str, float]]  # by name, and by the options of a test
+
+
+def expanded(line: str) -> list[str]:
+    """The options of each test that a shift stands for.
+
+    Args:
+        line: As on a command line; `{corruption}` stands for each of the fifteen of ImageNet-C.
+    """
+    if PLACE not in line:
+        return [line]
+    from imagecorruptions import get_corruption_names  # with numba: seconds, and in extra `analyze`
+
+    return [line.replace(PLACE, name) for name in get_corruption_names('common')]
+
+
+def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
+    """The score under each shift of which all tests were made as they are written today.
+
+    Args:
+        comparison: Says which shifts there are.
+        found: Of a run.
+    """
+    scores = {}
+    for name, line in comparison.shifts.items():
+        values = found.get(name, {})
+        if values.keys() == set(expanded(line)):
+            scores[name] = sum(values.values()) / len(values)
+    return scores
+
+
+def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
+    """Tests finished runs under the shifts that they lack, and adds the scores to their rows.
+
+    Args:
+        runs: Of one comparison; those without a row that counts are passed over.
+        store: Their rows.
+
+    Returns:
+        Names of the runs whose checkpoints are not on this machine.
+    """
+    usable = store.read(runs).usable
+    finished = [run for run in runs if (run.row, run.seed) in usable]
+    present = [run for run in finished if (run.folder / POINTER).is_file()]
+    for name, line in runs[0].comparison.shifts.items() if runs else ():
+        due = [run for run in present if name not in _measured(run, usable)]
+        found: dict[str, dict[str, float]] = {run.name: {} for run in due}
+        for options in expanded(line) if due else ():
+            for run_name, score in _test(due, options).items():
+                found[run_name][options] = score
+        for run in due:
+            row = usable[run.row, run.seed]
+            row['shifts'] = {**row.get('shifts', {}), name: found[run.name]}
+            store.write(run, row)
+    return [run.name for run in finished if run not in present]
+
+
+def _measured(run: Run, usable: Usable) -> dict[str, float]:
+    return mean_scores(run.comparison, usable[run.row, run.seed].get('shifts', {}))
+
+
+def _test(runs: Sequence[Run], options: str) -> dict[str, float]:
+    """The metric of each run, by its name."""
+    configs = [_config(run, options) for run in runs]
+    init_default_scope(configs[0].get('default_scope', 'mmengine'))
+    loader = Runner.build_dataloader(configs[0].test_dataloader, seed=0)
+    models, evaluators = [], []
+    for run, config in zip(runs, configs, strict=True):
+        models.append(load_trained(config, str(last_checkpoint(run.folder))))
+        evaluators.append(Evaluator(config.test_evaluator))
+        evaluators[-1].dataset_meta = loader.dataset.metainfo
+    with torch.no_grad():
+        for batch in tqdm(loader, desc=options.rpartition('=')[2]):
+            for model, evaluator in zip(models, evaluators, strict=True):
+                evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+    count = len(loader.dataset)
+    return {
+        run.name: float(evaluator.evaluate(count)[run.comparison.metric])
+        for run, evaluator in zip(runs, evaluators, strict=True)
+    }
+
+
+def _config(run: Run, options: str) -> Config:
+    words: list[Any] = [*run.options, *shlex.split(options)]
+    return load_config(run.comparison.config, parse_options(words))
