@@ -34,8 +34,9 @@ class RoutingHistoryHook(Hook):
     A line is a JSON object: `iteration`, and in `layers`, by the name of the layer, each share that
     the layer reports (`load` (E,), `code_usage` (M,)) as its mean over the iterations since the
     line before, and `change`: by part of the layer, how far its weights moved since the line
-    before, |new - old| / |new|. Parts are the children and parameters of the layer by name, such as
-    `router`, `experts` and `gate`, and `codebook`. Norms are estimated from `SAMPLED` entries.
+    before, `|new - old| / |new|`. Parts are the children and parameters of the layer by name, such
+    as `router`, `experts` and `gate`, and `codebook`. Norms are estimated from `SAMPLED` entries of
+    a tensor.
 
     A resumed run goes on with the file: what lies behind the checkpoint is replaced. The hook draws
     from a generator of its own and changes nothing that training reads.
