@@ -62,7 +62,10 @@ def test_what_is_no_orientation_is_upright(turn: Any) -> None:
 @pytest.mark.parametrize('name', ['a.png', 'a.tif', 'a.pgm'])
 def test_16_bits_are_cut_to_the_upper_8(name: str, tmp_path: Path) -> None:
     ramp = np.array([[0, 255, 256, 0x1234, 0x7FFF, 0xFFFF]], np.uint16)
-    Image.fromarray(ramp).save(tmp_path / name)
+    if name == 'a.pgm':  # which not every Pillow writes
+        (tmp_path / name).write_bytes(b'P5 6 1 65535\n' + ramp.astype('>u2').tobytes())
+    else:
+        Image.fromarray(ramp).save(tmp_path / name)
     grey = [0, 0, 1, 0x12, 0x7F, 0xFF]
     assert read(tmp_path / name)[0].tolist() == [[value] * 3 for value in grey]
 

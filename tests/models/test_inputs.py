@@ -28,7 +28,7 @@ def test_an_empty_batch_has_an_empty_answer_and_teaches_nothing(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and training:
             assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
+            assert not parameter.grad.any(), name  # NaN is no zero either
     for name, tensor in model.state_dict().items():
         if not name.endswith('.steps'):  # an update without images is an update
             torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, msg=name)
