@@ -104,9 +104,12 @@ def equal(work: Path, whole: dict) -> None:
     ('number', 'at', 'saved', 'workers'),
     [
         (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', ''),
-        (signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
+        pytest.param(
+            *(signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
+            marks=pytest.mark.long,
+        ),
         (signal.SIGINT, ['validation', 2, 1], 'epoch_2.pth', ''),
-        (signal.SIGTERM, ['iteration', 7], 'iter_8.pth', ''),
+        pytest.param(signal.SIGTERM, ['iteration', 7], 'iter_8.pth', '', marks=pytest.mark.long),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
