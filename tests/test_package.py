@@ -18,13 +18,13 @@ LAYERS = {
     'provenance': 0,
     'moe': 0,
     'models': 1,
-    'analysis': 2,
     'engine': 2,
     'script': 2,
-    'classification': 3,
-    'segmentation': 3,
-    'comparison': 3,
-    '__main__': 4,
+    'analysis': 3,
+    'classification': 4,
+    'segmentation': 4,
+    'comparison': 4,
+    '__main__': 5,
 }
 
 

@@ -91,12 +91,12 @@ def normalized_mutual_information(counts: Tensor) -> float:
 def quantization_error(squared_distance: float, energy: float) -> float:
     """Squared distance between tokens and their codes, over an energy of the tokens.
 
-    Over the energy sum |x|^2, a large mean that all tokens share hides the error: one code at the
-    mean gives a small value. Over the energy around their mean, sum |x - mean|^2, that code gives
+    Over the energy `sum |x|^2`, a large mean that all tokens share hides the error: one code at the
+    mean gives a small value. Over the energy around their mean, `sum |x - mean|^2`, that code gives
     1, and codes are worth something below 1.
 
     Args:
-        squared_distance: sum |x - v|^2 over tokens.
+        squared_distance: `sum |x - v|^2` over tokens.
         energy: One of the two, over the same tokens.
     """
     return squared_distance / max(energy, 1e-300)
@@ -222,7 +222,7 @@ def similarity_to_last(checkpoints: Tensor) -> Tensor:
 
 
 def distance_to_last(checkpoints: Tensor) -> Tensor:
-    """What is left of the way from the first checkpoint to the last, |p_s - p_S| / |p_1 - p_S|.
+    """What is left of the way from the first checkpoint to the last, `|p_s - p_S| / |p_1 - p_S|`.
 
     The paper's Theorem 4.1 (arXiv 2411.19402) says that the embeddings by which a router chooses
     converge long before the experts do: their curve would fall earlier. Unlike the cosine it does

@@ -37,12 +37,12 @@ class TokenMoments:
 
     @property
     def energy(self) -> float:
-        """Sum |x|^2."""
+        """`sum |x|^2`."""
         return self.gram.trace().item()
 
     @property
     def energy_around_mean(self) -> float:
-        """Sum |x - mean|^2."""
+        """`sum |x - mean|^2`."""
         return self.energy - (self.total.square().sum() / self.count).item()
 
 

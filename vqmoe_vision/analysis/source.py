@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +31,6 @@ class Sample(NamedTuple):
     label: Tensor | None
 
 
-class Indexed(Protocol):
-    """A data set of so many samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
 @dataclass(frozen=True)
 class Source:
     """Images that are read when they are asked for.
@@ -50,7 +42,7 @@ class Source:
         normalization: How the images were normalised.
     """
 
-    samples: Indexed
+    samples: Sequence[Sample]
     names: Sequence[str]
     classes: list[str] | None
     normalization: Normalization

@@ -15,26 +15,26 @@ from vqmoe_vision.analysis.source import Sample, Source, image_files
 from .datasets import ImageClassification, load_image
 
 
-class _Labelled:
+class _Labelled(Sequence):
     def __init__(self, dataset: ImageClassification) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: Any) -> Sample:
         image, target = self.dataset[index]
         return Sample(image, torch.tensor(target))
 
 
-class _Files:
+class _Files(Sequence):
     def __init__(self, files: Sequence[Path], transform: Any) -> None:
         self.files, self.transform = files, transform
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: Any) -> Sample:
         return Sample(self.transform(load_image(str(self.files[index]))), None)
 
 

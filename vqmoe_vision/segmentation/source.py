@@ -17,23 +17,23 @@ from mmseg.registry import DATASETS
 from torch import Tensor
 
 from vqmoe_vision.analysis.normalization import Normalization
-from vqmoe_vision.analysis.source import Indexed, Sample, Source, image_files
+from vqmoe_vision.analysis.source import Sample, Source, image_files
 
 from .transforms import LOADING_LABELS
 
 
-class _Files:
+class _Files(Sequence):
     def __init__(self, files: Sequence[Path], pipeline: Compose) -> None:
         self.files, self.pipeline = files, pipeline
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         return self.pipeline({'img_path': str(self.files[index])})
 
 
-class _Crops:
+class _Crops(Sequence):
     """Middles of images, normalised.
 
     Args:
@@ -42,13 +42,13 @@ class _Crops:
         crop_size: Largest height and width.
     """
 
-    def __init__(self, found: Indexed, preprocessor: Any, crop_size: tuple[int, int]) -> None:
+    def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
         self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
 
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: Any) -> Sample:
         data = self.found[index]
         inputs = data['inputs']
         image = self._middle(inputs).float()
