@@ -172,6 +172,14 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
     sys.addaudithook(audit)
 
 
+def _noted_in(path: Path) -> Callable[[int, str], None]:
+    def note(_: int, name: str) -> None:
+        with path.open('a') as steps:
+            print(name, file=steps)
+
+    return note
+
+
 def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, str], None]:
     """Ends the process at a step of a save, or in the write that follows the step.
 
@@ -199,7 +207,7 @@ def run(
     kind: Kind,
     folder: Path,
     prepare: Callable[[], None] = lambda: None,
-    seconds: float | None = None,
+    kill_after: tuple[int, float] | None = None,
 ) -> int:
     """Trains in a process of its own, resumed where there is a checkpoint.
 
@@ -207,7 +215,7 @@ def run(
         kind: What to train.
         folder: Holds the config; the work dir is beside it.
         prepare: Called in the process first.
-        seconds: Kill it after these.
+        kill_after: Kill it after so many iterations and seconds.
 
     Returns:
         Status, negative for the number of the signal that ended it.
@@ -226,12 +234,13 @@ def run(
             except BaseException:
                 traceback.print_exc(file=out)
         os._exit(status)
-    end = time.monotonic() + (seconds if seconds is not None else 600)
+    iterations, seconds = kill_after or (sys.maxsize, 0.0)
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if Shared.reached.value >= iterations:
+            time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
 
@@ -240,11 +249,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What a finished training leaves."""
     work = folder / 'work'
     content = read_content(str(last_checkpoint(work)))
-    (best,) = work.glob('best_*.pth')
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
     return {
         'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
-        'best': read_content(str(best))['state_dict'],
+        'best': [read_content(str(best))['state_dict'] for best in work.glob('best_*.pth')],
         **{key: content[key] for key in keys if key in content},
     }
 
@@ -260,10 +268,31 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What an uninterrupted training did.
+
+    Args:
+        outcome: What it left.
+        steps: Names of the steps of its saves.
+        iterations: How many there were.
+    """
+
+    outcome: dict[str, Any]
+    steps: list[str]
+    iterations: int
+
+
 def kill_and_go_on(
-    kind: Kind, root: Path, whole: dict[str, Any], steps: int, seconds: float, draw: random.Random
+    kind: Kind, root: Path, whole: Reference, draw: random.Random
 ) -> tuple[str, list[str]]:
     """Kills a training once, goes on with it, and compares.
+
+    Args:
+        kind: Of the training.
+        root: Folder for files.
+        whole: The same training, left alone.
+        draw: Chooses the moment.
 
     Returns:
         What it was killed at, empty if it was not, and faults that were found.
@@ -272,12 +301,15 @@ def kill_and_go_on(
     kind.write(folder)
     told = folder / 'told'
     if draw.random() < 0.6:
-        in_write_at = draw.randrange(1, 40_000) if draw.random() < 0.3 else None
-        step = dies_at(draw.randint(1, steps), in_write_at, told)
+        in_write = draw.random() < 0.3
+        steps = [n for n, name in enumerate(whole.steps, 1) if not in_write or name == 'create']
+        in_write_at = draw.randrange(1, 40_000) if in_write else None
+        step = dies_at(draw.choice(steps), in_write_at, told)
         work = folder / 'work'
         status = run(kind, folder, lambda: watch_saves(work, step))
     else:
-        status = run(kind, folder, seconds=draw.uniform(0, seconds))
+        moment = draw.randrange(whole.iterations), draw.uniform(0, 0.5)
+        status = run(kind, folder, kill_after=moment)
     if status >= 0:
         faults = [] if status == 0 else [f'it ended with {status} before it was killed']
         where = ''
@@ -290,7 +322,7 @@ def kill_and_go_on(
             faults.append(f'{reached} iterations were done, it went on from {Shared.begun.value}')
     if not faults:
         found = outcome(folder)
-        faults = [f'{key} differs' for key in whole if not same(whole[key], found.get(key))]
+        faults = [f'{k} differs' for k, v in whole.outcome.items() if not same(v, found.get(k))]
     shutil.rmtree(folder)
     return where, faults
 
@@ -311,18 +343,19 @@ def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int
         for title, kind in kinds.items():
             folder = Path(tempfile.mkdtemp(dir=name))
             kind.write(folder)
-            start, work = time.monotonic(), folder / 'work'
-            status = run(kind, folder, lambda work=work: watch_saves(work, lambda *_: None))
+            work, steps = folder / 'work', folder / 'steps'
+            status = run(kind, folder, lambda w=work, s=steps: watch_saves(w, _noted_in(s)))
             if status != 0:
                 raise RuntimeError((folder / 'output').read_text()[-3000:])
-            references[title] = outcome(folder), Shared.events.value, time.monotonic() - start
+            names = steps.read_text().splitlines()
+            references[title] = Reference(outcome(folder), names, Shared.reached.value)
         while sum(counts.values()) < kills:
             title = list(kinds)[sum(counts.values()) % len(kinds)]
-            where, found = kill_and_go_on(kinds[title], Path(name), *references[title], draw)
+            where, found = kill_and_go_on(kinds[title], Path(name), references[title], draw)
             if where:
                 counts[where] += 1
             faults += [f'{title}, killed at {where!r}: {fault}' for fault in found]
-            print(f'{title}, killed at {where!r}: {found or "equal"}', flush=True)
+            print(f'{title}, killed at {where or "no moment"}: {found or "equal"}', flush=True)
     figures = {'seed': seed, 'kills': dict(counts), 'faults': faults}
     print(json.dumps(figures, indent=2))
     if out is not None:
