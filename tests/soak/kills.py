@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kinds import KINDS, Kind
 from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -39,94 +40,6 @@ from vqmoe_vision.engine.cli import train
 
 # mmengine lays out the text of the config for every checkpoint, which is half of such a training
 mmengine_config.FormatCode = lambda text, **_: (text, True)
-
-ROOT = Path(__file__).parents[2]
-TINY = (
-    'patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2, _delete_=True MOE)'
-)
-CLASSIFICATION = f"""
-_base_ = {str(ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py')!r}
-model = dict(model_name=METHOD, drop_path_rate=0.2, {TINY})
-train_dataloader = dict(batch_size=300)  # four iterations an epoch
-train_cfg = dict(max_epochs=3, val_interval=1)
-default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
-"""
-SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
-SEGMENTATION = f"""
-_base_ = {str(SCENES)!r}
-model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_layers=1))
-train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
-    sampler=dict(type='SeededInfiniteSampler'),
-)
-val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
-test_dataloader = val_dataloader
-train_cfg = dict(max_iters=9, val_interval=3)
-default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
-param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
-"""
-AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
-STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of training.
-
-    Args:
-        config: Text of its config.
-        interval: Iterations between checkpoints.
-        values: Replaces words in capitals.
-        arguments: Of the command line.
-    """
-
-    config: str
-    interval: int
-    values: dict[str, str]
-    arguments: tuple[str, ...] = ()
-
-    def write(self, folder: Path) -> Path:
-        """Writes the config and returns its path."""
-        text = self.config
-        for word in ('METHOD', 'MOE', 'CHECKPOINT', 'MORE'):
-            text = text.replace(word, self.values.get(word, ''))
-        path = folder / 'config.py'
-        path.write_text(text)
-        return path
-
-
-KINDS = {
-    'classification': Kind(
-        CLASSIFICATION, 4, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'}
-    ),
-    'classification, iterations, StableMoE, EMA': Kind(
-        CLASSIFICATION,
-        3,
-        {
-            'METHOD': "'vit_tiny_stablemoe'",
-            'MOE': STAGES,
-            'CHECKPOINT': 'interval=3, by_epoch=False',
-            'MORE': AVERAGES,
-        },
-    ),
-    'classification, AMP, EMA': Kind(
-        CLASSIFICATION,
-        4,
-        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1', 'MORE': AVERAGES},
-        ('--amp',),
-    ),
-    'segmentation, EMA': Kind(
-        SEGMENTATION,
-        2,
-        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=2', 'MORE': AVERAGES},
-    ),
-    'segmentation, StableMoE, AMP': Kind(
-        SEGMENTATION,
-        2,
-        {'METHOD': "'vit_tiny_stablemoe'", 'MOE': STAGES, 'CHECKPOINT': 'interval=2'},
-        ('--amp',),
-    ),
-}
 
 
 class Shared:
@@ -172,6 +85,14 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
     sys.addaudithook(audit)
 
 
+def _noted_in(path: Path) -> Callable[[int, str], None]:
+    def note(_: int, name: str) -> None:
+        with path.open('a') as steps:
+            print(name, file=steps)
+
+    return note
+
+
 def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, str], None]:
     """Ends the process at a step of a save, or in the write that follows the step.
 
@@ -199,7 +120,7 @@ def run(
     kind: Kind,
     folder: Path,
     prepare: Callable[[], None] = lambda: None,
-    seconds: float | None = None,
+    kill_after: tuple[int, float] | None = None,
 ) -> int:
     """Trains in a process of its own, resumed where there is a checkpoint.
 
@@ -207,7 +128,7 @@ def run(
         kind: What to train.
         folder: Holds the config; the work dir is beside it.
         prepare: Called in the process first.
-        seconds: Kill it after these.
+        kill_after: Kill it after so many iterations and seconds.
 
     Returns:
         Status, negative for the number of the signal that ended it.
@@ -226,12 +147,13 @@ def run(
             except BaseException:
                 traceback.print_exc(file=out)
         os._exit(status)
-    end = time.monotonic() + (seconds if seconds is not None else 600)
+    iterations, seconds = kill_after or (sys.maxsize, 0.0)
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
+        if Shared.reached.value >= iterations:
+            time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
 
@@ -240,11 +162,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What a finished training leaves."""
     work = folder / 'work'
     content = read_content(str(last_checkpoint(work)))
-    (best,) = work.glob('best_*.pth')
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
     return {
         'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
-        'best': read_content(str(best))['state_dict'],
+        'best': [read_content(str(best))['state_dict'] for best in work.glob('best_*.pth')],
         **{key: content[key] for key in keys if key in content},
     }
 
@@ -260,10 +181,31 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What an uninterrupted training did.
+
+    Args:
+        outcome: What it left.
+        steps: Names of the steps of its saves.
+        iterations: How many there were.
+    """
+
+    outcome: dict[str, Any]
+    steps: list[str]
+    iterations: int
+
+
 def kill_and_go_on(
-    kind: Kind, root: Path, whole: dict[str, Any], steps: int, seconds: float, draw: random.Random
+    kind: Kind, root: Path, whole: Reference, draw: random.Random
 ) -> tuple[str, list[str]]:
     """Kills a training once, goes on with it, and compares.
+
+    Args:
+        kind: Of the training.
+        root: Folder for files.
+        whole: The same training, left alone.
+        draw: Chooses the moment.
 
     Returns:
         What it was killed at, empty if it was not, and faults that were found.
@@ -272,12 +214,15 @@ def kill_and_go_on(
     kind.write(folder)
     told = folder / 'told'
     if draw.random() < 0.6:
-        in_write_at = draw.randrange(1, 40_000) if draw.random() < 0.3 else None
-        step = dies_at(draw.randint(1, steps), in_write_at, told)
+        in_write = draw.random() < 0.3
+        steps = [n for n, name in enumerate(whole.steps, 1) if not in_write or name == 'create']
+        in_write_at = draw.randrange(1, 40_000) if in_write else None
+        step = dies_at(draw.choice(steps), in_write_at, told)
         work = folder / 'work'
         status = run(kind, folder, lambda: watch_saves(work, step))
     else:
-        status = run(kind, folder, seconds=draw.uniform(0, seconds))
+        moment = draw.randrange(whole.iterations), draw.uniform(0, 0.5)
+        status = run(kind, folder, kill_after=moment)
     if status >= 0:
         faults = [] if status == 0 else [f'it ended with {status} before it was killed']
         where = ''
@@ -290,7 +235,7 @@ def kill_and_go_on(
             faults.append(f'{reached} iterations were done, it went on from {Shared.begun.value}')
     if not faults:
         found = outcome(folder)
-        faults = [f'{key} differs' for key in whole if not same(whole[key], found.get(key))]
+        faults = [f'{k} differs' for k, v in whole.outcome.items() if not same(v, found.get(k))]
     shutil.rmtree(folder)
     return where, faults
 
@@ -311,18 +256,19 @@ def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int
         for title, kind in kinds.items():
             folder = Path(tempfile.mkdtemp(dir=name))
             kind.write(folder)
-            start, work = time.monotonic(), folder / 'work'
-            status = run(kind, folder, lambda work=work: watch_saves(work, lambda *_: None))
+            work, steps = folder / 'work', folder / 'steps'
+            status = run(kind, folder, lambda w=work, s=steps: watch_saves(w, _noted_in(s)))
             if status != 0:
                 raise RuntimeError((folder / 'output').read_text()[-3000:])
-            references[title] = outcome(folder), Shared.events.value, time.monotonic() - start
+            names = steps.read_text().splitlines()
+            references[title] = Reference(outcome(folder), names, Shared.reached.value)
         while sum(counts.values()) < kills:
             title = list(kinds)[sum(counts.values()) % len(kinds)]
-            where, found = kill_and_go_on(kinds[title], Path(name), *references[title], draw)
+            where, found = kill_and_go_on(kinds[title], Path(name), references[title], draw)
             if where:
                 counts[where] += 1
             faults += [f'{title}, killed at {where!r}: {fault}' for fault in found]
-            print(f'{title}, killed at {where!r}: {found or "equal"}', flush=True)
+            print(f'{title}, killed at {where or "no moment"}: {found or "equal"}', flush=True)
     figures = {'seed': seed, 'kills': dict(counts), 'faults': faults}
     print(json.dumps(figures, indent=2))
     if out is not None:

@@ -142,8 +142,9 @@ class AtomicCheckpointHook(CheckpointHook):
         self._signals.obey()
 
     def after_train(self, runner: Runner) -> None:
-        """Gives the signals back."""
+        """Gives the signals back, and deletes what a kill after the last save has left."""
         self._signals.release()
+        self._delete_outdated(Path(str(self.last_ckpt)).name)
         super().after_train(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

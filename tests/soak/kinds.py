@@ -1,0 +1,92 @@
+"""Kinds of training that the kills are tried on: tiny, each of a few seconds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    'patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2, _delete_=True MOE)'
+)
+CLASSIFICATION = f"""
+_base_ = {str(ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py')!r}
+model = dict(model_name=METHOD, drop_path_rate=0.2, {TINY})
+train_dataloader = dict(batch_size=300)  # four iterations an epoch
+train_cfg = dict(max_epochs=3, val_interval=1)
+default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
+"""
+SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_layers=1))
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
+    sampler=dict(type='SeededInfiniteSampler'),
+)
+val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=9, val_interval=3)
+default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
+"""
+AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
+STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training.
+
+    Args:
+        config: Text of its config.
+        interval: Iterations between checkpoints.
+        values: Replaces words in capitals.
+        arguments: Of the command line.
+    """
+
+    config: str
+    interval: int
+    values: dict[str, str]
+    arguments: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> Path:
+        """Writes the config and returns its path."""
+        text = self.config
+        for word in ('METHOD', 'MOE', 'CHECKPOINT', 'MORE'):
+            text = text.replace(word, self.values.get(word, ''))
+        path = folder / 'config.py'
+        path.write_text(text)
+        return path
+
+
+KINDS = {
+    'classification': Kind(
+        CLASSIFICATION, 4, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'}
+    ),
+    'classification, iterations, StableMoE, EMA': Kind(
+        CLASSIFICATION,
+        3,
+        {
+            'METHOD': "'vit_tiny_stablemoe'",
+            'MOE': STAGES,
+            'CHECKPOINT': 'interval=3, by_epoch=False',
+            'MORE': AVERAGES,
+        },
+    ),
+    'classification, AMP, EMA': Kind(
+        CLASSIFICATION,
+        4,
+        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1', 'MORE': AVERAGES},
+        ('--amp',),
+    ),
+    'segmentation, EMA': Kind(
+        SEGMENTATION,
+        2,
+        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=2', 'MORE': AVERAGES},
+    ),
+    'segmentation, StableMoE, AMP': Kind(
+        SEGMENTATION,
+        2,
+        {'METHOD': "'vit_tiny_stablemoe'", 'MOE': STAGES, 'CHECKPOINT': 'interval=2'},
+        ('--amp',),
+    ),
+}
