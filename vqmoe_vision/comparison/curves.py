@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -59,6 +60,11 @@ def _minus(curve: Curve, other: Curve) -> Curve:
     return [[step, value - values[step]] for step, value in curve if step in values]
 
 
+def colour_of(number: int) -> tuple[float, float, float]:
+    """Colour of the curve with that number."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
     points: dict[float, list[float]] = {}
     for curve in curves:
@@ -68,8 +74,8 @@ def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
     mean = np.array([np.mean(points[step]) for step in steps])
     seeds = len(points[steps[-1]])
     spread = np.array([np.std(points[s], ddof=1) if len(points[s]) > 1 else 0 for s in steps])
-    style = {
-        'color': _COLOURS[number % len(_COLOURS)],
+    style: dict[str, Any] = {
+        'color': colour_of(number),
         'linestyle': _STYLES[number // len(_COLOURS) % len(_STYLES)],
         'marker': 'o' if len(steps) < 15 else None,  # a point alone would be invisible
         'markersize': 3,

@@ -13,6 +13,7 @@ import pandas as pd
 from .curves import plot_curves
 from .results import Results
 from .routing import NUM_IMAGES, SEVERITY, routing_table
+from .routing_figure import plot_routing
 from .sentences import sentences
 from .spec import Comparison
 from .tables import frame_of, notes, scores_of, shift_table, shown
@@ -26,7 +27,8 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     Args:
         comparison: What was compared.
         results: What is there of it.
-        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json` and `<name>-curves.png`, `.pdf`.
+        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json`, `<name>-curves.png`, `.pdf`, and
+            `<name>-routing.png`, `.pdf` if the routing of a run was measured.
 
     Returns:
         The files.
@@ -62,11 +64,17 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     for kind, text in texts.items():
         written.append(folder / f'{comparison.name}.{kind}')
         written[-1].write_text(text.rstrip() + '\n')
-    figure = plot_curves(comparison, results.usable)
-    # without the time and the version of matplotlib
-    for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-        written.append(folder / f'{comparison.name}-curves.{kind}')
-        figure.savefig(written[-1], metadata=metadata, dpi=110)
+    figures = {
+        'curves': plot_curves(comparison, results.usable),
+        'routing': plot_routing(comparison, results),
+    }
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        # without the time and the version of matplotlib
+        for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
+            written.append(folder / f'{comparison.name}-{name}.{kind}')
+            figure.savefig(written[-1], metadata=metadata, dpi=110)
     return written
 
 

@@ -5,10 +5,12 @@ docs/routing-measures.md defines the measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mmengine.config import Config
 from torch import Tensor
@@ -119,7 +121,7 @@ def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
     """
     lines = []
     for (row, _), content in results.usable.items():
-        for decider, numbers in _by_decider(content.get('routing') or {'layers': {}}).items():
+        for decider, numbers in by_decider(content.get('routing') or {'layers': {}}).items():
             lines.append({'row': row, 'decider': decider, **numbers})
     if not lines:
         return pd.DataFrame()
@@ -134,40 +136,59 @@ def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
-def _by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
-    layers: dict[str, dict[str, float]] = routing['layers']
+def by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What the table says of each decider of a run; means over layers.
+
+    Args:
+        routing: What `measure_routing` left in a row.
+    """
     deciders = dict.fromkeys(
-        name.rpartition('/')[0] for numbers in layers.values() for name in numbers if '/' in name
+        name.rpartition('/')[0]
+        for numbers in routing['layers'].values()
+        for name in numbers
+        if '/' in name
     )
-    return {decider: _numbers(decider, layers, routing) for decider in deciders}
+    return {decider: _numbers(decider, routing) for decider in deciders}
 
 
-def _numbers(
-    decider: str, layers: dict[str, dict[str, float]], routing: dict[str, Any]
-) -> dict[str, float]:
+def kept(routing: dict[str, Any], decider: str, changes: dict[str, float]) -> float:
+    """Share of tokens whose expert stays, beyond chance: Cohen's kappa if the load stays.
+
+    1 if nothing changes, 0 if as much changes as if experts were drawn from the last load.
+
+    Args:
+        routing: What `measure_routing` left in a row.
+        decider: Such as 'router'.
+        changes: By layer and decider: share of tokens whose expert changes.
+    """
+    found = [
+        1 - changes[f'{name}.{decider}'] / numbers[f'{decider}/changed_by_chance']
+        for name, numbers in routing['layers'].items()
+        if f'{name}.{decider}' in changes and numbers[f'{decider}/changed_by_chance'] > 0
+    ]
+    return float(np.mean(found)) if found else math.nan
+
+
+def _numbers(decider: str, routing: dict[str, Any]) -> dict[str, float]:
     def mean(name: str) -> float:
-        return float(pd.Series([layer.get(name) for layer in layers.values()], dtype=float).mean())
-
-    def kept(changes: dict[str, float]) -> float:
-        """What is kept beyond chance, a kappa: 1 if nothing changes, 0 if chance decides anew."""
-        found = [
-            1 - changes[f'{name}.{decider}'] / numbers[f'{decider}/changed_by_chance']
-            for name, numbers in layers.items()
-            if f'{name}.{decider}' in changes and numbers[f'{decider}/changed_by_chance'] > 0
-        ]
-        return float(pd.Series(found, dtype=float).mean())
+        found = [layer[name] for layer in routing['layers'].values() if name in layer]
+        return float(np.mean(found)) if found else math.nan
 
     shifts, changes = routing['shifts'], routing['changes']
-    corrupted = [kept(shifts[name]) for name in shifts if name.endswith(f' {SEVERITY}')]
+    corrupted = [n for n in shifts if n.endswith(f' {SEVERITY}')]
     return {
         'load entropy': mean(f'{decider}/load_entropy'),
         'information on the class': mean(f'{decider}/normalized_mutual_information'),
         'effective rank, before': mean('effective_rank_before'),
         'after': mean('effective_rank_after'),
         'similarity of answers': mean('similarity_outputs'),
-        'kept in the last epoch': kept(changes[-1]) if changes else float('nan'),
-        'kept when mirrored': kept(shifts['flip']),
-        'kept when corrupted': float(pd.Series(corrupted, dtype=float).mean()),
+        'kept since the checkpoint before': kept(routing, decider, changes[-1])
+        if changes
+        else math.nan,
+        'kept when mirrored': kept(routing, decider, shifts['flip']),
+        'kept when corrupted': float(
+            np.mean([kept(routing, decider, shifts[n]) for n in corrupted])
+        ),
     }
 
 

@@ -1,0 +1,71 @@
+"""What a table and a picture say of the routing that was measured."""
+
+import math
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.comparison.results import Results
+from vqmoe_vision.comparison.routing import by_decider, kept, routing_table
+from vqmoe_vision.comparison.routing_figure import plot_routing
+from vqmoe_vision.comparison.spec import read_comparison
+
+NUMBERS = {
+    'effective_rank_before': 10.0,
+    'similarity_outputs': 0.5,
+    'router/load_entropy': 0.9,
+    'router/normalized_mutual_information': 0.1,
+}
+
+
+def measured(after: float = 5.0) -> dict[str, Any]:
+    """Two layers, of which chance would change 80 % and 50 %."""
+    layers = {
+        'a': {**NUMBERS, 'effective_rank_after': after, 'router/changed_by_chance': 0.8},
+        'b': {**NUMBERS, 'effective_rank_after': after, 'router/changed_by_chance': 0.5},
+    }
+    shifts = {'flip': {'a.router': 0.8, 'b.router': 0.5}, 'fog 3': {'a.router': 0, 'b.router': 0.0}}
+    changes = [{'a.router': 0.4, 'b.router': 0.4}, {'a.router': 0.2, 'b.router': 0.1}]
+    convergence = {'a.router': {'distance': [1.0, 0.5, 0.0]}}
+    return {'layers': layers, 'shifts': shifts, 'changes': changes, 'convergence': convergence}
+
+
+def test_what_stays_is_counted_beyond_chance() -> None:
+    # 1 - 0.4 / 0.8 = 0.5 and 1 - 0.4 / 0.5 = 0.2
+    assert kept(measured(), 'router', measured()['changes'][0]) == pytest.approx(0.35)
+    numbers = by_decider(measured())['router']
+    # 1 - 0.2 / 0.8 = 0.75 and 1 - 0.1 / 0.5 = 0.8
+    assert numbers['kept since the checkpoint before'] == pytest.approx(0.775)
+    assert numbers['kept when mirrored'] == pytest.approx(0)  # as if chance decided anew
+    assert numbers['kept when corrupted'] == 1
+
+
+def test_a_run_with_one_checkpoint_and_one_expert() -> None:
+    routing = {**measured(), 'changes': []}
+    assert math.isnan(by_decider(routing)['router']['kept since the checkpoint before'])
+    for layer in routing['layers'].values():
+        layer['router/changed_by_chance'] = 0.0  # a collapsed layer: nothing can change
+    assert math.isnan(kept(routing, 'router', routing['shifts']['flip']))
+
+
+def test_table_and_picture_have_a_line_per_row_and_decider(spec) -> None:
+    comparison = read_comparison(spec(one='smoe'))
+    usable = {
+        ('one', 1): {'routing': measured(4.0)},
+        ('one', 2): {'routing': measured(6.0)},
+        ('dense', 1): {'routing': {}},
+        ('dense', 2): {},
+    }
+    table = routing_table(comparison, Results(usable, {}, []))
+    assert table[['row', 'decider', 'seeds']].values.tolist() == [['one', 'router', '2']]
+    # 4 and 6: mean 5, standard deviation sqrt(2)
+    assert table['after'].tolist() == ['5.00 ± 1.41']
+    figure = plot_routing(comparison, Results(usable, {}, []))
+    assert figure is not None
+    training, _, rank, _ = figure.axes
+    assert training.get_legend_handles_labels()[1] == ['one, router']
+    assert training.lines[0].get_ydata().tolist() == pytest.approx([0.35, 0.775])
+    assert [label.get_text() for label in rank.get_xticklabels()] == ['one']
+    only_dense = {key: content for key, content in usable.items() if key[0] == 'dense'}
+    assert routing_table(comparison, Results(only_dense, {}, [])).empty
+    assert plot_routing(comparison, Results(only_dense, {}, [])) is None
