@@ -103,6 +103,7 @@ def test_only_a_vision_transformer_is_widened() -> None:
         (DENSE, {'img_size': 9}, 'img_size=9 is not possible: a multiple of patch_size=4x4'),
         (DENSE, {'class_token': False}, 'class_token=False is not possible: Token pooling'),
         (DENSE, {'weight_init': 'skip'}, "weight_init='skip' is not possible"),
+        (DENSE, {'mlp_ratio': 0.01}, r'mlp_ratio=0\.01 is not possible: wide enough'),
         (DENSE, {'drop_path_rate': 2}, 'drop_path_rate=2 is not possible: from 0 to 1'),
         # of other timm models, too: timm cuts off what does not fill a patch
         ('deit_tiny_patch16_224', {'img_size': 9}, 'img_size=9 is not possible: a multiple of'),
