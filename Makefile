@@ -36,8 +36,10 @@ test: $(VENV)/.dev ## run all tests but the long ones
 long: $(VENV)/.dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev ## kill a hundred trainings, half of them in a save, go on with them and compare
+soak: $(VENV)/.dev ## kill a hundred trainings, draw thousands of options, take thousands of steps (most of an hour)
 	$(ALL_CORES) $(BIN)/python -W ignore tests/soak/kills.py --kills 100 --out work_dirs/soak/kills.json
+	$(ALL_CORES) $(BIN)/python -m pytest -m long $(IN_PARALLEL) --timeout=1800 \
+	    tests/models/test_options.py tests/models/test_memory.py
 
 oldest: $(OLDEST)/.dev ## run all tests but the long ones with the oldest versions that are allowed
 	NO_ALBUMENTATIONS_UPDATE=1 $(ALL_CORES) $(OLDEST)/bin/python -m pytest $(IN_PARALLEL) \
