@@ -15,7 +15,8 @@ from vqmoe_vision.engine.checkpoint import read_content
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # four iterations an epoch; sends itself a signal in the second iteration of the second epoch, in
-# its last one, or in the second validation, which uses averaged weights
+# its last one, or in the first validation, which uses averaged weights, after an epoch that ends
+# without a checkpoint
 TINY = f"""
 _base_ = {str(DIGITS)!r}
 custom_imports = dict(imports=['vqmoe_vision.classification', 'told_to_stop'])
@@ -24,7 +25,7 @@ train_dataloader = dict(batch_size=300, WORKERS)
 val_dataloader = dict(batch_size=120)
 train_cfg = dict(max_epochs=3, val_interval=1)
 default_hooks = dict(
-    checkpoint=dict(interval=1), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
+    checkpoint=dict(interval=2), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
     ema=dict(type='EMAHook', momentum=0.1),
 )
 """
@@ -108,7 +109,7 @@ def equal(work: Path, whole: dict) -> None:
             *(signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
             marks=pytest.mark.long,
         ),
-        (signal.SIGINT, ['validation', 2, 1], 'epoch_2.pth', ''),
+        (signal.SIGINT, ['validation', 1, 1], 'epoch_1.pth', ''),
         pytest.param(signal.SIGTERM, ['iteration', 7], 'iter_8.pth', '', marks=pytest.mark.long),
     ],
 )
@@ -132,7 +133,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
-    write(tmp_path, ['iteration', 5], [signal.SIGTERM, signal.SIGTERM])
+    write(tmp_path, ['iteration', 9], [signal.SIGTERM, signal.SIGTERM])
     done = start(tmp_path)
     assert done.returncode == -signal.SIGTERM
-    assert (tmp_path / 'w/last_checkpoint').read_text() == 'epoch_1.pth'
+    assert (tmp_path / 'w/last_checkpoint').read_text() == 'epoch_2.pth'
