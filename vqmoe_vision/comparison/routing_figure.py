@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .curves import colour_of
 from .results import Results
@@ -58,7 +59,7 @@ def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
         steps = range(1, len(mean) + 1)
         line = axes.errorbar(steps, mean, std, label=label, color=colour_of(number), capsize=2)
         line[0].set_marker('o')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         title='experts that stay from one checkpoint to the next',
         xlabel='checkpoint before',
@@ -114,7 +115,7 @@ def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
             axes.plot(
                 range(1, len(mean) + 1), mean, styles[part], label=label, color=colour_of(number)
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         title='way that is left to the last checkpoint',
         xlabel='checkpoint',
