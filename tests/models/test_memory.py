@@ -77,7 +77,8 @@ def _new_objects_only() -> Iterator[None]:
 def check_flat(method: str, training: bool, collects: bool, num_steps: int) -> None:
     model = make(method, depth=1, moe_layers='every1')
     objects, process = growth(stepper(model, training, collects), num_steps)
-    assert objects < num_steps / 4
+    # one object a step would be as many as steps; caches of torch may keep a few, once
+    assert objects < num_steps / 2
     assert process < PROCESS_BYTES
 
 
