@@ -9,16 +9,17 @@ their names are timm's, so weights of dense models fit everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from timm.layers import get_act_layer, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..moe.config import check
+from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
 from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
@@ -33,6 +34,9 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .raw_patches import RawPatchBlock, raw_patch_parts
+from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
+from .state_dicts import Report
+from .upcycle import Upcycling, read_upcycling
 
 __all__ = ['MoeVisionTransformer']  # register_model adds each entry point
 
@@ -44,12 +48,20 @@ class MoeVisionTransformer(VisionTransformer):
         method: Key of `METHODS`.
         moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
         fix_init: Rescale output layers by depth after they are initialised, as timm's option.
+        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded: an
+            `Upcycling`, a dictionary of its options, or None for equal copies.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
+
+    Attributes:
+        weights_report: What became of each tensor when timm loaded weights; None if it did not.
 
     Raises:
         ValueError: If a value is impossible; names the field, the value and what is allowed.
         TypeError: If an argument is unknown.
     """
+
+    # TorchScript would compile it. An annotation here would hide those of timm's class from it.
+    __jit_unused_properties__ = ('_model_args',)
 
     def __init__(
         self,
@@ -57,8 +69,10 @@ class MoeVisionTransformer(VisionTransformer):
         method: str,
         moe_layers: str | Sequence[int] = 'every2',
         fix_init: bool = False,
+        upcycling: Upcycling | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        how = read_upcycling(upcycling)
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_names(kwargs, method)
@@ -70,37 +84,39 @@ class MoeVisionTransformer(VisionTransformer):
         with named_failures(VisionTransformer, kwargs):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
-        self.method = method
+        self.method, self.upcycling = method, how
+        self.weights_report: Report | None = None
         self.moe_config = METHODS[method].config.from_options(**options)
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
             has_mlp = hasattr(self.blocks[i], 'mlp')
             check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
-            self.blocks[i].mlp = self._build_moe(kwargs, host)
+            self.blocks[i].mlp = build_layer(
+                method,
+                self.moe_config,
+                host,
+                self.embed_dim,
+                kwargs.get('mlp_ratio', 4.0),
+                act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
+                bias=kwargs.get('proj_bias', True),
+                drop=kwargs.get('proj_drop_rate', 0.0),
+                **{name: kwargs.get(name) for name in ('device', 'dtype')},
+            )
         self.fix_init = fix_init
         if fix_init:
             self.fix_init_weight()
 
-    def _build_moe(self, kwargs: dict[str, Any], host: Host) -> MoeLayer:
-        method, config = METHODS[self.method], self.moe_config
-        factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
-        ratio = config.expert_mlp_ratio or kwargs.get('mlp_ratio', 4.0)
-        hidden = int(self.embed_dim * ratio)
-        check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
-        experts = Experts(
-            config.num_experts,
-            self.embed_dim,
-            hidden,
-            act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
-            bias=kwargs.get('proj_bias', True),
-            drop=kwargs.get('proj_drop_rate', 0.0),
-            **factory,
-        )
-        layer = method.build(self.embed_dim, config, experts, host, **factory)
-        # torch.fx, which timm's feature extraction uses, takes it as one operation
-        register_notrace_module(type(layer))
-        return layer
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm's `create_model` was given, which it saves beside weights."""
+        args: dict[str, Any] = self.__dict__.get('_given', {})
+        return args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        # a model that is built again for its saved weights does not start from others
+        self._given = {k: v for k, v in args.items() if k not in ('upcycle', 'upcycling')}
 
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
@@ -136,6 +152,43 @@ class MoeVisionTransformer(VisionTransformer):
         return f'{self.method}: {describe_params(*count_params(self))}'
 
 
+def build_layer(
+    method: str,
+    config: MoeConfig,
+    host: Host,
+    width: int,
+    mlp_ratio: float,
+    act_layer: Callable[[], nn.Module] = nn.GELU,
+    bias: bool = True,
+    drop: float = 0.0,
+    **factory: Any,
+) -> MoeLayer:
+    """MoE layer of a method with experts that are like the MLPs of its model.
+
+    Args:
+        method: Key of `METHODS`.
+        config: Its options.
+        host: The model.
+        width: D, of its tokens.
+        mlp_ratio: Hidden width of its MLPs over D, which experts take unless the options say.
+        act_layer: As those of the MLPs.
+        bias: As those of the MLPs.
+        drop: As those of the MLPs.
+        **factory: `device` and `dtype`.
+
+    Raises:
+        ValueError: An expert would have no hidden feature.
+    """
+    ratio = config.expert_mlp_ratio or mlp_ratio
+    hidden = int(width * ratio)
+    check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
+    experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
+    layer = METHODS[method].build(width, config, experts, host, **factory)
+    # torch.fx, which timm's feature extraction uses, takes it as one operation
+    register_notrace_module(type(layer))
+    return layer
+
+
 def _cfg() -> dict[str, Any]:
     return {
         'url': '',
@@ -165,17 +218,42 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(size: str, method: str, pretrained: bool, **kwargs: Any) -> MoeVisionTransformer:
+def _create(
+    size: str, method: str, pretrained: bool, upcycle: str | None = None, **kwargs: Any
+) -> MoeVisionTransformer:
+    """A model as timm builds it.
+
+    Args:
+        size: Key of `SIZES`.
+        method: Key of `METHODS`.
+        pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
+        upcycle: What to start from instead, see `upcycle_overlay`.
+        **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
+
+    Raises:
+        ValueError: An argument is impossible, or the weights cannot be read or do not fit.
+    """
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        MoeVisionTransformer,
-        f'vit_{size}_{method}',
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
-        method=method,
-        **{**SIZES[size], **kwargs},
-    )
+    if upcycle is not None:
+        check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
+        overlay = {**upcycle_overlay(upcycle), **(kwargs.get('pretrained_cfg_overlay') or {})}
+        pretrained, kwargs['pretrained_cfg_overlay'] = True, overlay
+    given = kwargs.get('pretrained_cfg')
+    config = {
+        **(given if isinstance(given, dict) else {}),
+        **(kwargs.get('pretrained_cfg_overlay') or {}),
+    }
+    source = source_of(config) if pretrained else ''
+    with named_source(source) if source else nullcontext():
+        return build_model_with_cfg(
+            MoeVisionTransformer,
+            f'vit_{size}_{method}',
+            pretrained,
+            pretrained_filter_fn=fit_pretrained,
+            feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
+            method=method,
+            **{**SIZES[size], **kwargs},
+        )
 
 
 @register_model

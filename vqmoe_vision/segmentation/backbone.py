@@ -13,9 +13,8 @@ from torch import Tensor
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.shared_start import share_start
+from vqmoe_vision.models.sources import VIT_MODULES
 
-# Files of timm, and ours, whose models are `VisionTransformer`s.
-_MODULES = ('vision_transformer', 'deit', 'vit_moe')
 _DEFAULTS = {
     'num_classes': 0,
     'global_pool': '',  # else the last norm would belong to the pooled features
@@ -99,7 +98,7 @@ def _create(
     model_name: str, moe: dict[str, Any] | None, extra_mlps: int, arguments: dict[str, Any]
 ) -> VisionTransformer:
     known = timm.is_model(model_name)
-    if known and not timm.models.is_model_in_modules(model_name, _MODULES):
+    if known and not timm.models.is_model_in_modules(model_name, VIT_MODULES):
         raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
     model: Any = create_model(model_name, moe, extra_mlps, **arguments)
     return model
