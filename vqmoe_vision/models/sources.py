@@ -33,7 +33,7 @@ _ALLOWED = (
 _logger = logging.getLogger(__name__)
 
 
-def upcycle_overlay(upcycle: str) -> dict[str, Any]:
+def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """What timm's `pretrained_cfg_overlay` has to say for a model to start from a dense one.
 
     Beside the place of the weights these are the entries that belong to them: normalisation, image
@@ -42,6 +42,7 @@ def upcycle_overlay(upcycle: str) -> dict[str, Any]:
     Args:
         upcycle: Name of a timm model, with or without tag; 'hf-hub:' and a name, 'local-dir:' and a
             folder as timm saves it; or a file.
+        cache_dir: Where to keep what comes from the hub, as in timm's `create_model`.
 
     Raises:
         ValueError: It is none of these, or has no weights.
@@ -54,7 +55,7 @@ def upcycle_overlay(upcycle: str) -> dict[str, Any]:
         return _about_weights(load_model_config_from_path(rest)[0])
     if scheme == 'hf-hub':
         with named_source(upcycle):
-            return _about_weights(load_model_config_from_hf(rest)[0])
+            return _about_weights(load_model_config_from_hf(rest, cache_dir=cache_dir)[0])
     if upcycle.endswith(_SUFFIXES):
         return {'file': upcycle}
     if not timm.is_model(upcycle):

@@ -234,21 +234,18 @@ def _create(
         ValueError: An argument is impossible, or the weights cannot be read or do not fit.
     """
     out_indices = kwargs.pop('out_indices', 3)
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-        overlay = {**upcycle_overlay(upcycle), **(kwargs.get('pretrained_cfg_overlay') or {})}
-        pretrained, kwargs['pretrained_cfg_overlay'] = True, overlay
-    given = kwargs.get('pretrained_cfg')
-    config = {
-        **(given if isinstance(given, dict) else {}),
-        **(kwargs.get('pretrained_cfg_overlay') or {}),
-    }
-    source = source_of(config) if pretrained else ''
-    with named_source(source) if source else nullcontext():
+        pretrained, overlay = True, {**upcycle_overlay(upcycle, kwargs.get('cache_dir')), **overlay}
+    config = kwargs.get('pretrained_cfg')
+    source = source_of({**(config if isinstance(config, dict) else {}), **overlay})
+    with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
             MoeVisionTransformer,
             f'vit_{size}_{method}',
             pretrained,
+            pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=fit_pretrained,
             feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
             method=method,

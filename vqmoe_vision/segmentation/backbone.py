@@ -37,13 +37,13 @@ class TimmViT(BaseModule):
             Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
-            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Read when training
-            starts, not for tests.
+            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Experts are made of
+            the MLPs of a dense one. Read when training starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.
-        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size` and
-            `pretrained`.
+        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`,
+            `pretrained` and `upcycling`.
 
     Raises:
         ValueError: The model or the blocks do not exist, or the model is no vision transformer.
