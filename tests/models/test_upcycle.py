@@ -141,6 +141,7 @@ def test_a_name_with_a_tag_says_where_the_weights_are(
     torch.testing.assert_close(model.eval()(images), source(images))
     assert model.pretrained_cfg['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'
     assert model.pretrained_cfg['std'][0] == pytest.approx(0.229)
+    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
 
 
 def test_a_model_that_is_built_again_does_not_start_from_the_source_again(
@@ -422,9 +423,12 @@ def test_a_converted_model_trains_as_ours_under_checkpointing(
     convert_to_moe(converted, method)
     ours: Any = make(method)
     ours.load_state_dict(converted.state_dict())
+    calls: list[Any] = []
+    converted.blocks[1].norm1.register_forward_hook(lambda *args: calls.append(args))
     for model in (converted, ours):
         torch.manual_seed(0)  # of the router noise
         train_step(model, None, images, targets)
+    assert len(calls) == 2  # in the forward pass, and again in the backward pass
     for name, parameter in converted.named_parameters():
         expected = ours.get_parameter(name).grad
         assert (parameter.grad is None) == (expected is None)
