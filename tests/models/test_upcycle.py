@@ -1,6 +1,7 @@
 """Dense weights in, experts out: through timm's loading, and in a model that is already there."""
 
 import json
+import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from timm.models import save_for_hf
 
+from vqmoe_vision import collect_losses
 from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
 from vqmoe_vision.models.state_dicts import Report
 from vqmoe_vision.models.transfer import transfer
@@ -436,9 +438,45 @@ def test_a_converted_model_trains_as_ours_under_checkpointing(
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+def dinov3(name: str = 'vit_small_patch16_dinov3', **kwargs: Any) -> Any:
+    """An `Eva`: rotary positions, registers, LayerScale."""
+    return dense(name, **kwargs)
+
+
+@pytest.mark.parametrize(('method', 'options'), EXACT)
+def test_a_model_of_dinov3_is_converted(
+    method: str, options: dict[str, Any], images: torch.Tensor
+) -> None:
+    if METHODS[method].read_patches is not None:
+        with pytest.raises(ValueError, match=r"block='EvaBlock' is not possible: Block, for a"):
+            convert_to_moe(dinov3(), method, **options)
+        return
+    model = dinov3()
+    source = {name: value.clone() for name, value in model.state_dict().items()}
+    undecayed = model.no_weight_decay()
+    expected = model(images)
+    report = convert_to_moe(model, method, **options)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    check_complete(report, model, source)
+    biases = {n for n in model.state_dict() if n.endswith(('experts.fc1.bias', 'experts.fc2.bias'))}
+    assert undecayed | biases <= model.no_weight_decay() <= {*model.state_dict(), *undecayed}
+    assert f'{method}: ' in str(model)
+    model.train()
+    with collect_losses(model) as collected:
+        (model(images).sum() + collected.total()).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if 'experts' in n)
+    again = pickle.loads(pickle.dumps(model.eval()))
+    assert torch.equal(again(images), model(images))
+
+
 @pytest.mark.parametrize(
     ('build', 'options', 'message'),
     [
+        (
+            lambda: dinov3('eva02_tiny_patch14_224'),
+            {},
+            r"blocks.1.mlp='GluMlp' is not .* gated MLPs \(SwiGLU\)",
+        ),
         (
             lambda: dense(mlp_layer=SwiGLUPacked),
             {},
@@ -446,7 +484,11 @@ def test_a_converted_model_trains_as_ours_under_checkpointing(
         ),
         (lambda: dense(scale_mlp_norm=True), {}, 'without a norm between them'),
         (lambda: make('smoe'), {}, "model='MoeVisionTransformer' is not possible"),
-        (lambda: torch.nn.Linear(2, 2), {}, "model='Linear' is not possible: timm's Vision"),
+        (
+            lambda: torch.nn.Linear(2, 2),
+            {},
+            "model='Linear' is not possible: timm's VisionTransformer or Eva",
+        ),
         (dense, dict(moe_layers=[7]), r'moe_layers=\[7\] is not possible'),
         (dense, dict(top_k=9), 'top_k=9 is not possible'),
         (dense, dict(expert_mlp_ratio=2.0), 'upcycling.split=True cuts it'),

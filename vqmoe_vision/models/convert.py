@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from timm.layers import Mlp, PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -18,9 +19,16 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import moe_options, resolve_moe_layers
 from .raw_patches import RawPatchBlock, RawPatchEmbed
+from .sparse_model import MoeEva, SparseModel
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, upcycle
 from .vit_moe import MoeVisionTransformer, build_layer
+
+# What a model of timm becomes. A class of its own may compute otherwise and is not converted.
+_SPARSE: dict[type[nn.Module], Any] = {
+    VisionTransformer: MoeVisionTransformer,
+    Eva: MoeEva,
+}
 
 
 def convert_to_moe(
@@ -33,12 +41,13 @@ def convert_to_moe(
 ) -> Report:
     """Make a dense vision transformer a sparse one in place, with experts made of its MLPs.
 
-    Afterwards it is a `MoeVisionTransformer`, and its state dict is that of an entry point with the
-    same sizes and options. Convert before an optimizer takes the parameters.
+    Afterwards a `VisionTransformer` is a `MoeVisionTransformer`, and its state dict is that of an
+    entry point with the same sizes and options; an `Eva` is a `MoeEva`. Convert before an optimizer
+    takes the parameters.
 
     Args:
-        model: timm's `VisionTransformer` whose blocks have plain MLPs. It is changed, or left as it
-            is if anything is refused.
+        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs. It is
+            changed, or left as it is if anything is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.
@@ -53,14 +62,14 @@ def convert_to_moe(
     """
     how = read_upcycling(upcycling)
     config = _checked_config(model, method, options)
-    assert isinstance(model, VisionTransformer)
-    blocks: Any = model.blocks
+    dense: Any = model
+    blocks, stem = dense.blocks, dense.patch_embed
     raw_patches = RawPatches(METHODS[method].read_patches)
     if raw_patches.read is not None:
-        _check_patches(model)
-    num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    channels = model.patch_embed.proj.in_channels
-    host = Host(num_tokens, model.num_prefix_tokens, channels, raw_patches)
+        _check_patches(dense)
+    prefix_tokens = dense.num_prefix_tokens
+    num_tokens = stem.num_patches + prefix_tokens
+    host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
@@ -68,24 +77,23 @@ def convert_to_moe(
         prefix = f'blocks.{i}.mlp'
         copied |= {f'{prefix}.experts.{key}': f'{prefix}.{key}' for key in made}
     # nothing is refused from here on
-    dense = model.state_dict().keys()
+    names = set(model.state_dict())
     for i, layer in built.items():
         blocks[i].mlp = layer
     if raw_patches.read is not None:
-        _show_patches(model, raw_patches)
-    model.__class__ = MoeVisionTransformer
-    converted: Any = model
-    converted.method, converted.moe_config, converted.upcycling = method, config, how
-    converted.fix_init = False
-    converted.weights_report = _report(model, set(dense), copied)
-    return converted.weights_report
+        _show_patches(dense, raw_patches)
+    report = _report(model, names, copied)
+    model.__class__ = _SPARSE[type(model)]
+    assert isinstance(model, SparseModel)
+    model.describe(method, config, how, report)
+    return report
 
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:
     kind = type(model)
     check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
-    plain = kind is VisionTransformer
-    check(plain, 'model', kind.__name__, "timm's VisionTransformer itself, dense and not wrapped")
+    allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
+    check(kind in _SPARSE, 'model', kind.__name__, allowed)
     known = moe_options(method)
     for name in options:
         if name not in known:
@@ -99,7 +107,8 @@ def _layer_like(
     """The layer in the place of a block's MLP, its experts made of it, and their state."""
     mlp: Any = getattr(block, 'mlp', None)
     kind = type(block if mlp is None else mlp).__name__
-    check(type(mlp) is Mlp, name, kind, "timm's Mlp, whose layout experts have")
+    allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
+    check(type(mlp) is Mlp, name, kind, allowed)
     plain = isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, nn.Linear)
     check(plain, name, kind, 'one of linear layers, without a norm between them')
     pairs = {
@@ -126,7 +135,7 @@ def _layer_like(
     return layer.train(mlp.training), made
 
 
-def _check_patches(model: VisionTransformer) -> None:
+def _check_patches(model: Any) -> None:
     """Refuses what `raw_patch_parts` would have refused, or built otherwise."""
     stem = type(model.patch_embed)
     check(
@@ -141,9 +150,9 @@ def _check_patches(model: VisionTransformer) -> None:
     check(not dropping, 'patch_drop_rate', model.patch_drop, '0, the method routes every raw patch')
 
 
-def _show_patches(model: VisionTransformer, raw_patches: RawPatches) -> None:
+def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     """Stem and blocks of the same weights that also hand over raw patches."""
-    blocks: Any = model.blocks
+    blocks = model.blocks
     model.patch_embed.__class__ = RawPatchEmbed
     for part in (model.patch_embed, *blocks):
         part.raw_patches = raw_patches
@@ -185,7 +194,7 @@ def to_discrete(model: nn.Module) -> nn.Module:
     for layer in layers:
         changed |= layer.to_discrete()
     for module in model.modules():
-        if isinstance(module, MoeVisionTransformer):
+        if isinstance(module, SparseModel):
             module.moe_config = replace(module.moe_config, **changed)
             unused = module.moe_config.unused()
             args = {k: v for k, v in module._model_args.items() if k not in unused}

@@ -32,16 +32,15 @@ from .arguments import (
     named_failures,
     resolve_moe_layers,
 )
-from .complexity import count_params, describe_params
 from .raw_patches import RawPatchBlock, raw_patch_parts
 from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
-from .state_dicts import Report
+from .sparse_model import SparseModel
 from .upcycle import Upcycling, read_upcycling
 
 __all__ = ['MoeVisionTransformer']  # register_model adds each entry point
 
 
-class MoeVisionTransformer(VisionTransformer):
+class MoeVisionTransformer(SparseModel, VisionTransformer):
     """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
 
     Args:
@@ -52,16 +51,10 @@ class MoeVisionTransformer(VisionTransformer):
             `Upcycling`, a dictionary of its options, or None for equal copies.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
 
-    Attributes:
-        weights_report: What became of each tensor when timm loaded weights; None if it did not.
-
     Raises:
         ValueError: If a value is impossible; names the field, the value and what is allowed.
         TypeError: If an argument is unknown.
     """
-
-    # TorchScript would compile it. An annotation here would hide those of timm's class from it.
-    __jit_unused_properties__ = ('_model_args',)
 
     def __init__(
         self,
@@ -84,9 +77,7 @@ class MoeVisionTransformer(VisionTransformer):
         with named_failures(VisionTransformer, kwargs):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
-        self.method, self.upcycling = method, how
-        self.weights_report: Report | None = None
-        self.moe_config = METHODS[method].config.from_options(**options)
+        self.describe(method, METHODS[method].config.from_options(**options), how)
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
@@ -107,17 +98,6 @@ class MoeVisionTransformer(VisionTransformer):
         if fix_init:
             self.fix_init_weight()
 
-    @property
-    def _model_args(self) -> dict[str, Any]:
-        """What timm's `create_model` was given, which it saves beside weights."""
-        args: dict[str, Any] = self.__dict__.get('_given', {})
-        return args
-
-    @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
-        # a model that is built again for its saved weights does not start from others
-        self._given = {k: v for k, v in args.items() if k not in ('upcycle', 'upcycling')}
-
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
         blocks: Any = self.blocks
@@ -129,15 +109,6 @@ class MoeVisionTransformer(VisionTransformer):
                 mlp.fc2.weight.div_(scale)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not use weight decay."""
-        names = super().no_weight_decay()
-        for prefix, module in self.named_modules():
-            if module is not self and hasattr(module, 'no_weight_decay'):
-                names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
-        return names
-
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):
@@ -146,10 +117,6 @@ class MoeVisionTransformer(VisionTransformer):
                 block.grad_checkpointing = enable
         else:
             super().set_grad_checkpointing(enable)
-
-    def extra_repr(self) -> str:
-        """Method and size, for print(model)."""
-        return f'{self.method}: {describe_params(*count_params(self))}'
 
 
 def build_layer(
