@@ -98,6 +98,8 @@ def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> Non
     images = torch.randn(1, 3, 32, 32)
     tokens = dense.eval().forward_features(images)[:, 1:]
     torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
+    assert 'blocks.1.mlp.experts.fc1.weight' in backbone.model.weights_report.copied
+    assert backbone.model.weights_report.outside == ('head.weight', 'head.bias')
     shaken = build('vit_tiny_smoe', checkpoint=str(path), upcycling=dict(noise=0.1))
     shaken.init_weights()
     first, second, *_ = shaken.model.blocks[1].mlp.experts.fc1.weight

@@ -87,6 +87,8 @@ def start_from(model: VisionTransformer, path: str) -> None:
     how = model.upcycling if isinstance(model, MoeVisionTransformer) else None
     state, report = transfer(model, read_state(path), path, read_image_sizes(path), how)
     model.load_state_dict(state, strict=False)
+    if isinstance(model, MoeVisionTransformer):
+        model.weights_report = report
     for note in [*report.lines(), *restart(model)]:
         print_log(f'{path}: {note}', logger='current')
 
