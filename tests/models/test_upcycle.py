@@ -202,6 +202,33 @@ def test_names_of_deit3s_own_files_are_understood(images: torch.Tensor) -> None:
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
 
 
+def test_dinov2s_own_files_with_registers_are_understood(images: torch.Tensor) -> None:
+    options = dict(reg_tokens=2, no_embed_class=True, init_values=0.1, num_classes=0)
+    source = dense(**options)
+    state = source.state_dict()
+    # there the class token has a position too, and timm adds the two
+    of_class = torch.randn(1, 1, 32)
+    state['cls_token'] = state['cls_token'] - of_class
+    state['pos_embed'] = torch.cat([of_class, state['pos_embed']], dim=1)
+    state['register_tokens'] = state.pop('reg_token')
+    state['mask_token'] = torch.zeros(1, 32)
+    config = {'state_dict': state}
+    model: Any = make(
+        'smoe', pretrained=True, pretrained_cfg_overlay=config, **options, renormalize=True
+    )
+    torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense(init_values=0.1).state_dict(), path)
+    backbone = dict(num_classes=0, global_pool='', depth=2)
+    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-5 would fit'):
+        make('smoe', upcycle=path, **backbone)
+    model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
+    assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused
+
+
 def test_other_sizes_of_image_patch_and_channels_are_timms(
     saved: tuple[Any, str],
 ) -> None:
