@@ -65,3 +65,13 @@ def test_methods_page_links_names_to_the_files_that_define_them() -> None:
     for name, path in names:
         module = importlib.import_module(path.replace('/', '.'))
         operator.attrgetter(name.removeprefix(f'{path.rpartition("/")[2]}.'))(module)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_options_that_start_as_the_dense_model_are_in_the_table(method: str) -> None:
+    rows = re.findall(
+        rf'^\| `{method}` \| ([^|]*) \|', (ROOT / 'docs/weights.md').read_text(), re.M
+    )
+    cases = METHODS[method].config.EXACT_UPCYCLING.values()
+    written = [', '.join(f'`{name}={value!r}`' for name, value in case.items()) for case in cases]
+    assert rows == ([case or 'none are needed' for case in written] or ['there are none'])

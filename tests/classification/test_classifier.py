@@ -151,6 +151,22 @@ def test_starts_from_a_checkpoint_of_as_many_classes_with_its_head(tmp_path: Pat
     torch.testing.assert_close(model(inputs), source(inputs), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('way', ['checkpoint', 'upcycle'])
+def test_starts_with_the_answers_of_a_dense_checkpoint(way: str, tmp_path: Path) -> None:
+    source = Classifier('vit_tiny_patch16_224', **SMALL).eval()
+    path = tmp_path / 'a.pth'
+    if way == 'checkpoint':
+        saved(source, path)
+    else:
+        torch.save(source.model.state_dict(), path)
+    moe = dict(renormalize=True, num_experts=2)
+    model = Classifier('vit_tiny_smoe', moe=moe, **{way: str(path)}, **SMALL).eval()
+    torch.manual_seed(7)  # another start than the source had
+    model.init_weights()
+    inputs = batch()[0]
+    torch.testing.assert_close(model(inputs), source(inputs), rtol=1e-5, atol=1e-5)
+
+
 def test_checkpoint_of_a_model_that_is_no_vision_transformer() -> None:
     message = "checkpoint='a.pth' is not possible: None, resnet18 is not one of timm's"
     with pytest.raises(ValueError, match=message):

@@ -89,6 +89,23 @@ def test_dense_weights_of_timm_are_all_used(tmp_path: Any) -> None:
     torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
 
 
+def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> None:
+    dense = timm.create_model('vit_tiny_patch16_224', num_classes=7, **TINY)
+    path = tmp_path / 'dense.pth'
+    torch.save(dense.state_dict(), path)
+    backbone = build('vit_tiny_smoe', checkpoint=str(path), moe=dict(renormalize=True))
+    backbone.init_weights()
+    images = torch.randn(1, 3, 32, 32)
+    tokens = dense.eval().forward_features(images)[:, 1:]
+    torch.testing.assert_close(backbone(images)[0].flatten(2).transpose(1, 2), tokens)
+    assert 'blocks.1.mlp.experts.fc1.weight' in backbone.model.weights_report.copied
+    assert backbone.model.weights_report.outside == ('head.weight', 'head.bias')
+    shaken = build('vit_tiny_smoe', checkpoint=str(path), upcycling=dict(noise=0.1))
+    shaken.init_weights()
+    first, second, *_ = shaken.model.blocks[1].mlp.experts.fc1.weight
+    assert 0 < (first - second).norm() < 0.3 * first.norm()  # 0.1 * sqrt(2) apart
+
+
 @pytest.mark.parametrize('prefix', ['backbone.', ''])
 def test_weights_of_mmsegs_own_backbone_compute_the_same(tmp_path: Any, prefix: str) -> None:
     theirs = MMSegViT(

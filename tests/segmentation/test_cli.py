@@ -298,6 +298,20 @@ def test_prediction_takes_the_options_of_the_run(
                 next(predict(*run[:3], options=options))
 
 
+def test_a_checkpoint_of_the_full_form_predicts_and_is_tested_in_the_discrete_one(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    checkpoint, option = str(trained / 'iter_2.pth'), 'model.backbone.moe.form=discrete'
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    command = [config, checkpoint, str(image), '--out-dir', str(tmp_path), '--cfg-options', option]
+    predict_cli(command)
+    out = tmp_path / 'metrics.json'
+    work = ['--out', str(out), '--work-dir', str(tmp_path / 'work')]
+    cli.test([config, checkpoint, *work, '--cfg-options', option])
+    assert 0 <= json.loads(out.read_text())['mIoU'] <= 100
+
+
 def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path) -> None:
     digits = SCENES.parents[2] / 'classification/digits.py'
     image = tmp_path / 'a.png'

@@ -35,7 +35,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         data_preprocessor: mmengine's; by default moves the batch to the device.
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
             classification or segmentation run of this package (.pth), of timm (.pth or
-            .safetensors), or of mmseg's ViT (.pth). Read when training starts, not for tests.
+            .safetensors), or of mmseg's ViT (.pth). Experts are made of the MLPs of a dense one.
+            Read when training starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.

@@ -26,7 +26,10 @@ from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
-from vqmoe_vision.models.transfer import Size, StateDict, fit_state
+from vqmoe_vision.models.sources import check_file
+from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.transfer import Size, transfer
+from vqmoe_vision.models.vit_moe import MoeVisionTransformer
 from vqmoe_vision.moe import restart
 
 # `torch.load` takes no file at all where both are set
@@ -74,17 +77,20 @@ def start_from(model: VisionTransformer, path: str) -> None:
     """Loads weights from elsewhere for a new training, and logs what became of them.
 
     Args:
-        model: Takes what the file has for it; then its MoE layers start as for a new training.
+        model: Takes what the file has for it, and its experts are made of dense MLPs as its
+            `upcycling` says; then its MoE layers start as for a new training.
         path: As `read_state`.
 
     Raises:
         ValueError: The file cannot be read or does not fit; names keys and shapes.
     """
-    state, notes = fit_state(model, read_state(path), path, read_image_sizes(path))
+    how = model.upcycling if isinstance(model, MoeVisionTransformer) else None
+    state, report = transfer(model, read_state(path), path, read_image_sizes(path), how)
     model.load_state_dict(state, strict=False)
-    notes += [f'{path}: {note}' for note in restart(model)]
-    for note in notes:
-        print_log(note, logger='current')
+    if isinstance(model, MoeVisionTransformer):
+        model.weights_report = report
+    for note in [*report.lines(), *restart(model)]:
+        print_log(f'{path}: {note}', logger='current')
 
 
 def read_state(path: str) -> StateDict:
@@ -134,18 +140,10 @@ def read_content(path: str, verify: bool = True) -> Any:
 @contextmanager
 def _reading(path: str, verify: bool = True) -> Iterator[None]:
     """Verifies the checksums of a file before it is read, and names the file where that fails."""
-    if not Path(path).is_file():
+    if verify:
+        check_file(path)
+    elif not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
-    if verify and zipfile.is_zipfile(path):  # older formats have no checksums
-        try:
-            with zipfile.ZipFile(path) as archive:
-                spoilt = archive.testzip()
-        except Exception as error:  # a flipped bit can make it fail in any way
-            raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
-        if spoilt is not None:
-            raise ValueError(
-                f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum'
-            )
     try:
         with _as_data():
             yield

@@ -8,7 +8,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from vqmoe_vision.models.transfer import misfit
+from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
@@ -145,7 +145,7 @@ class CheckpointFitHook(Hook):
             ValueError: Names the keys and shapes that do not fit.
         """
         loaded = checkpoint.get('state_dict', checkpoint)
-        problem = misfit(unwrapped(runner).state_dict(), loaded)
+        problem = misfit_of(unwrapped(runner), loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
-from vqmoe_vision.models.transfer import misfit
+from vqmoe_vision.models.state_dicts import misfit_of
 
 from .checkpoint import read_state
 
@@ -32,7 +32,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     with scope_of(config):
         model = MODELS.build(config.model)
     state = read_state(checkpoint)
-    if problem := misfit(model.state_dict(), state):
+    if problem := misfit_of(model, state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
     load_state_dict(model, state, strict=True)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()

@@ -26,13 +26,14 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
         model: As `timm.create_model` gave it, whole or pruned. It is changed.
         model_name: Its name in timm.
         seed: The same for all rows that are compared.
-        **kwargs: The arguments that it was built with. With `pretrained` it keeps its weights.
+        **kwargs: The arguments that it was built with. With `pretrained` or `upcycle` it keeps its
+            weights.
     """
-    if kwargs.get('pretrained'):
+    if kwargs.get('pretrained') or kwargs.get('upcycle'):
         return
     if isinstance(model, MoeVisionTransformer):
         _draw_experts(model, seed)
-        options = moe_options(model.method)
+        options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         _, size, _ = model_name.partition('.')[0].split('_')
         model_name = f'vit_{size}_patch16_224'

@@ -11,18 +11,25 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor
 
 from ..moe import moe_layers
+from ..moe.config import check
+from .refusals import (
+    refuse_gated,
+    refuse_misfits,
+    refuse_other_parts,
+    refuse_other_tokens,
+)
+from .state_dicts import CLASSIFIERS, HEADS, Report, StateDict, misfit, shorten
+from .upcycle import Upcycling, upcycle
 
-StateDict = dict[str, Tensor]
 Size = tuple[int, int]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in a run of mmseg's own backbone, in timm.
 _PREFIXES = ('backbone.model.', 'model.', 'backbone.', '')
-_CLASSIFIERS = ('head.', 'head_dist.')
-_HEADS = (*_CLASSIFIERS, 'attn_pool.')
+_STEM = 'patch_embed.proj.weight'
 # mmseg's `VisionTransformer` has other names for the same parts.
 _FROM_MMSEG = (
     (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
@@ -41,8 +48,8 @@ def fit_state(
 ) -> tuple[StateDict, list[str]]:
     """The part of a checkpoint that belongs into a model, resized where that can be done.
 
-    A classifier takes the checkpoint's head if it has the same classes by number, and keeps the one
-    that it was initialised with otherwise.
+    The experts of a layer stay as they are if the checkpoint has a dense MLP for them; `transfer`
+    makes them of it.
 
     Args:
         model: Position and patch embeddings are resized to its sizes; its MoE layers fit theirs.
@@ -56,36 +63,84 @@ def fit_state(
     Raises:
         ValueError: Nothing matches, or the checkpoint is of another size or method.
     """
+    state, report = transfer(model, state_dict, path, image_sizes)
+    return state, [f'{path}: {line}' for line in report.lines()]
+
+
+def transfer(
+    model: VisionTransformer,
+    state_dict: StateDict,
+    path: str,
+    image_sizes: Sequence[Size] = (),
+    upcycling: Upcycling | None = None,
+) -> tuple[StateDict, Report]:
+    """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
+
+    A classifier takes the checkpoint's head if it has the same classes by number, and keeps the one
+    that it was initialised with otherwise. Nothing else may be missing but what a dense model does
+    not have: routers, codebooks, slots.
+
+    Args:
+        model: As in `fit_state`. It is not changed.
+        state_dict: As in `fit_state`.
+        path: As in `fit_state`.
+        image_sizes: As in `fit_state`.
+        upcycling: How experts are made of a dense MLP; with None they stay as they are.
+
+    Returns:
+        State dict to load, without what stays as initialised, and the report.
+
+    Raises:
+        ValueError: Nothing matches, or the checkpoint is of another size, method or architecture;
+            names what does not fit and what would.
+    """
     expected = model.state_dict()
-    state, notes = _rename_norm(_strip(state_dict, expected, path), expected)
-    state, expected, head = _fit_head(state, expected)
-    _refuse_other_tokens(state, expected, path)
+    state, outside = _strip(state_dict, expected, path)
+    state, remarks = _rename_norm(state, expected)
+    state, network, dropped, head = _fit_head(state, expected)
+    refuse_other_tokens(state, network, path)
     positions = _resized_positions(state, model, path, image_sizes)
-    filtered = checkpoint_filter_fn({**state, **positions}, model)
+    # DeiT III's files call LayerScale otherwise
+    filtered = checkpoint_filter_fn({**state, **positions}, model, adapt_layer_scale=True)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
+    filtered |= _fitted_stem(filtered, network)
     fitted = _fit_layers(filtered, model)
-    _refuse_misfits(expected, filtered, fitted, path)
-    notes += [
-        f'{name} resized from {tuple(state[name].shape)} to {tuple(value.shape)}'
-        for name, value in fitted.items()
+    refuse_gated(network, filtered, path)
+    refuse_misfits(network, filtered, fitted, path)
+    whole = any(name.startswith(CLASSIFIERS) for name in expected)
+    refuse_other_parts(network, fitted, path, whole)
+    made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
+    result = {name: value for name, value in fitted.items() if name in network} | made
+    resized = {
+        name: (tuple(state[name].shape), tuple(value.shape))
+        for name, value in result.items()
         if name in state and state[name].shape != value.shape
-    ]
-    notes += [*head, *_describe(expected, filtered, fitted)]
-    result = {name: value for name, value in fitted.items() if name in expected}
-    return result, [f'{path}: {note}' for note in notes]
+    }
+    used = {*result, *copied.values()}
+    return result, Report(
+        loaded=tuple(k for k in result if k not in resized and k not in copied),
+        resized=resized,
+        copied=copied,
+        initialised=tuple(k for k in expected if k not in result),
+        unused=tuple(k for k in filtered if k not in used),
+        outside=(*outside, *dropped),
+        remarks=(*remarks, *head),
+    )
 
 
-def _strip(state_dict: StateDict, expected: StateDict, path: str) -> StateDict:
-    """Without the prefix of a run, and by timm's names."""
+def _strip(
+    state_dict: StateDict, expected: StateDict, path: str
+) -> tuple[StateDict, tuple[str, ...]]:
+    """Without the prefix of a run, and by timm's names; and what else there is in the run."""
     for prefix in _PREFIXES:
         state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if any(name.startswith('layers.0.') for name in state):
             state = _from_mmseg(state)
-        if any(name in expected and not name.startswith(_HEADS) for name in state):
-            return state
+        if any(name in expected and not name.startswith(HEADS) for name in state):
+            return state, tuple(k for k in state_dict if not k.startswith(prefix))
     raise ValueError(
-        f'checkpoint {path!r} has no key of the model: it has {shorten(list(state_dict))}; '
-        f'the model has {shorten(list(expected))}'
+        f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict)}; '
+        f'the model has {shorten(expected)}'
     )
 
 
@@ -113,29 +168,21 @@ def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list
 
 def _fit_head(
     state: StateDict, expected: StateDict
-) -> tuple[StateDict, StateDict, tuple[str, ...]]:
-    """Both without heads unless they agree, and a note if the model is a classifier."""
-    head = {k: v for k, v in expected.items() if k.startswith(_CLASSIFIERS)}
+) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...]]:
+    """Both without heads unless they agree, what is left out, and a note if it is a classifier."""
+    head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
     if not head:
-        dropped = {k for k in state if k.startswith(_HEADS) and k not in expected}
-        return {k: v for k, v in state.items() if k not in dropped}, expected, ()
-    problem = misfit(head, {k: v for k, v in state.items() if k.startswith(_CLASSIFIERS)})
+        dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
+        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, ()
+    theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
+    problem = misfit(head, theirs)
     if not problem:
-        return state, expected, ('the head is the one of the checkpoint',)
+        return state, expected, (), ('the head is the one of the checkpoint',)
     state, expected = (
-        {k: v for k, v in part.items() if not k.startswith(_CLASSIFIERS)}
+        {k: v for k, v in part.items() if not k.startswith(CLASSIFIERS)}
         for part in (state, expected)
     )
-    return state, expected, (f'the head is a fresh one, {problem}',)
-
-
-def _refuse_other_tokens(state: StateDict, expected: StateDict, path: str) -> None:
-    for name in ('cls_token', 'pos_embed'):
-        if (name in state) != (name in expected):
-            holder = 'the checkpoint' if name in state else 'the model'
-            raise ValueError(
-                f'checkpoint {path!r} does not fit the model: only {holder} has {name}'
-            )
+    return state, expected, tuple(theirs), (f'the head is a fresh one, {problem}',)
 
 
 def _resized_positions(
@@ -145,11 +192,11 @@ def _resized_positions(
 
     Where none does, timm guesses the default size of the model, or else a square.
     """
-    if not {'pos_embed', 'patch_embed.proj.weight'} <= state.keys():
+    if not {'pos_embed', _STEM} <= state.keys():
         return {}
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
-    patch = state['patch_embed.proj.weight'].shape[-2:]
+    patch = state[_STEM].shape[-2:]
     for height, width in image_sizes:
         grid = (height // patch[0], width // patch[1])
         if math.prod(grid) == positions.shape[1]:
@@ -161,9 +208,20 @@ def _resized_positions(
     if math.isqrt(count) ** 2 != count and 'mask_token' not in state:
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
-            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say'
+            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, if '
+            f'no_embed_class={model.no_embed_class} is right'
         )
     return {}
+
+
+def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
+    """The patch embedding for images of other channels than three, as timm makes it."""
+    if _STEM not in state or _STEM not in expected:
+        return {}
+    channels = expected[_STEM].shape[1]
+    if channels == 3 or state[_STEM].shape[1] != 3:
+        return {}
+    return {_STEM: adapt_input_conv(channels, state[_STEM])}
 
 
 def _fit_layers(state: StateDict, model: VisionTransformer) -> StateDict:
@@ -179,73 +237,19 @@ def _fit_layers(state: StateDict, model: VisionTransformer) -> StateDict:
     return state
 
 
-def _refuse_misfits(expected: StateDict, filtered: StateDict, fitted: StateDict, path: str) -> None:
-    shapes = _other_shapes(expected, fitted)
-    if shapes:
-        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
-    # Experts where the model has others: weights of a dense model may start one with experts, but
-    # those of one method mean nothing to another.
-    routed = {_layer(name) for name in filtered if '.mlp.experts.' in name}
-    routed &= {_layer(name) for name in expected}
-    missing_keys = [k for k in expected if _layer(k) in routed and k not in fitted]
-    unexpected_keys = [k for k in filtered if _layer(k) in routed and k not in expected]
-    if missing_keys or any(k in fitted for k in unexpected_keys):
-        raise ValueError(
-            f'checkpoint {path!r} is of another MoE method: only it has '
-            f'{shorten(unexpected_keys) or "nothing"}; only the model has '
-            f'{shorten(missing_keys) or "nothing"}'
-        )
-
-
-def _layer(name: str) -> str:
-    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP."""
-    layer, found, _ = name.partition('.mlp.')
-    return f'{layer}.mlp' if found else ''
-
-
-def _describe(expected: StateDict, filtered: StateDict, fitted: StateDict) -> list[str]:
-    missing_keys = [name for name in expected if name not in fitted]
-    unexpected_keys = [name for name in filtered if name not in expected]
-    whole = 'model' if any(name.startswith(_CLASSIFIERS) for name in expected) else 'backbone'
-    loaded = len(expected) - len(missing_keys)
-    notes = [f'loaded {loaded} of the {len(expected)} tensors of the {whole}']
-    if missing_keys:
-        notes.append(f'not in the checkpoint, as initialised: {", ".join(missing_keys)}')
-    if unexpected_keys:
-        notes.append(f'not in the model, unused: {", ".join(unexpected_keys)}')
-    return notes
-
-
-def misfit(expected: StateDict, state_dict: StateDict) -> str:
-    """What keeps a state dict from being loaded, in words; empty if nothing does.
-
-    Args:
-        expected: State dict of the model.
-        state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
-    """
-    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
-    parts = {
-        'missing keys': [name for name in expected if name not in state],
-        'unexpected keys': [name for name in state if name not in expected],
-        'shapes': _other_shapes(expected, state),
-    }
-    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
-
-
-def _other_shapes(expected: StateDict, state: StateDict) -> list[str]:
-    return [
-        f'{name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}'
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-
-
-def shorten(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are.
-
-    Args:
-        names: What to list.
-        limit: How many to write out.
-    """
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + more
+def _upcycled(
+    model: VisionTransformer, state: StateDict, path: str, how: Upcycling
+) -> tuple[StateDict, dict[str, str]]:
+    """Experts made of the dense MLPs in their place, and which tensor each was made of."""
+    made: StateDict = {}
+    sources: dict[str, str] = {}
+    for name, layer in moe_layers(model).items():
+        prefix = f'{name}.'
+        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if part and not any(key.startswith('experts.') for key in part):
+            experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
+            made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
+            sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
+    allowed = f'its defaults, checkpoint {path!r} has no dense MLP to make experts of'
+    check(bool(made) or how == Upcycling(), 'upcycling', how, allowed)
+    return made, sources

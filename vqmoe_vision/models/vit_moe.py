@@ -9,16 +9,17 @@ their names are timm's, so weights of dense models fit everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from timm.layers import get_act_layer, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..moe.config import check
+from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
 from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
@@ -31,19 +32,23 @@ from .arguments import (
     named_failures,
     resolve_moe_layers,
 )
-from .complexity import count_params, describe_params
 from .raw_patches import RawPatchBlock, raw_patch_parts
+from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
+from .sparse_model import SparseModel
+from .upcycle import Upcycling, read_upcycling
 
 __all__ = ['MoeVisionTransformer']  # register_model adds each entry point
 
 
-class MoeVisionTransformer(VisionTransformer):
+class MoeVisionTransformer(SparseModel, VisionTransformer):
     """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
 
     Args:
         method: Key of `METHODS`.
         moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
         fix_init: Rescale output layers by depth after they are initialised, as timm's option.
+        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded: an
+            `Upcycling`, a dictionary of its options, or None for equal copies.
         **kwargs: Arguments of `VisionTransformer`, and options of the method.
 
     Raises:
@@ -57,8 +62,10 @@ class MoeVisionTransformer(VisionTransformer):
         method: str,
         moe_layers: str | Sequence[int] = 'every2',
         fix_init: bool = False,
+        upcycling: Upcycling | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        how = read_upcycling(upcycling)
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_names(kwargs, method)
@@ -70,37 +77,26 @@ class MoeVisionTransformer(VisionTransformer):
         with named_failures(VisionTransformer, kwargs):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
-        self.method = method
-        self.moe_config = METHODS[method].config.from_options(**options)
+        self.describe(method, METHODS[method].config.from_options(**options), how)
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
             has_mlp = hasattr(self.blocks[i], 'mlp')
             check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
-            self.blocks[i].mlp = self._build_moe(kwargs, host)
+            self.blocks[i].mlp = build_layer(
+                method,
+                self.moe_config,
+                host,
+                self.embed_dim,
+                kwargs.get('mlp_ratio', 4.0),
+                act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
+                bias=kwargs.get('proj_bias', True),
+                drop=kwargs.get('proj_drop_rate', 0.0),
+                **{name: kwargs.get(name) for name in ('device', 'dtype')},
+            )
         self.fix_init = fix_init
         if fix_init:
             self.fix_init_weight()
-
-    def _build_moe(self, kwargs: dict[str, Any], host: Host) -> MoeLayer:
-        method, config = METHODS[self.method], self.moe_config
-        factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
-        ratio = config.expert_mlp_ratio or kwargs.get('mlp_ratio', 4.0)
-        hidden = int(self.embed_dim * ratio)
-        check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
-        experts = Experts(
-            config.num_experts,
-            self.embed_dim,
-            hidden,
-            act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
-            bias=kwargs.get('proj_bias', True),
-            drop=kwargs.get('proj_drop_rate', 0.0),
-            **factory,
-        )
-        layer = method.build(self.embed_dim, config, experts, host, **factory)
-        # torch.fx, which timm's feature extraction uses, takes it as one operation
-        register_notrace_module(type(layer))
-        return layer
 
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
@@ -113,15 +109,6 @@ class MoeVisionTransformer(VisionTransformer):
                 mlp.fc2.weight.div_(scale)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not use weight decay."""
-        names = super().no_weight_decay()
-        for prefix, module in self.named_modules():
-            if module is not self and hasattr(module, 'no_weight_decay'):
-                names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
-        return names
-
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):
@@ -131,9 +118,42 @@ class MoeVisionTransformer(VisionTransformer):
         else:
             super().set_grad_checkpointing(enable)
 
-    def extra_repr(self) -> str:
-        """Method and size, for print(model)."""
-        return f'{self.method}: {describe_params(*count_params(self))}'
+
+def build_layer(
+    method: str,
+    config: MoeConfig,
+    host: Host,
+    width: int,
+    mlp_ratio: float,
+    act_layer: Callable[[], nn.Module] = nn.GELU,
+    bias: bool = True,
+    drop: float = 0.0,
+    **factory: Any,
+) -> MoeLayer:
+    """MoE layer of a method with experts that are like the MLPs of its model.
+
+    Args:
+        method: Key of `METHODS`.
+        config: Its options.
+        host: The model.
+        width: D, of its tokens.
+        mlp_ratio: Hidden width of its MLPs over D, which experts take unless the options say.
+        act_layer: As those of the MLPs.
+        bias: As those of the MLPs.
+        drop: As those of the MLPs.
+        **factory: `device` and `dtype`.
+
+    Raises:
+        ValueError: An expert would have no hidden feature.
+    """
+    ratio = config.expert_mlp_ratio or mlp_ratio
+    hidden = int(width * ratio)
+    check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
+    experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
+    layer = METHODS[method].build(width, config, experts, host, **factory)
+    # torch.fx, which timm's feature extraction uses, takes it as one operation
+    register_notrace_module(type(layer))
+    return layer
 
 
 def _cfg() -> dict[str, Any]:
@@ -165,17 +185,39 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(size: str, method: str, pretrained: bool, **kwargs: Any) -> MoeVisionTransformer:
+def _create(
+    size: str, method: str, pretrained: bool, upcycle: str | None = None, **kwargs: Any
+) -> MoeVisionTransformer:
+    """A model as timm builds it.
+
+    Args:
+        size: Key of `SIZES`.
+        method: Key of `METHODS`.
+        pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
+        upcycle: What to start from instead, see `upcycle_overlay`.
+        **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
+
+    Raises:
+        ValueError: An argument is impossible, or the weights cannot be read or do not fit.
+    """
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        MoeVisionTransformer,
-        f'vit_{size}_{method}',
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
-        method=method,
-        **{**SIZES[size], **kwargs},
-    )
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    if upcycle is not None:
+        check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
+        pretrained, overlay = True, {**upcycle_overlay(upcycle, kwargs.get('cache_dir')), **overlay}
+    config = kwargs.get('pretrained_cfg')
+    source = source_of({**(config if isinstance(config, dict) else {}), **overlay})
+    with named_source(source) if pretrained and source else nullcontext():
+        return build_model_with_cfg(
+            MoeVisionTransformer,
+            f'vit_{size}_{method}',
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=fit_pretrained,
+            feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
+            method=method,
+            **{**SIZES[size], **kwargs},
+        )
 
 
 @register_model

@@ -62,6 +62,10 @@ class MoeConfig:
     # Options by name that run other code than the presets; tests of every kind try them, and each
     # option has to be in one of them.
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Options by name with which a layer of equal experts answers as one of them alone: a model that
+    # starts from a dense one then begins with its answers. Empty where no options do so; a method
+    # that needs none has an entry without options.
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
 
     num_experts: int = 8
     expert_mlp_ratio: float | None = None

@@ -6,7 +6,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -166,6 +166,17 @@ class MoeLayer(StaysPython):
         """Begin a new training from the weights as they are; returns what changed, in words."""
         return None
 
+    def to_discrete(self) -> dict[str, Any]:
+        """Keep the discrete branch alone.
+
+        Returns:
+            The options in which the layer is now another one; empty if it was discrete already.
+
+        Raises:
+            ValueError: The layer has no discrete branch beside another.
+        """
+        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
+
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make the state of a layer of this method, but of other sizes or form, fit this one.
 
@@ -176,6 +187,23 @@ class MoeLayer(StaysPython):
             What fits is changed, what is of no use here left out; the rest stays as it is.
         """
         return state
+
+    def omitted(self, names: Iterable[str]) -> set[str]:
+        """Names of the state of another form of this layer that it does without.
+
+        Every loading leaves them out, strict ones too.
+
+        Args:
+            names: Of the state, relative to the layer.
+        """
+        return set()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the one place that torch's, timm's and mmengine's loading have in common
+        names = [name[len(prefix) :] for name in state_dict if name.startswith(prefix)]
+        for name in self.omitted(names):
+            del state_dict[prefix + name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_use(self) -> None:
         if in_recomputation():

@@ -13,9 +13,8 @@ from torch import Tensor
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.shared_start import share_start
+from vqmoe_vision.models.sources import VIT_MODULES
 
-# Files of timm, and ours, whose models are `VisionTransformer`s.
-_MODULES = ('vision_transformer', 'deit', 'vit_moe')
 _DEFAULTS = {
     'num_classes': 0,
     'global_pool': '',  # else the last norm would belong to the pooled features
@@ -38,13 +37,13 @@ class TimmViT(BaseModule):
             Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
-            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Read when training
-            starts, not for tests.
+            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Experts are made of
+            the MLPs of a dense one. Read when training starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.
-        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size` and
-            `pretrained`.
+        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`,
+            `pretrained` and `upcycling`.
 
     Raises:
         ValueError: The model or the blocks do not exist, or the model is no vision transformer.
@@ -99,7 +98,7 @@ def _create(
     model_name: str, moe: dict[str, Any] | None, extra_mlps: int, arguments: dict[str, Any]
 ) -> VisionTransformer:
     known = timm.is_model(model_name)
-    if known and not timm.models.is_model_in_modules(model_name, _MODULES):
+    if known and not timm.models.is_model_in_modules(model_name, VIT_MODULES):
         raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
     model: Any = create_model(model_name, moe, extra_mlps, **arguments)
     return model

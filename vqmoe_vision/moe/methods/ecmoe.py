@@ -47,6 +47,12 @@ class ExpertChoiceConfig(MoeConfig):
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'one': {'capacity_factor': 1.0}}
 
+    # Weights of a token sum to 1 over all experts: every expert has to take every token, which
+    # costs them all.
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'all': {'num_experts': 2, 'capacity_factor': 2.0},
+    }
+
     capacity_factor: float = 2.0
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ class HashConfig(TopKConfig):
     Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
     comparisons has.
     """
+
+    # K equal answers are averaged
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
 
 
 class HashRouter(TopKRouter):

@@ -98,6 +98,11 @@ class SMoEConfig(TopKConfig):
         'eval-capacity': {'eval_capacity_factor': 1.0},
     }
 
+    # the K largest of a softmax sum to less than 1
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'renormalize': {'renormalize': True},
+    }
+
     top_k: int = 2
     renormalize: bool = False
     router_bias: bool = False

@@ -63,6 +63,7 @@ class SoftMoEConfig(MoeConfig):
     }
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'slots': {'slots_per_expert': 3}}
+    # no EXACT_UPCYCLING: experts see mixtures of tokens, however equal they are
 
     slots_per_expert: int | None = None
     slots_per_token: float | None = None

@@ -76,6 +76,11 @@ class StableMoEConfig(TopKConfig):
         'long': {'stage1_fraction': 0.5},
     }
 
+    # the sigmoid of two stages begins a little above a half
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'one-stage': {'two_stage': False, 'top_k': 2},
+    }
+
     stage1_steps: int | None = None
     stage1_fraction: float = 0.1
     balance_weight: float = 0.3

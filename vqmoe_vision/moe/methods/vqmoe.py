@@ -34,7 +34,8 @@ Legend: T tokens, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,18 @@ class VQMoEConfig(MoeConfig):
         'gradient': {'codebook': 'gradient', 'num_codes': 48, 'input_norm': False},
         'simvq': {'codebook': 'simvq', 'expert_input': 'ste', 'vq_weight': 0.5},
         'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
+    }
+
+    # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
+    # the continuous branch is a probability, below 1, unless its router is frozen.
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
+        'full': {
+            'expert_input': 'token',
+            'input_norm': False,
+            'train_router': False,
+            'balance_weight': 0.0,
+        },
     }
 
     form: str = 'full'
@@ -226,11 +239,30 @@ class VQMoEMlp(MoeLayer):
         """One per branch."""
         return (self.router is not None) + (self.quantizer is not None)
 
-    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def omitted(self, names: Iterable[str]) -> set[str]:
         """The discrete form of a layer that was trained in full has no router and no gate."""
-        if self.router is not None:
-            return state
-        return {k: v for k, v in state.items() if not k.startswith(('router.', 'gate.'))}
+        names = set(names)
+        full = any(name.startswith('quantizer.') for name in names)
+        if self.router is not None or not full:
+            return set()
+        return {name for name in names if name.startswith(('router.', 'gate.'))}
+
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without what the form has not."""
+        omitted = self.omitted(state)
+        return {name: value for name, value in state.items() if name not in omitted}
+
+    def to_discrete(self) -> dict[str, Any]:
+        """Form 'discrete' (5): the router and the gate go.
+
+        Equal to the full form (4) with g(x)_d = 1.
+        """
+        if self.quantizer is None:
+            raise ValueError(f'form={self.config.form!r} has no discrete branch to keep')
+        changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
+        self.config = replace(self.config, **changed)
+        self.router, self.gate = None, None
+        return changed
 
 
 def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> ContinuousRouter:

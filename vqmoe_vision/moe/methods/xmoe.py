@@ -84,6 +84,11 @@ class XMoEConfig(TopKConfig):
         'sigmoid': {'gate': 'sigmoid', 'balance_temperature': 0.5},
     }
 
+    # a gate alone is below 1, and one that is made 1 teaches the router nothing
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'renormalize': {'renormalize': True, 'top_k': 2},
+    }
+
     gate: str = 'softmax'
     router_dim: int | None = None
     temperature: float | None = None

@@ -1,0 +1,152 @@
+"""Checkpoints that are of another network than the model, each refused in one line.
+
+All functions take state dicts in timm's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .state_dicts import HEADS, StateDict, other_shapes, shorten
+
+# Arguments of timm's `VisionTransformer` that decide whether there is such a tensor: with it, and
+# without.
+_ARGUMENTS = (
+    (r'^cls_token$', 'class_token=True', "class_token=False, global_pool='avg'"),
+    (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class=True', 'reg_tokens=0'),
+    (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
+    (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
+    (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=None'),
+    (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
+    (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
+    (r'\.(attn\.proj|fc[12])\.bias$', 'proj_bias=True', 'proj_bias=False'),
+)
+
+
+def refuse_other_tokens(state: StateDict, expected: StateDict, path: str) -> None:
+    """Refuse a class token or a position embedding that only one of both has.
+
+    Args:
+        state: Of the checkpoint.
+        expected: Of the model.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name in ('cls_token', 'pos_embed'):
+        if (name in state) != (name in expected):
+            raise ValueError(_only(path, [name], 'checkpoint' if name in state else 'model', state))
+
+
+def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
+    """Refuse packed SwiGLU: the names of a plain MLP, and twice the features after fc1.
+
+    Args:
+        expected: Of the model.
+        state: Of the checkpoint.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: The model has a plain MLP in its place.
+    """
+    for name, weight in state.items():
+        layer = _layer(name)
+        if name != f'{layer}.fc1.weight' or f'{layer}.fc2.weight' not in state:
+            continue
+        second = f'{layer}.fc2.weight'
+        given, taken = weight.shape[0], state[second].shape[1]
+        plain = name not in expected or expected[name].shape[0] == expected[second].shape[1]
+        if plain and given != taken:
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: {layer} is a gated MLP (SwiGLU), fc1 '
+                f'gives {given} features and fc2 takes {taken}; experts are plain MLPs'
+            )
+
+
+def refuse_misfits(expected: StateDict, filtered: StateDict, fitted: StateDict, path: str) -> None:
+    """Refuse a checkpoint of another size or of another method.
+
+    Args:
+        expected: Of the model.
+        filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
+        fitted: The same after each MoE layer has fitted its part.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: It is one.
+    """
+    shapes = other_shapes(expected, fitted)
+    if shapes:
+        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
+    # Experts where the model has others: weights of a dense model may start one with experts, but
+    # those of one method mean nothing to another.
+    routed = {_layer(name) for name in filtered if '.mlp.experts.' in name}
+    routed &= {_layer(name) for name in expected}
+    missing_keys = [k for k in expected if _layer(k) in routed and k not in fitted]
+    unexpected_keys = [k for k in filtered if _layer(k) in routed and k not in expected]
+    if missing_keys or any(k in fitted for k in unexpected_keys):
+        raise ValueError(
+            f'checkpoint {path!r} is of another MoE method: only it has '
+            f'{shorten(unexpected_keys) or "nothing"}; only the model has '
+            f'{shorten(missing_keys) or "nothing"}'
+        )
+
+
+def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, whole: bool) -> None:
+    """Refuse tensors of the network that only one of both has: it would be another function.
+
+    What may differ: final norms and heads; experts in the place of an MLP; and a backbone may end
+    before the last block of the checkpoint.
+
+    Args:
+        expected: Of the model.
+        fitted: Of the checkpoint.
+        path: What the checkpoint is called, for messages.
+        whole: Whether the model is more than a backbone.
+
+    Raises:
+        ValueError: There are some; names arguments with which the model would fit.
+    """
+    layers = {_layer(name) for name in expected if '.mlp.experts.' in name}
+    blocks = {_block(name) for name in expected}
+
+    def matters(name: str) -> bool:
+        free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or _layer(name) in layers
+        return not free and (whole or _block(name) in blocks)
+
+    for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):
+        names = [name for name in part if name not in other and matters(name)]
+        if names:
+            raise ValueError(_only(path, names, owner, fitted))
+
+
+def _layer(name: str) -> str:
+    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP."""
+    layer, found, _ = name.partition('.mlp.')
+    return f'{layer}.mlp' if found else ''
+
+
+def _block(name: str) -> str:
+    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block."""
+    match = re.match(r'blocks\.\d+\.', name)
+    return match[0] if match else ''
+
+
+def _only(path: str, names: Sequence[str], owner: str, state: StateDict) -> str:
+    """A line about tensors that only one of both has, and arguments with which the model fits."""
+    depth = len({_block(name) for name in state} - {''})
+    reg_tokens = state['reg_token'].shape[1] if 'reg_token' in state else 0
+    if any(re.search(r'^blocks\.\d+\.norm1\.', name) for name in names):
+        hints = [f'depth={depth}']
+    else:
+        hints = [
+            present if owner == 'checkpoint' else absent
+            for pattern, present, absent in _ARGUMENTS
+            if any(re.search(pattern, name) for name in names)
+        ]
+    fits = f'; {", ".join(hints)} would fit'.format(reg_tokens=reg_tokens) if hints else ''
+    return (
+        f'checkpoint {path!r} does not fit the model: only the {owner} has {shorten(names)}{fits}'
+    )

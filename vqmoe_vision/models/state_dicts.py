@@ -1,0 +1,119 @@
+"""State dicts side by side: what does not fit, and what became of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..moe import moe_layers
+
+StateDict = dict[str, Tensor]
+CLASSIFIERS = ('head.', 'head_dist.')
+HEADS = (*CLASSIFIERS, 'attn_pool.')
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each tensor of a model, and of each of a checkpoint.
+
+    Every tensor of the model is in one of the first four, every one of the checkpoint in `loaded`,
+    `resized`, the values of `copied`, or one of the last two.
+
+    Attributes:
+        loaded: Tensors of the model that are as in the checkpoint.
+        resized: Those that were fitted to other sizes: shapes before and after.
+        copied: Tensors of experts, and those of a dense MLP that they were made of.
+        initialised: What the checkpoint has nothing for.
+        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for.
+        outside: Of those that the model's part does not include: heads that it does not take, and
+            what a run has beside its network.
+        remarks: What is to say of the checkpoint as a whole, a line each.
+    """
+
+    loaded: tuple[str, ...] = ()
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
+    initialised: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For a log; a head that starts anew has its line among the remarks."""
+        notes = list(self.remarks)
+        notes += [
+            f'{name} resized from {before} to {after}'
+            for name, (before, after) in self.resized.items()
+        ]
+        initialised = [name for name in self.initialised if not name.startswith(CLASSIFIERS)]
+        found = [*self.loaded, *self.resized]
+        number = len(found) + len(self.copied) + len(initialised)
+        whole = 'model' if any(name.startswith(CLASSIFIERS) for name in found) else 'backbone'
+        notes.append(f'loaded {len(found)} of the {number} tensors of the {whole}')
+        if self.copied:
+            notes.append(f'made of dense MLPs: {", ".join(self.copied)}')
+        if initialised:
+            notes.append(f'not in the checkpoint, as initialised: {", ".join(initialised)}')
+        if self.unused:
+            notes.append(f'not in the model, unused: {", ".join(self.unused)}')
+        return notes
+
+
+def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
+    """As `misfit`, of a model that is about to load a state dict.
+
+    Args:
+        model: Its MoE layers may do without what another form of theirs has.
+        state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
+    """
+    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    for layer_name, layer in moe_layers(model).items():
+        prefix = f'{layer_name}.'
+        names = [name[len(prefix) :] for name in state if name.startswith(prefix)]
+        for name in layer.omitted(names):
+            del state[prefix + name]
+    return misfit(model.state_dict(), state)
+
+
+def misfit(expected: StateDict, state_dict: StateDict) -> str:
+    """What keeps a state dict from being loaded, in words; empty if nothing does.
+
+    Args:
+        expected: State dict of the model.
+        state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
+    """
+    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    parts = {
+        'missing keys': [name for name in expected if name not in state],
+        'unexpected keys': [name for name in state if name not in expected],
+        'shapes': other_shapes(expected, state),
+    }
+    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
+
+
+def other_shapes(expected: StateDict, state: StateDict) -> list[str]:
+    """Tensors of the same name that differ in shape, and the shapes of both, in words.
+
+    Args:
+        expected: State dict of the model.
+        state: Of the checkpoint.
+    """
+    return [
+        f'{name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}'
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+
+
+def shorten(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Args:
+        names: What to list.
+        limit: How many to write out.
+    """
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more

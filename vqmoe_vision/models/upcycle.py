@@ -1,0 +1,161 @@
+"""Sparse upcycling: the experts of a layer are made of the dense MLP in their place.
+
+"Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints" (Komatsuzaki et al., ICLR
+2023, arXiv 2212.05055): every expert is a copy of the dense MLP, and the router starts anew. What
+a method needs so that the model then answers as the dense one does is `EXACT_UPCYCLING` of its
+options.
+
+Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ..moe.config import check, check_type
+from ..moe.experts import Experts
+from .state_dicts import StateDict, shorten
+
+_PARTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upcycling:
+    """How experts differ from the dense MLP that they are made of; by default not at all.
+
+    Equal experts become different where they see different tokens. Each of these options gives up
+    that the model begins with the answers of the dense one.
+
+    Args:
+        noise: Gaussian noise on the weights of every expert, over the standard deviation of each
+            weight matrix (a variant of arXiv 2212.05055, which found little in it).
+        drop: Share of the hidden units of every expert that are drawn anew, from a normal
+            distribution with mean and standard deviation of what they replace ("Drop-Upcycling",
+            Nakamura et al., ICLR 2025, arXiv 2502.19261, where it is 0.5).
+        split: For experts narrower than the MLP: its hidden units are shuffled and dealt to the
+            experts, as often as it takes (Qwen2, arXiv 2407.10671, section 2.2.2). The second
+            layer is scaled by F / H, so that the mean over experts is the answer of the MLP.
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
+
+    noise: float = 0.0
+    drop: float = 0.0
+    split: bool = False
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for field in fields(self):
+            check_type(f'upcycling.{field.name}', types[field.name], getattr(self, field.name))
+        valid = 0 <= self.noise < math.inf
+        check(valid, 'upcycling.noise', self.noise, 'at least 0 and finite')
+        check(0 <= self.drop <= 1, 'upcycling.drop', self.drop, 'from 0 to 1')
+
+
+def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
+    """The options that a user gave, in any form.
+
+    Args:
+        value: Options, a dictionary of them, or None for the defaults.
+
+    Raises:
+        ValueError: There is no such option, or a value is impossible.
+    """
+    if isinstance(value, Upcycling):
+        return value
+    allowed = 'a dictionary of options, or None'
+    check(value is None or isinstance(value, dict), 'upcycling', value, allowed)
+    names = [field.name for field in fields(Upcycling)]
+    for name, option in (value or {}).items():
+        check(name in names, f'upcycling.{name}', option, f'the options are {", ".join(names)}')
+    return Upcycling(**(value or {}))
+
+
+def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
+    """Experts made of a dense MLP.
+
+    Random numbers are drawn from torch's global generator on the CPU.
+
+    Args:
+        mlp: State dict of timm's `Mlp`: fc1.weight (F, D), fc2.weight (D, F), and biases.
+        experts: For which they are; unchanged.
+        how: Options.
+        name: What the MLP is called, for messages.
+
+    Returns:
+        State dict of the experts: fc1.weight (E, H, D), fc2.weight (E, D, H), and biases.
+
+    Raises:
+        ValueError: The MLP is of another kind or size; names what would fit.
+    """
+    _check_fit(mlp, experts, how, name)
+    dense = mlp['fc1.weight'].shape[0]
+    number, hidden, _ = experts.fc1.weight.shape
+    units = _deal(number, hidden, dense)  # (E, H)
+    result = {
+        'fc1.weight': mlp['fc1.weight'][units],
+        'fc2.weight': mlp['fc2.weight'].t()[units].transpose(1, 2) * (dense / hidden),
+    }
+    if 'fc1.bias' in mlp:
+        result['fc1.bias'] = mlp['fc1.bias'][units]
+        result['fc2.bias'] = mlp['fc2.bias'].expand(number, -1).clone()
+    if how.drop > 0:
+        for expert in range(number):
+            _redraw({key: value[expert] for key, value in result.items()}, how.drop)
+    if how.noise > 0:
+        for key in ('fc1.weight', 'fc2.weight'):
+            weight = result[key]
+            result[key] = weight + how.noise * weight.std() * _normal(weight)
+    return result
+
+
+def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
+    expected = set(experts.state_dict())
+    if mlp.keys() != expected:
+        raise ValueError(
+            f'{name} cannot become experts: it has {shorten(sorted(mlp))}, and experts are of '
+            f'{", ".join(part for part in _PARTS if part in expected)}'
+        )
+    (dense, width), hidden = mlp['fc1.weight'].shape, experts.fc1.out_features
+    if width != experts.fc1.in_features:
+        raise ValueError(f'{name} is {width} wide, the model {experts.fc1.in_features}')
+    if how.split:
+        narrower = f'False, experts have {hidden} hidden units and {name} has no more, {dense}'
+        check(hidden < dense, 'upcycling.split', True, narrower)
+    elif hidden != dense:
+        cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
+        raise ValueError(
+            f'{name} has {dense} hidden units and experts {hidden}: '
+            f'expert_mlp_ratio={dense / width:g} fits{cut}'
+        )
+
+
+def _deal(number: int, hidden: int, dense: int) -> Tensor:
+    """Hidden units of each expert, (E, H): all of them in order, or dealt from shuffled copies."""
+    if hidden == dense:
+        return torch.arange(dense).expand(number, -1)
+    copies = -(-number * hidden // dense)
+    shuffled = torch.cat([torch.randperm(dense) for _ in range(copies)])
+    return shuffled[: number * hidden].view(number, hidden)
+
+
+def _redraw(expert: StateDict, share: float) -> None:
+    """Draws hidden units of one expert anew, in place."""
+    hidden = expert['fc1.weight'].shape[0]
+    chosen = torch.randperm(hidden)[: round(share * hidden)]
+    # what belongs to a hidden unit: a row of the first layer, its bias, a column of the second
+    for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
+        if part is not None and len(chosen):
+            old = part[chosen].float()
+            spread = old.std(correction=0)
+            part[chosen] = (old.mean() + spread * _normal(old)).to(part.dtype)
+
+
+def _normal(like: Tensor) -> Tensor:
+    return torch.randn(like.shape).to(like)
