@@ -30,12 +30,12 @@ def main() -> None:
         told = classify_digits(WORK_DIR / 'classification')
         checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
         told += segment_scenes(WORK_DIR / 'segmentation', checkpoint)
+        print('\n'.join(told))
         scenes = str(last_checkpoint(WORK_DIR / 'segmentation'))
         out = ['--out', str(WORK_DIR / 'report'), '--beside', f'vqmoe_vision::{SCENES}', scenes]
         analyze([f'vqmoe_vision::{DIGITS}', checkpoint, *out])
         report = WORK_DIR / 'report' / 'report.html'
-        told += ['', f'Which expert does what, in both: open {report} in a browser']
-        print('\n'.join(told))
+        print(f'\nWhich expert does what, in both: open {report} in a browser')
     except Exception as error:
         if '--debug' in sys.argv:
             raise

@@ -66,6 +66,12 @@ def test_table_and_picture_have_a_line_per_row_and_decider(spec) -> None:
     assert training.get_legend_handles_labels()[1] == ['one, router']
     assert training.lines[0].get_ydata().tolist() == pytest.approx([0.35, 0.775])
     assert [label.get_text() for label in rank.get_xticklabels()] == ['one']
+    # a run that has kept fewer checkpoints is no part of the curves
+    fewer = {**measured(), 'changes': measured()['changes'][:1]}
+    usable['one', 3] = {'routing': fewer}
+    figure = plot_routing(comparison, Results(usable, {}, []))
+    assert figure is not None
+    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.35, 0.775])
     only_dense = {key: content for key, content in usable.items() if key[0] == 'dense'}
     assert routing_table(comparison, Results(only_dense, {}, [])).empty
     assert plot_routing(comparison, Results(only_dense, {}, [])) is None

@@ -134,13 +134,23 @@ def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
         ("a = '{{$HOME:x}}'\n", False),  # mmengine replaces text before it runs it
         ('a = (\n', False),
         (7, False),
+        # names of what is to be built or imported
+        ("model = dict(type='mmseg.EncoderDecoder')\n", True),
+        ("custom_imports = dict(imports=['vqmoe_vision.engine'])\n", True),
+        ("model = dict(type='subprocess.run', args='true')\n", False),
+        ("model = {'type': 'subprocess.run', 'args': 'true'}\n", False),
+        ("name = 'subprocess.run'\nmodel = dict(type=name)\n", False),
+        ("custom_imports = dict(imports=['their.module'])\n", False),
     ],
 )
 def test_a_config_that_would_run_is_left_out(config: Any, kept: bool, tmp_path: Path) -> None:
     meta = {'iter': 3, 'cfg': config, 'config': config}
-    torch.save({'meta': meta, 'state_dict': {}}, tmp_path / 'a.pth')
-    read = _load_checkpoint(str(tmp_path / 'a.pth'))['meta']
-    assert read == (meta if kept else {'iter': 3})
+    # mmengine's inferencers prefer the one of the message hub
+    hub = {'runtime_info': {'iter': 3, 'cfg': config}}
+    torch.save({'meta': meta, 'message_hub': hub, 'state_dict': {}}, tmp_path / 'a.pth')
+    read = _load_checkpoint(str(tmp_path / 'a.pth'))
+    assert read['meta'] == (meta if kept else {'iter': 3})
+    assert read['message_hub'] == (hub if kept else {'runtime_info': {'iter': 3}})
 
 
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:

@@ -173,3 +173,17 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(
         'is intact\n'
     )
     assert {name: (work / name).read_bytes() for name in names(work)} == before
+
+
+def test_a_new_best_deletes_no_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    hook = AtomicCheckpointHook(interval=3, save_best='mIoU')
+    hook.out_dir = str(tmp_path)
+    names = {'iter_5.pth', 'best_mIoU_epoch_1.pth', 'epoch_3.pth'}
+    for name in names:
+        (tmp_path / name).touch()
+    # a signal has saved iteration 5, between two checkpoints that are due
+    hook._outdated = ['iter_5.pth', 'best_mIoU_epoch_1.pth']
+    hook._delete_outdated()
+    assert {path.name for path in tmp_path.iterdir()} == {'iter_5.pth', 'epoch_3.pth'}
+    hook._delete_outdated('epoch_3.pth')
+    assert {path.name for path in tmp_path.iterdir()} == {'epoch_3.pth'}

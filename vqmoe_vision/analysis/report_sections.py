@@ -256,7 +256,7 @@ def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Sectio
             'The same tokens, seen by two checkpoints of a run: a router that is still undecided '
             'late in training sends them elsewhere. What would change by chance stands under '
             'Numbers.',
-            [change_table(changes)] if changes else [],
+            [change_table(changes)] if any(change.shares for change in changes) else [],
         ),
     )
     return [Section(a, title, text, tables=tables) for a, title, text, tables in found if tables]

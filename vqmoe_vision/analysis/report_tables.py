@@ -112,7 +112,7 @@ def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
             f'{survey.title}: {said}', 'shift', {BY_CHANCE: _by_chance(survey), **survey.shifts}
         )
         for survey in surveys
-        if survey.shifts
+        if any(survey.shifts.values())  # SoftMoE has no expert that could change
     ]
 
 

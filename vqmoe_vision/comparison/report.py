@@ -12,7 +12,7 @@ import pandas as pd
 
 from .curves import plot_curves
 from .results import Results
-from .routing import NUM_IMAGES, SEVERITY, routing_table
+from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
 from .routing_figure import plot_routing
 from .sentences import sentences
 from .spec import Comparison
@@ -121,10 +121,10 @@ def _routed(comparison: Comparison, results: Results) -> list[str]:
         return []
     text = (
         f'What the routing of the last checkpoints is like on {NUM_IMAGES} test images; '
-        'docs/routing-measures.md defines the measures. "Kept" is the share of patches whose '
-        'expert stays, beyond chance (1: all, 0: as if drawn from the load), from the checkpoint '
-        'before to the last, and under shifts; corruptions are those of ImageNet-C at severity '
-        f'{SEVERITY}.'
+        'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
+        'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
+        f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
+        f'shifts; corruptions are those of ImageNet-C at severity {SEVERITY}.'
     )
     return [text, table.to_markdown(index=False, disable_numparse=True)]
 

@@ -30,6 +30,7 @@ from .runs import Run
 from .spec import Comparison
 
 NUM_IMAGES = 1000  # of the test
+SHIFTED_IMAGES = 100
 SEVERITY = 3
 _BATCH = 50
 
@@ -70,6 +71,7 @@ def _routing(run: Run) -> dict[str, Any]:
         normalization=source.normalization,
         classes=source.classes,
         shifts=_shifts(),
+        shifted_images=SHIFTED_IMAGES,
     )
     models = [load_trained(config, str(path)).routed_model for path in files]
     prefix = next(n for n, module in model.named_modules() if module is model.routed_model)

@@ -55,6 +55,7 @@ def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
             if kept_then:
                 curves.setdefault(f'{row}, {decider}', []).append(kept_then)
     for number, (label, values) in enumerate(curves.items()):
+        values = _of_equal_length(values)
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)
         steps = range(1, len(mean) + 1)
         line = axes.errorbar(steps, mean, std, label=label, color=colour_of(number), capsize=2)
@@ -111,7 +112,7 @@ def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
     for number, (label, values) in enumerate(curves.items()):
         part = label.rpartition(' ')[2]
         if part in styles:
-            mean = np.mean(values, axis=0)
+            mean = np.mean(_of_equal_length(values), axis=0)
             axes.plot(
                 range(1, len(mean) + 1), mean, styles[part], label=label, color=colour_of(number)
             )
@@ -123,3 +124,9 @@ def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize='small')
+
+
+def _of_equal_length(curves: list[list[float]]) -> list[list[float]]:
+    """The curves of the runs that have kept the most checkpoints."""
+    most = max(map(len, curves))
+    return [curve for curve in curves if len(curve) == most]

@@ -204,10 +204,12 @@ def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
 def _without_code(content: Any, path: str) -> Any:
     """Leaves out a config that mmengine would run: its `resume` does so, and its inferencers."""
     meta = content.get('meta') if isinstance(content, dict) else None
-    for name in ('config', 'cfg'):
-        if isinstance(meta, dict) and name in meta and not _holds_values_alone(meta[name]):
-            print_log(f'{path}: meta[{name!r}] holds more than values and is left out', 'current')
-            del meta[name]
+    hub = content.get('message_hub') if isinstance(content, dict) else None
+    info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    for holder, name in ((meta, 'config'), (meta, 'cfg'), (info, 'cfg')):
+        if isinstance(holder, dict) and name in holder and not _holds_values_alone(holder[name]):
+            print_log(f'{path}: its config ({name}) may run code and is left out', 'current')
+            del holder[name]
     return content
 
 
@@ -215,10 +217,16 @@ _IN_A_CONFIG = (
     *(ast.Module, ast.Assign, ast.Name, ast.expr_context, ast.Call, ast.keyword, ast.Constant),
     *(ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp, ast.USub),
 )
+# Whose names a config of others may give to `type` and `custom_imports`.
+_TRUSTED = ('mmcv', 'mmengine', 'mmseg', 'vqmoe_vision')
 
 
 def _holds_values_alone(text: Any) -> bool:
-    """Whether a config assigns nothing but values, as all do that mmengine writes."""
+    """Whether a config assigns nothing but values, as all do that mmengine writes.
+
+    Names of what is to be built or imported are values too: mmengine builds `subprocess.run` if a
+    `type` says so, and imports whatever `custom_imports` says.
+    """
     if not isinstance(text, str) or '{{' in text or '_base_' in text:
         return False  # mmengine replaces what is in braces before it runs the text
     try:
@@ -226,8 +234,37 @@ def _holds_values_alone(text: Any) -> bool:
     except Exception:  # what is no Python makes the parser fail in any way
         return False
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return all(isinstance(node, _IN_A_CONFIG) for node in nodes) and all(
-        isinstance(function, ast.Name) and function.id == 'dict' for function in calls
+    return (
+        all(isinstance(node, _IN_A_CONFIG) for node in nodes)
+        and all(isinstance(function, ast.Name) and function.id == 'dict' for function in calls)
+        and all(map(_is_trusted, _fields(nodes, 'type')))
+        and all(map(_is_trusted, _fields(nodes, 'custom_imports')))
+    )
+
+
+def _fields(nodes: list[ast.AST], name: str) -> Iterator[ast.AST]:
+    """What a config gives to a field, wherever that stands."""
+    for node in nodes:
+        if isinstance(node, ast.keyword):
+            if node.arg == name:
+                yield node.value
+        elif isinstance(node, ast.Assign):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if name in targets:
+                yield node.value
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if not isinstance(key, ast.Constant) or key.value == name:
+                    yield value
+
+
+def _is_trusted(value: ast.AST) -> bool:
+    """Whether all names in a value are those of a registry or of a package that is trusted."""
+    inner = list(ast.walk(value))
+    names = [node.value for node in inner if isinstance(node, ast.Constant)]
+    parts = [name.split('.') for name in names if isinstance(name, str)]
+    return not any(isinstance(node, ast.Name) and node.id != 'dict' for node in inner) and all(
+        len(part) == 1 or part[0] in _TRUSTED for part in parts
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename: a name may reach the disk before its bytes
         os.replace(partial, path)
-        _sync_folder(path.parent)
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
+        with suppress(OSError):  # it is in nobody's way
+            partial.unlink(missing_ok=True)
         raise SaveError(
             f'{path} could not be written ({error.strerror}); what was saved before is intact'
         ) from error
+    # the file is there; some file systems cannot say when its name is on the disk too
+    with suppress(OSError):
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -85,7 +88,8 @@ def remove_partial(folder: Path) -> None:
         folder: Work dir, in which nothing else runs.
     """
     for path in folder.glob('.*.part'):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def delete(folder: Path, names: Iterable[str]) -> None:

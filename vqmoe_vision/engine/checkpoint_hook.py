@@ -232,7 +232,7 @@ class AtomicCheckpointHook(CheckpointHook):
             self._set_best(key, None)
         super()._save_best_checkpoint(runner, metrics)
         self._outdate_former_best()
-        self._delete_outdated()
+        self._delete_outdated()  # of the best ones: a run goes on from the others
 
     def _outdate_former_best(self) -> None:
         """Sorts the former best files into those that are still the best and the others."""
@@ -259,6 +259,8 @@ class AtomicCheckpointHook(CheckpointHook):
             self.best_ckpt_path = path
 
     def _delete_outdated(self, current: str | None = None) -> None:
+        """Deletes outdated files, those that a run could go on from only after a newer one."""
+        names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
         if is_main_process():
-            delete(Path(self.out_dir), [name for name in self._outdated if name != current])
-        self._outdated = []
+            delete(Path(self.out_dir), [name for name in names if name != current])
+        self._outdated = [name for name in self._outdated if name not in names]

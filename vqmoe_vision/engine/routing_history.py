@@ -18,6 +18,7 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
 
+from .checkpoint_files import write_atomically
 from .model import unwrapped
 from .routing import RoutingStatistics
 
@@ -83,7 +84,7 @@ class RoutingHistoryHook(Hook):
             path = Path(runner.work_dir) / FILE
             lines = read_history(path) if runner._resume and path.exists() else []
             kept = [json.dumps(line) + '\n' for line in lines if line['iteration'] <= runner.iter]
-            path.write_text(''.join(kept))
+            write_atomically(path, ''.join(kept).encode())
 
     def after_train_iter(
         self,
