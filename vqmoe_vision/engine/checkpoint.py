@@ -27,9 +27,9 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.models.sources import check_file
+from vqmoe_vision.models.sparse_model import MoeVisionTransformer
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
-from vqmoe_vision.models.vit_moe import MoeVisionTransformer
 from vqmoe_vision.moe import restart
 
 # `torch.load` takes no file at all where both are set

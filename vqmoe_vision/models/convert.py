@@ -19,10 +19,9 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import moe_options, resolve_moe_layers
 from .raw_patches import RawPatchBlock, RawPatchEmbed
-from .sparse_model import MoeEva, SparseModel
+from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel, build_layer
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, upcycle
-from .vit_moe import MoeVisionTransformer, build_layer
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
 _SPARSE: dict[type[nn.Module], Any] = {

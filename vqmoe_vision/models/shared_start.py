@@ -16,7 +16,7 @@ from torch import nn
 
 from ..moe.experts import StackedLinear
 from .arguments import moe_options
-from .vit_moe import MoeVisionTransformer
+from .sparse_model import MoeVisionTransformer
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:

@@ -9,151 +9,17 @@ their names are timm's, so weights of dense models fit everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from timm.layers import get_act_layer, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from ..moe.config import MoeConfig, check
-from ..moe.experts import Experts
-from ..moe.host import Host, RawPatches
-from ..moe.layer import MoeLayer
+from ..moe.config import check
 from ..moe.methods import METHODS
-from .arguments import (
-    check_experts,
-    check_names,
-    check_patches,
-    check_vit_arguments,
-    named_failures,
-    resolve_moe_layers,
-)
-from .raw_patches import RawPatchBlock, raw_patch_parts
 from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
-from .sparse_model import SparseModel
-from .upcycle import Upcycling, read_upcycling
+from .sparse_model import MoeVisionTransformer
 
-__all__ = ['MoeVisionTransformer']  # register_model adds each entry point
-
-
-class MoeVisionTransformer(SparseModel, VisionTransformer):
-    """timm's `VisionTransformer` with MoE layers in the place of some MLPs.
-
-    Args:
-        method: Key of `METHODS`.
-        moe_layers: Which blocks are MoE, see `resolve_moe_layers`.
-        fix_init: Rescale output layers by depth after they are initialised, as timm's option.
-        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded: an
-            `Upcycling`, a dictionary of its options, or None for equal copies.
-        **kwargs: Arguments of `VisionTransformer`, and options of the method.
-
-    Raises:
-        ValueError: If a value is impossible; names the field, the value and what is allowed.
-        TypeError: If an argument is unknown.
-    """
-
-    def __init__(
-        self,
-        *,
-        method: str,
-        moe_layers: str | Sequence[int] = 'every2',
-        fix_init: bool = False,
-        upcycling: Upcycling | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        how = read_upcycling(upcycling)
-        names = METHODS[method].config.option_names()
-        options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        check_names(kwargs, method)
-        check_vit_arguments({**kwargs, 'fix_init': fix_init})
-        check_experts(kwargs)
-        raw_patches = RawPatches(METHODS[method].read_patches)
-        if raw_patches.read is not None:
-            kwargs.update(raw_patch_parts(raw_patches, kwargs))
-        with named_failures(VisionTransformer, kwargs):
-            super().__init__(**kwargs)
-        check_patches(self, kwargs)
-        self.describe(method, METHODS[method].config.from_options(**options), how)
-        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
-        for i in resolve_moe_layers(moe_layers, len(self.blocks)):
-            has_mlp = hasattr(self.blocks[i], 'mlp')
-            check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
-            self.blocks[i].mlp = build_layer(
-                method,
-                self.moe_config,
-                host,
-                self.embed_dim,
-                kwargs.get('mlp_ratio', 4.0),
-                act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
-                bias=kwargs.get('proj_bias', True),
-                drop=kwargs.get('proj_drop_rate', 0.0),
-                **{name: kwargs.get(name) for name in ('device', 'dtype')},
-            )
-        self.fix_init = fix_init
-        if fix_init:
-            self.fix_init_weight()
-
-    def fix_init_weight(self) -> None:
-        """Rescale output layers by depth as timm does, those of experts too."""
-        blocks: Any = self.blocks
-        with torch.no_grad():
-            for i, block in enumerate(blocks):
-                scale = (2.0 * (i + 1)) ** 0.5
-                block.attn.proj.weight.div_(scale)
-                mlp = getattr(block.mlp, 'experts', block.mlp)
-                mlp.fc2.weight.div_(scale)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing."""
-        if isinstance(self.blocks[0], RawPatchBlock):
-            blocks: Any = self.blocks
-            for block in blocks:
-                block.grad_checkpointing = enable
-        else:
-            super().set_grad_checkpointing(enable)
-
-
-def build_layer(
-    method: str,
-    config: MoeConfig,
-    host: Host,
-    width: int,
-    mlp_ratio: float,
-    act_layer: Callable[[], nn.Module] = nn.GELU,
-    bias: bool = True,
-    drop: float = 0.0,
-    **factory: Any,
-) -> MoeLayer:
-    """MoE layer of a method with experts that are like the MLPs of its model.
-
-    Args:
-        method: Key of `METHODS`.
-        config: Its options.
-        host: The model.
-        width: D, of its tokens.
-        mlp_ratio: Hidden width of its MLPs over D, which experts take unless the options say.
-        act_layer: As those of the MLPs.
-        bias: As those of the MLPs.
-        drop: As those of the MLPs.
-        **factory: `device` and `dtype`.
-
-    Raises:
-        ValueError: An expert would have no hidden feature.
-    """
-    ratio = config.expert_mlp_ratio or mlp_ratio
-    hidden = int(width * ratio)
-    check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
-    experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
-    layer = METHODS[method].build(width, config, experts, host, **factory)
-    # torch.fx, which timm's feature extraction uses, takes it as one operation
-    register_notrace_module(type(layer))
-    return layer
+__all__ = ['SIZES']  # register_model adds each entry point
 
 
 def _cfg() -> dict[str, Any]:
