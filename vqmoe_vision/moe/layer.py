@@ -186,7 +186,8 @@ class MoeLayer(StaysPython):
         Returns:
             What fits is changed, what is of no use here left out; the rest stays as it is.
         """
-        return state
+        omitted = self.omitted(state)
+        return {name: value for name, value in state.items() if name not in omitted}
 
     def omitted(self, names: Iterable[str]) -> set[str]:
         """Names of the state of another form of this layer that it does without.

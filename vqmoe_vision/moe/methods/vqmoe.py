@@ -247,11 +247,6 @@ class VQMoEMlp(MoeLayer):
             return set()
         return {name for name in names if name.startswith(('router.', 'gate.'))}
 
-    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without what the form has not."""
-        omitted = self.omitted(state)
-        return {name: value for name, value in state.items() if name not in omitted}
-
     def to_discrete(self) -> dict[str, Any]:
         """Form 'discrete' (5): the router and the gate go.
 
