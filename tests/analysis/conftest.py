@@ -9,7 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import vqmoe_vision.models  # noqa: F401  registers the models
-from vqmoe_vision.moe import METHODS
+
+from ..variants import VARIANTS
 
 # 16 patches and a class token per image; block 1 is MoE
 TINY = {
@@ -21,11 +22,6 @@ TINY = {
     'num_classes': 3,
     'num_experts': 4,
 }
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
-for _name, _method in METHODS.items():
-    _config = _method.config
-    VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p in _config.PRESETS}
-    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.TRIALS.items()}
 
 Make = Callable[..., VisionTransformer]
 

@@ -12,6 +12,8 @@ import vqmoe_vision.models  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS
 
+from ..variants import VARIANTS
+
 # 16 patches and a class token per image; blocks 1 and 3 are MoE
 TINY = {
     'img_size': 32,
@@ -21,14 +23,6 @@ TINY = {
     'num_heads': 2,
     'num_classes': 10,
 }
-# by id: the method, and options that run other code
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
-for _name, _method in METHODS.items():
-    _config = _method.config
-    VARIANTS[_name] = (_name, {})
-    VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p, o in _config.PRESETS.items() if o}
-    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.TRIALS.items()}
-
 Make = Callable[..., nn.Module]
 
 

@@ -8,7 +8,8 @@ import torch
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import METHODS
 
-from .conftest import VARIANTS, Make, make
+from ..variants import VARIANTS
+from .conftest import Make, make
 
 both_modes = pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 
