@@ -2,25 +2,22 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
 from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
-from vqmoe_vision.engine.trained import load_trained, scope_of
+from vqmoe_vision.engine.trained import load_trained
 
 from .checkpoints import routing_changes
-from .corruptions import corruptions
 from .report import write_report
 from .report_tables import Change
-from .shifts import crop, flip, noise
-from .source import Source
+from .shifts import Shift
+from .source import Source, images_of, source_of
 from .survey import Survey, survey
 
 
@@ -79,10 +76,17 @@ def _analyze(args: argparse.Namespace) -> None:
     if len(trained) < len(files):
         raise ValueError('a checkpoint is there twice')
     make_folder(args.out)
-    surveys = [_survey(title, *each, args) for title, each in trained.items()]
-    changes = []
-    for before, after in pairwise(list(trained)[: len(args.checkpoints)]):
-        changes.append(Change(before, after, _changes(trained[before], trained[after], args)))
+    surveys, changes = [], []
+    before: tuple[str, Any] | None = None
+    for number, (title, (config, path)) in enumerate(trained.items()):
+        model = load_trained(config, path, args.device)
+        source = source_of(model, config, args.num_images, args.images)
+        surveys.append(_survey(title, model, source, args))
+        if before is not None and number < len(args.checkpoints):
+            images = map(images_of, _progress(source, 'changes', args))
+            shares = routing_changes(before[1].routed_model, model.routed_model, images)
+            changes.append(Change(before[0], title, shares))
+        before = title, model
     runs = {title: Path(path).parent / FILE for title, (_, path) in trained.items()}
     # the history of a run belongs to all of its checkpoints
     first = {file: title for title, file in reversed(runs.items()) if file.is_file()}
@@ -98,10 +102,12 @@ def _title(path: str, files: Sequence[tuple[Config, str]]) -> str:
     return own if short.count(own) == 1 else path
 
 
-def _survey(title: str, config: Config, checkpoint: str, args: argparse.Namespace) -> Survey:
-    model = load_trained(config, checkpoint, args.device)
-    source = _source(model, config, args)
-    shifts = [flip(), crop(), noise(0.04), *corruptions()] if args.shifts else []
+def _survey(title: str, model: Any, source: Source, args: argparse.Namespace) -> Survey:
+    shifts: list[Shift] = []
+    if args.shifts:
+        from .corruptions import all_shifts  # with numba and scikit-image
+
+        shifts = all_shifts()
     return survey(
         model.routed_model,
         _progress(source, title, args),
@@ -113,23 +119,8 @@ def _survey(title: str, config: Config, checkpoint: str, args: argparse.Namespac
     )
 
 
-def _changes(
-    before: tuple[Config, str], after: tuple[Config, str], args: argparse.Namespace
-) -> dict[str, float]:
-    old, new = load_trained(*before, args.device), load_trained(*after, args.device)
-    batches = _progress(_source(new, after[0], args), 'changes', args)
-    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
-    return routing_changes(old.routed_model, new.routed_model, images)
-
-
-def _source(model: Any, config: Config, args: argparse.Namespace) -> Source:
-    with scope_of(config):
-        source: Source = model.source(config.test_dataloader.dataset, args.images)
-    return source.drawn(args.num_images)
-
-
 def _progress(source: Source, title: str, args: argparse.Namespace) -> Iterator[Any]:
     with tqdm(total=len(source.names), desc=title, unit='image') as bar:
         for batch in source.batches(args.batch_size):
             yield batch
-            bar.update(len(batch) if isinstance(batch, Tensor) else len(batch[0]))
+            bar.update(len(images_of(batch)))

@@ -15,8 +15,9 @@ from torch import Tensor
 from vqmoe_vision.moe.config import check
 
 from .normalization import in_colour
-from .shifts import Shift
+from .shifts import Shift, crop, flip, noise
 
+NOISE = 0.04  # half of the weakest of ImageNet-C
 SMALLEST = 32  # pixels; the library refuses what is smaller
 # these do not draw from NumPy's global generator, but take a seed
 SEEDED = ('impulse_noise', 'glass_blur')
@@ -35,6 +36,15 @@ def corruptions(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
     for severity in severities:
         check(severity in range(1, 6), 'severities', severity, 'from 1 to 5')
     return [corruption(name, s) for name in get_corruption_names('common') for s in severities]
+
+
+def all_shifts(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
+    """Mirrored, moved by a patch, with noise that is hardly seen, and every corruption.
+
+    Args:
+        severities: Of the corruptions, from 1 to 5.
+    """
+    return [flip(), crop(), noise(NOISE), *corruptions(severities)]
 
 
 def corruption(name: str, severity: int) -> Shift:

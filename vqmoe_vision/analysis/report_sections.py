@@ -91,6 +91,12 @@ class Section:
     stepped: bool = False
 
 
+def _seen(survey: Survey, kind: str) -> list[str]:
+    """Layers of which the examples hold maps of a kind."""
+    maps = getattr(survey.examples[0], kind) if survey.examples else {}
+    return [name for name in survey.layers if name in maps]
+
+
 # In the order of the page: anchor, heading, how to read it, and what draws a model's pictures.
 PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]]], ...] = (
     (
@@ -135,21 +141,13 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]
         'Continuous or discrete branch',
         'At 1 only the continuous branch, the router, counts; at 0 only the discrete one, the '
         'codebook.',
-        lambda survey: (
-            gate_map(name, survey.examples)
-            for name in survey.layers
-            if survey.examples and name in survey.examples[0].gates
-        ),
+        lambda survey: (gate_map(name, survey.examples) for name in _seen(survey, 'gates')),
     ),
     (
         'slots',
         'What slots look at',
         'A slot mixes all patches of a picture; bright ones have much weight in it.',
-        lambda survey: (
-            slot_map(name, survey.examples)
-            for name in survey.layers
-            if survey.examples and name in survey.examples[0].slots
-        ),
+        lambda survey: (slot_map(name, survey.examples) for name in _seen(survey, 'slots')),
     ),
     (
         'classes',

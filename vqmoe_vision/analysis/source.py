@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mmengine.config import Config
 from torch import Tensor
 from torch.utils.data import Subset
+
+from vqmoe_vision.engine.trained import scope_of
 
 from .normalization import Normalization
 
@@ -71,6 +74,28 @@ class Source:
                 images, labels = zip(*group, strict=True)
                 batch = torch.stack(images)
                 yield batch if self.classes is None else (batch, torch.stack(labels))
+
+
+def images_of(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The images of a batch of `Source.batches`, with or without labels."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def source_of(model: Any, config: Config, count: int, folder: str | None = None) -> Source:
+    """Images of a config's test, at most `count` and always the same.
+
+    Args:
+        model: Of either task, which knows how its images are read.
+        config: Of the run.
+        count: How many at most.
+        folder: Images without labels in their place.
+
+    Raises:
+        ValueError: Images are missing or laid out otherwise.
+    """
+    with scope_of(config):
+        source: Source = model.source(config.test_dataloader.dataset, folder)
+    return source.drawn(count)
 
 
 def image_files(folder: str | Path) -> list[Path]:

@@ -19,6 +19,17 @@ from .spec import Comparison
 from .tables import frame_of, notes, scores_of, shift_table, shown
 
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
+_SHIFTED = (
+    'The same checkpoints on test images that are changed. A corruption is the mean over the '
+    'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
+)
+_ROUTED = (
+    f'What the routing of the last checkpoints is like on {NUM_IMAGES} test images; '
+    'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
+    'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
+    f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
+    f'shifts; corruptions are those of ImageNet-C at severity {SEVERITY}.'
+)
 
 
 def write_report(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
@@ -94,8 +105,8 @@ def _markdown(
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
         _list(lines),
-        *_shifted(comparison, results),
-        *_routed(comparison, results),
+        *_told(_SHIFTED, shift_table(comparison, results)),
+        *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),
         'The command of each row, with its first seed:',
@@ -104,29 +115,8 @@ def _markdown(
     return '\n\n'.join(parts)
 
 
-def _shifted(comparison: Comparison, results: Results) -> list[str]:
-    table = shift_table(comparison, results)
-    if table.empty:
-        return []
-    text = (
-        'The same checkpoints on test images that are changed. A corruption is the mean over the '
-        'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
-    )
-    return [text, table.to_markdown(index=False, disable_numparse=True)]
-
-
-def _routed(comparison: Comparison, results: Results) -> list[str]:
-    table = routing_table(comparison, results)
-    if table.empty:
-        return []
-    text = (
-        f'What the routing of the last checkpoints is like on {NUM_IMAGES} test images; '
-        'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
-        'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
-        f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
-        f'shifts; corruptions are those of ImageNet-C at severity {SEVERITY}.'
-    )
-    return [text, table.to_markdown(index=False, disable_numparse=True)]
+def _told(text: str, table: pd.DataFrame) -> list[str]:
+    return [] if table.empty else [text, table.to_markdown(index=False, disable_numparse=True)]
 
 
 def _commits(frame: pd.DataFrame) -> str:

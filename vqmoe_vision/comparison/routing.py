@@ -6,23 +6,21 @@ docs/routing-measures.md defines the measures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from mmengine.config import Config
-from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_vision.analysis.checkpoints import convergence, routing_changes
-from vqmoe_vision.analysis.shifts import Shift, crop, flip, noise
-from vqmoe_vision.analysis.source import Source
+from vqmoe_vision.analysis.source import images_of, source_of
 from vqmoe_vision.analysis.survey import survey
-from vqmoe_vision.engine.checkpoint import read_content, read_state
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import candidates, last_checkpoint
-from vqmoe_vision.engine.trained import load_trained, scope_of
+from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe import moe_layers
 
 from .results import Results, Store
@@ -56,33 +54,38 @@ def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
 
 def _routing(run: Run) -> dict[str, Any]:
     """Numbers by layer, changes by shift and by checkpoint, convergence; {} of a dense model."""
-    config = run.config()
-    files = [*candidates(run.folder)]
-    files.sort(key=lambda path: read_content(str(path))['meta']['iter'])
-    model = load_trained(config, str(last_checkpoint(run.folder)))
+    config, last = run.config(), last_checkpoint(run.folder)
+    model = load_trained(config, str(last))
     layers = moe_layers(model.routed_model)
     if not layers:
         return {}
-    source = _source(model, config)
+    from vqmoe_vision.analysis.corruptions import all_shifts  # with numba, in extra `analyze`
+
+    source = source_of(model, config, NUM_IMAGES)
     seen = survey(
         model.routed_model,
         source.batches(_BATCH),
         title=run.name,
         normalization=source.normalization,
         classes=source.classes,
-        shifts=_shifts(),
+        shifts=all_shifts((SEVERITY,)),
         shifted_images=SHIFTED_IMAGES,
     )
-    models = [load_trained(config, str(path)).routed_model for path in files]
+    files = sorted(candidates(run.folder), key=_iteration)
+    # each is read once
+    models = [model if path == last else load_trained(config, str(path)) for path in files]
     prefix = next(n for n, module in model.named_modules() if module is model.routed_model)
     names = [f'{prefix}.{name}' if prefix else name for name in layers]
-    states = [read_state(str(path)) for path in files]
+    states = [each.state_dict() for each in models]
     found = {
         'images': seen.images,
         'layers': {name: layer.numbers for name, layer in seen.layers.items()},
         'shifts': seen.shifts,
         'checkpoints': [path.stem for path in files],
-        'changes': [routing_changes(a, b, _images(source)) for a, b in pairwise(models)],
+        'changes': [
+            routing_changes(a.routed_model, b.routed_model, map(images_of, source.batches(_BATCH)))
+            for a, b in pairwise(models)
+        ],
         'convergence': convergence(states, names) if len(files) > 1 else {},
     }
     return _rounded(found)
@@ -97,21 +100,9 @@ def _rounded(value: Any) -> Any:
     return float(f'{value:.5g}') if isinstance(value, float) else value
 
 
-def _shifts() -> list[Shift]:
-    from vqmoe_vision.analysis.corruptions import corruptions  # with numba, in extra `analyze`
-
-    return [flip(), crop(), noise(0.04), *corruptions((SEVERITY,))]
-
-
-def _source(model: Any, config: Config) -> Source:
-    with scope_of(config):
-        source: Source = model.source(config.test_dataloader.dataset)
-    return source.drawn(NUM_IMAGES)
-
-
-def _images(source: Source) -> Iterator[Tensor]:
-    for batch in source.batches(_BATCH):
-        yield batch if isinstance(batch, Tensor) else batch[0]
+def _iteration(path: Path) -> int:
+    content = read_content(str(path), verify=False)  # which is done when its weights are loaded
+    return content['meta']['iter']
 
 
 def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.evaluator import Evaluator
@@ -47,9 +48,10 @@ def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
         found: Of a run.
     """
     scores = {}
-    for name, line in comparison.shifts.items():
-        values = found.get(name, {})
-        if values.keys() == set(expanded(line)):
+    # what was not measured asks for no list of corruptions, and so not for their library
+    for name in filter(found.__contains__, comparison.shifts):
+        values = found[name]
+        if values.keys() == set(expanded(comparison.shifts[name])):
             scores[name] = sum(values.values()) / len(values)
     return scores
 
@@ -67,9 +69,14 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
     usable, present, absent = store.with_checkpoints(runs)
     for name, line in runs[0].comparison.shifts.items() if runs else ():
         due = [run for run in present if name not in _measured(run, usable)]
+        if not due:
+            continue
+        tests = expanded(line)
+        # one model for all of them: they differ in the corruption alone
+        models = [_load(run, tests[0]) for run in due]
         found: dict[str, dict[str, float]] = {run.name: {} for run in due}
-        for options in expanded(line) if due else ():
-            for run_name, score in _test(due, options).items():
+        for options in tests:
+            for run_name, score in _test(due, models, options).items():
                 found[run_name][options] = score
         for run in due:
             row = usable[run.row, run.seed]
@@ -82,16 +89,18 @@ def _measured(run: Run, usable: Usable) -> dict[str, float]:
     return mean_scores(run.comparison, usable[run.row, run.seed].get('shifts', {}))
 
 
-def _test(runs: Sequence[Run], options: str) -> dict[str, float]:
+def _load(run: Run, options: str) -> Any:
+    return load_trained(run.config(*shlex.split(options)), str(last_checkpoint(run.folder)))
+
+
+def _test(runs: Sequence[Run], models: Sequence[Any], options: str) -> dict[str, float]:
     """The metric of each run, by its name."""
     configs = [run.config(*shlex.split(options)) for run in runs]
     init_default_scope(configs[0].get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(configs[0].test_dataloader, seed=0)
-    models, evaluators = [], []
-    for run, config in zip(runs, configs, strict=True):
-        models.append(load_trained(config, str(last_checkpoint(run.folder))))
-        evaluators.append(Evaluator(config.test_evaluator))
-        evaluators[-1].dataset_meta = loader.dataset.metainfo
+    evaluators = [Evaluator(config.test_evaluator) for config in configs]
+    for evaluator in evaluators:
+        evaluator.dataset_meta = loader.dataset.metainfo
     with torch.no_grad():
         for batch in tqdm(loader, desc=options.rpartition('=')[2]):
             for model, evaluator in zip(models, evaluators, strict=True):

@@ -93,7 +93,9 @@ def shown(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
         comparison.metric: frame.score.map('{:.2f}'.format),
         'std': frame['std'].map(_number),
         'seeds': frame.seeds.map('{:.0f}'.format),
-        f'difference to {comparison.reference} (95 % interval)': frame.apply(_interval, axis=1),
+        f'difference to {comparison.reference} (95 % interval)': list(
+            map(_interval, frame.difference, frame.low, frame.high)
+        ),
         'p (Holm)': frame.p_holm.map(_p),
         'parameters, M: all / active': frame.apply(
             lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
@@ -123,23 +125,17 @@ def shift_table(comparison: Comparison, results: Results) -> pd.DataFrame:
     for name, by_row in scores.items():
         reference = by_row.get(comparison.reference, {})
         for row, values in by_row.items():
-            difference = paired_difference(values, reference)
-            own = row == comparison.reference or not difference.pairs
-            line = pd.Series(
-                {
-                    'difference': math.nan if own else difference.mean,
-                    'low': difference.low,
-                    'high': difference.high,
-                }
-            )
+            column, own = pd.Series(values), row == comparison.reference
+            difference = paired_difference(values, {} if own else reference)
+            interval = _interval(difference.mean, difference.low, difference.high)
             lines.append(
                 {
                     'shift': name,
                     'row': row,
-                    comparison.metric: f'{pd.Series(values).mean():.2f}',
-                    'std': _number(pd.Series(values).std()),
-                    'seeds': str(len(values)),
-                    f'difference to {comparison.reference} (95 % interval)': _interval(line),
+                    comparison.metric: f'{column.mean():.2f}',
+                    'std': _number(column.std()),
+                    'seeds': str(len(column)),
+                    f'difference to {comparison.reference} (95 % interval)': interval,
                 }
             )
     return pd.DataFrame(lines)
@@ -211,12 +207,12 @@ def _p(value: float) -> str:
     return '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
-def _interval(line: pd.Series) -> str:
-    if math.isnan(line.difference):
+def _interval(difference: float, low: float, high: float) -> str:
+    if math.isnan(difference):
         return '-'
-    if math.isnan(line.low):
-        return f'{line.difference:+.2f}'
-    return f'{line.difference:+.2f} ({line.low:+.2f} to {line.high:+.2f})'
+    if math.isnan(low):
+        return f'{difference:+.2f}'
+    return f'{difference:+.2f} ({low:+.2f} to {high:+.2f})'
 
 
 def _layers(values: list[float]) -> str:
