@@ -15,6 +15,7 @@ from vqmoe_vision.engine.checkpoint_files import (
     delete,
     last_checkpoint,
     newest_checkpoint,
+    newest_time,
     remove_partial,
     write_atomically,
 )
@@ -117,6 +118,14 @@ def test_files_without_a_time_are_as_old_as_their_folder_says(tmp_path: Path) ->
         write(tmp_path / f'iter_{iteration}.pth', iteration, None)
         os.utime(tmp_path / f'iter_{iteration}.pth', (age, age))
     assert newest_checkpoint(tmp_path, print).name == 'iter_3.pth'
+
+
+def test_a_time_that_is_no_time_is_the_oldest(tmp_path: Path) -> None:
+    for iteration, saved_at in enumerate((float('nan'), float('inf'), 5.0)):
+        write(tmp_path / f'iter_{iteration}.pth', iteration, saved_at)
+    assert newest_checkpoint(tmp_path, print).name == 'iter_2.pth'
+    assert newest_time(tmp_path) == 5.0
+    assert newest_time(tmp_path / 'none') == 0.0
 
 
 def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Saves of a training: what lies in the work dir at each moment, and what a checkpoint may name."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.checkpoint_files import newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
 from vqmoe_vision.engine.cli import load_config, train
 
@@ -130,6 +132,24 @@ def test_a_damaged_file_is_passed_over_and_partial_ones_go(
     assert len(names(work)) == 2 and read_content(str(work / 'epoch_3.pth'))['meta']['epoch'] == 3
 
 
+def test_a_clock_that_was_set_back_does_not_mislead(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / 'epoch_2.pth', weights_only=True)
+    tomorrow = content['meta']['saved_at'] + 86_400
+    content['meta']['saved_at'] = tomorrow
+    (tmp_path / 'work').mkdir()
+    torch.save(content, tmp_path / 'work/epoch_2.pth')
+    # epoch 2 stays, so that there is something to choose
+    options = ['train_cfg.max_epochs=4', 'default_hooks.checkpoint.max_keep_ckpts=3']
+    command = [write_config(tmp_path), '--work-dir', str(tmp_path / 'work'), '--resume']
+    train([*command, '--cfg-options', *options])
+    assert newest_checkpoint(tmp_path / 'work', print).name == 'epoch_4.pth'
+    times = [
+        read_content(str(tmp_path / f'work/epoch_{epoch}.pth'))['meta']['saved_at']
+        for epoch in (2, 3, 4)
+    ]
+    assert times[0] == tomorrow and times == sorted(set(times))
+
+
 def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: Path) -> None:
     # a kill in the validation of the last epoch leaves its checkpoint as it was before
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
@@ -146,19 +166,23 @@ def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: P
     assert 0 < info['best_score'] <= best
 
 
-def limited(config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """A training that may write no file of more than 60,000 bytes, which a checkpoint has."""
+def in_shell(script: str, config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A training that a shell starts, as "$@" of the script."""
     command = [sys.executable, str(ROOT / 'tools/train.py'), config, '--work-dir', str(work)]
-    limit = f'ulimit -f {60_000 // 1024}; exec "$@"'
     return subprocess.run(
-        ['bash', '-c', limit, 'bash', *command, *arguments],
+        ['bash', '-c', script, 'bash', *command, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
     )
 
 
-def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(
+def limited(config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A training that may write no file of more than 60,000 bytes, which a checkpoint has."""
+    return in_shell(f'ulimit -f {60_000 // 1024}; exec "$@"', config, work, *arguments)
+
+
+def test_a_limit_on_file_sizes_is_one_line_and_the_older_checkpoint_is_intact(
     trained: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / 'work'
@@ -173,6 +197,60 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(
         'is intact\n'
     )
     assert {name: (work / name).read_bytes() for name in names(work)} == before
+
+
+@pytest.mark.parametrize(
+    ('free', 'said'),
+    [
+        (150, 'epoch_3.pth could not be written (No space left on device)'),  # of 230 KB
+        (0, 'No space left on device: free some space'),  # not even for a log
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(
+    free: int, said: str, trained: Path, tmp_path: Path
+) -> None:
+    """With logs and TensorBoard's files on it, on a file system of its own, in the memory."""
+    namespace = ['unshare', '--map-root-user', '--mount']
+    disk, after = tmp_path / 'disk', tmp_path / 'after'
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=1m tmpfs {disk}'
+    if shutil.which('unshare') is None or subprocess.run([*namespace, *mount.split()]).returncode:
+        pytest.skip('a file system can be mounted by nobody here')
+    fill = f'dd if=/dev/zero of={disk}/fill bs=1k 2>/dev/null; truncate -c -s -{free}k {disk}/fill'
+    run = '"$@"; status=$?'
+    keep = f'cp -r {disk} {after}; exit $status'
+    script = '; '.join((mount, f'cp -r {trained} {disk}/work', fill, run, keep))
+    options = ['--resume', '--cfg-options', 'train_cfg.max_epochs=3']
+    inner = ' '.join(['exec', *namespace, 'bash', '-c', shlex.quote(script), 'bash', '"$@"'])
+    done = in_shell(inner, write_config(tmp_path), disk / 'work', *options)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert said in line and 'intact' in line
+    for path in trained.glob('*.pth'):
+        assert (after / 'work' / path.name).read_bytes() == path.read_bytes()
+    assert names(after / 'work') == names(trained)
+
+
+def test_a_place_that_cannot_be_written_is_one_line_in_a_training(
+    trained: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / 'work'
+    shutil.copytree(trained, work)
+    (work / '.epoch_3.pth.part').mkdir()  # root may write into any folder, but not this file
+    done = in_shell(
+        'exec "$@"',
+        write_config(tmp_path),
+        work,
+        '--resume',
+        '--cfg-options',
+        'train_cfg.max_epochs=3',
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'error: {work}/epoch_3.pth could not be written (Is a directory); what was saved before '
+        'is intact\n'
+    )
+    assert {'epoch_2.pth'} < set(names(work)) and read_content(str(work / 'epoch_2.pth'))
 
 
 def test_a_new_best_deletes_no_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:

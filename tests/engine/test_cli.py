@@ -1,5 +1,6 @@
 """The command line from end to end, on the embedded digits and a model of a few hundred weights."""
 
+import errno
 import gc
 import json
 import re
@@ -14,7 +15,8 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from vqmoe_vision.engine import NonFiniteError, cli
-from vqmoe_vision.engine.cli import load_config, one_line, train, use_amp
+from vqmoe_vision.engine.cli import load_config, train, use_amp
+from vqmoe_vision.engine.command import one_line
 
 from ..logs import reports
 
@@ -331,6 +333,10 @@ def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:
             'a.png cannot be read',
         ),
         (TypeError('one\n  two'), 'TypeError: one two'),
+        (
+            OSError(errno.ENOSPC, 'No space left on device'),  # of a log, which names no file
+            'No space left on device: free some space; the checkpoints in the work dir are intact',
+        ),
     ],
 )
 def test_one_line(error: Exception, text: str) -> None:

@@ -1,16 +1,19 @@
 """SIGTERM and Ctrl-C in the middle of a training, in processes of their own."""
 
+import functools
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -24,6 +27,29 @@ model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_exp
 train_dataloader = dict(batch_size=300, WORKERS)
 val_dataloader = dict(batch_size=120)
 train_cfg = dict(max_epochs=3, val_interval=1)
+default_hooks = dict(
+    checkpoint=dict(interval=2), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
+    ema=dict(type='EMAHook', momentum=0.1),
+)
+"""
+# by iterations, with averages too; the fifth of seven is no checkpoint that is due
+BY_ITERATION = TINY.replace('interval=2)', 'interval=2, by_epoch=False)')
+SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+custom_imports = dict(imports=['vqmoe_vision.segmentation', 'told_to_stop'])
+model = dict(
+    backbone=dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2)),
+    decode_head=dict(num_layers=1),
+)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
+    sampler=dict(type='SeededInfiniteSampler'),
+)
+val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=7, val_interval=3)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
 default_hooks = dict(
     checkpoint=dict(interval=2), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
     ema=dict(type='EMAHook', momentum=0.1),
@@ -61,9 +87,11 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
 
 
-def write(folder: Path, at: list, signals: list[int], workers: str = '') -> None:
+def write(
+    folder: Path, at: list, signals: list[int], workers: str = '', config: str = TINY
+) -> None:
     folder.mkdir(exist_ok=True)
-    text = TINY.replace('AT', repr(at)).replace(
+    text = config.replace('AT', repr(at)).replace(
         'SIGNALS', repr([int(number) for number in signals])
     )
     (folder / 'tiny.py').write_text(text.replace('WORKERS', workers))
@@ -78,20 +106,22 @@ def _imports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What an uninterrupted training leaves."""
-    folder = tmp_path_factory.mktemp('whole')
-    write(folder, ['never'], [])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', f'.:{ROOT}')
-        patch.setenv('OMP_NUM_THREADS', '1')
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+    """What an uninterrupted training of a config leaves."""
+
+    @functools.cache
+    def train(config: str) -> dict:
+        folder = tmp_path_factory.mktemp('whole')
+        write(folder, ['never'], [], config=config)
         done = start(folder)
-    assert done.returncode == 0, done.stderr
-    return read_content(str(folder / 'w/epoch_3.pth'))
+        assert done.returncode == 0, done.stderr
+        return read_content(str(last_checkpoint(folder / 'w')))
+
+    return train
 
 
 def equal(work: Path, whole: dict) -> None:
-    content = read_content(str(work / 'epoch_3.pth'))
+    content = read_content(str(last_checkpoint(work)))
     for key in ('state_dict', 'ema_state_dict'):
         torch.testing.assert_close(content[key], whole[key], rtol=0, atol=0)
     states = [c['optimizer']['state'] for c in (content, whole)]
@@ -114,9 +144,39 @@ def equal(work: Path, whole: dict) -> None:
     ],
 )
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    number: int, at: list, saved: str, workers: str, whole: dict, tmp_path: Path
+    number: int, at: list, saved: str, workers: str, uninterrupted, tmp_path: Path
 ) -> None:
     write(tmp_path, at, [number], workers)
+    stop_and_go_on(tmp_path, number, saved)
+    equal(tmp_path / 'w', uninterrupted(TINY))
+    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {'epoch_3.pth'}
+
+
+@pytest.mark.parametrize(
+    ('number', 'config', 'at', 'saved', 'last'),
+    [
+        (signal.SIGTERM, SEGMENTATION, ['iteration', 4], 'iter_5.pth', 'iter_7.pth'),
+        pytest.param(
+            *(signal.SIGINT, SEGMENTATION, ['validation', 0, 0], 'iter_3.pth', 'iter_7.pth'),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(signal.SIGINT, BY_ITERATION, ['iteration', 4], 'iter_5.pth', 'iter_12.pth'),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_a_run_by_iterations_that_is_stopped_goes_on_bit_for_bit(
+    number: int, config: str, at: list, saved: str, last: str, uninterrupted, tmp_path: Path
+) -> None:
+    write(tmp_path, at, [number], config=config)
+    stop_and_go_on(tmp_path, number, saved)
+    equal(tmp_path / 'w', uninterrupted(config))
+    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {last}
+
+
+def stop_and_go_on(tmp_path: Path, number: int, saved: str) -> None:
+    """Starts a training that a signal stops, and goes on by the command that it prints."""
     done = start(tmp_path)
     assert done.returncode == -number  # 143 and 130 in a shell
     last = done.stderr.strip().splitlines()[-1]
@@ -128,8 +188,15 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     (tmp_path / 'armed').unlink(missing_ok=True)
     again = subprocess.run(shlex.split(found[3]), cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    equal(tmp_path / 'w', whole)
-    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {'epoch_3.pth'}
+
+
+def test_ctrl_c_before_a_training_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, ['never'], [])
+    (tmp_path / 'told_to_stop.py').write_text(
+        'import os\nos.kill(os.getpid(), 2)'
+    )  # as a config is read
+    done = start(tmp_path)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, 'SIGINT: stopped\n')
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:

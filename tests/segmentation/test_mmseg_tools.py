@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,22 @@ def test_get_flops_counts_the_experts(
     )
     # 36 tokens; two experts each, as preset='matched' has it; two layers of 12 x 48 more weights
     assert wide - narrow == pytest.approx(36 * 2 * 2 * 12 * 48 / 1e6, abs=0.002)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')  # of paths that its script sets aside
+def test_train_resumes(
+    trained: tuple[str, str, Path], run_tool: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / 'moved'
+    shutil.copytree(trained[2], work)
+    monkeypatch.chdir(tmp_path)  # from any folder
+    options = ['--cfg-options', 'experiment_name=train_resumes', 'train_cfg.max_iters=4']
+    run_tool('train.py', trained[0], '--work-dir', work, '--resume', *options)
+    assert (work / 'last_checkpoint').read_text() == 'iter_4.pth'
+    (log,) = (path for path in work.glob('*/*.log') if not (trained[2] / path.parent.name).exists())
+    text = log.read_text()
+    assert 'resumed epoch: 0, iter: 2' in text
+    assert 'Iter(train) [3/4]' in text and 'Iter(train) [1/4]' not in text
 
 
 def test_confusion_matrix(

@@ -8,7 +8,8 @@ from typing import Any
 from mmengine.config import Config
 from tqdm import tqdm
 
-from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder, run
+from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder
+from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
 from vqmoe_vision.engine.trained import load_trained

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vqmoe_vision.engine.cli import run
+from vqmoe_vision.engine.command import run
 
 from .check import repeat
 from .noise import PAIRS, noise_of

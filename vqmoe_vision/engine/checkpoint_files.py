@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    found: list[tuple[tuple[float, int], Path]] = []
-    passed_over = []
-    for path in candidates(folder):
-        try:
-            found.append((_age(path), path))
-        except ValueError as error:
-            passed_over.append(str(error))
+    found, passed_over = _by_age(folder)
     chosen = None
     for _, path in sorted(found, reverse=True):
         try:
@@ -152,6 +147,26 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
     return chosen
 
 
+def newest_time(folder: Path) -> float:
+    """When the newest checkpoint of a run was written, in seconds since 1970; 0 without one.
+
+    Args:
+        folder: Work dir, which need not exist.
+    """
+    return max((saved_at for (saved_at, _), _ in _by_age(folder)[0]), default=0.0)
+
+
+def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[str]]:
+    """The checkpoints that say when they were written, and what is wrong with the others."""
+    found, wrong = [], []
+    for path in candidates(folder):
+        try:
+            found.append((_age(path), path))
+        except ValueError as error:
+            wrong.append(str(error))
+    return found, wrong
+
+
 def _age(path: Path) -> tuple[float, int]:
     """When a checkpoint was written, which its file knows better than the folder of a copy."""
     content: Any = read_content(str(path), verify=False)
@@ -161,4 +176,5 @@ def _age(path: Path) -> tuple[float, int]:
     if not isinstance(meta, dict) or not all(type(meta.get(n)) is int for n in ('epoch', 'iter')):
         raise ValueError(f'{str(path)!r} does not say which epoch and iteration it is of')
     saved_at = meta.get('saved_at', path.stat().st_mtime)
-    return (saved_at if isinstance(saved_at, float) else 0.0), meta['iter']
+    is_time = isinstance(saved_at, float) and isfinite(saved_at)
+    return (saved_at if is_time else 0.0), meta['iter']

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .checkpoint_files import (
     candidates,
     delete,
     newest_checkpoint,
+    newest_time,
     remove_partial,
     write_atomically,
 )
@@ -57,6 +59,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._outdated: list[str] = []
         self._former_best: dict[str, str | None] = {}
         self._saved_iter = -1
+        self._saved_at = 0.0
         self._validating = False
 
     def before_run(self, runner: Runner) -> None:
@@ -88,6 +91,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.last_ckpt = str(last) if last in candidates(folder) else None
         if is_main_process():
             remove_partial(folder)
+        self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
         self._signals = StopSignals(lambda: self._save_now(runner))
         if self._validation_was_cut_off(runner):
@@ -149,7 +153,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves names without folders in a checkpoint, and when it was written."""
-        checkpoint['meta']['saved_at'] = time.time()
+        # later than all others, also where the clock was set back
+        self._saved_at = max(time.time(), nextafter(self._saved_at, inf))
+        checkpoint['meta']['saved_at'] = self._saved_at
         info = checkpoint['message_hub']['runtime_info']
         for key, value in info.items():
             if key.startswith(('best_ckpt', 'last_ckpt')):

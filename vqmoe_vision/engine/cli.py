@@ -2,13 +2,10 @@
 
 import argparse
 import json
-import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,15 +13,13 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .checkpoint_files import SaveError, newest_checkpoint
+from .checkpoint_files import newest_checkpoint
+from .command import run
 from .config_names import find_config, missing_config
-from .model import NonFiniteError
 from .options import add_config_options, check_options
 
 # What every tool says of its first argument.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
-# Errors whose message says what a user did wrong; any other type is named in front of its message.
-_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError, SaveError)
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -161,29 +156,6 @@ def augment_test(config: Config) -> None:
     config.model = dict(config.tta_model, module=config.model)
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong in one line, without the frames and prefixes that frameworks add.
-
-    Args:
-        error: What was raised.
-    """
-    # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
-    while isinstance(error, ImportError):
-        hidden = error.__cause__ if error.__suppress_context__ else error.__context__
-        if not isinstance(hidden, ImportError):
-            break
-        error = hidden
-    if isinstance(error, UnpicklingError):
-        return 'the checkpoint is damaged, or holds more than weights and is not loaded'
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
-        return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])
-    # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
-    text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
-    return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
-
-
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help=CONFIG_HELP)
@@ -196,46 +168,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
-
-
-def run(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    action: Callable[[argparse.Namespace], None],
-) -> None:
-    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only.
-
-    Args:
-        parser: Parser with the arguments of the tool, `--debug` among them.
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-        action: What to do with the parsed arguments.
-    """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    options: dict[str, Any] = {}
-    try:
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            parser.error(
-                f'unrecognized arguments: {" ".join(unknown)}; fields of the config change with '
-                '--cfg-options, for example train_dataloader.batch_size=8'
-            )
-        options = getattr(args, 'cfg_options', {})
-        # of a log that cannot be written, as on a full disk: the error that follows is one line
-        logging.raiseExceptions = '--debug' in arguments
-        action(args)
-    except Exception as error:
-        if '--debug' in arguments:
-            raise
-        sys.exit(f'error: {_as_typed(one_line(error), options)}')
-
-
-def _as_typed(message: str, options: Iterable[str]) -> str:
-    """Names the field that a message begins with as the command line did: model.moe.top_k."""
-    field = message.partition('=')[0]
-    for name in options:
-        if name.endswith(f'.{field}'):
-            return message.replace(field, name, 1)
-    return message
 
 
 def _train(args: argparse.Namespace) -> None:

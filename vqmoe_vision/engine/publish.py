@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import read_content
-from .cli import run
+from .command import run
 
 # Of `meta`: what starting from the file, mmseg's functions, and a reader want to know.
 _META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')

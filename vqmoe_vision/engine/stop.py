@@ -57,15 +57,15 @@ class StopSignals:
         if saved >= 0:
             name = signal.Signals(self._received).name
             print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
-        _end(self._received)
+        end_by(self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
             if number == signal.SIGTERM:
-                _end(number)
+                end_by(number)
             return
         if self._received is not None:
-            _end(number)
+            end_by(number)
         if not _trains(frame):  # it has failed, and somebody caught that
             self.release()
             signal.raise_signal(number)
@@ -94,8 +94,12 @@ def _resume() -> str:
     return shlex.join([*sys.orig_argv, *again])
 
 
-def _end(number: int) -> NoReturn:
-    """Ends as the signal would have, which is what a shell's loop over trainings looks at."""
+def end_by(number: int) -> NoReturn:
+    """Ends the process as a signal would have, for shells whose loops over trainings look at that.
+
+    Args:
+        number: Of the signal.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)

@@ -8,7 +8,8 @@ from pathlib import Path
 import mmcv
 from mmengine.utils import track_iter_progress
 
-from vqmoe_vision.engine.cli import CONFIG_HELP, run
+from vqmoe_vision.engine.cli import CONFIG_HELP
+from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import add_config_options
 
 from .inference import Predictor, list_images

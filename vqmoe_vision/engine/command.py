@@ -1,0 +1,91 @@
+"""How every tool runs: a mistake is one line, and Ctrl-C is no trace."""
+
+import argparse
+import errno
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pickle import UnpicklingError
+from typing import Any
+
+from .checkpoint_files import SaveError
+from .model import NonFiniteError
+from .stop import end_by
+
+# Errors whose message says what a user did wrong; any other type is named in front of its message.
+_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError, SaveError)
+# Of what cannot be written any more.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    action: Callable[[argparse.Namespace], None],
+) -> None:
+    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only.
+
+    Args:
+        parser: Parser with the arguments of the tool, `--debug` among them.
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+        action: What to do with the parsed arguments.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options: dict[str, Any] = {}
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.error(
+                f'unrecognized arguments: {" ".join(unknown)}; fields of the config change with '
+                '--cfg-options, for example train_dataloader.batch_size=8'
+            )
+        options = getattr(args, 'cfg_options', {})
+        # of a log that cannot be written, as on a full disk: the error that follows is one line
+        logging.raiseExceptions = '--debug' in arguments
+        action(args)
+    except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
+        if '--debug' in arguments:
+            raise
+        print('SIGINT: stopped', file=sys.stderr)
+        end_by(signal.SIGINT)
+    except Exception as error:
+        if '--debug' in arguments:
+            raise
+        sys.exit(f'error: {_as_typed(one_line(error), options)}')
+
+
+def _as_typed(message: str, options: Iterable[str]) -> str:
+    """Names the field that a message begins with as the command line did: model.moe.top_k."""
+    field = message.partition('=')[0]
+    for name in options:
+        if name.endswith(f'.{field}'):
+            return message.replace(field, name, 1)
+    return message
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line, without the frames and prefixes that frameworks add.
+
+    Args:
+        error: What was raised.
+    """
+    # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
+    while isinstance(error, ImportError):
+        hidden = error.__cause__ if error.__suppress_context__ else error.__context__
+        if not isinstance(hidden, ImportError):
+            break
+        error = hidden
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        # of a log, which does not name its file; checkpoints do
+        return f'{error.strerror}: free some space; the checkpoints in the work dir are intact'
+    if isinstance(error, UnpicklingError):
+        return 'the checkpoint is damaged, or holds more than weights and is not loaded'
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
+        return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])
+    # mmengine up to 0.10 writes "class `X` in x.py: " once for every level of the config
+    text = re.sub(r'(class `\w+` in [\w/]+\.py: )+', '', ' '.join(lines))
+    return text if isinstance(error, _USER_ERRORS) else f'{type(error).__name__}: {text}'
