@@ -117,6 +117,16 @@ def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_pa
     assert len(names(tmp_path / 'work')) == 2
 
 
+def test_what_a_kill_after_the_last_save_left_goes_at_the_end(
+    trained: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / 'work'
+    crafted(trained, work, outdated_ckpts=['epoch_1.pth'])
+    shutil.copy(trained / 'epoch_2.pth', work / 'epoch_1.pth')
+    resumed(write_config(tmp_path), work, epochs=2)  # nothing is left to train
+    assert names(work) == ['epoch_2.pth']
+
+
 def test_a_damaged_file_is_passed_over_and_partial_ones_go(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
