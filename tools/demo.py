@@ -14,7 +14,8 @@ try:
     from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
-    from vqmoe_vision.engine.cli import load_config, one_line
+    from vqmoe_vision.engine.cli import load_config
+    from vqmoe_vision.engine.command import one_line
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg,analyze]'")
 

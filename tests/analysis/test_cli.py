@@ -96,8 +96,35 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -
     found = report(config, first, second)
     (change,) = found['changes']
     assert (change['before'], change['after']) == ('run/seed_0', 'run/seed_1')
+    assert found['convergence'] is None  # of two, one is the start and one the end
     # of two routers that were drawn apart, most tokens find another of eight experts
     assert change['shares']['blocks.1.mlp.router'] > 0.5
+
+
+def test_three_checkpoints_of_one_run_say_which_part_arrives_first(
+    untrained, report, tmp_path
+) -> None:
+    config, first = untrained(seed=0)
+    last = untrained(seed=1)[1]
+    start, end = (torch.load(path)['state_dict'] for path in (first, last))
+    # half of the way, but for the router, which is there already
+    between = {
+        name: end[name]
+        if '.router.' in name or not value.is_floating_point()
+        else (value + end[name]) / 2
+        for name, value in start.items()
+    }
+    second = str(Path(first).with_name('between.pth'))
+    torch.save({'state_dict': between}, second)
+    converged = report(config, first, second, last)['convergence']
+    assert converged['checkpoints'] == ['run/seed_0', 'run/between', 'run/seed_1']
+    left = {part: found['distance'] for part, found in converged['parts'].items()}
+    assert left['blocks.1.mlp.router'] == [1, 0, 0]
+    # float32 halves of sums are rounded
+    assert left['blocks.1.mlp.experts'] == pytest.approx([1, 0.5, 0], abs=1e-6)
+    assert (tmp_path / 'out/pictures/checkpoints-convergence.png').is_file()
+    page = (tmp_path / 'out/report.html').read_text()
+    assert 'On the way to the last checkpoint' in page and 'falls from 1 to' in page
 
 
 def test_what_the_hook_wrote_is_drawn(untrained, report) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vqmoe_vision.moe import moe_layers
+
 from . import measures
 from .record import recorded
 
@@ -52,6 +54,20 @@ def _first_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         f'{layer}.{decider}': experts[..., 0]
         for layer, record in recorded(model, images).items()
         for decider, experts in record.experts.items()
+    }
+
+
+def layer_states(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the layers with experts, which is all that `convergence` looks at.
+
+    Args:
+        model: Keeps its own; these are copies.
+    """
+    layers = tuple(f'{name}.' for name in moe_layers(model))
+    return {
+        name: value.detach().cpu().clone()
+        for name, value in model.state_dict().items()
+        if name.startswith(layers)
     }
 
 

@@ -14,9 +14,9 @@ from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
 from vqmoe_vision.engine.trained import load_trained
 
-from .checkpoints import routing_changes
+from .checkpoints import convergence, layer_states, routing_changes
 from .report import write_report
-from .report_tables import Change
+from .report_tables import Change, Convergence
 from .shifts import Shift
 from .source import Source, images_of, source_of
 from .survey import Survey, survey
@@ -77,7 +77,7 @@ def _analyze(args: argparse.Namespace) -> None:
     if len(trained) < len(files):
         raise ValueError('a checkpoint is there twice')
     make_folder(args.out)
-    surveys, changes = [], []
+    surveys, changes, states = [], [], []
     before: tuple[str, Any] | None = None
     for number, (title, (config, path)) in enumerate(trained.items()):
         model = load_trained(config, path, args.device)
@@ -88,11 +88,17 @@ def _analyze(args: argparse.Namespace) -> None:
             shares = routing_changes(before[1].routed_model, model.routed_model, images)
             changes.append(Change(before[0], title, shares))
         before = title, model
+        if number < len(args.checkpoints):
+            states.append(layer_states(model.routed_model))
     runs = {title: Path(path).parent / FILE for title, (_, path) in trained.items()}
     # the history of a run belongs to all of its checkpoints
     first = {file: title for title, file in reversed(runs.items()) if file.is_file()}
     history = {title: read_history(file) for file, title in first.items()}
-    page, *_ = write_report(surveys, args.out, history, changes)
+    converged = None
+    if len(states) > 2 and states[0]:  # of two, one is the start and one the end
+        parts = convergence(states, surveys[0].layers)
+        converged = Convergence([survey.title for survey in surveys[: len(states)]], parts)
+    page, *_ = write_report(surveys, args.out, history, changes, converged)
     print(page)
 
 

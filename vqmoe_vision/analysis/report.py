@@ -6,12 +6,11 @@ Needs matplotlib and jinja2 (extra `analyze`).
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .report_sections import sections_of
-from .report_tables import Change
+from .report_tables import Change, Convergence
 from .routing_curves import History
 from .surveyed import Survey
 
@@ -21,6 +20,7 @@ def write_report(
     out: Path,
     history: Mapping[str, History] | None = None,
     changes: Sequence[Change] = (),
+    convergence: Convergence | None = None,
 ) -> list[Path]:
     """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`.
 
@@ -29,6 +29,7 @@ def write_report(
         out: Folder; made if it is not there, and what it holds of an older report is replaced.
         history: By the name of a run: lines of its `routing.jsonl`, oldest first.
         changes: Between checkpoints.
+        convergence: Of the checkpoints of a run.
 
     Returns:
         The files, the page first.
@@ -41,7 +42,7 @@ def write_report(
         raise ValueError('surveys: none has a layer with experts, there is nothing to report')
     if len(set(titles)) < len(titles):
         raise ValueError(f'surveys: titles have to differ, these are {", ".join(titles)}')
-    sections = sections_of(surveys, history or {}, changes)
+    sections = sections_of(surveys, history or {}, changes, convergence)
     pictures = out / 'pictures'
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob('*.png'):
@@ -56,18 +57,14 @@ def write_report(
     )
     page = environment.get_template('report.html').render(surveys=surveys, sections=sections)
     written[0].write_text(page)
-    written[1].write_text(json.dumps(_numbers(surveys, history or {}, changes), indent=1))
+    numbers = {
+        'surveys': [survey.numbers() for survey in surveys],
+        'history': {name: list(lines) for name, lines in (history or {}).items()},
+        'changes': [vars(change) for change in changes],
+        'convergence': vars(convergence) if convergence is not None else None,
+    }
+    written[1].write_text(json.dumps(numbers, indent=1))
     for shown in (p for s in sections for column in s.columns for p in column.pictures):
         written.append(pictures / shown.file)
         written[-1].write_bytes(shown.png)
     return written
-
-
-def _numbers(
-    surveys: Sequence[Survey], history: Mapping[str, History], changes: Sequence[Change]
-) -> dict[str, Any]:
-    return {
-        'surveys': [survey.numbers() for survey in surveys],
-        'history': {name: list(lines) for name, lines in history.items()},
-        'changes': [vars(change) for change in changes],
-    }

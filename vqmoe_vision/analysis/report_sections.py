@@ -1,8 +1,5 @@
 """The parts of the report's page: pictures, sentences and tables under their headings."""
 
-import base64
-import io
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,34 +7,19 @@ from .code_map import code_map
 from .drawing import Picture
 from .heat_maps import class_map, load_map, similarity_map
 from .patch_pictures import contact_sheet, frames, gate_map, slot_map
-from .report_tables import Change, Table, change_table, number_tables, shift_tables
-from .routing_curves import History, curve_pictures
+from .report_tables import (
+    Change,
+    Convergence,
+    Table,
+    change_table,
+    convergence_table,
+    number_tables,
+    shift_tables,
+)
+from .routing_curves import History, convergence_picture, curve_pictures
 from .sentences import expert_sentence, layer_sentence
+from .shown import Shown, shown
 from .surveyed import Survey
-
-DPI = 110
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A picture as the page and a file hold it.
-
-    Args:
-        file: Name of the file.
-        title: What it shows, in a few words.
-        alt: The same in numbers.
-        png: The file's bytes.
-    """
-
-    file: str
-    title: str
-    alt: str
-    png: bytes
-
-    @property
-    def uri(self) -> str:
-        """The picture as the address of an image."""
-        return 'data:image/png;base64,' + base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)
@@ -172,7 +154,10 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]
 
 
 def sections_of(
-    surveys: Sequence[Survey], history: Mapping[str, History], changes: Sequence[Change]
+    surveys: Sequence[Survey],
+    history: Mapping[str, History],
+    changes: Sequence[Change],
+    convergence: Convergence | None,
 ) -> list[Section]:
     """All sections that have something to show, in the order of the page.
 
@@ -180,12 +165,14 @@ def sections_of(
         surveys: One per model or checkpoint.
         history: By the name of a run: lines of its `routing.jsonl`.
         changes: Between checkpoints.
+        convergence: Of the checkpoints of a run.
     """
     return [
         *_experts(surveys),
         *_pictures(surveys),
         *_training(history),
         *_tables(surveys, changes),
+        *_convergence(convergence),
     ]
 
 
@@ -219,7 +206,7 @@ def _experts(surveys: Sequence[Survey]) -> list[Section]:
 def _pictures(surveys: Sequence[Survey]) -> list[Section]:
     sections = []
     for anchor, title, text, draw in PICTURES:
-        columns = [Column(s.title, _shown(draw(s), s.title)) for s in surveys]
+        columns = [Column(s.title, shown(draw(s), s.title)) for s in surveys]
         columns = [column for column in columns if column.pictures]
         if columns:
             stepped = draw is frames
@@ -228,7 +215,7 @@ def _pictures(surveys: Sequence[Survey]) -> list[Section]:
 
 
 def _training(history: Mapping[str, History]) -> list[Section]:
-    columns = [Column(name, _shown(curve_pictures(h), name)) for name, h in history.items()]
+    columns = [Column(name, shown(curve_pictures(h), name)) for name, h in history.items()]
     columns = [column for column in columns if column.pictures]
     text = (
         'Recorded while the model trained. Movement says how fast a part still changes: a router '
@@ -260,13 +247,15 @@ def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Sectio
     return [Section(a, title, text, tables=tables) for a, title, text, tables in found if tables]
 
 
-def _shown(pictures: Iterable[Picture | None], title: str) -> list[Shown]:
-    return [_png(picture, title) for picture in pictures if picture is not None]
-
-
-def _png(picture: Picture, title: str) -> Shown:
-    data = io.BytesIO()
-    # without the version of matplotlib: the same survey gives the same file
-    picture.figure.savefig(data, format='png', dpi=DPI, metadata={'Software': None})
-    name = re.sub(r'[^\w.-]+', '_', f'{title}-{picture.name}')
-    return Shown(f'{name}.png', picture.title, picture.alt, data.getvalue())
+def _convergence(convergence: Convergence | None) -> list[Section]:
+    if convergence is None:
+        return []
+    text = (
+        'Theorem 4.1 of the paper says that routers settle long before the experts: their line '
+        'would fall earlier. A learning rate that goes to zero brings everything to rest at the '
+        'same time, so that the early part of the lines counts.'
+    )
+    title = 'On the way to the last checkpoint'
+    columns = [Column(title, shown([convergence_picture(convergence)], 'checkpoints'))]
+    tables = [convergence_table(convergence)]
+    return [Section('convergence', title, text, columns, tables)]

@@ -45,6 +45,24 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Convergence:
+    """How much of their way the parts of the layers have left at the checkpoints of a run.
+
+    Args:
+        checkpoints: Their titles, oldest first.
+        parts: What `checkpoints.convergence` finds: by part, such as 'blocks.1.mlp.router',
+            'similarity' and 'distance' at each.
+    """
+
+    checkpoints: list[str]
+    parts: dict[str, dict[str, list[float]]]
+
+    def left(self, part: str) -> list[float]:
+        """What is left of a part's way to the last checkpoint, 1 at the first."""
+        return self.parts[part]['distance']
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table.
 
@@ -134,6 +152,19 @@ def change_table(changes: Sequence[Change]) -> Table:
     """
     rows = {f'{change.before} to {change.after}': change.shares for change in changes}
     return _shares('Share of tokens whose first expert changes', 'checkpoints', rows)
+
+
+def convergence_table(convergence: Convergence) -> Table:
+    """What is left of the way to the last checkpoint, by checkpoint and part.
+
+    Args:
+        convergence: Of the checkpoints of a run.
+    """
+    rows = {
+        title: {part: convergence.left(part)[number] for part in convergence.parts}
+        for number, title in enumerate(convergence.checkpoints)
+    }
+    return _shares('Share of the way that is left to the last', 'checkpoint', rows)
 
 
 def _shares(caption: str, corner: str, rows: dict[str, dict[str, float]]) -> Table:

@@ -8,9 +8,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .drawing import WIDTH, Picture, percent, short, styled
 from .pictures import expert_colours
+from .report_tables import Convergence
 
 History = Sequence[dict[str, Any]]
 
@@ -42,32 +44,74 @@ def curve_pictures(history: History) -> list[Picture]:
 
 
 @styled
+def convergence_picture(convergence: Convergence) -> Picture:
+    """What is left of the way to the last checkpoint, a panel per layer and a line per part.
+
+    Args:
+        convergence: Of the checkpoints of a run.
+    """
+    layers: dict[str, list[str]] = {}
+    for part in convergence.parts:
+        layers.setdefault(part.rpartition('.')[0], []).append(part)
+    figure, grid = _panels(len(layers))
+    for axes, (layer, parts) in zip(grid.flat, layers.items(), strict=False):
+        for number, part in enumerate(parts):
+            name, left = part.rpartition('.')[2], convergence.left(part)
+            axes.plot(range(1, len(left) + 1), left, _style(number), label=name, color=f'C{number}')
+        axes.set(title=short(layer), xlabel='checkpoint', ylim=(0, 1.05))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0, 0].set_ylabel('share of the way left')
+    _legend(figure, grid)
+    title = 'Way that is left to the last checkpoint'
+    figure.suptitle(title)
+    first, second = convergence.checkpoints[:2]
+    alt = f'From {first} to {second} what is left falls from 1 to ' + '; '.join(
+        f'{convergence.left(part)[1]:.2f} for {short(part)}' for part in convergence.parts
+    )
+    return Picture('convergence', title, f'{alt}.', figure)
+
+
+@styled
 def _grid(
     kind: str,
     title: str,
     layers: dict[str, list[tuple[int, Any]]],
     said: Callable[[str, list[tuple[int, Any]]], str],
 ) -> Picture:
-    columns = min(len(layers), 2)
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(WIDTH, 3 * rows + 1.6), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    names: dict[str, Any] = {}
+    figure, grid = _panels(len(layers))
     for axes, (name, lines) in zip(grid.flat, layers.items(), strict=False):
         (_changes if kind == 'change' else _shares)(axes, lines, kind)
         axes.set(title=short(name), xlabel='iteration')
-        axes.grid(alpha=0.3)
-        names |= {h.get_label(): h for h in axes.get_lines()}
-    for axes in list(grid.flat)[len(layers) :]:
-        axes.set_visible(False)
     grid[0, 0].set_ylabel('|new - old| / |new|' if kind == 'change' else 'share')
+    _legend(figure, grid)
+    figure.suptitle(title)
+    alt = ' '.join(said(name, lines) for name, lines in layers.items())
+    return Picture(f'training-{kind}', title, alt, figure)
+
+
+def _panels(count: int) -> tuple[Figure, Any]:
+    """A figure with an array of panels of which so many are seen."""
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, 3 * rows + 1.6), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < count)
+        axes.grid(alpha=0.3)
+    return figure, grid
+
+
+def _legend(figure: Figure, grid: Any) -> None:
+    """One legend of all panels, if there is room for it."""
+    names = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     if len(names) <= 20:
         figure.legend(
             handles=list(names.values()), loc='outside lower center', ncols=4, frameon=False
         )
-    figure.suptitle(title)
-    alt = ' '.join(said(name, lines) for name, lines in layers.items())
-    return Picture(f'training-{kind}', title, alt, figure)
+
+
+def _style(number: int) -> str:
+    return ('-', '--', ':', '-.')[number % 4]
 
 
 def _shares(axes: Axes, lines: list[tuple[int, list[float]]], kind: str) -> None:
@@ -84,8 +128,7 @@ def _changes(axes: Axes, lines: list[tuple[int, dict[str, float]]], kind: str) -
     for number, part in enumerate(parts):
         points = [(at, change[part]) for at, change in lines if change[part] > 0]
         if points:  # a part that is frozen has none, and zero has no place on this axis
-            style = ('-', '--', ':', '-.')[number % 4]
-            axes.plot(*zip(*points, strict=True), style, label=part, color=f'C{number}')
+            axes.plot(*zip(*points, strict=True), _style(number), label=part, color=f'C{number}')
     axes.set_yscale('log')
 
 
