@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vqmoe_vision.comparison.curves import plot_curves
+from vqmoe_vision.comparison.difference_figure import plot_differences
 from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.sentences import verdict
@@ -31,7 +32,8 @@ def test_every_table_and_figure_is_made_from_rows_again(fill, says) -> None:
     says('table', fill(SCORES))
     first = files()
     kinds = {'md', 'tex', 'csv', 'json'}
-    assert first.keys() == {f'spec.{k}' for k in kinds} | {'spec-curves.png', 'spec-curves.pdf'}
+    figures = {f'spec-{f}.{k}' for f in ('curves', 'differences') for k in ('png', 'pdf')}
+    assert first.keys() == {f'spec.{k}' for k in kinds} | figures
     for path in TABLES.iterdir():
         path.unlink()
     says('table', 'spec.py')
@@ -173,6 +175,23 @@ def test_nothing_is_finished_yet(spec, says) -> None:
     assert says('check', path) == 'error: no run of spec can be checked: none is finished'
     assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
+
+
+def test_differences_are_points_and_an_interval(fill) -> None:
+    comparison = read_comparison(fill(SCORES))
+    scores = {row: dict(enumerate(values)) for row, values in SCORES.items()}
+    figure = plot_differences(comparison, {'as trained': scores, 'fog': {'same': {0: 1.0}}})
+    assert figure is not None
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ['better', 'same']
+    points = [line for line in first.lines if line.get_marker() == 'o']
+    assert points[0].get_xdata().tolist() == [1, 2, 3]
+    # mean 2, and as far to both sides as t_{0.975, 2} = 4.3027 times 1 / sqrt(3)
+    ((low, _), (high, _)) = first.collections[0].get_segments()[0]
+    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    assert not second.collections  # nothing to pair it with
+    alone = plot_differences(comparison, {'fog': {'same': {0: 1.0}}})
+    assert alone is None
 
 
 def test_curves_are_means_with_bands(fill) -> None:

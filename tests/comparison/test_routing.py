@@ -60,18 +60,25 @@ def test_table_and_picture_have_a_line_per_row_and_decider(spec) -> None:
     assert table[['row', 'decider', 'seeds']].values.tolist() == [['one', 'router', '2']]
     # 4 and 6: mean 5, standard deviation sqrt(2)
     assert table['after'].tolist() == ['5.00 ± 1.41']
-    figure = plot_routing(comparison, Results(usable, {}, []))
-    assert figure is not None
-    training, _, rank, _ = figure.axes
+    figures = plot_routing(comparison, Results(usable, {}, []))
+    (training, _), (load, rank), (parts,) = (
+        figures[claim].axes for claim in ('inconsistency', 'collapse', 'convergence')
+    )
     assert training.get_legend_handles_labels()[1] == ['one, router']
     assert training.lines[0].get_ydata().tolist() == pytest.approx([0.35, 0.775])
+    # a point per seed; a point per seed and layer
+    assert [points.get_offsets()[0, 1] for points in load.collections] == pytest.approx([0.9, 0.9])
+    ratios = [points.get_offsets()[0, 1] for points in rank.collections]
+    assert ratios == pytest.approx([0.4, 0.4, 0.6, 0.6])
+    assert parts.lines[0].get_ydata().tolist() == [1, 0.5, 0]
     assert [label.get_text() for label in rank.get_xticklabels()] == ['one']
     # a run that has kept fewer checkpoints is no part of the curves
     fewer = {**measured(), 'changes': measured()['changes'][:1]}
     usable['one', 3] = {'routing': fewer}
-    figure = plot_routing(comparison, Results(usable, {}, []))
-    assert figure is not None
-    assert figure.axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.35, 0.775])
+    figures = plot_routing(comparison, Results(usable, {}, []))
+    assert figures['inconsistency'].axes[0].lines[0].get_ydata().tolist() == pytest.approx(
+        [0.35, 0.775]
+    )
     only_dense = {key: content for key, content in usable.items() if key[0] == 'dense'}
     assert routing_table(comparison, Results(only_dense, {}, [])).empty
-    assert plot_routing(comparison, Results(only_dense, {}, [])) is None
+    assert plot_routing(comparison, Results(only_dense, {}, [])) == {}

@@ -1,4 +1,4 @@
-"""Files of a comparison, made again from its rows: tables in four formats and learning curves."""
+"""Files of a comparison, made again from its rows: tables in four formats and figures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pandas as pd
 
 from .curves import plot_curves
+from .difference_figure import plot_differences
 from .results import Results
 from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
 from .routing_figure import plot_routing
 from .sentences import sentences
+from .shifts import shifted_scores
 from .spec import Comparison
 from .tables import frame_of, notes, scores_of, shift_table, shown
 
@@ -38,8 +40,9 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     Args:
         comparison: What was compared.
         results: What is there of it.
-        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json`, `<name>-curves.png`, `.pdf`, and
-            `<name>-routing.png`, `.pdf` if the routing of a run was measured.
+        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json`, and of each figure a `.png` and a
+            `.pdf`: `<name>-curves`, `<name>-differences`, and what was measured of
+            `<name>-shifts`, `<name>-collapse`, `<name>-inconsistency`, `<name>-convergence`.
 
     Returns:
         The files.
@@ -75,9 +78,12 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     for kind, text in texts.items():
         written.append(folder / f'{comparison.name}.{kind}')
         written[-1].write_text(text.rstrip() + '\n')
+    as_trained = scores_of(comparison, results)
     figures = {
         'curves': plot_curves(comparison, results.usable),
-        'routing': plot_routing(comparison, results),
+        'differences': plot_differences(comparison, {'as in training': as_trained}),
+        'shifts': plot_differences(comparison, shifted_scores(comparison, results)),
+        **plot_routing(comparison, results),
     }
     for name, figure in figures.items():
         if figure is None:

@@ -1,4 +1,4 @@
-"""A picture of how the routing of each row behaves, from what `routing` left in the rows."""
+"""Pictures of how the routing of each row behaves, from what `routing` left in the rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from .spec import Comparison
 Points = dict[str, list[list[float]]]  # by label: of each seed, values over checkpoints
 
 
-def plot_routing(comparison: Comparison, results: Results) -> Figure | None:
-    """Draws what stays of the routing while a model trains and under shifts, and what collapses.
+def plot_routing(comparison: Comparison, results: Results) -> dict[str, Figure]:
+    """Draws what the paper claims of routing, a figure per claim.
 
     Args:
         comparison: What was compared.
         results: What is there of it.
 
     Returns:
-        Four panels; None if no run was measured.
+        'collapse', 'inconsistency' and 'convergence', of two panels or one; {} if no run was
+        measured.
     """
     found: list[tuple[str, dict[str, Any]]] = [
         (row, content['routing'])
@@ -33,18 +34,32 @@ def plot_routing(comparison: Comparison, results: Results) -> Figure | None:
         for (name, _), content in results.usable.items()
         if name == row and content.get('routing')
     ]
-    if not found:
-        return None
-    figure = Figure(figsize=(13, 9.5), layout='constrained')
-    training, shifted, rank, parts = figure.subplots(2, 2).flat
-    _training(training, found)
-    _shifted(shifted, found)
-    _rank(rank, found)
-    _parts(parts, found)
-    handles, labels = training.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
-    figure.suptitle(f'{comparison.name}: routing, means and standard deviations over seeds')
-    return figure
+    claims = {'collapse': (_load, _rank), 'inconsistency': (_training, _shifted)}
+    figures = {}
+    for claim, panels in claims.items() if found else ():
+        figures[claim] = Figure(figsize=(13, 5.4), layout='constrained')
+        for axes, draw in zip(figures[claim].subplots(1, 2).flat, panels, strict=True):
+            draw(axes, found)
+            axes.grid(alpha=0.3)
+    if any(routing['convergence'] for _, routing in found):
+        figures['convergence'] = Figure(figsize=(9, 5.4), layout='constrained')
+        _parts(figures['convergence'].subplots(), found)
+    for claim, figure in figures.items():
+        figure.suptitle(f'{comparison.name}: {claim}')
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
+    return figures
+
+
+def _load(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
+    names = list(
+        dict.fromkeys(f'{row}, {d}' for row, routing in found for d in by_decider(routing))
+    )
+    for row, routing in found:
+        for decider, numbers in by_decider(routing).items():
+            axes.scatter(names.index(f'{row}, {decider}'), numbers['load entropy'], color='C0')
+    axes.set_xticks(range(len(names)), names, rotation=30, ha='right')
+    axes.set(title='load entropy, a point per seed (1: even, 0: one expert)', ylim=(0, 1.05))
 
 
 def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
@@ -56,17 +71,17 @@ def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
                 curves.setdefault(f'{row}, {decider}', []).append(kept_then)
     for number, (label, values) in enumerate(curves.items()):
         values = _of_equal_length(values)
-        mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+        mean = np.mean(values, axis=0)
+        std = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
         steps = range(1, len(mean) + 1)
         line = axes.errorbar(steps, mean, std, label=label, color=colour_of(number), capsize=2)
         line[0].set_marker('o')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
-        title='experts that stay from one checkpoint to the next',
+        title='experts that stay from one checkpoint to the next (mean and deviation)',
         xlabel='checkpoint before',
         ylabel='share of patches beyond chance',
     )
-    axes.grid(alpha=0.3)
 
 
 def _shifted(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
@@ -82,22 +97,23 @@ def _shifted(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
         xlabel='mirrored: share beyond chance',
         ylabel='corrupted: share beyond chance',
     )
-    axes.grid(alpha=0.3)
 
 
 def _rank(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
     rows = list(dict.fromkeys(row for row, _ in found))
+    layers: dict[str, Any] = {}
     for row, routing in found:
         for place, layer in enumerate(routing['layers'].values()):
             share = layer['effective_rank_after'] / layer['effective_rank_before']
-            axes.scatter(rows.index(row) + 0.15 * place, share, color=f'C{place}')
+            drawn = axes.scatter(rows.index(row) + 0.15 * place, share, color=f'C{place}')
+            layers.setdefault(f'MoE layer {place + 1}', drawn)
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha='right')
     axes.set(
-        title="effective rank of a layer's answer over that of its tokens (colour: layer)",
-        ylabel='after / before',
+        title='effective rank of what leaves a layer, a point per seed',
+        ylabel="over that of the layer's tokens",
+        ylim=(0, None),
     )
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.legend(layers.values(), layers.keys(), frameon=False)
 
 
 def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
@@ -109,21 +125,20 @@ def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
         for part, layers in by_part.items():
             curves.setdefault(f'{row}, {part}', []).append(np.mean(layers, axis=0).tolist())
     styles = {'experts': '-', 'router': '--', 'quantizer': ':'}
-    for number, (label, values) in enumerate(curves.items()):
-        part = label.rpartition(' ')[2]
-        if part in styles:
-            mean = np.mean(_of_equal_length(values), axis=0)
-            axes.plot(
-                range(1, len(mean) + 1), mean, styles[part], label=label, color=colour_of(number)
-            )
+    colours: dict[str, Any] = {}
+    for label, values in curves.items():
+        row, _, part = label.rpartition(', ')
+        mean = np.mean(_of_equal_length(values), axis=0)
+        if part in styles and mean[0] > 0:  # a part that is frozen has no way
+            colour = colours.setdefault(row, colour_of(len(colours)))
+            axes.plot(range(1, len(mean) + 1), mean, styles[part], label=label, color=colour)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
-        title='way that is left to the last checkpoint',
+        title='way that is left to the last checkpoint, mean over seeds',
         xlabel='checkpoint',
         ylabel='share of the way since the first',
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize='small')
 
 
 def _of_equal_length(curves: list[list[float]]) -> list[list[float]]:

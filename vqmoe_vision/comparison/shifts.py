@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 
-from .results import Store, Usable
+from .results import Results, Store, Usable
 from .runs import Run
 from .spec import Comparison
 
@@ -53,6 +53,22 @@ def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
         values = found[name]
         if values.keys() == set(expanded(comparison.shifts[name])):
             scores[name] = sum(values.values()) / len(values)
+    return scores
+
+
+def shifted_scores(
+    comparison: Comparison, results: Results
+) -> dict[str, dict[str, dict[int, float]]]:
+    """The scores of all runs that were measured, by shift, row and seed.
+
+    Args:
+        comparison: Says which shifts there are.
+        results: What is there of it.
+    """
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for (row, seed), content in results.usable.items():
+        for name, score in mean_scores(comparison, content.get('shifts', {})).items():
+            scores.setdefault(name, {}).setdefault(row, {})[seed] = score
     return scores
 
 

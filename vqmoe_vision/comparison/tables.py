@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .results import Results
-from .shifts import mean_scores
+from .shifts import shifted_scores
 from .spec import Comparison
 from .statistics import holm, paired_difference
 
@@ -117,12 +117,8 @@ def shift_table(comparison: Comparison, results: Results) -> pd.DataFrame:
         comparison: What was compared.
         results: What is there of it.
     """
-    scores: dict[str, dict[str, dict[int, float]]] = {}
-    for (row, seed), content in results.usable.items():
-        for name, score in mean_scores(comparison, content.get('shifts', {})).items():
-            scores.setdefault(name, {}).setdefault(row, {})[seed] = score
     lines = []
-    for name, by_row in scores.items():
+    for name, by_row in shifted_scores(comparison, results).items():
         reference = by_row.get(comparison.reference, {})
         for row, values in by_row.items():
             column, own = pd.Series(values), row == comparison.reference
