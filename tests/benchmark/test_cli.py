@@ -7,6 +7,7 @@ import pytest
 
 from benchmark.cli import main
 from benchmark.layers import FLOORS, OURS
+from benchmark.plots import draw_savings
 
 TINY = [
     *('--tokens', '8', '--batch', '2', '--width', '8', '--experts', '4'),
@@ -57,6 +58,22 @@ def test_sweeps_are_drawn_as_curves(tmp_path: Path) -> None:
     saved.write_text(json.dumps({'command': 'moe', 'header': {}, 'rows': rows}))
     main(['moe', '--from', str(saved), '--plot', str(plot)])
     assert plot.read_bytes().startswith(b'\x89PNG')
+
+
+def test_what_the_discrete_form_saves_is_drawn() -> None:
+    figure = pytest.importorskip('matplotlib.figure').Figure()
+    full = 'vit_tiny_vqmoe,moe_layers=last2'
+    common = {'batch': 1, 'mode': 'inference', 'baseline': full}
+    rows = [
+        {**common, 'contender': full, 'macs': 100, 'to_baseline': 1.0},
+        {**common, 'contender': f'{full},form=discrete', 'macs': 72, 'to_baseline': 0.8},
+        {**common, 'contender': 'vit_tiny_patch16_224', 'macs': 71, 'to_baseline': 0.7},
+    ]
+    draw_savings(figure, rows)
+    (axes,) = figure.axes
+    # 1 - 72 / 100 of the work and 1 - 0.8 of the time; a dense model is no form
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([28, 20])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['last2']
 
 
 def test_models_end_to_end(tmp_path: Path) -> None:

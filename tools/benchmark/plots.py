@@ -29,7 +29,9 @@ STYLES = {
 
 
 def draw(run: Mapping[str, Any], path: Path) -> None:
-    """Draw a run into a file: curves where sizes were swept, bars elsewhere.
+    """Draw a run into a file.
+
+    Curves where sizes were swept, savings where full forms are the baselines, bars elsewhere.
 
     Args:
         run: As `report.read` returns it.
@@ -47,6 +49,8 @@ def draw(run: Mapping[str, Any], path: Path) -> None:
     figure = Figure(layout='constrained')
     if any(row.get('sweep') for row in rows):
         _draw_sweeps(figure, [row for row in rows if row['sweep']])
+    elif any(_is_discrete(row) for row in rows):
+        draw_savings(figure, rows)
     else:
         _draw_ratios(figure, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +86,44 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], sweep: str, quantity: str) -> 
     axes.tick_params(labelsize=12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=12)
+
+
+def _is_discrete(row: Row) -> bool:
+    """Whether a row is the discrete form of its baseline."""
+    return (
+        row.get('baseline') is not None and row['contender'] == f'{row["baseline"]},form=discrete'
+    )
+
+
+def draw_savings(figure: Figure, rows: Sequence[Row]) -> None:
+    """What discrete forms save of their full ones, a panel per model and a group per MoE blocks."""
+    work = {(row['contender'], row['batch'], row['mode']): row['macs'] for row in rows}
+    saved: dict[str, dict[str, dict[str, float]]] = {}  # by model, kind, and blocks
+    for row in filter(_is_discrete, rows):
+        model, *options = row['baseline'].split(',')
+        blocks = next(option for option in options if option.startswith('moe_layers='))
+        of_model = saved.setdefault(model, {})
+        full = work[row['baseline'], row['batch'], row['mode']]
+        of_model.setdefault('MACs', {})[blocks] = 1 - row['macs'] / full
+        kind = f'{row["mode"]}, batch {row["batch"]}'
+        of_model.setdefault(kind, {})[blocks] = 1 - row['to_baseline']
+    figure.set_size_inches(5 * len(saved), 5)
+    panels = figure.subplots(1, len(saved), sharey=True, squeeze=False)[0]
+    for axes, (model, kinds) in zip(panels, saved.items(), strict=True):
+        for number, (kind, values) in enumerate(kinds.items()):
+            places = [place + 0.2 * number for place in range(len(values))]
+            axes.bar(places, [100 * v for v in values.values()], 0.2, label=kind)
+        blocks = [name.partition('=')[2] for name in next(iter(kinds.values()))]
+        axes.set_xticks([place + 0.3 for place in range(len(blocks))], blocks)
+        axes.axhline(28, color='black', linestyle='--', linewidth=1)
+        axes.set_title(model, fontsize=14)
+        axes.set_xlabel('blocks with experts', fontsize=14)
+        axes.tick_params(labelsize=12)
+        axes.grid(alpha=0.3, axis='y')
+    panels[0].set_ylabel('saved by the discrete form, %', fontsize=14)
+    panels[0].annotate("28 %, the paper's", (0, 29), fontsize=12)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=12)
 
 
 def _draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:

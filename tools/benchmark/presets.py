@@ -188,7 +188,34 @@ _MODEL_GATES = (
     _limit(_SMOE_1, 'vit_small_patch16_224', 1.22, dtype='bfloat16', mode='training'),
     _limit(_VQMOE, _SMOE_2, 1.05, mode='training'),
 )
+# --- discrete: what the discrete form saves of the full one, by size and number of MoE blocks ---
+
+
+def _forms(size: str, experts: int, moe_layers: str) -> tuple[Comparison, Comparison]:
+    """Full, discrete and dense: prediction of one image, then of eight, and training."""
+    full = f'vit_{size}_vqmoe,num_experts={experts},moe_layers={moe_layers}'
+    models = (f'{full},form=discrete', f'vit_{size}_patch16_224')
+    return (
+        Comparison(models=models, baseline=full, batch=1, modes=('inference',)),
+        Comparison(models=models, baseline=full, batch=8),
+    )
+
+
+# the number of experts changes no work; base with eight in all blocks would need 24 GB
+_SIZES = (('tiny', 8), ('small', 8), ('base', 4))
 MODEL_PRESETS = {
+    # CPU time of one thread, which other work on the machine disturbs least
+    'discrete': Preset(
+        comparisons=tuple(
+            comparison
+            for size, experts in _SIZES
+            for moe_layers in ('last2', 'every2', 'every1')
+            for comparison in _forms(size, experts, moe_layers)
+        ),
+        threads=1,
+        clock='process',
+        repeats=7,
+    ),
     'table': Preset(
         comparisons=tuple(
             Comparison(models=(_SMOE_1, *map(_model, METHODS)), dtype=dtype, amp=amp)
