@@ -206,6 +206,8 @@ def test_curves_are_means_with_bands(fill) -> None:
     }
     assert differences['better (3)'] == [[1, 1.0], [2, 2.0]]
     assert differences['dense (3)'] == [[1, 0.0], [2, 0.0]]
+    over_compute = figure.axes[3].get_lines()[1].get_xydata().tolist()
+    assert over_compute == [[0.01, 11.0], [0.02, 22.0]]  # ten million each
     (band,) = held_out.collections[1].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}

@@ -95,9 +95,32 @@ def test_all_presets_are_those_that_differ_from_the_rows_of_the_methods(spec) ->
     assert comparison.rows['smoe_frozen'][-1] == 'model.moe.preset=frozen'
 
 
+def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> None:
+    spec()
+    Path('first.py').write_text(Path('spec.py').read_text())
+    path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
+    comparison = read_comparison(path)
+    assert comparison.rows.keys() == {'dense'} | {
+        f'{row}_started' for row in ROWS if row != 'dense_wide'
+    }
+    first = Run(read_comparison('first.py'), 'dense', 2, Path('work')).folder
+    run = Run(comparison, 'smoe_started', 2, Path('work'))
+    assert run.resolved['model']['checkpoint'] == str(first / 'iter_2.pth') == str(run.source[1])
+    assert Run(comparison, 'dense', 2, Path('work')).source is None
+    said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
+    assert (
+        'which is not there: tools/compare.py run SPEC --rows dense --seeds 2, with first' in said
+    )
+
+
 @pytest.mark.parametrize(
     ('more', 'said'),
     [
+        ("start = 'dense'", "start='dense' must be 'COMPARISON ROW CHECKPOINT'"),
+        (
+            "rows = dict(dense='dense', a='smoe model.checkpoint={start}')",
+            'a needs the field start',
+        ),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
         ('seeds = [1, 2, 1]', 'seeds [1] are there twice'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,11 @@ def _run(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
+    for one in waiting:
+        if one.source is not None and not one.source[1].is_file():
+            first, file = one.source
+            train = shlex.join(first.train(first.folder))
+            raise ValueError(f'{one.name} starts from {file}, which is not there; first: {train}')
     queue = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE')
     try:
         failed = queue.work()

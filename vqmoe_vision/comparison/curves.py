@@ -21,16 +21,23 @@ _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     """Draws training loss, metric on held-out images, and its paired difference to the reference.
 
+    The metric stands over the compute of the run too: multiply-accumulates of its forward passes.
+
     A line is the mean over the seeds of a row, its band one standard deviation to both sides.
 
     Args:
         comparison: What was compared.
         usable: As `Results.usable`.
     """
-    figure = Figure(figsize=(15, 5.2), layout='constrained')
+    figure = Figure(figsize=(15, 10), layout='constrained')
     metric, reference = comparison.metric, comparison.reference
-    titles = ('training loss', f'{metric}, held out', f'the same, difference to {reference}')
-    axes = figure.subplots(1, 3)
+    titles = {
+        'training loss': 'iteration',
+        f'{metric}, held out': 'iteration',
+        f'the same, difference to {reference}': 'iteration',
+        'the same over the compute of the run': 'iterations times GMACs per image',
+    }
+    axes = list(figure.subplots(2, 2).flat)
     for number, row in enumerate(comparison.rows):
         of_row = {seed: content for (name, seed), content in usable.items() if name == row}
         curves: tuple[list[Curve], ...] = (
@@ -41,12 +48,16 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
                 for seed, content in of_row.items()
                 if (reference, seed) in usable
             ],
+            [
+                [[step * content['macs'] / 1e9, value] for step, value in content['held_out']]
+                for content in of_row.values()
+            ],
         )
         for panel, of_panel in zip(axes, curves, strict=True):
             if of_panel:
                 _draw(panel, row, number, of_panel)
-    for panel, title in zip(axes, titles, strict=True):
-        panel.set(title=title, xlabel='iteration')
+    for panel, (title, label) in zip(axes, titles.items(), strict=True):
+        panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=8, frameon=False)

@@ -16,8 +16,31 @@ from vqmoe_vision.engine.config_names import find_config
 
 from .rows import PRESET_ROWS, ROWS, row_options
 
-# Fields of a file that stand for many rows.
-_ROWS = {'all_methods': ROWS, 'all_presets': tuple(PRESET_ROWS)}
+# In an option: the checkpoint of `Comparison.start` at the seed of the run.
+START = '{start}'
+# Fields of a file that stand for many rows, with what each row is.
+_ROWS = {
+    'all_methods': {row: row for row in ROWS},
+    'all_presets': {row: row for row in PRESET_ROWS},
+    'all_started': {
+        f'{row}_started': f'{row} MODEL.checkpoint={START}' for row in ROWS if row != 'dense_wide'
+    },  # a dense model of another width is no start
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run that rows start from, at their own seed.
+
+    Args:
+        comparison: What it is part of.
+        row: Of that comparison.
+        file: Checkpoint in its work dir.
+    """
+
+    comparison: Comparison
+    row: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,7 @@ class Comparison:
         metric: Name of the test metric.
         options: The budget: options of all rows.
         controls: Rows that a learned router has to beat, such as one that is frozen at random.
+        start: What rows start from that say `{start}`.
         shifts: Further tests of finished runs, by name: options of the test, of which
             `{corruption}` stands for each of ImageNet-C's.
     """
@@ -45,6 +69,7 @@ class Comparison:
     metric: str
     options: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +80,10 @@ class Comparison:
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
+        if self.start is None:
+            for row, options in self.rows.items():
+                if any(START in option for option in options):
+                    raise ValueError(f'comparison {self.name}: row {row} needs the field start')
 
     def selected(
         self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None
@@ -79,8 +108,9 @@ def read_comparison(path: str) -> Comparison:
     Args:
         path: A file with the fields of `Comparison` but for its name, where `rows` are written as
             on a command line and may begin with the name of one of `ROWS` or `PRESET_ROWS`, and
-            `all_methods=True` and `all_presets=True` stand for all of those. Or a config that
-            trains: then all of `ROWS` at five seeds.
+            `all_methods=True` and `all_presets=True` stand for all of those, `all_started=True`
+            for those of `ROWS` that begin with the weights of `start`, which is written as
+            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` at five seeds.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -97,7 +127,12 @@ def read_comparison(path: str) -> Comparison:
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
     config = given.pop('config')
     model, size = _model_of(load_config(config, import_modules=False))
-    rows = {row: row for field, names in _ROWS.items() if given.pop(field, False) for row in names}
+    rows = {
+        row: line.replace('MODEL', model)
+        for field, lines in _ROWS.items()
+        if given.pop(field, False)
+        for row, line in lines.items()
+    }
     own = given.pop('rows', {})
     if other := sorted(row for row in rows.keys() & own.keys() if rows[row] != own[row]):
         raise ValueError(f'{path}: rows {other} stand for others by all_methods or all_presets')
@@ -111,8 +146,18 @@ def read_comparison(path: str) -> Comparison:
         metric=given['metric'],
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),
+        start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
     )
+
+
+def _start(path: str, line: str) -> Start:
+    words = line.split() if isinstance(line, str) else []
+    if len(words) != 3:
+        raise ValueError(f"{path}: start={line!r} must be 'COMPARISON ROW CHECKPOINT'")
+    comparison = read_comparison(words[0])
+    _choose(f'{path}: start: row', [words[1]], comparison.rows)
+    return Start(comparison, words[1], words[2])
 
 
 def _of_config(name: str, path: str) -> Comparison:

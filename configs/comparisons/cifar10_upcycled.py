@@ -1,0 +1,14 @@
+# Six epochs of CIFAR-10 more for the dense ViT of cifar10_budget: as it is, with each method's
+# experts made of its MLPs, and each method from scratch. docs/compare.md
+config = 'configs/classification/cifar10_budget.py'
+metric = 'accuracy/top1'
+reference = 'dense_started'
+seeds = [1, 2, 3, 4, 5]
+start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
+all_started = True
+all_methods = True
+rows = dict(
+    smoe_exact='smoe model.checkpoint={start} model.moe.renormalize=True',
+    vqmoe_discrete='vqmoe model.checkpoint={start} model.moe.form=discrete',
+    vqmoe_drop='vqmoe model.checkpoint={start} model.upcycling.drop=0.5',
+)
