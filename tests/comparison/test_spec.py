@@ -108,9 +108,7 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     assert run.resolved['model']['checkpoint'] == str(first / 'iter_2.pth') == str(run.source[1])
     assert Run(comparison, 'dense', 2, Path('work')).source is None
     said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
-    assert (
-        'which is not there: tools/compare.py run SPEC --rows dense --seeds 2, with first' in said
-    )
+    assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
 
 
 @pytest.mark.parametrize(
