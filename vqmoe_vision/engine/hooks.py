@@ -1,6 +1,7 @@
 """Hooks for models with MoE layers, used by classification and segmentation alike."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
 from .log import wrapped
 from .model import NonFiniteError, unwrapped
+from .normalization import KEY, of_run
 from .routing import lines_of
 
 
@@ -135,6 +136,39 @@ def _saves_after_iteration(hook: Hook, runner: Runner) -> bool:
 
 
 @HOOKS.register_module()
+class NormalizationHook(Hook):
+    """Lets images be normalised as the weights of the model want it, before the first is read.
+
+    Raises:
+        ValueError: The config states otherwise.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Of a run of before, whose model does not keep it."""
+        known = of_run(checkpoint)
+        if known is not None:
+            checkpoint.get('state_dict', checkpoint).setdefault(KEY, known.values())
+
+    def before_train(self, runner: Runner) -> None:
+        """Of training and validation images."""
+        self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
+
+    def before_val(self, runner: Runner) -> None:
+        """Of a validation without a training."""
+        self._normalize(runner, ('val',))
+
+    def before_test(self, runner: Runner) -> None:
+        """Of test images."""
+        self._normalize(runner, ('test',))
+
+    @staticmethod
+    def _normalize(runner: Runner, splits: Sequence[str]) -> None:
+        loaders = [f'{split}_dataloader' for split in splits]
+        datasets = {f'{name}.dataset': getattr(runner, name).dataset for name in loaders}
+        unwrapped(runner).normalize_inputs(datasets)
+
+
+@HOOKS.register_module()
 class CheckpointFitHook(Hook):
     """Refuses a checkpoint that does not fit, where mmengine would warn and go on."""
 
@@ -145,7 +179,7 @@ class CheckpointFitHook(Hook):
             ValueError: Names the keys and shapes that do not fit.
         """
         loaded = checkpoint.get('state_dict', checkpoint)
-        problem = misfit_of(unwrapped(runner), loaded)
+        problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 
