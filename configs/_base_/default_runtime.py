@@ -6,7 +6,6 @@ env_cfg = dict(cudnn_benchmark=True, dist_cfg=dict(backend='nccl'))
 # from ReseedHook: a resumed run equals one that was never interrupted.
 custom_hooks = [
     dict(type='ReseedHook'),
-    dict(type='NormalizationHook'),
     dict(type='CheckpointFitHook'),
     dict(type='NonFiniteGuardHook'),
     dict(type='MoeStateHook'),

@@ -136,41 +136,12 @@ def _saves_after_iteration(hook: Hook, runner: Runner) -> bool:
 
 
 @HOOKS.register_module()
-class NormalizationHook(Hook):
-    """Lets images be normalised as the weights of the model want it, before the first is read.
-
-    Raises:
-        ValueError: The config states otherwise.
-    """
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Of a run of before, whose model does not keep it."""
-        known = of_run(checkpoint)
-        if known is not None:
-            checkpoint.get('state_dict', checkpoint).setdefault(KEY, known.values())
-
-    def before_train(self, runner: Runner) -> None:
-        """Of training and validation images."""
-        self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
-
-    def before_val(self, runner: Runner) -> None:
-        """Of a validation without a training."""
-        self._normalize(runner, ('val',))
-
-    def before_test(self, runner: Runner) -> None:
-        """Of test images."""
-        self._normalize(runner, ('test',))
-
-    @staticmethod
-    def _normalize(runner: Runner, splits: Sequence[str]) -> None:
-        loaders = [f'{split}_dataloader' for split in splits]
-        datasets = {f'{name}.dataset': getattr(runner, name).dataset for name in loaders}
-        unwrapped(runner).normalize_inputs(datasets)
-
-
-@HOOKS.register_module()
 class CheckpointFitHook(Hook):
-    """Refuses a checkpoint that does not fit, where mmengine would warn and go on."""
+    """Weights, the model that takes them and the images that it is fed with have to fit.
+
+    mmengine would warn of a checkpoint that does not fit the model, and go on. Images are
+    normalised as the weights want it, before the first of them is read.
+    """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares names and shapes.
@@ -179,9 +150,33 @@ class CheckpointFitHook(Hook):
             ValueError: Names the keys and shapes that do not fit.
         """
         loaded = checkpoint.get('state_dict', checkpoint)
+        if (known := of_run(checkpoint)) is not None:
+            loaded.setdefault(KEY, known.values())  # a run of before has it in its config
         problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
+
+    def before_train(self, runner: Runner) -> None:
+        """Normalises images of training and validation.
+
+        Raises:
+            ValueError: The config states another normalisation than that of the weights.
+        """
+        self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
+
+    def before_val(self, runner: Runner) -> None:
+        """As `before_train`, for a validation without a training."""
+        self._normalize(runner, ('val',))
+
+    def before_test(self, runner: Runner) -> None:
+        """As `before_train`, for images of a test."""
+        self._normalize(runner, ('test',))
+
+    @staticmethod
+    def _normalize(runner: Runner, splits: Sequence[str]) -> None:
+        loaders = [f'{split}_dataloader' for split in splits]
+        datasets = {f'{name}.dataset': getattr(runner, name).dataset for name in loaders}
+        unwrapped(runner).normalize_inputs(datasets)
 
 
 @HOOKS.register_module()
