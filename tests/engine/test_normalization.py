@@ -21,7 +21,7 @@ SEGMENTATION = 'model = dict(data_preprocessor=dict(mean=[123.675, 116.28, 103.5
 CLASSIFICATION = 'train_dataloader = dict(dataset=dict(transform=dict(mean=(0.5,) * 3, std=STD)))'
 
 
-def dense(folder: Path, name: str = DEIT) -> Any:
+def dense(folder: Path, name: str = DEIT) -> None:
     """Weights of a model as a file without more, and as timm's folder."""
     model = timm.create_model(name, **SMALL)
     torch.save(model.state_dict(), folder / 'bare.pth')
@@ -60,6 +60,20 @@ def test_weights_that_timm_loads(
     assert weights_normalization(model, None, placed) == expected
 
 
+@pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])
+def test_timm_loads_a_checkpoint_of_a_run(way: str, tmp_path: Path) -> None:
+    state = timm.create_model(AUGREG, **SMALL).state_dict()
+    config = SEGMENTATION.replace('NUMBERS', '[58.395, 57.12, 57.375]')
+    path = run_file(tmp_path, config, **{f'model.{name}': value for name, value in state.items()})
+    stated = vars(GREY) if way == 'stated' else {}
+    overlay = {'pretrained': True, 'pretrained_cfg_overlay': {'file': path, **stated}}
+    arguments: dict[str, Any] = {'upcycle': path} if way == 'upcycle' else overlay
+    model = create_model('vit_tiny_smoe', **SMALL, **arguments)
+    found = weights_normalization(model, None, arguments)
+    assert found is not None
+    assert not found.differing(GREY if stated else IMAGENET)
+
+
 def test_a_checkpoint_counts_before_what_timm_has_loaded(tmp_path: Path) -> None:
     dense(tmp_path)
     arguments = {'upcycle': f'local-dir:{tmp_path}/hub'}
@@ -74,6 +88,7 @@ def test_a_checkpoint_counts_before_what_timm_has_loaded(tmp_path: Path) -> None
         (SEGMENTATION.replace('dict(mean=', "{'mean': ").replace(', std=NUMBERS)', '}'), None),
         (CLASSIFICATION.replace('(0.5,) * 3', '[0.5]').replace('STD', '(0.5, 0.5, 0.5)'), GREY),
         (SEGMENTATION.replace('NUMBERS', "open('x', 'w')"), None),  # nothing of it is run
+        (SEGMENTATION.replace('NUMBERS', '[58.395, 57.12]'), None),
         ('model = dict(', None),
         ('', None),
     ],

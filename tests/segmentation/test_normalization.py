@@ -243,6 +243,8 @@ def test_a_run_of_before_goes_on_as_it_began(
     work.mkdir()
     torch.save(content, work / 'iter_2.pth')
     (work / 'last_checkpoint').write_text('iter_2.pth')
+    before = load_trained(load_config(trained[0]), str(work / 'iter_2.pth'), 'cpu')
+    assert levels(before) == ([127.5] * 3, [127.5] * 3)
     options = [f'model.backbone.checkpoint={classifier}', 'train_cfg.max_iters=4']
     train(trained[0], work, *options, resume=True)
     model = load_trained(load_config(trained[0]), str(work / 'iter_4.pth'), 'cpu')

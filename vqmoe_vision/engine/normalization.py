@@ -61,7 +61,7 @@ def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | No
     config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
     overlay = arguments.get('pretrained_cfg_overlay') or {}
     file = upcycle if upcycle and is_file(upcycle) else overlay.get('file')
-    if file and (found := read_normalization(str(file))):
+    if file and 'mean' not in overlay and (found := read_normalization(str(file))):
         return found
     # a model of this package has a configuration for weights only if they brought one
     brought = bool(upcycle) and not is_file(str(upcycle))
@@ -115,7 +115,7 @@ def _of_config(text: str) -> Normalization | None:
     """Of a config's text, which is not run."""
     try:
         statements = ast.parse(text).body
-    except (SyntaxError, ValueError):
+    except Exception:  # what is no Python makes the parser fail in any way
         return None
     assigned = [s for s in statements if isinstance(s, ast.Assign)]
     variables = {ast.unparse(s.targets[0]): s.value for s in assigned}

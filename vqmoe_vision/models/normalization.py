@@ -37,7 +37,12 @@ class Normalization:
         Args:
             values: Has 'mean' and 'std', a number per channel, or one for all three.
             scale: The value of a white pixel.
+
+        Raises:
+            ValueError: There is another number of numbers.
         """
+        for name in ('mean', 'std'):
+            check(len(values[name]) in (1, 3), name, values[name], 'a number per channel, or one')
         mean, std = (
             tuple(float(value) / scale for value in (*values[name], *values[name] * 2)[:3])
             for name in ('mean', 'std')
