@@ -6,7 +6,18 @@ _base_ = [
     '../_base_/segmentation_runtime.py',
 ]
 model = dict(
-    data_preprocessor=dict(size=(192, 192)),
+    # mean and std are stated: all rows of a comparison are fed alike
+    data_preprocessor=dict(
+        _delete_=True,
+        type='SegDataPreProcessor',
+        mean=[127.5, 127.5, 127.5],
+        std=[127.5, 127.5, 127.5],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(192, 192),
+        test_cfg=dict(size_divisor=16),
+    ),
     backbone=dict(
         moe=dict(_delete_=True, preset='matched'),
         img_size=(192, 192),

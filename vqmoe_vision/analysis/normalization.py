@@ -3,42 +3,12 @@
 Legend: B images of C channels, H height, W width.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
-
-@dataclass(frozen=True)
-class Normalization:
-    """How images were normalised for a model: (pixels - mean) / std.
-
-    Args:
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel, of pixels in [0, 1].
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Images as they were before: (B, C, H, W) in [0, 1], on the CPU.
-
-        Raises:
-            ValueError: If the images have another number of channels.
-        """
-        channels = images.shape[1]
-        check(len(self.mean) == channels, 'mean', self.mean, f'a number per channel, {channels}')
-        check(len(self.std) == channels, 'std', self.std, f'a number per channel, {channels}')
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images.detach().float().cpu() * std + mean).clamp(0, 1)
-
-    def normalized(self, pixels: Tensor) -> Tensor:
-        """Images as the model is given them, of pixels (B, C, H, W) in [0, 1]."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
+__all__ = ['Normalization', 'in_colour']
 
 
 def in_colour(pixels: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """A classifier around any timm model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.data import Mixup
@@ -14,10 +16,12 @@ from torch import nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
+from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
+from .datasets import ImageClassification
 from .source import source
 
 
@@ -98,11 +102,26 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if self.checkpoint is not None:
             assert isinstance(self.model, VisionTransformer)
             start_from(self.model, self.checkpoint)
+        weights = weights_normalization(self.model, self.checkpoint, self._arguments)
+        if weights is not None:
+            self.normalize_as(weights)
 
     @property
     def routed_model(self) -> nn.Module:
         """The timm model."""
         return self.model
+
+    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
+        """As `MoeTrainingMixin`: the transforms of the data sets normalise their images."""
+        for field, dataset in datasets.items():
+            known = self.known_normalization
+            if not isinstance(dataset, ImageClassification):
+                told = f'{field}: its class is another, which normalises images as it likes'
+                print_log(told, 'current')
+            elif known is not None:
+                dataset.normalize_as(known, f'{field}.transform')
+            elif dataset.normalization is not None:
+                self.normalize_as(dataset.normalization)
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing.
@@ -111,7 +130,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             dataset: Config of the data set of its tests.
             folder: Images without labels in its place.
         """
-        return source(dataset, folder)
+        return source(dataset, self.known_normalization, folder)
 
     def forward(
         self, inputs: torch.Tensor, targets: torch.Tensor | None = None, mode: str = 'tensor'

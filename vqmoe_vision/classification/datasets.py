@@ -16,8 +16,10 @@ from torchvision import datasets
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
 from vqmoe_vision.engine.images import opened, read_rgb
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.models.normalization import Normalization
 
 from .splits import check_split, split_indices
+from .transforms import normalization_of, normalized_as
 
 
 class ImageClassification(Dataset):
@@ -32,7 +34,27 @@ class ImageClassification(Dataset):
     def __init__(self, source: Sequence, classes: Sequence[str], transform: dict) -> None:
         self.source = source
         self.metainfo = {'classes': tuple(classes)}
+        self._config = transform
         self.transform: Callable = TRANSFORMS.build(transform)
+
+    def normalize_as(self, weights: Normalization, field: str) -> None:
+        """Lets the transform normalise images as the weights want it, if its config leaves it open.
+
+        Args:
+            weights: How images were normalised for them.
+            field: Of the config, for messages.
+
+        Raises:
+            ValueError: The config of the transform states otherwise.
+        """
+        found = self.normalization
+        if found is not None and found.differing(weights):
+            self.transform = normalized_as(self._config, weights, field)
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """How the transform normalises images; None if it does not as torchvision does."""
+        return normalization_of(self.transform)
 
     def __len__(self) -> int:
         return len(self.source)

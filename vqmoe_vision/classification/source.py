@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.registry import DATASETS, TRANSFORMS
-from torchvision import transforms
+from mmengine.registry import DATASETS
 
-from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.source import Sample, Source, image_files
+from vqmoe_vision.models.normalization import Normalization
 
 from .datasets import ImageClassification, load_image
+from .transforms import normalization_of, normalized_as
+
+_FIELD = 'test_dataloader.dataset.transform'
 
 
 class _Labelled(Sequence):
@@ -38,30 +40,33 @@ class _Files(Sequence):
         return Sample(self.transform(load_image(str(self.files[index]))), None)
 
 
-def source(dataset: ConfigDict, folder: str | None = None) -> Source:
+def source(dataset: ConfigDict, weights: Normalization | None, folder: str | None = None) -> Source:
     """What a survey of a classifier looks at.
 
     Args:
         dataset: Config of the data set of its tests.
+        weights: How images were normalised for the classifier's; None if that is not known.
         folder: Images without labels in its place, which its transform prepares.
 
     Raises:
-        ValueError: Images are missing, laid out otherwise, or not normalised at the end.
+        ValueError: Images are missing, laid out otherwise, or not normalised at the end, or
+            otherwise than for the weights.
     """
     if folder is not None:
         files = image_files(folder)
-        transform = TRANSFORMS.build(dataset.transform)
+        transform = normalized_as(dataset.transform, weights, _FIELD)
         names = [file.name for file in files]
         return Source(_Files(files, transform), names, None, _normalization(transform))
     built = DATASETS.build(dataset)
+    if weights is not None:
+        built.normalize_as(weights, _FIELD)
     classes = list(built.metainfo['classes'])
     names = [f'image {i}' for i in range(len(built))]
     return Source(_Labelled(built), names, classes, _normalization(built.transform))
 
 
 def _normalization(transform: Any) -> Normalization:
-    for step in reversed(getattr(transform, 'transforms', [])):
-        if isinstance(step, transforms.Normalize):
-            mean, std = (torch.as_tensor(v).flatten().tolist() for v in (step.mean, step.std))
-            return Normalization(tuple(mean), tuple(std))
-    raise ValueError('test_dataloader.dataset.transform does not end in a Normalize of torchvision')
+    found = normalization_of(transform)
+    if found is None:
+        raise ValueError(f'{_FIELD} does not end in a Normalize of torchvision')
+    return found

@@ -4,24 +4,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
+from vqmoe_vision.engine.normalization import must_change
+from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.moe.config import check
+
+Numbers = Sequence[float]
+# Of the transforms below, which normalise with `mean` and `std` if these are given.
+_FOLLOW = ('timm', 'crop_flip')
+
 
 @TRANSFORMS.register_module(name='timm')
-def timm_transform(shift: str | None = None, **kwargs: Any) -> Callable:
+def timm_transform(
+    shift: str | None = None, from_scratch: dict[str, Numbers] | None = None, **kwargs: Any
+) -> Callable:
     """The recipe of timm.
 
     Args:
         shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
+        from_scratch: `dict(mean=..., std=...)`, which stands for what is left out where a training
+            starts from no weights, or from weights of which it is not known.
         **kwargs: Of `timm.data.create_transform`.
 
     Raises:
         ValueError: There is no such corruption.
     """
-    transform = create_transform(**kwargs)
+    transform = create_transform(**{**(from_scratch or {}), **kwargs})
     if shift is None:
         return transform
     # numba and scikit-image come with it: only those who ask for it wait for them
@@ -35,25 +48,70 @@ def timm_transform(shift: str | None = None, **kwargs: Any) -> Callable:
 @TRANSFORMS.register_module(name='crop_flip')
 def crop_flip(
     input_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     padding: int = 4,
     hflip: float = 0.5,
+    from_scratch: dict[str, Numbers] | None = None,
 ) -> transforms.Compose:
     """Pads, crops at random and flips at random, the light augmentation of small images.
 
     Args:
         input_size: Height and width of the result, in pixels.
-        mean: Subtracted from each channel; channels are in [0, 1].
-        std: Divides each channel.
+        mean: Subtracted from each channel; channels are in [0, 1]. None for that of the weights.
+        std: Divides each channel. None for that of the weights.
         padding: Black pixels added on each side before the crop.
         hflip: Probability of a horizontal flip.
+        from_scratch: As in `timm_transform`.
+
+    Raises:
+        ValueError: Neither says how to normalise.
     """
+    given = {'mean': mean, 'std': std}
+    numbers = {**(from_scratch or {}), **{k: v for k, v in given.items() if v is not None}}
+    for name in given:
+        check(name in numbers, name, None, 'a number per channel, or from_scratch with them')
     steps = [
         transforms.Resize(input_size),
         transforms.RandomCrop(input_size, padding),
         transforms.RandomHorizontalFlip(hflip),
         transforms.ToTensor(),
-        transforms.Normalize(mean, std),
+        transforms.Normalize(**numbers),
     ]
     return transforms.Compose(steps)
+
+
+def normalization_of(transform: Any) -> Normalization | None:
+    """How a transform normalises images; None if no step is a `Normalize` of torchvision.
+
+    Args:
+        transform: A `Compose` of torchvision, or any other.
+    """
+    for step in reversed(getattr(transform, 'transforms', [])):
+        if isinstance(step, transforms.Normalize):
+            values = (torch.as_tensor(value).flatten().tolist() for value in (step.mean, step.std))
+            return Normalization(*map(tuple, values))
+    return None
+
+
+def normalized_as(config: dict, weights: Normalization | None, field: str) -> Callable:
+    """A transform that normalises images as the weights want it.
+
+    Args:
+        config: Of the transform. What it states stays.
+        weights: How images were normalised for them; None if that is not known.
+        field: Of the config, for messages.
+
+    Raises:
+        ValueError: The config states otherwise, or the transform is one of others that does.
+    """
+    transform: Callable = TRANSFORMS.build(config)
+    found = normalization_of(transform)
+    if weights is None or found is None:
+        return transform
+    numbers = {'mean': weights.mean, 'std': weights.std}
+    follows = config.get('type') in _FOLLOW
+    stated = [name for name in numbers if not follows or config.get(name) is not None]
+    if not must_change(found, weights, stated, field):
+        return transform
+    return TRANSFORMS.build({**config, **{k: v for k, v in numbers.items() if k not in stated}})

@@ -1,6 +1,7 @@
 """Hooks for models with MoE layers, used by classification and segmentation alike."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
 from .log import wrapped
 from .model import NonFiniteError, unwrapped
+from .normalization import KEY, of_run
 from .routing import lines_of
 
 
@@ -136,7 +137,11 @@ def _saves_after_iteration(hook: Hook, runner: Runner) -> bool:
 
 @HOOKS.register_module()
 class CheckpointFitHook(Hook):
-    """Refuses a checkpoint that does not fit, where mmengine would warn and go on."""
+    """Weights, the model that takes them and the images that it is fed with have to fit.
+
+    mmengine would warn of a checkpoint that does not fit the model, and go on. Images are
+    normalised as the weights want it, before the first of them is read.
+    """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares names and shapes.
@@ -145,9 +150,33 @@ class CheckpointFitHook(Hook):
             ValueError: Names the keys and shapes that do not fit.
         """
         loaded = checkpoint.get('state_dict', checkpoint)
-        problem = misfit_of(unwrapped(runner), loaded)
+        if (known := of_run(checkpoint)) is not None:
+            loaded.setdefault(KEY, known.values())  # a run of before has it in its config
+        problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
+
+    def before_train(self, runner: Runner) -> None:
+        """Normalises images of training and validation.
+
+        Raises:
+            ValueError: The config states another normalisation than that of the weights.
+        """
+        self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
+
+    def before_val(self, runner: Runner) -> None:
+        """As `before_train`, for a validation without a training."""
+        self._normalize(runner, ('val',))
+
+    def before_test(self, runner: Runner) -> None:
+        """As `before_train`, for images of a test."""
+        self._normalize(runner, ('test',))
+
+    @staticmethod
+    def _normalize(runner: Runner, splits: Sequence[str]) -> None:
+        loaders = [f'{split}_dataloader' for split in splits]
+        datasets = {f'{name}.dataset': getattr(runner, name).dataset for name in loaders}
+        unwrapped(runner).normalize_inputs(datasets)
 
 
 @HOOKS.register_module()

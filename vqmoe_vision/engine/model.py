@@ -1,6 +1,9 @@
-"""The part of a trained model that both tasks share: auxiliary losses in, non-finite losses out."""
+"""The part of a trained model that both tasks share.
 
-from collections.abc import Iterator
+Auxiliary losses in, non-finite losses out, and how its images are normalised.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +13,11 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.state_dicts import StateDict, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
 
+from .normalization import KEY, of_buffer
 from .routing import RoutingStatistics
 
 
@@ -51,6 +57,8 @@ class MoeTrainingMixin:
         logged_statistics: Of training, since the last line of the log; `MoeLogProcessor` does so.
         recorded_statistics: Shares of training, since the last line of `routing.jsonl`, for
             `RoutingHistoryHook`; None without that hook.
+        normalization: (2, 3) float32 buffer, mean and standard deviation that images are normalised
+            with, of pixels in [0, 1]; zeros until a training begins or weights are loaded.
 
     Args:
         *args: Passed on to the next base.
@@ -62,6 +70,53 @@ class MoeTrainingMixin:
         self.routing_statistics = RoutingStatistics()
         self.logged_statistics = RoutingStatistics()
         self.recorded_statistics: RoutingStatistics | None = None
+        self.normalization: torch.Tensor
+        self.register_buffer(KEY, torch.zeros(2, 3))  # type: ignore[attr-defined]
+
+    @property
+    def known_normalization(self) -> Normalization | None:
+        """What `normalization` says; None if that is nothing yet."""
+        return of_buffer(self.normalization)
+
+    def normalize_as(self, normalization: Normalization) -> None:
+        """Takes over how images are normalised, also for what timm saves of the model.
+
+        Args:
+            normalization: Of the weights, or of the config if they have none.
+        """
+        self.normalization.copy_(normalization.values())
+        timms: Any = self.routed_model
+        timms.pretrained_cfg.update(mean=normalization.mean, std=normalization.std)
+
+    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
+        """Lets the images of a run be normalised as the weights want it.
+
+        From scratch, or from weights of which it is not known, the model learns it from the config.
+
+        Args:
+            datasets: That are about to be read, by the field of the config.
+
+        Raises:
+            ValueError: The config states otherwise.
+        """
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict: StateDict, prefix: str, metadata: Any, strict: bool,
+        missing_keys: list[str], *others: list[str],
+    ) -> None:  # fmt: skip
+        """As torch's, which mmengine's loading calls too; a run of before has no normalisation."""
+        load = super()._load_from_state_dict  # type: ignore[misc]
+        load(state_dict, prefix, metadata, strict, missing_keys, *others)
+        if prefix + KEY in missing_keys:
+            missing_keys.remove(prefix + KEY)
+        if (known := self.known_normalization) is not None:
+            self.normalize_as(known)
+
+    def misfit(self, state_dict: StateDict) -> str:
+        """As `misfit_of`; a run of before has no normalisation."""
+        model: Any = self
+        return misfit_of(model, {KEY: self.normalization, **state_dict})
 
     @property
     def routed_model(self) -> nn.Module:

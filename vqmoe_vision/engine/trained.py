@@ -8,9 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
-from vqmoe_vision.models.state_dicts import misfit_of
-
 from .checkpoint import read_state
+from .normalization import KEY, read_normalization
 
 
 def scope_of(config: Config) -> AbstractContextManager:
@@ -32,7 +31,9 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     with scope_of(config):
         model = MODELS.build(config.model)
     state = read_state(checkpoint)
-    if problem := misfit_of(model, state):
+    if (known := read_normalization(checkpoint)) is not None:
+        state.setdefault(KEY, known.values())  # a run of before has it in its config
+    if problem := model.misfit(state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
     load_state_dict(model, state, strict=True)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()

@@ -56,7 +56,7 @@ def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[s
     if scheme == 'hf-hub':
         with named_source(upcycle):
             return _about_weights(load_model_config_from_hf(rest, cache_dir=cache_dir)[0])
-    if upcycle.endswith(_SUFFIXES):
+    if is_file(upcycle):
         return {'file': upcycle}
     if not timm.is_model(upcycle):
         nearest = get_close_matches(upcycle, timm.list_models(module='vision_transformer'), 1)
@@ -68,6 +68,11 @@ def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[s
     config = get_pretrained_cfg(upcycle)
     assert config is not None
     return _about_weights(config.to_dict())
+
+
+def is_file(upcycle: str) -> bool:
+    """Whether the source of `upcycle_overlay` is a file, which says nothing beside its weights."""
+    return upcycle.endswith(_SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
 
 
 def _about_weights(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.models.sources import VIT_MODULES
 
@@ -29,6 +31,10 @@ class TimmViT(BaseModule):
 
     Images that do not fill the last patches are padded below and to the right; position embeddings
     are resized to the image. A map covers the padded image.
+
+    Attributes:
+        weights_normalization: How images were normalised for the weights that a training has
+            started from; None before it starts, without weights, or if that is not known.
 
     Args:
         model_name: Name of a timm `VisionTransformer`, such as 'vit_small_vqmoe' or
@@ -75,6 +81,7 @@ class TimmViT(BaseModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.norm = norm
         self.checkpoint = checkpoint
+        self.weights_normalization: Normalization | None = None
 
     def init_weights(self) -> None:
         """Starts a new training: as every row does at this seed, or from weights.
@@ -85,6 +92,9 @@ class TimmViT(BaseModule):
         share_start(self.model, seed=torch.initial_seed(), **self._arguments)
         if self.checkpoint is not None:
             start_from(self.model, self.checkpoint)
+        self.weights_normalization = weights_normalization(
+            self.model, self.checkpoint, self._arguments
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps; (B, 3, H, W) -> (B, width, ceil(H / patch), ceil(W / patch)) each."""

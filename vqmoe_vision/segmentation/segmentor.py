@@ -1,6 +1,7 @@
 """mmseg's encoder-decoder with the auxiliary losses of its backbone."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
+from .preprocessor import completed, follow, normalization_of
 from .source import source
 
 
@@ -30,6 +33,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     Args:
         neck: Config of a neck, as `EncoderDecoder`.
+        data_preprocessor: As `EncoderDecoder`, or a config with `from_scratch`, as `completed`: it
+            follows the weights.
         **kwargs: As `EncoderDecoder`.
 
     Raises:
@@ -37,12 +42,20 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             auxiliary head has another, or there is no such argument.
     """
 
-    def __init__(self, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        neck: dict[str, Any] | None = None,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
             allowed = f'fields of the timm model are those of the backbone, model.backbone.{name}'
             check(False, f'model.{name}', kwargs[name], allowed)
         self._neck = neck  # mmseg would build it before its width is known
-        super().__init__(**kwargs)
+        self._stated: tuple[str, ...] = ('mean', 'std')
+        if isinstance(data_preprocessor, dict):
+            data_preprocessor, self._stated = completed(data_preprocessor)
+        super().__init__(data_preprocessor=data_preprocessor, **kwargs)
 
     @drawn_apart(0)
     def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
@@ -68,6 +81,29 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     def init_weights(self) -> None:
         """Starts a new training; neck and heads start alike in all rows at one seed."""
         super().init_weights()
+        weights = self.backbone.weights_normalization
+        if weights is not None:  # a run that resumes may have had another
+            super().normalize_as(weights)
+
+    def normalize_as(self, normalization: Normalization) -> None:
+        """Takes over how images are normalised, and lets the data preprocessor do so.
+
+        Args:
+            normalization: Of the weights, or of the config if they have none.
+
+        Raises:
+            ValueError: The config states otherwise.
+        """
+        super().normalize_as(normalization)
+        known = self.known_normalization  # as rounded in the buffer: tests are fed the same bits
+        assert known is not None
+        follow(self.data_preprocessor, known, self._stated)
+
+    def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
+        """As `MoeTrainingMixin`: the data preprocessor normalises the images of every data set."""
+        known = self.known_normalization or normalization_of(self.data_preprocessor)
+        if known is not None:
+            self.normalize_as(known)
 
     @drawn_apart(1)
     def _init_auxiliary_head(self, auxiliary_head: Any) -> None:

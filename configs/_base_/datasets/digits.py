@@ -1,5 +1,5 @@
 # scikit-learn's scans of handwritten digits: 8x8 pixels, enlarged to 32x32.
-norm = dict(mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
+norm = dict(from_scratch=dict(mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35)))
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,

@@ -1,7 +1,10 @@
 # STL-10, 5,000 labelled images, with the recipe of QTClassification (CIFAR-10 statistics).
 _base_ = 'recipe.py'
 data = dict(type='stl10', data_root='data/stl10')
-images = dict(input_size=96, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+images = dict(
+    input_size=96,
+    from_scratch=dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+)
 train_dataloader = dict(dataset=dict(transform=images, **data))
 val_dataloader = dict(dataset=dict(transform=images, **data))
 test_dataloader = val_dataloader

@@ -4,8 +4,8 @@ model = dict(
     type='MoeEncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
-        mean=[127.5, 127.5, 127.5],
-        std=[127.5, 127.5, 127.5],
+        # of weights that are known to want others, mean and std are theirs
+        from_scratch=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,

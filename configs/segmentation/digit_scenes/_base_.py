@@ -8,8 +8,7 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(
-        mean=[76.5, 76.5, 76.5],
-        std=[89.25, 89.25, 89.25],
+        from_scratch=dict(mean=[76.5, 76.5, 76.5], std=[89.25, 89.25, 89.25]),
         size=(48, 48),
         test_cfg=dict(size_divisor=8),
     ),

@@ -1,0 +1,137 @@
+"""What is known of how images were normalised for weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+
+from vqmoe_vision.engine.normalization import must_change, read_normalization, weights_normalization
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.normalization import Normalization
+
+SMALL: dict[str, Any] = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3)
+DEIT, AUGREG = 'deit_tiny_patch16_224', 'vit_tiny_patch16_224'
+IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+GREY = Normalization((0.5,) * 3, (0.5,) * 3)
+SEGMENTATION = 'model = dict(data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=NUMBERS))'
+CLASSIFICATION = 'train_dataloader = dict(dataset=dict(transform=dict(mean=(0.5,) * 3, std=STD)))'
+
+
+def dense(folder: Path, name: str = DEIT) -> None:
+    """Weights of a model as a file without more, and as timm's folder."""
+    model = timm.create_model(name, **SMALL)
+    torch.save(model.state_dict(), folder / 'bare.pth')
+    save_for_hf(model, folder / 'hub', safe_serialization=True)
+
+
+def run_file(folder: Path, config: str, **state: torch.Tensor) -> str:
+    """What a run leaves, or one of mmseg."""
+    torch.save({'state_dict': state, 'meta': {'cfg': config}}, folder / 'run.pth')
+    return str(folder / 'run.pth')
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'expected'),
+    [
+        ('vit_tiny_smoe', {}, None),
+        (AUGREG, {}, None),  # its configuration is there, weights are not
+        ('vit_tiny_smoe', {'upcycle': 'local-dir:{}/hub'}, IMAGENET),
+        ('vit_tiny_smoe', {'upcycle': '{}/bare.pth'}, None),
+        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth'}, None),
+        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
+        # timm's own name for the weights, wherever they lie
+        (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),
+        (AUGREG, {'pretrained': True, 'file': '{}/bare.pth'}, GREY),
+    ],
+)
+def test_weights_that_timm_loads(
+    name: str, arguments: dict[str, Any], expected: Normalization | None, tmp_path: Path
+) -> None:
+    dense(tmp_path)
+    placed = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in arguments.items()}
+    overlay = {k: placed.pop(k) for k in ('file', 'mean', 'std') if k in placed}
+    if overlay:
+        placed['pretrained_cfg_overlay'] = overlay
+    model = create_model(name, **{**SMALL, 'num_classes': 1000}, **placed)
+    assert weights_normalization(model, None, placed) == expected
+
+
+@pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])
+def test_timm_loads_a_checkpoint_of_a_run(way: str, tmp_path: Path) -> None:
+    state = timm.create_model(AUGREG, **SMALL).state_dict()
+    config = SEGMENTATION.replace('NUMBERS', '[58.395, 57.12, 57.375]')
+    path = run_file(tmp_path, config, **{f'model.{name}': value for name, value in state.items()})
+    stated = vars(GREY) if way == 'stated' else {}
+    overlay = {'pretrained': True, 'pretrained_cfg_overlay': {'file': path, **stated}}
+    arguments: dict[str, Any] = {'upcycle': path} if way == 'upcycle' else overlay
+    model = create_model('vit_tiny_smoe', **SMALL, **arguments)
+    found = weights_normalization(model, None, arguments)
+    assert found is not None
+    assert not found.differing(GREY if stated else IMAGENET)
+
+
+def test_a_checkpoint_counts_before_what_timm_has_loaded(tmp_path: Path) -> None:
+    dense(tmp_path)
+    arguments = {'upcycle': f'local-dir:{tmp_path}/hub'}
+    model = create_model('vit_tiny_smoe', **SMALL, **arguments)
+    assert weights_normalization(model, str(tmp_path / 'bare.pth'), arguments) is None
+
+
+@pytest.mark.parametrize(
+    ('config', 'expected'),
+    [
+        (SEGMENTATION.replace('NUMBERS', '[58.395, 57.12, 57.375]'), IMAGENET),
+        (SEGMENTATION.replace('dict(mean=', "{'mean': ").replace(', std=NUMBERS)', '}'), None),
+        (CLASSIFICATION.replace('(0.5,) * 3', '[0.5]').replace('STD', '(0.5, 0.5, 0.5)'), GREY),
+        (SEGMENTATION.replace('NUMBERS', "open('x', 'w')"), None),  # nothing of it is run
+        (SEGMENTATION.replace('NUMBERS', '[58.395, 57.12]'), None),
+        ('model = dict(', None),
+        ('', None),
+    ],
+)
+def test_the_config_of_a_run_says_it(
+    config: str, expected: Normalization | None, tmp_path: Path
+) -> None:
+    found = read_normalization(run_file(tmp_path, config))
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.mean == pytest.approx(expected.mean) and found.std == pytest.approx(
+            expected.std
+        )
+
+
+def test_what_the_model_kept_counts_before_the_config(tmp_path: Path) -> None:
+    config = SEGMENTATION.replace('NUMBERS', '[58.395, 57.12, 57.375]')
+    kept = read_normalization(run_file(tmp_path, config, normalization=GREY.values()))
+    assert kept == GREY
+    # of a model that was saved before a training
+    unset = read_normalization(run_file(tmp_path, config, normalization=torch.zeros(2, 3)))
+    assert unset is not None and not unset.differing(IMAGENET)
+
+
+def test_rounded_numbers_are_the_same() -> None:
+    assert not Normalization.of({'mean': [124, 116, 104], 'std': [58, 57, 57]}, 255).differing(
+        IMAGENET
+    )
+    assert GREY.differing(IMAGENET) == ('mean', 'std')
+    assert Normalization(IMAGENET.mean, GREY.std).differing(IMAGENET) == ('std',)
+
+
+def test_what_a_config_states_is_not_changed() -> None:
+    assert must_change(GREY, IMAGENET, (), 'transform')
+    assert not must_change(IMAGENET, IMAGENET, ('mean', 'std'), 'transform')
+    other = Normalization(GREY.mean, IMAGENET.std)
+    assert must_change(other, IMAGENET, ('std',), 'transform')
+    message = (
+        r'^a\.b\.mean=\[127\.5,127\.5,127\.5\] contradicts the weights, whose images had '
+        r'mean=\[123\.675,116\.28,103\.53\]: write --cfg-options a\.b\.mean=\[123\.675,116\.28,'
+        r'103\.53\] a\.b\.std=\[58\.395,57\.12,57\.375\]$'
+    )
+    with pytest.raises(ValueError, match=message):
+        must_change(other, IMAGENET, ('mean',), 'a.b', 255)

@@ -1,0 +1,261 @@
+"""A Segmenter is fed as the weights that it starts from were, from training to prediction."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmseg.apis import inference_model, init_model
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.normalization import KEY
+from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.segmentation.inference import Predictor
+from vqmoe_vision.segmentation.preprocessor import completed
+
+from ..rows import CONFIGS
+from .test_cli import write_config
+
+IMAGENET = CONFIGS / 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
+# what the classifier and the Segmenter of `write_config` have in common
+CLASSIFIER = f"""
+_base_ = {str(IMAGENET)!r}
+data = dict(data_root=ROOT, dev_size=0, transform=dict(input_size=48))
+train_dataloader = dict(batch_size=4, num_workers=0, dataset=data)
+val_dataloader = dict(batch_size=4, num_workers=0, dataset=dict(split='val', **data))
+test_dataloader = val_dataloader
+del data
+model = dict(
+    img_size=48, patch_size=16, depth=2, embed_dim=12, num_heads=3, num_classes=2,
+    class_token=False, global_pool='avg', moe=dict(_delete_=True, preset='matched', num_experts=2),
+)
+train_cfg = dict(max_epochs=1, val_interval=1)
+param_scheduler = []
+experiment_name = ROOT
+"""
+SCENES = [76.5] * 3, [89.25] * 3
+WEIGHTS = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a classifier that was trained with the normalisation of ImageNet."""
+    folder = tmp_path_factory.mktemp('classifier')
+    for index in range(8):
+        file = folder / 'data' / ('train', 'val')[index // 4] / f'{index % 2}' / f'{index}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (48, 48, 3), np.uint8)).save(
+            file
+        )
+    config = folder / 'classifier.py'
+    config.write_text(CLASSIFIER.replace('ROOT', repr(str(folder / 'data'))))
+    cli.train([str(config), '--work-dir', str(folder / 'run')])
+    return folder / 'run/epoch_1.pth'
+
+
+@pytest.fixture(scope='module')
+def trained(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Config that says nothing of weights, and the work dir of a run that has begun with them."""
+    folder = tmp_path_factory.mktemp('segmenter')
+    config = write_config(folder, f'follows {folder}')
+    train(config, folder / 'run', f'model.backbone.checkpoint={classifier}')
+    return config, folder / 'run'
+
+
+def train(config: str, work: Path, *options: str, resume: bool = False) -> None:
+    arguments = [config, '--work-dir', str(work), *(['--resume'] if resume else [])]
+    cli.train([*arguments, '--cfg-options', f'experiment_name={work}', *options])
+
+
+def levels(model: Any) -> tuple[list[float], list[float]]:
+    """What images are normalised with: mean and standard deviation, in levels of 0..255."""
+    preprocessor = model.data_preprocessor
+    mean, std = (value.flatten().tolist() for value in (preprocessor.mean, preprocessor.std))
+    return mean, std
+
+
+def same(found: Any, expected: Any) -> None:
+    # float32 keeps seven digits of the numbers
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def log_of(work: Path) -> str:
+    return max(work.glob('*/*.log')).read_text()
+
+
+def test_a_segmenter_is_fed_as_the_classifier_was(
+    classifier: Path, trained: tuple[str, Path]
+) -> None:
+    _, work = trained
+    assert f'{classifier}: images were normalised for it with mean [0.485,0.456' in log_of(work)
+    told = 'model.data_preprocessor: mean [123.675,116.28,103.53] and std [58.395,57.12,57.375]'
+    assert log_of(work).count(told) == 1
+    state = read_content(str(work / 'iter_2.pth'))['state_dict']
+    same(state[KEY].tolist(), [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
+
+
+class Fed:
+    """What the backbone sees of an image of 100 in every channel."""
+
+    def __init__(self, model: Any) -> None:
+        model.backbone.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+        self.seen: list[torch.Tensor] = []
+
+    def image(self) -> torch.Tensor:
+        return self.seen[-1][0, :, 20, 20]
+
+
+def test_predictions_and_mmsegs_inference_are_fed_the_same(trained: tuple[str, Path]) -> None:
+    config, work = trained
+    checkpoint, grey = str(work / 'iter_2.pth'), np.full((48, 48, 3), 100, np.uint8)
+    predictor = Predictor(config, checkpoint, 'cpu')
+    fed = Fed(predictor.model)
+    predictor(grey)
+    mean, std = map(torch.tensor, WEIGHTS)
+    same(fed.image().tolist(), ((100 - mean) / std).tolist())
+    model = init_model(config, checkpoint, device='cpu')
+    again = Fed(model)
+    inference_model(model, grey)
+    torch.testing.assert_close(again.image(), fed.image(), rtol=0, atol=0)
+    # what timm would save
+    same(model.backbone.model.pretrained_cfg['mean'], IMAGENET_DEFAULT_MEAN)
+    survey = model.source(load_config(config).test_dataloader.dataset)
+    same(survey.normalization.std, IMAGENET_DEFAULT_STD)
+
+
+def runner_of(config: str, work: Path, **fields: Any) -> Runner:
+    settings = load_config(config)
+    settings.update(work_dir=str(work), experiment_name=str(work), **fields)
+    return Runner.from_cfg(settings)
+
+
+def test_training_and_tests_are_fed_the_same(
+    classifier: Path, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    config, work = trained
+    runner = runner_of(config, tmp_path / 'train', train_cfg=dict(max_iters=1))
+    runner.model.backbone.checkpoint = str(classifier)
+    runner.train()
+    test = runner_of(config, tmp_path / 'test', load_from=str(work / 'iter_2.pth'))
+    assert levels(test.model) == SCENES
+    test.test()
+    same(levels(test.model), WEIGHTS)
+    assert levels(test.model) == levels(runner.model)
+    # with the config that the run has left
+    again = runner_of(
+        str(next(work.glob('*.py'))), tmp_path / 'left', load_from=str(work / 'iter_2.pth')
+    )
+    again.test()
+    assert levels(again.model) == levels(runner.model)
+
+
+def test_augmented_tests_are_fed_the_same(trained: tuple[str, Path], tmp_path: Path) -> None:
+    config, work = trained
+    settings = load_config(config)
+    cli.augment_test(settings)
+    settings.update(work_dir=str(tmp_path), experiment_name=str(tmp_path))
+    settings.load_from = str(work / 'iter_2.pth')
+    runner = Runner.from_cfg(settings)
+    runner.test()
+    same(levels(runner.model.module), WEIGHTS)
+
+
+def test_numbers_that_contradict_are_refused_with_the_line_to_write(
+    classifier: Path, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    config, work = trained
+    checkpoint = f'model.backbone.checkpoint={classifier}'
+    field = 'model.data_preprocessor'
+    wrong = [f'{field}.mean=[127.5,127.5,127.5]', f'{field}.std=[127.5,127.5,127.5]']
+    message = rf'^error: {field}\.mean=\[127\.5,127\.5,127\.5\] contradicts the weights, whose '
+    with pytest.raises(SystemExit, match=message) as caught:
+        train(config, tmp_path / 'wrong', checkpoint, *wrong)
+    assert '\n' not in str(caught.value)
+    right = str(caught.value).partition('--cfg-options ')[2].split()
+    assert len(right) == 2
+    train(config, tmp_path / 'right', checkpoint, *right, 'train_cfg.max_iters=1')
+    arguments = [config, str(work / 'iter_2.pth'), '--work-dir', str(tmp_path / 'test')]
+    name = f'experiment_name={tmp_path}_test'
+    with pytest.raises(SystemExit, match=message):
+        cli.test([*arguments, '--cfg-options', *wrong, name])
+
+
+def test_a_preprocessor_of_mmseg_that_does_not_normalise_contradicts(
+    classifier: Path, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / 'bare.py'
+    plain = "dict(_delete_=True, type='SegDataPreProcessor', bgr_to_rgb=True, size=(48, 48))"
+    path.write_text(f'_base_ = {trained[0]!r}\nmodel = dict(data_preprocessor={plain})\n')
+    message = r'model\.data_preprocessor\.mean=\[0,0,0\] contradicts the weights'
+    with pytest.raises(SystemExit, match=message):
+        train(str(path), tmp_path / 'w', f'model.backbone.checkpoint={classifier}')
+
+
+def test_weights_of_which_nothing_is_known_change_nothing(
+    classifier: Path, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    state = read_content(str(classifier))['state_dict']
+    bare = tmp_path / 'bare.pth'
+    torch.save({k[6:]: v for k, v in state.items() if k.startswith('model.')}, bare)
+    config, _ = trained
+    options = [f'model.backbone.checkpoint={bare}', 'train_cfg.max_iters=1']
+    train(config, tmp_path / 'w', *options)
+    assert f'{bare}: how images were normalised for it is not known' in log_of(tmp_path / 'w')
+    model = load_trained(load_config(config), str(tmp_path / 'w/iter_1.pth'), 'cpu')
+    assert levels(model) == SCENES
+    same(model.backbone.model.pretrained_cfg['mean'], [0.3] * 3)
+
+
+def test_weights_of_timm_are_followed(trained: tuple[str, Path], tmp_path: Path) -> None:
+    config, work = trained
+    model = load_trained(load_config(config), str(work / 'iter_2.pth'), 'cpu').backbone.model
+    save_for_hf(model, tmp_path / 'hub')
+    saved = json.loads((tmp_path / 'hub/config.json').read_text())['pretrained_cfg']
+    same(saved['std'], IMAGENET_DEFAULT_STD)
+    model.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_for_hf(model, tmp_path / 'hub')
+    options = [f'model.backbone.upcycle=local-dir:{tmp_path}/hub', 'train_cfg.max_iters=1']
+    train(config, tmp_path / 'w', *options)
+    model = load_trained(load_config(config), str(tmp_path / 'w/iter_1.pth'), 'cpu')
+    same(levels(model), ([127.5] * 3, [63.75] * 3))
+
+
+def test_a_run_of_before_goes_on_as_it_began(
+    classifier: Path, trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    content = read_content(str(trained[1] / 'iter_2.pth'))
+    # as a run before there was a buffer, which its config had feed other images than its weights
+    del content['state_dict'][KEY]
+    former = Config.fromstring(content['meta']['cfg'], '.py')
+    former.model.data_preprocessor.pop('from_scratch')
+    former.model.data_preprocessor.update(mean=[127.5] * 3, std=[127.5] * 3)
+    content['meta']['cfg'] = former.pretty_text
+    work = tmp_path / 'w'
+    work.mkdir()
+    torch.save(content, work / 'iter_2.pth')
+    (work / 'last_checkpoint').write_text('iter_2.pth')
+    before = load_trained(load_config(trained[0]), str(work / 'iter_2.pth'), 'cpu')
+    assert levels(before) == ([127.5] * 3, [127.5] * 3)
+    options = [f'model.backbone.checkpoint={classifier}', 'train_cfg.max_iters=4']
+    train(trained[0], work, *options, resume=True)
+    model = load_trained(load_config(trained[0]), str(work / 'iter_4.pth'), 'cpu')
+    assert levels(model) == ([127.5] * 3, [127.5] * 3)
+
+
+@pytest.mark.parametrize('path', sorted((CONFIGS / 'segmentation').rglob('[!_]*.py')), ids=str)
+def test_from_scratch_nothing_has_changed(path: Path) -> None:
+    preprocessor = load_config(str(path)).model.data_preprocessor
+    config, stated = completed(preprocessor)
+    expected = SCENES if 'digit_scenes' in path.name else ([127.5] * 3, [127.5] * 3)
+    assert (config['mean'], config['std']) == expected
+    # the rows of a comparison are fed alike
+    assert stated == (('mean', 'std') if 'budget' in path.name else ())

@@ -1,0 +1,192 @@
+"""Normalisation follows the weights: what a training that starts from them has to feed.
+
+A model keeps what it is fed with as a buffer, so that its checkpoints say it to whoever loads them.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.sources import is_file, source_of
+
+from .checkpoint import read_content
+
+# Name of the buffer in a run's state dict.
+KEY = 'normalization'
+# Where the config of a run has its normalisation, and what a white pixel is there.
+_IN_CONFIGS = {
+    ('model', 'data_preprocessor'): 255.0,
+    ('train_dataloader', 'dataset', 'transform'): 1.0,
+}
+
+
+def weights_normalization(
+    model: nn.Module, checkpoint: str | None, arguments: dict[str, Any]
+) -> Normalization | None:
+    """How images were normalised for the weights that a training starts from; logs it.
+
+    Args:
+        model: Built by timm.
+        checkpoint: File that it has been started from, as `start_from`.
+        arguments: Of timm's `create_model`: `pretrained`, `upcycle` and `pretrained_cfg_overlay`
+            say which weights it had before.
+
+    Returns:
+        None if there are no weights, or if nobody says how.
+    """
+    upcycle = arguments.get('upcycle')
+    if checkpoint is None and not upcycle and not arguments.get('pretrained'):
+        return None
+    found = _of_timms(model, arguments) if checkpoint is None else read_normalization(checkpoint)
+    source = checkpoint or upcycle or source_of(_pretrained_cfg(model))
+    if found is None:
+        said = 'how images were normalised for it is not known, they are as the config says'
+    else:
+        said = f'images were normalised for it with {in_words(found)}'
+    print_log(f'{source}: {said}', logger='current')
+    return found
+
+
+def _pretrained_cfg(model: Any) -> dict[str, Any]:
+    config: dict[str, Any] = model.pretrained_cfg
+    return config
+
+
+def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
+    """Of weights that timm has loaded, whose configuration it keeps beside the model."""
+    config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
+    overlay = arguments.get('pretrained_cfg_overlay') or {}
+    file = upcycle if upcycle and is_file(upcycle) else overlay.get('file')
+    if file and 'mean' not in overlay and (found := read_normalization(str(file))):
+        return found
+    # a model of this package has a configuration for weights only if they brought one
+    brought = bool(upcycle) and not is_file(str(upcycle))
+    if brought or 'mean' in overlay or config.get('tag') != 'untrained':
+        return Normalization.of(config)
+    return None
+
+
+def read_normalization(path: str) -> Normalization | None:
+    """How images were normalised in the run that has left a file.
+
+    Args:
+        path: Whose checksums somebody has compared.
+
+    Returns:
+        None if it is no file of a run, or does not say.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds more than weights and a log.
+    """
+    return None if path.endswith('.safetensors') else of_run(read_content(path, verify=False))
+
+
+def of_run(content: Any) -> Normalization | None:
+    """As `read_normalization`: what the model kept, or else what the config of the run says.
+
+    Args:
+        content: Of a checkpoint of ours, of mmseg or of others.
+    """
+    parts = [content.get(n) if isinstance(content, dict) else None for n in ('state_dict', 'meta')]
+    state, meta = (part if isinstance(part, dict) else {} for part in parts)
+    return of_buffer(state.get(KEY)) or _of_config(str(meta.get('cfg', '')))
+
+
+def of_buffer(values: Any) -> Normalization | None:
+    """What the buffer of a model says.
+
+    Args:
+        values: (2, 3), mean and standard deviation of pixels in [0, 1].
+
+    Returns:
+        None if it says nothing yet, or is no such buffer.
+    """
+    if not isinstance(values, Tensor) or values.shape != (2, 3):
+        return None
+    mean, std = (tuple(row) for row in values.tolist())
+    return Normalization(mean, std) if all(std) else None
+
+
+def _of_config(text: str) -> Normalization | None:
+    """Of a config's text, which is not run."""
+    try:
+        statements = ast.parse(text).body
+    except Exception:  # what is no Python makes the parser fail in any way
+        return None
+    assigned = [s for s in statements if isinstance(s, ast.Assign)]
+    variables = {ast.unparse(s.targets[0]): s.value for s in assigned}
+    for (first, *others), white in _IN_CONFIGS.items():
+        node = variables.get(first)
+        for name in others:
+            node = dict(_fields(node)).get(name)
+        fields = dict(_fields(node))
+        try:
+            values = {name: ast.literal_eval(fields[name]) for name in ('mean', 'std')}
+            return Normalization.of(values, white)
+        except (KeyError, TypeError, ValueError):  # not given, or no numbers
+            continue
+    return None
+
+
+def _fields(node: ast.AST | None) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values of a dictionary, in either of Python's two ways to write one."""
+    if isinstance(node, ast.Call):
+        yield from ((keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg)
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                yield str(key.value), value
+
+
+def must_change(
+    found: Normalization,
+    weights: Normalization,
+    stated: Iterable[str],
+    field: str,
+    white: float = 1.0,
+) -> bool:
+    """Whether images have to be normalised otherwise than they are.
+
+    Args:
+        found: How they are.
+        weights: How they were for the weights.
+        stated: Which of 'mean' and 'std' the config states, and are not to be changed.
+        field: Of the config that holds both.
+        white: What a white pixel is there.
+
+    Raises:
+        ValueError: What the config states contradicts the weights.
+    """
+    differing = found.differing(weights)
+    for name in differing:
+        if name in stated:
+            value = _listed(getattr(found, name), white)
+            raise ValueError(
+                f'{field}.{name}={value} contradicts the weights, whose images had '
+                f'{name}={_listed(getattr(weights, name), white)}: write --cfg-options '
+                f'{field}.mean={_listed(weights.mean, white)} '
+                f'{field}.std={_listed(weights.std, white)}'
+            )
+    if differing:
+        print_log(f'{field}: {in_words(weights, white)}, as the weights want it', logger='current')
+    return bool(differing)
+
+
+def in_words(normalization: Normalization, white: float = 1.0) -> str:
+    """Mean and standard deviation for a message.
+
+    Args:
+        normalization: Of pixels in [0, 1].
+        white: What a white pixel is instead.
+    """
+    mean, std = (_listed(values, white) for values in (normalization.mean, normalization.std))
+    return f'mean {mean} and std {std}'
+
+
+def _listed(values: tuple[float, ...], white: float) -> str:
+    """As `--cfg-options` takes a list."""
+    return f'[{",".join(f"{value * white:.6g}" for value in values)}]'

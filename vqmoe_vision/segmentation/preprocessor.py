@@ -1,0 +1,63 @@
+"""What mmseg's data preprocessor normalises images with, and what the weights want."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from mmengine.model import ImgDataPreprocessor
+
+from vqmoe_vision.engine.normalization import must_change
+from vqmoe_vision.models.normalization import Normalization
+
+_WHITE = 255.0
+
+
+def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A data preprocessor's config as mmseg takes it, and what it states of `mean` and `std`.
+
+    Args:
+        config: Of mmseg's, or with `from_scratch=dict(mean=..., std=...)`, which stands for what is
+            left out where a training starts from no weights, or from weights of which it is not
+            known. Without it, what is left out states that images are not normalised.
+    """
+    config = dict(config)
+    scratch = config.pop('from_scratch', None)
+    given = {name: config[name] for name in ('mean', 'std') if config.get(name) is not None}
+    if scratch is None:
+        return config, ('mean', 'std')
+    return {**config, **scratch, **given}, tuple(given)
+
+
+def normalization_of(preprocessor: Any) -> Normalization | None:
+    """How a segmentor's data preprocessor normalises images; None if it is no affair of its.
+
+    Args:
+        preprocessor: Of any class.
+    """
+    if not isinstance(preprocessor, ImgDataPreprocessor):
+        return None
+    if not preprocessor._enable_normalize:
+        return Normalization.of({'mean': [0.0], 'std': [1.0]}, _WHITE)
+    values = {name: getattr(preprocessor, name).flatten().tolist() for name in ('mean', 'std')}
+    return Normalization.of(values, _WHITE)
+
+
+def follow(preprocessor: Any, weights: Normalization, stated: Collection[str]) -> None:
+    """Lets a data preprocessor normalise images as the weights want it.
+
+    Args:
+        preprocessor: Is changed if its config leaves that open.
+        weights: How images were normalised for them.
+        stated: Which of 'mean' and 'std' its config states.
+
+    Raises:
+        ValueError: Its config states other numbers.
+    """
+    found = normalization_of(preprocessor)
+    if found is None:
+        return
+    if must_change(found, weights, stated, 'model.data_preprocessor', _WHITE):
+        for name in ('mean', 'std'):
+            levels = [value * _WHITE for value in getattr(weights, name)]
+            values = torch.tensor(levels, device=preprocessor.mean.device)
+            setattr(preprocessor, name, values.view(-1, 1, 1))
