@@ -1,4 +1,5 @@
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -95,6 +96,27 @@ def test_no_loader_of_mmengine_runs_code(
     assert not (tmp_path / 'ran').exists()
 
 
+def test_a_loader_that_is_called_by_its_name_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    torch.save({'w': Runs(tmp_path / 'ran')}, tmp_path / 'hub/checkpoints/a.pth')
+    with pytest.raises(Exception, match=r'[Ww]eights only'):
+        upstream.load_from_http('https://example.org/a.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_threads_that_read_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    torch.save({'w': torch.ones(2)}, tmp_path / 'a.pth')
+
+    def read(_: int) -> bool:
+        return torch.equal(read_state(str(tmp_path / 'a.pth'))['w'], torch.ones(2))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(200)))
+
+
 def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
     load = getattr(upstream, '_safe_torch_load', None)
     if load is None:
@@ -141,6 +163,19 @@ def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
         ("model = {'type': 'subprocess.run', 'args': 'true'}\n", False),
         ("name = 'subprocess.run'\nmodel = dict(type=name)\n", False),
         ("custom_imports = dict(imports=['their.module'])\n", False),
+        ("custom_imports = 'their.module'\n", False),
+        ("model = dict(_scope_='theirs', type='A')\n", False),
+        ("default_scope = 'theirs'\n", False),
+        ("model = dict(type='mmengine.utils.package_utils.call_command', cmd=['true'])\n", False),
+        ("model = dict(type='antigravity')\n", False),  # a module, which would be imported
+        ("model = dict(model_name='vit_base_vqmoe')\n", True),  # no file to build on
+        # what is called dict need not be one, and its fields can be written in other ways
+        ('dict = exec\na = dict("1")\n', False),
+        ("model = dict([('type', 'subprocess.run'), ('args', ['true'])])\n", False),
+        ("model = dict(**{'type': 'subprocess.run'})\n", False),
+        ("model = {**{'type': 'subprocess.run'}}\n", False),
+        ("custom_imports, x = dict(imports=['theirs']), 1\n", False),
+        ("a = custom_imports = dict(imports=['theirs'])\n", False),
     ],
 )
 def test_a_config_that_would_run_is_left_out(config: Any, kept: bool, tmp_path: Path) -> None:
@@ -172,6 +207,33 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
             continue
         torch.testing.assert_close(read, content, rtol=0, atol=0)
     assert found >= 100
+
+
+@pytest.mark.parametrize('more', [0, 65_540, 65_550])
+def test_a_flipped_bit_is_found_whatever_follows_the_file(more: int, tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    torch.save({'w': torch.arange(500.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(500.0).numpy().tobytes()) + 7] ^= 1
+    path.write_bytes(content + bytes(more))  # torch reads on to the end; zipfile looks less far
+    with pytest.raises(ValueError, match='is damaged'):
+        read_state(str(path))
+
+
+def test_a_file_whose_end_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    torch.save({'w': torch.ones(2)}, path)
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b'PK\x05\x06')
+    for place in range(end - 20, len(content)):  # the records of the archive's end
+        for bit in range(8):
+            spoilt = bytearray(content)
+            spoilt[place] ^= 1 << bit
+            path.write_bytes(spoilt)
+            try:
+                assert torch.equal(read_state(str(path))['w'], torch.ones(2))
+            except ValueError as error:
+                assert str(path) in str(error)
 
 
 def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ those of mmengine: no file runs code, none changes what the process has in commo
 checksums do not match is not used.
 """
 
-import ast
 import functools
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +32,11 @@ from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.moe import restart
 
+from .config_text import is_harmless
+
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+_ENVIRONMENT = threading.RLock()
 
 
 class _Log(HistoryBuffer):
@@ -156,13 +159,14 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
 @contextmanager
 def _as_data() -> Iterator[None]:
     """Lets `torch.load` read data alone, whatever its caller and the environment say."""
-    before = {name: os.environ.pop(name, None) for name in (_FORCED, _SWITCHED_OFF)}
-    os.environ[_FORCED] = '1'
-    try:
-        yield
-    finally:
-        del os.environ[_FORCED]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+    with _ENVIRONMENT:  # of the whole process
+        before = {name: os.environ.pop(name, None) for name in (_FORCED, _SWITCHED_OFF)}
+        os.environ[_FORCED] = '1'
+        try:
+            yield
+        finally:
+            del os.environ[_FORCED]
+            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:
@@ -207,70 +211,15 @@ def _without_code(content: Any, path: str) -> Any:
     hub = content.get('message_hub') if isinstance(content, dict) else None
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
     for holder, name in ((meta, 'config'), (meta, 'cfg'), (info, 'cfg')):
-        if isinstance(holder, dict) and name in holder and not _holds_values_alone(holder[name]):
+        if isinstance(holder, dict) and name in holder and not is_harmless(holder[name]):
             print_log(f'{path}: its config ({name}) may run code and is left out', 'current')
             del holder[name]
     return content
 
 
-_IN_A_CONFIG = (
-    *(ast.Module, ast.Assign, ast.Name, ast.expr_context, ast.Call, ast.keyword, ast.Constant),
-    *(ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp, ast.USub),
-)
-# Whose names a config of others may give to `type` and `custom_imports`.
-_TRUSTED = ('mmcv', 'mmengine', 'mmseg', 'vqmoe_vision')
-
-
-def _holds_values_alone(text: Any) -> bool:
-    """Whether a config assigns nothing but values, as all do that mmengine writes.
-
-    Names of what is to be built or imported are values too: mmengine builds `subprocess.run` if a
-    `type` says so, and imports whatever `custom_imports` says.
-    """
-    if not isinstance(text, str) or '{{' in text or '_base_' in text:
-        return False  # mmengine replaces what is in braces before it runs the text
-    try:
-        nodes = list(ast.walk(ast.parse(text)))
-    except Exception:  # what is no Python makes the parser fail in any way
-        return False
-    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return (
-        all(isinstance(node, _IN_A_CONFIG) for node in nodes)
-        and all(isinstance(function, ast.Name) and function.id == 'dict' for function in calls)
-        and all(map(_is_trusted, _fields(nodes, 'type')))
-        and all(map(_is_trusted, _fields(nodes, 'custom_imports')))
-    )
-
-
-def _fields(nodes: list[ast.AST], name: str) -> Iterator[ast.AST]:
-    """What a config gives to a field, wherever that stands."""
-    for node in nodes:
-        if isinstance(node, ast.keyword):
-            if node.arg == name:
-                yield node.value
-        elif isinstance(node, ast.Assign):
-            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            if name in targets:
-                yield node.value
-        elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if not isinstance(key, ast.Constant) or key.value == name:
-                    yield value
-
-
-def _is_trusted(value: ast.AST) -> bool:
-    """Whether all names in a value are those of a registry or of a package that is trusted."""
-    inner = list(ast.walk(value))
-    names = [node.value for node in inner if isinstance(node, ast.Constant)]
-    parts = [name.split('.') for name in names if isinstance(name, str)]
-    return not any(isinstance(node, ast.Name) and node.id != 'dict' for node in inner) and all(
-        len(part) == 1 or part[0] in _TRUSTED for part in parts
-    )
-
-
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):
-    CheckpointLoader.register_scheme(
-        _prefix, load_from_local if _prefix == '' else _guarded(_loader), force=True
-    )
+    _own = load_from_local if _prefix == '' else _guarded(_loader)
+    CheckpointLoader.register_scheme(_prefix, _own, force=True)
+    setattr(upstream, _loader.__name__, _own)  # where it is called by its name
 if hasattr(upstream, '_safe_torch_load'):
     upstream._safe_torch_load = _load_as_data
