@@ -59,6 +59,29 @@ except OSError as error:
 """
 
 
+def test_bytes_reach_the_disk_before_their_name_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kill can show this, only a machine without power: the calls themselves are watched."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        target = os.readlink(f'/proc/self/fd/{descriptor}')
+        size = os.fstat(descriptor).st_size if os.path.isfile(target) else ''
+        steps.append(f'sync {Path(target).name} {size}'.strip())
+        fsync(descriptor)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        steps.append('rename')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', watched_fsync)
+    monkeypatch.setattr(os, 'replace', watched_replace)
+    write_atomically(tmp_path / 'a.pth', b'12345')
+    assert steps == ['sync .a.pth.part 5', 'rename', f'sync {tmp_path.name}']
+
+
 @pytest.mark.parametrize('killed', [False, True])
 def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'

@@ -117,6 +117,20 @@ def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_pa
     assert len(names(tmp_path / 'work')) == 2
 
 
+@pytest.mark.parametrize('last', ['None', 7, 'epoch_1.pth'])
+def test_no_checkpoint_deletes_itself(last: Any, trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / 'work'
+    crafted(trained, work, outdated_ckpts=['epoch_2.pth'], last_ckpt=last)
+    resumed(write_config(tmp_path), work, epochs=2)  # nothing is left to train
+    assert names(work) == ['epoch_2.pth']
+
+
+@pytest.mark.parametrize('name', ['epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
+def test_names_that_no_run_would_find_again_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r'^filename_tmpl=.* must be a name that ends in \.pth'):
+        AtomicCheckpointHook(interval=1, filename_tmpl=name)
+
+
 def test_what_a_kill_after_the_last_save_left_goes_at_the_end(
     trained: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,9 @@ default_hooks = dict(
 )
 """
 # by iterations, with averages too; the fifth of seven is no checkpoint that is due
+# a signal before any other hook has seen the iteration; gradients of three batches are added up
+EARLY = TINY.replace("type='ToldToStop'", "type='ToldEarly'")
+ADDED = TINY + 'optim_wrapper = dict(accumulative_counts=3)\n'
 BY_ITERATION = TINY.replace('interval=2)', 'interval=2, by_epoch=False)')
 SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
 SEGMENTATION = f"""
@@ -56,9 +59,9 @@ default_hooks = dict(
 )
 """
 HOOK = """
-import os, signal
+import os, signal, threading, time
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import FUNCTIONS, HOOKS
 
 @HOOKS.register_module()
 class ToldToStop(Hook):
@@ -79,6 +82,22 @@ class ToldToStop(Hook):
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.send('validation', runner.epoch, batch_idx)
+
+@HOOKS.register_module()
+class ToldEarly(ToldToStop):
+    priority = 'HIGHEST'  # before all other hooks
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.send('after', runner.iter)
+
+    def before_train_epoch(self, runner):
+        if ['waiting', runner.epoch] == self.at and os.path.exists('armed'):
+            os.remove('armed')
+            threading.Timer(2.5, os.killpg, (os.getpid(), self.signals[0])).start()
+
+@FUNCTIONS.register_module()
+def slow_to_start(*_, **__):
+    time.sleep(5)
 """
 
 
@@ -150,6 +169,53 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     stop_and_go_on(tmp_path, number, saved)
     equal(tmp_path / 'w', uninterrupted(TINY))
     assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {'epoch_3.pth'}
+
+
+@pytest.mark.parametrize(
+    ('config', 'at', 'saved'),
+    [
+        (EARLY, ['iteration', 5], 'iter_5.pth'),
+        pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=pytest.mark.long),
+        # in the last iteration of an epoch, in a validation, and in the middle
+        (ADDED, ['iteration', 3], 'iter_4.pth'),
+        pytest.param(ADDED, ['validation', 1, 0], 'epoch_1.pth', marks=pytest.mark.long),
+        pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_at_any_moment_loses_no_batch_and_no_gradient(
+    config: str, at: list, saved: str, uninterrupted, tmp_path: Path
+) -> None:
+    write(tmp_path, at, [signal.SIGTERM], config=config)
+    stop_and_go_on(tmp_path, signal.SIGTERM, saved)
+    equal(tmp_path / 'w', uninterrupted(config))
+
+
+@pytest.mark.long
+def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
+    uninterrupted, tmp_path: Path
+) -> None:
+    slow = "num_workers=1, worker_init_fn=dict(type='slow_to_start')"
+    write(tmp_path, ['waiting', 1], [signal.SIGTERM], slow, EARLY)
+    command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True
+    )
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert 'SIGTERM: saved iteration 4;' in done.stderr
+    assert start(tmp_path, '--resume').returncode == 0
+    equal(tmp_path / 'w', uninterrupted(TINY))
+
+
+def test_another_size_of_batches_is_refused_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    write(tmp_path, ['iteration', 5], [signal.SIGTERM])
+    assert start(tmp_path).returncode == -signal.SIGTERM
+    options = ['--cfg-options', 'train_dataloader.batch_size=150']
+    done = start(tmp_path, '--resume', *options)
+    assert done.returncode == 1
+    assert done.stderr == (
+        'error: train_dataloader.batch_size=150 is not possible: the checkpoint is in the middle '
+        'of an epoch, which goes on with 300\n'
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ KINDS = {
             'MORE': AVERAGES,
         },
     ),
+    'classification, accumulation': Kind(
+        CLASSIFICATION + 'optim_wrapper = dict(accumulative_counts=3)\n',
+        4,
+        {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=1'},
+    ),
     'classification, AMP, EMA': Kind(
         CLASSIFICATION,
         4,

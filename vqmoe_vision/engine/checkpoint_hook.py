@@ -11,6 +11,7 @@ from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from .accumulated import keep_accumulated, restore_accumulated
 from .checkpoint_files import (
     BEST,
     POINTER,
@@ -43,7 +44,8 @@ class AtomicCheckpointHook(CheckpointHook):
         **options: As mmengine's, without those of another place for the files.
 
     Raises:
-        ValueError: An option names another place for the files.
+        ValueError: An option names another place for the files, or names by which no run would
+            find them again.
     """
 
     keep_ckpt_ids: deque[int]
@@ -55,10 +57,17 @@ class AtomicCheckpointHook(CheckpointHook):
                     f'{name}={options[name]!r} is not supported: checkpoints are files in the work '
                     'dir, --work-dir'
                 )
+        name = options.get('filename_tmpl') or '{}.pth'
+        if not name.endswith('.pth') or name.startswith((BEST, '.')) or '/' in name:
+            raise ValueError(
+                f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
+                f"'{BEST}' or a dot"
+            )
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._former_best: dict[str, str | None] = {}
         self._saved_iter = -1
+        self._resumed_from = ''
         self._saved_at = 0.0
         self._validating = False
 
@@ -68,6 +77,12 @@ class AtomicCheckpointHook(CheckpointHook):
         follows = runner._resume and runner._load_from is None
         if follows and (candidates(folder) or (folder / POINTER).is_file()):
             runner._load_from = str(newest_checkpoint(folder, runner.logger.warning))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Goes on with what waited for more batches."""
+        self._resumed_from = Path(str(runner._load_from)).name
+        if runner._resume:
+            restore_accumulated(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Finds the files that a checkpoint names in the work dir, wherever that is today."""
@@ -102,6 +117,7 @@ class AtomicCheckpointHook(CheckpointHook):
         """Ends a run that was told to stop between two epochs."""
         self._progress = (runner.epoch, runner.iter)
         self._signals.obey()
+        self._signals.at_once = True  # the first batch may take its time
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """A run that is told to stop does so after this iteration."""
@@ -111,10 +127,10 @@ class AtomicCheckpointHook(CheckpointHook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Saves where that is due, and ends a run that was told to stop."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            runner.message_hub.update_info(SEEN, batch_idx + 1)
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         self._progress = (runner.epoch, runner.iter + 1)
-        if not runner.optim_wrapper.should_update():
-            return  # gradients that wait for more are in no checkpoint
         self._signals.obey()
         # after the last iteration of an epoch other hooks change what is saved
         last = batch_idx + 1 == len(runner.train_dataloader) or self.is_last_train_iter(runner)
@@ -148,6 +164,8 @@ class AtomicCheckpointHook(CheckpointHook):
     def after_train(self, runner: Runner) -> None:
         """Gives the signals back, and deletes what a kill after the last save has left."""
         self._signals.release()
+        # whatever a checkpoint says, the one that the run went on from may be the last sound one
+        self._outdated = [name for name in self._outdated if name != self._resumed_from]
         self._delete_outdated(Path(str(self.last_ckpt)).name)
         super().after_train(runner)
 
@@ -156,6 +174,7 @@ class AtomicCheckpointHook(CheckpointHook):
         # later than all others, also where the clock was set back
         self._saved_at = max(time.time(), nextafter(self._saved_at, inf))
         checkpoint['meta']['saved_at'] = self._saved_at
+        keep_accumulated(runner, checkpoint)
         info = checkpoint['message_hub']['runtime_info']
         for key, value in info.items():
             if key.startswith(('best_ckpt', 'last_ckpt')):

@@ -7,7 +7,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import runner as upstream
 
-SEEN = 'batches_seen_in_epoch'
+SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
 
 
 @LOOPS.register_module('EpochBasedTrainLoop', force=True)
@@ -22,7 +22,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         """Iterates over what is left of an epoch."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        seen = self.runner.message_hub.get_info(SEEN, 0)
+        seen = self._seen()
         sampler = self.dataloader.sampler
         if hasattr(sampler, 'skip') and self.dataloader.batch_size is not None:
             sampler.skip(seen * self.dataloader.batch_size)
@@ -30,12 +30,27 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         else:  # of an order that only the data loader knows: what was seen is read again
             batches = islice(enumerate(self.dataloader), seen, None)
         for index, batch in batches:
-            # before the iteration, at whose end a checkpoint may be written
-            self.runner.message_hub.update_info(SEEN, index + 1)
-            self.run_iter(index, batch)
+            self.run_iter(index, batch)  # in which `AtomicCheckpointHook` counts
         self.runner.message_hub.update_info(SEEN, 0)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
+
+    def _seen(self) -> int:
+        """Batches of the epoch that a run which is resumed has seen.
+
+        Raises:
+            ValueError: Its batches had another size.
+        """
+        hub, size = self.runner.message_hub, self.dataloader.batch_size
+        seen = hub.get_info(SEEN, 0)
+        former = hub.get_info(SIZE, size)
+        if seen and former != size:
+            raise ValueError(
+                f'train_dataloader.batch_size={size} is not possible: the checkpoint is in the '
+                f'middle of an epoch, which goes on with {former}'
+            )
+        hub.update_info(SIZE, size)
+        return seen
 
 
 upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`

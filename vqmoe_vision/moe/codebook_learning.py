@@ -115,6 +115,20 @@ class GradientCodebook(Codebook):
         """Forget the observed passes."""
         self._pending = None
 
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What passes have left for the next `update`, as `CodeUsage`; {} if there were none."""
+        return {} if self._pending is None else dict(vars(self._pending))
+
+    @observed.setter
+    def observed(self, usage: dict[str, Any]) -> None:
+        device = self.updates.device
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in usage.items()
+        }
+        self._pending = CodeUsage(**moved) if moved else None
+
     @torch.no_grad()
     def update(self) -> bool:
         """Learn from the observed passes of all ranks; returns whether the codes changed."""

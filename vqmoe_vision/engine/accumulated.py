@@ -1,0 +1,61 @@
+"""What waits for more batches before a step of the optimizer, in checkpoints."""
+
+from typing import Any
+
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner
+from torch import nn
+
+from vqmoe_vision.moe.codebook_learning import GradientCodebook
+
+from .model import unwrapped
+
+_KEY = 'accumulated'
+
+
+def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
+    """Adds gradients, and what codebooks have seen, that no step has used yet to a checkpoint.
+
+    With several processes each has its own, and the checkpoint is that of the first: they are lost,
+    as in mmengine.
+
+    Args:
+        runner: Its optimizer may accumulate gradients over several batches.
+        checkpoint: Is changed.
+    """
+    if runner.optim_wrapper.should_update() or get_world_size() > 1:
+        return
+    model = unwrapped(runner)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    observed = {name: codebook.observed for name, codebook in _codebooks(model).items()}
+    checkpoint[_KEY] = {'gradients': gradients, 'observed': observed}
+
+
+def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
+    """Puts what a checkpoint kept where the next batch adds to it.
+
+    Args:
+        runner: Resumes.
+        checkpoint: Of a training.
+
+    Raises:
+        ValueError: It does not fit the model.
+    """
+    if _KEY not in checkpoint:
+        return
+    model, kept = unwrapped(runner), checkpoint[_KEY]
+    parameters, codebooks = dict(model.named_parameters()), _codebooks(model)
+    try:
+        for name, gradient in kept['gradients'].items():
+            parameter = parameters[name]
+            parameter.grad = gradient.to(parameter.device).view_as(parameter)
+        for name, usage in kept['observed'].items():
+            codebooks[name].observed = usage
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f'{_KEY!r} of the checkpoint does not fit the model: {error}') from error
+    # mmengine warns that they are lost
+    runner.logger.info('What waits for more batches is that of the checkpoint')
+
+
+def _codebooks(model: nn.Module) -> dict[str, GradientCodebook]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, GradientCodebook)}
