@@ -5,13 +5,16 @@ timm's scripts are in its repository alone, not on PyPI. They are tested if some
 `make timm-suite` keeps timm's own tests.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from timm.task import TrainingTask
 
 from vqmoe_vision.moe import METHODS
 
@@ -31,14 +34,17 @@ def test_a_script_finds_the_models_its_arguments_and_its_neighbours(tmp_path: Pa
     (folder / 'neighbour.py').write_text('import timm\nnames = timm.list_models("vit_tiny_*moe")\n')
     (folder / 'script.py').write_text(
         'import json, sys, neighbour\n'
+        'from timm.task import ClassificationTask\n'
         'assert __name__ == "__main__"\n'
-        'print(json.dumps([sys.argv, neighbour.names]))\n'
+        'print(json.dumps([sys.argv, neighbour.names, ClassificationTask.__name__]))\n'
         'sys.exit(3)\n'
     )
     done = run_script('scripts/script.py', '-h', '--model', 'x', cwd=tmp_path)
-    argv, names = json.loads(done.stdout)
+    argv, names, task = json.loads(done.stdout)
     assert argv == ['scripts/script.py', '-h', '--model', 'x']
     assert {f'vit_tiny_{method}' for method in METHODS} <= set(names)
+    # timm before 1.0.27 tells its tasks nothing of a step
+    assert task == ('Moe' if hasattr(TrainingTask, 'update_ema') else '') + 'ClassificationTask'
     assert (done.returncode, done.stderr) == (3, '')
 
 
@@ -57,6 +63,44 @@ def folder(tmp_path: Path) -> Path:
             for i in range(4):
                 Image.new('RGB', (40, 40), color).save(tmp_path / split / name / f'{name}{i}.png')
     return tmp_path
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (SCRIPTS / 'train.py').exists(), reason=f"no scripts of timm's in {SCRIPTS}"
+)
+@pytest.mark.parametrize('method', METHODS)
+def test_train_py_trains_experts_over_a_resume(method: str, folder: Path) -> None:
+    model = ['--model', f'vit_tiny_{method}', *MODEL.split(), 'num_heads=2']
+    if 'stage1_steps' in METHODS[method].config.option_names():
+        model.append('stage1_steps=3')  # of four updates, two of them per epoch
+    options = f'{READ} --data-dir . --epochs 2 --warmup-epochs 0 --output out --model-ema'
+
+    def train(name: str, *arguments: str) -> None:
+        named = [*options.split(), '--experiment', name, *arguments]
+        done = run_script(SCRIPTS / 'train.py', *named, *model, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert 'MoeClassificationTask: criterion=' in done.stderr
+        assert 'training without collect_losses' not in done.stderr
+
+    def learned(path: str) -> dict[str, list[int]]:
+        """Values of what counts updates, and of what starts or ends with one."""
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(folder / 'out' / path, weights_only=True)['state_dict']
+        kinds = ('codebook.updates', 'codebook.started', 'distilled.steps', 'distilled.frozen')
+        return {
+            kind: [int(value) for name, value in state.items() if name.endswith(kind)]
+            for kind in kinds
+        }
+
+    train('whole')
+    train('resumed', '--resume', 'out/whole/checkpoint-0.pth.tar')
+    first = learned('whole/checkpoint-0.pth.tar')
+    for last in (learned('whole/last.pth.tar'), learned('resumed/last.pth.tar')):
+        for counted, changed in (('codebook.updates', 'started'), ('distilled.steps', 'frozen')):
+            layers = len(first[counted])
+            assert (first[counted], last[counted]) == ([2] * layers, [4] * layers)
+            assert last[f'{counted.partition(".")[0]}.{changed}'] == [1] * layers
 
 
 @pytest.mark.long

@@ -1,13 +1,16 @@
 """Runs a script with the models registered: `python -m vqmoe_vision.script SCRIPT ARGUMENTS`.
 
 For scripts that build a model by name and have no option that imports a package first, as most of
-timm's are.
+timm's are. A script that takes its task from `timm.task`, as timm's `train.py` does, gets one that
+trains the experts too.
 """
 
 import argparse
 import runpy
 import sys
 from pathlib import Path
+
+from .models.timm_tasks import install
 
 
 def main() -> None:
@@ -21,6 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.script).is_file():
         parser.exit(2, f'script={args.script} is not possible: there is no such file\n')
+    install()
     sys.argv = [args.script, *args.arguments]
     # the modules beside the script, not those of the working directory
     sys.path[0] = str(Path(args.script).resolve().parent)

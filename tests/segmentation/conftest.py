@@ -1,5 +1,6 @@
 """What the tests of segmentation share: tiny models, and data sets written to a folder."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -43,6 +44,13 @@ def tiny_segmentor(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> Any:
         test_cfg=dict(mode='whole'),
     )  # fmt: skip
     return MODELS.build(ConfigDict({**config, **kwargs}))
+
+
+def build(config: Config, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model without memory; mmseg's mask transformer reads the values of one tensor."""
+    monkeypatch.setattr(torch, 'linspace', partial(torch.linspace, device='cpu'))
+    with torch.device('meta'):
+        return MODELS.build(config.model).eval()
 
 
 def training_batch(model: Any, size: int = 32) -> dict[str, Any]:

@@ -185,7 +185,17 @@ def load_from_local(filename: str, map_location: Any) -> Any:
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
     with _reading(path):
         content = torch.load(path, map_location, weights_only=True)
-    return _without_code(content, path)
+    return _named_as_expected(_without_code(content, path))
+
+
+def _named_as_expected(content: Any) -> Any:
+    """The weights where mmengine looks for them, or else takes everything for weights."""
+    if not isinstance(content, dict) or 'state_dict' in content:
+        return content
+    if not isinstance(content.get('model'), dict):
+        return content
+    others = {name: value for name, value in content.items() if name != 'model'}
+    return {**others, 'state_dict': content['model']}
 
 
 def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:

@@ -61,14 +61,29 @@ class Report:
         return notes
 
 
+class TakesOtherNames:
+    """Mixin of a model that loads checkpoints of other code, and translates them itself."""
+
+    def in_own_names(self, state: StateDict) -> StateDict:
+        """What it would load in the place of a checkpoint.
+
+        Args:
+            state: Of the checkpoint.
+        """
+        raise NotImplementedError
+
+
 def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
     """As `misfit`, of a model that is about to load a state dict.
 
     Args:
-        model: Its MoE layers may do without what another form of theirs has.
+        model: Its MoE layers may do without what another form of theirs has, and it may translate
+            what is called otherwise.
         state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
     """
     state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    if isinstance(model, TakesOtherNames):
+        state = model.in_own_names(state)
     for layer_name, layer in moe_layers(model).items():
         prefix = f'{layer_name}.'
         names = [name[len(prefix) :] for name in state if name.startswith(prefix)]

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from ..moe import moe_layers
 from ..moe.config import check
+from .foreign_names import from_mmseg, is_of_mmseg
 from .refusals import (
     refuse_gated,
     refuse_misfits,
@@ -27,20 +28,9 @@ from .upcycle import Upcycling, upcycle
 
 Size = tuple[int, int]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
-# in a backbone alone), in a run of mmseg's own backbone, in timm.
-_PREFIXES = ('backbone.model.', 'model.', 'backbone.', '')
+# in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
+_PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
 _STEM = 'patch_embed.proj.weight'
-# mmseg's `VisionTransformer` has other names for the same parts.
-_FROM_MMSEG = (
-    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
-    (r'^layers\.', 'blocks.'),
-    (r'^ln1\.', 'norm.'),
-    (r'\.ln([12])\.', r'.norm\1.'),
-    (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
-    (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
-    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
-    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
-)
 
 
 def fit_state(
@@ -53,7 +43,8 @@ def fit_state(
 
     Args:
         model: Position and patch embeddings are resized to its sizes; its MoE layers fit theirs.
-        state_dict: Of a segmentation or classification run, of timm, or of mmseg.
+        state_dict: Of a segmentation or classification run, of timm, of mmseg, or of the authors
+            of Segmenter.
         path: Where it came from, for messages.
         image_sizes: Of which one may be the size of the images that its positions belong to.
 
@@ -134,26 +125,14 @@ def _strip(
     """Without the prefix of a run, and by timm's names; and what else there is in the run."""
     for prefix in _PREFIXES:
         state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if any(name.startswith('layers.0.') for name in state):
-            state = _from_mmseg(state)
+        if is_of_mmseg(state):
+            state = from_mmseg(state)
         if any(name in expected and not name.startswith(HEADS) for name in state):
             return state, tuple(k for k in state_dict if not k.startswith(prefix))
     raise ValueError(
         f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict)}; '
         f'the model has {shorten(expected)}'
     )
-
-
-def _from_mmseg(state: StateDict) -> StateDict:
-    renamed = {}
-    for name, value in state.items():
-        for theirs, timms in _FROM_MMSEG:
-            name = re.sub(theirs, timms, name)
-        renamed[name] = value
-    if 'patch_embed.proj.weight' in renamed:  # mmseg's has no bias unless asked for
-        zero = torch.zeros(len(renamed['patch_embed.proj.weight']))
-        renamed.setdefault('patch_embed.proj.bias', zero)
-    return renamed
 
 
 def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[str]]:

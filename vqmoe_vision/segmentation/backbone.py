@@ -1,12 +1,14 @@
 """Any timm vision transformer, dense or with MoE layers, as a backbone of mmseg."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.models.sources import VIT_MODULES
+from vqmoe_vision.moe.config import check
 
 _DEFAULTS = {
     'num_classes': 0,
@@ -43,8 +46,9 @@ class TimmViT(BaseModule):
             Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
-            (.pth), of timm (.pth or .safetensors), or of mmseg's ViT (.pth). Experts are made of
-            the MLPs of a dense one. Read when training starts, not for tests.
+            (.pth), of timm (.pth or .safetensors), of mmseg's ViT or of rstrudel/segmenter (.pth).
+            Experts are made of the MLPs of a dense one. Read when training starts, not for tests.
+        norm_eps: Added to the variance in every LayerNorm; None for timm's 1e-6.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; a dense model takes None.
         extra_mlps: What a dense model is widened by, as `create_model`.
@@ -52,7 +56,8 @@ class TimmViT(BaseModule):
             `pretrained` and `upcycling`.
 
     Raises:
-        ValueError: The model or the blocks do not exist, or the model is no vision transformer.
+        ValueError: The model or the blocks do not exist, the model is no vision transformer, or
+            `norm_eps` is not positive.
         TypeError: The model does not know one of `model_kwargs`.
     """
 
@@ -62,6 +67,7 @@ class TimmViT(BaseModule):
         out_indices: Sequence[int] | None = None,
         norm: bool = True,
         checkpoint: str | None = None,
+        norm_eps: float | None = None,
         grad_checkpointing: bool = False,
         moe: dict[str, Any] | None = None,
         extra_mlps: int = 0,
@@ -69,6 +75,9 @@ class TimmViT(BaseModule):
     ) -> None:
         super().__init__()
         arguments = {**_DEFAULTS, **model_kwargs}
+        if norm_eps is not None:
+            check(norm_eps > 0, 'norm_eps', norm_eps, 'above 0, or None')
+            arguments['norm_layer'] = partial(LayerNorm, eps=norm_eps)
         self.model = _create(model_name, moe, extra_mlps, arguments)
         self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)

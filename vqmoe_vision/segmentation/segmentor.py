@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -13,15 +14,17 @@ from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
 from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
 from .preprocessor import completed, follow, normalization_of
+from .published import in_our_names
 from .source import source
 
 
 @MODELS.register_module()
-class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
+class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
     """An `EncoderDecoder` that trains what its `TimmViT` backbone routes.
 
     Auxiliary losses join mmseg's inside `forward`, and so inside what DDP wraps. Losses and
@@ -135,6 +138,25 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             embed_dims=width,
             num_heads=model.blocks[0].attn.num_heads,
         )
+
+    def in_own_names(self, state: StateDict) -> StateDict:
+        """A checkpoint of mmseg's own Segmenter, or of its authors', as it is called here.
+
+        Args:
+            state: Of the checkpoint; one of this class stays as it is.
+        """
+        return in_our_names(state)[0]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the one place that torch's and mmengine's loading have in common
+        own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        state, note = in_our_names({k[len(prefix) :]: value for k, value in own.items()})
+        if note:
+            print_log(f'checkpoint: {note}', logger='current')
+            for name in own:
+                del state_dict[name]
+            state_dict.update({prefix + name: value for name, value in state.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def routed_model(self) -> nn.Module:

@@ -1,0 +1,154 @@
+"""Tasks of timm that train what MoE layers add, as timm's `train.py` uses them."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm.task
+import torch
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from torch import Tensor, nn
+
+from vqmoe_vision import collect_losses
+from vqmoe_vision.models.timm_tasks import MoeClassificationTask, TrainsExperts, install
+
+TARGETS = torch.arange(4)
+needs_steps = pytest.mark.skipif(
+    not hasattr(TrainingTask, 'update_ema'), reason='tasks of timm before 1.0.27 know no steps'
+)
+
+
+def make_task(model: nn.Module) -> Any:
+    return MoeClassificationTask(model.train(), nn.CrossEntropyLoss(), verbose=False)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step(task: Any, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> Tensor:
+    """What `train.py` does for one update, accumulating over the batches."""
+    for images in batches:
+        loss = task(images, TARGETS)['loss']
+        loss /= len(batches)
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    task.update_ema(step=1)
+    return loss.detach()
+
+
+@needs_steps
+def test_a_task_trains_as_the_loop_of_the_readme(tiny_variant, train_step, images: Tensor) -> None:
+    model = tiny_variant(depth=2)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)  # router noise
+    expected = train_step(twin, None, images, TARGETS)
+    task = make_task(model)
+    torch.manual_seed(1)
+    result = task(images, TARGETS)
+    result['loss'].backward()
+    torch.testing.assert_close(result['loss'].detach(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
+    task.update_ema()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@needs_steps
+def test_the_auxiliary_losses_are_in_the_loss(tiny, images: Tensor) -> None:
+    model = tiny(depth=2)
+    plain = ClassificationTask(copy.deepcopy(model).train(), nn.CrossEntropyLoss(), verbose=False)
+    torch.manual_seed(1)
+    with collect_losses(plain, update_state=False):
+        expected = plain(images, TARGETS)['loss']
+    torch.manual_seed(1)
+    result = make_task(model)(images, TARGETS)
+    auxiliary = result['auxiliary_loss']
+    assert not auxiliary.requires_grad
+    assert bool(auxiliary > 0) == any(layer.mlp.needs_collecting for layer in model.blocks[1::2])
+    torch.testing.assert_close(result['loss'], expected + auxiliary, rtol=0, atol=0)
+
+
+@needs_steps
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_state_moves_once_per_step_and_travels_in_checkpoints(
+    make_tiny, checkpointing: bool
+) -> None:
+    options = {'vqmoe': {}, 'stablemoe': {'stage1_steps': 2}}
+    moved = {}
+    for method, chosen in options.items():
+        torch.manual_seed(0)
+        task = make_task(make_tiny(method, depth=2, **chosen))
+        task.trainable_module.set_grad_checkpointing(checkpointing)
+        task.setup_ema(decay=0.5)
+        optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-2)
+        for _ in range(3):
+            step(task, optimizer, [torch.randn(4, 3, 32, 32) for _ in range(2)])
+        state = task.get_checkpoint_state()
+        again = make_task(make_tiny(method, depth=2, **chosen))
+        again.load_checkpoint_state(state['state_dict'])
+        moved |= again.trainable_module.state_dict()
+        moved |= {
+            f'ema.{k}': v for k, v in task.get_checkpoint_state(ema=True)['state_dict_ema'].items()
+        }
+    prefix = 'blocks.1.mlp.'
+    assert moved[f'{prefix}quantizer.codebook.updates'] == 3
+    assert moved[f'{prefix}quantizer.codebook.started']
+    assert moved[f'ema.{prefix}quantizer.codebook.started']
+    assert moved[f'{prefix}router.distilled.steps'] == 3
+    assert moved[f'{prefix}router.distilled.frozen']
+
+
+@needs_steps
+def test_distillation_trains_experts_too(make_tiny, images: Tensor) -> None:
+    install()
+    task_class = timm.task.LogitDistillationTask
+    restore()
+    assert issubclass(task_class, LogitDistillationTask)
+    teacher = make_tiny('smoe', depth=2)
+    task = task_class(
+        make_tiny('vqmoe', depth=2).train(), teacher, nn.CrossEntropyLoss(), verbose=False
+    )
+    result = task(images, TARGETS)
+    parts = (
+        task.task_loss_weight * result['task_loss'] + task.distill_loss_weight * result['kd_loss']
+    )
+    assert result['auxiliary_loss'] > 0
+    torch.testing.assert_close(result['loss'], parts + result['auxiliary_loss'])
+    assert all(not layer.mlp.recorder.losses for layer in teacher.blocks[1::2])
+
+
+ORIGINALS = {
+    name: task
+    for name, task in vars(timm.task).items()
+    if isinstance(task, type) and issubclass(task, TrainingTask)
+}
+
+
+def restore() -> None:
+    for name, task in ORIGINALS.items():
+        setattr(timm.task, name, task)
+
+
+@needs_steps
+def test_install_leaves_nothing_of_timms_but_the_base() -> None:
+    install()
+    install()  # a second time changes nothing
+    try:
+        found = {name: getattr(timm.task, name) for name in ORIGINALS}
+    finally:
+        restore()
+    assert found.pop('TrainingTask') is TrainingTask
+    assert found['ClassificationTask'] is MoeClassificationTask
+    for name, task in found.items():
+        assert task.__mro__[1:3] == (TrainsExperts, ORIGINALS[name]), name
+
+
+@needs_steps
+def test_an_older_timm_is_refused(monkeypatch: pytest.MonkeyPatch, make_tiny) -> None:
+    monkeypatch.delattr(TrainingTask, 'update_ema')
+    with pytest.raises(ValueError, match=r'timm=.* is not possible: at least 1\.0\.27'):
+        make_task(make_tiny('smoe', depth=2))
+    install()
+    assert timm.task.ClassificationTask is ClassificationTask

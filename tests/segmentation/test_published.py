@@ -1,0 +1,283 @@
+"""Released Segmenters: mmsegmentation's and the authors' files give the answers that they gave.
+
+The files themselves are not here. mmseg's models are built from mmseg's own configs, with the bias
+in the stem that the files have; the authors' model is written out below, in their names.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mmseg
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.models.state_dicts import misfit_of
+from vqmoe_vision.models.vit_moe import SIZES
+
+from ..rows import CONFIGS, parse_options, row_options
+from .conftest import build
+from .test_cli import TINY
+
+ADE = CONFIGS / 'segmentation/ade20k'
+ZOO = Path(mmseg.__file__).parent / '.mim/configs/segmenter'
+ZOO_NAME = 'segmenter_vit-{}_8xb1-160k_ade20k-512x512'
+# mmseg's config, and ours with its options
+MMSEG = {
+    ZOO_NAME.format(f'{size[0]}_mask'): (f'segmenter_vit_{size}_dense_ade20k', {}) for size in SIZES
+} | {
+    ZOO_NAME.format('s_fcn'): (
+        'segmenter_linear_ade20k',
+        row_options('dense', 'small', 'model.backbone'),
+    )
+}
+MASK, LINEAR = ZOO_NAME.format('t_mask'), ZOO_NAME.format('s_fcn')
+WIDTH, HEADS, SIDE = 24, 3, 64
+
+
+class Decoder(nn.Module):
+    """The authors' mask transformer, by their names."""
+
+    def __init__(self, classes: int, width: int, heads: int, depth: int = 2) -> None:
+        super().__init__()
+        norm = partial(LayerNorm, eps=1e-5)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
+        self.proj_dec = nn.Linear(width, width)
+        self.proj_patch = nn.Parameter(torch.empty(width, width))
+        self.proj_classes = nn.Parameter(torch.empty(width, width))
+        self.decoder_norm, self.mask_norm = norm(width), norm(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        classes = self.cls_emb.shape[1]
+        x = torch.cat([self.proj_dec(x), self.cls_emb.expand(len(x), -1, -1)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        patches = nn.functional.normalize(x[:, :-classes] @ self.proj_patch, dim=-1)
+        masks = nn.functional.normalize(x[:, -classes:] @ self.proj_classes, dim=-1)
+        return self.mask_norm(patches @ masks.transpose(1, 2))
+
+
+class LinearDecoder(nn.Module):
+    """The authors' linear decoder."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class Original(nn.Module):
+    """The authors' model for one window; their encoder keeps its head for ImageNet."""
+
+    def __init__(
+        self, width: int, heads: int, depth: int, side: int, classes: int = 150, mask: bool = True
+    ) -> None:
+        super().__init__()
+        norm = partial(LayerNorm, eps=1e-5)
+        sizes = dict(img_size=side, embed_dim=width, depth=depth, num_heads=heads)
+        self.encoder = VisionTransformer(**sizes, num_classes=1000, norm_layer=norm)
+        self.decoder = Decoder(classes, width, heads) if mask else LinearDecoder(classes, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.decoder(self.encoder.forward_features(images)[:, 1:])
+        maps = x.transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
+        return nn.functional.interpolate(maps, images.shape[-2:], mode='bilinear')
+
+
+def drawn(model: Any) -> Any:
+    """With weights that let every tensor matter, an epsilon of the norms too."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.3)
+        if any(part in name for part in ('pos_embed', 'cls_token', 'patch_embed')):
+            parameter.data *= 0.01
+    return model.eval()
+
+
+def zoo_model(name: str, bias: bool = True, classes: int = 150) -> Any:
+    """A small model of a config of mmseg's, for windows of `SIDE` pixels."""
+    config = Config.fromfile(ZOO / f'{name}.py').model
+    config.pretrained = None
+    config.backbone.update(
+        embed_dims=WIDTH, num_heads=HEADS, num_layers=2, img_size=(SIDE, SIDE), patch_bias=bias
+    )
+    fitted = dict(in_channels=WIDTH, channels=WIDTH, embed_dims=WIDTH, num_heads=HEADS)
+    config.decode_head.update(
+        {k: v for k, v in fitted.items() if k in config.decode_head}, num_classes=classes
+    )
+    config.test_cfg.update(crop_size=(SIDE, SIDE), stride=(SIDE - 4, SIDE - 4))
+    return drawn(MODELS.build(config))
+
+
+def small(leaf: str, stride: int, **options: Any) -> Config:
+    backbone = dict(img_size=(SIDE, SIDE), embed_dim=WIDTH, depth=2, num_heads=HEADS)
+    backbone |= dict(model_name='vit_tiny_patch16_224', moe=None)
+    test = {'model.test_cfg.crop_size': (SIDE, SIDE), 'model.test_cfg.stride': (stride, stride)}
+    fitted = {f'model.backbone.{name}': value for name, value in backbone.items()}
+    return load_config(str(ADE / f'{leaf}.py'), fitted | test | options)
+
+
+def logits_of(model: Any, image: Tensor) -> Tensor:
+    """From pixels to logits at another size, through preprocessor and windows."""
+    shape = tuple(image.shape[1:])
+    sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=(50, 80)))
+    with torch.no_grad():
+        (result,) = model.test_step(dict(inputs=[image.clone()], data_samples=[sample]))
+    return result.seg_logits.data
+
+
+@pytest.mark.parametrize('shape', [(SIDE, SIDE), (SIDE, 117), (70, 101)])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('name', [MASK, LINEAR])
+def test_files_of_mmseg_give_the_logits_of_mmseg(
+    name: str, bias: bool, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    theirs = zoo_model(name, bias)
+    path = str(tmp_path / 'theirs.pth')
+    torch.save({'meta': {'CLASSES': ('wall',)}, 'state_dict': theirs.state_dict()}, path)
+    ours = load_trained(small(MMSEG[name][0], SIDE - 4), path)
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    expected = logits_of(theirs, image)
+    assert expected.std() > 0.1
+    # other kernels for attention: rounding of float32, over the few blocks
+    torch.testing.assert_close(logits_of(ours, image), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('mask', [True, False])
+def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> None:
+    theirs = drawn(Original(WIDTH, HEADS, 2, SIDE, mask=mask))
+    path = str(tmp_path / 'theirs.pth')
+    torch.save({'model': theirs.state_dict(), 'n_cls': 150, 'epoch': 63}, path)
+    if mask:
+        config = small('segmenter_original_ade20k', SIDE)
+    else:
+        options = {'model.backbone.norm_eps': 1e-5}
+        config = small('segmenter_linear_ade20k', SIDE, **options)
+    ours = load_trained(config, path)
+    image = torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8)
+    with torch.no_grad():
+        window = theirs((image.flip(0)[None].float() - 127.5) / 127.5)
+    expected = nn.functional.interpolate(window, (50, 80), mode='bilinear')[0]
+    assert expected.std() > 0.1
+    # rounding of float32; with the epsilon of timm's norms it is over 100 times as far
+    torch.testing.assert_close(logits_of(ours, image), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('name', MMSEG)
+def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Config.fromfile(ZOO / f'{name}.py')
+    theirs.model.pretrained = None
+    theirs.model.backbone.patch_bias = True
+    leaf, options = MMSEG[name]
+    ours = load_config(str(ADE / f'{leaf}.py'), options)
+    state = build(theirs, monkeypatch).state_dict()
+    assert misfit_of(build(ours, monkeypatch), state) == ''
+    assert ours.model.test_cfg == theirs.model.test_cfg
+    for field in ('mean', 'std', 'bgr_to_rgb'):
+        assert ours.model.data_preprocessor[field] == theirs.model.data_preprocessor[field]
+    steps = zip(*(c.test_dataloader.dataset.pipeline for c in (ours, theirs)), strict=True)
+    for own, other in steps:
+        assert own == {k: v for k, v in other.items() if k != 'reduce_zero_label'}
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_names_and_shapes_of_the_authors_files(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {'large': 640}
+    options = row_options('dense', size, 'model.backbone')
+    shape = SIZES[size]
+    side = sides.get(size, 512)
+    options['model.backbone.img_size'] = (side, side)
+    ours = build(load_config(str(ADE / 'segmenter_original_ade20k.py'), options), monkeypatch)
+    with torch.device('meta'):
+        theirs = Original(shape['embed_dim'], shape['num_heads'], shape['depth'], side)
+    assert misfit_of(ours, theirs.state_dict()) == ''
+    assert misfit_of(ours, {f'module.{k}': v for k, v in theirs.state_dict().items()}) == ''
+
+
+def content_of(kind: str) -> dict[str, Any]:
+    if kind == 'mmseg':
+        return {'meta': {}, 'state_dict': zoo_model(MASK, classes=11).state_dict()}
+    return {'model': drawn(Original(WIDTH, HEADS, 2, SIDE, classes=11)).state_dict(), 'epoch': 63}
+
+
+@pytest.mark.parametrize('kind', ['mmseg', 'rstrudel/segmenter'])
+def test_the_tool_tests_a_released_file(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    theirs, own = tmp_path / 'theirs.pth', tmp_path / 'own.pth'
+    torch.save(content_of(kind), theirs)
+    config = tmp_path / 'tiny.py'
+    config.write_text(TINY.replace('NAME', repr(f'{tmp_path.name}_{kind}')))
+    options = parse_options(
+        'model.backbone.model_name=vit_tiny_patch16_224 model.backbone.moe=None '
+        f'model.backbone.embed_dim={WIDTH} model.backbone.img_size=({SIDE},{SIDE}) '
+        'model.backbone.class_token=True model.decode_head.num_layers=2'
+    )
+    translated = load_trained(load_config(str(config), options), str(theirs))
+    torch.save({'state_dict': translated.state_dict()}, own)
+    words = [f'{name}={value}'.replace(' ', '') for name, value in options.items()]
+    found = {}
+    for path in (theirs, own):
+        out = path.with_suffix('.json')
+        named = f'experiment_name={tmp_path.name}_{kind}_{path.stem}'
+        work = ['--work-dir', str(tmp_path / path.stem), '--cfg-options', *words, named]
+        capfd.readouterr()
+        cli.test([str(config), str(path), '--out', str(out), *work])
+        found[path] = json.loads(out.read_text())
+        told = f'the names are those of {kind}' in ''.join(capfd.readouterr())
+        assert told == (path == theirs)
+    assert found[theirs] == found[own]
+    assert len({found[own][name] for name in ('aAcc', 'mAcc', 'mIoU')}) > 1
+
+
+def test_a_file_of_a_dense_model_is_refused_by_one_with_experts() -> None:
+    config = small('segmenter_vit_tiny_dense_ade20k', SIDE).model
+    config.backbone.update(model_name='vit_tiny_smoe', moe=dict(num_experts=2))
+    problem = misfit_of(MODELS.build(config), zoo_model(MASK).state_dict())
+    assert problem.startswith('missing keys: backbone.model.blocks.1.mlp.')
+
+
+def test_a_backbone_starts_from_a_file_of_the_authors(tmp_path: Path) -> None:
+    theirs = drawn(Original(WIDTH, HEADS, 2, SIDE))
+    torch.save({'model': theirs.state_dict()}, tmp_path / 'theirs.pth')
+    config = small('segmenter_original_ade20k', SIDE)
+    model = MODELS.build(config.model.backbone).model
+    start_from(model, str(tmp_path / 'theirs.pth'))
+    state = theirs.encoder.state_dict()
+    assert model.state_dict().keys() == {k for k in state if not k.startswith('head.')}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_the_page_says_what_the_zoo_says() -> None:
+    (file,) = ZOO.glob('*.y*ml')
+    models = yaml.safe_load(file.read_text())['Models']
+    page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
+    table = page.split('## A published number can be checked')[1].split('\n## ')[0]
+    assert len(models) == len(MMSEG)
+    for model in models:
+        weights = model['Weights'].rsplit('/', 1)[1]
+        metrics = model['Results']['Metrics'] if isinstance(model['Results'], dict) else None
+        metrics = metrics or model['Results'][0]['Metrics']
+        leaf = MMSEG[model['Name']][0]
+        line = f'| `{leaf}` | `{weights}` | {metrics["mIoU"]:.2f} |'
+        assert re.search(re.escape(line), table), line

@@ -1,0 +1,95 @@
+"""Tasks of timm that train what MoE layers add: auxiliary losses, codebooks and stages.
+
+A task of `timm.task` computes the loss of a batch from its model, and timm's `train.py` has all
+that it trains from one: the gradients, the moving average, the checkpoints. The script takes its
+classes from `timm.task` by name, and `install` puts ours there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import timm.task
+from timm.task import ClassificationTask, TrainingTask
+from torch import Tensor, nn
+
+from ..moe import collect_losses, update_state
+from ..moe.config import check
+
+
+class TrainsExperts:
+    """Mixin before a task of timm's, whose `update_ema` a loop calls after each optimizer step.
+
+    That is where codebooks and stages move: after the step, as in our own training, and before the
+    moving average, which so follows the codebook too.
+
+    Args:
+        *args: As the task has them.
+        **kwargs: As the task has them.
+
+    Raises:
+        ValueError: timm is older than 1.0.27, whose tasks are the first with `update_ema`.
+    """
+
+    trainable_module: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check(_knows_steps(TrainingTask), 'timm', timm.__version__, 'at least 1.0.27')
+        super().__init__(*args, **kwargs)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """What timm's task returns, its loss with the auxiliary losses of the same pass.
+
+        Args:
+            input: (B, C, H, W) images.
+            target: As the task has it.
+
+        Returns:
+            Also `auxiliary_loss`, their sum, detached.
+        """
+        timms: Any = super()
+        with collect_losses(self.trainable_module, update_state=False) as collected:
+            result: dict[str, Any] = timms.forward(input, target)
+            auxiliary = collected.total()
+        loss = result['loss'] + auxiliary
+        return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the state that learns without gradients, then timm's moving average if there is one.
+
+        Args:
+            step: As timm's.
+        """
+        update_state(self.trainable_module)
+        timms: Any = super()
+        timms.update_ema(step)
+
+
+class MoeClassificationTask(TrainsExperts, ClassificationTask):
+    """timm's `ClassificationTask` for models with MoE layers, with the same arguments."""
+
+
+def install() -> None:
+    """Put tasks that train experts in the place of timm's, for scripts that import them by name.
+
+    Those of timm before 1.0.27 stay as they are: nothing tells them of a step.
+    """
+    tasks = {
+        name: task
+        for name, task in vars(timm.task).items()
+        if isinstance(task, type) and issubclass(task, TrainingTask) and task is not TrainingTask
+    }
+    for name, task in tasks.items():
+        if _knows_steps(task) and not issubclass(task, TrainsExperts):
+            setattr(timm.task, name, _training_experts(task))
+
+
+def _knows_steps(task: type) -> bool:
+    return hasattr(task, 'update_ema')
+
+
+def _training_experts(task: type) -> type:
+    if task is ClassificationTask:
+        return MoeClassificationTask
+    return type(f'Moe{task.__name__}', (TrainsExperts, task), {'__module__': __name__})

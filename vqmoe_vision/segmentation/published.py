@@ -1,0 +1,71 @@
+"""Released Segmenters of others, in the names of ours.
+
+Checkpoints of mmsegmentation have other names in the backbone alone, as the head is mmseg's here
+too. Those of the authors, github.com/rstrudel/segmenter, have timm's names in the encoder; their
+decoder has the blocks of timm, and projections that multiply from the other side.
+"""
+
+from __future__ import annotations
+
+from vqmoe_vision.models.foreign_names import from_mmseg, is_of_mmseg, replaced
+from vqmoe_vision.models.state_dicts import StateDict
+
+_THEIRS, _OURS = 'backbone.', 'backbone.model.'
+_DECODER = (
+    (r'^decoder\.proj_dec\.', 'decode_head.dec_proj.'),
+    (r'^decoder\.proj_(patch|classes)$', r'decode_head.\1_proj.weight'),
+    (r'^decoder\.head\.', 'decode_head.conv_seg.'),
+    (r'^decoder\.blocks\.', 'decode_head.layers.'),
+    (r'^decoder\.', 'decode_head.'),
+    (r'\.norm([12])\.', r'.ln\1.'),
+    (r'\.attn\.qkv\.', '.attn.attn.in_proj_'),
+    (r'\.attn\.proj\.', '.attn.attn.out_proj.'),
+    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+)
+
+
+def in_our_names(state: StateDict) -> tuple[StateDict, str]:
+    """The state of a segmentor as ours is called, and a line about it; our own stays as it is.
+
+    Args:
+        state: Of a `MoeEncoderDecoder`, of mmseg's `EncoderDecoder` with a `VisionTransformer`, or
+            of the authors' Segmenter, whose encoder's head for ImageNet is left out.
+
+    Returns:
+        The state, and what was done to it; empty if nothing was.
+    """
+    backbone = _part(state, _THEIRS)
+    if is_of_mmseg(backbone):
+        renamed = {_OURS + name: value for name, value in from_mmseg(backbone).items()}
+        others = {name: value for name, value in state.items() if not name.startswith(_THEIRS)}
+        stem = 'patch_embed.projection.bias'
+        bias = '' if stem in backbone else '; the stem has no bias there, and one of zeros here'
+        return {**renamed, **others}, f'the names are those of mmseg, {len(state)} tensors{bias}'
+    encoder = _part(state, 'encoder.')
+    if 'patch_embed.proj.weight' in encoder:
+        network = {k: v for k, v in encoder.items() if not k.startswith('head.')}
+        renamed = {_OURS + name: value for name, value in network.items()}
+        others = {name: value for name, value in state.items() if not name.startswith('encoder.')}
+        note = (
+            f'the names are those of rstrudel/segmenter, {len(state)} tensors; '
+            f"left out is the encoder's own head, {len(encoder) - len(network)} of them"
+        )
+        return {**renamed, **_decoder(others)}, note
+    return state, ''
+
+
+def _part(state: StateDict, prefix: str) -> StateDict:
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _decoder(state: StateDict) -> StateDict:
+    """Names of mmseg's head, whose projections are linear layers and linear head a convolution."""
+    renamed = {}
+    for name, value in state.items():
+        if name in ('decoder.proj_patch', 'decoder.proj_classes'):
+            value = value.t()
+        elif name == 'decoder.head.weight':
+            value = value[:, :, None, None]
+        renamed[replaced(name, _DECODER)] = value
+    return renamed
