@@ -25,8 +25,8 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
-from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.models.vit_moe import SIZES
+from vqmoe_vision.segmentation.preprocessor import completed
 
 from ..rows import CONFIGS, parse_options, row_options
 from .conftest import build
@@ -190,10 +190,11 @@ def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.Mon
     leaf, options = MMSEG[name]
     ours = load_config(str(ADE / f'{leaf}.py'), options)
     state = build(theirs, monkeypatch).state_dict()
-    assert misfit_of(build(ours, monkeypatch), state) == ''
+    assert build(ours, monkeypatch).misfit(state) == ''
     assert ours.model.test_cfg == theirs.model.test_cfg
+    fed, by_them = completed(ours.model.data_preprocessor)[0], theirs.model.data_preprocessor
     for field in ('mean', 'std', 'bgr_to_rgb'):
-        assert ours.model.data_preprocessor[field] == theirs.model.data_preprocessor[field]
+        assert fed[field] == by_them[field]
     steps = zip(*(c.test_dataloader.dataset.pipeline for c in (ours, theirs)), strict=True)
     for own, other in steps:
         assert own == {k: v for k, v in other.items() if k != 'reduce_zero_label'}
@@ -209,8 +210,8 @@ def test_names_and_shapes_of_the_authors_files(size: str, monkeypatch: pytest.Mo
     ours = build(load_config(str(ADE / 'segmenter_original_ade20k.py'), options), monkeypatch)
     with torch.device('meta'):
         theirs = Original(shape['embed_dim'], shape['num_heads'], shape['depth'], side)
-    assert misfit_of(ours, theirs.state_dict()) == ''
-    assert misfit_of(ours, {f'module.{k}': v for k, v in theirs.state_dict().items()}) == ''
+    assert ours.misfit(theirs.state_dict()) == ''
+    assert ours.misfit({f'module.{k}': v for k, v in theirs.state_dict().items()}) == ''
 
 
 def content_of(kind: str) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def test_the_tool_tests_a_released_file(
 def test_a_file_of_a_dense_model_is_refused_by_one_with_experts() -> None:
     config = small('segmenter_vit_tiny_dense_ade20k', SIDE).model
     config.backbone.update(model_name='vit_tiny_smoe', moe=dict(num_experts=2))
-    problem = misfit_of(MODELS.build(config), zoo_model(MASK).state_dict())
+    problem = MODELS.build(config).misfit(zoo_model(MASK).state_dict())
     assert problem.startswith('missing keys: backbone.model.blocks.1.mlp.')
 
 
