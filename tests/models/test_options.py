@@ -41,7 +41,12 @@ BY_NAME: dict[str, list[Any]] = {
     'moe_layers': ['every1', 'every2', 'last1', [0], [1, 0], 'every9', [5], 'none'],
     'preset': ['paper', 'matched', 'foo'],
     'foo': [1],
+    # of `timm.create_model` itself, for our models
+    'pretrained': [False, 'x', 5, None],
+    'pretrained_cfg': [None, '', 'untrained', {}, 'x', 5],
+    'pretrained_cfg_overlay': [None, {}, {'mean': (0.1, 0.2, 0.3)}, 'x', 5],
 }
+OF_CREATE = {name: None for name in ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay')}
 TIMM = {
     name: hint
     for name, hint in get_type_hints(VisionTransformer.__init__).items()
@@ -67,7 +72,7 @@ def options(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         config = METHODS[method].config
         own = {'moe_layers': None, 'preset': None, **get_type_hints(config)}
         own = {name: own[name] for name in sorted({'moe_layers', *config.option_names()})}
-        hints |= own
+        hints |= own | OF_CREATE
         names = draw(st.lists(st.sampled_from(sorted(own)), max_size=2, unique=True))
     else:
         names = []
@@ -120,6 +125,13 @@ DRAWS = (options(), st.integers(1, 3), st.booleans())
 @given(*DRAWS)
 def test_options(named: tuple[str, dict[str, Any]], batch: int, direct: bool) -> None:
     check_options(*named, batch, direct)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_features_of_a_shallow_model(method: str) -> None:
+    model = timm.create_model(f'vit_tiny_{method}', features_only=True, **SMALL).eval()
+    maps = model(torch.randn(1, 3, 8, 8))
+    assert [tuple(each.shape) for each in maps] == [(1, 8, 2, 2)] * 2
 
 
 @pytest.mark.long

@@ -12,7 +12,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    list_models,
+    register_model,
+)
 
 from ..moe.config import check
 from ..moe.methods import METHODS
@@ -66,7 +72,10 @@ def _create(
     Raises:
         ValueError: An argument is impossible, or the weights cannot be read or do not fit.
     """
-    out_indices = kwargs.pop('out_indices', 3)
+    _check_sources(f'vit_{size}_{method}', pretrained, kwargs)
+    depth = kwargs.get('depth', SIZES[size]['depth'])
+    # of `features_only`: the last three blocks, or all of a shallower model
+    out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
@@ -84,6 +93,19 @@ def _create(
             method=method,
             **{**SIZES[size], **kwargs},
         )
+
+
+def _check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses what cannot say which weights a model begins with; timm fails in other ways."""
+    check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
+    config, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
+    if isinstance(config, str) and config:
+        tags = [model.partition('.')[2] for model in list_models(f'{name}.*', include_tags=True)]
+        check(config in tags, 'pretrained_cfg', config, f'a dictionary, or a tag of {tags}')
+    kinds = str | dict | PretrainedCfg | None
+    check(isinstance(config, kinds), 'pretrained_cfg', config, 'a dictionary, or a tag')
+    fits = overlay is None or isinstance(overlay, dict)
+    check(fits, 'pretrained_cfg_overlay', overlay, 'a dictionary')
 
 
 @register_model
