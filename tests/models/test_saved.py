@@ -130,7 +130,7 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     assert not about_others & config.keys()
     again: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     resolved = timm.data.resolve_model_data_config(again)
-    assert resolved == PREPROCESSING | {name: [*PREPROCESSING[name]] for name in ('mean', 'std')}
+    assert json.dumps(resolved, sort_keys=True) == json.dumps(PREPROCESSING, sort_keys=True)
     assert again.pretrained_cfg['label_names'] == names
 
 
