@@ -165,7 +165,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: images of any size, of which the model's own is named."""
-        converted = getattr(self.data_preprocessor, 'channel_conversion', False)
+        converted = getattr(self.data_preprocessor, '_channel_conversion', False)
         allowed = "True: mmseg's images are BGR, timm's are RGB"
         check(converted, 'model.data_preprocessor.bgr_to_rgb', converted, allowed)
         return {
