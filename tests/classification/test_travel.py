@@ -51,6 +51,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def documented(page: str, heading: str, **places: Path) -> list[str]:
+    """The arguments of a page's `tools/publish.py`, with the reader's own files in their place."""
+    section = (CONFIGS.parent / 'docs' / page).read_text().split(f'{heading}\n')[1]
+    (line, *_) = (
+        x for x in section.splitlines() if x.startswith('python tools/publish.py work_dirs/RUN ')
+    )
+    return [str(places.get(Path(word).stem, word)) for word in line.split()[2:]]
+
+
 def equal(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -65,11 +74,12 @@ def same(model: Any, again: Any) -> None:
 def test_the_run_as_a_folder_of_timm(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out = tmp_path / 'sub/model'
+    out = tmp_path / 'sub/my-model'
     numbers = trained.parent / 'numbers.json'
-    publish([str(trained), str(out), '--numbers', str(numbers), '--license', 'cc0-1.0'])
+    places = {'RUN': trained, 'my-model': out, 'numbers': numbers}
+    publish(documented('weights.md', '### The model of a run', **places))
     assert capsys.readouterr().out == f'wrote {out}\n'
-    assert sorted(path.name for path in out.parent.iterdir()) == ['model']
+    assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
     files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
     assert sorted(path.name for path in out.iterdir()) == files
 
@@ -105,6 +115,13 @@ def test_the_run_as_a_folder_of_timm(
     assert label in '0123456789' and 0 < float(probability) < 1
     assert 'work_dir' not in load_config('tiny.py')
     assert load_config('tiny.py').model == config.model
+
+
+def test_the_command_of_the_day(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    places = {'RUN': trained, 'my-model': out}
+    publish(documented('commands.md', '## Sharing a checkpoint', **places))
+    assert (out / 'model.safetensors').is_file()
 
 
 def test_the_scores_of_a_checkpoint_that_is_not_the_best_are_not_known(

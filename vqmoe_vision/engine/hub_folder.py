@@ -49,7 +49,7 @@ def publish_folder(
         ValueError: The folder cannot be written, the work dir has no config, several, or no
             checkpoint, a file cannot be read, or timm's files cannot say what the model is.
     """
-    target, run = Path(out), Path(work_dir)
+    target, run = Path(out).resolve(), Path(work_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
     valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
