@@ -110,6 +110,7 @@ def test_the_run_as_a_folder_of_timm(
     photo.save(out / 'image.png')
     monkeypatch.chdir(out)
     (code,) = CODE.findall(card.text)
+    assert 'import vqmoe_vision' in code  # here it has been imported before
     exec(compile(code, 'card', 'exec'), {})
     label, probability = capsys.readouterr().out.split()
     assert label in '0123456789' and 0 < float(probability) < 1
