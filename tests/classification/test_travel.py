@@ -192,6 +192,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     bad = tmp_path / 'bad.json'
     bad.write_text('["accuracy"]')
     (tmp_path / 'damaged.pth').write_bytes((run / 'epoch_1.pth').read_bytes()[:-300])
+    state = torch.load(run / 'epoch_1.pth', weights_only=True)['state_dict']
+    torch.save(state, tmp_path / 'bare.pth')
     copies = {name: tmp_path / name for name in ('empty', 'two', 'bare', 'bests', 'fog', 'other')}
     copies.pop('empty').mkdir()
     for path in copies.values():
@@ -225,6 +227,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([run, out, '--numbers', bad], r'numbers=.*bad\.json. is not possible: a file that tools'),
         ([run, out, '--numbers', full], r"numbers='.*full' cannot be read"),
         ([run, out, '--checkpoint', tmp_path / 'none.pth'], r"none\.pth' does not exist"),
+        ([run, out, '--checkpoint', tmp_path / 'bare.pth'], r"bare\.pth' has no 'meta' of a train"),
         ([run, out, '--checkpoint', tmp_path / 'damaged.pth'], r"damaged\.pth' is damaged"),
     ):
         with pytest.raises(SystemExit, match=message) as caught:

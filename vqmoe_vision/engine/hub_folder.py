@@ -61,6 +61,8 @@ def publish_folder(
     config = load_config(str(config_file))
     model = load_trained(config, str(file), 'cpu')
     content = read_content(str(file), verify=False)
+    if not isinstance(content, dict) or not isinstance(content.get('meta'), dict):
+        raise ValueError(f"checkpoint {str(file)!r} has no 'meta' of a training")
     make_folder(target.parent)
     with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
         folder = Path(scratch) / target.name
@@ -68,15 +70,8 @@ def publish_folder(
         arguments = _write_model(model, config, content, folder, license_id)
         shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
         shared.dump(folder / config_file.name)
-        layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
         best = _validated(content) if file.name.startswith(BEST) else {}
-        measured = {'validation': best, 'test': tested}
-        scores = [
-            Score(use, name, value)
-            for use, values in measured.items()
-            for name, value in values.items()
-            if not name.startswith(layers)
-        ]
+        scores = _scores(model, {'validation': best, 'test': tested})
         record = content.get('run_record') or [None, []]
         write_card(
             folder, target.name, model.routed_model, config, scores, license_id,
@@ -107,6 +102,17 @@ def _write_model(
     classes = (content['meta'].get('dataset_meta') or {}).get('classes') or ()
     names = classes if len(classes) == timms.num_classes else ()
     return save(timms, folder, preprocessing, names, license_id)
+
+
+def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[Score]:
+    """Metrics of the task, without those of the routing."""
+    layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
+    return [
+        Score(use, name, value)
+        for use, values in measured.items()
+        for name, value in values.items()
+        if not name.startswith(layers)
+    ]
 
 
 def _config_of(run: Path) -> Path:
