@@ -1,4 +1,4 @@
-"""Write a checkpoint for others: python tools/publish.py CHECKPOINT OUT [--help]."""
+"""Publish the model of a run: python tools/publish.py WORK_DIR FOLDER [--help]."""
 
 import sys
 

@@ -23,6 +23,7 @@ from vqmoe_vision.moe.config import check
 
 from .datasets import ImageClassification
 from .source import source
+from .transforms import preprocessing_of
 
 
 @MODELS.register_module()
@@ -122,6 +123,10 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 dataset.normalize_as(known, f'{field}.transform')
             elif dataset.normalization is not None:
                 self.normalize_as(dataset.normalization)
+
+    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
+        """As `MoeTrainingMixin`: what the transform of the data set does."""
+        return preprocessing_of(dataset.get('transform') or {}, 'test_dataloader.dataset.transform')
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing.

@@ -1,13 +1,15 @@
 """Image transforms by name, for configs."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
-from timm.data import create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform
+from timm.layers import to_2tuple
 from torchvision import transforms
 
 from vqmoe_vision.engine.normalization import must_change
@@ -15,6 +17,13 @@ from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
 Numbers = Sequence[float]
+# Options of a test that `pretrained_cfg` of timm can say, and those that it needs not.
+_SAID = frozenset(
+    {
+        'type', 'input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std',
+        'from_scratch', 'is_training',
+    }
+)  # fmt: skip
 # Of the transforms below, which normalise with `mean` and `std` if these are given.
 _FOLLOW = ('timm', 'crop_flip')
 
@@ -115,3 +124,31 @@ def normalized_as(config: dict, weights: Normalization | None, field: str) -> Ca
     if not must_change(found, weights, stated, field):
         return transform
     return TRANSFORMS.build({**config, **{k: v for k, v in numbers.items() if k not in stated}})
+
+
+def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it.
+
+    Args:
+        config: Of the transform.
+        field: Of the config, for messages.
+
+    Raises:
+        ValueError: It is another than timm's, or has an option that `pretrained_cfg` cannot say.
+    """
+    allowed = "'timm', whose options timm's pretrained_cfg has"
+    check(config.get('type') == 'timm', f'{field}.type', config.get('type'), allowed)
+    given = {name: value for name, value in config.items() if value is not None}
+    for name in given.keys() - _SAID:
+        check(
+            False, f'{field}.{name}', given[name], f'left out: pretrained_cfg has {sorted(_SAID)}'
+        )
+    check(not given.get('is_training'), f'{field}.is_training', True, 'False in a test')
+    defaults = inspect.signature(create_transform).parameters
+    size = given.get('input_size', defaults['input_size'].default)
+    return {
+        'input_size': (3, *to_2tuple(size if isinstance(size, int) else tuple(size)[-2:])),
+        'crop_pct': given.get('crop_pct') or DEFAULT_CROP_PCT,
+        'crop_mode': given.get('crop_mode', 'center'),
+        'interpolation': given.get('interpolation', defaults['interpolation'].default),
+    }

@@ -26,7 +26,7 @@ from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
-from vqmoe_vision.models.sources import check_file
+from vqmoe_vision.models.sources import check_file, config_beside
 from vqmoe_vision.models.sparse_model import MoeVisionTransformer
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
@@ -110,7 +110,7 @@ def read_state(path: str) -> StateDict:
 
 
 def read_image_sizes(path: str) -> list[Size]:
-    """Values of `img_size` in the config that mmengine saves beside the weights of a run.
+    """Values of `img_size` in the config that mmengine or timm saves beside the weights of a run.
 
     Args:
         path: As `read_state`, which has read it already.
@@ -119,7 +119,8 @@ def read_image_sizes(path: str) -> list[Size]:
         (height, width) each; empty for a file of others.
     """
     if path.endswith('.safetensors'):
-        return []
+        sizes = [config_beside(path).get('input_size', ())[-2:]]
+        return [(height, width) for height, width in filter(None, sizes)]
     config = str(read_content(path).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
@@ -98,6 +99,21 @@ class MoeTrainingMixin:
 
         Raises:
             ValueError: The config states otherwise.
+        """
+        raise NotImplementedError
+
+    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
+        """How images are prepared for tests, beside their normalisation.
+
+        Args:
+            dataset: Config of the data set of tests.
+
+        Returns:
+            Entries of timm's `pretrained_cfg`: `input_size` (3, H, W), `crop_pct`, `crop_mode` and
+            `interpolation`.
+
+        Raises:
+            ValueError: They cannot say it.
         """
         raise NotImplementedError
 

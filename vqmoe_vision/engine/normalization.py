@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.sources import is_file, source_of
+from vqmoe_vision.models.sources import config_beside, is_file, source_of
 
 from .checkpoint import read_content
 
@@ -71,7 +71,7 @@ def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | No
 
 
 def read_normalization(path: str) -> Normalization | None:
-    """How images were normalised in the run that has left a file.
+    """How images were normalised in the run that has left a file, or its folder for timm.
 
     Args:
         path: Whose checksums somebody has compared.
@@ -82,7 +82,10 @@ def read_normalization(path: str) -> Normalization | None:
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
     """
-    return None if path.endswith('.safetensors') else of_run(read_content(path, verify=False))
+    if path.endswith('.safetensors'):
+        config = config_beside(path)
+        return Normalization.of(config) if {'mean', 'std'} <= config.keys() else None
+    return of_run(read_content(path, verify=False))
 
 
 def of_run(content: Any) -> Normalization | None:

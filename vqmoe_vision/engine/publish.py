@@ -1,4 +1,4 @@
-"""What `tools/publish.py` does: a checkpoint without what only its own training needs."""
+"""What `tools/publish.py` does: a run's model as timm's folder, or a checkpoint of ours."""
 
 import argparse
 import hashlib
@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint import read_content
 from .command import run
+from .hub_folder import publish_folder
 
 # Of `meta`: what starting from the file, mmseg's functions, and a reader want to know.
 _META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
@@ -22,13 +23,40 @@ def publish(argv: Sequence[str] | None = None) -> None:
         argv: Command line without the program's name; None takes it from `sys.argv`.
     """
     parser = argparse.ArgumentParser(
-        description='Write a checkpoint for others: its weights, its config and its classes, '
-        'without optimizer, schedulers and log.'
+        description="Write a run's model as a folder that timm and the Hugging Face hub read, or a "
+        'checkpoint with its weights, its config and its classes, without optimizer, schedulers '
+        'and log.'
     )
-    parser.add_argument('checkpoint', help='file written by tools/train.py')
-    parser.add_argument('out', help='NAME.pth, which is written as NAME-<8 digits of sha256>.pth')
+    parser.add_argument('source', help='work dir of tools/train.py, or a checkpoint of it')
+    parser.add_argument(
+        'out',
+        help='of a work dir: folder to write; of a checkpoint: NAME.pth, which is written as '
+        'NAME-<8 digits of sha256>.pth',
+    )
+    parser.add_argument(
+        '--checkpoint', metavar='FILE', help='of the work dir (default: the best, or else the last)'
+    )
+    parser.add_argument('--license', metavar='ID', help="the hub's name, such as apache-2.0")
+    parser.add_argument('--numbers', metavar='FILE', help='JSON that tools/test.py --out wrote')
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
-    run(parser, argv, lambda args: print(f'wrote {publish_checkpoint(args.checkpoint, args.out)}'))
+    run(parser, argv, lambda args: print(f'wrote {_publish(args)}'))
+
+
+def _publish(args: argparse.Namespace) -> Path:
+    if Path(args.source).is_dir():
+        if args.out.endswith('.pth'):
+            raise ValueError(f'out={args.out!r} is a file: name the checkpoint, or a folder')
+        options = args.checkpoint, args.license, args.numbers
+        return publish_folder(args.source, args.out, *options)
+    for name in ('checkpoint', 'license', 'numbers'):
+        if getattr(args, name) is not None:
+            raise ValueError(f'--{name} is for a folder, which is made of a work dir')
+    if not args.out.endswith('.pth'):
+        raise ValueError(
+            f'out={args.out!r} must end in .pth; a folder is made of the work dir of a run, which '
+            f'{args.source!r} is not'
+        )
+    return publish_checkpoint(args.source, args.out)
 
 
 def publish_checkpoint(checkpoint: str, out: str) -> Path:

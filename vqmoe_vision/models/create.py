@@ -15,6 +15,7 @@ from torch import nn
 
 from ..moe.config import check
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
+from .saved import record_arguments
 
 
 def create_model(
@@ -51,6 +52,7 @@ def create_model(
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
         model = timm.create_model(model_name, **kwargs)
     check_patches(model, kwargs)
+    record_arguments(model, kwargs)
     return model
 
 

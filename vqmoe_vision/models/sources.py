@@ -6,6 +6,7 @@ filter function.
 
 from __future__ import annotations
 
+import json
 import logging
 import zipfile
 from collections.abc import Iterator
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
 from .state_dicts import StateDict
-from .transfer import transfer
+from .transfer import Size, transfer
 
+# Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
+# every configuration with such a name as a model that it can load.
+HUB_NAME: str | None = None
 # Files of timm, and ours, whose models are `VisionTransformer`s.
 VIT_MODULES = ('vision_transformer', 'deit', 'vit_moe')
 _SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
@@ -79,6 +84,29 @@ def _about_weights(config: dict[str, Any]) -> dict[str, Any]:
     own = ('architecture', 'tag')
     # the format of what the address leads to; the hub has timm's own
     return {k: v for k, v in config.items() if k not in own} | {'custom_load': False}
+
+
+def config_beside(path: str) -> dict[str, Any]:
+    """What timm's folder says of the weights in it, such as `mean`, `std` and `input_size`.
+
+    Args:
+        path: File of weights.
+
+    Returns:
+        timm's `pretrained_cfg`; empty if there is no config.json of timm beside the file.
+
+    Raises:
+        ValueError: There is one that cannot be read.
+    """
+    file = Path(path).with_name('config.json')
+    if not path.endswith('.safetensors') or not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # no text, or no JSON
+        raise ValueError(f'{str(file)!r}, beside the weights, cannot be read: {error}') from error
+    config = content.get('pretrained_cfg') if isinstance(content, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def source_of(config: dict[str, Any]) -> str:
@@ -155,9 +183,18 @@ def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
     state = state_dict.get('model', state_dict)
     state = state.get('state_dict', state)
     source = source_of(model.pretrained_cfg)
-    fitted, report = transfer(model, state, source, upcycling=model.upcycling)
+    fitted, report = transfer(model, state, source, _image_sizes(model), model.upcycling)
     model.load_state_dict(fitted, strict=False)
     model.weights_report = report
     for line in report.lines():
         _logger.info('%s: %s', source, line)
     return model.state_dict()
+
+
+def _image_sizes(model: Any) -> list[Size]:
+    """What the configuration of the weights says of the images that their positions belong to."""
+    given = getattr(model, 'pretrained_model_args', {}).get(
+        'img_size'
+    )  # recorded since timm 1.0.31
+    stated = model.pretrained_cfg.get('input_size', (3,))[1:]
+    return [to_2tuple(size) for size in (given, stated) if size]

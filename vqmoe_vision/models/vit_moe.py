@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -22,7 +23,7 @@ from timm.models import (
 
 from ..moe.config import check
 from ..moe.methods import METHODS
-from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
+from .sources import HUB_NAME, fit_pretrained, named_source, source_of, upcycle_overlay
 from .sparse_model import MoeVisionTransformer
 
 __all__ = ['SIZES']  # register_model adds each entry point
@@ -41,10 +42,17 @@ def _cfg() -> dict[str, Any]:
         'std': (0.5, 0.5, 0.5),
         'first_conv': 'patch_embed.proj',
         'classifier': 'head',
-        'license': 'apache-2.0',
     }
 
 
+# Of weights under `HUB_NAME`: trained on ImageNet-1k with configs/classification/imagenet.
+TAG = 'in1k'
+_TRAINED = {
+    'mean': IMAGENET_DEFAULT_MEAN,
+    'std': IMAGENET_DEFAULT_STD,
+    'crop_pct': 0.875,
+    'interpolation': 'bilinear',
+}
 SIZES: dict[str, dict[str, int]] = {
     'tiny': {'patch_size': 16, 'embed_dim': 192, 'depth': 12, 'num_heads': 3},
     'small': {'patch_size': 16, 'embed_dim': 384, 'depth': 12, 'num_heads': 6},
@@ -52,9 +60,19 @@ SIZES: dict[str, dict[str, int]] = {
     'large': {'patch_size': 16, 'embed_dim': 1024, 'depth': 24, 'num_heads': 16},
 }
 
-default_cfgs = generate_default_cfgs(
-    {f'vit_{size}_{method}.untrained': _cfg() for size in SIZES for method in METHODS}
-)
+
+def _all_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
+    """What timm keeps by name and tag; the first of a model that has weights is its default."""
+    configs: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    for name in (f'vit_{size}_{method}' for size in SIZES for method in METHODS):
+        if HUB_NAME is not None:
+            tagged = f'{name}.{TAG}'
+            configs[tagged] = {**_cfg(), **_TRAINED, 'hf_hub_id': f'{HUB_NAME}/{tagged}'}
+        configs[f'{name}.untrained'] = _cfg()
+    return configs
+
+
+default_cfgs = generate_default_cfgs(_all_cfgs())
 
 
 def _create(

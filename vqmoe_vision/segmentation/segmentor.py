@@ -163,6 +163,18 @@ class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
         """The timm model in the backbone."""
         return self.backbone.model
 
+    def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
+        """As `MoeTrainingMixin`: images of any size, of which the model's own is named."""
+        converted = getattr(self.data_preprocessor, '_channel_conversion', False)
+        allowed = "True: mmseg's images are BGR, timm's are RGB"
+        check(converted, 'model.data_preprocessor.bgr_to_rgb', converted, allowed)
+        return {
+            'input_size': (3, *self.backbone.model.patch_embed.img_size),
+            'crop_pct': 1.0,
+            'crop_mode': 'center',
+            'interpolation': 'bilinear',
+        }
+
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing: what one window of a test sees.
 

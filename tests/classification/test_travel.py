@@ -1,0 +1,236 @@
+"""From the work dir of a classifier to a folder that timm reads, and back into a training."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from vqmoe_vision.classification import Classifier
+from vqmoe_vision.classification.datasets import digits
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.models.create import create_model
+
+from ..rows import CONFIGS, ROWS, row_options
+from ..runs import NORMALIZATION, leave_run
+
+DIGITS = str(CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py')
+SMALL: dict[str, Any] = dict(
+    img_size=48, patch_size=16, depth=4, embed_dim=12, num_heads=3, class_token=False,
+    global_pool='avg', num_classes=10,
+)  # fmt: skip
+OPTIONS = {f'model.{name}': value for name, value in SMALL.items()}
+CODE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of a run of one epoch that was validated, and what its test has written."""
+    folder = tmp_path_factory.mktemp('trained')
+    options = {**OPTIONS, 'train_cfg': dict(max_epochs=1, val_interval=1)}
+    options |= {'train_dataloader.batch_size': 600, 'model.moe.num_experts': 2}
+    options |= {'test_dataloader.dataset.transform.crop_pct': 0.8, 'experiment_name': str(folder)}
+    config = load_config(DIGITS, options)
+    config.default_hooks.checkpoint.interval = 1
+    config.dump(folder / 'tiny.py')
+    run = folder / 'run'
+    cli.train([str(folder / 'tiny.py'), '--work-dir', str(run)])
+    test = [str(run / 'tiny.py'), str(run / 'epoch_1.pth'), '--work-dir', str(folder / 'test')]
+    cli.test([*test, '--out', str(folder / 'numbers.json')])
+    return run
+
+
+def documented(page: str, heading: str, **places: Path) -> list[str]:
+    """The arguments of a page's `tools/publish.py`, with the reader's own files in their place."""
+    section = (CONFIGS.parent / 'docs' / page).read_text().split(f'{heading}\n')[1]
+    (line, *_) = (
+        x for x in section.splitlines() if x.startswith('python tools/publish.py work_dirs/RUN ')
+    )
+    return [str(places.get(Path(word).stem, word)) for word in line.split()[2:]]
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def same(model: Any, again: Any) -> None:
+    for name, value in model.state_dict().items():
+        equal(again.state_dict()[name], value)
+    images = torch.randn(2, 3, 48, 48)
+    equal(again.eval()(images), model.eval()(images))
+
+
+def test_the_run_as_a_folder_of_timm(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / 'sub/my-model'
+    numbers = trained.parent / 'numbers.json'
+    places = {'RUN': trained, 'my-model': out, 'numbers': numbers}
+    publish(documented('weights.md', '### The model of a run', **places))
+    assert capsys.readouterr().out == f'wrote {out}\n'
+    assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
+    files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
+    assert sorted(path.name for path in out.iterdir()) == files
+
+    model: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
+    config = load_config(str(trained / 'tiny.py'))
+    (best,) = trained.glob('best_*.pth')
+    same(load_trained(config, str(best), 'cpu').model, model)
+    # images reach it as those of the run's test did
+    data = digits('test', config.test_dataloader.dataset.transform)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 60, 3), np.uint8))
+    equal(create_transform(**resolve_model_data_config(model))(photo), data.transform(photo))
+
+    card = ModelCard.load(out / 'README.md')
+    scores = json.loads(numbers.read_text())
+    found = {
+        (result.dataset_split, result.metric_type): result.metric_value
+        for result in card.data.eval_results
+    }
+    assert {metric for _, metric in found} == {'accuracy/top1', 'accuracy/top5'}
+    assert found['test', 'accuracy/top1'] == scores['accuracy/top1']
+    assert 'dev' in {split for split, _ in found}
+    assert (card.data.license, card.data.library_name) == ('cc0-1.0', 'timm')
+    assert f'| test | accuracy/top1 | {scores["accuracy/top1"]:.4g} |' in card.text
+    assert 'python tools/train.py tiny.py' in card.text
+    assert best.name in card.text and 'mean of 0.3, 0.3, 0.3 and' in card.text
+
+    # what the card says is run, and so is the config in the folder
+    photo.save(out / 'image.png')
+    monkeypatch.chdir(out)
+    (code,) = CODE.findall(card.text)
+    assert 'import vqmoe_vision' in code  # here it has been imported before
+    exec(compile(code, 'card', 'exec'), {})
+    label, probability = capsys.readouterr().out.split()
+    assert label in '0123456789' and 0 < float(probability) < 1
+    assert 'work_dir' not in load_config('tiny.py')
+    assert load_config('tiny.py').model == config.model
+
+
+def test_the_command_of_the_day(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    places = {'RUN': trained, 'my-model': out}
+    publish(documented('commands.md', '## Sharing a checkpoint', **places))
+    assert (out / 'model.safetensors').is_file()
+
+
+def test_the_scores_of_a_checkpoint_that_is_not_the_best_are_not_known(
+    trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / 'model'
+    publish([str(trained), str(out), '--checkpoint', str(trained / 'epoch_1.pth')])
+    card = ModelCard.load(out / 'README.md')
+    assert 'No score of this checkpoint is known.' in card.text and '`epoch_1.pth`' in card.text
+    assert card.data.eval_results is None and card.data.license is None
+    assert 'has not said under which licence' in card.text
+    assert 'license' not in (out / 'config.json').read_text()
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
+    options = {**OPTIONS, **row_options(row), 'model.drop_path_rate': 0.1}
+    run = leave_run(tmp_path / 'run', DIGITS, options, 'abcdefghij')
+    publish([str(tmp_path / 'run'), str(tmp_path / 'out')])
+    model: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    same(run.model, model)
+    assert model.pretrained_cfg['label_names'] == list('abcdefghij')
+    assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
+
+    # and back: a training that starts from the file has the weights, and feeds what they want
+    file = tmp_path / 'out/model.safetensors'
+    again = Classifier(**{**load_config(DIGITS, options).model, 'type': None}, checkpoint=str(file))
+    again.init_weights()
+    assert again.known_normalization is not None
+    assert not again.known_normalization.differing(NORMALIZATION)
+    for name, value in again.model.named_parameters():
+        equal(value, run.model.get_parameter(name))
+
+
+def test_the_config_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    leave_run(tmp_path / 'run', DIGITS, OPTIONS, 'abcdefghij')
+    path = tmp_path / 'run/epoch_1.pth'
+    content = torch.load(path, weights_only=True)
+    content['meta']['cfg'] = f'open({str(tmp_path / "harm")!r}, "w")\nmodel = dict()'
+    torch.save(content, path)
+    publish([str(tmp_path / 'run'), str(tmp_path / 'out')])
+    assert (tmp_path / 'out').is_dir() and not (tmp_path / 'harm').exists()
+
+
+def test_sources_and_commits_are_named(tmp_path: Path) -> None:
+    dense = create_model('vit_tiny_patch16_224', **SMALL)
+    torch.save(dense.state_dict(), tmp_path / 'dense.pth')
+    options = {**OPTIONS, 'model.checkpoint': str(tmp_path / 'dense.pth')}
+    leave_run(tmp_path / 'run', DIGITS, options, 'abcdefghij')
+    path = tmp_path / 'run/epoch_1.pth'
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, 'run_record': [{}, ['0123456789ab'], []]}, path)
+    (tmp_path / 'dense.pth').unlink()  # whoever publishes does not need it
+    publish([str(tmp_path / 'run'), str(tmp_path / 'out')])
+    text = (tmp_path / 'out/README.md').read_text()
+    assert 'The training started from `dense.pth`.' in text and str(tmp_path) not in text
+    assert 'at commit 0123456789ab of' in text
+    assert 'after epoch 1 and iteration 2, with seed 7' in text
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    run, out = tmp_path / 'run', tmp_path / 'out'
+    leave_run(run, DIGITS, OPTIONS, 'abcdefghij')
+    full = tmp_path / 'full'
+    full.mkdir()
+    (full / 'mine').touch()
+    bad = tmp_path / 'bad.json'
+    bad.write_text('["accuracy"]')
+    (tmp_path / 'damaged.pth').write_bytes((run / 'epoch_1.pth').read_bytes()[:-300])
+    state = torch.load(run / 'epoch_1.pth', weights_only=True)['state_dict']
+    torch.save(state, tmp_path / 'bare.pth')
+    copies = {name: tmp_path / name for name in ('empty', 'two', 'bare', 'bests', 'fog', 'other')}
+    copies.pop('empty').mkdir()
+    for path in copies.values():
+        shutil.copytree(run, path)
+    shutil.copy(run / 'run.py', tmp_path / 'two/again.py')
+    (tmp_path / 'bare/epoch_1.pth').unlink()
+    for metric in 'ab':
+        shutil.copy(run / 'epoch_1.pth', tmp_path / f'bests/best_{metric}_epoch_1.pth')
+    for name, changed in (
+        ('fog', 'test_dataloader.dataset.transform.shift=fog_1'),
+        ('other', 'model.depth=3'),
+    ):
+        field, _, value = changed.partition('=')
+        config = load_config(str(run / 'run.py'), {field: int(value) if value == '3' else value})
+        config.dump(tmp_path / name / 'run.py')
+    for arguments, message in (
+        (['nowhere', out], r"a folder is made of the work dir of a run, which 'nowhere' is not"),
+        ([run / 'epoch_1.pth', out], r'made of the work dir of a run, which .*epoch_1\.pth'),
+        ([run / 'epoch_1.pth', 'a.pth', '--license', 'mit'], '--license is for a folder, which'),
+        ([run, out / 'a.pth'], r"a\.pth' is a file: name the checkpoint, or a folder"),
+        ([tmp_path / 'empty', out], 'must hold one config, .* it has none'),
+        ([tmp_path / 'two', out], r'must hold one config, .* it has again\.py, run\.py'),
+        ([tmp_path / 'bare', out], "bare' has no checkpoint of a training"),
+        ([tmp_path / 'bests', out], r'has best_a_.*, best_b_.*: choose one with --checkpoint'),
+        ([tmp_path / 'fog', out], r"^error: test_dataloader\.dataset\.transform\.shift='fog_1' is"),
+        ([tmp_path / 'other', out], 'does not fit the config: unexpected keys'),
+        ([run, full], r"full' exists: name a folder that does not, nothing is overwritten"),
+        ([run, bad], r"bad\.json' exists"),
+        ([run, '/proc/nowhere/out'], 'folder /proc/nowhere cannot be written'),
+        ([run, out, '--license', 'My Own'], "license='My Own' is not possible: a name of the hub"),
+        ([run, out, '--numbers', bad], r'numbers=.*bad\.json. is not possible: a file that tools'),
+        ([run, out, '--numbers', full], r"numbers='.*full' cannot be read"),
+        ([run, out, '--checkpoint', tmp_path / 'none.pth'], r"none\.pth' does not exist"),
+        ([run, out, '--checkpoint', tmp_path / 'bare.pth'], r"bare\.pth' has no 'meta' of a train"),
+        ([run, out, '--checkpoint', tmp_path / 'damaged.pth'], r"damaged\.pth' is damaged"),
+    ):
+        with pytest.raises(SystemExit, match=message) as caught:
+            publish([str(argument) for argument in arguments])
+        assert '\n' not in str(caught.value)
+    assert not out.exists() and sorted(path.name for path in full.iterdir()) == ['mine']

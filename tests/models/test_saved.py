@@ -1,0 +1,273 @@
+"""Models that travel: what timm's `save_for_hf` writes builds the same model, bit for bit."""
+
+import base64
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from vqmoe_vision.models import saved
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.moe import moe_layers
+
+from ..variants import VARIANTS
+from .conftest import TINY, make
+
+# timm records what `create_model` was given since 1.0.31; the oldest that is supported does not
+RECORDS = 'data_config' in inspect.signature(save_for_hf).parameters
+PREPROCESSING: dict[str, Any] = {
+    'input_size': (3, 32, 32),
+    'mean': (0.1, 0.2, 0.3),
+    'std': (0.4, 0.5, 0.6),
+    'crop_pct': 0.8,
+    'crop_mode': 'squash',
+    'interpolation': 'bilinear',
+}
+
+
+def same(model: nn.Module, again: nn.Module, images: Tensor) -> None:
+    state, found = model.state_dict(), again.state_dict()
+    assert list(state) == list(found)
+    for name, value in state.items():
+        assert value.dtype == found[name].dtype
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(again.eval()(images), model.eval()(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('recorded', [True, False])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_method_with_all_its_options(
+    variant: str, recorded: bool, tmp_path: Path, images: Tensor, train_step: Any
+) -> None:
+    if recorded and not RECORDS:
+        pytest.skip('this timm does not record the arguments of a model')
+    method, options = VARIANTS[variant]
+    model: Any = make(method, moe_layers=[0, 3], **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # codebooks start, stages count
+        train_step(model, optimizer, images, torch.arange(4))
+    args = None
+    if not recorded:
+        model._model_args = {}
+        args = {**TINY, 'moe_layers': [0, 3], **options}
+    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'model.safetensors']
+    again: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert again.moe_config == model.moe_config
+    same(model, again, images)
+    again.train()  # and it goes on as the model would
+    torch.manual_seed(1)
+    loss = train_step(model, None, images, torch.arange(4))
+    torch.manual_seed(1)
+    torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
+
+
+@pytest.mark.parametrize('size', [(32, 48), (16, 64)])
+def test_images_that_are_not_square(method: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """The positions of the second are as many as those of a square image."""
+    model = make(method, img_size=size)
+    args = {**TINY, 'img_size': size}
+    model.pretrained_cfg['input_size'] = (3, *size)  # as timm 1.0.31 does itself
+    save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    same(model, again, torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
+def test_a_pruned_backbone(name: str, norm: bool, tmp_path: Path, images: Tensor) -> None:
+    options = {**TINY, 'num_classes': 0, 'global_pool': '', 'dynamic_img_size': True}
+    moe = {'moe_layers': 'last2', 'num_experts': 2} if 'smoe' in name else None
+    model: Any = create_model(name, moe, **options, drop_path_rate=0.1)
+    model.prune_intermediate_layers([2], prune_norm=not norm)
+    args = saved.save(model, tmp_path / 'out', PREPROCESSING)
+    assert args['depth'] == 3
+    again: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert list(moe_layers(again)) == (['blocks.1.mlp'] if moe else [])
+    assert isinstance(again.norm, nn.LayerNorm) == norm
+    same(model, again, images)
+    same(model, again, torch.randn(1, 3, 40, 32))
+
+
+def test_a_backbone_without_its_experts_is_refused() -> None:
+    model: Any = create_model('vit_tiny_smoe', {'moe_layers': [3]}, **TINY)
+    model.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match=r'out_indices=\[1\] is not possible: at or behind'):
+        saved.arguments_of(model)
+
+
+def test_a_widened_dense_model(tmp_path: Path, images: Tensor) -> None:
+    model: Any = create_model('vit_tiny_patch16_224', None, 1, **TINY)
+    assert saved.save(model, tmp_path / 'out', PREPROCESSING)['mlp_ratio'] == 5.0
+    same(model, timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), images)
+
+
+def test_what_a_folder_says(tmp_path: Path) -> None:
+    """Of these weights, and nothing of those that timm has under the same name."""
+    model: Any = create_model('vit_tiny_patch16_224.augreg_in21k_ft_in1k', **TINY)
+    names = [f'class {index}' for index in range(10)]
+    saved.save(model, tmp_path / 'out', PREPROCESSING, names, 'cc0-1.0')
+    content = json.loads((tmp_path / 'out/config.json').read_text())
+    assert content['architecture'] == 'vit_tiny_patch16_224'
+    assert (content['num_classes'], content['label_names']) == (10, names)
+    config = content['pretrained_cfg']
+    assert {name: config[name] for name in PREPROCESSING} == json.loads(json.dumps(PREPROCESSING))
+    assert config['license'] == 'cc0-1.0'
+    about_others = {'tag', 'url', 'file', 'hf_hub_id', 'origin_url', 'paper_ids', 'notes', 'source'}
+    assert not about_others & config.keys()
+    again: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    resolved = timm.data.resolve_model_data_config(again)
+    assert json.dumps(resolved, sort_keys=True) == json.dumps(PREPROCESSING, sort_keys=True)
+    assert again.pretrained_cfg['label_names'] == names
+
+
+def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:
+    layer = partial(nn.LayerNorm, eps=1e-5)
+    model: Any = create_model('vit_tiny_smoe', None, norm_layer=layer, **TINY)
+    with pytest.raises(ValueError, match=r'^norm_layer=.*eps=1e-05\) is not possible: numbers, '):
+        saved.save(model, tmp_path / 'out', PREPROCESSING)
+
+
+@pytest.mark.parametrize(
+    ('name', 'given', 'problem'),
+    [
+        ('vit_tiny_smoe', {'top_k': 1}, 'its answers differ'),
+        ('vit_tiny_smoe', {'depth': 3}, 'only the checkpoint has blocks.3'),
+        ('vit_tiny_patch16_224', {'depth': 3}, 'Unexpected key'),
+    ],
+)
+def test_another_model_is_not_left_behind(
+    name: str, given: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    model: Any = create_model(name, **TINY)
+    model._model_args = {**TINY, **given}
+    with pytest.raises(ValueError, match=f'^timm does not build the model again .*{problem}'):
+        saved.save(model, tmp_path / 'out', PREPROCESSING)
+
+
+NAMED = """
+import importlib
+import timm
+from vqmoe_vision.models import sources, vit_moe
+
+def listed():
+    return {name for name in timm.list_pretrained() if name.partition('.')[0] in names}
+
+names = timm.list_models(module='vit_moe')
+assert len(names) > 20 and not listed()
+sources.HUB_NAME = 'somebody'
+importlib.reload(vit_moe)
+assert listed() == {f'{name}.{vit_moe.TAG}' for name in names}
+for name in names:
+    config = timm.models.get_pretrained_cfg(name)  # the default, as no tag is given
+    assert config.hf_hub_id == f'somebody/{name}.{vit_moe.TAG}'
+    assert config.mean[0] == 0.485
+    assert not timm.models.get_pretrained_cfg(f'{name}.untrained').has_weights
+"""
+
+
+def test_weights_are_listed_once_there_is_a_name_on_the_hub() -> None:
+    """In a process of its own, as timm's registry is of the whole process."""
+    done = subprocess.run([sys.executable, '-c', NAMED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a hub answers to `push_to_hf_hub`; keeps the lines of the commit."""
+
+    commits: list[list[dict[str, Any]]]
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header('X-Error-Code', 'EntryNotFound')
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers['Content-Length'])).decode()
+        here = f'http://{self.headers["Host"]}/somebody/model'
+        answer: dict[str, Any] = {'url': here}
+        if '/preupload/' in self.path:
+            files = json.loads(text)['files']
+            regular = {'uploadMode': 'regular', 'shouldIgnore': False}
+            answer = {'files': [{'path': file['path'], **regular} for file in files]}
+        elif '/commit/' in self.path:
+            self.commits.append([json.loads(line) for line in text.splitlines()])
+            answer = {'success': True, 'commitUrl': f'{here}/commit/1', 'commitOid': '1'}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[list[dict[str, Any]]]]]:
+    """Address of a hub on this machine, and what was committed to it."""
+    handler = type('Handler', (Hub,), {'commits': []})
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f'http://127.0.0.1:{server.server_port}', handler.commits
+        server.shutdown()
+        thread.join()
+
+
+PUSHED = """
+import timm, torch, vqmoe_vision
+from timm.models import push_to_hf_hub
+
+torch.manual_seed(0)
+args = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
+model = timm.create_model('vit_tiny_smoe', num_experts=3, top_k=1, **args)
+push_to_hf_hub(model, 'somebody/model', model_args=dict(num_experts=3, top_k=1, **args))
+torch.save(model.state_dict(), 'pushed.pth')
+"""
+
+
+def test_what_is_pushed_to_a_hub_is_what_timm_reads(
+    hub: tuple[str, list[list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    """The client of huggingface_hub is its own; the hub is a server on this machine."""
+    address, commits = hub
+    environment = {**os.environ, 'HF_ENDPOINT': address, 'HF_TOKEN': 'hf_none', 'no_proxy': '*'}
+    done = subprocess.run(
+        [sys.executable, '-c', PUSHED],
+        cwd=tmp_path,
+        env={**environment, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ((_, *files),) = commits
+    folder = tmp_path / 'pulled'
+    folder.mkdir()
+    for file in files:
+        value = file['value']
+        (folder / value['path']).write_bytes(base64.b64decode(value['content']))
+    expected = ['README.md', 'config.json', 'model.safetensors', 'pytorch_model.bin']
+    assert sorted(os.listdir(folder)) == expected
+    state = torch.load(tmp_path / 'pushed.pth')
+    for spare in ('model.safetensors', 'pytorch_model.bin'):
+        again: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert (again.moe_config.num_experts, again.moe_config.top_k) == (3, 1)
+        for name, value in again.state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+        (folder / spare).unlink()  # timm takes the first of them that is there

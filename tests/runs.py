@@ -1,0 +1,28 @@
+"""What a training leaves in its work dir, without the training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.trained import scope_of
+from vqmoe_vision.models.normalization import Normalization
+
+NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def leave_run(folder: Path, config_file: str, options: dict[str, Any], classes: str) -> Any:
+    """A work dir with a config and its last checkpoint, of random weights; returns the model."""
+    config = load_config(config_file, options)
+    with scope_of(config):
+        model = MODELS.build(config.model)
+    model.normalize_as(NORMALIZATION)
+    folder.mkdir()
+    config.dump(folder / 'run.py')
+    meta = {'epoch': 1, 'iter': 2, 'seed': 7, 'dataset_meta': {'classes': tuple(classes)}}
+    content = {'state_dict': model.state_dict(), 'meta': meta, 'message_hub': {}}
+    torch.save(content, folder / 'epoch_1.pth')
+    (folder / 'last_checkpoint').write_text('epoch_1.pth')
+    return model.eval()

@@ -1,0 +1,92 @@
+"""The backbone of a Segmenter as a folder that timm reads, with dense features."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.segmentation import TimmViT
+
+from ..classification.test_travel import CODE, equal
+from ..rows import ROWS, row_options
+from ..runs import NORMALIZATION, leave_run
+from .test_cli import write_config
+
+SMALL: dict[str, Any] = dict(img_size=(32, 48), patch_size=8, depth=4, embed_dim=12, num_heads=3)
+OPTIONS = {f'model.backbone.{name}': value for name, value in SMALL.items()}
+
+
+def published(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a run, and the timm model of the folder that is made of it."""
+    config = write_config(folder, 'travel')
+    run = leave_run(folder / 'run', config, {**OPTIONS, **options}, 'ab')
+    publish([str(folder / 'run'), str(folder / 'out')])
+    return run, timm.create_model(f'local-dir:{folder / "out"}', pretrained=True).eval()
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
+    run, model = published(tmp_path, row_options(row, model='model.backbone'))
+    images = torch.randn(2, 3, 40, 24)  # of another size than the model's
+    (expected,) = run.backbone(images)
+    found = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+    equal(found[0], expected)
+    assert model.num_classes == 0
+    assert model.pretrained_cfg['mean'] == pytest.approx(NORMALIZATION.mean)
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 48)
+
+    # and back: a backbone that starts from the file has the weights, and says what they want
+    backbone = load_config(str(tmp_path / 'run/run.py')).model.backbone
+    file = str(tmp_path / 'out/model.safetensors')
+    again = TimmViT(**{**backbone, 'type': None, 'checkpoint': file})
+    again.init_weights()
+    assert again.weights_normalization is not None
+    assert not again.weights_normalization.differing(NORMALIZATION)
+    for name, value in again.model.named_parameters():
+        equal(value, run.backbone.model.get_parameter(name))
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
+def test_blocks_and_norm_that_are_not_there(name: str, tmp_path: Path) -> None:
+    moe = {'moe_layers': [0, 3], 'num_experts': 2} if 'smoe' in name else None
+    backbone = dict(model_name=name, moe=moe, out_indices=[1, 2], norm=False)
+    options = {f'model.backbone.{key}': value for key, value in backbone.items()}
+    head = {'model.decode_head.in_index': 1, 'model.decode_head.in_channels': 12}
+    run, model = published(tmp_path, {**options, **head})
+    assert len(model.blocks) == 3
+    images = torch.randn(1, 3, 32, 48)
+    found = model.forward_intermediates(images, indices=[1, 2], norm=True, intermediates_only=True)
+    torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
+
+
+def test_what_the_card_says_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(tmp_path, {})
+    card = ModelCard.load(tmp_path / 'out/README.md')
+    assert card.data.pipeline_tag == 'image-feature-extraction'
+    Image.new('RGB', (70, 60)).save(tmp_path / 'out/image.png')
+    monkeypatch.chdir(tmp_path / 'out')
+    (code,) = CODE.findall(card.text)
+    capsys.readouterr()
+    exec(compile(code, 'card', 'exec'), {})
+    assert capsys.readouterr().out == 'torch.Size([1, 12, 4, 6])\n'
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    config = write_config(tmp_path, 'travel')
+    for name, option, message in (
+        ('eps', {'model.backbone.norm_eps': 1e-5}, r'^error: norm_layer=.*eps=1e-05\)'),
+        ('bgr', {'model.data_preprocessor.bgr_to_rgb': False}, 'bgr_to_rgb=False is not possible'),
+    ):
+        leave_run(tmp_path / name, config, {**OPTIONS, **option}, 'ab')
+        with pytest.raises(SystemExit, match=message) as caught:
+            publish([str(tmp_path / name), str(tmp_path / 'out')])
+        assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,142 @@
+"""A model as the folder that timm reads: weights, configuration, and what builds it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..moe import moe_layers
+from ..moe.config import check
+from .sparse_model import SparseModel
+from .state_dicts import misfit
+
+# Arguments of timm's `create_model` that say where weights come from, or how to build for now.
+_OF_THE_CALL = frozenset(
+    {
+        'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir',
+        'scriptable', 'exportable', 'no_jit', 'device', 'dtype', 'upcycle', 'upcycling',
+    }
+)  # fmt: skip
+# Of timm's `pretrained_cfg` what belongs to the network; the rest is about the weights of others.
+_OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
+
+
+def record_arguments(model: nn.Module, given: dict[str, Any]) -> None:
+    """Keeps what a model was built from, where timm does not: 1.0.26 records nothing.
+
+    Args:
+        model: Built by timm's `create_model`.
+        given: Its keyword arguments.
+    """
+    timms: Any = model
+    if not getattr(model, '_model_args', None):
+        timms._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments with which timm builds a model again, as it is now.
+
+    Blocks and norms that a backbone was pruned by are said by `depth`, `moe_layers` and
+    `final_norm`. Rates of dropping are left out, as timm does: they are of a training.
+
+    Args:
+        model: Of this package's `create_model`.
+
+    Raises:
+        ValueError: An argument is no value of JSON, or no MoE layer is left.
+    """
+    timms: Any = model
+    kept = {k: v for k, v in timms._model_args.items() if k not in _OF_THE_CALL}
+    args = {k: v for k, v in kept.items() if not k.endswith('drop_rate')}
+    args.pop('drop_path_rate', None)
+    if isinstance(model, VisionTransformer):
+        args.update(num_classes=model.num_classes, global_pool=model.global_pool)
+        if len(model.blocks) < len(model.feature_info):
+            args |= _pruned(model)
+        if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+            args['final_norm'] = False
+    for name, value in args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            allowed = "numbers, names and lists, for timm's config.json has no others"
+            check(False, name, value, allowed)
+    return args
+
+
+def _pruned(model: VisionTransformer) -> dict[str, Any]:
+    depth = len(model.blocks)
+    if not isinstance(model, SparseModel):
+        return {'depth': depth}
+    left = [int(name.split('.')[1]) for name in moe_layers(model)]
+    check(bool(left), 'out_indices', [depth - 1], 'at or behind a block with an MoE layer')
+    return {'depth': depth, 'moe_layers': left}
+
+
+def save(
+    model: nn.Module,
+    folder: Path,
+    preprocessing: dict[str, Any],
+    label_names: Sequence[str] = (),
+    license_id: str | None = None,
+) -> dict[str, Any]:
+    """Writes `model.safetensors` and `config.json`, and reads them back.
+
+    Args:
+        model: On the CPU. Its `pretrained_cfg` becomes that of these weights.
+        folder: Is made.
+        preprocessing: Entries of timm's `pretrained_cfg`: `input_size` (3, H, W), `mean`, `std`,
+            `crop_pct`, `crop_mode`, `interpolation`.
+        label_names: Of the classes, by index.
+        license_id: The hub's name for the licence of the weights.
+
+    Returns:
+        The arguments that build the model again.
+
+    Raises:
+        ValueError: What is read back is another model, or an argument is no value of JSON.
+    """
+    timms: Any = model
+    args = arguments_of(model)
+    dynamic = args.get('dynamic_img_size') or args.get('strict_img_size') is False
+    described = {name: timms.pretrained_cfg.get(name) for name in _OF_THE_NETWORK}
+    described |= {**preprocessing, 'num_classes': timms.num_classes}
+    described |= {'fixed_input_size': not dynamic} | ({'license': license_id} if license_id else {})
+    timms.pretrained_cfg = timms.default_cfg = described
+    names = {'label_names': list(label_names)} if label_names else {}
+    save_for_hf(model, str(folder), names, args, safe_serialization=True)
+    _read_back(model, folder, args, preprocessing['input_size'])
+    return args
+
+
+@torch.no_grad()
+def _read_back(
+    model: nn.Module, folder: Path, args: dict[str, Any], input_size: Sequence[int]
+) -> None:
+    """Compares tensors and answers, to the bit."""
+    try:
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        problem = _difference(model, again, torch.rand(2, *input_size))
+    except Exception as error:  # a model that differs can fail in any way
+        problem = ' '.join(str(error).split())
+    if problem:
+        raise ValueError(f'timm does not build the model again from {args}: {problem}')
+
+
+def _difference(model: nn.Module, again: nn.Module, images: Tensor) -> str:
+    """In which two models differ; empty if in nothing."""
+    state, found = model.state_dict(), again.state_dict()
+    if problem := misfit(state, found):
+        return problem
+    other = [name for name, value in state.items() if not torch.equal(value, found[name])]
+    if other:
+        return f'other values of {", ".join(other)}'
+    return '' if torch.equal(model.eval()(images), again(images)) else 'its answers differ'
