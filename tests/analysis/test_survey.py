@@ -12,6 +12,7 @@ from vqmoe_vision.analysis.record import record_layers, recorded
 from vqmoe_vision.analysis.samples import MOST_PATCHES, MOST_TOKENS, TokenMoments, TokenSample
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import LayerSurvey, Survey, survey
+from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.moe import moe_layers
 
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']
@@ -149,6 +150,16 @@ def test_every_method_can_be_looked_at(tiny_variant) -> None:
         assert all(m.shape == (4, 4) for m in maps)
         assert all(m.shape == (E, 4, 4) for m in example.slots.values())
     assert json.loads(json.dumps(seen.numbers()))['layers'][NAME]['numbers'] == layer.numbers
+
+
+def test_a_model_of_dinov3_can_be_looked_at() -> None:
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+    model = timm.create_model('vit_small_patch16_dinov3', **sizes)
+    convert_to_moe(model, 'smoe', num_experts=E)
+    images, labels = images_of_classes(1)
+    seen = look(model, (images, labels), classes=[*CLASSES, 'd'], num_examples=1, shifts=[flip()])
+    assert seen.layers[NAME].expert_by_class['router'].sum() == 4 * (16 + model.num_prefix_tokens)
+    assert seen.examples[0].experts[f'{NAME}.router'].shape == (4, 4)
 
 
 def test_the_numbers_are_those_of_the_record(make_tiny) -> None:
@@ -341,7 +352,7 @@ def test_models_that_cannot_be_looked_at_are_refused(make_tiny) -> None:
     dense = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1)
     with pytest.raises(ValueError, match='VisionTransformer is dense, it has no layer of experts'):
         look(dense, IMAGES)
-    with pytest.raises(ValueError, match='Sequential is no VisionTransformer of timm'):
+    with pytest.raises(ValueError, match='Sequential is no VisionTransformer or Eva of timm'):
         look(nn.Sequential(make_tiny('smoe')), IMAGES)
     with pytest.raises(ValueError, match=r'mean=\(0.5,\) is not possible: .* per channel, 3'):
         survey(make_tiny('smoe'), [IMAGES], title='t', normalization=Normalization((0.5,), (0.5,)))

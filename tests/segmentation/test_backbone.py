@@ -6,17 +6,24 @@ import torch
 from mmseg.models import VisionTransformer as MMSegViT
 from mmseg.registry import MODELS
 
+from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.segmentation import TimmViT
 
-from .conftest import TINY, tiny_backbone
+from .conftest import TINY, tiny_backbone, tiny_segmentor, training_batch
+
+DINOV3 = 'vit_small_patch16_dinov3'
+# a method that looks at raw patches has them of timm's `VisionTransformer` alone
+ON_EVA = [name for name, method in METHODS.items() if method.read_patches is None]
 
 
 def build(*args: Any, **kwargs: Any) -> TimmViT:
     return MODELS.build(tiny_backbone(*args, **kwargs)).eval()
 
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', *(f'vit_tiny_{m}' for m in METHODS)])
+@pytest.mark.parametrize(
+    'name', ['vit_tiny_patch16_224', DINOV3, *(f'vit_tiny_{m}' for m in METHODS)]
+)
 @pytest.mark.parametrize(
     ('height', 'width', 'rows', 'columns'),
     [(32, 32, 4, 4), (37, 50, 5, 7), (1, 9, 1, 2), (8, 200, 1, 25)],
@@ -48,10 +55,11 @@ def test_levels_without_norm_are_outputs_of_blocks() -> None:
 
 
 def test_every_parameter_has_a_gradient() -> None:
-    for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
-        backbone = build('vit_tiny_patch16_224', **options)
-        sum(level.square().sum() for level in backbone(torch.randn(1, 3, 32, 32))).backward()
-        assert all(p.grad is not None for p in backbone.parameters()), options
+    for name in ('vit_tiny_patch16_224', DINOV3):
+        for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
+            backbone = build(name, **options)
+            sum(level.square().sum() for level in backbone(torch.randn(1, 3, 32, 32))).backward()
+            assert all(p.grad is not None for p in backbone.parameters()), (name, options)
 
 
 def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
@@ -69,6 +77,7 @@ def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
         (dict(out_indices=(1, 0)), r'out_indices=\(1, 0\) must rise and lie in 0..1'),
         (dict(norm_eps=0.0), 'norm_eps=0.0 is not possible: above 0'),
         (dict(out_indices=(2,)), r'out_indices=\(2,\) must rise'),
+        (dict(model_name='eva02_tiny_patch14_224', moe=dict(method='smoe')), r'MLPs \(SwiGLU\)'),
     ],
 )
 def test_mistakes(arguments: dict[str, Any], message: str) -> None:
@@ -105,6 +114,35 @@ def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> Non
     shaken.init_weights()
     first, second, *_ = shaken.model.blocks[1].mlp.experts.fc1.weight
     assert 0 < (first - second).norm() < 0.3 * first.norm()  # 0.1 * sqrt(2) apart
+
+
+@pytest.mark.parametrize('method', [None, *ON_EVA])
+def test_a_model_of_dinov3_starts_from_its_weights(method: str | None, tmp_path: Any) -> None:
+    dense: Any = timm.create_model(DINOV3, num_classes=0, **TINY)
+    path = tmp_path / 'dense.pth'
+    torch.save(dense.state_dict(), path)
+    exact = next(iter(METHODS[method].config.EXACT_UPCYCLING.values()), {}) if method else {}
+    moe = dict(method=method, num_experts=2) | exact if method else None
+    backbone = build(DINOV3, checkpoint=str(path), moe=moe)
+    backbone.init_weights()
+    images = torch.randn(1, 3, 32, 32)
+    tokens = dense.eval().forward_features(images)[:, dense.num_prefix_tokens :]
+    found = backbone(images)[0].flatten(2).transpose(1, 2)
+    if method is None or exact:
+        torch.testing.assert_close(found, tokens)
+    assert complexity(backbone.model).params >= complexity(dense).params
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize('method', ON_EVA)
+def test_a_segmentor_trains_experts_of_dinov3(method: str) -> None:
+    model = tiny_segmentor(DINOV3, backbone=dict(moe=dict(method=method), num_experts=None)).train()
+    losses = model(**training_batch(model), mode='loss')
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    layer = model.routed_model.blocks[1].mlp
+    assert any(name.startswith('blocks.1.mlp/') for name in losses) == layer.needs_collecting
+    assert all(p.grad is not None for p in layer.experts.parameters())
 
 
 @pytest.mark.parametrize('prefix', ['backbone.', ''])

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.codebook import Quantized
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
@@ -116,7 +116,7 @@ def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
     return records
 
 
-def on_patches(model: VisionTransformer, images: Tensor, of_tokens: Tensor) -> Tensor:
+def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:
     """Puts what is known of every token in the place of its patch.
 
     Args:
@@ -127,7 +127,8 @@ def on_patches(model: VisionTransformer, images: Tensor, of_tokens: Tensor) -> T
     Returns:
         (B, rows, columns, ...).
     """
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    height, width = images.shape[-2:]
+    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))
 
 

@@ -5,8 +5,9 @@ Legend: B images, L patches per image in R rows, T tokens, D width, E experts, S
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from vqmoe_vision.models.hosts import Transformer
 
 from .surveyed import Patch
 
@@ -77,7 +78,7 @@ class TokenSample:
         self.indices = torch.cat([self.indices, indices])[chosen]
 
 
-def image_patches(model: VisionTransformer, pixels: Tensor) -> Tensor:
+def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
     """Cuts images into what becomes tokens; what is missing below and to the right is black.
 
     Args:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.config import check
 
 from .measures import changed_share
@@ -100,7 +100,7 @@ class ShiftTally:
     """
 
     def __init__(
-        self, model: VisionTransformer, normalization: Normalization, shifts: Sequence[Shift]
+        self, model: Transformer, normalization: Normalization, shifts: Sequence[Shift]
     ) -> None:
         self._model, self._normalization, self._shifts = model, normalization, shifts
         self._changed: dict[str, dict[str, float]] = {shift.name: {} for shift in shifts}

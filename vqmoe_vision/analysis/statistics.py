@@ -6,9 +6,9 @@ Legend: B images, N tokens per image, E experts, K experts per token.
 from collections.abc import Iterable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
 
 from .record import evaluating, on_patches, recorded
@@ -68,7 +68,7 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def patch_experts(model: VisionTransformer, images: Tensor) -> dict[str, Tensor]:
+def patch_experts(model: Transformer, images: Tensor) -> dict[str, Tensor]:
     """Maps the first choice of every patch, as a picture needs it.
 
     Args:

@@ -6,9 +6,9 @@ Legend: B images, N tokens per image, C channels, H height, W width, E experts, 
 from collections.abc import Iterable, Sequence
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
@@ -59,8 +59,8 @@ def survey(
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f'model: {type(model).__name__} is no VisionTransformer of timm')
+    if not isinstance(model, Transformer):
+        raise ValueError(f'model: {type(model).__name__} is no VisionTransformer or Eva of timm')
     tallies = {name: LayerTally(name, each, len(classes or ())) for name, each in layers.items()}
     shifted = ShiftTally(model, normalization, shifts)
     examples: list[Example] = []
@@ -87,7 +87,7 @@ def survey(
 
 
 def _classes_of_tokens(
-    model: VisionTransformer, images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
+    model: Transformer, images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
 ) -> Tensor | None:
     """Class of every token (B, N), -1 for none: of its image, or of most pixels of its patch."""
     if labels is None:
@@ -116,13 +116,14 @@ def _classes_of_tokens(
     return torch.cat([prefix, of_patch.flatten(1)], dim=1)
 
 
-def _num_patches(model: VisionTransformer, images: Tensor) -> int:
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+def _num_patches(model: Transformer, images: Tensor) -> int:
+    height, width = images.shape[-2:]
+    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     return rows * columns
 
 
 def _example(
-    model: VisionTransformer,
+    model: Transformer,
     images: Tensor,
     index: int,
     pixels: Tensor,

@@ -7,9 +7,9 @@ C classes, M codes.
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
 
@@ -33,7 +33,7 @@ class Seen:
         first_image: Index of the first image.
     """
 
-    model: VisionTransformer
+    model: Transformer
     images: Tensor
     patches: Tensor
     classes: Tensor | None

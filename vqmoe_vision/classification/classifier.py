@@ -10,7 +10,6 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vqmoe_vision.analysis.source import Source
@@ -18,6 +17,7 @@ from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
@@ -43,9 +43,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
             .safetensors), or of mmseg's ViT (.pth). Experts are made of the MLPs of a dense one.
             Read when training starts, not for tests.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
-        moe: Options of the MoE layers, as `create_model`; a dense model takes None.
+        moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
-        **model_kwargs: Keyword arguments of `timm.create_model`.
+        **model_kwargs: Keyword arguments as `create_model`.
 
     Raises:
         ValueError: The model cannot be built from these arguments.
@@ -79,8 +79,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
             timm_model: Any = self.model
             timm_model.set_grad_checkpointing()
         self._arguments = {'model_name': model_name, **arguments}
-        fits = checkpoint is None or isinstance(self.model, VisionTransformer)
-        allowed = f"None, {model_name} is not one of timm's VisionTransformers"
+        fits = checkpoint is None or isinstance(self.model, Transformer)
+        allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
         check(fits, 'checkpoint', checkpoint, allowed)
         self.checkpoint = checkpoint
         self.mixup = None
@@ -101,7 +101,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """
         share_start(self.model, seed=torch.initial_seed(), **self._arguments)
         if self.checkpoint is not None:
-            assert isinstance(self.model, VisionTransformer)
+            assert isinstance(self.model, Transformer)
             start_from(self.model, self.checkpoint)
         weights = weights_normalization(self.model, self.checkpoint, self._arguments)
         if weights is not None:

@@ -24,10 +24,10 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer
 
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.sources import check_file, config_beside
-from vqmoe_vision.models.sparse_model import MoeVisionTransformer
+from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.moe import restart
@@ -76,7 +76,7 @@ torch.serialization.add_safe_globals(
 )
 
 
-def start_from(model: VisionTransformer, path: str) -> None:
+def start_from(model: Transformer, path: str) -> None:
     """Loads weights from elsewhere for a new training, and logs what became of them.
 
     Args:
@@ -87,10 +87,10 @@ def start_from(model: VisionTransformer, path: str) -> None:
     Raises:
         ValueError: The file cannot be read or does not fit; names keys and shapes.
     """
-    how = model.upcycling if isinstance(model, MoeVisionTransformer) else None
+    how = model.upcycling if isinstance(model, SparseModel) else None
     state, report = transfer(model, read_state(path), path, read_image_sizes(path), how)
     model.load_state_dict(state, strict=False)
-    if isinstance(model, MoeVisionTransformer):
+    if isinstance(model, SparseModel):
         model.weights_report = report
     for note in [*report.lines(), *restart(model)]:
         print_log(f'{path}: {note}', logger='current')

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..moe import MoeLayer
+from .hosts import Transformer
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,22 @@ class Complexity:
         return f'{params}, {self.macs / 1e9:.3f} GMACs per image'
 
 
-def complexity(model: VisionTransformer) -> Complexity:
+def complexity(model: Transformer) -> Complexity:
     """Count parameters, active parameters and MACs of a timm ViT, dense or with MoE layers.
 
     Args:
         model: The model; its current input size counts.
 
     Raises:
-        ValueError: If `model` is not a timm `VisionTransformer`.
+        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, Transformer):
         raise ValueError(
-            f'model={type(model).__name__} is not possible: a timm VisionTransformer is expected'
+            f'model={type(model).__name__} is not possible: a timm VisionTransformer or Eva'
         )
-    height, width = model.patch_embed.img_size
-    images = torch.empty(1, model.patch_embed.proj.in_channels, height, width, device='meta')
+    stem: Any = model.patch_embed
+    height, width = stem.img_size
+    images = torch.empty(1, stem.proj.in_channels, height, width, device='meta')
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         _weightless(model)(images)

@@ -10,11 +10,13 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe.config import check
+from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
+from .convert import convert_to_moe
+from .hosts import Transformer
 from .saved import record_arguments
 
 
@@ -25,11 +27,12 @@ def create_model(
 
     Args:
         model_name: Name of a timm model.
-        moe: Options of the MoE layers: `moe_layers`, and those of the method. A dense model takes
-            None.
+        moe: Options of the MoE layers: `moe_layers`, and those of the method. None for a dense
+            model; one of timm's gets such layers by `convert_to_moe` if `method` is among them,
+            with experts that are copies of its MLPs.
         extra_mlps: Widens all MLPs of a dense model, by in all what so many further MLPs per token
             would cost.
-        **kwargs: Its keyword arguments.
+        **kwargs: Its keyword arguments, and `upcycling` of `convert_to_moe`.
 
     Raises:
         ValueError: There is no such model, or the arguments do not go together.
@@ -40,11 +43,16 @@ def create_model(
         hint = f'did you mean {nearest[0]}?' if nearest else 'timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model; {hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
-    _check_moe(model_name, moe, kwargs)
-    kwargs.update(moe or {})
-    build = partial(_untrained, model_name)
     # one of this package's models says itself which option is wrong
-    dense = _method_of(model_name) is None
+    dense = method_of(model_name) is None
+    _check_moe(model_name, moe, kwargs)
+    conversion: dict[str, Any] = {}
+    if dense and moe is not None:
+        check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
+        conversion = {**moe, 'upcycling': kwargs.pop('upcycling', None)}
+    else:
+        kwargs.update(moe or {})
+    build = partial(_untrained, model_name)
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer',)):
         check_vit_arguments(kwargs)
     with named_failures(build, kwargs) if dense else nullcontext():
@@ -53,6 +61,8 @@ def create_model(
         model = timm.create_model(model_name, **kwargs)
     check_patches(model, kwargs)
     record_arguments(model, kwargs)
+    if conversion:
+        convert_to_moe(model, **conversion)
     return model
 
 
@@ -62,12 +72,19 @@ def _untrained(model_name: str, **kwargs: Any) -> nn.Module:
 
 def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
     """Refuses options that the model would not have, or that are given twice."""
+    method = method_of(model_name)
+    if method is None:
+        allowed = f'pretrained=True or a checkpoint, {model_name} is a model of timm'
+        check('upcycle' not in kwargs, 'upcycle', kwargs.get('upcycle'), allowed)
     if moe is None:
         return
-    method = _method_of(model_name)
-    check(method is not None, 'moe', moe, f'{model_name} is dense, which takes moe=None')
     check(isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
-    assert method is not None
+    if method is None:
+        how = f'{model_name} is dense, which takes moe=None, or the moe.method of its experts'
+        check('method' in moe, 'moe', moe, how)
+        method = moe['method']
+        check(method in METHODS, 'moe.method', method, f'one of {", ".join(METHODS)}')
+        moe = {name: value for name, value in moe.items() if name != 'method'}
     names = moe_options(method)
     for name, value in moe.items():
         allowed = f'the options of {model_name} are {", ".join(sorted(names))}'
@@ -75,8 +92,12 @@ def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, An
         check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
 
 
-def _method_of(model_name: str) -> str | None:
-    """Key of `METHODS` of one of this package's models, None of any other."""
+def method_of(model_name: str) -> str | None:
+    """Key of `METHODS` of one of this package's models, None of any other.
+
+    Args:
+        model_name: Name of a timm model.
+    """
     if not timm.models.is_model_in_modules(model_name, ('vit_moe',)):
         return None
     return model_name.partition('.')[0].rpartition('_')[2]
@@ -88,7 +109,7 @@ def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
     check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
     with torch.device('meta'):  # for depth and ratio only: no memory, no random numbers
         model: Any = _untrained(model_name, **kwargs)
-    blocks: Any = model.blocks if isinstance(model, VisionTransformer) else []
+    blocks: Any = model.blocks if isinstance(model, Transformer) else []
     mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]
     dense = len(mlps) == len(blocks) > 0
     check(dense, 'extra_mlps', extra_mlps, f'0, {model_name} is no dense vision transformer')

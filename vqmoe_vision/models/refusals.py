@@ -10,34 +10,50 @@ from collections.abc import Sequence
 
 from .state_dicts import HEADS, StateDict, other_shapes, shorten
 
+Arguments = tuple[tuple[str, str, str], ...]
+_OF_BOTH: Arguments = (
+    (r'^cls_token$', 'class_token=True', "class_token=False, global_pool='avg'"),
+    (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
+)
 # Arguments of timm's `VisionTransformer` that decide whether there is such a tensor: with it, and
 # without.
-_ARGUMENTS = (
-    (r'^cls_token$', 'class_token=True', "class_token=False, global_pool='avg'"),
+VIT: Arguments = (
+    *_OF_BOTH,
     (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class=True', 'reg_tokens=0'),
     (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
     (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
     (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=None'),
-    (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
     (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
     (r'\.(attn\.proj|fc[12])\.bias$', 'proj_bias=True', 'proj_bias=False'),
 )
+# The same of timm's `Eva`.
+EVA: Arguments = (
+    *_OF_BOTH,
+    (r'^reg_token$', 'num_reg_tokens={reg_tokens}', 'num_reg_tokens=0'),
+    (r'^pos_embed$', 'use_abs_pos_emb=True', 'use_abs_pos_emb=False'),
+    (r'\.gamma_[12]$', 'init_values=1e-5', 'init_values=None'),
+    (r'\.q_bias$', 'qkv_bias=True', 'qkv_bias=False'),
+)
 
 
-def refuse_other_tokens(state: StateDict, expected: StateDict, path: str) -> None:
+def refuse_other_tokens(
+    state: StateDict, expected: StateDict, path: str, arguments: Arguments
+) -> None:
     """Refuse a class token or a position embedding that only one of both has.
 
     Args:
         state: Of the checkpoint.
         expected: Of the model.
         path: What the checkpoint is called, for messages.
+        arguments: Of the model's class.
 
     Raises:
         ValueError: There is one.
     """
     for name in ('cls_token', 'pos_embed'):
         if (name in state) != (name in expected):
-            raise ValueError(_only(path, [name], 'checkpoint' if name in state else 'model', state))
+            owner = 'checkpoint' if name in state else 'model'
+            raise ValueError(_only(path, [name], owner, state, arguments))
 
 
 def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
@@ -94,7 +110,9 @@ def refuse_misfits(expected: StateDict, filtered: StateDict, fitted: StateDict, 
         )
 
 
-def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, whole: bool) -> None:
+def refuse_other_parts(
+    expected: StateDict, fitted: StateDict, path: str, whole: bool, arguments: Arguments
+) -> None:
     """Refuse tensors of the network that only one of both has: it would be another function.
 
     What may differ: final norms and heads; experts in the place of an MLP; and a backbone may end
@@ -105,6 +123,7 @@ def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, whole:
         fitted: Of the checkpoint.
         path: What the checkpoint is called, for messages.
         whole: Whether the model is more than a backbone.
+        arguments: Of the model's class.
 
     Raises:
         ValueError: There are some; names arguments with which the model would fit.
@@ -119,7 +138,7 @@ def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, whole:
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):
         names = [name for name in part if name not in other and matters(name)]
         if names:
-            raise ValueError(_only(path, names, owner, fitted))
+            raise ValueError(_only(path, names, owner, fitted, arguments))
 
 
 def _layer(name: str) -> str:
@@ -134,7 +153,9 @@ def _block(name: str) -> str:
     return match[0] if match else ''
 
 
-def _only(path: str, names: Sequence[str], owner: str, state: StateDict) -> str:
+def _only(
+    path: str, names: Sequence[str], owner: str, state: StateDict, arguments: Arguments
+) -> str:
     """A line about tensors that only one of both has, and arguments with which the model fits."""
     depth = len({_block(name) for name in state} - {''})
     reg_tokens = state['reg_token'].shape[1] if 'reg_token' in state else 0
@@ -143,7 +164,7 @@ def _only(path: str, names: Sequence[str], owner: str, state: StateDict) -> str:
     else:
         hints = [
             present if owner == 'checkpoint' else absent
-            for pattern, present, absent in _ARGUMENTS
+            for pattern, present, absent in arguments
             if any(re.search(pattern, name) for name in names)
         ]
     fits = f'; {", ".join(hints)} would fit'.format(reg_tokens=reg_tokens) if hints else ''

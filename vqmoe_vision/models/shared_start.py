@@ -12,11 +12,13 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import nn
 
 from ..moe.experts import StackedLinear
 from .arguments import moe_options
-from .sparse_model import MoeVisionTransformer
+from .create import method_of
+from .sparse_model import SparseModel
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
@@ -26,17 +28,19 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
         model: As `timm.create_model` gave it, whole or pruned. It is changed.
         model_name: Its name in timm.
         seed: The same for all rows that are compared.
-        **kwargs: The arguments that it was built with. With `pretrained` or `upcycle` it keeps its
-            weights.
+        **kwargs: The arguments that it was built with. With `pretrained`, `checkpoint_path` or
+            `upcycle` it keeps its weights.
     """
-    if kwargs.get('pretrained') or kwargs.get('upcycle'):
+    if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
-    if isinstance(model, MoeVisionTransformer):
-        _draw_experts(model, seed)
+    if isinstance(model, SparseModel):
+        scaled = issubclass(type(model), Eva) or bool(kwargs.get('fix_init'))
+        _draw_experts(model, seed, scaled)
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
-        _, size, _ = model_name.partition('.')[0].split('_')
-        model_name = f'vit_{size}_patch16_224'
+        if method_of(model_name) is not None:
+            _, size, _ = model_name.partition('.')[0].split('_')
+            model_name = f'vit_{size}_patch16_224'
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = timm.create_model(model_name, **kwargs)
@@ -45,18 +49,18 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     model.load_state_dict(shared, strict=False)
 
 
-def _draw_experts(model: MoeVisionTransformer, seed: int) -> None:
-    blocks: Any = model.blocks
+def _draw_experts(model: Any, seed: int, scaled: bool) -> None:
+    blocks = model.blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         seeds = iter(torch.randint(2**62, (len(blocks), 2)).flatten().tolist())
-        for block in blocks:
+        for i, block in enumerate(blocks):
             first, second = next(seeds), next(seeds)
             if hasattr(block.mlp, 'experts'):
                 _draw(block.mlp.experts.fc1, first)
                 _draw(block.mlp.experts.fc2, second)
-    if model.fix_init:
-        model.fix_init_weight()  # what it scales a second time is the dense model's afterwards
+                if scaled:  # by depth, as the dense model's MLPs
+                    block.mlp.experts.fc2.weight.data.div_((2.0 * (i + 1)) ** 0.5)
 
 
 def _draw(linear: StackedLinear, seed: int) -> None:

@@ -21,14 +21,13 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
+from .hosts import VIT_MODULES
 from .state_dicts import StateDict
 from .transfer import Size, transfer
 
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
 # every configuration with such a name as a model that it can load.
 HUB_NAME: str | None = None
-# Files of timm, and ours, whose models are `VisionTransformer`s.
-VIT_MODULES = ('vision_transformer', 'deit', 'vit_moe')
 _SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 _ALLOWED = (

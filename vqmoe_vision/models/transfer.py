@@ -11,13 +11,16 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models import adapt_input_conv
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import adapt_input_conv, eva, vision_transformer
+from timm.models.eva import Eva
 
 from ..moe import moe_layers
 from ..moe.config import check
 from .foreign_names import from_mmseg, is_of_mmseg
+from .hosts import Transformer
 from .refusals import (
+    EVA,
+    VIT,
     refuse_gated,
     refuse_misfits,
     refuse_other_parts,
@@ -34,7 +37,7 @@ _STEM = 'patch_embed.proj.weight'
 
 
 def fit_state(
-    model: VisionTransformer, state_dict: StateDict, path: str, image_sizes: Sequence[Size] = ()
+    model: Transformer, state_dict: StateDict, path: str, image_sizes: Sequence[Size] = ()
 ) -> tuple[StateDict, list[str]]:
     """The part of a checkpoint that belongs into a model, resized where that can be done.
 
@@ -59,7 +62,7 @@ def fit_state(
 
 
 def transfer(
-    model: VisionTransformer,
+    model: Transformer,
     state_dict: StateDict,
     path: str,
     image_sizes: Sequence[Size] = (),
@@ -89,17 +92,17 @@ def transfer(
     state, outside = _strip(state_dict, expected, path)
     state, remarks = _rename_norm(state, expected)
     state, network, dropped, head = _fit_head(state, expected)
-    refuse_other_tokens(state, network, path)
+    arguments = EVA if isinstance(model, Eva) else VIT
+    refuse_other_tokens(state, network, path, arguments)
     positions = _resized_positions(state, model, path, image_sizes)
-    # DeiT III's files call LayerScale otherwise
-    filtered = checkpoint_filter_fn({**state, **positions}, model, adapt_layer_scale=True)
+    filtered = _in_names_of(model, {**state, **positions})
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= _fitted_stem(filtered, network)
     fitted = _fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
     refuse_misfits(network, filtered, fitted, path)
     whole = any(name.startswith(CLASSIFIERS) for name in expected)
-    refuse_other_parts(network, fitted, path, whole)
+    refuse_other_parts(network, fitted, path, whole, arguments)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
     resized = {
@@ -164,8 +167,18 @@ def _fit_head(
     return state, expected, tuple(theirs), (f'the head is a fresh one, {problem}',)
 
 
+def _in_names_of(model: Transformer, state: StateDict) -> StateDict:
+    """By timm's names for a class of models, in the sizes of the model as far as timm can do that.
+
+    Files of DINOv3 and DeiT III call LayerScale otherwise.
+    """
+    if isinstance(model, Eva):
+        return eva.checkpoint_filter_fn(state, model)
+    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+
+
 def _resized_positions(
-    state: StateDict, model: VisionTransformer, path: str, image_sizes: Sequence[Size]
+    state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:
     """The position embedding for the model's grid, if an image size fits it.
 
@@ -203,7 +216,7 @@ def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
     return {_STEM: adapt_input_conv(channels, state[_STEM])}
 
 
-def _fit_layers(state: StateDict, model: VisionTransformer) -> StateDict:
+def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
     """What each MoE layer makes of its part, if that has experts like its own."""
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
@@ -217,7 +230,7 @@ def _fit_layers(state: StateDict, model: VisionTransformer) -> StateDict:
 
 
 def _upcycled(
-    model: VisionTransformer, state: StateDict, path: str, how: Upcycling
+    model: Transformer, state: StateDict, path: str, how: Upcycling
 ) -> tuple[StateDict, dict[str, str]]:
     """Experts made of the dense MLPs in their place, and which tensor each was made of."""
     made: StateDict = {}

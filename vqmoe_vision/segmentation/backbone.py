@@ -9,15 +9,14 @@ import torch
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from timm.layers import LayerNorm
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.shared_start import share_start
-from vqmoe_vision.models.sources import VIT_MODULES
 from vqmoe_vision.moe.config import check
 
 _DEFAULTS = {
@@ -40,17 +39,17 @@ class TimmViT(BaseModule):
             started from; None before it starts, without weights, or if that is not known.
 
     Args:
-        model_name: Name of a timm `VisionTransformer`, such as 'vit_small_vqmoe' or
-            'vit_small_patch16_224'.
+        model_name: Name of a timm `VisionTransformer` or `Eva`, such as 'vit_small_vqmoe',
+            'vit_small_patch16_224' or 'vit_small_patch16_dinov3'.
         out_indices: Blocks whose output is a feature map, in rising order; None for the last block.
             Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
             (.pth), of timm (.pth or .safetensors), of mmseg's ViT or of rstrudel/segmenter (.pth).
             Experts are made of the MLPs of a dense one. Read when training starts, not for tests.
-        norm_eps: Added to the variance in every LayerNorm; None for timm's 1e-6.
+        norm_eps: Added to the variance in every LayerNorm; None for timm's.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
-        moe: Options of the MoE layers, as `create_model`; a dense model takes None.
+        moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`,
             `pretrained` and `upcycling`.
@@ -115,9 +114,11 @@ class TimmViT(BaseModule):
 
 def _create(
     model_name: str, moe: dict[str, Any] | None, extra_mlps: int, arguments: dict[str, Any]
-) -> VisionTransformer:
+) -> Transformer:
     known = timm.is_model(model_name)
-    if known and not timm.models.is_model_in_modules(model_name, VIT_MODULES):
-        raise ValueError(f"model_name={model_name!r} is not one of timm's VisionTransformers")
+    if known and not timm.models.is_model_in_modules(model_name, MODULES):
+        raise ValueError(
+            f"model_name={model_name!r} is not one of timm's VisionTransformers or Evas"
+        )
     model: Any = create_model(model_name, moe, extra_mlps, **arguments)
     return model

@@ -1,0 +1,10 @@
+# Your own images: data/mine/{train,val}/CLASS/*.jpg. docs/own-data.md says what to change.
+_base_ = ['_base_.py', '../../_base_/datasets/imagenet.py']
+model = dict(img_size=224, num_classes=3)
+data = dict(data_root='data/mine', dev_size=0)
+train_dataloader = dict(batch_size=64, num_workers=4, dataset=data)
+val_dataloader = dict(batch_size=64, num_workers=4, dataset=dict(split='val', **data))
+test_dataloader = val_dataloader
+# 5e-4 for 256 images
+optim_wrapper = dict(optimizer=dict(lr=1.25e-4))
+del data

@@ -1,0 +1,163 @@
+"""Fine-tuning from dense weights: two iterations of each config, averages, early stopping."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from PIL import Image
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import read_content
+
+from ..rows import CONFIGS, leaves
+
+LEAVES = leaves('classification/finetune')
+FOLDERS = 'classification/finetune/class_folders.py'
+SIZES: dict[str, Any] = dict(embed_dim=12, depth=4, num_heads=3)
+NAME = 'vit_small_patch16_224.augreg_in21k_ft_in1k'
+
+
+def write_images(root: Path, folders: tuple[str, ...], classes: int, each: int) -> None:
+    rng = np.random.default_rng(0)
+    for folder in folders:
+        for i in range(classes):
+            (root / folder / f'{i:03}').mkdir(parents=True)
+            for j in range(each):
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(root / folder / f'{i:03}/{j}.png')
+
+
+def write_config(folder: Path, leaf: str, **model: Any) -> str:
+    """A config beside tiny data and a tiny dense checkpoint; an epoch has two iterations."""
+    classes = 100 if 'cifar100' in leaf else 3 if leaf == FOLDERS else 10
+    write_images(folder / 'data', ('train', 'val'), classes, 4)
+    images = dict(img_size=32, patch_size=8)
+    dense = timm.create_model('vit_small_patch16_224', num_classes=7, **images, **SIZES)
+    torch.save(dense.state_dict(), folder / 'dense.pth')
+    given = dict(pretrained=False, checkpoint=str(folder / 'dense.pth')) | model
+    data = dict(data_root=str(folder / 'data'), transform=dict(input_size=32))
+    held_out = 0 if leaf == FOLDERS else classes
+    batch = (classes * 4 - held_out) // 4 * 2  # mixup wants an even number
+    lines = [
+        f'_base_ = {str(CONFIGS / leaf)!r}',
+        f'model = {dict(img_size=32, moe=dict(num_experts=2), **SIZES) | given}',
+        f'data = dict(dev_size={held_out}, **{data})',
+        f'train_dataloader = dict(num_workers=0, batch_size={batch}, dataset=data)',
+        'val_dataloader = dict(num_workers=0, dataset=data)',
+        'test_dataloader = val_dataloader',
+        'train_cfg = dict(max_epochs=1)',
+        'del data',
+    ]
+    (folder / 'tiny.py').write_text('\n'.join(lines))
+    return str(folder / 'tiny.py')
+
+
+def train(config: str, name: str, *options: str) -> Path:
+    """The work dir of a run."""
+    work = Path(config).with_name(name)
+    named = f'experiment_name={work}'  # mmengine keeps one logger per name in a process
+    cli.train([config, '--work-dir', str(work), '--cfg-options', named, *options])
+    return work
+
+
+def score(config: str, work: Path, epoch: int = 1, *options: str) -> float:
+    out = work / 'metrics.json'
+    arguments = [config, str(work / f'epoch_{epoch}.pth'), '--work-dir', str(work)]
+    named = f'experiment_name=test {work}'
+    cli.test([*arguments, '--out', str(out), '--cfg-options', named, *options])
+    top1: float = json.loads(out.read_text())['accuracy/top1']
+    return top1
+
+
+def content(work: Path, epoch: int = 1) -> Any:
+    return read_content(str(work / f'epoch_{epoch}.pth'))
+
+
+def log(work: Path) -> str:
+    return next(work.glob('*/*.log')).read_text()
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_two_iterations_of_each_config(leaf: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, leaf)
+    work = train(config, 'w')
+    saved = content(work)
+    assert saved['meta']['iter'] == 2
+    assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in log(work)
+    groups = saved['optimizer']['param_groups']
+    # four blocks between the stem and the head
+    rates = sorted({round(group['initial_lr'] / groups[-1]['initial_lr'], 6) for group in groups})
+    assert rates == sorted({round(0.65**i, 6) for i in range(6)})
+    assert 0 <= score(config, work) <= 100
+
+
+def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
+    file = dict(file=str(tmp_path / 'dense.pth'))  # in the place of the hub
+    given = dict(pretrained=True, checkpoint=None, pretrained_cfg_overlay=file, patch_size=8)
+    config = write_config(tmp_path, FOLDERS, **given)
+    work = train(config, 'w', 'optim_wrapper.optimizer.lr=0.0')
+    state = content(work)['state_dict']
+    assert state['normalization'].unique().tolist() == [0.5]  # the config has ImageNet's
+    dense = torch.load(file['file'])
+    for expert in state['model.blocks.1.mlp.experts.fc1.weight']:
+        assert torch.equal(expert, dense['blocks.1.mlp.fc1.weight'])
+    dense_row = train(config, 'd', 'model.moe=None', 'optim_wrapper.optimizer.lr=0.0')
+    found = content(dense_row)['state_dict']['model.blocks.1.mlp.fc1.weight']
+    assert torch.equal(found, dense['blocks.1.mlp.fc1.weight'])
+
+
+def test_full_then_discrete(tmp_path: Path) -> None:
+    config = write_config(tmp_path, FOLDERS)
+    full = train(config, 'full')
+    options = ['model.moe.form=discrete', f'model.checkpoint={full / "epoch_1.pth"}']
+    discrete = train(config, 'discrete', *options)
+    names = content(full)['state_dict'].keys() - content(discrete)['state_dict'].keys()
+    assert names and all('.router.' in name or '.gate.' in name for name in names)
+    assert 'the head is the one of the checkpoint' in log(discrete)
+    assert 0 <= score(config, discrete, 1, *options) <= 100
+
+
+SEEN: list[torch.Tensor] = []
+
+
+@HOOKS.register_module()
+class SeesValidatedWeights(Hook):
+    """Keeps a copy of the head that a validation looks through."""
+
+    def before_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        SEEN.append(runner.model.model.head.weight.detach().clone())
+
+
+def test_averages_are_validated_saved_and_tested(tmp_path: Path) -> None:
+    config = write_config(tmp_path, FOLDERS)
+    SEEN.clear()
+    work = train(
+        config, 'w', 'default_hooks.ema.type=EMAHook', 'default_hooks.ema.momentum=0.5',
+        'default_hooks.sees.type=SeesValidatedWeights', 'param_scheduler=[]',
+    )  # fmt: skip
+    saved, best = content(work), next(work.glob('best_*.pth'))
+    head = 'model.head.weight'
+    validated = SEEN[0]
+    assert torch.equal(saved['state_dict'][head], validated)
+    assert torch.equal(read_content(str(best))['state_dict'][head], validated)
+    trained = saved['ema_state_dict'][f'module.{head}']  # kept for what resumes
+    assert not torch.equal(trained, validated)
+    logged = json.loads((next(work.glob('*/vis_data/scalars.json'))).read_text().splitlines()[-1])
+    assert score(config, work) == pytest.approx(logged['accuracy/top1'])
+
+
+def test_a_run_that_no_longer_improves_ends_early(tmp_path: Path) -> None:
+    config = write_config(tmp_path, FOLDERS)
+    hook = 'default_hooks.early_stopping'
+    work = train(
+        config, 'w', f'{hook}.type=EarlyStoppingHook', f'{hook}.monitor=accuracy/top1',
+        f'{hook}.min_delta=1000', f'{hook}.patience=2', 'train_cfg.max_epochs=6',
+    )  # fmt: skip
+    # the first validation is the best, and two more bring no thousand points
+    assert content(work, 3)['meta']['epoch'] == 3 and not (work / 'epoch_4.pth').exists()

@@ -1,0 +1,96 @@
+"""ADE20K from ImageNet weights: two iterations of each config, dense and with experts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.models.vit_moe import SIZES as GIVEN_SIZES
+from vqmoe_vision.moe import METHODS
+
+from ..rows import CONFIGS
+from .conftest import build, write_pair
+
+ADE = CONFIGS / 'segmentation/ade20k'
+SIZES: dict[str, Any] = dict(patch_size=16, depth=4, embed_dim=12, num_heads=3)
+# crops and windows of 64 pixels
+SMALL = [
+    'model.data_preprocessor.size=(64,64)',
+    'model.backbone.img_size=(64,64)',
+    'model.test_cfg.crop_size=(64,64)',
+    'model.test_cfg.stride=(60,60)',
+    'train_dataloader.dataset.pipeline.2.scale=(256,64)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+    'val_dataloader.dataset.pipeline.1.scale=(256,64)',
+]
+TINY = """
+_base_ = BASE
+model = dict(backbone=BACKBONE, decode_head=dict(num_layers=1))
+data = dict(data_root=ROOT, dev_size=2)
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=data, **loader)
+val_dataloader = dict(dataset=data, **loader)
+test_dataloader = dict(dataset=dict(data_root=ROOT), **loader)
+train_cfg = dict(max_iters=2, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2))
+experiment_name = NAME  # mmengine keeps one logger per name in a process
+del data, loader
+"""
+
+
+@pytest.mark.parametrize('leaf', ['pretrained', 'upcycled'])
+@pytest.mark.parametrize('way', ['pretrained', 'checkpoint'])
+def test_two_iterations(leaf: str, way: str, tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 151, (40, 60))
+    for name in 'abcd':
+        image, label = f'images/training/{name}.jpg', f'annotations/training/{name}.png'
+        write_pair(tmp_path / 'data', image, label, labels)
+    dense: Any = timm.create_model('vit_small_patch16_384', img_size=96, **SIZES)
+    path = str(tmp_path / 'dense.pth')  # in the place of the hub
+    torch.save(dense.state_dict(), path)
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    if way == 'checkpoint':
+        given = dict(pretrained=False, checkpoint=path)
+    experts = dict(moe=dict(num_experts=2)) if leaf == 'upcycled' else {}
+    text = TINY.replace('BASE', repr(str(ADE / f'segmenter_{leaf}_ade20k.py')))
+    text = text.replace('BACKBONE', repr({**SIZES, **experts, **given}))
+    text = text.replace('ROOT', repr(str(tmp_path / 'data')))
+    (tmp_path / 'tiny.py').write_text(text.replace('NAME', repr(str(tmp_path))))
+    # nothing moves: what a run saves is what it has started from
+    still = ['--cfg-options', *SMALL, 'optim_wrapper.optimizer.lr=0.0', 'param_scheduler=[]']
+    cli.train([str(tmp_path / 'tiny.py'), '--work-dir', str(tmp_path / 'w'), *still])
+    state = read_content(str(tmp_path / 'w/iter_2.pth'))['state_dict']
+    assert state['normalization'].unique().tolist() == [0.5]
+    source, prefix = dense.state_dict(), 'backbone.model.blocks.3.mlp.'
+    made = state[prefix + ('experts.fc1.weight' if experts else 'fc1.weight')]
+    for weight in made if experts else [made]:
+        assert torch.equal(weight, source['blocks.3.mlp.fc1.weight'])
+    assert state['backbone.model.pos_embed'].shape == (1, 17, 12)
+
+
+@pytest.mark.parametrize(
+    ('size', 'method'),
+    [*((size, 'vqmoe') for size in GIVEN_SIZES), *(('tiny', m) for m in METHODS)],
+)
+def test_every_size_and_method_is_an_option(
+    size: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f'vit_{size}_patch16_384.augreg_in21k_ft_in1k'
+    options: dict[str, Any] = {
+        'model.backbone.pretrained': False,
+        'model.backbone.model_name': name,
+        'model.backbone.moe.method': method,
+    }
+    path = str(ADE / 'segmenter_upcycled_ade20k.py')
+    model = build(load_config(path, options), monkeypatch).routed_model
+    assert timm.models.is_model_pretrained(name)
+    assert [i for i, b in enumerate(model.blocks) if hasattr(b.mlp, 'experts')][-1] == (
+        len(model.blocks) - 1
+    )
+    assert model.method == method
