@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,9 +102,17 @@ def slow_to_start(*_, **__):
 """
 
 
-def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def start(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
-    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        # a shell that runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def write(
@@ -196,10 +205,7 @@ def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
 ) -> None:
     slow = "num_workers=1, worker_init_fn=dict(type='slow_to_start')"
     write(tmp_path, ['waiting', 1], [signal.SIGTERM], slow, EARLY)
-    command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True
-    )
+    done = start(tmp_path, start_new_session=True)
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert 'SIGTERM: saved iteration 4;' in done.stderr
     assert start(tmp_path, '--resume').returncode == 0
