@@ -127,6 +127,24 @@ def test_three_checkpoints_of_one_run_say_which_part_arrives_first(
     assert 'On the way to the last checkpoint' in page and 'falls from 1 to' in page
 
 
+def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained) -> None:
+    config, first = untrained(seed=0)
+    second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
+    state = torch.load(first)['state_dict']
+    for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
+        torch.save(
+            {'state_dict': state, 'meta': dict(zip(('iter', 'seed'), meta, strict=True))}, path
+        )
+    assert 'has 2 iterations and' in (said := says(config, first, second))
+    assert said.endswith('has 1: name the oldest first')
+    assert 'has seed 1 and' in says(config, first, third)
+
+
+def test_labels_of_other_classes_are_refused(untrained) -> None:
+    config, checkpoint = untrained(num_classes=7)
+    assert 'has 7 classes and the images have 10: labels do not fit' in says(config, checkpoint)
+
+
 def test_what_the_hook_wrote_is_drawn(untrained, report) -> None:
     config, checkpoint = untrained()
     lines = [

@@ -123,7 +123,7 @@ def test_an_expert_in_words(page: Page) -> None:
     items = [text.replace('\xa0', ' ') for tag, text in page.texts if tag == 'li']
     # of the expert's 300 tokens 200 are of cats, of all 600 tokens 200: 2 / 3 over 1 / 3
     assert (
-        'takes 50 % of the tokens by router; over-represented: the class cat (2.0 times its '
+        'takes 50 % of the tokens by router; over-represented: the class cat (2.00 times its '
         'share). It takes 25 % of the tokens by quantizer.codebook. Of the other experts, expert 1 '
         'answers most like it (cosine 0.75).'
     ) in items

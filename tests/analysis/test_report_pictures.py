@@ -43,7 +43,7 @@ def test_loads_in_words() -> None:
     assert plain(spread(torch.full((4,), 0.25), 'code')) == 'all 4 codes take 25 %'
     assert plain(layer_sentence(layer_survey())) == (
         'With 4 experts an even load is 25 %. '
-        'By router: expert 0 takes most, 50 %, expert 3 least, 0 %; 1 is dead. '
+        'By router: expert 0 takes most, 50 %, expert 3 least, 0 %; 1 took none of these tokens. '
         'By quantizer.codebook: all 4 experts take 25 %; none is dead.'
     )
 
@@ -184,10 +184,26 @@ def test_curves_hold_the_history() -> None:
     assert curve_pictures([{'iteration': 1, 'layers': {}}]) == []
 
 
+def test_no_layer_leaves_the_picture_that_all_share() -> None:
+    lines = history(3)
+    for line in lines:  # the second layer has collapsed
+        other = line['layers']['blocks.3.mlp'] = dict(line['layers'][NAME])
+        other['load'] = [0.97, 0.01, 0.01, 0.01]
+    load = curve_pictures(lines)[0]
+    for axes in load.figure.axes:
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.97
+    assert 'and was 97 % at 10' in plain(load.alt)
+
+
 def test_shifts_stand_beside_chance() -> None:
     seen = survey(layers=1)
     seen.layers[NAME].numbers[f'{ROUTER}/changed_by_chance'] = 0.62
-    (table,) = shift_tables([seen, soft_survey()])
+    table, kept = shift_tables([seen, soft_survey()])
+    # 1 - 0.12 / 0.62, rounded
+    assert [(row.name, row.cells[0][:4]) for row in kept.rows] == [
+        ('gaussian_noise 3', '0.80'),
+        ('flip', '0.80'),
+    ]
     assert table.heads == [f'{NAME}.{ROUTER}']
     assert [(row.name, plain(row.cells[0])) for row in table.rows] == [
         (BY_CHANCE, '62 %'),

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from tqdm import tqdm
 
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import add_config_options
@@ -76,12 +78,14 @@ def _analyze(args: argparse.Namespace) -> None:
     trained = {_title(path, files): (config, path) for config, path in files}
     if len(trained) < len(files):
         raise ValueError('a checkpoint is there twice')
+    _check_order(args.checkpoints)
     make_folder(args.out)
     surveys, changes, states = [], [], []
     before: tuple[str, Any] | None = None
     for number, (title, (config, path)) in enumerate(trained.items()):
         model = load_trained(config, path, args.device)
         source = source_of(model, config, args.num_images, args.images)
+        _check_classes(path, model, source)
         surveys.append(_survey(title, model, source, args))
         if before is not None and number < len(args.checkpoints):
             images = map(images_of, _progress(source, 'changes', args))
@@ -100,6 +104,36 @@ def _analyze(args: argparse.Namespace) -> None:
         converged = Convergence([survey.title for survey in surveys[: len(states)]], parts)
     page, *_ = write_report(surveys, args.out, history, changes, converged)
     print(page)
+
+
+def _check_order(paths: Sequence[str]) -> None:
+    """Refuses checkpoints of other trainings and other orders, as far as they say what they are."""
+    if len(paths) < 2:
+        return
+    metas = {path: read_content(path).get('meta') or {} for path in paths}
+    for earlier, later in pairwise(metas):
+        seeds = [metas[path].get('seed') for path in (earlier, later)]
+        if None not in seeds and seeds[0] != seeds[1]:
+            raise ValueError(
+                f'{earlier} has seed {seeds[0]} and {later} has {seeds[1]}: checkpoints have to be '
+                'of one training; --beside takes another model'
+            )
+        done: list[Any] = [metas[path].get('iter') for path in (earlier, later)]
+        if None not in done and done[0] >= done[1]:
+            raise ValueError(
+                f'{earlier} has {done[0]} iterations and {later} has {done[1]}: name the oldest '
+                'first'
+            )
+
+
+def _check_classes(path: str, model: Any, source: Source) -> None:
+    """Refuses labels that the model does not have."""
+    count = getattr(model, 'num_classes', None)
+    if source.classes is not None and count is not None and count != len(source.classes):
+        raise ValueError(
+            f'{path} has {count} classes and the images have {len(source.classes)}: labels do not '
+            'fit; --images DIR looks at images without labels'
+        )
 
 
 def _title(path: str, files: Sequence[tuple[Config, str]]) -> str:

@@ -29,7 +29,8 @@ def load_map(survey: Survey) -> Picture | None:
         row[: len(load)] = 100 * load
     figure = Figure(figsize=(WIDTH, 0.5 * len(loads) + 1.6), layout='constrained')
     axes = figure.subplots()
-    heat_map(axes, values, (0, values.nan_to_num().max().item()), '.0f')
+    # the same for all models, and brightest where an expert does the work of four
+    heat_map(axes, values, (0, min(400 / widest, 100)), '.0f')
     axes.set_yticks(range(len(loads)), loads)
     axes.set(xlabel='expert', title=f'Load in %; an even load is {100 / widest:.3g} %')
     parts = [f'{name}: {spread(load, "expert")}' for name, load in loads.items()]

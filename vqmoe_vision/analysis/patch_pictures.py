@@ -87,11 +87,12 @@ def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
         [f'expert {expert}\n{load}' for expert, load in enumerate(loads)],
     )
     figure.suptitle(f'{short(name)}.{short(decider)}: surest patches, with their weights')
+    how = 'lie nearest to the codes' if 'codebook' in decider else 'have the largest weights'
     surest = [_surest(expert, patches) for expert, patches in enumerate(sheet)]
     return Picture(
         f'surest-{name}.{decider}',
         f'{name}, {decider}: the surest patches of each expert',
-        f'Patches with the largest weights. {" ".join(surest)}',
+        f'Patches that {how}, and their weights. {" ".join(surest)}',
         figure,
     )
 

@@ -11,7 +11,7 @@ from .report_tables import (
     Change,
     Convergence,
     Table,
-    change_table,
+    change_tables,
     convergence_table,
     number_tables,
     shift_tables,
@@ -91,15 +91,16 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]
     (
         'load',
         'Load of the experts',
-        'An even row shares the work; a row with one bright cell has collapsed.',
+        'An even row shares the work. A cell is brightest from four times an even load on; a row '
+        'with one such cell and dark others has collapsed.',
         lambda survey: [load_map(survey)],
     ),
     (
         'surest',
         'The surest patches of each expert',
         'What an expert takes with the largest weights says what it looks for, if it looks for '
-        'anything that can be seen. Of a codebook, whose weights are fixed, it is what lies '
-        'nearest to the code.',
+        'anything that can be seen. Of a codebook it is what lies nearest to the code; the numbers '
+        'are the weights of its branch.',
         lambda survey: (
             contact_sheet(name, decider, layer)
             for name, layer in survey.layers.items()
@@ -198,7 +199,7 @@ def _experts(surveys: Sequence[Survey]) -> list[Section]:
     text = (
         'Each sentence is made from the numbers of this page. A class is over-represented if it '
         "is at least a quarter more frequent among the expert's tokens than among all tokens; "
-        '2.0 times its share is twice as frequent.'
+        '2.00 times its share is twice as frequent.'
     )
     return [Section('experts', 'Which expert does what', text, columns)]
 
@@ -218,15 +219,21 @@ def _training(history: Mapping[str, History]) -> list[Section]:
     columns = [Column(name, shown(curve_pictures(h), name)) for name, h in history.items()]
     columns = [column for column in columns if column.pictures]
     text = (
-        'Recorded while the model trained. Movement says how fast a part still changes: a router '
-        'or codebook that has come to rest before the experts has converged faster.'
+        'Recorded while the model trained. The load of a layer with a router and a codebook is '
+        'that of both together. Movement says how fast a part still changes: a router or codebook '
+        'that has come to rest before the experts has converged faster.'
     )
     return [Section('training', 'Over training', text, columns)] if columns else []
 
 
 def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Section]:
     found = (
-        ('numbers', 'Numbers', 'One table per layer.', number_tables(surveys)),
+        (
+            'numbers',
+            'Numbers',
+            'One table per layer; docs/routing-measures.md defines them and names their sources.',
+            number_tables(surveys),
+        ),
         (
             'shifts',
             'When the picture changes',
@@ -239,9 +246,9 @@ def _tables(surveys: Sequence[Survey], changes: Sequence[Change]) -> list[Sectio
             'changes',
             'Changes between checkpoints',
             'The same tokens, seen by two checkpoints of a run: a router that is still undecided '
-            'late in training sends them elsewhere. What would change by chance stands under '
-            'Numbers.',
-            [change_table(changes)] if any(change.shares for change in changes) else [],
+            'late in training sends them elsewhere. What is kept beyond chance is 1 if nothing '
+            'changes, and 0 if as much does as if experts were drawn from the load.',
+            change_tables(changes, surveys),
         ),
     )
     return [Section(a, title, text, tables=tables) for a, title, text, tables in found if tables]

@@ -125,13 +125,14 @@ def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
         surveys: Those without shifts are left out.
     """
     said = 'share of tokens whose first expert changes'
-    return [
-        _shares(
-            f'{survey.title}: {said}', 'shift', {BY_CHANCE: _by_chance(survey), **survey.shifts}
-        )
-        for survey in surveys
-        if any(survey.shifts.values())  # SoftMoE has no expert that could change
-    ]
+    tables = []
+    for survey in surveys:
+        if any(survey.shifts.values()):  # SoftMoE has no expert that could change
+            chance = _by_chance(survey)
+            caption = f'{survey.title}: {said}'
+            tables.append(_shares(caption, 'shift', {BY_CHANCE: chance, **survey.shifts}))
+            tables.append(_kept('shift', survey.shifts, chance, f'{survey.title}: '))
+    return tables
 
 
 def _by_chance(survey: Survey) -> dict[str, float]:
@@ -144,14 +145,20 @@ def _by_chance(survey: Survey) -> dict[str, float]:
     }
 
 
-def change_table(changes: Sequence[Change]) -> Table:
-    """Share of tokens whose expert changes from one checkpoint to another.
+def change_tables(changes: Sequence[Change], surveys: Sequence[Survey]) -> list[Table]:
+    """Share of tokens whose expert changes from one checkpoint to another, and what is kept.
 
     Args:
-        changes: A line of the table each.
+        changes: A line of the tables each.
+        surveys: One with the title of the last checkpoint says what would change by chance.
     """
     rows = {f'{change.before} to {change.after}': change.shares for change in changes}
-    return _shares('Share of tokens whose first expert changes', 'checkpoints', rows)
+    if not any(rows.values()):
+        return []
+    chance = next((_by_chance(s) for s in surveys if s.title == changes[-1].after), {})
+    caption = 'Share of tokens whose first expert changes'
+    tables = [_shares(caption, 'checkpoints', {BY_CHANCE: chance, **rows})]
+    return [*tables, _kept('checkpoints', rows, chance)] if chance else tables
 
 
 def convergence_table(convergence: Convergence) -> Table:
@@ -165,6 +172,19 @@ def convergence_table(convergence: Convergence) -> Table:
         for number, title in enumerate(convergence.checkpoints)
     }
     return _shares('Share of the way that is left to the last', 'checkpoint', rows)
+
+
+def _kept(
+    corner: str, rows: dict[str, dict[str, float]], chance: dict[str, float], of: str = ''
+) -> Table:
+    """What stays beyond chance, Cohen's kappa if the load stays: deciders compare by it."""
+    caption = f'{of}{"kept" if of else "Kept"} beyond chance: 1 is all, 0 as if drawn anew'
+    possible = [decider for decider, share in chance.items() if share > 0]
+    lines = []
+    for name, shares in rows.items():
+        kept = {d: 1 - shares[d] / chance[d] for d in possible if d in shares}
+        lines.append(Row(name, [f'{kept[d]:.2f}' if d in kept else '' for d in possible]))
+    return Table(caption, corner, possible, lines)
 
 
 def _shares(caption: str, corner: str, rows: dict[str, dict[str, float]]) -> Table:

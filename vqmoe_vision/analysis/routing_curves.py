@@ -58,9 +58,10 @@ def convergence_picture(convergence: Convergence) -> Picture:
         for number, part in enumerate(parts):
             name, left = part.rpartition('.')[2], convergence.left(part)
             axes.plot(range(1, len(left) + 1), left, _style(number), label=name, color=f'C{number}')
-        axes.set(title=short(layer), xlabel='checkpoint', ylim=(0, 1.05))
+        axes.set(title=short(layer), xlabel='checkpoint')
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0, 0].set_ylabel('share of the way left')
+    grid[0, 0].set_ylim(bottom=0)
     _legend(figure, grid)
     title = 'Way that is left to the last checkpoint'
     figure.suptitle(title)
@@ -82,7 +83,10 @@ def _grid(
     for axes, (name, lines) in zip(grid.flat, layers.items(), strict=False):
         (_changes if kind == 'change' else _shares)(axes, lines, kind)
         axes.set(title=short(name), xlabel='iteration')
+    # of all panels, once all of them are drawn: a limit that is set leaves later lines outside
     grid[0, 0].set_ylabel('|new - old| / |new|' if kind == 'change' else 'share')
+    if kind != 'change':
+        grid[0, 0].set_ylim(bottom=0)
     _legend(figure, grid)
     figure.suptitle(title)
     alt = ' '.join(said(name, lines) for name, lines in layers.items())
@@ -120,7 +124,6 @@ def _shares(axes: Axes, lines: list[tuple[int, list[float]]], kind: str) -> None
     colours = expert_colours(len(lines[0][1])).tolist()
     for number, values in enumerate(zip(*(shares for _, shares in lines), strict=True)):
         axes.plot(iterations, values, label=f'{word} {number}', color=colours[number])
-    axes.set_ylim(bottom=0)
 
 
 def _changes(axes: Axes, lines: list[tuple[int, dict[str, float]]], kind: str) -> None:
@@ -134,10 +137,11 @@ def _changes(axes: Axes, lines: list[tuple[int, dict[str, float]]], kind: str) -
 
 def _load_in_words(name: str, lines: list[tuple[int, list[float]]]) -> str:
     (first, start), (last, end) = lines[0], lines[-1]
+    at, most = max(lines, key=lambda line: max(line[1]))
     return (
         f'{name}: the largest share is {percent(max(start))} at iteration {first} and '
-        f'{percent(max(end))} at {last}; the smallest {percent(min(start))} and '
-        f'{percent(min(end))}.'
+        f'{percent(max(end))} at {last}, and was {percent(max(most))} at {at}; the smallest is '
+        f'{percent(min(start))} and {percent(min(end))}.'
     )
 
 

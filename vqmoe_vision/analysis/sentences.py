@@ -24,9 +24,12 @@ def layer_sentence(layer: LayerSurvey) -> str:
     said = []
     for decider, load in layer.load.items():
         dead = int((load == 0).sum())
-        word = {0: 'none is dead', 1: '1 is dead'}.get(dead, f'{dead} are dead')
+        word = {0: 'none is dead', 1: '1 took none of these tokens'}.get(
+            dead, f'{dead} took none of these tokens'
+        )
         said.append(f'By {decider}: {spread(load, "expert")}; {word}.')
-    even = f'With {layer.num_experts} experts an even load is {percent(1 / layer.num_experts)}.'
+    even = f'{100 / layer.num_experts:.3g}\N{NO-BREAK SPACE}%'
+    even = f'With {layer.num_experts} experts an even load is {even}.'
     return ' '.join([even, *said])
 
 
@@ -86,7 +89,7 @@ def _classes(counts: Tensor, expert: int, classes: list[str]) -> str:
     found = over_represented(counts, expert)
     if not found:
         return 'no class stands out'
-    named = [f'{classes[i]} ({lift:.1f} times its share)' for i, lift in found[:3]]
+    named = [f'{classes[i]} ({lift:.2f} times its share)' for i, lift in found[:3]]
     more = f', and {len(found) - 3} more' if len(found) > 3 else ''
     kinds = 'the class' if len(found) == 1 else 'the classes'
     return f'over-represented: {kinds} {listed(named)}{more}'
