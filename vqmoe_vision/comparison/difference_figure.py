@@ -11,7 +11,7 @@ from .spec import Comparison
 from .statistics import paired_difference
 
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
-COLUMNS = 4
+COLUMNS = 2
 
 
 def plot_differences(comparison: Comparison, tests: Mapping[str, Scores]) -> Figure | None:
