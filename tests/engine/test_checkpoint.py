@@ -171,6 +171,7 @@ def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
         ("model = dict(model_name='vit_base_vqmoe')\n", True),  # no file to build on
         # what is called dict need not be one, and its fields can be written in other ways
         ('dict = exec\na = dict("1")\n', False),
+        ("__builtins__ = dict(dict='exec')\n", False),
         ("model = dict([('type', 'subprocess.run'), ('args', ['true'])])\n", False),
         ("model = dict(**{'type': 'subprocess.run'})\n", False),
         ("model = {**{'type': 'subprocess.run'}}\n", False),

@@ -43,9 +43,10 @@ def _values(module: ast.Module) -> dict[str, Any]:
             raise ValueError('more than an assignment')
         target = statement.targets[0]
         # a name that is given another meaning keeps it in the rest of the text
-        if not isinstance(target, ast.Name) or target.id in ('dict', '_base_'):
+        name = target.id if isinstance(target, ast.Name) else ''
+        if not name or name.startswith('__') or name in ('dict', '_base_'):
             raise ValueError('more than a name, or a file that would be run')
-        found[target.id] = _value(statement.value)
+        found[name] = _value(statement.value)
     return found
 
 
