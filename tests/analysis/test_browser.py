@@ -116,6 +116,9 @@ def test_a_phone_needs_no_scrolling_sideways(visit: Callable[..., Any], scripts:
     blocks = '[...document.querySelectorAll("p, li, figure, h1, h2, h3, h4, .scroll")]'
     right = f'Math.max(...{blocks}.map(block => block.getBoundingClientRect().right))'
     assert page.evaluate(right) <= 320
+    # a picture 950 wide has letters of 14 points, of which two thirds can be read
+    shown = '[...document.images].map(image => image.getBoundingClientRect().width)'
+    assert min(width for width in page.evaluate(shown) if width > 0) >= 640
 
 
 def luminance(colour: str) -> float:
