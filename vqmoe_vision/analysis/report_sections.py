@@ -92,7 +92,7 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Survey], Iterable[Picture | None]
         'load',
         'Load of the experts',
         'An even row shares the work. A cell is brightest from four times an even load on; a row '
-        'with one such cell and dark others has collapsed.',
+        'with one such cell and dark others has collapsed, unless most tokens are of one kind.',
         lambda survey: [load_map(survey)],
     ),
     (
