@@ -44,9 +44,9 @@ del data, loader
 """
 
 
-@pytest.mark.parametrize('leaf', ['pretrained', 'upcycled'])
+@pytest.mark.parametrize('row', ['dense', 'upcycled'])
 @pytest.mark.parametrize('way', ['pretrained', 'checkpoint'])
-def test_two_iterations(leaf: str, way: str, tmp_path: Path) -> None:
+def test_two_iterations(row: str, way: str, tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 151, (40, 60))
     for name in 'abcd':
         image, label = f'images/training/{name}.jpg', f'annotations/training/{name}.png'
@@ -57,9 +57,10 @@ def test_two_iterations(leaf: str, way: str, tmp_path: Path) -> None:
     given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
     if way == 'checkpoint':
         given = dict(pretrained=False, checkpoint=path)
-    experts = dict(moe=dict(num_experts=2)) if leaf == 'upcycled' else {}
-    text = TINY.replace('BASE', repr(str(ADE / f'segmenter_{leaf}_ade20k.py')))
-    text = text.replace('BACKBONE', repr({**SIZES, **experts, **given}))
+    experts = row == 'upcycled'
+    moe = dict(num_experts=2) if experts else None
+    text = TINY.replace('BASE', repr(str(ADE / 'segmenter_upcycled_ade20k.py')))
+    text = text.replace('BACKBONE', repr({**SIZES, 'moe': moe, **given}))
     text = text.replace('ROOT', repr(str(tmp_path / 'data')))
     (tmp_path / 'tiny.py').write_text(text.replace('NAME', repr(str(tmp_path))))
     # nothing moves: what a run saves is what it has started from
