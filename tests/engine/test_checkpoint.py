@@ -129,9 +129,9 @@ def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
 
 
 def test_a_log_changes_no_other_log(tmp_path: Path) -> None:
+    hostile = HistoryBuffer([1.0], [1])  # the first of a process fills the table
     methods = dict(HistoryBuffer._statistics_methods)
     try:
-        hostile = HistoryBuffer([1.0], [1])
         HistoryBuffer._statistics_methods['mean'] = HistoryBuffer.max
         HistoryBuffer._statistics_methods['theirs'] = HistoryBuffer.max
         torch.save({'log': hostile}, tmp_path / 'a.pth')

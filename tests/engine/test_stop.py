@@ -16,6 +16,8 @@ import torch
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 
+from ..soak.kinds import FOUR_SCENES, SCENES
+
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # four iterations an epoch; sends itself a signal in the second iteration of the second epoch, in
@@ -33,12 +35,11 @@ default_hooks = dict(
     ema=dict(type='EMAHook', momentum=0.1),
 )
 """
-# by iterations, with averages too; the fifth of seven is no checkpoint that is due
 # a signal before any other hook has seen the iteration; gradients of three batches are added up
 EARLY = TINY.replace("type='ToldToStop'", "type='ToldEarly'")
 ADDED = TINY + 'optim_wrapper = dict(accumulative_counts=3)\n'
 BY_ITERATION = TINY.replace('interval=2)', 'interval=2, by_epoch=False)')
-SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+# by iterations, with averages too; the fifth of seven is no checkpoint that is due
 SEGMENTATION = f"""
 _base_ = {str(SCENES)!r}
 custom_imports = dict(imports=['vqmoe_vision.segmentation', 'told_to_stop'])
@@ -46,14 +47,8 @@ model = dict(
     backbone=dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2)),
     decode_head=dict(num_layers=1),
 )
-train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
-    sampler=dict(type='SeededInfiniteSampler'),
-)
-val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
-test_dataloader = val_dataloader
+{FOUR_SCENES}
 train_cfg = dict(max_iters=7, val_interval=3)
-param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
 default_hooks = dict(
     checkpoint=dict(interval=2), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
     ema=dict(type='EMAHook', momentum=0.1),

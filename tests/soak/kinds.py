@@ -15,19 +15,21 @@ train_cfg = dict(max_epochs=3, val_interval=1)
 default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
 """
 SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
-SEGMENTATION = f"""
-_base_ = {str(SCENES)!r}
-model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_layers=1))
+FOUR_SCENES = """
 train_dataloader = dict(
     batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
     sampler=dict(type='SeededInfiniteSampler'),
 )
 val_dataloader = dict(batch_size=2, dataset=dict(num_scenes=2))
 test_dataloader = val_dataloader
-train_cfg = dict(max_iters=9, val_interval=3)
-default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
 param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
 """
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_layers=1))
+train_cfg = dict(max_iters=9, val_interval=3)
+default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
+{FOUR_SCENES}"""
 AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
 STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
 

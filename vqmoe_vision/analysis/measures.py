@@ -208,6 +208,19 @@ def chance_of_change(usage: Tensor) -> float:
     return 1 - shares.square().sum().item()
 
 
+def kept_beyond_chance(changed: float, by_chance: float) -> float:
+    """What stays of choices beyond chance: Cohen's kappa, if the load stays.
+
+    Args:
+        changed: Share of tokens whose expert changes.
+        by_chance: The same if experts were drawn from the load, as `chance_of_change`; above 0.
+
+    Returns:
+        1 if nothing changes, 0 if as much changes as by chance.
+    """
+    return 1 - changed / by_chance
+
+
 def similarity_to_last(checkpoints: Tensor) -> Tensor:
     """Cosine similarity of parameters at every checkpoint with those at the last one.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .drawing import percent
+from .measures import kept_beyond_chance
 from .surveyed import Survey
 
 # By the last part of a number's name; docs/routing-measures.md has definitions and sources.
@@ -177,12 +178,12 @@ def convergence_table(convergence: Convergence) -> Table:
 def _kept(
     corner: str, rows: dict[str, dict[str, float]], chance: dict[str, float], of: str = ''
 ) -> Table:
-    """What stays beyond chance, Cohen's kappa if the load stays: deciders compare by it."""
+    """What stays beyond chance, by which deciders compare."""
     caption = f'{of}{"kept" if of else "Kept"} beyond chance: 1 is all, 0 as if drawn anew'
     possible = [decider for decider, share in chance.items() if share > 0]
     lines = []
     for name, shares in rows.items():
-        kept = {d: 1 - shares[d] / chance[d] for d in possible if d in shares}
+        kept = {d: kept_beyond_chance(shares[d], chance[d]) for d in possible if d in shares}
         lines.append(Row(name, [f'{kept[d]:.2f}' if d in kept else '' for d in possible]))
     return Table(caption, corner, possible, lines)
 

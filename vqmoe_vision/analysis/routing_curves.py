@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .drawing import WIDTH, Picture, percent, short, styled
+from .drawing import WIDTH, Picture, panels, percent, short, styled
 from .pictures import expert_colours
 from .report_tables import Convergence
 
@@ -94,15 +94,7 @@ def _grid(
 
 
 def _panels(count: int) -> tuple[Figure, Any]:
-    """A figure with an array of panels of which so many are seen."""
-    columns = min(count, 2)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, 3 * rows + 1.6), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < count)
-        axes.grid(alpha=0.3)
-    return figure, grid
+    return panels(count, WIDTH, 3, room=1.6, sharex=True)
 
 
 def _legend(figure: Figure, grid: Any) -> None:

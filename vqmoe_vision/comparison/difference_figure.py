@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vqmoe_vision.analysis.drawing import panels
+
 from .spec import Comparison
 from .statistics import paired_difference
 
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
-COLUMNS = 2
 
 
 def plot_differences(comparison: Comparison, tests: Mapping[str, Scores]) -> Figure | None:
@@ -33,13 +34,7 @@ def plot_differences(comparison: Comparison, tests: Mapping[str, Scores]) -> Fig
     ]
     if not rows:
         return None
-    columns = min(len(tests), COLUMNS)
-    lines = -(-len(tests) // columns)
-    size = (4 + 4 * columns, lines * (1.6 + 0.45 * len(rows)))
-    figure = Figure(figsize=size, layout='constrained')
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < len(tests))
+    figure, grid = panels(len(tests), 4 + 4 * min(len(tests), 2), 1.6 + 0.45 * len(rows))
     for axes, (title, scores) in zip(grid.flat, tests.items(), strict=False):
         _differences(axes, rows, scores, reference)
         axes.set(title=title, xlabel=f'{comparison.metric}, difference to {reference}')
@@ -60,4 +55,3 @@ def _differences(axes: Axes, rows: list[str], scores: Scores, reference: str) ->
             found = paired_difference(own, base)
             ends = [[found.mean - found.low], [found.high - found.mean]]
             axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
-    axes.grid(alpha=0.3)

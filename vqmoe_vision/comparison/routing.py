@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from vqmoe_vision.analysis.checkpoints import convergence, routing_changes
+from vqmoe_vision.analysis.measures import kept_beyond_chance
 from vqmoe_vision.analysis.source import images_of, source_of
 from vqmoe_vision.analysis.survey import survey
 from vqmoe_vision.engine.checkpoint import read_content
@@ -145,9 +146,7 @@ def by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def kept(routing: dict[str, Any], decider: str, changes: dict[str, float]) -> float:
-    """Share of tokens whose expert stays, beyond chance: Cohen's kappa if the load stays.
-
-    1 if nothing changes, 0 if as much changes as if experts were drawn from the last load.
+    """Share of tokens whose expert stays, beyond chance of the last load; mean over layers.
 
     Args:
         routing: What `measure_routing` left in a row.
@@ -155,7 +154,7 @@ def kept(routing: dict[str, Any], decider: str, changes: dict[str, float]) -> fl
         changes: By layer and decider: share of tokens whose expert changes.
     """
     found = [
-        1 - changes[f'{name}.{decider}'] / numbers[f'{decider}/changed_by_chance']
+        kept_beyond_chance(changes[f'{name}.{decider}'], numbers[f'{decider}/changed_by_chance'])
         for name, numbers in routing['layers'].items()
         if f'{name}.{decider}' in changes and numbers[f'{decider}/changed_by_chance'] > 0
     ]

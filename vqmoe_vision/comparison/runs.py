@@ -61,7 +61,7 @@ class Run:
             given = [option.replace(START, str(self.source[1])) for option in given]
         return [*given, f'randomness.seed={self.seed}', RECORD]
 
-    @property
+    @cached_property
     def source(self) -> tuple[Run, Path] | None:
         """The run that leaves the checkpoint that this one starts from, and where."""
         start = self.comparison.start

@@ -121,7 +121,7 @@ def read_image_sizes(path: str) -> list[Size]:
     if path.endswith('.safetensors'):
         sizes = [config_beside(path).get('input_size', ())[-2:]]
         return [(height, width) for height, width in filter(None, sizes)]
-    config = str(read_content(path).get('meta', {}).get('cfg', ''))
+    config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
 
