@@ -1,5 +1,6 @@
 """What a comparison may say of itself, and that those of the repository can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     assert Run(comparison, 'dense', 2, Path('work')).source is None
     said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
     assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
+
+
+def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(fill, says) -> None:
+    first = Path(fill({'a': [1.0, 2.0], 'b': [1.0, 2.0]})).read_text()
+    Path('first.py').write_text(first)
+    Path('docs/results/rows/spec').rename('docs/results/rows/first')
+    # in the second, row b is another one
+    second = first.replace('train_cfg.row=b', 'train_cfg.row=c')
+    Path('spec.py').write_text(f"{second}\nstart = 'first.py a iter_2.pth'")
+    waiting = says('list', 'spec.py', '--rows', 'a', 'b').splitlines()
+    assert [re.search('spec/(.*?)-seed', line)[1] for line in waiting] == ['b', 'b']
+    assert says('run', 'spec.py', '--rows', 'a').startswith('2 of 2 runs are there already')
 
 
 @pytest.mark.parametrize(

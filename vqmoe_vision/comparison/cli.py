@@ -65,13 +65,19 @@ class _Work:
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
         self.folder = args.work_dir / name
-        self.store = Store(args.results / 'rows' / name)
+        rows = args.results / 'rows'
+        self.store = Store(rows / name)
+        start = self.comparison.start
+        self._others = [] if start is None else [Store(rows / start.comparison.name)]
 
     def read(self) -> Results:
         """What is there, with a line for all that is left out."""
         results = self.store.read(self.runs)
         for name, reason in results.left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
+        # what was trained in the same way for the comparison that rows start from counts here too
+        for other in self._others:
+            results = results.completed(other.read(results.missing).usable)
         return results
 
     def unfinished(self) -> list[Run]:

@@ -43,6 +43,15 @@ class Results:
     left_out: dict[str, str]
     missing: list[Run]
 
+    def completed(self, more: Usable) -> Results:
+        """These with rows of another comparison that were trained in the same way.
+
+        Args:
+            more: Some of what is missing, by row and seed.
+        """
+        missing = [run for run in self.missing if (run.row, run.seed) not in more]
+        return Results({**self.usable, **more}, self.left_out, missing)
+
 
 class Store:
     """The folder of a comparison's rows.
