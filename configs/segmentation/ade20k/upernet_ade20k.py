@@ -4,7 +4,6 @@
 _base_ = [
     '../../_base_/datasets/ade20k.py',
     '../../_base_/models/segmenter.py',
-    '../../_base_/schedules/upernet_160k.py',
     '../../_base_/segmentation_runtime.py',
 ]
 train_dataloader = dict(batch_size=16)
@@ -46,3 +45,15 @@ model = dict(
     test_cfg=dict(mode='whole'),
 )
 del norm_cfg, loss
+# mmsegmentation's UPerNet on ViT and Swin: AdamW for batches of 16, 1,500 iterations of warm-up,
+# then linearly to 0. One difference: no bias decays, where there norms and embeddings do not.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=1500, by_epoch=False),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, begin=1500, end=160000, by_epoch=False),
+]
