@@ -108,6 +108,13 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     run = Run(comparison, 'smoe_started', 2, Path('work'))
     assert run.resolved['model']['checkpoint'] == str(first / 'iter_2.pth') == str(run.source[1])
     assert Run(comparison, 'dense', 2, Path('work')).source is None
+    path = spec("start = 'first.py dense iter_2.pth'", a='smoe model.checkpoint={start:other}')
+    assert says('run', path).startswith('error: comparison spec: {start:other}: row other does not')
+    Path('first.py').write_text(Path(spec(other='smoe')).read_text())
+    path = spec("start = 'first.py dense iter_2.pth'", a='smoe model.checkpoint={start:other}')
+    source, _ = Run(read_comparison(path), 'a', 2, Path('work')).source
+    assert source == Run(read_comparison('first.py'), 'other', 2, Path('work'))
+    path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
     said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
     assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
 

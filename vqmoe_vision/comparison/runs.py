@@ -16,7 +16,7 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
 
-from .spec import START, Comparison
+from .spec import STARTS, Comparison
 
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
@@ -58,16 +58,18 @@ class Run:
         """All of `--cfg-options`."""
         given = [*self.comparison.options, *self.comparison.rows[self.row]]
         if self.source is not None:
-            given = [option.replace(START, str(self.source[1])) for option in given]
+            file = str(self.source[1])
+            given = [STARTS.sub(lambda _: file, option) for option in given]
         return [*given, f'randomness.seed={self.seed}', RECORD]
 
     @cached_property
     def source(self) -> tuple[Run, Path] | None:
         """The run that leaves the checkpoint that this one starts from, and where."""
         start = self.comparison.start
-        if start is None or not any(START in o for o in self.comparison.rows[self.row]):
+        found = STARTS.search(' '.join(self.comparison.rows[self.row]))
+        if start is None or found is None:
             return None
-        run = Run(start.comparison, start.row, self.seed, self.root)
+        run = Run(start.comparison, found[1] or start.row, self.seed, self.root)
         return run, run.folder / start.file
 
     @cached_property

@@ -16,8 +16,10 @@ from vqmoe_vision.engine.config_names import find_config
 
 from .rows import PRESET_ROWS, ROWS, row_options
 
-# In an option: the checkpoint of `Comparison.start` at the seed of the run.
+# In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
+# colon that of this other row.
 START = '{start}'
+STARTS = re.compile(r'\{start(?::(\w+))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
     'all_methods': {row: row for row in ROWS},
@@ -80,10 +82,14 @@ class Comparison:
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
-        if self.start is None:
-            for row, options in self.rows.items():
-                if any(START in option for option in options):
+        for row, options in self.rows.items():
+            for found in STARTS.finditer(' '.join(options)):
+                if self.start is None:
                     raise ValueError(f'comparison {self.name}: row {row} needs the field start')
+                other = found[1] or self.start.row
+                _choose(
+                    f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
+                )
 
     def selected(
         self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None

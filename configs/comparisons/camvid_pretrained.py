@@ -1,0 +1,22 @@
+# What six epochs of CIFAR-10 are worth on CamVid: dense and VQMoE from the checkpoints of
+# cifar10_budget, the latter with both branches and with the discrete one alone. docs/compare.md
+config = 'configs/segmentation/camvid_budget.py'
+metric = 'mIoU'
+reference = 'dense_started'
+seeds = [1, 2, 3, 4, 5]
+start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
+rows = dict(
+    dense='dense',
+    dense_started='dense model.backbone.checkpoint={start}',
+    vqmoe_full='vqmoe model.backbone.checkpoint={start:vqmoe}',
+    vqmoe_discrete='vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete',
+)
+# the mean and deviation of the weights; and half the iterations of camvid_budget
+options = [
+    'model.data_preprocessor.mean=[125.307,122.961,113.8575]',
+    'model.data_preprocessor.std=[51.5865,50.847,51.255]',
+    'train_cfg.max_iters=1200',
+    'train_cfg.val_interval=300',
+    'param_scheduler.1.end=1200',
+    'default_hooks.checkpoint.interval=300',
+]
