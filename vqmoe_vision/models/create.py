@@ -16,7 +16,7 @@ from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
 from .convert import convert_to_moe
-from .hosts import Transformer
+from .hosts import OWN_MODULES, Transformer
 from .saved import record_arguments
 
 
@@ -53,7 +53,7 @@ def create_model(
     else:
         kwargs.update(moe or {})
     build = partial(_untrained, model_name)
-    if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer',)):
+    if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'shipped')):
         check_vit_arguments(kwargs)
     with named_failures(build, kwargs) if dense else nullcontext():
         if extra_mlps:
@@ -98,9 +98,10 @@ def method_of(model_name: str) -> str | None:
     Args:
         model_name: Name of a timm model.
     """
-    if not timm.models.is_model_in_modules(model_name, ('vit_moe',)):
+    if not timm.models.is_model_in_modules(model_name, OWN_MODULES):
         return None
-    return model_name.partition('.')[0].rpartition('_')[2]
+    method = model_name.partition('.')[0].rpartition('_')[2]
+    return method if method in METHODS else None
 
 
 def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:

@@ -10,5 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 # `Eva` has rotary positions; DINOv3's models are of it.
 Transformer: TypeAlias = VisionTransformer | Eva
 # Files of timm, and ours, whose models are `VisionTransformer`s, and those with `Eva`s.
-VIT_MODULES = ('vision_transformer', 'deit', 'vit_moe')
+OWN_MODULES = ('vit_moe', 'shipped')
+VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
 MODULES = (*VIT_MODULES, 'eva')

@@ -39,8 +39,8 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         if method_of(model_name) is not None:
-            _, size, _ = model_name.partition('.')[0].split('_')
-            model_name = f'vit_{size}_patch16_224'
+            stem = model_name.partition('.')[0].rpartition('_')[0]
+            model_name = f'{stem}_dense' if stem == 'test_vit' else f'{stem}_patch16_224'
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = timm.create_model(model_name, **kwargs)

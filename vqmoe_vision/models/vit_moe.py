@@ -9,21 +9,14 @@ their names are timm's, so weights of dense models fit everywhere else.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    list_models,
-    register_model,
-)
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
-from ..moe.config import check
 from ..moe.methods import METHODS
-from .sources import HUB_NAME, fit_pretrained, named_source, source_of, upcycle_overlay
+from .build import build
+from .sources import HUB_NAME
 from .sparse_model import MoeVisionTransformer
 
 __all__ = ['SIZES']  # register_model adds each entry point
@@ -75,55 +68,8 @@ def _all_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
 default_cfgs = generate_default_cfgs(_all_cfgs())
 
 
-def _create(
-    size: str, method: str, pretrained: bool, upcycle: str | None = None, **kwargs: Any
-) -> MoeVisionTransformer:
-    """A model as timm builds it.
-
-    Args:
-        size: Key of `SIZES`.
-        method: Key of `METHODS`.
-        pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
-        upcycle: What to start from instead, see `upcycle_overlay`.
-        **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
-
-    Raises:
-        ValueError: An argument is impossible, or the weights cannot be read or do not fit.
-    """
-    _check_sources(f'vit_{size}_{method}', pretrained, kwargs)
-    depth = kwargs.get('depth', SIZES[size]['depth'])
-    # of `features_only`: the last three blocks, or all of a shallower model
-    out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
-    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
-    if upcycle is not None:
-        check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-        pretrained, overlay = True, {**upcycle_overlay(upcycle, kwargs.get('cache_dir')), **overlay}
-    config = kwargs.get('pretrained_cfg')
-    source = source_of({**(config if isinstance(config, dict) else {}), **overlay})
-    with named_source(source) if pretrained and source else nullcontext():
-        return build_model_with_cfg(
-            MoeVisionTransformer,
-            f'vit_{size}_{method}',
-            pretrained,
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=fit_pretrained,
-            feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
-            method=method,
-            **{**SIZES[size], **kwargs},
-        )
-
-
-def _check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses what cannot say which weights a model begins with; timm fails in other ways."""
-    check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
-    config, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
-    if isinstance(config, str) and config:
-        tags = [model.partition('.')[2] for model in list_models(f'{name}.*', include_tags=True)]
-        check(config in tags, 'pretrained_cfg', config, f'a dictionary, or a tag of {tags}')
-    kinds = str | dict | PretrainedCfg | None
-    check(isinstance(config, kinds), 'pretrained_cfg', config, 'a dictionary, or a tag')
-    fits = overlay is None or isinstance(overlay, dict)
-    check(fits, 'pretrained_cfg_overlay', overlay, 'a dictionary')
+def _create(size: str, method: str, pretrained: bool, **kwargs: Any) -> MoeVisionTransformer:
+    return build(f'vit_{size}_{method}', method, SIZES[size], pretrained, **kwargs)
 
 
 @register_model

@@ -1,0 +1,86 @@
+"""Two small models whose trained weights come with the package, as timm has its `test_vit`.
+
+`timm.create_model('test_vit_vqmoe', pretrained=True)` classifies CIFAR-10's ten classes at 32
+pixels, without any network, and `test_vit_dense` of the same recipe is there to upcycle from. They
+are for trying things and for tests. How they were trained, and what they score: docs/weights.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from .build import build
+from .sparse_model import MoeVisionTransformer
+
+__all__: list[str] = []  # register_model adds each entry point
+
+CIFAR10_CLASSES = (
+    'airplane',
+    'automobile',
+    'bird',
+    'cat',
+    'deer',
+    'dog',
+    'frog',
+    'horse',
+    'ship',
+    'truck',
+)
+_WEIGHTS = Path(__file__).parent / 'weights'
+_TAG = 'cifar10'
+_SIZE: dict[str, Any] = {
+    'img_size': 32,
+    'patch_size': 4,
+    'embed_dim': 96,
+    'depth': 5,
+    'num_heads': 3,
+    'mlp_ratio': 3.0,
+    'class_token': False,
+    'global_pool': 'avg',
+}
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    return {
+        'file': str(_WEIGHTS / f'{name}.safetensors'),
+        'num_classes': len(CIFAR10_CLASSES),
+        'label_names': CIFAR10_CLASSES,
+        'input_size': (3, 32, 32),
+        'pool_size': None,
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2023, 0.1994, 0.2010),
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+    }
+
+
+_NAMES = ('test_vit_vqmoe', 'test_vit_dense')
+default_cfgs = generate_default_cfgs({f'{name}.{_TAG}': _cfg(name) for name in _NAMES})
+
+
+@register_model
+def test_vit_vqmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """A small VQMoE for tests: four experts in blocks 2 and 4."""
+    sparse = {'num_experts': 4, 'moe_layers': (2, 4)}
+    return build('test_vit_vqmoe', 'vqmoe', {**_SIZE, **sparse}, pretrained, **kwargs)
+
+
+@register_model
+def test_vit_dense(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The dense ViT of the same size, to upcycle from."""
+    return build_model_with_cfg(
+        VisionTransformer,
+        'test_vit_dense',
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': kwargs.pop('out_indices', 3), 'feature_cls': 'getter'},
+        **{**_SIZE, **kwargs},
+    )
