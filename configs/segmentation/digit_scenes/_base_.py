@@ -2,7 +2,6 @@
 # model.backbone.checkpoint=work_dirs/.../epoch_40.pth
 _base_ = [
     '../../_base_/models/segmenter.py',
-    '../../_base_/schedules/adamw_1k.py',
     '../../_base_/segmentation_runtime.py',
 ]
 model = dict(
@@ -24,6 +23,18 @@ model = dict(
     decode_head=dict(num_classes=11),
     test_cfg=dict(mode='slide', crop_size=(48, 48), stride=(12, 12)),
 )
+# Minutes on a CPU. Larger rates undo what the classifier has learned.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=200)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, begin=0, end=30, by_epoch=False),
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=30, end=1000, by_epoch=False),
+]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200))
 # Scenes of scikit-learn's scans of digits, made on the fly: there is nothing to load, and
 # LoadImageFromFile is for mmsegmentation's tools that predict files. Training sees
