@@ -19,9 +19,8 @@ from vqmoe_vision.moe.codebook_learning import (
     EmaCodebook,
     GradientCodebook,
     SimVQCodebook,
-    anchor_probabilities,
-    kmeans,
 )
+from vqmoe_vision.moe.codebook_sample import anchor_probabilities, kmeans
 from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
@@ -266,7 +265,7 @@ def test_ema_follows_the_recursion_in_numpy():
 
 def test_ema_without_memory_is_the_mean_of_the_members():
     book = make('ema', num_codes=3)
-    book.decay = 0.0
+    book.ema_decay = 0.0
     x = torch.randn(300, D)
     indices = learn(book, x).indices
     means = torch.stack([x[indices == code].mean(dim=0) for code in range(3)])
@@ -276,7 +275,7 @@ def test_ema_without_memory_is_the_mean_of_the_members():
 
 def test_ema_of_infinite_memory_does_not_move():
     book = make('ema')
-    book.decay = 1.0
+    book.ema_decay = 1.0
     before = book.codes().clone()
     learn(book, torch.randn(300, D))
     torch.testing.assert_close(book.codes(), before)
@@ -577,7 +576,7 @@ def test_a_rare_ema_code_stays_the_mean_of_its_tokens():
     # eps would count 0.04 tokens here, and halve the code where its own share is as small.
     book = EmaCodebook(1024, D)
     book._start(torch.randn(1024, D))
-    book.decay = 0.0
+    book.ema_decay = 0.0
     x, indices = torch.randn(4096, D), torch.arange(4096) % 1023
     indices[0] = 1023
     book.observe(x, indices)

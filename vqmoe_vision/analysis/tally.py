@@ -125,6 +125,7 @@ class CodebookTally:
     """
 
     def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
         self.codes = codebook.codes().detach().float().cpu()
         self.usage = torch.zeros(len(self.codes), dtype=torch.float64)
         self.squared_distance = 0.0
@@ -137,7 +138,8 @@ class CodebookTally:
             codes: (B, N) int64.
         """
         self.usage += codes.flatten().bincount(minlength=len(self.usage))
-        distance = (tokens - self.codes[codes]).square().sum(dim=-1)
+        quantized = self.codebook.as_long_as(tokens, self.codes[codes])
+        distance = (tokens - quantized).square().sum(dim=-1)
         self.squared_distance += distance.double().sum().item()
         return distance
 
