@@ -635,6 +635,14 @@ def test_observing_without_an_update_keeps_memory_bounded():
 # --- two processes
 
 WORLD = 2
+VARIANTS = {
+    **{name: (name, {}) for name in CODEBOOKS},
+    **{f'{name}, cosine': (name, {'use_cosine_sim': True}) for name in CODEBOOKS},
+    **{
+        f'{name}, warm-up': (name, {'ema_decay_warmup': True})
+        for name in ('ema', 'gradient', 'cvq')
+    },
+}
 
 
 def batches():
@@ -648,16 +656,16 @@ def batches():
 def trained(rank):
     """Codebooks after the steps; rank r takes tokens r, r + 2, ..., the last batch unevenly."""
     states = {}
-    for name in CODEBOOKS:
+    for label, (name, options) in VARIANTS.items():
         torch.manual_seed(1)
-        book = CODEBOOKS[name](M, D)
+        book = CODEBOOKS[name](M, D, **options)
         for step, x in enumerate(batches()):
             if step == 5 and hasattr(book, 'usage'):
                 book.usage[1] = 0.0  # dead on every rank
             part = x[rank::WORLD] if step < 19 else x.split([250, 50])[rank]
             book.observe(part, book(part).indices)
             book.update()
-        states[name] = state(book)
+        states[label] = state(book)
     return states
 
 
@@ -680,8 +688,8 @@ def run_rank(rank, folder):
 def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
-    for name in CODEBOOKS:
-        assert same(ranks[0][0][name], ranks[1][0][name]), name
+    for label in VARIANTS:
+        assert same(ranks[0][0][label], ranks[1][0][label]), label
     x = next(iter(batches()))
     single = code_usage(x, (x[:, 0] > 0).long(), M, ZERO, 0)
     counts, sums, sample = ranks[0][1]

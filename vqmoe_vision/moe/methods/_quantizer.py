@@ -80,8 +80,8 @@ class Quantizer(nn.Module):
         if share == 0:
             return x
         if self.rotation_trick:
-            kept = 1 - 2 * share if self.reading == 'official' else 1 - share
-            return torch.add(kept * x, rotate_to(x, code.detach()), alpha=share)
+            of_token = 1 - 2 * share if self.reading == 'official' else 1 - share
+            return torch.add(of_token * x, rotate_to(x, code.detach()), alpha=share)
         kept = (1 - share) * x if self.reading == 'official' else x
         return torch.add(kept, (code - x).detach(), alpha=share)
 
