@@ -72,6 +72,32 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     assert r'better & 22.00 & 11.00' in tex
 
 
+def test_further_numbers_are_columns(fill, says) -> None:
+    more = "metric = 'mIoU'\nalso = ['mIoU', 'load_unused', 'of_one']"
+    path = fill(SCORES, more)
+    file = ROWS / 'same-seed2.json'
+    file.write_text(file.read_text().replace('"mIoU": 20.0,', '"mIoU": 20.0, "of_one": 5.0,'))
+    says('table', path)
+    lines = (TABLES / 'spec.md').read_text().splitlines()
+    found = {
+        cells[1].strip(): [cell.strip() for cell in cells[-4:-1]]
+        for cells in (line.split('|') for line in lines if line.startswith('|'))
+        if 'row' in cells[1] or cells[1].strip() in SCORES
+    }
+    # 11, 20, 29: mean 20, standard deviation 9; by layer; and what one run of one row alone has
+    assert found['row'] == ['mIoU', 'load_unused', 'of_one']
+    assert found['same'] == ['20.00 ± 9.00', '0 / 1', '5.00']
+    assert found['better'] == ['22.00 ± 11.00', '0 / 1', '-']
+    with (TABLES / 'spec.csv').open() as file:
+        rows = {line['row']: line for line in csv.DictReader(file)}
+    assert float(rows['same']['mIoU_std']) == pytest.approx(9)
+
+
+def test_a_further_number_that_no_test_has(fill, says) -> None:
+    line = says('table', fill(SCORES, "also = ['mIuO']"))
+    assert line.startswith("error: also: 'mIuO' is no number of the tests; those are blocks.1.mlp/")
+
+
 def test_sentences_by_hand() -> None:
     # two standard deviations need 5 pairs for 80 % power at 5 %
     open_ = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.074, 1)

@@ -54,6 +54,7 @@ class Comparison:
         seeds: Each is a pair of any two rows.
         reference: Row that the others are compared with.
         metric: Name of the test metric.
+        also: Further numbers of the test for the table: names, or what stands after a layer's name.
         options: The budget: options of all rows.
         controls: Rows that a learned router has to beat, such as one that is frozen at random.
         start: What rows start from that say `{start}`.
@@ -67,6 +68,7 @@ class Comparison:
     seeds: tuple[int, ...]
     reference: str
     metric: str
+    also: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     start: Start | None = None
@@ -144,6 +146,7 @@ def read_comparison(path: str) -> Comparison:
         seeds=tuple(given['seeds']),
         reference=given.get('reference', next(iter(rows), '')),
         metric=given['metric'],
+        also=tuple(given.get('also', ())),
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),
         start=_start(path, given['start']) if 'start' in given else None,
