@@ -80,6 +80,10 @@ class Comparison:
                 raise ValueError(f'comparison {self.name}: {name} is empty')
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
+        if self.metric in self.also:
+            raise ValueError(
+                f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
+            )
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
         if self.start is None:
