@@ -89,9 +89,21 @@ class VQMoEConfig(CodebookConfig):
     }
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'discrete': {'form': 'discrete', 'commitment': 0.5, 'code_share': 0.3},
+        'discrete': {
+            'form': 'discrete',
+            'commitment': 0.5,
+            'code_share': 0.3,
+            'use_cosine_sim': True,
+        },
         'continuous': {'form': 'continuous'},
-        'gradient': {'codebook': 'gradient', 'num_codes': 48, 'input_norm': False},
+        'gradient': {
+            'codebook': 'gradient',
+            'num_codes': 48,
+            'input_norm': False,
+            'ema_decay': 0.9,
+            'ema_decay_warmup': True,
+            'dead_code_threshold': 0.1,
+        },
         'simvq': {
             'codebook': 'simvq',
             'expert_input': 'ste',
@@ -99,12 +111,6 @@ class VQMoEConfig(CodebookConfig):
             'rotation_trick': True,
         },
         'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
-        'cosine': {
-            'use_cosine_sim': True,
-            'ema_decay': 0.9,
-            'ema_decay_warmup': True,
-            'dead_code_threshold': 0.1,
-        },
     }
 
     # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
