@@ -44,7 +44,7 @@ class CodebookConfig(MoeConfig):
 
     def unused(self) -> dict[str, str]:
         """What the codebook does not have."""
-        missing = _OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS)
+        missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
         return dict.fromkeys(missing, f'codebook={self.codebook!r}')
 
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:

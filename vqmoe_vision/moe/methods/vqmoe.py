@@ -165,7 +165,7 @@ class VQMoEConfig(CodebookConfig):
             own = {field.name for field in fields(VQMoEConfig)}
             shared = {field.name for field in fields(MoeConfig)}
             kept = {'form', 'balance_weight', 'train_router'}
-            unused |= dict.fromkeys(own - shared - kept, "form='continuous'")
+            unused |= dict.fromkeys(sorted(own - shared - kept), "form='continuous'")
         return unused
 
 
