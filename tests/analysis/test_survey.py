@@ -162,8 +162,10 @@ def test_a_model_of_dinov3_can_be_looked_at() -> None:
     assert seen.examples[0].experts[f'{NAME}.router'].shape == (4, 4)
 
 
-def test_the_numbers_are_those_of_the_record(make_tiny) -> None:
-    model, images = make_tiny('vqmoe', num_codes=8), torch.rand(3, 3, 32, 32)
+@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
+def test_the_numbers_are_those_of_the_record(make_tiny, cosine: bool) -> None:
+    model = make_tiny('vqmoe', num_codes=8, use_cosine_sim=cosine)
+    images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         nn.init.normal_(moe_layers(model)[NAME].gate.weight)
         nn.init.normal_(moe_layers(model)[NAME].quantizer.codebook.embed)
@@ -173,8 +175,11 @@ def test_the_numbers_are_those_of_the_record(make_tiny) -> None:
     assert torch.equal(layer.load['router'], experts.bincount(minlength=E) / 51)
     assert torch.equal(layer.codebook.usage, codes.flatten().bincount(minlength=8) / 51)
     assert torch.equal(layer.codebook.codes[layer.codebook.indices], chosen_codes(layer))
+    sampled = layer.codebook.tokens.norm(dim=1)
+    assert torch.allclose(sampled, torch.ones(len(sampled))) == cosine
     tokens = record.inputs.flatten(0, 1).double()
-    distance = (tokens - layer.codebook.codes[codes.flatten()]).square().sum()
+    length = tokens.norm(dim=1, keepdim=True) if cosine else 1
+    distance = (tokens - length * layer.codebook.codes[codes.flatten()]).square().sum()
     energies = {
         'quantization_error': tokens.square().sum(),
         'quantization_error_around_mean': (tokens - tokens.mean(dim=0)).square().sum(),

@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vqmoe_vision.classification.datasets import ImageClassification
+from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.classification.splits import SPLITS, split_indices
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,34 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     assert data['scores']['same'] == {'1': 11.0, '2': 20.0, '3': 29.0}
     tex = (TABLES / 'spec.tex').read_text()
     assert r'better & 22.00 & 11.00' in tex
+
+
+def test_further_numbers_are_columns(fill, says) -> None:
+    path = fill(SCORES, "also = ['aAcc', 'load_unused', 'of_one']")
+    for file in ROWS.glob('*.json'):
+        added = r'"mIoU": \1, "aAcc": \1, "blocks'
+        if file.name == 'same-seed2.json':
+            added = added.replace('"aAcc"', '"of_one": 5.0, "aAcc"')
+        file.write_text(re.sub('"mIoU": ([0-9.]+), "blocks', added, file.read_text()))
+    says('table', path)
+    lines = (TABLES / 'spec.md').read_text().splitlines()
+    found = {
+        cells[1].strip(): [cell.strip() for cell in cells[-4:-1]]
+        for cells in (line.split('|') for line in lines if line.startswith('|'))
+        if 'row' in cells[1] or cells[1].strip() in SCORES
+    }
+    # 11, 20, 29: mean 20, standard deviation 9; by layer; and what one run of one row alone has
+    assert found['row'] == ['aAcc', 'load_unused', 'of_one']
+    assert found['same'] == ['20.00 ± 9.00', '0 / 1', '5.00']
+    assert found['better'] == ['22.00 ± 11.00', '0 / 1', '-']
+    with (TABLES / 'spec.csv').open() as file:
+        rows = {line['row']: line for line in csv.DictReader(file)}
+    assert float(rows['same']['aAcc_std']) == pytest.approx(9)
+
+
+def test_a_further_number_that_no_test_has(fill, says) -> None:
+    line = says('table', fill(SCORES, "also = ['mIuO']"))
+    assert line.startswith("error: also: 'mIuO' is no number of the tests; those are blocks.1.mlp/")
 
 
 def test_sentences_by_hand() -> None:

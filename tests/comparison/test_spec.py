@@ -147,6 +147,7 @@ def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(
         ('rows = dict(one=3)', 'rows.one=3 is not possible'),
         ("rows = dict(dense='dense', one='optimiser.lr=3')", "'optimiser' is not a field"),
         ("rows = dict(dense='dense', one='model.depth')", "row 'model.depth' does not exist"),
+        ("also = ['mIoU']", "also='mIoU' is the metric, which the table has"),
         ("budget = 'long'", "fields ['budget'] are missing or not known"),
         ("config = 'absent.py'", "config 'absent.py' does not exist"),
     ],

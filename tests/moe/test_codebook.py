@@ -19,9 +19,8 @@ from vqmoe_vision.moe.codebook_learning import (
     EmaCodebook,
     GradientCodebook,
     SimVQCodebook,
-    anchor_probabilities,
-    kmeans,
 )
+from vqmoe_vision.moe.codebook_sample import anchor_probabilities, kmeans
 from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
@@ -266,7 +265,7 @@ def test_ema_follows_the_recursion_in_numpy():
 
 def test_ema_without_memory_is_the_mean_of_the_members():
     book = make('ema', num_codes=3)
-    book.decay = 0.0
+    book.ema_decay = 0.0
     x = torch.randn(300, D)
     indices = learn(book, x).indices
     means = torch.stack([x[indices == code].mean(dim=0) for code in range(3)])
@@ -276,7 +275,7 @@ def test_ema_without_memory_is_the_mean_of_the_members():
 
 def test_ema_of_infinite_memory_does_not_move():
     book = make('ema')
-    book.decay = 1.0
+    book.ema_decay = 1.0
     before = book.codes().clone()
     learn(book, torch.randn(300, D))
     torch.testing.assert_close(book.codes(), before)
@@ -577,7 +576,7 @@ def test_a_rare_ema_code_stays_the_mean_of_its_tokens():
     # eps would count 0.04 tokens here, and halve the code where its own share is as small.
     book = EmaCodebook(1024, D)
     book._start(torch.randn(1024, D))
-    book.decay = 0.0
+    book.ema_decay = 0.0
     x, indices = torch.randn(4096, D), torch.arange(4096) % 1023
     indices[0] = 1023
     book.observe(x, indices)
@@ -636,6 +635,14 @@ def test_observing_without_an_update_keeps_memory_bounded():
 # --- two processes
 
 WORLD = 2
+VARIANTS = {
+    **{name: (name, {}) for name in CODEBOOKS},
+    **{f'{name}, cosine': (name, {'use_cosine_sim': True}) for name in CODEBOOKS},
+    **{
+        f'{name}, warm-up': (name, {'ema_decay_warmup': True})
+        for name in ('ema', 'gradient', 'cvq')
+    },
+}
 
 
 def batches():
@@ -649,16 +656,16 @@ def batches():
 def trained(rank):
     """Codebooks after the steps; rank r takes tokens r, r + 2, ..., the last batch unevenly."""
     states = {}
-    for name in CODEBOOKS:
+    for label, (name, options) in VARIANTS.items():
         torch.manual_seed(1)
-        book = CODEBOOKS[name](M, D)
+        book = CODEBOOKS[name](M, D, **options)
         for step, x in enumerate(batches()):
             if step == 5 and hasattr(book, 'usage'):
                 book.usage[1] = 0.0  # dead on every rank
             part = x[rank::WORLD] if step < 19 else x.split([250, 50])[rank]
             book.observe(part, book(part).indices)
             book.update()
-        states[name] = state(book)
+        states[label] = state(book)
     return states
 
 
@@ -681,8 +688,8 @@ def run_rank(rank, folder):
 def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
-    for name in CODEBOOKS:
-        assert same(ranks[0][0][name], ranks[1][0][name]), name
+    for label in VARIANTS:
+        assert same(ranks[0][0][label], ranks[1][0][label]), label
     x = next(iter(batches()))
     single = code_usage(x, (x[:, 0] > 0).long(), M, ZERO, 0)
     counts, sums, sample = ranks[0][1]

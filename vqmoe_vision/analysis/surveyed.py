@@ -31,7 +31,7 @@ class Codes:
     Args:
         codes: (M, D).
         usage: (M,), share of tokens per code, sums to 1.
-        tokens: (S, D), a sample of the tokens of all images.
+        tokens: (S, D), a sample of the tokens of all images, as they are compared with the codes.
         indices: (S,) int64, the codes of the sampled tokens.
     """
 

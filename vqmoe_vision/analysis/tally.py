@@ -125,21 +125,23 @@ class CodebookTally:
     """
 
     def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
         self.codes = codebook.codes().detach().float().cpu()
         self.usage = torch.zeros(len(self.codes), dtype=torch.float64)
         self.squared_distance = 0.0
 
     def add(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        """Take a batch; returns the squared distance of every token to its code, (B, N).
+        """Take a batch; returns by how much each code is the nearest, a squared distance (B, N).
 
         Args:
             tokens: (B, N, D).
             codes: (B, N) int64.
         """
         self.usage += codes.flatten().bincount(minlength=len(self.usage))
-        distance = (tokens - self.codes[codes]).square().sum(dim=-1)
-        self.squared_distance += distance.double().sum().item()
-        return distance
+        chosen = self.codes[codes]
+        quantized = self.codebook.as_long_as(tokens, chosen)
+        self.squared_distance += (tokens - quantized).square().sum(dim=-1).double().sum().item()
+        return (self.codebook.compared(tokens) - chosen).square().sum(dim=-1)
 
     def numbers(self, moments: TokenMoments) -> dict[str, float]:
         """The measures by name, relative to the tokens that came with the codes."""
@@ -248,5 +250,6 @@ class LayerTally:
     def _codes(self) -> Codes | None:
         for codebook in self.codebooks.values():
             usage = (codebook.usage / codebook.usage.sum()).float()
-            return Codes(codebook.codes, usage, self.sample.tokens, self.sample.indices)
+            tokens = codebook.codebook.compared(self.sample.tokens)
+            return Codes(codebook.codes, usage, tokens, self.sample.indices)
         return None

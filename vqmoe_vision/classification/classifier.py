@@ -21,7 +21,7 @@ from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
-from .datasets import ImageClassification
+from .image_classification import ImageClassification
 from .source import source
 from .transforms import preprocessing_of
 

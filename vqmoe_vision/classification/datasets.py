@@ -2,88 +2,56 @@
 
 A config's dataset is `dict(type='cifar10', data_root=..., split=..., transform=dict(...))`. Nothing
 is downloaded here; docs/data.md says how each folder is made.
+
+With `imbalance` training sees a long tail of its images (`splits.long_tail`). Dev and test keep all
+of theirs, and tell the metric how often training sees each class.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.registry import DATASETS
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from torchvision import datasets
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
 from vqmoe_vision.engine.images import opened, read_rgb
-from vqmoe_vision.engine.seeding import seed_sample
-from vqmoe_vision.models.normalization import Normalization
 
-from .splits import check_split, split_indices
-from .transforms import normalization_of, normalized_as
-
-
-class ImageClassification(Dataset):
-    """Pairs of a transformed image and its class index.
-
-    Args:
-        source: Pairs of an RGB PIL image and a class index.
-        classes: Names of the classes, by index.
-        transform: Config of a transform from a PIL image to a tensor (3, H, W).
-    """
-
-    def __init__(self, source: Sequence, classes: Sequence[str], transform: dict) -> None:
-        self.source = source
-        self.metainfo = {'classes': tuple(classes)}
-        self._config = transform
-        self.transform: Callable = TRANSFORMS.build(transform)
-
-    def normalize_as(self, weights: Normalization, field: str) -> None:
-        """Lets the transform normalise images as the weights want it, if its config leaves it open.
-
-        Args:
-            weights: How images were normalised for them.
-            field: Of the config, for messages.
-
-        Raises:
-            ValueError: The config of the transform states otherwise.
-        """
-        found = self.normalization
-        if found is not None and found.differing(weights):
-            self.transform = normalized_as(self._config, weights, field)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        """How the transform normalises images; None if it does not as torchvision does."""
-        return normalization_of(self.transform)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        seed_sample(index)
-        image, target = self.source[index]
-        return self.transform(image.convert('RGB')), int(target)
+from .image_classification import ImageClassification
+from .splits import check_split, long_tail, split_indices, train_counts
 
 
 @DATASETS.register_module(name='digits')
-def digits(split: str, transform: dict) -> ImageClassification:
+def digits(split: str, transform: dict, imbalance: float = 1) -> ImageClassification:
     """scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels; comes with scikit-learn.
 
     Args:
         split: 'train' (1,257 images), 'dev' (180 images) or 'test' (360 images).
         transform: Config of the transform.
+        imbalance: Largest class over smallest in 'train', as `splits.long_tail`.
 
     Raises:
-        ValueError: There is no such split.
+        ValueError: There is no such split, or no such imbalance.
     """
     scans, targets = digit_scans(split)
+    counts = train_counts(digit_scans('train')[1], 0, imbalance) if imbalance != 1 else None
+    if split == 'train':
+        chosen = long_tail(targets, imbalance)
+        scans, targets = scans[chosen], targets[chosen]
     pairs = [(Image.fromarray(scan), target) for scan, target in zip(scans, targets, strict=True)]
-    return ImageClassification(pairs, DIGITS, transform)
+    return ImageClassification(pairs, DIGITS, transform, counts)
 
 
 @DATASETS.register_module(name='class_folder')
 def class_folder(
-    data_root: str, split: str, transform: dict, in_memory: bool = False, dev_size: int = 0
+    data_root: str,
+    split: str,
+    transform: dict,
+    in_memory: bool = False,
+    dev_size: int = 0,
+    imbalance: float = 1,
 ) -> ImageClassification:
     """A folder per class: `<data_root>/<split>/<class>/<image>`, as ImageNet is laid out.
 
@@ -95,32 +63,41 @@ def class_folder(
         transform: Config of the transform.
         in_memory: Decode every image once, at the start; for small images.
         dev_size: Number of images of 'train' that are set aside as 'dev'; 0 for none.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or laid out otherwise, an image cannot be read, or there
-            is no such split.
+            is no such split or no such imbalance.
     """
-    folder = Path(data_root) / split
+    folder, train = Path(data_root) / split, Path(data_root) / 'train'
     if dev_size:
         check_split(split)
         test = 'test' if (Path(data_root) / 'test').is_dir() else 'val'
-        folder = Path(data_root) / (test if split == 'test' else 'train')
+        folder = Path(data_root) / test if split == 'test' else train
+    source: Any = _image_folder(folder)
+    classes, counts = source.classes, None
+    if imbalance != 1:
+        targets = source.targets if folder == train else _image_folder(train).targets
+        counts = train_counts(targets, dev_size, imbalance)
+    if folder == train:
+        part = split if dev_size else 'trainval'
+        chosen = split_indices(source.targets, part, dev_size, imbalance)
+        source.samples = [source.samples[i] for i in chosen]
+    if in_memory:
+        source = [(load_image(path), target) for path, target in source.samples]
+    return ImageClassification(source, classes, transform, counts)
+
+
+def _image_folder(folder: Path) -> datasets.ImageFolder:
     expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
     if not folder.is_dir():
         raise _missing(folder, expected)
     try:
-        source: Any = datasets.ImageFolder(str(folder), loader=load_image)
+        return datasets.ImageFolder(str(folder), loader=load_image)
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise ValueError(
             f'{folder} is not laid out as {expected}: {error}; see docs/data.md'
         ) from error
-    classes = source.classes
-    if dev_size and split != 'test':
-        chosen = split_indices(source.targets, split, dev_size)
-        source.samples = [source.samples[i] for i in chosen]
-    if in_memory:
-        source = [(load_image(path), target) for path, target in source.samples]
-    return ImageClassification(source, classes, transform)
 
 
 def load_image(path: str) -> Image.Image:
@@ -148,28 +125,50 @@ def _cifar(
         raise _missing(
             root / folder, f"{root}/{folder}/ (torchvision's) or {root}/train/<class name>/*.png"
         )
-    reader = getattr(datasets, name)
-    source = _read(reader, root / folder, root=str(root), train=split != 'test')
-    return _part(source, source.targets, source.classes, split, transform, options['dev_size'])
+
+    def read(train: bool) -> Any:
+        return _read(getattr(datasets, name), root / folder, root=str(root), train=train)
+
+    return _part(read, 'targets', split, transform, options['dev_size'], options['imbalance'])
 
 
 def _part(
-    source: Any,
-    targets: Sequence[int],
-    classes: Sequence[str],
+    read: Callable[[bool], Any],
+    field: str,
     split: str,
     transform: dict,
     dev_size: int,
+    imbalance: float,
 ) -> ImageClassification:
-    """A split of the training images, or all of the test images."""
+    """A split of the training images, or all of the test images.
+
+    Args:
+        read: Reads the training images, or those of the test.
+        field: Of the data set, holds its class indices.
+        split: One of `splits.SPLITS`.
+        transform: Config of the transform.
+        dev_size: Training images that are set aside as 'dev'.
+        imbalance: As `splits.long_tail`.
+    """
+    source, counts = read(split != 'test'), None
+    classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
+    if imbalance != 1:
+        training = source if split != 'test' else read(True)
+        counts = train_counts(getattr(training, field), dev_size, imbalance)
     if split != 'test':
-        source = Subset(source, split_indices(targets, split, dev_size))
-    return ImageClassification(source, classes, transform)
+        chosen = split_indices(getattr(source, field), split, dev_size, imbalance)
+        source = Subset(source, chosen)
+    return ImageClassification(source, classes, transform, counts)
 
 
 @DATASETS.register_module(name='cifar10')
 def cifar10(
-    data_root: str, split: str, transform: dict, in_memory: bool = False, dev_size: int = 5000
+    data_root: str,
+    split: str,
+    transform: dict,
+    in_memory: bool = False,
+    dev_size: int = 5000,
+    imbalance: float = 1,
 ) -> ImageClassification:
     """CIFAR-10: class folders if there are some, else torchvision's layout.
 
@@ -179,17 +178,23 @@ def cifar10(
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
         dev_size: Training images that are set aside as 'dev'.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or laid out otherwise.
     """
-    options = {'in_memory': in_memory, 'dev_size': dev_size}
+    options = {'in_memory': in_memory, 'dev_size': dev_size, 'imbalance': imbalance}
     return _cifar('CIFAR10', 'cifar-10-batches-py', Path(data_root), split, transform, **options)
 
 
 @DATASETS.register_module(name='cifar100')
 def cifar100(
-    data_root: str, split: str, transform: dict, in_memory: bool = False, dev_size: int = 5000
+    data_root: str,
+    split: str,
+    transform: dict,
+    in_memory: bool = False,
+    dev_size: int = 5000,
+    imbalance: float = 1,
 ) -> ImageClassification:
     """CIFAR-100, in the same two layouts as `cifar10`.
 
@@ -199,16 +204,19 @@ def cifar100(
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
         dev_size: Training images that are set aside as 'dev'.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or laid out otherwise.
     """
-    options = {'in_memory': in_memory, 'dev_size': dev_size}
+    options = {'in_memory': in_memory, 'dev_size': dev_size, 'imbalance': imbalance}
     return _cifar('CIFAR100', 'cifar-100-python', Path(data_root), split, transform, **options)
 
 
 @DATASETS.register_module(name='stl10')
-def stl10(data_root: str, split: str, transform: dict, dev_size: int = 500) -> ImageClassification:
+def stl10(
+    data_root: str, split: str, transform: dict, dev_size: int = 500, imbalance: float = 1
+) -> ImageClassification:
     """STL-10: 5,000 labelled training and 8,000 test images of 96x96 pixels.
 
     Args:
@@ -216,23 +224,29 @@ def stl10(data_root: str, split: str, transform: dict, dev_size: int = 500) -> I
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         dev_size: Training images that are set aside as 'dev'.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or incomplete.
     """
     check_split(split)
-    part = 'test' if split == 'test' else 'train'
     folder = Path(data_root) / 'stl10_binary'
     if not folder.is_dir():
         raise _missing(
             folder, f'{folder}/{{train,test}}_{{X,y}}.bin, unlabeled_X.bin, class_names.txt'
         )
-    source = _read(datasets.STL10, folder, root=data_root, split=part)
-    return _part(source, source.labels, source.classes, split, transform, dev_size)
+
+    def read(train: bool) -> Any:
+        part = 'train' if train else 'test'
+        return _read(datasets.STL10, folder, root=data_root, split=part)
+
+    return _part(read, 'labels', split, transform, dev_size, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
-def svhn(data_root: str, split: str, transform: dict, dev_size: int = 5000) -> ImageClassification:
+def svhn(
+    data_root: str, split: str, transform: dict, dev_size: int = 5000, imbalance: float = 1
+) -> ImageClassification:
     """SVHN, cropped digits: 73,257 training and 26,032 test images of 32x32 pixels.
 
     Args:
@@ -240,17 +254,21 @@ def svhn(data_root: str, split: str, transform: dict, dev_size: int = 5000) -> I
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         dev_size: Training images that are set aside as 'dev'.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The file is missing or damaged.
     """
     check_split(split)
-    part = 'test' if split == 'test' else 'train'
-    file = Path(data_root) / f'{part}_32x32.mat'
-    if not file.is_file():
-        raise _missing(file, f'{data_root}/{{train,test}}_32x32.mat')
-    source = _read(datasets.SVHN, file, root=data_root, split=part)
-    return _part(source, source.labels, DIGITS, split, transform, dev_size)
+
+    def read(train: bool) -> Any:
+        part = 'train' if train else 'test'
+        file = Path(data_root) / f'{part}_32x32.mat'
+        if not file.is_file():
+            raise _missing(file, f'{data_root}/{{train,test}}_32x32.mat')
+        return _read(datasets.SVHN, file, root=data_root, split=part)
+
+    return _part(read, 'labels', split, transform, dev_size, imbalance)
 
 
 def _read(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
@@ -11,6 +12,10 @@ from mmengine.registry import METRICS
 @METRICS.register_module()
 class Accuracy(BaseMetric):
     """Share of images, in percent, whose class is among the k best logits.
+
+    Where training sees a long tail of classes, also shares of images whose class is the best: as
+    mean over classes, `balanced`, and as means over the classes of each third by how often training
+    sees them, `head`, `medium` and `tail`, see `thirds`.
 
     Args:
         topk: The values of k; the result has a key `accuracy/top<k>` for each. Of a k above the
@@ -30,22 +35,51 @@ class Accuracy(BaseMetric):
             data_batch: Images and targets (B,).
             data_samples: Logits (C,) of each image.
         """
-        targets = data_batch[1]
+        targets = data_batch[1].cpu()
         logits = torch.stack(list(data_samples))
         best = min(max(self.topk), logits.shape[1])
         ranked = logits.topk(best, dim=1).indices.cpu()
-        hits = ranked == targets.cpu()[:, None]
+        hits = ranked == targets[:, None]
         # one entry per image: mmengine cuts off those that pad the last batch of a rank
-        self.results.extend([hits[i, :k].any().item() for k in self.topk] for i in range(len(hits)))
+        self.results.extend(
+            [int(targets[i]), *(hits[i, :k].any().item() for k in (1, *self.topk))]
+            for i in range(len(hits))
+        )
 
-    def compute_metrics(self, results: list[list[bool]]) -> dict[str, float]:
+    def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
         """The accuracies.
 
         Args:
-            results: Per image, one entry per k.
+            results: Per image its class, whether that is the best, and one entry per k.
         """
-        columns = zip(*results, strict=True)
-        return {
-            f'top{k}': 100 * sum(column) / len(results)
+        targets, best, *columns = np.array(results).T
+        found = {
+            f'top{k}': 100 * column.sum().item() / len(results)
             for k, column in zip(self.topk, columns, strict=True)
         }
+        counts = (self.dataset_meta or {}).get('train_counts')
+        if counts is None:
+            return found
+        of_class = {int(c): 100 * best[targets == c].mean() for c in np.unique(targets)}
+        for name, classes in {'balanced': range(len(counts)), **thirds(counts)}.items():
+            if tested := [of_class[c] for c in classes if c in of_class]:
+                found[name] = float(np.mean(tested))
+        return found
+
+
+def thirds(counts: Sequence[int]) -> dict[str, list[int]]:
+    """Classes by how often training sees them: a third is the head, a third the tail.
+
+    ImageNet-LT parts its classes at 100 and 20 images (Liu et al. 2019, arXiv 1904.05160). Of ten
+    classes with dozens of images none would be in its tail.
+
+    Args:
+        counts: Images of each class; of equals the first counts as more frequent.
+
+    Returns:
+        Classes of 'head', 'medium' and 'tail'; of 10 there are 3, 4 and 3.
+    """
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    third = round(len(counts) / 3)
+    middle = len(counts) - third
+    return {'head': order[:third], 'medium': order[third:middle], 'tail': order[middle:]}

@@ -11,7 +11,8 @@ from mmengine.registry import DATASETS
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 from vqmoe_vision.models.normalization import Normalization
 
-from .datasets import ImageClassification, load_image
+from .datasets import load_image
+from .image_classification import ImageClassification
 from .transforms import normalization_of, normalized_as
 
 _FIELD = 'test_dataloader.dataset.transform'

@@ -1,10 +1,16 @@
-"""Train, dev and test: what is tuned looks at dev, what is reported looks at test, once."""
+"""Train, dev and test: what is tuned looks at dev, what is reported looks at test, once.
+
+Of the training images a long tail may be kept; dev and test are as they are.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from vqmoe_vision.moe.config import check, check_type
+
+Targets = Sequence[int] | np.ndarray
 SPLITS = ('train', 'dev', 'trainval', 'test')
 
 
@@ -18,13 +24,14 @@ def check_split(split: str) -> None:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
 
 
-def split_indices(targets: Sequence[int], split: str, dev_size: int) -> list[int]:
+def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
     """Which of the training images belong to a split; always the same, classes in proportion.
 
     Args:
         targets: Class index of every training image.
         split: 'train', 'dev', or 'trainval' for both.
         dev_size: Number of images that 'train' leaves to 'dev'.
+        imbalance: Of 'train' and 'trainval', see `long_tail`.
 
     Returns:
         Their indices, in rising order.
@@ -34,11 +41,62 @@ def split_indices(targets: Sequence[int], split: str, dev_size: int) -> list[int
     """
     indices = np.arange(len(targets))
     if split == 'trainval':
-        return indices.tolist()
+        return indices[long_tail(targets, imbalance)].tolist()
     try:
         train, dev = train_test_split(indices, test_size=dev_size, stratify=targets, random_state=0)
     except ValueError as error:
         raise ValueError(
             f'dev_size={dev_size} is not possible with {len(targets)} training images: {error}'
         ) from error
-    return sorted((train if split == 'train' else dev).tolist())
+    if split == 'dev':
+        return sorted(dev.tolist())
+    train = np.sort(train)
+    return train[long_tail(np.asarray(targets)[train], imbalance)].tolist()
+
+
+def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
+    """A long-tailed part of images; always the same, and part of that with a smaller imbalance.
+
+    Of C classes, class c keeps n * imbalance^(-c / (C - 1)) images, rounded down, or as many as it
+    has, where n is the size of the largest class: the first keeps `imbalance` times as many as the
+    last (Cui et al. 2019, arXiv 1901.05555, as Cao et al. 2019, arXiv 1906.07413, round it).
+
+    Args:
+        targets: Class index of every image.
+        imbalance: 1 keeps all images.
+
+    Returns:
+        Indices of the images, in rising order.
+
+    Raises:
+        ValueError: The imbalance is below 1, or leaves a class without an image.
+    """
+    check_type('imbalance', float, imbalance)
+    valid = 1 <= imbalance < np.inf
+    check(valid, 'imbalance', imbalance, 'at least 1, the largest class over the smallest')
+    if imbalance == 1:
+        return np.arange(len(targets))
+    targets = np.asarray(targets)
+    sizes = np.bincount(targets)
+    # the same images in every run, whatever its seed
+    rng, kept = np.random.default_rng(0), []
+    for label, size in enumerate(sizes):
+        share = (1 / imbalance) ** (label / max(len(sizes) - 1, 1))
+        count = int(sizes.max() * share)
+        allowed = f'class {label} would keep none of its {size} images'
+        check(count > 0, 'imbalance', imbalance, allowed)
+        kept.append(rng.permutation(np.flatnonzero(targets == label))[:count])
+    return np.sort(np.concatenate(kept))
+
+
+def train_counts(targets: Targets, dev_size: int, imbalance: float) -> tuple[int, ...]:
+    """Images that training sees of each class.
+
+    Args:
+        targets: Class index of every training image.
+        dev_size: Number of images that are set aside, 0 for none.
+        imbalance: As `long_tail`.
+    """
+    split = 'train' if dev_size else 'trainval'
+    chosen = split_indices(targets, split, dev_size, imbalance)
+    return tuple(np.bincount(np.asarray(targets)[chosen]).tolist())

@@ -56,6 +56,7 @@ class Comparison:
         seeds: Each is a pair of any two rows.
         reference: Row that the others are compared with.
         metric: Name of the test metric.
+        also: Further numbers of the test for the table: names, or what stands after a layer's name.
         options: The budget: options of all rows.
         controls: Rows that a learned router has to beat, such as one that is frozen at random.
         start: What rows start from that say `{start}`.
@@ -69,6 +70,7 @@ class Comparison:
     seeds: tuple[int, ...]
     reference: str
     metric: str
+    also: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     start: Start | None = None
@@ -80,6 +82,10 @@ class Comparison:
                 raise ValueError(f'comparison {self.name}: {name} is empty')
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
+        if self.metric in self.also:
+            raise ValueError(
+                f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
+            )
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
         for row, options in self.rows.items():
@@ -150,6 +156,7 @@ def read_comparison(path: str) -> Comparison:
         seeds=tuple(given['seeds']),
         reference=given.get('reference', next(iter(rows), '')),
         metric=given['metric'],
+        also=tuple(given.get('also', ())),
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),
         start=_start(path, given['start']) if 'start' in given else None,

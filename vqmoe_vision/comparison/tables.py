@@ -24,7 +24,7 @@ def frame_of(comparison: Comparison, results: Results) -> pd.DataFrame:
         results: What is there of it.
 
     Raises:
-        ValueError: No run is there.
+        ValueError: No run is there, or none has a number that the comparison names.
     """
     by_row = _by_row(results)
     if not by_row:
@@ -42,11 +42,16 @@ def frame_of(comparison: Comparison, results: Results) -> pd.DataFrame:
         if row != comparison.reference
     }
     corrected = dict(zip(differences, holm([d.p for d in differences.values()]), strict=True))
-    frame = pd.DataFrame([_line(row, by_row[row], scores[row]) for row in rows], index=rows)
+    lines = [_line(by_row[row], scores[row]) | _also(comparison, by_row[row]) for row in rows]
+    frame = pd.DataFrame(lines, index=rows)
     for field in ('pairs', 'mean', 'low', 'high', 'p', 'std'):
         name = {'mean': 'difference', 'std': 'difference_std'}.get(field, field)
         frame[name] = [getattr(differences.get(row), field, math.nan) for row in rows]
     frame['p_holm'] = [corrected.get(row, math.nan) for row in rows]
+    for name in comparison.also:
+        if all(isinstance(value, list) and not value for value in frame[name]):
+            known = ', '.join(sorted(by_row[rows[0]][0]['test']))
+            raise ValueError(f'also: {name!r} is no number of the tests; those are {known}')
     if comparison.reference in rows:
         macs = frame.macs / frame.macs[comparison.reference]
         frame['unequal_compute'] = (macs - 1).abs() > UNEQUAL
@@ -105,6 +110,9 @@ def shown(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
         'unused experts': frame.unused_experts.map(_layers),
         'code perplexity': frame.code_perplexity.map(_layers),
     }
+    for name in comparison.also:
+        deviations = frame.get(f'{name}_std', pd.Series(math.nan, frame.index))
+        columns[name] = list(map(_mean, frame[name], deviations))
     if frame.hardware.nunique() > 1:
         del columns['minutes']  # times of different machines are not compared
     return pd.DataFrame(columns)
@@ -172,7 +180,19 @@ def _by_row(results: Results) -> dict[str, list[dict[str, Any]]]:
     return by_row
 
 
-def _line(row: str, contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str, Any]:
+def _also(comparison: Comparison, contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Further numbers of a row: mean and standard deviation, or means by layer."""
+    found: dict[str, Any] = {}
+    for name in comparison.also:
+        values = pd.Series([c['test'][name] for c in contents if name in c['test']], dtype=float)
+        if values.empty:
+            found[name] = layer_means(contents, name)
+        else:
+            found |= {name: values.mean(), f'{name}_std': values.std()}
+    return found
+
+
+def _line(contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str, Any]:
     first = contents[0]
     clock = 'cpu_minutes' if first['device'] == 'cpu' else 'minutes'
     values = pd.Series(scores)
@@ -209,6 +229,12 @@ def _interval(difference: float, low: float, high: float) -> str:
     if math.isnan(low):
         return f'{difference:+.2f}'
     return f'{difference:+.2f} ({low:+.2f} to {high:+.2f})'
+
+
+def _mean(value: float | list[float], deviation: float) -> str:
+    if isinstance(value, list):
+        return _layers(value)
+    return f'{value:.2f}' + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
 
 
 def _layers(values: list[float]) -> str:

@@ -7,6 +7,9 @@ Every codebook has, in float32 and with autocast off (VQ-VAE, arXiv 1711.00937):
     q = argmin_j |x - v_j|^2
     loss = codebook_scale * mean |sg[x] - v_q|^2 + commitment * mean |x - sg[v_q]|^2
 
+With `use_cosine_sim` x and v are of length one in all of this (ViT-VQGAN, arXiv 2110.04627): the
+nearest code is that of the largest cosine, and what is learned are directions.
+
 `forward` never changes a buffer: what a codebook learns without gradients it learns in `update`,
 from statistics of the forward passes before it. Learning inside forward would give wrong gradients,
 silently, under gradient checkpointing.
@@ -15,7 +18,7 @@ silently, under gradient checkpointing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +26,19 @@ from torch import Tensor, nn
 
 from .routing import full_precision
 
+NORM_EPS = 1e-4  # shorter vectors have no direction, and would have a gradient without bound
+
 
 @dataclass(frozen=True)
 class Quantized:
     """Answer of a codebook.
 
     Args:
-        codes: Nearest code of each token, (T, D) float32.
+        codes: Nearest code of each token, (T, D) float32; as long as the token with
+            `use_cosine_sim`.
         indices: Its index, (T,) int64 in [0, M).
         loss: 0-dim float32 tensor, unweighted.
-        error: Mean squared distance of tokens and codes per channel, 0-dim without gradient.
+        error: Mean squared distance of tokens and `codes` per channel, 0-dim without gradient.
     """
 
     codes: Tensor
@@ -65,8 +71,11 @@ class Codebook(nn.Module):
         num_codes: M.
         dim: D.
         commitment: Weight of the commitment term (beta).
+        use_cosine_sim: Compare tokens and codes by direction.
     """
 
+    # arguments beside the sizes, which are options of a method
+    OPTIONS: ClassVar[tuple[str, ...]] = ('commitment', 'use_cosine_sim')
     codebook_scale = 1.0
     embed: Tensor
 
@@ -75,11 +84,13 @@ class Codebook(nn.Module):
         num_codes: int,
         dim: int,
         commitment: float = 0.25,
+        use_cosine_sim: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_codes, self.dim, self.commitment = num_codes, dim, commitment
+        self.num_codes, self.dim = num_codes, dim
+        self.commitment, self.use_cosine_sim = commitment, use_cosine_sim
         self.factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self._create()
         self.init_weights()
@@ -91,9 +102,21 @@ class Codebook(nn.Module):
         """The paper's uniform start."""
         nn.init.uniform_(self.embed, -1 / self.num_codes, 1 / self.num_codes)
 
-    def codes(self) -> Tensor:
-        """Current codes, (M, D) float32."""
+    def _learned(self) -> Tensor:
+        """What is learned of the codes, (M, D) float32, of any length."""
         return self.embed.float()
+
+    def codes(self) -> Tensor:
+        """Current codes, (M, D) float32; of length one with `use_cosine_sim`."""
+        return self.compared(self._learned())
+
+    def compared(self, vectors: Tensor) -> Tensor:
+        """Tokens or codes as they are compared: of length one with `use_cosine_sim`.
+
+        Args:
+            vectors: (..., D) float32.
+        """
+        return F.normalize(vectors, dim=-1, eps=NORM_EPS) if self.use_cosine_sim else vectors
 
     def no_weight_decay(self) -> set[str]:
         """The codes: decay would pull them away from the tokens."""
@@ -103,15 +126,31 @@ class Codebook(nn.Module):
         """Quantize tokens (T, D)."""
         with full_precision(x):
             x = x.float()
-            codes = self.codes()
-            indices = nearest_code(x, codes)
+            compared, codes = self.compared(x), self.codes()
+            indices = nearest_code(compared, codes)
             # not codes[indices], whose backward is one thread's work: 12 ms at 8192 tokens, not 0.6
             chosen = codes.index_select(0, indices)
-            error = _mean_squared(x, chosen.detach())
+            error = _mean_squared(compared, chosen.detach())
             loss = self.commitment * error
             if self.codebook_scale > 0:
-                loss = loss + self.codebook_scale * _mean_squared(chosen, x.detach())
+                loss = loss + self.codebook_scale * _mean_squared(chosen, compared.detach())
+            if self.use_cosine_sim:
+                chosen = self.as_long_as(x, chosen)
+                error = _mean_squared(x, chosen)
         return Quantized(chosen, indices, loss, error.detach())
+
+    def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:
+        """What stands for tokens: their codes, with `use_cosine_sim` at the tokens' length.
+
+        A token has a direction and a length, of which the codebook quantizes the first.
+
+        Args:
+            x: (..., D) float32 tokens.
+            codes: (..., D) float32, the code of each.
+        """
+        if not self.use_cosine_sim:
+            return codes
+        return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
 
     def observe(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """Keep what the next `update` needs to know of a forward pass; here, nothing.
@@ -133,8 +172,9 @@ class Codebook(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        return f'num_codes={self.num_codes}, dim={self.dim}, commitment={self.commitment}'
+        """Sizes and options, for print(model)."""
+        options = ', '.join(f'{name}={getattr(self, name)}' for name in self.OPTIONS)
+        return f'num_codes={self.num_codes}, dim={self.dim}, {options}'
 
 
 def _mean_squared(a: Tensor, b: Tensor) -> Tensor:

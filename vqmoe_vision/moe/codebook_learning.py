@@ -1,78 +1,64 @@
 """Codebooks that do not collapse, or collapse less, and all of them by name.
 
-Legend: T tokens, D width, M codes, S sampled tokens.
+Legend: T tokens, D width, M codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook, nearest_code
+from .codebook import Codebook
+from .codebook_sample import anchor_probabilities, kmeans
 from .codebook_usage import CodeUsage, code_usage
-
-KMEANS_ITERATIONS = 10
-DEAD_SHARE = 0.01  # a code is dead below this share of even usage
-
-
-@torch.no_grad()
-def kmeans(sample: Tensor, num_codes: int) -> Tensor:
-    """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample.
-
-    A cluster that loses all members keeps its mean. With fewer distinct tokens than codes some
-    codes repeat.
-
-    Args:
-        sample: (S, D) float32.
-        num_codes: M.
-
-    Returns:
-        (M, D).
-    """
-    # a generator of its own: starting a codebook leaves the user's random stream alone
-    generator = torch.Generator().manual_seed(0)
-    codes = sample[:1]
-    for _ in range(num_codes - 1):
-        distance = torch.cdist(sample, codes).min(dim=1).values.cpu()
-        # over the largest: squares of large distances have no finite sum
-        weights = (distance / distance.max().clamp(min=1e-30)).square() + 1e-12
-        pick = torch.multinomial(weights, 1, generator=generator)
-        codes = torch.cat([codes, sample[pick.to(sample.device)]])
-    for _ in range(KMEANS_ITERATIONS):
-        members = F.one_hot(nearest_code(sample, codes), num_codes).to(sample.dtype)
-        counts = members.sum(dim=0)[:, None]
-        codes = torch.where(counts > 0, members.t() @ sample / counts.clamp(min=1), codes)
-    return codes
-
-
-def anchor_probabilities(codes: Tensor, sample: Tensor) -> Tensor:
-    """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2).
-
-    Args:
-        codes: (M, D) float32.
-        sample: (S, D) float32.
-
-    Returns:
-        (M, S), rows sum to 1.
-    """
-    return torch.cdist(codes, sample).square().neg().softmax(dim=1)
 
 
 class GradientCodebook(Codebook):
     """Codes learned by gradient, with a k-means start and replacement of dead codes.
 
-    Usage is a moving average of decay 0.99; a code below 1 % of even usage takes the place of a
-    random token and starts again at even usage, so that it is not replaced before it had a chance.
+    Usage is a moving average; a dead code takes the place of a random token and starts again at
+    even usage, so that it is not replaced before it had a chance.
+
+    Args:
+        num_codes: M.
+        dim: D.
+        commitment: Weight of the commitment term (beta).
+        use_cosine_sim: Compare tokens and codes by direction.
+        ema_decay: Decay of all moving averages.
+        ema_decay_warmup: Let the n-th update, from 0, have min(ema_decay, (1 + n) / (10 + n)):
+            averages forget their start at once, and follow tokens that move fast at first. As
+            TensorFlow's ExponentialMovingAverage with `num_updates`.
+        dead_code_threshold: Share of even usage below which a code is dead; 0 for never.
     """
 
-    decay = 0.99
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        *Codebook.OPTIONS,
+        'ema_decay',
+        'ema_decay_warmup',
+        'dead_code_threshold',
+    )
     _pending: CodeUsage | None = None
     usage: Tensor
     started: Tensor
     updates: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        commitment: float = 0.25,
+        use_cosine_sim: bool = False,
+        ema_decay: float = 0.99,
+        ema_decay_warmup: bool = False,
+        dead_code_threshold: float = 0.01,
+        **factory: Any,
+    ) -> None:
+        super().__init__(num_codes, dim, commitment, use_cosine_sim, **factory)
+        self.ema_decay, self.ema_decay_warmup = ema_decay, ema_decay_warmup
+        self.dead_code_threshold = dead_code_threshold
 
     def _create(self) -> None:
         super()._create()
@@ -107,7 +93,9 @@ class GradientCodebook(Codebook):
         """
         before = self._pending
         number = 0 if before is None else before.num_passes
-        seen = code_usage(x.detach().float(), indices, self.num_codes, self.updates, number)
+        x = x.detach().float()
+        cosine = self.use_cosine_sim
+        seen = code_usage(x, indices, self.num_codes, self.updates, number, cosine)
         self._pending = seen if before is None else before.merged(seen)
         return x.shape[0] - seen.num_tokens
 
@@ -141,13 +129,17 @@ class GradientCodebook(Codebook):
     def _learn(self, usage: CodeUsage) -> bool:
         self.updates += 1
         if not bool(self.started):
-            self._start(kmeans(usage.sample, self.num_codes))
+            self._start(kmeans(usage.sample, self.num_codes, self.use_cosine_sim))
             return True
         self._average(self.usage, usage.counts / usage.num_tokens)
         return self._move(usage) | self._replace_dead(usage.sample)
 
     def _average(self, average: Tensor, value: Tensor) -> None:
-        average.lerp_(value.to(average.dtype), 1 - self.decay)
+        decay = self.ema_decay
+        if self.ema_decay_warmup:
+            before = int(self.updates) - 1
+            decay = min(decay, (1 + before) / (10 + before))
+        average.lerp_(value.to(average.dtype), 1 - decay)
 
     def _start(self, codes: Tensor) -> None:
         self.embed.copy_(codes)
@@ -158,7 +150,7 @@ class GradientCodebook(Codebook):
         return False
 
     def _replace_dead(self, sample: Tensor) -> bool:
-        dead = self.usage * self.num_codes < DEAD_SHARE
+        dead = self.usage * self.num_codes < self.dead_code_threshold
         num_dead = int(dead.sum())
         if num_dead == 0:
             return False
@@ -178,7 +170,7 @@ class GradientCodebook(Codebook):
 class EmaCodebook(GradientCodebook):
     """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1).
 
-    With counts n_k and token sums m_k of an update, both averaged with decay 0.99:
+    With counts n_k and token sums m_k of an update, both averaged with `ema_decay`:
     v_k = m_k / n~_k, n~_k = (n_k + eps) / (sum n + M eps) * sum n, where eps = 1e-5 of a token. The
     averages are kept as shares of the tokens, so that updates of different size count alike. There
     is no codebook loss. Starts and replaces dead codes as `GradientCodebook` does.
@@ -239,7 +231,7 @@ class SimVQCodebook(Codebook):
         nn.init.normal_(self.frozen_embed, std=self.dim**-0.5)
         self.project.reset_parameters()
 
-    def codes(self) -> Tensor:
+    def _learned(self) -> Tensor:
         """Projected codes, (M, D) float32."""
         weight, bias = self.project.weight.float(), self.project.bias.float()
         return F.linear(self.frozen_embed.float(), weight, bias)
@@ -252,13 +244,17 @@ class SimVQCodebook(Codebook):
 class CVQCodebook(GradientCodebook):
     """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors.
 
-    Usage starts at zero and is averaged with decay 0.99. Code k moves by
-    alpha_k = exp(-10 usage_k M / (1 - decay) - 0.001) towards an anchor, a token drawn with
+    Usage starts at zero and is averaged with `ema_decay`. Code k moves by
+    alpha_k = exp(-10 usage_k M / (1 - ema_decay) - 0.001) towards an anchor, a token drawn with
     probability softmax(-distance^2) ('probrandom'): fully if never used, not measurably if used.
 
     Where we differ: tokens and codes are compared by Euclidean distance, as in all codebooks here;
-    the authors' code does so as an option, its default is the cosine.
+    the authors' code does so as an option. Its default is the cosine, but leaves codes and anchors
+    as long as they are, where `use_cosine_sim` makes them of length one.
     """
+
+    # no code is dead: what is not used moves
+    OPTIONS = tuple(n for n in GradientCodebook.OPTIONS if n != 'dead_code_threshold')
 
     def init_weights(self) -> None:
         """The uniform start; zero usage, so that all codes move to tokens at once."""
@@ -268,13 +264,13 @@ class CVQCodebook(GradientCodebook):
     def _learn(self, usage: CodeUsage) -> bool:
         self.updates += 1
         self._average(self.usage, usage.counts / usage.num_tokens)
-        rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.decay) - 1e-3)
+        rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.ema_decay) - 1e-3)
         generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
         sample = usage.sample
         probabilities = anchor_probabilities(self.codes(), sample).cpu()
         picks = torch.multinomial(probabilities, 1, generator=generator)
         anchors = sample[picks.squeeze(1).to(sample.device)]
-        self.embed.lerp_(anchors.to(self.embed.dtype), rate[:, None].to(self.embed.dtype))
+        self.embed.copy_(self.codes().lerp(anchors, rate[:, None]))
         return True
 
 

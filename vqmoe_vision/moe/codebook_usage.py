@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from .codebook import NORM_EPS
 
 SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
 
@@ -70,7 +73,12 @@ class CodeUsage:
 
 
 def code_usage(
-    x: Tensor, indices: Tensor, num_codes: int, updates: Tensor, pass_number: int
+    x: Tensor,
+    indices: Tensor,
+    num_codes: int,
+    updates: Tensor,
+    pass_number: int,
+    cosine: bool = False,
 ) -> CodeUsage:
     """Usage in one forward pass, by tokens whose square is finite.
 
@@ -80,9 +88,12 @@ def code_usage(
         num_codes: M.
         updates: How often the codebook has learned, 0-dim int64.
         pass_number: How many passes are in the usage that this one will be merged with.
+        cosine: Of directions: tokens are made of length one.
     """
     usable = torch.linalg.vecdot(x, x).isfinite()
     x = x.masked_fill(~usable[:, None], 0)
+    if cosine:
+        x = F.normalize(x, dim=1, eps=NORM_EPS)
     counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
     sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
     keys = _random_keys(usable, updates, pass_number).masked_fill(~usable, torch.inf)

@@ -34,7 +34,11 @@ def naive(layer, x):
             branches.append(weight * expert(layer, best, token))
         if config.form != 'continuous':
             codes = layer.quantizer.codebook.codes()
-            q = int((codes - token).square().sum(dim=1).argmin())
+            if config.use_cosine_sim:
+                q = int((codes @ token).argmax())
+                codes = codes * token.norm()
+            else:
+                q = int((codes - token).square().sum(dim=1).argmin())
             read = {
                 'token': token,
                 'ste': codes[q],
@@ -80,6 +84,8 @@ def test_output_of_the_continuous_form_is_the_equations(make_layer):
         {'input_norm': False},
         {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
         *({'codebook': name} for name in CODEBOOKS),
+        *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
+        {'rotation_trick': True, 'code_share': SHARE},
     ],
     ids=str,
 )
@@ -317,6 +323,19 @@ def test_statistics(make_layer):
     actual = {name.removeprefix('layer/'): value for name, value in collected.stats.items()}
     torch.testing.assert_close(actual, expected)
     assert not any(value.requires_grad for value in collected.stats.values())
+
+
+def test_the_quantization_error_of_directions_is_of_the_tokens_energy(make_layer):
+    # the only code is at a cosine of 0.6 to all tokens: |x - |x| v|^2 = |x|^2 (1 + 1 - 2 * 0.6) is
+    # 0.8 of the energy at every length
+    net = make_layer('vqmoe', num_experts=1, use_cosine_sim=True)
+    with torch.no_grad():
+        net.layer.quantizer.codebook.embed.copy_(torch.eye(D)[:1])
+    x = torch.zeros(1, 3, D)
+    x[..., 0], x[..., 1] = 0.6, 0.8
+    with collect_losses(net, update_state=False) as collected:
+        net(x * torch.tensor([0.1, 1.0, 10.0])[:, None])
+    assert collected.summary()['layer/quantization_error'] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize('form', ['full', 'discrete'])

@@ -9,6 +9,9 @@ c = `code_share`:
     'token'     x                   'mix' with c = 0: the code is only an index
     'official'  (1 - 2c) x + c v    the value and gradient (1 - c) of the authors' code
 
+These gradients are straight through the code: as if v were x. With `rotation_trick` (arXiv
+2410.06424) v has the gradient of x turned onto it, see `moe/rotation.py`.
+
 Legend: T tokens, D width, M codes.
 """
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook import Codebook, Quantized
+from ..rotation import rotate_to
 from ..routing import expert_load
 
 EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
@@ -32,18 +36,25 @@ class Quantizer(nn.Module):
         norm: Between code and expert.
         reading: What the expert is fed, one of `EXPERT_INPUTS`.
         code_share: c, where the reading leaves it open.
+        rotation_trick: Gradients by rotation in place of straight through.
     """
 
     codebook: Codebook
 
     def __init__(
-        self, codebook: Codebook, norm: nn.Module, reading: str, code_share: float
+        self,
+        codebook: Codebook,
+        norm: nn.Module,
+        reading: str,
+        code_share: float,
+        rotation_trick: bool = False,
     ) -> None:
         super().__init__()
         self.codebook = codebook
         self.norm = norm
         self.reading = reading
         self.code_share = FIXED_SHARES.get(reading, code_share)
+        self.rotation_trick = rotation_trick
 
     def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
         """Quantize tokens.
@@ -68,6 +79,9 @@ class Quantizer(nn.Module):
         share = self.code_share
         if share == 0:
             return x
+        if self.rotation_trick:
+            of_token = 1 - 2 * share if self.reading == 'official' else 1 - share
+            return torch.add(of_token * x, rotate_to(x, code.detach()), alpha=share)
         kept = (1 - share) * x if self.reading == 'official' else x
         return torch.add(kept, (code - x).detach(), alpha=share)
 

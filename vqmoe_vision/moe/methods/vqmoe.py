@@ -35,7 +35,7 @@ Legend: T tokens, D width, E experts, M codes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -43,13 +43,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..branches import Branch, branch_statistics, run_branches
-from ..codebook_learning import CODEBOOKS
 from ..config import MoeConfig, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import Decisions, MoeLayer
 from ..losses import token_mean
 from ..routing import full_precision
+from ._codebook_config import CodebookConfig
 from ._continuous_router import ContinuousRouter
 from ._quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
 
@@ -57,19 +57,16 @@ FORMS = ('full', 'discrete', 'continuous')
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQMoEConfig(MoeConfig):
-    """Options of VQMoE.
+class VQMoEConfig(CodebookConfig):
+    """Options of VQMoE, beside those of its codebook.
 
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        codebook: 'ema', 'gradient' (both with a data-dependent start and replacement of dead
-            codes), 'plain' (the paper's), 'simvq' or 'cvq' (which the authors name for unbalanced
-            data).
-        commitment: beta of (6).
         vq_weight: alpha of (6).
         expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
         code_share: c of 'mix' and 'official'.
+        rotation_trick: Gradients through the code by rotation in place of straight through.
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
         balance_weight: Weight of the router's balance loss.
@@ -92,10 +89,27 @@ class VQMoEConfig(MoeConfig):
     }
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'discrete': {'form': 'discrete', 'commitment': 0.5, 'code_share': 0.3},
+        'discrete': {
+            'form': 'discrete',
+            'commitment': 0.5,
+            'code_share': 0.3,
+            'use_cosine_sim': True,
+        },
         'continuous': {'form': 'continuous'},
-        'gradient': {'codebook': 'gradient', 'num_codes': 48, 'input_norm': False},
-        'simvq': {'codebook': 'simvq', 'expert_input': 'ste', 'vq_weight': 0.5},
+        'gradient': {
+            'codebook': 'gradient',
+            'num_codes': 48,
+            'input_norm': False,
+            'ema_decay': 0.9,
+            'ema_decay_warmup': True,
+            'dead_code_threshold': 0.1,
+        },
+        'simvq': {
+            'codebook': 'simvq',
+            'expert_input': 'ste',
+            'vq_weight': 0.5,
+            'rotation_trick': True,
+        },
         'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
     }
 
@@ -113,11 +127,10 @@ class VQMoEConfig(MoeConfig):
 
     form: str = 'full'
     num_codes: int | None = None
-    codebook: str = 'ema'
-    commitment: float = 0.25
     vq_weight: float = 0.08
     expert_input: str = 'mix'
     code_share: float = 0.05
+    rotation_trick: bool = False
     input_norm: bool = True
     output_norm: bool = False
     balance_weight: float = 0.01
@@ -126,11 +139,10 @@ class VQMoEConfig(MoeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require('form', self.form in FORMS, f'one of {FORMS}')
-        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
         inputs = self.expert_input
         self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
         self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
-        check_weights(self, 'commitment', 'vq_weight', 'balance_weight')
+        check_weights(self, 'vq_weight', 'balance_weight')
         codes = self.num_codes
         valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
         multiple = f'a positive multiple of num_experts={self.num_experts}'
@@ -140,17 +152,20 @@ class VQMoEConfig(MoeConfig):
 
     def unused(self) -> dict[str, str]:
         """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
-        unused: dict[str, str] = {}
+        unused = super().unused()
         if self.vq_weight == 0:
             unused['commitment'] = 'vq_weight=0'
         if self.expert_input in FIXED_SHARES:
             unused['code_share'] = f'expert_input={self.expert_input!r}'
+        if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
+            unused['rotation_trick'] = 'experts that are fed the token alone'
         if self.form == 'discrete':
             unused |= dict.fromkeys(('balance_weight', 'train_router'), "form='discrete'")
         if self.form == 'continuous':
-            discrete = ('num_codes', 'codebook', 'commitment', 'vq_weight', 'expert_input')
-            names = (*discrete, 'code_share', 'input_norm', 'output_norm')
-            unused |= dict.fromkeys(names, "form='continuous'")
+            own = {field.name for field in fields(VQMoEConfig)}
+            shared = {field.name for field in fields(MoeConfig)}
+            kept = {'form', 'balance_weight', 'train_router'}
+            unused |= dict.fromkeys(sorted(own - shared - kept), "form='continuous'")
         return unused
 
 
@@ -267,9 +282,9 @@ def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> Continuous
 
 def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
     num_codes = config.num_codes or config.num_experts
-    codebook = CODEBOOKS[config.codebook](num_codes, in_features, config.commitment, **factory)
+    codebook = config.build_codebook(num_codes, in_features, **factory)
     norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-    return Quantizer(codebook, norm, config.expert_input, config.code_share)
+    return Quantizer(codebook, norm, config.expert_input, config.code_share, config.rotation_trick)
 
 
 def build(

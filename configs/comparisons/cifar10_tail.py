@@ -1,0 +1,23 @@
+# Codebooks on a long tail: six epochs of CIFAR-10-LT at imbalance 100 on a CPU. docs/compare.md
+config = 'configs/classification/cifar10_budget.py'
+metric = 'accuracy/top1'
+also = ['accuracy/head', 'accuracy/medium', 'accuracy/tail', 'code_usage_unused']
+reference = 'ema'
+seeds = [1, 2, 3, 4, 5]
+rows = dict(
+    ema='vqmoe',
+    ema_warmup='vqmoe model.moe.ema_decay_warmup=True',
+    cosine='vqmoe model.moe.use_cosine_sim=True',
+    gradient='vqmoe model.moe.codebook=gradient',
+    cvq='vqmoe model.moe.codebook=cvq',
+    simvq='vqmoe model.moe.codebook=simvq',
+    plain='vqmoe model.moe.codebook=plain',
+    # the code itself is fed to the expert: how its gradient is made decides most there
+    ste='vqmoe model.moe.expert_input=ste',
+    rotation='vqmoe model.moe.expert_input=ste model.moe.rotation_trick=True',
+)
+options = [
+    'train_dataloader.dataset.imbalance=100',
+    'val_dataloader.dataset.imbalance=100',
+    'test_dataloader.dataset.imbalance=100',
+]

@@ -1,0 +1,177 @@
+"""A long tail of the training images, and accuracies by how often training sees a class."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS
+from PIL import Image
+
+from vqmoe_vision.classification.datasets import _part
+from vqmoe_vision.classification.evaluation import thirds
+from vqmoe_vision.classification.splits import SPLITS, long_tail, split_indices
+
+TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
+
+
+def counts_of(dataset: Any) -> list[int]:
+    return np.bincount([target for _, target in dataset]).tolist()
+
+
+def test_cifar10_lt_has_the_published_sizes() -> None:
+    # 5000 * 100^(-c / 9), rounded down, as LDAM-DRW's IMBALANCECIFAR10: 12,406 images
+    targets = np.arange(50_000) % 10
+    kept = targets[long_tail(targets, 100)]
+    expected = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert np.bincount(kept).tolist() == expected and len(kept) == 12_406
+
+
+def test_the_images_that_are_kept_are_always_the_same_and_drawn() -> None:
+    targets = np.arange(3000) % 3
+    np.random.seed(1)
+    first = long_tail(targets, 10)
+    np.random.seed(2)
+    assert np.array_equal(first, long_tail(targets.tolist(), 10))
+    assert np.array_equal(first, np.sort(first))
+    # of what a smaller imbalance keeps
+    assert set(first) < set(long_tail(targets, 5))
+    # not the first of a folder: the last class keeps 100 of 1000, whose mean is 1500 +- 82
+    assert abs(first[targets[first] == 2].mean() - 1500) < 330
+
+
+def test_a_class_with_fewer_images_keeps_them() -> None:
+    # 100 * (1, 1/2, 1/4), of which the second has 30
+    targets = [0] * 100 + [1] * 30 + [2] * 60
+    assert np.bincount(np.array(targets)[long_tail(targets, 4)]).tolist() == [100, 30, 25]
+
+
+@pytest.mark.parametrize('imbalance', [0.5, 0, -1, math.nan, math.inf, 'x', True, None])
+def test_an_impossible_imbalance(imbalance: Any) -> None:
+    with pytest.raises(ValueError, match=r'^imbalance='):
+        long_tail([0, 1] * 50, imbalance)
+
+
+def test_a_class_that_would_be_empty() -> None:
+    with pytest.raises(ValueError, match=r'^imbalance=100 is not possible: class 1 .* 9 images$'):
+        long_tail([0, 1, 2] * 9, 100)
+
+
+def test_dev_is_that_of_the_whole_and_train_a_part() -> None:
+    targets = [0, 1, 2] * 100
+    dev = split_indices(targets, 'dev', 30, 10)
+    assert dev == split_indices(targets, 'dev', 30)
+    train = split_indices(targets, 'train', 30, 10)
+    # 90 of each are left: 90 * (1, 0.316, 0.1)
+    assert np.bincount(np.array(targets)[train]).tolist() == [90, 28, 9]
+    assert set(train) < set(split_indices(targets, 'train', 30))
+    both = split_indices(targets, 'trainval', 30, 10)
+    assert np.bincount(np.array(targets)[both]).tolist() == [100, 31, 10]
+
+
+@pytest.mark.parametrize('in_memory', [False, True])
+@pytest.mark.parametrize('dev_size', [0, 6])
+def test_class_folders(tmp_path: Path, in_memory: bool, dev_size: int) -> None:
+    for part, count in (('train', 10), ('test', 4)):
+        for name in ('ant', 'bee', 'cat'):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new('RGB', (8, 8)).save(tmp_path / part / name / f'{i}.png')
+    # 10, or 8 without dev, times (1, 1/2, 1/4)
+    long, dev = ([10, 5, 2], []) if dev_size == 0 else ([8, 4, 2], [2, 2, 2])
+    sizes = {
+        'train': long,
+        'test': [4, 4, 4],
+        **({'dev': dev, 'trainval': [10, 5, 2]} if dev else {}),
+    }
+    for split, expected in sizes.items():
+        dataset = DATASETS.build(
+            dict(
+                type='class_folder',
+                data_root=str(tmp_path),
+                split=split,
+                transform=TO_TENSOR,
+                in_memory=in_memory,
+                dev_size=dev_size,
+                imbalance=4,
+            )
+        )
+        assert counts_of(dataset) == expected
+        assert dataset.metainfo['train_counts'] == tuple(long)
+
+
+def test_digits() -> None:
+    for split, size in (('train', None), ('dev', 180), ('test', 360)):
+        dataset = DATASETS.build(
+            dict(type='digits', split=split, transform=TO_TENSOR, imbalance=20)
+        )
+        counts = dataset.metainfo['train_counts']
+        # 128 is the most that a digit has
+        assert counts[0] in range(120, 129) and counts[-1] == 6
+        assert counts_of(dataset) == list(counts) if size is None else len(dataset) == size
+
+
+class Archive(list):
+    """What torchvision reads of an archive: pairs, and all targets."""
+
+    def __init__(self, targets: list[int]) -> None:
+        super().__init__((Image.new('RGB', (8, 8)), target) for target in targets)
+        self.targets, self.classes = targets, ['ant', 'bee', 'cat']
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_archives(split: str) -> None:
+    def read(train: bool) -> Archive:
+        return Archive([0, 1, 2] * (10 if train else 4))
+
+    dataset = _part(read, 'targets', split, TO_TENSOR, dev_size=6, imbalance=4)
+    expected = {'train': [8, 4, 2], 'dev': [2] * 3, 'trainval': [10, 5, 2], 'test': [4] * 3}
+    assert counts_of(dataset) == expected[split]
+    assert dataset.metainfo == {'classes': ('ant', 'bee', 'cat'), 'train_counts': (8, 4, 2)}
+    assert 'train_counts' not in _part(read, 'targets', split, TO_TENSOR, 6, 1).metainfo
+
+
+# --- accuracies
+
+
+def test_thirds_of_classes_by_frequency() -> None:
+    assert thirds([10, 50, 30, 20, 40]) == {'head': [1, 4], 'medium': [2], 'tail': [3, 0]}
+    parts = thirds(range(10, 0, -1))
+    assert parts == {'head': [0, 1, 2], 'medium': [3, 4, 5, 6], 'tail': [7, 8, 9]}
+    assert [len(part) for part in thirds([1] * 100).values()] == [33, 34, 33]
+    assert thirds([5, 9]) == {'head': [1], 'medium': [], 'tail': [0]}
+
+
+def test_accuracies_by_frequency_by_hand() -> None:
+    # from the most frequent in training on: class 2 has 2 of 2 images right, class 0 has 1 of 4,
+    # class 1 has 0 of 1
+    targets = torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    chosen = torch.tensor([0, 1, 1, 2, 0, 2, 2])
+    evaluator = Evaluator(dict(type='Accuracy', topk=(3,)))
+    evaluator.dataset_meta = {'train_counts': (20, 10, 30)}
+    logits = torch.nn.functional.one_hot(chosen, 3).float()
+    evaluator.process(data_samples=list(logits), data_batch=[None, targets])
+    found = evaluator.evaluate(7)
+    assert found == {
+        'accuracy/top3': 100.0,  # the others are of the best one, whatever k is
+        'accuracy/balanced': pytest.approx((25 + 0 + 100) / 3),
+        'accuracy/head': 100.0,
+        'accuracy/medium': 25.0,
+        'accuracy/tail': 0.0,
+    }
+
+
+def test_a_third_without_a_tested_class_is_left_out() -> None:
+    evaluator = Evaluator(dict(type='Accuracy', topk=(1,)))
+    evaluator.dataset_meta = {'train_counts': (30, 20, 10)}
+    evaluator.process(
+        data_samples=[torch.tensor([0.0, 1.0, 0.0])], data_batch=[None, torch.tensor([1])]
+    )
+    assert evaluator.evaluate(1) == {
+        'accuracy/top1': 100.0,
+        'accuracy/balanced': 100.0,
+        'accuracy/medium': 100.0,
+    }

@@ -1,0 +1,278 @@
+"""Options of codebooks: directions, averages that start fast, dead codes; and another library."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientCodebook
+from vqmoe_vision.moe.codebook_sample import kmeans
+from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
+
+M, D = 6, 8
+every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
+AVERAGED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, GradientCodebook)]
+
+
+def make(name: str, codes: Tensor, **options: float) -> Codebook:
+    """Codebook with these codes, past its start if it has one."""
+    book = CODEBOOKS[name](*codes.shape, **options)
+    with torch.no_grad():
+        if name == 'simvq':
+            book.project.weight.copy_(torch.eye(codes.shape[1]))
+            book.project.bias.zero_()
+            book.frozen_embed.copy_(codes)
+        elif name in ('ema', 'gradient'):
+            book._start(codes)
+        else:
+            book.embed.copy_(codes)
+    return book
+
+
+def learn(book: Codebook, x: Tensor, indices: Tensor | None = None) -> None:
+    book.observe(x, book(x).indices if indices is None else indices)
+    book.update()
+
+
+# --- directions
+
+
+@every_codebook
+def test_the_largest_cosine_wins_known_answer(name: str) -> None:
+    # token (3, 4), codes (4, 0) and (0, 20): the first is nearer, 1 + 16 < 9 + 256, but the cosines
+    # are 0.6 and 0.8. Of length one (0.6, 0.8) and (0, 1): mean square (0.36 + 0.04) / 2 = 0.2,
+    # both terms 0.2 * 1.25 = 0.25, without the codebook term 0.2 * 0.25 = 0.05. At the token's
+    # length 5 the code is (0, 5), and its error (9 + 1) / 2 = 5
+    book = make(name, torch.tensor([[4.0, 0.0], [0.0, 20.0]]), use_cosine_sim=True)
+    quantized = book(torch.tensor([[3.0, 4.0]]))
+    assert quantized.indices.tolist() == [1]
+    torch.testing.assert_close(quantized.codes, torch.tensor([[0.0, 5.0]]))
+    torch.testing.assert_close(quantized.loss.item(), 0.05 if name == 'ema' else 0.25)
+    torch.testing.assert_close(quantized.error.item(), 5.0)
+
+
+@every_codebook
+def test_the_length_of_a_token_decides_nothing_and_has_no_gradient(name: str) -> None:
+    book = make(name, torch.randn(M, D), use_cosine_sim=True)
+    x = torch.randn(20, D).requires_grad_()
+    lengths = 10 ** torch.linspace(-2, 2, 20)[:, None]
+    found, longer = book(x), book(lengths * x)
+    assert torch.equal(found.indices, longer.indices)
+    torch.testing.assert_close(found.loss, longer.loss)
+    found.loss.backward()
+    assert x.grad is not None and x.grad.abs().max() > 1e-3
+    # rounding errors of 8 products of size 0.1
+    torch.testing.assert_close((x.grad * x).sum(dim=1), torch.zeros(20), rtol=0, atol=1e-6)
+
+
+@every_codebook
+def test_a_token_without_a_direction_has_a_finite_gradient(name: str) -> None:
+    book, x = make(name, torch.randn(M, D), use_cosine_sim=True), torch.zeros(2, D).requires_grad_()
+    book(x).loss.backward()
+    # at most 1 / NORM_EPS
+    assert x.grad is not None and x.grad.abs().max() < 1e4
+
+
+def directions(num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokens of very different length around M directions, and these."""
+    centres = torch.eye(D)[:M]
+    lengths = 10 ** torch.linspace(-1, 1, num_tokens)[:, None]
+    tokens = centres[torch.arange(num_tokens) % M] + 0.01 * torch.randn(num_tokens, D)
+    return lengths * tokens, centres
+
+
+@pytest.mark.parametrize('name', ['ema', 'gradient'])
+def test_a_start_by_directions_finds_them(name: str) -> None:
+    book = CODEBOOKS[name](M, D, use_cosine_sim=True)
+    x, centres = directions(120)
+    learn(book, x)
+    distance, owner = torch.cdist(centres, book.codes()).min(dim=1)
+    assert sorted(owner.tolist()) == list(range(M))
+    assert distance.max() < 0.02  # as `test_kmeans_finds_separated_clusters`
+    # the mean of a cluster is 8 * 0.01^2 / 2 = 4e-4 shorter
+    torch.testing.assert_close(book.embed.norm(dim=1), torch.ones(M), rtol=0, atol=1e-5)
+    # ten more updates keep them there: sums are of directions too
+    for _ in range(10):
+        learn(book, x)
+    assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
+def test_kmeans_of_directions_gives_directions() -> None:
+    sample = torch.nn.functional.normalize(torch.randn(100, D), dim=1)
+    assert kmeans(sample, M).norm(dim=1).max() < 0.95  # a mean lies inside the sphere
+    torch.testing.assert_close(kmeans(sample, M, cosine=True).norm(dim=1), torch.ones(M))
+
+
+def test_cvq_moves_directions_to_directions() -> None:
+    # unused codes go 0.999 of the way to the only token's direction, whatever its length
+    book = make('cvq', torch.eye(D)[:M] * 7, use_cosine_sim=True)
+    x = 100 * torch.eye(D)[:1].expand(10, D)
+    learn(book, x)
+    torch.testing.assert_close(book.codes(), torch.eye(D)[:1].expand(M, D), rtol=0, atol=2e-3)
+    assert book.embed.norm(dim=1).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize('name', AVERAGED)
+@pytest.mark.parametrize('bad', [math.nan, math.inf, 3e38])
+def test_a_token_that_is_not_finite_has_no_direction(name: str, bad: float) -> None:
+    # 3e38 is finite, but the length of the token is not: divided by it, it would be zero
+    book, clean = (make(name, torch.eye(D)[:M], use_cosine_sim=True) for _ in range(2))
+    x = torch.randn(60, D)
+    indices = torch.arange(61) % M
+    assert book.observe(torch.cat([x, torch.full((1, D), bad)]), indices) == 1
+    book.update()
+    learn(clean, x, indices[:60])
+    torch.testing.assert_close(book.usage, clean.usage)
+    assert book.codes().isfinite().all()
+
+
+# --- averages that start fast
+
+
+@pytest.mark.parametrize('name', AVERAGED)
+@pytest.mark.parametrize('most', [0.99, 0.2])
+def test_decays_of_the_warm_up(name: str, most: float) -> None:
+    # (1 + n) / (10 + n): 2/11, 3/12, 4/13 of averages 1, 2, 3, the start being number 0, or 0.2
+    # where that is less; CVQ has no start, and 1/10 for number 0
+    options = {} if name == 'cvq' else {'dead_code_threshold': 0.0}
+    book = CODEBOOKS[name](M, D, ema_decay=most, ema_decay_warmup=True, **options)
+    decays = [1 / 10, 2 / 11, 3 / 12, 4 / 13]
+    usage = torch.zeros(M)
+    for number, decay in enumerate(decays):
+        indices = torch.arange(12) % (number + 1)
+        learn(book, torch.randn(12, D), indices)
+        if number == 0 and name != 'cvq':
+            usage.fill_(1 / M)
+            continue
+        share = torch.bincount(indices, minlength=M) / 12
+        usage = min(decay, most) * usage + (1 - min(decay, most)) * share
+        torch.testing.assert_close(book.usage, usage)
+
+
+def test_a_warm_up_goes_on_where_a_checkpoint_left_it() -> None:
+    book, other = (EmaCodebook(M, D, ema_decay_warmup=True) for _ in range(2))
+    for _ in range(3):
+        learn(book, torch.randn(50, D))
+    other.load_state_dict(book.state_dict())
+    x = torch.randn(50, D)
+    learn(book, x)
+    learn(other, x)
+    assert torch.equal(book.codes(), other.codes())
+
+
+@pytest.mark.parametrize('name', ['ema', 'gradient'])
+def test_a_warm_up_replaces_an_unused_code_after_four_averages(name: str) -> None:
+    # 2/11 * 3/12 * 4/13 = 0.0140 of even usage, times 5/14 = 0.0050 < 1 %; without, after 459
+    book = CODEBOOKS[name](M, D, ema_decay_warmup=True)
+    x = torch.randn(10, D)
+    indices = torch.arange(10) % (M - 1)
+    learn(book, x)
+    for left in (1, 2 / 11, 1 / 22, 2 / 143):
+        assert (book.usage[M - 1] * M).item() == pytest.approx(left)
+        learn(book, x, indices)
+    torch.testing.assert_close(book.usage[M - 1], torch.tensor(1 / M))
+    assert (book.codes()[M - 1] == x).all(dim=1).any()
+
+
+# --- dead codes
+
+
+@pytest.mark.parametrize('name', ['ema', 'gradient'])
+@pytest.mark.parametrize(('threshold', 'replaced'), [(0.0, []), (0.01, [0]), (0.1, [0, 1])])
+def test_codes_below_the_threshold_are_replaced(
+    name: str, threshold: float, replaced: list[int]
+) -> None:
+    book = make(name, torch.randn(M, D), dead_code_threshold=threshold, ema_decay=0.999)
+    with torch.no_grad():
+        book.usage[:2] = torch.tensor([0.001, 0.05]) / M
+        book.usage[2:] = 0.24
+    # of 0.0010, 0.0500 and 1.4 of even usage the average leaves 0.999
+    learn(book, torch.randn(20, D), torch.full((20,), 5))
+    even = (book.usage * M - 1).abs() < 1e-5
+    assert even.nonzero().flatten().tolist() == replaced
+
+
+# --- another library
+
+
+def theirs(codes: Tensor, num_tokens: int, **options: float) -> torch.nn.Module:
+    """Their codebook with these codes, whose start counts as even usage by a pass, as ours."""
+    library = pytest.importorskip('vector_quantize_pytorch')
+    module = library.VectorQuantize(
+        dim=codes.shape[1], codebook_size=len(codes), commitment_weight=0.25, **options
+    )
+    book, even = module._codebook, num_tokens / len(codes)
+    book.embed.copy_(codes)
+    book.embed_avg.copy_(even * codes)
+    book.cluster_size.fill_(even)
+    return module
+
+
+@pytest.mark.parametrize('warmup', [False, True], ids=['', 'warmup'])
+@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
+def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine: bool, warmup: bool) -> None:
+    codes = torch.nn.functional.normalize(torch.randn(M, D), dim=1)
+    options = {'use_cosine_sim': cosine}
+    book = make('ema', codes, ema_decay_warmup=warmup, dead_code_threshold=0.0, **options)
+    other = theirs(codes, 64, decay=0.99, rotation_trick=False, **options)
+    for number in range(10):
+        if warmup:  # they have none: its decays are given from outside
+            other._codebook.decay = (1 + number) / (10 + number)
+        x = torch.randn(1, 64, D) + 0.5
+        x_ours, x_theirs = x[0].clone().requires_grad_(), x.clone().requires_grad_()
+        quantized = book(x_ours)
+        quantized.loss.backward()
+        book.observe(x_ours, quantized.indices)
+        book.update()
+        given, indices, loss = other(x_theirs)
+        loss.sum().backward()
+        assert torch.equal(quantized.indices, indices[0])
+        torch.testing.assert_close(quantized.loss, loss.squeeze().detach(), check_stride=False)
+        assert x_ours.grad is not None and x_theirs.grad is not None
+        torch.testing.assert_close(x_ours.grad, x_theirs.grad[0], rtol=1e-5, atol=1e-7)
+        expected = given[0] * (x[0].norm(dim=1, keepdim=True) if cosine else 1)
+        torch.testing.assert_close(quantized.codes, expected.detach(), rtol=1e-5, atol=1e-6)
+        # ten updates of sums in float32, theirs of counts and ours of shares
+        torch.testing.assert_close(book.codes(), other.codebook, rtol=1e-5, atol=1e-5)
+
+
+# --- options of a method
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'ema_decay': 1.0},
+        {'ema_decay': -0.1},
+        {'dead_code_threshold': 1.0},
+        {'dead_code_threshold': -0.1},
+        {'codebook': 'plain', 'ema_decay': 0.9},
+        {'codebook': 'simvq', 'ema_decay_warmup': True},
+        {'codebook': 'cvq', 'dead_code_threshold': 0.1},
+        {'expert_input': 'token', 'rotation_trick': True},
+        {'code_share': 0.0, 'rotation_trick': True},
+        {'form': 'continuous', 'use_cosine_sim': True},
+    ],
+    ids=str,
+)
+def test_options_that_are_impossible_or_without_effect(options: dict[str, object]) -> None:
+    *_, name = options
+    with pytest.raises(ValueError, match=f'^{name}='):
+        VQMoEConfig.from_options(**options)
+
+
+@every_codebook
+def test_a_codebook_is_built_with_the_options_of_its_method(name: str) -> None:
+    given = {
+        'commitment': 0.5,
+        'use_cosine_sim': True,
+        'ema_decay': 0.9,
+        'ema_decay_warmup': True,
+        'dead_code_threshold': 0.1,
+    }
+    known = {option: given[option] for option in CODEBOOKS[name].OPTIONS}
+    book = VQMoEConfig.from_options(codebook=name, **known).build_codebook(M, D)
+    assert {option: getattr(book, option) for option in known} == known
+    assert all(f'{option}={value}' in repr(book) for option, value in known.items())

@@ -1,0 +1,95 @@
+"""The rotation trick: values, gradients by hand and by another library, and its limits."""
+
+import pytest
+import torch
+from torch import nn
+
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.methods._quantizer import Quantizer
+from vqmoe_vision.moe.rotation import rotate_to
+
+D, SHARE = 8, 0.3
+
+
+def test_rotation_known_answer() -> None:
+    # (2, 0) onto (0, 3): a quarter turn [[0, -1], [1, 0]], stretched by 1.5. Transposed, it takes
+    # the gradient (5, 7) to 1.5 (7, -5)
+    x = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    out = rotate_to(x, torch.tensor([[0.0, 3.0]]))
+    assert out.tolist() == [[0.0, 3.0]]
+    out.backward(torch.tensor([[5.0, 7.0]]))
+    torch.testing.assert_close(x.grad, torch.tensor([[10.5, -7.5]]))
+
+
+def test_a_gradient_keeps_its_angle() -> None:
+    x, codes = torch.randn(50, D, requires_grad=True), 3 * torch.randn(50, D)
+    gradient = torch.randn(50, D)
+    rotate_to(x, codes).backward(gradient)
+    assert x.grad is not None
+    cosine = torch.cosine_similarity
+    # rounding errors, larger for tokens nearly opposite to their code
+    torch.testing.assert_close(cosine(x.grad, x), cosine(gradient, codes), rtol=0, atol=1e-4)
+    stretch = codes.norm(dim=1) / x.norm(dim=1)
+    torch.testing.assert_close(x.grad.norm(dim=1), stretch * gradient.norm(dim=1))
+
+
+def test_rotation_is_that_of_vector_quantize_pytorch() -> None:
+    library = pytest.importorskip('vector_quantize_pytorch.vector_quantize_pytorch')
+    x, codes, gradient = torch.randn(50, D), 3 * torch.randn(50, D), torch.randn(50, D)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = rotate_to(ours, codes), library.rotate_to(theirs, codes)
+    # theirs computes the value by the rotation, with its rounding errors
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    out.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_without_a_rotation() -> None:
+    # without a length: straight through. Opposite to the code: the mirror I - 2 x^ x^^T, stretched
+    x = torch.zeros(2, D)
+    x[1, 0] = 2.0
+    x.requires_grad_()
+    codes = torch.zeros(2, D)
+    codes[:, 0] = -1.0
+    out = rotate_to(x, codes)
+    assert torch.equal(out, codes)
+    gradient = torch.ones(2, D)
+    out.backward(gradient)
+    mirrored = 0.5 * gradient[1]
+    mirrored[0] = -0.5
+    torch.testing.assert_close(x.grad, torch.stack([gradient[0], mirrored]))
+
+
+def test_rotation_in_half_precision() -> None:
+    x = torch.randn(20, D, dtype=torch.bfloat16, requires_grad=True)
+    codes = torch.randn(20, D, dtype=torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = rotate_to(x, codes)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, codes)
+    out.sum().backward()
+    exact = x.detach().float().requires_grad_()
+    rotate_to(exact, codes.float()).sum().backward()
+    # bfloat16 rounds the sum of the gradient to 2^-8
+    torch.testing.assert_close(x.grad.float(), exact.grad, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ('expert_input', 'of_token', 'of_code'),
+    [('mix', 1 - SHARE, SHARE), ('ste', 0.0, 1.0), ('official', 1 - 2 * SHARE, SHARE)],
+)
+def test_every_reading_has_the_values_as_before_and_turns_the_part_of_the_code(
+    expert_input: str, of_token: float, of_code: float
+) -> None:
+    book = CODEBOOKS['plain'](4, D)
+    straight, turned = (
+        Quantizer(book, nn.Identity(), expert_input, SHARE, rotation_trick)
+        for rotation_trick in (False, True)
+    )
+    x, code, gradient = torch.randn(5, D, requires_grad=True), torch.randn(5, D), torch.randn(5, D)
+    out = turned.expert_input(x, code)
+    torch.testing.assert_close(out, straight.expert_input(x, code))
+    out.backward(gradient)
+    other = x.detach().clone().requires_grad_()
+    rotate_to(other, code).backward(gradient)
+    torch.testing.assert_close(x.grad, of_token * gradient + of_code * other.grad)

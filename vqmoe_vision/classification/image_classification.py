@@ -1,0 +1,64 @@
+"""What all data sets of classification are: images with a transform, and their classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmengine.registry import TRANSFORMS
+from torch.utils.data import Dataset
+
+from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.models.normalization import Normalization
+
+from .transforms import normalization_of, normalized_as
+
+
+class ImageClassification(Dataset):
+    """Pairs of a transformed image and its class index.
+
+    Args:
+        source: Pairs of an RGB PIL image and a class index.
+        classes: Names of the classes, by index.
+        transform: Config of a transform from a PIL image to a tensor (3, H, W).
+        counts: Images that training sees of each class, if it sees a long tail.
+    """
+
+    def __init__(
+        self,
+        source: Sequence,
+        classes: Sequence[str],
+        transform: dict,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        self.source = source
+        self.metainfo: dict[str, Any] = {'classes': tuple(classes)}
+        if counts is not None:
+            self.metainfo['train_counts'] = tuple(counts)
+        self._config = transform
+        self.transform: Callable = TRANSFORMS.build(transform)
+
+    def normalize_as(self, weights: Normalization, field: str) -> None:
+        """Lets the transform normalise images as the weights want it, if its config leaves it open.
+
+        Args:
+            weights: How images were normalised for them.
+            field: Of the config, for messages.
+
+        Raises:
+            ValueError: The config of the transform states otherwise.
+        """
+        found = self.normalization
+        if found is not None and found.differing(weights):
+            self.transform = normalized_as(self._config, weights, field)
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """How the transform normalises images; None if it does not as torchvision does."""
+        return normalization_of(self.transform)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        seed_sample(index)
+        image, target = self.source[index]
+        return self.transform(image.convert('RGB')), int(target)

@@ -1,0 +1,60 @@
+"""Options of methods with a codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..codebook import Codebook
+from ..codebook_learning import CODEBOOKS
+from ..config import MoeConfig, check_weights
+
+_OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig(MoeConfig):
+    """Options of a codebook, under the names of vector-quantize-pytorch where it has them.
+
+    Args:
+        codebook: 'ema', 'gradient' (both with a data-dependent start and replacement of dead
+            codes), 'plain' (VQ-VAE's), 'simvq' or 'cvq'.
+        commitment: beta, weight of the commitment term.
+        use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
+        ema_decay: Decay of the moving averages of 'ema', 'gradient' and 'cvq'.
+        ema_decay_warmup: Let the n-th update have min(ema_decay, (1 + n) / (10 + n)).
+        dead_code_threshold: Share of even usage below which 'ema' and 'gradient' replace a code; 0
+            for never.
+    """
+
+    codebook: str = 'ema'
+    commitment: float = 0.25
+    use_cosine_sim: bool = False
+    ema_decay: float = 0.99
+    ema_decay_warmup: bool = False
+    dead_code_threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
+        self.require('ema_decay', 0 <= self.ema_decay < 1, 'at least 0 and below 1')
+        share = self.dead_code_threshold
+        self.require('dead_code_threshold', 0 <= share < 1, 'at least 0 and below 1')
+        check_weights(self, 'commitment')
+
+    def unused(self) -> dict[str, str]:
+        """What the codebook does not have."""
+        missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
+        return dict.fromkeys(missing, f'codebook={self.codebook!r}')
+
+    def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:
+        """The codebook.
+
+        Args:
+            num_codes: M.
+            dim: D.
+            **factory: `device` and `dtype`.
+        """
+        codebook = CODEBOOKS[self.codebook]
+        options = {name: getattr(self, name) for name in codebook.OPTIONS}
+        return codebook(num_codes, dim, **options, **factory)
