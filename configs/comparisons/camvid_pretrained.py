@@ -10,6 +10,10 @@ rows = dict(
     dense_started='dense model.backbone.checkpoint={start}',
     vqmoe_full='vqmoe model.backbone.checkpoint={start:vqmoe}',
     vqmoe_discrete='vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete',
+    vqmoe_frozen_codes=(
+        'vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete '
+        'model.backbone.moe.train_codebook=False'
+    ),
 )
 # the mean and deviation of the weights; and half the iterations of camvid_budget
 options = [

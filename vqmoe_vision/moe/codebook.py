@@ -92,6 +92,7 @@ class Codebook(nn.Module):
         self.num_codes, self.dim = num_codes, dim
         self.commitment, self.use_cosine_sim = commitment, use_cosine_sim
         self.factory: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.frozen = False
         self._create()
         self.init_weights()
 
@@ -151,6 +152,12 @@ class Codebook(nn.Module):
         if not self.use_cosine_sim:
             return codes
         return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+
+    def freeze(self) -> Codebook:
+        """Keep the codes as they are; of the loss only the commitment is left."""
+        self.requires_grad_(False)
+        self.frozen, self.codebook_scale = True, 0.0
+        return self
 
     def observe(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """Keep what the next `update` needs to know of a forward pass; here, nothing.

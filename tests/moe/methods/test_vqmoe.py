@@ -374,3 +374,29 @@ def test_an_expert_per_branch_is_active(make_layer, form, branches):
     layer = make_layer('vqmoe', form=form).layer
     # an expert: 280 parameters
     assert layer.idle_params() == (E - branches) * 280
+
+
+@pytest.mark.parametrize('name', CODEBOOKS)
+@pytest.mark.parametrize('learns', [True, False], ids=['learning', 'fixed'])
+def test_fixed_codes_stay_and_tokens_are_still_drawn_to_them(make_layer, name, learns):
+    # token -> code -> expert: with the token alone no gradient but that of the loss reaches it
+    options = {'form': 'discrete', 'codebook': name, 'train_codebook': learns, 'vq_weight': 1.0}
+    net = make_layer('vqmoe', **options).train()
+    book, x = net.layer.quantizer.codebook, torch.randn(2, 16, D, requires_grad=True)
+    before = {key: value.clone() for key, value in book.state_dict().items()}
+    tokens = x.detach().flatten(0, 1)
+    # beta = 1/4 of the mean squared distance to the nearest code
+    commitment = (
+        0.25 * torch.cdist(tokens, book.codes()).amin(dim=1).square().sum() / tokens.numel()
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    with collect_losses(net) as collected:
+        net(x)
+        loss = collected.total()
+        loss.backward()
+        optimizer.step()
+    kept = all(torch.equal(before[key], value) for key, value in book.state_dict().items())
+    assert kept == (not learns)
+    if not learns:
+        torch.testing.assert_close(loss, commitment)
+        assert x.grad.abs().amax() > 0

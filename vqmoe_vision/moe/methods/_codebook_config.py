@@ -25,6 +25,8 @@ class CodebookConfig(MoeConfig):
         ema_decay_warmup: Let the n-th update have min(ema_decay, (1 + n) / (10 + n)).
         dead_code_threshold: Share of even usage below which 'ema' and 'gradient' replace a code; 0
             for never.
+        train_codebook: False keeps the codes as they are loaded or drawn, for fine-tuning; tokens
+            are still drawn to them.
     """
 
     codebook: str = 'ema'
@@ -33,6 +35,7 @@ class CodebookConfig(MoeConfig):
     ema_decay: float = 0.99
     ema_decay_warmup: bool = False
     dead_code_threshold: float = 0.01
+    train_codebook: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +48,11 @@ class CodebookConfig(MoeConfig):
     def unused(self) -> dict[str, str]:
         """What the codebook does not have."""
         missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
-        return dict.fromkeys(missing, f'codebook={self.codebook!r}')
+        unused = dict.fromkeys(missing, f'codebook={self.codebook!r}')
+        if not self.train_codebook:
+            learning = ('ema_decay', 'ema_decay_warmup', 'dead_code_threshold')
+            unused |= dict.fromkeys(learning, 'train_codebook=False')
+        return unused
 
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:
         """The codebook.
@@ -57,4 +64,5 @@ class CodebookConfig(MoeConfig):
         """
         codebook = CODEBOOKS[self.codebook]
         options = {name: getattr(self, name) for name in codebook.OPTIONS}
-        return codebook(num_codes, dim, **options, **factory)
+        built = codebook(num_codes, dim, **options, **factory)
+        return built if self.train_codebook else built.freeze()

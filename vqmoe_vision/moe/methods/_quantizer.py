@@ -101,5 +101,6 @@ class Quantizer(nn.Module):
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
             'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
         }
-        left_out = self.codebook.observe(tokens, quantized.indices) if self.training else None
+        learns = self.training and not self.codebook.frozen
+        left_out = self.codebook.observe(tokens, quantized.indices) if learns else None
         return stats if left_out is None else {**stats, 'nonfinite_tokens': left_out}

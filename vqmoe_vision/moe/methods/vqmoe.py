@@ -94,6 +94,7 @@ class VQMoEConfig(CodebookConfig):
             'commitment': 0.5,
             'code_share': 0.3,
             'use_cosine_sim': True,
+            'train_codebook': False,
         },
         'continuous': {'form': 'continuous'},
         'gradient': {
