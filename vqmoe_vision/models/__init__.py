@@ -5,6 +5,7 @@ from .complexity import Complexity, complexity
 from .convert import convert_to_moe, to_discrete
 from .feature_network import fit_reader
 from .sparse_model import MoeVisionTransformer
+from .transfer import load_features
 
 __all__ = [
     'Complexity',
@@ -12,5 +13,6 @@ __all__ = [
     'complexity',
     'convert_to_moe',
     'fit_reader',
+    'load_features',
     'to_discrete',
 ]

@@ -15,10 +15,11 @@ from torch import nn
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
 from ..moe.host import Host, RawPatches
+from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import moe_options, resolve_moe_layers
-from .feature_network import features_of
+from .feature_network import NETWORK, READER, features_of
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel, build_layer
 from .state_dicts import Report, StateDict
@@ -79,6 +80,8 @@ def convert_to_moe(
         built[i], made = _layer_like(blocks[i], f'blocks.{i}.mlp', method, config, host, how)
         prefix = f'blocks.{i}.mlp'
         copied |= {f'{prefix}.experts.{key}': f'{prefix}.{key}' for key in made}
+    if isinstance(raw_patches.read, ImageReader):
+        copied |= {f'{READER}{NETWORK}{key}': key for key in raw_patches.read.network.state_dict()}
     # nothing is refused from here on
     names = set(model.state_dict())
     for i, layer in built.items():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe.config import check
 from ..moe.image_reader import Features, image_reader
+
+# Where what reads images stands in a model, and its network in that.
+READER, NETWORK = 'patch_embed.reader.', 'network.'
 
 
 class FeatureViT(VisionTransformer):
@@ -21,10 +26,29 @@ class FeatureViT(VisionTransformer):
     the model averages too.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Images (B, channels, height, width) to features (B, D)."""
-        features: Tensor = self.fc_norm(self.pool(self.forward_features(x), pool_type='avg'))
+        features: Tensor = self.fc_norm(
+            self.pool(self.forward_features(x, *args, **kwargs), pool_type='avg')
+        )
         return features
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: it has buffers alone."""
+        return set()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # timm's loading resizes the positions of the model that this is a part of, not these
+        name, own = f'{prefix}pos_embed', self.pos_embed
+        if name in state_dict and own is not None and state_dict[name].shape != own.shape:
+            leading = 0 if self.no_embed_class else self.num_prefix_tokens
+            square = math.isqrt(state_dict[name].shape[1] - leading) ** 2
+            if square == state_dict[name].shape[1] - leading:
+                grid = list(self.patch_embed.grid_size)
+                state_dict[name] = resample_abs_pos_embed(
+                    state_dict[name], grid, num_prefix_tokens=leading
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def feature_network(kwargs: dict[str, Any]) -> Features:

@@ -59,7 +59,8 @@ class MoCLEConfig(MoeConfig):
     """Options of MoCLE.
 
     Args:
-        num_experts: Number of experts E, of which the last is the universal one.
+        num_experts: Number of experts E, of which the last is the universal one. With two nothing
+            is chosen: the other one has a weight of 1.
         num_clusters: Number of clusters K of images.
         temperature: tau.
         router_noise: Standard deviation of the noise in the logits, training only.
@@ -80,8 +81,8 @@ class MoCLEConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = 'at least 3: the universal one, and two of which to choose'
-        self.require('num_experts', self.num_experts >= 3, allowed)
+        allowed = 'at least 2: the universal one, and others to choose from'
+        self.require('num_experts', self.num_experts >= 2, allowed)
         self.require('num_clusters', self.num_clusters >= 1, 'at least 1')
         self.require('temperature', 0 < self.temperature < math.inf, 'above 0 and finite')
         check_weights(self, 'router_noise')
@@ -168,8 +169,8 @@ class ClusterRouter(Router):
         assert clusters is not None, 'the stem reads the images before any block runs'
         num_tokens, config = x.shape[1], self.config
         with full_precision(x):
-            logits = F.linear(self.cluster_embed.float(), self.weight.float(), self.bias.float())
-            logits = logits.index_select(0, clusters)
+            embedded = self.cluster_embed.index_select(0, clusters).float()
+            logits = F.linear(embedded, self.weight.float(), self.bias.float())
             if self.training and config.router_noise > 0:
                 logits = logits + torch.randn_like(logits) * config.router_noise
             probs = (logits / config.temperature).softmax(dim=-1)
