@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
-from vqmoe_vision.comparison.rows import ROWS
+from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
@@ -101,7 +101,7 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
     comparison = read_comparison(path)
     assert comparison.rows.keys() == {'dense'} | {
-        f'{row}_started' for row in ROWS if row != 'dense_wide'
+        f'{row}_started' for row in (*ROWS, *FEATURE_ROWS) if row != 'dense_wide'
     }
     first = Run(read_comparison('first.py'), 'dense', 2, Path('work')).folder
     run = Run(comparison, 'smoe_started', 2, Path('work'))
@@ -109,6 +109,20 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     assert Run(comparison, 'dense', 2, Path('work')).source is None
     said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
     assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
+
+
+def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
+    assert FEATURE_ROWS and not set(FEATURE_ROWS) & set(ROWS)
+    spec()
+    Path('first.py').write_text(Path('spec.py').read_text())
+    start = "start = 'first.py dense iter_2.pth'\nall_methods = True"
+    comparison = read_comparison(spec(start))
+    assert tuple(comparison.rows) == (*ROWS, *FEATURE_ROWS)
+    first = Run(read_comparison('first.py'), 'dense', 1, Path('work')).folder
+    for row in FEATURE_ROWS:
+        run = Run(comparison, row, 1, Path('work'))
+        assert run.resolved['model']['features'] == str(first / 'iter_2.pth')
+    assert tuple(read_comparison(spec('all_methods = True')).rows) == ROWS
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,9 @@ def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:
         experts = Experts(cell.experts, cell.width, hidden, device='meta')
         layer = _build(method, cell, experts, options, device='meta').eval()
         images = torch.empty(1, 3, PATCH, PATCH * cell.tokens, device='meta')
-        _show_images(layer, images)
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
+            _show_images(layer, images)
             layer(torch.empty(1, cell.tokens, cell.width, device='meta'))
         macs.append(counter.get_total_flops() // 2)
     return macs[0], (macs[1] - macs[0]) // (2 * cell.width * cell.hidden)

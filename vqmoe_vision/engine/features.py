@@ -1,4 +1,4 @@
-"""Trainings of models that read images by a frozen network: its weights, and what is fitted to them.
+"""Trainings of models that read images by a frozen network: its weights, and what is fitted.
 
 Both happen once, before the first step of a new training, and are in its checkpoints: a run that
 resumes changes neither.

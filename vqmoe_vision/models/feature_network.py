@@ -27,7 +27,13 @@ class FeatureViT(VisionTransformer):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Images (B, channels, height, width) to features (B, D)."""
+        """Features of images, (B, D).
+
+        Args:
+            x: (B, channels, height, width).
+            *args: As timm's.
+            **kwargs: As timm's.
+        """
         features: Tensor = self.fc_norm(
             self.pool(self.forward_features(x, *args, **kwargs), pool_type='avg')
         )

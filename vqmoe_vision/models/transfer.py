@@ -118,11 +118,14 @@ def load_features(
         image_sizes: As in `fit_state`.
 
     Raises:
-        ValueError: The model reads no images, or as `transfer`.
+        ValueError: The model reads no images, the state is of a model with experts, or as
+            `transfer`.
     """
     reader = image_reader(model)
     check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
     assert reader is not None
+    if any('.mlp.experts.' in name for name in state_dict):
+        raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     network: Any = reader.network
     state, report = transfer(network, state_dict, path, image_sizes)
     network.load_state_dict(state, strict=False)

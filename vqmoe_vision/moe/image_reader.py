@@ -86,7 +86,12 @@ class ImageReader(nn.Module):
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """What the layers find in `host.raw_patches`, as `ReadPatches`."""
+        """What the layers find in `host.raw_patches`.
+
+        Args:
+            images: (B, channels, height, width), of any size.
+            grid_size: Rows and columns of patches.
+        """
         raise NotImplementedError
 
     def init_weights(self) -> None:

@@ -127,7 +127,12 @@ class Clusters(ImageReader):
         )
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Cluster of each image, (B, channels, height, width) -> (B,) int64."""
+        """Cluster of each image, (B,) int64.
+
+        Args:
+            images: (B, channels, height, width), of any size.
+            grid_size: Ignored.
+        """
         features = self.features(images)
         with full_precision(features):
             return self._nearest(features)
