@@ -44,10 +44,15 @@ default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 TASKS = pytest.mark.parametrize(
     ('text', 'field', 'files'),
     [
-        (CLASSIFICATION, 'model', ('epoch_1.pth', 'epoch_2.pth')),
-        (SEGMENTATION, 'model.backbone', ('iter_1.pth', 'iter_2.pth')),
+        pytest.param(
+            *(CLASSIFICATION, 'model', ('epoch_1.pth', 'epoch_2.pth')),
+            id='classification',
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(SEGMENTATION, 'model.backbone', ('iter_1.pth', 'iter_2.pth')), id='segmentation'
+        ),
     ],
-    ids=['classification', 'segmentation'],
 )
 READER = '.reader.'
 
@@ -108,6 +113,7 @@ def test_clusters_come_first_and_a_resumed_run_is_the_same(
     assert equal(read_state(str(work / files[1])), last)
 
 
+@pytest.mark.long
 def test_images_and_shared_tensors_are_those_of_a_dense_run(leave_dense, tmp_path: Path) -> None:
     class Keep(Hook):
         def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
