@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
-from vqmoe_vision.comparison.rows import ROWS
+from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
@@ -102,7 +102,7 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
     comparison = read_comparison(path)
     assert comparison.rows.keys() == {'dense'} | {
-        f'{row}_started' for row in ROWS if row != 'dense_wide'
+        f'{row}_started' for row in (*ROWS, *FEATURE_ROWS) if row != 'dense_wide'
     }
     first = Run(read_comparison('first.py'), 'dense', 2, Path('work')).folder
     run = Run(comparison, 'smoe_started', 2, Path('work'))
@@ -129,6 +129,20 @@ def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(
     waiting = says('list', 'spec.py', '--rows', 'a', 'b').splitlines()
     assert [re.search('spec/(.*?)-seed', line)[1] for line in waiting] == ['b', 'b']
     assert says('run', 'spec.py', '--rows', 'a').startswith('2 of 2 runs are there already')
+
+
+def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
+    assert FEATURE_ROWS and not set(FEATURE_ROWS) & set(ROWS)
+    spec()
+    Path('first.py').write_text(Path('spec.py').read_text())
+    start = "start = 'first.py dense iter_2.pth'\nall_methods = True"
+    comparison = read_comparison(spec(start))
+    assert tuple(comparison.rows) == (*ROWS, *FEATURE_ROWS)
+    first = Run(read_comparison('first.py'), 'dense', 1, Path('work')).folder
+    for row in FEATURE_ROWS:
+        run = Run(comparison, row, 1, Path('work'))
+        assert run.resolved['model']['features'] == str(first / 'iter_2.pth')
+    assert tuple(read_comparison(spec('all_methods = True')).rows) == ROWS
 
 
 @pytest.mark.parametrize(

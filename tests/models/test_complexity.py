@@ -65,11 +65,12 @@ def test_macs_follow_the_size_and_the_head(tiny, request) -> None:
 
 def test_counting_leaves_the_model_alone_and_runs_none_of_its_hooks(tiny) -> None:
     model = tiny().train()
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.blocks[0].register_forward_hook(lambda *_: pytest.fail('ran'))
     model.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail('ran'))
     complexity(model)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

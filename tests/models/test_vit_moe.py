@@ -126,10 +126,10 @@ def test_default_size_and_placement(name: str) -> None:
     hidden, width = dense.blocks[1].mlp.fc1.weight.shape
     assert experts.fc1.weight.shape == (8, hidden, width)
     assert experts.fc2.weight.shape == (8, width, hidden)
-    # nothing but the MLPs differs from timm's model of the same size
+    # nothing but the MLPs, and what reads the image for them, differs from timm's model of the size
     others = {k: v.shape for k, v in dense.state_dict().items() if '.mlp.' not in k}
     own = {k: v.shape for k, v in model.state_dict().items() if '.mlp.' not in k}
-    assert own == others
+    assert {k: v for k, v in own.items() if not k.startswith('patch_embed.reader.')} == others
 
 
 @pytest.mark.parametrize(

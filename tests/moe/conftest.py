@@ -1,7 +1,8 @@
 """Tiny layers and models of every method, and what the tests look at in them.
 
 D = 8 tokens wide, E = 4 experts, H = 16 hidden. StableMoE's raw patch is here the token itself,
-twice (8 + 8 = the 4 x 4 cells of one channel), so that all methods are functions of x alone.
+twice (8 + 8 = the 4 x 4 cells of one channel), and the image that a frozen network looks at is the
+mean of its tokens, so that all methods are functions of x alone.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from vqmoe_vision.moe import METHODS, MoeLayer, layer
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
+from vqmoe_vision.moe.image_reader import Features, ImageReader
 
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id
@@ -29,18 +31,24 @@ CASES = [
 
 
 class Patched(nn.Module):
-    """Base: hands the raw patches to StableMoE's routers before anything else runs."""
+    """Base: reads raw patches or images for the layers before anything else runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.raw_patches = RawPatches()
+        self.reader: ImageReader | None = None
 
     def read(self, x: Tensor) -> None:
-        self.raw_patches.value = torch.cat([x, x], dim=-1).detach()
+        if self.reader is not None:
+            self.raw_patches.value = self.reader(x.detach().mean(dim=1)[..., None, None], (1, 1))
+        else:
+            self.raw_patches.value = torch.cat([x, x], dim=-1).detach()
 
     def make_layer(self, method: str, num_experts: int, **options) -> MoeLayer:
         entry = METHODS[method]
         config = entry.config.from_options(num_experts=num_experts, **options)
+        if entry.needs_features and self.reader is None:
+            self.reader = entry.reader(config, lambda: Features(nn.Flatten(), D, (1, 1)))
         experts = Experts(num_experts, D, H)
         # of ViT size the experts' answers would drown in rounding errors at this width
         for linear in (experts.fc1, experts.fc2):

@@ -113,7 +113,7 @@ def test_tokens_are_permutation_equivariant(make_layer, method, options):
 
 @every_case
 def test_routing_changes_while_the_model_learns(make_model, choices, method, options):
-    model, x = make_model(method, **options), tokens(4, 64)
+    model, x = make_model(method, **options), tokens(32, 8)
     if not model.blocks[0].mlp.routing_learns:
         pytest.skip('the method says that it does not')
     before = choices(model.eval(), x)

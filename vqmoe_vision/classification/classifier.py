@@ -14,8 +14,9 @@ from torch import nn
 
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
-from vqmoe_vision.engine.normalization import weights_normalization
+from vqmoe_vision.engine.normalization import has_weights, weights_normalization
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.shared_start import share_start
@@ -42,6 +43,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
             classification or segmentation run of this package (.pth), of timm (.pth or
             .safetensors), or of mmseg's ViT (.pth). Experts are made of the MLPs of a dense one.
             Read when training starts, not for tests.
+        features: The same of a dense model of the same shape, for a method that decides by
+            features of the image; None where the model starts from one.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
@@ -60,6 +63,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         label_smoothing: float = 0.0,
         data_preprocessor: dict | nn.Module | None = None,
         checkpoint: str | None = None,
+        features: str | None = None,
         grad_checkpointing: bool = False,
         moe: dict[str, Any] | None = None,
         extra_mlps: int = 0,
@@ -82,7 +86,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         fits = checkpoint is None or isinstance(self.model, Transformer)
         allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
         check(fits, 'checkpoint', checkpoint, allowed)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.features = checkpoint, features
         self.mixup = None
         self.criterion: nn.Module
         if mixup is not None:
@@ -104,6 +108,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
             assert isinstance(self.model, Transformer)
             start_from(self.model, self.checkpoint)
         weights = weights_normalization(self.model, self.checkpoint, self._arguments)
+        weights = start_features(
+            self.model, self.features, has_weights(self.checkpoint, self._arguments), weights
+        )
         if weights is not None:
             self.normalize_as(weights)
 

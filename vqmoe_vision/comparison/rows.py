@@ -3,15 +3,17 @@
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-ROWS = (
-    *('dense', 'dense_wide'),
-    *(name for name, method in METHODS.items() if 'matched' in method.config.PRESETS),
-)
+_MATCHED = [name for name, method in METHODS.items() if 'matched' in method.config.PRESETS]
+# Rows that need a dense checkpoint of the same training set, by whose features they decide.
+FEATURE_ROWS = tuple(name for name in _MATCHED if METHODS[name].needs_features)
+ROWS = ('dense', 'dense_wide', *(name for name in _MATCHED if name not in FEATURE_ROWS))
 
 
 def _other_presets() -> dict[str, tuple[str, str]]:
     found = {}
     for name, method in METHODS.items():
+        if method.needs_features:
+            continue
         seen = [method.config.from_options(preset='matched')] if name in ROWS else []
         for preset in method.config.PRESETS:
             config = method.config.from_options(preset=preset)
@@ -32,16 +34,16 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> list[str]
     """The options that make a row of any config.
 
     Args:
-        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token, or of
-            `PRESET_ROWS`.
+        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token, of
+            `FEATURE_ROWS`, or of `PRESET_ROWS`.
         size: Key of `SIZES`.
         model: Field that holds the timm model: 'model', or 'model.backbone'.
 
     Raises:
         ValueError: There is no such row.
     """
-    if row not in ROWS and row not in PRESET_ROWS:
-        known = (*ROWS, *PRESET_ROWS)
+    known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
+    if row not in known:
         raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
     method, preset = PRESET_ROWS.get(row, (row, None))
     if method in METHODS:

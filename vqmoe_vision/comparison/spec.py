@@ -14,7 +14,7 @@ from mmengine.config import Config
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
 
-from .rows import PRESET_ROWS, ROWS, row_options
+from .rows import FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
@@ -22,10 +22,15 @@ START = '{start}'
 STARTS = re.compile(r'\{start(?::(\w+))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
-    'all_methods': {row: row for row in ROWS},
+    'all_methods': {
+        **{row: row for row in ROWS},
+        **{row: f'{row} MODEL.features={START}' for row in FEATURE_ROWS},
+    },
     'all_presets': {row: row for row in PRESET_ROWS},
     'all_started': {
-        f'{row}_started': f'{row} MODEL.checkpoint={START}' for row in ROWS if row != 'dense_wide'
+        f'{row}_started': f'{row} MODEL.checkpoint={START}'
+        for row in (*ROWS, *FEATURE_ROWS)
+        if row != 'dense_wide'
     },  # a dense model of another width is no start
 }
 
@@ -119,9 +124,10 @@ def read_comparison(path: str) -> Comparison:
 
     Args:
         path: A file with the fields of `Comparison` but for its name, where `rows` are written as
-            on a command line and may begin with the name of one of `ROWS` or `PRESET_ROWS`, and
-            `all_methods=True` and `all_presets=True` stand for all of those, `all_started=True`
-            for those of `ROWS` that begin with the weights of `start`, which is written as
+            on a command line and may begin with the name of one of `ROWS`, `FEATURE_ROWS` or
+            `PRESET_ROWS`. `all_methods=True` and `all_presets=True` stand for all of those, of
+            which `FEATURE_ROWS` have the features of `start` and are left out without it;
+            `all_started=True` for those that begin with the weights of `start`, which is written as
             'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` at five seeds.
 
     Raises:
@@ -144,6 +150,7 @@ def read_comparison(path: str) -> Comparison:
         for field, lines in _ROWS.items()
         if given.pop(field, False)
         for row, line in lines.items()
+        if 'start' in given or row not in FEATURE_ROWS
     }
     own = given.pop('rows', {})
     if other := sorted(row for row in rows.keys() & own.keys() if rows[row] != own[row]):

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
+from .features import fit_features
 from .log import wrapped
 from .model import NonFiniteError, unwrapped
 from .normalization import KEY, of_run
@@ -27,7 +28,12 @@ class MoeStateHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Tells the layers how long the training is, in steps of the optimizer."""
+        """Fits what reads images, and tells the layers how many steps the training has.
+
+        Raises:
+            ValueError: As `fit_features`.
+        """
+        fit_features(runner)
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)
         start_training(unwrapped(runner).routed_model, updates)

@@ -39,7 +39,7 @@ def weights_normalization(
         None if there are no weights, or if nobody says how.
     """
     upcycle = arguments.get('upcycle')
-    if checkpoint is None and not upcycle and not arguments.get('pretrained'):
+    if not has_weights(checkpoint, arguments):
         return None
     found = _of_timms(model, arguments) if checkpoint is None else read_normalization(checkpoint)
     source = checkpoint or upcycle or source_of(_pretrained_cfg(model))
@@ -49,6 +49,16 @@ def weights_normalization(
         said = f'images were normalised for it with {in_words(found)}'
     print_log(f'{source}: {said}', logger='current')
     return found
+
+
+def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
+    """Whether a training starts from weights.
+
+    Args:
+        checkpoint: As `weights_normalization`.
+        arguments: As `weights_normalization`.
+    """
+    return bool(checkpoint is not None or arguments.get('upcycle') or arguments.get('pretrained'))
 
 
 def _pretrained_cfg(model: Any) -> dict[str, Any]:

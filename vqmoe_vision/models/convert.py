@@ -15,10 +15,12 @@ from torch import nn
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
 from ..moe.host import Host, RawPatches
+from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import moe_options, resolve_moe_layers
-from .raw_patches import RawPatchBlock, RawPatchEmbed
+from .feature_network import NETWORK, READER, features_of
+from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel, build_layer
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, upcycle
@@ -63,9 +65,12 @@ def convert_to_moe(
     config = _checked_config(model, method, options)
     dense: Any = model
     blocks, stem = dense.blocks, dense.patch_embed
-    raw_patches = RawPatches(METHODS[method].read_patches)
-    if raw_patches.read is not None:
+    if METHODS[method].read_patches is not None:
         _check_patches(dense)
+    weight = stem.proj.weight
+    factory = {'device': weight.device, 'dtype': weight.dtype}
+    # what the model was becomes what reads its images
+    raw_patches = RawPatches(METHODS[method].reader(config, lambda: features_of(dense), **factory))
     prefix_tokens = dense.num_prefix_tokens
     num_tokens = stem.num_patches + prefix_tokens
     host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
@@ -75,6 +80,8 @@ def convert_to_moe(
         built[i], made = _layer_like(blocks[i], f'blocks.{i}.mlp', method, config, host, how)
         prefix = f'blocks.{i}.mlp'
         copied |= {f'{prefix}.experts.{key}': f'{prefix}.{key}' for key in made}
+    if isinstance(raw_patches.read, ImageReader):
+        copied |= {f'{READER}{NETWORK}{key}': key for key in raw_patches.read.network.state_dict()}
     # nothing is refused from here on
     names = set(model.state_dict())
     for i, layer in built.items():
@@ -153,9 +160,9 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     """Stem and blocks of the same weights that also hand over raw patches."""
     blocks = model.blocks
     model.patch_embed.__class__ = RawPatchEmbed
-    for part in (model.patch_embed, *blocks):
-        part.raw_patches = raw_patches
+    hand_over(model.patch_embed, raw_patches)
     for block in blocks:
+        block.raw_patches = raw_patches
         block.__class__ = RawPatchBlock
         block.grad_checkpointing = model.grad_checkpointing
     model.grad_checkpointing = False

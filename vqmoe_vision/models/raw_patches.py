@@ -11,12 +11,26 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, register_notrace_module
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.config import check
 from ..moe.host import RawPatches
 from ..moe.scripting import StaysPython
+
+
+def hand_over(stem: nn.Module, raw_patches: RawPatches) -> None:
+    """Let a stem show images to the layers; what reads them becomes a part of it.
+
+    Not of the whole model, which TorchScript and torch.fx look into.
+
+    Args:
+        stem: A `RawPatchEmbed`.
+        raw_patches: Where the layers find what was read.
+    """
+    stem.raw_patches = raw_patches  # type: ignore[assignment]  # no module
+    if isinstance(raw_patches.read, nn.Module):
+        stem.reader = raw_patches.read
 
 
 def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from .arguments import (
     resolve_moe_layers,
 )
 from .complexity import count_params, describe_params
-from .raw_patches import RawPatchBlock, raw_patch_parts
+from .feature_network import feature_network
+from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report
 from .upcycle import Upcycling, read_upcycling
 
@@ -120,13 +121,17 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         check_names(kwargs, method)
         check_vit_arguments({**kwargs, 'fix_init': fix_init})
         check_experts(kwargs)
-        raw_patches = RawPatches(METHODS[method].read_patches)
-        if raw_patches.read is not None:
+        entry, dense, raw_patches = METHODS[method], dict(kwargs), RawPatches()
+        if entry.read_patches is not None:
             kwargs.update(raw_patch_parts(raw_patches, kwargs))
         with named_failures(VisionTransformer, kwargs):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
-        self.describe(method, METHODS[method].config.from_options(**options), how)
+        self.describe(method, entry.config.from_options(**options), how)
+        factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
+        raw_patches.read = entry.reader(self.moe_config, lambda: feature_network(dense), **factory)
+        if raw_patches.read is not None:
+            hand_over(self.patch_embed, raw_patches)
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
@@ -141,7 +146,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
                 act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
                 bias=kwargs.get('proj_bias', True),
                 drop=kwargs.get('proj_drop_rate', 0.0),
-                **{name: kwargs.get(name) for name in ('device', 'dtype')},
+                **factory,
             )
         self.fix_init = fix_init
         if fix_init:

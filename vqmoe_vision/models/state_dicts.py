@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ class Report:
     Attributes:
         loaded: Tensors of the model that are as in the checkpoint.
         resized: Those that were fitted to other sizes: shapes before and after.
-        copied: Tensors of experts, and those of a dense MLP that they were made of.
+        copied: Tensors of experts, and those of a dense MLP that they were made of; and those of a
+            frozen network that reads images, where it is a copy of a dense model.
         initialised: What the checkpoint has nothing for.
         unused: Tensors of the checkpoint, in the names of timm, that the model has no place for.
         outside: Of those that the model's part does not include: heads that it does not take, and
@@ -40,6 +42,18 @@ class Report:
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    def joined(self, other: Report) -> Report:
+        """Both reports as one, of two parts of a model.
+
+        Args:
+            other: Of the other part.
+        """
+        parts: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            more = vars(other)[name]
+            parts[name] = value | more if isinstance(value, dict) else (*value, *more)
+        return Report(**parts)
+
     def lines(self) -> list[str]:
         """For a log; a head that starts anew has its line among the remarks."""
         notes = list(self.remarks)
@@ -53,7 +67,8 @@ class Report:
         whole = 'model' if any(name.startswith(CLASSIFIERS) for name in found) else 'backbone'
         notes.append(f'loaded {len(found)} of the {number} tensors of the {whole}')
         if self.copied:
-            notes.append(f'made of dense MLPs: {", ".join(self.copied)}')
+            experts = [name for name in self.copied if '.experts.' in name]
+            notes.append(f'made of dense MLPs: {", ".join(experts)}')
         if initialised:
             notes.append(f'not in the checkpoint, as initialised: {", ".join(initialised)}')
         if self.unused:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import adapt_input_conv, eva, vision_transformer
 from timm.models.eva import Eva
+from torch import nn
 
 from ..moe import moe_layers
 from ..moe.config import check
+from ..moe.image_reader import ImageReader, image_reader
+from .feature_network import NETWORK, READER, FeatureViT
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
 from .refusals import (
@@ -26,7 +30,7 @@ from .refusals import (
     refuse_other_parts,
     refuse_other_tokens,
 )
-from .state_dicts import CLASSIFIERS, HEADS, Report, StateDict, misfit, shorten
+from .state_dicts import CLASSIFIERS, HEADS, Report, StateDict, misfit, other_shapes, shorten
 from .upcycle import Upcycling, upcycle
 
 Size = tuple[int, int]
@@ -90,6 +94,55 @@ def transfer(
     """
     expected = model.state_dict()
     state, outside = _strip(state_dict, expected, path)
+    reader = image_reader(model)
+    if reader is None:
+        return _fit_network(model, state, expected, outside, path, image_sizes, upcycling)
+    part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
+    state, expected = (
+        {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
+    )
+    result, report = _fit_network(model, state, expected, outside, path, image_sizes, upcycling)
+    read, more = _fit_reader(reader, part, state, path, image_sizes)
+    return result | read, report.joined(more)
+
+
+def load_features(
+    model: nn.Module, state_dict: StateDict, path: str, image_sizes: Sequence[Size] = ()
+) -> Report:
+    """Loads what a model reads images with; whatever was fitted to other features is void.
+
+    Args:
+        model: Any model whose method reads images by a frozen network; only that part is changed.
+        state_dict: Of a dense model of the shape of that network, as in `fit_state`.
+        path: As in `fit_state`.
+        image_sizes: As in `fit_state`.
+
+    Raises:
+        ValueError: The model reads no images, the state is of a model with experts, or as
+            `transfer`.
+    """
+    reader = image_reader(model)
+    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
+    assert reader is not None
+    if any('.mlp.experts.' in name for name in state_dict):
+        raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
+    network: Any = reader.network
+    state, report = transfer(network, state_dict, path, image_sizes)
+    network.load_state_dict(state, strict=False)
+    reader.fitted.fill_(False)
+    return report
+
+
+def _fit_network(
+    model: Transformer,
+    state: StateDict,
+    expected: StateDict,
+    outside: tuple[str, ...],
+    path: str,
+    image_sizes: Sequence[Size],
+    upcycling: Upcycling | None,
+) -> tuple[StateDict, Report]:
+    """As `transfer`, of all but what reads images, by timm's names."""
     state, remarks = _rename_norm(state, expected)
     state, network, dropped, head = _fit_head(state, expected)
     arguments = EVA if isinstance(model, Eva) else VIT
@@ -101,7 +154,8 @@ def transfer(
     fitted = _fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
     refuse_misfits(network, filtered, fitted, path)
-    whole = any(name.startswith(CLASSIFIERS) for name in expected)
+    # features of fewer blocks would be others
+    whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     refuse_other_parts(network, fitted, path, whole, arguments)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
@@ -119,6 +173,39 @@ def transfer(
         unused=tuple(k for k in filtered if k not in used),
         outside=(*outside, *dropped),
         remarks=(*remarks, *head),
+    )
+
+
+def _fit_reader(
+    reader: ImageReader, part: StateDict, rest: StateDict, path: str, image_sizes: Sequence[Size]
+) -> tuple[StateDict, Report]:
+    """What reads images as the checkpoint does, or with the weights of a dense one.
+
+    Args:
+        reader: Of the model.
+        part: Of the checkpoint, what reads images in it, by names in `reader`.
+        rest: Of the checkpoint.
+        path: As in `fit_state`.
+        image_sizes: As in `fit_state`.
+    """
+    weights = {k[len(NETWORK) :]: v for k, v in part.items() if k.startswith(NETWORK)}
+    result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
+    expected = {READER + k: v for k, v in reader.state_dict().items()}
+    if shapes := other_shapes(expected, result):
+        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
+    read = Report()
+    if part or not any('.mlp.experts.' in name for name in rest):
+        network: Any = reader.network
+        fitted, read = transfer(network, weights or rest, path, image_sizes)
+        result |= {READER + NETWORK + k: v for k, v in fitted.items()}
+    resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
+    copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}
+    return result, Report(
+        loaded=tuple(k for k in result if k not in resized and k not in copied),
+        resized=resized,
+        copied=copied,
+        initialised=tuple(k for k in expected if k not in result),
+        remarks=('images are read by a frozen copy of it',) if copied else (),
     )
 
 

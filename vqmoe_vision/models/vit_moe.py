@@ -238,3 +238,27 @@ def vit_base_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransf
 def vit_large_hashmoe(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
     """ViT-L/16 with hash layers."""
     return _create('large', 'hashmoe', pretrained, **kwargs)
+
+
+@register_model
+def vit_tiny_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-Ti/16 with MoCLE layers."""
+    return _create('tiny', 'mocle', pretrained, **kwargs)
+
+
+@register_model
+def vit_small_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-S/16 with MoCLE layers."""
+    return _create('small', 'mocle', pretrained, **kwargs)
+
+
+@register_model
+def vit_base_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-B/16 with MoCLE layers."""
+    return _create('base', 'mocle', pretrained, **kwargs)
+
+
+@register_model
+def vit_large_mocle(pretrained: bool = False, **kwargs: Any) -> MoeVisionTransformer:
+    """ViT-L/16 with MoCLE layers."""
+    return _create('large', 'mocle', pretrained, **kwargs)

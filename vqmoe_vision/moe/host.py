@@ -25,7 +25,7 @@ class RawPatches:
             columns).
 
     Attributes:
-        value: (B, L, F), or None before the first pass.
+        value: (B, L, F), or what else a method makes of B images; None before the first pass.
     """
 
     def __init__(self, read: ReadPatches | None = None) -> None:

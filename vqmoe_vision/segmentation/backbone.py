@@ -12,7 +12,8 @@ from timm.layers import LayerNorm
 from torch import Tensor
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.engine.normalization import weights_normalization
+from vqmoe_vision.engine.features import start_features
+from vqmoe_vision.engine.normalization import has_weights, weights_normalization
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
@@ -47,6 +48,8 @@ class TimmViT(BaseModule):
         checkpoint: File to start from: of a classification or segmentation run of this package
             (.pth), of timm (.pth or .safetensors), of mmseg's ViT or of rstrudel/segmenter (.pth).
             Experts are made of the MLPs of a dense one. Read when training starts, not for tests.
+        features: The same of a dense model of the same shape, for a method that decides by
+            features of the image; None where the model starts from one.
         norm_eps: Added to the variance in every LayerNorm; None for timm's.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
@@ -66,6 +69,7 @@ class TimmViT(BaseModule):
         out_indices: Sequence[int] | None = None,
         norm: bool = True,
         checkpoint: str | None = None,
+        features: str | None = None,
         norm_eps: float | None = None,
         grad_checkpointing: bool = False,
         moe: dict[str, Any] | None = None,
@@ -88,7 +92,7 @@ class TimmViT(BaseModule):
         self.model.prune_intermediate_layers(self.out_indices, prune_norm=not norm, prune_head=True)
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.norm = norm
-        self.checkpoint = checkpoint
+        self.checkpoint, self.features = checkpoint, features
         self.weights_normalization: Normalization | None = None
 
     def init_weights(self) -> None:
@@ -100,8 +104,9 @@ class TimmViT(BaseModule):
         share_start(self.model, seed=torch.initial_seed(), **self._arguments)
         if self.checkpoint is not None:
             start_from(self.model, self.checkpoint)
-        self.weights_normalization = weights_normalization(
-            self.model, self.checkpoint, self._arguments
+        weights = weights_normalization(self.model, self.checkpoint, self._arguments)
+        self.weights_normalization = start_features(
+            self.model, self.features, has_weights(self.checkpoint, self._arguments), weights
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,147 @@
+"""The dense network by whose features images are clustered: its answers, weights and cost."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
+from vqmoe_vision.models.transfer import fit_state, transfer
+from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.image_reader import image_reader
+
+from .conftest import TINY, make
+
+METHOD = next(name for name, method in METHODS.items() if method.needs_features)
+
+
+def dense(**kwargs: Any) -> Any:
+    return timm.create_model('vit_tiny_patch16_224', **{**TINY, **kwargs})
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    reader = image_reader(model)
+    assert reader is not None
+    return reader.features(images)
+
+
+def averaged(model: Any, images: Tensor) -> Tensor:
+    """Of a dense model: the mean over patches after the last norm, or the norm of the mean."""
+    tokens = model.eval().forward_features(images)
+    return model.fc_norm(tokens[:, model.num_prefix_tokens :].mean(dim=1))
+
+
+POOLS = [{}, {'class_token': False, 'global_pool': 'avg'}, {'reg_tokens': 2}]
+
+
+@pytest.mark.parametrize('kwargs', POOLS)
+@torch.no_grad()
+def test_features_are_those_of_the_dense_model(images: Tensor, kwargs: dict) -> None:
+    source = dense(**kwargs)
+    expected = averaged(source, images)
+    state = source.state_dict()
+    loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
+    load_features(loaded, state, 'dense.pth')
+    upcycled.load_state_dict(transfer(upcycled, state, 'dense.pth')[0], strict=False)
+    convert_to_moe(converted, METHOD)
+    for model in (loaded, upcycled, converted):
+        torch.testing.assert_close(features(model.train(), images), expected)
+        assert not image_reader(model).fitted
+
+
+def test_a_file_that_a_model_starts_from_is_one_for_its_features(
+    images: Tensor, tmp_path: Path
+) -> None:
+    source = dense()
+    torch.save(source.state_dict(), tmp_path / 'dense.pth')
+    model: Any = make(METHOD, upcycle=str(tmp_path / 'dense.pth'))
+    torch.testing.assert_close(features(model, images), averaged(source, images))
+    report = model.weights_report
+    name = 'patch_embed.reader.network.blocks.1.mlp.fc1.weight'
+    assert report.copied[name] == 'blocks.1.mlp.fc1.weight'
+    assert 'images are read by a frozen copy of it' in report.lines()
+    assert not any(name in line for line in report.lines() if line.startswith('made of'))
+
+
+def test_loading_other_features_voids_the_clusters(images: Tensor) -> None:
+    model = make(METHOD, num_clusters=2)
+    said = fit_reader(model, [images[:2], images[2:]])
+    assert said.startswith('2 clusters of 4 images') and image_reader(model).fitted
+    load_features(model, dense().state_dict(), 'dense.pth')
+    assert not image_reader(model).fitted
+
+
+def test_fitted_clusters_travel_and_route_alike(images: Tensor) -> None:
+    model: Any = make(METHOD, num_clusters=3).eval()
+    fit_reader(model, [images])
+    again: Any = make(METHOD, num_clusters=3).eval()
+    state, _ = fit_state(again, model.state_dict(), 'run.pth')
+    again.load_state_dict(state)
+    assert image_reader(again).fitted
+    assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'said'),
+    [
+        ({'embed_dim': 48}, r"^checkpoint 'f\.pth' is of another size: .*\(1, 1, 48\), the model"),
+        ({'depth': 5}, r"'f\.pth' does not fit the model: only the checkpoint.*depth=5 would fit"),
+        ({'depth': 3}, r"'f\.pth' does not fit the model: only the model has.*depth=3 would fit"),
+        ({'class_token': False, 'global_pool': 'avg'}, r'only the model has cls_token; class_toke'),
+    ],
+)
+def test_features_of_another_shape_are_refused(kwargs: dict, said: str) -> None:
+    model = make(METHOD)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        load_features(model, dense(**kwargs).state_dict(), 'f.pth')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_features_of_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'f\.pth' has experts; images are read by a dense"):
+        load_features(make(METHOD), make('smoe').state_dict(), 'f.pth')
+
+
+def test_another_number_of_clusters_is_refused() -> None:
+    model = make(METHOD, num_clusters=3)
+    with pytest.raises(ValueError, match=r'cluster_embed is \(5, 32\), the model has \(3, 32\)'):
+        fit_state(model, make(METHOD, num_clusters=5).state_dict(), 'run.pth')
+
+
+@pytest.mark.parametrize('call', [load_features, fit_reader])
+def test_a_model_that_reads_no_images_is_refused(call: Any) -> None:
+    arguments = ({}, 'f.pth') if call is load_features else ([],)
+    with pytest.raises(ValueError, match=r'model=.* is not possible: a model that reads images'):
+        call(make('smoe'), *arguments)
+
+
+def test_features_from_another_image_size_are_resized(images: Tensor) -> None:
+    model, source = make(METHOD), dense(img_size=64)
+    report = load_features(model, source.state_dict(), 'f.pth')
+    assert report.resized == {'pos_embed': ((1, 65, 32), (1, 17, 32))}
+    # a crop of another size than the network's is resized to it
+    assert features(model, torch.randn(2, 3, 40, 24)).shape == (2, 32)
+
+
+def test_a_network_keeps_its_last_norm_where_the_model_has_none(images: Tensor) -> None:
+    model = make(METHOD, final_norm=False, num_classes=0, global_pool='')
+    assert 'patch_embed.reader.network.norm.weight' in model.state_dict()
+
+
+def test_the_network_is_counted_in_the_macs_and_not_in_the_parameters() -> None:
+    # As test_known_answer_of_smoe of test_complexity.py; per image of 17 tokens:
+    #   the dense network: stem 98 304, attention 4 * 88 128, MLPs 4 * 139 264
+    #   the nearest of 64 centroids  64 * 32 = 2 048
+    #   an MoE layer: a gate of 7 * 32 = 224, two experts 17 * 2 * 2 * 32 * 128 = 278 528
+    network = 98_304 + 4 * 88_128 + 4 * 139_264
+    expected = 98_304 + 4 * 88_128 + 2 * 139_264 + 2 * (224 + 278_528) + 320 + network + 2_048
+    counts = complexity(make(METHOD))
+    assert counts.macs == expected
+    router = 64 * 32 + 7 * 32 + 7
+    experts = 8 * (2 * 32 * 128 + 128 + 32)
+    dense_params = sum(p.numel() for p in dense().parameters())
+    assert counts.params == dense_params + 2 * (router + experts - experts // 8)

@@ -1,0 +1,115 @@
+"""The dense vision transformer by whose features a method of this package may decide."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..moe.config import check
+from ..moe.image_reader import Features, image_reader
+
+# Where what reads images stands in a model, and its network in that.
+READER, NETWORK = 'patch_embed.reader.', 'network.'
+
+
+class FeatureViT(VisionTransformer):
+    """timm's `VisionTransformer` without a head, whose answer is the average over the patches.
+
+    The last norm is where the model of these arguments has it: before the average, or after it if
+    the model averages too.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Features of images, (B, D).
+
+        Args:
+            x: (B, channels, height, width).
+            *args: As timm's.
+            **kwargs: As timm's.
+        """
+        features: Tensor = self.fc_norm(
+            self.pool(self.forward_features(x, *args, **kwargs), pool_type='avg')
+        )
+        return features
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: it has buffers alone."""
+        return set()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # timm's loading resizes the positions of the model that this is a part of, not these
+        name, own = f'{prefix}pos_embed', self.pos_embed
+        if name in state_dict and own is not None and state_dict[name].shape != own.shape:
+            leading = 0 if self.no_embed_class else self.num_prefix_tokens
+            square = math.isqrt(state_dict[name].shape[1] - leading) ** 2
+            if square == state_dict[name].shape[1] - leading:
+                grid = list(self.patch_embed.grid_size)
+                state_dict[name] = resample_abs_pos_embed(
+                    state_dict[name], grid, num_prefix_tokens=leading
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def feature_network(kwargs: dict[str, Any]) -> Features:
+    """A network of the shape of a model, as initialised.
+
+    Args:
+        kwargs: Arguments of timm's `VisionTransformer`. It has a last norm, whatever they say.
+    """
+    others = {name: value for name, value in kwargs.items() if name != 'final_norm'}
+    return _described(FeatureViT(**{**others, 'num_classes': 0}))
+
+
+def features_of(dense: VisionTransformer) -> Features:
+    """A copy of a dense model that gives its features.
+
+    Args:
+        dense: timm's; unchanged.
+    """
+    network: Any = copy.deepcopy(dense)
+    network.__class__ = FeatureViT
+    network.reset_classifier(0)
+    network.set_grad_checkpointing(False)
+    return _described(network)
+
+
+def _described(network: VisionTransformer) -> Features:
+    stem: Any = network.patch_embed
+    (height, width), (rows, columns) = stem.img_size, stem.patch_size
+    # whole patches, as images of a model that pads them come
+    size = (-(-height // rows) * rows, -(-width // columns) * columns)
+    return Features(network, network.embed_dim, size)
+
+
+@torch.no_grad()
+def fit_reader(model: nn.Module, batches: Iterable[Tensor]) -> str:
+    """Fit what reads images in a model, such as clusters, to the images of a training set.
+
+    Trainings by config do so themselves. The weights of its network come first: from the dense
+    model that the model starts from, or by `load_features` of a state dict.
+
+    Args:
+        model: Any model whose method reads images by a frozen network; only that part is changed.
+        batches: Images (B, channels, height, width) without augmentation, normalised as for the
+            dense model.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ValueError: Nothing in the model has to be fitted, or there are too few images.
+    """
+    reader = image_reader(model)
+    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
+    assert reader is not None
+    device = reader.fitted.device
+    features = [reader.features(images.to(device)) for images in batches]
+    check(bool(features), 'batches', batches, 'at least one')
+    return reader.fit(torch.cat(features))

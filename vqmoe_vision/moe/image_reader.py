@@ -1,0 +1,128 @@
+"""A frozen network that looks at the whole image, for methods that decide by more than tokens.
+
+Legend: B images, F features of an image, S images that it is fitted to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .routing import full_precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network that gives features of an image.
+
+    Args:
+        network: Images (B, channels, height, width) to features (B, F).
+        width: F.
+        image_size: Height and width of the images that it takes.
+    """
+
+    network: nn.Module
+    width: int
+    image_size: tuple[int, int]
+
+
+class ImageReader(nn.Module):
+    """Base of what reads images for the layers of a model, once per pass for all of them.
+
+    Its network is frozen: weights are buffers, because nobody trains them, and a parameter that
+    never gets a gradient is one that optimizers decay and data-parallel training waits for. It is
+    in eval mode whatever the model is in. A subclass implements `forward`, which is a
+    `ReadPatches`, `init_weights` and `fit`.
+
+    Args:
+        features: The network; it is changed.
+        device: Of its other buffers.
+
+    Attributes:
+        fitted: Whether `fit` has been called for these weights, () bool. Until then the model
+            computes with what it was initialised with.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, features: Features, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.network = _frozen(features.network)
+        self.network.eval()
+        self.width, self.image_size = features.width, features.image_size
+        self.register_buffer('fitted', torch.empty((), dtype=torch.bool, device=device))
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's, but for the network, which stays in eval mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features of images, without a graph and without autocast.
+
+        Args:
+            images: (B, channels, height, width), normalised; of another size than the network's
+                they are resized, each as a whole.
+
+        Returns:
+            (B, F) float32.
+        """
+        with full_precision(images):
+            if images.shape[-2:] != self.image_size:
+                images = F.interpolate(
+                    images.float(), self.image_size, mode='bilinear', antialias=True
+                )
+            weight = next(self.network.buffers(), images)
+            found: Tensor = self.network(images.to(weight.dtype))
+        return found.float()
+
+    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """What the layers find in `host.raw_patches`.
+
+        Args:
+            images: (B, channels, height, width), of any size.
+            grid_size: Rows and columns of patches.
+        """
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draws what `fit` replaces."""
+        raise NotImplementedError
+
+    def fit(self, features: Tensor) -> str:
+        """Take over what features of a training set say; the same answer for the same features.
+
+        Args:
+            features: (S, F) float32, of `features`.
+
+        Returns:
+            What it found, in words, for a log.
+
+        Raises:
+            ValueError: There are too few of them.
+        """
+        raise NotImplementedError
+
+
+def image_reader(model: nn.Module) -> ImageReader | None:
+    """What reads images in a model; None if nothing does."""
+    return next((part for part in model.modules() if isinstance(part, ImageReader)), None)
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    """With buffers in the place of parameters, under their names."""
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+    return network

@@ -1,0 +1,216 @@
+"""MoCLE: the cluster of an image decides for all of its tokens, beside an expert for everything.
+
+"Mixture of Cluster-conditional LoRA Experts" (Gou et al., arXiv 2312.12379): samples are clustered
+once, before training, by k-means on features of a frozen network. For a sample of cluster k, and
+any token x of it:
+
+    logits = W C[k] + b + eps,  eps ~ N(0, 0.1^2) while training      C: a learned embedding
+    G = softmax(logits / tau),  e = argmax G,  tau = 0.05
+    y = G_e expert_e(x) + (1 - G_e) universal(x)
+
+Both weights sum to 1 and the paper has no balance loss, so there is none.
+
+Where we differ: the paper's experts are LoRAs (rank 8) beside a frozen linear layer of a language
+model, here experts are whole MLPs, one of them the universal one, in the place of the dense MLP.
+The paper clusters instructions by sentence embeddings; here images are clustered by features of a
+dense vision transformer of the shape of this one, trained on the same training set, averaged over
+the patches after its last norm (MoCE, arXiv 2402.05382, clusters images by the features of an
+autoencoder). The paper's embedding is as wide as its features, ours as the tokens, and every layer
+has its own. How it starts is not said: here small, so that noise decides first and every expert
+sees images. The noise is drawn per image, as other routers draw theirs per token.
+
+What it costs: the frozen network runs once per image, before the first block and for all layers,
+and its multiply-accumulates are counted with the model's. Its weights are buffers, no parameters.
+
+Why it is built so. Network and centroids are buffers of one module in the stem: a checkpoint has
+all that routes, a reloaded model routes alike, and clusters cannot move while anything learns. The
+network has the arguments of the model, so that nobody describes it twice, and a dense checkpoint
+that the model starts from is one for it too. It sees images resized to its own size: a crop or a
+window of a segmentation is an image of its own. A model that nobody has fitted runs, with random
+features and centroids; trainings by config refuse that in one line.
+
+Legend: B images, N tokens per image, T = B * N, D width, E experts with the universal one, K
+clusters, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codebook import nearest_code
+from ..codebook_sample import kmeans
+from ..config import MoeConfig, check, check_weights
+from ..experts import Experts
+from ..host import Host
+from ..image_reader import Features, ImageReader
+from ..layer import RoutedMlp
+from ..losses import token_mean
+from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCLEConfig(MoeConfig):
+    """Options of MoCLE.
+
+    Args:
+        num_experts: Number of experts E, of which the last is the universal one. With two nothing
+            is chosen: the other one has a weight of 1.
+        num_clusters: Number of clusters K of images.
+        temperature: tau.
+        router_noise: Standard deviation of the noise in the logits, training only.
+
+    Presets: 'paper'; 'matched', which is the same: a token has two experts.
+    """
+
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
+        'soft': {'num_clusters': 3, 'temperature': 1.0, 'router_noise': 0.0},
+    }
+
+    # both weights of a token sum to 1
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
+
+    num_clusters: int = 64
+    temperature: float = 0.05
+    router_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allowed = 'at least 2: the universal one, and others to choose from'
+        self.require('num_experts', self.num_experts >= 2, allowed)
+        self.require('num_clusters', self.num_clusters >= 1, 'at least 1')
+        self.require('temperature', 0 < self.temperature < math.inf, 'above 0 and finite')
+        check_weights(self, 'router_noise')
+
+
+class Clusters(ImageReader):
+    """Tells the cluster of an image: the nearest centroid of its features.
+
+    Args:
+        config: Options.
+        features: The frozen network.
+
+    Attributes:
+        centroids: (K, F); random until `fit`.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, config: MoCLEConfig, features: Features, **factory: Any) -> None:
+        super().__init__(features, factory.get('device'))
+        shape = (config.num_clusters, features.width)
+        self.register_buffer('centroids', torch.empty(shape, **factory))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random centroids of the length of normalised features."""
+        nn.init.normal_(self.centroids)
+        self.fitted.fill_(False)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> str:
+        """As `ImageReader`: k-means with a fixed seed."""
+        number = len(self.centroids)
+        allowed = f'at most {len(features)}, one for each image of the training set'
+        check(number <= len(features), 'num_clusters', number, allowed)
+        self.centroids.copy_(kmeans(features, number))
+        self.fitted.fill_(True)
+        sizes = self._nearest(features).bincount(minlength=number)
+        return (
+            f'{number} clusters of {len(features)} images, the smallest of {int(sizes.min())} and '
+            f'the largest of {int(sizes.max())}'
+        )
+
+    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Cluster of each image, (B,) int64.
+
+        Args:
+            images: (B, channels, height, width), of any size.
+            grid_size: Ignored.
+        """
+        features = self.features(images)
+        with full_precision(features):
+            return self._nearest(features)
+
+    def _nearest(self, features: Tensor) -> Tensor:
+        return nearest_code(features, self.centroids.float())
+
+
+class ClusterRouter(Router):
+    """Sends all tokens of an image to the expert of its cluster, and to the universal one.
+
+    Args:
+        in_features: D.
+        config: Options.
+        host: Where the clusters of the current images are found.
+    """
+
+    per_image = True
+
+    def __init__(self, in_features: int, config: MoCLEConfig, host: Host, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.raw_patches = host.raw_patches
+        chosen = config.num_experts - 1
+        self.cluster_embed = nn.Parameter(torch.empty(config.num_clusters, in_features, **factory))
+        self.weight = nn.Parameter(torch.empty(chosen, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(chosen, **factory))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Embeddings as those of positions in a vision transformer, and V-MoE's router."""
+        nn.init.normal_(self.cluster_embed, std=0.02)
+        init_lecun_normal(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route images (B, N, D) in float32."""
+        clusters = self.raw_patches.value
+        assert clusters is not None, 'the stem reads the images before any block runs'
+        num_tokens, config = x.shape[1], self.config
+        with full_precision(x):
+            embedded = self.cluster_embed.index_select(0, clusters).float()
+            logits = F.linear(embedded, self.weight.float(), self.bias.float())
+            if self.training and config.router_noise > 0:
+                logits = logits + torch.randn_like(logits) * config.router_noise
+            probs = (logits / config.temperature).softmax(dim=-1)
+            # by logit: small probabilities underflow to equals
+            expert = logits.argmax(dim=-1, keepdim=True)
+            gate = probs.gather(1, expert)
+        universal = torch.full_like(expert, config.num_experts - 1)
+        stats = {
+            'gate': token_mean(gate.detach().squeeze(1)),
+            'cluster_usage': expert_load(clusters, config.num_clusters),
+        }
+        return Routing(
+            torch.cat([expert, universal], dim=1).repeat_interleave(num_tokens, dim=0),
+            torch.cat([gate, 1 - gate], dim=1).repeat_interleave(num_tokens, dim=0),
+            stats=stats,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """The embeddings: decay would only flatten the gates."""
+        return {'cluster_embed'}
+
+    @property
+    def experts_per_token(self) -> float:
+        """The chosen and the universal one."""
+        return 2
+
+
+class ClusterMlp(RoutedMlp):
+    """`RoutedMlp` without losses or state."""
+
+    needs_collecting = False
+
+
+def build(
+    in_features: int, config: MoCLEConfig, experts: Experts, host: Host, **factory: Any
+) -> ClusterMlp:
+    """MoCLE layer for tokens of width `in_features`."""
+    return ClusterMlp(ClusterRouter(in_features, config, host, **factory), experts)
