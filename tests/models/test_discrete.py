@@ -121,6 +121,7 @@ def test_the_discrete_form_of_a_saved_full_model(
     assert torch.equal(discrete(images), to_discrete(model).eval()(images))
     with pytest.raises(ValueError, match=r"balance_weight=0\.3 .* no effect with form='discrete'"):
         timm.create_model(folder, pretrained=True, form='discrete', balance_weight=0.3)
+    assert 'balance_weight' not in discrete._model_args
     save_for_hf(discrete, tmp_path / 'discrete')  # and it is saved again
     again = timm.create_model(f'local-dir:{tmp_path / "discrete"}', pretrained=True).eval()
     assert torch.equal(again(images), discrete(images))
