@@ -14,6 +14,7 @@ from PIL import Image
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.publish import publish
 
 from ..rows import CONFIGS, leaves
 
@@ -107,7 +108,14 @@ def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
     dense = torch.load(file['file'])
     for expert in state['model.blocks.1.mlp.experts.fc1.weight']:
         assert torch.equal(expert, dense['blocks.1.mlp.fc1.weight'])
+    for line in ('the head is a fresh one', 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight'):
+        assert f'dense.pth: {line}' in log(work)
+    publish([str(work), str(tmp_path / 'out')])
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[f'model.{name}'])
     dense_row = train(config, 'd', 'model.moe=None', 'optim_wrapper.optimizer.lr=0.0')
+    assert 'dense.pth: loaded 54 of the 54 tensors of the backbone' in log(dense_row)
     found = content(dense_row)['state_dict']['model.blocks.1.mlp.fc1.weight']
     assert torch.equal(found, dense['blocks.1.mlp.fc1.weight'])
 

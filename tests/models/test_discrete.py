@@ -10,10 +10,12 @@ from timm.models import save_for_hf
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.models import to_discrete
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, Make, make
+from .test_saved import RECORDS
 
 FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True}]
 
@@ -103,6 +105,47 @@ def test_a_discrete_model_learns_and_is_built_again(tmp_path: Path, images: torc
     save_for_hf(discrete, tmp_path / 'saved', model_args=arguments)
     again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
     assert torch.equal(again(images), discrete(images))
+
+
+@pytest.mark.skipif(not RECORDS, reason='this timm does not say which arguments were saved')
+@pytest.mark.parametrize('host', [None, 'vit_tiny_patch16_224'])
+def test_the_discrete_form_of_a_saved_full_model(
+    host: str | None, tmp_path: Path, images: torch.Tensor
+) -> None:
+    options = {'balance_weight': 0.1, 'num_experts': 4}
+    moe = {'method': 'vqmoe', **options} if host else options
+    model: Any = create_model(host or 'vit_tiny_vqmoe', moe, **TINY)
+    save_for_hf(model, tmp_path / 'full')
+    folder = f'local-dir:{tmp_path / "full"}'
+    discrete: Any = timm.create_model(folder, pretrained=True, form='discrete').eval()
+    assert torch.equal(discrete(images), to_discrete(model).eval()(images))
+    with pytest.raises(ValueError, match=r"balance_weight=0\.3 .* no effect with form='discrete'"):
+        timm.create_model(folder, pretrained=True, form='discrete', balance_weight=0.3)
+    assert 'balance_weight' not in discrete._model_args
+    save_for_hf(discrete, tmp_path / 'discrete')  # and it is saved again
+    again = timm.create_model(f'local-dir:{tmp_path / "discrete"}', pretrained=True).eval()
+    assert torch.equal(again(images), discrete(images))
+
+
+def test_all_layers_become_discrete_or_none() -> None:
+    model: Any = full()
+    names = model.state_dict().keys()
+    with pytest.raises(ValueError, match='has no discrete branch to keep'):
+        to_discrete(torch.nn.ModuleList([model, make('smoe')]))
+    assert model.state_dict().keys() == names and model.moe_config.form == 'full'
+
+
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    model: Any = full()
+    store = f'file://{tmp_path / "store"}'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="model='DistributedDataParallel' is not possible: one"):
+        to_discrete(wrapped)
+    assert model.moe_config.form == 'full'
 
 
 def test_it_is_found_inside_of_others_and_a_second_time_changes_nothing() -> None:

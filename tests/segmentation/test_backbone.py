@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -160,3 +161,18 @@ def test_weights_of_mmsegs_own_backbone_compute_the_same(tmp_path: Any, prefix: 
     backbone.init_weights()
     image = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(backbone(image)[0], theirs(image)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
+def test_weights_by_name_are_not_half_loaded(moe: dict[str, Any] | None) -> None:
+    """There is no head here, of which timm would say that it is why the rest is not strict."""
+    sizes: dict[str, Any] = dict(img_size=32, patch_size=16, depth=4, embed_dim=12, num_heads=3)
+    state = timm.create_model('vit_tiny_patch16_224', **sizes).state_dict()
+    half = {name: value for name, value in state.items() if not name.startswith('blocks.3.')}
+    for weights, fits in ((state, True), (half, False)):
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
+        match = r'only the model has blocks\.3\..*; depth=3 would fit'
+        with nullcontext() if fits else pytest.raises(ValueError, match=match):
+            model = TimmViT('vit_tiny_patch16_224', moe=moe, **sizes, **given).model
+    assert torch.equal(model.blocks[3].norm1.weight, state['blocks.3.norm1.weight'])
+    assert set(model.weights_report.outside) == {'head.weight', 'head.bias'}

@@ -52,6 +52,18 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
         equal(value, run.backbone.model.get_parameter(name))
 
 
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('host', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3'])
+def test_a_host_with_experts(host: str, norm: bool, tmp_path: Path) -> None:
+    backbone = {'model_name': host, 'moe.method': 'vqmoe', 'out_indices': [2], 'norm': norm}
+    options = {f'model.backbone.{key}': value for key, value in backbone.items()}
+    run, model = published(tmp_path, options)
+    images = torch.randn(1, 3, 40, 24)
+    found = model.forward_intermediates(images, indices=[2], norm=True, intermediates_only=True)
+    torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
+    assert model.method == 'vqmoe' and len(model.blocks) == 3
+
+
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
 def test_blocks_and_norm_that_are_not_there(name: str, tmp_path: Path) -> None:
     moe = {'moe_layers': [0, 3], 'num_experts': 2} if 'smoe' in name else None

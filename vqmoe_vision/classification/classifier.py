@@ -13,7 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from vqmoe_vision.analysis.source import Source
-from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.checkpoint import log_weights, start_from
 from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.normalization import has_weights, weights_normalization
@@ -104,6 +104,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
         share_start(self.model, seed=torch.initial_seed(), **self._arguments)
+        log_weights(self.model, self._arguments)
         if self.checkpoint is not None:
             assert isinstance(self.model, Transformer)
             start_from(self.model, self.checkpoint)

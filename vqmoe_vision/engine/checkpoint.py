@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,9 +24,10 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
+from torch import nn
 
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.models.sources import check_file, config_beside
+from vqmoe_vision.models.sources import check_file, config_beside, source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
@@ -92,8 +93,26 @@ def start_from(model: Transformer, path: str) -> None:
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
-    for note in [*report.lines(), *restart(model)]:
-        print_log(f'{path}: {note}', logger='current')
+    _log([*report.lines(), *restart(model)], path)
+
+
+def log_weights(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Logs what became of the weights that a model was built with, if there are some.
+
+    Args:
+        model: Built by `create_model`, which is silent: there is no log yet.
+        arguments: Its keyword arguments.
+    """
+    report = getattr(model, 'weights_report', None)
+    if report is not None:
+        timms: Any = model
+        source = arguments.get('checkpoint_path') or source_of(timms.pretrained_cfg)
+        _log(report.lines(), source)
+
+
+def _log(notes: Sequence[str], source: str) -> None:
+    for note in notes:
+        print_log(f'{source}: {note}', logger='current')
 
 
 def read_state(path: str) -> StateDict:

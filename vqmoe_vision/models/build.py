@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, list_models
+from timm.models import PretrainedCfg, build_model_with_cfg, list_models, load_pretrained
+from torch import nn
 
 from ..moe.config import check
+from ..moe.methods import METHODS
+from .arguments import moe_options
+from .hosts import Transformer
 from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
 from .sparse_model import MoeVisionTransformer
 
@@ -33,31 +39,101 @@ def build(
     Raises:
         ValueError: An argument is impossible, or the weights cannot be read or do not fit.
     """
-    _check_sources(name, pretrained, kwargs)
-    depth = kwargs.get('depth', size['depth'])
-    # of `features_only`: the last three blocks, or all of a shallower model
-    out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
-    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    check_sources(name, pretrained, kwargs)
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-        pretrained, overlay = True, {**upcycle_overlay(upcycle, kwargs.get('cache_dir')), **overlay}
-    config = kwargs.get('pretrained_cfg')
-    source = source_of({**(config if isinstance(config, dict) else {}), **overlay})
+        found = upcycle_overlay(upcycle, kwargs.get('cache_dir'))
+        given = kwargs.get('pretrained_cfg_overlay') or {}
+        pretrained, kwargs['pretrained_cfg_overlay'] = True, {**found, **given}
+    arguments = {**size, **kwargs}
+    model: MoeVisionTransformer = build_sparse(
+        MoeVisionTransformer, name, method, pretrained, **arguments
+    )
+    return model
+
+
+def build_sparse(
+    make: Callable[..., nn.Module], name: str, method: str, pretrained: bool, **kwargs: Any
+) -> Any:
+    """A model with experts of any class, and its weights, as timm builds it.
+
+    An option that saved weights had, and that the options of this call leave without effect, is
+    dropped: `form='discrete'` on top of those of a full model.
+
+    Args:
+        make: Builds it from `method`, its options, and arguments of timm's class.
+        name: Of its entry point.
+        method: Key of `METHODS`.
+        pretrained: Whether to load the weights that its configuration names.
+        **kwargs: Of `make` and of `build_model_with_cfg`.
+
+    Raises:
+        ValueError: As `build`.
+    """
+    saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
+    options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
+    if saved:
+        for option in METHODS[method].config.without_effect(**options):
+            if saved.get(option) == options[option]:
+                del kwargs[option]
+    depth = kwargs.get('depth', 3)
+    # of `features_only`: the last three blocks, or all of a shallower model
+    out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
+    config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None)
+    known = config.to_dict() if isinstance(config, PretrainedCfg) else config
+    source = source_of({**(known if isinstance(known, dict) else {}), **(overlay or {})})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
-            MoeVisionTransformer,
+            make,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=fit_pretrained,
             feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
             method=method,
-            **{**size, **kwargs},
+            **kwargs,
         )
 
 
-def _check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses what cannot say which weights a model begins with; timm fails in other ways."""
+def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
+    """The weights that timm's configuration of a model names, all that fit or none.
+
+    timm itself is no longer strict where the number of classes differs. Only the head may start
+    anew here, and `weights_report` says what became of each tensor.
+
+    Args:
+        model: As timm built it, without weights.
+        cache_dir: As in timm's `create_model`.
+
+    Raises:
+        ValueError: There are none, or they cannot be read or do not fit.
+    """
+    timms: Any = model
+    config = {**timms.pretrained_cfg, 'custom_load': False}
+    source = source_of(config)
+    allowed = f'False, timm has no weights of {config["architecture"]}'
+    check(bool(source), 'pretrained', True, allowed)
+    with named_source(source):
+        load_pretrained(
+            model,
+            config,
+            num_classes=config['num_classes'],  # the filter has fitted the head
+            filter_fn=fit_pretrained,
+            cache_dir=cache_dir,
+        )
+
+
+def check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses what cannot say which weights a model begins with; timm fails in other ways.
+
+    Args:
+        name: Of the entry point.
+        pretrained: As `build`.
+        kwargs: As `build`.
+
+    Raises:
+        ValueError: For such an argument.
+    """
     check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
     config, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
     if isinstance(config, str) and config:

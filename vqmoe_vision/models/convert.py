@@ -11,6 +11,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
@@ -20,6 +21,7 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
+from .hosts import MOE_HOST
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel, build_layer
 from .state_dicts import Report, StateDict
@@ -44,11 +46,13 @@ def convert_to_moe(
 
     Afterwards a `VisionTransformer` is a `MoeVisionTransformer`, and its state dict is that of an
     entry point with the same sizes and options; an `Eva` is a `MoeEva`. Convert before an optimizer
-    takes the parameters.
+    takes the parameters. Experts are frozen where the parameters that they are made of were;
+    routers and codebooks are new, and train. A model that timm has built by name is saved as
+    `moe_host`, which builds it again.
 
     Args:
-        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs. It is
-            changed, or left as it is if anything is refused.
+        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs, without
+            hooks. It is changed, or left as it is if anything is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.
@@ -62,6 +66,46 @@ def convert_to_moe(
         TypeError: The method has no such option.
     """
     how = read_upcycling(upcycling)
+    copied = _put_layers(model, method, moe_layers, options, how, made_of_mlps=True)
+    assert isinstance(model, SparseModel)
+    model.weights_report = _report(model, copied)
+    _record(model, {'method': method, 'moe_layers': moe_layers, **options})
+    return model.weights_report
+
+
+def put_fresh_layers(
+    model: nn.Module,
+    method: str,
+    moe_layers: str | Sequence[int] = 'every2',
+    upcycling: Upcycling | dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """As `convert_to_moe`, but experts are drawn as routers are: for weights that come later.
+
+    Args:
+        model: As `convert_to_moe`.
+        method: As `convert_to_moe`.
+        moe_layers: As `convert_to_moe`.
+        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded.
+        **options: As `convert_to_moe`.
+
+    Raises:
+        ValueError: As `convert_to_moe`.
+        TypeError: As `convert_to_moe`.
+    """
+    how = read_upcycling(upcycling)
+    _put_layers(model, method, moe_layers, options, how, made_of_mlps=False)
+
+
+def _put_layers(
+    model: nn.Module,
+    method: str,
+    moe_layers: str | Sequence[int],
+    options: dict[str, Any],
+    how: Upcycling,
+    made_of_mlps: bool,
+) -> dict[str, str]:
+    """Changes the model; returns which tensors of experts were made of which of its MLPs."""
     config = _checked_config(model, method, options)
     dense: Any = model
     blocks, stem = dense.blocks, dense.patch_embed
@@ -77,22 +121,24 @@ def convert_to_moe(
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
-        built[i], made = _layer_like(blocks[i], f'blocks.{i}.mlp', method, config, host, how)
-        prefix = f'blocks.{i}.mlp'
-        copied |= {f'{prefix}.experts.{key}': f'{prefix}.{key}' for key in made}
+        name = f'blocks.{i}.mlp'
+        built[i] = _layer_like(blocks[i], name, method, config, host)
+        if made_of_mlps:
+            made = _take_over(built[i], blocks[i].mlp, how, name)
+            copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
     if isinstance(raw_patches.read, ImageReader):
         copied |= {f'{READER}{NETWORK}{key}': key for key in raw_patches.read.network.state_dict()}
     # nothing is refused from here on
-    names = set(model.state_dict())
     for i, layer in built.items():
         blocks[i].mlp = layer
     if raw_patches.read is not None:
         _show_patches(dense, raw_patches)
-    report = _report(model, names, copied)
+    given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[type(model)]
     assert isinstance(model, SparseModel)
-    model.describe(method, config, how, report)
-    return report
+    model.describe(method, config, how)
+    model._model_args = given
+    return copied
 
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:
@@ -108,15 +154,17 @@ def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> M
 
 
 def _layer_like(
-    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host, how: Upcycling
-) -> tuple[MoeLayer, StateDict]:
-    """The layer in the place of a block's MLP, its experts made of it, and their state."""
+    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host
+) -> MoeLayer:
+    """The layer in the place of a block's MLP."""
     mlp: Any = getattr(block, 'mlp', None)
     kind = type(block if mlp is None else mlp).__name__
     allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
     check(type(mlp) is Mlp, name, kind, allowed)
     plain = isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, nn.Linear)
     check(plain, name, kind, 'one of linear layers, without a norm between them')
+    hooked = any(hooks for part in mlp.modules() for hooks in _hooks_of(part))
+    check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
     pairs = {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         'drop': (mlp.drop1.p, mlp.drop2.p),
@@ -136,9 +184,27 @@ def _layer_like(
         device=weight.device,
         dtype=weight.dtype,
     )
+    return layer.train(mlp.training)
+
+
+def _hooks_of(module: Any) -> list[Any]:
+    """Its hooks of passes, by kind."""
+    return [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ]
+
+
+def _take_over(layer: MoeLayer, mlp: nn.Module, how: Upcycling, name: str) -> StateDict:
+    """Makes the experts of an MLP, frozen where it is; returns their state."""
     made = upcycle(mlp.state_dict(), layer.experts, how, name)
     layer.experts.load_state_dict(made)
-    return layer.train(mlp.training), made
+    for key in made:
+        trains = mlp.get_parameter(key).requires_grad
+        layer.experts.get_parameter(key).requires_grad_(trains)
+    return made
 
 
 def _check_patches(model: Any) -> None:
@@ -168,13 +234,23 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     model.grad_checkpointing = False
 
 
-def _report(model: nn.Module, dense: set[str], copied: dict[str, str]) -> Report:
+def _report(model: nn.Module, copied: dict[str, str]) -> Report:
+    """Of what was there before: all but what the new layers have."""
+    layers = tuple(f'{name}.' for name in layers_of(model))
     names = list(model.state_dict())
     return Report(
-        loaded=tuple(name for name in names if name in dense),
+        loaded=tuple(name for name in names if not name.startswith(layers)),
         copied=copied,
-        initialised=tuple(name for name in names if name not in dense and name not in copied),
+        initialised=tuple(k for k in names if k.startswith(layers) and k not in copied),
     )
+
+
+def _record(model: Any, sparse: dict[str, Any]) -> None:
+    """What builds the model again, if timm has built it by name."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    if config.get('architecture'):
+        model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
+        model.pretrained_cfg = model.default_cfg = {**config, 'architecture': MOE_HOST}
 
 
 def to_discrete(model: nn.Module) -> nn.Module:
@@ -186,23 +262,29 @@ def to_discrete(model: nn.Module) -> nn.Module:
 
     Args:
         model: Any model whose MoE layers have both branches, such as a classifier, a segmentor or a
-            timm model. It is changed, or left as it is if a layer refuses.
+            timm model, before it is distributed. It is changed, or left as it is if a layer
+            refuses.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: A layer has no discrete branch, or there is no MoE layer.
+        ValueError: A layer has no discrete branch, there is no MoE layer, or the model is wrapped
+            in `DistributedDataParallel`, which would wait for gradients of what is gone.
     """
     layers = layers_of(model).values()
     check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
+    for module in model.modules():
+        wrapped = isinstance(module, DistributedDataParallel)
+        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    for layer in layers:
+        layer.check_discrete()
+    # nothing is refused from here on
     changed: dict[str, Any] = {}
     for layer in layers:
         changed |= layer.to_discrete()
     for module in model.modules():
         if isinstance(module, SparseModel):
             module.moe_config = replace(module.moe_config, **changed)
-            unused = module.moe_config.unused()
-            args = {k: v for k, v in module._model_args.items() if k not in unused}
-            module._model_args = {**args, **changed}
+            module._model_args = {**module._model_args, **changed}
     return model

@@ -15,8 +15,8 @@ from torch import nn
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
-from .convert import convert_to_moe
-from .hosts import OWN_MODULES, Transformer
+from .build import load_whole
+from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
 
 
@@ -28,14 +28,16 @@ def create_model(
     Args:
         model_name: Name of a timm model.
         moe: Options of the MoE layers: `moe_layers`, and those of the method. None for a dense
-            model; one of timm's gets such layers by `convert_to_moe` if `method` is among them,
-            with experts that are copies of its MLPs.
+            model; one of timm's gets such layers as `moe_host` does if `method` is among them, with
+            experts that are made of the MLPs of its weights.
         extra_mlps: Widens all MLPs of a dense model, by in all what so many further MLPs per token
             would cost.
         **kwargs: Its keyword arguments, and `upcycling` of `convert_to_moe`.
 
+    `weights_report` of a vision transformer says what became of the weights that it has loaded.
+
     Raises:
-        ValueError: There is no such model, or the arguments do not go together.
+        ValueError: There is no such model, the arguments do not go together, or weights do not fit.
         TypeError: The model does not know one of the keyword arguments.
     """
     if not timm.is_model(model_name):
@@ -43,13 +45,15 @@ def create_model(
         hint = f'did you mean {nearest[0]}?' if nearest else 'timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model; {hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
+    allowed = 'the name of the host, and the method in moe'
+    check(timm.models.get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, allowed)
     # one of this package's models says itself which option is wrong
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
-    conversion: dict[str, Any] = {}
+    sparse: dict[str, Any] = {}
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
-        conversion = {**moe, 'upcycling': kwargs.pop('upcycling', None)}
+        sparse = {'host': model_name, **moe, 'upcycling': kwargs.pop('upcycling', None)}
     else:
         kwargs.update(moe or {})
     build = partial(_untrained, model_name)
@@ -58,12 +62,35 @@ def create_model(
     with named_failures(build, kwargs) if dense else nullcontext():
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
-        model = timm.create_model(model_name, **kwargs)
+        if sparse:
+            model = timm.create_model(MOE_HOST, **sparse, **_from_pretrained(kwargs))
+        else:
+            model = _create(model_name, kwargs)
     check_patches(model, kwargs)
-    record_arguments(model, kwargs)
-    if conversion:
-        convert_to_moe(model, **conversion)
+    record_arguments(model, {**kwargs, **sparse})
     return model
+
+
+def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the host as weights that are fitted; timm would want it to have experts."""
+    path = kwargs.get('checkpoint_path')
+    if not path:
+        return kwargs
+    others = {name: value for name, value in kwargs.items() if name != 'checkpoint_path'}
+    given = kwargs.get('pretrained_cfg_overlay') or {}
+    overlay = {**given, 'file': str(path), 'state_dict': None}
+    return {**others, 'pretrained': True, 'pretrained_cfg_overlay': overlay}
+
+
+def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model by its own entry point; a dense vision transformer is never half loaded."""
+    fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
+    if fitted and kwargs.get('pretrained') and not kwargs.get('checkpoint_path'):
+        model = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
+        if isinstance(model, Transformer):
+            load_whole(model, kwargs.get('cache_dir'))
+            return model
+    return timm.create_model(model_name, **kwargs)
 
 
 def _untrained(model_name: str, **kwargs: Any) -> nn.Module:

@@ -13,3 +13,5 @@ Transformer: TypeAlias = VisionTransformer | Eva
 OWN_MODULES = ('vit_moe', 'shipped')
 VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
 MODULES = (*VIT_MODULES, 'eva')
+# Entry point that builds one of timm's and puts experts into it.
+MOE_HOST = 'moe_host'

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
+from .hosts import Transformer
 from .sparse_model import SparseModel
 from .state_dicts import misfit
 
@@ -25,6 +27,11 @@ _OF_THE_CALL = frozenset(
         'scriptable', 'exportable', 'no_jit', 'device', 'dtype', 'upcycle', 'upcycling',
     }
 )  # fmt: skip
+# A model without a last norm: of timm's `VisionTransformer`, and of its `Eva`.
+_NO_NORM = (
+    {'final_norm': False},
+    {'use_post_transformer_norm': False, 'use_fc_norm': False},
+)
 # Of timm's `pretrained_cfg` what belongs to the network; the rest is about the weights of others.
 _OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
 
@@ -51,18 +58,22 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
         model: Of this package's `create_model`.
 
     Raises:
-        ValueError: An argument is no value of JSON, or no MoE layer is left.
+        ValueError: An argument is no value of JSON, no MoE layer is left, or timm does not know the
+            model by a name.
     """
     timms: Any = model
+    known = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
+    allowed = 'one that timm.create_model has built, by whose name it is built again'
+    check(timm.is_model(known), 'model', type(model).__name__, allowed)
     kept = {k: v for k, v in timms._model_args.items() if k not in _OF_THE_CALL}
     args = {k: v for k, v in kept.items() if not k.endswith('drop_rate')}
     args.pop('drop_path_rate', None)
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, Transformer):
         args.update(num_classes=model.num_classes, global_pool=model.global_pool)
         if len(model.blocks) < len(model.feature_info):
             args |= _pruned(model)
         if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
-            args['final_norm'] = False
+            args |= _NO_NORM[isinstance(model, Eva)]
     for name, value in args.items():
         try:
             json.dumps(value)
@@ -72,7 +83,7 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
     return args
 
 
-def _pruned(model: VisionTransformer) -> dict[str, Any]:
+def _pruned(model: Transformer) -> dict[str, Any]:
     depth = len(model.blocks)
     if not isinstance(model, SparseModel):
         return {'depth': depth}
@@ -113,22 +124,21 @@ def save(
     timms.pretrained_cfg = timms.default_cfg = described
     names = {'label_names': list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), names, args, safe_serialization=True)
-    _read_back(model, folder, args, preprocessing['input_size'])
+    _read_back(model, folder, preprocessing['input_size'])
     return args
 
 
 @torch.no_grad()
-def _read_back(
-    model: nn.Module, folder: Path, args: dict[str, Any], input_size: Sequence[int]
-) -> None:
+def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
     """Compares tensors and answers, to the bit."""
     try:
         again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
         problem = _difference(model, again, torch.rand(2, *input_size))
     except Exception as error:  # a model that differs can fail in any way
-        problem = ' '.join(str(error).split())
+        problem = str(error)
     if problem:
-        raise ValueError(f'timm does not build the model again from {args}: {problem}')
+        short = shorten(problem, 200, placeholder=' ...')  # torch lists every key
+        raise ValueError(f'timm does not build the model again from its arguments: {short}')
 
 
 def _difference(model: nn.Module, again: nn.Module, images: Tensor) -> str:

@@ -22,6 +22,7 @@ from timm.models._hub import load_model_config_from_path  # timm.models exports 
 
 from ..moe.config import check
 from .hosts import VIT_MODULES
+from .sparse_model import SparseModel
 from .state_dicts import StateDict
 from .transfer import Size, transfer
 
@@ -163,7 +164,7 @@ def check_file(path: str) -> None:
 
 
 def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
-    """Filter function for timm's loading of models with experts: what `transfer` fits, upcycled.
+    """Filter function for timm's loading: what `transfer` fits, and experts made of dense MLPs.
 
     It loads what fits itself. timm drops a head if the configuration of the weights has another
     number of classes, whatever the file holds, and is no longer strict then; by that time all that
@@ -171,7 +172,7 @@ def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
 
     Args:
         state_dict: As in the source.
-        model: A `MoeVisionTransformer`. It gets the weights, and `weights_report`.
+        model: A `Transformer`. It gets the weights, and `weights_report`.
 
     Returns:
         All of the model's state, in which timm has nothing left to miss.
@@ -182,7 +183,8 @@ def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
     state = state_dict.get('model', state_dict)
     state = state.get('state_dict', state)
     source = source_of(model.pretrained_cfg)
-    fitted, report = transfer(model, state, source, _image_sizes(model), model.upcycling)
+    how = model.upcycling if isinstance(model, SparseModel) else None
+    fitted, report = transfer(model, state, source, _image_sizes(model), how)
     model.load_state_dict(fitted, strict=False)
     model.weights_report = report
     for line in report.lines():

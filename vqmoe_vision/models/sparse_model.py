@@ -48,19 +48,16 @@ class SparseModel:
     # TorchScript would compile it
     __jit_unused_properties__ = ('_model_args',)
 
-    def describe(
-        self, method: str, config: MoeConfig, upcycling: Upcycling, report: Report | None = None
-    ) -> None:
+    def describe(self, method: str, config: MoeConfig, upcycling: Upcycling) -> None:
         """Set what the model says of itself.
 
         Args:
             method: Key of `METHODS`.
             config: Its options.
             upcycling: How experts are made of dense MLPs.
-            report: Of a conversion.
         """
         self.method, self.moe_config, self.upcycling = method, config, upcycling
-        self.weights_report = report
+        self.weights_report: Report | None = None
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -70,8 +67,10 @@ class SparseModel:
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        # a model that is built again for its saved weights does not start from others
-        self._given = {k: v for k, v in args.items() if k not in ('upcycle', 'upcycling')}
+        # a model that is built again for its saved weights does not start from others, and has no
+        # option of a form that it was before
+        left_out = {'upcycle', 'upcycling', *self.moe_config.unused()}
+        self._given = {k: v for k, v in args.items() if k not in left_out}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

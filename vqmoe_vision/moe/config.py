@@ -95,11 +95,29 @@ class MoeConfig:
             ValueError: For an unknown preset, an impossible value, or an option without effect.
             TypeError: For an option that the method does not have.
         """
-        check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
-        config = cls(**{**cls.PRESETS[preset], **options})
+        config = cls._of_preset(preset, options)
         for name, reason in config.unused().items():
             check(name not in options, name, options.get(name), f'it has no effect with {reason}')
         return config
+
+    @classmethod
+    def without_effect(cls, preset: str = 'paper', **options: Any) -> set[str]:
+        """Names of the options that `from_options` would refuse for having no effect.
+
+        Args:
+            preset: As `from_options`.
+            **options: As `from_options`.
+
+        Raises:
+            ValueError: As `from_options` otherwise.
+            TypeError: As `from_options`.
+        """
+        return cls._of_preset(preset, options).unused().keys() & options.keys()
+
+    @classmethod
+    def _of_preset(cls, preset: str, options: dict[str, Any]) -> Self:
+        check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
+        return cls(**{**cls.PRESETS[preset], **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
         """Refuse the value of a field in one line, see `check`.

@@ -166,6 +166,14 @@ class MoeLayer(StaysPython):
         """Begin a new training from the weights as they are; returns what changed, in words."""
         return None
 
+    def check_discrete(self) -> None:
+        """Refuse `to_discrete` where it is not possible.
+
+        Raises:
+            ValueError: The layer has no discrete branch.
+        """
+        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
+
     def to_discrete(self) -> dict[str, Any]:
         """Keep the discrete branch alone.
 
@@ -173,9 +181,10 @@ class MoeLayer(StaysPython):
             The options in which the layer is now another one; empty if it was discrete already.
 
         Raises:
-            ValueError: The layer has no discrete branch beside another.
+            ValueError: As `check_discrete`.
         """
-        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
+        self.check_discrete()
+        return {}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make the state of a layer of this method, but of other sizes or form, fit this one.

@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.checkpoint import log_weights, start_from
 from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.normalization import has_weights, weights_normalization
 from vqmoe_vision.models.create import create_model
@@ -102,6 +102,7 @@ class TimmViT(BaseModule):
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
         share_start(self.model, seed=torch.initial_seed(), **self._arguments)
+        log_weights(self.model, self._arguments)
         if self.checkpoint is not None:
             start_from(self.model, self.checkpoint)
         weights = weights_normalization(self.model, self.checkpoint, self._arguments)

@@ -263,13 +263,17 @@ class VQMoEMlp(MoeLayer):
             return set()
         return {name for name in names if name.startswith(('router.', 'gate.'))}
 
+    def check_discrete(self) -> None:
+        """The continuous form has none."""
+        if self.quantizer is None:
+            raise ValueError(f'form={self.config.form!r} has no discrete branch to keep')
+
     def to_discrete(self) -> dict[str, Any]:
         """Form 'discrete' (5): the router and the gate go.
 
         Equal to the full form (4) with g(x)_d = 1.
         """
-        if self.quantizer is None:
-            raise ValueError(f'form={self.config.form!r} has no discrete branch to keep')
+        self.check_discrete()
         changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)
         self.router, self.gate = None, None

@@ -1,0 +1,218 @@
+"""timm's own vision transformers with experts: their weights by name, and how they are saved."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+from vqmoe_vision.models import convert_to_moe, saved
+from vqmoe_vision.models.arguments import moe_options
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.moe import METHODS
+
+from .conftest import TINY
+from .test_saved import PREPROCESSING, RECORDS, same
+from .test_upcycle import check_complete, dense
+
+VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
+HOSTS = (VIT, DINOV3)
+# methods that look at raw patches have them of timm's `VisionTransformer` alone
+PAIRS = [
+    (host, method)
+    for host in HOSTS
+    for method in METHODS
+    if host != DINOV3 or METHODS[method].read_patches is None
+]
+SOME = next(iter(METHODS))
+ROWS = [None, {'method': SOME}]
+
+
+def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, **kw: Any) -> Any:
+    """A model by its name in timm, from weights in the place of the hub's."""
+    overlay = {'state_dict': state}
+    given = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+    return create_model(host, moe, **{**TINY, **given, **kw})
+
+
+@pytest.mark.parametrize('classes', [10, 5])
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize('host', HOSTS)
+def test_every_tensor_of_weights_by_name_is_reported(
+    host: str, moe: dict[str, Any] | None, classes: int
+) -> None:
+    source = dense(host).state_dict()
+    model = by_name(source, moe, host, num_classes=classes, img_size=64)
+    report = model.weights_report
+    check_complete(report, model, source)
+    head = {'head.weight', 'head.bias'}
+    assert head <= set(report.loaded if classes == 10 else report.initialised)
+    assert set(report.outside) == (set() if classes == 10 else head)
+    assert ('pos_embed' in report.resized) == ('pos_embed' in source)
+    assert bool(report.copied) == (moe is not None)
+    torch.testing.assert_close(model.norm.weight, source['norm.weight'], rtol=0, atol=0)
+
+
+OTHERS = [method for method in METHODS if method != SOME]
+TORN: list[tuple[Any, str]] = [
+    (
+        lambda state: {k: v for k, v in state.items() if 'blocks.3.' not in k},
+        r'only the model has blocks\.3\..*; depth=3 would fit',
+    ),
+    (
+        lambda state: {k.replace('blocks.', 'stages.'): v for k, v in state.items()},
+        r'only the checkpoint has stages\.0\.',
+    ),
+    (
+        lambda state: timm.create_model(f'vit_tiny_{OTHERS[0]}', **TINY).state_dict(),
+        'is of another MoE method',
+    ),
+]
+
+
+@pytest.mark.parametrize('classes', [10, 5, 0])  # timm is strict in none of the last two
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize(('change', 'message'), TORN)
+def test_weights_by_name_are_not_half_loaded(
+    change: Any, message: str, moe: dict[str, Any] | None, classes: int
+) -> None:
+    state = change(dense().state_dict())
+    with pytest.raises(ValueError, match=message) as caught:
+        by_name(state, moe, num_classes=classes)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('moe', ROWS)
+def test_a_model_without_weights_is_named(moe: dict[str, Any] | None) -> None:
+    name = 'vit_small_patch16_18x2_224'
+    with pytest.raises(
+        ValueError, match=f'pretrained=True .* False, timm has no weights of {name}'
+    ):
+        create_model(name, moe, pretrained=True, **TINY)
+
+
+def test_experts_of_another_width_are_drawn_without_weights() -> None:
+    model: Any = create_model(VIT, {'method': SOME, 'expert_mlp_ratio': 2.0}, **TINY)
+    assert model.weights_report is None
+    first, second, *_ = model.blocks[1].mlp.experts.fc1.weight.detach()
+    assert first.shape == (64, 32) and not torch.equal(first, second)
+
+
+@pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
+@pytest.mark.parametrize(('host', 'method'), PAIRS)
+def test_a_converted_model_is_saved_as_it_is(
+    host: str, method: str, tmp_path: Path, images: torch.Tensor
+) -> None:
+    model = dense(host)
+    options = {'num_experts': 4, 'moe_layers': (0, 3), 'expert_mlp_ratio': 2.0}
+    how = {'split': True, 'noise': 0.1}
+    convert_to_moe(model, method, upcycling=how, **options)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == 'moe_host'
+    recorded = config['model_args']
+    assert (recorded['host'], recorded['method'], recorded['depth']) == (host, method, 4)
+    assert 'upcycling' not in recorded
+    again: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (type(again), again.moe_config) == (type(model), model.moe_config)
+    same(model, again, images)
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True)
+    features.eval()
+    assert [tuple(part.shape) for part in features(images)] == [(4, 32, 4, 4)] * 3
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('moe', [None, {'method': SOME, 'moe_layers': [1, 3], 'num_experts': 2}])
+@pytest.mark.parametrize('host', HOSTS)
+def test_a_pruned_backbone_by_name(
+    host: str, moe: dict[str, Any] | None, norm: bool, tmp_path: Path, images: torch.Tensor
+) -> None:
+    options = {**TINY, 'num_classes': 0, 'global_pool': '', 'dynamic_img_size': True}
+    model: Any = create_model(host, moe, **options, drop_path_rate=0.1)
+    model.prune_intermediate_layers([2], prune_norm=not norm)
+    args = saved.save(model, tmp_path / 'out', PREPROCESSING)
+    assert args['depth'] == 3
+    same(model, timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), images)
+
+
+def test_a_model_that_timm_does_not_know_is_refused() -> None:
+    """The error is one line, and says why."""
+    model: Any = VisionTransformer(**TINY)
+    convert_to_moe(model, SOME)
+    with pytest.raises(
+        ValueError, match=r"^model='MoeVisionTransformer' .* timm\.create_model has"
+    ):
+        saved.arguments_of(model)
+
+
+def test_what_cannot_be_built_again_is_one_short_line(tmp_path: Path) -> None:
+    model: Any = create_model(VIT, None, **TINY)
+    model._model_args = {}
+    with pytest.raises(ValueError, match=r'does not build the model again .*Missing key') as caught:
+        saved.save(model, tmp_path / 'out', PREPROCESSING)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_no_option_of_a_method_is_an_argument_of_a_host() -> None:
+    """`moe_host` takes both as keywords."""
+    known = {
+        name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters
+    }
+    for method in METHODS:
+        assert not moe_options(method) & (known | {'host', 'method'})
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({}, r"^host=None is not possible: the name of one of timm's"),
+        ({'host': 'moe_host'}, "^host='moe_host' is not possible"),
+        ({'host': VIT}, '^method=None is not possible: one of '),
+        ({'host': 'vit_tiny_smoe', 'method': SOME}, "model='MoeVisionTransformer' is not possible"),
+        ({'host': 'resnet18', 'method': SOME}, "model='ResNet' is not possible: timm's"),
+        ({'host': VIT, 'method': SOME, 'pretrained': 1}, 'pretrained=1 is not possible: True or'),
+        ({'host': VIT, 'method': SOME, 'pretrained_cfg': 'x'}, "^pretrained_cfg='x' is not"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('moe_host', **options)
+
+
+def test_tasks_name_the_host_itself() -> None:
+    with pytest.raises(ValueError, match=r"^model_name='moe_host' is not possible: the name of"):
+        create_model('moe_host', {'method': SOME})
+
+
+def test_copies_of_frozen_parameters_are_frozen(method: str) -> None:
+    model = dense().requires_grad_(False)
+    model.blocks[3].mlp.requires_grad_(True)
+    report = convert_to_moe(model, method)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {flags[name] for name in report.copied if name.startswith('blocks.1.')} == {False}
+    assert {flags[name] for name in report.copied if name.startswith('blocks.3.')} == {True}
+    ours = timm.create_model(f'vit_tiny_{method}', **TINY)
+    for name, parameter in ours.named_parameters():
+        if name in report.initialised:
+            assert flags[name] == parameter.requires_grad
+        elif name in report.loaded:
+            assert not flags[name]
+
+
+@pytest.mark.parametrize('part', ['', '.act'])
+@pytest.mark.parametrize(
+    'register',
+    ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook'],
+)
+def test_hooks_are_not_lost_in_silence(register: str, part: str) -> None:
+    model = dense()
+    getattr(model.get_submodule(f'blocks.1.mlp{part}'), register)(lambda *args: None)
+    with pytest.raises(ValueError, match=r"^blocks\.1\.mlp hooks='set' is not possible: none"):
+        convert_to_moe(model, SOME)
+    assert not hasattr(model.blocks[3].mlp, 'experts')

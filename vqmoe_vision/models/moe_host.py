@@ -1,0 +1,69 @@
+"""One of timm's own vision transformers with experts, by an entry point that can be saved.
+
+`timm.create_model('moe_host', host='vit_small_patch16_dinov3', method='smoe', num_experts=4)`: what
+`host` builds, with MoE layers in the place of MLPs. Models that `convert_to_moe` has changed, and
+those that a config names with `moe.method`, are saved under this name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import timm
+from timm.models import get_arch_name, get_pretrained_cfg, model_entrypoint, register_model
+
+from ..moe.config import check
+from ..moe.methods import METHODS
+from .arguments import moe_options
+from .build import build_sparse, check_sources
+from .convert import put_fresh_layers
+from .hosts import MOE_HOST
+from .sources import source_of
+from .sparse_model import MoeEva, MoeVisionTransformer
+
+__all__: list[str] = []  # register_model adds the entry point
+
+
+@register_model
+def moe_host(
+    pretrained: bool = False, host: str | None = None, method: str | None = None, **kwargs: Any
+) -> MoeVisionTransformer | MoeEva:
+    """A vision transformer of timm with MoE layers.
+
+    Args:
+        pretrained: Whether to load weights: those of the host, whose MLPs become experts, or those
+            that `pretrained_cfg` or `pretrained_cfg_overlay` names.
+        host: Name of a timm model that `convert_to_moe` takes, with or without tag.
+        method: Key of `METHODS`.
+        **kwargs: `moe_layers`, `upcycling` and options of the method, as `convert_to_moe`, and
+            arguments of the host.
+
+    Raises:
+        ValueError: A value is impossible, or weights cannot be read or do not fit.
+    """
+    known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
+    check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
+    check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
+    assert host is not None and method is not None
+    check_sources(get_arch_name(host), pretrained, kwargs)
+    config = kwargs.pop('pretrained_cfg', None) or ''
+    if isinstance(config, str):  # none, or a tag
+        found = get_pretrained_cfg(f'{get_arch_name(host)}.{config}' if config else host)
+        assert found is not None
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        exists = bool(source_of({**found.to_dict(), **overlay}))
+        check(not pretrained or exists, 'pretrained', True, f'False, timm has no weights of {host}')
+        # the filter reads state dicts
+        config = replace(found, architecture=MOE_HOST, custom_load=False)
+    make = partial(_fresh, host)
+    return build_sparse(make, MOE_HOST, method, pretrained, pretrained_cfg=config, **kwargs)
+
+
+def _fresh(host: str, method: str, **kwargs: Any) -> Any:
+    names = moe_options(method) | {'upcycling'}
+    options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    model = model_entrypoint(host)(pretrained=False, **kwargs)
+    put_fresh_layers(model, method, **options)
+    return model
