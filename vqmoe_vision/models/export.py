@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from ..moe.config import check
 from .onnx_operators import translations
 
 SUFFIXES = ('.onnx', '.pt2')
-# The first is the oldest that torch's exporter writes, the last the newest that all its versions do.
+# From the oldest that torch's exporter writes to the newest that torch 2.9 does.
 OPSETS = (18, 23)
+_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 _INPUT = 'images'
 # Weights beyond it go into a file beside the graph: a file of ONNX itself ends at 2 GiB.
 _ONE_FILE_BYTES = 1_800_000_000
@@ -43,8 +45,8 @@ class Exportable:
         network: From images (B, C, H, W) float32 to a tensor, or a tuple of them.
         input_size: (C, H, W).
         outputs: Names of the tensors.
-        about: What a user of the file has to know, such as `mean` and `std`: values of JSON, which
-            are written into it.
+        about: What a user of the file has to know: values of JSON, which are written into it.
+            `channels` is their order, `mean` and `std` are of pixels in [0, 1], one per channel.
     """
 
     network: nn.Module
@@ -71,7 +73,8 @@ class Exportable:
             size = list(to_2tuple(embed.img_size))  # type: ignore[union-attr]
             channels = embed.proj.in_channels  # type: ignore[union-attr]
         check(len(size) == 2, 'model', type(model).__name__, 'an Exportable, which has input_size')
-        about = {name: list(config[name]) for name in ('mean', 'std') if config.get(name)}
+        about: dict[str, Any] = {'channels': 'RGB'}
+        about |= {name: list(config[name]) for name in ('mean', 'std') if config.get(name)}
         return cls(model, (channels, size[0], size[1]), about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
@@ -83,6 +86,18 @@ class Exportable:
     def run(self, images: Tensor) -> list[Tensor]:
         """What PyTorch predicts, in eval mode, one tensor per output."""
         return _as_list(_for_inference(self.network)(images))
+
+
+def require_packages() -> None:
+    """Says in one line what writing and running ONNX files lacks.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `export` is missing.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = f'ONNX files need {", ".join(missing)}'
+        raise ModuleNotFoundError(f"{needed}: pip install 'vqmoe-vision[export]'")
 
 
 def export_program(model: nn.Module | Exportable, batch: int | None = None) -> Any:
@@ -143,7 +158,7 @@ def export_onnx(
     first, last = OPSETS
     valid = opset is None or (type(opset) is int and first <= opset <= last)
     check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
-    _needs('onnx', 'onnxscript')
+    require_packages()
     exportable = Exportable.of(model)
     exported = export_program(exportable, batch)
     with _quiet():
@@ -163,9 +178,7 @@ def export_onnx(
     return target
 
 
-def save_program(
-    model: nn.Module | Exportable, path: str | Path, batch: int | None = None
-) -> Path:
+def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | None = None) -> Path:
     """Writes the program of a model, which `torch.export.load` reads without this package.
 
     `about` is JSON in the extra file `about.json`.
@@ -205,7 +218,7 @@ def load_exported(path: str | Path, threads: int = 0) -> Run:
     if target.suffix == '.pt2':
         module = torch.export.load(target).module()
         return torch.no_grad()(lambda images: _as_list(module(images)))
-    _needs('onnxruntime')
+    require_packages()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -280,11 +293,17 @@ def _for_inference(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says of its own code."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.simplefilter('ignore', category)
-        yield
+    """Without what torch and onnxscript say of their own work."""
+    log = logging.getLogger('onnxscript')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter('ignore', category)
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -296,14 +315,6 @@ def _target(path: str | Path, *suffixes: str) -> Path:
     allowed = f'a name that ends in {" or ".join(suffixes)}'
     check(target.suffix in suffixes, 'path', str(path), allowed)
     return target
-
-
-def _needs(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"ONNX needs {' and '.join(missing)}: pip install 'vqmoe-vision[export]'"
-        )
 
 
 def _write(target: Path, save: Callable[[Path], object]) -> None:
