@@ -79,8 +79,8 @@ def _export(args: argparse.Namespace) -> None:
         export_onnx(model, out, args.batch, args.opset)
     else:
         save_program(model, out, args.batch)
-    many = 'B' if args.batch is None else args.batch
-    print(f'wrote {out}: images {(many, *model.input_size)} float32 to {", ".join(model.outputs)}')
+    shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
+    print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
     batches = _COMPARED if args.batch is None else (args.batch,)
     print(*differences(model, load_exported(out), batches), sep='\n')
 
