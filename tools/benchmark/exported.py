@@ -106,7 +106,7 @@ def _ways(
     """A network as functions, with the sizes of their files."""
     name, options = parse_model(spec)
     torch.manual_seed(0)
-    model = timm.create_model(name, **options)
+    model: Any = timm.create_model(name, **options)
     with torch.no_grad(), collect_losses(model):  # codebooks start from tokens
         model.train()(torch.randn(8, *model.default_cfg['input_size']))
     model.eval()

@@ -287,7 +287,7 @@ def _for_inference(network: nn.Module) -> nn.Module:
     twin = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
     for module in twin.modules():
         if hasattr(module, 'grad_checkpointing'):
-            module.grad_checkpointing = False
+            vars(module)['grad_checkpointing'] = False
     return twin
 
 

@@ -66,7 +66,8 @@ class SegmentorGraph(nn.Module):
         if len(self.windows) == 1:
             return logits
         height, width = (int(side) for side in padded.shape[2:])
-        total, count = 0, torch.zeros(height, width)
+        total: Any = 0
+        count = torch.zeros(height, width)
         each = logits.unflatten(0, (len(self.windows), -1))
         for index, (rows, columns) in enumerate(self.windows):
             sides = columns.start, width - columns.stop, rows.start, height - rows.stop
