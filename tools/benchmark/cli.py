@@ -276,7 +276,8 @@ def _run_training(args: argparse.Namespace, restart: bool) -> bool:
 
 
 def _run_exports(args: argparse.Namespace, restart: bool) -> bool:
-    require_packages()
+    if 'onnxruntime' in args.ways:
+        require_packages()
     models = args.models or default_models()
     exports = Exports(
         models=models,

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vqmoe_vision.models.export import export_onnx, load_exported, save_program
+from vqmoe_vision.models.export import Exportable, export_onnx, load_exported, save_program
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.config import check
 
@@ -46,7 +46,7 @@ class Exports:
         models: timm names, with options, as of `benchmark.py model`.
         baseline: What they are compared with.
         batches: How many images at a time.
-        ways: Of `WAYS`.
+        ways: Of `WAYS`; eager, which the others are held against, is always among them.
         repeats: Measurements of each.
     """
 
@@ -79,7 +79,7 @@ def measure_exports(exports: Exports) -> list[dict[str, Any]]:
         with TemporaryDirectory() as folder:
             model, made = _ways(spec, exports.ways, Path(folder))
         eager = made['eager'][0]
-        size = timm.data.resolve_data_config(model=model)['input_size']
+        size = Exportable.of(model).input_size
         images[spec] = {
             batch: [torch.randn(batch, *size) for _ in range(_IMAGES)] for batch in exports.batches
         }
@@ -108,7 +108,7 @@ def _ways(
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **options)
     with torch.no_grad(), collect_losses(model):  # codebooks start from tokens
-        model.train()(torch.randn(8, *model.default_cfg['input_size']))
+        model.train()(Exportable.of(model).images(8))
     model.eval()
     found: dict[str, tuple[Call, int | None]] = {'eager': (torch.no_grad()(model), None)}
     if 'compiled' in ways:
