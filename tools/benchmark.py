@@ -1,4 +1,4 @@
-"""Benchmark layers, models and training steps: python tools/benchmark.py moe|model|training -h."""
+"""Benchmark layers, models, exports, steps: tools/benchmark.py moe|model|export|training -h."""
 
 from benchmark.cli import main
 

@@ -187,6 +187,22 @@ def test_mistakes_about_a_saved_run(tmp_path: Path, arguments: str, change: dict
         main([*arguments.split(), '--from', str(saved)])
 
 
+def test_exports_end_to_end(tmp_path: Path, capsys) -> None:
+    tiny = 'img_size=32,patch_size=16,depth=2,embed_dim=12,num_heads=3'
+    models = [f'vit_tiny_patch16_224,{tiny}', f'vit_tiny_vqmoe,{tiny},num_experts=2,form=discrete']
+    out = tmp_path / 'run.json'
+    ways = ['--ways', 'program', '--batch', '1', '3', '--repeats', '1', '--out', str(out)]
+    main(['export', '--baseline', models[0], '--models', models[1], *ways, '--debug'])
+    assert 'to_baseline_3' in capsys.readouterr().out
+    rows = json.loads(out.read_text())['rows']
+    assert [(r['contender'], r['way']) for r in rows] == [
+        (model, way) for model in models for way in ('eager', 'program')
+    ]
+    for row in rows:
+        assert row['difference'] < 1e-5 and row['ms_1'] > 0 and row['to_baseline_3'] > 0
+        assert (row['file_bytes'] is None) == (row['way'] == 'eager')
+
+
 def test_a_training_step_is_split(tmp_path: Path, capsys) -> None:
     out = tmp_path / 'run.json'
     config = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export."""
+"""torch.compile; torch.export is in test_export.py."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -82,18 +82,3 @@ def test_inductor_trains_as_eager(make_tiny) -> None:
     found = run(model, 3, lambda m: torch.compile(m, fullgraph=True))
     # inductor reorders sums in float32, and training carries the difference on
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_export(tiny, images: Tensor) -> None:
-    model = tiny(depth=2).eval()
-    exported = torch.export.export(model, (images,)).module()
-    other = torch.randn_like(images)  # other images go to other experts than the traced ones
-    torch.testing.assert_close(exported(other), model(other), rtol=1e-5, atol=1e-6)
-
-
-def test_export_with_any_batch_size(tiny) -> None:
-    model = tiny(depth=2).eval()
-    shapes = ({0: torch.export.Dim('batch', min=2, max=64)},)
-    program = torch.export.export(model, (torch.randn(3, 3, 32, 32),), dynamic_shapes=shapes)
-    images = torch.randn(7, 3, 32, 32)
-    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-6)

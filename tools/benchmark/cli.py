@@ -11,16 +11,25 @@ from typing import Any
 
 import torch
 
+from vqmoe_vision.models.export import require_packages
 from vqmoe_vision.moe.config import check
 
 from .cells import DTYPES, Cell, Settings
 from .environment import describe_machine, restart_prepared
+from .exported import (
+    BASELINE,
+    WAYS,
+    Exports,
+    default_models,
+    export_columns,
+    measure_exports,
+)
 from .gates import judge
 from .layers import CONTENDERS, DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
-from .report import layer_table, network_table, read, training_table, write
+from .report import layer_table, network_table, read, table, training_table, write
 from .training import describe_training_machine, measure_training
 
 # options that a preset decides, with their values in a run without one
@@ -73,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     _add_layer_options(commands.add_parser('moe', help='one layer, beside other libraries'))
     _add_model_options(commands.add_parser('model', help='whole networks, beside a dense one'))
+    _add_export_options(commands.add_parser('export', help='networks as ONNX and torch.export'))
     add = commands.add_parser('training', help='where a step of a config goes').add_argument
     add('config', help='config file')
     add('--iterations', type=int, default=20, help='to measure')
@@ -109,6 +119,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     _add_common_options(parser, MODEL_PRESETS)
 
 
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--models', nargs='+', metavar='NAME[,KEY=VALUE...]', help='default: every method')
+    add('--baseline', default=BASELINE, help='what they are compared with')
+    add('--batch', type=int, nargs='+', default=[1, 8], help='images')
+    add('--ways', nargs='+', choices=WAYS, default=list(WAYS))
+    add('--repeats', type=int, default=11, help='measurements of each')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--debug', action='store_true', help='show the full trace of an error')
+
+
 def _add_common_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
     add = parser.add_argument
     add('--amp', action='store_true', default=None, help='autocast, where dtype is not float32')
@@ -134,6 +155,8 @@ def _add_common_options(parser: argparse.ArgumentParser, presets: Mapping[str, P
 def _main(args: argparse.Namespace, restart: bool) -> bool:
     if args.command == 'training':
         return _run_training(args, restart)
+    if args.command == 'export':
+        return _run_exports(args, restart)
     preset = _preset(args)
     if args.source is not None:
         return _use_saved(args, preset)
@@ -249,6 +272,33 @@ def _run_training(args: argparse.Namespace, restart: bool) -> bool:
     print(training_table(row['parts_ms'], row['images']))
     if args.out is not None:
         write(args.out, {'command': 'training', 'header': header, 'rows': [row]})
+    return True
+
+
+def _run_exports(args: argparse.Namespace, restart: bool) -> bool:
+    if 'onnxruntime' in args.ways:
+        require_packages()
+    models = args.models or default_models()
+    exports = Exports(
+        models=models,
+        baseline=args.baseline,
+        batches=args.batch,
+        ways=args.ways,
+        repeats=args.repeats,
+    )
+    if restart:
+        restart_prepared(1)
+    torch.set_num_threads(1)
+    header = describe_machine('cpu')
+    print(*(f'{name}: {value}' for name, value in header.items()), sep='\n')
+    rows = measure_exports(exports)
+    shown = [
+        {**row, 'file_mb': None if row['file_bytes'] is None else row['file_bytes'] / 1e6}
+        for row in rows
+    ]
+    print(table(shown, export_columns(exports.batches)))
+    if args.out is not None:
+        write(args.out, {'command': 'export', 'header': header, 'rows': rows})
     return True
 
 

@@ -27,6 +27,9 @@ PACKAGES = (
     'st-moe-pytorch',
     'mixture-of-experts',
     'transformers',
+    'onnx',
+    'onnxscript',
+    'onnxruntime',
 )
 _RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
 

@@ -1,6 +1,7 @@
 """A classifier around any timm model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.normalization import has_weights, weights_normalization
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
@@ -135,6 +137,17 @@ class Classifier(MoeTrainingMixin, BaseModel):
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""
         return preprocessing_of(dataset.get('transform') or {}, 'test_dataloader.dataset.transform')
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """As `MoeTrainingMixin`: the timm model."""
+        check(
+            size is None, 'size', size, "left out: a classifier's images have the size of its model"
+        )
+        found = Exportable.of(self.model)
+        if self.known_normalization is not None:
+            return found
+        about = {name: found.about[name] for name in found.about.keys() - {'mean', 'std'}}
+        return replace(found, about=about)  # timm's default is nobody's decision
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing.

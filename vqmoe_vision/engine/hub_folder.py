@@ -56,8 +56,8 @@ def publish_folder(
     allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
     check(bool(valid), 'license', license_id, allowed)
     tested = _tested(numbers) if numbers else {}
-    config_file = _config_of(run)
-    file = _chosen(run) if checkpoint is None else Path(checkpoint)
+    config_file = config_of(run)
+    file = chosen_checkpoint(run) if checkpoint is None else Path(checkpoint)
     config = load_config(str(config_file))
     model = load_trained(config, str(file), 'cpu')
     content = read_content(str(file), verify=False)
@@ -115,7 +115,15 @@ def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[Score]:
     ]
 
 
-def _config_of(run: Path) -> Path:
+def config_of(run: Path) -> Path:
+    """The config that a run left in its work dir.
+
+    Args:
+        run: The work dir.
+
+    Raises:
+        ValueError: There is none, or several.
+    """
     found = sorted(run.glob('*.py'))
     if len(found) == 1:
         return found[0]
@@ -125,8 +133,15 @@ def _config_of(run: Path) -> Path:
     )
 
 
-def _chosen(run: Path) -> Path:
-    """The best checkpoint of a work dir, or else the last."""
+def chosen_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a work dir, or else the last.
+
+    Args:
+        run: The work dir.
+
+    Raises:
+        ValueError: There is none, or several are the best.
+    """
     best = sorted(run.glob(f'{BEST}*.pth'))
     if len(best) > 1:
         names = ', '.join(path.name for path in best)

@@ -14,6 +14,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.state_dicts import StateDict, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
@@ -114,6 +115,17 @@ class MoeTrainingMixin:
 
         Raises:
             ValueError: They cannot say it.
+        """
+        raise NotImplementedError
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """What leaves PyTorch of the model, for `vqmoe_vision.models.export`.
+
+        Args:
+            size: Height and width of the images; None for the model's own.
+
+        Raises:
+            ValueError: It does not take images of this size.
         """
         raise NotImplementedError
 

@@ -1,12 +1,14 @@
 """Sending tokens to experts and putting the answers together.
 
 Legend: T tokens, K experts per token, A assignments (T * K, or as many as a routing names), R rows
-that stand together by expert, E experts, D width.
+that stand together by expert, E experts, D width, S rows of each expert.
 
 Dropless and exact: a plan of the rows, a gather, two grouped linear layers, and a weighted sum.
 Each assignment has one row, so backward passes gather as well: autograd would scatter, which on CPU
 is one thread's work and took a tenth of a layer's time. Nothing here knows how a token was routed.
 `run_experts_loop` is the same computation as a plain loop: the oracle of the tests.
+
+What leaves PyTorch takes operators that other runtimes have: `exporting` decides that, here alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import standard_operators
 from .experts import Experts
 from .grouped_linear import compute_dtype
 from .plan import Plan, make_plan
@@ -39,10 +42,34 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         assert routing.tokens is None, 'an assignment that is not kept is left out instead'
         flat = flat.masked_fill(~routing.kept, experts.num_experts)
     dtype = compute_dtype(x)
+    if exporting():
+        return standard_operators.run_experts(experts, x.to(dtype), routing)
     plan = make_plan(flat.reshape(-1), experts.num_experts, dtype)
     sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
     rows = experts(_Gather.apply(x.to(dtype), *sources), plan.offsets)
     return _Combine.apply(rows, weights.to(rows.dtype), *bags)
+
+
+def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
+    """Every expert on rows of its own, as many for each.
+
+    Args:
+        experts: The layer's experts.
+        rows: (E, S, D).
+
+    Returns:
+        (E, S, D).
+    """
+    if exporting():
+        return standard_operators.run_experts_evenly(experts, rows)
+    num_experts, per_expert, _ = rows.shape
+    ends = torch.arange(1, num_experts + 1, device=rows.device, dtype=torch.int32) * per_expert
+    return experts(rows.flatten(0, 1), ends).view(rows.shape)
+
+
+def exporting() -> bool:
+    """Whether a graph is made for other runtimes, in which this package's operators are unknown."""
+    return torch.compiler.is_exporting()
 
 
 class Bags(NamedTuple):

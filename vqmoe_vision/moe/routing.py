@@ -153,7 +153,7 @@ def init_orthogonal(weight: Tensor) -> None:
 
 
 def within_capacity(
-    indices: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
+    indices: Tensor, num_experts: int, capacity: int | Tensor, priority: Tensor | None = None
 ) -> Tensor:
     """Which assignments find a free place when an expert takes at most `capacity`.
 
@@ -163,7 +163,7 @@ def within_capacity(
     Args:
         indices: (T, K) int64.
         num_experts: E.
-        capacity: C, places per expert.
+        capacity: C, places per expert; a tensor is 0-dim int64.
         priority: (T,) or None.
 
     Returns:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
+from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
+from .export import SegmentorGraph
 from .preprocessor import completed, follow, normalization_of
 from .published import in_our_names
 from .source import source
@@ -174,6 +176,22 @@ class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
             'crop_mode': 'center',
             'interpolation': 'bilinear',
         }
+
+    def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
+        """As `MoeTrainingMixin`: logits and label maps of images of one size.
+
+        Args:
+            size: None for the window that slides, or else the size that the backbone was built for.
+        """
+        own = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
+        height, width = size or own
+        known = self.known_normalization or normalization_of(self.data_preprocessor)
+        converted = getattr(self.data_preprocessor, '_channel_conversion', False)
+        about: dict[str, Any] = {'channels': 'RGB' if converted else 'BGR'}
+        if known is not None:
+            about |= {'mean': list(known.mean), 'std': list(known.std)}
+        graph = SegmentorGraph(self, (height, width))
+        return Exportable(graph, (3, height, width), ('logits', 'labels'), about)
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing: what one window of a test sees.

@@ -220,7 +220,9 @@ class SMoERouter(TopKRouter):
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is None:
             return None
-        capacity = math.ceil(indices.numel() * factor / config.num_experts)
+        # a tensor, as no file of torch.export holds math.ceil of a batch of any size
+        assigned = torch.scalar_tensor(indices.numel(), dtype=torch.float64)
+        capacity = (assigned * factor / config.num_experts).ceil().long()
         priority = weights[:, 0] if config.batch_prioritized else None
         return within_capacity(indices, config.num_experts, capacity, priority)
 

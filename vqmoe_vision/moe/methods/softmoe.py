@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MoeConfig
+from ..dispatch import run_experts_evenly
 from ..experts import Experts
 from ..grouped_linear import compute_dtype
 from ..host import Host
@@ -150,13 +151,10 @@ class SoftMoEMlp(MoeLayer):
             logits = self.mixing_logits(x, product)
             dispatch, combine = (logits.softmax(dim, dtype=torch.float32) for dim in (1, 2))
         slots = dispatch.to(dtype).transpose(1, 2) @ x.to(dtype)  # (B, S, D)
-        # sorted by expert: (B, S, D) -> (E, B, P, D) -> (E * B * P, D)
-        rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1).reshape(-1, width)
-        per_expert = rows.shape[0] // self.experts.num_experts
-        ends = torch.arange(1, self.experts.num_experts + 1, device=x.device, dtype=torch.int32)
-        answers = self.experts(rows, ends * per_expert)
-        by_expert = (self.experts.num_experts, batch, self.slots_per_expert, width)
-        answers = answers.view(by_expert).transpose(0, 1)
+        # by expert: (B, S, D) -> (E, B, P, D) -> (E, B * P, D)
+        rows = slots.unflatten(1, (-1, self.slots_per_expert)).transpose(0, 1)
+        answers = run_experts_evenly(self.experts, rows.flatten(1, 2)).view(rows.shape)
+        answers = answers.transpose(0, 1)
         out = combine.to(dtype) @ answers.reshape(batch, self.num_slots, width)
         self.show({'dispatch': dispatch, 'combine': combine}, given, out)
         return out

@@ -1,0 +1,116 @@
+"""tools/export.py on what users have: a config, a work dir, a timm name, a published folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from vqmoe_vision.engine.export import export
+from vqmoe_vision.engine.hub_folder import publish_folder
+
+from ..runs import NORMALIZATION, leave_run
+
+CONFIG = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+OPTIONS = {
+    'model.depth': 1,
+    'model.embed_dim': 12,
+    'model.moe.num_experts': 2,
+    'model.moe.moe_layers': [0],
+}
+NAME = 'vit_tiny_patch16_224'
+SMALL = ['depth=1', 'embed_dim=12', 'img_size=32', 'num_classes=5']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of a classifier of digits."""
+    folder = tmp_path_factory.mktemp('run') / 'run'
+    leave_run(folder, CONFIG, OPTIONS, '0123456789')
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    """A timm model's own file."""
+    model = timm.create_model(NAME, depth=1, embed_dim=12, img_size=32, num_classes=5)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    return str(tmp_path / 'weights.safetensors')
+
+
+def about(file: Path) -> dict[str, Any]:
+    extra = {'about.json': ''}
+    torch.export.load(file, extra_files=extra)
+    return json.loads(extra['about.json'])
+
+
+@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.onnx', marks=pytest.mark.long)])
+def test_a_config_with_its_checkpoint(run: Path, tmp_path: Path, capsys, suffix: str) -> None:
+    if suffix == '.onnx':
+        for name in ('onnx', 'onnxscript', 'onnxruntime'):
+            pytest.importorskip(name)
+    out = tmp_path / 'new' / f'model{suffix}'
+    export([str(run / 'run.py'), str(run / 'epoch_1.pth'), str(out)])
+    written, *compared = capsys.readouterr().out.splitlines()
+    assert written == f'wrote {out}: images (B, 3, 48, 48) float32 to logits'
+    begins = [line.partition(': largest')[0] for line in compared]
+    assert begins == ['batch 1, logits', 'batch 4, logits']
+    assert all(float(line.split()[-1]) < 1e-5 for line in compared)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_work_dir_and_what_is_published_of_it(run: Path, tmp_path: Path) -> None:
+    export([str(run), str(tmp_path / 'run.pt2'), '--batch', '2'])
+    publish_folder(str(run), str(tmp_path / 'published'))
+    export([f'local-dir:{tmp_path / "published"}', str(tmp_path / 'folder.pt2'), '--batch', '2'])
+    images = torch.randn(2, 3, 48, 48)
+    one, two = (
+        torch.export.load(tmp_path / name).module()(images) for name in ('run.pt2', 'folder.pt2')
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert about(tmp_path / 'run.pt2')['classes'] == list('0123456789')
+    assert about(tmp_path / 'run.pt2')['std'] == pytest.approx(NORMALIZATION.std)
+    assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
+
+
+def test_a_name_of_timm_with_a_file(weights: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / 'model.pt2'
+    export([NAME, weights, str(out), '--batch', '1', '--cfg-options', *SMALL])
+    assert '(1, 3, 32, 32)' in capsys.readouterr().out
+    model = timm.create_model(NAME, depth=1, embed_dim=12, img_size=32, num_classes=5)
+    timm.models.load_checkpoint(model, weights)
+    images = torch.randn(1, 3, 32, 32)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, model.eval()(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['RUN', 'OUT.pb'], r"out='.*OUT\.pb' .*ends in \.onnx or \.pt2"),
+        (['RUN', 'OUT.pt2', '--opset', '20'], '--opset=20 .*only for a file of ONNX'),
+        (['RUN', 'OUT.pt2', '--batch', '0'], 'batch=0 .*at least 1'),
+        (['RUN', 'OUT.pt2', '--size', '32', '32'], r'size=\(32, 32\) .*the size of its model'),
+        (['RUN', '/proc/none/model.pt2'], 'folder /proc/none cannot be written'),
+        (['RUN/run.py', 'OUT.pt2'], "source='.*run.py' .*a config with its checkpoint"),
+        (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
+        ([NAME, 'WEIGHTS', 'OUT.pt2'], f'does not fit {NAME}: .*such as num_classes=10'),
+        ([NAME, 'OUT.pt2'], 'checkpoint=None .*a file of weights'),
+        (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], 'checkpoint=.*has its weights'),
+        (['no_such_model', 'WEIGHTS', 'OUT.pt2'], "'no_such_model' does not exist"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(
+    run: Path, weights: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {'RUN': str(run), 'WEIGHTS': weights, 'OUT': str(tmp_path / 'OUT')}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    with pytest.raises(SystemExit, match=message) as caught:
+        export(arguments)
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.glob('OUT*'))

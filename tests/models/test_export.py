@@ -1,0 +1,196 @@
+"""torch.export programs and ONNX files: same answers, any batch, chosen experts alone."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqmoe_vision.models.export import (
+    Exportable,
+    differences,
+    export_onnx,
+    export_program,
+    load_exported,
+    save_program,
+)
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.routing import TopKRouter
+
+from ..variants import VARIANTS
+from .conftest import make
+
+# Other kernels sum float32 in another order: a few 1e-7 of values near 1.
+CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
+# Four patches and a class token: few enough tokens that images leave an expert out.
+SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_experts': 3}
+
+
+def needs_onnx() -> None:
+    for name in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+
+
+@torch.no_grad()
+def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
+    """Gives NaN to the expert that most images do without; returns these images, None if none."""
+    (layer,) = moe_layers(model).values()
+    found = []
+    for expert in range(layer.experts.num_experts):
+        spoiled = copy.deepcopy(model)
+        for parameter in moe_layers(spoiled).popitem()[1].experts.parameters():
+            parameter[expert] = torch.nan
+        found.append((spoiled, images[spoiled(images).isfinite().all(dim=1)]))
+    spoiled, left = max(found, key=lambda pair: len(pair[1]))
+    if len(left) < 8:
+        return None
+    model.load_state_dict(spoiled.state_dict())
+    return left[:8]
+
+
+def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
+    method: str, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip('onnx')
+    needs_onnx()
+    model = make(method, **SMALL).eval()
+    (layer,) = moe_layers(model).values()
+    images = spoil_an_expert(model, torch.randn(512, 3, 16, 16))
+    if images is None:  # every expert takes part in every image
+        assert not isinstance(getattr(layer, 'router', None), TopKRouter)
+        images = torch.randn(8, 3, 16, 16)
+    file = export_onnx(model, tmp_path / 'model.onnx')
+    run = load_exported(file, threads=1)
+    with torch.no_grad():
+        for batch in (1, 4, 8):
+            (found,) = run(images[:batch])
+            assert found.isfinite().all()
+            torch.testing.assert_close(found, model(images[:batch]), **CLOSE)
+    about = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    assert about.items() >= {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}.items()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:
+    needs_onnx()
+    method, options = VARIANTS[variant]
+    model = make(method, **{'depth': 2, **options}).eval()
+    for file in (
+        export_onnx(model, tmp_path / 'model.onnx'),
+        save_program(model, tmp_path / 'model.pt2'),
+    ):
+        for difference in differences(model, load_exported(file, threads=1), (1, 4, 8)):
+            assert difference.largest < 2e-6, (file.suffix, difference)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('opset', [18, 23])
+def test_oldest_and_newest_opset(opset: int, tmp_path: Path) -> None:
+    onnx = pytest.importorskip('onnx')
+    needs_onnx()
+    model = make('vqmoe', depth=2)
+    file = export_onnx(model, tmp_path / 'model.onnx', opset=opset)
+    assert [o.version for o in onnx.load(file).opset_import if o.domain == ''] == [opset]
+    assert differences(model, load_exported(file, threads=1))[0].largest < 2e-6
+
+
+def test_a_program_loads_where_this_package_is_not_imported(tmp_path: Path) -> None:
+    model = make('vqmoe', **SMALL)
+    file = save_program(model, tmp_path / 'model.pt2')
+    code = (
+        'import sys, torch\n'
+        'extra = {"about.json": ""}\n'
+        f'program = torch.export.load({str(file)!r}, extra_files=extra)\n'
+        'images = torch.arange(3 * 3 * 16 * 16.).view(3, 3, 16, 16).sin()\n'
+        'print(program.module()(images).tolist())\n'
+        'print(extra["about.json"])\n'
+        'assert not any(name.startswith("vqmoe_vision") for name in sys.modules)\n'
+    )
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    answers, about = subprocess.check_output(command, text=True).splitlines()
+    images = torch.arange(3 * 3 * 16 * 16.0).view(3, 3, 16, 16).sin()
+    expected = Exportable.of(model).run(images)[0]
+    torch.testing.assert_close(torch.tensor(json.loads(answers)), expected, **CLOSE)
+    assert json.loads(about) == {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}
+
+
+def state_of(model: nn.Module) -> list[tuple]:
+    """Modes and switches of all modules, and where all tensors are."""
+    switches = [
+        (name, module.training, getattr(module, 'grad_checkpointing', None))
+        for name, module in model.named_modules()
+    ]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [*switches, *((name, tensor.data_ptr()) for name, tensor in tensors)]
+
+
+def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(method: str) -> None:
+    model = make(method, **SMALL).train()
+    model.set_grad_checkpointing()
+    before, values = state_of(model), copy.deepcopy(model.state_dict())
+    program = export_program(model)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+    assert 'aten.linear.default' in targets
+    assert {target for target in targets if 'vqmoe' in target} == set()
+    assert state_of(model) == before
+    torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
+    # nor is a tensor of the tracing left in what layers hand to each other
+    model.set_grad_checkpointing(False)
+    images = torch.randn(7, 3, 16, 16)
+    torch.testing.assert_close(program.module()(images), model.eval()(images), **CLOSE)
+
+
+def test_one_batch_size(tmp_path: Path) -> None:
+    model = make('smoe', **SMALL)
+    run = load_exported(save_program(model, tmp_path / 'model.pt2', batch=3))
+    assert differences(model, run, (3,))[0].largest < 2e-6
+    with pytest.raises(AssertionError, match='3'):  # of torch
+        run(torch.randn(2, 3, 16, 16))
+
+
+def test_differences_tell_numbers_and_labels() -> None:
+    model = Exportable(nn.Identity(), (1, 2, 2), ('pixels',))
+    (found,) = differences(model, lambda images: [images + torch.eye(2)], (3,))
+    assert found.differing == 6 and str(found) == 'batch 3, pixels: largest difference 1'
+    (spoiled,) = differences(model, lambda images: [images * torch.nan], (1,))
+    assert str(spoiled) == 'batch 1, pixels: largest difference nan'
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'batch': 0}, 'batch=0 is not possible: at least 1'),
+        ({'batch': True}, 'batch=True is not possible: at least 1'),
+        ({'opset': 17}, 'opset=17 is not possible: 18 to 23'),
+        ({'opset': 99}, 'opset=99 is not possible: 18 to 23'),
+        ({'path': 'model.pb'}, r"'model\.pb' is not possible: a name that ends in \.onnx"),
+        ({'path': '/proc/none/model.onnx'}, "'/proc/none/model.onnx' cannot be written: No such"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_had(tmp_path: Path, options: dict, message: str) -> None:
+    needs_onnx()
+    model = nn.Linear(2, 2)
+    network = Exportable(model, (1, 2, 2))
+    arguments = {'path': tmp_path / 'model.onnx', **options}
+    with pytest.raises(ValueError, match=message) as caught:
+        export_onnx(network, **arguments)
+    assert '\n' not in str(caught.value)
+
+
+def test_float32_on_the_cpu_alone() -> None:
+    with pytest.raises(ValueError, match=r'dtype=torch.bfloat16 .*model.float\(\)'):
+        export_program(make('smoe', **SMALL).bfloat16())
+    with pytest.raises(ValueError, match=r"device='meta' .*model.cpu\(\)"):
+        export_program(make('smoe', **SMALL, device='meta'))
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('vqmoe_vision.models.export._PACKAGES', ('onnx_of_nobody',))
+    with pytest.raises(ModuleNotFoundError, match=r'need onnx_of_nobody: pip install .*\[export\]'):
+        export_onnx(make('smoe', **SMALL), tmp_path / 'model.onnx')

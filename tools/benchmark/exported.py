@@ -1,0 +1,159 @@
+"""`benchmark.py export`: networks as they leave PyTorch, beside themselves and a dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from vqmoe_vision.models.export import Exportable, export_onnx, load_exported, save_program
+from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe.config import check
+
+from .cells import Cell
+from .methods import matched_options
+from .networks import parse_model
+from .timing import Clock, interleave, median, ratio
+
+WAYS = ('eager', 'compiled', 'program', 'onnxruntime')
+_IMAGES = 4  # different batches, cycled
+_MOE = 'num_experts=8,moe_layers=last2'
+BASELINE = 'vit_tiny_patch16_224'
+
+
+def default_models() -> list[str]:
+    """ViT-Ti of every method with the compute of two experts, and what VQMoE is in the end."""
+    names = []
+    for method in METHODS:
+        options = matched_options(method, Cell(tokens=197, experts=8, top_k=2))
+        own = [f'{key}={value}' for key, value in options.items() if key != 'num_experts']
+        names.append(','.join([f'vit_tiny_{method}', _MOE, *own]))
+    return [*names, f'vit_tiny_vqmoe,{_MOE},form=discrete']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exports:
+    """What runs side by side, on one thread.
+
+    Args:
+        models: timm names, with options, as of `benchmark.py model`.
+        baseline: What they are compared with.
+        batches: How many images at a time.
+        ways: Of `WAYS`; eager, which the others are held against, is always among them.
+        repeats: Measurements of each.
+    """
+
+    models: Sequence[str]
+    baseline: str = BASELINE
+    batches: Sequence[int] = (1, 8)
+    ways: Sequence[str] = WAYS
+    repeats: int = 11
+
+    def __post_init__(self) -> None:
+        check(min(self.batches) >= 1, '--batch', self.batches, 'at least 1')
+        check(self.repeats >= 1, '--repeats', self.repeats, 'at least 1')
+
+
+Call = Callable[[Tensor], Tensor]
+
+
+def measure_exports(exports: Exports) -> list[dict[str, Any]]:
+    """Exports networks and times them side by side by the processor's clock.
+
+    Args:
+        exports: The networks.
+
+    Returns:
+        One row per network and way, with the largest difference of its logits from those of eager
+        PyTorch, the size of its file, and milliseconds by batch.
+    """
+    rows, calls, images = [], {}, {}
+    for spec in dict.fromkeys([exports.baseline, *exports.models]):
+        with TemporaryDirectory() as folder:
+            model, made = _ways(spec, exports.ways, Path(folder))
+        eager = made['eager'][0]
+        size = Exportable.of(model).input_size
+        images[spec] = {
+            batch: [torch.randn(batch, *size) for _ in range(_IMAGES)] for batch in exports.batches
+        }
+        for way, (call, file_bytes) in made.items():
+            # one batch after the other, which also compiles before anything is timed
+            apart = [
+                (call(x) - eager(x)).abs().max().item()
+                for several in images[spec].values()
+                for x in several
+            ]
+            calls[spec, way] = call
+            rows.append(
+                {'contender': spec, 'way': way, 'difference': max(apart), 'file_bytes': file_bytes}
+            )
+        print(f'exported {spec}', flush=True)
+    for batch in exports.batches:
+        _time(rows, calls, images, batch, exports)
+    return rows
+
+
+def _ways(
+    spec: str, ways: Sequence[str], folder: Path
+) -> tuple[torch.nn.Module, dict[str, tuple[Call, int | None]]]:
+    """A network as functions, with the sizes of their files."""
+    name, options = parse_model(spec)
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, **options)
+    with torch.no_grad(), collect_losses(model):  # codebooks start from tokens
+        model.train()(Exportable.of(model).images(8))
+    model.eval()
+    found: dict[str, tuple[Call, int | None]] = {'eager': (torch.no_grad()(model), None)}
+    if 'compiled' in ways:
+        torch._dynamo.reset()  # or the graphs of earlier networks count against its limit
+        found['compiled'] = (torch.no_grad()(torch.compile(model, fullgraph=True)), None)
+    for way, suffix, write in (
+        ('program', '.pt2', save_program),
+        ('onnxruntime', '.onnx', export_onnx),
+    ):
+        if way in ways:
+            file = write(model, folder / f'model{suffix}')
+            run = load_exported(file, threads=1)
+            found[way] = (lambda x, run=run: run(x)[0], file.stat().st_size)  # type: ignore[misc]
+    return model, found
+
+
+def _time(
+    rows: list[dict[str, Any]],
+    calls: dict[tuple[str, str], Call],
+    images: dict[str, dict[int, list[Tensor]]],
+    batch: int,
+    exports: Exports,
+) -> None:
+    clock = Clock('process', 'cpu')
+
+    def step(spec: str, call: Call, index: int) -> dict[str, float]:
+        x = images[spec][batch][index % _IMAGES]
+        return {'step': clock.time(lambda: call(x))}
+
+    steps = {'\n'.join(key): partial(step, key[0], call) for key, call in calls.items()}
+    times = {name: parts['step'] for name, parts in interleave(steps, exports.repeats).items()}
+    for row in rows:
+        own = times[f'{row["contender"]}\n{row["way"]}']
+        row[f'ms_{batch}'] = median(own)
+        row[f'to_baseline_{batch}'] = ratio(own, times[f'{exports.baseline}\n{row["way"]}'])
+
+
+def export_columns(batches: Sequence[int]) -> dict[str, str]:
+    """Columns of the table of `export`."""
+    columns = {
+        'contender': '{:<64}',
+        'way': '{:<12}',
+        'difference': '{:>11.1e}',
+        'file_mb': '{:>8.1f}',
+    }
+    for batch in batches:
+        columns |= {f'ms_{batch}': '{:>8.1f}', f'to_baseline_{batch}': '{:>14.2f}'}
+    return columns

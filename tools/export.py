@@ -1,0 +1,11 @@
+"""Export a model: python tools/export.py CONFIG CHECKPOINT OUT.onnx|OUT.pt2 [--help]."""
+
+import sys
+
+try:
+    from vqmoe_vision.engine.export import export
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; exporting needs: pip install '.[train,export]'")
+
+if __name__ == '__main__':
+    export()

@@ -1,0 +1,128 @@
+"""What `tools/export.py` does: a trained model as a file of ONNX or torch.export."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.export import (
+    SUFFIXES,
+    Exportable,
+    differences,
+    export_onnx,
+    load_exported,
+    require_packages,
+    save_program,
+)
+from vqmoe_vision.models.state_dicts import misfit_of
+from vqmoe_vision.moe.config import check
+
+from .checkpoint import read_content, read_state
+from .cli import load_config, make_folder
+from .command import run
+from .hub_folder import chosen_checkpoint, config_of
+from .options import add_config_options
+from .trained import load_trained
+
+_FOLDERS = ('local-dir:', 'hf-hub:')
+_COMPARED = (1, 4)  # images
+
+
+def export(argv: Sequence[str] | None = None) -> None:
+    """Writes a model as a file for others, and compares the file with the model.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(
+        description='Write a model as a file of ONNX or of torch.export, and compare the two.'
+    )
+    parser.add_argument(
+        'source',
+        help='config, or work dir of tools/train.py, or name of a timm model, or local-dir:FOLDER '
+        'of tools/publish.py',
+    )
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='weights of the config or the name; of a work dir the best, or else the last',
+    )
+    parser.add_argument('out', help='file to write: NAME.onnx or NAME.pt2')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='of the images of a segmentor, in pixels (default: its window)',
+    )
+    parser.add_argument('--batch', type=int, help='images per call (default: any number)')
+    parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
+    add_config_options(parser)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    check(out.suffix in SUFFIXES, 'out', args.out, f'a name that ends in {" or ".join(SUFFIXES)}')
+    onnx = out.suffix == '.onnx'
+    check(onnx or args.opset is None, '--opset', args.opset, 'only for a file of ONNX')
+    if onnx:
+        require_packages()
+    make_folder(out.parent)
+    model = _exportable(args)
+    if onnx:
+        export_onnx(model, out, args.batch, args.opset)
+    else:
+        save_program(model, out, args.batch)
+    shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
+    print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
+    batches = _COMPARED if args.batch is None else (args.batch,)
+    print(*differences(model, load_exported(out), batches), sep='\n')
+
+
+def _exportable(args: argparse.Namespace) -> Exportable:
+    source, checkpoint, options = args.source, args.checkpoint, args.cfg_options
+    size = tuple(args.size) if args.size else None
+    if source.startswith(_FOLDERS) or timm.is_model(source):
+        check(size is None, '--size', size, 'only for a segmentor')
+        return Exportable.of(_timm_model(source, checkpoint, options))
+    if Path(source).is_dir():
+        folder = Path(source)
+        source = str(config_of(folder))
+        checkpoint = checkpoint or str(chosen_checkpoint(folder))
+    allowed = f'a work dir, a timm model, or a config with its checkpoint: {source} CHECKPOINT OUT'
+    check(checkpoint is not None, 'source', source, allowed)
+    model = load_trained(load_config(source, options), checkpoint, 'cpu')
+    if not hasattr(model, 'exportable'):
+        raise ValueError(
+            f'config {source!r} has a {type(model).__name__}: its model must be a Classifier or a '
+            'MoeEncoderDecoder'
+        )
+    found = model.exportable(size)
+    content = read_content(checkpoint, verify=False)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    classes = ((meta or {}).get('dataset_meta') or {}).get('classes')
+    return replace(found, about={**found.about, 'classes': list(classes)}) if classes else found
+
+
+def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
+    """A model of timm's `create_model`, whose keyword arguments the options are."""
+    if name.startswith(_FOLDERS):
+        check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
+        return timm.create_model(name, pretrained=True, **options)
+    check(checkpoint is not None, 'checkpoint', None, f'a file of weights: {name} FILE OUT')
+    assert checkpoint is not None
+    model = create_model(name, **options)
+    state = read_state(checkpoint)
+    if problem := misfit_of(model, state):
+        raise ValueError(
+            f'checkpoint {checkpoint!r} does not fit {name}: {problem}; options of the model, such '
+            'as num_classes=10, are given with --cfg-options'
+        )
+    model.load_state_dict(state)
+    return model

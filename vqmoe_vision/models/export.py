@@ -1,0 +1,330 @@
+"""Models that leave PyTorch: `torch.export` programs and ONNX files of what a network predicts.
+
+Legend: B images of C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from ..moe.config import check
+from .onnx_operators import translations
+
+SUFFIXES = ('.onnx', '.pt2')
+# From the oldest that torch's exporter writes to the newest that torch 2.9 does.
+OPSETS = (18, 23)
+_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+_INPUT = 'images'
+# Weights beyond it go into a file beside the graph: a file of ONNX itself ends at 2 GiB.
+_ONE_FILE_BYTES = 1_800_000_000
+_EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What becomes a graph.
+
+    Args:
+        network: From images (B, C, H, W) float32 to a tensor, or a tuple of them.
+        input_size: (C, H, W).
+        outputs: Names of the tensors.
+        about: What a user of the file has to know: values of JSON, which are written into it.
+            `channels` is their order, `mean` and `std` are of pixels in [0, 1], one per channel.
+    """
+
+    network: nn.Module
+    input_size: tuple[int, int, int]
+    outputs: tuple[str, ...] = ('logits',)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module | Exportable) -> Exportable:
+        """That of a timm model: logits of images of the size it was built for, normalised.
+
+        Args:
+            model: A timm model; an `Exportable` stays what it is.
+
+        Raises:
+            ValueError: It does not say how large its images are.
+        """
+        if isinstance(model, Exportable):
+            return model
+        config = getattr(model, 'pretrained_cfg', None) or {}
+        channels, *size = config.get('input_size') or (3,)
+        embed = getattr(model, 'patch_embed', None)
+        if getattr(embed, 'img_size', None) is not None:
+            size = list(to_2tuple(embed.img_size))  # type: ignore[union-attr]
+            channels = embed.proj.in_channels  # type: ignore[union-attr]
+        check(len(size) == 2, 'model', type(model).__name__, 'an Exportable, which has input_size')
+        about: dict[str, Any] = {'channels': 'RGB'}
+        about |= {name: list(config[name]) for name in ('mean', 'std') if config.get(name)}
+        return cls(model, (channels, size[0], size[1]), about=about)
+
+    def images(self, batch: int, seed: int = 0) -> Tensor:
+        """Images of noise, (batch, C, H, W)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, *self.input_size, generator=generator)
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> list[Tensor]:
+        """What PyTorch predicts, in eval mode, one tensor per output."""
+        return _as_list(_for_inference(self.network)(images))
+
+
+def require_packages() -> None:
+    """Says in one line what writing and running ONNX files lacks.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `export` is missing.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = f'ONNX files need {", ".join(missing)}'
+        raise ModuleNotFoundError(f"{needed}: pip install 'vqmoe-vision[export]'")
+
+
+def export_program(model: nn.Module | Exportable, batch: int | None = None) -> Any:
+    """A model in eval mode as a program of torch's operators alone.
+
+    Args:
+        model: A timm model in float32 and on the CPU, with MoE layers or without; or what an
+            `Exportable` says. It is not changed.
+        batch: Images per call; None for any number.
+
+    Returns:
+        A `torch.export.ExportedProgram` from images (B, C, H, W) to what the model returns.
+
+    Raises:
+        ValueError: The batch is not positive, or the model is on a GPU or of another dtype.
+    """
+    valid = batch is None or (type(batch) is int and batch >= 1)
+    check(valid, 'batch', batch, 'at least 1, or None for any number of images')
+    exportable = Exportable.of(model)
+    tensors = [*exportable.network.parameters(), *exportable.network.buffers()]
+    for tensor in tensors:
+        cpu, single = tensor.device.type == 'cpu', not tensor.is_floating_point()
+        check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
+        allowed = 'float32: convert the model with model.float()'
+        check(single or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
+    network = _for_inference(exportable.network)
+    images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
+    dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
+    with torch.no_grad(), _quiet():
+        return torch.export.export(network, (images,), dynamic_shapes=dynamic)
+
+
+def export_onnx(
+    model: nn.Module | Exportable,
+    path: str | Path,
+    batch: int | None = None,
+    opset: int | None = None,
+) -> Path:
+    """Writes a model as an ONNX file, by torch's exporter.
+
+    Its input is `images` (B, C, H, W) float32, its outputs are named as in `Exportable`, and its
+    metadata are `about`, each as JSON. Weights above 1.8 GB are written into PATH.data.
+
+    Args:
+        model: As `export_program`.
+        path: Ends in .onnx.
+        batch: Images per call; None for any number.
+        opset: Version of ONNX's operators, 18 to 23; None for the default of torch.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ModuleNotFoundError: The extra `export` is missing.
+        ValueError: As `export_program`, or path or opset are not possible.
+    """
+    target = _target(path, '.onnx')
+    first, last = OPSETS
+    valid = opset is None or (type(opset) is int and first <= opset <= last)
+    check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
+    require_packages()
+    exportable = Exportable.of(model)
+    exported = export_program(exportable, batch)
+    with _quiet():
+        program = torch.onnx.export(
+            exported,
+            input_names=[_INPUT],
+            output_names=list(exportable.outputs),
+            opset_version=opset,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    assert program is not None
+    for name, value in exportable.about.items():
+        program.model.metadata_props[name] = json.dumps(value)
+    size = sum(p.numel() * p.element_size() for p in exportable.network.parameters())
+    _write(target, lambda file: program.save(file, external_data=size > _ONE_FILE_BYTES))
+    return target
+
+
+def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | None = None) -> Path:
+    """Writes the program of a model, which `torch.export.load` reads without this package.
+
+    `about` is JSON in the extra file `about.json`.
+
+    Args:
+        model: As `export_program`.
+        path: Ends in .pt2.
+        batch: Images per call; None for any number.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ValueError: As `export_program`, or the path is not possible.
+    """
+    target = _target(path, '.pt2')
+    exportable = Exportable.of(model)
+    program = export_program(exportable, batch)
+    extra = {'about.json': json.dumps(exportable.about)}
+    with _quiet():
+        _write(target, lambda file: torch.export.save(program, file, extra_files=extra))
+    return target
+
+
+def load_exported(path: str | Path, threads: int = 0) -> Run:
+    """A file of this module as a function, from images (B, C, H, W) to its outputs.
+
+    Args:
+        path: Ends in .onnx, which onnxruntime runs, or in .pt2.
+        threads: Of onnxruntime; 0 for as many as it likes.
+
+    Raises:
+        ModuleNotFoundError: The extra `export` is missing.
+        ValueError: It has another ending.
+    """
+    target = _target(path, *SUFFIXES)
+    if target.suffix == '.pt2':
+        module = torch.export.load(target).module()
+        return torch.no_grad()(lambda images: _as_list(module(images)))
+    require_packages()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(target, options, providers=['CPUExecutionProvider'])
+    return lambda images: [
+        torch.from_numpy(found) for found in session.run(None, {_INPUT: images.numpy()})
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a file is from its model on some images.
+
+    Args:
+        output: Name of the tensor.
+        batch: Images.
+        largest: Of the absolute differences, nan if there is one; of labels, 1 if any differs.
+        differing: How many elements are not equal.
+        elements: How many there are.
+        labels: Whether the output is whole numbers.
+    """
+
+    output: str
+    batch: int
+    largest: float
+    differing: int
+    elements: int
+    labels: bool
+
+    def __str__(self) -> str:
+        images = f'batch {self.batch}, {self.output}'
+        if self.labels:
+            return f'{images}: {self.differing} of {self.elements} differ'
+        return f'{images}: largest difference {self.largest:.2g}'
+
+
+def differences(
+    model: nn.Module | Exportable, run: Run, batches: Sequence[int] = (1, 4)
+) -> list[Difference]:
+    """Compares a function with the model that it was exported of, on images of noise.
+
+    Args:
+        model: The model.
+        run: As `load_exported` returns it.
+        batches: How many images at a time.
+
+    Returns:
+        One per batch and output.
+    """
+    exportable, found = Exportable.of(model), []
+    for batch in batches:
+        images = exportable.images(batch, seed=batch)
+        pairs = zip(exportable.outputs, exportable.run(images), run(images), strict=True)
+        for name, expected, got in pairs:
+            apart = (got.double() - expected.double()).abs()
+            unequal, labels = int((got != expected).sum()), not expected.is_floating_point()
+            largest = apart.max().item()
+            found.append(Difference(name, batch, largest, unequal, got.numel(), labels))
+    return found
+
+
+def _for_inference(network: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares all tensors, so that nothing of the network changes."""
+    tensors = [*network.parameters(), *network.buffers()]
+    twin = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
+    for module in twin.modules():
+        if hasattr(module, 'grad_checkpointing'):
+            vars(module)['grad_checkpointing'] = False
+    return twin
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnxscript say of their own work."""
+    log = logging.getLogger('onnxscript')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter('ignore', category)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _target(path: str | Path, *suffixes: str) -> Path:
+    target = Path(path)
+    allowed = f'a name that ends in {" or ".join(suffixes)}'
+    check(target.suffix in suffixes, 'path', str(path), allowed)
+    return target
+
+
+def _write(target: Path, save: Callable[[Path], object]) -> None:
+    """Writes a file, and what belongs to it, whole or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
+            save(Path(scratch) / target.name)
+            # the graph comes last, when all that it names is there
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == target.name):
+                os.replace(file, target.with_name(file.name))
+    except OSError as error:
+        raise ValueError(f'{str(target)!r} cannot be written: {error.strerror or error}') from error
