@@ -235,13 +235,13 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
 
 
 def _report(model: nn.Module, copied: dict[str, str]) -> Report:
-    """Of what was there before: all but what the new layers have."""
-    layers = tuple(f'{name}.' for name in layers_of(model))
+    """Of what was there before: all but what the new layers and a reader of images have."""
+    new = (READER, *(f'{name}.' for name in layers_of(model)))
     names = list(model.state_dict())
     return Report(
-        loaded=tuple(name for name in names if not name.startswith(layers)),
+        loaded=tuple(name for name in names if not name.startswith(new)),
         copied=copied,
-        initialised=tuple(k for k in names if k.startswith(layers) and k not in copied),
+        initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
     )
 
 
