@@ -53,8 +53,12 @@ def saved(host: str, path: Path, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize(('host', 'method'), PAIRS)
-def test_a_host_with_experts_by_name_trains(host: str, method: str) -> None:
-    model = build(host, method)
+def test_a_host_with_experts_by_name_trains(host: str, method: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+    if METHODS[method].needs_features:
+        saved(host, tmp_path / 'dense.pth')
+        given['features'] = str(tmp_path / 'dense.pth')
+    model = build(host, method, **given)
     model.init_weights()
     losses = model(*batch(), mode='loss')
     total, _ = model.parse_losses(losses)
