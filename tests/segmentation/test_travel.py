@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.cli import test as run_test
 from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.segmentation import TimmViT
 
 from ..classification.test_travel import CODE, equal
@@ -50,6 +52,17 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
     assert not again.weights_normalization.differing(NORMALIZATION)
     for name, value in again.model.named_parameters():
         equal(value, run.backbone.model.get_parameter(name))
+
+
+def test_a_backbone_alone_is_not_tested(tmp_path: Path) -> None:
+    published(tmp_path, {})
+    config, folder = str(tmp_path / 'run/run.py'), tmp_path / 'out'
+    message = r'^error: .* fit the model: missing keys: decode_head.*; it is a file of timm'
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_test([config, str(folder), '--work-dir', str(tmp_path / 'w')])
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r'missing keys: decode_head.*; it is a file of timm'):
+        load_trained(load_config(config), str(folder / 'model.safetensors'), 'cpu')
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])

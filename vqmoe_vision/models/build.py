@@ -8,8 +8,9 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg, list_models
 
 from ..moe.config import check
-from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
+from .sources import fit_pretrained, known_weights, source_of
 from .sparse_model import MoeVisionTransformer
+from .weight_files import named_source
 
 
 def build(
@@ -27,7 +28,7 @@ def build(
         method: Key of `METHODS`.
         size: Arguments that `kwargs` may change.
         pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
-        upcycle: What to start from instead, see `upcycle_overlay`.
+        upcycle: What to start from instead, see `upcycle_source`.
         **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
 
     Raises:
@@ -40,16 +41,20 @@ def build(
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-        pretrained, overlay = True, {**upcycle_overlay(upcycle, kwargs.get('cache_dir')), **overlay}
+        pretrained = True
     config = kwargs.get('pretrained_cfg')
-    source = source_of({**(config if isinstance(config, dict) else {}), **overlay})
+    given = config if isinstance(config, dict) else {}
+    filter_fn = fit_pretrained
+    if pretrained:
+        overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
+    source = source_of({**given, **overlay})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
             MoeVisionTransformer,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=fit_pretrained,
+            pretrained_filter_fn=filter_fn,
             feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
             method=method,
             **{**size, **kwargs},

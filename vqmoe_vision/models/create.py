@@ -18,6 +18,7 @@ from .arguments import check_patches, check_vit_arguments, moe_options, named_fa
 from .convert import convert_to_moe
 from .hosts import OWN_MODULES, Transformer
 from .saved import record_arguments
+from .sources import load_checkpoint
 
 
 def create_model(
@@ -58,7 +59,10 @@ def create_model(
     with named_failures(build, kwargs) if dense else nullcontext():
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
-        model = timm.create_model(model_name, **kwargs)
+        # timm would compare no checksums, and say nothing of a file that is not there
+        model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
+        if checkpoint_path := kwargs.get('checkpoint_path'):
+            load_checkpoint(model, str(checkpoint_path))
     check_patches(model, kwargs)
     record_arguments(model, kwargs)
     if conversion:

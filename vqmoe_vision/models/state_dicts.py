@@ -30,6 +30,7 @@ class Report:
         outside: Of those that the model's part does not include: heads that it does not take, and
             what a run has beside its network.
         remarks: What is to say of the checkpoint as a whole, a line each.
+        warnings: Those of the remarks that nobody may have meant.
     """
 
     loaded: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Report:
     unused: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For a log; a head that starts anew has its line among the remarks."""
