@@ -12,11 +12,13 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import load_from_local
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.engine.trained import load_trained
@@ -116,6 +118,28 @@ def test_the_run_as_a_folder_of_timm(
     assert label in '0123456789' and 0 < float(probability) < 1
     assert 'work_dir' not in load_config('tiny.py')
     assert load_config('tiny.py').model == config.model
+
+
+def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / 'out', tmp_path / 'numbers.json'
+    publish([str(trained), str(folder)])
+    run_config = str(trained / 'tiny.py')
+    cli.test([run_config, str(folder), '--work-dir', str(tmp_path / 'test'), '--out', str(out)])
+    expected = json.loads((trained.parent / 'numbers.json').read_text())
+    assert json.loads(out.read_text()) == pytest.approx(expected)
+
+    config = load_config(run_config)
+    (best,) = trained.glob('best_*.pth')
+    model, weights = load_trained(config, str(best), 'cpu'), folder / 'model.safetensors'
+    torch.save(load_file(weights), folder / 'pytorch_model.bin')
+    for place in (folder, weights, folder / 'pytorch_model.bin'):
+        again = load_trained(config, str(place), 'cpu')
+        same(model.model, again.model)
+        assert not again.known_normalization.differing(model.known_normalization)
+        read = load_from_local(str(place), 'cpu')
+        assert model.misfit(read['state_dict']) == ''
+    with pytest.raises(ValueError, match=r'unexpected keys: model\.blocks\.3'):
+        load_trained(load_config(run_config, {'model.depth': 3}), str(folder), 'cpu')
 
 
 def test_the_command_of_the_day(trained: Path, tmp_path: Path) -> None:

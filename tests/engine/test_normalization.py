@@ -41,7 +41,11 @@ def run_file(folder: Path, config: str, **state: torch.Tensor) -> str:
         (AUGREG, {}, None),  # its configuration is there, weights are not
         ('vit_tiny_smoe', {'upcycle': 'local-dir:{}/hub'}, IMAGENET),
         ('vit_tiny_smoe', {'upcycle': '{}/bare.pth'}, None),
+        ('vit_tiny_smoe', {'upcycle': '{}/hub/model.safetensors'}, IMAGENET),
+        ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/hub/model.safetensors'}, IMAGENET),
         ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth'}, None),
+        (AUGREG, {'checkpoint_path': '{}/hub/model.safetensors'}, IMAGENET),
+        (AUGREG, {'checkpoint_path': '{}/bare.pth'}, None),
         ('vit_tiny_smoe', {'pretrained': True, 'file': '{}/bare.pth', **vars(GREY)}, GREY),
         # timm's own name for the weights, wherever they lie
         (DEIT, {'pretrained': True, 'file': '{}/bare.pth'}, IMAGENET),

@@ -17,8 +17,8 @@ from timm.models import save_for_hf
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.normalization import KEY
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.segmentation.inference import Predictor
 from vqmoe_vision.segmentation.preprocessor import completed
 

@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.cli import test as run_test
 from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.segmentation import TimmViT
 
 from ..classification.test_travel import CODE, equal
@@ -62,6 +64,17 @@ def test_a_host_with_experts(host: str, norm: bool, tmp_path: Path) -> None:
     found = model.forward_intermediates(images, indices=[2], norm=True, intermediates_only=True)
     torch.testing.assert_close(found, list(run.backbone(images)), rtol=0, atol=0)
     assert model.method == 'vqmoe' and len(model.blocks) == 3
+
+
+def test_a_backbone_alone_is_not_tested(tmp_path: Path) -> None:
+    published(tmp_path, {})
+    config, folder = str(tmp_path / 'run/run.py'), tmp_path / 'out'
+    message = r'^error: .* fit the model: missing keys: decode_head.*; it is a file of timm'
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_test([config, str(folder), '--work-dir', str(tmp_path / 'w')])
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r'missing keys: decode_head.*; it is a file of timm'):
+        load_trained(load_config(config), str(folder / 'model.safetensors'), 'cpu')
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])

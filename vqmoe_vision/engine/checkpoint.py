@@ -27,10 +27,13 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.models.sources import check_file, config_beside, source_of
+from vqmoe_vision.models.normalization import KEY, Normalization
+from vqmoe_vision.models.origin import origin_of
+from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
+from vqmoe_vision.models.weight_files import check_file, describe, unreadable, weights_in
 from vqmoe_vision.moe import restart
 
 from .config_text import is_harmless
@@ -89,7 +92,8 @@ def start_from(model: Transformer, path: str) -> None:
         ValueError: The file cannot be read or does not fit; names keys and shapes.
     """
     how = model.upcycling if isinstance(model, SparseModel) else None
-    state, report = transfer(model, read_state(path), path, read_image_sizes(path), how)
+    origin, state = origin_of(describe(path), path), read_state(path)
+    state, report = transfer(model, state, path, read_image_sizes(path), how, origin)
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
@@ -119,13 +123,14 @@ def read_state(path: str) -> StateDict:
     """Reads the weights of a file without running any code that it may hold.
 
     Args:
-        path: A .pth file of mmengine or timm, or a .safetensors file.
+        path: A .pth file of mmengine or timm, a .safetensors file, or a folder of timm.
 
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights.
     """
-    with _reading(path):
-        return load_state_dict(path, weights_only=True)
+    file = weights_in(path)
+    with _reading(file):
+        return load_state_dict(file, weights_only=True)
 
 
 def read_image_sizes(path: str) -> list[Size]:
@@ -137,27 +142,30 @@ def read_image_sizes(path: str) -> list[Size]:
     Returns:
         (height, width) each; empty for a file of others.
     """
-    if path.endswith('.safetensors'):
-        sizes = [config_beside(path).get('input_size', ())[-2:]]
-        return [(height, width) for height, width in filter(None, sizes)]
+    stated = describe(path).config.get('input_size')
+    if stated or path.endswith('.safetensors'):
+        return [(stated[-2], stated[-1])] if stated else []
     config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
 
 
 def read_content(path: str, verify: bool = True) -> Any:
-    """Reads all that a .pth file holds, without running any code that it may hold.
+    """Reads all that a file holds, without running any code that it may hold.
 
     Args:
-        path: A .pth file.
+        path: A .pth file; or a file or folder of timm, which holds a 'state_dict' alone.
         verify: Compare the checksums, for which the whole file is read; tensors are read when they
             are used.
 
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
     """
-    with _reading(path, verify):
-        return torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    file = weights_in(path)
+    if file.endswith('.safetensors'):
+        return {'state_dict': read_state(file)}
+    with _reading(file, verify):
+        return torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 @contextmanager
@@ -171,9 +179,7 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
         with _as_data():
             yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
-        raise ValueError(
-            f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
-        ) from error
+        raise ValueError(unreadable(path)) from error
 
 
 @contextmanager
@@ -193,7 +199,7 @@ def load_from_local(filename: str, map_location: Any) -> Any:
     """The loader of files that mmengine asks for, which reads them as data.
 
     Args:
-        filename: A .pth file; `~` is the user's folder.
+        filename: A .pth file, or a file or folder of timm; `~` is the user's folder.
         map_location: As in `torch.load`.
 
     Raises:
@@ -201,11 +207,21 @@ def load_from_local(filename: str, map_location: Any) -> Any:
         ValueError: It is damaged, or holds more than weights and a log.
     """
     path = os.path.expanduser(filename)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
+    if os.path.isdir(path) or path.endswith('.safetensors') or describe(path).name:
+        return _of_timm(path)
     with _reading(path):
         content = torch.load(path, map_location, weights_only=True)
     return _named_as_expected(_without_code(content, path))
+
+
+def _of_timm(path: str) -> dict[str, Any]:
+    """The weights where mmengine looks for them, with the normalisation that timm keeps beside."""
+    state, config = read_state(path), describe(path).config
+    if {'mean', 'std'} <= config.keys():
+        state[KEY] = Normalization.of(config).values()
+    return {'state_dict': state}
 
 
 def _named_as_expected(content: Any) -> Any:

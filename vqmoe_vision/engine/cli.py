@@ -18,8 +18,9 @@ from .command import run
 from .config_names import find_config, missing_config
 from .options import add_config_options, check_options
 
-# What every tool says of its first argument.
+# What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
+CHECKPOINT_HELP = 'file written by tools/train.py, or the folder of timm that is made of it'
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +46,7 @@ def test(argv: Sequence[str] | None = None) -> None:
         argv: Command line without the program's name; None takes it from `sys.argv`.
     """
     parser = _parser('Test a checkpoint.')
-    parser.add_argument('checkpoint', help='file written by tools/train.py')
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
     parser.add_argument('--show-dir', help='folder to write predictions over their images to')
     parser.add_argument(
@@ -184,7 +185,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _test(args: argparse.Namespace) -> None:
     config = _configure(args)
-    if not Path(args.checkpoint).is_file():
+    if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     config.load_from = args.checkpoint
     if args.show_dir is not None:

@@ -9,13 +9,14 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
 from .features import fit_features
 from .log import wrapped
 from .model import NonFiniteError, unwrapped
-from .normalization import KEY, of_run
+from .normalization import of_run
 from .routing import lines_of
 
 

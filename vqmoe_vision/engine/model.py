@@ -15,11 +15,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.state_dicts import StateDict, misfit_of
+from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
+from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
 
-from .normalization import KEY, of_buffer
 from .routing import RoutingStatistics
 
 
@@ -51,7 +50,7 @@ def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
     return {f'{name}_loss': value for name, value in collected.losses.items()}
 
 
-class MoeTrainingMixin:
+class MoeTrainingMixin(TakesOtherNames):
     """Stands left of mmengine's `BaseModel` in the bases of a model that may hold MoE layers.
 
     Attributes:
@@ -134,6 +133,12 @@ class MoeTrainingMixin:
         missing_keys: list[str], *others: list[str],
     ) -> None:  # fmt: skip
         """As torch's, which mmengine's loading calls too; a run of before has no normalisation."""
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        renamed = self.in_own_names(own)
+        if renamed.keys() != own.keys():
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: value for name, value in renamed.items()})
         load = super()._load_from_state_dict  # type: ignore[misc]
         load(state_dict, prefix, metadata, strict, missing_keys, *others)
         if prefix + KEY in missing_keys:
@@ -142,9 +147,36 @@ class MoeTrainingMixin:
             self.normalize_as(known)
 
     def misfit(self, state_dict: StateDict) -> str:
-        """As `misfit_of`; a run of before has no normalisation."""
+        """As `misfit_of`; a run of before has no normalisation, nor has a file of timm."""
         model: Any = self
-        return misfit_of(model, {KEY: self.normalization, **state_dict})
+        problem = misfit_of(model, {KEY: self.normalization, **state_dict})
+        inside = (f'{self._place()}.', KEY)
+        if self._is_of_timm(state_dict) and not all(
+            k.startswith(inside) for k in model.state_dict()
+        ):
+            return (
+                f'{problem}; it is a file of timm, without what a run has beside the timm model: '
+                'test the checkpoint, or the .pth that tools/publish.py makes of it'
+            )
+        return problem
+
+    def in_own_names(self, state: StateDict) -> StateDict:
+        """The state of the timm model alone, as timm saves it, in the names of a run.
+
+        Args:
+            state: Of the checkpoint; one of a run stays as it is.
+        """
+        if not self._is_of_timm(state):
+            return state
+        return {k if k == KEY else f'{self._place()}.{k}': value for k, value in state.items()}
+
+    def _place(self) -> str:
+        """Name of the timm model in this one."""
+        modules = self.named_modules()  # type: ignore[attr-defined]
+        return next(name for name, module in modules if module is self.routed_model)
+
+    def _is_of_timm(self, state: StateDict) -> bool:
+        return not self.routed_model.state_dict().keys().isdisjoint(state)
 
     @property
     def routed_model(self) -> nn.Module:

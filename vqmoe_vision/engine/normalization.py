@@ -8,15 +8,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import nn
 
-from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.sources import config_beside, is_file, source_of
+from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
+from vqmoe_vision.models.sources import is_file, source_of
+from vqmoe_vision.models.weight_files import describe
 
 from .checkpoint import read_content
 
-# Name of the buffer in a run's state dict.
-KEY = 'normalization'
 # Where the config of a run has its normalisation, and what a white pixel is there.
 _IN_CONFIGS = {
     ('model', 'data_preprocessor'): 255.0,
@@ -32,12 +31,13 @@ def weights_normalization(
     Args:
         model: Built by timm.
         checkpoint: File that it has been started from, as `start_from`.
-        arguments: Of timm's `create_model`: `pretrained`, `upcycle` and `pretrained_cfg_overlay`
-            say which weights it had before.
+        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle` and
+            `pretrained_cfg_overlay` say which weights it had before.
 
     Returns:
         None if there are no weights, or if nobody says how.
     """
+    checkpoint = checkpoint or arguments.get('checkpoint_path')  # timm reads it after all others
     upcycle = arguments.get('upcycle')
     if not has_weights(checkpoint, arguments):
         return None
@@ -84,7 +84,7 @@ def read_normalization(path: str) -> Normalization | None:
     """How images were normalised in the run that has left a file, or its folder for timm.
 
     Args:
-        path: Whose checksums somebody has compared.
+        path: File or folder of timm, whose checksums somebody has compared.
 
     Returns:
         None if it is no file of a run, or does not say.
@@ -92,10 +92,10 @@ def read_normalization(path: str) -> Normalization | None:
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
     """
-    if path.endswith('.safetensors'):
-        config = config_beside(path)
-        return Normalization.of(config) if {'mean', 'std'} <= config.keys() else None
-    return of_run(read_content(path, verify=False))
+    config = describe(path).config
+    if {'mean', 'std'} <= config.keys():
+        return Normalization.of(config)
+    return None if path.endswith('.safetensors') else of_run(read_content(path, verify=False))
 
 
 def of_run(content: Any) -> Normalization | None:
@@ -107,21 +107,6 @@ def of_run(content: Any) -> Normalization | None:
     parts = [content.get(n) if isinstance(content, dict) else None for n in ('state_dict', 'meta')]
     state, meta = (part if isinstance(part, dict) else {} for part in parts)
     return of_buffer(state.get(KEY)) or _of_config(str(meta.get('cfg', '')))
-
-
-def of_buffer(values: Any) -> Normalization | None:
-    """What the buffer of a model says.
-
-    Args:
-        values: (2, 3), mean and standard deviation of pixels in [0, 1].
-
-    Returns:
-        None if it says nothing yet, or is no such buffer.
-    """
-    if not isinstance(values, Tensor) or values.shape != (2, 3):
-        return None
-    mean, std = (tuple(row) for row in values.tolist())
-    return Normalization(mean, std) if all(std) else None
 
 
 def _of_config(text: str) -> Normalization | None:

@@ -8,8 +8,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
+from vqmoe_vision.models.normalization import KEY
+
 from .checkpoint import read_state
-from .normalization import KEY, read_normalization
+from .normalization import read_normalization
 
 
 def scope_of(config: Config) -> AbstractContextManager:
@@ -22,7 +24,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
 
     Args:
         config: Of the run.
-        checkpoint: File written by the run.
+        checkpoint: File written by the run, or the folder or file of timm that is made of it.
         device: Where to; a GPU if there is one.
 
     Raises:

@@ -14,8 +14,9 @@ from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
 from .hosts import Transformer
-from .sources import fit_pretrained, named_source, source_of, upcycle_overlay
+from .sources import fit_pretrained, known_weights, source_of
 from .sparse_model import MoeVisionTransformer
+from .weight_files import named_source
 
 
 def build(
@@ -33,7 +34,7 @@ def build(
         method: Key of `METHODS`.
         size: Arguments that `kwargs` may change.
         pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
-        upcycle: What to start from instead, see `upcycle_overlay`.
+        upcycle: What to start from instead, see `upcycle_source`.
         **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
 
     Raises:
@@ -42,10 +43,7 @@ def build(
     check_sources(name, pretrained, kwargs)
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-        found = upcycle_overlay(upcycle, kwargs.get('cache_dir'))
-        given = kwargs.get('pretrained_cfg_overlay') or {}
-        pretrained, kwargs['pretrained_cfg_overlay'] = True, {**found, **given}
-    arguments = {**size, **kwargs}
+    arguments = {**size, **kwargs, 'upcycle': upcycle}
     model: MoeVisionTransformer = build_sparse(
         MoeVisionTransformer, name, method, pretrained, **arguments
     )
@@ -53,7 +51,12 @@ def build(
 
 
 def build_sparse(
-    make: Callable[..., nn.Module], name: str, method: str, pretrained: bool, **kwargs: Any
+    make: Callable[..., nn.Module],
+    name: str,
+    method: str,
+    pretrained: bool,
+    upcycle: str | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A model with experts of any class, and its weights, as timm builds it.
 
@@ -65,6 +68,7 @@ def build_sparse(
         name: Of its entry point.
         method: Key of `METHODS`.
         pretrained: Whether to load the weights that its configuration names.
+        upcycle: As `build`.
         **kwargs: Of `make` and of `build_model_with_cfg`.
 
     Raises:
@@ -79,16 +83,20 @@ def build_sparse(
     depth = kwargs.get('depth', 3)
     # of `features_only`: the last three blocks, or all of a shallower model
     out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
-    config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None)
-    known = config.to_dict() if isinstance(config, PretrainedCfg) else config
-    source = source_of({**(known if isinstance(known, dict) else {}), **(overlay or {})})
+    config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    config = config.to_dict() if isinstance(config, PretrainedCfg) else config
+    given = config if isinstance(config, dict) else {}
+    filter_fn: Callable[..., Any] = fit_pretrained
+    if pretrained := pretrained or upcycle is not None:
+        overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
+    source = source_of({**given, **overlay})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
             make,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=fit_pretrained,
+            pretrained_filter_fn=filter_fn,
             feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
             method=method,
             **kwargs,

@@ -18,6 +18,7 @@ from .arguments import check_patches, check_vit_arguments, moe_options, named_fa
 from .build import load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
+from .sources import load_checkpoint
 
 
 def create_model(
@@ -90,7 +91,11 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
         if isinstance(model, Transformer):
             load_whole(model, kwargs.get('cache_dir'))
             return model
-    return timm.create_model(model_name, **kwargs)
+    # timm would compare no checksums, and say nothing of a file that is not there
+    model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
+    if checkpoint_path := kwargs.get('checkpoint_path'):
+        load_checkpoint(model, str(checkpoint_path))
+    return model
 
 
 def _untrained(model_name: str, **kwargs: Any) -> nn.Module:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..moe.config import check
 
+# Name of the buffer in a run's state dict.
+KEY = 'normalization'
 # Half a level of 8 bits: numbers that differ by less are one number, rounded differently.
 _ROUNDING = 0.5 / 255
 
@@ -79,3 +81,18 @@ class Normalization:
 
 def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return any(abs(a - b) > _ROUNDING for a, b in zip(ours, theirs, strict=True))
+
+
+def of_buffer(values: Any) -> Normalization | None:
+    """What the buffer of a run's model says.
+
+    Args:
+        values: (2, 3), mean and standard deviation of pixels in [0, 1].
+
+    Returns:
+        None if it says nothing yet, or is no such buffer.
+    """
+    if not isinstance(values, Tensor) or values.shape != (2, 3):
+        return None
+    mean, std = (tuple(row) for row in values.tolist())
+    return Normalization(mean, std) if all(std) else None

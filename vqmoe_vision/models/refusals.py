@@ -8,11 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
+
 from .state_dicts import HEADS, StateDict, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]
+# What timm's `Eva` and files of DINOv3's authors have, whose positions are rotary.
+_ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
 _OF_BOTH: Arguments = (
-    (r'^cls_token$', 'class_token=True', "class_token=False, global_pool='avg'"),
+    (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
 )
 # Arguments of timm's `VisionTransformer` that decide whether there is such a tensor: with it, and
@@ -48,12 +52,71 @@ def refuse_other_tokens(
         arguments: Of the model's class.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is one, or the positions of the checkpoint are rotary.
     """
+    rotary = 'pos_embed' not in state and any(re.search(_ROTARY, name) for name in state)
+    if rotary and arguments is VIT:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: it has the names of an Eva, such as '
+            'DINOv3, whose positions are rotary; the model_name of an Eva with '
+            "moe=dict(method='smoe'), or convert_to_moe, makes a model that fits"
+        )
     for name in ('cls_token', 'pos_embed'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
             raise ValueError(_only(path, [name], owner, state, arguments))
+
+
+def pooled_otherwise(expected: StateDict, state: StateDict) -> str:
+    """Arguments with which a head would be fed as that of a checkpoint, as far as names tell.
+
+    Args:
+        expected: Of the model.
+        state: Of the checkpoint.
+
+    Returns:
+        Empty if names do not tell that they differ.
+    """
+    parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
+    differ = any((name in expected) != (name in state) for name in parts)
+    return _pooling(state) if differ else ''
+
+
+def _pooling(state: StateDict) -> str:
+    """Arguments of a model that pools as a checkpoint."""
+    if 'attn_pool.latent' in state:
+        return "global_pool='map'"
+    if 'fc_norm.weight' in state:
+        return "global_pool='avg'"
+    if 'cls_token' in state:
+        return "global_pool='token'"
+    return "global_pool='avg', fc_norm=False"
+
+
+def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
+    """Refuse weights that are no numbers, or whole numbers where the model has real ones.
+
+    Args:
+        expected: Of the model.
+        state: Of the checkpoint, of which what the model has no place for is passed over.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: There are some; names the first.
+    """
+    layers = {_layer(name) for name in expected} - {''}  # whose dense MLPs experts are made of
+    for name, value in state.items():
+        if name not in expected and _layer(name) not in layers:
+            continue
+        real = name not in expected or expected[name].is_floating_point()
+        if value.is_floating_point() != real:
+            kind = 'real' if real else 'whole'
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: {name} is of {value.dtype}, the '
+                f'model has {kind} numbers there'
+            )
+        if real and not torch.isfinite(value.float()).all():
+            raise ValueError(f'checkpoint {path!r} is damaged: {name} has values nan or infinite')
 
 
 def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
@@ -167,7 +230,8 @@ def _only(
             for pattern, present, absent in arguments
             if any(re.search(pattern, name) for name in names)
         ]
-    fits = f'; {", ".join(hints)} would fit'.format(reg_tokens=reg_tokens) if hints else ''
+    values = {'reg_tokens': reg_tokens, 'pooling': _pooling(state)}
+    fits = f'; {", ".join(hints)} would fit'.format(**values) if hints else ''
     return (
         f'checkpoint {path!r} does not fit the model: only the {owner} has {shorten(names)}{fits}'
     )

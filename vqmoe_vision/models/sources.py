@@ -6,48 +6,51 @@ filter function.
 
 from __future__ import annotations
 
-import json
 import logging
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg, load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
+from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_state_dict
+from timm.models import load_checkpoint as load_numpy
+from torch import nn
 
 from ..moe.config import check
 from .hosts import VIT_MODULES
+from .normalization import KEY, of_buffer
+from .origin import Origin, origin_of
 from .sparse_model import SparseModel
-from .state_dicts import StateDict
+from .state_dicts import StateDict, misfit_of
 from .transfer import Size, transfer
+from .weight_files import SUFFIXES, Described, check_file, describe, describe_folder, named_source
 
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
 # every configuration with such a name as a model that it can load.
 HUB_NAME: str | None = None
-_SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 _ALLOWED = (
     "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
-    f"'local-dir:FOLDER', or a file ({', '.join(_SUFFIXES)})"
+    f"'local-dir:FOLDER', or a file ({', '.join(SUFFIXES)})"
 )
 _logger = logging.getLogger(__name__)
 
 
-def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """What timm's `pretrained_cfg_overlay` has to say for a model to start from a dense one.
-
-    Beside the place of the weights these are the entries that belong to them: normalisation, image
-    size and number of classes.
+def upcycle_source(
+    upcycle: str, cache_dir: str | Path | None = None
+) -> tuple[dict[str, Any], Described]:
+    """Where timm finds the weights of a dense model that a model starts from, and what they are of.
 
     Args:
         upcycle: Name of a timm model, with or without tag; 'hf-hub:' and a name, 'local-dir:' and a
             folder as timm saves it; or a file.
         cache_dir: Where to keep what comes from the hub, as in timm's `create_model`.
+
+    Returns:
+        Entries of timm's `pretrained_cfg` that say the place, and what is known of the weights.
 
     Raises:
         ValueError: It is none of these, or has no weights.
@@ -57,12 +60,14 @@ def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[s
     if scheme == 'local-dir':
         found = (Path(rest) / 'config.json').is_file()
         check(found, 'upcycle', upcycle, 'a folder with the config.json and weights of a model')
-        return _about_weights(load_model_config_from_path(rest)[0])
+        described = describe_folder(rest, f'upcycle={upcycle!r}')
+        return {'source': 'local-dir', 'file': rest, 'custom_load': False}, described
     if scheme == 'hf-hub':
         with named_source(upcycle):
-            return _about_weights(load_model_config_from_hf(rest, cache_dir=cache_dir)[0])
+            config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
+            return _place(config), Described.of(config, name, arguments)
     if is_file(upcycle):
-        return {'file': upcycle}
+        return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
         nearest = get_close_matches(upcycle, timm.list_models(module='vision_transformer'), 1)
         hint = f'; did you mean {nearest[0]}?' if nearest else ''
@@ -72,41 +77,19 @@ def upcycle_overlay(upcycle: str, cache_dir: str | Path | None = None) -> dict[s
     check(timm.models.is_model_pretrained(upcycle), 'upcycle', upcycle, 'a model with weights')
     config = get_pretrained_cfg(upcycle)
     assert config is not None
-    return _about_weights(config.to_dict())
+    return _place(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
 
 
 def is_file(upcycle: str) -> bool:
-    """Whether the source of `upcycle_overlay` is a file, which says nothing beside its weights."""
-    return upcycle.endswith(_SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
+    """Whether the source of `upcycle_source` is a file."""
+    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
 
 
-def _about_weights(config: dict[str, Any]) -> dict[str, Any]:
-    own = ('architecture', 'tag')
+def _place(config: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights of a configuration are."""
+    names = ('source', 'hf_hub_filename', *_SOURCES)
     # the format of what the address leads to; the hub has timm's own
-    return {k: v for k, v in config.items() if k not in own} | {'custom_load': False}
-
-
-def config_beside(path: str) -> dict[str, Any]:
-    """What timm's folder says of the weights in it, such as `mean`, `std` and `input_size`.
-
-    Args:
-        path: File of weights.
-
-    Returns:
-        timm's `pretrained_cfg`; empty if there is no config.json of timm beside the file.
-
-    Raises:
-        ValueError: There is one that cannot be read.
-    """
-    file = Path(path).with_name('config.json')
-    if not path.endswith('.safetensors') or not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:  # no text, or no JSON
-        raise ValueError(f'{str(file)!r}, beside the weights, cannot be read: {error}') from error
-    config = content.get('pretrained_cfg') if isinstance(content, dict) else None
-    return config if isinstance(config, dict) else {}
+    return {k: config[k] for k in names if config.get(k)} | {'custom_load': False}
 
 
 def source_of(config: dict[str, Any]) -> str:
@@ -119,52 +102,46 @@ def source_of(config: dict[str, Any]) -> str:
     return name if name == 'state_dict' else str(config.get(name, ''))
 
 
-@contextmanager
-def named_source(source: str) -> Iterator[None]:
-    """Say in one line that weights cannot be read, whatever the file or the hub raises.
+def known_weights(
+    upcycle: str | None, config: dict[str, Any], overlay: dict[str, Any], cache_dir: Any = None
+) -> tuple[dict[str, Any], Callable[..., StateDict]]:
+    """What timm has to know of the weights that a model begins with, and the filter for them.
 
     Args:
-        source: A file, whose checksums are compared, or anything else.
+        upcycle: As `upcycle_source`; None for those that the configuration names.
+        config: timm's `pretrained_cfg`, as far as the call gives it.
+        overlay: `pretrained_cfg_overlay` of the call, which is before all others.
+        cache_dir: As `upcycle_source`.
+
+    Returns:
+        The overlay with the place of the weights and what belongs to them, such as normalisation,
+        image size and number of classes; and `fit_pretrained` for the network that they are of.
 
     Raises:
-        ValueError: In the place of what was raised. One that says itself what is wrong stays.
+        ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
     """
-    if source.endswith(_SUFFIXES):
-        check_file(source)
-    try:
-        yield
-    except Exception as error:  # bytes and networks can fail in any way
-        if type(error) in (ValueError, TypeError, AssertionError):
-            raise
-        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
-        raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+    stated = overlay if upcycle else {**config, **overlay}
+    place: dict[str, Any] = {}
+    described = describe(source_of(stated))
+    if upcycle is not None:
+        place, named = upcycle_source(upcycle, cache_dir)
+        if source_of(overlay):  # elsewhere, where the name says only what the place does not
+            place.pop('source', None)
+            entries = {**named.config, **described.config}
+            described = Described(entries, described.name, described.arguments)
+        else:
+            described = named
+    known = {name: value for name, value in described.config.items() if name not in stated}
+    complete = {**known, **place, **overlay}
+    origin = origin_of(described, source_of({**config, **complete}))
+    follow = not {'mean', 'std'} & stated.keys()
+    return complete, partial(fit_pretrained, origin=origin, follow=follow)
 
 
-def check_file(path: str) -> None:
-    """Refuse a file that is not there, or whose checksums do not match; torch ignores them.
-
-    Args:
-        path: A checkpoint. Formats without checksums are passed.
-
-    Raises:
-        ValueError: It is missing or damaged.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f'checkpoint {path!r} does not exist')
-    try:
-        with open(path, 'rb') as file:
-            if file.read(4) != b'PK\x03\x04':  # older formats have no checksums
-                return
-        with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()
-    except Exception as error:  # a flipped bit can make it fail in any way
-        raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
-    if spoilt is not None:
-        raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
-
-
-def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
-    """Filter function for timm's loading: what `transfer` fits, and experts made of dense MLPs.
+def fit_pretrained(
+    state_dict: dict[str, Any], model: Any, origin: Origin | None = None, follow: bool = True
+) -> StateDict:
+    """Filter function for timm's loading of models with experts: what `transfer` fits, upcycled.
 
     It loads what fits itself. timm drops a head if the configuration of the weights has another
     number of classes, whatever the file holds, and is no longer strict then; by that time all that
@@ -173,6 +150,8 @@ def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
     Args:
         state_dict: As in the source.
         model: A `Transformer`. It gets the weights, and `weights_report`.
+        origin: The network that the source is of; None for what is beside the file, if anything is.
+        follow: Whether `pretrained_cfg` takes the normalisation that a run has kept in its weights.
 
     Returns:
         All of the model's state, in which timm has nothing left to miss.
@@ -184,18 +163,45 @@ def fit_pretrained(state_dict: dict[str, Any], model: Any) -> StateDict:
     state = state.get('state_dict', state)
     source = source_of(model.pretrained_cfg)
     how = model.upcycling if isinstance(model, SparseModel) else None
-    fitted, report = transfer(model, state, source, _image_sizes(model), how)
+    origin = origin or origin_of(describe(source), source)
+    sizes = _image_sizes(model, origin)
+    fitted, report = transfer(model, state, source, sizes, how, origin)
     model.load_state_dict(fitted, strict=False)
     model.weights_report = report
+    if follow and (known := of_buffer(state.get(KEY))) is not None:
+        model.pretrained_cfg.update(mean=known.mean, std=known.std)
     for line in report.lines():
-        _logger.info('%s: %s', source, line)
+        # of a head that has as many classes nobody asked to begin anew
+        level = logging.WARNING if line in report.warnings else logging.INFO
+        _logger.log(level, '%s: %s', source, line)
     return model.state_dict()
 
 
-def _image_sizes(model: Any) -> list[Size]:
-    """What the configuration of the weights says of the images that their positions belong to."""
-    given = getattr(model, 'pretrained_model_args', {}).get(
-        'img_size'
-    )  # recorded since timm 1.0.31
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is checked.
+
+    Args:
+        model: Built by timm, without weights.
+        path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
+
+    Raises:
+        ValueError: The file is missing, damaged or no file of weights, or the model is another.
+    """
+    with named_source(path):
+        if path.endswith(('.npz', '.npy')):
+            check_file(path)
+            load_numpy(model, path)
+            return
+        state = load_state_dict(path)
+    if problem := misfit_of(model, state):
+        raise ValueError(f'checkpoint_path={path!r} does not fit the model: {problem}')
+    model.load_state_dict(state)
+
+
+def _image_sizes(model: Any, origin: Origin | None) -> list[Size]:
+    """What is known of the images that the positions of the weights belong to."""
+    arguments = getattr(model, 'pretrained_model_args', {})
+    given = arguments.get('img_size')  # recorded since timm 1.0.31
+    built = None if origin is None else origin.model.patch_embed.img_size
     stated = model.pretrained_cfg.get('input_size', (3,))[1:]
-    return [to_2tuple(size) for size in (given, stated) if size]
+    return [to_2tuple(size) for size in (given, built, stated) if size]

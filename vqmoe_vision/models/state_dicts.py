@@ -32,6 +32,7 @@ class Report:
         outside: Of those that the model's part does not include: heads that it does not take, and
             what a run has beside its network.
         remarks: What is to say of the checkpoint as a whole, a line each.
+        warnings: Those of the remarks that nobody may have meant.
     """
 
     loaded: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Report:
     unused: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def joined(self, other: Report) -> Report:
         """Both reports as one, of two parts of a model.

@@ -22,13 +22,16 @@ from ..moe.image_reader import ImageReader, image_reader
 from .feature_network import NETWORK, READER, FeatureViT
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
+from .origin import Origin, other_pooling, refuse_other_function
 from .refusals import (
     EVA,
     VIT,
+    pooled_otherwise,
     refuse_gated,
     refuse_misfits,
     refuse_other_parts,
     refuse_other_tokens,
+    refuse_values,
 )
 from .state_dicts import CLASSIFIERS, HEADS, Report, StateDict, misfit, other_shapes, shorten
 from .upcycle import Upcycling, upcycle
@@ -71,12 +74,13 @@ def transfer(
     path: str,
     image_sizes: Sequence[Size] = (),
     upcycling: Upcycling | None = None,
+    origin: Origin | None = None,
 ) -> tuple[StateDict, Report]:
     """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
 
-    A classifier takes the checkpoint's head if it has the same classes by number, and keeps the one
-    that it was initialised with otherwise. Nothing else may be missing but what a dense model does
-    not have: routers, codebooks, slots.
+    A classifier takes the checkpoint's head if it has the same classes by number and pools its
+    features alike, and keeps the one that it was initialised with otherwise. Nothing else may be
+    missing but what a dense model does not have: routers, codebooks, slots.
 
     Args:
         model: As in `fit_state`. It is not changed.
@@ -84,24 +88,31 @@ def transfer(
         path: As in `fit_state`.
         image_sizes: As in `fit_state`.
         upcycling: How experts are made of a dense MLP; with None they stay as they are.
+        origin: The network that the checkpoint is of, if that is known.
 
     Returns:
         State dict to load, without what stays as initialised, and the report.
 
     Raises:
-        ValueError: Nothing matches, or the checkpoint is of another size, method or architecture;
-            names what does not fit and what would.
+        ValueError: Nothing matches, the checkpoint is of another size, method or architecture, or
+            has values that are none; names what does not fit and what would.
     """
     expected = model.state_dict()
+    on_meta = any(value.is_meta for value in expected.values())
+    check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
+    if origin is not None:
+        refuse_other_function(model, origin, path)
     state, outside = _strip(state_dict, expected, path)
     reader = image_reader(model)
     if reader is None:
-        return _fit_network(model, state, expected, outside, path, image_sizes, upcycling)
+        return _fit_network(model, state, expected, outside, path, image_sizes, upcycling, origin)
     part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
     state, expected = (
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
-    result, report = _fit_network(model, state, expected, outside, path, image_sizes, upcycling)
+    result, report = _fit_network(
+        model, state, expected, outside, path, image_sizes, upcycling, origin
+    )
     read, more = _fit_reader(reader, part, state, path, image_sizes)
     return result | read, report.joined(more)
 
@@ -141,12 +152,14 @@ def _fit_network(
     path: str,
     image_sizes: Sequence[Size],
     upcycling: Upcycling | None,
+    origin: Origin | None,
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
-    state, remarks = _rename_norm(state, expected)
-    state, network, dropped, head = _fit_head(state, expected)
     arguments = EVA if isinstance(model, Eva) else VIT
-    refuse_other_tokens(state, network, path, arguments)
+    refuse_other_tokens(state, expected, path, arguments)
+    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
+    state, remarks = _rename_norm(state, expected)
+    state, network, dropped, head, warnings = _fit_head(state, expected, pooling)
     positions = _resized_positions(state, model, path, image_sizes)
     filtered = _in_names_of(model, {**state, **positions})
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
@@ -157,6 +170,7 @@ def _fit_network(
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     refuse_other_parts(network, fitted, path, whole, arguments)
+    refuse_values(network, filtered, path)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
     resized = {
@@ -173,6 +187,7 @@ def _fit_network(
         unused=tuple(k for k in filtered if k not in used),
         outside=(*outside, *dropped),
         remarks=(*remarks, *head),
+        warnings=warnings,
     )
 
 
@@ -236,22 +251,25 @@ def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list
 
 
 def _fit_head(
-    state: StateDict, expected: StateDict
-) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree, what is left out, and a note if it is a classifier."""
+    state: StateDict, expected: StateDict, pooling: str
+) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Both without heads unless they agree, what is left out, and notes if it is a classifier."""
     head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
-        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, ()
+        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
     theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
     problem = misfit(head, theirs)
-    if not problem:
-        return state, expected, (), ('the head is the one of the checkpoint',)
+    if not problem and not pooling:
+        return state, expected, (), ('the head is the one of the checkpoint',), ()
     state, expected = (
         {k: v for k, v in part.items() if not k.startswith(CLASSIFIERS)}
         for part in (state, expected)
     )
-    return state, expected, tuple(theirs), (f'the head is a fresh one, {problem}',)
+    otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
+    notes = (f'the head is a fresh one, {problem or otherwise}',)
+    # of as many classes, nobody has asked for a fresh one
+    return state, expected, tuple(theirs), notes, () if problem else notes
 
 
 def _in_names_of(model: Transformer, state: StateDict) -> StateDict:

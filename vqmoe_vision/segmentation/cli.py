@@ -8,7 +8,7 @@ from pathlib import Path
 import mmcv
 from mmengine.utils import track_iter_progress
 
-from vqmoe_vision.engine.cli import CONFIG_HELP
+from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import add_config_options
 
@@ -23,7 +23,7 @@ def predict(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description='Segment images.')
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('checkpoint', help='file written by tools/train.py')
+    parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('images', nargs='+', help='image files, or folders of images')
     parser.add_argument(
         '--out-dir',

@@ -15,7 +15,7 @@ from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames
+from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
@@ -26,7 +26,7 @@ from .source import source
 
 
 @MODELS.register_module()
-class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
+class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
     """An `EncoderDecoder` that trains what its `TimmViT` backbone routes.
 
     Auxiliary losses join mmseg's inside `forward`, and so inside what DDP wraps. Losses and
@@ -142,22 +142,17 @@ class MoeEncoderDecoder(MoeTrainingMixin, TakesOtherNames, EncoderDecoder):
         )
 
     def in_own_names(self, state: StateDict) -> StateDict:
-        """A checkpoint of mmseg's own Segmenter, or of its authors', as it is called here.
+        """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'.
 
         Args:
             state: Of the checkpoint; one of this class stays as it is.
         """
-        return in_our_names(state)[0]
+        return in_our_names(super().in_own_names(state))[0]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # the one place that torch's and mmengine's loading have in common
-        own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-        state, note = in_our_names({k[len(prefix) :]: value for k, value in own.items()})
-        if note:
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if note := in_our_names(own)[1]:
             print_log(f'checkpoint: {note}', logger='current')
-            for name in own:
-                del state_dict[name]
-            state_dict.update({prefix + name: value for name, value in state.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property

@@ -1,0 +1,188 @@
+"""Weights whose source names its network: the same function, or one line of what is different."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.models.vision_transformer import ResPostBlock
+
+from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.models.sources import known_weights
+
+from .conftest import TINY, make
+from .test_upcycle import dense, distance
+
+DINOV3 = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
+OF_SIGLIP = dict(class_token=False, global_pool='avg')
+
+
+def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
+    """A dense model, and its folder."""
+    model = dense(name, **options)
+    save_for_hf(model, path / 'L', model_args={**TINY, **options}, safe_serialization=True)
+    return model, str(path / 'L')
+
+
+@pytest.mark.parametrize('way', ['local-dir', 'file', 'pretrained'])
+@pytest.mark.parametrize(
+    ('name', 'options', 'target', 'message'),
+    [
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            DINOV3,
+            'of vit_small_patch16_dinov3, an Eva, whose positions are rotary, for a VisionTransfor'
+            r"mer; model_name='vit_small_patch16_dinov3' with moe=dict\(method='smoe'\) .*convert",
+        ),
+        (
+            'vit_base_patch16_rpn_224',
+            OF_SIGLIP,
+            OF_SIGLIP,
+            'whose blocks are ResPostBlock, for Block; block_fn=ResPostBlock of timm.* would fit',
+        ),
+        ('vit_tiny_patch16_224', dict(num_heads=4), {}, 'which has 4 heads, for 2; num_heads=4 wo'),
+        (
+            'vit_tiny_patch16_224',
+            dict(act_layer='relu'),
+            {},
+            "activation is ReLU, for GELU; act_layer='relu' would fit",
+        ),
+        (
+            'vit_base_patch32_clip_quickgelu_224',
+            {},
+            dict(pre_norm=True),
+            "QuickGELU, for GELU; whose norms have eps=1e-05, for 1e-06; act_layer='quick_gelu', "
+            r'norm_layer=partial\(LayerNorm, eps=1e-05\) would fit',
+        ),
+        (
+            'vit_tiny_patch16_224',
+            dict(attn_layer='diff'),
+            {},
+            'whose attention is DiffAttention, for Attention',
+        ),
+    ],
+)
+def test_another_function_is_refused(
+    name: str, options: dict[str, Any], target: dict[str, Any], message: str, way: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, folder = folder_of(tmp_path, name, **options)
+    place: dict[str, Any] = {'upcycle': f'local-dir:{folder}'}
+    if way == 'file':
+        place = {'upcycle': f'{folder}/model.safetensors'}
+    elif way == 'pretrained':
+        overlay = {'file': f'{folder}/model.safetensors'}
+        place = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+    with pytest.raises(ValueError, match=message) as caught:
+        make('smoe', **place, **target)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('vit_tiny_patch16_224', dict(num_heads=4)),
+        ('vit_tiny_patch16_224', dict(act_layer='relu')),
+        ('vit_tiny_patch16_224', dict(act_layer='gelu')),  # another class of the same function
+        ('vit_base_patch16_rpn_224', dict(block_fn=ResPostBlock, qkv_bias=False, **OF_SIGLIP)),
+        ('vit_base_patch16_siglip_224', dict(class_token=False, global_pool='map')),
+        ('vit_base_patch16_siglip_gap_224', dict(fc_norm=False, **OF_SIGLIP)),
+    ],
+)
+def test_what_is_said_to_fit_does(
+    name: str, options: dict[str, Any], tmp_path: Path, images: torch.Tensor
+) -> None:
+    saved = {k: v for k, v in options.items() if k != 'block_fn'}
+    source, folder = folder_of(tmp_path, name, **saved)
+    model: Any = make('smoe', upcycle=f'local-dir:{folder}', renormalize=True, **options).eval()
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.parametrize('bare', [True, False])
+@pytest.mark.parametrize(
+    ('name', 'options', 'target', 'hint'),
+    [
+        (
+            'vit_base_patch16_siglip_224',
+            dict(class_token=False, global_pool='map'),
+            OF_SIGLIP,
+            "global_pool='map'",
+        ),
+        ('vit_tiny_patch16_224', dict(global_pool='avg'), {}, "global_pool='avg'"),
+        ('vit_tiny_patch16_224', {}, dict(global_pool='avg'), "global_pool='token'"),
+        (
+            'vit_base_patch16_siglip_gap_224',
+            dict(fc_norm=False, **OF_SIGLIP),
+            OF_SIGLIP,
+            "global_pool='avg', fc_norm=False",
+        ),
+    ],
+)
+def test_a_head_behind_another_pooling_starts_anew(
+    name: str, options: dict[str, Any], target: dict[str, Any], hint: str, bare: bool,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    source, folder = folder_of(tmp_path, name, **options)
+    upcycle = f'local-dir:{folder}'
+    if bare:
+        upcycle = str(tmp_path / 'bare.safetensors')
+        save_file(source.state_dict(), upcycle)
+    with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
+        model: Any = make('smoe', upcycle=upcycle, **target)
+    report = model.weights_report
+    assert {'head.weight', 'head.bias'} < set(report.initialised)
+    assert distance(model.head.weight, source.head.weight) > 0.5
+    (line,) = caplog.messages
+    told = "the head is a fresh one, the checkpoint's has features that are pooled otherwise"
+    assert line.endswith(f'{told}: {hint} would fit')
+    # whoever asks for other classes knows
+    caplog.clear()
+    make('smoe', upcycle=upcycle, num_classes=3, **target)
+    assert not caplog.messages
+
+
+def test_pooling_that_names_of_tensors_do_not_tell(tmp_path: Path) -> None:
+    _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', global_pool='max')
+    model: Any = make('smoe', upcycle=f'local-dir:{folder}', global_pool='avg')
+    assert "global_pool='max' would fit" in model.weights_report.remarks[0]
+
+
+@pytest.mark.parametrize('options', [{}, DINOV3])
+def test_a_bare_file_with_rotary_positions_is_not_said_to_have_none(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
+    with pytest.raises(ValueError, match=r'an Eva, such as DINOv3, .* rotary') as caught:
+        make('smoe', upcycle=path, **options)
+    assert 'pos_embed' not in str(caught.value)
+
+
+def test_a_name_of_timm_says_what_its_weights_are() -> None:
+    overlay, fit = known_weights('deit_tiny_patch16_224', {}, {})
+    assert overlay['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'  # not reached here
+    with pytest.raises(ValueError, match='is of deit_tiny_patch16_224, which has 3 heads, for 2'):
+        fit({}, make('smoe'))
+
+
+def test_a_checkpoint_of_a_run_is_compared_too(tmp_path: Path) -> None:
+    _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', num_heads=4)
+    with pytest.raises(ValueError, match=r'which has 4 heads, for 2; num_heads=4 would fit'):
+        start_from(make('smoe'), f'{folder}/model.safetensors')
+
+
+def test_an_architecture_of_a_later_timm_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, folder = folder_of(tmp_path, 'vit_tiny_patch16_224')
+    config = Path(folder) / 'config.json'
+    config.write_text(config.read_text().replace('"vit_tiny_patch16_224"', '"vit_of_tomorrow"'))
+    make('smoe', upcycle=f'local-dir:{folder}')
+    assert "'vit_of_tomorrow', which this timm does not know" in caplog.text
+    assert timm.is_model('vit_tiny_patch16_224') and source is not None

@@ -1,0 +1,214 @@
+"""Files that are damaged or of another kind are one line; what is beside others is followed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN
+from timm.models import save_for_hf
+
+from vqmoe_vision.models.create import create_model
+
+from .conftest import TINY, make
+from .test_upcycle import dense, distance
+
+OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
+
+
+def flip(path: Path, values: torch.Tensor) -> None:
+    """Changes a bit of a tensor in a file, which torch would load."""
+    content = path.read_bytes()
+    at = content.index(values.numpy().tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+def folder_of(path: Path, model: Any, safe: bool = False) -> Path:
+    save_for_hf(model, path / 'L', model_args=TINY, safe_serialization=safe)
+    return path / 'L'
+
+
+def refused(message: str, build: Any, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build(*args, **kwargs)
+    assert '\n' not in str(caught.value)
+    assert 'weights_only' not in str(caught.value)
+
+
+@pytest.mark.parametrize('of_ours', [True, False])
+def test_a_flipped_bit_in_a_folder_is_found(of_ours: bool, tmp_path: Path) -> None:
+    model: Any = make('smoe') if of_ours else dense()
+    folder = folder_of(tmp_path, model)
+    flip(folder / 'pytorch_model.bin', model.state_dict()['blocks.0.mlp.fc1.weight'])
+    message = r"pytorch_model\.bin' is damaged: .* does not match its checksum"
+    if of_ours:
+        refused(message, timm.create_model, f'local-dir:{folder}', pretrained=True)
+    refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
+def test_a_flipped_bit_behind_checkpoint_path_is_found(name: str, tmp_path: Path) -> None:
+    path, model = tmp_path / 'a.pth', timm.create_model(name, **TINY)
+    torch.save(model.state_dict(), path)
+    sound = create_model(name, **TINY, checkpoint_path=str(path))
+    assert torch.equal(sound.state_dict()['cls_token'], model.state_dict()['cls_token'])
+    build = lambda: create_model(name, **TINY, checkpoint_path=str(path))  # noqa: E731
+    flip(path, model.state_dict()['blocks.0.mlp.fc1.weight'])
+    refused('does not match its checksum', build)
+    path.write_text('this is no checkpoint')
+    refused('is damaged, or holds more than weights and is not loaded', build)
+    torch.save({'head.weight': torch.zeros(1)}, path)
+    refused(r'checkpoint_path=.* does not fit the model: missing keys: cls_token', build)
+    path.unlink()
+    refused(r"a\.pth' does not exist", build)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('{"architecture": "vit', r"config\.json' cannot be read: Unterminated string"),
+        ('[]', r'has no config\.json of timm, which names the architecture'),
+        ('{}', r'has no config\.json of timm, which names the architecture'),
+        (
+            OF_VIT + '"pretrained_cfg": []}',
+            r'pretrained_cfg in .*L',
+        ),
+        (OF_VIT + '"model_args": 3}', 'model_args in .*: a dict'),
+        (
+            OF_VIT + '"pretrained_cfg": {"colour": 1}}',
+            "colour in .* an entry of timm's PretrainedCfg",
+        ),
+        (
+            OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}',
+            "is said to be of vit_tiny_patch16_224 with {'depht': 3}, which timm does not build",
+        ),
+    ],
+)
+def test_a_folder_whose_configuration_is_none(content: str, message: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, dense(), safe=True)
+    (folder / 'config.json').write_text(content)
+    refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, dense(), safe=True)
+    (folder / 'model.safetensors').unlink()
+    refused('L. has no weights', make, 'smoe', upcycle=f'local-dir:{folder}')
+
+
+class Harm:
+    """What runs when it is read."""
+
+    def __reduce__(self) -> Any:
+        return print, ('harm',)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('kind', ['text', 'code', 'list'])
+def test_other_files_are_no_weights(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f'a{suffix}'
+    if kind == 'text':
+        path.write_text('this is no checkpoint')
+    else:
+        torch.save({'state_dict': {}, 'code': Harm()} if kind == 'code' else [1, 2], path)
+    message = rf"checkpoint '.*a\{suffix}' is damaged, or holds more than weights and is not loaded"
+    refused(message, make, 'smoe', upcycle=str(path))
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'message'),
+    [
+        ('norm.bias', lambda value: value * torch.nan, r'is damaged: norm\.bias has values nan'),
+        (
+            'blocks.1.mlp.fc1.weight',
+            lambda value: value.index_fill(0, torch.tensor([3]), torch.inf),
+            r'is damaged: blocks\.1\.mlp\.fc1\.weight has values nan or infinite',
+        ),
+        ('pos_embed', lambda value: value / 0, r'is damaged: pos_embed has values nan or infinite'),
+        (
+            'blocks.1.mlp.fc2.weight',
+            lambda value: value.to(torch.int8),
+            r'blocks\.1\.mlp\.fc2\.weight is of torch\.int8, the model has real numbers there',
+        ),
+        (
+            'cls_token',
+            lambda value: value.to(torch.int8),
+            r'cls_token is of torch\.int8, the model has real numbers there',
+        ),
+    ],
+)
+def test_values_that_are_no_weights(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    state, path = dense().state_dict(), str(tmp_path / 'a.pth')
+    torch.save({**state, name: change(state[name])}, path)
+    refused(message, make, 'smoe', upcycle=path)
+
+
+def test_what_the_model_has_no_place_for_may_be_anything(tmp_path: Path) -> None:
+    state, path = dense().state_dict(), str(tmp_path / 'a.pth')
+    other = {'head.weight': torch.full((3, 32), torch.nan), 'head.bias': torch.zeros(3)}
+    torch.save({**state, **other}, path)
+    model: Any = make('smoe', upcycle=path)
+    assert model.weights_report.outside == ('head.weight', 'head.bias')
+
+
+def test_no_weights_go_where_there_is_no_memory(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense().state_dict(), path)
+    message = r"device='meta' is not possible: one with memory for the weights of '.*a\.pth'"
+    with torch.device('meta'):
+        refused(message, make, 'smoe', upcycle=path)
+    refused(message, make, 'smoe', upcycle=path, device='meta')
+
+
+@pytest.mark.parametrize('way', ['upcycle', 'overlay', 'folder', 'stated'])
+def test_what_is_beside_a_file_belongs_to_its_weights(
+    way: str, tmp_path: Path, images: torch.Tensor
+) -> None:
+    source = dense('deit_tiny_patch16_224')  # of mean 0.485, ours says 0.5
+    file = folder_of(tmp_path, source, safe=True) / 'model.safetensors'
+    place: dict[str, Any] = {'upcycle': str(file)}
+    if way == 'folder':
+        place = {'upcycle': f'local-dir:{file.parent}'}
+    elif way == 'overlay':
+        place = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(file)}}
+    elif way == 'stated':
+        place['pretrained_cfg_overlay'] = {'mean': (0.1, 0.2, 0.3)}
+    model: Any = make('smoe', **place, renormalize=True).eval()
+    expected = (0.1, 0.2, 0.3) if way == 'stated' else IMAGENET_DEFAULT_MEAN
+    assert tuple(model.pretrained_cfg['mean']) == pytest.approx(expected)
+    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_configuration_of_another_library_says_nothing(tmp_path: Path) -> None:
+    save_file(dense().state_dict(), str(tmp_path / 'model.safetensors'))
+    (tmp_path / 'config.json').write_text('{"architectures": ["ViTModel"]}')
+    model: Any = make('smoe', upcycle=str(tmp_path / 'model.safetensors'))
+    assert model.pretrained_cfg['mean'][0] == 0.5
+
+
+@pytest.mark.parametrize('stated', [True, False])
+def test_what_a_run_has_kept_is_followed(stated: bool, tmp_path: Path) -> None:
+    path = str(tmp_path / 'run.pth')
+    state = {f'model.{name}': value for name, value in dense().state_dict().items()}
+    kept = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    torch.save({'state_dict': {**state, 'normalization': kept}}, path)
+    given = {'mean': (0.7,) * 3, 'std': (0.8,) * 3} if stated else {}
+    model: Any = make('smoe', upcycle=path, pretrained_cfg_overlay=given)
+    mean = (0.7,) * 3 if stated else (0.1, 0.2, 0.3)
+    assert tuple(model.pretrained_cfg['mean']) == pytest.approx(mean)
+    assert make('smoe').pretrained_cfg['mean'][0] == 0.5  # that of the name stays
+
+
+def test_positions_of_an_oblong_image_are_resized(tmp_path: Path) -> None:
+    source = dense(img_size=(16, 64))
+    args = {**TINY, 'img_size': (16, 64)}
+    save_for_hf(source, tmp_path / 'L', model_args=args, safe_serialization=True)
+    file = str(tmp_path / 'L' / 'model.safetensors')
+    found: Any = make('smoe', upcycle=file)
+    expected: Any = make('smoe', upcycle=f'local-dir:{tmp_path / "L"}')
+    assert torch.equal(found.pos_embed, expected.pos_embed)
+    # 2 x 8 positions, as many as the model's 4 x 4, stay where they are without a size
+    assert distance(found.pos_embed, source.pos_embed) > 0.1

@@ -1,0 +1,187 @@
+"""The network that weights are of, beside the model that takes them.
+
+Names and shapes of tensors do not say which function a network is: attention heads, activations,
+the order of norms, rotary positions and pooling have none. Where the source names its network, it
+is built without memory and compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .arguments import FAILURES
+from .weight_files import Described
+
+_logger = logging.getLogger(__name__)
+# Where activations are compared: of those that timm names, no two agree in all these points.
+_POINTS = torch.linspace(-8.0, 8.0, 65)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The network of a source.
+
+    Args:
+        name: Of the model of timm.
+        model: The same without memory.
+    """
+
+    name: str
+    model: Any
+
+
+def origin_of(described: Described, source: str) -> Origin | None:
+    """The network that a source describes.
+
+    Args:
+        described: By its name and its configuration.
+        source: What it is called, for messages.
+
+    Returns:
+        None if it is not known.
+
+    Raises:
+        ValueError: timm cannot build it.
+    """
+    if not described.name:
+        return None
+    if not timm.is_model(described.name):
+        told = '%s is of %r, which this timm does not know: its architecture was not compared'
+        _logger.warning(told, source, described.name)
+        return None
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(described.name, **described.arguments)
+    except FAILURES as error:
+        raise ValueError(
+            f'{source!r} is said to be of {described.name} with {described.arguments}, which timm '
+            f'does not build: {error}'
+        ) from error
+    return Origin(described.name, model)
+
+
+def refuse_other_function(model: nn.Module, origin: Origin, path: str) -> None:
+    """Refuse weights whose network computes otherwise.
+
+    Pooling is left out: it belongs to the head, see `other_pooling`.
+
+    Args:
+        model: That takes the weights.
+        origin: That they are of.
+        path: What they are called, for messages.
+
+    Raises:
+        ValueError: It does; names in what, and what would fit.
+    """
+    ours, theirs = _timms_class(model), _timms_class(origin.model)
+    differences: list[tuple[str, str]] = []
+    if ours is not theirs:
+        rotary = ', whose positions are rotary' if theirs is Eva else ''
+        article = 'an' if theirs.__name__[0] in 'AEIOU' else 'a'
+        differences.append((f'{article} {theirs.__name__}{rotary}, for a {ours.__name__}', ''))
+    else:
+        differences += _differences(model, origin.model)
+    if not differences:
+        return
+    what = '; '.join(text for text, _ in differences)
+    raise ValueError(
+        f'checkpoint {path!r} does not fit the model: it is of {origin.name}, {what}'
+        f'{_remedy(model, origin, [option for _, option in differences])}'
+    )
+
+
+def _remedy(model: nn.Module, origin: Origin, options: Sequence[str]) -> str:
+    """What would fit: options, if they do for all that differs, or the network by its own name."""
+    if all(options):
+        return f'; {", ".join(options)} would fit'
+    if _timms_class(origin.model) not in (VisionTransformer, Eva):
+        return "; experts are for timm's VisionTransformer and Eva alone"
+    if hasattr(origin.model, 'method'):  # it has experts
+        return ''
+    by_name = f'; model_name={origin.name!r}'
+    if not hasattr(model, 'method'):
+        return f'{by_name} is that network'
+    experts = f'with moe=dict(method={model.method!r}) is that network with experts'
+    return f'{by_name} {experts}, and so is what convert_to_moe makes of it'
+
+
+def other_pooling(model: Any, origin: Origin) -> str:
+    """How the head of a source is fed otherwise than that of the model; empty if it is not.
+
+    Args:
+        model: That takes the weights.
+        origin: That they are of.
+    """
+    ours, theirs = _pooling(model), _pooling(origin.model)
+    return '' if ours == theirs else theirs
+
+
+def _pooling(model: Any) -> str:
+    """Arguments that say how the features of a head are pooled."""
+    pool, after = model.global_pool, _norm_after(model)
+    norm = '' if after == (pool in ('avg', 'avgmax', 'max')) else f', fc_norm={after}'
+    prefix = ', pool_include_prefix=True' if getattr(model, 'pool_include_prefix', False) else ''
+    return f'global_pool={pool!r}{norm}{prefix}'
+
+
+def _norm_after(model: Any) -> bool:
+    return not isinstance(getattr(model, 'fc_norm', None), nn.Identity | None)
+
+
+def _timms_class(module: nn.Module) -> type:
+    """The class of timm that a module is, or that one of ours builds on."""
+    mro = type(module).__mro__
+    return next((kind for kind in mro if kind.__module__.startswith('timm.')), mro[0])
+
+
+def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
+    """In what the blocks compute otherwise, in words, and the options that would fit."""
+    ours, theirs = model.blocks[0], origin.blocks[0]
+    mine, other = _timms_class(ours), _timms_class(theirs)
+    if mine is not other:
+        option = (
+            f'block_fn={other.__name__} of {other.__module__}' if hasattr(theirs, 'mlp') else ''
+        )
+        return [(f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
+    found = []
+    mine, other = _timms_class(ours.attn), _timms_class(theirs.attn)
+    if mine is not other:
+        found.append((f'whose attention is {other.__name__}, for {mine.__name__}', ''))
+    heads, given = ours.attn.num_heads, theirs.attn.num_heads
+    if heads != given:
+        found.append((f'which has {given} heads, for {heads}', f'num_heads={given}'))
+    act, given_act = _activation(ours), _activation(theirs)
+    if act is not None and given_act is not None and not _same(act, given_act):
+        names = [name for name, kind in _ACT_LAYER_DEFAULT.items() if type(given_act) is kind]
+        option = f'act_layer={names[0]!r}' if names else ''
+        kinds = [type(layer).__name__ for layer in (given_act, act)]
+        found.append((f'whose activation is {kinds[0]}, for {kinds[1]}', option))
+    eps, given_eps = (getattr(block.norm1, 'eps', None) for block in (ours, theirs))
+    if eps != given_eps:
+        option = f'norm_layer=partial(LayerNorm, eps={given_eps})'
+        found.append((f'whose norms have eps={given_eps}, for {eps}', option))
+    return found
+
+
+def _activation(block: Any) -> nn.Module | None:
+    mlp = getattr(block, 'mlp', None)
+    act = getattr(getattr(mlp, 'experts', mlp), 'act', None)
+    return act if isinstance(act, nn.Module) else None
+
+
+def _same(act: nn.Module, other: nn.Module) -> bool:
+    """Whether two activations are one function: timm has several classes of some."""
+    if any(True for layer in (act, other) for _ in layer.parameters()):
+        return type(act) is type(other)
+    with torch.no_grad():  # some work in place
+        return torch.allclose(act(_POINTS.clone()), other(_POINTS.clone()), atol=1e-5, rtol=0)

@@ -1,0 +1,194 @@
+"""Files of weights before they are read, and what timm's config.json beside them says."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from timm.models import PretrainedCfg
+from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
+
+from ..moe.config import check
+
+SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
+# What timm's `save_for_hf` writes, in the order in which timm reads it.
+OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
+_CONFIG = 'config.json'
+# Of a configuration what says where weights are, and of which model; the format is that of a place.
+_PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
+_OWN = ('architecture', 'tag')
+# Errors that say themselves, in a line, what is wrong.
+_SAID = (ValueError, TypeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of weights beside their tensors.
+
+    Args:
+        config: Entries of timm's `pretrained_cfg`, such as `mean`, `std` and `input_size`.
+        name: Of the model of timm that they are of; empty if that is not known.
+        arguments: With which timm builds that model.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    name: str = ''
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
+        """Of what timm's functions return, without its place."""
+        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN)}
+        return cls(kept, name, dict(arguments or {}))
+
+
+def describe(source: str) -> Described:
+    """What timm's config.json says of weights.
+
+    Args:
+        source: Folder with it, or a file beside it in such a folder; anything else says nothing.
+
+    Raises:
+        ValueError: It cannot be read, or has what timm does not know.
+    """
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    if not source or not (path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM):
+        return Described()
+    return _read(folder) if (folder / _CONFIG).is_file() else Described()
+
+
+def describe_folder(folder: str, what: str) -> Described:
+    """As `describe`, of a folder that has to be one of timm.
+
+    Args:
+        folder: Where the config.json and the weights are.
+        what: The field that names it, with its value.
+
+    Raises:
+        ValueError: It has no config.json of timm.
+    """
+    found = describe(folder) if Path(folder).is_dir() else Described()
+    if not found.name:
+        raise ValueError(
+            f'{what}: {folder!r} has no {_CONFIG} of timm, which names the architecture'
+        )
+    return found
+
+
+def _read(folder: Path) -> Described:
+    """Of a folder with a config.json; that of another library says nothing."""
+    file = folder / _CONFIG
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # no text, or no JSON
+        raise ValueError(f'{str(file)!r} cannot be read: {error}') from error
+    if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
+        return Described()
+    for name in ('pretrained_cfg', 'model_args'):
+        fits = isinstance(content.get(name, {}), dict)
+        check(fits, f'{name} in {str(file)!r}', content.get(name), 'a dictionary')
+    config, name, arguments = load_model_config_from_path(folder)
+    known = {entry.name for entry in fields(PretrainedCfg)}
+    for entry in config.keys() - known:
+        check(False, f'{entry} in {str(file)!r}', config[entry], "an entry of timm's PretrainedCfg")
+    return Described.of(config, name, arguments)
+
+
+def weights_in(source: str) -> str:
+    """The file of weights in a folder of timm.
+
+    Args:
+        source: The folder, or a file, which stays as it is.
+
+    Raises:
+        ValueError: There is no such file in it.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    found = [folder / name for name in OF_TIMM if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f'folder {source!r} has no weights of timm: {" or ".join(OF_TIMM)}')
+    return str(found[0])
+
+
+@contextmanager
+def named_source(source: str) -> Iterator[None]:
+    """Say in one line that weights cannot be read, whatever the file or the hub raises.
+
+    Args:
+        source: A file or a folder, whose checksums are compared, or anything else.
+
+    Raises:
+        ValueError: In the place of what was raised. One that says itself what is wrong stays.
+    """
+    local = source.endswith(SUFFIXES) or Path(source).is_dir()
+    if local:
+        check_files(source)
+    try:
+        yield
+    except Exception as error:  # bytes and networks can fail in any way
+        if type(error) in _SAID:
+            raise
+        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        # torch's and timm's words for a file are advice to run the code in it, or no words at all
+        if local or 'weights_only' in reason:
+            raise ValueError(unreadable(source)) from error
+        raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+
+
+def unreadable(path: str) -> str:
+    """What to say of a file whose bytes are no weights.
+
+    Args:
+        path: Of the file.
+    """
+    return f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
+
+
+def check_files(source: str) -> None:
+    """As `check_file`, for each file of weights in a folder.
+
+    Args:
+        source: A folder, or a file.
+
+    Raises:
+        ValueError: One is missing or damaged.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return check_file(source)
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    if not files:
+        raise ValueError(f'folder {source!r} has no weights ({", ".join(SUFFIXES)})')
+    for file in files:
+        check_file(str(file))
+
+
+def check_file(path: str) -> None:
+    """Refuse a file that is not there, or whose checksums do not match; torch ignores them.
+
+    Args:
+        path: A checkpoint. Formats without checksums are passed.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'checkpoint {path!r} does not exist')
+    try:
+        with open(path, 'rb') as file:
+            if file.read(4) != b'PK\x03\x04':  # older formats have no checksums
+                return
+        with zipfile.ZipFile(path) as archive:
+            spoilt = archive.testzip()
+    except Exception as error:  # a flipped bit can make it fail in any way
+        raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
+    if spoilt is not None:
+        raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
