@@ -183,7 +183,7 @@ def test_what_cannot_be_is_one_line(host: str, options: dict[str, Any], message:
     [
         (DINOV3, HOSTS[0], {}, 'only the checkpoint has pos_embed; use_abs_pos_emb=True would fit'),
         (DINOV3, DINOV3, dict(num_reg_tokens=0), 'only the model has reg_token; num_reg_tokens=0'),
-        (HOSTS[0], DINOV3, {}, "only the model has pos_embed; pos_embed='none' would fit"),
+        (HOSTS[0], DINOV3, {}, 'the names of an Eva, such as DINOv3, whose positions are rotary'),
         (DINOV3, DINOV3, dict(embed_dim=16), 'is of another size'),
         (
             DINOV3,
