@@ -75,7 +75,11 @@ def measure_exports(exports: Exports) -> list[dict[str, Any]]:
         PyTorch, the size of its file, and milliseconds by batch.
     """
     rows, calls, images = [], {}, {}
-    for spec in dict.fromkeys([exports.baseline, *exports.models]):
+    specs = dict.fromkeys([exports.baseline, *exports.models])
+    torch._dynamo.reset()
+    # networks of one class share it, and each has a graph for the first batch and one for others
+    torch._dynamo.config.recompile_limit = 4 * len(specs)  # type: ignore[attr-defined]
+    for spec in specs:
         with TemporaryDirectory() as folder:
             model, made = _ways(spec, exports.ways, Path(folder))
         eager = made['eager'][0]
@@ -112,7 +116,6 @@ def _ways(
     model.eval()
     found: dict[str, tuple[Call, int | None]] = {'eager': (torch.no_grad()(model), None)}
     if 'compiled' in ways:
-        torch._dynamo.reset()  # or the graphs of earlier networks count against its limit
         found['compiled'] = (torch.no_grad()(torch.compile(model, fullgraph=True)), None)
     for way, suffix, write in (
         ('program', '.pt2', save_program),

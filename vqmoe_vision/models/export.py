@@ -78,7 +78,12 @@ class Exportable:
         return cls(model, (channels, size[0], size[1]), about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
-        """Images of noise, (batch, C, H, W)."""
+        """Images of noise, (batch, C, H, W).
+
+        Args:
+            batch: How many.
+            seed: The same images for the same seed.
+        """
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch, *self.input_size, generator=generator)
 
