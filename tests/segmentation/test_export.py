@@ -8,7 +8,8 @@ import torch
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from vqmoe_vision.models.export import differences, export_onnx, load_exported
+from vqmoe_vision.models.export import export_onnx
+from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.segmentation.export import SegmentorGraph
 
 from .conftest import tiny_segmentor

@@ -13,7 +13,8 @@ import timm
 import torch
 from torch import Tensor
 
-from vqmoe_vision.models.export import Exportable, export_onnx, load_exported, save_program
+from vqmoe_vision.models.export import Exportable, export_onnx, save_program
+from vqmoe_vision.models.exported import load_exported
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.config import check
 
@@ -78,7 +79,7 @@ def measure_exports(exports: Exports) -> list[dict[str, Any]]:
     specs = dict.fromkeys([exports.baseline, *exports.models])
     torch._dynamo.reset()
     # networks of one class share it, and each has a graph for the first batch and one for others
-    torch._dynamo.config.recompile_limit = 4 * len(specs)  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = 4 * len(specs)
     for spec in specs:
         with TemporaryDirectory() as folder:
             model, made = _ways(spec, exports.ways, Path(folder))

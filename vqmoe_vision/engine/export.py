@@ -12,12 +12,11 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.export import (
     SUFFIXES,
     Exportable,
-    differences,
     export_onnx,
-    load_exported,
     require_packages,
     save_program,
 )
+from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe.config import check
 

@@ -29,12 +29,10 @@ SUFFIXES = ('.onnx', '.pt2')
 # From the oldest that torch's exporter writes to the newest that torch 2.9 does.
 OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-_INPUT = 'images'
+INPUT = 'images'
 # Weights beyond it go into a file beside the graph: a file of ONNX itself ends at 2 GiB.
 _ONE_FILE_BYTES = 1_800_000_000
 _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
-
-Run = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Exportable:
     @torch.no_grad()
     def run(self, images: Tensor) -> list[Tensor]:
         """What PyTorch predicts, in eval mode, one tensor per output."""
-        return _as_list(_for_inference(self.network)(images))
+        return as_list(_for_inference(self.network)(images))
 
 
 def require_packages() -> None:
@@ -159,7 +157,7 @@ def export_onnx(
         ModuleNotFoundError: The extra `export` is missing.
         ValueError: As `export_program`, or path or opset are not possible.
     """
-    target = _target(path, '.onnx')
+    target = target_of(path, '.onnx')
     first, last = OPSETS
     valid = opset is None or (type(opset) is int and first <= opset <= last)
     check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
@@ -169,7 +167,7 @@ def export_onnx(
     with _quiet():
         program = torch.onnx.export(
             exported,
-            input_names=[_INPUT],
+            input_names=[INPUT],
             output_names=list(exportable.outputs),
             opset_version=opset,
             custom_translation_table=translations(),
@@ -199,91 +197,13 @@ def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | N
     Raises:
         ValueError: As `export_program`, or the path is not possible.
     """
-    target = _target(path, '.pt2')
+    target = target_of(path, '.pt2')
     exportable = Exportable.of(model)
     program = export_program(exportable, batch)
     extra = {'about.json': json.dumps(exportable.about)}
     with _quiet():
         _write(target, lambda file: torch.export.save(program, file, extra_files=extra))
     return target
-
-
-def load_exported(path: str | Path, threads: int = 0) -> Run:
-    """A file of this module as a function, from images (B, C, H, W) to its outputs.
-
-    Args:
-        path: Ends in .onnx, which onnxruntime runs, or in .pt2.
-        threads: Of onnxruntime; 0 for as many as it likes.
-
-    Raises:
-        ModuleNotFoundError: The extra `export` is missing.
-        ValueError: It has another ending.
-    """
-    target = _target(path, *SUFFIXES)
-    if target.suffix == '.pt2':
-        module = torch.export.load(target).module()
-        return torch.no_grad()(lambda images: _as_list(module(images)))
-    require_packages()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(target, options, providers=['CPUExecutionProvider'])
-    return lambda images: [
-        torch.from_numpy(found) for found in session.run(None, {_INPUT: images.numpy()})
-    ]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a file is from its model on some images.
-
-    Args:
-        output: Name of the tensor.
-        batch: Images.
-        largest: Of the absolute differences, nan if there is one; of labels, 1 if any differs.
-        differing: How many elements are not equal.
-        elements: How many there are.
-        labels: Whether the output is whole numbers.
-    """
-
-    output: str
-    batch: int
-    largest: float
-    differing: int
-    elements: int
-    labels: bool
-
-    def __str__(self) -> str:
-        images = f'batch {self.batch}, {self.output}'
-        if self.labels:
-            return f'{images}: {self.differing} of {self.elements} differ'
-        return f'{images}: largest difference {self.largest:.2g}'
-
-
-def differences(
-    model: nn.Module | Exportable, run: Run, batches: Sequence[int] = (1, 4)
-) -> list[Difference]:
-    """Compares a function with the model that it was exported of, on images of noise.
-
-    Args:
-        model: The model.
-        run: As `load_exported` returns it.
-        batches: How many images at a time.
-
-    Returns:
-        One per batch and output.
-    """
-    exportable, found = Exportable.of(model), []
-    for batch in batches:
-        images = exportable.images(batch, seed=batch)
-        pairs = zip(exportable.outputs, exportable.run(images), run(images), strict=True)
-        for name, expected, got in pairs:
-            apart = (got.double() - expected.double()).abs()
-            unequal, labels = int((got != expected).sum()), not expected.is_floating_point()
-            largest = apart.max().item()
-            found.append(Difference(name, batch, largest, unequal, got.numel(), labels))
-    return found
 
 
 def _for_inference(network: nn.Module) -> nn.Module:
@@ -311,11 +231,25 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a network returned, one tensor per output.
+
+    Args:
+        outputs: One, or several.
+    """
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _target(path: str | Path, *suffixes: str) -> Path:
+def target_of(path: str | Path, *suffixes: str) -> Path:
+    """A path with one of some endings.
+
+    Args:
+        path: Of a file.
+        *suffixes: Such as '.onnx'.
+
+    Raises:
+        ValueError: It has another ending.
+    """
     target = Path(path)
     allowed = f'a name that ends in {" or ".join(suffixes)}'
     check(target.suffix in suffixes, 'path', str(path), allowed)

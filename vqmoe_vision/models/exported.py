@@ -1,0 +1,95 @@
+"""Files of exported models: run, and compared with their model.
+
+Legend: B images of C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .export import INPUT, SUFFIXES, Exportable, as_list, require_packages, target_of
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+def load_exported(path: str | Path, threads: int = 0) -> Run:
+    """A file of this module as a function, from images (B, C, H, W) to its outputs.
+
+    Args:
+        path: Ends in .onnx, which onnxruntime runs, or in .pt2.
+        threads: Of onnxruntime; 0 for as many as it likes.
+
+    Raises:
+        ModuleNotFoundError: The extra `export` is missing.
+        ValueError: It has another ending.
+    """
+    target = target_of(path, *SUFFIXES)
+    if target.suffix == '.pt2':
+        module = torch.export.load(target).module()
+        return torch.no_grad()(lambda images: as_list(module(images)))
+    require_packages()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(target, options, providers=['CPUExecutionProvider'])
+    return lambda images: [
+        torch.from_numpy(found) for found in session.run(None, {INPUT: images.numpy()})
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a file is from its model on some images.
+
+    Args:
+        output: Name of the tensor.
+        batch: Images.
+        largest: Of the absolute differences, nan if there is one; of labels, 1 if any differs.
+        differing: How many elements are not equal.
+        elements: How many there are.
+        labels: Whether the output is whole numbers.
+    """
+
+    output: str
+    batch: int
+    largest: float
+    differing: int
+    elements: int
+    labels: bool
+
+    def __str__(self) -> str:
+        images = f'batch {self.batch}, {self.output}'
+        if self.labels:
+            return f'{images}: {self.differing} of {self.elements} differ'
+        return f'{images}: largest difference {self.largest:.2g}'
+
+
+def differences(
+    model: nn.Module | Exportable, run: Run, batches: Sequence[int] = (1, 4)
+) -> list[Difference]:
+    """Compares a function with the model that it was exported of, on images of noise.
+
+    Args:
+        model: The model.
+        run: As `load_exported` returns it.
+        batches: How many images at a time.
+
+    Returns:
+        One per batch and output.
+    """
+    exportable, found = Exportable.of(model), []
+    for batch in batches:
+        images = exportable.images(batch, seed=batch)
+        pairs = zip(exportable.outputs, exportable.run(images), run(images), strict=True)
+        for name, expected, got in pairs:
+            apart = (got.double() - expected.double()).abs()
+            unequal, labels = int((got != expected).sum()), not expected.is_floating_point()
+            largest = apart.max().item()
+            found.append(Difference(name, batch, largest, unequal, got.numel(), labels))
+    return found
