@@ -82,7 +82,7 @@ def fit_features(runner: Runner) -> None:
             are too few images.
     """
     model = unwrapped(runner)
-    reader = image_reader(model)
+    reader = image_reader(model.routed_model)
     if reader is None or bool(reader.fitted):
         return
     images = model.source(_unaugmented(runner.cfg)).drawn(MOST_IMAGES)

@@ -58,7 +58,8 @@ def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
         checkpoint: As `weights_normalization`.
         arguments: As `weights_normalization`.
     """
-    return bool(checkpoint is not None or arguments.get('upcycle') or arguments.get('pretrained'))
+    given = ('upcycle', 'pretrained', 'checkpoint_path')
+    return bool(checkpoint is not None or any(arguments.get(name) for name in given))
 
 
 def _pretrained_cfg(model: Any) -> dict[str, Any]:

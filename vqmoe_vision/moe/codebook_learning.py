@@ -270,7 +270,8 @@ class CVQCodebook(GradientCodebook):
         probabilities = anchor_probabilities(self.codes(), sample).cpu()
         picks = torch.multinomial(probabilities, 1, generator=generator)
         anchors = sample[picks.squeeze(1).to(sample.device)]
-        self.embed.copy_(self.codes().lerp(anchors, rate[:, None]))
+        # statistics of a model that is converted whole are coarser than its codes
+        self.embed.copy_(self.codes().lerp(anchors, rate[:, None].float()))
         return True
 
 
