@@ -1,13 +1,12 @@
-"""Two small models whose trained weights come with the package, as timm has its `test_vit`.
+"""Two small models of CIFAR-10's ten classes at 32 pixels, as timm has its `test_vit`.
 
-`timm.create_model('test_vit_vqmoe', pretrained=True)` classifies CIFAR-10's ten classes at 32
-pixels, without any network, and `test_vit_dense` of the same recipe is there to upcycle from. They
-are for trying things and for tests. How they were trained, and what they score: docs/weights.md.
+`test_vit_dense` has the recipe of `test_vit_vqmoe` and is there to upcycle from. They are for
+trying things and for tests. Weights are to come with the package; there are none yet, because what
+configs/classification/test_vit.py trains is not good enough (docs/notes/test-vit.md).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -30,8 +29,6 @@ CIFAR10_CLASSES = (
     'ship',
     'truck',
 )
-_WEIGHTS = Path(__file__).parent / 'weights'
-_TAG = 'cifar10'
 _SIZE: dict[str, Any] = {
     'img_size': 32,
     'patch_size': 4,
@@ -44,9 +41,8 @@ _SIZE: dict[str, Any] = {
 }
 
 
-def _cfg(name: str) -> dict[str, Any]:
+def _cfg() -> dict[str, Any]:
     return {
-        'file': str(_WEIGHTS / f'{name}.safetensors'),
         'num_classes': len(CIFAR10_CLASSES),
         'label_names': CIFAR10_CLASSES,
         'input_size': (3, 32, 32),
@@ -58,12 +54,11 @@ def _cfg(name: str) -> dict[str, Any]:
         'std': (0.2023, 0.1994, 0.2010),
         'first_conv': 'patch_embed.proj',
         'classifier': 'head',
-        'license': 'apache-2.0',
     }
 
 
 _NAMES = ('test_vit_vqmoe', 'test_vit_dense')
-default_cfgs = generate_default_cfgs({f'{name}.{_TAG}': _cfg(name) for name in _NAMES})
+default_cfgs = generate_default_cfgs({f'{name}.untrained': _cfg() for name in _NAMES})
 
 
 @register_model

@@ -5,14 +5,9 @@ Everything here works on state dicts; `engine/checkpoint.py` reads the files.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models import adapt_input_conv, eva, vision_transformer
 from timm.models.eva import Eva
 from torch import nn
 
@@ -20,7 +15,16 @@ from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.image_reader import ImageReader, image_reader
 from .feature_network import NETWORK, READER, FeatureViT
-from .foreign_names import from_mmseg, is_of_mmseg
+from .fitting import (
+    Size,
+    fit_head,
+    fit_layers,
+    fitted_stem,
+    in_names_of,
+    rename_norm,
+    resized_positions,
+    strip_names,
+)
 from .hosts import Transformer
 from .origin import Origin, other_pooling, refuse_other_function
 from .refusals import (
@@ -33,14 +37,8 @@ from .refusals import (
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import CLASSIFIERS, HEADS, Report, StateDict, misfit, other_shapes, shorten
+from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
 from .upcycle import Upcycling, upcycle
-
-Size = tuple[int, int]
-# Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
-# in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
-_PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
-_STEM = 'patch_embed.proj.weight'
 
 
 def fit_state(
@@ -102,7 +100,7 @@ def transfer(
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
     if origin is not None:
         refuse_other_function(model, origin, path)
-    state, outside = _strip(state_dict, expected, path)
+    state, outside = strip_names(state_dict, expected, path)
     reader = image_reader(model)
     if reader is None:
         return _fit_network(model, state, expected, outside, path, image_sizes, upcycling, origin)
@@ -158,13 +156,13 @@ def _fit_network(
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
     pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
-    state, remarks = _rename_norm(state, expected)
-    state, network, dropped, head, warnings = _fit_head(state, expected, pooling)
-    positions = _resized_positions(state, model, path, image_sizes)
-    filtered = _in_names_of(model, {**state, **positions})
+    state, remarks = rename_norm(state, expected)
+    state, network, dropped, head, warnings = fit_head(state, expected, pooling)
+    positions = resized_positions(state, model, path, image_sizes)
+    filtered = in_names_of(model, {**state, **positions})
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
-    filtered |= _fitted_stem(filtered, network)
-    fitted = _fit_layers(filtered, model)
+    filtered |= fitted_stem(filtered, network)
+    fitted = fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
     refuse_misfits(network, filtered, fitted, path)
     # features of fewer blocks would be others
@@ -222,116 +220,6 @@ def _fit_reader(
         initialised=tuple(k for k in expected if k not in result),
         remarks=('images are read by a frozen copy of it',) if copied else (),
     )
-
-
-def _strip(
-    state_dict: StateDict, expected: StateDict, path: str
-) -> tuple[StateDict, tuple[str, ...]]:
-    """Without the prefix of a run, and by timm's names; and what else there is in the run."""
-    for prefix in _PREFIXES:
-        state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if is_of_mmseg(state):
-            state = from_mmseg(state)
-        if any(name in expected and not name.startswith(HEADS) for name in state):
-            return state, tuple(k for k in state_dict if not k.startswith(prefix))
-    raise ValueError(
-        f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict)}; '
-        f'the model has {shorten(expected)}'
-    )
-
-
-def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[str]]:
-    """A classifier that averages its features normalises them afterwards, others before."""
-    for theirs, ours in (('fc_norm', 'norm'), ('norm', 'fc_norm')):
-        name, other = f'{ours}.weight', f'{theirs}.weight'
-        if name in expected and name not in state and other in state:
-            renamed = {re.sub(rf'^{theirs}\.', f'{ours}.', k): v for k, v in state.items()}
-            return renamed, [f'{theirs} becomes {ours}']
-    return state, []
-
-
-def _fit_head(
-    state: StateDict, expected: StateDict, pooling: str
-) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree, what is left out, and notes if it is a classifier."""
-    head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
-    if not head:
-        dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
-        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
-    theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
-    problem = misfit(head, theirs)
-    if not problem and not pooling:
-        return state, expected, (), ('the head is the one of the checkpoint',), ()
-    state, expected = (
-        {k: v for k, v in part.items() if not k.startswith(CLASSIFIERS)}
-        for part in (state, expected)
-    )
-    otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
-    notes = (f'the head is a fresh one, {problem or otherwise}',)
-    # of as many classes, nobody has asked for a fresh one
-    return state, expected, tuple(theirs), notes, () if problem else notes
-
-
-def _in_names_of(model: Transformer, state: StateDict) -> StateDict:
-    """By timm's names for a class of models, in the sizes of the model as far as timm can do that.
-
-    Files of DINOv3 and DeiT III call LayerScale otherwise.
-    """
-    if isinstance(model, Eva):
-        return eva.checkpoint_filter_fn(state, model)
-    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-
-
-def _resized_positions(
-    state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
-) -> StateDict:
-    """The position embedding for the model's grid, if an image size fits it.
-
-    Where none does, timm guesses the default size of the model, or else a square.
-    """
-    if not {'pos_embed', _STEM} <= state.keys():
-        return {}
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
-    patch = state[_STEM].shape[-2:]
-    for height, width in image_sizes:
-        grid = (height // patch[0], width // patch[1])
-        if math.prod(grid) == positions.shape[1]:
-            new_size = list(model.patch_embed.grid_size)
-            resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
-            return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
-    count = positions.shape[1]
-    # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
-    if math.isqrt(count) ** 2 != count and 'mask_token' not in state:
-        raise ValueError(
-            f'checkpoint {path!r} does not fit the model: pos_embed is '
-            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, if '
-            f'no_embed_class={model.no_embed_class} is right'
-        )
-    return {}
-
-
-def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
-    """The patch embedding for images of other channels than three, as timm makes it."""
-    if _STEM not in state or _STEM not in expected:
-        return {}
-    channels = expected[_STEM].shape[1]
-    if channels == 3 or state[_STEM].shape[1] != 3:
-        return {}
-    return {_STEM: adapt_input_conv(channels, state[_STEM])}
-
-
-def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
-    """What each MoE layer makes of its part, if that has experts like its own."""
-    for name, layer in moe_layers(model).items():
-        prefix = f'{name}.'
-        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
-        if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
-            fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}
-            others = {k: v for k, v in state.items() if not k.startswith(prefix)}
-            state = others | fitted
-    return state
 
 
 def _upcycled(

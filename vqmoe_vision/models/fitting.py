@@ -1,0 +1,190 @@
+"""Parts of a checkpoint by the names and in the sizes that a vision transformer of ours has."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models import adapt_input_conv, eva, vision_transformer
+from timm.models.eva import Eva
+
+from ..moe import moe_layers
+from .foreign_names import from_mmseg, is_of_mmseg
+from .hosts import Transformer
+from .state_dicts import CLASSIFIERS, HEADS, StateDict, misfit, shorten
+
+Size = tuple[int, int]
+# Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
+# in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
+_PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
+_STEM = 'patch_embed.proj.weight'
+
+
+def strip_names(
+    state_dict: StateDict, expected: StateDict, path: str
+) -> tuple[StateDict, tuple[str, ...]]:
+    """Without the prefix of a run, and by timm's names; and what else there is in the run.
+
+    Args:
+        state_dict: Of a checkpoint.
+        expected: Of the model.
+        path: Of the checkpoint, for messages.
+
+    Raises:
+        ValueError: Nothing in it belongs to the model.
+    """
+    for prefix in _PREFIXES:
+        state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if is_of_mmseg(state):
+            state = from_mmseg(state)
+        if any(name in expected and not name.startswith(HEADS) for name in state):
+            return state, tuple(k for k in state_dict if not k.startswith(prefix))
+    raise ValueError(
+        f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict)}; '
+        f'the model has {shorten(expected)}'
+    )
+
+
+def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[str]]:
+    """A classifier that averages its features normalises them afterwards, others before.
+
+    Args:
+        state: Of a checkpoint, by timm's names.
+        expected: Of the model.
+
+    Returns:
+        The state by the model's names, and a remark if that changed it.
+    """
+    for theirs, ours in (('fc_norm', 'norm'), ('norm', 'fc_norm')):
+        name, other = f'{ours}.weight', f'{theirs}.weight'
+        if name in expected and name not in state and other in state:
+            renamed = {re.sub(rf'^{theirs}\.', f'{ours}.', k): v for k, v in state.items()}
+            return renamed, [f'{theirs} becomes {ours}']
+    return state, []
+
+
+def fit_head(
+    state: StateDict, expected: StateDict, pooling: str
+) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Both without heads unless they agree.
+
+    Args:
+        state: Of a checkpoint, by timm's names.
+        expected: Of the model.
+        pooling: Options with which features would be pooled as the checkpoint's head wants them;
+            empty if they are.
+
+    Returns:
+        Both, what is left out of the first, remarks if the model is a classifier, and those of them
+        that nobody may have meant.
+    """
+    head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
+    if not head:
+        dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
+        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
+    theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
+    problem = misfit(head, theirs)
+    if not problem and not pooling:
+        return state, expected, (), ('the head is the one of the checkpoint',), ()
+    state, expected = (
+        {k: v for k, v in part.items() if not k.startswith(CLASSIFIERS)}
+        for part in (state, expected)
+    )
+    otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
+    notes = (f'the head is a fresh one, {problem or otherwise}',)
+    # of as many classes, nobody has asked for a fresh one
+    return state, expected, tuple(theirs), notes, () if problem else notes
+
+
+def in_names_of(model: Transformer, state: StateDict) -> StateDict:
+    """By timm's names for a class of models, in the sizes of the model as far as timm can do that.
+
+    Files of DINOv3 and DeiT III call LayerScale otherwise.
+
+    Args:
+        model: Says the names and sizes.
+        state: Of a checkpoint.
+    """
+    if isinstance(model, Eva):
+        return eva.checkpoint_filter_fn(state, model)
+    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+
+
+def resized_positions(
+    state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
+) -> StateDict:
+    """The position embedding for the model's grid, if an image size fits it.
+
+    Where none does, timm guesses the default size of the model, or else a square.
+
+    Args:
+        state: Of a checkpoint, by timm's names.
+        model: Says the grid.
+        path: Of the checkpoint, for messages.
+        image_sizes: Height and width in pixels, of which one may be that of its positions.
+
+    Returns:
+        `pos_embed`, or nothing.
+
+    Raises:
+        ValueError: The positions are those of no square, and no size fits.
+    """
+    if not {'pos_embed', _STEM} <= state.keys():
+        return {}
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
+    patch = state[_STEM].shape[-2:]
+    for height, width in image_sizes:
+        grid = (height // patch[0], width // patch[1])
+        if math.prod(grid) == positions.shape[1]:
+            new_size = list(model.patch_embed.grid_size)
+            resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
+            return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
+    count = positions.shape[1]
+    # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
+    if math.isqrt(count) ** 2 != count and 'mask_token' not in state:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: pos_embed is '
+            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, if '
+            f'no_embed_class={model.no_embed_class} is right'
+        )
+    return {}
+
+
+def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
+    """The patch embedding for images of other channels than three, as timm makes it.
+
+    Args:
+        state: Of a checkpoint, by timm's names.
+        expected: Of the model.
+
+    Returns:
+        Its weight, or nothing.
+    """
+    if _STEM not in state or _STEM not in expected:
+        return {}
+    channels = expected[_STEM].shape[1]
+    if channels == 3 or state[_STEM].shape[1] != 3:
+        return {}
+    return {_STEM: adapt_input_conv(channels, state[_STEM])}
+
+
+def fit_layers(state: StateDict, model: Transformer) -> StateDict:
+    """What each MoE layer makes of its part, if that has experts like its own.
+
+    Args:
+        state: Of a checkpoint, by timm's names.
+        model: Has the layers.
+    """
+    for name, layer in moe_layers(model).items():
+        prefix = f'{name}.'
+        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
+        if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
+            fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}
+            others = {k: v for k, v in state.items() if not k.startswith(prefix)}
+            state = others | fitted
+    return state
