@@ -5,7 +5,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vqmoe_vision.models.transfer import fit_state, misfit
+from vqmoe_vision.models.state_dicts import misfit
+from vqmoe_vision.models.transfer import fit_state
 
 from .conftest import Make, make
 
