@@ -71,7 +71,9 @@ def test_jobs_run_at_the_same_time(spec, says) -> None:
     assert len(list(ROWS.glob('*.json'))) == 2
 
 
-@pytest.mark.parametrize('signal_', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    'signal_', [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_killed_queue_goes_on_where_it_was(spec, says, signal_) -> None:
     path = spec('seeds = [1]', slow='train_cfg.kind=waits')
     queue = subprocess.Popen([sys.executable, '-c', QUEUE], stderr=subprocess.PIPE, text=True)

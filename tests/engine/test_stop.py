@@ -162,7 +162,9 @@ def equal(work: Path, whole: dict) -> None:
             *(signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
             marks=pytest.mark.long,
         ),
-        (signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', ''),
+        pytest.param(
+            *(signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', ''), marks=pytest.mark.long
+        ),
         pytest.param(signal.SIGTERM, ['iteration', 7], 'iter_8.pth', '', marks=pytest.mark.long),
     ],
 )
@@ -178,7 +180,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ('config', 'at', 'saved'),
     [
-        (EARLY, ['iteration', 5], 'iter_5.pth'),
+        pytest.param(EARLY, ['iteration', 5], 'iter_5.pth', marks=pytest.mark.long),
         pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=pytest.mark.long),
         # in the last iteration of an epoch, in a validation, and in the middle
         (ADDED, ['iteration', 3], 'iter_4.pth'),

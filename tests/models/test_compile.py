@@ -55,6 +55,7 @@ def test_compiled_training_equals_eager_and_compiles_once(tiny) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 def test_compiled_training_under_autocast_equals_eager(tiny, two_threads) -> None:
     """bfloat16 on two threads: groups of rows are padded, to a fixed length if compiled."""
     torch.manual_seed(2)  # no choice of an expert so close that a rounding decides it

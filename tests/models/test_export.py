@@ -17,7 +17,7 @@ from vqmoe_vision.models.export import (
     save_program,
 )
 from vqmoe_vision.models.exported import differences, load_exported
-from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
 from ..variants import VARIANTS
@@ -51,6 +51,10 @@ def spoil_an_expert(model: nn.Module, images: Tensor) -> Tensor | None:
     return left[:8]
 
 
+# the others take the same path, and the long suite has every variant of all
+@pytest.mark.parametrize(
+    'method', [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
+)
 def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
     method: str, tmp_path: Path
 ) -> None:

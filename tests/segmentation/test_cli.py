@@ -147,7 +147,7 @@ def test_codebook_is_the_same_after_save_load_and_resume(
         torch.testing.assert_close(loaded[name], state[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.long)])
 def test_resumed_run_equals_an_uninterrupted_one(
     config: str, tmp_path: Path, num_workers: int
 ) -> None:

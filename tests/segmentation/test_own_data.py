@@ -61,7 +61,7 @@ def write_config(folder: Path, palette: bool = True) -> str:
     return str(folder / 'tiny.py')
 
 
-@pytest.mark.parametrize('palette', [True, False])
+@pytest.mark.parametrize('palette', [True, pytest.param(False, marks=pytest.mark.long)])
 def test_trains_tests_draws_and_predicts(
     tmp_path: Path, palette: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

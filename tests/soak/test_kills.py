@@ -23,6 +23,7 @@ def soak(tmp_path: Path, *arguments: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.long
 def test_killed_trainings_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     kind = 'classification, iterations, StableMoE, EMA'
     figures = soak(tmp_path, '--kills', '3', '--seed', '2', '--kind', kind)

@@ -19,9 +19,9 @@ def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
 
     With directions x^ and v^, and w of the direction of x^ + v^ (arXiv 2410.06424, section 4.2):
 
-        v = |v| / |x| R x,  R = I - 2 w w^T + 2 v^ x^^T
+        v = s R x,  s = norm(v) / norm(x),  R = I - 2 w w^T + 2 v^ x^^T
 
-    where |v| / |x| and R are constants: a gradient keeps its angle to the code as its angle to the
+    where s and R are constants: a gradient keeps its angle to the code as its angle to the
     token. Straight through, it would be the same for all tokens of a code.
 
     Args:
