@@ -227,7 +227,8 @@ def test_a_limit_on_file_sizes_is_one_line_and_the_older_checkpoint_is_intact(
     ('free', 'said'),
     [
         (150, 'epoch_3.pth could not be written (No space left on device)'),  # of 230 KB
-        (0, 'No space left on device: free some space'),  # not even for a log
+        # not even for a log
+        pytest.param(0, 'No space left on device: free some space', marks=pytest.mark.long),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_is_intact(

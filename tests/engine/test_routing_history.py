@@ -107,7 +107,11 @@ def test_a_new_run_in_the_same_folder_starts_a_new_file(tmp_path: Path) -> None:
     ('method', 'options'),
     [
         # one that decides by features has to have them first
-        *((name, {}) for name, method in METHODS.items() if not method.needs_features),
+        *(
+            pytest.param(name, {}, marks=[pytest.mark.long] * (name != 'vqmoe'))
+            for name, method in METHODS.items()
+            if not method.needs_features
+        ),
         ('smoe', {'model.moe.router_noise': 0.5}),
     ],
 )

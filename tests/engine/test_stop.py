@@ -209,6 +209,7 @@ def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
     equal(tmp_path / 'w', uninterrupted(TINY))
 
 
+@pytest.mark.long
 def test_another_size_of_batches_is_refused_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     write(tmp_path, ['iteration', 5], [signal.SIGTERM])
     assert start(tmp_path).returncode == -signal.SIGTERM
@@ -224,7 +225,10 @@ def test_another_size_of_batches_is_refused_in_the_middle_of_an_epoch(tmp_path: 
 @pytest.mark.parametrize(
     ('number', 'config', 'at', 'saved', 'last'),
     [
-        (signal.SIGTERM, SEGMENTATION, ['iteration', 4], 'iter_5.pth', 'iter_7.pth'),
+        pytest.param(
+            *(signal.SIGTERM, SEGMENTATION, ['iteration', 4], 'iter_5.pth', 'iter_7.pth'),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *(signal.SIGINT, SEGMENTATION, ['validation', 0, 0], 'iter_3.pth', 'iter_7.pth'),
             marks=pytest.mark.long,

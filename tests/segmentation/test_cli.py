@@ -188,7 +188,7 @@ def test_segmentation_starts_from_a_segmentation_run(
     'row',
     [
         [],
-        ['model.backbone.model_name=vit_tiny_xmoe'],
+        pytest.param(['model.backbone.model_name=vit_tiny_xmoe'], marks=pytest.mark.long),
         ['model.backbone.model_name=vit_tiny_patch16_224', 'model.backbone.moe=None'],
     ],
 )

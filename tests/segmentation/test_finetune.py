@@ -44,7 +44,7 @@ del data, loader
 """
 
 
-@pytest.mark.parametrize('row', ['dense', 'upcycled'])
+@pytest.mark.parametrize('row', [pytest.param('dense', marks=pytest.mark.long), 'upcycled'])
 @pytest.mark.parametrize('way', ['pretrained', 'checkpoint'])
 def test_two_iterations(row: str, way: str, tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 151, (40, 60))
