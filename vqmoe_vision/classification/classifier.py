@@ -14,14 +14,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from vqmoe_vision.analysis.source import Source
-from vqmoe_vision.engine.checkpoint import log_weights, start_from
-from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
-from vqmoe_vision.engine.normalization import has_weights, weights_normalization
+from vqmoe_vision.engine.start import start_model
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
 from .image_classification import ImageClassification
@@ -105,15 +102,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         Raises:
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
-        share_start(self.model, seed=torch.initial_seed(), **self._arguments)
-        log_weights(self.model, self._arguments)
-        if self.checkpoint is not None:
-            assert isinstance(self.model, Transformer)
-            start_from(self.model, self.checkpoint)
-        weights = weights_normalization(self.model, self.checkpoint, self._arguments)
-        weights = start_features(
-            self.model, self.features, has_weights(self.checkpoint, self._arguments), weights
-        )
+        weights = start_model(self.model, self._arguments, self.checkpoint, self.features)
         if weights is not None:
             self.normalize_as(weights)
 

@@ -43,9 +43,9 @@ def build(
     check_sources(name, pretrained, kwargs)
     if upcycle is not None:
         check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
-    arguments = {**size, **kwargs, 'upcycle': upcycle}
+    arguments = {**size, **kwargs}
     model: MoeVisionTransformer = build_sparse(
-        MoeVisionTransformer, name, method, pretrained, **arguments
+        MoeVisionTransformer, name, method, pretrained, upcycle, **arguments
     )
     return model
 

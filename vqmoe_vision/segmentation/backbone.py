@@ -5,19 +5,15 @@ from functools import partial
 from typing import Any
 
 import timm
-import torch
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from vqmoe_vision.engine.checkpoint import log_weights, start_from
-from vqmoe_vision.engine.features import start_features
-from vqmoe_vision.engine.normalization import has_weights, weights_normalization
+from vqmoe_vision.engine.start import start_model
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.shared_start import share_start
 from vqmoe_vision.moe.config import check
 
 _DEFAULTS = {
@@ -101,13 +97,8 @@ class TimmViT(BaseModule):
         Raises:
             ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
         """
-        share_start(self.model, seed=torch.initial_seed(), **self._arguments)
-        log_weights(self.model, self._arguments)
-        if self.checkpoint is not None:
-            start_from(self.model, self.checkpoint)
-        weights = weights_normalization(self.model, self.checkpoint, self._arguments)
-        self.weights_normalization = start_features(
-            self.model, self.features, has_weights(self.checkpoint, self._arguments), weights
+        self.weights_normalization = start_model(
+            self.model, self._arguments, self.checkpoint, self.features
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
