@@ -1,0 +1,62 @@
+"""tools/upcycle.py: a dense file becomes the folder of a model with experts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vqmoe_vision.engine.upcycle import upcycle
+
+SIZES = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=5)
+MOE = dict(moe_layers='last1', num_experts=2, renormalize=True)
+NUMBERS = ['pretrained_cfg_overlay.mean=[0.4,0.5,0.6]', 'pretrained_cfg_overlay.std=[0.2,0.3,0.4]']
+OPTIONS = [f'{name}={value}' for name, value in {**SIZES, **MOE}.items()]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> str:
+    model = timm.create_model('vit_tiny_patch16_224', **SIZES)
+    torch.save(model.state_dict(), tmp_path / 'dense.pth')
+    return str(tmp_path / 'dense.pth')
+
+
+def test_the_folder_is_what_create_model_makes(dense: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / 'new' / 'folder'
+    command = [dense, 'vit_tiny_smoe', str(out), '--seed', '3', '--cfg-options', *OPTIONS, *NUMBERS]
+    upcycle([*command, 'upcycling.noise=0.1'])
+    torch.manual_seed(3)
+    how = dict(upcycle=dense, upcycling=dict(noise=0.1))
+    expected = timm.create_model('vit_tiny_smoe', **how, **SIZES, **MOE)
+    found = timm.create_model(f'local-dir:{out}', pretrained=True)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    config = json.loads((out / 'config.json').read_text())['pretrained_cfg']
+    kept = {name: config[name] for name in ('mean', 'std', 'input_size')}
+    assert kept == dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4], input_size=[3, 32, 32])
+    report = (out / 'upcycling.txt').read_text()
+    assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in report
+    assert capsys.readouterr().out.endswith(f'{report}wrote {out}\n')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
+        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'is of another size'),
+        (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], "out='.' exists"),
+        (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model=.*convert_to_moe'),
+        (['DENSE', 'vit_tiny_smoes', 'OUT'], "model='vit_tiny_smoes'"),
+        (['NONE.pth', 'vit_tiny_smoe', 'OUT'], 'NONE.pth.* does not exist'),
+        (['vit_tiny_patch16_2', 'vit_tiny_smoe', 'OUT'], 'did you mean vit_tiny_patch16_224'),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(
+    dense: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {'DENSE': dense, 'OUT': str(tmp_path / 'OUT')}
+    with pytest.raises(SystemExit, match=message) as caught:
+        upcycle([places.get(argument, argument) for argument in arguments])
+    assert '\n' not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['dense.pth']

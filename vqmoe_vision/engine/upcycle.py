@@ -1,0 +1,79 @@
+"""What `tools/upcycle.py` does: a dense ViT as timm's folder of a model with experts."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from mmengine.config import Config
+
+from vqmoe_vision.models.create import create_model, method_of
+from vqmoe_vision.models.saved import save
+from vqmoe_vision.moe.config import check
+
+from .command import run
+from .hub_folder import new_folder
+from .normalization import weights_normalization
+from .options import add_config_options
+
+# Of timm's `pretrained_cfg` how images are prepared, beside their size and normalisation.
+_PREPROCESSING = ('crop_pct', 'crop_mode', 'interpolation')
+REPORT = 'upcycling.txt'
+
+
+def upcycle(argv: Sequence[str] | None = None) -> None:
+    """Writes a model with experts that are made of a dense one.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(
+        description='Make a model with experts of a dense vision transformer, and write it as a '
+        'folder that timm reads, with a report of every tensor.'
+    )
+    parser.add_argument(
+        'source', help='name of a timm model, hf-hub:NAME, local-dir:FOLDER, or a file of weights'
+    )
+    parser.add_argument('model', help='name of a model with experts, such as vit_small_vqmoe')
+    parser.add_argument('out', help='folder to write, which does not exist yet or is empty')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)'
+    )
+    add_config_options(parser)
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _upcycle)
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    own = timm.is_model(args.model) and method_of(args.model) is not None
+    allowed = (
+        'a model with experts, such as vit_small_vqmoe; a model of timm gets them by '
+        'convert_to_moe, or in a config by model.moe.method'
+    )
+    check(own, 'model', args.model, allowed)
+    nested = Config()
+    nested.merge_from_dict(args.cfg_options)
+    options = nested.to_dict() | {'upcycle': args.source}
+    with new_folder(args.out) as folder:
+        torch.manual_seed(args.seed)
+        model: Any = create_model(args.model, **options)
+        save(model, folder, _preprocessing(model, options))
+        report = '\n'.join(model.weights_report.lines())
+        (folder / REPORT).write_text(report + '\n')
+    print(report, f'wrote {args.out}', sep='\n')
+
+
+def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """How images are prepared for the weights, entries of timm's `pretrained_cfg`."""
+    normalization = weights_normalization(model, None, options)
+    if normalization is None:
+        raise ValueError(
+            f'source={options["upcycle"]!r} does not say how images were normalised for it, which '
+            'config.json has to: write --cfg-options pretrained_cfg_overlay.mean=[0.5,0.5,0.5] '
+            'pretrained_cfg_overlay.std=[0.5,0.5,0.5], with the numbers of the weights'
+        )
+    config = model.pretrained_cfg
+    found = {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
+    size = (3, *model.patch_embed.img_size)
+    return found | {'input_size': size, 'mean': normalization.mean, 'std': normalization.std}
