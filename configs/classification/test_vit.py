@@ -10,7 +10,7 @@ model = dict(
 )
 optim_wrapper = dict(
     type='CpuAmpOptimWrapper',
-    optimizer=dict(_delete_=True, type='timm.optim.muon.Muon', lr=0.02, weight_decay=0.01),
+    optimizer=dict(_delete_=True, type='timm.optim.muon.Muon', lr=0.005, weight_decay=0.01),
 )
 train_cfg = dict(max_epochs=12)
 param_scheduler = [
