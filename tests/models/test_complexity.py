@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
-from vqmoe_vision.moe.grouped_linear import grouped_linear
+from vqmoe_vision.moe.kernels import grouped_linear
 
 
 @pytest.fixture(autouse=True)

@@ -3,85 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 
 from vqmoe_vision.moe import dispatch
-from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.grouped_linear import grouped_linear
-from vqmoe_vision.moe.plan import make_plan
+from vqmoe_vision.moe.kernels import grouped_linear, make_plan
 from vqmoe_vision.moe.routing import Routing
 
-
-def naive(experts, x, routing):
-    """Assignment by assignment; parameters are read one expert at a time."""
-    indices, weights, tokens = routing.indices, routing.weights, routing.tokens
-    if tokens is None:
-        tokens = torch.arange(len(indices))[:, None].expand_as(indices)
-    kept = torch.ones_like(indices, dtype=torch.bool) if routing.kept is None else routing.kept
-    rows = [torch.zeros_like(row) for row in x]
-    for place in kept.nonzero():
-        t, e = tokens[tuple(place)].item(), indices[tuple(place)].item()
-        hidden = experts.fc1.weight[e] @ x[t]
-        if experts.fc1.bias is not None:
-            hidden = hidden + experts.fc1.bias[e]
-        answer = experts.fc2.weight[e] @ F.gelu(hidden)
-        if experts.fc2.bias is not None:
-            answer = answer + experts.fc2.bias[e]
-        rows[t] = rows[t] + weights[tuple(place)] * answer
-    return torch.stack(rows) if rows else torch.zeros_like(x)
-
-
-def make_case(num_tokens, num_experts, k, dim, hidden, bias, seed=0):
-    """Experts of size one, tokens, distinct experts per token, and positive weights; float64."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    experts = Experts(num_experts, dim, hidden, bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in experts.parameters():
-            parameter.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5)
-    x = draw(num_tokens, dim)
-    indices = draw(num_tokens, num_experts).argsort(dim=1)[:, :k]
-    return experts, x, indices, draw(num_tokens, k).abs()
-
-
-def run_and_backward(function, experts, x, indices, weights, kept=None, tokens=None):
-    """Output and gradients with respect to x, weights and every parameter, by name."""
-    experts.zero_grad(set_to_none=True)
-    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    out = function(experts, x, Routing(indices, weights, kept=kept, tokens=tokens))
-    # a cotangent that is different for every token and channel
-    cotangent = torch.arange(1.0, out.numel() + 1, dtype=torch.float64).sin().view_as(out)
-    (out * cotangent.to(out.dtype)).sum().backward()
-    grads = {name: p.grad for name, p in experts.named_parameters()}
-    return {'out': out.detach(), 'x': x.grad, 'weights': weights.grad, **grads}
-
-
-def assert_same(actual, expected, **tolerance):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if value is None:  # the naive loop never touches an expert without tokens
-            value = torch.zeros_like(actual[name])
-        assert actual[name] is not None, name
-        torch.testing.assert_close(
-            actual[name],
-            value.to(actual[name].dtype),
-            msg=lambda m, n=name: f'{n}: {m}',
-            **tolerance,
-        )
-
-
-# num_tokens, num_experts, k, dim, hidden
-SHAPES = {
-    'top-1': (12, 4, 1, 8, 16),
-    'top-2': (12, 4, 2, 8, 16),
-    'all experts': (5, 3, 3, 8, 8),
-    'one expert': (6, 1, 1, 8, 8),
-    'odd widths': (7, 3, 2, 5, 11),
-    'one token': (1, 4, 2, 8, 16),
-    'more experts than assignments': (3, 16, 2, 8, 8),
-    'near even': (70, 4, 2, 5, 7),
-}
+from .naive_experts import SHAPES, assert_same, make_case, naive, run_and_backward
 
 
 def is_padded(indices, num_experts, dtype):

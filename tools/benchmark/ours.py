@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.moe.dispatch import run_experts, run_experts_loop
 from vqmoe_vision.moe.experts import Experts, StackedLinear
-from vqmoe_vision.moe.grouped_linear import compute_dtype
+from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.routing import Routing
 
 from .cells import Cell, Settings

@@ -2,6 +2,7 @@
 
 from .collect import Collected, collect_losses, moe_layers, restart, start_training, update_state
 from .config import MoeConfig
+from .kernels import use_kernel
 from .layer import MoeLayer
 from .methods import METHODS
 from .optimizer import per_expert
@@ -17,4 +18,5 @@ __all__ = [
     'restart',
     'start_training',
     'update_state',
+    'use_kernel',
 ]

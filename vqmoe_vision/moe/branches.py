@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .dispatch import run_experts
 from .experts import Experts
-from .grouped_linear import compute_dtype
+from .kernels import compute_dtype
 from .losses import token_mean
 from .routing import Routing, expert_load
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from . import standard_operators
 from .experts import Experts
-from .grouped_linear import compute_dtype
-from .plan import Plan, make_plan
+from .kernels import Plan, compute_dtype, make_plan
 from .routing import Routing
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grouped_linear import grouped_linear
+from .kernels import grouped_linear
 from .optimizer import track_stacked
 
 

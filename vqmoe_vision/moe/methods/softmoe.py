@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from ..config import MoeConfig
 from ..dispatch import run_experts_evenly
 from ..experts import Experts
-from ..grouped_linear import compute_dtype
 from ..host import Host
+from ..kernels import compute_dtype
 from ..layer import MoeLayer
 from ..routing import full_precision
 

@@ -1,78 +1,48 @@
-"""Which row each assignment becomes, when rows stand together by expert.
+"""A plan for CPUs: the groups of rows are padded where that is faster.
 
-On CPU the groups of rows are padded where that is faster. Neighbours of similar load get the size
-of the largest, and one batched product runs them: a product per expert is too small to keep two
-threads busy. Below float32 all groups get whole blocks of rows: oneDNN compiles a kernel for each
-number of rows that it has not seen lately, ten times the cost of running it, and routing gives new
-numbers at every step. docs/notes/performance.md has the measurements. A row that fills a group
-repeats a row of that group, so that a token which is not finite spoils no expert that it was not
-sent to.
+Neighbours of similar load get the size of the largest, and one batched product runs them: a product
+per expert is too small to keep two threads busy. Below float32 all groups get whole blocks of rows:
+oneDNN compiles a kernel for each number of rows that it has not seen lately, ten times the cost of
+running it, and routing gives new numbers at every step. docs/notes/performance.md has the
+measurements. A row that fills a group repeats a row of that group, so that a token which is not
+finite spoils no expert that it was not sent to.
 
 Legend: A assignments, R rows, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from .plan import Plan, sort_by_expert
 
 # Rows in a block below float32: AMX works on tiles of 16 rows, two at a time; AVX-512 on any.
 _AMX_BLOCK, _BLOCK = 32, 8
 _HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before torch 2.13
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where each assignment goes.
-
-    Args:
-        order: (R,) int64, the assignment that each row computes. A row that only fills a group
-            names an assignment of that group, but no assignment reads it.
-        inverse: (A,) int64, row of each assignment.
-        offsets: (E,) int32, ends of the experts' groups. Rows past the last end are not computed:
-            those of assignments that were dropped.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    offsets: Tensor
-
-
-def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
+def padded_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
     """Group assignments by expert, each group in the order of the assignments.
 
-    Nothing is read back from a device other than the CPU.
-
     Args:
-        indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
+        indices: (A,) int64 in [0, E] on the CPU; E marks an assignment that no expert computes.
         num_experts: E.
         dtype: In which the experts compute.
     """
-    if indices.device.type == 'cpu':
-        block, length = _row_block(dtype), 0
-        if torch.compiler.is_compiling():
-            # an argument, so that a graph that was cached by another version keeps its own length
-            length = _most_rows(indices.shape[0], num_experts, block)
-        return Plan(*_padded_plan(indices, num_experts, block, length))
-    _, order, ends = _sort(indices, num_experts)
-    positions = torch.arange(indices.numel(), device=indices.device)
-    return Plan(order, torch.empty_like(order).scatter(0, order, positions), ends)
+    block, length = _row_block(dtype), 0
+    if torch.compiler.is_compiling():
+        # an argument, so that a graph that was cached by another version keeps its own length
+        length = _most_rows(indices.shape[0], num_experts, block)
+    return Plan(*_padded_plan(indices, num_experts, block, length))
 
 
 def _row_block(dtype: torch.dtype) -> int:
     if dtype not in (torch.bfloat16, torch.float16):
         return 1
     return _AMX_BLOCK if _HAS_AMX else _BLOCK
-
-
-def _sort(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert and assignment of every row, unpadded, and the int32 ends of the groups."""
-    ranked, order = indices.sort(stable=True)
-    experts = torch.arange(num_experts, device=indices.device)
-    return ranked, order, torch.searchsorted(ranked, experts, right=True).to(torch.int32)
 
 
 # One opaque operator: what is decided by the load here makes no graph of torch.compile break.
@@ -82,7 +52,7 @@ def _padded_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets; the order has `length`, or if that is 0 what this load needs."""
     num_assignments = indices.shape[0]
-    ranked, order, counted = _sort(indices, num_experts)
+    ranked, order, counted = sort_by_expert(indices, num_experts)
     ends = counted.tolist()
     starts = [0, *ends[:-1]]
     sizes = _group_sizes([e - s for s, e in zip(starts, ends, strict=True)], block)

@@ -1,6 +1,8 @@
-"""Linear layers of all experts as one operator on rows sorted by expert.
+"""Neighbours with as many rows each are one batched product: the kernel of CPUs.
 
-Legend: R rows sorted by expert, E experts.
+It also runs what `grouped_mm` does not take on CUDA, where it waits for the ends of the groups.
+
+Legend: A assignments, R rows sorted by expert, E experts.
 """
 
 from __future__ import annotations
@@ -13,31 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which a linear layer would compute on `x`: autocast's, or the tensor's own."""
-    kind = x.device.type
-    # autocast leaves float64 alone
-    if kind != 'meta' and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+from .kernel import Kernel
+from .padded_plan import padded_plan
+from .plan import Plan, sorted_plan
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Linear layer e on rows offsets[e - 1]:offsets[e], autocast included.
-
-    Args:
-        x: (R, in).
-        weight: (E, out, in).
-        bias: (E, out) or None.
-        offsets: (E,) int32, ascending; rows past the last end give zero.
-
-    Returns:
-        (R, out).
-    """
-    dtype = compute_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    return _grouped_linear(x.to(dtype), weight.to(dtype), bias, offsets)
+def _make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
+    if indices.device.type == 'cpu':
+        return padded_plan(indices, num_experts, dtype)
+    return sorted_plan(indices, num_experts)
 
 
 # One opaque operator, so that torch.compile and torch.export see no data-dependent shape and
@@ -141,3 +127,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+
+BATCHED = Kernel(_make_plan, _grouped_linear)

@@ -1,0 +1,187 @@
+"""Every kernel against plain loops, on CPU tensors, and the one place that chooses one."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+from vqmoe_vision.moe import dispatch
+from vqmoe_vision.moe.kernels import KERNELS, choice, grouped_linear, make_plan, use_kernel
+from vqmoe_vision.moe.kernels import grouped_mm as grouped_mm_module
+from vqmoe_vision.moe.routing import Routing
+
+from .naive_experts import assert_same, make_case, naive, run_and_backward
+
+pytestmark = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='torch 2.10 or later')
+# a few roundings of relative size 6e-8, 4e-3 and 5e-4, over sums of up to 140 products
+TOLERANCES = {
+    torch.float32: {'rtol': 1e-5, 'atol': 1e-5},
+    torch.bfloat16: {'rtol': 5e-2, 'atol': 5e-2},
+    torch.float16: {'rtol': 1e-2, 'atol': 1e-2},
+}
+
+
+def compare(case, dtype, kernel, kept=None, tokens=None):
+    """A kernel in `dtype` with the naive loops in float64, from numbers that `dtype` can hold."""
+    experts, x, indices, weights = case
+    experts.to(dtype).double()
+    x, weights = x.to(dtype).double(), weights.to(dtype).double()
+    expected = run_and_backward(naive, experts, x, indices, weights, kept, tokens)
+    experts, x, weights = experts.to(dtype), x.to(dtype), weights.to(dtype)
+    with use_kernel(kernel):
+        found = run_and_backward(dispatch.run_experts, experts, x, indices, weights, kept, tokens)
+    assert {value.dtype for value in found.values()} == {dtype}
+    found = {name: value.double() for name, value in found.items()}
+    assert_same(found, expected, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias, drop, seed):
+    case = make_case(tokens, num_experts, min(k, num_experts), 8, 16, bias, seed)
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(case[2].shape, generator=generator) < 0.6 if drop else None
+    if kept is not None:
+        kept[0, 0] = True  # naive loops without any assignment have no gradient
+    compare(case, dtype, kernel, kept)
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_experts_without_tokens_and_tokens_without_experts(kernel):
+    case = make_case(9, 5, 2, 8, 16, bias=True)
+    case[2][:] = torch.tensor([3, 1])  # experts 0, 2 and 4 have none
+    kept = torch.ones(9, 2, dtype=torch.bool)
+    kept[4:] = False
+    compare(case, torch.float32, kernel, kept)
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_a_token_that_is_not_finite_spoils_only_its_own_expert(kernel):
+    experts, x, indices, weights = make_case(30, 4, 1, 8, 16, bias=True)
+    x[0] = torch.inf
+    experts.float()
+    with use_kernel(kernel):
+        found = run_and_backward(dispatch.run_experts, experts, x.float(), indices, weights.float())
+    others = [e for e in range(4) if e != indices[0].item()]
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad[others].isfinite().all(), name
+    assert found['x'][1:].isfinite().all() and found['out'][1:].isfinite().all()
+
+
+@pytest.mark.parametrize('wanted', [(), ('fc1.bias',), ('fc2.weight',)], ids=str)
+def test_grouped_mm_computes_no_gradient_that_nobody_wants(wanted):
+    case = make_case(12, 4, 2, 8, 16, bias=True)
+    case = (case[0].float(), *(t.float() if t.is_floating_point() else t for t in case[1:]))
+    for name, parameter in case[0].named_parameters():
+        parameter.requires_grad_(name in wanted)
+    with use_kernel('grouped_mm'):
+        found = run_and_backward(dispatch.run_experts, *case)
+    assert {name for name, value in found.items() if value is None} == {
+        name for name, _ in case[0].named_parameters() if name not in wanted
+    }
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_grouped_mm_reads_nothing_back(bias):
+    """The meta device has no data: a step that asks for some fails."""
+    experts, x, indices, weights = make_case(12, 4, 2, 8, 16, bias)
+    experts.to('meta', torch.bfloat16)
+    x, weights = (t.to('meta', torch.bfloat16).requires_grad_() for t in (x, weights))
+    kept = torch.ones(12, 2, dtype=torch.bool, device='meta')
+    for routing in (
+        Routing(indices.to('meta'), weights, kept=kept),
+        Routing(indices[:, 0].to('meta'), weights[:, 0], tokens=torch.arange(12, device='meta')),
+    ):
+        with use_kernel('grouped_mm'):
+            dispatch.run_experts(experts, x, routing).sum().backward()
+        assert x.grad.is_meta
+        with use_kernel('reference'), pytest.raises((RuntimeError, NotImplementedError)):
+            dispatch.run_experts(experts, x, routing)
+
+
+def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
+    x, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
+    assert choice._chosen(x, weight) is KERNELS['batched']
+
+    class OnCard:  # as much of a tensor on a card as is looked at
+        def __init__(self, tensor, kind='cuda'):
+            self.device, self.dtype, self.shape = torch.device(kind, 0), tensor.dtype, tensor.shape
+            self.element_size = tensor.element_size
+
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['grouped_mm']
+    odd = torch.zeros(2, 12, 8, dtype=torch.bfloat16)
+    assert choice._chosen(OnCard(x), OnCard(odd)) is KERNELS['batched']
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        assert choice._chosen(OnCard(x.to(dtype)), OnCard(weight)) is KERNELS['batched']
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
+
+
+def test_a_kernel_by_name_is_for_its_block_alone():
+    indices = torch.tensor([0] * 40 + [1] * 43)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lengths = [len(make_plan(indices, 2, torch.bfloat16).order)]
+        with use_kernel('reference'):
+            with pytest.raises(ZeroDivisionError), use_kernel('batched'):
+                lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
+                raise ZeroDivisionError
+            lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
+        lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
+    finally:
+        torch.set_num_threads(before)
+    assert lengths[0] == lengths[1] == lengths[3] > lengths[2] == 83
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'width', 'message'),
+    [
+        (torch.float64, 8, "kernel='grouped_mm' .* reference, batched here: it has no .*float64"),
+        (torch.bfloat16, 12, 'in torch.bfloat16 it takes widths that are multiples of 8, not 12'),
+        (torch.float32, 6, 'in torch.float32 it takes widths that are multiples of 4, not 6'),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_one_line(dtype, width, message):
+    x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, width, 8, dtype=dtype)
+    with use_kernel('grouped_mm'), pytest.raises(ValueError, match=message):
+        grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
+
+
+def test_a_torch_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.delattr(grouped_mm_module.F, 'grouped_mm')
+    x, weight = torch.zeros(4, 8), torch.zeros(2, 8, 8)
+    with (
+        use_kernel('grouped_mm'),
+        pytest.raises(ValueError, match=r'it needs torch 2\.10, this is'),
+    ):
+        grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
+
+
+def test_a_kernel_that_does_not_exist():
+    message = r"kernel='triton' .*one of reference, batched"
+    with pytest.raises(ValueError, match=message), use_kernel('triton'):
+        pass
+
+
+@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
+def test_one_graph_for_every_routing(kernel):
+    torch._dynamo.reset()
+    experts, x, indices, weights = make_case(16, 4, 2, 8, 16, bias=True)
+    experts, x, weights = experts.bfloat16(), x.bfloat16(), weights.bfloat16()
+    run = lambda i: dispatch.run_experts(experts, x, Routing(i, weights))  # noqa: E731
+    with use_kernel(kernel), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(run, backend='aot_eager', fullgraph=True)
+        for case in (indices.contiguous(), torch.zeros(16, 2, dtype=torch.int64)):
+            torch.testing.assert_close(compiled(case), run(case), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,9 @@
+"""Linear layers of all experts on rows that stand together by expert, and who computes them.
+
+Dispatch, experts and methods know `make_plan` and `grouped_linear` alone.
+"""
+
+from .choice import KERNELS, compute_dtype, grouped_linear, make_plan, use_kernel
+from .plan import Plan
+
+__all__ = ['KERNELS', 'Plan', 'compute_dtype', 'grouped_linear', 'make_plan', 'use_kernel']

@@ -1,0 +1,96 @@
+"""Which kernel runs: decided here alone, by device, dtype and widths, or by its name.
+
+Legend: A assignments, R rows sorted by expert, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..config import check
+from .batched import BATCHED
+from .grouped_mm import GROUPED_MM, is_fast
+from .kernel import Kernel
+from .plan import Plan
+from .reference import REFERENCE
+
+KERNELS = {'reference': REFERENCE, 'batched': BATCHED, 'grouped_mm': GROUPED_MM}
+_named: str | None = None
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Runs all experts by one kernel inside the block, in all threads; for tests and measurements.
+
+    A backward pass is that of the kernel which ran forward, wherever it is called.
+
+    Args:
+        name: Key of `KERNELS`.
+
+    Raises:
+        ValueError: There is no such kernel. Experts that it cannot run raise one when they are
+            called.
+    """
+    global _named
+    check(name in KERNELS, 'kernel', name, f'one of {", ".join(KERNELS)}')
+    before, _named = _named, name
+    try:
+        yield
+    finally:
+        _named = before
+
+
+def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
+    """Group assignments by expert, each group in the order of the assignments.
+
+    Args:
+        indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
+        num_experts: E.
+        dtype: In which the experts compute.
+    """
+    # without a name the batched kernel's suits all: on CUDA it is not padded
+    kernel = BATCHED if _named is None else KERNELS[_named]
+    return kernel.make_plan(indices, num_experts, dtype)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Linear layer e on rows offsets[e - 1]:offsets[e], autocast included.
+
+    Args:
+        x: (R, in).
+        weight: (E, out, in).
+        bias: (E, out) or None.
+        offsets: (E,) int32, ascending; rows past the last end give zero.
+
+    Returns:
+        (R, out).
+
+    Raises:
+        ValueError: The kernel that was named does not run here.
+    """
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return _chosen(x, weight).grouped_linear(x, weight, bias, offsets)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which a linear layer would compute on `x`: autocast's, or the tensor's own."""
+    kind = x.device.type
+    # autocast leaves float64 alone
+    if kind != 'meta' and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _chosen(x: Tensor, weight: Tensor) -> Kernel:
+    if _named is None:
+        return GROUPED_MM if is_fast(x, weight) else BATCHED
+    if problem := KERNELS[_named].misfit(x, weight):
+        fitting = [name for name, kernel in KERNELS.items() if kernel.misfit(x, weight) is None]
+        check(False, 'kernel', _named, f'one of {", ".join(fitting)} here: {problem}')
+    return KERNELS[_named]

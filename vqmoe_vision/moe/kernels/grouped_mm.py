@@ -1,0 +1,102 @@
+"""torch's own product of groups: the kernel of CUDA, which never waits for the host.
+
+The ends of the groups stay on the device, forward and backward. torch runs it as one kernel in
+bfloat16 on cards of compute capability 9 and 10 (H100, H200, B200) and loops over the groups
+elsewhere, reading their ends back. It takes no bias, no float64, and no rows that are not a
+multiple of 16 bytes.
+
+Legend: A assignments, R rows sorted by expert, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernel import Kernel
+from .plan import Plan, sorted_plan
+
+_SINCE = '2.10'  # before, `grouped_mm` was private
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 16  # bytes
+
+
+def _make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
+    return sorted_plan(indices, num_experts)
+
+
+def _misfit(x: Tensor, weight: Tensor) -> str | None:
+    if not hasattr(F, 'grouped_mm'):
+        return f'it needs torch {_SINCE}, this is {torch.__version__}'
+    if x.dtype not in _DTYPES or (x.device.type == 'meta' and x.dtype != torch.bfloat16):
+        return f'it has no {x.dtype} on {x.device.type}'
+    for width in weight.shape[1:]:
+        if width * x.element_size() % _ALIGNMENT:
+            least = _ALIGNMENT // x.element_size()
+            return f'in {x.dtype} it takes widths that are multiples of {least}, not {width}'
+    return None
+
+
+def is_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is one kernel that reads nothing back.
+
+    Args:
+        x: (R, in).
+        weight: (E, out, in).
+    """
+    is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
+    return is_cuda and _misfit(x, weight) is None and _has_kernel(x.device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
+    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Rows past the last end, and weights of experts without rows, torch leaves as they were."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor
+    ) -> Tensor:
+        past = (experts == weight.shape[0])[:, None]
+        ctx.save_for_backward(x, weight, offsets, past)
+        out = F.grouped_mm(x, weight.mT, offs=offsets)
+        if bias is not None:
+            out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
+        return out.masked_fill_(past, 0)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, offsets, past = ctx.saved_tensors
+        grad = grads[0].contiguous()  # of a sum it is one expanded number
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            grad_x = F.grouped_mm(grad, weight, offs=offsets).masked_fill_(past, 0)
+        if wants_weight:
+            grad_weight = F.grouped_mm(grad.mT, x, offs=offsets)
+            grad_weight.masked_fill_(empty[:, None, None], 0)
+        if wants_bias:
+            # a product with ones sums each group alone, in float32 and in a fixed order, which
+            # adding rows to their experts would not
+            ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
+            sums = F.grouped_mm(ones.mT, grad, offs=offsets)[:, 0]
+            grad_bias = sums.masked_fill(empty[:, None], 0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+GROUPED_MM = Kernel(_make_plan, _grouped_linear, _misfit)
