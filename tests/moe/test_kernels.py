@@ -78,6 +78,16 @@ def test_a_token_that_is_not_finite_spoils_only_its_own_expert(kernel):
     assert found['x'][1:].isfinite().all() and found['out'][1:].isfinite().all()
 
 
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_a_gradient_that_is_one_expanded_number(kernel):
+    x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((6, 8), (2, 4, 8), (2, 4)))
+    with use_kernel(kernel):
+        grouped_linear(x, weight, bias, torch.tensor([1, 5], dtype=torch.int32)).sum().backward()
+    # experts have 1 and 4 of the six rows of ones; the last row has no expert, others 4 outputs
+    assert weight.grad[:, 0, 0].tolist() == bias.grad[:, 0].tolist() == [1, 4]
+    assert x.grad[:, 0].tolist() == [4, 4, 4, 4, 4, 0]
+
+
 @pytest.mark.parametrize('wanted', [(), ('fc1.bias',), ('fc2.weight',)], ids=str)
 def test_grouped_mm_computes_no_gradient_that_nobody_wants(wanted):
     case = make_case(12, 4, 2, 8, 16, bias=True)

@@ -63,7 +63,10 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """Rows past the last end, and weights of experts without rows, torch leaves as they were."""
+    """Rows past the last end torch leaves as they were.
+
+    Of the gradient of an expert without rows it promises nothing: a CPU fills it with zeros.
+    """
 
     @staticmethod
     def forward(
