@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,9 +51,7 @@ def publish_folder(
         ValueError: The folder cannot be written, the work dir has no config, several, or no
             checkpoint, a file cannot be read, or timm's files cannot say what the model is.
     """
-    target, run = Path(out).resolve(), Path(work_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
+    target, run = free_folder(out), Path(work_dir)
     valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
     allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
     check(bool(valid), 'license', license_id, allowed)
@@ -63,10 +63,7 @@ def publish_folder(
     content = read_content(str(file), verify=False)
     if not isinstance(content, dict) or not isinstance(content.get('meta'), dict):
         raise ValueError(f"checkpoint {str(file)!r} has no 'meta' of a training")
-    make_folder(target.parent)
-    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
+    with written_whole(target) as folder:
         arguments = _write_model(model, config, content, folder, license_id)
         shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
         shared.dump(folder / config_file.name)
@@ -79,8 +76,40 @@ def publish_folder(
             meta=content['meta'], commits=[c for c in record[1] if c],
             chosen='validation' if best else None,
         )  # fmt: skip
-        os.replace(folder, target)
     return target
+
+
+def free_folder(out: str) -> Path:
+    """Where a folder is to be written.
+
+    Args:
+        out: Folder that does not exist yet, or is empty.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    target = Path(out).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
+    return target
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name when all is in it, and is gone after an error.
+
+    Args:
+        target: Of `free_folder`.
+
+    Raises:
+        ValueError: Nothing can be written beside it.
+    """
+    make_folder(target.parent)
+    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, target)
 
 
 def _write_model(
