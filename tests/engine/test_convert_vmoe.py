@@ -1,5 +1,6 @@
 """A V-MoE becomes a folder that timm reads, whole or not at all."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
     assert {name: model.pretrained_cfg[name] for name in expected} == expected
     with pytest.raises(ValueError, match=r'size: blocks.*; num_experts=4 would fit$'):
         timm.create_model(f'local-dir:{out}', pretrained=True, num_experts=8)
+
+
+def test_images_of_224_pixels_are_the_middle(tmp_path: Path) -> None:
+    write_files(tmp_path / 'tiny', make_tree(**{**TINY, 'image': 224, 'patch': 56}))
+    convert_vmoe([str(tmp_path / 'tiny'), str(tmp_path / 'out')])
+    content = json.loads((tmp_path / 'out/config.json').read_text())
+    expected = {'input_size': [3, 224, 224], 'crop_pct': 0.875, 'crop_mode': 'center'}
+    assert content['pretrained_cfg'].items() >= expected.items()
+    assert content['model_args'].items() >= {'top_k': 2, 'num_experts': 4}.items()
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

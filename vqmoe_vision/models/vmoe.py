@@ -34,6 +34,7 @@ _STEM = 'embedding/kernel'
 _POSITIONS = 'Encoder/posembed_input/pos_embedding'
 _QUERY = 'Encoder/encoderblock_0/SelfAttention/query/kernel'
 _ROUTER, _EXPERTS = 'Moe/Router/dense/kernel', 'Moe/Mlp/Dense_0/kernel'
+_TOP_K = 2  # of all released models
 # What lies between the features and the head of models that were trained from scratch.
 _REPRESENTATION = 'pre_logits/'
 _HEADS = ('head/', _REPRESENTATION)
@@ -105,7 +106,8 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
         allowed = f'{arguments[option]!r}, which checkpoint {checkpoint!r} has'
         check(options[option] == arguments[option], option, options[option], allowed)
     overlay = _preprocessing(arguments)
-    model: Any = create_model(name, pretrained_cfg_overlay=overlay, **{**options, **arguments})
+    arguments = {'top_k': _TOP_K, **options, **arguments}
+    model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
     state = in_our_names(tree)
     expected = model.state_dict()
     if problem := misfit(expected, state):
