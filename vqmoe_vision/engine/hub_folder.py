@@ -51,19 +51,19 @@ def publish_folder(
         ValueError: The folder cannot be written, the work dir has no config, several, or no
             checkpoint, a file cannot be read, or timm's files cannot say what the model is.
     """
-    run = Path(work_dir)
+    target, run = free_folder(out), Path(work_dir)
     valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
     allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
     check(bool(valid), 'license', license_id, allowed)
-    with new_folder(out) as folder:
-        tested = _tested(numbers) if numbers else {}
-        config_file = config_of(run)
-        file = chosen_checkpoint(run) if checkpoint is None else Path(checkpoint)
-        config = load_config(str(config_file))
-        model = load_trained(config, str(file), 'cpu')
-        content = read_content(str(file), verify=False)
-        if not isinstance(content, dict) or not isinstance(content.get('meta'), dict):
-            raise ValueError(f"checkpoint {str(file)!r} has no 'meta' of a training")
+    tested = _tested(numbers) if numbers else {}
+    config_file = config_of(run)
+    file = chosen_checkpoint(run) if checkpoint is None else Path(checkpoint)
+    config = load_config(str(config_file))
+    model = load_trained(config, str(file), 'cpu')
+    content = read_content(str(file), verify=False)
+    if not isinstance(content, dict) or not isinstance(content.get('meta'), dict):
+        raise ValueError(f"checkpoint {str(file)!r} has no 'meta' of a training")
+    with written_whole(target) as folder:
         arguments = _write_model(model, config, content, folder, license_id)
         shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
         shared.dump(folder / config_file.name)
@@ -71,27 +71,39 @@ def publish_folder(
         scores = _scores(model, {'validation': best, 'test': tested})
         record = content.get('run_record') or [None, []]
         write_card(
-            folder, folder.name, model.routed_model, config, scores, license_id,
+            folder, target.name, model.routed_model, config, scores, license_id,
             arguments=arguments, config_name=config_file.name, checkpoint=file.name,
             meta=content['meta'], commits=[c for c in record[1] if c],
             chosen='validation' if best else None,
         )  # fmt: skip
-    return Path(out).resolve()
+    return target
 
 
-@contextmanager
-def new_folder(out: str) -> Iterator[Path]:
-    """A folder that gets its name when all of it is written, and is not there before.
+def free_folder(out: str) -> Path:
+    """Where a folder is to be written.
 
     Args:
         out: Folder that does not exist yet, or is empty.
 
     Raises:
-        ValueError: It holds something, or cannot be written.
+        ValueError: It is neither.
     """
     target = Path(out).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
+    return target
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name when all is in it, and is gone after an error.
+
+    Args:
+        target: Of `free_folder`.
+
+    Raises:
+        ValueError: Nothing can be written beside it.
+    """
     make_folder(target.parent)
     with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
         folder = Path(scratch) / target.name

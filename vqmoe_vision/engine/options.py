@@ -38,11 +38,16 @@ class _CfgOptions(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
+def add_config_options(
+    parser: argparse.ArgumentParser,
+    purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
+    'model.moe.top_k=1',
+) -> None:
     """Adds `--cfg-options` to a parser.
 
     Args:
         parser: Is changed; the values are `args.cfg_options`, as `load_config` takes them.
+        purpose: What they do, for the help.
     """
     parser.add_argument(
         '--cfg-options',
@@ -50,7 +55,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         action=_CfgOptions,
         default={},
         metavar='NAME=VALUE',
-        help='change fields of the config, for example train_cfg.max_epochs=5 model.moe.top_k=1',
+        help=purpose,
     )
 
 

@@ -13,7 +13,7 @@ from vqmoe_vision.models.saved import save
 from vqmoe_vision.moe.config import check
 
 from .command import run
-from .hub_folder import new_folder
+from .hub_folder import free_folder, written_whole
 from .normalization import weights_normalization
 from .options import add_config_options
 
@@ -55,7 +55,7 @@ def _upcycle(args: argparse.Namespace) -> None:
     nested = Config()
     nested.merge_from_dict(args.cfg_options)
     options = nested.to_dict() | {'upcycle': args.source}
-    with new_folder(args.out) as folder:
+    with written_whole(free_folder(args.out)) as folder:
         torch.manual_seed(args.seed)
         model: Any = create_model(args.model, **options)
         save(model, folder, _preprocessing(model, options))

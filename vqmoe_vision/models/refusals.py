@@ -158,7 +158,8 @@ def refuse_misfits(expected: StateDict, filtered: StateDict, fitted: StateDict, 
     """
     shapes = other_shapes(expected, fitted)
     if shapes:
-        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
+        hint = _other_experts(expected, fitted)
+        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}{hint}')
     # Experts where the model has others: weights of a dense model may start one with experts, but
     # those of one method mean nothing to another.
     routed = {_layer(name) for name in filtered if '.mlp.experts.' in name}
@@ -202,6 +203,15 @@ def refuse_other_parts(
         names = [name for name in part if name not in other and matters(name)]
         if names:
             raise ValueError(_only(path, names, owner, fitted, arguments))
+
+
+def _other_experts(expected: StateDict, fitted: StateDict) -> str:
+    """What would fit a checkpoint that differs in the number of experts alone."""
+    pairs = [(fitted[k].shape, v.shape) for k, v in expected.items() if k in fitted]
+    other = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
+    experts = {value.shape[0] for name, value in fitted.items() if '.mlp.experts.' in name}
+    alone = all(theirs[1:] == ours[1:] and theirs[0] in experts for theirs, ours in other)
+    return f'; num_experts={experts.pop()} would fit' if alone and len(experts) == 1 else ''
 
 
 def _layer(name: str) -> str:

@@ -1,0 +1,53 @@
+"""What `tools/convert_vmoe.py` does: a released V-MoE as timm's folder."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from vqmoe_vision.models.saved import save
+from vqmoe_vision.models.vmoe import load_vmoe
+
+from .command import run
+from .hub_folder import free_folder, written_whole
+from .options import add_config_options
+
+_PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+
+
+def convert_vmoe(argv: Sequence[str] | None = None) -> None:
+    """Writes a V-MoE of JAX as a folder that timm reads.
+
+    Args:
+        argv: Command line without the program's name; None takes it from `sys.argv`.
+    """
+    parser = argparse.ArgumentParser(
+        description='Write a released V-MoE of github.com/google-research/vmoe as a folder that '
+        'timm reads.'
+    )
+    parser.add_argument(
+        'checkpoint', help='path of its files without .index and .data-00000-of-00008'
+    )
+    parser.add_argument('out', help='folder to write')
+    parser.add_argument(
+        '--without-head', action='store_true', help='leave out the classifier, for the features'
+    )
+    add_config_options(
+        parser, 'what no file says, for example top_k=2 eval_capacity_factor=1.5 (default: top_k=2)'
+    )
+    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, _convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    target = free_folder(args.out)
+    model: Any = load_vmoe(args.checkpoint, head=not args.without_head, **args.cfg_options)
+    config, method = model.pretrained_cfg, model.moe_config
+    with written_whole(target) as folder:
+        arguments = save(model, folder, {name: config[name] for name in _PREPROCESSING})
+    blocks = ', '.join(map(str, arguments['moe_layers']))
+    print(
+        f'wrote {target}: {config["architecture"]} with {method.num_experts} experts in blocks '
+        f'{blocks}, images of {arguments["img_size"]} pixels, {model.num_classes} classes; '
+        f'in no file, and so as given or by default: top_k={method.top_k}, '
+        f'eval_capacity_factor={method.eval_capacity_factor}'
+    )
