@@ -22,7 +22,7 @@ ALL_CORES := OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long soak oldest lint format types timm-suite docs picture bench bench-ci release clean
+.PHONY: help demo test long soak oldest lint format types timm-suite docs picture bench bench-ci gpu-check release clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -97,6 +97,9 @@ bench: $(VENV)/.bench ## measure layers and models beside dense and other librar
 
 bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minute
 	$(BIN)/python tools/benchmark.py moe --preset ci
+
+gpu-check: $(VENV)/.dev ## on a machine with a CUDA card: is it right, does it wait, how fast is it (ten minutes)
+	env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py gpu --out work_dirs/gpu-check.json
 
 # Uploads nothing.
 release: $(VENV)/.release ## build and check the distributions, and use the wheel where there is nothing else

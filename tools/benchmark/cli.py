@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +13,14 @@ import torch
 from vqmoe_vision.models.export import require_packages
 from vqmoe_vision.moe.config import check
 
-from .cells import DTYPES, Cell, Settings
+from .cells import Cell, Settings
 from .environment import describe_machine, restart_prepared
-from .exported import (
-    BASELINE,
-    WAYS,
-    Exports,
-    default_models,
-    export_columns,
-    measure_exports,
-)
+from .exported import Exports, default_models, export_columns, measure_exports
 from .gates import judge
-from .layers import CONTENDERS, DROPPING, choose, measure_layer
+from .gpu import check_configs, check_kernels, check_methods
+from .layers import DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
+from .options import make_parser
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
 from .report import layer_table, network_table, read, table, training_table, write
@@ -76,87 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Command line of all subcommands."""
-    parser = argparse.ArgumentParser(description=__doc__, prog='benchmark.py')
-    commands = parser.add_subparsers(dest='command', required=True)
-    _add_layer_options(commands.add_parser('moe', help='one layer, beside other libraries'))
-    _add_model_options(commands.add_parser('model', help='whole networks, beside a dense one'))
-    _add_export_options(commands.add_parser('export', help='networks as ONNX and torch.export'))
-    add = commands.add_parser('training', help='where a step of a config goes').add_argument
-    add('config', help='config file')
-    add('--iterations', type=int, default=20, help='to measure')
-    add('--cfg-options', nargs='+', action='extend', default=[], metavar='NAME=VALUE')
-    add('--threads', type=int, default=2, help='CPU threads')
-    add('--out', type=Path, metavar='FILE.json', help='save the run')
-    add('--debug', action='store_true', help='show the full trace of an error')
-    return parser
-
-
-def _add_layer_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add('--tokens', type=int, nargs='+', help='per image')
-    add('--batch', type=int, nargs='+', help='images')
-    add('--width', type=int, nargs='+', help='of tokens; experts are four times as wide')
-    add('--experts', type=int, nargs='+')
-    add('--top-k', type=int, nargs='+', help='experts per token')
-    add('--dtype', nargs='+', choices=DTYPES)
-    add('--skew', type=float, nargs='+', help='load of the fullest expert over the mean load')
-    add('--contenders', nargs='+', metavar='NAME', help=f'of {", ".join(CONTENDERS)}')
-    add('--mode', choices=('fwd', 'fwdbwd'), default='fwdbwd')
-    add('--capacity-factor', type=float, help='of peers that have one (default: their own)')
-    _add_common_options(parser, LAYER_PRESETS)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add('--models', nargs='+', metavar='NAME[,KEY=VALUE...]', help='timm names, with options')
-    add('--baseline', help='what they are compared with')
-    add('--batch', type=int, help='images')
-    add('--img-size', type=int, help='side in pixels')
-    add('--dtype', nargs='+', choices=DTYPES)
-    add('--modes', nargs='+', choices=MODES)
-    _add_common_options(parser, MODEL_PRESETS)
-
-
-def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add('--models', nargs='+', metavar='NAME[,KEY=VALUE...]', help='default: every method')
-    add('--baseline', default=BASELINE, help='what they are compared with')
-    add('--batch', type=int, nargs='+', default=[1, 8], help='images')
-    add('--ways', nargs='+', choices=WAYS, default=list(WAYS))
-    add('--repeats', type=int, default=11, help='measurements of each')
-    add('--out', type=Path, metavar='FILE.json', help='save the run')
-    add('--debug', action='store_true', help='show the full trace of an error')
-
-
-def _add_common_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
-    add = parser.add_argument
-    add('--amp', action='store_true', default=None, help='autocast, where dtype is not float32')
-    add('--preset', choices=presets, help='a set of configurations, in place of those above')
-    add('--gate', action='store_true', help='exit with 1 if a limit of the preset is exceeded')
-    add('--compiled', action='store_true', help='run ours and dense through torch.compile too')
-    add('--threads', type=int, help='CPU threads (default: 2, or what the preset says)')
-    add('--device', default='cpu', help="'cpu' or 'cuda'")
-    add('--clock', choices=('wall', 'process'), help='process: CPU time of all threads')
-    add('--repeats', type=int, help='measurements of each contender')
-    add('--out', type=Path, metavar='FILE.json', help='save the run')
-    add('--plot', type=Path, metavar='FILE.png', help='draw the run')
-    add(
-        '--from',
-        dest='source',
-        type=Path,
-        metavar='FILE.json',
-        help='draw or judge a saved run, run nothing',
-    )
-    add('--debug', action='store_true', help='show the full trace of an error')
-
-
 def _main(args: argparse.Namespace, restart: bool) -> bool:
     if args.command == 'training':
         return _run_training(args, restart)
     if args.command == 'export':
         return _run_exports(args, restart)
+    if args.command == 'gpu':
+        return _run_gpu(args)
     preset = _preset(args)
     if args.source is not None:
         return _use_saved(args, preset)
@@ -300,6 +220,24 @@ def _run_exports(args: argparse.Namespace, restart: bool) -> bool:
     if args.out is not None:
         write(args.out, {'command': 'export', 'header': header, 'rows': rows})
     return True
+
+
+def _run_gpu(args: argparse.Namespace) -> bool:
+    layers, networks = LAYER_PRESETS['gpu'], MODEL_PRESETS['gpu']
+    settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
+    run: dict[str, Any] = {'command': 'gpu', 'header': describe_machine(settings.device)}
+    print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
+    run['kernels'], run['steps'] = check_kernels(settings), check_methods(settings)
+    run['steps'] += check_configs(settings)
+    for row in (*run['kernels'], *run['steps']):
+        print(*row.values(), sep='  ', flush=True)
+    run['layers'], _ = _run_layers(layers, settings)
+    run['networks'], _ = _run_models(networks, settings)
+    write(args.out, run)
+    print(f'wrote {args.out}')
+    wrong = [row for row in (*run['kernels'], *run['steps']) if not row['ok']]
+    print(*(f'failed: {" ".join(map(str, row.values()))}' for row in wrong), sep='\n')
+    return _judged(run['layers'], layers, args) and not wrong
 
 
 def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:

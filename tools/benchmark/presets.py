@@ -138,6 +138,9 @@ def _sweep(dtype: str) -> tuple[Cell, ...]:
     )
 
 
+# width: experts over dense
+_GPU_LIMITS = {384: 1.20, 768: 1.11, 1024: 1.09}
+
 LAYER_PRESETS = {
     'ci': Preset(
         runs=tuple((cell, _OURS) for cell in _CI_CELLS),
@@ -170,6 +173,18 @@ LAYER_PRESETS = {
     'scaling': Preset(
         runs=tuple((cell, _OURS) for dtype in ('float32', 'bfloat16') for cell in _sweep(dtype)),
         repeats=7,
+    ),
+    # of `benchmark.py gpu`: 25,216 tokens; the limits are what an H100 shall reach, and not run
+    'gpu': Preset(
+        runs=tuple(
+            (Cell(tokens=197, batch=128, width=width, dtype='bfloat16'), ('ours', 'layer'))
+            for width in _GPU_LIMITS
+        ),
+        repeats=20,
+        gates=tuple(
+            _limit('ours', 'dense', at_most, width=width) for width, at_most in _GPU_LIMITS.items()
+        ),
+        compiled=True,
     ),
 }
 
@@ -230,6 +245,13 @@ MODEL_PRESETS = {
         ),
         repeats=7,
         gates=tuple(_limit(f'{name}+compiled', name, 1.10) for name in (_SMOE_1, _VQMOE)),
+        compiled=True,
+    ),
+    'gpu': Preset(
+        comparisons=(
+            Comparison(models=(_SMOE_1, _SMOE_2, _VQMOE), batch=128, dtype='bfloat16', amp=True),
+        ),
+        repeats=20,
         compiled=True,
     ),
 }
