@@ -159,9 +159,11 @@ def test_one_batch_size(tmp_path: Path) -> None:
 def test_differences_tell_numbers_and_labels() -> None:
     model = Exportable(nn.Identity(), (1, 2, 2), ('pixels',))
     (found,) = differences(model, lambda images: [images + torch.eye(2)], (3,))
-    assert found.differing == 6 and str(found) == 'batch 3, pixels: largest difference 1'
+    assert found.differing == 6 and str(found) == (
+        'batch 3, pixels: 3 of 6 predictions equal, largest difference 1'
+    )
     (spoiled,) = differences(model, lambda images: [images * torch.nan], (1,))
-    assert str(spoiled) == 'batch 1, pixels: largest difference nan'
+    assert str(spoiled) == ('batch 1, pixels: 1 of 2 predictions equal, largest difference nan')
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ such modules first. What decides stays float: routers, gates, codebooks and what
 from __future__ import annotations
 
 import importlib.util
+from ast import literal_eval
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +22,11 @@ from ..moe.config import check
 from ..moe.experts import StackedLinear
 from ..moe.image_reader import ImageReader
 from .convert import changeable_layers
+from .quiet import quiet
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ('cpu', 'cuda')
+_PACKAGE = 'torchao'
 
 
 def experts_as_linear(model: nn.Module) -> nn.Module:
@@ -62,33 +68,109 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         ModuleNotFoundError: torchao, of the extra `export`, is missing.
         ValueError: The model trains, is wrapped, or has a dtype or device without a kernel.
     """
-    if importlib.util.find_spec('torchao') is None:
-        raise ModuleNotFoundError("int8 needs torchao: pip install 'vqmoe-vision[export]'")
+    require_torchao()
     check(not model.training, 'model.training', True, 'False: call model.eval() first')
     found = _layers(model)
-    check(bool(found), 'model', type(model).__name__, 'one with linear layers that are not int8 yet')
+    check(bool(found), 'model', type(model).__name__, 'one with linear layers in float')
     for layer in found.values():
         dtype, device = layer.weight.dtype, layer.weight.device
         check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
         allowed = 'cpu or cuda: move the model with model.cpu()'
         check(device.type in DEVICES, 'device', str(device), allowed)
-    if moe_layers(model):
-        experts_as_linear(model)
-    _convert(model, device)
+    separated(model)
+    with quiet():
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.utils import should_reduce_range
+    chosen = set(_layers(model))
+    # processors without VNNI add products of int8 in 16 bits, which would overflow
+    config = Int8DynamicActivationInt8WeightConfig(
+        set_inductor_config=False, reduce_range=should_reduce_range(device)
+    )
+    quantize_(model, config, lambda module, name: name in chosen)
     return model
 
 
-def _convert(model: nn.Module, device: torch.device) -> None:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    from torchao.utils import should_reduce_range
+def require_torchao() -> None:
+    """Says in one line what int8 lacks.
 
-    chosen = set(_layers(model))
-    # processors without VNNI add products of int8 in 16 bits, which would overflow
-    reduce_range = should_reduce_range(device)
-    config = Int8DynamicActivationInt8WeightConfig(
-        set_inductor_config=False, reduce_range=reduce_range
-    )
-    quantize_(model, config, lambda module, name: name in chosen)
+    Raises:
+        ModuleNotFoundError: torchao, of the extra `export`, is missing.
+    """
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install 'vqmoe-vision[export]'")
+
+
+def separated(model: nn.Module) -> nn.Module:
+    """As `experts_as_linear`, of any model.
+
+    Args:
+        model: With MoE layers or without.
+    """
+    return experts_as_linear(model) if moe_layers(model) else model
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether a linear layer of a model has been quantized.
+
+    Args:
+        model: Any model.
+    """
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return not all(map(_is_float, linears))
+
+
+def decomposed(program: Any) -> Any:
+    """A program whose operators of torchao are those of torch, so that files load without it.
+
+    Args:
+        program: A `torch.export.ExportedProgram`; unchanged if it has none of these.
+    """
+    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
+    foreign = {op for op in found if str(op).startswith('torchao.')}
+    if not foreign:
+        return program
+    # where torchao puts what its operators consist of
+    from torch._inductor.decomposition import decompositions
+
+    return program.run_decompositions({op: decompositions[op] for op in foreign})
+
+
+def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: bool) -> None:
+    """Writes an ONNX program in int8: its products with the weights of linear layers.
+
+    Weights have 7 bits, as sums of products of 8 overflow in processors without VNNI, and a file
+    does not know where it will run.
+
+    Args:
+        program: What `torch.onnx.export` made of the network.
+        file: To write.
+        network: Its experts are linear layers.
+        external_data: Whether weights go into a file of their own.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    layers = _layers(network)
+    products = [node for node in program.model.graph if node.op_type in ('MatMul', 'Gemm')]
+    chosen = [node.name for node in products if _module_of(node) in layers]
+    assert chosen, 'no layer is in the graph'
+    with TemporaryDirectory(dir=file.parent) as folder:
+        source = Path(folder) / file.name
+        program.save(source, external_data=external_data)
+        quantize_dynamic(
+            source,
+            file,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=chosen,
+            use_external_data_format=external_data,
+        )
+
+
+def _module_of(node: Any) -> str:
+    """Name of the module whose call became a node of ONNX, as torch's exporter notes it."""
+    *_, module, _ = literal_eval(node.metadata_props['pkg.torch.onnx.name_scopes'])
+    return str(module)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:
@@ -100,5 +182,9 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:
         if isinstance(module, nn.Linear | StackedLinear)
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and module not in deciding
-        and type(module.weight) in (nn.Parameter, Tensor)  # int8 is a type of its own
+        and _is_float(module)
     }
+
+
+def _is_float(layer: nn.Linear | StackedLinear) -> bool:
+    return type(layer.weight) in (nn.Parameter, Tensor)  # int8 is a type of torchao

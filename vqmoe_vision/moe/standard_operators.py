@@ -46,7 +46,7 @@ def _one_expert(experts: Experts, expert: int, rows: Tensor) -> Tensor:
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
-    """As `dispatch.run_experts_evenly`, one product after the other, or batched if they are stacked.
+    """As `dispatch.run_experts_evenly`: stacked weights give two batched products.
 
     Args:
         experts: The layer's experts.
