@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models import experts_as_linear, quantize_int8
-from vqmoe_vision.models.export import export_onnx, save_program
+from vqmoe_vision.models.export import Exportable, export_onnx, save_program
 from vqmoe_vision.models.exported import differences, load_exported
-from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
+from vqmoe_vision.moe import collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
 from ..variants import VARIANTS
@@ -146,28 +146,62 @@ def test_bfloat16_too() -> None:
         assert quantize_int8(model)(images).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    'method', [pytest.param(m, marks=[pytest.mark.long] * (m != 'vqmoe')) for m in METHODS]
-)
-def test_an_onnx_file_in_int8(method: str, tmp_path: Path) -> None:
+class Alone(nn.Module):
+    """A MoE layer on the pixels of (B, 16, 2, 2), which is a graph sooner than a model is."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.layer = started(method, **SMALL).blocks[0].mlp
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(2).transpose(1, 2)).mean(1)
+
+
+def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
+    """Int8 in as many layers, near to the model, which stays as it was."""
     onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')
-    model = started(method, **SMALL)
-    before = copy.deepcopy(model.state_dict())
-    file = export_onnx(model, tmp_path / 'model.onnx', int8=True)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    before = copy.deepcopy(exportable.network.state_dict())
+    file = export_onnx(exportable, tmp_path / 'model.onnx', int8=True)
+    torch.testing.assert_close(exportable.network.state_dict(), before, rtol=0, atol=0)
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
     graph = onnx.load(file)
     integers = [node for node in graph.graph.node if node.op_type == 'MatMulInteger']
-    assert len(integers) == 2 + 2 * SMALL['num_experts'] + 1
-    assert {entry.key for entry in graph.metadata_props} >= {'channels', 'mean', 'std'}
+    assert len(integers) == layers
+    assert {entry.key for entry in graph.metadata_props} == {'onnx.infer', *exportable.about}
     run = load_exported(file, threads=1)
-    for difference in differences(model, run, (1, 8)):
+    for difference in differences(exportable, run, (1, 8)):
         # a step of seven bits is 1/126 of a range; a token that goes elsewhere changes more
         assert 1e-6 < difference.largest < 0.2
 
 
+def test_an_onnx_file_in_int8(tmp_path: Path) -> None:
+    exportable = Exportable(Alone('vqmoe').eval(), (16, 2, 2), about={'channels': 'none'})
+    check_onnx(exportable, tmp_path, 2 * SMALL['num_experts'])
+
+
+@pytest.mark.long
+def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
+    exportable = Exportable.of(started(method, **SMALL))
+    check_onnx(exportable, tmp_path, 2 + 2 * SMALL['num_experts'] + 1)
+
+
+def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
+    pytest.importorskip('torchao')
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    file = save_program(Exportable(network, (1, 2, 2)), tmp_path / 'model.pt2', int8=True)
+    program = torch.export.load(file)
+    called = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+    assert 'aten._int_mm.default' in called
+    assert not any('torchao' in name for name in called)
+    images = torch.randn(5, 1, 2, 2)
+    with torch.no_grad():
+        # the same operators in another order of float32
+        torch.testing.assert_close(program.module()(images), quantize_int8(network)(images))
+
+
+@pytest.mark.long
 def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_path: Path) -> None:
     pytest.importorskip('torchao')
     model = started('vqmoe', **SMALL)

@@ -147,15 +147,17 @@ def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: b
         network: Its experts are linear layers.
         external_data: Whether weights go into a file of their own.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     layers = _layers(network)
-    products = [node for node in program.model.graph if node.op_type in ('MatMul', 'Gemm')]
-    chosen = [node.name for node in products if _module_of(node) in layers]
-    assert chosen, 'no layer is in the graph'
     with TemporaryDirectory(dir=file.parent) as folder:
         source = Path(folder) / file.name
         program.save(source, external_data=external_data)
+        nodes = onnx.load(source, load_external_data=False).graph.node
+        products = [node for node in nodes if node.op_type in ('MatMul', 'Gemm')]
+        chosen = [node.name for node in products if _module_of(node) in layers]
+        assert chosen, 'no layer is in the graph'
         quantize_dynamic(
             source,
             file,
@@ -169,7 +171,8 @@ def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: b
 
 def _module_of(node: Any) -> str:
     """Name of the module whose call became a node of ONNX, as torch's exporter notes it."""
-    *_, module, _ = literal_eval(node.metadata_props['pkg.torch.onnx.name_scopes'])
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    *_, module, _ = literal_eval(notes['pkg.torch.onnx.name_scopes'])
     return str(module)
 
 
