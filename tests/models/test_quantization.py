@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vqmoe_vision.models import experts_as_linear, quantize_int8
 from vqmoe_vision.models.export import Exportable, export_onnx, save_program
@@ -68,6 +69,14 @@ def is_int8(module: nn.Module) -> bool:
     return type(module.weight).__name__ == 'Int8Tensor'
 
 
+def assert_experts_alone(model: nn.Module) -> None:
+    """Of a MoE layer, all experts are int8, and nothing that decides is."""
+    (layer,) = moe_layers(model).values()
+    inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
+    assert len(inside) == 2 * layer.experts.num_experts
+    assert all(name.startswith('experts.') for name in inside)
+
+
 def check_the_same(model: nn.Module, images: Tensor) -> None:
     separate = experts_as_linear(copy.deepcopy(model))
     assert not any(isinstance(module, StackedLinear) for module in separate.modules())
@@ -114,6 +123,7 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) 
     for each in (separate, quantized):
         torch.save(each.state_dict(), file := io.BytesIO())
         sizes.append(file.tell())
+    assert_experts_alone(quantized)
     layers = [m for m in quantized.modules() if isinstance(m, nn.Linear) and is_int8(m)]
     # of four bytes per weight one is left, and an output has a scale (4) and a zero point (1)
     saved = sum(3 * m.weight.numel() - 5 * m.out_features for m in layers)
@@ -122,6 +132,7 @@ def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) 
     assert saved > 0.5 * sizes[0] or method == 'mocle'
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_what_decides_stays_float_with_torchaos_own_call_too(variant: str) -> None:
     quantization = pytest.importorskip('torchao.quantization')
@@ -131,10 +142,7 @@ def test_what_decides_stays_float_with_torchaos_own_call_too(variant: str) -> No
     theirs = experts_as_linear(copy.deepcopy(model))
     quantization.quantize_(theirs, config)
     for quantized in (quantize_int8(model), theirs):
-        (layer,) = moe_layers(quantized).values()
-        inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
-        assert len(inside) == 2 * layer.experts.num_experts
-        assert all(name.startswith('experts.') for name in inside)
+        assert_experts_alone(quantized)
         with torch.no_grad():
             assert quantized(torch.randn(2, 3, 32, 32)).isfinite().all()
 
@@ -144,17 +152,6 @@ def test_bfloat16_too() -> None:
     model, images = started('vqmoe').bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
     with torch.no_grad():
         assert quantize_int8(model)(images).dtype == torch.bfloat16
-
-
-class Alone(nn.Module):
-    """A MoE layer on the pixels of (B, 16, 2, 2), which is a graph sooner than a model is."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.layer = started(method, **SMALL).blocks[0].mlp
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layer(images.flatten(2).transpose(1, 2)).mean(1)
 
 
 def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
@@ -176,9 +173,15 @@ def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
         assert 1e-6 < difference.largest < 0.2
 
 
+def plain() -> Exportable:
+    """Two layers that become int8, and one that decides."""
+    last = NonDynamicallyQuantizableLinear(8, 3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), last)
+    return Exportable(network.eval(), (1, 2, 2), about={'channels': 'L'})
+
+
 def test_an_onnx_file_in_int8(tmp_path: Path) -> None:
-    exportable = Exportable(Alone('vqmoe').eval(), (16, 2, 2), about={'channels': 'none'})
-    check_onnx(exportable, tmp_path, 2 * SMALL['num_experts'])
+    check_onnx(plain(), tmp_path, 2)
 
 
 @pytest.mark.long
@@ -189,16 +192,18 @@ def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
 
 def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
     pytest.importorskip('torchao')
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    file = save_program(Exportable(network, (1, 2, 2)), tmp_path / 'model.pt2', int8=True)
+    exportable = plain()
+    file = save_program(exportable, tmp_path / 'model.pt2', int8=True)
     program = torch.export.load(file)
     called = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
-    assert 'aten._int_mm.default' in called
+    assert 'aten._int_mm.default' in called and 'aten.linear.default' in called
     assert not any('torchao' in name for name in called)
     images = torch.randn(5, 1, 2, 2)
     with torch.no_grad():
         # the same operators in another order of float32
-        torch.testing.assert_close(program.module()(images), quantize_int8(network)(images))
+        torch.testing.assert_close(
+            program.module()(images), quantize_int8(exportable.network)(images)
+        )
 
 
 @pytest.mark.long

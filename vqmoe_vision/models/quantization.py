@@ -155,8 +155,10 @@ def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: b
         source = Path(folder) / file.name
         program.save(source, external_data=external_data)
         nodes = onnx.load(source, load_external_data=False).graph.node
-        products = [node for node in nodes if node.op_type in ('MatMul', 'Gemm')]
-        chosen = [node.name for node in products if _module_of(node) in layers]
+        # onnxruntime replaces a Gemm by a MatMul and an Add, before it looks at names
+        suffixes = {'MatMul': '', 'Gemm': '_MatMul'}
+        products = [node for node in nodes if node.op_type in suffixes]
+        chosen = [n.name + suffixes[n.op_type] for n in products if _module_of(n) in layers]
         assert chosen, 'no layer is in the graph'
         quantize_dynamic(
             source,
