@@ -56,8 +56,8 @@ def test_a_config_with_its_checkpoint(run: Path, tmp_path: Path, capsys, suffix:
     export([str(run / 'run.py'), str(run / 'epoch_1.pth'), str(out)])
     written, *compared = capsys.readouterr().out.splitlines()
     assert written == f'wrote {out}: images (B, 3, 48, 48) float32 to logits'
-    begins = [line.partition(': largest')[0] for line in compared]
-    assert begins == ['batch 1, logits', 'batch 4, logits']
+    begins = [line.partition(', largest')[0] for line in compared]
+    assert begins == [f'batch {n}, logits: {n} of {n} predictions equal' for n in (1, 4)]
     assert all(float(line.split()[-1]) < 1e-5 for line in compared)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
@@ -85,6 +85,24 @@ def test_a_name_of_timm_with_a_file(weights: str, tmp_path: Path, capsys) -> Non
     images = torch.randn(1, 3, 32, 32)
     found = torch.export.load(out).module()(images)
     torch.testing.assert_close(found, model.eval()(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
+def test_int8(run: Path, tmp_path: Path, capsys, suffix: str) -> None:
+    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    sizes = []
+    for options in ([], ['--int8']):
+        out = tmp_path / f'model{len(options)}{suffix}'
+        export([str(run), str(out), *options])
+        sizes.append(out.stat().st_size)
+    one, many = capsys.readouterr().out.splitlines()[-2:]
+    assert one.startswith('batch 1, logits: ') and many.startswith('batch 32, logits: ')
+    # between rounding in another order and rounding to 255 steps in several layers
+    assert all(1e-5 < float(line.split()[-1]) < 0.5 for line in (one, many))
+    # of a model this small most of a file of torch.export is the graph, which grows
+    assert suffix == '.pt2' or sizes[1] < sizes[0]
 
 
 @pytest.mark.parametrize(

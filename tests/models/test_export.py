@@ -157,11 +157,14 @@ def test_one_batch_size(tmp_path: Path) -> None:
 
 
 def test_differences_tell_numbers_and_labels() -> None:
-    model = Exportable(nn.Identity(), (1, 2, 2), ('pixels',))
-    (found,) = differences(model, lambda images: [images + torch.eye(2)], (3,))
-    assert found.differing == 6 and str(found) == 'batch 3, pixels: largest difference 1'
+    model = Exportable(nn.Identity(), (2, 2, 2), ('pixels',))
+    second = torch.tensor([0.0, 8.0])[:, None, None]  # a power of two, which rounds nothing away
+    (found,) = differences(model, lambda images: [images + second], (3,))
+    equal = int((model.images(3, seed=3).argmax(1) == 1).sum())
+    assert 0 < equal < 12 and found.differing == 12
+    assert str(found) == f'batch 3, pixels: {equal} of 12 predictions equal, largest difference 8'
     (spoiled,) = differences(model, lambda images: [images * torch.nan], (1,))
-    assert str(spoiled) == 'batch 1, pixels: largest difference nan'
+    assert str(spoiled).endswith('largest difference nan')
 
 
 @pytest.mark.parametrize(

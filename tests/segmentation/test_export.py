@@ -8,8 +8,10 @@ import torch
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from vqmoe_vision.models import experts_as_linear, quantize_int8
 from vqmoe_vision.models.export import export_onnx
 from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.segmentation.export import SegmentorGraph
 
 from .conftest import tiny_segmentor
@@ -101,3 +103,20 @@ def test_sizes_that_a_segmentor_does_not_take() -> None:
         24,
         32,
     )
+
+
+def test_the_experts_of_a_segmentor_become_int8_with_the_rest() -> None:
+    pytest.importorskip('torchao')
+    model = tiny_segmentor(test_cfg=SLIDE).eval()
+    raw, _ = raw_and_normalised(2, (32, 32))
+    logits, _ = from_mmseg(model, raw)
+    separate, _ = from_mmseg(experts_as_linear(model), raw)
+    torch.testing.assert_close(separate, logits, rtol=1e-4, atol=1e-5)  # kernels of other sizes
+    # a part can be int8 alone
+    quantize_int8(model.backbone)
+    layers = moe_layers(model).values()
+    assert all(type(m.experts.fc1[0].weight).__name__ == 'Int8Tensor' for m in layers)
+    assert type(model.decode_head.classes_proj.weight).__name__ == 'Parameter'
+    found, _ = from_mmseg(quantize_int8(model), raw)
+    assert type(model.decode_head.classes_proj.weight).__name__ == 'Int8Tensor'
+    assert 0 < (found - logits).norm() < 0.2 * logits.norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vqmoe_vision.models.export import Exportable, export_onnx, save_program
 from vqmoe_vision.models.exported import load_exported
+from vqmoe_vision.models.quantization import quantize_int8
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.config import check
 
@@ -23,7 +25,7 @@ from .methods import matched_options
 from .networks import parse_model
 from .timing import Clock, interleave, median, ratio
 
-WAYS = ('eager', 'compiled', 'program', 'onnxruntime')
+WAYS = ('eager', 'compiled', 'program', 'onnxruntime', 'int8', 'onnxruntime-int8')
 _IMAGES = 4  # different batches, cycled
 _MOE = 'num_experts=8,moe_layers=last2'
 BASELINE = 'vit_tiny_patch16_224'
@@ -73,7 +75,8 @@ def measure_exports(exports: Exports) -> list[dict[str, Any]]:
 
     Returns:
         One row per network and way, with the largest difference of its logits from those of eager
-        PyTorch, the size of its file, and milliseconds by batch.
+        PyTorch, the share of images whose prediction is the same, the size of its file, and
+        milliseconds by batch.
     """
     rows, calls, images = [], {}, {}
     specs = dict.fromkeys([exports.baseline, *exports.models])
@@ -90,14 +93,18 @@ def measure_exports(exports: Exports) -> list[dict[str, Any]]:
         }
         for way, (call, file_bytes) in made.items():
             # one batch after the other, which also compiles before anything is timed
-            apart = [
-                (call(x) - eager(x)).abs().max().item()
-                for several in images[spec].values()
-                for x in several
-            ]
+            every = [x for several in images[spec].values() for x in several]
+            pairs = [(call(x), eager(x)) for x in every]
+            found, expected = (torch.cat(logits) for logits in zip(*pairs, strict=True))
             calls[spec, way] = call
             rows.append(
-                {'contender': spec, 'way': way, 'difference': max(apart), 'file_bytes': file_bytes}
+                {
+                    'contender': spec,
+                    'way': way,
+                    'difference': (found - expected).abs().max().item(),
+                    'equal': (found.argmax(1) == expected.argmax(1)).double().mean().item(),
+                    'file_bytes': file_bytes,
+                }
             )
         print(f'exported {spec}', flush=True)
     for batch in exports.batches:
@@ -118,9 +125,15 @@ def _ways(
     found: dict[str, tuple[Call, int | None]] = {'eager': (torch.no_grad()(model), None)}
     if 'compiled' in ways:
         found['compiled'] = (torch.no_grad()(torch.compile(model, fullgraph=True)), None)
+    if 'int8' in ways:
+        quantized = quantize_int8(copy.deepcopy(model))
+        torch.save(quantized.state_dict(), folder / 'int8.pth')
+        size = (folder / 'int8.pth').stat().st_size
+        found['int8'] = (torch.no_grad()(quantized), size)
     for way, suffix, write in (
         ('program', '.pt2', save_program),
         ('onnxruntime', '.onnx', export_onnx),
+        ('onnxruntime-int8', '.onnx', partial(export_onnx, int8=True)),
     ):
         if way in ways:
             file = write(model, folder / f'model{suffix}')
@@ -154,8 +167,9 @@ def export_columns(batches: Sequence[int]) -> dict[str, str]:
     """Columns of the table of `export`."""
     columns = {
         'contender': '{:<64}',
-        'way': '{:<12}',
+        'way': '{:<16}',
         'difference': '{:>11.1e}',
+        'equal': '{:>6.3f}',
         'file_mb': '{:>8.1f}',
     }
     for batch in batches:

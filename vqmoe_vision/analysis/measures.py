@@ -145,7 +145,7 @@ def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
         (E, T, D), where the experts are.
     """
     num_experts, num_tokens = experts.num_experts, len(tokens)
-    tokens = tokens.to(experts.fc1.weight)
+    tokens = tokens.to(next(experts.parameters()))
     ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
     return experts(tokens.repeat(num_experts, 1), ends).view(num_experts, num_tokens, -1)
 

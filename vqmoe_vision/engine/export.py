@@ -17,6 +17,7 @@ from vqmoe_vision.models.export import (
     save_program,
 )
 from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.quantization import require_torchao
 from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.moe.config import check
 
@@ -29,6 +30,7 @@ from .trained import load_trained
 
 _FOLDERS = ('local-dir:', 'hf-hub:')
 _COMPARED = (1, 4)  # images
+_COMPARED_INT8 = (1, 32)  # of which some are predicted otherwise
 
 
 def export(argv: Sequence[str] | None = None) -> None:
@@ -60,6 +62,9 @@ def export(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--batch', type=int, help='images per call (default: any number)')
     parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
+    parser.add_argument(
+        '--int8', action='store_true', help='linear layers in int8, those of the experts included'
+    )
     add_config_options(parser)
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _export)
@@ -72,15 +77,18 @@ def _export(args: argparse.Namespace) -> None:
     check(onnx or args.opset is None, '--opset', args.opset, 'only for a file of ONNX')
     if onnx:
         require_packages()
+    elif args.int8:
+        require_torchao()
     make_folder(out.parent)
     model = _exportable(args)
     if onnx:
-        export_onnx(model, out, args.batch, args.opset)
+        export_onnx(model, out, args.batch, args.opset, args.int8)
     else:
-        save_program(model, out, args.batch)
+        save_program(model, out, args.batch, args.int8)
     shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
     print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
-    batches = _COMPARED if args.batch is None else (args.batch,)
+    compared = _COMPARED_INT8 if args.int8 else _COMPARED
+    batches = compared if args.batch is None else (args.batch,)
     print(*differences(model, load_exported(out), batches), sep='\n')
 
 

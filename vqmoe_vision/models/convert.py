@@ -253,6 +253,24 @@ def _record(model: Any, sparse: dict[str, Any]) -> None:
         model.pretrained_cfg = model.default_cfg = {**config, 'architecture': MOE_HOST}
 
 
+def changeable_layers(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of a model whose parameters are about to change, or go.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: There is no MoE layer, or the model is wrapped in `DistributedDataParallel`,
+            which would wait for gradients of what is gone.
+    """
+    layers = list(layers_of(model).values())
+    check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
+    for module in model.modules():
+        wrapped = isinstance(module, DistributedDataParallel)
+        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    return layers
+
+
 def to_discrete(model: nn.Module) -> nn.Module:
     """Keep the discrete branch of every MoE layer alone: for fine-tuning and serving.
 
@@ -269,14 +287,9 @@ def to_discrete(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: A layer has no discrete branch, there is no MoE layer, or the model is wrapped
-            in `DistributedDataParallel`, which would wait for gradients of what is gone.
+        ValueError: A layer has no discrete branch, or as `changeable_layers`.
     """
-    layers = layers_of(model).values()
-    check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
-    for module in model.modules():
-        wrapped = isinstance(module, DistributedDataParallel)
-        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    layers = changeable_layers(model)
     for layer in layers:
         layer.check_discrete()
     # nothing is refused from here on

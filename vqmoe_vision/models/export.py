@@ -8,12 +8,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +21,14 @@ from torch import Tensor, nn
 
 from ..moe.config import check
 from .onnx_operators import translations
+from .quantization import (
+    decomposed,
+    is_int8,
+    quantize_int8,
+    quantize_onnx,
+    separated,
+)
+from .quiet import quiet
 
 SUFFIXES = ('.onnx', '.pt2')
 # From the oldest that torch's exporter writes to the newest that torch 2.9 does.
@@ -129,8 +134,9 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     network = _for_inference(exportable.network)
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
-    with torch.no_grad(), _quiet():
-        return torch.export.export(network, (images,), dynamic_shapes=dynamic)
+    with torch.no_grad(), quiet():
+        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+        return decomposed(program)
 
 
 def export_onnx(
@@ -138,6 +144,7 @@ def export_onnx(
     path: str | Path,
     batch: int | None = None,
     opset: int | None = None,
+    int8: bool = False,
 ) -> Path:
     """Writes a model as an ONNX file, by torch's exporter.
 
@@ -149,13 +156,15 @@ def export_onnx(
         path: Ends in .onnx.
         batch: Images per call; None for any number.
         opset: Version of ONNX's operators, 18 to 23; None for the default of torch.
+        int8: Let onnxruntime turn the weights of linear layers, experts included, into int8, and
+            what they multiply in every call.
 
     Returns:
         The file that was written.
 
     Raises:
         ModuleNotFoundError: The extra `export` is missing.
-        ValueError: As `export_program`, or path or opset are not possible.
+        ValueError: As `export_program`, path or opset are not possible, or the model is int8.
     """
     target = target_of(path, '.onnx')
     first, last = OPSETS
@@ -163,8 +172,13 @@ def export_onnx(
     check(valid, 'opset', opset, f"{first} to {last}, or None for torch's default")
     require_packages()
     exportable = Exportable.of(model)
-    exported = export_program(exportable, batch)
-    with _quiet():
+    network = exportable.network
+    allowed = 'one in float: export_onnx(model, path, int8=True)'
+    check(not is_int8(network), 'model', f'{type(network).__name__} in int8', allowed)
+    if int8:
+        network = separated(_for_inference(network))
+    exported = export_program(replace(exportable, network=network), batch)
+    with quiet():
         program = torch.onnx.export(
             exported,
             input_names=[INPUT],
@@ -176,12 +190,24 @@ def export_onnx(
     assert program is not None
     for name, value in exportable.about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    size = sum(p.numel() * p.element_size() for p in exportable.network.parameters())
-    _write(target, lambda file: program.save(file, external_data=size > _ONE_FILE_BYTES))
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+
+    def save(file: Path, large: bool = size > _ONE_FILE_BYTES) -> None:
+        if not int8:
+            return program.save(file, external_data=large)
+        with quiet():
+            quantize_onnx(program, file, network, large)
+
+    _write(target, save)
     return target
 
 
-def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | None = None) -> Path:
+def save_program(
+    model: nn.Module | Exportable,
+    path: str | Path,
+    batch: int | None = None,
+    int8: bool = False,
+) -> Path:
     """Writes the program of a model, which `torch.export.load` reads without this package.
 
     `about` is JSON in the extra file `about.json`.
@@ -190,18 +216,23 @@ def save_program(model: nn.Module | Exportable, path: str | Path, batch: int | N
         model: As `export_program`.
         path: Ends in .pt2.
         batch: Images per call; None for any number.
+        int8: Write what `quantize_int8` makes of it.
 
     Returns:
         The file that was written.
 
     Raises:
-        ValueError: As `export_program`, or the path is not possible.
+        ModuleNotFoundError: int8 without the extra `export`.
+        ValueError: As `export_program`, or the path is not possible, or int8 is not.
     """
     target = target_of(path, '.pt2')
     exportable = Exportable.of(model)
+    if int8:
+        network = quantize_int8(_for_inference(exportable.network))
+        exportable = replace(exportable, network=network)
     program = export_program(exportable, batch)
     extra = {'about.json': json.dumps(exportable.about)}
-    with _quiet():
+    with quiet():
         _write(target, lambda file: torch.export.save(program, file, extra_files=extra))
     return target
 
@@ -214,21 +245,6 @@ def _for_inference(network: nn.Module) -> nn.Module:
         if hasattr(module, 'grad_checkpointing'):
             vars(module)['grad_checkpointing'] = False
     return twin
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say of their own work."""
-    log = logging.getLogger('onnxscript')
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter('ignore', category)
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

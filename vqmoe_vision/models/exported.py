@@ -53,7 +53,8 @@ class Difference:
         largest: Of the absolute differences, nan if there is one; of labels, 1 if any differs.
         differing: How many elements are not equal.
         elements: How many there are.
-        labels: Whether the output is whole numbers.
+        predictions: Equal ones and all, where a prediction is the class of the largest logit; None
+            of labels, whole numbers that are predictions themselves.
     """
 
     output: str
@@ -61,13 +62,14 @@ class Difference:
     largest: float
     differing: int
     elements: int
-    labels: bool
+    predictions: tuple[int, int] | None
 
     def __str__(self) -> str:
         images = f'batch {self.batch}, {self.output}'
-        if self.labels:
+        if self.predictions is None:
             return f'{images}: {self.differing} of {self.elements} differ'
-        return f'{images}: largest difference {self.largest:.2g}'
+        equal = '{} of {} predictions equal'.format(*self.predictions)
+        return f'{images}: {equal}, largest difference {self.largest:.2g}'
 
 
 def differences(
@@ -88,8 +90,10 @@ def differences(
         images = exportable.images(batch, seed=batch)
         pairs = zip(exportable.outputs, exportable.run(images), run(images), strict=True)
         for name, expected, got in pairs:
-            apart = (got.double() - expected.double()).abs()
-            unequal, labels = int((got != expected).sum()), not expected.is_floating_point()
-            largest = apart.max().item()
-            found.append(Difference(name, batch, largest, unequal, got.numel(), labels))
+            largest = (got.double() - expected.double()).abs().max().item()
+            unequal, equal = int((got != expected).sum()), None
+            if expected.is_floating_point():
+                same = got.argmax(1) == expected.argmax(1)
+                equal = (int(same.sum()), same.numel())
+            found.append(Difference(name, batch, largest, unequal, got.numel(), equal))
     return found

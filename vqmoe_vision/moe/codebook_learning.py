@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .codebook import Codebook
 from .codebook_sample import anchor_probabilities, kmeans
@@ -224,7 +225,8 @@ class SimVQCodebook(Codebook):
 
     def _create(self) -> None:
         self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **self.factory))
-        self.project = nn.Linear(self.dim, self.dim, **self.factory)
+        # float when the rest is int8: it decides
+        self.project = NonDynamicallyQuantizableLinear(self.dim, self.dim, **self.factory)
 
     def init_weights(self) -> None:
         """Standard deviation D^-1/2 for the codes, torch's default for the layer."""

@@ -9,9 +9,11 @@ data-parallel training and timm's test suite need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import grouped_linear
@@ -80,9 +82,71 @@ class StackedLinear(nn.Module):
         """
         return grouped_linear(rows, self.weight, self.bias, offsets)
 
+    def one(self, expert: int, rows: Tensor) -> Tensor:
+        """Apply one layer, in operators that every runtime has.
+
+        Args:
+            expert: Which.
+            rows: (R, in_features), of which there may be none.
+
+        Returns:
+            (R, out_features).
+        """
+        return F.linear(rows, self.weight[expert], None if self.bias is None else self.bias[expert])
+
+    def evenly(self, rows: Tensor) -> Tensor:
+        """Apply each layer to as many rows, in operators that every runtime has.
+
+        Args:
+            rows: (E, S, in_features).
+
+        Returns:
+            (E, S, out_features).
+        """
+        answers = torch.matmul(rows, self.weight.mT)
+        return answers if self.bias is None else answers + self.bias[:, None]
+
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f'num_experts={self.weight.shape[0]}, {self.in_features} -> {self.out_features}'
+
+
+class SeparateLinear(nn.ModuleList):
+    """The layers of a `StackedLinear` as E modules `nn.Linear`, which other tools look for.
+
+    A layer without rows is not called: kernels of int8 take none.
+
+    Args:
+        stacked: Their weights are copied.
+    """
+
+    def __init__(self, stacked: StackedLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = stacked.in_features, stacked.out_features
+        has_bias = stacked.bias is not None
+        for expert in range(len(stacked.weight)):
+            linear = nn.Linear(self.in_features, self.out_features, has_bias, device='meta')
+            for name, whole in stacked.named_parameters():
+                own = whole[expert].detach().clone()
+                setattr(linear, name, nn.Parameter(own, whole.requires_grad))
+            self.append(linear.train(stacked.training))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """As that of `StackedLinear`."""
+        ends = [0, *offsets.tolist(), len(rows)]
+        *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
+        answers = [layer(group) for layer, group in zip(self, groups, strict=True) if len(group)]
+        return torch.cat([*answers, rest.new_zeros(len(rest), self.out_features)])
+
+    def one(self, expert: int, rows: Tensor) -> Tensor:
+        """As that of `StackedLinear`."""
+        # how many rows there are is unknown to a graph, and torchao asks whether it is one
+        padded = F.pad(rows, (0, 0, 0, 2))
+        return self[expert](padded)[: rows.shape[0]]
+
+    def evenly(self, rows: Tensor) -> Tensor:
+        """As that of `StackedLinear`."""
+        return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
 class Experts(nn.Module):
@@ -133,3 +197,13 @@ class Experts(nn.Module):
         """
         hidden = self.drop1(self.act(self.fc1(rows, offsets)))
         return self.drop2(self.fc2(hidden, offsets))
+
+    def separate(self) -> None:
+        """Hold an `nn.Linear` per expert and layer in place of the stacked weights.
+
+        The answers stay. Parameters are new, under the names `fc1.EXPERT.weight` and so on.
+        """
+        for name in ('fc1', 'fc2'):
+            layer = getattr(self, name)
+            if isinstance(layer, StackedLinear):
+                setattr(self, name, SeparateLinear(layer))

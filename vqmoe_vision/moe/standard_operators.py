@@ -8,8 +8,6 @@ Legend: T tokens, K experts per token, A assignments, E experts, D width, S rows
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import Experts
@@ -43,15 +41,12 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def _one_expert(experts: Experts, expert: int, rows: Tensor) -> Tensor:
-    for layer in (experts.fc1, experts.fc2):
-        bias = None if layer.bias is None else layer.bias[expert]
-        rows = F.linear(rows, layer.weight[expert], bias)
-        rows = experts.drop1(experts.act(rows)) if layer is experts.fc1 else experts.drop2(rows)
-    return rows
+    hidden = experts.drop1(experts.act(experts.fc1.one(expert, rows)))
+    return experts.drop2(experts.fc2.one(expert, hidden))
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
-    """As `dispatch.run_experts_evenly`, two batched products.
+    """As `dispatch.run_experts_evenly`: stacked weights give two batched products.
 
     Args:
         experts: The layer's experts.
@@ -60,9 +55,5 @@ def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
     Returns:
         (E, S, D).
     """
-    for layer in (experts.fc1, experts.fc2):
-        rows = torch.matmul(rows, layer.weight.mT)
-        if layer.bias is not None:
-            rows = rows + layer.bias[:, None]
-        rows = experts.drop1(experts.act(rows)) if layer is experts.fc1 else experts.drop2(rows)
-    return rows
+    hidden = experts.drop1(experts.act(experts.fc1.evenly(rows)))
+    return experts.drop2(experts.fc2.evenly(hidden))

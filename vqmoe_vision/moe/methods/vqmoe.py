@@ -36,11 +36,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..branches import Branch, branch_statistics, run_branches
 from ..config import MoeConfig, check_weights
@@ -190,7 +192,9 @@ class VQMoEMlp(MoeLayer):
         self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
-        self.gate = nn.Linear(in_features, 2, **factory) if config.form == 'full' else None
+        # float when the rest is int8, as a router is
+        gate = partial(NonDynamicallyQuantizableLinear, in_features, 2, **factory)
+        self.gate = gate() if config.form == 'full' else None
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -1,0 +1,195 @@
+"""Models in int8 for serving: weights once and for all, what they multiply in every call.
+
+torch's and torchao's calls convert `nn.Linear` alone. Experts are stacked weights, so they become
+such modules first. What decides stays float: routers, gates, codebooks and what reads images are no
+`nn.Linear` that such calls convert, as a token that goes to another expert is a large error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from ast import literal_eval
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..moe.collect import moe_layers
+from ..moe.config import check
+from ..moe.experts import StackedLinear
+from ..moe.image_reader import ImageReader
+from .convert import changeable_layers
+from .quiet import quiet
+
+DTYPES = (torch.float32, torch.bfloat16)
+DEVICES = ('cpu', 'cuda')
+_PACKAGE = 'torchao'
+
+
+def experts_as_linear(model: nn.Module) -> nn.Module:
+    """Hold every expert of every MoE layer in modules `nn.Linear`, in place.
+
+    The answers stay, and an expert computes the rows that chose it, as before. Parameters are new
+    and have other names (`fc1.weight` becomes `fc1.0.weight` and so on), so that weights are loaded
+    before and optimizers made after it. Training is faster with stacked experts.
+
+    Args:
+        model: Any model with MoE layers, such as a classifier, a segmentor or a timm model, before
+            it is distributed. Experts that are such modules already stay.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: There is no MoE layer, or the model is wrapped in `DistributedDataParallel`.
+    """
+    for layer in changeable_layers(model):
+        layer.experts.separate()
+    return model
+
+
+def quantize_int8(model: nn.Module) -> nn.Module:
+    """Int8 for every linear layer, those of the experts included, by torchao, in place.
+
+    Weights have a scale per output, activations one per token that is found in every call. The
+    stem, norms, the product of attention, and all that decides which expert computes stay float.
+
+    Args:
+        model: Any model in eval mode, in float32 or bfloat16, on a CPU or a CUDA device, with MoE
+            layers or without. It is changed, or left as it is if it is refused.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModuleNotFoundError: torchao, of the extra `export`, is missing.
+        ValueError: The model trains, is wrapped, or has a dtype or device without a kernel.
+    """
+    require_torchao()
+    check(not model.training, 'model.training', True, 'False: call model.eval() first')
+    found = _layers(model)
+    check(bool(found), 'model', type(model).__name__, 'one with linear layers in float')
+    for layer in found.values():
+        dtype, device = layer.weight.dtype, layer.weight.device
+        check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
+        allowed = 'cpu or cuda: move the model with model.cpu()'
+        check(device.type in DEVICES, 'device', str(device), allowed)
+    separated(model)
+    with quiet():
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.utils import should_reduce_range
+    chosen = set(_layers(model))
+    # processors without VNNI add products of int8 in 16 bits, which would overflow
+    config = Int8DynamicActivationInt8WeightConfig(
+        set_inductor_config=False, reduce_range=should_reduce_range(device)
+    )
+    quantize_(model, config, lambda module, name: name in chosen)
+    return model
+
+
+def require_torchao() -> None:
+    """Says in one line what int8 lacks.
+
+    Raises:
+        ModuleNotFoundError: torchao, of the extra `export`, is missing.
+    """
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install 'vqmoe-vision[export]'")
+
+
+def separated(model: nn.Module) -> nn.Module:
+    """As `experts_as_linear`, of any model.
+
+    Args:
+        model: With MoE layers or without.
+    """
+    return experts_as_linear(model) if moe_layers(model) else model
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether a linear layer of a model has been quantized.
+
+    Args:
+        model: Any model.
+    """
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return not all(map(_is_float, linears))
+
+
+def decomposed(program: Any) -> Any:
+    """A program whose operators of torchao are those of torch, so that files load without it.
+
+    Args:
+        program: A `torch.export.ExportedProgram`; unchanged if it has none of these.
+    """
+    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
+    foreign = {op for op in found if str(op).startswith('torchao.')}
+    if not foreign:
+        return program
+    # where torchao puts what its operators consist of
+    from torch._inductor.decomposition import decompositions
+
+    return program.run_decompositions({op: decompositions[op] for op in foreign})
+
+
+def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: bool) -> None:
+    """Writes an ONNX program in int8: its products with the weights of linear layers.
+
+    Weights have 7 bits, as sums of products of 8 overflow in processors without VNNI, and a file
+    does not know where it will run.
+
+    Args:
+        program: What `torch.onnx.export` made of the network.
+        file: To write.
+        network: Its experts are linear layers.
+        external_data: Whether weights go into a file of their own.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    layers = _layers(network)
+    with TemporaryDirectory(dir=file.parent) as folder:
+        source = Path(folder) / file.name
+        program.save(source, external_data=external_data)
+        nodes = onnx.load(source, load_external_data=False).graph.node
+        # onnxruntime replaces a Gemm by a MatMul and an Add, before it looks at names
+        suffixes = {'MatMul': '', 'Gemm': '_MatMul'}
+        products = [node for node in nodes if node.op_type in suffixes]
+        chosen = [n.name + suffixes[n.op_type] for n in products if _module_of(n) in layers]
+        assert chosen, 'no layer is in the graph'
+        quantize_dynamic(
+            source,
+            file,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=chosen,
+            use_external_data_format=external_data,
+        )
+
+
+def _module_of(node: Any) -> str:
+    """Name of the module whose call became a node of ONNX, as torch's exporter notes it."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    *_, module, _ = literal_eval(notes['pkg.torch.onnx.name_scopes'])
+    return str(module)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:
+    """What can become int8, by name."""
+    deciding = {m for r in model.modules() if isinstance(r, ImageReader) for m in r.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | StackedLinear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and module not in deciding
+        and _is_float(module)
+    }
+
+
+def _is_float(layer: nn.Linear | StackedLinear) -> bool:
+    return type(layer.weight) in (nn.Parameter, Tensor)  # int8 is a type of torchao
