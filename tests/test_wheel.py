@@ -15,6 +15,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, unpacked."""
     folder = tmp_path_factory.mktemp('wheel')
     (built,) = WheelBuilder(str(ROOT)).build(directory=str(folder / 'dist'), versions=['standard'])
+    assert Path(built).stat().st_size < 10e6  # weights of two small models are in it
     with zipfile.ZipFile(built) as archive:
         archive.extractall(folder / 'site')
     return folder / 'site'
@@ -33,7 +34,7 @@ def test_it_holds_the_package_configs_and_tools_and_nothing_else(wheel: Path) ->
     expected |= {f'.mim/configs/{name}' for name in names(ROOT / 'configs')}
     expected |= {f'.mim/tools/{name}' for name in tools - benchmark}
     assert names(wheel / 'vqmoe_vision') == expected
-    assert 'py.typed' in expected
+    assert {'py.typed', 'models/weights/test_vit_vqmoe.safetensors'} <= expected
     (info,) = {name.partition('/')[0] for name in names(wheel)} - {'vqmoe_vision'}
     assert info.endswith('.dist-info')
 

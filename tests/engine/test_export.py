@@ -105,6 +105,15 @@ def test_int8(run: Path, tmp_path: Path, capsys, suffix: str) -> None:
     assert suffix == '.pt2' or sizes[1] < sizes[0]
 
 
+def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
+    out = tmp_path / 'model.pt2'
+    export(['test_vit_vqmoe', str(out), '--batch', '2', '--cfg-options', 'form=discrete'])
+    model = timm.create_model('test_vit_vqmoe', pretrained=True, form='discrete').eval()
+    images = torch.randn(2, 3, 32, 32)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -116,7 +125,7 @@ def test_int8(run: Path, tmp_path: Path, capsys, suffix: str) -> None:
         (['RUN/run.py', 'OUT.pt2'], "source='.*run.py' .*a config with its checkpoint"),
         (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
         ([NAME, 'WEIGHTS', 'OUT.pt2'], f'does not fit {NAME}: .*such as num_classes=10'),
-        ([NAME, 'OUT.pt2'], 'checkpoint=None .*a file of weights'),
+        (['vit_tiny_vqmoe', 'OUT.pt2'], 'checkpoint=None .*a file of weights'),
         (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], 'checkpoint=.*has its weights'),
         (['no_such_model', 'WEIGHTS', 'OUT.pt2'], "'no_such_model' does not exist"),
     ],

@@ -1,16 +1,24 @@
-"""The two small models that are for trying things."""
+"""The two small models that are for trying things, and their weights in the package."""
 
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 
 from vqmoe_vision.models.create import create_model, method_of
 from vqmoe_vision.models.shared_start import share_start
 
+NAMES = ('test_vit_vqmoe', 'test_vit_dense')
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_they_are_small_and_say_what_they_see() -> None:
-    for name in ('test_vit_vqmoe', 'test_vit_dense'):
+    for name in NAMES:
         model = timm.create_model(name).eval()
         # four bytes each: what comes with the package has to stay below 4 MB
         assert sum(value.numel() for value in model.state_dict().values()) < 900_000
@@ -30,7 +38,7 @@ def test_the_sparse_one_begins_with_the_answers_of_the_dense_one(tmp_path) -> No
 
 def test_both_have_one_start_at_a_seed() -> None:
     models = []
-    for name in ('test_vit_vqmoe', 'test_vit_dense'):
+    for name in NAMES:
         models.append(create_model(name))
         share_start(models[-1], name, seed=3)
     sparse, dense = (model.state_dict() for model in models)
@@ -38,3 +46,34 @@ def test_both_have_one_start_at_a_seed() -> None:
     assert {'head.weight', 'blocks.0.mlp.fc1.weight', 'pos_embed'} <= shared
     assert all(torch.equal(sparse[name], dense[name]) for name in shared)
     assert (method_of('test_vit_vqmoe'), method_of('test_vit_dense')) == ('vqmoe', None)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_weights_come_with_the_package_and_see_a_cat(name: str) -> None:
+    assert f'{name}.cifar10' in timm.list_models(pretrained=True)
+    model = timm.create_model(name, pretrained=True).eval()
+    file = Path(model.pretrained_cfg['file'])
+    assert file.stat().st_size < 4e6
+    photo = Image.open(files('vqmoe_vision.models') / 'weights/cat.jpg')
+    images = create_transform(**resolve_model_data_config(model))(photo)[None]
+    assert model.pretrained_cfg['label_names'][model(images).argmax()] == 'cat'
+
+
+def test_without_pretrained_nothing_of_them_is_loaded() -> None:
+    fresh, trained = (timm.create_model(NAMES[0], pretrained=p) for p in (False, True))
+    assert not torch.equal(fresh.head.weight, trained.head.weight)
+
+
+def test_one_is_upcycled_from_the_other_and_not_from_its_own_weights() -> None:
+    dense = timm.create_model('test_vit_dense', pretrained=True).eval()
+    options = dict(form='discrete', expert_input='token', input_norm=False)
+    sparse = timm.create_model('test_vit_vqmoe', upcycle='test_vit_dense', **options).eval()
+    torch.testing.assert_close(sparse(IMAGES), dense(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_they_are_fine_tuned_to_other_classes_and_travel(tmp_path: Path) -> None:
+    model = timm.create_model(NAMES[0], pretrained=True, num_classes=3).eval()
+    assert [line for line in model.weights_report.lines() if line.startswith('the head')]
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(again(IMAGES), model(IMAGES))

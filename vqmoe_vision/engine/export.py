@@ -50,7 +50,7 @@ def export(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         'checkpoint',
         nargs='?',
-        help='weights of the config or the name; of a work dir the best, or else the last',
+        help='weights of the config or the name (default: its own); of a work dir the best or last',
     )
     parser.add_argument('out', help='file to write: NAME.onnx or NAME.pt2')
     parser.add_argument(
@@ -122,8 +122,10 @@ def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> A
     if name.startswith(_FOLDERS):
         check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
         return timm.create_model(name, pretrained=True, **options)
-    check(checkpoint is not None, 'checkpoint', None, f'a file of weights: {name} FILE OUT')
-    assert checkpoint is not None
+    if checkpoint is None:
+        pretrained = timm.models.is_model_pretrained(name)
+        check(pretrained, 'checkpoint', None, f'a file of weights: {name} FILE OUT')
+        return create_model(name, pretrained=True, **options)
     model = create_model(name, **options)
     state = read_state(checkpoint)
     if problem := misfit_of(model, state):

@@ -74,9 +74,10 @@ def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | No
     file = upcycle if upcycle and is_file(upcycle) else overlay.get('file')
     if file and 'mean' not in overlay and (found := read_normalization(str(file))):
         return found
-    # a model of this package has a configuration for weights only if they brought one
+    # a model of this package without weights of its own has a configuration if others brought one
     brought = bool(upcycle) and not is_file(str(upcycle))
-    if brought or 'mean' in overlay or config.get('tag') != 'untrained':
+    own = not upcycle and config.get('tag') != 'untrained'
+    if brought or 'mean' in overlay or own:
         return Normalization.of(config)
     return None
 

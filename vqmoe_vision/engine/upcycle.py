@@ -40,7 +40,10 @@ def upcycle(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--seed', type=int, default=0, help='of what is drawn anew, such as routers (default: 0)'
     )
-    add_config_options(parser)
+    add_config_options(
+        parser,
+        'arguments of timm.create_model, for example num_experts=8 upcycling.drop=0.5 img_size=32',
+    )
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _upcycle)
 

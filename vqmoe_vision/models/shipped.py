@@ -1,12 +1,12 @@
 """Two small models of CIFAR-10's ten classes at 32 pixels, as timm has its `test_vit`.
 
-`test_vit_dense` has the recipe of `test_vit_vqmoe` and is there to upcycle from. They are for
-trying things and for tests. Weights are to come with the package; there are none yet, because what
-configs/classification/test_vit.py trains is not good enough (docs/notes/test-vit.md).
+Their weights come with the package, in `weights`, whose README.md is their model card.
+`test_vit_dense` has the recipe of `test_vit_vqmoe` and is there to upcycle from.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -41,14 +41,16 @@ _SIZE: dict[str, Any] = {
 }
 
 
-def _cfg() -> dict[str, Any]:
+def _cfg(name: str) -> dict[str, Any]:
     return {
+        'file': str(Path(__file__).parent / f'weights/{name}.safetensors'),
+        'license': 'apache-2.0',
         'num_classes': len(CIFAR10_CLASSES),
         'label_names': CIFAR10_CLASSES,
         'input_size': (3, 32, 32),
         'pool_size': None,
         'crop_pct': 1.0,
-        'interpolation': 'bicubic',
+        'interpolation': 'bilinear',
         'fixed_input_size': True,
         'mean': (0.4914, 0.4822, 0.4465),
         'std': (0.2023, 0.1994, 0.2010),
@@ -58,7 +60,7 @@ def _cfg() -> dict[str, Any]:
 
 
 _NAMES = ('test_vit_vqmoe', 'test_vit_dense')
-default_cfgs = generate_default_cfgs({f'{name}.untrained': _cfg() for name in _NAMES})
+default_cfgs = generate_default_cfgs({f'{name}.cifar10': _cfg(name) for name in _NAMES})
 
 
 @register_model

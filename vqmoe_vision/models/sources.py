@@ -124,7 +124,9 @@ def known_weights(
     place: dict[str, Any] = {}
     described = describe(source_of(stated))
     if upcycle is not None:
-        place, named = upcycle_source(upcycle, cache_dir)
+        found, named = upcycle_source(upcycle, cache_dir)
+        # nothing is left of where the model's own weights are
+        place = {**dict.fromkeys(_SOURCES), **found}
         if source_of(overlay):  # elsewhere, where the name says only what the place does not
             place.pop('source', None)
             entries = {**named.config, **described.config}
