@@ -132,20 +132,34 @@ class SeparateLinear(nn.ModuleList):
             self.append(linear.train(stacked.training))
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """As that of `StackedLinear`."""
+        """As that of `StackedLinear`.
+
+        Args:
+            rows: (R, in_features).
+            offsets: (E,) int32, ascending ends of the groups; rows past the last end give zero.
+        """
         ends = [0, *offsets.tolist(), len(rows)]
         *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
         answers = [layer(group) for layer, group in zip(self, groups, strict=True) if len(group)]
         return torch.cat([*answers, rest.new_zeros(len(rest), self.out_features)])
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
-        """As that of `StackedLinear`."""
+        """As that of `StackedLinear`.
+
+        Args:
+            expert: Which.
+            rows: (R, in_features), of which there may be none.
+        """
         # how many rows there are is unknown to a graph, and torchao asks whether it is one
         padded = F.pad(rows, (0, 0, 0, 2))
         return self[expert](padded)[: rows.shape[0]]
 
     def evenly(self, rows: Tensor) -> Tensor:
-        """As that of `StackedLinear`."""
+        """As that of `StackedLinear`.
+
+        Args:
+            rows: (E, S, in_features).
+        """
         return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
