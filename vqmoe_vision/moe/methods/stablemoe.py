@@ -165,10 +165,10 @@ class StableRouter(TopKRouter):
         chosen = student_scores.log_softmax(dim=-1).gather(1, indices)
         distill = -losses.token_mean(chosen.mean(dim=1))
         balance = losses.overload(gates, indices, num_experts)
-        stage1 = ~self.distilled.frozen
+        stage2 = self.distilled.frozen
         return {
-            'balance': torch.where(stage1, self.config.balance_weight * balance, 0.0),
-            'distill': torch.where(stage1, self.config.distill_weight * distill, 0.0),
+            'balance': (self.config.balance_weight * balance).masked_fill(stage2, 0),
+            'distill': (self.config.distill_weight * distill).masked_fill(stage2, 0),
         }
 
 
@@ -193,16 +193,14 @@ class StableMoEMlp(RoutedMlp):
             self.stage1_steps = max(1, round(config.stage1_fraction * num_updates))
 
     def apply_begin(self) -> bool:
-        """Freeze the distilled router if stage 1 is over.
+        """Freeze the distilled router if stage 1 is over; the device alone knows whether it did.
 
         Not at the end of its last block: `optimizer.step()` may come after the block.
         """
-        distilled = self.router.distilled
-        over = self.training and int(distilled.steps) >= self.stage1_steps
-        if not over or bool(distilled.frozen):
-            return False
-        distilled.freeze()
-        return True
+        if self.training:
+            distilled = self.router.distilled
+            distilled.freeze(distilled.steps >= self.stage1_steps)
+        return self.training
 
     def apply_update(self) -> bool:
         """Count an update, which changes no answer."""
