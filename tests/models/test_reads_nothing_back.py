@@ -23,7 +23,7 @@ from .conftest import make
 
 SMALL = {'embed_dim': 16, 'depth': 1, 'moe_layers': [0], 'num_experts': 4}
 NAMESPACES = ('aten', 'profiler')  # an optimizer marks its step for a profiler
-# pointwise operators pass a number of the host on, but this one copies it
+# pointwise operators pass a number of the host on to the device, but this one copies it
 COPIES = {torch.ops.aten.where.self}
 RAISED = (AssertionError, NotImplementedError, RuntimeError)
 
@@ -102,15 +102,17 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'unique': lambda x: x.unique(),
     'split': lambda x: x.split(x.long().flatten().tolist()),
     'opaque': lambda x: opaque(x),
-    'number': lambda x: torch.where(x > 0, x, 0.0),
+    'number': lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
     'copy': lambda x: torch.tensor([1.0]).to(x.device),
     'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
 }
 
 
-@pytest.mark.parametrize('read', READS)
-@pytest.mark.parametrize('name', ['router', 'quantizer.codebook', 'experts'])
-def test_a_single_read_is_seen(read: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ('name', 'read'),
+    [*(('router', read) for read in READS), ('quantizer.codebook', 'item'), ('experts', 'item')],
+)
+def test_a_single_read_is_seen(name: str, read: str) -> None:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], _answer: object) -> None:
         READS[read](args[0].detach())
 
@@ -118,3 +120,12 @@ def test_a_single_read_is_seen(read: str, name: str) -> None:
     model.blocks[0].mlp.get_submodule(name).register_forward_hook(hook)
     with pytest.raises(RAISED):
         train(model)
+
+
+def test_a_read_in_an_update_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def average(codebook: GradientCodebook, _average: Tensor, value: Tensor, _: Tensor) -> None:
+        codebook.usage.fill_(value.max().item())
+
+    monkeypatch.setattr(GradientCodebook, '_average', average)
+    with pytest.raises(RAISED):
+        train(make('vqmoe', **SMALL))

@@ -190,7 +190,7 @@ def test_update_says_whether_codes_may_have_changed(name):
     for _ in range(3):
         before = book.codes().clone()
         book.observe(x, book(x).indices)
-        # that no code was dead, which leaves those of 'gradient' as they are, the device alone knows
+        # 'gradient' changes dead codes alone: whether there are some only the device knows
         assert book.update() is learns
         assert learns or torch.equal(before, book.codes())
 

@@ -158,7 +158,7 @@ class GradientCodebook(Codebook):
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
         """Move an average, in float32 at least, where there is something to learn."""
         exact = average.to(torch.promote_types(average.dtype, torch.float32))
-        rate = learns * (1 - self._decay())  # `torch.where` waits to copy a number to its device
+        rate = learns * (1 - self._decay())
         average.copy_(exact.lerp(value.to(exact.dtype), rate.to(exact.dtype)))
 
     def _decay(self) -> Tensor | float:

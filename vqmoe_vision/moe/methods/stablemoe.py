@@ -165,10 +165,10 @@ class StableRouter(TopKRouter):
         chosen = student_scores.log_softmax(dim=-1).gather(1, indices)
         distill = -losses.token_mean(chosen.mean(dim=1))
         balance = losses.overload(gates, indices, num_experts)
-        stage2 = self.distilled.frozen
+        stage1 = ~self.distilled.frozen
         return {
-            'balance': (self.config.balance_weight * balance).masked_fill(stage2, 0),
-            'distill': (self.config.distill_weight * distill).masked_fill(stage2, 0),
+            'balance': torch.where(stage1, self.config.balance_weight * balance, 0.0),
+            'distill': torch.where(stage1, self.config.distill_weight * distill, 0.0),
         }
 
 
