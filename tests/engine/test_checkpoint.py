@@ -294,7 +294,7 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
     monkeypatch.setattr(checkpoint, 'print_log', lambda line, logger: lines.append(line))
     finished = tiny('vit_tiny_stablemoe', num_experts=2)
     distilled = finished.blocks[1].mlp.router.distilled
-    distilled.freeze()
+    distilled.freeze(torch.tensor(True))
     with torch.no_grad():
         distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
     path = str(tmp_path / 'finished.pth')

@@ -111,7 +111,7 @@ def spread(layer: MoeLayer) -> None:
             nn.init.normal_(parameter, std=0.5)
     for module in layer.modules():
         if isinstance(module, GradientCodebook):
-            module._start(torch.randn(module.num_codes, module.dim))
+            module._start(torch.randn(module.num_codes, module.dim), torch.tensor(True))
 
 
 @pytest.fixture(scope='session')

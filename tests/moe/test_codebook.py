@@ -26,6 +26,7 @@ from vqmoe_vision.moe.routing import expert_load, perplexity
 
 M, D = 6, 8
 ZERO = torch.tensor(0)  # updates before
+LEARNS = torch.tensor(True)
 every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
 STARTED = [name for name, cls in CODEBOOKS.items() if cls in (EmaCodebook, GradientCodebook)]
 
@@ -38,7 +39,7 @@ def make(name, num_codes=M, dim=D, **options):
         if isinstance(book, SimVQCodebook):
             book.frozen_embed.copy_(codes)
         elif name in STARTED:
-            book._start(codes)
+            book._start(codes, LEARNS)
         else:
             book.embed.copy_(codes)
     return book
@@ -183,12 +184,24 @@ def test_update_without_observations_changes_nothing(name):
 
 
 @every_codebook
-def test_update_says_whether_codes_changed(name):
+def test_update_says_whether_codes_may_have_changed(name):
     book, x = CODEBOOKS[name](M, D), torch.randn(50, D)
+    learns = isinstance(book, GradientCodebook)
     for _ in range(3):
         before = book.codes().clone()
         book.observe(x, book(x).indices)
-        assert book.update() is not torch.equal(before, book.codes())
+        # 'gradient' changes dead codes alone: whether there are some only the device knows
+        assert book.update() is learns
+        assert learns or torch.equal(before, book.codes())
+
+
+def test_an_update_that_can_only_count_says_that_it_changes_nothing():
+    book, x = CODEBOOKS['gradient'](M, D, dead_code_threshold=0.0), torch.randn(50, D)
+    for changes in (True, False):  # k-means, and no dead codes later
+        before = book.codes().clone()
+        book.observe(x, book(x).indices)
+        assert book.update() is changes
+        assert torch.equal(before, book.codes()) is not changes
 
 
 @every_codebook
@@ -450,8 +463,9 @@ def test_cvq_anchors_are_tokens():
 
 def test_cvq_draws_anchors_by_the_squared_distance():
     # distances 1 and 3 from the code: exp(-1) / (exp(-1) + exp(-9)) = 0.99966; not squared, 0.88
-    found = anchor_probabilities(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
-    torch.testing.assert_close(found, torch.tensor([[0.99966465, 0.00033535]]))
+    sample = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    found = anchor_probabilities(torch.zeros(1, 2), sample, torch.tensor([True, True, False]))
+    torch.testing.assert_close(found, torch.tensor([[0.99966465, 0.00033535, 0.0]]))
 
 
 # --- SimVQ
@@ -558,8 +572,26 @@ def test_a_pass_without_a_finite_token_changes_nothing(name):
     before = state(book)
     x = torch.full((5, D), torch.nan)
     book.observe(x, torch.zeros(5, dtype=torch.int64))
-    assert book.update() is False
+    book.update()
     assert same(before, book.state_dict())
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_a_first_update_without_a_finite_token_is_a_start_without_usage(name):
+    book, resumed = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D)
+    before = book.codes().clone()
+    book.observe(torch.full((5, D), torch.nan), torch.zeros(5, dtype=torch.int64))
+    book.update()
+    assert book.started and book.updates == 0 and torch.equal(before, book.codes())
+    resumed.load_state_dict(state(book))
+    # tokens take two codes: one update replaces the four others by tokens
+    x, indices = torch.randn(50, D), torch.arange(50) % 2
+    for each in (book, resumed):
+        each.observe(x, indices)
+        each.update()
+    assert same(state(book), resumed.state_dict())
+    assert (book.codes()[2:, None] == x).all(dim=-1).any(dim=1).all()
+    torch.testing.assert_close(book.usage[2:], torch.full((4,), 1 / M))
 
 
 def test_whoever_collects_is_told_of_tokens_that_were_left_out(make_layer):
@@ -575,7 +607,7 @@ def test_a_rare_ema_code_stays_the_mean_of_its_tokens():
     # moves the code by 1 / (1 + 1e-5) * (1 + 1024e-5 / 4096) = 0.99999. As a share of all tokens,
     # eps would count 0.04 tokens here, and halve the code where its own share is as small.
     book = EmaCodebook(1024, D)
-    book._start(torch.randn(1024, D))
+    book._start(torch.randn(1024, D), LEARNS)
     book.ema_decay = 0.0
     x, indices = torch.randn(4096, D), torch.arange(4096) % 1023
     indices[0] = 1023
@@ -591,7 +623,7 @@ def test_the_sample_covers_all_positions_of_a_grid_of_patches():
     # 64 images of 16 x 16 patches: a stride of 16 would take the left column only
     positions = torch.arange(256).repeat(64)
     x = positions[:, None].float().expand(-1, 2) + 1
-    sample = code_usage(x, positions % M, M, ZERO, 0).sample[:, 0] - 1
+    sample = code_usage(x, positions % M, M, ZERO, 0).tokens[:, 0] - 1
     assert len(sample) == SAMPLE_SIZE
     # 1024 draws of 256 positions: 4 each on average; none with probability e^-4, so about 5 of 256
     assert len(sample.unique()) > 240
@@ -606,7 +638,7 @@ def test_every_update_samples_other_places():
     seen = []
     for _ in range(2):
         book.observe(places, torch.zeros(len(places), dtype=torch.int64))
-        seen.append(set(book._pending.sample[:, 0].tolist()))
+        seen.append(set(book._pending.tokens[:, 0].tolist()))
         book.update()
     # a quarter of the places each: a quarter of 1024 is in both by chance, +- 14
     assert 200 < len(seen[0] & seen[1]) < 312
@@ -618,7 +650,7 @@ def test_a_sample_of_several_passes_takes_of_each():
     for number, part in enumerate(x.chunk(3)):
         seen = code_usage(part, torch.zeros(len(part), dtype=torch.int64), M, ZERO, number)
         usage = seen if usage is None else usage.merged(seen)
-    origin = [(x == token).all(dim=1).nonzero().item() // SAMPLE_SIZE for token in usage.sample]
+    origin = [(x == token).all(dim=1).nonzero().item() // SAMPLE_SIZE for token in usage.tokens]
     # 341 +- 15 of each pass
     assert min(origin.count(number) for number in range(3)) > 280
 
@@ -677,10 +709,10 @@ def run_rank(rank, folder):
     x = next(iter(batches()))
     part, indices = x[rank::WORLD], (x[rank::WORLD, 0] > 0).long()
     usage = code_usage(part, indices, M, ZERO, 0).over_ranks()
-    joint = (usage.counts, usage.token_sums, usage.sample)
+    joint = (usage.counts, usage.token_sums, usage.tokens[usage.usable])
     places = torch.arange(4.0 * SAMPLE_SIZE)[:, None].expand(-1, D)
     nothing = torch.zeros(len(places), dtype=torch.int64)
-    own = code_usage(places, nothing, M, ZERO, 0).sample[:, 0]
+    own = code_usage(places, nothing, M, ZERO, 0).tokens[:, 0]
     torch.save((trained(rank), joint, own), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -699,4 +731,4 @@ def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
     both = set(ranks[0][2].tolist()) & set(ranks[1][2].tolist())
     assert 200 < len(both) < 312
     # all 300 tokens fit the sample: the same ones, in another order
-    assert torch.equal(sample.sort(dim=0).values, single.sample.sort(dim=0).values)
+    assert torch.equal(sample.sort(dim=0).values, single.tokens[single.usable].sort(dim=0).values)

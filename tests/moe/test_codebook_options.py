@@ -25,7 +25,7 @@ def make(name: str, codes: Tensor, **options: float) -> Codebook:
             book.project.bias.zero_()
             book.frozen_embed.copy_(codes)
         elif name in ('ema', 'gradient'):
-            book._start(codes)
+            book._start(codes, torch.tensor(True))
         else:
             book.embed.copy_(codes)
     return book

@@ -175,7 +175,7 @@ class Codebook(nn.Module):
         """Forget the observed passes."""
 
     def update(self) -> bool:
-        """Learn from the observed passes of all ranks; returns whether the codes changed."""
+        """Learn from the observed passes of all ranks; returns whether the codes may change."""
         return False
 
     def extra_repr(self) -> str:

@@ -1,5 +1,8 @@
 """Codebooks that do not collapse, or collapse less, and all of them by name.
 
+An update reads nothing back from the device of the codebook, so that a step on a GPU does not wait
+for it. What depends on numbers is therefore always computed, and chosen by `torch.where`.
+
 Legend: T tokens, D width, M codes.
 """
 
@@ -15,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .codebook import Codebook
 from .codebook_sample import anchor_probabilities, kmeans
 from .codebook_usage import CodeUsage, code_usage
+from .counted_random import random_choice, random_integers
 
 
 class GradientCodebook(Codebook):
@@ -22,6 +26,13 @@ class GradientCodebook(Codebook):
 
     Usage is a moving average; a dead code takes the place of a random token and starts again at
     even usage, so that it is not replaced before it had a chance.
+
+    Whether k-means is still due has to be known on the host, where `_start_due` says so. It goes
+    wrong on one side only, if somebody but `load_state_dict` makes the state another one in place:
+    a start that is due by it alone is computed and left alone, as `started` decides. An update
+    without a usable token changes nothing, but that a first one is a start nevertheless, on all
+    ranks and after a resume: of codes without any usage, so that the next update replaces those
+    that its tokens do not take, if dead codes are replaced.
 
     Args:
         num_codes: M.
@@ -77,6 +88,12 @@ class GradientCodebook(Codebook):
         self.usage.fill_(share)
         self.started.fill_(False)
         self.updates.zero_()
+        self._start_due = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.started.is_meta:
+            self._start_due = not bool(self.started)
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor) -> Tensor:
@@ -120,49 +137,62 @@ class GradientCodebook(Codebook):
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Learn from the observed passes of all ranks; returns whether the codes changed."""
+        """Learn from the observed passes of all ranks; returns whether the codes may change."""
         if self._pending is None:
             return False
-        usage, self._pending = self._pending.over_ranks(), None
         # without a token nothing is learned, but every rank has taken part
-        return bool(usage.num_tokens > 0) and self._learn(usage)
+        usage, self._pending = self._pending.over_ranks(), None
+        return self._learn(usage)
 
     def _learn(self, usage: CodeUsage) -> bool:
-        self.updates += 1
-        if not bool(self.started):
-            self._start(kmeans(usage.sample, self.num_codes, self.use_cosine_sim))
-            return True
-        self._average(self.usage, usage.counts / usage.num_tokens)
-        return self._move(usage) | self._replace_dead(usage.sample)
+        learns = usage.num_tokens > 0
+        self.updates += learns
+        starts = self._start_due
+        if starts:
+            codes = kmeans(usage.tokens, self.num_codes, self.use_cosine_sim, usage.usable)
+            learns = self._start(codes, learns)
+        self._average(self.usage, usage.counts / usage.num_tokens.clamp(min=1), learns)
+        moves = self._move(usage, learns)
+        replaces = self._replace_dead(usage, learns)
+        return starts or moves or replaces
 
-    def _average(self, average: Tensor, value: Tensor) -> None:
-        decay = self.ema_decay
-        if self.ema_decay_warmup:
-            before = int(self.updates) - 1
-            decay = min(decay, (1 + before) / (10 + before))
-        average.lerp_(value.to(average.dtype), 1 - decay)
+    def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
+        """Move an average, in float32 at least, where there is something to learn."""
+        exact = average.to(torch.promote_types(average.dtype, torch.float32))
+        rate = learns * (1 - self._decay())
+        average.copy_(exact.lerp(value.to(exact.dtype), rate.to(exact.dtype)))
 
-    def _start(self, codes: Tensor) -> None:
-        self.embed.copy_(codes)
-        self.usage.fill_(1 / self.num_codes)
+    def _decay(self) -> Tensor | float:
+        if not self.ema_decay_warmup:
+            return self.ema_decay
+        before = self.updates - 1
+        return ((1 + before) / (10 + before)).clamp(max=self.ema_decay)
+
+    def _start(self, codes: Tensor, learns: Tensor) -> Tensor:
+        """Take over codes unless there was a start before; returns whether to learn even so."""
+        starts, again = learns & ~self.started, learns & self.started
+        self._put(starts, codes)
+        self.usage.masked_fill_(~learns & ~self.started, 0)
         self.started.fill_(True)
+        self._start_due = False
+        return again
 
-    def _move(self, usage: CodeUsage) -> bool:
+    def _move(self, usage: CodeUsage, learns: Tensor) -> bool:
         return False
 
-    def _replace_dead(self, sample: Tensor) -> bool:
-        dead = self.usage * self.num_codes < self.dead_code_threshold
-        num_dead = int(dead.sum())
-        if num_dead == 0:
+    def _replace_dead(self, usage: CodeUsage, learns: Tensor) -> bool:
+        if self.dead_code_threshold == 0:
             return False
-        generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
-        picks = torch.randint(len(sample), (num_dead,), generator=generator)
-        self._revive(dead, sample[picks.to(sample.device)])
+        dead = self.usage * self.num_codes < self.dead_code_threshold
+        draws = random_integers(torch.arange(self.num_codes, device=dead.device), self.updates)
+        picks = draws % usage.usable.sum().clamp(min=1)  # the first rows of the sample are tokens
+        self._put(dead & learns, usage.tokens.index_select(0, picks))
         return True
 
-    def _revive(self, dead: Tensor, codes: Tensor) -> None:
-        self.embed[dead] = codes.to(self.embed.dtype)
-        self.usage[dead] = 1 / self.num_codes
+    def _put(self, where: Tensor, codes: Tensor) -> None:
+        """Begin anew with these codes (M, D) at even usage, where (M,) or () is true."""
+        self.embed.copy_(torch.where(where[..., None], codes.to(self.embed.dtype), self.embed))
+        self.usage.masked_fill_(where, 1 / self.num_codes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_pending': None}
@@ -198,20 +228,19 @@ class EmaCodebook(GradientCodebook):
         """Nothing: the codes are no parameter."""
         return set()
 
-    def _start(self, codes: Tensor) -> None:
-        super()._start(codes)
-        self.token_sums.copy_(codes / self.num_codes)
-
-    def _move(self, usage: CodeUsage) -> bool:
-        self._average(self.token_sums, usage.token_sums / usage.num_tokens)
-        total, epsilon = self.usage.sum(), self.epsilon / usage.num_tokens
+    def _move(self, usage: CodeUsage, learns: Tensor) -> bool:
+        num_tokens = usage.num_tokens.clamp(min=1)
+        self._average(self.token_sums, usage.token_sums / num_tokens, learns)
+        total, epsilon = self.usage.sum(), self.epsilon / num_tokens
         smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
-        self.embed.copy_(self.token_sums / smoothed[:, None])
+        moved = (self.token_sums / smoothed[:, None]).to(self.embed.dtype)
+        self.embed.copy_(torch.where(learns, moved, self.embed))
         return True
 
-    def _revive(self, dead: Tensor, codes: Tensor) -> None:
-        super()._revive(dead, codes)
-        self.token_sums[dead] = codes.to(self.token_sums.dtype) / self.num_codes
+    def _put(self, where: Tensor, codes: Tensor) -> None:
+        super()._put(where, codes)
+        sums = codes.to(self.token_sums.dtype) / self.num_codes
+        self.token_sums.copy_(torch.where(where[..., None], sums, self.token_sums))
 
 
 class SimVQCodebook(Codebook):
@@ -264,16 +293,16 @@ class CVQCodebook(GradientCodebook):
         self._reset_usage(0.0)
 
     def _learn(self, usage: CodeUsage) -> bool:
-        self.updates += 1
-        self._average(self.usage, usage.counts / usage.num_tokens)
+        learns = usage.num_tokens > 0
+        self.updates += learns
+        self._average(self.usage, usage.counts / usage.num_tokens.clamp(min=1), learns)
         rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.ema_decay) - 1e-3)
-        generator = torch.Generator().manual_seed(int(self.updates))  # the same on every rank
-        sample = usage.sample
-        probabilities = anchor_probabilities(self.codes(), sample).cpu()
-        picks = torch.multinomial(probabilities, 1, generator=generator)
-        anchors = sample[picks.squeeze(1).to(sample.device)]
+        before = self.codes()
+        probabilities = anchor_probabilities(before, usage.tokens, usage.usable)
+        anchors = usage.tokens.index_select(0, random_choice(probabilities, self.updates))
         # statistics of a model that is converted whole are coarser than its codes
-        self.embed.copy_(self.codes().lerp(anchors, rate[:, None].float()))
+        moved = before.lerp(anchors, rate[:, None].float()).to(self.embed.dtype)
+        self.embed.copy_(torch.where(learns, moved, self.embed))
         return True
 
 

@@ -1,5 +1,7 @@
 """What a codebook makes of a sample of tokens: starting codes, and CVQ's anchors.
 
+Nothing here is read back from the device of the sample, and every rank finds the same.
+
 Legend: D width, M codes, S sampled tokens.
 """
 
@@ -10,36 +12,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import NORM_EPS, nearest_code
+from .counted_random import random_choice
 
 KMEANS_ITERATIONS = 10
 
 
 @torch.no_grad()
-def kmeans(sample: Tensor, num_codes: int, cosine: bool = False) -> Tensor:
+def kmeans(
+    sample: Tensor, num_codes: int, cosine: bool = False, usable: Tensor | None = None
+) -> Tensor:
     """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample.
 
     A cluster that loses all members keeps its mean. With fewer distinct tokens than codes some
-    codes repeat.
+    codes repeat. Starting a codebook leaves the user's random stream alone.
 
     Args:
         sample: (S, D) float32.
         num_codes: M.
         cosine: Of directions: means are of length one, as the tokens of the sample.
+        usable: (S,) bool, which rows count, the first one among them; all of them by default.
 
     Returns:
         (M, D).
     """
-    # a generator of its own: starting a codebook leaves the user's random stream alone
-    generator = torch.Generator().manual_seed(0)
-    codes = sample[:1]
-    for _ in range(num_codes - 1):
-        distance = torch.cdist(sample, codes).min(dim=1).values.cpu()
+    if usable is None:
+        usable = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
+    chosen = [sample[:1]]
+    nearest = torch.full_like(sample[:, 0], torch.inf)
+    for number in range(1, num_codes):
+        distance = torch.linalg.vector_norm(sample - chosen[-1], dim=1)
+        nearest = torch.minimum(nearest, distance).masked_fill(~usable, 0)
         # over the largest: squares of large distances have no finite sum
-        weights = (distance / distance.max().clamp(min=1e-30)).square() + 1e-12
-        pick = torch.multinomial(weights, 1, generator=generator)
-        codes = torch.cat([codes, sample[pick.to(sample.device)]])
+        weights = (nearest / nearest.max().clamp(min=1e-30)).square() + 1e-12
+        pick = random_choice(weights.masked_fill(~usable, 0), number)
+        chosen.append(sample.index_select(0, pick.view(1)))
+    codes, numbers = torch.cat(chosen), torch.arange(num_codes, device=sample.device)
     for _ in range(KMEANS_ITERATIONS):
-        members = F.one_hot(nearest_code(sample, codes), num_codes).to(sample.dtype)
+        is_member = nearest_code(sample, codes)[:, None] == numbers
+        members = (is_member & usable[:, None]).to(sample.dtype)
         counts = members.sum(dim=0)[:, None]
         means = members.t() @ sample / counts.clamp(min=1)
         if cosine:
@@ -48,14 +58,16 @@ def kmeans(sample: Tensor, num_codes: int, cosine: bool = False) -> Tensor:
     return codes
 
 
-def anchor_probabilities(codes: Tensor, sample: Tensor) -> Tensor:
+def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
     """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2).
 
     Args:
         codes: (M, D) float32.
         sample: (S, D) float32.
+        usable: (S,) bool, which rows count.
 
     Returns:
-        (M, S), rows sum to 1.
+        (M, S), rows sum to 1; not a number where no row counts.
     """
-    return torch.cdist(codes, sample).square().neg().softmax(dim=1)
+    distances = torch.cdist(codes, sample).square()
+    return distances.masked_fill(~usable, torch.inf).neg().softmax(dim=1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import NORM_EPS
+from .counted_random import random_uniform
 
 SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
 
@@ -23,7 +24,8 @@ class CodeUsage:
 
     The sample holds the S tokens with the smallest of independent random keys. So it can be merged
     from the samples of passes and ranks, in memory that does not grow, and every token has the same
-    chance, whatever image and position it comes from.
+    chance, whatever image and position it comes from. A key is a function of counters, see
+    `code_usage`: a run that resumes draws what it would have drawn.
 
     Args:
         counts: (M,) float32, tokens per code.
@@ -45,9 +47,9 @@ class CodeUsage:
         return self.counts.sum()
 
     @property
-    def sample(self) -> Tensor:
-        """The sampled tokens, (at most S, D), in random order."""
-        return self.tokens[self.keys.isfinite()]
+    def usable(self) -> Tensor:
+        """Which rows of the sample are tokens, (S,) bool; the first ones, as keys rise."""
+        return self.keys.isfinite()
 
     def merged(self, later: CodeUsage) -> CodeUsage:
         """Usage in the passes of both."""
@@ -100,24 +102,11 @@ def code_usage(
     return CodeUsage(counts, sums, *_smallest(keys, x))
 
 
-# An opaque operator: torch.compile knows no generators.
-@torch.library.custom_op('vqmoe_vision::random_keys', mutates_args=())
 def _random_keys(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
-    """Uniform keys, new for each update, pass and rank; the user's stream is left alone.
-
-    Reproducible: a run that resumes draws what it would have drawn.
-    """
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    number = (int(updates) * 1000 + pass_number) * world_size + rank
-    # the generator looks at 32 bits
-    generator = torch.Generator().manual_seed(number % 2**32)
-    return torch.rand(like.shape[0], generator=generator).to(like.device)
-
-
-@_random_keys.register_fake
-def _(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
-    return torch.empty_like(like, dtype=torch.float32)
+    """Uniform keys, new for each update, pass and rank."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rows = torch.arange(like.shape[0], device=like.device)
+    return random_uniform(rows, updates, pass_number, rank)
 
 
 def _smallest(keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class MoeLayer(StaysPython):
         self._updated = self.apply_begin() or self._updated
 
     def apply_begin(self) -> bool:
-        """Change state that is due before the next pass; returns whether it changed."""
+        """Change state that is due before the next pass; returns whether it may have changed."""
         return False
 
     def update(self) -> None:
@@ -153,7 +153,10 @@ class MoeLayer(StaysPython):
         self._updated = self.apply_update() or self._updated
 
     def apply_update(self) -> bool:
-        """Change state that learns without gradients; returns whether it changed."""
+        """Change state that learns without gradients; returns whether it may have changed.
+
+        What the device alone knows is not waited for: it may have.
+        """
         return False
 
     def discard(self) -> None:

@@ -100,11 +100,17 @@ class DistilledRouter(nn.Module):
         return F.linear(features, self.weight('expert_embed')).flatten(0, 1)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Begin stage 2."""
+    def freeze(self, due: Tensor) -> None:
+        """Begin stage 2 if it is due and has not begun; nothing is read back.
+
+        Args:
+            due: 0-dim bool.
+        """
+        begins = due & ~self.frozen
         for name in self.names:
-            getattr(self, f'frozen_{name}').copy_(getattr(self, name))
-        self.frozen.fill_(True)
+            copy = getattr(self, f'frozen_{name}')
+            copy.copy_(torch.where(begins, getattr(self, name), copy))
+        self.frozen |= due
 
     @torch.no_grad()
     def restart(self) -> bool:

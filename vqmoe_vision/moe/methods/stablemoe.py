@@ -193,16 +193,14 @@ class StableMoEMlp(RoutedMlp):
             self.stage1_steps = max(1, round(config.stage1_fraction * num_updates))
 
     def apply_begin(self) -> bool:
-        """Freeze the distilled router if stage 1 is over.
+        """Freeze the distilled router if stage 1 is over; the device alone knows whether it did.
 
         Not at the end of its last block: `optimizer.step()` may come after the block.
         """
-        distilled = self.router.distilled
-        over = self.training and int(distilled.steps) >= self.stage1_steps
-        if not over or bool(distilled.frozen):
-            return False
-        distilled.freeze()
-        return True
+        if self.training:
+            distilled = self.router.distilled
+            distilled.freeze(distilled.steps >= self.stage1_steps)
+        return self.training
 
     def apply_update(self) -> bool:
         """Count an update, which changes no answer."""

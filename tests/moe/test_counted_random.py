@@ -1,0 +1,114 @@
+"""Numbers by counters: uniform, unrelated, the same compiled, and chosen by their weights."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqmoe_vision.moe.counted_random import random_choice, random_integers, random_uniform
+
+ROWS = torch.arange(2**16)
+
+
+def mixed(value: int) -> int:
+    """The mixing function in integers without bounds, as it is written for C's uint32."""
+    value ^= value >> 16
+    value = value * 0x21F0AAAD % 2**32
+    value ^= value >> 15
+    value = value * 0x735A2D97 % 2**32
+    return value ^ value >> 15
+
+
+def test_numbers_are_those_of_arithmetic_without_bounds() -> None:
+    # two counters of which one has more than 32 bits
+    stream = mixed((mixed((2 + 5) % 2**32) + 2**40 + 7) % 2**32)
+    expected = [mixed((mixed(row) + stream) % 2**32) for row in range(1000)]
+    assert random_integers(ROWS[:1000], 5, 2**40 + 7).tolist() == expected
+    assert random_integers(ROWS[:1000], torch.tensor(5), 2**40 + 7).tolist() == expected
+
+
+def chi_square(counts: Tensor) -> float:
+    """In standard deviations from its mean."""
+    expected, freedom = counts.sum() / counts.numel(), counts.numel() - 1
+    return (((counts - expected) ** 2 / expected).sum().item() - freedom) / (2 * freedom) ** 0.5
+
+
+# streams that a codebook draws from: of updates, passes and ranks; of updates; and of k-means
+STREAMS = [
+    (0, 0, 0),
+    (1, 0, 0),
+    (2, 0, 0),
+    (1000, 1, 0),
+    (1000, 0, 1),
+    (0,),
+    (1,),
+    (10**6,),
+    (0, 0),
+]
+
+
+@pytest.mark.parametrize('counters', STREAMS, ids=str)
+@pytest.mark.parametrize('bits', [range(24, 32), range(8, 16)], ids=['high', 'low'])
+def test_numbers_are_uniform(counters: tuple[int, ...], bits: range) -> None:
+    # five standard deviations: 1 of 10^6 sets of truly random numbers is further away
+    found = random_integers(ROWS, *counters) >> bits.start & 255
+    assert abs(chi_square(torch.bincount(found, minlength=256))) < 5
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """In standard deviations of that of independent numbers."""
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item() * len(a) ** 0.5
+
+
+def test_neighbours_are_unrelated() -> None:
+    # rows of a stream, one counter beside another, and the same place at the end of each stream
+    streams = torch.stack([random_uniform(ROWS, number, 0, 0) for number in range(9)]).double()
+    assert all(abs(correlation(s[1:], s[:-1])) < 5 for s in streams)
+    assert all(abs(correlation(*pair)) < 5 for pair in zip(streams[1:], streams[:-1], strict=True))
+    numbers = [torch.tensor(number) for number in range(4096)]
+    places = torch.stack([random_uniform(ROWS[:1], number) for number in numbers]).flatten()
+    assert abs(correlation(places[1:], places[:-1])) < 5
+    assert abs(chi_square(torch.histc(places, 64, 0, 1))) < 5
+
+
+def test_every_stream_is_another_one() -> None:
+    # rows 0 to 65535 of two streams share 65536^2 / 2^32 = 1 number by chance
+    seen = [set(random_integers(ROWS, *counters).tolist()) for counters in STREAMS]
+    for number, numbers in enumerate(seen):
+        assert len(numbers) == len(ROWS)
+        assert all(len(numbers & other) < 10 for other in seen[:number])
+
+
+def test_the_order_of_counters_matters() -> None:
+    assert not torch.equal(random_integers(ROWS, 1, 2), random_integers(ROWS, 2, 1))
+
+
+def test_uniform_numbers_are_below_one() -> None:
+    numbers = torch.cat([random_uniform(ROWS, number) for number in range(100)])
+    # of 6.5 million multiples of 2^-24 the ends come within 2^-20, but for one of 500
+    assert 0 <= numbers.min() < 2**-20 and 1 - 2**-20 < numbers.max() < 1
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.long)])
+def test_compiled_numbers_are_the_same(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(random_uniform, fullgraph=True, backend=backend)
+    for updates, number in [(0, 0), (1, 0), (1, 1), (2**31, 2)]:
+        counters = (torch.tensor(updates), number, 0)
+        expected = random_uniform(ROWS[:1000], *counters)
+        assert torch.equal(compiled(ROWS[:1000], *counters), expected)
+        assert torch.equal(random_uniform(ROWS[:1000], *counters), expected)
+
+
+def test_choices_follow_their_weights() -> None:
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 5.0, 1e-6])
+    picks = random_choice(weights.expand(2**16, -1), torch.tensor(3))
+    counts = torch.bincount(picks, minlength=6)
+    assert counts[0] == counts[3] == 0 and counts[5] <= 2
+    # 8192, 16384 and 40960, of standard deviations up to 124
+    expected = torch.tensor([8192, 16384, 40960])
+    assert (counts[[1, 2, 4]] - expected).abs().max() < 5 * 124
+
+
+def test_a_choice_of_one_row_is_a_number() -> None:
+    assert random_choice(torch.tensor([0.0, 0.0, 1e-30, 0.0]), 1).item() == 2
+    assert random_choice(torch.zeros(4), 1).ndim == 0

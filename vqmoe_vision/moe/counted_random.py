@@ -1,0 +1,82 @@
+"""Random numbers that are a function of counters, on the device of the counters.
+
+A generator of torch needs its seed on the host, so that a seed which is the state of a model has to
+be waited for. Here the counters may be tensors. The same counters give the same numbers: in every
+process, after a resume, and compiled or not, as they are arithmetic of integers up to the last
+step, which is exact.
+
+The idea is that of "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., SC 2011). The
+mixing function of 32 bits is [16 21f0aaad 15 735a2d97 15] of "Prospecting for Hash Functions"
+(Wellons, github.com/skeeto/hash-prospector, issue 19), the one of least bias with two
+multiplications: 0.107 of 1000 is how far flipping a bit of the input is from flipping every bit of
+the output half of the time. torch has no arithmetic of uint32. In int64 no product here overflows,
+because the multipliers are below 2^31.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Word = TypeVar('Word', Tensor, int)
+_MASK = 2**32 - 1
+
+
+def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
+    """Uniform integers from 0 up to 2^32.
+
+    Args:
+        rows: Which numbers of the stream, int64 of any shape, at least 0 and below 2^32.
+        *counters: Which stream: the order matters, and only 32 bits of each. Integers, and 0-dim
+            int64 tensors on the device of `rows`.
+
+    Returns:
+        int64, of the shape of `rows`.
+    """
+    # as many counters as there are: zeros would stay zero, and be one stream however many they are
+    stream: Tensor | int = len(counters)
+    for counter in counters:
+        stream = _mixed(stream + counter)
+    # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
+    return _mixed(_mixed(rows) + stream)
+
+
+def random_uniform(rows: Tensor, *counters: Tensor | int) -> Tensor:
+    """Uniform multiples of 2^-24 from 0 up to 1.
+
+    Args:
+        rows: As `random_integers`.
+        *counters: As `random_integers`.
+
+    Returns:
+        float32, of the shape of `rows`.
+    """
+    return (random_integers(rows, *counters) >> 8).float() * 2.0**-24
+
+
+def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
+    """Of each row of weights the index of one, with a probability in proportion to it.
+
+    By exponential clocks: of clocks that ring at these rates, the first to ring. Unlike a search in
+    cumulated weights it sums nothing, and sums on a GPU may differ from one run to the next.
+
+    Args:
+        weights: (..., S) float32, at least 0 and finite; all zero gives any index.
+        *counters: As `random_integers`.
+
+    Returns:
+        (...) int64. An index of weight 0 only where all are.
+    """
+    rows = torch.arange(weights.numel(), device=weights.device).view(weights.shape)
+    # never 0, and fine near 0, where the first clocks ring
+    uniform = (random_integers(rows, *counters).float() + 0.5) * 2.0**-32
+    return (weights / -torch.log1p(-uniform)).argmax(dim=-1)
+
+
+def _mixed(value: Word) -> Word:
+    value = value & _MASK
+    value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _MASK
+    value = ((value ^ (value >> 15)) * 0x735A2D97) & _MASK
+    return value ^ (value >> 15)
