@@ -193,13 +193,16 @@ class StepValuesHook(RuntimeInfoHook):
 
     It reads them where a line of the log or a checkpoint is due, at the end of an epoch, before a
     validation, and after `LONGEST` iterations; on a CPU at each. It also keeps the norm of the
-    gradients from the optimizer's wrapper, which would read it. This hook takes the name of
-    mmengine's, so that every config that imports this package has it.
+    gradients from the optimizer's wrapper, which would read it, and lets the data loader put
+    batches where CUDA reads them while the program goes on. This hook takes the name of mmengine's,
+    so that every config that imports this package has it.
     """
 
     def before_train(self, runner: Runner) -> None:
         """Takes over what reads values."""
         super().before_train(runner)
+        if 'pin_memory' not in runner.cfg.get('train_dataloader', {}):
+            runner.train_dataloader.pin_memory = torch.cuda.is_available()
 
         def check(iteration: int, values: dict[str, float]) -> None:
             check_losses(values, iteration)
