@@ -29,7 +29,16 @@ from .layers import CONTENDERS, DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
-from .report import layer_table, network_table, read, table, training_table, write
+from .overhead import measure_overhead
+from .report import (
+    layer_table,
+    network_table,
+    overhead_line,
+    read,
+    table,
+    training_table,
+    write,
+)
 from .training import describe_training_machine, measure_training
 
 # options that a preset decides, with their values in a run without one
@@ -86,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser('training', help='where a step of a config goes').add_argument
     add('config', help='config file')
     add('--iterations', type=int, default=20, help='to measure')
+    add('--overhead', action='store_true', help='processor time that the runner adds, in its place')
     add('--cfg-options', nargs='+', action='extend', default=[], metavar='NAME=VALUE')
     add('--threads', type=int, default=2, help='CPU threads')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
@@ -265,11 +275,12 @@ def _run_training(args: argparse.Namespace, restart: bool) -> bool:
     if restart:
         restart_prepared(args.threads)
     torch.set_num_threads(args.threads)
-    row = measure_training(args.config, args.cfg_options, args.iterations)
+    measure = measure_overhead if args.overhead else measure_training
+    row = measure(args.config, args.cfg_options, args.iterations)
     header = describe_training_machine()
     print('', *(f'{name}: {value}' for name, value in header.items()), sep='\n')
     print(f'\n{args.config} {" ".join(args.cfg_options)}')
-    print(training_table(row['parts_ms'], row['images']))
+    print(overhead_line(row) if args.overhead else training_table(row['parts_ms'], row['images']))
     if args.out is not None:
         write(args.out, {'command': 'training', 'header': header, 'rows': [row]})
     return True
