@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from torch import nn
 
@@ -15,40 +14,29 @@ from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGua
 from vqmoe_vision.engine.routing import RoutingStatistics
 
 
-def stub_runner(norm: float, weight: float, hooks: Sequence[Hook] = ()) -> Any:
+def stub_runner(hooks: Sequence[Hook] = ()) -> Any:
     model = nn.Linear(1, 1)
-    nn.init.constant_(model.weight, weight)
-    scalars = {'train/grad_norm': HistoryBuffer([norm], [1])}
-    hub = SimpleNamespace(log_scalars=scalars)
-    return SimpleNamespace(model=model, iter=4, max_iters=9, message_hub=hub, hooks=hooks)
-
-
-def test_guard_stops_when_a_gradient_has_spoilt_the_weights() -> None:
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
-        NonFiniteGuardHook().after_train_iter(stub_runner(torch.inf, torch.nan), 0)
-
-
-def test_guard_lets_a_step_pass_that_the_loss_scale_has_skipped() -> None:
-    NonFiniteGuardHook().after_train_iter(stub_runner(torch.inf, 1.0), 0)
+    nn.init.constant_(model.weight, torch.inf)
+    return SimpleNamespace(model=model, iter=4, max_iters=9, hooks=hooks)
 
 
 def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
-    with pytest.raises(NonFiniteError, match='parameter weight'):
-        NonFiniteGuardHook().before_save_checkpoint(stub_runner(1.0, torch.inf), {})
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
+        NonFiniteGuardHook().before_save_checkpoint(stub_runner(), {})
 
 
 def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:
-    with pytest.raises(NonFiniteError, match='parameter weight'):
-        NonFiniteGuardHook().after_train_epoch(stub_runner(1.0, torch.inf))
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
+        NonFiniteGuardHook().after_train_epoch(stub_runner())
 
 
 def test_guard_looks_before_the_checkpoint_of_an_iteration_removes_an_older_one() -> None:
     guard = NonFiniteGuardHook()
-    due = stub_runner(1.0, torch.inf, [CheckpointHook(interval=5, by_epoch=False)])
-    with pytest.raises(NonFiniteError, match='parameter weight'):
+    due = stub_runner([CheckpointHook(interval=5, by_epoch=False)])
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
         guard.after_train_iter(due, 0)  # the fifth iteration
-    # no checkpoint now, and a healthy gradient: nothing to look at
-    guard.after_train_iter(stub_runner(1.0, torch.inf, [CheckpointHook(6, by_epoch=False)]), 0)
+    # no checkpoint now: nothing to look at
+    guard.after_train_iter(stub_runner([CheckpointHook(6, by_epoch=False)]), 0)
 
 
 def test_layers_hear_how_long_the_training_is() -> None:

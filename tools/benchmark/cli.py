@@ -22,9 +22,18 @@ from .gpu import check_configs, check_kernels, check_methods
 from .layers import DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
 from .options import make_parser
+from .overhead import measure_overhead
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
-from .report import layer_table, network_table, read, table, training_table, write
+from .report import (
+    layer_table,
+    network_table,
+    overhead_line,
+    read,
+    table,
+    training_table,
+    write,
+)
 from .training import describe_training_machine, measure_training
 
 # options that a preset decides, with their values in a run without one
@@ -186,11 +195,12 @@ def _run_training(args: argparse.Namespace, restart: bool) -> bool:
     if restart:
         restart_prepared(args.threads)
     torch.set_num_threads(args.threads)
-    row = measure_training(args.config, args.cfg_options, args.iterations)
+    measure = measure_overhead if args.overhead else measure_training
+    row = measure(args.config, args.cfg_options, args.iterations)
     header = describe_training_machine()
     print('', *(f'{name}: {value}' for name, value in header.items()), sep='\n')
     print(f'\n{args.config} {" ".join(args.cfg_options)}')
-    print(training_table(row['parts_ms'], row['images']))
+    print(overhead_line(row) if args.overhead else training_table(row['parts_ms'], row['images']))
     if args.out is not None:
         write(args.out, {'command': 'training', 'header': header, 'rows': [row]})
     return True

@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser('training', help='where a step of a config goes').add_argument
     add('config', help='config file')
     add('--iterations', type=int, default=20, help='to measure')
+    add('--overhead', action='store_true', help='processor time that the runner adds, in its place')
     add('--cfg-options', nargs='+', action='extend', default=[], metavar='NAME=VALUE')
     add('--threads', type=int, default=2, help='CPU threads')
     add('--out', type=Path, metavar='FILE.json', help='save the run')

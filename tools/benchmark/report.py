@@ -87,6 +87,15 @@ def training_table(parts: Mapping[str, float], images: int) -> str:
     return '\n'.join([*lines, f'{images} images per step, {images / whole * 1e3:.1f} per second'])
 
 
+def overhead_line(row: Mapping[str, Any]) -> str:
+    """What the runner adds in `training --overhead`."""
+    low, middle, high = row['added_ms']
+    return (
+        f'the runner adds {middle:.2f} ms (quartiles {low:.2f} to {high:.2f}) of processor time to '
+        f'a bare step of {row["bare_ms"]:.1f} ms'
+    )
+
+
 def write(path: Path, run: Mapping[str, Any]) -> None:
     """Save a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

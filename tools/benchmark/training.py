@@ -111,6 +111,39 @@ def measure_training(config: str, options: Sequence[str], iterations: int) -> di
         ValueError: If training ends before that, or an option has no value.
         FileNotFoundError: If there is no such config.
     """
+    clocks: list[StepClock] = []
+
+    def train(runner: Any) -> int:
+        clocks.append(StepClock(runner, iterations))
+        with contextlib.suppress(_Finished):
+            runner.train()
+        return len(clocks[0].steps)
+
+    settings = run_training(config, options, iterations, train)
+    measured = clocks[0].steps[WARM_UP:]
+    medians = {part: statistics.median(step[part] for step in measured) for part in PARTS}
+    images = settings.train_dataloader.batch_size
+    return {'config': config, 'options': list(options), 'images': images, 'parts_ms': medians}
+
+
+def run_training(
+    config: str, options: Sequence[str], iterations: int, train: Callable[[Any], int]
+) -> Any:
+    """Build the runner of a config, and train in a folder that is removed.
+
+    Args:
+        config: Config file.
+        options: 'name=value' each, as `--cfg-options` of tools/train.py.
+        iterations: How many are to be measured, after `WARM_UP`.
+        train: Trains with a runner, and returns how many iterations there were.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If training ends before that, or an option has no value.
+        FileNotFoundError: If there is no such config.
+    """
     from mmengine.config import DictAction
     from mmengine.runner import Runner
 
@@ -124,15 +157,9 @@ def measure_training(config: str, options: Sequence[str], iterations: int) -> di
     settings = load_config(config, values)
     with tempfile.TemporaryDirectory() as folder:
         settings.work_dir, settings.log_level = folder, 'WARNING'
-        runner = Runner.from_cfg(settings)
-        clock = StepClock(runner, iterations)
-        with contextlib.suppress(_Finished):
-            runner.train()
-    measured = clock.steps[WARM_UP:]
-    check(len(measured) == iterations, 'iterations', iterations, f'at most {len(measured)} here')
-    medians = {part: statistics.median(step[part] for step in measured) for part in PARTS}
-    images = settings.train_dataloader.batch_size
-    return {'config': config, 'options': list(options), 'images': images, 'parts_ms': medians}
+        measured = train(Runner.from_cfg(settings)) - WARM_UP
+    check(measured == iterations, 'iterations', iterations, f'at most {max(measured, 0)} here')
+    return settings
 
 
 def describe_training_machine() -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         num_classes: Number of classes C.
         mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`.
         label_smoothing: Share of the target that is spread over all classes.
-        data_preprocessor: mmengine's; by default moves the batch to the device.
+        data_preprocessor: mmengine's; by default moves the batch to the device, and waits for nothing.
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
             classification or segmentation run of this package (.pth), of timm (.pth or
             .safetensors), or of mmseg's ViT (.pth). Experts are made of the MLPs of a dense one.
@@ -68,6 +68,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         extra_mlps: int = 0,
         **model_kwargs: Any,
     ) -> None:
+        if data_preprocessor is None:
+            data_preprocessor = dict(type='BaseDataPreprocessor', non_blocking=True)
         super().__init__(data_preprocessor=data_preprocessor)
         self.num_classes = num_classes
         check(

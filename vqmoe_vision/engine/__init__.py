@@ -1,9 +1,10 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
 Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`, puts a hook that saves safely, a loop that resumes in
-the middle of an epoch, and loaders that run no code in the place of mmengine's, lets `_base_` name
-the configs of this package, and teaches mmengine's count of FLOPs the operators of these models.
+config needs no more than `custom_imports`, puts a hook that saves safely, one that waits for no
+value of a step, a loop that resumes in the middle of an epoch, and loaders that run no code in the
+place of mmengine's, lets `_base_` name the configs of this package, and teaches mmengine's count of
+FLOPs the operators of these models.
 """
 
 from . import (
@@ -20,9 +21,11 @@ from . import (
     record,
     routing_history,
     seeding,
+    step_values,
     stop,
 )
-from .model import MoeTrainingMixin, NonFiniteError
+from .finite import NonFiniteError
+from .model import MoeTrainingMixin
 from .routing import RoutingStatistics
 
 __all__ = [
@@ -42,5 +45,6 @@ __all__ = [
     'record',
     'routing_history',
     'seeding',
+    'step_values',
     'stop',
 ]

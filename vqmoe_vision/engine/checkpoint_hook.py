@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
@@ -289,3 +289,18 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             delete(Path(self.out_dir), [name for name in names if name != current])
         self._outdated = [name for name in self._outdated if name not in names]
+
+
+def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
+    """Whether a hook writes a checkpoint after the iteration that is ending.
+
+    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
+
+    Args:
+        hook: Of any kind.
+        runner: In `after_train_iter`.
+    """
+    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
+        return False
+    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+    return due or (hook.save_last and hook.is_last_train_iter(runner))

@@ -117,9 +117,11 @@ def use_amp(config: Config) -> None:
         raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
     if torch.cuda.is_available():
         config.optim_wrapper.type = 'AmpOptimWrapper'
-        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
         if torch.cuda.is_bf16_supported(including_emulation=False):
             config.optim_wrapper.setdefault('dtype', 'bfloat16')
+        # a loss scale reads back at each step, and only float16 has too small a range without one
+        scaled = config.optim_wrapper.get('dtype', 'float16') == 'float16'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
     else:
         config.optim_wrapper.type = 'CpuAmpOptimWrapper'
 

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from .checkpoint_files import SaveError
-from .model import NonFiniteError
+from .finite import NonFiniteError
 from .stop import end_by
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.

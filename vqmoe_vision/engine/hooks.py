@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -13,9 +12,11 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
+from .checkpoint_hook import saves_after_iteration
 from .features import fit_features
+from .finite import check_weights
 from .log import wrapped
-from .model import NonFiniteError, unwrapped
+from .model import unwrapped
 from .normalization import of_run
 from .routing import lines_of
 
@@ -92,8 +93,8 @@ class MoeStateHook(Hook):
 class NonFiniteGuardHook(Hook):
     """Stops the run before a checkpoint with a nan or infinite parameter replaces a good one.
 
-    A loss that is not finite has already been stopped by `MoeTrainingMixin`. What is left is a
-    finite loss with a gradient that is not.
+    Losses, and norms of gradients, are looked at by `StepValuesHook`. What is left is a finite loss
+    with a gradient that is not, of which nobody computes the norm.
     """
 
     def after_train_iter(
@@ -103,43 +104,17 @@ class NonFiniteGuardHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Looks at the norm of the gradients, which clipping has computed anyway."""
-        norm = runner.message_hub.log_scalars.get('train/grad_norm')
-        # With a loss scale an infinite gradient is normal: that step is skipped.
-        spoilt = norm is not None and not math.isfinite(norm.current())
-        if spoilt or any(_saves_after_iteration(hook, runner) for hook in runner.hooks):
-            self._check(runner)
+        """Looks at the parameters before the checkpoint of an iteration is due."""
+        if any(saves_after_iteration(hook, runner) for hook in runner.hooks):
+            check_weights(runner.model, runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Looks at the parameters before the checkpoint of the epoch is due."""
-        self._check(runner)
+        check_weights(runner.model, runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
-        self._check(runner)
-
-    @staticmethod
-    def _check(runner: Runner) -> None:
-        parameters = {name for name, _ in runner.model.named_parameters()}
-        # state_dict: codebooks that learn without gradients are buffers
-        for name, value in runner.model.state_dict().items():
-            if not torch.isfinite(value).all():
-                kind = 'parameter' if name in parameters else 'buffer'
-                raise NonFiniteError(
-                    f'{kind} {name} became nan or infinite at iteration {runner.iter + 1}; '
-                    'training has stopped, the last checkpoint is sound'
-                )
-
-
-def _saves_after_iteration(hook: Hook, runner: Runner) -> bool:
-    """Whether a hook writes a checkpoint now.
-
-    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
-    """
-    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
-        return False
-    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
-    return due or (hook.save_last and hook.is_last_train_iter(runner))
+        check_weights(runner.model, runner.iter + 1)
 
 
 @HOOKS.register_module()

@@ -1,6 +1,6 @@
 """The part of a trained model that both tasks share.
 
-Auxiliary losses in, non-finite losses out, and how its images are normalised.
+Auxiliary losses in, and how its images are normalised.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import MessageHub
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -19,11 +18,7 @@ from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
 
-from .routing import RoutingStatistics
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or a parameter is nan or infinite; training cannot go on from here."""
+from .routing import Batch, RoutingStatistics
 
 
 def unwrapped(runner: Runner) -> Any:
@@ -56,7 +51,7 @@ class MoeTrainingMixin(TakesOtherNames):
     Attributes:
         routing_statistics: Averages over every `collect` block; `MoeStateHook` reads and resets it.
         logged_statistics: Of training, since the last line of the log; `MoeLogProcessor` does so.
-        recorded_statistics: Shares of training, since the last line of `routing.jsonl`, for
+        recorded_statistics: Of training, since the last line of `routing.jsonl`, for
             `RoutingHistoryHook`; None without that hook.
         normalization: (2, 3) float32 buffer, mean and standard deviation that images are normalised
             with, of pixels in [0, 1]; zeros until a training begins or weights are loaded.
@@ -195,45 +190,11 @@ class MoeTrainingMixin(TakesOtherNames):
         """
         with collect_losses(self.routed_model, update_state=False) as collected:
             yield collected
-        self.routing_statistics.add(collected.stats)
+        if not collected.stats:
+            return
+        batch = Batch(collected.stats)
+        self.routing_statistics.add_batch(batch)
         if self.training:  # type: ignore[attr-defined]
-            self.logged_statistics.add(collected.stats)
+            self.logged_statistics.add_batch(batch)
             if self.recorded_statistics is not None:
-                shares = {name: value for name, value in collected.stats.items() if value.ndim}
-                self.recorded_statistics.add(shares)
-
-    def parse_losses(
-        self, losses: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As mmengine's, but stops before the optimizer steps on a loss that is not finite.
-
-        Here, and not in a hook, because hooks run when the weights have been updated.
-
-        Args:
-            losses: 0-dim tensors by name; those with "loss" in the name are summed.
-
-        Returns:
-            The total loss, and everything to log.
-
-        Raises:
-            NonFiniteError: The total is nan or infinite; names the first component that is.
-        """
-        total, log_vars = super().parse_losses(losses)  # type: ignore[misc]
-        if not torch.isfinite(total):
-            raise NonFiniteError(_describe(log_vars))
-        return total, log_vars
-
-
-def _describe(log_vars: dict[str, Any]) -> str:
-    """One line: which component is not finite, and when."""
-    bad = {
-        name.removesuffix('_loss'): value.item()
-        for name, value in log_vars.items()
-        if name != 'loss' and 'loss' in name and not torch.isfinite(value)
-    }
-    # MoE layers come before the task's loss and in the order of the network: the first is the
-    # nearest to the cause. Finite parts can still overflow in the sum.
-    name, value = next(iter(bad.items())) if bad else ('loss', log_vars['loss'].item())
-    iteration = MessageHub.get_current_instance().runtime_info.get('iter', 0) + 1
-    others = f' (as did {", ".join(list(bad)[1:])})' if len(bad) > 1 else ''
-    return f'{name} became {value} at iteration {iteration}{others}; training has stopped'
+                self.recorded_statistics.add_batch(batch)

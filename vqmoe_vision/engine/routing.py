@@ -1,9 +1,45 @@
 """Routing statistics over many batches: the honest count of experts that nothing reaches."""
 
+from functools import lru_cache
+
 import torch
 from mmengine.dist import all_gather_object, all_reduce
 
 from vqmoe_vision.moe.statistics import describe, summarize
+
+Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
+
+
+class Batch:
+    """The statistics of one batch as one tensor, so that many of them cost few operations.
+
+    Args:
+        stats: As `RoutingStatistics.add`; at least one.
+
+    Attributes:
+        layout: Which value stands where.
+        values: (N,) float64 of all, one after the other; zero where one is not finite.
+        finite: (S,) float64, 1 for each that is finite in every element, or else 0.
+    """
+
+    def __init__(self, stats: dict[str, torch.Tensor]) -> None:
+        self.layout: Layout = tuple((name, value.shape) for name, value in stats.items())
+        parts = [value.detach().reshape(-1) for value in stats.values()]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.double() for part in parts]  # the wider of two dtypes may not hold both
+        flat = torch.cat(parts).double()
+        owners = _owners(self.layout, flat.device)
+        good = flat.isfinite()
+        bad = flat.new_zeros(len(parts)).index_add_(0, owners, (~good).double())
+        self.finite = (bad == 0).double()
+        self.values = torch.where(self.finite[owners] == 1, flat, 0.0)
+
+
+@lru_cache(maxsize=8)
+def _owners(layout: Layout, device: torch.device) -> torch.Tensor:
+    """(N,) index of the statistic that each value belongs to; copying it there would wait."""
+    sizes = [shape.numel() for _, shape in layout]
+    return torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(sizes)])
 
 
 class RoutingStatistics:
@@ -15,16 +51,20 @@ class RoutingStatistics:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, torch.Tensor] = {}
+        # of each layout, the sums (N,) and counts (S,) of batches; a model has one, as a rule
+        self._totals: dict[Layout, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._sums, self._counts = {}, {}
+        self._totals = {}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """What was added so far, for a checkpoint."""
-        return {'sums': dict(self._sums), 'counts': dict(self._counts)}
+        sums, counts = self._by_name()
+        return {
+            'sums': {name: value.clone() for name, value in sums.items()},
+            'counts': {name: value.clone() for name, value in counts.items()},
+        }
 
     def load_state_dict(
         self, state: dict[str, dict[str, torch.Tensor]], device: torch.device
@@ -35,8 +75,13 @@ class RoutingStatistics:
             state: What `state_dict` gave.
             device: Of what will be added.
         """
-        self._sums = {name: value.to(device) for name, value in state['sums'].items()}
-        self._counts = {name: value.to(device) for name, value in state['counts'].items()}
+        sums = state['sums']
+        self._totals = {}
+        if sums:
+            layout = tuple((name, value.shape) for name, value in sums.items())
+            flat = torch.cat([value.reshape(-1).to(device) for value in sums.values()])
+            counts = torch.stack([state['counts'][name].to(device) for name in sums])
+            self._totals[layout] = flat, counts
 
     def add(self, stats: dict[str, torch.Tensor]) -> None:
         """Takes the statistics of one batch.
@@ -45,14 +90,27 @@ class RoutingStatistics:
             stats: As `Collected.stats`: `<layer>/<name>` to a scalar, or to a share per expert or
                 code.
         """
-        for name, value in stats.items():
-            value = value.detach().double()
-            finite = value.isfinite().all()
-            value = torch.where(finite, value, 0.0)
-            if name in self._sums:
-                value = value + self._sums[name]
-                finite = finite + self._counts[name]
-            self._sums[name], self._counts[name] = value, finite.double()
+        if stats:
+            self.add_batch(Batch(stats))
+
+    def add_batch(self, batch: Batch) -> None:
+        """As `add`, of what is joined already because others take it too."""
+        if batch.layout not in self._totals:
+            self._totals[batch.layout] = batch.values, batch.finite
+            return
+        sums, counts = self._totals[batch.layout]
+        self._totals[batch.layout] = sums + batch.values, counts + batch.finite
+
+    def _by_name(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Sums in their shapes, and 0-dim counts."""
+        all_sums: dict[str, torch.Tensor] = {}
+        all_counts: dict[str, torch.Tensor] = {}
+        for layout, (sums, counts) in self._totals.items():
+            parts = sums.split([shape.numel() for _, shape in layout])
+            for (name, shape), part, count in zip(layout, parts, counts, strict=True):
+                all_sums[name] = all_sums.get(name, 0.0) + part.view(shape)
+                all_counts[name] = all_counts.get(name, 0.0) + count
+        return all_sums, all_counts
 
     def means(self) -> dict[str, torch.Tensor]:
         """Averages over everything added, on all ranks, by name; empty without MoE layers.
@@ -60,13 +118,14 @@ class RoutingStatistics:
         Every rank has to ask. Ranks may have seen different statistics, or none.
         """
         shapes: dict[str, torch.Size] = {}
-        for of_rank in all_gather_object({name: v.shape for name, v in self._sums.items()}):
+        own_sums, own_counts = self._by_name()
+        for of_rank in all_gather_object({name: v.shape for name, v in own_sums.items()}):
             shapes |= of_rank
         if not shapes:
             return {}
-        device = next((value.device for value in self._sums.values()), None)
-        sums = [self._sums.get(n, torch.zeros(s, device=device)) for n, s in shapes.items()]
-        counts = [self._counts.get(n, torch.zeros((), device=device)) for n in shapes]
+        device = next((value.device for value in own_sums.values()), None)
+        sums = [own_sums.get(n, torch.zeros(s, device=device)) for n, s in shapes.items()]
+        counts = [own_counts.get(n, torch.zeros((), device=device)) for n in shapes]
         # one reduction for all
         flat = torch.cat([value.double().reshape(-1) for value in (*sums, *counts)])
         all_reduce(flat)

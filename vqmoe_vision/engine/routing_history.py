@@ -101,7 +101,8 @@ class RoutingHistoryHook(Hook):
         layers: dict[str, dict[str, Any]] = {name: {} for name in self._layers}
         for name, share in statistics.means().items():
             layer, _, kind = name.rpartition('/')
-            layers[layer][kind] = [round(value, 6) for value in share.tolist()]
+            if share.ndim:
+                layers[layer][kind] = [round(value, 6) for value in share.tolist()]
         statistics.reset()
         for name, layer in self._layers.items():
             now = _sample(layer)

@@ -1,0 +1,164 @@
+"""Values that stay on the device, on a CPU that is taken for one whose values cost a wait."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook, RuntimeInfoHook
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from vqmoe_vision.engine import NonFiniteError, step_values
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.step_values import StepBuffer
+
+from ..rows import CONFIGS
+
+HOOKS.register_module('RuntimeInfoHookOfMmengine', module=RuntimeInfoHook)
+# ten iterations in an epoch
+OPTIONS = {
+    'model.model_name': 'vit_tiny_smoe',
+    'model.depth': 2,
+    'model.embed_dim': 12,
+    'model.patch_size': 16,
+    'train_dataloader.batch_size': 120,
+    'train_cfg.max_epochs': 1,
+    'default_hooks.checkpoint.interval': 1,
+}
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_values, 'READ_AT_ONCE', set())
+
+
+def runner_of(folder: Path, **options: Any) -> Runner:
+    leaf = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+    config = load_config(str(leaf), {**OPTIONS, **options})
+    for name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
+        config[name] = None
+    config.default_hooks.checkpoint.pop('save_best')
+    config.work_dir, config.experiment_name = str(folder), f'{folder.parent.name}_{folder.name}'
+    return Runner.from_cfg(config)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, without the times."""
+    text = next(folder.glob('*/vis_data/scalars.json')).read_text()
+    read = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if 'time' not in k} for line in read]
+
+
+def scalars(file: Path) -> dict[str, list]:
+    buffers = read_content(str(file))['message_hub']['log_scalars']
+    assert {type(buffer) for buffer in buffers.values()} == {HistoryBuffer}
+    arrays = {name: buffer.data for name, buffer in buffers.items() if 'time' not in name}
+    return {n: [(a.dtype, a.tolist()) for a in both] for n, both in arrays.items()}
+
+
+@pytest.mark.filterwarnings('ignore:Detected call of `scheduler.step')  # the first batch waits
+@pytest.mark.usefixtures('on_device')
+def test_logs_and_checkpoints_are_those_of_mmengines_hook(tmp_path: Path) -> None:
+    options = {
+        'default_hooks.logger.interval': 4,
+        'optim_wrapper.accumulative_counts': 2,  # a norm at every second iteration
+        'default_hooks.record.type': 'RunRecordHook',
+    }
+    theirs = {'default_hooks.runtime_info.type': 'RuntimeInfoHookOfMmengine'}
+    for name, hook in (('ours', {}), ('theirs', theirs)):
+        runner_of(tmp_path / name, **options, **hook).train()
+    logged = lines(tmp_path / 'ours')
+    assert logged == lines(tmp_path / 'theirs')
+    assert [list(line) for line in logged] == [list(line) for line in lines(tmp_path / 'theirs')]
+    assert 'grad_norm' in logged[0] and 'blocks.1.mlp/importance_loss' in logged[0]
+    ours, theirs = (scalars(tmp_path / name / 'epoch_1.pth') for name in ('ours', 'theirs'))
+    assert ours == theirs and len(ours['train/loss'][0][1]) == 10
+    records = [json.loads((tmp_path / n / 'run.json').read_text()) for n in ('ours', 'theirs')]
+    assert records[0]['first_losses'] == records[1]['first_losses']
+
+
+class Spoil(Hook):
+    """Makes a weight nan before an iteration, or what its gradient will be."""
+
+    priority = 'LOW'
+
+    def __init__(self, iteration: int, gradient: bool) -> None:
+        self.iteration, self.gradient = iteration, gradient
+        self.begun = 0
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        self.begun = runner.iter + 1
+        weight = runner.model.model.head.weight
+        if self.begun == self.iteration and self.gradient:
+            weight.register_hook(lambda gradient: gradient * torch.nan)
+        elif self.begun == self.iteration:
+            weight.data.fill_(torch.nan)
+
+
+EACH_3 = {'default_hooks.checkpoint.by_epoch': False, 'default_hooks.checkpoint.interval': 3}
+LOSS, WEIGHT = r'cross_entropy became nan', r'parameter \S+ became nan or infinite'
+
+
+@pytest.mark.parametrize(
+    ('options', 'gradient', 'message', 'noticed'),
+    [
+        ({'default_hooks.logger.interval': 6}, False, LOSS, 6),
+        ({'default_hooks.logger.interval': 50, **EACH_3}, False, LOSS, 6),
+        ({'default_hooks.logger.interval': 50}, False, LOSS, 8),  # LONGEST
+        ({'default_hooks.logger.interval': 6}, True, WEIGHT, 6),
+    ],
+    ids=['line', 'checkpoint', 'longest', 'gradient'],
+)
+@pytest.mark.usefixtures('on_device')
+def test_a_look_that_comes_later_names_the_iteration_and_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], gradient: bool,
+    message: str, noticed: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(step_values, 'LONGEST', 8)
+    runner = runner_of(tmp_path / 'run', **options)
+    spoil = Spoil(4, gradient)
+    runner.register_hook(spoil)
+    with pytest.raises(NonFiniteError, match=rf'^{message} at iteration 4[; ]'):
+        runner.train()
+    assert spoil.begun == noticed
+    kept = {'iter_3.pth'} if 'default_hooks.checkpoint.by_epoch' in options else set()
+    assert {path.name for path in (tmp_path / 'run').glob('*.pth')} == kept
+    written = list((tmp_path / 'run').glob('*/vis_data/scalars.json'))
+    assert not any('NaN' in path.read_text() for path in written)
+
+
+def test_on_a_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path / 'run', **{'default_hooks.logger.interval': 50})
+    spoil = Spoil(4, False)
+    runner.register_hook(spoil)
+    with pytest.raises(NonFiniteError, match=r'at iteration 4[; ]'):
+        runner.train()
+    assert spoil.begun == 4
+
+
+def test_a_history_is_mmengines() -> None:
+    theirs, ours = (HistoryBuffer([5, 6], [1, 2], max_length=6) for _ in range(2))
+    reads: list[int] = []
+
+    def read() -> None:
+        reads.append(len(ours.waiting))
+        ours.waiting = [(float(value), count) for value, count in ours.waiting]
+
+    ours = StepBuffer(ours, read)
+    for value in range(7):
+        theirs.update(value + 0.5, 3)
+        ours.update(torch.tensor(value + 0.5) if value < 5 else value + 0.5, 3)
+    assert ours.current() == 6.5 and not reads  # a number is at hand
+    assert ours.mean(2) == theirs.mean(2) and ours.max() == theirs.max() and reads == [7]
+    for array, their_array in zip(ours.data, theirs.data, strict=True):
+        np.testing.assert_array_equal(array, their_array)
+        assert array.dtype == their_array.dtype
+    ours.update(torch.tensor(9.0))
+    assert ours.current() == 9 and reads == [7, 1]
+    assert type(copy.deepcopy(ours)) is HistoryBuffer

@@ -1,0 +1,58 @@
+"""What ends a training that numbers have left: losses and weights that are nan or infinite."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a parameter is nan or infinite; training cannot go on from here."""
+
+
+def check_losses(values: Mapping[str, float], iteration: int) -> None:
+    """Stops at a total loss that is not finite.
+
+    Args:
+        values: Of one iteration by name: the total as `loss`, if it is known yet, and what it is
+            the sum of, with "loss" in the name.
+        iteration: Counted from 1.
+
+    Raises:
+        NonFiniteError: Names the iteration, and the first component that is not finite.
+    """
+    if math.isfinite(values.get('loss', 0.0)):
+        return
+    bad = {
+        name.removesuffix('_loss'): value
+        for name, value in values.items()
+        if name != 'loss' and 'loss' in name and not math.isfinite(value)
+    }
+    # MoE layers come before the task's loss and in the order of the network: the first is the
+    # nearest to the cause. Finite parts can still overflow in the sum.
+    name, value = next(iter(bad.items())) if bad else ('loss', values['loss'])
+    others = f' (as did {", ".join(list(bad)[1:])})' if len(bad) > 1 else ''
+    raise NonFiniteError(
+        f'{name} became {value} at iteration {iteration}{others}; training has stopped'
+    )
+
+
+def check_weights(model: nn.Module, iteration: int) -> None:
+    """Stops at a parameter or buffer that is not finite.
+
+    Args:
+        model: Codebooks that learn without gradients are buffers.
+        iteration: That is to blame, counted from 1.
+
+    Raises:
+        NonFiniteError: Names the first one, and the iteration.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            kind = 'parameter' if name in parameters else 'buffer'
+            raise NonFiniteError(
+                f'{kind} {name} became nan or infinite at iteration {iteration}; '
+                'training has stopped, the last checkpoint is sound'
+            )

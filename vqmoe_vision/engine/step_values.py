@@ -1,0 +1,269 @@
+"""Losses and gradient norms of training steps, which stay on the device until somebody looks.
+
+Whoever reads a value waits until the device has computed it. mmengine reads each value at each
+step. Here a step leaves its values where they are; the first look at any of them, be it by a line
+of the log, a checkpoint or a hook, reads all of them at once, and stops at one that is not finite.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.hooks import LoggerHook, RuntimeInfoHook
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from .checkpoint_hook import saves_after_iteration
+from .finite import check_losses, check_weights
+
+READ_AT_ONCE = {'cpu'}  # kinds of devices whose values cost no wait
+LONGEST = 100  # iterations that a loss may wait for a look, however rarely lines are logged
+_TRAIN = 'train/'
+
+
+class StepBuffer(HistoryBuffer):
+    """mmengine's history of a scalar, which takes tensors and does not look at them.
+
+    In a checkpoint it is one of mmengine's. Values join the history together, when somebody reads
+    it: mmengine's copies all of a history for each value.
+
+    Args:
+        former: Whose history goes on.
+        read: Called before the history is looked at; puts numbers in the place of tensors.
+
+    Attributes:
+        waiting: Values, and how many each counts for, that are not in the history yet.
+    """
+
+    def __init__(self, former: HistoryBuffer, read: Callable[[], None]) -> None:
+        self.waiting: list[tuple[Any, int]] = []
+        self._read = read
+        super().__init__(*former.data, former.max_length)
+
+    def update(self, log_val: float | Tensor, count: int = 1) -> None:
+        """Takes a value.
+
+        Args:
+            log_val: A number, or a tensor of one element.
+            count: How many values it stands for.
+        """
+        self.waiting.append((log_val, count))
+
+    def current(self) -> Any:
+        """The newest value."""
+        if self.waiting and not isinstance(self.waiting[-1][0], Tensor):
+            return self.waiting[-1][0]
+        return super().current()
+
+    @property
+    def _log_history(self) -> np.ndarray:
+        self._join()
+        return self._values
+
+    @_log_history.setter
+    def _log_history(self, values: np.ndarray) -> None:
+        self._values = values
+
+    @property
+    def _count_history(self) -> np.ndarray:
+        self._join()
+        return self._counts
+
+    @_count_history.setter
+    def _count_history(self, counts: np.ndarray) -> None:
+        self._counts = counts
+
+    def _join(self) -> None:
+        if not self.waiting:
+            return
+        if any(isinstance(value, Tensor) for value, _ in self.waiting):
+            self._read()
+        values, counts = zip(*self.waiting, strict=True)
+        self.waiting = []
+        # an empty array is one of floats, and counts are integers
+        empty = len(self._values) == 0
+        self._values = np.array(values) if empty else np.append(self._values, values)
+        self._counts = np.array(counts) if empty else np.append(self._counts, counts)
+        self._values = self._values[-self.max_length :]
+        self._counts = self._counts[-self.max_length :]
+
+    def __reduce__(self) -> tuple:
+        return HistoryBuffer, (*self.data, self.max_length)
+
+
+class StepValues:
+    """The values of training steps that nobody has looked at yet.
+
+    Args:
+        hub: In whose histories they go.
+        check: Called with each iteration and its numbers by name, oldest first, when they are read.
+    """
+
+    def __init__(self, hub: MessageHub, check: Callable[[int, dict[str, float]], None]) -> None:
+        self._hub, self._check = hub, check
+        self._unread: list[tuple[int, str, Tensor]] = []
+
+    def add(self, iteration: int, name: str, value: Tensor) -> None:
+        """Takes a value.
+
+        Args:
+            iteration: Counted from 1.
+            name: Such as 'loss'.
+            value: One element.
+        """
+        assert value.numel() == 1
+        value = value.detach()  # or the graph of every step would stay
+        key = _TRAIN + name
+        if key not in self._hub.log_scalars:
+            self._hub._set_resumed_keys(key, True)
+            self._hub.log_scalars[key] = HistoryBuffer()
+        self._buffer(key).update(value)
+        self._unread.append((iteration, name, value))
+
+    def adopt(self) -> None:
+        """Makes buffers of all histories of training, which then cost the same at any length."""
+        for key in self._hub.log_scalars:
+            if key.startswith(_TRAIN):
+                self._buffer(key)
+
+    def waits_since(self) -> int | None:
+        """The first iteration that nobody has looked at; None without one."""
+        return self._unread[0][0] if self._unread else None
+
+    def on_device(self) -> bool:
+        """Whether to read the newest value would be to wait."""
+        return bool(self._unread) and self._unread[-1][2].device.type not in READ_AT_ONCE
+
+    def read(self) -> None:
+        """Looks at all of them.
+
+        Raises:
+            Exception: As `check`.
+        """
+        unread, self._unread = self._unread, []
+        numbers = dict(
+            zip((id(v) for *_, v in unread), _numbers([v for *_, v in unread]), strict=True)
+        )
+        for buffer in self._hub.log_scalars.values():
+            if isinstance(buffer, StepBuffer):
+                buffer.waiting = [(numbers.get(id(v), v), count) for v, count in buffer.waiting]
+        for iteration, values in groupby(unread, key=itemgetter(0)):
+            self._check(iteration, {name: numbers[id(value)] for _, name, value in values})
+
+    def _buffer(self, key: str) -> StepBuffer:
+        buffer = self._hub.log_scalars[key]
+        if not isinstance(buffer, StepBuffer):
+            buffer = self._hub.log_scalars[key] = StepBuffer(buffer, self.read)
+        return buffer
+
+
+def _numbers(tensors: list[Tensor]) -> list[float]:
+    """Reads tensors of one element, with one wait for those of one dtype on one device."""
+    kinds: dict[tuple, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+    numbers = [0.0] * len(tensors)
+    for indices in kinds.values():
+        together = torch.cat([tensors[index].reshape(1) for index in indices])
+        for index, number in zip(indices, together.tolist(), strict=True):
+            numbers[index] = number
+    return numbers
+
+
+class _UnreadNorm:
+    """A function that clips gradients, and keeps their norm from whoever would read it."""
+
+    def __init__(self, clip: Callable[..., Tensor | None], keep: Callable[[Tensor], None]) -> None:
+        self.clip, self._keep = clip, keep
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        norm = self.clip(*args, **kwargs)
+        if norm is not None:
+            self._keep(norm)
+
+
+@HOOKS.register_module('RuntimeInfoHook', force=True)
+class StepValuesHook(RuntimeInfoHook):
+    """mmengine's hook, which leaves the values of a training step on the device.
+
+    It reads them where a line of the log or a checkpoint is due, at the end of an epoch, before a
+    validation, and after `LONGEST` iterations; on a CPU at each. It also keeps the norm of the
+    gradients from the optimizer's wrapper, which would read it, and lets the data loader put
+    batches where CUDA reads them while the program goes on. This hook takes the name of mmengine's,
+    so that every config that imports this package has it.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Takes over what reads values."""
+        super().before_train(runner)
+        if 'pin_memory' not in runner.cfg.get('train_dataloader', {}):
+            runner.train_dataloader.pin_memory = torch.cuda.is_available()
+
+        def check(iteration: int, values: dict[str, float]) -> None:
+            check_losses(values, iteration)
+            # with a loss scale an infinite gradient is normal: that step is skipped
+            if not math.isfinite(values.get('grad_norm', 0.0)):
+                check_weights(runner.model, iteration)
+
+        self._values = StepValues(runner.message_hub, check)
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        for one in wrapper.optim_wrappers.values() if several else [wrapper]:
+            if one.clip_grad_kwargs:
+                self._keep_norm(runner, one)
+
+    def _keep_norm(self, runner: Runner, wrapper: Any) -> None:
+        former = wrapper.clip_func
+        clip = former.clip if isinstance(former, _UnreadNorm) else former  # a second training
+        name = wrapper.grad_name
+        wrapper.clip_func = _UnreadNorm(
+            clip, lambda norm: self._values.add(runner.iter + 1, name, norm)
+        )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """As mmengine's."""
+        self._values.adopt()
+        super().before_train_iter(runner, batch_idx, data_batch)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Takes the values of the step, and looks at them where that is due.
+
+        Raises:
+            NonFiniteError: A loss, or a weight, is not finite; names the iteration at which it
+                became so.
+        """
+        for name, value in (outputs or {}).items():
+            if isinstance(value, Tensor):
+                self._values.add(runner.iter + 1, name, value)
+            else:
+                runner.message_hub.update_scalar(_TRAIN + name, value)
+        if not self._values.on_device() or self._is_due(runner, batch_idx):
+            self._values.read()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Looks at what is left, before other hooks trust the weights."""
+        self._values.read()
+
+    def before_val(self, runner: Runner) -> None:
+        """Looks before a validation of the weights, which may be one in the middle of an epoch."""
+        if hasattr(self, '_values'):
+            self._values.read()
+        super().before_val(runner)
+
+    def _is_due(self, runner: Runner, batch_idx: int) -> bool:
+        since = self._values.waits_since()
+        return (since is not None and runner.iter + 1 - since >= LONGEST - 1) or any(
+            saves_after_iteration(hook, runner)
+            # the logger would read them itself, when the clock of the iteration has stopped
+            or (isinstance(hook, LoggerHook) and self.every_n_inner_iters(batch_idx, hook.interval))
+            for hook in runner.hooks
+        )

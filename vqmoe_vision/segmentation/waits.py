@@ -1,0 +1,83 @@
+"""Where mmseg would wait for the device in every training step, and what does the same without.
+
+mmseg reads back how many pixels are labelled, to give its accuracy in the log, and copies label
+maps and the order of channels to the device from memory that the device cannot read by itself.
+"""
+
+from typing import Any
+
+import torch
+from mmengine.structures import BaseDataElement
+from mmseg.models.data_preprocessor import SegDataPreProcessor
+from mmseg.models.decode_heads import decode_head as upstream
+from mmseg.registry import MODELS
+from torch import Tensor
+
+
+def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Share of labelled pixels whose class has the largest logit, as `mmseg.models.accuracy`.
+
+    Args:
+        pred: (B, C, H, W) logits.
+        target: (B, H, W) classes.
+        ignore_index: Of pixels without a label.
+
+    Returns:
+        (1,) float32, in percent; 100 where no pixel is labelled.
+    """
+    labelled = target != ignore_index
+    best = pred.topk(1, dim=1).indices.squeeze(1)  # of equal logits argmax may take another
+    correct = (best == target) & labelled
+    # mmseg's formula, and its rounding
+    eps = torch.finfo(torch.float32).eps
+    factor = (100.0 / (labelled.sum().double() + eps)).float()
+    return (correct.flatten().float().sum(0, keepdim=True) + eps) * factor
+
+
+upstream.accuracy = accuracy  # of `BaseDecodeHead.loss_by_feat`
+
+
+@MODELS.register_module('SegDataPreProcessor', force=True)
+class UnwaitingPreProcessor(SegDataPreProcessor):
+    """mmseg's data preprocessor, which waits for no copy to the device.
+
+    It takes the name of mmseg's, so that every config that imports this package has it.
+
+    Args:
+        *args: As mmseg's.
+        **kwargs: As mmseg's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._non_blocking = True
+
+    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
+        """As mmseg's.
+
+        Args:
+            data: `inputs`, a list of (3, H, W) images, and `data_samples`.
+            training: Whether all images get one size.
+        """
+        converts = self._channel_conversion
+        data = self.cast_data(data)
+        if converts:
+            # mmseg indexes with a list, which is copied to the device
+            data['inputs'] = [x.flip(0) if x.size(0) == 3 else x for x in data['inputs']]
+        self._channel_conversion = False
+        try:
+            return super().forward(data, training)
+        finally:
+            self._channel_conversion = converts
+
+
+def _pinned(self: BaseDataElement) -> BaseDataElement:
+    """A copy in memory that a device reads while the program goes on."""
+    copy = self.new()
+    for name, value in self.items():
+        if hasattr(value, 'pin_memory'):
+            copy.set_data({name: value.pin_memory()})
+    return copy
+
+
+BaseDataElement.pin_memory = _pinned  # what a data loader asks for; mmengine's have none
