@@ -180,6 +180,7 @@ def plain() -> Exportable:
     return Exportable(network.eval(), (1, 2, 2), about={'channels': 'L'})
 
 
+@pytest.mark.long
 def test_an_onnx_file_in_int8(tmp_path: Path) -> None:
     check_onnx(plain(), tmp_path, 2)
 
@@ -190,6 +191,7 @@ def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
     check_onnx(exportable, tmp_path, 2 + 2 * SMALL['num_experts'] + 1)
 
 
+@pytest.mark.long
 def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
     pytest.importorskip('torchao')
     exportable = plain()
