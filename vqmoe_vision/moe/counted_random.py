@@ -15,12 +15,11 @@ because the multipliers are below 2^31.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Word = TypeVar('Word', Tensor, int)
 _MASK = 2**32 - 1
 
 
@@ -40,7 +39,8 @@ def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
     for counter in counters:
         stream = _mixed(stream + counter)
     # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
-    return _mixed(_mixed(rows) + stream)
+    numbers: Tensor = _mixed(_mixed(rows) + stream)
+    return numbers
 
 
 def random_uniform(rows: Tensor, *counters: Tensor | int) -> Tensor:
@@ -75,7 +75,8 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     return (weights / -torch.log1p(-uniform)).argmax(dim=-1)
 
 
-def _mixed(value: Word) -> Word:
+def _mixed(value: Any) -> Any:
+    """Of a tensor or an integer."""
     value = value & _MASK
     value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _MASK
     value = ((value ^ (value >> 15)) * 0x735A2D97) & _MASK
