@@ -108,7 +108,8 @@ class StepValues:
 
     def __init__(self, hub: MessageHub, check: Callable[[int, dict[str, float]], None]) -> None:
         self._hub, self._check = hub, check
-        self._unread: list[tuple[int, str, Tensor]] = []
+        # iteration, name, and a tensor, or a number where that costs nothing
+        self._unread: list[tuple[int, str, Any]] = []
 
     def add(self, iteration: int, name: str, value: Tensor) -> None:
         """Takes a value.
@@ -119,13 +120,14 @@ class StepValues:
             value: One element.
         """
         assert value.numel() == 1
-        value = value.detach()  # or the graph of every step would stay
+        at_once = value.device.type in READ_AT_ONCE
+        kept = value.item() if at_once else value.detach()  # or the graph of each step would stay
         key = _TRAIN + name
         if key not in self._hub.log_scalars:
             self._hub._set_resumed_keys(key, True)
             self._hub.log_scalars[key] = HistoryBuffer()
-        self._buffer(key).update(value)
-        self._unread.append((iteration, name, value))
+        self._buffer(key).update(kept)
+        self._unread.append((iteration, name, kept))
 
     def adopt(self) -> None:
         """Makes buffers of all histories of training, which then cost the same at any length."""
@@ -139,7 +141,7 @@ class StepValues:
 
     def on_device(self) -> bool:
         """Whether to read the newest value would be to wait."""
-        return bool(self._unread) and self._unread[-1][2].device.type not in READ_AT_ONCE
+        return bool(self._unread) and isinstance(self._unread[-1][2], Tensor)
 
     def read(self) -> None:
         """Looks at all of them.
@@ -148,14 +150,13 @@ class StepValues:
             Exception: As `check`.
         """
         unread, self._unread = self._unread, []
-        numbers = dict(
-            zip((id(v) for *_, v in unread), _numbers([v for *_, v in unread]), strict=True)
-        )
-        for buffer in self._hub.log_scalars.values():
+        tensors = [value for *_, value in unread if isinstance(value, Tensor)]
+        numbers = dict(zip(map(id, tensors), _numbers(tensors), strict=True))
+        for buffer in self._hub.log_scalars.values() if tensors else ():
             if isinstance(buffer, StepBuffer):
                 buffer.waiting = [(numbers.get(id(v), v), count) for v, count in buffer.waiting]
         for iteration, values in groupby(unread, key=itemgetter(0)):
-            self._check(iteration, {name: numbers[id(value)] for _, name, value in values})
+            self._check(iteration, {name: numbers.get(id(v), v) for _, name, v in values})
 
     def _buffer(self, key: str) -> StepBuffer:
         buffer = self._hub.log_scalars[key]
