@@ -623,6 +623,19 @@ def test_a_pass_without_a_finite_token_changes_nothing(name):
     assert same(before, book.state_dict())
 
 
+@pytest.mark.parametrize('name', CODEBOOKS)
+def test_updates_without_any_token_change_nothing(name):
+    book = CODEBOOKS[name](M, D)
+    before = state(book)
+    for _ in range(2):
+        learn(book, torch.empty(0, D))
+    assert same(before, book.state_dict())
+    if name in STARTED:
+        x, centres = clusters(120, mean=10.0)
+        learn(book, x)
+        assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
 @pytest.mark.parametrize('name', STARTED)
 def test_a_first_update_without_a_finite_token_is_a_start_without_usage(name):
     book, resumed = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D)
@@ -721,6 +734,9 @@ VARIANTS = {
         f'{name}, warm-up': (name, {'ema_decay_warmup': True})
         for name in ('ema', 'gradient', 'cvq')
     },
+    # the first batch of one rank is empty, and of the other one is usable or not
+    **{f'empty, {name}': (name, {}) for name in ('ema', 'gradient', 'cvq')},
+    **{f'spoilt, {name}': (name, {}) for name in ('ema', 'gradient', 'cvq')},
 }
 
 
@@ -742,6 +758,10 @@ def trained(rank):
             if step == 5 and hasattr(book, 'usage'):
                 book.usage[1] = 0.0  # dead on every rank
             part = x[rank::WORLD] if step < 19 else x.split([250, 50])[rank]
+            if label.startswith('spoilt') and step == 0:
+                part = part[:0] if rank == 0 else part.fill_(torch.nan)
+            if label.startswith('empty') and step == 0:
+                part = part[: 150 * rank]
             book.observe(part, book(part).indices)
             book.update()
         states[label] = state(book)

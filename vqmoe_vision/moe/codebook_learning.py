@@ -27,12 +27,15 @@ class GradientCodebook(Codebook):
     Usage is a moving average; a dead code takes the place of a random token and starts again at
     even usage, so that it is not replaced before it had a chance.
 
-    Whether k-means is still due has to be known on the host, where `_start_due` says so. It goes
-    wrong on one side only, if somebody but `load_state_dict` makes the state another one in place:
-    a start that is due by it alone is computed and left alone, as `started` decides. An update
-    without a usable token changes nothing, but that a first one is a start nevertheless, on all
-    ranks and after a resume: of codes without any usage, so that the next update replaces those
-    that its tokens do not take, if dead codes are replaced.
+    Whether k-means may still be due has to be known on the host: `_start_due` says so, which
+    initialisation, loading, copies and pickles set with the rest. Others write into buffers in
+    place, as averages of weights do. Where they bring a state that has started, k-means is computed
+    once more and not taken over, as `started` decides; a state that has not started is not one to
+    bring into a codebook that has, other than by `load_state_dict`.
+
+    An update without a usable token changes nothing. But if it is the first one with any token, it
+    is a start, on all ranks and after a resume: one of codes without usage, so that the next update
+    replaces those that its tokens do not take, if dead codes are replaced.
 
     Args:
         num_codes: M.
@@ -151,6 +154,10 @@ class GradientCodebook(Codebook):
         if starts:
             codes = kmeans(usage.tokens, self.num_codes, self.use_cosine_sim, usage.usable)
             learns = self._start(codes, learns)
+            self.usage.masked_fill_(usage.seen & ~self.started, 0)
+            self.started |= usage.seen
+            # a rank that has seen no token does not know whether another has
+            self._start_due = usage.num_passes == 0
         self._average(self.usage, usage.counts / usage.num_tokens.clamp(min=1), learns)
         moves = self._move(usage, learns)
         replaces = self._replace_dead(usage, learns)
@@ -172,9 +179,7 @@ class GradientCodebook(Codebook):
         """Take over codes unless there was a start before; returns whether to learn even so."""
         starts, again = learns & ~self.started, learns & self.started
         self._put(starts, codes)
-        self.usage.masked_fill_(~learns & ~self.started, 0)
-        self.started.fill_(True)
-        self._start_due = False
+        self.started |= learns
         return again
 
     def _move(self, usage: CodeUsage, learns: Tensor) -> bool:

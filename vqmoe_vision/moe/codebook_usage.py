@@ -16,6 +16,7 @@ from .codebook import NORM_EPS
 from .counted_random import random_uniform
 
 SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
+SPOILT = 2.0  # the key of a token that cannot be used, behind all others
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class CodeUsage:
     Args:
         counts: (M,) float32, tokens per code.
         token_sums: (M, D) float32, sum of each code's tokens.
-        keys: (S,) float32, keys of the sample in rising order; infinite where there is no token.
-        tokens: (S, D) float32, the sample.
-        num_passes: How many forward passes are in it.
+        keys: (S,) float32, keys of the sample in rising order: below 1 of tokens, `SPOILT` of those
+            that cannot be used, and infinite where there is none.
+        tokens: (S, D) float32, the sample; zeros where the key is not below 1.
+        num_passes: How many forward passes with tokens are in it, on this rank.
     """
 
     counts: Tensor
@@ -49,7 +51,12 @@ class CodeUsage:
     @property
     def usable(self) -> Tensor:
         """Which rows of the sample are tokens, (S,) bool; the first ones, as keys rise."""
-        return self.keys.isfinite()
+        return self.keys < 1
+
+    @property
+    def seen(self) -> Tensor:
+        """Whether there was any token, usable or not, 0-dim bool."""
+        return self.keys[0].isfinite()
 
     def merged(self, later: CodeUsage) -> CodeUsage:
         """Usage in the passes of both."""
@@ -98,8 +105,8 @@ def code_usage(
         x = F.normalize(x, dim=1, eps=NORM_EPS)
     counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
     sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
-    keys = _random_keys(usable, updates, pass_number).masked_fill(~usable, torch.inf)
-    return CodeUsage(counts, sums, *_smallest(keys, x))
+    keys = _random_keys(usable, updates, pass_number).masked_fill(~usable, SPOILT)
+    return CodeUsage(counts, sums, *_smallest(keys, x), num_passes=int(x.shape[0] > 0))
 
 
 def _random_keys(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
