@@ -27,9 +27,9 @@ from .exported import (
 from .gates import judge
 from .layers import CONTENDERS, DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
+from .overhead import measure_overhead
 from .plots import draw
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
-from .overhead import measure_overhead
 from .report import (
     layer_table,
     network_table,

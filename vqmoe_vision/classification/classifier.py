@@ -37,7 +37,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         num_classes: Number of classes C.
         mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`.
         label_smoothing: Share of the target that is spread over all classes.
-        data_preprocessor: mmengine's; by default moves the batch to the device, and waits for nothing.
+        data_preprocessor: mmengine's; by default moves the batch to the device, without a wait.
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
             classification or segmentation run of this package (.pth), of timm (.pth or
             .safetensors), or of mmseg's ViT (.pth). Experts are made of the MLPs of a dense one.

@@ -7,7 +7,6 @@ from mmengine.dist import all_gather_object, all_reduce
 
 from vqmoe_vision.moe.statistics import describe, summarize
 
-
 Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
 
 

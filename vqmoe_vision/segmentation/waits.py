@@ -48,6 +48,8 @@ class UnwaitingPreProcessor(SegDataPreProcessor):
         **kwargs: As mmseg's.
     """
 
+    _channel_conversion: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._non_blocking = True
