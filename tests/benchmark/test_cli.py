@@ -229,6 +229,17 @@ def test_a_training_step_is_split(tmp_path: Path, capsys) -> None:
     assert '4 images per step' in capsys.readouterr().out
 
 
+def test_what_the_runner_adds_to_a_bare_step(tmp_path: Path, capsys) -> None:
+    out = tmp_path / 'run.json'
+    config = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+    size = 'model.depth=2 model.embed_dim=12 train_dataloader.batch_size=4'
+    measured = ['--overhead', '--iterations', '3', '--threads', '1', '--out', str(out)]
+    main(['training', str(config), *measured, '--cfg-options', *size.split()])
+    (row,) = json.loads(out.read_text())['rows']
+    assert row['bare_ms'] > 0 and len(row['added_ms']) == 3
+    assert 'of processor time to a bare step of' in capsys.readouterr().out
+
+
 def test_debug_shows_the_trace() -> None:
     with pytest.raises(ValueError, match='nobody'):
         main(['moe', '--contenders', 'nobody', '--debug'])

@@ -307,6 +307,8 @@ def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
     use_amp(settings)
     assert settings.optim_wrapper.type == 'AmpOptimWrapper'
     assert settings.optim_wrapper.get('dtype') == dtype
+    # a loss scale reads back at each step; float16 is lost without one
+    assert settings.optim_wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 
 
 def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from mmengine.structures import PixelData
+from mmseg.models.data_preprocessor import SegDataPreProcessor
+from mmseg.models.decode_heads import decode_head
+from mmseg.models.losses import accuracy as theirs
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+from vqmoe_vision.segmentation.waits import UnwaitingPreProcessor, accuracy
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])  # the second has equal logits
+@pytest.mark.parametrize('void', [0.0, 0.3, 1.0])
+def test_accuracy_is_mmsegs_to_the_bit(void: float, dtype: torch.dtype) -> None:
+    assert decode_head.accuracy is accuracy
+    logits = torch.randn(3, 5, 37, 41).to(dtype)
+    labels = torch.randint(5, (3, 37, 41))
+    labels[torch.rand(labels.shape) < void] = 255
+    assert torch.equal(
+        accuracy(logits, labels, ignore_index=255), theirs(logits, labels, ignore_index=255)
+    )
+
+
+@pytest.mark.parametrize('converts', [True, False])
+@pytest.mark.parametrize('training', [True, False])
+def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None:
+    options = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=converts)
+    ours = MODELS.build(dict(type='SegDataPreProcessor', size=(8, 8), **options))
+    assert type(ours) is UnwaitingPreProcessor and ours._non_blocking
+    images = [torch.randint(256, (3, 6, 6), dtype=torch.uint8) for _ in range(2)]
+    results = []
+    for preprocessor in (ours, SegDataPreProcessor(size=(8, 8), **options)):
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.ones(1, 6, 6))) for _ in images]
+        data = {'inputs': list(images), 'data_samples': samples}
+        results.append(preprocessor(data, training)['inputs'])
+    assert torch.equal(*results)
+    assert ours._channel_conversion is converts
+
+
+def test_every_tensor_of_a_sample_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor + 1)  # needs a device
+    sample = SegDataSample(
+        metainfo={'img_shape': (2, 2)}, gt_sem_seg=PixelData(data=torch.zeros(1, 2, 2))
+    )
+    pinned = sample.pin_memory()
+    assert pinned.img_shape == (2, 2) and pinned.gt_sem_seg.data.eq(1).all()
+    assert sample.gt_sem_seg.data.eq(0).all()
