@@ -4,14 +4,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from vqmoe_vision.models.saved import save
+from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.vmoe import load_vmoe
 
 from .command import run
 from .hub_folder import free_folder, written_whole
 from .options import add_config_options
-
-_PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +41,7 @@ def _convert(args: argparse.Namespace) -> None:
     model: Any = load_vmoe(args.checkpoint, head=not args.without_head, **args.cfg_options)
     config, method = model.pretrained_cfg, model.moe_config
     with written_whole(target) as folder:
-        arguments = save(model, folder, {name: config[name] for name in _PREPROCESSING})
+        arguments = save(model, folder, preprocessing_of(config))
     blocks = ', '.join(map(str, arguments['moe_layers']))
     print(
         f'wrote {target}: {config["architecture"]} with {method.num_experts} experts in blocks '

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from vqmoe_vision.models.create import create_model, method_of
-from vqmoe_vision.models.saved import save
+from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.moe.config import check
 
 from .command import run
@@ -17,8 +17,6 @@ from .hub_folder import free_folder, written_whole
 from .normalization import weights_normalization
 from .options import add_config_options
 
-# Of timm's `pretrained_cfg` how images are prepared, beside their size and normalisation.
-_PREPROCESSING = ('crop_pct', 'crop_mode', 'interpolation')
 REPORT = 'upcycling.txt'
 
 
@@ -76,7 +74,9 @@ def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:
             'config.json has to: write --cfg-options pretrained_cfg_overlay.mean=[0.5,0.5,0.5] '
             'pretrained_cfg_overlay.std=[0.5,0.5,0.5], with the numbers of the weights'
         )
-    config = model.pretrained_cfg
-    found = {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
-    size = (3, *model.patch_embed.img_size)
-    return found | {'input_size': size, 'mean': normalization.mean, 'std': normalization.std}
+    own = {
+        'input_size': (3, *model.patch_embed.img_size),
+        'mean': normalization.mean,
+        'std': normalization.std,
+    }
+    return preprocessing_of(model.pretrained_cfg) | own

@@ -190,13 +190,14 @@ def export_onnx(
     assert program is not None
     for name, value in exportable.about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    large = sum(p.numel() * p.element_size() for p in network.parameters()) > _ONE_FILE_BYTES
 
-    def save(file: Path, large: bool = size > _ONE_FILE_BYTES) -> None:
-        if not int8:
-            return program.save(file, external_data=large)
-        with quiet():
-            quantize_onnx(program, file, network, large)
+    def save(file: Path) -> None:
+        if int8:
+            with quiet():
+                quantize_onnx(program, file, network, large)
+        else:
+            program.save(file, external_data=large)
 
     _write(target, save)
     return target

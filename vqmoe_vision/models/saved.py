@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -32,7 +32,9 @@ _NO_NORM = (
     {'final_norm': False},
     {'use_post_transformer_norm': False, 'use_fc_norm': False},
 )
-# Of timm's `pretrained_cfg` what belongs to the network; the rest is about the weights of others.
+# Of timm's `pretrained_cfg` how images are prepared.
+_PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+# What belongs to the network; the rest is about the weights of others.
 _OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
 
 
@@ -92,6 +94,15 @@ def _pruned(model: Transformer) -> dict[str, Any]:
     return {'depth': depth, 'moe_layers': left}
 
 
+def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared, of timm's `pretrained_cfg`, as `save` takes it.
+
+    Args:
+        config: Entries that are None or not there are left out.
+    """
+    return {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
+
+
 def save(
     model: nn.Module,
     folder: Path,
@@ -104,8 +115,8 @@ def save(
     Args:
         model: On the CPU. Its `pretrained_cfg` becomes that of these weights.
         folder: Is made.
-        preprocessing: Entries of timm's `pretrained_cfg`: `input_size` (3, H, W), `mean`, `std`,
-            `crop_pct`, `crop_mode`, `interpolation`.
+        preprocessing: Entries of timm's `pretrained_cfg`, those of `preprocessing_of`, of which
+            `input_size` is (3, H, W).
         label_names: Of the classes, by index.
         license_id: The hub's name for the licence of the weights.
 

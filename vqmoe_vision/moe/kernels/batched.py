@@ -128,4 +128,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup_context)
 
-BATCHED = Kernel(_make_plan, _grouped_linear)
+BATCHED = Kernel(_grouped_linear, make_plan=_make_plan)

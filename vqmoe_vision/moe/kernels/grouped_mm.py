@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel import Kernel
-from .plan import Plan, sorted_plan
 
 _SINCE = '2.10'  # before, `grouped_mm` was private
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
-
-
-def _make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
-    return sorted_plan(indices, num_experts)
 
 
 def _misfit(x: Tensor, weight: Tensor) -> str | None:
@@ -102,4 +97,4 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-GROUPED_MM = Kernel(_make_plan, _grouped_linear, _misfit)
+GROUPED_MM = Kernel(_grouped_linear, _misfit)

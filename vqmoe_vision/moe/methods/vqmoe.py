@@ -36,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -192,9 +191,9 @@ class VQMoEMlp(MoeLayer):
         self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
+        full = config.form == 'full'
         # float when the rest is int8, as a router is
-        gate = partial(NonDynamicallyQuantizableLinear, in_features, 2, **factory)
-        self.gate = gate() if config.form == 'full' else None
+        self.gate = NonDynamicallyQuantizableLinear(in_features, 2, **factory) if full else None
         self.init_weights()
 
     def init_weights(self) -> None:
