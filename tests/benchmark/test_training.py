@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmark import training
-from benchmark.training import WARM_UP, StepClock, _Finished
+from benchmark.training import WARM_UP, Finished, StepClock
 
 
 def test_every_part_is_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_every_part_is_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = SimpleNamespace(model=model, optim_wrapper=wrapper, call_hook=taking(2))
     clock = StepClock(runner, iterations=1)
     runner.call_hook('before_train')
-    with pytest.raises(_Finished):
+    with pytest.raises(Finished):
         for _ in range(WARM_UP + 1):
             now[0] += 0.005  # data
             runner.call_hook('before_train_iter', batch_idx=0)

@@ -7,10 +7,10 @@ are timed. The result is one row, which can be sent in.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .inputs import Inputs
 from .networks import Comparison, Network
 from .oracle import WrongResultError, check_against_oracle
 from .ours import ours
+from .training import Finished, running, settings_of
 
 KERNEL_CELL = Cell(tokens=197, batch=2, width=384, top_k=2)
 # a small config of each task, whose data come with a library
@@ -114,69 +115,47 @@ def _step_of(spec: str, comparison: Comparison, settings: Settings) -> Callable[
 
 def check_configs(settings: Settings) -> list[dict[str, Any]]:
     """Iterations of a config of each task with all hooks, as `check_methods`."""
-    from mmengine.runner import Runner
-
-    from vqmoe_vision.engine.cli import load_config, use_amp
+    from vqmoe_vision.engine.cli import use_amp
 
     rows = []
     for task, path in CONFIGS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            config = load_config(path)
-            use_amp(config)
-            config.work_dir, config.log_level = folder, 'WARNING'
-            runner = Runner.from_cfg(config)
-            with _stopped_after(runner, STEPS, settings.device) as row:
-                runner.train()
-            rows.append({'step': f'{task}: {path}', **row})
+        config = settings_of(path, [])
+        use_amp(config)
+        with _outcome(f'{task}: {path}', settings.device) as row, running(config) as runner:
+            runner.train_loop.run_iter = _watched(runner.train_loop.run_iter, settings.device)
+            runner.train()
+        rows.append(row)
     return rows
 
 
-class _Finished(Exception):
-    """Enough iterations have run."""
+def _row(spec: str, step: Callable[[int], None], settings: Settings) -> dict[str, Any]:
+    watched = _watched(step, settings.device)
+    with _outcome(spec, settings.device) as row, suppress(Finished):
+        for index in count():
+            watched(index)
+    return row
+
+
+def _watched(step: Callable[..., None], device: str) -> Callable[..., None]:
+    """A step that may wait in the first half of `STEPS`, and then not, and ends after them."""
+    numbers = count(1)
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        number = next(numbers)
+        with waiting_forbidden(device) if number > STEPS // 2 else nullcontext():
+            step(*args, **kwargs)
+        if number == STEPS:
+            raise Finished
+
+    return watched
 
 
 @contextmanager
-def _stopped_after(runner: Any, steps: int, device: str) -> Iterator[dict[str, Any]]:
-    """Forbids waiting in the later iterations of a runner, and ends it."""
-    row = {'result': _nothing(device), 'ok': True}
-    loop = runner.train_loop
-    run_iter, done = loop.run_iter, 0
-
-    def counted(*args: Any, **kwargs: Any) -> None:
-        nonlocal done
-        if done < steps // 2:
-            run_iter(*args, **kwargs)
-        else:
-            with waiting_forbidden(device):
-                run_iter(*args, **kwargs)
-        done += 1
-        if done == steps:
-            raise _Finished
-
-    loop.run_iter = counted
+def _outcome(step: str, device: str) -> Iterator[dict[str, Any]]:
+    """The row of steps that run inside the block."""
+    nothing = 'waits for nothing' if device.startswith('cuda') else f'runs; {device} has no waits'
+    row = {'step': step, 'result': nothing, 'ok': True}
     try:
         yield row
-    except _Finished:
-        pass
     except RuntimeError as reason:
-        row.update(result=_first_line(reason), ok=False)
-
-
-def _row(spec: str, step: Callable[[int], None], settings: Settings) -> dict[str, Any]:
-    for index in range(STEPS // 2):
-        step(index)
-    try:
-        with waiting_forbidden(settings.device):
-            for index in range(STEPS // 2, STEPS):
-                step(index)
-    except RuntimeError as reason:
-        return {'step': spec, 'result': _first_line(reason), 'ok': False}
-    return {'step': spec, 'result': _nothing(settings.device), 'ok': True}
-
-
-def _nothing(device: str) -> str:
-    return 'waits for nothing' if device.startswith('cuda') else f'runs; {device} has no waits'
-
-
-def _first_line(reason: BaseException) -> str:
-    return str(reason).strip().partition('\n')[0]
+        row.update(result=str(reason).strip().partition('\n')[0], ok=False)

@@ -7,7 +7,6 @@ seeds, routing statistics, finite checks, the log, and losses that wait for it.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,7 @@ from typing import Any
 
 import torch
 
-from .training import WARM_UP, run_training
-
-
-class _Finished(Exception):
-    """Enough pairs have run."""
+from .training import WARM_UP, Finished, measured_of, running, settings_of
 
 
 class Pairs:
@@ -51,7 +46,7 @@ class Pairs:
             spent[which] = time.process_time() - begin
         self.seconds.append((spent[0], spent[1]))
         if len(self.seconds) == WARM_UP + self.iterations:
-            raise _Finished
+            raise Finished
 
     def _bare(self, batch: Any) -> None:
         from vqmoe_vision.moe import collect_losses, update_state
@@ -92,8 +87,7 @@ def measure_overhead(config: str, options: Sequence[str], iterations: int) -> di
         FileNotFoundError: If there is no such config.
     """
     found: list[Pairs] = []
-
-    def train(runner: Any) -> int:
+    with running(settings_of(config, options)) as runner:
         built = runner.call_hook
 
         def call_hook(name: str, **kwargs: Any) -> None:
@@ -102,12 +96,8 @@ def measure_overhead(config: str, options: Sequence[str], iterations: int) -> di
                 found.append(Pairs(runner, iterations))
 
         runner.call_hook = call_hook
-        with contextlib.suppress(_Finished):
-            runner.train()
-        return len(found[0].seconds)
-
-    run_training(config, options, iterations, train)
-    measured = found[0].seconds[WARM_UP:]
+        runner.train()
+    measured = measured_of(found[0].seconds, iterations)
     differences = [(whole - bare) * 1e3 for whole, bare in measured]
     quartiles = statistics.quantiles(differences, n=4) if iterations > 1 else differences * 3
     bare = statistics.median(bare for _, bare in measured) * 1e3

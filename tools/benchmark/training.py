@@ -11,9 +11,9 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +25,7 @@ PARTS = ('data', 'forward', 'backward', 'optimizer', 'hooks')
 WARM_UP = 5  # iterations
 
 
-class _Finished(Exception):
+class Finished(Exception):
     """Enough iterations have run."""
 
 
@@ -85,7 +85,7 @@ class StepClock:
         }
         self.steps.append({name: seconds * 1e3 for name, seconds in parts.items()})
         if len(self.steps) == WARM_UP + self.iterations:
-            raise _Finished
+            raise Finished
         self._restart()
 
 
@@ -111,41 +111,28 @@ def measure_training(config: str, options: Sequence[str], iterations: int) -> di
         ValueError: If training ends before that, or an option has no value.
         FileNotFoundError: If there is no such config.
     """
-    clocks: list[StepClock] = []
-
-    def train(runner: Any) -> int:
-        clocks.append(StepClock(runner, iterations))
-        with contextlib.suppress(_Finished):
-            runner.train()
-        return len(clocks[0].steps)
-
-    settings = run_training(config, options, iterations, train)
-    measured = clocks[0].steps[WARM_UP:]
+    settings = settings_of(config, options)
+    with running(settings) as runner:
+        clock = StepClock(runner, iterations)
+        runner.train()
+    measured = measured_of(clock.steps, iterations)
     medians = {part: statistics.median(step[part] for step in measured) for part in PARTS}
     images = settings.train_dataloader.batch_size
     return {'config': config, 'options': list(options), 'images': images, 'parts_ms': medians}
 
 
-def run_training(
-    config: str, options: Sequence[str], iterations: int, train: Callable[[Any], int]
-) -> Any:
-    """Build the runner of a config, and train in a folder that is removed.
+def settings_of(config: str, options: Sequence[str]) -> Any:
+    """A config with options.
 
     Args:
         config: Config file.
         options: 'name=value' each, as `--cfg-options` of tools/train.py.
-        iterations: How many are to be measured, after `WARM_UP`.
-        train: Trains with a runner, and returns how many iterations there were.
-
-    Returns:
-        The config.
 
     Raises:
-        ValueError: If training ends before that, or an option has no value.
+        ValueError: If an option has no value.
         FileNotFoundError: If there is no such config.
     """
     from mmengine.config import DictAction
-    from mmengine.runner import Runner
 
     from vqmoe_vision.engine.cli import load_config
 
@@ -154,12 +141,39 @@ def run_training(
         name, equals, value = option.partition('=')
         check(bool(name and equals), '--cfg-options', option, 'name=value')
         values[name] = DictAction._parse_iterable(value)
-    settings = load_config(config, values)
-    with tempfile.TemporaryDirectory() as folder:
+    return load_config(config, values)
+
+
+@contextlib.contextmanager
+def running(settings: Any) -> Iterator[Any]:
+    """The runner of a config in a folder that is removed; `Finished` ends its training.
+
+    Args:
+        settings: The config; is changed.
+    """
+    from mmengine.runner import Runner
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
         settings.work_dir, settings.log_level = folder, 'WARNING'
-        measured = train(Runner.from_cfg(settings)) - WARM_UP
-    check(measured == iterations, 'iterations', iterations, f'at most {max(measured, 0)} here')
-    return settings
+        yield Runner.from_cfg(settings)
+
+
+Measured = TypeVar('Measured')
+
+
+def measured_of(every: Sequence[Measured], iterations: int) -> Sequence[Measured]:
+    """What counts of the iterations that ran.
+
+    Args:
+        every: One for each.
+        iterations: How many are wanted, after `WARM_UP` that do not count.
+
+    Raises:
+        ValueError: If training ended before that.
+    """
+    measured = every[WARM_UP:]
+    check(len(measured) == iterations, 'iterations', iterations, f'at most {len(measured)} here')
+    return measured
 
 
 def describe_training_machine() -> dict[str, Any]:
