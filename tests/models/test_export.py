@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from vqmoe_vision.moe.routing import TopKRouter
 
 from ..variants import VARIANTS
 from .conftest import make
+from .elsewhere import IMAGES, run_elsewhere
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -105,19 +104,13 @@ def test_oldest_and_newest_opset(opset: int, tmp_path: Path) -> None:
 def test_a_program_loads_where_this_package_is_not_imported(tmp_path: Path) -> None:
     model = make('vqmoe', **SMALL)
     file = save_program(model, tmp_path / 'model.pt2')
-    code = (
-        'import sys, torch\n'
-        'extra = {"about.json": ""}\n'
-        f'program = torch.export.load({str(file)!r}, extra_files=extra)\n'
-        'images = torch.arange(3 * 3 * 16 * 16.).view(3, 3, 16, 16).sin()\n'
-        'print(program.module()(images).tolist())\n'
-        'print(extra["about.json"])\n'
-        'assert not any(name.startswith("vqmoe_vision") for name in sys.modules)\n'
+    answers, about = run_elsewhere(
+        file,
+        'print(program.module()(images).tolist())',
+        'print(extra["about.json"])',
+        'assert not any(name.startswith("vqmoe_vision") for name in sys.modules)',
     )
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    answers, about = subprocess.check_output(command, text=True).splitlines()
-    images = torch.arange(3 * 3 * 16 * 16.0).view(3, 3, 16, 16).sin()
-    expected = Exportable.of(model).run(images)[0]
+    expected = Exportable.of(model).run(IMAGES)[0]
     torch.testing.assert_close(torch.tensor(json.loads(answers)), expected, **CLOSE)
     assert json.loads(about) == {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}
 

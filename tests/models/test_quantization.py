@@ -3,8 +3,6 @@
 import copy
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from vqmoe_vision.moe.experts import StackedLinear
 
 from ..variants import VARIANTS
 from .conftest import TINY, make
+from .elsewhere import IMAGES, run_elsewhere
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -213,24 +212,19 @@ def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_p
     pytest.importorskip('torchao')
     model = started('vqmoe', **SMALL)
     file = save_program(model, tmp_path / 'model.pt2', int8=True)
-    code = (
-        'import sys, torch\n'
-        f'program = torch.export.load({str(file)!r})\n'
-        'images = torch.arange(3 * 3 * 16 * 16.).view(3, 3, 16, 16).sin()\n'
-        'print([program.module()(images[:n]).tolist() for n in (1, 3)])\n'
-        'assert "torchao" not in sys.modules and "vqmoe_vision" not in sys.modules\n'
-        'print(sorted({str(weight.dtype) for weight in program.state_dict.values()}))\n'
+    answers, dtypes = run_elsewhere(
+        file,
+        'print([program.module()(images[:n]).tolist() for n in (1, 3)])',
+        'assert "torchao" not in sys.modules and "vqmoe_vision" not in sys.modules',
+        'print(sorted({str(weight.dtype) for weight in program.state_dict.values()}))',
     )
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    answers, dtypes = subprocess.check_output(command, text=True).splitlines()
     assert 'torch.int8' in dtypes
-    images = torch.arange(3 * 3 * 16 * 16.0).view(3, 3, 16, 16).sin()
     quantized = quantize_int8(model)
     with torch.no_grad():
         for number, found in zip((1, 3), json.loads(answers), strict=True):
             # roundings to int8 flip where float32 is summed in another order
             torch.testing.assert_close(
-                torch.tensor(found), quantized(images[:number]), rtol=0.02, atol=1e-3
+                torch.tensor(found), quantized(IMAGES[:number]), rtol=0.02, atol=1e-3
             )
 
 
