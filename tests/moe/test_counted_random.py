@@ -112,3 +112,9 @@ def test_choices_follow_their_weights() -> None:
 def test_a_choice_of_one_row_is_a_number() -> None:
     assert random_choice(torch.tensor([0.0, 0.0, 1e-30, 0.0]), 1).item() == 2
     assert random_choice(torch.zeros(4), 1).ndim == 0
+
+
+def test_an_operator_that_compilers_can_trace() -> None:
+    operator = torch.ops.vqmoe_vision.random_integers
+    torch.library.opcheck(operator, (ROWS[:9], [torch.tensor(5)], [7]))
+    torch.library.opcheck(operator, (ROWS[:9], [], [7, 0]))

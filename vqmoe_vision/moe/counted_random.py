@@ -28,18 +28,14 @@ def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
 
     Args:
         rows: Which numbers of the stream, int64 of any shape, at least 0 and below 2^32.
-        *counters: Which stream: the order matters, and only 32 bits of each. Integers, and 0-dim
-            int64 tensors on the device of `rows`.
+        *counters: Which stream: the order matters, and only 32 bits of each. Integers, of which the
+            first may be a 0-dim int64 tensor on the device of `rows`.
 
     Returns:
         int64, of the shape of `rows`.
     """
-    # as many counters as there are: zeros would stay zero, and be one stream however many they are
-    stream: Tensor | int = len(counters)
-    for counter in counters:
-        stream = _mixed(stream + counter)
-    # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
-    numbers: Tensor = _mixed(_mixed(rows) + stream)
+    first = [counter for counter in counters[:1] if isinstance(counter, Tensor)]
+    numbers: Tensor = _random_integers(rows, first, list(counters[len(first) :]))
     return numbers
 
 
@@ -75,9 +71,35 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     return (weights / -torch.log1p(-uniform)).argmax(dim=-1)
 
 
-def _mixed(value: Any) -> Any:
-    """Of a tensor or an integer."""
-    value = value & _MASK
-    value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _MASK
-    value = ((value ^ (value >> 15)) * 0x735A2D97) & _MASK
-    return value ^ (value >> 15)
+def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:
+    # as many counters as there are: zeros would stay zero, and be one stream however many they are
+    stream: Tensor | int = len(first) + len(others)
+    for tensor in first:
+        stream = _mix_(tensor + stream)
+    for counter in others:
+        stream = _mix_(stream + counter)
+    # rows are mixed before too: else two streams that are near would be one, shifted by a few rows
+    numbers: Tensor = _mix_(_mix_(rows.clone()).add_(stream))
+    return numbers
+
+
+def _mix_(value: Any) -> Any:
+    """Of an integer, or of a tensor in its place."""
+    value &= _MASK
+    value ^= value >> 16
+    value *= 0x21F0AAAD
+    value &= _MASK
+    value ^= value >> 15
+    value *= 0x735A2D97
+    value &= _MASK
+    value ^= value >> 15
+    return value
+
+
+# One opaque operator: in a compiled model this arithmetic made a kernel of each layer, whose
+# compilation took as long as that of all else in the layer. It runs as it is on tensors without
+# data, where it would fail if it read something back.
+_random_integers = torch.library.custom_op(
+    'vqmoe_vision::random_integers', _numbers, mutates_args=()
+)
+_random_integers.register_fake(_numbers)
