@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import standard_operators
 from .experts import Experts
-from .kernels import Plan, compute_dtype, make_plan
+from .kernels import Plan, compute_dtype
 from .routing import Routing
 
 
@@ -43,7 +43,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     dtype = compute_dtype(x)
     if exporting():
         return standard_operators.run_experts(experts, x.to(dtype), routing)
-    plan = make_plan(flat.reshape(-1), experts.num_experts, dtype)
+    plan = experts.plan(flat.reshape(-1), dtype)
     sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
     rows = experts(_Gather.apply(x.to(dtype), *sources), plan.offsets)
     return _Combine.apply(rows, weights.to(rows.dtype), *bags)

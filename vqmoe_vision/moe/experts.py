@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import grouped_linear
+from .kernels import Plan, grouped_linear, make_plan, sorted_plan
 from .optimizer import track_stacked
+
+if TYPE_CHECKING:
+    from .expert_parallel import Exchange
 
 
 class StackedLinear(nn.Module):
@@ -28,7 +31,12 @@ class StackedLinear(nn.Module):
         in_features: Input width.
         out_features: Output width.
         bias: Whether each linear layer has a bias.
+
+    Attributes:
+        placed: Whether its parameters are `DTensor`s, of which this process has some experts.
     """
+
+    placed = False
 
     def __init__(
         self,
@@ -80,7 +88,10 @@ class StackedLinear(nn.Module):
         Returns:
             (R, out_features).
         """
-        return grouped_linear(rows, self.weight, self.bias, offsets)
+        weight, bias = self.weight, self.bias
+        if self.placed:
+            weight, bias = (None if p is None else p.to_local() for p in (weight, bias))
+        return grouped_linear(rows, weight, bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
         """Apply one layer, in operators that every runtime has.
@@ -173,7 +184,12 @@ class Experts(nn.Module):
         act_layer: Builds the activation.
         bias: Whether the linear layers have biases.
         drop: Dropout rate after the activation and after the second layer.
+
+    Attributes:
+        exchange: How rows get to experts of other processes; None if all are here.
     """
+
+    exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -199,6 +215,17 @@ class Experts(nn.Module):
         """Parameters of one expert."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
+    def plan(self, indices: Tensor, dtype: torch.dtype) -> Plan:
+        """Rows for these experts, each assignment in one.
+
+        Args:
+            indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
+            dtype: In which the experts compute.
+        """
+        if self.exchange is not None:  # rows that only fill a group need not travel
+            return sorted_plan(indices, self.num_experts)
+        return make_plan(indices, self.num_experts, dtype)
+
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run expert e on rows offsets[e - 1]:offsets[e].
 
@@ -209,6 +236,11 @@ class Experts(nn.Module):
         Returns:
             (R, D).
         """
+        if self.exchange is not None:
+            return self.exchange(self._run, rows, offsets)
+        return self._run(rows, offsets)
+
+    def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
         hidden = self.drop1(self.act(self.fc1(rows, offsets)))
         return self.drop2(self.fc2(hidden, offsets))
 

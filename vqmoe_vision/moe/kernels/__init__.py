@@ -1,9 +1,17 @@
 """Linear layers of all experts on rows that stand together by expert, and who computes them.
 
-Dispatch, experts and methods know `make_plan` and `grouped_linear` alone.
+Dispatch, experts and methods know plans and `grouped_linear` alone.
 """
 
 from .choice import KERNELS, compute_dtype, grouped_linear, make_plan, use_kernel
-from .plan import Plan
+from .plan import Plan, sorted_plan
 
-__all__ = ['KERNELS', 'Plan', 'compute_dtype', 'grouped_linear', 'make_plan', 'use_kernel']
+__all__ = [
+    'KERNELS',
+    'Plan',
+    'compute_dtype',
+    'grouped_linear',
+    'make_plan',
+    'sorted_plan',
+    'use_kernel',
+]

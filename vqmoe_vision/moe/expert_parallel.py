@@ -1,0 +1,120 @@
+"""Experts that live on several processes: each holds some, and rows travel to them and back.
+
+GShard (arXiv 2006.16668), section 3.2, whose groups have a capacity; here they are of any size, as
+in MegaBlocks (arXiv 2211.15841), and the answer is that of all experts on one process. Routing and
+the weighted sum stay where the tokens are: what travels is the rows of the same plan, and their
+answers. How many rows go where is read back once per layer, because torch's all-to-all takes it
+from the host.
+
+Legend: R rows sorted by expert, A rows that arrived, E experts, L = E / M of each of M processes,
+D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from .config import check
+from .experts import Experts, StackedLinear
+from .kernels import make_plan
+
+
+def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leaves to each process of a mesh its part of the experts of every MoE layer, in place.
+
+    Process m keeps experts m L to (m + 1) L - 1. Their weights become `DTensor`s, which know the
+    whole: `torch.distributed.checkpoint` and its `get_model_state_dict` save them under the names
+    and shapes of the model on one process. Every process has to hold the same model before, and to
+    call it as often as the others after.
+
+    An expert gets its gradient from the tokens of all M processes, as a sum. With a loss that is a
+    mean over the tokens of each process it is to be divided by M to be that of the mean over all.
+
+    Args:
+        model: Holds `Experts`, not converted by `experts_as_linear`.
+        mesh: Of one dimension and M processes.
+
+    Raises:
+        ValueError: A number of experts is not divisible by M.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
+    for name, experts in layers:
+        check(
+            experts.num_experts % mesh.size() == 0,
+            f'number of experts of {name}',
+            experts.num_experts,
+            f'a multiple of {mesh.size()}, the number of processes that share them',
+        )
+    for _, experts in layers:
+        for linear in experts.modules():
+            if isinstance(linear, StackedLinear):
+                _distribute(linear, mesh)
+        experts.exchange = Exchange(mesh.get_group(), mesh.size())
+
+
+def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
+    for name, whole in list(linear.named_parameters()):
+        own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+        setattr(linear, name, nn.Parameter(own, whole.requires_grad))
+    linear.placed = True
+
+
+class Exchange:
+    """Runs experts on the processes that hold them.
+
+    Args:
+        group: The processes that share the experts.
+        size: M.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+        self.group, self.size = group, size
+
+    def __call__(
+        self, compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """Run all experts on the rows of this process.
+
+        Args:
+            compute: Runs the experts of this process on rows (A, D) grouped by ends (L,).
+            rows: (R, D), grouped by expert, none of which only fills a group.
+            offsets: (E,) int32, ascending ends of the groups; rows past the last are of no expert.
+
+        Returns:
+            (R, D), of which rows past the last end are zero.
+        """
+        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2)
+        sent, received = both.tolist()
+        arrived = self._travel(rows[: sum(sent)], sent, received)
+        answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
+        back = self._travel(answers, received, sent)
+        return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))
+
+    def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Rows (..., D) to the processes in their order, and theirs to this one."""
+        arrived = rows.new_empty(sum(received), rows.shape[1])
+        answer: Tensor = all_to_all_single(arrived, rows.contiguous(), received, sent, self.group)
+        return answer
+
+
+def _compute_mixed(
+    compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor
+) -> Tensor:
+    """Run experts on rows that stand by process and then by expert; counts (M, L)."""
+    num_experts = counts.shape[1]
+    experts = torch.arange(num_experts, device=rows.device).repeat(len(counts))
+    experts = experts.repeat_interleave(counts.flatten(), output_size=len(rows))
+    plan = make_plan(experts, num_experts, rows.dtype)
+    answers = compute(rows.index_select(0, plan.order), plan.offsets)
+    return answers.index_select(0, plan.inverse)
