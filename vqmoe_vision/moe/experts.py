@@ -88,9 +88,11 @@ class StackedLinear(nn.Module):
         Returns:
             (R, out_features).
         """
-        weight, bias = self.weight, self.bias
+        weight: Any = self.weight
+        bias: Any = self.bias
         if self.placed:
-            weight, bias = (None if p is None else p.to_local() for p in (weight, bias))
+            weight = weight.to_local()
+            bias = None if bias is None else bias.to_local()
         return grouped_linear(rows, weight, bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
