@@ -13,14 +13,15 @@ D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn.functional import all_to_all_single
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .config import check
 from .experts import Experts, StackedLinear
@@ -35,8 +36,8 @@ def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     and shapes of the model on one process. Every process has to hold the same model before, and to
     call it as often as the others after.
 
-    An expert gets its gradient from the tokens of all M processes, as a sum. With a loss that is a
-    mean over the tokens of each process it is to be divided by M to be that of the mean over all.
+    An expert gets its gradient from the tokens of all M processes: that of the mean of their
+    losses, as data-parallel training has it for other parameters.
 
     Args:
         model: Holds `Experts`, not converted by `experts_as_linear`.
@@ -64,7 +65,24 @@ def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
     for name, whole in list(linear.named_parameters()):
         own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(own, whole.requires_grad))
-    linear.placed = True
+    linear.own = partial(_own, mesh.size())
+
+
+def _own(size: int, parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    own: Tensor = _MeanOverProcesses.apply(parameter.to_local(), size)
+    return own
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.size, None
 
 
 class Exchange:
@@ -102,10 +120,28 @@ class Exchange:
         return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))
 
     def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Rows (..., D) to the processes in their order, and theirs to this one."""
+        travelled: Tensor = _Travel.apply(rows, sent, received, self.group)
+        return travelled
+
+
+class _Travel(torch.autograd.Function):
+    """Rows (..., D) to the processes in their order, and theirs to this one; gradients back.
+
+    torch has this as a function too, which was public, is deprecated, and whose successor is not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.way_back = received, sent, group
         arrived = rows.new_empty(sum(received), rows.shape[1])
-        answer: Tensor = all_to_all_single(arrived, rows.contiguous(), received, sent, self.group)
-        return answer
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Travel.forward(ctx, grads[0], *ctx.way_back), None, None, None
 
 
 def _compute_mixed(

@@ -33,10 +33,11 @@ class StackedLinear(nn.Module):
         bias: Whether each linear layer has a bias.
 
     Attributes:
-        placed: Whether its parameters are `DTensor`s, of which this process has some experts.
+        own: Takes the experts of this process from a parameter that is spread over several; None
+            if all are here.
     """
 
-    placed = False
+    own: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -88,11 +89,10 @@ class StackedLinear(nn.Module):
         Returns:
             (R, out_features).
         """
-        weight: Any = self.weight
-        bias: Any = self.bias
-        if self.placed:
-            weight = weight.to_local()
-            bias = None if bias is None else bias.to_local()
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.own is not None:
+            weight, bias = self.own(weight), None if bias is None else self.own(bias)
         return grouped_linear(rows, weight, bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""Models spread over processes against the same models on each, under DDP.
+
+The same batches and draws on both sides: gradients of two steps, what is saved, how much of the
+model each process has.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vqmoe_vision.models.sharding import shard_model
+from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
+
+
+def make(method: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    size = {'img_size': 16, 'patch_size': 8, 'embed_dim': 16, 'depth': 2, 'num_heads': 2}
+    options = {**size, 'num_experts': 4, 'num_classes': 10, **options}
+    model = timm.create_model(f'vit_tiny_{method}', **options).train()
+    start_training(model, 10)  # the first stage of StableMoE ends with the first step
+    return model
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # linear in the gradients: Adam would make rounding errors of tiny gradients as large as others
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    for number in range(steps):
+        torch.manual_seed(10 * number + dist.get_rank())
+        images = torch.randn(4, 3, 16, 16, dtype=next(model.parameters()).dtype)
+        targets = torch.randint(10, (4,))
+        with collect_losses(model, update_state=False) as collected:
+            loss = F.cross_entropy(model(images), targets) + collected.total()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        update_state(model)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def begin(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
+
+
+def compare(rank: int, world: int, expert_processes: int, folder: Path) -> None:
+    begin(rank, world, folder)
+    for method in METHODS:
+        whole = DistributedDataParallel(make(method).double())
+        train(whole, optimizer_of(whole))
+        sharded = shard_model(make(method).double(), expert_processes)
+        train(sharded, optimizer_of(sharded))
+        expected, found = whole.module.state_dict(), whole_state(sharded)
+        if rank == 0:  # alone has all of it
+            assert list(found) == list(expected)
+            for name, value in expected.items():
+                # experts sum the tokens of all processes at once, DDP those of each; codebooks and
+                # routers compute in float32, whose last digit a sum in another order may move
+                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+    dist.destroy_process_group()
+
+
+LAYOUTS = [
+    pytest.param(2, 1, id='2'),
+    pytest.param(2, 2, id='2-experts'),
+    pytest.param(4, 1, id='4', marks=pytest.mark.long),
+    pytest.param(4, 2, id='4-experts', marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(('world', 'expert_processes'), LAYOUTS)
+def test_learns_what_ddp_learns(world: int, expert_processes: int, tmp_path: Path) -> None:
+    mp.spawn(compare, (world, expert_processes, tmp_path), nprocs=world)
+
+
+def own_bytes(tensors: list[Any]) -> int:
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
+    begin(rank, world, folder)
+    model = make('vqmoe', embed_dim=64)
+    in_all = own_bytes(list(model.parameters()))
+    shard_model(model, expert_processes)
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    parameters = list(model.parameters())
+    kept = [own_bytes(parameters), own_bytes([p.grad for p in parameters if p.grad is not None])]
+    kept.append(own_bytes([s['momentum_buffer'] for s in optimizer.state.values()]))
+    assert all(own < in_all * (1 / world + 0.1) for own in kept)
+    weights, steps = get_state_dict(model, optimizer)
+    dcp.save({'model': weights, 'optimizer': steps}, checkpoint_id=folder / 'saved')
+    state = whole_state(model)
+    if rank == 0:
+        torch.save(state, folder / 'whole.pth')
+    dist.destroy_process_group()
+
+
+def load(rank: int, world: int, expert_processes: int, folder: Path, saved: Path) -> None:
+    begin(rank, world, folder)
+    model = shard_model(make('vqmoe', embed_dim=64), expert_processes)
+    optimizer = optimizer_of(model)
+    load_into(model, optimizer, saved / 'saved')
+    state, expected = whole_state(model), torch.load(saved / 'whole.pth')
+    assert rank > 0 or all(torch.equal(state[name], value) for name, value in expected.items())
+    dist.destroy_process_group()
+
+
+def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -> None:
+    weights, steps = get_state_dict(model, optimizer)
+    dcp.load(
+        {'model': weights, 'optimizer': steps},
+        checkpoint_id=saved,
+        no_dist=not dist.is_initialized(),
+    )
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
+
+
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        pytest.param((2, 1), None, id='2-to-1'),
+        pytest.param((2, 2), (4, 1), id='2-experts-to-4', marks=pytest.mark.long),
+        pytest.param((4, 2), (2, 1), id='4-experts-to-2', marks=pytest.mark.long),
+        pytest.param((4, 1), (2, 2), id='4-to-2-experts', marks=pytest.mark.long),
+    ],
+)
+def test_saved_in_one_layout_and_loaded_in_another(
+    before: tuple[int, int], after: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+    mp.spawn(save, (*before, tmp_path / 'a'), nprocs=before[0])
+    if after is not None:
+        mp.spawn(load, (*after, tmp_path / 'b', tmp_path / 'a'), nprocs=after[0])
+        return
+    model = make('vqmoe', embed_dim=64)
+    optimizer = optimizer_of(model)
+    load_into(model, optimizer, tmp_path / 'a' / 'saved')
+    expected = torch.load(tmp_path / 'a' / 'whole.pth')
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+    assert all('momentum_buffer' in state for state in optimizer.state.values())

@@ -1,0 +1,96 @@
+"""Models that are spread over processes: FSDP2 of torch, and experts that live on some of them.
+
+FSDP2 is `torch.distributed.fsdp.fully_shard` (PyTorch FSDP, arXiv 2304.11277, with a parameter as
+the unit): each process keeps its part of every parameter, of its gradient and of what the
+optimizer knows of it, and whole parameters of one block exist while it computes. Where experts are
+placed on M processes, each of the N / M groups of M processes has all experts once, and what FSDP2
+spreads of an expert's parameters is spread over the groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from vqmoe_vision.moe import MoeLayer
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.expert_parallel import place_experts
+from vqmoe_vision.moe.experts import Experts
+
+# of timm and of mmseg's heads: what a network has many of, one after the other
+_BLOCK_LISTS = ('blocks', 'layers')
+
+
+def shard_model(
+    model: nn.Module, expert_processes: int = 1, param_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Spreads the parameters of a model over all processes, in place.
+
+    The loss of each process is to be a mean over its tokens; gradients are those of the mean over
+    all processes. Every process has to hold the same model before. Buffers stay whole, codebooks
+    that are buffers among them. `torch.distributed.checkpoint.state_dict` saves the model under the
+    names and shapes of the model on one process.
+
+    Args:
+        model: With timm's blocks or without.
+        expert_processes: M, on how many processes one set of all experts lives.
+        param_dtype: In which blocks compute, and parameters travel; gradients are reduced in
+            float32. None for the dtype of the parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: M does not divide the number of processes, or of experts.
+    """
+    processes = dist.get_world_size()
+    allowed = f'a divisor of {processes}, the number of processes'
+    check(
+        expert_processes >= 1 and processes % expert_processes == 0,
+        'expert_processes',
+        expert_processes,
+        allowed,
+    )
+    device = next(model.parameters()).device.type
+    everyone = init_device_mesh(device, (processes,))
+    options: dict[str, Any] = {
+        'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
+        'ignored_params': _whole_parameters(model),
+    }
+    if expert_processes > 1:
+        shape = (processes // expert_processes, expert_processes)
+        groups = init_device_mesh(device, shape, mesh_dim_names=('groups', 'experts'))
+        place_experts(model, groups['experts'])
+        for experts in [m for m in model.modules() if isinstance(m, Experts)]:
+            fully_shard(experts, mesh=groups['groups'], **options)
+    for blocks in [m for name, m in model.named_modules() if name.endswith(_BLOCK_LISTS)]:
+        for block in blocks.children():
+            fully_shard(block, mesh=everyone, **options)
+    fully_shard(model, mesh=everyone, **options)
+    return model
+
+
+def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What decides in MoE layers, and scalars: each process has them, and averages their gradients.
+
+    They are small. Updates of codebooks and of StableMoE's stage read and write them between steps,
+    and decisions are made in their own dtype.
+    """
+    whole = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 does not take them
+    for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
+        whole |= set(layer.parameters()) - set(layer.experts.parameters())
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+    for parameter in whole:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average)
+    return whole
