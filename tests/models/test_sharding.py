@@ -137,6 +137,7 @@ def load_into(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Path) -
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
 
 
+@pytest.mark.filterwarnings('ignore:torch.distributed is disabled:UserWarning')  # one process
 @pytest.mark.parametrize(
     ('before', 'after'),
     [
