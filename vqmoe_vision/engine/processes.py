@@ -1,0 +1,304 @@
+"""Many processes as one run: how they find each other, and how all of them end when one does.
+
+mmengine's launcher asks for a GPU, and where one process fails the others wait for it in their next
+collective operation. Here the processes meet at a store of torch.distributed before they read
+anything. Whoever fails writes there, says why in one line, and all others end without a word.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from .launchers import check_alone, place
+from .process_group import TIMEOUT, fill_in_wrapper, group_options
+
+_PULSE = 1.0  # seconds between two looks at the store
+# what gloo says where another process is gone, and where it has not answered in time
+_GONE = re.compile(r'Connection (reset|closed) by peer|Connection refused|Broken pipe')
+_LATE = re.compile(r'Timed out waiting \d+ ?ms')
+_ENDED, _TOLD, _BEFORE = 'ended', 'told', 'newest checkpoint before'
+
+
+class LostError(Exception):
+    """Another process of the run did not answer."""
+
+
+class RankError(Exception):
+    """What the rank that failed first raised.
+
+    Args:
+        rank: Of the process.
+        error: What it raised.
+    """
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        super().__init__(f'rank {rank}: {error}')
+        self.rank, self.error = rank, error
+
+
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        launcher: One of `LAUNCHERS`; its variables are in the environment.
+
+    Attributes:
+        rank: Of this process.
+        size: How many there are.
+
+    Raises:
+        ValueError: The environment is not that of the launcher.
+    """
+
+    def __init__(self, launcher: str) -> None:
+        self.rank, self.size, self._local_rank = 0, 1, 0
+        self._store: dist.Store | None = None
+        self._left = threading.Event()
+        self._watch: threading.Thread | None = None
+        self._told: int | None = None
+        self._timeout = TIMEOUT
+        if launcher == 'none':
+            check_alone()
+            return
+        self.rank, self.size, self._local_rank = place(launcher)
+        if self.rank:
+            warnings.simplefilter('ignore')
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        # torchrun keeps a store for all attempts; elsewhere the first process does
+        self._hosts = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        self._of_all_attempts = self._connect(self._hosts)
+        self._store = dist.PrefixStore(f'attempt {attempt}', self._of_all_attempts)
+        # a connection of its own: the main thread may be waiting in the other one
+        watched = dist.PrefixStore(f'attempt {attempt}', self._connect(hosts=False))
+        self._watch = threading.Thread(target=self._look, args=(watched,), daemon=True)
+        self._watch.start()
+
+    @staticmethod
+    def _connect(hosts: bool) -> dist.TCPStore:
+        address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        return dist.TCPStore(address, port, is_master=hosts, wait_for_workers=False)
+
+    def _look(self, store: dist.Store) -> None:
+        """Ends this process after another has ended, whatever it is waiting for."""
+        while not self._left.wait(_PULSE):
+            try:
+                if store.check([_TOLD]):
+                    self._told = int(store.get(_TOLD))
+                ended = store.check([_ENDED])
+            except RuntimeError:  # the process or torchrun that kept the store has ended
+                ended = True
+            # the main thread has time to find out
+            if ended and not self._left.wait(2 * _PULSE):
+                sys.stdout.flush()
+                os._exit(1)
+
+    def join(self, config: Config) -> None:
+        """Makes the process group that mmengine works with, and lets it wrap the model for it.
+
+        Args:
+            config: Its `env_cfg.dist_cfg` names a `backend` and a `timeout` in seconds; its
+                `model_wrapper_cfg` is filled in.
+
+        Raises:
+            ValueError: The machine has no such device, or an option is none.
+        """
+        if self._store is None:
+            return
+        device = get_device()
+        backend, self._timeout = group_options(
+            config.get('env_cfg', {}).get('dist_cfg', {}), device
+        )
+        if device == 'cuda':
+            if self._local_rank >= (found := torch.cuda.device_count()):
+                raise ValueError(
+                    f'LOCAL_RANK={self._local_rank} has no GPU of its own: there are {found} on '
+                    'this machine, and as many processes are possible'
+                )
+            torch.cuda.set_device(self._local_rank)
+        # where mmengine looks for it
+        os.environ['LOCAL_RANK'] = str(self._local_rank)
+        fill_in_wrapper(config, device)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore('group', self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=self._timeout),
+        )
+
+    def leave(self) -> None:
+        """Ends the process group after a run; the last one waits for nobody."""
+        self._left.set()
+        if self._watch is not None:
+            self._watch.join()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def ended(self) -> bool:
+        """Whether another process has said that the run ends."""
+        return self._store is not None and self._store.check([_ENDED])
+
+    def end(self) -> bool:
+        """Lets all other processes end.
+
+        Returns:
+            Whether this is the first one to do so, which says why.
+        """
+        self._left.set()
+        if self._store is None:
+            return True
+        own = str(self.rank)
+        try:
+            first = self._store.compare_set(_ENDED, '', own).decode() == own
+        except RuntimeError:  # whoever kept the store is gone: nobody else can say so
+            return True
+        # whoever keeps the store waits until the others have looked, and so does who is silent:
+        # torchrun ends all processes as soon as one has ended
+        if self.size > 1 and (self._hosts or not first):
+            time.sleep(3 * _PULSE)
+        return first
+
+    def tell(self, number: int) -> None:
+        """Passes a signal on to the first process, which saves.
+
+        Args:
+            number: Of the signal.
+        """
+        assert self._store is not None
+        self._store.set(_TOLD, str(number))
+
+    def told(self) -> int | None:
+        """Signal that another process passed on."""
+        return self._told
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Ends all processes because of an error.
+
+        Args:
+            error: What this one raised.
+
+        Raises:
+            RankError: Of the first process that failed.
+            SystemExit: Of all others.
+        """
+        first = self.end()
+        if not first:
+            raise SystemExit(1) from error
+        if isinstance(error, RuntimeError):
+            error = self._plainly(error)
+        if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # what torchrun shows in the end
+            get_error_handler().record_exception(error)
+        raise RankError(self.rank, error) from error
+
+    def _plainly(self, error: RuntimeError) -> Exception:
+        """An error of a collective operation in terms of a run."""
+        if 'Expected to have finished reduction' in str(error):
+            return ValueError(
+                'some parameters got no gradient: the processes wait for all of them unless the '
+                'config has find_unused_parameters=True'
+            )
+        if _GONE.search(str(error)):
+            return LostError(
+                'another process has ended without a word, killed or out of memory for example'
+            )
+        if _LATE.search(str(error)):
+            return LostError(
+                'another process has not answered within '
+                f'env_cfg.dist_cfg.timeout={self._timeout:g} seconds'
+            )
+        return error
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Ends all processes because of what each of them has found.
+
+        Args:
+            problem: What is wrong.
+
+        Raises:
+            ValueError: In the first process.
+            SystemExit: In all others.
+        """
+        if self.rank == 0:
+            raise ValueError(problem)
+        time.sleep(3 * _PULSE)
+        raise SystemExit(1)
+
+    def decide(self, of_first: Any) -> Any:
+        """What the first process has decided.
+
+        Args:
+            of_first: Its value, of which those of others are not used.
+        """
+        values = [of_first]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def newest_before(self, newest: float) -> float:
+        """When the newest checkpoint of a work dir was written before the first attempt of a run.
+
+        Args:
+            newest: When the newest one was written before this attempt, in seconds since 1970.
+        """
+        if self._store is None or self._hosts:
+            return newest
+        # torchrun keeps it while it starts the processes again
+        return float(self._of_all_attempts.compare_set(_BEFORE, '', repr(newest)))
+
+
+_current: Processes | None = None
+
+
+def current() -> Processes | None:
+    """The processes that `together` has brought together; None for one that is alone."""
+    return _current
+
+
+@contextmanager
+def together(launcher: str) -> Iterator[Processes]:
+    """Brings the processes of a run together, and ends all of them if one fails.
+
+    Args:
+        launcher: As `Processes`.
+
+    Yields:
+        The processes; they share nothing but a store until they `join`.
+
+    Raises:
+        RankError: In the process that failed first.
+        ValueError: As `Processes`.
+    """
+    global _current
+    processes = Processes(launcher)
+    if launcher == 'none':
+        yield processes
+        return
+    _current = processes
+    with open(os.devnull, 'w') as nowhere:
+        silent = redirect_stdout(nowhere) if processes.rank else nullcontext()
+        try:
+            with silent:
+                yield processes
+                processes.leave()
+        except KeyboardInterrupt as error:
+            if not processes.end():
+                raise SystemExit(1) from error
+            raise
+        except Exception as error:
+            processes.fail(error)
+        finally:
+            _current = None
