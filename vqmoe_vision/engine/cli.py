@@ -22,6 +22,7 @@ from .config_names import find_config, missing_config
 from .launchers import LAUNCHERS
 from .options import add_config_options, check_options
 from .processes import Processes, together
+from .sharded import fill_in_parallel
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -183,6 +184,7 @@ def _train(args: argparse.Namespace) -> None:
         config = _configure(args)
         if args.amp:
             use_amp(config)
+        fill_in_parallel(config, processes.size)
         processes.join(config)
         check_configs(processes, config)
         latest = processes.decide(_latest(args, config, processes))

@@ -38,18 +38,21 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
     )
 
 
-def check_weights(model: nn.Module, iteration: int) -> None:
+def check_weights(
+    model: nn.Module, iteration: int, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Stops at a parameter or buffer that is not finite.
 
     Args:
         model: Codebooks that learn without gradients are buffers.
         iteration: That is to blame, counted from 1.
+        state: What is written of the model; by default its state.
 
     Raises:
         NonFiniteError: Names the first one, and the iteration.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    for name, value in model.state_dict().items():
+    for name, value in (model.state_dict() if state is None else state).items():
         if not torch.isfinite(value).all():
             kind = 'parameter' if name in parameters else 'buffer'
             raise NonFiniteError(

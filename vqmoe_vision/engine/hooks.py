@@ -114,7 +114,7 @@ class NonFiniteGuardHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
-        check_weights(runner.model, runner.iter + 1)
+        check_weights(runner.model, runner.iter + 1, checkpoint['state_dict'])
 
 
 @HOOKS.register_module()

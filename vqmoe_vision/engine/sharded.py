@@ -1,0 +1,244 @@
+"""Runs whose model is spread over processes, as the config's `parallel` says.
+
+A run starts, resumes, is validated and saved as on one process: its files hold whole tensors under
+the names of the model, so that any number of processes goes on from them, in any layout. Between
+these moments a process has its part of the parameters, of their gradients and of the optimizer's
+state. Validation runs on a whole copy, which is kept on the processor while the run trains: images
+of different size need different numbers of windows, and processes that share layers would wait for
+each other.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from vqmoe_vision.models.sharding import shard_model
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.optimizer import mixes_experts
+
+FIELD = 'parallel'
+
+
+def fill_in_parallel(config: Config, processes: int) -> None:
+    """Lets a run spread its model, if its config has `parallel`.
+
+    Args:
+        config: Its `parallel` may have `expert_processes` and `param_dtype`, as `shard_model`; hooks
+            and how mmengine wraps the model are changed.
+        processes: Of the run.
+
+    Raises:
+        ValueError: An option is unknown or does not fit, or the run has one process.
+    """
+    options = config.get(FIELD)
+    if options is None:
+        return
+    check(
+        isinstance(options, dict) and not options.keys() - {'expert_processes', 'param_dtype'},
+        FIELD,
+        options,
+        'dict(expert_processes=..., param_dtype=...), or parts of it',
+    )
+    check(processes > 1, FIELD, options, 'left out with one process, see --launcher')
+    wrapper = config.get('model_wrapper_cfg') or dict(type='Unwrapped')
+    check(wrapper.get('type') == 'Unwrapped', FIELD, options, 'left out beside model_wrapper_cfg')
+    config.model_wrapper_cfg = wrapper
+    # a config that a run has written has the hook already
+    others = [hook for hook in config.get('custom_hooks') or [] if hook['type'] != 'ShardingHook']
+    config.custom_hooks = [*others, dict(type='ShardingHook', **options)]
+
+
+@MODEL_WRAPPERS.register_module()
+class Unwrapped:
+    """No wrapper: what distributes the model is in the model."""
+
+    def __new__(cls, module: nn.Module) -> Any:
+        """The model itself."""
+        return module
+
+
+@HOOKS.register_module()
+class ShardingHook(Hook):
+    """Spreads the model of a run over all processes while it trains.
+
+    Args:
+        expert_processes: As `shard_model`.
+        param_dtype: Name of a dtype, such as 'bfloat16'; None for that of the parameters.
+
+    Raises:
+        ValueError: There is no such dtype.
+    """
+
+    # after all that a training starts with, which sees the whole model
+    priority = 'LOWEST'
+
+    def __init__(self, expert_processes: int = 1, param_dtype: str | None = None) -> None:
+        dtype = None if param_dtype is None else getattr(torch, param_dtype, None)
+        known = param_dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        check(known, f'{FIELD}.param_dtype', param_dtype, "'bfloat16', 'float16' or 'float32'")
+        self.expert_processes, self.param_dtype = expert_processes, dtype
+
+    def before_run(self, runner: Runner) -> None:
+        """Refuses what has no meaning for a part of a model.
+
+        Raises:
+            ValueError: Names it.
+        """
+        check(
+            not any(isinstance(hook, EMAHook) for hook in runner.hooks),
+            FIELD,
+            runner.cfg[FIELD],
+            'left out with EMAHook, which averages whole models',
+        )
+
+    def before_train(self, runner: Runner) -> None:
+        """Spreads the model, and what the optimizer knows of it after a resume."""
+        wrapper = runner.optim_wrapper
+        optimizer = wrapper.optimizer
+        name = type(optimizer).__name__
+        allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
+        check(not mixes_experts(optimizer), 'optim_wrapper.optimizer.type', name, allowed)
+        self._whole = deepcopy(runner.model).cpu()
+        before = dict(runner.model.named_parameters())
+        shard_model(runner.model, self.expert_processes, self.param_dtype)
+        self._sharded, self._optimizer = runner.model, optimizer
+        _exchange(optimizer, before, dict(runner.model.named_parameters()))
+        if wrapper.clip_grad_kwargs:
+            kind = wrapper.clip_grad_kwargs.get('type', 'norm')
+            check(kind == 'norm', 'optim_wrapper.clip_grad.type', kind, "'norm' beside parallel")
+            _replace_clip(wrapper, clip_grad_norm)
+        # whoever saves: all processes have to take part, and the runner's own asks the first alone
+        runner.save_checkpoint = _Saving(runner.save_checkpoint, self._gather)
+
+    def before_val(self, runner: Runner) -> None:
+        """Validates on a whole copy."""
+        if not hasattr(self, '_sharded'):  # a validation that comes before the training
+            return
+        self._whole.load_state_dict(whole_state(self._sharded.state_dict()))
+        runner.model = self._whole.to(next(self._sharded.buffers()).device)
+
+    def after_val(self, runner: Runner) -> None:
+        """Goes on with the parts."""
+        if hasattr(self, '_sharded'):
+            self._whole.cpu()
+            runner.model = self._sharded
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Puts whole tensors in place of the parts of the first process."""
+        if not hasattr(self, '_sharded'):
+            return
+        save = runner.save_checkpoint
+        assert isinstance(save, _Saving)
+        checkpoint['state_dict'], optimizer = save.gathered
+        if 'optimizer' in checkpoint:
+            checkpoint['optimizer'] = optimizer
+
+    def _gather(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return (
+            whole_state(self._sharded.state_dict()),
+            whole_state(self._optimizer.state_dict()),
+        )
+
+
+class _Saving:
+    """The runner's method, before which all processes put their parts together."""
+
+    def __init__(self, save: Callable[..., None], gather: Callable[[], Any]) -> None:
+        self._save, self._gather = save, gather
+        self.gathered: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.gathered = self._gather()
+        try:
+            self._save(*args, **kwargs)
+        finally:
+            self.gathered = None
+
+
+def whole_state(state: Any) -> Any:
+    """Whole tensors, on the processor, of a state in which some are spread.
+
+    All processes have to call it.
+
+    Args:
+        state: Tensors in dictionaries and lists.
+
+    Returns:
+        The same with plain tensors.
+    """
+    if isinstance(state, Tensor):
+        return (state.full_tensor() if isinstance(state, DTensor) else state).detach().cpu()
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole_state(value) for value in state]
+    return state
+
+
+def clip_grad_norm(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, **options: Any
+) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, which takes parameters of one layout alone.
+
+    Args:
+        parameters: Some may be spread, over different processes.
+        max_norm: As torch's.
+        norm_type: As torch's.
+        **options: As torch's.
+
+    Returns:
+        The norm of all gradients, the same on all processes.
+    """
+    layouts: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            layout = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            layouts.setdefault(layout, []).append(parameter)
+    norms = []
+    for group in layouts.values():
+        norm = get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = get_total_norm(norms, norm_type)
+    for group in layouts.values():
+        clip_grads_with_norm_(group, max_norm, total, **options)
+    return total
+
+
+def _replace_clip(wrapper: Any, clip: Callable[..., Tensor]) -> None:
+    """Where the norm is kept from whoever would read it, inside of that."""
+    keeper = wrapper.clip_func if hasattr(wrapper.clip_func, 'clip') else None
+    if keeper is None:
+        wrapper.clip_func = clip
+    else:
+        keeper.clip = clip
+
+
+def _exchange(
+    optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter]
+) -> None:
+    """Gives an optimizer parts of parameters for whole ones, and parts of what it knows of them."""
+    parts = {whole: now[name] for name, whole in before.items()}
+    for group in optimizer.param_groups:
+        group['params'] = [parts[p] for p in group['params']]
+        # kernels for lists of tensors take one layout alone
+        group.update({name: False for name in ('foreach', 'fused') if name in group})
+    for whole in [p for p in optimizer.state if p in parts]:
+        known = optimizer.state.pop(whole)
+        optimizer.state[parts[whole]] = {
+            name: _part_of(value, whole, parts[whole]) for name, value in known.items()
+        }
+
+
+def _part_of(value: Any, whole: Tensor, part: Tensor) -> Any:
+    if not isinstance(part, DTensor) or not isinstance(value, Tensor) or value.shape != whole.shape:
+        return value
+    return distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
