@@ -23,29 +23,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vqmoe_vision
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask
-from vqmoe_vision.moe import METHODS, start_training
+from vqmoe_vision.moe import METHODS, losses, start_training
+from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
+
+from ..variants import VARIANTS
 
 WORLD = 2
 
 
-# what a method has of these; a stage of two updates is over in the third step
+# larger losses, where there are any, and no noise
 OPTIONS = {
     'router_noise': 0.0,
     'load_weight': 0.0,
     'importance_weight': 0.5,
     'balance_weight': 0.5,
-    'z_weight': 0.1,
-    'global_balance': True,
-    'stage1_steps': 2,
 }
 
 
 def quiet(method: str, **options: Any) -> dict[str, Any]:
-    """Options with every loss of a method, and without noise."""
+    """Options of a variant in which ranks train as one process."""
+    options.pop('global_balance', None)
     config = METHODS[method].config
-    options |= {name: v for name, v in OPTIONS.items() if name in config.option_names()}
-    if not options.get('train_router', True):
-        options['balance_weight'] = 0.0
+    chosen = config.from_options(**options)
+    options |= {name: value for name, value in OPTIONS.items() if getattr(chosen, name, 0)}
     idle = config.without_effect(**options)
     return {name: value for name, value in options.items() if name not in idle}
 
@@ -85,6 +85,7 @@ def wrap(model: nn.Module) -> DistributedDataParallel:
 
 def three_steps(model: nn.Module, mode: str) -> list[dict[str, Tensor]]:
     """Losses and gradients of each step, and what was learned; a rank takes its own samples."""
+    start_training(model, 20)  # StableMoE freezes its router after two
     shared = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
     step: Any = wrap(model) if shared else TrainStep(model)
@@ -124,6 +125,29 @@ def gradients_of_a_task(method: str, images: Tensor, targets: Tensor) -> dict[st
     return {name: p.grad for name, p in trained if p.requires_grad}
 
 
+def losses_of_tokens(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+    """Every function of `moe.losses`, and gradients, of seven tokens that ranks take turns with."""
+    generator = torch.Generator().manual_seed(3)
+    logits, noise = torch.randn(2, 7, 4, generator=generator)
+    joint = logits.requires_grad_()
+    own, noisy = joint[rank::size], (joint + 0.3 * noise)[rank::size]
+    probs, gates = own.softmax(dim=-1), own.sigmoid()[:, :2]
+    indices = own.topk(2).indices
+    terms: dict[str, Loss] = {
+        'balance': 2.0 * losses.load_balance(probs, indices),
+        'importance': losses.importance(probs),
+        'load': losses.load(own, noisy, noise_std=0.3, top_k=2),
+        'overload': losses.overload(gates, indices, 4),
+        'z': losses.router_z(own),
+        'own balance': losses.load_balance(probs, indices).value(),
+    }
+    values = averaged_over_ranks([(loss, len(own)) for loss in terms.values()])
+    found = dict(zip(terms, values, strict=True))
+    for name, value in list(found.items()):
+        (found[f'{name}, gradient'],) = torch.autograd.grad(value, logits, retain_graph=True)
+    return {name: value.detach() for name, value in found.items()}
+
+
 def after_three_steps(method: str, rank: int) -> dict[str, Tensor]:
     """State of a default model whose ranks see different images and different noise."""
     model = make(method)
@@ -139,10 +163,14 @@ def after_three_steps(method: str, rank: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def worker(rank: int, folder: Path) -> None:
+def join(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=WORLD)
-    found = {}
+    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=size)
+
+
+def worker(rank: int, folder: Path) -> None:
+    join(rank, WORLD, folder)
+    found: dict[str, Any] = {'losses': losses_of_tokens(rank, WORLD)}
     for method in METHODS:
         found[method] = {
             'state': after_three_steps(method, rank),
@@ -161,6 +189,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp('ddp')
     torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
+
+
+def test_losses_and_their_gradients_are_those_of_all_tokens(ranks) -> None:
+    first, second = (rank['losses'] for rank in ranks)
+    expected = losses_of_tokens()
+    gradients = {name for name in expected if name.endswith('gradient')}
+    # data-parallel training averages gradients
+    joint = {n: (v + second[n]) / 2 if n in gradients else v for n, v in first.items()}
+    for name in expected.keys() - gradients:
+        assert torch.equal(first[name], second[name])
+    own = {name: joint.pop(name) for name in list(joint) if name.startswith('own')}
+    torch.testing.assert_close(joint, {name: expected[name] for name in joint})
+    # without `global_balance`, the mean of what ranks have alone: another number
+    assert not torch.isclose(own['own balance'], expected['own balance'], rtol=1e-3)
 
 
 def assert_one_training(ranks: list[list[dict[str, Tensor]]], single: nn.Module, mode: str) -> None:
@@ -184,6 +226,35 @@ def test_a_task_of_timm_has_the_same_gradients(ranks, method: str) -> None:
         # of the first step
         expected = rank[method]['plain'][1]
         torch.testing.assert_close(rank[method]['task'], expected, rtol=0, atol=0)
+
+
+def sharing_variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those in which nothing but noise looks at the batch of one device alone."""
+    found = {}
+    for name, (method, options) in VARIANTS.items():
+        # a capacity drops tokens of the batch on a device
+        if not options.get('batch_prioritized'):
+            found[name] = method, quiet(method, **options)
+    return found
+
+
+def worker_of_variants(rank: int, folder: Path) -> None:
+    join(rank, 4, folder)
+    found = {
+        name: three_steps(make(method, **options), 'accumulated and checkpointed')
+        for name, (method, options) in sharing_variants().items()
+    }
+    torch.save(found, folder / f'rank{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_four_processes_train_every_variant_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker_of_variants, (tmp_path,), nprocs=4)
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in range(4)]
+    for name, (method, options) in sharing_variants().items():
+        found = [rank[name] for rank in ranks]
+        assert_one_training(found, make(method, **options), 'accumulated and checkpointed')
 
 
 def test_ranks_stay_equal(ranks, method: str) -> None:
