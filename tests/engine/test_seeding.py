@@ -1,3 +1,4 @@
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
-from vqmoe_vision.engine.seeding import ReseedHook, seed_generators
+from vqmoe_vision.engine.seeding import ReseedHook, SeededInfiniteSampler, seed_generators
 
 
 class Noise(Dataset):
@@ -81,6 +82,16 @@ def test_noise_of_a_sample_follows_from_its_position(num_workers: int) -> None:
     whole = stream(0)
     assert stream(num_workers) == whole
     assert stream(num_workers, skip=4) == whole[4:]
+
+
+def test_processes_draw_the_noise_of_one() -> None:
+    def drawn(rank: int, size: int) -> list[tuple[int, tuple[int, ...]]]:
+        sampler = SeededInfiniteSampler(Seeded(), shuffle=True, seed=0)
+        sampler.rank, sampler.world_size = rank, size
+        return [(int(index), index.parts) for index in islice(sampler.indices, 8 // size)]
+
+    pairs = zip(drawn(0, 2), drawn(1, 2), strict=True)
+    assert [sample for pair in pairs for sample in pair] == drawn(0, 1)
 
 
 def test_noise_is_drawn_anew_for_every_sample_epoch_and_seed() -> None:

@@ -1,11 +1,14 @@
-"""Two processes on half a batch each against one process on the whole batch.
+"""Two processes that share every batch against one process with the whole batch.
 
-Losses that are means over tokens, and their gradients, are the same. Balance losses are not: every
-rank balances its own tokens, and a balance loss is no mean of per-token terms (a product of a load
-and a mean probability, a coefficient of variation). The comparison leaves them out; training with
-them is tested for ranks that stay equal.
+Rank r of S has the samples r, r + S, ... of the batch, as samplers deal them, and of the last batch
+the later ranks have one less. Losses, gradients, parameters, codebooks and stages are those of one
+process, but for the order of float32 sums: a sum over a batch becomes one of the sums of ranks, and
+a product of matrices of fewer rows may add up in another order. Router noise is left out: it is
+drawn by rank.
 """
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vqmoe_vision
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask
-from vqmoe_vision.moe import METHODS, start_training
+from vqmoe_vision.moe import METHODS, losses, start_training
+from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
+
+from ..variants import VARIANTS
 
 WORLD = 2
 
 
-# no mean over the tokens of a batch: shares and their products
-NO_MEANS = ('importance_weight', 'load_weight', 'balance_weight', 'router_noise')
+# larger losses, where there are any, and no noise
+OPTIONS = {
+    'router_noise': 0.0,
+    'load_weight': 0.0,
+    'importance_weight': 0.5,
+    'balance_weight': 0.5,
+}
 
 
-def means_only(method: str) -> dict[str, float]:
-    """Options without the losses that are no mean over tokens, and without noise, but with z."""
-    names = METHODS[method].config.option_names()
-    options = {name: 0.0 for name in NO_MEANS if name in names}
-    return {**options, **({'z_weight': 0.1} if 'z_weight' in names else {})}
+def quiet(method: str, **options: Any) -> dict[str, Any]:
+    """Options of a variant in which ranks train as one process."""
+    options.pop('global_balance', None)
+    config = METHODS[method].config
+    chosen = config.from_options(**options)
+    options |= {name: value for name, value in OPTIONS.items() if getattr(chosen, name, 0)}
+    idle = config.without_effect(**options)
+    return {name: value for name, value in options.items() if name not in idle}
 
 
 class TrainStep(nn.Module):
@@ -45,7 +59,10 @@ class TrainStep(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with vqmoe_vision.collect_losses(self.model, update_state=False) as collected:
-            return F.cross_entropy(self.model(images), targets) + collected.total()
+            collected.add({'task': F.cross_entropy(self.model(images), targets)}, len(images))
+            total = collected.total()
+        self.losses = collected.losses
+        return total
 
 
 def make(method: str, **options: Any) -> nn.Module:
@@ -54,30 +71,81 @@ def make(method: str, **options: Any) -> nn.Module:
     return timm.create_model(f'vit_tiny_{method}', **size, num_classes=10, **options).train()
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Of three steps of two batches each; the last one is smaller."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8)
-
-
-def loss_and_gradients(step: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    loss = step(images, targets)
-    loss.backward()
-    grads = {n.removeprefix('module.'): p.grad for n, p in step.named_parameters()}
-    return {'loss': loss.detach(), **grads}
+    for size in (8, 8, 8, 8, 8, 7):
+        yield torch.randn(size, 3, 16, 16, generator=generator), torch.arange(size)
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
-    return DistributedDataParallel(TrainStep(model), find_unused_parameters=False)
+    # buffers of the first rank would hide what goes another way on the others
+    return DistributedDataParallel(TrainStep(model), broadcast_buffers=False)
+
+
+def three_steps(model: nn.Module, mode: str) -> list[dict[str, Tensor]]:
+    """Losses and gradients of each step, and what was learned; a rank takes its own samples."""
+    start_training(model, 20)  # StableMoE freezes its router after two
+    shared = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    step: Any = wrap(model) if shared else TrainStep(model)
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1, momentum=0.9)
+    found: list[dict[str, Tensor]] = []
+    accumulates = mode == 'accumulated and checkpointed'
+    if accumulates:
+        model.set_grad_checkpointing()
+    for number, (images, targets) in enumerate(batches()):
+        waits = accumulates and number % 2 == 0
+        if number % 2 == 0 and not accumulates:
+            continue
+        with step.no_sync() if waits and shared else nullcontext():
+            step(images[rank::size], targets[rank::size]).backward()
+        found.append(getattr(step, 'module', step).losses)
+        if waits:
+            continue
+        # a copy: the next step begins with another gradient in the same place
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        optimizer.step()
+        optimizer.zero_grad()
+        vqmoe_vision.update_state(step)
+    found.append(model.state_dict())
+    return found
+
+
+MODES = ('plain', 'accumulated and checkpointed')
 
 
 def gradients_of_a_task(method: str, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Of a task of timm's kind, which adds the losses outside of what DDP wraps."""
-    task = MoeClassificationTask(
-        make(method, **means_only(method)), nn.CrossEntropyLoss(), verbose=False
-    )
+    model = make(method, **quiet(method))
+    task = MoeClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     task.prepare_distributed()
     task(images, targets)['loss'].backward()
-    return {f'model.{n}': p.grad for n, p in task.trainable_module.module.named_parameters()}
+    trained = task.trainable_module.module.named_parameters()
+    return {name: p.grad for name, p in trained if p.requires_grad}
+
+
+def losses_of_tokens(rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+    """Every function of `moe.losses`, and gradients, of seven tokens that ranks take turns with."""
+    generator = torch.Generator().manual_seed(3)
+    logits, noise = torch.randn(2, 7, 4, generator=generator)
+    joint = logits.requires_grad_()
+    own, noisy = joint[rank::size], (joint + 0.3 * noise)[rank::size]
+    probs, gates = own.softmax(dim=-1), own.sigmoid()[:, :2]
+    indices = own.topk(2).indices
+    terms: dict[str, Loss] = {
+        'balance': 2.0 * losses.load_balance(probs, indices),
+        'importance': losses.importance(probs),
+        'load': losses.load(own, noisy, noise_std=0.3, top_k=2),
+        'overload': losses.overload(gates, indices, 4),
+        'z': losses.router_z(own),
+        'own balance': losses.load_balance(probs, indices).value(),
+    }
+    values = averaged_over_ranks([(loss, len(own)) for loss in terms.values()])
+    found = dict(zip(terms, values, strict=True))
+    for name, value in list(found.items()):
+        (found[f'{name}, gradient'],) = torch.autograd.grad(value, logits, retain_graph=True)
+    return {name: value.detach() for name, value in found.items()}
 
 
 def after_three_steps(method: str, rank: int) -> dict[str, Tensor]:
@@ -95,19 +163,23 @@ def after_three_steps(method: str, rank: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def worker(rank: int, folder: Path) -> None:
+def join(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=WORLD)
-    found = {}
+    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=size)
+
+
+def worker(rank: int, folder: Path) -> None:
+    join(rank, WORLD, folder)
+    found: dict[str, Any] = {'losses': losses_of_tokens(rank, WORLD)}
     for method in METHODS:
-        images, targets = (half.chunk(WORLD)[rank] for half in batch())
-        step = wrap(make(method, **means_only(method)))
         found[method] = {
-            'step': loss_and_gradients(step, images, targets),
             'state': after_three_steps(method, rank),
+            **{mode: three_steps(make(method, **quiet(method)), mode) for mode in MODES},
         }
         if hasattr(ClassificationTask, 'update_ema'):
-            found[method]['task'] = gradients_of_a_task(method, images, targets)
+            images, targets = list(batches())[1]
+            mine = images[rank::WORLD], targets[rank::WORLD]
+            found[method]['task'] = gradients_of_a_task(method, *mine)
     torch.save(found, folder / f'rank{rank}.pth')
     dist.destroy_process_group()
 
@@ -119,22 +191,70 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
 
 
-def test_loss_and_gradients_are_those_of_the_joint_batch(ranks, method: str) -> None:
-    expected = loss_and_gradients(TrainStep(make(method, **means_only(method))), *batch())
-    first, second = (rank[method]['step'] for rank in ranks)
-    torch.testing.assert_close((first.pop('loss') + second.pop('loss')) / 2, expected.pop('loss'))
-    assert first.keys() == expected.keys()
-    # one mean over eight images against the mean of two means over four
-    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
+def test_losses_and_their_gradients_are_those_of_all_tokens(ranks) -> None:
+    first, second = (rank['losses'] for rank in ranks)
+    expected = losses_of_tokens()
+    gradients = {name for name in expected if name.endswith('gradient')}
+    # data-parallel training averages gradients
+    joint = {n: (v + second[n]) / 2 if n in gradients else v for n, v in first.items()}
+    for name in expected.keys() - gradients:
+        assert torch.equal(first[name], second[name])
+    own = {name: joint.pop(name) for name in list(joint) if name.startswith('own')}
+    torch.testing.assert_close(joint, {name: expected[name] for name in joint})
+    # without `global_balance`, the mean of what ranks have alone: another number
+    assert not torch.isclose(own['own balance'], expected['own balance'], rtol=1e-3)
+
+
+def assert_one_training(ranks: list[list[dict[str, Tensor]]], single: nn.Module, mode: str) -> None:
+    for rank in ranks[1:]:
+        torch.testing.assert_close(rank, ranks[0], rtol=0, atol=0)
+    # sums of float32 in another order: of 1e-7 of the largest term each, and three steps that
+    # carry them on
+    torch.testing.assert_close(ranks[0], three_steps(single, mode), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_processes_that_share_a_batch_train_as_one(ranks, method: str, mode: str) -> None:
+    found = [rank[method][mode] for rank in ranks]
+    assert_one_training(found, make(method, **quiet(method)), mode)
 
 
 def test_a_task_of_timm_has_the_same_gradients(ranks, method: str) -> None:
     if 'task' not in ranks[0][method]:
         pytest.skip('tasks of timm before 1.0.27 know no steps')
     for rank in ranks:
-        expected = {name: g for name, g in rank[method]['step'].items() if name != 'loss'}
+        # of the first step
+        expected = rank[method]['plain'][1]
         torch.testing.assert_close(rank[method]['task'], expected, rtol=0, atol=0)
+
+
+def sharing_variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Those in which nothing but noise looks at the batch of one device alone."""
+    found = {}
+    for name, (method, options) in VARIANTS.items():
+        # a capacity drops tokens of the batch on a device
+        if not options.get('batch_prioritized'):
+            found[name] = method, quiet(method, **options)
+    return found
+
+
+def worker_of_variants(rank: int, folder: Path) -> None:
+    join(rank, 4, folder)
+    found = {
+        name: three_steps(make(method, **options), 'accumulated and checkpointed')
+        for name, (method, options) in sharing_variants().items()
+    }
+    torch.save(found, folder / f'rank{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_four_processes_train_every_variant_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker_of_variants, (tmp_path,), nprocs=4)
+    ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in range(4)]
+    for name, (method, options) in sharing_variants().items():
+        found = [rank[name] for rank in ranks]
+        assert_one_training(found, make(method, **options), 'accumulated and checkpointed')
 
 
 def test_ranks_stay_equal(ranks, method: str) -> None:

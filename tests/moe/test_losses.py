@@ -14,14 +14,14 @@ GATES = torch.tensor([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0
 def test_load_balance_known_answer():
     # argmax 0, 2, 2, 0: f = (1/2, 0, 1/2); P = (1.7, 1.1, 1.2) / 4
     # 3 * (1/2 * 1.7 / 4 + 1/2 * 1.2 / 4) = 3 * 2.9 / 8 = 1.0875
-    value = losses.load_balance(GATES, GATES.argmax(dim=1, keepdim=True))
+    value = losses.load_balance(GATES, GATES.argmax(dim=1, keepdim=True)).value()
     torch.testing.assert_close(value, torch.tensor(1.0875))
 
 
 def test_importance_known_answer():
     # sums (1.7, 1.1, 1.2), mean 4/3, deviations (11, -7, -4) / 30
     # var = (121 + 49 + 16) / 900 / 3 = 0.0688889; over (4/3)^2 = 1.7777778: 0.03875
-    torch.testing.assert_close(losses.importance(GATES), torch.tensor(0.03875))
+    torch.testing.assert_close(losses.importance(GATES).value(), torch.tensor(0.03875))
 
 
 def test_load_known_answer():
@@ -36,7 +36,7 @@ def test_load_known_answer():
     threshold = torch.tensor([[0.086], [0.225], [0.173]])
     chance = (1 - normal.cdf((threshold - logits) / 0.1)).mean(dim=0)
     by_hand = ((chance - chance.mean()) ** 2).mean() / chance.mean() ** 2
-    value = losses.load(logits, logits + noise, noise_std=0.1, top_k=2)
+    value = losses.load(logits, logits + noise, noise_std=0.1, top_k=2).value()
     torch.testing.assert_close(value, by_hand)
     torch.testing.assert_close(value, torch.tensor(0.485738), rtol=0, atol=1e-6)
 
@@ -45,7 +45,7 @@ def test_load_of_a_threshold_reached_without_noise_is_one_half():
     # one token, K = 1, no noise drawn: the threshold is its own logit, 1 - Phi(0) = 1/2; the
     # other expert is 100 standard deviations below. Mean 1/4, var 1/16: 1
     logits = torch.tensor([[1.0, 0.0]])
-    value = losses.load(logits, logits, noise_std=0.01, top_k=1)
+    value = losses.load(logits, logits, noise_std=0.01, top_k=1).value()
     torch.testing.assert_close(value, torch.tensor(1.0))
 
 
@@ -62,21 +62,21 @@ def test_load_balance_is_one_at_even_routing(top_k):
     first = torch.arange(tokens) % num_experts
     indices = torch.stack([(first + i) % num_experts for i in range(top_k)], dim=1)
     probs = torch.full((tokens, num_experts), 1 / num_experts)
-    torch.testing.assert_close(losses.load_balance(probs, indices), torch.tensor(1.0))
+    torch.testing.assert_close(losses.load_balance(probs, indices).value(), torch.tensor(1.0))
 
 
 def test_load_balance_is_num_experts_at_collapse():
     probs = torch.zeros(10, 8)
     probs[:, 3] = 1
     indices = torch.full((10, 1), 3)
-    torch.testing.assert_close(losses.load_balance(probs, indices), torch.tensor(8.0))
+    torch.testing.assert_close(losses.load_balance(probs, indices).value(), torch.tensor(8.0))
 
 
 def test_load_balance_gradient_is_the_load():
     # d loss / d probs[t, i] = E * f_i / T: nothing comes through f
     probs = torch.rand(6, 3).softmax(dim=-1).requires_grad_()
     indices = torch.tensor([[0], [0], [0], [1], [1], [2]])
-    losses.load_balance(probs, indices).backward()
+    losses.load_balance(probs, indices).value().backward()
     share = torch.tensor([3, 2, 1]) / 6
     torch.testing.assert_close(probs.grad, (3 * share / 6).expand(6, 3))
 
@@ -91,7 +91,7 @@ def test_squared_variation_is_differentiable_at_exact_balance():
 
 def test_importance_has_a_gradient_away_from_balance():
     gates = GATES.clone().requires_grad_()
-    losses.importance(gates).backward()
+    losses.importance(gates).value().backward()
     # an expert above the mean is pushed down: expert 0 has 1.7 > 4/3
     assert (gates.grad[:, 0] > 0).all()
     assert (gates.grad[:, 1] < 0).all()
@@ -100,7 +100,7 @@ def test_importance_has_a_gradient_away_from_balance():
 def test_load_gradient_reaches_logits_and_threshold():
     logits = torch.tensor([[0.3, 0.2, 0.1]], requires_grad=True)
     noisy = torch.tensor([[0.3, 0.25, 0.1]], requires_grad=True)
-    losses.load(logits, noisy, noise_std=0.1, top_k=2).backward()
+    losses.load(logits, noisy, noise_std=0.1, top_k=2).value().backward()
     assert (logits.grad != 0).all()
     # only the threshold, the 2nd largest, has one
     assert (noisy.grad != 0).tolist() == [[False, True, False]]
@@ -116,25 +116,25 @@ def test_overload_known_answer():
     # (0.5 * (0.2 + 0.4 + 0.6) - 0.5 * 0.8) / 4 = 0.2 / 4 = 0.05
     gates = torch.tensor([[0.2], [0.4], [0.6], [0.8]])
     indices = torch.tensor([[0], [0], [0], [1]])
-    torch.testing.assert_close(losses.overload(gates, indices, 2), torch.tensor(0.05))
+    torch.testing.assert_close(losses.overload(gates, indices, 2).value(), torch.tensor(0.05))
 
 
 def test_overload_is_zero_at_even_counts():
     gates = torch.rand(8, 1)
     indices = torch.arange(8)[:, None] % 4
-    assert losses.overload(gates, indices, 4).item() == 0
+    assert losses.overload(gates, indices, 4).value().item() == 0
 
 
 def test_overload_can_be_negative():
     # same counts, the idle expert has the large gate: (0.5 * 0.03 - 0.5 * 0.99) / 4 < 0
     gates = torch.tensor([[0.01], [0.01], [0.01], [0.99]])
     indices = torch.tensor([[0], [0], [0], [1]])
-    torch.testing.assert_close(losses.overload(gates, indices, 2), torch.tensor(-0.12))
+    torch.testing.assert_close(losses.overload(gates, indices, 2).value(), torch.tensor(-0.12))
 
 
 def test_overload_pushes_busy_experts_down_and_idle_ones_up():
     gates = torch.full((4, 1), 0.5, requires_grad=True)
     indices = torch.tensor([[0], [0], [0], [1]])
-    losses.overload(gates, indices, 2).backward()
+    losses.overload(gates, indices, 2).value().backward()
     # descent follows -grad: excess / T = (+1/8, -1/8)
     torch.testing.assert_close(gates.grad, torch.tensor([[0.125], [0.125], [0.125], [-0.125]]))

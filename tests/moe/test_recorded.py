@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vqmoe_vision
 from vqmoe_vision.moe import losses
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.joint_losses import values_of
 
 RECORDED = Path(__file__).parent / 'recorded'
 
@@ -119,7 +120,8 @@ def test_codebook(record: dict[str, Any]) -> None:
 @records('losses')
 def test_loss(record: dict[str, Any]) -> None:
     arguments = {n: torch.tensor(v).requires_grad_() for n, v in record['arguments'].items()}
-    value = getattr(losses, record['function'])(**arguments, **record['options'])
+    loss = getattr(losses, record['function'])(**arguments, **record['options'])
+    value = values_of({'': loss})['']
     value.backward()
     close(value.detach(), record['value'], 'value')
     for name, expected in record['gradients'].items():

@@ -20,6 +20,7 @@ from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features
+from vqmoe_vision.moe.joint_losses import values_of
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.layer import RoutedMlp
 
@@ -189,7 +190,7 @@ def routed_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     answer = run_experts_loop(module.experts, rows, routing).view(batch.x.shape)
     if not module.training or not routing.losses:
         return [answer]
-    return [answer, torch.stack(list(routing.losses.values())).sum()]
+    return [answer, torch.stack(list(values_of(routing.losses).values())).sum()]
 
 
 def loops_oracle(module: nn.Module, batch: Batch) -> Sequence[Tensor]:

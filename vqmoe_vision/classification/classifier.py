@@ -183,8 +183,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
             inputs, targets = self.mixup(inputs, targets)
         with self.collect() as collected:
             logits = self.model(inputs)
+            collected.add({'cross_entropy': self.criterion(logits, targets)}, len(inputs))
             entries = loss_entries(collected)
-        entries['cross_entropy_loss'] = self.criterion(logits, targets)
         if self.mixup is None:  # a mixed image has no single right answer
             entries['top1'] = (logits.argmax(1) == targets).float().mean() * 100
         return entries

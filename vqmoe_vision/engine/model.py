@@ -30,7 +30,7 @@ def unwrapped(runner: Runner) -> Any:
 
 
 def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
-    """What the MoE layers add to the dictionary that a model's `loss` returns.
+    """What the losses are in the dictionary that a model's `loss` returns.
 
     mmengine sums every entry with "loss" in its key, so `blocks.1.mlp/balance` becomes
     `blocks.1.mlp/balance_loss`. Statistics are no entries: `MoeLogProcessor` fetches them when a
@@ -42,7 +42,10 @@ def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
     Returns:
         0-dim tensors by name.
     """
-    return {f'{name}_loss': value for name, value in collected.losses.items()}
+    return {
+        name if 'loss' in name else f'{name}_loss': value
+        for name, value in collected.losses.items()
+    }
 
 
 class MoeTrainingMixin(TakesOtherNames):

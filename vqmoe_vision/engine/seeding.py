@@ -112,8 +112,8 @@ class SeededSampler(DefaultSampler):
 
     Without workers the model and the augmentation draw from one generator, and a method that draws
     noise would see other images than one that does not. A sample that is seeded by the run's seed,
-    the epoch and its index is the same for all models and for every number of workers. The data
-    set has to call `seed_sample`.
+    the epoch and its index is the same for all models and for every number of workers and
+    processes. The data set has to call `seed_sample`.
     """
 
     _passed_over = 0
@@ -138,13 +138,14 @@ class SeededInfiniteSampler(InfiniteSampler):
 
     A run that is counted in iterations resumes in the middle of a worker's stream of random
     numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
-    run's seed, the process and the position, is the same after a resume, and for every number of
-    workers. The data set has to call `seed_sample`.
+    run's seed and the position among the samples of all processes, is the same after a resume, and
+    for every number of workers and processes. The data set has to call `seed_sample`.
     """
 
     def _indices_of_rank(self) -> Iterator[int]:
+        # processes take turns with samples
         for position, index in enumerate(super()._indices_of_rank()):
-            yield _seeded(index, self.seed, position, self.rank)
+            yield _seeded(index, self.seed, position * self.world_size + self.rank, 0)
 
 
 @FUNCTIONS.register_module()

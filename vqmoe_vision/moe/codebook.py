@@ -159,12 +159,14 @@ class Codebook(nn.Module):
         self.frozen, self.codebook_scale = True, 0.0
         return self
 
-    def observe(self, x: Tensor, indices: Tensor) -> Tensor | None:
+    def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor | None:
         """Keep what the next `update` needs to know of a forward pass; here, nothing.
 
         Args:
-            x: (T, D) tokens.
+            x: (T, D) tokens, of samples one after the other.
             indices: (T,) their codes.
+            tokens_per_sample: Processes that share a batch take turns with samples of as many
+                tokens.
 
         Returns:
             How many tokens had to be left out, 0-dim, or None if none ever are.

@@ -99,15 +99,16 @@ class GradientCodebook(Codebook):
             self._start_due = not bool(self.started)
 
     @torch.no_grad()
-    def observe(self, x: Tensor, indices: Tensor) -> Tensor:
+    def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
         """Keep statistics of a forward pass for the next `update`, in memory that does not grow.
 
         Tokens that are not finite, or too large to be squared, are left out: a single one would
         spoil its code for ever.
 
         Args:
-            x: (T, D) tokens.
+            x: (T, D) tokens, of samples one after the other.
             indices: (T,) their codes.
+            tokens_per_sample: As `Codebook.observe`.
 
         Returns:
             How many tokens were left out, 0-dim float32.
@@ -116,7 +117,9 @@ class GradientCodebook(Codebook):
         number = 0 if before is None else before.num_passes
         x = x.detach().float()
         cosine = self.use_cosine_sim
-        seen = code_usage(x, indices, self.num_codes, self.updates, number, cosine)
+        seen = code_usage(
+            x, indices, self.num_codes, self.updates, number, cosine, tokens_per_sample
+        )
         self._pending = seen if before is None else before.merged(seen)
         return x.shape[0] - seen.num_tokens
 

@@ -1,6 +1,6 @@
 """What a codebook learns from without gradients: how tokens use it, over passes and ranks.
 
-Legend: T tokens, D width, M codes, S = SAMPLE_SIZE sampled tokens.
+Legend: T tokens, N tokens per sample, D width, M codes, S = SAMPLE_SIZE sampled tokens.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import NORM_EPS
-from .counted_random import random_uniform
+from .counted_random import random_integers
+from .ranks import joint_rows, rank_and_size, sum_over_ranks
 
 SAMPLE_SIZE = 1024  # tokens kept of all passes, for starting codes and replacing dead ones
-SPOILT = 2.0  # the key of a token that cannot be used, behind all others
+SPOILT = 2**62  # the draw of a token that cannot be used, behind all others
+NONE = 2**63 - 1  # the draw where there is no token
 
 
 @dataclass(frozen=True)
 class CodeUsage:
     """Counts, sums and a uniform sample of the tokens of any number of forward passes.
 
-    The sample holds the S tokens with the smallest of independent random keys. So it can be merged
+    The sample holds the S tokens with the smallest of independent random draws. So it can be merged
     from the samples of passes and ranks, in memory that does not grow, and every token has the same
-    chance, whatever image and position it comes from. A key is a function of counters, see
-    `code_usage`: a run that resumes draws what it would have drawn.
+    chance, whatever image and position it comes from. A draw is a function of counters and of the
+    token's place in the batch of all ranks: a run that resumes draws what it would have drawn, and
+    as many processes as there may be draw the sample of one, in its order.
 
     Args:
         counts: (M,) float32, tokens per code.
         token_sums: (M, D) float32, sum of each code's tokens.
-        keys: (S,) float32, keys of the sample in rising order: below 1 of tokens, `SPOILT` of those
-            that cannot be used, and infinite where there is none.
-        tokens: (S, D) float32, the sample; zeros where the key is not below 1.
+        draws: (S,) int64, of the sample in rising order: below `SPOILT` of tokens, that of those
+            that cannot be used, and `NONE` where there is none.
+        tokens: (S, D) float32, the sample; zeros where the draw is not below `SPOILT`.
         num_passes: How many forward passes with tokens are in it, on this rank.
     """
 
     counts: Tensor
     token_sums: Tensor
-    keys: Tensor
+    draws: Tensor
     tokens: Tensor
     num_passes: int = 1
 
@@ -50,35 +53,44 @@ class CodeUsage:
 
     @property
     def usable(self) -> Tensor:
-        """Which rows of the sample are tokens, (S,) bool; the first ones, as keys rise."""
-        return self.keys < 1
+        """Which rows of the sample are tokens, (S,) bool; the first ones, as draws rise."""
+        return self.draws < SPOILT
 
     @property
     def seen(self) -> Tensor:
         """Whether there was any token, usable or not, 0-dim bool."""
-        return self.keys[0].isfinite()
+        return self.draws[0] < NONE
 
     def merged(self, later: CodeUsage) -> CodeUsage:
         """Usage in the passes of both."""
         return CodeUsage(
             self.counts + later.counts,
             self.token_sums + later.token_sums,
-            *_smallest(torch.cat([self.keys, later.keys]), torch.cat([self.tokens, later.tokens])),
+            *_smallest(
+                torch.cat([self.draws, later.draws]), torch.cat([self.tokens, later.tokens])
+            ),
             self.num_passes + later.num_passes,
         )
 
     def over_ranks(self) -> CodeUsage:
         """Usage on all ranks; the same object in a single process."""
-        if not (dist.is_available() and dist.is_initialized()):
+        size = rank_and_size()[1]
+        if size == 1:
             return self
-        sums = torch.cat([self.counts[:, None], self.token_sums], dim=1)
-        dist.all_reduce(sums)
-        sample = torch.cat([self.keys[:, None], self.tokens], dim=1)
-        samples = [torch.empty_like(sample) for _ in range(dist.get_world_size())]
+        sums = sum_over_ranks(torch.cat([self.counts[:, None], self.token_sums], dim=1))
+        # both as integers of 32 bits, whose bits nothing rounds
+        sample = torch.cat(
+            [self.draws[:, None].view(torch.int32), self.tokens.contiguous().view(torch.int32)],
+            dim=1,
+        )
+        samples = [torch.empty_like(sample) for _ in range(size)]
         dist.all_gather(samples, sample)
         joint = torch.cat(samples)
-        keys, tokens = _smallest(joint[:, 0], joint[:, 1:])
-        return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], keys=keys, tokens=tokens)
+        draws, tokens = _smallest(
+            joint[:, :2].contiguous().view(torch.int64)[:, 0],
+            joint[:, 2:].contiguous().view(torch.float32),
+        )
+        return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], draws=draws, tokens=tokens)
 
 
 def code_usage(
@@ -88,16 +100,18 @@ def code_usage(
     updates: Tensor,
     pass_number: int,
     cosine: bool = False,
+    tokens_per_sample: int = 1,
 ) -> CodeUsage:
     """Usage in one forward pass, by tokens whose square is finite.
 
     Args:
-        x: (T, D) float32 tokens.
+        x: (T, D) float32 tokens, of samples one after the other.
         indices: (T,) int64, their codes.
         num_codes: M.
         updates: How often the codebook has learned, 0-dim int64.
         pass_number: How many passes are in the usage that this one will be merged with.
         cosine: Of directions: tokens are made of length one.
+        tokens_per_sample: N, see `joint_rows`.
     """
     usable = torch.linalg.vecdot(x, x).isfinite()
     x = x.masked_fill(~usable[:, None], 0)
@@ -105,22 +119,21 @@ def code_usage(
         x = F.normalize(x, dim=1, eps=NORM_EPS)
     counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
     sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
-    keys = _random_keys(usable, updates, pass_number).masked_fill(~usable, SPOILT)
-    return CodeUsage(counts, sums, *_smallest(keys, x), num_passes=int(x.shape[0] > 0))
+    rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
+    draws = _random_draws(rows, updates, pass_number).masked_fill(~usable, SPOILT)
+    return CodeUsage(counts, sums, *_smallest(draws, x), num_passes=int(x.shape[0] > 0))
 
 
-def _random_keys(like: Tensor, updates: Tensor, pass_number: int) -> Tensor:
-    """Uniform keys, new for each update, pass and rank."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    rows = torch.arange(like.shape[0], device=like.device)
-    return random_uniform(rows, updates, pass_number, rank)
+def _random_draws(rows: Tensor, updates: Tensor, pass_number: int) -> Tensor:
+    """31 random bits, new for each update and pass, before the row: no two draws are equal."""
+    return (random_integers(rows, updates, pass_number, 0) >> 1 << 31) + rows
 
 
-def _smallest(keys: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The S smallest keys and their tokens, filled up with infinite keys and zeros."""
-    missing = SAMPLE_SIZE - keys.shape[0]
+def _smallest(draws: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The S smallest draws and their tokens, filled up with `NONE` and zeros."""
+    missing = SAMPLE_SIZE - draws.shape[0]
     if missing > 0:
-        keys = torch.cat([keys, keys.new_full((missing,), torch.inf)])
+        draws = torch.cat([draws, draws.new_full((missing,), NONE)])
         tokens = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])
-    smallest = keys.topk(SAMPLE_SIZE, largest=False)
+    smallest = draws.topk(SAMPLE_SIZE, largest=False)
     return smallest.values, tokens.index_select(0, smallest.indices)

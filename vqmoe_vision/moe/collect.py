@@ -11,18 +11,23 @@ compilable, and a loss is never counted twice when gradient checkpointing runs a
 
 State that learns without gradients (an EMA codebook, StableMoE's stage) never changes in forward:
 `update_state` changes it, once, when the block is left.
+
+Where torch.distributed is initialised, losses are those of the batch of all ranks, with one sum
+over ranks for all layers, see `joint_losses.py`. Every rank then has to read them at the same
+places, or not at all before the end of the block.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .config import check
+from .joint_losses import Loss, averaged_over_ranks
 from .layer import MoeLayer
 from .statistics import summarize
 
@@ -39,23 +44,60 @@ class Collected:
         self._layers = layers
         self._like = like
         self._closed: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._added: list[tuple[str, Loss, int]] = []
+        # of each layer, and of what was added, what is averaged over ranks already
+        self._averaged: dict[str | None, list[Tensor]] = defaultdict(list)
+
+    def add(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
+        """Let other losses be averaged over ranks, and be part of the total.
+
+        A rank whose batch is smaller than that of another then counts for less, as it should.
+
+        Args:
+            losses: 0-dim means over the samples of this rank, by name.
+            num_samples: How many these are.
+        """
+        self._added.extend((name, loss, num_samples) for name, loss in losses.items())
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Weighted losses, 'blocks.1.mlp/balance' to 0-dim tensor, summed over forward passes."""
+        """Weighted losses, 'blocks.1.mlp/balance' to 0-dim tensor, summed over forward passes.
+
+        What was added comes last.
+        """
         if self._closed is not None:
             return self._closed[0]
-        return {name: torch.stack(v).sum(0) for name, v in self._gather('losses').items()}
+        reported: dict[str | None, list[tuple[str, Loss, int]]] = {
+            name: layer.recorder.losses for name, layer in self._layers.items()
+        }
+        reported[None] = self._added
+        new = [
+            (place, loss, number)
+            for place, entries in reported.items()
+            for _, loss, number in entries[len(self._averaged[place]) :]
+        ]
+        values = averaged_over_ranks([(loss, number) for _, loss, number in new])
+        for (place, _, _), value in zip(new, values, strict=True):
+            self._averaged[place].append(value)
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for place, entries in reported.items():
+            for (name, _, _), value in zip(entries, self._averaged[place], strict=True):
+                found[name if place is None else f'{place}/{name}'].append(value)
+        return {name: torch.stack(values).sum(0) for name, values in found.items()}
 
     @property
     def stats(self) -> dict[str, Tensor]:
         """Statistics, 'blocks.1.mlp/load' to tensor, averaged over forward passes."""
         if self._closed is not None:
             return self._closed[1]
-        return {name: torch.stack(v).mean(0) for name, v in self._gather('stats').items()}
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for layer_name, layer in self._layers.items():
+            for name, value in layer.recorder.stats:
+                found[f'{layer_name}/{name}'].append(value)
+        return {name: torch.stack(values).mean(0) for name, values in found.items()}
 
     def total(self) -> Tensor:
-        """Sum of all losses: a 0-dim tensor to add to the task loss, zero without MoE layers.
+        """Sum of all losses: a 0-dim tensor to add to the task loss, zero without losses.
 
         Raises:
             RuntimeError: If the block has been left, as the losses have lost their graph.
@@ -70,13 +112,6 @@ class Collected:
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `statistics.summarize`."""
         return summarize(self.stats)
-
-    def _gather(self, kind: str) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for layer_name, layer in self._layers.items():
-            for name, value in getattr(layer.recorder, kind):
-                found[f'{layer_name}/{name}'].append(value)
-        return found
 
     def _close(self) -> None:
         # losses lose their graph here, or a kept `Collected` would keep a whole step alive

@@ -161,6 +161,18 @@ class TopKConfig(MoeConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BalancedConfig(MoeConfig):
+    """Options of methods with a balance loss.
+
+    Args:
+        global_balance: Balance the tokens of all processes together. False lets every process
+            balance its own, and averages.
+    """
+
+    global_balance: bool = True
+
+
 def check_renormalize(renormalize: bool, top_k: int) -> None:
     """Refuse the combination in which a router learns nothing.
 

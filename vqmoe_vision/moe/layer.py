@@ -6,7 +6,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from .codebook import Quantized
 from .dispatch import run_experts
 from .experts import Experts
+from .joint_losses import Loss
 from .losses import token_mean
 from .routing import Router, Routing, expert_load
 from .scripting import StaysPython
@@ -47,7 +48,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.active = False
-        self.losses: list[tuple[str, Tensor]] = []
+        self.losses: list[tuple[str, Loss, int]] = []  # the last is the number of tokens
         self.stats: list[tuple[str, Tensor]] = []
         self.watcher: Watcher | None = None
 
@@ -105,12 +106,15 @@ class MoeLayer(StaysPython):
         idle = max(self.experts.num_experts - self.experts_per_token, 0)
         return round(idle * self.experts.params_per_expert())
 
-    def record(self, losses: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+    def record(
+        self, losses: Mapping[str, Loss], stats: Mapping[str, Tensor], num_tokens: int
+    ) -> None:
         """Report what a pass gave; kept only by an open block of `collect_losses`.
 
         Args:
-            losses: Weighted losses by name, 0-dim float32.
+            losses: Weighted losses by name: means over tokens, 0-dim float32, or balance losses.
             stats: Detached statistics by name: scalars, or shares (E,) that sum to 1.
+            num_tokens: Tokens of the pass, by which losses count where processes share a batch.
 
         Raises:
             RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
@@ -119,7 +123,7 @@ class MoeLayer(StaysPython):
         if self.training and not torch.compiler.is_compiling():
             self._check_use()
         if self.listens:
-            self.recorder.losses.extend(losses.items())
+            self.recorder.losses.extend((n, loss, num_tokens) for n, loss in losses.items())
             self.recorder.stats.extend(stats.items())
 
     def show(self, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> None:
@@ -261,7 +265,7 @@ class RoutedMlp(MoeLayer):
         """Route, run, report; (B, N, D) -> (B, N, D)."""
         routing = self.router(x if self.router.per_image else x.flatten(0, 1))
         out = run_experts(self.experts, x.flatten(0, 1), routing)
-        self.record(routing.losses, self.statistics(routing, out.shape[0]))
+        self.record(routing.losses, self.statistics(routing, out.shape[0]), out.shape[0])
         out = out.view(x.shape)
         self.show({'router': routing}, x, out)
         return out

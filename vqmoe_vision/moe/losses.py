@@ -3,6 +3,8 @@
 Legend: T tokens, E experts, K experts per token. Every balance term is 1 (or 0 where it is a
 coefficient of variation) at perfectly even routing, whatever K; papers and libraries differ by
 factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
+
+A loss is either a mean over tokens, which is a tensor, or a `BalanceLoss`.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import math
 import torch
 from torch import Tensor
 
+from .joint_losses import BalanceLoss
 from .routing import expert_load
 
 
-def load_balance(probs: Tensor, indices: Tensor) -> Tensor:
+def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:
     """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4).
 
     f_i, the share of assignments of expert i, has no gradient; P_i is its mean probability.
@@ -25,11 +28,14 @@ def load_balance(probs: Tensor, indices: Tensor) -> Tensor:
         indices: (T, K) int64.
 
     Returns:
-        0-dim tensor: 1 at even routing, E when every token surely takes one expert.
+        Of f and P: 1 at even routing, E when every token surely takes one expert.
     """
-    num_experts = probs.shape[-1]
-    load = expert_load(indices, num_experts)
-    return num_experts * (load * token_mean(probs)).sum()
+    load = expert_load(indices, probs.shape[-1])
+    return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
+
+
+def _scaled_product(means: Tensor) -> Tensor:
+    return means.shape[1] * (means[0] * means[1]).sum()
 
 
 def token_mean(values: Tensor) -> Tensor:
@@ -48,19 +54,19 @@ def squared_variation(values: Tensor) -> Tensor:
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
-def importance(probs: Tensor) -> Tensor:
+def importance(probs: Tensor) -> BalanceLoss:
     """Importance loss of V-MoE (arXiv 2106.05974, equation 6).
 
     Args:
         probs: (T, E) noise-free softmax probabilities.
 
     Returns:
-        0-dim tensor, 0 when all experts have the same summed probability.
+        Of mean probabilities: 0 when all experts have the same.
     """
-    return squared_variation(probs.sum(dim=0))
+    return BalanceLoss(token_mean(probs), squared_variation)
 
 
-def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> Tensor:
+def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> BalanceLoss:
     """Load loss of V-MoE (arXiv 2106.05974, equations 7 to 9).
 
     The load of an expert is the expected share of tokens that would select it if its noise were
@@ -74,12 +80,12 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
         top_k: K.
 
     Returns:
-        0-dim tensor, 0 at even load.
+        Of expected loads: 0 if they are even.
     """
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
     probability = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
-    return squared_variation(token_mean(probability))
+    return BalanceLoss(token_mean(probability), squared_variation)
 
 
 def router_z(logits: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def router_z(logits: Tensor) -> Tensor:
     return token_mean(logits.logsumexp(dim=-1).square())
 
 
-def overload(gates: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
     """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens.
 
     `sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i` with n = T * K / E. The counts carry no
@@ -106,7 +112,15 @@ def overload(gates: Tensor, indices: Tensor, num_experts: int) -> Tensor:
         num_experts: E.
 
     Returns:
-        0-dim tensor, 0 at even counts; may be negative.
+        Of the share of assignments and the mean gate of each expert: 0 at even counts; may be
+        negative.
     """
-    excess = expert_load(indices, num_experts) * num_experts - 1
-    return (excess[indices] * gates).sum() / max(indices.shape[0], 1)
+    # not index_add, whose sums on a GPU may differ from one run to the next
+    by_expert = gates.new_zeros(indices.shape[0], num_experts).scatter(1, indices, gates)
+    load = expert_load(indices, num_experts)
+    return BalanceLoss(torch.stack([load, token_mean(by_expert)]), _excess_product)
+
+
+def _excess_product(means: Tensor) -> Tensor:
+    load, gates = means.unbind()
+    return ((load * load.shape[0] - 1) * gates).sum()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TopKConfig
+from .joint_losses import Loss
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Routing:
     Args:
         indices: Expert of each assignment, (T, K) or (A,), int64 in [0, E).
         weights: Combine weight of each assignment, as `indices`, float32.
-        losses: Weighted auxiliary losses, name to 0-dim float32 tensor. Empty in eval mode.
+        losses: Weighted auxiliary losses by name: a mean over tokens as a 0-dim float32 tensor, or
+            a `BalanceLoss`. Empty in eval mode.
         stats: Detached tensors for the log.
         kept: (T, K) bool, False for assignments dropped by a capacity; None if nothing can drop.
         tokens: Token of each assignment, (A,) int64 in [0, T); None where every token has K.
@@ -35,7 +37,7 @@ class Routing:
 
     indices: Tensor
     weights: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
     tokens: Tensor | None = None

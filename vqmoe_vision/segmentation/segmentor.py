@@ -206,8 +206,12 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             data_samples: mmseg's samples with the label maps.
         """
         with self.collect() as collected:
-            losses = super().loss(inputs, data_samples)
-            return {**loss_entries(collected), **losses}
+            found = super().loss(inputs, data_samples)
+            numbers = self.parse_losses(found)[1]  # of an entry that is a list, too
+            losses = {name: numbers[name] for name in found if 'loss' in name}
+            collected.add(losses, len(inputs))
+            others = {name: value for name, value in found.items() if name not in losses}
+            return {**loss_entries(collected), **others}
 
     def predict(self, inputs: Tensor, data_samples: list | None = None) -> list:
         """As mmseg's, and counts the routing.

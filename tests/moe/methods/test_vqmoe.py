@@ -292,12 +292,13 @@ def test_losses_are_weighted(make_layer):
     codes = net.layer.quantizer.codebook.codes()
     nearest = torch.cdist(tokens, codes).min(dim=1)
     probs = (tokens @ net.layer.router.weight.t()).softmax(dim=-1)
+    chosen = probs.argmax(dim=1, keepdim=True)
     with collect_losses(net, update_state=False) as collected:
         net(x)
     expected = {
         # ema: beta * mean over tokens and channels, no codebook term
         'layer/vq': 0.5 * 2.0 * nearest.values.square().mean() / D,
-        'layer/balance': 0.25 * losses.load_balance(probs, probs.argmax(dim=1, keepdim=True)),
+        'layer/balance': 0.25 * losses.load_balance(probs, chosen).value(),
     }
     torch.testing.assert_close(dict(collected.losses), expected)
 

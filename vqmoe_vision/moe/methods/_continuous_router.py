@@ -23,6 +23,7 @@ class ContinuousRouter(SMoERouter):
         in_features: D.
         num_experts: E.
         balance_weight: Weight of its balance loss.
+        global_balance: As `BalancedConfig`.
         trained: False freezes the router at its random start.
     """
 
@@ -31,6 +32,7 @@ class ContinuousRouter(SMoERouter):
         in_features: int,
         num_experts: int,
         balance_weight: float,
+        global_balance: bool,
         trained: bool,
         **factory: Any,
     ) -> None:
@@ -41,6 +43,7 @@ class ContinuousRouter(SMoERouter):
             importance_weight=0.0,
             load_weight=0.0,
             balance_weight=balance_weight,
+            global_balance=global_balance,
             train_router=trained,
         )
         super().__init__(in_features, config, **factory)

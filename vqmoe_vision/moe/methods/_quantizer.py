@@ -12,7 +12,7 @@ c = `code_share`:
 These gradients are straight through the code: as if v were x. With `rotation_trick` (arXiv
 2410.06424) v has the gradient of x turned onto it, see `moe/rotation.py`.
 
-Legend: T tokens, D width, M codes.
+Legend: T tokens, N tokens per image, D width, M codes.
 """
 
 from __future__ import annotations
@@ -85,12 +85,15 @@ class Quantizer(nn.Module):
         kept = (1 - share) * x if self.reading == 'official' else x
         return torch.add(kept, (code - x).detach(), alpha=share)
 
-    def observe(self, tokens: Tensor, quantized: Quantized) -> dict[str, Tensor]:
+    def observe(
+        self, tokens: Tensor, quantized: Quantized, tokens_per_image: int
+    ) -> dict[str, Tensor]:
         """Let the codebook see tokens while it trains.
 
         Args:
             tokens: (T, D) float32.
             quantized: Their codes.
+            tokens_per_image: N.
 
         Returns:
             `code_usage` (M,), `quantization_error` (of the tokens' energy), and how many tokens a
@@ -102,5 +105,7 @@ class Quantizer(nn.Module):
             'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
         }
         learns = self.training and not self.codebook.frozen
-        left_out = self.codebook.observe(tokens, quantized.indices) if learns else None
+        if not learns:
+            return stats
+        left_out = self.codebook.observe(tokens, quantized.indices, tokens_per_image)
         return stats if left_out is None else {**stats, 'nonfinite_tokens': left_out}

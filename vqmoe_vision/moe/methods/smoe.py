@@ -11,8 +11,9 @@ V-MoE, at 0.005 each as in its released configurations; the balance loss of Swit
 2101.03961, 4) and the z-loss of ST-MoE (arXiv 2202.08906, 5) as options.
 
 Where we differ: dropless unless `capacity_factor` is set (then capacity = ceil(k T C / E), without
-the released code's rounding up to a multiple of 4); the routing group is the batch on a device;
-experts start from different draws, the released code starts them equal.
+the released code's rounding up to a multiple of 4); the routing group is the batch on a device,
+and for losses the batch on all of them; experts start from different draws, the released code
+starts them equal.
 
 Legend: T tokens, D width, E experts, K experts per token, C capacity.
 """
@@ -28,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check_renormalize, check_weights
+from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
+from ..joint_losses import Loss, values_of
 from ..layer import RoutedMlp
 from ..routing import (
     Routing,
@@ -44,7 +46,7 @@ from ..routing import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMoEConfig(TopKConfig):
+class SMoEConfig(BalancedConfig, TopKConfig):
     """Options of SMoE.
 
     Args:
@@ -94,7 +96,7 @@ class SMoEConfig(TopKConfig):
             'balance_weight': 0.1,
             'z_weight': 0.1,
         },
-        'capacity': {'capacity_factor': 1.0, 'batch_prioritized': True},
+        'capacity': {'capacity_factor': 1.0, 'batch_prioritized': True, 'global_balance': False},
         'eval-capacity': {'eval_capacity_factor': 1.0},
     }
 
@@ -137,6 +139,13 @@ class SMoEConfig(TopKConfig):
             capped or not self.batch_prioritized,
             'False unless a capacity_factor is set',
         )
+
+    def unused(self) -> dict[str, str]:
+        """Without a loss that balances, over which tokens it does."""
+        names = ('importance_weight', 'load_weight', 'balance_weight')
+        if any(getattr(self, name) > 0 for name in names):
+            return {}
+        return {'global_balance': ', '.join(f'{name}=0' for name in names)}
 
 
 class SMoERouter(TopKRouter):
@@ -199,8 +208,9 @@ class SMoERouter(TopKRouter):
 
     def _losses(
         self, logits: Tensor, noisy: Tensor, probs: Tensor, indices: Tensor
-    ) -> dict[str, Tensor]:
-        config, terms = self.config, {}
+    ) -> dict[str, Loss]:
+        config = self.config
+        terms: dict[str, Loss] = {}
         # a term of weight zero is left out, it may be undefined (load without noise)
         if config.importance_weight > 0:
             # without noise it is the same softmax
@@ -213,7 +223,7 @@ class SMoERouter(TopKRouter):
             terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         if config.z_weight > 0:
             terms['z'] = config.z_weight * losses.router_z(logits)
-        return terms
+        return terms if config.global_balance else {**values_of(terms)}
 
     def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
         config = self.config

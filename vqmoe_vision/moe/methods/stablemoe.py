@@ -37,9 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check_weights
+from ..config import BalancedConfig, TopKConfig, check_weights
 from ..experts import Experts
 from ..host import Host
+from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
 from ._distilled_router import DistilledRouter
@@ -49,7 +50,7 @@ DEFAULT_STAGE1_STEPS = 6000  # of the paper's language model, where nobody says 
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableMoEConfig(TopKConfig):
+class StableMoEConfig(BalancedConfig, TopKConfig):
     """Options of StableMoE.
 
     Args:
@@ -73,7 +74,7 @@ class StableMoEConfig(TopKConfig):
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
         'short': {'stage1_steps': 1, 'balance_weight': 0.1, 'distill_weight': 0.5},
-        'long': {'stage1_fraction': 0.5},
+        'long': {'stage1_fraction': 0.5, 'global_balance': False},
     }
 
     # the sigmoid of two stages begins a little above a half
@@ -103,10 +104,13 @@ class StableMoEConfig(TopKConfig):
         """What belongs to two stages, and the fraction beside a number of steps."""
         if not self.two_stage:
             names = ('stage1_steps', 'stage1_fraction', 'balance_weight', 'distill_weight')
-            return dict.fromkeys(names, 'two_stage=False')
+            return dict.fromkeys((*names, 'global_balance'), 'two_stage=False')
+        unused = {}
         if self.stage1_steps is not None:
-            return {'stage1_fraction': f'stage1_steps={self.stage1_steps}'}
-        return {}
+            unused['stage1_fraction'] = f'stage1_steps={self.stage1_steps}'
+        if self.balance_weight == 0:
+            unused['global_balance'] = 'balance_weight=0'
+        return unused
 
 
 class StableRouter(TopKRouter):
@@ -160,15 +164,16 @@ class StableRouter(TopKRouter):
         """The expert embeddings: decay would only flatten the gates."""
         return {'expert_embed', 'distilled.expert_embed'}
 
-    def _losses(self, gates: Tensor, student_scores: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        num_experts = self.config.num_experts
+    def _losses(self, gates: Tensor, student_scores: Tensor, indices: Tensor) -> dict[str, Loss]:
+        config, stage1 = self.config, ~self.distilled.frozen
         chosen = student_scores.log_softmax(dim=-1).gather(1, indices)
         distill = -losses.token_mean(chosen.mean(dim=1))
-        balance = losses.overload(gates, indices, num_experts)
-        stage1 = ~self.distilled.frozen
+        # without gates it is zero
+        gates = torch.where(stage1, gates, 0.0)
+        balance = config.balance_weight * losses.overload(gates, indices, config.num_experts)
         return {
-            'balance': torch.where(stage1, self.config.balance_weight * balance, 0.0),
-            'distill': torch.where(stage1, self.config.distill_weight * distill, 0.0),
+            'balance': balance if config.global_balance else balance.value(),
+            'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
         }
 
 

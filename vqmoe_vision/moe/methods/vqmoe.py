@@ -44,9 +44,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..branches import Branch, branch_statistics, run_branches
-from ..config import MoeConfig, check_weights
+from ..config import BalancedConfig, MoeConfig, check_weights
 from ..experts import Experts
 from ..host import Host
+from ..joint_losses import Loss
 from ..layer import Decisions, MoeLayer
 from ..losses import token_mean
 from ..routing import full_precision
@@ -58,7 +59,7 @@ FORMS = ('full', 'discrete', 'continuous')
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQMoEConfig(CodebookConfig):
+class VQMoEConfig(BalancedConfig, CodebookConfig):
     """Options of VQMoE, beside those of its codebook.
 
     Args:
@@ -97,7 +98,7 @@ class VQMoEConfig(CodebookConfig):
             'use_cosine_sim': True,
             'train_codebook': False,
         },
-        'continuous': {'form': 'continuous'},
+        'continuous': {'form': 'continuous', 'global_balance': False},
         'gradient': {
             'codebook': 'gradient',
             'num_codes': 48,
@@ -161,12 +162,15 @@ class VQMoEConfig(CodebookConfig):
             unused['code_share'] = f'expert_input={self.expert_input!r}'
         if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
             unused['rotation_trick'] = 'experts that are fed the token alone'
+        if self.balance_weight == 0:
+            unused['global_balance'] = 'balance_weight=0'
         if self.form == 'discrete':
-            unused |= dict.fromkeys(('balance_weight', 'train_router'), "form='discrete'")
+            names = ('balance_weight', 'global_balance', 'train_router')
+            unused |= dict.fromkeys(names, "form='discrete'")
         if self.form == 'continuous':
             own = {field.name for field in fields(VQMoEConfig)}
             shared = {field.name for field in fields(MoeConfig)}
-            kept = {'form', 'balance_weight', 'train_router'}
+            kept = {'form', 'balance_weight', 'global_balance', 'train_router'}
             unused |= dict.fromkeys(sorted(own - shared - kept), "form='continuous'")
         return unused
 
@@ -207,7 +211,7 @@ class VQMoEMlp(MoeLayer):
         tokens = x.flatten(0, 1)
         precise = tokens.float()  # once for all that decides in float32
         branches: list[Branch] = []
-        losses: dict[str, Tensor] = {}
+        losses: dict[str, Loss] = {}
         stats: dict[str, Tensor] = {}
         decisions: Decisions = {}
         if self.router is not None:
@@ -222,14 +226,14 @@ class VQMoEMlp(MoeLayer):
             if self.training:
                 losses['vq'] = self.config.vq_weight * quantized.loss
             if self.listens:
-                stats |= self.quantizer.observe(precise, quantized)
+                stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm)
         if self.listens:
             stats = {**branch_statistics(self.experts.num_experts, branches), **stats}
             if gates is not None:
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
-        self.record(losses, stats)
+        self.record(losses, stats, tokens.shape[0])
         if gates is not None:
             decisions['gates'] = gates
         out = out.view(x.shape)
@@ -284,8 +288,14 @@ class VQMoEMlp(MoeLayer):
 
 
 def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> ContinuousRouter:
-    num_experts, weight, trained = config.num_experts, config.balance_weight, config.train_router
-    return ContinuousRouter(in_features, num_experts, weight, trained, **factory)
+    return ContinuousRouter(
+        in_features,
+        config.num_experts,
+        config.balance_weight,
+        config.global_balance,
+        config.train_router,
+        **factory,
+    )
 
 
 def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:

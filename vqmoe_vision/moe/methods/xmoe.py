@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import TopKConfig, check_renormalize, check_weights
+from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
 from ..layer import RoutedMlp
@@ -47,7 +47,7 @@ _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class XMoEConfig(TopKConfig):
+class XMoEConfig(BalancedConfig, TopKConfig):
     """Options of XMoE.
 
     Args:
@@ -81,7 +81,7 @@ class XMoEConfig(TopKConfig):
     }
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'sigmoid': {'gate': 'sigmoid', 'balance_temperature': 0.5},
+        'sigmoid': {'gate': 'sigmoid', 'balance_temperature': 0.5, 'global_balance': False},
     }
 
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
@@ -110,8 +110,9 @@ class XMoEConfig(TopKConfig):
             self.require(name, value is None or value > 0, "above 0, or None for the paper's")
 
     def unused(self) -> dict[str, str]:
-        """Without the balance loss, its temperature."""
-        return {'balance_temperature': 'balance_weight=0'} if self.balance_weight == 0 else {}
+        """Without the balance loss, what belongs to it."""
+        names = ('balance_temperature', 'global_balance') if self.balance_weight == 0 else ()
+        return dict.fromkeys(names, 'balance_weight=0')
 
 
 class XMoERouter(TopKRouter):
@@ -180,7 +181,8 @@ class XMoERouter(TopKRouter):
             terms = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
-                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+                balance = config.balance_weight * losses.load_balance(probs, indices)
+                terms['balance'] = balance if config.global_balance else balance.value()
         return Routing(indices, weights, terms)
 
     def no_weight_decay(self) -> set[str]:

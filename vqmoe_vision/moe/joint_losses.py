@@ -1,0 +1,100 @@
+"""What a loss of a layer is made of, and its average over the processes that share a batch.
+
+The average is one sum over ranks for all losses of all layers. It is taken of numbers without a
+gradient, after the forward pass, so that backward has no sum of its own that could meet those of
+data-parallel training in another order on another rank, and gradient checkpointing repeats none.
+
+The gradients are those of the whole batch once they are averaged over ranks, as
+DistributedDataParallel and FSDP do. With n_r of N tokens on rank r of S, a mean m = sum_r n_r/N m_r
+and a loss F(m), the gradient is sum_r n_r/N F'(m) dm_r. Here every rank has S n_r/N F'(m) dm_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ranks import rank_and_size, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class BalanceLoss:
+    """A loss that is a function of means over the tokens of a batch, and no such mean itself.
+
+    The means come apart from the function, because processes that share a batch have to average
+    the means: the average of their values is another number.
+
+    Args:
+        means: Means over tokens, float32 of any shape.
+        function: From them to a 0-dim tensor.
+        weight: Factor of the value.
+    """
+
+    means: Tensor
+    function: Callable[[Tensor], Tensor]
+    weight: float = 1.0
+
+    def __rmul__(self, weight: float) -> BalanceLoss:
+        return BalanceLoss(self.means, self.function, weight * self.weight)
+
+    def value(self) -> Tensor:
+        """0-dim tensor, of the means as they are."""
+        return self.value_of(self.means)
+
+    def value_of(self, means: Tensor) -> Tensor:
+        """0-dim tensor, of other means of the same shape."""
+        return self.weight * self.function(means)
+
+
+Loss = Tensor | BalanceLoss
+
+
+def values_of(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
+    """Losses of the tokens of this process alone, 0-dim each.
+
+    Args:
+        losses: By name.
+    """
+    return {
+        name: loss.value() if isinstance(loss, BalanceLoss) else loss
+        for name, loss in losses.items()
+    }
+
+
+def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
+    """Values for the batch of all ranks, the same on each of them.
+
+    Every rank has to ask, with the same losses in the same order.
+
+    Args:
+        losses: Each with the number of tokens, or whatever its means are means over, by which it
+            counts; none at all does so if there are none on any rank.
+
+    Returns:
+        0-dim tensors, in their order.
+    """
+    size = rank_and_size()[1]
+    if size == 1 or not losses:
+        return [loss.value() if isinstance(loss, BalanceLoss) else loss for loss, _ in losses]
+    parts = [
+        (loss.means if isinstance(loss, BalanceLoss) else loss).flatten() * number
+        for loss, number in losses
+    ]
+    own = torch.cat(parts)
+    numbers = [own.new_full((1,), number) for _, number in losses]
+    total = sum_over_ranks(torch.cat([own.detach(), *numbers]))
+    sums, counts = total.split([own.numel(), len(losses)])
+    # the value of all ranks, the gradient of this one
+    sums = sums + size * (own - own.detach())
+    averaged = []
+    lengths = [part.numel() for part in parts]
+    for (loss, _), part, count in zip(losses, sums.split(lengths), counts, strict=True):
+        means = part / count.clamp(min=1)
+        if isinstance(loss, BalanceLoss):
+            averaged.append(loss.value_of(means.view_as(loss.means)))
+        else:
+            averaged.append(means.view_as(loss))
+    return averaged
