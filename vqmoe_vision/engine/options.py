@@ -8,7 +8,8 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-# Fields that mmengine's Runner takes from the config without being arguments of its constructor.
+# Fields that mmengine's Runner takes from the config without being arguments of its constructor,
+# and that of sharded.py.
 _EXTRA_FIELDS = frozenset(
     {
         'activation_checkpointing',
@@ -16,6 +17,7 @@ _EXTRA_FIELDS = frozenset(
         'efficient_conv_bn_eval',
         'find_unused_parameters',
         'model_wrapper_cfg',
+        'parallel',
         'runner_type',
         'sync_bn',
     }

@@ -32,8 +32,8 @@ def fill_in_parallel(config: Config, processes: int) -> None:
     """Lets a run spread its model, if its config has `parallel`.
 
     Args:
-        config: Its `parallel` may have `expert_processes` and `param_dtype`, as `shard_model`; hooks
-            and how mmengine wraps the model are changed.
+        config: Its `parallel` may have `expert_processes` and `param_dtype`, as `shard_model`. Its
+            hooks are changed, and how mmengine wraps the model.
         processes: Of the run.
 
     Raises:
@@ -110,7 +110,7 @@ class ShardingHook(Hook):
         self._whole = deepcopy(runner.model).cpu()
         before = dict(runner.model.named_parameters())
         shard_model(runner.model, self.expert_processes, self.param_dtype)
-        self._sharded, self._optimizer = runner.model, optimizer
+        self._sharded, self._wrapper = runner.model, wrapper
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
             kind = wrapper.clip_grad_kwargs.get('type', 'norm')
@@ -145,7 +145,7 @@ class ShardingHook(Hook):
     def _gather(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return (
             whole_state(self._sharded.state_dict()),
-            whole_state(self._optimizer.state_dict()),
+            whole_state(self._wrapper.state_dict()),
         )
 
 
@@ -226,7 +226,7 @@ def _exchange(
     optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter]
 ) -> None:
     """Gives an optimizer parts of parameters for whole ones, and parts of what it knows of them."""
-    parts = {whole: now[name] for name, whole in before.items()}
+    parts: dict[Tensor, nn.Parameter] = {whole: now[name] for name, whole in before.items()}
     for group in optimizer.param_groups:
         group['params'] = [parts[p] for p in group['params']]
         # kernels for lists of tensors take one layout alone

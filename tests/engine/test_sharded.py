@@ -1,0 +1,69 @@
+"""What a config may say of spreading a model, and gradients whose layouts differ."""
+
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from vqmoe_vision.engine.sharded import ShardingHook, clip_grad_norm, fill_in_parallel, whole_state
+
+
+@pytest.mark.parametrize(
+    ('fields', 'processes', 'message'),
+    [
+        (
+            {'parallel': {'expert': 2}},
+            2,
+            r"parallel={'expert': 2} is not possible: dict\(expert_pr",
+        ),
+        ({'parallel': 2}, 2, r'parallel=2 is not possible: dict\(expert_processes'),
+        ({'parallel': {}}, 1, r'parallel={} is not possible: left out with one process'),
+        (
+            {'parallel': {}, 'model_wrapper_cfg': {'type': 'MMDistributedDataParallel'}},
+            2,
+            'left out beside model_wrapper_cfg',
+        ),
+    ],
+)
+def test_refused(fields: dict[str, Any], processes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill_in_parallel(Config(fields), processes)
+
+
+def test_a_config_that_a_run_has_written_has_one_hook() -> None:
+    config = Config({'parallel': {'expert_processes': 2}, 'custom_hooks': [{'type': 'Other'}]})
+    fill_in_parallel(config, 2)
+    fill_in_parallel(config, 2)
+    assert [hook['type'] for hook in config.custom_hooks] == ['Other', 'ShardingHook']
+    assert config.model_wrapper_cfg == {'type': 'Unwrapped'}
+
+
+def test_no_field_changes_nothing() -> None:
+    config = Config({'model': {}})
+    fill_in_parallel(config, 1)
+    assert config.to_dict() == {'model': {}}
+
+
+@pytest.mark.parametrize('name', ['int8', 'bfloat', 'nn'])
+def test_dtypes_that_parameters_cannot_have(name: str) -> None:
+    with pytest.raises(ValueError, match=f"parallel.param_dtype='{name}' is not possible"):
+        ShardingHook(param_dtype=name)
+
+
+def test_clips_as_torch_does() -> None:
+    one, other = (torch.nn.Linear(3, 2) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(4, 3)
+    norms = []
+    for layer, clip in ((one, torch.nn.utils.clip_grad_norm_), (other, clip_grad_norm)):
+        layer(x).square().sum().backward()
+        norms.append(clip(list(layer.parameters()), max_norm=0.1))
+    torch.testing.assert_close(*norms)
+    for parameter, same in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(same.grad, parameter.grad)
+
+
+def test_whole_tensors_stay_what_they_are() -> None:
+    state = {'a': [torch.ones(2), 3], 'b': {'c': 'd'}}
+    assert str(whole_state(state)) == str(state)
