@@ -197,7 +197,7 @@ class AtomicCheckpointHook(CheckpointHook):
         """Saves a run that is told to stop, whatever the interval.
 
         Returns:
-            The number of iterations that are done; -1 where another process saves.
+            The number of iterations that are done.
         """
         epoch, iteration = self._progress
         if self._validating:
@@ -213,7 +213,7 @@ class AtomicCheckpointHook(CheckpointHook):
             else:
                 self._save_checkpoint_with_step(runner, epoch if self.by_epoch else iteration, meta)
         runner.visualizer.close()
-        return iteration if is_main_process() else -1
+        return iteration
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         if self.max_keep_ckpts > 0:

@@ -5,18 +5,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .checkpoint_files import newest_checkpoint
+from .alike import check_configs, check_datasets
+from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
 from .options import add_config_options, check_options
+from .processes import LAUNCHERS, Processes, together
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -166,7 +170,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         '--work-dir', help="where logs and checkpoints go (default: ./work_dirs/<config's name>)"
     )
     add_config_options(parser)
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
@@ -174,28 +178,57 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = _configure(args)
-    if args.amp:
-        use_amp(config)
-    if args.resume:
-        latest = newest_checkpoint(Path(config.work_dir), lambda line: print(line, file=sys.stderr))
-        config.load_from, config.resume = str(latest), True
-    runner = _build_runner(config)
-    _check_batches(runner)
-    runner.train()
+    with _together(args) as processes:
+        config = _configure(args)
+        if args.amp:
+            use_amp(config)
+        processes.join(config)
+        check_configs(processes, config)
+        latest = processes.decide(_latest(args, config, processes))
+        if latest is not None:
+            config.load_from, config.resume = latest, True
+        runner = _build_runner(config)
+        check_datasets(processes, runner, ('train', 'val'))
+        _check_batches(runner)
+        runner.train()
+
+
+def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> str | None:
+    """The checkpoint to go on from, for the first process to find."""
+    folder = Path(config.work_dir)
+    if processes.rank:
+        return None
+    newest = newest_time(folder)
+    if not args.resume and newest <= processes.newest_before(newest):
+        return None
+    return str(newest_checkpoint(folder, lambda line: print(line, file=sys.stderr)))
 
 
 def _test(args: argparse.Namespace) -> None:
+    with _together(args) as processes:
+        _test_together(args, processes)
+
+
+def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     config = _configure(args)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     config.load_from = args.checkpoint
     if args.show_dir is not None:
+        if processes.size > 1:
+            raise ValueError(
+                f'--show-dir {args.show_dir} needs one process: of {processes.size} each sees a '
+                'part of the images'
+            )
         show_predictions(config, args.show_dir)
     if args.tta:
         augment_test(config)
-    metrics = _build_runner(config).test()
-    if args.out is not None:
+    processes.join(config)
+    check_configs(processes, config)
+    runner = _build_runner(config)
+    check_datasets(processes, runner, ('test',))
+    metrics = runner.test()
+    if args.out is not None and processes.rank == 0:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
@@ -206,17 +239,21 @@ def _check_batches(runner: Any) -> None:
         return
     loader = runner.train_dataloader
     if len(loader) == 0:
+        size = get_world_size()
+        of_each = f' for each of {size} processes' if size > 1 else ''
         raise ValueError(
             f'train_dataloader.batch_size={loader.batch_size} must be at most '
-            f'{len(loader.dataset)}, the number of training images: drop_last=True leaves out what '
-            'fills no batch'
+            f'{len(loader.sampler)}, the number of training images{of_each}: drop_last=True '
+            'leaves out what fills no batch'
         )
 
 
-def _configure(args: argparse.Namespace) -> Config:
-    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
-        raise ValueError('--launcher pytorch needs torchrun --nproc_per_node=N in place of python')
+def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return together(args.launcher)
+
+
+def _configure(args: argparse.Namespace) -> Config:
     config = load_config(args.config, args.cfg_options)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config

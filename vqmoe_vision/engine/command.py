@@ -12,6 +12,7 @@ from typing import Any
 
 from .checkpoint_files import SaveError
 from .finite import NonFiniteError
+from .processes import RankError
 from .stop import end_by
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
@@ -53,7 +54,10 @@ def run(
     except Exception as error:
         if '--debug' in arguments:
             raise
-        sys.exit(f'error: {_as_typed(one_line(error), options)}')
+        where = ''
+        if isinstance(error, RankError):
+            where, error = f'rank {error.rank}: ', error.error
+        sys.exit(f'error: {where}{_as_typed(one_line(error), options)}')
 
 
 def _as_typed(message: str, options: Iterable[str]) -> str:

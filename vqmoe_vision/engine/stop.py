@@ -12,12 +12,15 @@ from typing import Any, NoReturn
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 
+from .processes import current
+
 
 class StopSignals:
     """Lets a training save before a signal ends it; a second signal ends it at once.
 
     A signal that is ignored stays so, and so does one that somebody else handles. Signals are
-    taken from here on.
+    taken from here on. Of several processes the first one saves and ends, whichever of them is told
+    to; the others go on until it has, for their parts of an iteration are needed.
 
     Args:
         save: Called at a moment when all that a checkpoint holds belongs together; returns the
@@ -51,13 +54,19 @@ class StopSignals:
 
     def obey(self) -> None:
         """Saves and ends the process if a signal has come."""
-        if self._received is None:
+        processes, number = current(), self._received
+        if processes is not None:
+            number = number or processes.told()
+            if processes.rank or processes.ended():  # or for the error of another
+                return
+        if number is None:
             return
         saved = self._save()
-        if saved >= 0:
-            name = signal.Signals(self._received).name
-            print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
-        end_by(self._received)
+        name = signal.Signals(number).name
+        print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
+        if processes is not None:
+            processes.end()
+        end_by(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
@@ -71,6 +80,9 @@ class StopSignals:
             signal.raise_signal(number)
             return
         self._received = number
+        processes = current()
+        if processes is not None and processes.rank:
+            processes.tell(number)
         # Workers may have got the same signal. PyTorch raises an error in the middle of an
         # iteration when it is told that one has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
