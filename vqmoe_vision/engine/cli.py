@@ -19,8 +19,9 @@ from .alike import check_configs, check_datasets
 from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
+from .launchers import LAUNCHERS
 from .options import add_config_options, check_options
-from .processes import LAUNCHERS, Processes, together
+from .processes import Processes, together
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'

@@ -12,11 +12,18 @@ from typing import Any
 
 from .checkpoint_files import SaveError
 from .finite import NonFiniteError
-from .processes import RankError
+from .processes import LostError, RankError
 from .stop import end_by
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
-_USER_ERRORS = (ValueError, FileNotFoundError, ModuleNotFoundError, NonFiniteError, SaveError)
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    ModuleNotFoundError,
+    NonFiniteError,
+    SaveError,
+    LostError,
+)
 # Of what cannot be written any more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -54,10 +61,9 @@ def run(
     except Exception as error:
         if '--debug' in arguments:
             raise
-        where = ''
-        if isinstance(error, RankError):
-            where, error = f'rank {error.rank}: ', error.error
-        sys.exit(f'error: {where}{_as_typed(one_line(error), options)}')
+        of_a_rank = isinstance(error, RankError)
+        where, cause = (f'rank {error.rank}: ', error.error) if of_a_rank else ('', error)
+        sys.exit(f'error: {where}{_as_typed(one_line(cause), options)}')
 
 
 def _as_typed(message: str, options: Iterable[str]) -> str:

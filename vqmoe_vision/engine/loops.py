@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from itertools import islice
 
+from mmengine.dist import get_world_size
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import runner as upstream
 
 SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
+PROCESSES = 'processes_in_epoch'
 
 
 @LOOPS.register_module('EpochBasedTrainLoop', force=True)
@@ -39,7 +41,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         """Batches of the epoch that a run which is resumed has seen.
 
         Raises:
-            ValueError: Its batches had another size.
+            ValueError: Its batches had another size, or there were more processes, or fewer.
         """
         hub, size = self.runner.message_hub, self.dataloader.batch_size
         seen = hub.get_info(SEEN, 0)
@@ -49,7 +51,15 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
                 f'train_dataloader.batch_size={size} is not possible: the checkpoint is in the '
                 f'middle of an epoch, which goes on with {former}'
             )
+        processes = get_world_size()
+        shared = hub.get_info(PROCESSES, processes)
+        if seen and shared != processes:
+            raise ValueError(
+                f'{processes} processes are not possible: the checkpoint is in the middle of an '
+                f'epoch, which goes on with {shared}'
+            )
         hub.update_info(SIZE, size)
+        hub.update_info(PROCESSES, processes)
         return seen
 
 

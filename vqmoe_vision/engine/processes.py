@@ -6,14 +6,13 @@ anything. Whoever fails writes there, says why in one line, and all others end w
 """
 
 import os
-import shutil
-import subprocess
+import re
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -21,24 +20,20 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import MODEL_WRAPPERS
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.nn.parallel import DistributedDataParallel
 
-# What each launcher calls the rank, the number of processes and the rank on the machine, and how
-# to start it.
-_LAUNCHERS = {
-    'pytorch': (('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'torchrun --nproc_per_node=N'),
-    'slurm': (('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'), 'srun python'),
-    'mpi': (
-        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-        "Open MPI's mpirun python",
-    ),
-}
-LAUNCHERS = ('none', *_LAUNCHERS)
-TIMEOUT = 1800.0  # seconds, unless env_cfg.dist_cfg says
+from .launchers import check_alone, place
+from .process_group import TIMEOUT, fill_in_wrapper, group_options
+
 _PULSE = 1.0  # seconds between two looks at the store
+# what gloo says where another process is gone, and where it has not answered in time
+_GONE = re.compile(r'Connection (reset|closed) by peer|Connection refused|Broken pipe')
+_LATE = re.compile(r'Timed out waiting \d+ ?ms')
 _ENDED, _TOLD, _BEFORE = 'ended', 'told', 'newest checkpoint before'
+
+
+class LostError(Exception):
+    """Another process of the run did not answer."""
 
 
 class RankError(Exception):
@@ -74,10 +69,11 @@ class Processes:
         self._left = threading.Event()
         self._watch: threading.Thread | None = None
         self._told: int | None = None
+        self._timeout = TIMEOUT
         if launcher == 'none':
-            _check_alone()
+            check_alone()
             return
-        self.rank, self.size, self._local_rank = _place(launcher)
+        self.rank, self.size, self._local_rank = place(launcher)
         if self.rank:
             warnings.simplefilter('ignore')
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
@@ -122,7 +118,9 @@ class Processes:
         if self._store is None:
             return
         device = get_device()
-        backend, timeout = _of_config(config.get('env_cfg', {}).get('dist_cfg', {}), device)
+        backend, self._timeout = group_options(
+            config.get('env_cfg', {}).get('dist_cfg', {}), device
+        )
         if device == 'cuda':
             if self._local_rank >= (found := torch.cuda.device_count()):
                 raise ValueError(
@@ -132,13 +130,13 @@ class Processes:
             torch.cuda.set_device(self._local_rank)
         # where mmengine looks for it
         os.environ['LOCAL_RANK'] = str(self._local_rank)
-        _wrap(config, device)
+        fill_in_wrapper(config, device)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore('group', self._store),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=self._timeout),
         )
 
     def leave(self) -> None:
@@ -200,9 +198,24 @@ class Processes:
         first = self.end()
         if not first:
             raise SystemExit(1) from error
+        if isinstance(error, RuntimeError):
+            error = self._plainly(error)
         if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # what torchrun shows in the end
             get_error_handler().record_exception(error)
         raise RankError(self.rank, error) from error
+
+    def _plainly(self, error: RuntimeError) -> Exception:
+        """An error of a collective operation without the addresses of sockets."""
+        if _GONE.search(str(error)):
+            return LostError(
+                'another process has ended without a word, killed or out of memory for example'
+            )
+        if _LATE.search(str(error)):
+            return LostError(
+                'another process has not answered within '
+                f'env_cfg.dist_cfg.timeout={self._timeout:g} seconds'
+            )
+        return error
 
     def refuse(self, problem: str) -> NoReturn:
         """Ends all processes because of what each of them has found.
@@ -270,89 +283,13 @@ def together(launcher: str) -> Iterator[Processes]:
         yield processes
         return
     _current = processes
-    try:
-        yield processes
-        processes.leave()
-    except (Exception, KeyboardInterrupt) as error:
-        processes.fail(error)
-    finally:
-        _current = None
-
-
-def _check_alone() -> None:
-    """Processes that do not know of each other would write the same files."""
-    size = os.environ.get('WORLD_SIZE', '1')
-    if 'TORCHELASTIC_RUN_ID' not in os.environ or size == '1':
-        return
-    if os.environ['RANK'] != '0':
-        time.sleep(3 * _PULSE)
-        raise SystemExit(1)
-    raise ValueError(f'torchrun has started {size} processes: --launcher pytorch makes them one run')
-
-
-def _place(launcher: str) -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this machine, as the launcher says."""
-    names, command = _LAUNCHERS[launcher]
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f'--launcher {launcher} needs {command} in place of python: {missing[0]} is not set'
-        )
-    if 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = _first_host(launcher)
-    os.environ.setdefault('MASTER_PORT', '29500')
-    rank, size, local_rank = (int(os.environ[name]) for name in names)
-    return rank, size, local_rank
-
-
-def _first_host(launcher: str) -> str:
-    """The machine of the first process; Slurm writes several as node[1-4,7]."""
-    hosts = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST', '')
-    if launcher == 'slurm' and shutil.which('scontrol'):
-        command = ['scontrol', 'show', 'hostnames', hosts]
-        return subprocess.check_output(command, text=True).split()[0]
-    if launcher != 'slurm' or not hosts or set(hosts) & set('[,'):
-        raise ValueError(
-            f'--launcher {launcher} needs the variable MASTER_ADDR, the address of the first machine'
-        )
-    return hosts
-
-
-def _of_config(options: dict[str, Any], device: str) -> tuple[str, float]:
-    """Backend, and seconds after which a process no longer waits for another."""
-    allowed = {'cuda': ('nccl', 'gloo'), 'cpu': ('gloo',)}
-    if device not in allowed:
-        raise ValueError(f'several processes need device cuda or cpu, and this machine has {device}')
-    unknown = sorted(options.keys() - {'backend', 'timeout'})
-    if unknown:
-        raise ValueError(
-            f'env_cfg.dist_cfg.{unknown[0]}={options[unknown[0]]!r} is not supported; it takes '
-            'backend and timeout, and the variables MASTER_ADDR and MASTER_PORT say where'
-        )
-    backend = options.get('backend', allowed[device][0])
-    if backend not in allowed[device]:
-        raise ValueError(
-            f'env_cfg.dist_cfg.backend={backend!r} is not possible on device {device}, which has '
-            f'{" and ".join(allowed[device])}; without it the device decides'
-        )
-    timeout = options.get('timeout', TIMEOUT)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f'env_cfg.dist_cfg.timeout={timeout!r} must be a number of seconds above 0')
-    return backend, float(timeout)
-
-
-def _wrap(config: Config, device: str) -> None:
-    """Fills in how mmengine wraps the model, which takes every device for a GPU."""
-    wrapper = config.get('model_wrapper_cfg')
-    if wrapper is None:
-        wrapper = {
-            # codebooks and counts are the same on all ranks already, as their layers add them up
-            'broadcast_buffers': False,
-            'find_unused_parameters': config.get('find_unused_parameters', False),
-        }
-    wrapper.setdefault('type', 'MMDistributedDataParallel')
-    kind = wrapper['type']
-    kind = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
-    if device == 'cpu' and isinstance(kind, type) and issubclass(kind, DistributedDataParallel):
-        wrapper.setdefault('device_ids', None)
-    config.model_wrapper_cfg = wrapper
+    with open(os.devnull, 'w') as nowhere:
+        silent = redirect_stdout(nowhere) if processes.rank else nullcontext()
+        try:
+            with silent:
+                yield processes
+                processes.leave()
+        except (Exception, KeyboardInterrupt) as error:
+            processes.fail(error)
+        finally:
+            _current = None

@@ -1,0 +1,71 @@
+"""Runs of several processes, each forked from one that has imported everything.
+
+    python tests/engine/ranks.py FOLDER
+
+The folder holds `runs.json`: by name, the tool, the variables and the arguments of each rank.
+Each rank writes what it prints beside it, and `ended.json` says how it ended.
+"""
+
+import json
+import os
+import socket
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from vqmoe_vision.engine import cli
+
+
+def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str]) -> int:
+    """Starts a rank.
+
+    Returns:
+        Its process.
+    """
+    process = os.fork()
+    if process:
+        return process
+    os.environ.update(variables)
+    status = 1
+    out, err = ((folder / name).open('w') for name in ('out', 'err'))
+    with out, err, redirect_stdout(out), redirect_stderr(err):
+        try:
+            getattr(cli, tool)(arguments)
+            status = 0
+        except SystemExit as end:  # as the interpreter does
+            print(end.code or '', file=err)
+    os._exit(status)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(('127.0.0.1', 0))
+        return one.getsockname()[1]
+
+
+def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
+    """Waits for all ranks of a run.
+
+    Returns:
+        Their statuses, negative for the number of a signal.
+    """
+    where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    processes = []
+    for number, one in enumerate(ranks):
+        (folder / str(number)).mkdir(parents=True)
+        variables = {**where, **one['variables']}
+        processes.append(rank(folder / str(number), tool, variables, one['arguments']))
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    for package in ('classification', 'segmentation'):
+        import_module(f'vqmoe_vision.{package}')
+    root = Path(sys.argv[1])
+    runs = json.loads((root / 'runs.json').read_text())
+    ended = {name: run(root / name, one['tool'], one['ranks']) for name, one in runs.items()}
+    (root / 'ended.json').write_text(json.dumps(ended))

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train on several GPUs: tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
+# On several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR and PORT.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+    echo "error: tools/dist_train.sh needs CONFIG GPUS [arguments of tools/train.py]" >&2
+    exit 2
+fi
+tools=$(dirname "$0")
+PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec python -m vqmoe_vision.torchrun \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$2" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+    "$tools/train.py" "$1" --launcher pytorch "${@:3}"

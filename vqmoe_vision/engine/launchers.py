@@ -1,0 +1,75 @@
+"""What started a process of many, and which of them it is."""
+
+import os
+import shutil
+import subprocess
+import time
+
+# What each launcher calls the rank, the number of processes and the rank on the machine, and how
+# to start it.
+_LAUNCHERS = {
+    'pytorch': (('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'torchrun --nproc_per_node=N'),
+    'slurm': (('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'), 'srun python'),
+    'mpi': (
+        ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+        "Open MPI's mpirun python",
+    ),
+}
+LAUNCHERS = ('none', *_LAUNCHERS)
+
+
+def check_alone() -> None:
+    """Refuses processes that do not know of each other, which would write the same files.
+
+    Raises:
+        ValueError: torchrun has started several; in the first one.
+        SystemExit: In the others.
+    """
+    size = os.environ.get('WORLD_SIZE', '1')
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or size == '1':
+        return
+    if os.environ['RANK'] != '0':
+        time.sleep(3)  # torchrun ends all as soon as one has ended
+        raise SystemExit(1)
+    raise ValueError(
+        f'torchrun has started {size} processes: --launcher pytorch makes them one run'
+    )
+
+
+def place(launcher: str) -> tuple[int, int, int]:
+    """Reads the environment of a launcher, and puts MASTER_ADDR and MASTER_PORT into it.
+
+    Args:
+        launcher: One of `LAUNCHERS` but 'none'.
+
+    Returns:
+        Rank, number of processes, and rank on this machine.
+
+    Raises:
+        ValueError: The environment is not that of the launcher.
+    """
+    names, command = _LAUNCHERS[launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f'--launcher {launcher} needs {command} in place of python: {missing[0]} is not set'
+        )
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(launcher)
+    os.environ.setdefault('MASTER_PORT', '29500')
+    rank, size, local_rank = (int(os.environ[name]) for name in names)
+    return rank, size, local_rank
+
+
+def _first_host(launcher: str) -> str:
+    """The machine of the first process; Slurm writes several as node[1-4,7]."""
+    hosts = os.environ.get('SLURM_STEP_NODELIST') or os.environ.get('SLURM_NODELIST', '')
+    if launcher == 'slurm' and shutil.which('scontrol'):
+        command = ['scontrol', 'show', 'hostnames', hosts]
+        return subprocess.check_output(command, text=True).split()[0]
+    if launcher != 'slurm' or not hosts or set(hosts) & set('[,'):
+        raise ValueError(
+            f'--launcher {launcher} needs the variable MASTER_ADDR, the address of the first '
+            'machine'
+        )
+    return hosts

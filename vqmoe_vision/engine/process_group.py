@@ -1,0 +1,70 @@
+"""What a config says of the group of processes, and what it need not say."""
+
+import inspect
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODEL_WRAPPERS
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = 1800.0  # seconds, unless env_cfg.dist_cfg says
+
+
+def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
+    """Reads `env_cfg.dist_cfg`.
+
+    Args:
+        options: It.
+        device: 'cuda' or 'cpu'.
+
+    Returns:
+        Backend, and seconds after which a process no longer waits for another.
+
+    Raises:
+        ValueError: An option is unknown, or not possible on this device.
+    """
+    allowed = {'cuda': ('nccl', 'gloo'), 'cpu': ('gloo',)}
+    if device not in allowed:
+        raise ValueError(
+            f'several processes need device cuda or cpu, and this machine has {device}'
+        )
+    unknown = sorted(options.keys() - {'backend', 'timeout'})
+    if unknown:
+        raise ValueError(
+            f'env_cfg.dist_cfg.{unknown[0]}={options[unknown[0]]!r} is not supported; it takes '
+            'backend and timeout, and the variables MASTER_ADDR and MASTER_PORT say where'
+        )
+    backend = options.get('backend', allowed[device][0])
+    if backend not in allowed[device]:
+        raise ValueError(
+            f'env_cfg.dist_cfg.backend={backend!r} is not possible on device {device}, which has '
+            f'{" and ".join(allowed[device])}; without it the device decides'
+        )
+    timeout = options.get('timeout', TIMEOUT)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(
+            f'env_cfg.dist_cfg.timeout={timeout!r} must be a number of seconds above 0'
+        )
+    return backend, float(timeout)
+
+
+def fill_in_wrapper(config: Config, device: str) -> None:
+    """Fills in how mmengine wraps the model, which takes every device for a GPU.
+
+    Args:
+        config: Its `model_wrapper_cfg` is changed.
+        device: 'cuda' or 'cpu'.
+    """
+    wrapper = config.get('model_wrapper_cfg')
+    if wrapper is None:
+        # codebooks and counts are the same on all ranks already, as their layers add them up
+        options = inspect.signature(DistributedDataParallel).parameters
+        sync = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
+        unused = config.get('find_unused_parameters', False)
+        wrapper = {sync: False, 'find_unused_parameters': unused}
+    wrapper.setdefault('type', 'MMDistributedDataParallel')
+    kind = wrapper['type']
+    kind = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if device == 'cpu' and isinstance(kind, type) and issubclass(kind, DistributedDataParallel):
+        wrapper.setdefault('device_ids', None)
+    config.model_wrapper_cfg = wrapper
