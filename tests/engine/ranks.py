@@ -63,8 +63,7 @@ def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    for package in ('classification', 'segmentation'):
-        import_module(f'vqmoe_vision.{package}')
+    import_module('vqmoe_vision.classification')
     root = Path(sys.argv[1])
     runs = json.loads((root / 'runs.json').read_text())
     ended = {name: run(root / name, one['tool'], one['ranks']) for name, one in runs.items()}

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def soak(tmp_path: Path, *arguments: str) -> dict:
+def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
     """A process of its own: it forks, which one with threads must not."""
     out = tmp_path / 'kills.json'
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/soak/kills.py'), *arguments]
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/soak' / program), *arguments]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [*command, '--out', str(out)], env=environment, capture_output=True, text=True
@@ -36,3 +36,11 @@ def test_all_kinds(tmp_path: Path) -> None:
     figures = soak(tmp_path, '--kills', '20', '--seed', '3')
     assert figures['faults'] == []
     assert sum(figures['kills'].values()) == 20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_killed_ranks_are_started_again_and_go_on(tmp_path: Path, ranks: int) -> None:
+    figures = soak(tmp_path, '--ranks', str(ranks), '--kills', '10', program='restarts.py')
+    assert figures[str(ranks)]['faults'] == []
+    assert sum(figures[str(ranks)]['kills'].values()) == 10

@@ -61,8 +61,9 @@ def run(
     except Exception as error:
         if '--debug' in arguments:
             raise
-        of_a_rank = isinstance(error, RankError)
-        where, cause = (f'rank {error.rank}: ', error.error) if of_a_rank else ('', error)
+        where, cause = '', error
+        if isinstance(error, RankError):
+            where, cause = f'rank {error.rank}: ', error.error
         sys.exit(f'error: {where}{_as_typed(one_line(cause), options)}')
 
 

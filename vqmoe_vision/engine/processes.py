@@ -44,7 +44,7 @@ class RankError(Exception):
         error: What it raised.
     """
 
-    def __init__(self, rank: int, error: BaseException) -> None:
+    def __init__(self, rank: int, error: Exception) -> None:
         super().__init__(f'rank {rank}: {error}')
         self.rank, self.error = rank, error
 
@@ -185,7 +185,7 @@ class Processes:
         """Signal that another process passed on."""
         return self._told
 
-    def fail(self, error: BaseException) -> NoReturn:
+    def fail(self, error: Exception) -> NoReturn:
         """Ends all processes because of an error.
 
         Args:
@@ -205,7 +205,12 @@ class Processes:
         raise RankError(self.rank, error) from error
 
     def _plainly(self, error: RuntimeError) -> Exception:
-        """An error of a collective operation without the addresses of sockets."""
+        """An error of a collective operation in terms of a run."""
+        if 'Expected to have finished reduction' in str(error):
+            return ValueError(
+                'some parameters got no gradient: the processes wait for all of them unless the '
+                'config has find_unused_parameters=True'
+            )
         if _GONE.search(str(error)):
             return LostError(
                 'another process has ended without a word, killed or out of memory for example'
@@ -289,7 +294,11 @@ def together(launcher: str) -> Iterator[Processes]:
             with silent:
                 yield processes
                 processes.leave()
-        except (Exception, KeyboardInterrupt) as error:
+        except KeyboardInterrupt as error:
+            if not processes.end():
+                raise SystemExit(1) from error
+            raise
+        except Exception as error:
             processes.fail(error)
         finally:
             _current = None

@@ -1,0 +1,260 @@
+"""Several processes through the tools, on a CPU: what they train, count, write and say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.engine import cli
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.launchers import place
+from vqmoe_vision.engine.process_group import group_options
+
+from ..soak.kinds import FOUR_SCENES, SCENES
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+# 360 images of validation and test are no multiple of 2 times 77
+CLASSIFICATION = f"""
+_base_ = {str(DIGITS)!r}
+custom_imports = dict(imports=['vqmoe_vision.classification', 'dies'])
+model = dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2))
+train_dataloader = dict(batch_size=200)
+test_dataloader = dict(batch_size=77)
+train_cfg = dict(max_epochs=2, val_interval=1)
+default_hooks = dict(checkpoint=dict(interval=1))
+"""
+# an odd number of scenes
+SEGMENTATION = f"""
+_base_ = {str(SCENES)!r}
+model = dict(
+    backbone=dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2)),
+    decode_head=dict(num_layers=1),
+)
+{FOUR_SCENES}
+train_cfg = dict(max_iters=4, val_interval=2)
+default_hooks = dict(checkpoint=dict(interval=2))
+test_dataloader = dict(batch_size=2, dataset=dict(num_scenes=5))
+"""
+# rank 1 in the second epoch
+DIES = """
+import os, time
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class Dies(Hook):
+    def __init__(self, how):
+        self.how = how
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.rank == 1 and runner.epoch == 1 and batch_idx == 0:
+            if self.how == 'raise':
+                raise ValueError('this rank has had enough')
+            if self.how == 'wait':
+                time.sleep(60)
+            os.kill(os.getpid(), int(self.how))
+"""
+NAMES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+}
+
+
+def ranks(
+    tool: str,
+    *arguments: str,
+    launcher: str = 'pytorch',
+    more: tuple[tuple[str, ...], ...] = ((), ()),
+) -> dict[str, Any]:
+    """A run of a rank for each tuple in `more`, its own arguments."""
+    size = str(len(more))
+    return {
+        'tool': tool,
+        'ranks': [
+            {
+                'variables': dict(zip(NAMES[launcher], (str(rank), size, str(rank)), strict=True)),
+                'arguments': [*arguments, '--launcher', launcher, *own],
+            }
+            for rank, own in enumerate(more)
+        ],
+    }
+
+
+def start(folder: Path, runs: dict[str, Any]) -> dict[str, list[int]]:
+    (folder / 'c.py').write_text(CLASSIFICATION)
+    (folder / 's.py').write_text(SEGMENTATION)
+    (folder / 'dies.py').write_text(DIES)
+    (folder / 'runs.json').write_text(json.dumps(runs))
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests/engine/ranks.py'), str(folder)]
+    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (folder / 'ended.json').is_file(), done.stderr
+    return json.loads((folder / 'ended.json').read_text())
+
+
+def said(folder: Path, run: str) -> list[str]:
+    """What each rank wrote to stderr."""
+    folders = sorted((folder / run).iterdir())
+    return [(rank / 'err').read_text() for rank in folders]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """A folder of runs, and how their ranks ended."""
+    folder = tmp_path_factory.mktemp('ranks')
+    config, work = str(folder / 'c.py'), str(folder / 'w')
+    kill = ('--cfg-options', 'default_hooks.dies.type=Dies', 'default_hooks.dies.how="9"')
+    runs = {
+        'killed': ranks('train', config, '--work-dir', work, *kill),
+        'resumed': ranks('train', config, '--work-dir', work, '--resume'),
+        'tested': ranks(
+            'test', config, f'{work}/epoch_2.pth', '--work-dir', work, '--out', f'{folder}/2.json'
+        ),
+        'different': ranks(
+            'train', config, '--work-dir', work,
+            more=((), ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')),
+        ),
+    }  # fmt: skip
+    return folder, start(folder, runs)
+
+
+def test_a_killed_rank_ends_the_run_with_one_line_of_another(run) -> None:
+    folder, ended = run
+    assert ended['killed'] == [1, -9]
+    assert said(folder, 'killed') == [
+        'error: rank 0: another process has ended without a word, killed or out of memory for '
+        'example\n',
+        '',
+    ]
+
+
+def test_the_run_goes_on_from_its_last_checkpoint(run) -> None:
+    folder, ended = run
+    assert ended['resumed'] == [0, 0]
+    assert 'resumed epoch: 1, iter: 3' in (folder / 'resumed/0/out').read_text()
+    content = read_content(str(folder / 'w/epoch_2.pth'))
+    assert (content['meta']['epoch'], content['meta']['iter']) == (2, 6)
+
+
+def test_only_the_first_rank_says_and_writes_something(run) -> None:
+    folder, _ = run
+    for name in ('resumed', 'tested'):
+        assert (folder / name / '1/out').read_text() == ''
+        assert said(folder, name) == ['', '']
+    # one of each run: killed, resumed, tested
+    assert len(list((folder / 'w').glob('*/*.log'))) == 3
+    assert len(list((folder / 'w').rglob('events.out.tfevents*'))) == 3
+
+
+def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ended = run
+    assert ended['tested'] == [0, 0]
+    monkeypatch.syspath_prepend(folder)
+    one = folder / '1.json'
+    arguments = [str(folder / 'c.py'), str(folder / 'w/epoch_2.pth'), '--out', str(one)]
+    cli.test([*arguments, '--work-dir', str(folder / 'one')])
+    expected, found = (json.loads((folder / f'{n}.json').read_text()) for n in (1, 2))
+    assert expected.keys() == found.keys()
+    for name in ('accuracy/top1', 'accuracy/top5'):
+        assert found[name] == expected[name]
+
+
+def test_different_configs_are_one_line(run) -> None:
+    folder, ended = run
+    assert ended['different'] == [1, 1]
+    assert said(folder, 'different') == [
+        'error: rank 0: the ranks have different configs: optim_wrapper.optimizer.lr is 0.002 on '
+        'rank 0 and 0.5 on rank 1\n',
+        '',
+    ]
+
+
+@pytest.mark.long
+def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
+    config, scenes, work = str(tmp_path / 'c.py'), str(tmp_path / 's.py'), str(tmp_path / 'w')
+    test = ('test', scenes, f'{work}s/iter_4.pth', '--work-dir', work)
+    hook = ('--cfg-options', 'default_hooks.dies.type=Dies')
+    bad = ('train', config, '--work-dir', work)
+    late = (*bad, *hook, 'default_hooks.dies.how=wait', 'env_cfg.dist_cfg.timeout=3')
+    runs = {
+        'slurm': ranks('train', scenes, '--work-dir', f'{work}s', launcher='slurm'),
+        'two': ranks(*test, '--out', str(tmp_path / '2.json')),
+        'one': ranks(*test, '--out', str(tmp_path / '1.json'), more=((),)),
+        'missing': ranks('train', 'nothing.py'),
+        'raises': ranks(*bad, *hook, 'default_hooks.dies.how=raise'),
+        'late': ranks(*late),
+        'data': ranks(*bad, more=((), ('--cfg-options', 'train_dataloader.dataset.fold=1'))),
+        'told': ranks(*bad, *hook, 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=99'),
+        'batch': ranks(*bad, '--cfg-options', 'train_dataloader.batch_size=900'),
+        'layout': ranks('test', config, f'{work}s/iter_4.pth', '--work-dir', work),
+    }
+    ended = start(tmp_path, runs)
+    assert [ended[name] for name in ('slurm', 'two', 'one')] == [[0, 0], [0, 0], [0]]
+    expected, found = (json.loads((tmp_path / f'{n}.json').read_text()) for n in (1, 2))
+    assert {n: found[n] for n in ('mIoU', 'aAcc')} == {n: expected[n] for n in ('mIoU', 'aAcc')}
+    # the first rank saves, though another one was told to stop
+    assert ended['told'] == [-15, 1]
+    (line,) = ''.join(said(tmp_path, 'told')).splitlines()
+    assert re.fullmatch(
+        r'SIGTERM: saved iteration \d+; go on with: the same command, --resume', line
+    )
+    for name, message in {
+        'missing': "config 'nothing.py' does not exist",
+        'raises': 'rank 1: this rank has had enough',
+        'late': 'rank 0: another process has not answered within env_cfg.dist_cfg.timeout=3 s',
+        'data': 'rank 0: the ranks have different configs: train_dataloader.dataset.fold is',
+        'batch': 'the number of training images for each of 2 processes',
+        'layout': 'the checkpoint does not fit the model',
+    }.items():
+        assert ended[name] == [1, 1], name
+        (line,) = ''.join(said(tmp_path, name)).splitlines()
+        assert line.startswith('error: rank ') and message in line
+
+
+def test_a_launcher_that_did_not_start_the_process_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ('SLURM_PROCID', 'RANK'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r'--launcher slurm needs srun .* SLURM_PROCID is not set'):
+        place('slurm')
+
+
+def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv('PATH', str(tmp_path))  # no scontrol
+    for name, value in zip(NAMES['slurm'], ('3', '8', '1'), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    monkeypatch.setenv('SLURM_STEP_NODELIST', 'node[1-2]')
+    with pytest.raises(ValueError, match='MASTER_ADDR'):
+        place('slurm')
+    monkeypatch.setenv('SLURM_STEP_NODELIST', 'node7')
+    assert place('slurm') == (3, 8, 1)
+    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node7', '29500')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'backend': 'nccl'}, r"backend='nccl' is not possible on device cpu, which has gloo"),
+        ({'timeout': 0}, r'timeout=0 must be a number of seconds above 0'),
+        ({'timeout': True}, r'timeout=True must be'),
+        ({'port': 1}, r'dist_cfg\.port=1 is not supported; it takes backend and timeout'),
+    ],
+)
+def test_options_of_the_group_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_options(options, 'cpu')
+
+
+def test_the_device_decides_the_backend() -> None:
+    assert group_options({}, 'cpu') == ('gloo', 1800)
+    assert group_options({'timeout': 60}, 'cuda') == ('nccl', 60)
+    assert group_options({'backend': 'gloo'}, 'cuda') == ('gloo', 1800)

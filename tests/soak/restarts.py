@@ -1,0 +1,135 @@
+"""Kills ranks of trainings under torchrun's agent, which starts them again, and compares.
+
+    python tests/soak/restarts.py --ranks 2 4 --kills 10 --seed 0 --out work_dirs/soak/restarts.json
+
+The agent is the one of `torchrun --max-restarts=KILLS`, but forks its workers from this process,
+which has imported everything. Each attempt but the last one is killed: a random rank after a random
+iteration, or the first rank at a step of a save.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from kills import ReachedHook, dies_at, outcome, same, watch_saves
+from kinds import KINDS, Kind
+from mmengine.dist import get_rank
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from vqmoe_vision.engine.cli import train
+
+STEPS = 6  # of the saves of an attempt, at one of which it may be killed
+
+
+def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
+    """One rank of one attempt, in a process of its own."""
+    number = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+    moment = plan[number] if number < len(plan) else None
+    if moment is not None and os.environ['RANK'] == str(moment['rank']):
+        told = folder / f'killed{number}'
+        if moment['step']:
+            watch_saves(folder / 'work', dies_at(moment['step'], None, told))
+        ReachedHook.after_train_iter = dies_after(moment['iterations'], told)
+    out = (folder / f'output{os.environ["RANK"]}').open('a')
+    with out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            arguments = [str(folder / 'config.py'), '--work-dir', str(folder / 'work')]
+            train([*arguments, '--launcher', 'pytorch', *kind.arguments])
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
+
+
+def dies_after(iterations: int, told: Path) -> Any:
+    """A hook's method that kills the rank after so many iterations of an attempt."""
+    left = [iterations]
+
+    def after_train_iter(hook: Any, runner: Any, **_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            told.write_text(f'iteration of rank {get_rank()}')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return after_train_iter
+
+
+def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
+    """Trains with as many restarts as there are kills."""
+    kind.write(folder)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=len(plan),
+        start_method='fork',
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        run_id=folder.name,
+        monitor_interval=0.1,
+    )
+    elastic_launch(config, attempt)(kind, folder, plan)
+
+
+def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Counter, list[str]]:
+    """A training that is left alone, and one that is killed and goes on.
+
+    Returns:
+        What it was killed at, and faults.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name) / 'whole', Path(name) / 'killed'
+        whole.mkdir()
+        killed.mkdir()
+        run(kind, whole, ranks, [])
+        plan = []
+        for _ in range(kills):
+            in_save = draw.random() < 0.5
+            plan.append(
+                {
+                    'rank': 0 if in_save else draw.randrange(ranks),
+                    'step': draw.randint(1, STEPS) if in_save else 0,
+                    # at the latest: an attempt that gets no further is killed all the same
+                    'iterations': kind.interval + 1 if in_save else draw.randint(1, kind.interval),
+                }
+            )
+        try:
+            run(kind, killed, ranks, plan)
+        except Exception as error:
+            said = [(killed / f'output{rank}').read_text()[-1000:] for rank in range(ranks)]
+            return Counter(), [f'lost: {error} {said}']
+        counts = Counter(path.read_text() for path in killed.glob('killed*'))
+        expected, found = outcome(whole), outcome(killed)
+        return counts, [f'{k} differs' for k, v in expected.items() if not same(v, found.get(k))]
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--ranks', type=int, nargs='+', default=[2, 4])
+    parser.add_argument('--kills', type=int, default=10)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--kind', choices=KINDS, default='classification')
+    parser.add_argument('--out', type=Path, help='JSON file for the figures')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for package in ('classification', 'segmentation'):
+        import_module(f'vqmoe_vision.{package}')
+    figures: dict[str, Any] = {}
+    for ranks in args.ranks:
+        counts, faults = soak(KINDS[args.kind], ranks, args.kills, random.Random(args.seed))
+        figures[str(ranks)] = {'kills': dict(counts), 'faults': faults}
+        print(f'{ranks} ranks: {figures[str(ranks)]}', flush=True)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures, indent=2) + '\n')
+    sys.exit(any(one['faults'] for one in figures.values()))
