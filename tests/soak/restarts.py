@@ -34,6 +34,9 @@ STEPS = 6  # of the saves of an attempt, at one of which it may be killed
 
 def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
     """One rank of one attempt, in a process of its own."""
+    # those of the agent, which a worker of torchrun does not have
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     number = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
     moment = plan[number] if number < len(plan) else None
     if moment is not None and os.environ['RANK'] == str(moment['rank']):
