@@ -36,7 +36,8 @@ def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str
             getattr(cli, tool)(arguments)
             status = 0
         except SystemExit as end:  # as the interpreter does
-            print(end.code or '', file=err)
+            if isinstance(end.code, str):
+                print(end.code, file=err)
     os._exit(status)
 
 

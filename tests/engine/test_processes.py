@@ -182,7 +182,7 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
     test = ('test', scenes, f'{work}s/iter_4.pth', '--work-dir', work)
     hook = ('--cfg-options', 'default_hooks.dies.type=Dies')
     bad = ('train', config, '--work-dir', work)
-    late = (*bad, *hook, 'default_hooks.dies.how=wait', 'env_cfg.dist_cfg.timeout=3')
+    late = (*bad, *hook, 'default_hooks.dies.how=wait', 'env_cfg.dist_cfg.timeout=10')
     runs = {
         'slurm': ranks('train', scenes, '--work-dir', f'{work}s', launcher='slurm'),
         'two': ranks(*test, '--out', str(tmp_path / '2.json')),
@@ -208,7 +208,7 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
     for name, message in {
         'missing': "config 'nothing.py' does not exist",
         'raises': 'rank 1: this rank has had enough',
-        'late': 'rank 0: another process has not answered within env_cfg.dist_cfg.timeout=3 s',
+        'late': 'another process has not answered within env_cfg.dist_cfg.timeout=10 seconds',
         'data': 'rank 0: the ranks have different configs: train_dataloader.dataset.fold is',
         'batch': 'the number of training images for each of 2 processes',
         'layout': 'the checkpoint does not fit the model',

@@ -29,6 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vqmoe_vision.engine.cli import train
 
+ROUNDING = 1e-3
 STEPS = 6  # of the saves of an attempt, at one of which it may be killed
 
 
@@ -69,7 +70,11 @@ def dies_after(iterations: int, told: Path) -> Any:
 
 def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
     """Trains with as many restarts as there are kills."""
-    kind.write(folder)
+    config_file = kind.write(folder)
+    text = config_file.read_text()
+    # as many iterations as one process has, and more epochs than kills can use up
+    text = text.replace('batch_size=300', f'batch_size={300 // ranks}')
+    config_file.write_text(text.replace('max_epochs=3', 'max_epochs=6'))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -82,6 +87,23 @@ def run(kind: Kind, folder: Path, ranks: int, plan: list[dict[str, Any]]) -> Non
         monitor_interval=0.1,
     )
     elastic_launch(config, attempt)(kind, folder, plan)
+
+
+def alike(a: Any, b: Any, ranks: int) -> bool:
+    """Whether two values are equal; with more than two ranks but for rounding.
+
+    DistributedDataParallel sorts gradients into new buckets after the first iteration of each
+    attempt, and gloo adds up the parts of a bucket beginning at different ranks. The sum of two
+    numbers is the same in both orders, and the sum of more is not.
+    """
+    if ranks == 2 or same(a, b):
+        return same(a, b)
+    try:
+        torch.testing.assert_close(a, b, rtol=ROUNDING, atol=ROUNDING)
+    except AssertionError as error:
+        print(str(error)[:800], flush=True)
+        return False
+    return True
 
 
 def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Counter, list[str]]:
@@ -113,7 +135,7 @@ def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Count
             return Counter(), [f'lost: {error} {said}']
         counts = Counter(path.read_text() for path in killed.glob('killed*'))
         expected, found = outcome(whole), outcome(killed)
-        return counts, [f'{k} differs' for k, v in expected.items() if not same(v, found.get(k))]
+        return counts, [f'{k} differs' for k in expected if not alike(expected[k], found[k], ranks)]
 
 
 if __name__ == '__main__':
