@@ -12,7 +12,7 @@ import pytest
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.launchers import place
+from vqmoe_vision.engine.launchers import check_alone, place
 from vqmoe_vision.engine.process_group import group_options
 
 from ..soak.kinds import FOUR_SCENES, SCENES
@@ -225,6 +225,15 @@ def test_a_launcher_that_did_not_start_the_process_is_named(
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r'--launcher slurm needs srun .* SLURM_PROCID is not set'):
         place('slurm')
+
+
+def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {'TORCHELASTIC_RUN_ID': 'none', 'WORLD_SIZE': '8', 'RANK': '0'}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match='torchrun has started 8 processes: --launcher pytorch'):
+        check_alone()
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    check_alone()
 
 
 def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
