@@ -3,29 +3,19 @@
 import json
 import os
 import re
-<<<<<<< HEAD
 import shutil
-=======
->>>>>>> h-launch
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
 import torch
 from torch import Tensor
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.launchers import place
-=======
-
-from vqmoe_vision.engine import cli
-from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.launchers import check_alone, place
->>>>>>> h-launch
 from vqmoe_vision.engine.process_group import group_options
 
 from ..soak.kinds import FOUR_SCENES, SCENES
@@ -73,10 +63,7 @@ class Dies(Hook):
                 time.sleep(60)
             os.kill(os.getpid(), int(self.how))
 """
-<<<<<<< HEAD
 EXPERTS = 'parallel.expert_processes=2'
-=======
->>>>>>> h-launch
 NAMES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
@@ -138,10 +125,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
             'train', config, '--work-dir', work,
             more=((), ('--cfg-options', 'optim_wrapper.optimizer.lr=0.5')),
         ),
-<<<<<<< HEAD
         'sharded': ranks('train', config, '--work-dir', f'{work}p', '--cfg-options', EXPERTS),
-=======
->>>>>>> h-launch
     }  # fmt: skip
     return folder, start(folder, runs)
 
@@ -187,7 +171,6 @@ def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -
         assert found[name] == expected[name]
 
 
-<<<<<<< HEAD
 def tensors(state: Any) -> list[Tensor]:
     if isinstance(state, dict | list):
         values = state.values() if isinstance(state, dict) else state
@@ -231,8 +214,6 @@ def test_a_run_goes_on_in_another_layout(run, option: str | None, tmp_path: Path
     assert {float(step) for step in steps} == {9.0}
 
 
-=======
->>>>>>> h-launch
 def test_different_configs_are_one_line(run) -> None:
     folder, ended = run
     assert ended['different'] == [1, 1]
@@ -294,8 +275,6 @@ def test_a_launcher_that_did_not_start_the_process_is_named(
         place('slurm')
 
 
-<<<<<<< HEAD
-=======
 def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {'TORCHELASTIC_RUN_ID': 'none', 'WORLD_SIZE': '8', 'RANK': '0'}.items():
         monkeypatch.setenv(name, value)
@@ -305,7 +284,6 @@ def test_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatc
     check_alone()
 
 
->>>>>>> h-launch
 def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv('PATH', str(tmp_path))  # no scontrol
     for name, value in zip(NAMES['slurm'], ('3', '8', '1'), strict=True):
