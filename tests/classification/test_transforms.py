@@ -4,6 +4,7 @@ import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
+from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
 from vqmoe_vision.analysis.corruptions import Corruption
@@ -20,6 +21,18 @@ def test_crop_flip_shifts_by_at_most_the_padding() -> None:
     }
     # 5 x 5 shifts; 300 draws miss a given one with probability (24/25)^300 = 5e-6
     assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+
+
+def test_a_table_normalises_every_byte_as_torchvision_does() -> None:
+    # each byte in each channel, as 3 and 256 have no common divisor
+    image = Image.fromarray(np.arange(768).astype(np.uint8).reshape(16, 16, 3))
+    numbers = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    crop_flip = TRANSFORMS.build(
+        dict(type='crop_flip', input_size=16, padding=0, hflip=0, **numbers)
+    )
+    torchvisions = transforms.Compose([transforms.ToTensor(), transforms.Normalize(**numbers)])
+    found, expected = crop_flip(image), torchvisions(image)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
 def test_crop_flip_normalises() -> None:

@@ -10,7 +10,9 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image
 from timm.data import DEFAULT_CROP_PCT, create_transform
 from timm.layers import to_2tuple
+from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from vqmoe_vision.engine.normalization import must_change
 from vqmoe_vision.models.normalization import Normalization
@@ -84,10 +86,33 @@ def crop_flip(
         transforms.Resize(input_size),
         transforms.RandomCrop(input_size, padding),
         transforms.RandomHorizontalFlip(hflip),
-        transforms.ToTensor(),
-        transforms.Normalize(**numbers),
+        NormalizedTensor(**numbers),
     ]
     return transforms.Compose(steps)
+
+
+class NormalizedTensor(transforms.Normalize):
+    """torchvision's `ToTensor` and `Normalize` to the bit, by a table of what each byte becomes.
+
+    On small images those two took longer than the other transforms together, and an eighth of the
+    training of a small model on a CPU.
+
+    Args:
+        mean: Of each channel, in [0, 1].
+        std: Of each channel.
+    """
+
+    def __init__(self, mean: Numbers, std: Numbers) -> None:
+        super().__init__(mean, std)
+        every = torch.arange(256, dtype=torch.uint8).repeat(len(mean), 1, 1)
+        levels = functional.normalize(every.float().div(255), list(mean), list(std))
+        self._table = levels[:, 0].numpy()
+
+    def forward(self, image: Image.Image) -> Tensor:
+        """An RGB image of H x W pixels as a float32 tensor (3, H, W)."""
+        channels = np.asarray(image).transpose(2, 0, 1)
+        pairs = zip(self._table, channels, strict=True)
+        return torch.from_numpy(np.stack([table[channel] for table, channel in pairs]))
 
 
 def normalization_of(transform: Any) -> Normalization | None:
