@@ -1,7 +1,7 @@
 # Shared by classification and segmentation; a task adds its own custom_imports.
 default_scope = 'mmengine'
 randomness = dict(seed=42)
-env_cfg = dict(cudnn_benchmark=True, dist_cfg=dict(timeout=1800))
+env_cfg = dict(cudnn_benchmark=True, dist_cfg=dict(backend='nccl'))
 # The data loader's order comes from the sampler's seed and the epoch, all other random numbers
 # from ReseedHook: a resumed run equals one that was never interrupted.
 custom_hooks = [

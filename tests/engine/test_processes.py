@@ -300,7 +300,7 @@ def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'backend': 'nccl'}, r"backend='nccl' is not possible on device cpu, which has gloo"),
+        ({'backend': 'mpi'}, r"backend='mpi' is not possible on device cpu, which has gloo"),
         ({'timeout': 0}, r'timeout=0 must be a number of seconds above 0'),
         ({'timeout': True}, r'timeout=True must be'),
         ({'port': 1}, r'dist_cfg\.port=1 is not supported; it takes backend and timeout'),
@@ -315,3 +315,4 @@ def test_the_device_decides_the_backend() -> None:
     assert group_options({}, 'cpu') == ('gloo', 1800)
     assert group_options({'timeout': 60}, 'cuda') == ('nccl', 60)
     assert group_options({'backend': 'gloo'}, 'cuda') == ('gloo', 1800)
+    assert group_options({'backend': 'nccl'}, 'cpu') == ('gloo', 1800)  # as configs of mmseg say

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODEL_WRAPPERS
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +22,8 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
         Backend, and seconds after which a process no longer waits for another.
 
     Raises:
-        ValueError: An option is unknown, or not possible on this device.
+        ValueError: An option is unknown, or not possible on this device. That there are no GPUs
+            for nccl is told.
     """
     allowed = {'cuda': ('nccl', 'gloo'), 'cpu': ('gloo',)}
     if device not in allowed:
@@ -35,6 +37,9 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
             'backend and timeout, and the variables MASTER_ADDR and MASTER_PORT say where'
         )
     backend = options.get('backend', allowed[device][0])
+    if (backend, device) == ('nccl', 'cpu'):  # every config of OpenMMLab says so
+        print_log("env_cfg.dist_cfg.backend='nccl' needs GPUs: gloo on a CPU", 'current')
+        backend = 'gloo'
     if backend not in allowed[device]:
         raise ValueError(
             f'env_cfg.dist_cfg.backend={backend!r} is not possible on device {device}, which has '
