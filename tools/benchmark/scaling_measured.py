@@ -33,7 +33,7 @@ from vqmoe_vision.moe import collect_losses, update_state
 
 from .scaling_costs import DDP, all_reduce, one_way
 
-STEPS = 2  # codebooks start in the first one; the last one counts
+WARM_UP = 2  # steps: codebooks start in the first, and DDP orders its buckets anew in the second
 
 
 class Measured(NamedTuple):
@@ -103,15 +103,16 @@ def _measure_way(
         call = shard_model(model, placed)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     torch.manual_seed(dist.get_rank())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        dist.barrier()
-        before = sent_by_sockets()
-        with CollectiveCounter() as counter:
-            _forward_and_backward(call, model, images)
-        dist.barrier()
-        after = sent_by_sockets()
+    for _ in range(WARM_UP):
+        _forward_and_backward(call, model, images)
         optimizer.step()
+        optimizer.zero_grad()
+    dist.barrier()
+    before = sent_by_sockets()
+    with CollectiveCounter() as counter:
+        _forward_and_backward(call, model, images)
+    dist.barrier()
+    after = sent_by_sockets()
     through = None if before is None or after is None else after - before
     return counter.sent, through, _kept(model, optimizer)
 
