@@ -58,8 +58,13 @@ def sizes_of(model: Any) -> Network:
     """What of a network travels, is kept, or is computed.
 
     Args:
-        model: A vision transformer of timm, dense or with MoE layers, on any device.
+        model: A vision transformer of timm, dense or with MoE layers, on any device, all of whose
+            parameters and codebooks learn.
+
+    Raises:
+        ValueError: If it is another kind of model.
     """
+    macs = complexity(model).macs
     layers = [m for m in model.modules() if isinstance(m, MoeLayer)]
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     of_experts = {p for m in experts for p in m.parameters()}
@@ -83,7 +88,7 @@ def sizes_of(model: Any) -> Network:
             (m.num_codes, m.dim) for m in model.modules() if isinstance(m, GradientCodebook)
         ),
         row_elements=sum(tokens * m.experts_per_token * model.embed_dim for m in layers),
-        macs=complexity(model).macs,
+        macs=macs,
     )
 
 

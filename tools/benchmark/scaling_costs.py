@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 from vqmoe_vision.models.sharding import spread_dimension
 from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE
+from vqmoe_vision.moe.config import check
 
 Shape = tuple[int, ...]
 DDP, FSDP2 = 0, 1  # as values of `placed`; from 2 on it is M
@@ -216,6 +217,9 @@ class Cluster:
         between: Bytes per second that a machine sends to others, for all its GPUs: 400 Gbit/s.
         flops: Of a GPU at its best, per second: bfloat16 of an H100.
         used: Share of that in a step that does not wait for others.
+
+    Raises:
+        ValueError: If one is not above zero.
     """
 
     gpus: int = 8
@@ -224,11 +228,15 @@ class Cluster:
     flops: float = 989e12
     used: float = 0.4
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check(value > 0, name, value, 'above 0')
+
 
 def seconds(
     sent: Iterable[Transfer], placed: int, processes: int, cluster: Cluster
 ) -> tuple[float, float]:
-    """Time of transfers: of those that may overlap with computing, and of rows, which are waited for.
+    """Time of transfers: of those that computing may hide, and of rows, which are waited for.
 
     A ring over several machines is as fast as the link between two of them. Groups are rings side
     by side, as many as there are sets of experts' parts on a machine, and share that link.

@@ -104,26 +104,17 @@ def _measure_way(
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     torch.manual_seed(dist.get_rank())
     for _ in range(WARM_UP):
-        _forward_and_backward(call, model, images)
+        train_step(call, model, images)
         optimizer.step()
         optimizer.zero_grad()
     dist.barrier()
     before = sent_by_sockets()
     with CollectiveCounter() as counter:
-        _forward_and_backward(call, model, images)
+        train_step(call, model, images)
     dist.barrier()
     after = sent_by_sockets()
     through = None if before is None or after is None else after - before
     return counter.sent, through, _kept(model, optimizer)
-
-
-def _forward_and_backward(call: nn.Module, model: Any, images: int) -> None:
-    size = model.patch_embed.img_size
-    with collect_losses(model, update_state=False) as collected:
-        logits = call(torch.randn(images, 3, *size))
-        labels = torch.randint(logits.shape[1], (images,))
-        (F.cross_entropy(logits, labels) + collected.total()).backward()
-    update_state(model)
 
 
 def _kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
@@ -135,6 +126,22 @@ def _kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, ...]
 
 def _own_bytes(tensors: Sequence[Tensor]) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def train_step(call: nn.Module, model: Any, images: int) -> None:
+    """Forward, backward, and what learns without gradients, on random images.
+
+    Args:
+        call: The model, or what wraps it.
+        model: A vision transformer of timm.
+        images: Of this process.
+    """
+    size = model.patch_embed.img_size
+    with collect_losses(model, update_state=False) as collected:
+        logits = call(torch.randn(images, 3, *size))
+        labels = torch.randint(logits.shape[1], (images,))
+        (F.cross_entropy(logits, labels) + collected.total()).backward()
+    update_state(model)
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -171,7 +178,9 @@ _SENT: dict[str, Callable[..., float]] = {
     'allreduce_': lambda tensors, *_: sum(
         all_reduce(t.nbytes, dist.get_world_size()) for t in tensors
     ),
-    '_allgather_base_': lambda whole, part, *_: one_way(whole.nbytes, whole.numel() // part.numel()),
+    '_allgather_base_': lambda whole, part, *_: one_way(
+        whole.nbytes, whole.numel() // part.numel()
+    ),
     'allgather_': lambda outputs, inputs, *_: sum(
         one_way(sum(t.nbytes for t in whole), len(whole)) for whole in outputs
     ),
