@@ -54,7 +54,7 @@ def test_each_part_is_along_a_dimension_that_divides() -> None:
     assert part((5,), 4) == 2  # 2 + 2 + 1 + 0, filled up to 8
 
 
-# 4 * (4 + 1) numbers of counts and sums, 1024 * 4 of tokens, in float32, all-reduced by 4 processes:
+# 4 * (4 + 1) numbers of counts and sums, 1024 * 4 of tokens, in float32, all-reduced by four:
 # 4 * 4116 * 2 * 3 / 4 = 24696; 1024 draws of 8 bytes from each of them: 4 * 8192 * 3 / 4 = 24576
 CODEBOOKS = 24696 + 24576
 

@@ -120,25 +120,29 @@ def predict(images: int, cluster: Cluster) -> list[dict[str, Any]]:
     for name, spec in LARGE.items():
         with torch.device('meta'):
             network = sizes_of(build(spec))
+        title = f'{name}, {network.params / 1e6:.0f} M'
         ways = (DDP, FSDP2, 8) if network.row_elements else (DDP, FSDP2)
-        for placed in ways:
-            for gpus in GPUS:
-                sent = costs.transfers(network, placed, gpus, images, **_HALF)
-                kept = costs.memory(network, placed, gpus, _HALF['parameter_bytes'])
-                worst, best = costs.efficiency(network, placed, gpus, images, cluster, **_HALF)
-                rows.append(
-                    {
-                        'network': f'{name}, {network.params / 1e6:.0f} M',
-                        'way': way_name(placed),
-                        'gpus': gpus,
-                        'sent': {t.what: 0.0 for t in sent},
-                        'memory': kept._asdict(),
-                        'efficiency': [worst, best],
-                    }
-                )
-                for transfer in sent:
-                    rows[-1]['sent'][transfer.what] += transfer.sent
+        rows += [
+            {'network': title, **_predicted(network, placed, gpus, images, cluster)}
+            for placed in ways
+            for gpus in GPUS
+        ]
     return rows
+
+
+def _predicted(
+    network: Network, placed: int, gpus: int, images: int, cluster: Cluster
+) -> dict[str, Any]:
+    sent: dict[str, float] = {}
+    for transfer in costs.transfers(network, placed, gpus, images, **_HALF):
+        sent[transfer.what] = sent.get(transfer.what, 0.0) + transfer.sent
+    return {
+        'way': way_name(placed),
+        'gpus': gpus,
+        'sent': sent,
+        'memory': costs.memory(network, placed, gpus, _HALF['parameter_bytes'])._asdict(),
+        'efficiency': costs.efficiency(network, placed, gpus, images, cluster, **_HALF),
+    }
 
 
 def predicted_tables(rows: Sequence[dict[str, Any]]) -> str:

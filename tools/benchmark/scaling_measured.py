@@ -97,7 +97,8 @@ def _measure_way(
         # as tools/train.py has it: layers add up their buffers themselves
         options = inspect.signature(DistributedDataParallel).parameters
         sync = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
-        call: Any = DistributedDataParallel(model, **{sync: False})
+        buffers_stay: dict[str, Any] = {sync: False}
+        call: Any = DistributedDataParallel(model, **buffers_stay)
         call.register_comm_hook(None, allreduce_hook)
     else:
         call = shard_model(model, placed)
