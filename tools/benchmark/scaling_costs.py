@@ -255,8 +255,8 @@ def seconds(
             waiting += transfer.sent / cluster.inside
             continue
         rings = placed if transfer.among == 'groups' else 1
-        speed = cluster.between / rings if crosses else cluster.inside
-        overlapping += transfer.sent / speed
+        link = cluster.between / rings if crosses else cluster.inside
+        overlapping += transfer.sent / min(link, cluster.inside)
     return overlapping, waiting
 
 
