@@ -1,4 +1,4 @@
-"""Benchmark layers, models, exports, steps: tools/benchmark.py moe|model|export|training -h."""
+"""Benchmark layers, models, exports, steps: tools/benchmark.py moe|model|export|scaling -h."""
 
 from benchmark.cli import main
 

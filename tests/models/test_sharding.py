@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vqmoe_vision.models.sharding import shard_model
+from vqmoe_vision.models.sharding import shard_model, spread_dimension
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
 
@@ -64,12 +64,13 @@ def begin(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
 
 
-def compare(rank: int, world: int, expert_processes: int, folder: Path) -> None:
+def compare(rank: int, world: int, expert_processes: int, num_experts: int, folder: Path) -> None:
     begin(rank, world, folder)
     for method in METHODS:
-        whole = DistributedDataParallel(make(method).double())
+        whole = DistributedDataParallel(make(method, num_experts=num_experts).double())
         train(whole, optimizer_of(whole))
-        sharded = shard_model(make(method).double(), expert_processes)
+        model = make(method, num_experts=num_experts).double()
+        sharded = shard_model(model, expert_processes)
         train(sharded, optimizer_of(sharded))
         expected, found = whole.module.state_dict(), whole_state(sharded)
         if rank == 0:  # alone has all of it
@@ -82,16 +83,28 @@ def compare(rank: int, world: int, expert_processes: int, folder: Path) -> None:
 
 
 LAYOUTS = [
-    pytest.param(2, 1, id='2'),
-    pytest.param(2, 2, id='2-experts'),
-    pytest.param(4, 1, id='4', marks=pytest.mark.long),
-    pytest.param(4, 2, id='4-experts', marks=pytest.mark.long),
+    pytest.param(2, 1, 4, id='2'),
+    pytest.param(2, 2, 4, id='2-experts'),
+    pytest.param(4, 1, 4, id='4', marks=pytest.mark.long),
+    pytest.param(4, 2, 4, id='4-experts', marks=pytest.mark.long),
+    # fewer experts than processes
+    pytest.param(4, 1, 2, id='4-of-2', marks=pytest.mark.long),
+    pytest.param(4, 2, 2, id='4-experts-of-2', marks=pytest.mark.long),
 ]
 
 
-@pytest.mark.parametrize(('world', 'expert_processes'), LAYOUTS)
-def test_learns_what_ddp_learns(world: int, expert_processes: int, tmp_path: Path) -> None:
-    mp.spawn(compare, (world, expert_processes, tmp_path), nprocs=world)
+@pytest.mark.parametrize(('world', 'expert_processes', 'num_experts'), LAYOUTS)
+def test_learns_what_ddp_learns(
+    world: int, expert_processes: int, num_experts: int, tmp_path: Path
+) -> None:
+    mp.spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
+
+
+def test_tensors_are_cut_where_they_divide() -> None:
+    assert spread_dimension((8, 3072, 768), 8) == 0
+    assert spread_dimension((8, 3072, 768), 256) == 1
+    assert spread_dimension((1, 197, 768), 256) == 2
+    assert spread_dimension((1000,), 256) == 0  # none does
 
 
 def own_bytes(tensors: list[Any]) -> int:
@@ -100,7 +113,8 @@ def own_bytes(tensors: list[Any]) -> int:
 
 def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
     begin(rank, world, folder)
-    model = make('vqmoe', embed_dim=64)
+    # fewer experts than four processes
+    model = make('vqmoe', embed_dim=64, num_experts=2)
     in_all = own_bytes(list(model.parameters()))
     shard_model(model, expert_processes)
     optimizer = optimizer_of(model)
@@ -119,7 +133,7 @@ def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
 
 def load(rank: int, world: int, expert_processes: int, folder: Path, saved: Path) -> None:
     begin(rank, world, folder)
-    model = shard_model(make('vqmoe', embed_dim=64), expert_processes)
+    model = shard_model(make('vqmoe', embed_dim=64, num_experts=2), expert_processes)
     optimizer = optimizer_of(model)
     load_into(model, optimizer, saved / 'saved')
     state, expected = whole_state(model), torch.load(saved / 'whole.pth')
@@ -156,7 +170,7 @@ def test_saved_in_one_layout_and_loaded_in_another(
     if after is not None:
         mp.spawn(load, (*after, tmp_path / 'b', tmp_path / 'a'), nprocs=after[0])
         return
-    model = make('vqmoe', embed_dim=64)
+    model = make('vqmoe', embed_dim=64, num_experts=2)
     optimizer = optimizer_of(model)
     load_into(model, optimizer, tmp_path / 'a' / 'saved')
     expected = torch.load(tmp_path / 'a' / 'whole.pth')

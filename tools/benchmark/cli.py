@@ -34,6 +34,15 @@ from .report import (
     training_table,
     write,
 )
+from .scaling import (
+    PROCESSES,
+    SMALL,
+    measure_scaling,
+    measured_table,
+    predict,
+    predicted_tables,
+)
+from .scaling_costs import Cluster
 from .training import describe_training_machine, measure_training
 
 # options that a preset decides, with their values in a run without one
@@ -87,6 +96,8 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
         return _run_exports(args, restart)
     if args.command == 'gpu':
         return _run_gpu(args)
+    if args.command == 'scaling':
+        return _run_scaling(args)
     preset = _preset(args)
     if args.source is not None:
         return _use_saved(args, preset)
@@ -232,6 +243,34 @@ def _run_exports(args: argparse.Namespace, restart: bool) -> bool:
     print(table(shown, export_columns(exports.batches)))
     if args.out is not None:
         write(args.out, {'command': 'export', 'header': header, 'rows': rows})
+    return True
+
+
+def _run_scaling(args: argparse.Namespace) -> bool:
+    of_other = ('model', 'processes') if args.model_only else ('inside', 'between', 'teraflops')
+    for name in of_other:
+        allowed = f'only with{"out" if args.model_only else ""} --model-only'
+        check(getattr(args, name) is None, f'--{name}', getattr(args, name), allowed)
+    torch.set_num_threads(1)
+    run: dict[str, Any] = {'command': 'scaling', 'header': describe_machine('cpu')}
+    if args.model_only:
+        given = {'inside': args.inside, 'between': args.between, 'flops': args.teraflops}
+        units = {'inside': 1e9, 'between': 1e9, 'flops': 1e12}
+        cluster = Cluster(**{k: v * units[k] for k, v in given.items() if v is not None})
+        run['assumed'] = vars(cluster)
+        run['rows'] = predict(64 if args.batch is None else args.batch, cluster)
+        text = predicted_tables(run['rows'])
+    else:
+        batch = 8 if args.batch is None else args.batch
+        run['settings'] = {'model': args.model or SMALL, 'batch': batch}
+        run['rows'] = measure_scaling(
+            run['settings']['model'], batch, args.processes or list(PROCESSES)
+        )
+        text = measured_table(run['rows'])
+    print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
+    print(text)
+    if args.out is not None:
+        write(args.out, run)
     return True
 
 

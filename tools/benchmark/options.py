@@ -11,6 +11,8 @@ from .exported import BASELINE, WAYS
 from .layers import CONTENDERS
 from .networks import MODES
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from .scaling import PROCESSES, SMALL
+from .scaling_costs import Cluster
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add('--threads', type=int, default=2, help='CPU threads')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
     add('--debug', action='store_true', help='show the full trace of an error')
+    _add_scaling_options(commands.add_parser('scaling', help='what many processes send and keep'))
     return parser
 
 
@@ -69,6 +72,24 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add('--batch', type=int, nargs='+', default=[1, 8], help='images')
     add('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     add('--repeats', type=int, default=11, help='measurements of each')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--debug', action='store_true', help='show the full trace of an error')
+
+
+def _add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--model', metavar='NAME[,KEY=VALUE...]', help=f'what is measured (default: {SMALL})')
+    numbers = ' '.join(map(str, PROCESSES))
+    add('--processes', type=int, nargs='+', help=f'how many start here (default: {numbers})')
+    add('--batch', type=int, help='images per process (default: 8, of --model-only 64)')
+    add('--model-only', action='store_true', help='start none: ViT-B and ViT-L by formula')
+    assumed = Cluster()
+    for name, value, text in (
+        ('--inside', assumed.inside / 1e9, 'GB/s of a GPU to others of its machine'),
+        ('--between', assumed.between / 1e9, 'GB/s of a machine to others'),
+        ('--teraflops', assumed.flops / 1e12, 'of a GPU at its best'),
+    ):
+        add(name, type=float, help=f'{text}, with --model-only (default: {value:g})')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
     add('--debug', action='store_true', help='show the full trace of an error')
 

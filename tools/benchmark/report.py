@@ -53,6 +53,12 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return '\n'.join(lines)
 
 
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a table of Markdown."""
+    rows = [head, ['---'] * len(head), *lines]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
 def layer_table(title: str, rows: Sequence[Row], skipped: Mapping[str, str]) -> str:
     """One cell of `moe`: its table, what equal work means for its peers, and who is missing."""
     per_expert = rows[0]['tokens_per_expert']

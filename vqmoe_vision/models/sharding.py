@@ -9,6 +9,7 @@ spreads of an expert's parameters is spread over the groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from vqmoe_vision.moe import MoeLayer
 from vqmoe_vision.moe.config import check
@@ -61,18 +63,44 @@ def shard_model(
     options: dict[str, Any] = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
         'ignored_params': _whole_parameters(model),
+        'shard_placement_fn': _placement(processes),
     }
     if expert_processes > 1:
         shape = (processes // expert_processes, expert_processes)
         groups = init_device_mesh(device, shape, mesh_dim_names=('groups', 'experts'))
         place_experts(model, groups['experts'])
+        in_groups = {**options, 'shard_placement_fn': _placement(shape[0])}
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
-            fully_shard(experts, mesh=groups['groups'], **options)
+            fully_shard(experts, mesh=groups['groups'], **in_groups)
     for blocks in [m for name, m in model.named_modules() if name.endswith(_BLOCK_LISTS)]:
         for block in blocks.children():
             fully_shard(block, mesh=everyone, **options)
     fully_shard(model, mesh=everyone, **options)
     return model
+
+
+def spread_dimension(shape: Sequence[int], processes: int) -> int:
+    """The dimension of a tensor that FSDP2 is to cut, by default the first.
+
+    What does not divide evenly is filled up, and the filling travels: of eight experts on 256
+    processes each would send a whole one.
+
+    Args:
+        shape: Of at least one dimension.
+        processes: Among which it is cut.
+
+    Returns:
+        The first dimension that the processes divide, or 0.
+    """
+    return next((i for i, size in enumerate(shape) if size % processes == 0), 0)
+
+
+def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
+    def place(parameter: nn.Parameter) -> Shard:
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(spread_dimension(own.shape, processes))
+
+    return place
 
 
 def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:

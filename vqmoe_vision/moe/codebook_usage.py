@@ -74,22 +74,20 @@ class CodeUsage:
 
     def over_ranks(self) -> CodeUsage:
         """Usage on all ranks; the same object in a single process."""
-        size = rank_and_size()[1]
+        rank, size = rank_and_size()
         if size == 1:
             return self
         sums = sum_over_ranks(torch.cat([self.counts[:, None], self.token_sums], dim=1))
-        # both as integers of 32 bits, whose bits nothing rounds
-        sample = torch.cat(
-            [self.draws[:, None].view(torch.int32), self.tokens.contiguous().view(torch.int32)],
-            dim=1,
-        )
-        samples = [torch.empty_like(sample) for _ in range(size)]
-        dist.all_gather(samples, sample)
-        joint = torch.cat(samples)
-        draws, tokens = _smallest(
-            joint[:, :2].contiguous().view(torch.int64)[:, 0],
-            joint[:, 2:].contiguous().view(torch.float32),
-        )
+        every = [torch.empty_like(self.draws) for _ in range(size)]
+        dist.all_gather(every, self.draws)
+        draws, places = torch.cat(every).topk(SAMPLE_SIZE, largest=False)
+        # tokens travel by a sum, in which each is that of one rank: as many bytes for any number of
+        # ranks, and as integers, whose bits nothing rounds
+        places = places - rank * SAMPLE_SIZE
+        is_own = (places >= 0) & (places < SAMPLE_SIZE)
+        own = self.tokens.index_select(0, places.clamp(0, SAMPLE_SIZE - 1))
+        bits = own.masked_fill(~is_own[:, None], 0).view(torch.int32)
+        tokens = sum_over_ranks(bits).view(torch.float32)
         return replace(self, counts=sums[:, 0], token_sums=sums[:, 1:], draws=draws, tokens=tokens)
 
 
