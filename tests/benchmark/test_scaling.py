@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -139,15 +140,19 @@ def sixteen_processes() -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def test_calls_of_fsdp2_are_those_of_the_formula(sixteen_processes: int) -> None:
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_calls_of_fsdp2_are_those_of_the_formula(
+    sixteen_processes: int, dtype: torch.dtype
+) -> None:
     """With four times as many processes as experts."""
     model = build(TINY).train()
     network = sizes_of(model)
-    shard_model(model)
+    shard_model(model, param_dtype=dtype)
     train_step(model, model, images=2)  # the codebook starts
     with CollectiveCounter() as counter:
         train_step(model, model, images=2)
-    expected = sum(t.sent for t in transfers(network, FSDP2, sixteen_processes, 2))
+    sent = transfers(network, FSDP2, sixteen_processes, 2, parameter_bytes=dtype.itemsize)
+    expected = sum(t.sent for t in sent)
     assert sum(counter.sent.values()) == pytest.approx(expected, abs=SMALL)
 
 
