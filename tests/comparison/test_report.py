@@ -174,6 +174,15 @@ def test_how_a_run_is_logged_and_kept_makes_no_row_stale(fill, says) -> None:
     assert (TABLES / 'spec.md').read_text() == shown
 
 
+def test_how_processes_talk_makes_no_row_stale(fill, says) -> None:
+    path = fill(SCORES)
+    says('table', path)
+    with Path('config.py').open('a') as config:
+        config.write("env_cfg = dict(dist_cfg=dict(backend='gloo', timeout=5))\n")
+    says('table', path)
+    assert 'stale' not in (TABLES / 'spec.md').read_text()
+
+
 @pytest.mark.parametrize(
     ('change', 'said'),
     [

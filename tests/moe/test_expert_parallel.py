@@ -58,10 +58,8 @@ def compare(rank: int, world: int, folder: Path, batches: list[int]) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    'batches',
-    [pytest.param([3, 2], id='2'), pytest.param([1, 3, 2, 2], id='4', marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize('batches', [[3, 2], [1, 3, 2, 2]], ids=['2', '4'])
 def test_equals_all_experts_on_each_process(batches: list[int], tmp_path: Path) -> None:
     world = len(batches)
     mp.spawn(compare, (world, tmp_path, batches), nprocs=world)

@@ -218,7 +218,9 @@ def _damage(content: dict[str, Any], run: Run) -> str | None:
 def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Says where a config differs from today's."""
     flat_then, flat_now = what_counts(then), what_counts(now)
-    names = sorted(flat_then.keys() | flat_now.keys())
+    every = sorted(flat_then.keys() | flat_now.keys())
+    # how processes talk; a work dir has it in its name, by which others start from its checkpoint
+    names = [name for name in every if not name.startswith('env_cfg.dist_cfg')]
     changed = [n for n in names if flat_then.get(n) != flat_now.get(n)]
     if not changed:
         return None
