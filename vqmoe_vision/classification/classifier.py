@@ -183,7 +183,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
             inputs, targets = self.mixup(inputs, targets)
         with self.collect() as collected:
             logits = self.model(inputs)
-            collected.add({'cross_entropy': self.criterion(logits, targets)}, len(inputs))
+            # which may be bfloat16: the loss is not
+            loss = self.criterion(logits.float(), targets)
+            collected.add({'cross_entropy': loss}, len(inputs))
             entries = loss_entries(collected)
         if self.mixup is None:  # a mixed image has no single right answer
             entries['top1'] = (logits.argmax(1) == targets).float().mean() * 100

@@ -6,7 +6,6 @@ anything. Whoever fails writes there, says why in one line, and all others end w
 """
 
 import os
-import re
 import sys
 import threading
 import time
@@ -24,29 +23,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .launchers import check_alone, place
 from .process_group import TIMEOUT, fill_in_wrapper, group_options
+from .rank_errors import RankError, plain_error
 
 _PULSE = 1.0  # seconds between two looks at the store
-# what gloo says where another process is gone, and where it has not answered in time
-_GONE = re.compile(r'Connection (reset|closed) by peer|Connection refused|Broken pipe')
-_LATE = re.compile(r'Timed out waiting \d+ ?ms')
 _ENDED, _TOLD, _BEFORE = 'ended', 'told', 'newest checkpoint before'
-
-
-class LostError(Exception):
-    """Another process of the run did not answer."""
-
-
-class RankError(Exception):
-    """What the rank that failed first raised.
-
-    Args:
-        rank: Of the process.
-        error: What it raised.
-    """
-
-    def __init__(self, rank: int, error: Exception) -> None:
-        super().__init__(f'rank {rank}: {error}')
-        self.rank, self.error = rank, error
 
 
 class Processes:
@@ -58,6 +38,7 @@ class Processes:
     Attributes:
         rank: Of this process.
         size: How many there are.
+        save_together: Whether all of them have to take part in a save, as the model is spread.
 
     Raises:
         ValueError: The environment is not that of the launcher.
@@ -70,6 +51,8 @@ class Processes:
         self._watch: threading.Thread | None = None
         self._told: int | None = None
         self._timeout = TIMEOUT
+        self.save_together = False
+        self._hosts_only: dist.ProcessGroup | None = None
         if launcher == 'none':
             check_alone()
             return
@@ -185,6 +168,22 @@ class Processes:
         """Signal that another process passed on."""
         return self._told
 
+    def share_saves(self) -> None:
+        """Lets all processes take part in saves, also in that of a run which is told to stop."""
+        self.save_together = True
+        # what is agreed on must not wait for a GPU
+        self._hosts_only = dist.new_group(backend='gloo', timeout=timedelta(seconds=self._timeout))
+
+    def agreed(self, number: int | None) -> int | None:
+        """Signal that any of the processes has received; all have to ask.
+
+        Args:
+            number: Of the signal that this one has received, if any.
+        """
+        greatest = torch.tensor(number or 0)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, self._hosts_only)
+        return int(greatest) or None
+
     def fail(self, error: Exception) -> NoReturn:
         """Ends all processes because of an error.
 
@@ -199,28 +198,10 @@ class Processes:
         if not first:
             raise SystemExit(1) from error
         if isinstance(error, RuntimeError):
-            error = self._plainly(error)
+            error = plain_error(error, self._timeout)
         if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # what torchrun shows in the end
             get_error_handler().record_exception(error)
         raise RankError(self.rank, error) from error
-
-    def _plainly(self, error: RuntimeError) -> Exception:
-        """An error of a collective operation in terms of a run."""
-        if 'Expected to have finished reduction' in str(error):
-            return ValueError(
-                'some parameters got no gradient: the processes wait for all of them unless the '
-                'config has find_unused_parameters=True'
-            )
-        if _GONE.search(str(error)):
-            return LostError(
-                'another process has ended without a word, killed or out of memory for example'
-            )
-        if _LATE.search(str(error)):
-            return LostError(
-                'another process has not answered within '
-                f'env_cfg.dist_cfg.timeout={self._timeout:g} seconds'
-            )
-        return error
 
     def refuse(self, problem: str) -> NoReturn:
         """Ends all processes because of what each of them has found.

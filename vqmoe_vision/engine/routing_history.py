@@ -21,6 +21,7 @@ from vqmoe_vision.moe.layer import MoeLayer
 from .checkpoint_files import write_atomically
 from .model import unwrapped
 from .routing import RoutingStatistics
+from .sharded import whole
 
 FILE = 'routing.jsonl'
 # So many of its entries stand for a part of a layer: the experts of a ViT-B are a gigabyte, and of
@@ -129,7 +130,7 @@ def _sample(layer: MoeLayer) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in layer.named_parameters():
         if not any(name.startswith(f'{codebook}.') for codebook in codebooks):
-            parts.setdefault(name.partition('.')[0], []).append(parameter.detach())
+            parts.setdefault(name.partition('.')[0], []).append(whole(parameter.detach()))
     with torch.no_grad():
         for codebook in codebooks.values():
             # not its parameters: some codebooks have none, some make their codes from two

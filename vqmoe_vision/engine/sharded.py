@@ -25,6 +25,10 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
+from .finite import check_weights
+from .processes import current
+from .routing import RoutingStatistics
+
 FIELD = 'parallel'
 
 
@@ -72,20 +76,21 @@ class ShardingHook(Hook):
 
     Args:
         expert_processes: As `shard_model`.
-        param_dtype: Name of a dtype, such as 'bfloat16'; None for that of the parameters.
+        param_dtype: 'bfloat16' or 'float32'; None for that of the parameters.
 
     Raises:
-        ValueError: There is no such dtype.
+        ValueError: `param_dtype` is another one.
     """
 
     # after all that a training starts with, which sees the whole model
     priority = 'LOWEST'
 
     def __init__(self, expert_processes: int = 1, param_dtype: str | None = None) -> None:
-        dtype = None if param_dtype is None else getattr(torch, param_dtype, None)
-        known = param_dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
-        check(known, f'{FIELD}.param_dtype', param_dtype, "'bfloat16', 'float16' or 'float32'")
-        self.expert_processes, self.param_dtype = expert_processes, dtype
+        dtypes = {None: None, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+        # float16 needs a loss scale
+        allowed = "'bfloat16', 'float32' or None"
+        check(param_dtype in dtypes, f'{FIELD}.param_dtype', param_dtype, allowed)
+        self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
 
     def before_run(self, runner: Runner) -> None:
         """Refuses what has no meaning for a part of a model.
@@ -108,6 +113,9 @@ class ShardingHook(Hook):
         allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
         check(not mixes_experts(optimizer), 'optim_wrapper.optimizer.type', name, allowed)
         self._whole = deepcopy(runner.model).cpu()
+        for name, value in vars(runner.model).items():
+            if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
+                setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
         shard_model(runner.model, self.expert_processes, self.param_dtype)
         self._sharded, self._wrapper = runner.model, wrapper
@@ -118,6 +126,9 @@ class ShardingHook(Hook):
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
         runner.save_checkpoint = _Saving(runner.save_checkpoint, self._gather)
+        processes = current()
+        if processes is not None:
+            processes.share_saves()
 
     def before_val(self, runner: Runner) -> None:
         """Validates on a whole copy."""
@@ -141,6 +152,8 @@ class ShardingHook(Hook):
         checkpoint['state_dict'], optimizer = save.gathered
         if 'optimizer' in checkpoint:
             checkpoint['optimizer'] = optimizer
+        # the hook for it has seen the parts of this process
+        check_weights(self._sharded, runner.iter + 1, checkpoint['state_dict'])
 
     def _gather(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return (
@@ -164,6 +177,15 @@ class _Saving:
             self.gathered = None
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, where it is spread over processes; all of them have to ask.
+
+    Args:
+        tensor: Of any kind.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(state: Any) -> Any:
     """Whole tensors, on the processor, of a state in which some are spread.
 
@@ -176,7 +198,7 @@ def whole_state(state: Any) -> Any:
         The same with plain tensors.
     """
     if isinstance(state, Tensor):
-        return (state.full_tensor() if isinstance(state, DTensor) else state).detach().cpu()
+        return whole(state).detach().cpu()
     if isinstance(state, dict):
         return {key: whole_state(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -206,7 +228,7 @@ def clip_grad_norm(
     norms = []
     for group in layouts.values():
         norm = get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms.append(whole(norm))
     total = get_total_norm(norms, norm_type)
     for group in layouts.values():
         clip_grads_with_norm_(group, max_norm, total, **options)
@@ -226,19 +248,19 @@ def _exchange(
     optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], now: dict[str, nn.Parameter]
 ) -> None:
     """Gives an optimizer parts of parameters for whole ones, and parts of what it knows of them."""
-    parts: dict[Tensor, nn.Parameter] = {whole: now[name] for name, whole in before.items()}
+    parts: dict[Tensor, nn.Parameter] = {p: now[name] for name, p in before.items()}
     for group in optimizer.param_groups:
         group['params'] = [parts[p] for p in group['params']]
         # kernels for lists of tensors take one layout alone
         group.update({name: False for name in ('foreach', 'fused') if name in group})
-    for whole in [p for p in optimizer.state if p in parts]:
-        known = optimizer.state.pop(whole)
-        optimizer.state[parts[whole]] = {
-            name: _part_of(value, whole, parts[whole]) for name, value in known.items()
+    for p in [p for p in optimizer.state if p in parts]:
+        known = optimizer.state.pop(p)
+        optimizer.state[parts[p]] = {
+            name: _part_of(value, parts[p]) for name, value in known.items()
         }
 
 
-def _part_of(value: Any, whole: Tensor, part: Tensor) -> Any:
-    if not isinstance(part, DTensor) or not isinstance(value, Tensor) or value.shape != whole.shape:
+def _part_of(value: Any, part: Tensor) -> Any:
+    if not isinstance(part, DTensor) or not isinstance(value, Tensor) or value.shape != part.shape:
         return value
     return distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)

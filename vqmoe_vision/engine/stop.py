@@ -20,7 +20,8 @@ class StopSignals:
 
     A signal that is ignored stays so, and so does one that somebody else handles. Signals are
     taken from here on. Of several processes the first one saves and ends, whichever of them is told
-    to; the others go on until it has, for their parts of an iteration are needed.
+    to; the others go on until it has, for their parts of an iteration are needed. Where each has a
+    part of what is saved, they agree between two iterations that all of them save.
 
     Args:
         save: Called at a moment when all that a checkpoint holds belongs together; returns the
@@ -57,11 +58,15 @@ class StopSignals:
         processes, number = current(), self._received
         if processes is not None:
             number = number or processes.told()
-            if processes.rank or processes.ended():  # or for the error of another
+            if processes.save_together:
+                number = processes.agreed(number)
+            elif processes.rank or processes.ended():  # or for the error of another
                 return
         if number is None:
             return
         saved = self._save()
+        if processes is not None and processes.rank:  # until the first one has ended
+            return
         name = signal.Signals(number).name
         print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
         if processes is not None:
@@ -86,7 +91,7 @@ class StopSignals:
         # Workers may have got the same signal. PyTorch raises an error in the middle of an
         # iteration when it is told that one has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if self.at_once:
+        if self.at_once and not (processes is not None and processes.save_together):
             self.obey()
 
 

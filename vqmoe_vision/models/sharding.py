@@ -53,7 +53,9 @@ def shard_model(
     processes = dist.get_world_size()
     allowed = f'a divisor of {processes}, the number of processes'
     check(
-        expert_processes >= 1 and processes % expert_processes == 0,
+        isinstance(expert_processes, int)
+        and expert_processes >= 1
+        and processes % expert_processes == 0,
         'expert_processes',
         expert_processes,
         allowed,
@@ -72,9 +74,8 @@ def shard_model(
         in_groups = {**options, 'shard_placement_fn': _placement(shape[0])}
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
             fully_shard(experts, mesh=groups['groups'], **in_groups)
-    for blocks in [m for name, m in model.named_modules() if name.endswith(_BLOCK_LISTS)]:
-        for block in blocks.children():
-            fully_shard(block, mesh=everyone, **options)
+    for block in _blocks(model):
+        fully_shard(block, mesh=everyone, **options)
     fully_shard(model, mesh=everyone, **options)
     return model
 
@@ -101,6 +102,18 @@ def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
         return Shard(spread_dimension(own.shape, processes))
 
     return place
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Blocks of a model; those inside of others come first, as FSDP2 asks."""
+    blocks: list[nn.Module] = []
+    for name, module in model.named_modules():
+        inside = list(module.children())
+        # mmcv calls the different parts of a feed-forward network layers as well
+        alike = len({type(block) for block in inside}) == 1
+        if name.rpartition('.')[2] in _BLOCK_LISTS and alike:
+            blocks += inside
+    return blocks[::-1]
 
 
 def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:
