@@ -11,7 +11,7 @@ from mmengine.runner import runner as upstream
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.engine.loops import SEEN, ResumableEpochLoop
+from vqmoe_vision.engine.loops import PROCESSES, SEEN, ResumableEpochLoop
 from vqmoe_vision.engine.seeding import SeededSampler
 
 
@@ -46,3 +46,7 @@ def test_what_an_epoch_has_seen_is_passed_over_once(kind: Any) -> None:
     assert resumed == whole[2:]
     loop.run_epoch()
     assert loop.batches == whole
+    hub.update_info(SEEN, 2)
+    hub.update_info(PROCESSES, 4)
+    with pytest.raises(ValueError, match=r'1 process is not possible: .* which goes on with 4'):
+        loop.run_epoch()

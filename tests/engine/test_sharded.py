@@ -5,8 +5,16 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from timm.optim import create_optimizer_v2
 
-from vqmoe_vision.engine.sharded import ShardingHook, clip_grad_norm, fill_in_parallel, whole_state
+from vqmoe_vision.engine.sharded import (
+    ShardingHook,
+    check_optim_wrapper,
+    clip_grad_norm,
+    fill_in_parallel,
+    whole_state,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,33 @@ def test_no_field_changes_nothing() -> None:
     assert config.to_dict() == {'model': {}}
 
 
-@pytest.mark.parametrize('name', ['int8', 'bfloat', 'nn'])
+@pytest.mark.parametrize('name', ['int8', 'float16', 'nn'])
 def test_dtypes_that_parameters_cannot_have(name: str) -> None:
     with pytest.raises(ValueError, match=f"parallel.param_dtype='{name}' is not possible"):
         ShardingHook(param_dtype=name)
+
+
+def wrapper(kind: str = 'SGD', clip_grad: dict | None = None, **options: Any) -> OptimWrapper:
+    optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1)
+    made = OptimWrapper(optimizer, clip_grad=clip_grad)
+    vars(made).update(options)
+    return made
+
+
+def test_optimizers_that_see_wholes() -> None:
+    check_optim_wrapper(wrapper(clip_grad={'max_norm': 1.0}))
+    for bad, message in [
+        (wrapper('lamb'), r"optimizer.type='Lamb' is not possible: one that treats all elements"),
+        (
+            wrapper(clip_grad={'type': 'value', 'clip_value': 1.0}),
+            r"clip_grad.type='value' is not possible: 'norm' beside parallel",
+        ),
+        # what mmengine's `AmpOptimWrapper` has, which needs a GPU
+        (wrapper(loss_scaler=torch.amp.GradScaler('cpu')), r'optim_wrapper.loss_scale=.*bfloat16'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_optim_wrapper(bad)
+    check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
 
 
 def test_clips_as_torch_does() -> None:

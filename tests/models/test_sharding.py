@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vqmoe_vision.models.sharding import shard_model, spread_dimension
+from vqmoe_vision.models.sharding import blocks_of, shard_model, spread_dimension
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
 
@@ -105,6 +105,25 @@ def test_tensors_are_cut_where_they_divide() -> None:
     assert spread_dimension((8, 3072, 768), 256) == 1
     assert spread_dimension((1, 197, 768), 256) == 2
     assert spread_dimension((1000,), 256) == 0  # none does
+
+
+def test_blocks_inside_of_others_come_first() -> None:
+    inner = [nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(2)]
+    stage = nn.ModuleDict({'blocks': nn.Sequential(*inner)})
+    # a feed-forward network of mmcv
+    network = nn.ModuleDict({'layers': nn.Sequential(nn.Linear(2, 2), nn.GELU())})
+    model = nn.ModuleDict({'layers': nn.ModuleList([stage]), 'head': network})
+    assert blocks_of(model) == [inner[1], inner[0], stage]
+
+
+def test_a_number_of_processes_that_is_none() -> None:
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for wrong in ('x', 0, 2):
+            with pytest.raises(ValueError, match=rf'expert_processes={wrong!r} is not possible: a'):
+                shard_model(nn.Linear(2, 2), wrong)  # type: ignore[arg-type]
+    finally:
+        dist.destroy_process_group()
 
 
 def own_bytes(tensors: list[Any]) -> int:

@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,18 @@ if __name__ == '__main__':
     parser.add_argument('--kills', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kind', choices=KINDS, default='classification')
+    parser.add_argument('--spread', action='store_true', help='the model, over all ranks')
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
     torch.set_num_threads(1)
     for package in ('classification', 'segmentation'):
         import_module(f'vqmoe_vision.{package}')
+    kind = KINDS[args.kind]
+    if args.spread:
+        kind = replace(kind, config=f'{kind.config}\nparallel = dict(expert_processes=2)\n')
     figures: dict[str, Any] = {}
     for ranks in args.ranks:
-        counts, faults = soak(KINDS[args.kind], ranks, args.kills, random.Random(args.seed))
+        counts, faults = soak(kind, ranks, args.kills, random.Random(args.seed))
         figures[str(ranks)] = {'kills': dict(counts), 'faults': faults}
         print(f'{ranks} ranks: {figures[str(ranks)]}', flush=True)
     if args.out is not None:

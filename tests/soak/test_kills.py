@@ -39,8 +39,14 @@ def test_all_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('ranks', [2, 4])
-def test_killed_ranks_are_started_again_and_go_on(tmp_path: Path, ranks: int) -> None:
-    figures = soak(tmp_path, '--ranks', str(ranks), '--kills', '10', program='restarts.py')
-    assert figures[str(ranks)]['faults'] == []
-    assert sum(figures[str(ranks)]['kills'].values()) == 10
+@pytest.mark.timeout(1200)  # eleven starts of up to four processes, on a machine that may be busy
+@pytest.mark.parametrize(
+    ('ranks', 'options'), [('2', ()), ('4', ()), ('2', ('--spread',))], ids=['2', '4', '2-spread']
+)
+def test_killed_ranks_are_started_again_and_go_on(
+    tmp_path: Path, ranks: str, options: tuple[str, ...]
+) -> None:
+    arguments = ('--ranks', ranks, '--kills', '10', *options)
+    figures = soak(tmp_path, *arguments, program='restarts.py')[ranks]
+    assert figures['faults'] == []
+    assert sum(figures['kills'].values()) == 10

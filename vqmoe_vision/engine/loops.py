@@ -54,8 +54,9 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         processes = get_world_size()
         shared = hub.get_info(PROCESSES, processes)
         if seen and shared != processes:
+            many = 'process is' if processes == 1 else 'processes are'
             raise ValueError(
-                f'{processes} processes are not possible: the checkpoint is in the middle of an '
+                f'{processes} {many} not possible: the checkpoint is in the middle of an '
                 f'epoch, which goes on with {shared}'
             )
         hub.update_info(SIZE, size)

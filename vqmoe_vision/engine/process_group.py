@@ -53,6 +53,23 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
     return backend, float(timeout)
 
 
+def check_local_rank(local_rank: int, gpus: int) -> None:
+    """Refuses more processes on a machine than it has GPUs.
+
+    Args:
+        local_rank: Of a process, among those of this machine.
+        gpus: How many this machine has.
+
+    Raises:
+        ValueError: The process has none of its own.
+    """
+    if local_rank >= gpus:
+        raise ValueError(
+            f'LOCAL_RANK={local_rank} has no GPU of its own: there are {gpus} on this machine, and '
+            'as many processes are possible'
+        )
+
+
 def fill_in_wrapper(config: Config, device: str) -> None:
     """Fills in how mmengine wraps the model, which takes every device for a GPU.
 

@@ -22,7 +22,7 @@ from mmengine.device import get_device
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .launchers import check_alone, place
-from .process_group import TIMEOUT, fill_in_wrapper, group_options
+from .process_group import TIMEOUT, check_local_rank, fill_in_wrapper, group_options
 from .rank_errors import RankError, plain_error
 
 _PULSE = 1.0  # seconds between two looks at the store
@@ -105,11 +105,7 @@ class Processes:
             config.get('env_cfg', {}).get('dist_cfg', {}), device
         )
         if device == 'cuda':
-            if self._local_rank >= (found := torch.cuda.device_count()):
-                raise ValueError(
-                    f'LOCAL_RANK={self._local_rank} has no GPU of its own: there are {found} on '
-                    'this machine, and as many processes are possible'
-                )
+            check_local_rank(self._local_rank, torch.cuda.device_count())
             torch.cuda.set_device(self._local_rank)
         # where mmengine looks for it
         os.environ['LOCAL_RANK'] = str(self._local_rank)

@@ -61,6 +61,26 @@ def fill_in_parallel(config: Config, processes: int) -> None:
     config.custom_hooks = [*others, dict(type='ShardingHook', **options)]
 
 
+def check_optim_wrapper(wrapper: Any) -> None:
+    """Refuses what looks at gradients or weights as wholes.
+
+    Args:
+        wrapper: mmengine's.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    name = type(wrapper.optimizer).__name__
+    allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
+    check(not mixes_experts(wrapper.optimizer), 'optim_wrapper.optimizer.type', name, allowed)
+    by_norm = not wrapper.clip_grad_kwargs or wrapper.grad_name == 'grad_norm'
+    check(by_norm, 'optim_wrapper.clip_grad.type', 'value', "'norm' beside parallel")
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    scales = scaler is not None and scaler.is_enabled()
+    allowed = "left out beside parallel: use optim_wrapper.dtype='bfloat16'"
+    check(not scales, 'optim_wrapper.loss_scale', 'a loss scale', allowed)
+
+
 @MODEL_WRAPPERS.register_module()
 class Unwrapped:
     """No wrapper: what distributes the model is in the model."""
@@ -98,20 +118,17 @@ class ShardingHook(Hook):
         Raises:
             ValueError: Names it.
         """
-        check(
-            not any(isinstance(hook, EMAHook) for hook in runner.hooks),
-            FIELD,
-            runner.cfg[FIELD],
-            'left out with EMAHook, which averages whole models',
-        )
+        options = runner.cfg[FIELD]
+        averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        check(not averages, FIELD, options, 'left out with EMAHook, which averages whole models')
+        compiled = runner.cfg.get('compile')
+        check(not compiled, 'compile', compiled, 'left out beside parallel')
 
     def before_train(self, runner: Runner) -> None:
         """Spreads the model, and what the optimizer knows of it after a resume."""
         wrapper = runner.optim_wrapper
+        check_optim_wrapper(wrapper)
         optimizer = wrapper.optimizer
-        name = type(optimizer).__name__
-        allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
-        check(not mixes_experts(optimizer), 'optim_wrapper.optimizer.type', name, allowed)
         self._whole = deepcopy(runner.model).cpu()
         for name, value in vars(runner.model).items():
             if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
@@ -121,8 +138,6 @@ class ShardingHook(Hook):
         self._sharded, self._wrapper = runner.model, wrapper
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
-            kind = wrapper.clip_grad_kwargs.get('type', 'norm')
-            check(kind == 'norm', 'optim_wrapper.clip_grad.type', kind, "'norm' beside parallel")
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
         runner.save_checkpoint = _Saving(runner.save_checkpoint, self._gather)
@@ -251,8 +266,8 @@ def _exchange(
     parts: dict[Tensor, nn.Parameter] = {p: now[name] for name, p in before.items()}
     for group in optimizer.param_groups:
         group['params'] = [parts[p] for p in group['params']]
-        # kernels for lists of tensors take one layout alone
-        group.update({name: False for name in ('foreach', 'fused') if name in group})
+        # kernels for lists of tensors take one layout alone; torch leaves them unless it is told
+        group.update({name: False for name in ('foreach', 'fused') if group.get(name)})
     for p in [p for p in optimizer.state if p in parts]:
         known = optimizer.state.pop(p)
         optimizer.state[parts[p]] = {

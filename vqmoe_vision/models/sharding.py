@@ -74,7 +74,7 @@ def shard_model(
         in_groups = {**options, 'shard_placement_fn': _placement(shape[0])}
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
             fully_shard(experts, mesh=groups['groups'], **in_groups)
-    for block in _blocks(model):
+    for block in blocks_of(model):
         fully_shard(block, mesh=everyone, **options)
     fully_shard(model, mesh=everyone, **options)
     return model
@@ -104,8 +104,12 @@ def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
     return place
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks of a model; those inside of others come first, as FSDP2 asks."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What FSDP2 gathers as a unit; blocks inside of others come first, as it asks.
+
+    Args:
+        model: With timm's blocks, or layers of a head of mmseg, or without.
+    """
     blocks: list[nn.Module] = []
     for name, module in model.named_modules():
         inside = list(module.children())

@@ -39,19 +39,6 @@ def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
     return numbers
 
 
-def random_uniform(rows: Tensor, *counters: Tensor | int) -> Tensor:
-    """Uniform multiples of 2^-24 from 0 up to 1.
-
-    Args:
-        rows: As `random_integers`.
-        *counters: As `random_integers`.
-
-    Returns:
-        float32, of the shape of `rows`.
-    """
-    return (random_integers(rows, *counters) >> 8).float() * 2.0**-24
-
-
 def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     """Of each row of weights the index of one, with a probability in proportion to it.
 
