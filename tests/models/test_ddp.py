@@ -171,6 +171,8 @@ def join(rank: int, size: int, folder: Path) -> None:
 def worker(rank: int, folder: Path) -> None:
     join(rank, WORLD, folder)
     found: dict[str, Any] = {'losses': losses_of_tokens(rank, WORLD)}
+    coarse = torch.tensor([1.0, 3.0][rank], dtype=torch.bfloat16)
+    (found['coarse'],) = averaged_over_ranks([(coarse, [257, 1][rank])])
     for method in METHODS:
         found[method] = {
             'state': after_three_steps(method, rank),
@@ -203,6 +205,10 @@ def test_losses_and_their_gradients_are_those_of_all_tokens(ranks) -> None:
     torch.testing.assert_close(joint, {name: expected[name] for name in joint})
     # without `global_balance`, the mean of what ranks have alone: another number
     assert not torch.isclose(own['own balance'], expected['own balance'], rtol=1e-3)
+
+
+def test_losses_of_few_digits_count_all_samples(ranks) -> None:
+    torch.testing.assert_close(ranks[0]['coarse'], torch.tensor((257 + 3) / 258))
 
 
 def assert_one_training(ranks: list[list[dict[str, Tensor]]], single: nn.Module, mode: str) -> None:

@@ -79,10 +79,11 @@ def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
     size = rank_and_size()[1]
     if size == 1 or not losses:
         return [loss.value() if isinstance(loss, BalanceLoss) else loss for loss, _ in losses]
-    parts = [
-        (loss.means if isinstance(loss, BalanceLoss) else loss).flatten() * number
-        for loss, number in losses
-    ]
+    parts = []
+    for loss, number in losses:
+        values = (loss.means if isinstance(loss, BalanceLoss) else loss).flatten()
+        # bfloat16 cannot count to 257
+        parts.append(number * values.to(torch.promote_types(values.dtype, torch.float32)))
     own = torch.cat(parts)
     numbers = [own.new_full((1,), number) for _, number in losses]
     total = sum_over_ranks(torch.cat([own.detach(), *numbers]))
