@@ -21,8 +21,10 @@ def stub_runner(hooks: Sequence[Hook] = ()) -> Any:
 
 
 def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
+    runner = stub_runner()
+    content = {'state_dict': runner.model.state_dict()}
     with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
-        NonFiniteGuardHook().before_save_checkpoint(stub_runner(), {})
+        NonFiniteGuardHook().before_save_checkpoint(runner, content)
 
 
 def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:

@@ -145,6 +145,7 @@ class ExpertsLoop(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.experts, self.num_experts = experts, experts.num_experts
+        self.plan = experts.plan
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """As `Experts`: (R, D) -> (R, D)."""
