@@ -58,10 +58,11 @@ def values_of(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
     Args:
         losses: By name.
     """
-    return {
-        name: loss.value() if isinstance(loss, BalanceLoss) else loss
-        for name, loss in losses.items()
-    }
+    return {name: _value(loss) for name, loss in losses.items()}
+
+
+def _value(loss: Loss) -> Tensor:
+    return loss.value() if isinstance(loss, BalanceLoss) else loss
 
 
 def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
@@ -78,7 +79,7 @@ def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
     """
     size = rank_and_size()[1]
     if size == 1 or not losses:
-        return [loss.value() if isinstance(loss, BalanceLoss) else loss for loss, _ in losses]
+        return [_value(loss) for loss, _ in losses]
     parts = []
     for loss, number in losses:
         values = (loss.means if isinstance(loss, BalanceLoss) else loss).flatten()
