@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, update_wrapper
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -155,6 +156,8 @@ def running(settings: Any) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
         settings.work_dir, settings.log_level = folder, 'WARNING'
+        # mmengine names runs by the second, and warns of a second one of that name in a process
+        settings.experiment_name = Path(folder).name
         yield Runner.from_cfg(settings)
 
 
