@@ -19,6 +19,7 @@ from .alike import check_configs, check_datasets
 from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
+from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
 from .options import add_config_options, check_options
 from .processes import Processes, together
@@ -190,6 +191,8 @@ def _train(args: argparse.Namespace) -> None:
         latest = processes.decide(_latest(args, config, processes))
         if latest is not None:
             config.load_from, config.resume = latest, True
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         runner = _build_runner(config)
         check_datasets(processes, runner, ('train', 'val'))
         _check_batches(runner)
