@@ -23,7 +23,9 @@ def test_a_launcher_that_did_not_start_the_process_is_named(
 ) -> None:
     for name in ('SLURM_PROCID', 'RANK'):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r'--launcher slurm needs srun .* SLURM_PROCID is not set'):
+    with pytest.raises(
+        ValueError, match=r"slurm is for processes that 'srun python' has started: SLURM_P"
+    ):
         place('slurm')
 
 
@@ -47,6 +49,12 @@ def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv('SLURM_STEP_NODELIST', 'node7')
     assert place('slurm') == (3, 8, 1)
     assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node7', '29500')
+    monkeypatch.setenv('SLURM_PROCID', '8')
+    with pytest.raises(ValueError, match='SLURM_PROCID=8 must be below SLURM_NTASKS=8'):
+        place('slurm')
+    monkeypatch.setenv('SLURM_NTASKS', 'many')
+    with pytest.raises(ValueError, match='SLURM_NTASKS=many must be a whole number'):
+        place('slurm')
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,23 @@ def place(launcher: str) -> tuple[int, int, int]:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ValueError(
-            f'--launcher {launcher} needs {command} in place of python: {missing[0]} is not set'
+            f'--launcher {launcher} is for processes that {command!r} has started: {missing[0]} is '
+            'not set'
         )
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_host(launcher)
     os.environ.setdefault('MASTER_PORT', '29500')
-    rank, size, local_rank = (int(os.environ[name]) for name in names)
+    rank, size, local_rank = (_number(name) for name in names)
+    if not 0 <= rank < size:
+        raise ValueError(f'{names[0]}={rank} must be below {names[1]}={size}, counted from 0')
     return rank, size, local_rank
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ValueError(f'{name}={text} must be a whole number')
+    return int(text)
 
 
 def _first_host(launcher: str) -> str:

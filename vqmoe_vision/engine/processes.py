@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from .arrival import arrive, open_store
 from .launchers import check_alone, place
 from .process_group import TIMEOUT, check_local_rank, fill_in_wrapper, group_options
 from .rank_errors import RankError, plain_error
@@ -42,6 +43,7 @@ class Processes:
 
     Raises:
         ValueError: The environment is not that of the launcher.
+        LostError: The first process is not there.
     """
 
     def __init__(self, launcher: str) -> None:
@@ -62,17 +64,12 @@ class Processes:
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
         # torchrun keeps a store for all attempts; elsewhere the first process does
         self._hosts = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        self._of_all_attempts = self._connect(self._hosts)
+        self._of_all_attempts = open_store(self._hosts, self.rank)
         self._store = dist.PrefixStore(f'attempt {attempt}', self._of_all_attempts)
         # a connection of its own: the main thread may be waiting in the other one
-        watched = dist.PrefixStore(f'attempt {attempt}', self._connect(hosts=False))
+        watched = dist.PrefixStore(f'attempt {attempt}', open_store(False, self.rank))
         self._watch = threading.Thread(target=self._look, args=(watched,), daemon=True)
         self._watch.start()
-
-    @staticmethod
-    def _connect(hosts: bool) -> dist.TCPStore:
-        address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-        return dist.TCPStore(address, port, is_master=hosts, wait_for_workers=False)
 
     def _look(self, store: dist.Store) -> None:
         """Ends this process after another has ended, whatever it is waiting for."""
@@ -96,7 +93,9 @@ class Processes:
                 `model_wrapper_cfg` is filled in.
 
         Raises:
-            ValueError: The machine has no such device, or an option is none.
+            ValueError: The machine has no such device, an option is none, or the processes do not
+                belong together.
+            LostError: One of them has not come.
         """
         if self._store is None:
             return
@@ -110,6 +109,7 @@ class Processes:
         # where mmengine looks for it
         os.environ['LOCAL_RANK'] = str(self._local_rank)
         fill_in_wrapper(config, device)
+        arrive(self._store, self.rank, self.size, self._timeout)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore('group', self._store),

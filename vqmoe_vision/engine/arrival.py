@@ -1,0 +1,93 @@
+"""How the processes of a run come together at its start, and say for whom they wait."""
+
+import os
+import socket
+import sys
+import time
+
+import torch.distributed as dist
+
+from .rank_errors import LostError
+
+# Seconds. The first process opens its port before it reads a config, which has the timeout.
+_PATIENCE = 300.0
+_SILENT = 10.0
+_PAUSE = 0.1
+
+
+def open_store(hosts: bool, rank: int) -> dist.TCPStore:
+    """The store at MASTER_ADDR and MASTER_PORT, in which processes leave notes for each other.
+
+    Args:
+        hosts: Whether this process keeps it; it waits for whoever does otherwise.
+        rank: Of this process.
+
+    Raises:
+        ValueError: MASTER_PORT is no port, or in use.
+        LostError: Nobody keeps a store there.
+    """
+    address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f'MASTER_PORT={port} must be the number of a port')
+    if not hosts:
+        _reach(address, int(port), rank)
+    try:
+        return dist.TCPStore(address, int(port), is_master=hosts, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if 'EADDRINUSE' not in str(error):
+            raise
+        used = f'MASTER_PORT={port} is in use on this machine, by another run for example'
+        raise ValueError(used) from error
+
+
+def _reach(address: str, port: int, rank: int) -> None:
+    """Waits until somebody listens: torch's store would write pages to the terminal meanwhile."""
+    started, silent = time.monotonic(), True
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=_SILENT).close()
+            return
+        except OSError as error:
+            waited = time.monotonic() - started
+            if waited > _PATIENCE:
+                raise LostError(
+                    f'nobody answers at {address}:{port} after {_PATIENCE:g} seconds ({error}): '
+                    'MASTER_ADDR and MASTER_PORT say where rank 0 is'
+                ) from error
+        if silent and waited > _SILENT:
+            print(f'rank {rank} waits for rank 0 at {address}:{port}', file=sys.stderr, flush=True)
+            silent = False
+        time.sleep(_PAUSE)
+
+
+def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    """Waits until all processes of a run are there; the first of those says for whom.
+
+    Args:
+        store: Of all of them.
+        rank: Of this process.
+        size: How many there are to be.
+        timeout: Seconds after which it gives up.
+
+    Raises:
+        ValueError: Another process has this rank, or knows of another number of processes.
+        LostError: Somebody has not come.
+    """
+    number = int(store.compare_set('size', '', str(size)))
+    if number != size:
+        raise ValueError(
+            f'this rank is one of {size} processes, and another is one of {number}: the number of '
+            'processes must be the same for all'
+        )
+    if store.add(f'arrived {rank}', 1) > 1:
+        raise ValueError(f'another process is rank {rank} as well: each must have its own')
+    started, silent, missing = time.monotonic(), True, list(range(size))
+    while missing := [other for other in missing if not store.check([f'arrived {other}'])]:
+        waited = time.monotonic() - started
+        names = f'rank{"s" * (len(missing) > 1)} {", ".join(map(str, missing))} of {size}'
+        if waited > timeout:
+            raise LostError(f'{names} did not come in env_cfg.dist_cfg.timeout={timeout:g} seconds')
+        if silent and waited > _SILENT and all(other in missing for other in range(rank)):
+            print(f'rank {rank} waits for {names}', file=sys.stderr, flush=True)
+            silent = False
+        time.sleep(_PAUSE)
