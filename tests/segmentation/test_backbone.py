@@ -55,6 +55,11 @@ def test_levels_without_norm_are_outputs_of_blocks() -> None:
         torch.testing.assert_close(level.flatten(2).transpose(1, 2), tokens[:, 1:])
 
 
+def test_one_block_is_named_as_in_mmseg() -> None:
+    chosen = [build('vit_tiny_patch16_224', out_indices=one).out_indices for one in (0, 1, -1)]
+    assert chosen == [[0], [1], [1]]
+
+
 def test_every_parameter_has_a_gradient() -> None:
     for name in ('vit_tiny_patch16_224', DINOV3):
         for options in ({}, dict(out_indices=(0,)), dict(norm=False)):
@@ -78,6 +83,7 @@ def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
         (dict(out_indices=(1, 0)), r'out_indices=\(1, 0\) must rise and lie in 0..1'),
         (dict(norm_eps=0.0), 'norm_eps=0.0 is not possible: above 0'),
         (dict(out_indices=(2,)), r'out_indices=\(2,\) must rise'),
+        (dict(out_indices=-2), 'out_indices=-2 must rise'),
         (dict(model_name='eva02_tiny_patch14_224', moe=dict(method='smoe')), r'MLPs \(SwiGLU\)'),
     ],
 )

@@ -38,8 +38,8 @@ class TimmViT(BaseModule):
     Args:
         model_name: Name of a timm `VisionTransformer` or `Eva`, such as 'vit_small_vqmoe',
             'vit_small_patch16_224' or 'vit_small_patch16_dinov3'.
-        out_indices: Blocks whose output is a feature map, in rising order; None for the last block.
-            Later blocks are left out of the model.
+        out_indices: Blocks whose output is a feature map, in rising order, or one of them; -1 is
+            the last, as is None. Later blocks are left out of the model.
         norm: Apply the final norm to every map.
         checkpoint: File to start from: of a classification or segmentation run of this package
             (.pth), of timm (.pth or .safetensors), of mmseg's ViT or of rstrudel/segmenter (.pth).
@@ -62,7 +62,7 @@ class TimmViT(BaseModule):
     def __init__(
         self,
         model_name: str,
-        out_indices: Sequence[int] | None = None,
+        out_indices: Sequence[int] | int | None = None,
         norm: bool = True,
         checkpoint: str | None = None,
         features: str | None = None,
@@ -80,7 +80,9 @@ class TimmViT(BaseModule):
         self.model = _create(model_name, moe, extra_mlps, arguments)
         self._arguments = {'model_name': model_name, **arguments}
         depth = len(self.model.blocks)
-        self.out_indices = [depth - 1] if out_indices is None else list(out_indices)
+        chosen = -1 if out_indices is None else out_indices
+        blocks = [chosen] if isinstance(chosen, int) else chosen
+        self.out_indices = [depth - 1 if block == -1 else block for block in blocks]
         possible = [i for i in range(depth) if i in self.out_indices]
         if not possible or possible != self.out_indices:
             raise ValueError(f'out_indices={out_indices} must rise and lie in 0..{depth - 1}')
