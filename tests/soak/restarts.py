@@ -145,7 +145,9 @@ if __name__ == '__main__':
     parser.add_argument('--kills', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kind', choices=KINDS, default='classification')
-    parser.add_argument('--spread', action='store_true', help='the model, over all ranks')
+    parser.add_argument(
+        '--spread', choices=['full', 'sharded'], help='the model, over all ranks, saved in this way'
+    )
     parser.add_argument('--out', type=Path, help='JSON file for the figures')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,7 +155,8 @@ if __name__ == '__main__':
         import_module(f'vqmoe_vision.{package}')
     kind = KINDS[args.kind]
     if args.spread:
-        kind = replace(kind, config=f'{kind.config}\nparallel = dict(expert_processes=2)\n')
+        parallel = f'parallel = dict(expert_processes=2, state_dict_type={args.spread!r})'
+        kind = replace(kind, config=f'{kind.config}\n{parallel}\n')
     figures: dict[str, Any] = {}
     for ranks in args.ranks:
         counts, faults = soak(kind, ranks, args.kills, random.Random(args.seed))

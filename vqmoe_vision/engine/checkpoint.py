@@ -10,17 +10,14 @@ checksums do not match is not used.
 import functools
 import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
@@ -33,51 +30,18 @@ from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
-from vqmoe_vision.models.weight_files import check_file, describe, unreadable, weights_in
+from vqmoe_vision.models.weight_files import (
+    IN_PARTS,
+    check_file,
+    describe,
+    unreadable,
+    weights_in,
+)
 from vqmoe_vision.moe import restart
 
+from .as_data import as_data
 from .config_text import is_harmless
-
-# `torch.load` takes no file at all where both are set
-_FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
-_ENVIRONMENT = threading.RLock()
-
-
-class _Log(HistoryBuffer):
-    """A log while it is read. mmengine's own lets a file set the functions of all logs."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        numbers = ('_log_history', '_count_history')
-        if not all(isinstance(state.get(name), np.ndarray) for name in numbers):
-            raise UnpicklingError('a log without numbers')
-        self._set_default_statistics()
-        self.__dict__.update({name: state[name] for name in numbers})
-        self.max_length = int(state['max_length'])
-        self.__class__ = HistoryBuffer
-
-
-def _getattr(owner: object, name: str) -> None:
-    """What a log calls to name its means and minima, which are those of the code that reads it."""
-    if owner is not _Log:
-        raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
-
-
-_NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-_IN_A_LOG: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in _NUMBERS},
-    # numpy's functions that rebuild an array and a scalar; their module depends on the version
-    np.ndarray(0).__reduce__()[0],
-    np.float32(0).__reduce__()[0],
-]
-torch.serialization.add_safe_globals(
-    [
-        *((item, f'{item.__module__}.{item.__qualname__}') for item in _IN_A_LOG),
-        (_Log, f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'),
-        (_getattr, 'builtins.getattr'),
-    ]
-)
+from .parts import Parts
 
 
 def start_from(model: Transformer, path: str) -> None:
@@ -130,7 +94,10 @@ def read_state(path: str) -> StateDict:
     """
     file = weights_in(path)
     with _reading(file):
-        return load_state_dict(file, weights_only=True)
+        state = load_state_dict(file, weights_only=True)
+    if IN_PARTS in [value for value in state.values() if isinstance(value, str)]:
+        return _in_one_piece(_load(file), file, 'state_dict')['state_dict']
+    return state
 
 
 def read_image_sizes(path: str) -> list[Size]:
@@ -156,7 +123,7 @@ def read_content(path: str, verify: bool = True) -> Any:
     Args:
         path: A .pth file; or a file or folder of timm, which holds a 'state_dict' alone.
         verify: Compare the checksums, for which the whole file is read; tensors are read when they
-            are used.
+            are used. Without it, what lies in a folder of parts beside the file is left there.
 
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
@@ -164,8 +131,42 @@ def read_content(path: str, verify: bool = True) -> Any:
     file = weights_in(path)
     if file.endswith('.safetensors'):
         return {'state_dict': read_state(file)}
+    content = _load(file, verify)
+    return _in_one_piece(content, file) if verify else content
+
+
+def check_content(path: str) -> None:
+    """Compares all checksums of a checkpoint, also of the parts that lie beside it.
+
+    Args:
+        path: A .pth file.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds more than weights and a log.
+    """
+    _checked_parts(_load(path), path)
+
+
+def _load(file: str, verify: bool = True) -> Any:
     with _reading(file, verify):
         return torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _checked_parts(content: Any, file: str) -> Parts | None:
+    with _reading(file, verify=False):
+        parts = Parts.of(content)
+    if parts is not None:
+        parts.check(file)
+    return parts
+
+
+def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any = None) -> Any:
+    """A checkpoint whose tensors are whole, also where it was written in parts."""
+    parts = _checked_parts(content, file)
+    if parts is None:
+        return content
+    with _reading(file, verify=False):
+        return parts.put_together(file, content, under, device)
 
 
 @contextmanager
@@ -176,23 +177,10 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
     elif not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
     try:
-        with _as_data():
+        with as_data():
             yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
         raise ValueError(unreadable(path)) from error
-
-
-@contextmanager
-def _as_data() -> Iterator[None]:
-    """Lets `torch.load` read data alone, whatever its caller and the environment say."""
-    with _ENVIRONMENT:  # of the whole process
-        before = {name: os.environ.pop(name, None) for name in (_FORCED, _SWITCHED_OFF)}
-        os.environ[_FORCED] = '1'
-        try:
-            yield
-        finally:
-            del os.environ[_FORCED]
-            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:
@@ -213,6 +201,9 @@ def load_from_local(filename: str, map_location: Any) -> Any:
         return _of_timm(path)
     with _reading(path):
         content = torch.load(path, map_location, weights_only=True)
+    # what else torch takes for it says where a file's devices are, and parts were on the processor
+    device = map_location if isinstance(map_location, str | torch.device) else None
+    content = _in_one_piece(content, path, device=device)
     return _named_as_expected(_without_code(content, path))
 
 
@@ -236,7 +227,7 @@ def _named_as_expected(content: Any) -> Any:
 
 def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
     """In place of onedl-mmengine's function, which runs the code of a file that torch refuses."""
-    with _as_data():
+    with as_data():
         return torch.load(file, map_location, weights_only=True)
 
 
@@ -245,7 +236,7 @@ def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
-        with _as_data():
+        with as_data():
             return _without_code(loader(filename, *args, **kwargs), filename)
 
     return load

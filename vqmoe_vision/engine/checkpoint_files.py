@@ -1,7 +1,7 @@
 """Files of checkpoints: written whole or not at all, and found again whatever ended the run."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
 
-from .checkpoint import read_content
+from .checkpoint import check_content, read_content
+from .parts import Parts, delete_folder, owner_of
 
 POINTER = 'last_checkpoint'
 BEST = 'best_'
@@ -45,17 +46,21 @@ def write_atomically(path: Path, content: bytes) -> None:
             f'{path} could not be written ({error.strerror}); what was saved before is intact'
         ) from error
     # the file is there; some file systems cannot say when its name is on the disk too
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names of a folder's files to the disk, where its file system can.
+
+    Args:
+        folder: Exists.
+    """
     with suppress(OSError):
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Brings the names of a folder's files to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @register_backend('atomic')
@@ -91,6 +96,36 @@ def remove_partial(folder: Path) -> None:
     for path in folder.glob('.*.part'):
         if path.is_file():
             path.unlink()
+        elif owner_of(path.name[1:].removesuffix('.part')) and not path.is_symlink():
+            delete_folder(path)
+    remove_unnamed(folder)
+
+
+def remove_unnamed(folder: Path, of: Collection[str] | None = None) -> None:
+    """Removes folders of parts that no checkpoint beside them names.
+
+    A file that cannot be read may be repaired, and the folders that may be its own stay.
+
+    Args:
+        folder: Work dir, in which nothing else saves.
+        of: Names of the checkpoints whose folders are meant; None is all.
+    """
+    found = [p for p in folder.glob('*.sharded') if p.is_dir() and not p.is_symlink()]
+    owners = {path: owner for path in found if (owner := owner_of(path.name))}
+    suspects = [path for path, owner in owners.items() if of is None or owner in of]
+    if not suspects:
+        return
+    named: set[str] = set()
+    for file in folder.glob('*.pth'):
+        try:
+            parts = Parts.of(read_content(str(file), verify=False))
+        except Exception:  # bytes of another format can fail in any way
+            named |= {path.name for path in suspects if owners[path] == file.name}
+        else:
+            named |= {parts.folder} if parts is not None else set()
+    for path in suspects:
+        if path.name not in named:
+            delete_folder(path)
 
 
 def delete(folder: Path, names: Iterable[str]) -> None:
@@ -100,10 +135,11 @@ def delete(folder: Path, names: Iterable[str]) -> None:
         folder: Work dir.
         names: Of files, which may be gone.
     """
-    for name in names:
-        path = folder / Path(name).name
+    paths = [folder / Path(name).name for name in names]
+    for path in paths:
         if path.suffix == '.pth' and path.is_file():
             path.unlink()
+    remove_unnamed(folder, {path.name for path in paths})
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -132,7 +168,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
     chosen = None
     for _, path in sorted(found, reverse=True):
         try:
-            read_content(str(path))
+            check_content(str(path))
             chosen = path
             break
         except ValueError as error:

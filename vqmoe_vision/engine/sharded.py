@@ -1,11 +1,11 @@
 """Runs whose model is spread over processes, as the config's `parallel` says.
 
-A run starts, resumes, is validated and saved as on one process: its files hold whole tensors under
-the names of the model, so that any number of processes goes on from them, in any layout. Between
-these moments a process has its part of the parameters, of their gradients and of the optimizer's
-state. Validation runs on a whole copy, which is kept on the processor while the run trains: images
-of different size need different numbers of windows, and processes that share layers would wait for
-each other.
+A run starts, resumes, is validated and saved as on one process: what its files are read as has
+whole tensors under the names of the model, so that any number of processes goes on from them, in
+any layout. Between these moments a process has its part of the parameters, of their gradients and
+of the optimizer's state. Validation runs on a whole copy, which is kept on the processor while the
+run trains: images of different size need different numbers of windows, and processes that share
+layers would wait for each other.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,19 +25,22 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
-from .finite import check_weights
 from .processes import current
 from .routing import RoutingStatistics
+from .sharded_saves import SavesInParts, WholeSaves, whole, whole_state
 
 FIELD = 'parallel'
+_OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
+# the words of Composer and Lightning
+_SAVES = {'full': WholeSaves, 'sharded': SavesInParts}
 
 
 def fill_in_parallel(config: Config, processes: int) -> None:
     """Lets a run spread its model, if its config has `parallel`.
 
     Args:
-        config: Its `parallel` may have `expert_processes` and `param_dtype`, as `shard_model`. Its
-            hooks are changed, and how mmengine wraps the model.
+        config: Its `parallel` may have what `ShardingHook` takes. Its hooks are changed, and how
+            mmengine wraps the model.
         processes: Of the run.
 
     Raises:
@@ -47,10 +50,10 @@ def fill_in_parallel(config: Config, processes: int) -> None:
     if options is None:
         return
     check(
-        isinstance(options, dict) and not options.keys() - {'expert_processes', 'param_dtype'},
+        isinstance(options, dict) and not options.keys() - set(_OPTIONS),
         FIELD,
         options,
-        'dict(expert_processes=..., param_dtype=...), or parts of it',
+        f'dict({", ".join(f"{name}=..." for name in _OPTIONS)}), or parts of it',
     )
     check(processes > 1, FIELD, options, 'left out with one process, see --launcher')
     wrapper = config.get('model_wrapper_cfg') or dict(type='Unwrapped')
@@ -97,20 +100,30 @@ class ShardingHook(Hook):
     Args:
         expert_processes: As `shard_model`.
         param_dtype: 'bfloat16' or 'float32'; None for that of the parameters.
+        state_dict_type: 'full' for checkpoints of whole tensors, or 'sharded' for a folder of parts
+            beside each.
 
     Raises:
-        ValueError: `param_dtype` is another one.
+        ValueError: `param_dtype` or `state_dict_type` is another one.
     """
 
     # after all that a training starts with, which sees the whole model
     priority = 'LOWEST'
 
-    def __init__(self, expert_processes: int = 1, param_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        expert_processes: int = 1,
+        param_dtype: str | None = None,
+        state_dict_type: str = 'full',
+    ) -> None:
         dtypes = {None: None, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
         # float16 needs a loss scale
         allowed = "'bfloat16', 'float32' or None"
         check(param_dtype in dtypes, f'{FIELD}.param_dtype', param_dtype, allowed)
+        saves, allowed = state_dict_type in _SAVES, ' or '.join(map(repr, _SAVES))
+        check(saves, f'{FIELD}.state_dict_type', state_dict_type, allowed)
         self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
+        self._saves = _SAVES[state_dict_type]
 
     def before_run(self, runner: Runner) -> None:
         """Refuses what has no meaning for a part of a model.
@@ -135,12 +148,12 @@ class ShardingHook(Hook):
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
         shard_model(runner.model, self.expert_processes, self.param_dtype)
-        self._sharded, self._wrapper = runner.model, wrapper
+        self._sharded = runner.model
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
-        runner.save_checkpoint = _Saving(runner.save_checkpoint, self._gather)
+        runner.save_checkpoint = self._saves(runner, runner.model)
         processes = current()
         if processes is not None:
             processes.share_saves()
@@ -159,66 +172,12 @@ class ShardingHook(Hook):
             runner.model = self._sharded
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Puts whole tensors in place of the parts of the first process."""
+        """Puts what belongs to all in place of the parts of the first process."""
         if not hasattr(self, '_sharded'):
             return
-        save = runner.save_checkpoint
-        assert isinstance(save, _Saving)
-        checkpoint['state_dict'], optimizer = save.gathered
-        if 'optimizer' in checkpoint:
-            checkpoint['optimizer'] = optimizer
-        # the hook for it has seen the parts of this process
-        check_weights(self._sharded, runner.iter + 1, checkpoint['state_dict'])
-
-    def _gather(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return (
-            whole_state(self._sharded.state_dict()),
-            whole_state(self._wrapper.state_dict()),
-        )
-
-
-class _Saving:
-    """The runner's method, before which all processes put their parts together."""
-
-    def __init__(self, save: Callable[..., None], gather: Callable[[], Any]) -> None:
-        self._save, self._gather = save, gather
-        self.gathered: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.gathered = self._gather()
-        try:
-            self._save(*args, **kwargs)
-        finally:
-            self.gathered = None
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece, where it is spread over processes; all of them have to ask.
-
-    Args:
-        tensor: Of any kind.
-    """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_state(state: Any) -> Any:
-    """Whole tensors, on the processor, of a state in which some are spread.
-
-    All processes have to call it.
-
-    Args:
-        state: Tensors in dictionaries and lists.
-
-    Returns:
-        The same with plain tensors.
-    """
-    if isinstance(state, Tensor):
-        return whole(state).detach().cpu()
-    if isinstance(state, dict):
-        return {key: whole_state(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole_state(value) for value in state]
-    return state
+        saves = runner.save_checkpoint
+        assert isinstance(saves, WholeSaves)
+        saves.fill(checkpoint)
 
 
 def clip_grad_norm(

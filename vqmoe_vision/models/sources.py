@@ -26,7 +26,15 @@ from .origin import Origin, origin_of
 from .sparse_model import SparseModel
 from .state_dicts import StateDict, misfit_of
 from .transfer import Size, transfer
-from .weight_files import SUFFIXES, Described, check_file, describe, describe_folder, named_source
+from .weight_files import (
+    SUFFIXES,
+    Described,
+    check_file,
+    check_in_one_piece,
+    describe,
+    describe_folder,
+    named_source,
+)
 
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
 # every configuration with such a name as a model that it can load.
@@ -164,6 +172,7 @@ def fit_pretrained(
     state = state_dict.get('model', state_dict)
     state = state.get('state_dict', state)
     source = source_of(model.pretrained_cfg)
+    check_in_one_piece(state, source)
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin = origin or origin_of(describe(source), source)
     sizes = _image_sizes(model, origin)
@@ -195,6 +204,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
             load_numpy(model, path)
             return
         state = load_state_dict(path)
+    check_in_one_piece(state, path)
     if problem := misfit_of(model, state):
         raise ValueError(f'checkpoint_path={path!r} does not fit the model: {problem}')
     model.load_state_dict(state)

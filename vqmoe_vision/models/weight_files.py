@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +18,8 @@ from ..moe.config import check
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
+# What a file has in the place of a tensor that lies in a folder beside it.
+IN_PARTS = 'in the folder beside this file'
 _CONFIG = 'config.json'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
 _PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
@@ -150,6 +152,23 @@ def unreadable(path: str) -> str:
         path: Of the file.
     """
     return f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
+
+
+def check_in_one_piece(state: Mapping[str, Any], source: str) -> None:
+    """Refuse weights of which a run has written the parts of its processes.
+
+    Args:
+        state: What the file has.
+        source: Its path.
+
+    Raises:
+        ValueError: It is in parts.
+    """
+    if any(isinstance(value, str) and value == IN_PARTS for value in state.values()):
+        raise ValueError(
+            f'checkpoint {source!r} is in parts, and timm reads whole files: '
+            'tools/publish.py makes one of it'
+        )
 
 
 def check_files(source: str) -> None:

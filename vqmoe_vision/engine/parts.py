@@ -1,0 +1,222 @@
+"""Checkpoints in parts: a file, and a folder beside it that torch's distributed checkpoint wrote.
+
+The folder has the tensors that were spread over processes, and the file has all else: in the place
+of each of them a word, and under `KEY` which bytes of which file of the folder it is made of, with
+size and checksum of each. torch describes the folder in its `.metadata` too, which is a pickle that
+`FileSystemReader.read_metadata` runs, and reads objects other than tensors with
+`weights_only=False`. Neither is done here: what the file says is data, it knows tensors alone, and
+torch reads them with `weights_only=True`.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from vqmoe_vision.models.weight_files import IN_PARTS
+
+KEY = 'sharded'
+# of a checkpoint's name without .pth, and a number: a file that is written again has another folder
+_FOLDER = re.compile(r'(?P<stem>[^/]+)\.\d+\.sharded')
+_FILES = re.compile(r'__\d+_\d+\.distcp|\.metadata')
+_BLOCK = 1 << 20
+_Key = str | int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint says of its folder.
+
+    Args:
+        folder: Its name.
+        files: Sizes in bytes and checksums (CRC-32) of its files.
+        metadata: Of torch, of tensors alone.
+        places: Keys under which a tensor belongs into the checkpoint, by its name in `metadata`.
+    """
+
+    folder: str
+    files: dict[str, tuple[int, int]]
+    metadata: Metadata
+    places: dict[str, tuple[_Key, ...]]
+
+    def as_data(self) -> dict[str, Any]:
+        """What `of` reads: numbers, words and dtypes."""
+        tensors = {}
+        for name, place in self.places.items():
+            tensor = self.metadata.state_dict_metadata[name]
+            assert isinstance(tensor, TensorStorageMetadata)
+            stored = [
+                self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                for chunk in tensor.chunks
+            ]
+            tensors[name] = {
+                'place': list(place),
+                'dtype': tensor.properties.dtype,
+                'size': list(tensor.size),
+                'chunks': [
+                    [list(c.offsets), list(c.sizes), s.relative_path, s.offset, s.length]
+                    for c, s in zip(tensor.chunks, stored, strict=True)
+                ],
+            }
+        files = {name: list(numbers) for name, numbers in self.files.items()}
+        return {'folder': self.folder, 'files': files, 'tensors': tensors}
+
+    @classmethod
+    def of(cls, content: Any) -> 'Parts | None':
+        """What a checkpoint says; None where it is in one piece.
+
+        Args:
+            content: All of its file.
+
+        Raises:
+            ValueError: It is not what `as_data` made. Others too, such as KeyError, as of a file
+                that is damaged.
+        """
+        if not isinstance(content, dict) or KEY not in content:
+            return None
+        data = content[KEY]
+        _require(_FOLDER.fullmatch(data['folder']) and not data['folder'].startswith('.'))
+        files = {name: (int(size), int(crc)) for name, (size, crc) in data['files'].items()}
+        _require(all(_FILES.fullmatch(name) for name in files))
+        places: dict[str, tuple[_Key, ...]] = {}
+        described: dict[str, Any] = {}
+        stored = {}
+        for name, tensor in data['tensors'].items():
+            size, chunks = torch.Size(tensor['size']), []
+            for offsets, sizes, file, offset, length in tensor['chunks']:
+                _require(file in files and 0 <= offset <= offset + length <= files[file][0])
+                bounds = zip(offsets, sizes, size, strict=True)
+                _require(all(0 <= first <= first + count <= end for first, count, end in bounds))
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                stored[MetadataIndex(name, offsets)] = _StorageInfo(file, offset, length)
+            _require(sum(prod(chunk.sizes) for chunk in chunks) == prod(size))
+            _require(isinstance(tensor['dtype'], torch.dtype))
+            properties = TensorProperties(dtype=tensor['dtype'])
+            described[name] = TensorStorageMetadata(properties, size, chunks)
+            places[name] = tuple(tensor['place'])
+        return cls(data['folder'], files, Metadata(described, storage_data=stored), places)
+
+    def check(self, file: str) -> None:
+        """Compares sizes and checksums of the files in the folder.
+
+        Args:
+            file: The checkpoint, beside which it is.
+
+        Raises:
+            ValueError: One is missing or damaged.
+        """
+        for name, expected in self.files.items():
+            part = Path(file).parent / self.folder / name
+            try:
+                found = checksum(part)
+            except OSError as error:
+                raise ValueError(
+                    f'checkpoint {file!r} is in parts, and {str(part)!r} cannot be read: '
+                    f'{error.strerror}'
+                ) from error
+            if found != expected:
+                raise ValueError(
+                    f'checkpoint {file!r} is damaged: {str(part)!r} does not match its checksum'
+                )
+
+    def put_together(
+        self, file: str, content: dict, under: str | None = None, device: Any = None
+    ) -> dict:
+        """Puts whole tensors into the checkpoint.
+
+        Args:
+            file: The checkpoint, whose parts have been checked.
+            content: All of it, which is changed.
+            under: Leave out what is not under this key; None is all.
+            device: Of the tensors; None is the processor.
+
+        Returns:
+            The content, as of a checkpoint in one piece.
+
+        Raises:
+            ValueError: The parts are not those of this file. Others too, as of a file that is
+                damaged.
+        """
+        places = {n: p for n, p in self.places.items() if under is None or p[0] == under}
+        wanted = {name: self.metadata.state_dict_metadata[name] for name in places}
+        tensors = _read(Path(file).parent / self.folder, self.metadata, wanted)
+        for name, (*holders, last) in places.items():
+            holder: Any = content
+            for key in holders:
+                holder = holder[key]
+            _require(holder[last] == IN_PARTS)
+            holder[last] = tensors.pop(name).to(device)
+        del content[KEY]
+        return content
+
+
+def _read(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Whole tensors by name, which torch reads without a word of the folder's own `.metadata`."""
+    tensors: dict[str, Any] = {
+        name: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in wanted.items()
+    }
+    reader = FileSystemReader(folder)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(tensors, metadata, is_coordinator=True)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+    return tensors
+
+
+def _require(true: Any) -> None:
+    if not true:
+        raise ValueError('not what a save in parts writes')
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Size of a file in bytes, and its CRC-32.
+
+    Args:
+        path: Of a file of any size, which is read in blocks.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    size = crc = 0
+    with path.open('rb') as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def owner_of(folder: str) -> str | None:
+    """The checkpoint that a folder was written for; None if it is no folder of parts.
+
+    Args:
+        folder: Its name.
+    """
+    match = _FOLDER.fullmatch(folder)
+    return f'{match["stem"]}.pth' if match else None
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder of parts, but nothing in it that is of others.
+
+    Args:
+        folder: Which may hold any part of what a save writes.
+    """
+    for path in folder.iterdir():
+        if path.is_file() and _FILES.fullmatch(path.name.removesuffix('.tmp')):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,211 @@
+"""How the checkpoints of a spread model are written: in one piece, or in parts.
+
+Either takes the place of a runner's `save_checkpoint`, which asks the first process alone: here all
+of them take part.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from vqmoe_vision.models.weight_files import IN_PARTS
+
+from .checkpoint_files import SaveError, remove_unnamed, sync_folder
+from .finite import NonFiniteError, check_weights
+from .parts import KEY, Parts, checksum
+
+
+class WholeSaves:
+    """A save before which all processes put their parts together, for a file of whole tensors.
+
+    Args:
+        runner: Whose method it takes the place of.
+        model: Of which each process has a part.
+    """
+
+    def __init__(self, runner: Runner, model: nn.Module) -> None:
+        self._runner, self._model = runner, model
+        self._save = runner.save_checkpoint
+        self._state: dict[str, Any] = {}
+
+    def __call__(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        **options: Any,
+    ) -> None:
+        """Saves, as the runner's method does."""
+        state: dict[str, Any] = {'state_dict': self._model.state_dict()}
+        if save_optimizer:
+            state['optimizer'] = self._runner.optim_wrapper.state_dict()
+        self._state = self._prepare(Path(out_dir) / filename, state)
+        try:
+            self._save(out_dir, filename, file_client_args, save_optimizer, **options)
+        finally:
+            self._state = {}
+
+    def fill(self, checkpoint: dict) -> None:
+        """Puts what belongs to all processes in the place of what the first one has.
+
+        Args:
+            checkpoint: That is about to be written.
+
+        Raises:
+            NonFiniteError: A weight is nan or infinite.
+        """
+        checkpoint.update(self._state)
+
+    def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
+        state = whole_state(state)
+        if is_main_process():
+            check_weights(self._model, self._runner.iter + 1, state['state_dict'])
+        return state
+
+
+class SavesInParts(WholeSaves):
+    """A save in which each process writes what it has, by torch's distributed checkpoint."""
+
+    def __call__(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
+        """Saves, as the runner's method does."""
+        super().__call__(out_dir, filename, *args, **options)
+        if is_main_process():  # the folder of a file that was written again
+            remove_unnamed(Path(out_dir), {filename})
+
+    def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
+        _check_parts(self._model, self._runner.iter + 1, state['state_dict'])
+        return write_parts(file, state)
+
+
+def write_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Writes the folder of a checkpoint, before its file; all processes have to call it.
+
+    Args:
+        file: The checkpoint. The name of the folder is a new one, so that a file which is there
+            stays whole.
+        state: Some of its tensors are spread.
+
+    Returns:
+        What is to be in the file.
+
+    Raises:
+        SaveError: A process cannot write its part, for example because the disk is full.
+    """
+    places: dict[str, tuple] = {}
+    tensors: dict[str, Tensor] = {}
+    left = _take_parts(state, (), places, tensors)
+    name = _decided(_free_name(file) if is_main_process() else '')
+    partial = file.with_name(f'.{name}.part')
+    metadata = _write(partial, tensors, file)
+    own = [partial / '.metadata'] if is_main_process() else []
+    own += partial.glob(f'__{dist.get_rank()}_*')
+    written = _gathered({path.name: checksum(path) for path in own})
+    if is_main_process():
+        sync_folder(partial)
+        partial.rename(file.with_name(name))
+        sync_folder(file.parent)
+    files = {part: numbers for one in written for part, numbers in one.items()}
+    return {**left, KEY: Parts(name, files, metadata, places).as_data()}
+
+
+def _free_name(file: Path) -> str:
+    number = 1
+    while True:
+        name = f'{file.stem}.{number}.sharded'
+        if not any(file.with_name(taken).exists() for taken in (name, f'.{name}.part')):
+            return name
+        number += 1
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        return save(tensors, storage_writer=FileSystemWriter(folder), planner=planner)
+    except CheckpointException as error:  # the same one on all processes, and no `Exception`
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = getattr(cause, 'strerror', None) or str(cause).partition('\n')[0]
+        raise SaveError(
+            f'{file} could not be written (rank {rank}: {reason}); what was saved before is intact'
+        ) from error
+
+
+def _check_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
+    """As `check_weights`: each process looks at its parts, and all of them agree.
+
+    Raises:
+        NonFiniteError: On all processes, of the first that has found something.
+    """
+    problem = ''
+    own = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in state.items()}
+    try:
+        check_weights(model, iteration, own)
+    except NonFiniteError as error:
+        problem = str(error)
+    found = next(filter(None, _gathered(problem)), None)
+    if found is not None:
+        raise NonFiniteError(found)
+
+
+def _take_parts(state: Any, place: tuple, places: dict, tensors: dict) -> Any:
+    """A state with a word in the place of each spread tensor, which are collected by name."""
+    if isinstance(state, DTensor):
+        name = '.'.join(map(str, place))
+        assert name not in places
+        places[name], tensors[name] = place, state.detach()
+        return IN_PARTS
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {k: _take_parts(v, (*place, k), places, tensors) for k, v in state.items()}
+    if isinstance(state, list):
+        return [_take_parts(v, (*place, i), places, tensors) for i, v in enumerate(state)]
+    return state
+
+
+def _gathered(own: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, own)
+    return values
+
+
+def _decided(of_first: Any) -> Any:
+    values = [of_first]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, where it is spread over processes; all of them have to ask.
+
+    Args:
+        tensor: Of any kind.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state: Any) -> Any:
+    """Whole tensors, on the processor, of a state in which some are spread.
+
+    All processes have to call it.
+
+    Args:
+        state: Tensors in dictionaries and lists.
+
+    Returns:
+        The same with plain tensors.
+    """
+    if isinstance(state, Tensor):
+        return whole(state).detach().cpu()
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole_state(value) for value in state]
+    return state
