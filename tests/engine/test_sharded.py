@@ -59,6 +59,11 @@ def test_dtypes_that_parameters_cannot_have(name: str) -> None:
         ShardingHook(param_dtype=name)
 
 
+def test_ways_to_save_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="state_dict_type='parts' is not possible: 'full' or 'sh"):
+        ShardingHook(state_dict_type='parts')
+
+
 def wrapper(kind: str = 'SGD', clip_grad: dict | None = None, **options: Any) -> OptimWrapper:
     optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1)
     made = OptimWrapper(optimizer, clip_grad=clip_grad)

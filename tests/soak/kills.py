@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bits import same
 from kinds import KINDS, Kind
 from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
@@ -37,6 +38,7 @@ from mmengine.registry import HOOKS
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import POINTER, candidates, last_checkpoint
 from vqmoe_vision.engine.cli import train
+from vqmoe_vision.engine.parts import owner_of
 
 # mmengine lays out the text of the config for every checkpoint, which is half of such a training
 mmengine_config.FormatCode = lambda text, **_: (text, True)
@@ -63,6 +65,17 @@ class ReachedHook(Hook):
         Shared.reached.value = runner.iter + 1
 
 
+# of the files of checkpoints, of their folders of parts, and of what is in these
+SUFFIXES = ('.pth', '.part', '.sharded', '.distcp', '.tmp', '.metadata')
+EVENTS = {
+    'open': 'create',
+    'os.mkdir': 'create',
+    'os.rename': 'rename',
+    'os.remove': 'delete',
+    'os.rmdir': 'delete',
+}
+
+
 def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
     """Calls a function before each step of a save in this process, with its number and name."""
     inside = str(folder)
@@ -71,13 +84,15 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
         name = None
         if event == 'open' and str(args[0]) == inside:
             name = 'sync'
-        elif event in ('open', 'os.rename', 'os.remove') and str(args[0]).startswith(inside):
+        elif event in EVENTS and str(args[0]).startswith(inside):
             file = Path(str(args[0]))
-            of_a_save = file.suffix in ('.pth', '.part') or file.name == POINTER
+            of_a_save = file.suffix in SUFFIXES or file.name == POINTER
             if of_a_save and (event != 'open' or 'w' in str(args[1])):
-                name = {'open': 'create', 'os.rename': 'rename', 'os.remove': 'delete'}[event]
+                name = EVENTS[event]
                 if POINTER in file.name:
                     name = f'{name} pointer'
+                elif '.sharded' in str(file):
+                    name = f'{name} part'
         if name is not None:
             Shared.events.value += 1
             step(Shared.events.value, name)
@@ -165,20 +180,11 @@ def outcome(folder: Path) -> dict[str, Any]:
     keys = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
     return {
         'files': sorted(path.name for path in (*work.glob('*.pth'), *work.glob('.*.part'))),
+        # one of each checkpoint; its number says how often that was written
+        'folders': sorted(str(owner_of(path.name)) for path in work.glob('*.sharded')),
         'best': [read_content(str(best))['state_dict'] for best in work.glob('best_*.pth')],
         **{key: content[key] for key in keys if key in content},
     }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @dataclass(frozen=True)

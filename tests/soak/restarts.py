@@ -4,7 +4,7 @@
 
 The agent is the one of `torchrun --max-restarts=KILLS`, but forks its workers from this process,
 which has imported everything. Each attempt but the last one is killed: a random rank after a random
-iteration, or the first rank at a step of a save.
+iteration, or a rank that saves at a step of a save or in the middle of a write.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import ReachedHook, dies_at, outcome, same, watch_saves
+from bits import same
+from kills import ReachedHook, dies_at, outcome, watch_saves
 from kinds import KINDS, Kind
 from mmengine.dist import get_rank
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -32,6 +33,8 @@ from vqmoe_vision.engine.cli import train
 
 ROUNDING = 1e-3
 STEPS = 6  # of the saves of an attempt, at one of which it may be killed
+# in parts: of the first rank, and of another, which creates the folder and its file
+STEPS_IN_PARTS = (16, 2)
 
 
 def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
@@ -44,7 +47,7 @@ def attempt(kind: Kind, folder: Path, plan: list[dict[str, Any]]) -> None:
     if moment is not None and os.environ['RANK'] == str(moment['rank']):
         told = folder / f'killed{number}'
         if moment['step']:
-            watch_saves(folder / 'work', dies_at(moment['step'], None, told))
+            watch_saves(folder / 'work', dies_at(moment['step'], moment['write'], told))
         ReachedHook.after_train_iter = dies_after(moment['iterations'], told)
     out = (folder / f'output{os.environ["RANK"]}').open('a')
     with out, redirect_stdout(out), redirect_stderr(out):
@@ -119,12 +122,17 @@ def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Count
         killed.mkdir()
         run(kind, whole, ranks, [])
         plan = []
+        in_parts = "'sharded'" in kind.config
         for _ in range(kills):
-            in_save = draw.random() < 0.5
+            in_save = draw.random() < (0.8 if in_parts else 0.5)
+            rank = draw.randrange(ranks) if in_parts or not in_save else 0
+            steps = STEPS_IN_PARTS[min(rank, 1)] if in_parts else STEPS
+            in_write = in_parts and draw.random() < 0.2
             plan.append(
                 {
-                    'rank': 0 if in_save else draw.randrange(ranks),
-                    'step': draw.randint(1, STEPS) if in_save else 0,
+                    'rank': rank,
+                    'step': draw.randint(1, steps) if in_save else 0,
+                    'write': draw.randrange(1, 20_000) if in_write else None,
                     # at the latest: an attempt that gets no further is killed all the same
                     'iterations': kind.interval + 1 if in_save else draw.randint(1, kind.interval),
                 }

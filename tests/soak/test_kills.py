@@ -41,7 +41,9 @@ def test_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # eleven starts of up to four processes, on a machine that may be busy
 @pytest.mark.parametrize(
-    ('ranks', 'options'), [('2', ()), ('4', ()), ('2', ('--spread',))], ids=['2', '4', '2-spread']
+    ('ranks', 'options'),
+    [('2', ()), ('4', ()), ('2', ('--spread', 'full')), ('2', ('--spread', 'sharded'))],
+    ids=['2', '4', '2-full', '2-sharded'],
 )
 def test_killed_ranks_are_started_again_and_go_on(
     tmp_path: Path, ranks: str, options: tuple[str, ...]

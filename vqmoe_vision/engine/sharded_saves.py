@@ -81,7 +81,7 @@ class SavesInParts(WholeSaves):
             remove_unnamed(Path(out_dir), {filename})
 
     def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
-        _check_parts(self._model, self._runner.iter + 1, state['state_dict'])
+        check_own_parts(self._model, self._runner.iter + 1, state['state_dict'])
         return write_parts(file, state)
 
 
@@ -137,8 +137,13 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
         ) from error
 
 
-def _check_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
+def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
     """As `check_weights`: each process looks at its parts, and all of them agree.
+
+    Args:
+        model: Of which each process has a part.
+        iteration: As `check_weights`.
+        state: Its state, in which some tensors are spread.
 
     Raises:
         NonFiniteError: On all processes, of the first that has found something.
