@@ -4,6 +4,7 @@ Either takes the place of a runner's `save_checkpoint`, which asks the first pro
 of them take part.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vqmoe_vision.models.weight_files import IN_PARTS
 
 from .checkpoint_files import SaveError, remove_unnamed, sync_folder
 from .finite import NonFiniteError, check_weights
-from .parts import KEY, Parts, checksum
+from .parts import KEY, Parts, checksum, delete_folder
 
 
 class WholeSaves:
@@ -130,6 +131,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
     try:
         return save(tensors, storage_writer=FileSystemWriter(folder), planner=planner)
     except CheckpointException as error:  # the same one on all processes, and no `Exception`
+        if is_main_process():  # all of them have ended, and a full disk needs the space
+            with suppress(OSError):
+                delete_folder(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
         reason = getattr(cause, 'strerror', None) or str(cause).partition('\n')[0]
         raise SaveError(
