@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
-KEY = 'sharded'
+KEY = 'tensors_in_parts'
 # of a checkpoint's name without .pth, and a number: a file that is written again has another folder
 _FOLDER = re.compile(r'(?P<stem>[^/]+)\.\d+\.sharded')
 _FILES = re.compile(r'__\d+_\d+\.distcp|\.metadata')
