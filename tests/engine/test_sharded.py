@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from timm.optim import create_optimizer_v2
 
+from vqmoe_vision.engine.process_group import fill_in_wrapper
 from vqmoe_vision.engine.sharded import (
     ShardingHook,
     check_optim_wrapper,
@@ -23,14 +24,14 @@ from vqmoe_vision.engine.sharded import (
         (
             {'parallel': {'expert': 2}},
             2,
-            r"parallel={'expert': 2} is not possible: dict\(expert_pr",
+            r"parallel={'expert': 2} is not possible: its options are expert_pr",
         ),
-        ({'parallel': 2}, 2, r'parallel=2 is not possible: dict\(expert_processes'),
-        ({'parallel': {}}, 1, r'parallel={} is not possible: left out with one process'),
+        ({'parallel': 2}, 2, r'parallel=2 is not possible: its options are expert_processes'),
+        ({'parallel': {}}, 1, r'parallel={} is not possible: it needs several processes'),
         (
             {'parallel': {}, 'model_wrapper_cfg': {'type': 'MMDistributedDataParallel'}},
             2,
-            'left out beside model_wrapper_cfg',
+            'it goes without model_wrapper_cfg',
         ),
     ],
 )
@@ -45,6 +46,24 @@ def test_a_config_that_a_run_has_written_has_one_hook() -> None:
     fill_in_parallel(config, 2)
     assert [hook['type'] for hook in config.custom_hooks] == ['Other', 'ShardingHook']
     assert config.model_wrapper_cfg == {'type': 'Unwrapped'}
+
+
+@pytest.mark.parametrize('spread', [True, False])
+def test_a_config_that_a_run_has_written_can_be_changed(spread: bool) -> None:
+    asked = {'custom_hooks': [{'type': 'Other'}]}
+    config = Config({**asked, 'parallel': {}} if spread else asked)
+    fill_in_parallel(config, 2)
+    fill_in_wrapper(config, 'cpu')
+    assert config.model_wrapper_cfg.type == ('Unwrapped' if spread else 'FilledInDataParallel')
+    config.merge_from_dict({'parallel': None, 'find_unused_parameters': True})
+    fill_in_parallel(config, 1)
+    assert config.to_dict() == {**asked, 'find_unused_parameters': True}
+    fill_in_wrapper(config, 'cpu')
+    assert config.model_wrapper_cfg.find_unused_parameters
+    config.parallel = {'expert_processes': 2}
+    fill_in_parallel(config, 2)
+    assert config.model_wrapper_cfg == {'type': 'Unwrapped'}
+    assert [hook['type'] for hook in config.custom_hooks] == ['Other', 'ShardingHook']
 
 
 def test_no_field_changes_nothing() -> None:

@@ -70,7 +70,7 @@ def _compare(processes: Processes, what: str, fields: Mapping[str, str]) -> None
     differ = [n for n in names if len({one.get(n) for one in of_ranks}) > 1]
     message = f'the ranks have different {what}: {differ[0]} is {_by_value(differ[0], of_ranks)}'
     if len(differ) > 1:
-        message += f'; so do {len(differ) - 1} other fields'
+        message += f'; other fields that differ: {len(differ) - 1}'
     processes.refuse(message)
 
 

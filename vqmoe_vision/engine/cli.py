@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,10 @@ def _train(args: argparse.Namespace) -> None:
         config = _configure(args)
         if args.amp:
             use_amp(config)
+        asked = deepcopy(config)
         fill_in_parallel(config, processes.size)
         processes.join(config)
-        check_configs(processes, config)
+        check_configs(processes, asked)
         latest = processes.decide(_latest(args, config, processes))
         if latest is not None:
             config.load_from, config.resume = latest, True

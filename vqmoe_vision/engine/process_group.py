@@ -5,7 +5,9 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = 1800.0  # seconds, unless env_cfg.dist_cfg says
@@ -70,6 +72,35 @@ def check_local_rank(local_rank: int, gpus: int) -> None:
         )
 
 
+@MODEL_WRAPPERS.register_module()
+class FilledInDataParallel(MMDistributedDataParallel):
+    """mmengine's, under another name.
+
+    A run writes its config with all that was filled in. By this name the next run that is started
+    from it knows that nobody has asked for a wrapper.
+    """
+
+
+@MODEL_WRAPPERS.register_module()
+class Unwrapped:
+    """No wrapper: what distributes the model is in the model."""
+
+    def __new__(cls, module: nn.Module) -> Any:
+        """The model itself."""
+        return module
+
+
+def forget_wrapper(config: Config) -> None:
+    """Removes the wrapper that a former run has filled in.
+
+    Args:
+        config: Its `model_wrapper_cfg` is changed.
+    """
+    filled_in = (FilledInDataParallel.__name__, Unwrapped.__name__)
+    if (config.get('model_wrapper_cfg') or {}).get('type') in filled_in:
+        config.pop('model_wrapper_cfg')
+
+
 def fill_in_wrapper(config: Config, device: str) -> None:
     """Fills in how mmengine wraps the model, which takes every device for a GPU.
 
@@ -83,7 +114,8 @@ def fill_in_wrapper(config: Config, device: str) -> None:
         options = inspect.signature(DistributedDataParallel).parameters
         sync = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
         unused = config.get('find_unused_parameters', False)
-        wrapper = {sync: False, 'find_unused_parameters': unused}
+        name = FilledInDataParallel.__name__
+        wrapper = {'type': name, sync: False, 'find_unused_parameters': unused}
     wrapper.setdefault('type', 'MMDistributedDataParallel')
     kind = wrapper['type']
     kind = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind

@@ -8,6 +8,7 @@ run trains: images of different size need different numbers of windows, and proc
 layers would wait for each other.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,6 +26,7 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
+from .process_group import Unwrapped, forget_wrapper
 from .processes import current
 from .routing import RoutingStatistics
 from .sharded_saves import SavesInParts, WholeSaves, whole, whole_state
@@ -46,22 +48,26 @@ def fill_in_parallel(config: Config, processes: int) -> None:
     Raises:
         ValueError: An option is unknown or does not fit, or the run has one process.
     """
+    # a config that a run has written has what was filled in for that run
+    forget_wrapper(config)
+    hooks = [hook for hook in config.get('custom_hooks') or [] if hook['type'] != 'ShardingHook']
     options = config.get(FIELD)
     if options is None:
-        return
-    check(
-        isinstance(options, dict) and not options.keys() - set(_OPTIONS),
-        FIELD,
-        options,
-        f'dict({", ".join(f"{name}=..." for name in _OPTIONS)}), or parts of it',
-    )
-    check(processes > 1, FIELD, options, 'left out with one process, see --launcher')
-    wrapper = config.get('model_wrapper_cfg') or dict(type='Unwrapped')
-    check(wrapper.get('type') == 'Unwrapped', FIELD, options, 'left out beside model_wrapper_cfg')
-    config.model_wrapper_cfg = wrapper
-    # a config that a run has written has the hook already
-    others = [hook for hook in config.get('custom_hooks') or [] if hook['type'] != 'ShardingHook']
-    config.custom_hooks = [*others, dict(type='ShardingHook', **options)]
+        config.pop(FIELD, None)  # so that the next run may set its options one by one
+    else:
+        check(
+            isinstance(options, dict) and not options.keys() - set(_OPTIONS),
+            FIELD,
+            options,
+            f'its options are {", ".join(_OPTIONS)}, such as {FIELD}.expert_processes=1',
+        )
+        check(processes > 1, FIELD, options, 'it needs several processes, see --launcher')
+        wrapper = config.get('model_wrapper_cfg')
+        check(wrapper is None, FIELD, options, 'it goes without model_wrapper_cfg')
+        config.model_wrapper_cfg = dict(type=Unwrapped.__name__)
+        hooks.append(dict(type='ShardingHook', **options))
+    if hooks or 'custom_hooks' in config:
+        config.custom_hooks = hooks
 
 
 def check_optim_wrapper(wrapper: Any) -> None:
@@ -80,17 +86,8 @@ def check_optim_wrapper(wrapper: Any) -> None:
     check(by_norm, 'optim_wrapper.clip_grad.type', 'value', "'norm' beside parallel")
     scaler = getattr(wrapper, 'loss_scaler', None)
     scales = scaler is not None and scaler.is_enabled()
-    allowed = "left out beside parallel: use optim_wrapper.dtype='bfloat16'"
+    allowed = f"{FIELD} goes without: use optim_wrapper.dtype='bfloat16'"
     check(not scales, 'optim_wrapper.loss_scale', 'a loss scale', allowed)
-
-
-@MODEL_WRAPPERS.register_module()
-class Unwrapped:
-    """No wrapper: what distributes the model is in the model."""
-
-    def __new__(cls, module: nn.Module) -> Any:
-        """The model itself."""
-        return module
 
 
 @HOOKS.register_module()
@@ -133,12 +130,14 @@ class ShardingHook(Hook):
         """
         options = runner.cfg[FIELD]
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
-        check(not averages, FIELD, options, 'left out with EMAHook, which averages whole models')
+        check(not averages, FIELD, options, 'it goes without EMAHook, which averages whole models')
         compiled = runner.cfg.get('compile')
-        check(not compiled, 'compile', compiled, 'left out beside parallel')
+        check(not compiled, 'compile', compiled, f'it goes without {FIELD}')
 
     def before_train(self, runner: Runner) -> None:
         """Spreads the model, and what the optimizer knows of it after a resume."""
+        # torch says that putting an expert's parts together may differ between ranks: it does not
+        logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
         wrapper = runner.optim_wrapper
         check_optim_wrapper(wrapper)
         optimizer = wrapper.optimizer

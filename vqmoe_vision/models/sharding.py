@@ -51,7 +51,7 @@ def shard_model(
         ValueError: M does not divide the number of processes, or of experts.
     """
     processes = dist.get_world_size()
-    allowed = f'a divisor of {processes}, the number of processes'
+    allowed = f'it must divide {processes}, the number of processes'
     check(
         isinstance(expert_processes, int)
         and expert_processes >= 1

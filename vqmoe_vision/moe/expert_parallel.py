@@ -52,7 +52,7 @@ def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
             experts.num_experts % mesh.size() == 0,
             f'number of experts of {name}',
             experts.num_experts,
-            f'a multiple of {mesh.size()}, the number of processes that share them',
+            f'it must be a multiple of {mesh.size()}, the number of processes that share them',
         )
     for _, experts in layers:
         for linear in experts.modules():
