@@ -136,7 +136,8 @@ class ShardingHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Spreads the model, and what the optimizer knows of it after a resume."""
-        # torch says that putting an expert's parts together may differ between ranks: it does not
+        # torch warns that a norm over groups and experts, added up one after the other, may differ
+        # between ranks; here each of them adds up the same numbers in the same order
         logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
         wrapper = runner.optim_wrapper
         check_optim_wrapper(wrapper)
