@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from vqmoe_vision.engine import host_memory
+
 PAGE_FAULTS = """
-import resource, sys
+import resource, runpy, sys
 import numpy as np
-from vqmoe_vision.engine.host_memory import keep_freed_memory
 
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -18,14 +19,15 @@ def step():
     del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-kept = keep_freed_memory() if sys.argv[1] == 'keep' else None
+# without the packages around it, whose import takes seconds
+kept = runpy.run_path(sys.argv[2])['keep_freed_memory']() if sys.argv[1] == 'keep' else None
 step()
 print(kept, step())
 """
 
 
 def faults(mode: str, **environment: str) -> tuple[str, int]:
-    command = [sys.executable, '-c', PAGE_FAULTS, mode]
+    command = [sys.executable, '-c', PAGE_FAULTS, mode, host_memory.__file__]
     plain = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_')}
     ran = subprocess.run(
         command, check=True, capture_output=True, text=True, env=plain | environment
