@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
 from vqmoe_vision.comparison.results import Store
@@ -23,6 +24,13 @@ TABLES = Path('docs/results/tables')
 # differences to dense by seed: 1, 2, 3; and 1, 0, -1
 SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
 CHECKED_IN = sorted((CONFIGS.parent / 'docs/results/rows').glob('*/'))
+
+
+@pytest.fixture(autouse=True)
+def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds, so only the tests that are about them draw them."""
+    if 'figure' not in request.node.name:
+        monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
 
 
 def files() -> dict[str, bytes]:

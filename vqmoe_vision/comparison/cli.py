@@ -16,7 +16,7 @@ from vqmoe_vision.engine.command import run
 from .check import repeat
 from .noise import PAIRS, noise_of
 from .queue import Queue
-from .report import write_report
+from .report import draw_figures, write_tables
 from .results import Results, Store
 from .routing import measure_routing
 from .runs import Run
@@ -123,7 +123,8 @@ def _collect(args: argparse.Namespace) -> None:
 
 def _table(args: argparse.Namespace) -> None:
     work = _Work(args)
-    for path in write_report(work.comparison, work.read(), args.results / 'tables'):
+    made = work.comparison, work.read(), args.results / 'tables'
+    for path in [*write_tables(*made), *draw_figures(*made)]:
         print(path)
 
 

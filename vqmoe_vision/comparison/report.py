@@ -34,15 +34,13 @@ _ROUTED = (
 )
 
 
-def write_report(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
-    """Writes tables and figures; the same rows give the same bytes.
+def write_tables(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+    """Writes the table of a comparison; the same rows give the same bytes.
 
     Args:
         comparison: What was compared.
         results: What is there of it.
-        folder: Gets `<name>.md`, `.tex`, `.csv`, `.json`, and of each figure a `.png` and a
-            `.pdf`: `<name>-curves`, `<name>-differences`, and what was measured of
-            `<name>-shifts`, `<name>-collapse`, `<name>-inconsistency`, `<name>-convergence`.
+        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`.
 
     Returns:
         The files.
@@ -78,6 +76,22 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
     for kind, text in texts.items():
         written.append(folder / f'{comparison.name}.{kind}')
         written[-1].write_text(text.rstrip() + '\n')
+    return written
+
+
+def draw_figures(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+    """Draws the figures of a comparison; the same rows give the same bytes.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of it; some run can be used.
+        folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
+            `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
+            `<name>-inconsistency`, `<name>-convergence`.
+
+    Returns:
+        The files.
+    """
     as_trained = scores_of(comparison, results)
     figures = {
         'curves': plot_curves(comparison, results.usable),
@@ -85,6 +99,7 @@ def write_report(comparison: Comparison, results: Results, folder: Path) -> list
         'shifts': plot_differences(comparison, shifted_scores(comparison, results)),
         **plot_routing(comparison, results),
     }
+    written = []
     for name, figure in figures.items():
         if figure is None:
             continue
