@@ -60,6 +60,11 @@ def test_a_config_that_a_run_has_written_can_be_changed(spread: bool) -> None:
     assert config.to_dict() == {**asked, 'find_unused_parameters': True}
     fill_in_wrapper(config, 'cpu')
     assert config.model_wrapper_cfg.find_unused_parameters
+    # but what somebody has put there stays
+    config.model_wrapper_cfg.gradient_as_bucket_view = True
+    fill_in_parallel(config, 2)
+    assert config.model_wrapper_cfg.gradient_as_bucket_view
+    del config.model_wrapper_cfg['gradient_as_bucket_view']
     config.parallel = {'expert_processes': 2}
     fill_in_parallel(config, 2)
     assert config.model_wrapper_cfg == {'type': 'Unwrapped'}

@@ -13,6 +13,7 @@ from .rank_errors import LostError
 _PATIENCE = 300.0
 _SILENT = 10.0
 _PAUSE = 0.1
+_COMPLETE = 'complete'
 
 
 def open_store(hosts: bool, rank: int) -> dist.TCPStore:
@@ -60,18 +61,16 @@ def _reach(address: str, port: int, rank: int) -> None:
         time.sleep(_PAUSE)
 
 
-def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
-    """Waits until all processes of a run are there; the first of those says for whom.
+def claim(store: dist.Store, rank: int, size: int) -> None:
+    """Takes the place of a process in a run.
 
     Args:
-        store: Of all of them.
+        store: Of all of its processes.
         rank: Of this process.
         size: How many there are to be.
-        timeout: Seconds after which it gives up.
 
     Raises:
         ValueError: Another process has this rank, or knows of another number of processes.
-        LostError: Somebody has not come.
     """
     number = int(store.compare_set('size', '', str(size)))
     if number != size:
@@ -80,7 +79,24 @@ def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
             'processes must be the same for all'
         )
     if store.add(f'arrived {rank}', 1) > 1:
-        raise ValueError(f'another process is rank {rank} as well: each must have its own')
+        raise ValueError(
+            f'another process is rank {rank} as well: each must have a rank of its own, and each '
+            'run a MASTER_PORT'
+        )
+
+
+def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    """Waits until all processes of a run are there; the first of those says for whom.
+
+    Args:
+        store: Of all of them.
+        rank: Of this process, which has been claimed.
+        size: How many there are to be.
+        timeout: Seconds after which it gives up.
+
+    Raises:
+        LostError: Somebody has not come.
+    """
     started, silent, missing = time.monotonic(), True, list(range(size))
     while missing := [other for other in missing if not store.check([f'arrived {other}'])]:
         waited = time.monotonic() - started
@@ -91,3 +107,13 @@ def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
             print(f'rank {rank} waits for {names}', file=sys.stderr, flush=True)
             silent = False
         time.sleep(_PAUSE)
+    store.set(_COMPLETE, '1')
+
+
+def is_complete(store: dist.Store) -> bool:
+    """Whether all processes of a run have been there.
+
+    Args:
+        store: Of all of them.
+    """
+    return store.check([_COMPLETE])

@@ -8,21 +8,26 @@ costs.
 import ctypes
 import os
 
-# of glibc's malloc.h, and the variables by which a user sets the same
-_PARAMETERS = {'MALLOC_TRIM_THRESHOLD_': -1, 'MALLOC_MMAP_THRESHOLD_': -3}
+# of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_VARIABLES = ('MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_')
 _LARGEST = 2**31 - 1
+# the most that an older glibc takes
+_FORMERLY = 32 << 20
 
 
 def keep_freed_memory() -> bool:
     """Lets glibc keep what this process frees, for its own next blocks of up to 2 GiB.
 
-    The most that a process holds at a time stays what it is. Processes that it forks, such as data
-    workers, do the same. What a user has set by glibc's environment variables is left alone.
+    Processes that it forks, such as data workers, do the same. What a user has set by glibc's
+    environment variables is left alone.
 
     Returns:
         Whether it does so: not without glibc, nor where a user has set something else.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
-    if mallopt is None or any(name in os.environ for name in _PARAMETERS):
+    if mallopt is None or any(name in os.environ for name in _VARIABLES):
         return False
-    return all([mallopt(number, _LARGEST) for number in _PARAMETERS.values()])
+    # this one first: the other alone would let each block of 128 kB be mapped anew
+    kept = any(mallopt(_MMAP_THRESHOLD, size) for size in (_LARGEST, _FORMERLY))
+    return bool(kept and mallopt(_TRIM_THRESHOLD, _LARGEST))

@@ -91,14 +91,25 @@ class Unwrapped:
 
 
 def forget_wrapper(config: Config) -> None:
-    """Removes the wrapper that a former run has filled in.
+    """Removes the wrapper that a former run has filled in, unless it was changed since.
 
     Args:
         config: Its `model_wrapper_cfg` is changed.
     """
-    filled_in = (FilledInDataParallel.__name__, Unwrapped.__name__)
-    if (config.get('model_wrapper_cfg') or {}).get('type') in filled_in:
+    wrapper = dict(config.get('model_wrapper_cfg') or {})
+    kind = wrapper.pop('type', None)
+    unused = config.get('find_unused_parameters', False)
+    # what says nothing; `find_unused_parameters` of the config wins over what was made of it
+    plain = {_sync_option(): (False,), 'find_unused_parameters': (False, unused)}
+    same = all(value in plain.get(name, (None,)) for name, value in wrapper.items())
+    if kind == Unwrapped.__name__ or (kind == FilledInDataParallel.__name__ and same):
         config.pop('model_wrapper_cfg')
+
+
+def _sync_option() -> str:
+    """What torch calls whether buffers are sent around."""
+    options = inspect.signature(DistributedDataParallel).parameters
+    return 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
 
 
 def fill_in_wrapper(config: Config, device: str) -> None:
@@ -111,11 +122,9 @@ def fill_in_wrapper(config: Config, device: str) -> None:
     wrapper = config.get('model_wrapper_cfg')
     if wrapper is None:
         # codebooks and counts are the same on all ranks already, as their layers add them up
-        options = inspect.signature(DistributedDataParallel).parameters
-        sync = 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
         unused = config.get('find_unused_parameters', False)
         name = FilledInDataParallel.__name__
-        wrapper = {'type': name, sync: False, 'find_unused_parameters': unused}
+        wrapper = {'type': name, _sync_option(): False, 'find_unused_parameters': unused}
     wrapper.setdefault('type', 'MMDistributedDataParallel')
     kind = wrapper['type']
     kind = MODEL_WRAPPERS.get(kind) if isinstance(kind, str) else kind

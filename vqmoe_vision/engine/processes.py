@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from .arrival import arrive, open_store
+from .arrival import arrive, claim, is_complete, open_store
 from .launchers import check_alone, place
 from .process_group import TIMEOUT, check_local_rank, fill_in_wrapper, group_options
 from .rank_errors import RankError, plain_error
@@ -42,7 +42,7 @@ class Processes:
         save_together: Whether all of them have to take part in a save, as the model is spread.
 
     Raises:
-        ValueError: The environment is not that of the launcher.
+        ValueError: The environment is not that of the launcher, or the place is taken.
         LostError: The first process is not there.
     """
 
@@ -66,6 +66,13 @@ class Processes:
         self._hosts = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         self._of_all_attempts = open_store(self._hosts, self.rank)
         self._store = dist.PrefixStore(f'attempt {attempt}', self._of_all_attempts)
+        try:
+            claim(self._store, self.rank, self.size)
+        except ValueError:
+            # they wait for the one that was meant; a run that is complete is another one
+            if not is_complete(self._store):
+                self.end()
+            raise
         # a connection of its own: the main thread may be waiting in the other one
         watched = dist.PrefixStore(f'attempt {attempt}', open_store(False, self.rank))
         self._watch = threading.Thread(target=self._look, args=(watched,), daemon=True)
@@ -93,8 +100,7 @@ class Processes:
                 `model_wrapper_cfg` is filled in.
 
         Raises:
-            ValueError: The machine has no such device, an option is none, or the processes do not
-                belong together.
+            ValueError: The machine has no such device, or an option is none.
             LostError: One of them has not come.
         """
         if self._store is None:
