@@ -129,6 +129,9 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path, said.append).name == 'iter_2.pth'
     assert any("iter_4.pth' is damaged" in line and 'checksum' in line for line in said)
     assert any("iter_3.pth' is damaged" in line for line in said)
+    # a run that is started again does not go on from what was there before it
+    with pytest.raises(FileNotFoundError, match=r"iter_4\.pth' is damaged"):
+        newest_checkpoint(tmp_path, said.append, after=102.0)
 
     for path in candidates(tmp_path):
         path.write_bytes(b'')

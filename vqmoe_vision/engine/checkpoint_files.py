@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob('*.pth') if not path.name.startswith(BEST))
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
+def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -inf) -> Path:
     """The newest checkpoint of a run that reads completely, its checksums included.
 
     It is looked for among the files themselves: whatever ends a run may do so before the pointer
@@ -160,13 +160,14 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
     Args:
         folder: Work dir.
         say: Takes a line for each file that is passed over.
+        after: Older ones do not count, in seconds since 1970.
 
     Raises:
         FileNotFoundError: There is none.
     """
     found, passed_over = _by_age(folder)
     chosen = None
-    for _, path in sorted(found, reverse=True):
+    for _, path in sorted((one for one in found if one[0][0] > after), reverse=True):
         try:
             check_content(str(path))
             chosen = path

@@ -6,7 +6,7 @@ from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -103,7 +103,10 @@ class AtomicCheckpointHook(CheckpointHook):
             self._set_best(key, str(folder / name) if known else None)
         # mmengine writes the last one again after a new best, if this process has written it
         last = folder / Path(str(hub.get_info('last_ckpt'))).name
-        self.last_ckpt = str(last) if last in candidates(folder) else None
+        # as the first process sees it: a disk of a network shows a file to some of them later
+        seen = [str(last) if last in candidates(folder) else None]
+        broadcast_object_list(seen)
+        self.last_ckpt = seen[0]
         if is_main_process():
             remove_partial(folder)
         self._saved_at = newest_time(folder)

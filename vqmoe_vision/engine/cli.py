@@ -206,10 +206,22 @@ def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> s
     folder = Path(config.work_dir)
     if processes.rank:
         return None
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if args.resume:
+        return str(newest_checkpoint(folder, say))
+    # whatever torchrun has started again goes on from its own
     newest = newest_time(folder)
-    if not args.resume and newest <= processes.newest_before(newest):
+    before = processes.newest_before(newest)
+    if newest <= before:
         return None
-    return str(newest_checkpoint(folder, lambda line: print(line, file=sys.stderr)))
+    try:
+        return str(newest_checkpoint(folder, say, before))
+    except FileNotFoundError:
+        say('begins anew: nothing that this run has saved reads completely')
+        return None
 
 
 def _test(args: argparse.Namespace) -> None:
