@@ -64,7 +64,14 @@ def refuse(model: Any, state: dict, rank: int, folder: Path) -> None:
         spread.to_local().data.view(-1)[0] = torch.nan
     with pytest.raises(NonFiniteError, match=f'parameter {name} became nan or infinite at itera'):
         check_own_parts(model, 3, state['state_dict'])
+    # as on two machines whose work dirs have the same name
+    own = folder / 'elsewhere' if rank == 1 else folder
+    with pytest.raises(SaveError, match=r'__1_0.distcp as rank 1 .*: all processes have to see'):
+        write_parts(own / 'iter_3.pth', state)
+    assert not [*own.glob('*iter_3*'), *own.glob('.*iter_3*')]
+    dist.barrier()
     if rank == 1:
+        own.rmdir()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     with pytest.raises(SaveError, match=r'iter_3.pth could not be written \(rank 1: File too larg'):
         write_parts(folder / 'iter_3.pth', state)

@@ -98,7 +98,8 @@ def write_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
         What is to be in the file.
 
     Raises:
-        SaveError: A process cannot write its part, for example because the disk is full.
+        SaveError: On all processes. One cannot write its part, for example because the disk is
+            full, or the first does not see what another has written.
     """
     places: dict[str, tuple] = {}
     tensors: dict[str, Tensor] = {}
@@ -106,14 +107,7 @@ def write_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
     name = _decided(_free_name(file) if is_main_process() else '')
     partial = file.with_name(f'.{name}.part')
     metadata = _write(partial, tensors, file)
-    own = [partial / '.metadata'] if is_main_process() else []
-    own += partial.glob(f'__{dist.get_rank()}_*')
-    written = _gathered({path.name: checksum(path) for path in own})
-    if is_main_process():
-        sync_folder(partial)
-        partial.rename(file.with_name(name))
-        sync_folder(file.parent)
-    files = {part: numbers for one in written for part, numbers in one.items()}
+    files = _name_folder(partial, file.with_name(name), file)
     return {**left, KEY: Parts(name, files, metadata, places).as_data()}
 
 
@@ -131,14 +125,73 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
     try:
         return save(tensors, storage_writer=FileSystemWriter(folder), planner=planner)
     except CheckpointException as error:  # the same one on all processes, and no `Exception`
-        if is_main_process():  # all of them have ended, and a full disk needs the space
-            with suppress(OSError):
-                delete_folder(folder)
+        _discard(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
         reason = getattr(cause, 'strerror', None) or str(cause).partition('\n')[0]
         raise SaveError(
             f'{file} could not be written (rank {rank}: {reason}); what was saved before is intact'
         ) from error
+
+
+def _name_folder(partial: Path, folder: Path, file: Path) -> dict[str, tuple[int, int]]:
+    """Gives a folder its name once the first process sees all of it; returns all files."""
+    written: dict[str, tuple[int, int]] = {}
+    problem = ''
+    try:
+        own = [partial / '.metadata'] if is_main_process() else []
+        own += partial.glob(f'__{dist.get_rank()}_*')
+        written = {path.name: checksum(path) for path in own}
+    except OSError as error:
+        problem = f'rank {dist.get_rank()}: {error.strerror}'
+    found = _gathered((written, problem))
+    problem = next((said for _, said in found if said), '')
+    by_rank = [files for files, _ in found]
+    if is_main_process():
+        problem = _decided(problem or _unseen(partial, by_rank) or _rename(partial, folder))
+    else:
+        problem = _decided('')
+    if problem:
+        _discard(partial)
+        raise SaveError(f'{file} could not be written ({problem}); what was saved before is intact')
+    return {name: numbers for files in by_rank for name, numbers in files.items()}
+
+
+def _unseen(folder: Path, by_rank: list[dict[str, tuple[int, int]]]) -> str:
+    """What the first process does not see of the files that each has written."""
+    for rank, files in enumerate(by_rank):
+        for name, (size, _) in files.items():
+            path = folder / name
+            # asked by its name: a network's file system may remember a list of names for a while
+            try:
+                seen = path.stat().st_size == size
+            except OSError:
+                seen = False
+            if not seen:
+                return (
+                    f'rank 0 does not see {path} as rank {rank} has written it: all processes '
+                    'have to see the work dir'
+                )
+    return ''
+
+
+def _rename(partial: Path, folder: Path) -> str:
+    """Why it cannot be done."""
+    sync_folder(partial)
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        return f'rank 0: {error.strerror}'
+    sync_folder(folder.parent)
+    return ''
+
+
+def _discard(partial: Path) -> None:
+    """Deletes a folder, also where each process has its own.
+
+    All of them have ended to write, and a full disk needs the space.
+    """
+    with suppress(OSError):  # others may be faster
+        delete_folder(partial)
 
 
 def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
