@@ -1,10 +1,11 @@
 """Checkpoints in parts: written by two processes, read by one, damaged, orphaned and forged."""
 
+import io
 import pickle
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 
 from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
 from vqmoe_vision.engine.checkpoint_files import (
@@ -25,7 +28,12 @@ from vqmoe_vision.engine.checkpoint_files import (
 from vqmoe_vision.engine.finite import NonFiniteError
 from vqmoe_vision.engine.parts import KEY, checksum
 from vqmoe_vision.engine.publish import publish_checkpoint
-from vqmoe_vision.engine.sharded_saves import check_own_parts, whole_state, write_parts
+from vqmoe_vision.engine.sharded_saves import (
+    SavesInParts,
+    check_own_parts,
+    whole_state,
+    write_parts,
+)
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weight_files import IN_PARTS
@@ -264,6 +272,55 @@ def test_what_no_save_has_written_is_refused(work: Path, change: Callable) -> No
 
 def first(said: dict) -> dict[str, Any]:
     return next(iter(said['tensors'].values()))
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A group of one process, whose tensors are spread all the same."""
+    dist.init_process_group('gloo', f'file://{tmp_path}/init', rank=0, world_size=1)
+    yield init_device_mesh('cpu', (1,))
+    dist.destroy_process_group()
+
+
+def write(file: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+class Writer:
+    """What a runner does at a save."""
+
+    iter = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = self
+        self.saves = SavesInParts(whole, model)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *_: Any) -> None:
+        content: dict[str, Any] = {}
+        self.saves.fill(content)
+        write(Path(out_dir) / filename, content)
+
+
+@pytest.mark.parametrize('name', ['iter_1.pth', 'iter_2.pth'])
+def test_parts_go_whose_file_cannot_be_written(
+    alone: DeviceMesh, tmp_path: Path, name: str
+) -> None:
+    model = distribute_module(nn.Linear(4, 2), alone)
+    save = Writer(model).saves
+    save(str(tmp_path), 'iter_1.pth', save_optimizer=False)
+    expected = read_content(str(tmp_path / 'iter_1.pth'))['state_dict']
+    assert same(expected, whole_state(model.state_dict()))
+    blocked = tmp_path / f'.{name}.part'
+    blocked.mkdir()
+    with pytest.raises(SaveError, match=rf'{name} could not be written \(Is a directory\)'):
+        save(str(tmp_path), name, save_optimizer=False)
+    assert folders(tmp_path) == [blocked.name, 'iter_1.1.sharded']
+    assert same(read_content(str(tmp_path / 'iter_1.pth'))['state_dict'], expected)
+    blocked.rmdir()
+    save(str(tmp_path), name, save_optimizer=False)
+    assert len(folders(tmp_path)) == (1 if name == 'iter_1.pth' else 2)
 
 
 def test_a_file_that_is_written_again_stays_whole(work: Path) -> None:

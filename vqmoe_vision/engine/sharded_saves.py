@@ -77,9 +77,12 @@ class SavesInParts(WholeSaves):
 
     def __call__(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
         """Saves, as the runner's method does."""
-        super().__call__(out_dir, filename, *args, **options)
-        if is_main_process():  # the folder of a file that was written again
-            remove_unnamed(Path(out_dir), {filename})
+        try:
+            super().__call__(out_dir, filename, *args, **options)
+        finally:
+            # the folder of a file that was written again, or of one that could not be written
+            if is_main_process():
+                remove_unnamed(Path(out_dir), {filename})
 
     def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
         check_own_parts(self._model, self._runner.iter + 1, state['state_dict'])
