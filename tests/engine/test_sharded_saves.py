@@ -323,6 +323,20 @@ def test_parts_go_whose_file_cannot_be_written(
     assert len(folders(tmp_path)) == (1 if name == 'iter_1.pth' else 2)
 
 
+def test_a_disk_that_is_full_amid_a_tensor(alone: DeviceMesh, tmp_path: Path) -> None:
+    spread = distribute_tensor(torch.ones(300_000), alone, [Shard(0)])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
+    try:
+        with pytest.raises(
+            SaveError, match=r'\(rank 0: the write was cut off, as by a full disk\)'
+        ):
+            write_parts(tmp_path / 'iter_1.pth', {'state_dict': {'weight': spread}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not folders(tmp_path)
+
+
 def test_a_file_that_is_written_again_stays_whole(work: Path) -> None:
     """Until it is replaced: what is written meanwhile has another name."""
     before = (work / 'iter_2.pth').read_bytes()

@@ -130,9 +130,9 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
     except CheckpointException as error:  # the same one on all processes, and no `Exception`
         _discard(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
-        reason = getattr(cause, 'strerror', None) or str(cause).partition('\n')[0]
         raise SaveError(
-            f'{file} could not be written (rank {rank}: {reason}); what was saved before is intact'
+            f'{file} could not be written (rank {rank}: {_reason(cause)}); what was saved before '
+            'is intact'
         ) from error
 
 
@@ -195,6 +195,14 @@ def _discard(partial: Path) -> None:
     """
     with suppress(OSError):  # others may be faster
         delete_folder(partial)
+
+
+def _reason(error: BaseException) -> str:
+    """In words; the error has been sent between processes, which leaves behind what caused it."""
+    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+    # what torch's writer says in the place of the system's word
+    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
+    return 'the write was cut off, as by a full disk' if cut_off else said
 
 
 def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
