@@ -337,12 +337,15 @@ def test_a_disk_that_is_full_amid_a_tensor(alone: DeviceMesh, tmp_path: Path) ->
     assert not folders(tmp_path)
 
 
-def test_a_file_that_is_written_again_stays_whole(work: Path) -> None:
+def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:
     """Until it is replaced: what is written meanwhile has another name."""
-    before = (work / 'iter_2.pth').read_bytes()
-    expected = read_content(str(work / 'iter_2.pth'))
-    shutil.copytree(work / 'iter_1.1.sharded', work / 'iter_2.2.sharded')
-    assert same(read_content(str(work / 'iter_2.pth')), expected)
-    write_atomically(work / 'iter_2.pth', before)
-    remove_partial(work)
-    assert same(read_content(str(work / 'iter_2.pth')), expected)
+    file = tmp_path / 'iter_1.pth'
+    old, new = torch.ones(4), torch.zeros(4)
+    for value in (old, new):
+        state = {'state_dict': {'weight': distribute_tensor(value, alone, [Shard(0)])}}
+        content = write_parts(file, state)
+        if value is new:
+            assert same(read_content(str(file)), {'state_dict': {'weight': old}})
+        write(file, content)
+    assert folders(tmp_path) == ['iter_1.1.sharded', 'iter_1.2.sharded']
+    assert same(read_content(str(file)), {'state_dict': {'weight': new}})
