@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,29 @@ def test_a_disk_that_is_full_amid_a_tensor(alone: DeviceMesh, tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not folders(tmp_path)
+
+
+def write_in_parts(mesh: DeviceMesh, file: Path, value: torch.Tensor) -> None:
+    weight = distribute_tensor(value, mesh, [Shard(0)])
+    write(file, write_parts(file, {'state_dict': {'weight': weight}}))
+
+
+@pytest.mark.parametrize('name', ['best.pt', 'iter_1.pth.bak'])
+def test_a_checkpoint_under_another_name_keeps_its_folder(
+    alone: DeviceMesh, tmp_path: Path, name: str
+) -> None:
+    write_in_parts(alone, tmp_path / 'iter_1.pth', torch.ones(4))
+    (tmp_path / 'iter_1.pth').rename(tmp_path / name)
+    (tmp_path / 'iter_7.1.sharded').mkdir()
+    with zipfile.ZipFile(tmp_path / 'notes', 'w') as archive:
+        archive.writestr('of others', '')
+    remove_partial(tmp_path)
+    assert folders(tmp_path) == ['iter_1.1.sharded', 'iter_7.1.sharded']
+    (tmp_path / 'notes').unlink()
+    delete(tmp_path, ['iter_1.pth'])
+    remove_partial(tmp_path)
+    assert folders(tmp_path) == ['iter_1.1.sharded']
+    assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
 
 
 def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:

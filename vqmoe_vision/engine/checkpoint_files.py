@@ -1,6 +1,7 @@
 """Files of checkpoints: written whole or not at all, and found again whatever ended the run."""
 
 import os
+import zipfile
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from math import inf, isfinite
@@ -104,7 +105,8 @@ def remove_partial(folder: Path) -> None:
 def remove_unnamed(folder: Path, of: Collection[str] | None = None) -> None:
     """Removes folders of parts that no checkpoint beside them names.
 
-    A file that cannot be read may be repaired, and the folders that may be its own stay.
+    A file that cannot be read may be repaired, and the folders that may be its own stay: without
+    the suffix .pth, that is all of them.
 
     Args:
         folder: Work dir, in which nothing else saves.
@@ -116,16 +118,22 @@ def remove_unnamed(folder: Path, of: Collection[str] | None = None) -> None:
     if not suspects:
         return
     named: set[str] = set()
-    for file in folder.glob('*.pth'):
+    for file in filter(_may_name_parts, folder.iterdir()):
         try:
             parts = Parts.of(read_content(str(file), verify=False))
         except Exception:  # bytes of another format can fail in any way
-            named |= {path.name for path in suspects if owners[path] == file.name}
+            own = {path.name for path in suspects if owners[path] == file.name}
+            named |= own if file.suffix == '.pth' else {path.name for path in suspects}
         else:
             named |= {parts.folder} if parts is not None else set()
     for path in suspects:
         if path.name not in named:
             delete_folder(path)
+
+
+def _may_name_parts(file: Path) -> bool:
+    """Whether it is a checkpoint, under whatever name: torch's are zip archives."""
+    return file.is_file() and (file.suffix == '.pth' or zipfile.is_zipfile(file))
 
 
 def delete(folder: Path, names: Iterable[str]) -> None:
