@@ -361,6 +361,19 @@ def test_a_checkpoint_under_another_name_keeps_its_folder(
     assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
 
 
+def test_memory_that_does_not_suffice_is_no_damage(alone: DeviceMesh, tmp_path: Path) -> None:
+    write_in_parts(alone, tmp_path / 'iter_2.pth', torch.ones(4))
+
+    def enlarge(said: dict) -> None:
+        (chunk,) = first(said)['chunks']
+        first(said)['size'] = chunk[1] = [1 << 50]
+
+    file = forge(tmp_path, enlarge)
+    for read in (read_content, read_state, lambda path: load_from_local(path, 'cpu')):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            read(file)
+
+
 def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:
     """Until it is replaced: what is written meanwhile has another name."""
     file = tmp_path / 'iter_1.pth'

@@ -166,7 +166,10 @@ def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any
     if parts is None:
         return content
     with _reading(file, verify=False):
-        return parts.put_together(file, content, under, device)
+        content = parts.put_together(file, content, under)
+    if device is not None:
+        parts.move(content, device)
+    return content
 
 
 @contextmanager
@@ -180,7 +183,15 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
         with as_data():
             yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
+        if _out_of_memory(error):  # the file may well be whole
+            raise
         raise ValueError(unreadable(path)) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # what torch raises on the processor has no type of its own
+    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:

@@ -133,19 +133,16 @@ class Parts:
                     f'checkpoint {file!r} is damaged: {str(part)!r} does not match its checksum'
                 )
 
-    def put_together(
-        self, file: str, content: dict, under: str | None = None, device: Any = None
-    ) -> dict:
+    def put_together(self, file: str, content: dict, under: str | None = None) -> dict:
         """Puts whole tensors into the checkpoint.
 
         Args:
             file: The checkpoint, whose parts have been checked.
             content: All of it, which is changed.
             under: Leave out what is not under this key; None is all.
-            device: Of the tensors; None is the processor.
 
         Returns:
-            The content, as of a checkpoint in one piece.
+            The content, as of a checkpoint in one piece, on the processor.
 
         Raises:
             ValueError: The parts are not those of this file. Others too, as of a file that is
@@ -154,14 +151,31 @@ class Parts:
         places = {n: p for n, p in self.places.items() if under is None or p[0] == under}
         wanted = {name: self.metadata.state_dict_metadata[name] for name in places}
         tensors = _read(Path(file).parent / self.folder, self.metadata, wanted)
-        for name, (*holders, last) in places.items():
-            holder: Any = content
-            for key in holders:
-                holder = holder[key]
-            _require(holder[last] == IN_PARTS)
-            holder[last] = tensors.pop(name).to(device)
+        for name, place in places.items():
+            holder, key = _entry(content, place)
+            _require(holder[key] == IN_PARTS)
+            holder[key] = tensors.pop(name)
         del content[KEY]
         return content
+
+    def move(self, content: dict, device: Any) -> None:
+        """Copies to a device, one after the other, what has been put together.
+
+        Args:
+            content: What `put_together` gave, which is changed.
+            device: As torch's.
+        """
+        for place in self.places.values():
+            holder, key = _entry(content, place)
+            holder[key] = holder[key].to(device)
+
+
+def _entry(content: Any, place: tuple[_Key, ...]) -> tuple[Any, _Key]:
+    """What holds a tensor, and under which key."""
+    *holders, last = place
+    for key in holders:
+        content = content[key]
+    return content, last
 
 
 def _read(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
