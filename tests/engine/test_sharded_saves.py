@@ -374,6 +374,15 @@ def test_memory_that_does_not_suffice_is_no_damage(alone: DeviceMesh, tmp_path: 
             read(file)
 
 
+@pytest.mark.parametrize('under', ['state_dict', 'model', ''])
+def test_weights_without_their_parts(tmp_path: Path, under: str) -> None:
+    state = {'weight': IN_PARTS, 'bias': torch.ones(2)}
+    torch.save({under: state} if under else state, tmp_path / 'mine.pth')
+    for read in (read_content, read_state, lambda path: load_from_local(path, 'cpu')):
+        with pytest.raises(ValueError, match=r"mine.pth' lacks tensors, and does not say which"):
+            read(str(tmp_path / 'mine.pth'))
+
+
 def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:
     """Until it is replaced: what is written meanwhile has another name."""
     file = tmp_path / 'iter_1.pth'

@@ -31,9 +31,9 @@ from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
-    IN_PARTS,
     check_file,
     describe,
+    lacks_tensors,
     unreadable,
     weights_in,
 )
@@ -95,7 +95,7 @@ def read_state(path: str) -> StateDict:
     file = weights_in(path)
     with _reading(file):
         state = load_state_dict(file, weights_only=True)
-    if IN_PARTS in [value for value in state.values() if isinstance(value, str)]:
+    if lacks_tensors(state):
         return _in_one_piece(_load(file), file, 'state_dict')['state_dict']
     return state
 
@@ -163,13 +163,23 @@ def _checked_parts(content: Any, file: str) -> Parts | None:
 def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any = None) -> Any:
     """A checkpoint whose tensors are whole, also where it was written in parts."""
     parts = _checked_parts(content, file)
-    if parts is None:
-        return content
-    with _reading(file, verify=False):
-        content = parts.put_together(file, content, under)
-    if device is not None:
+    if parts is not None:
+        with _reading(file, verify=False):
+            content = parts.put_together(file, content, under)
+    _check_tensors(content, file)
+    if parts is not None and device is not None:
         parts.move(content, device)
     return content
+
+
+def _check_tensors(content: Any, file: str) -> None:
+    """Refuses weights that were taken out of a checkpoint in parts without its parts."""
+    found = [content, *content.values()] if isinstance(content, dict) else []
+    if any(lacks_tensors(state) for state in found if isinstance(state, dict)):
+        raise ValueError(
+            f'checkpoint {file!r} lacks tensors, and does not say which parts they are made of: '
+            'tools/publish.py makes one file of the checkpoint that it was taken from'
+        )
 
 
 @contextmanager

@@ -154,6 +154,15 @@ def unreadable(path: str) -> str:
     return f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
 
 
+def lacks_tensors(state: Mapping[str, Any]) -> bool:
+    """Whether a file has words in the place of some tensors.
+
+    Args:
+        state: What it has, by name.
+    """
+    return any(isinstance(value, str) and value == IN_PARTS for value in state.values())
+
+
 def check_in_one_piece(state: Mapping[str, Any], source: str) -> None:
     """Refuse weights of which a run has written the parts of its processes.
 
@@ -164,7 +173,7 @@ def check_in_one_piece(state: Mapping[str, Any], source: str) -> None:
     Raises:
         ValueError: It is in parts.
     """
-    if any(isinstance(value, str) and value == IN_PARTS for value in state.values()):
+    if lacks_tensors(state):
         raise ValueError(
             f'checkpoint {source!r} is in parts, and timm reads whole files: '
             'tools/publish.py makes one of it'
