@@ -1,5 +1,6 @@
 """What a config may say of spreading a model, and gradients whose layouts differ."""
 
+import re
 from typing import Any
 
 import pytest
@@ -77,15 +78,18 @@ def test_no_field_changes_nothing() -> None:
     assert config.to_dict() == {'model': {}}
 
 
-@pytest.mark.parametrize('name', ['int8', 'float16', 'nn'])
-def test_dtypes_that_parameters_cannot_have(name: str) -> None:
-    with pytest.raises(ValueError, match=f"parallel.param_dtype='{name}' is not possible"):
+@pytest.mark.parametrize('name', ['int8', 'float16', 'nn', ['float32']])
+def test_dtypes_that_parameters_cannot_have(name: Any) -> None:
+    message = re.escape(f'parallel.param_dtype={name!r} is not possible')
+    with pytest.raises(ValueError, match=message):
         ShardingHook(param_dtype=name)
 
 
-def test_ways_to_save_that_there_are_not() -> None:
-    with pytest.raises(ValueError, match="state_dict_type='parts' is not possible: 'full' or 'sh"):
-        ShardingHook(state_dict_type='parts')
+@pytest.mark.parametrize('name', ['parts', ['sharded']])
+def test_ways_to_save_that_there_are_not(name: Any) -> None:
+    message = re.escape(f"state_dict_type={name!r} is not possible: 'full' or 'sharded'")
+    with pytest.raises(ValueError, match=message):
+        ShardingHook(state_dict_type=name)
 
 
 def wrapper(kind: str = 'SGD', clip_grad: dict | None = None, **options: Any) -> OptimWrapper:

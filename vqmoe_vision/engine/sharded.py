@@ -116,9 +116,9 @@ class ShardingHook(Hook):
         dtypes = {None: None, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
         # float16 needs a loss scale
         allowed = "'bfloat16', 'float32' or None"
-        check(param_dtype in dtypes, f'{FIELD}.param_dtype', param_dtype, allowed)
-        saves, allowed = state_dict_type in _SAVES, ' or '.join(map(repr, _SAVES))
-        check(saves, f'{FIELD}.state_dict_type', state_dict_type, allowed)
+        check(param_dtype in list(dtypes), f'{FIELD}.param_dtype', param_dtype, allowed)
+        allowed = ' or '.join(map(repr, _SAVES))
+        check(state_dict_type in list(_SAVES), f'{FIELD}.state_dict_type', state_dict_type, allowed)
         self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
         self._saves = _SAVES[state_dict_type]
 
