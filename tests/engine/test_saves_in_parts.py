@@ -1,0 +1,150 @@
+"""Saves in parts by one process: what cannot be written, and files that are there already."""
+
+import io
+import resource
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
+from vqmoe_vision.engine.checkpoint_files import (
+    SaveError,
+    delete,
+    remove_partial,
+    write_atomically,
+)
+from vqmoe_vision.engine.sharded_saves import SavesInParts, whole_state, write_parts
+from vqmoe_vision.models.weight_files import IN_PARTS
+
+from ..soak.bits import same
+from .test_sharded_saves import first, folders, forge
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A group of one process, whose tensors are spread all the same."""
+    dist.init_process_group('gloo', f'file://{tmp_path}/init', rank=0, world_size=1)
+    yield init_device_mesh('cpu', (1,))
+    dist.destroy_process_group()
+
+
+def write(file: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+class Writer:
+    """What a runner does at a save."""
+
+    iter = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = self
+        self.saves = SavesInParts(whole, model)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *_: Any) -> None:
+        content: dict[str, Any] = {}
+        self.saves.fill(content)
+        write(Path(out_dir) / filename, content)
+
+
+@pytest.mark.parametrize('name', ['iter_1.pth', 'iter_2.pth'])
+def test_parts_go_whose_file_cannot_be_written(
+    alone: DeviceMesh, tmp_path: Path, name: str
+) -> None:
+    model = distribute_module(nn.Linear(4, 2), alone)
+    save = Writer(model).saves
+    save(str(tmp_path), 'iter_1.pth', save_optimizer=False)
+    expected = read_content(str(tmp_path / 'iter_1.pth'))['state_dict']
+    assert same(expected, whole_state(model.state_dict()))
+    blocked = tmp_path / f'.{name}.part'
+    blocked.mkdir()
+    with pytest.raises(SaveError, match=rf'{name} could not be written \(Is a directory\)'):
+        save(str(tmp_path), name, save_optimizer=False)
+    assert folders(tmp_path) == [blocked.name, 'iter_1.1.sharded']
+    assert same(read_content(str(tmp_path / 'iter_1.pth'))['state_dict'], expected)
+    blocked.rmdir()
+    save(str(tmp_path), name, save_optimizer=False)
+    assert len(folders(tmp_path)) == (1 if name == 'iter_1.pth' else 2)
+
+
+def test_a_disk_that_is_full_amid_a_tensor(alone: DeviceMesh, tmp_path: Path) -> None:
+    spread = distribute_tensor(torch.ones(300_000), alone, [Shard(0)])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
+    try:
+        with pytest.raises(
+            SaveError, match=r'\(rank 0: the write was cut off, as by a full disk\)'
+        ):
+            write_parts(tmp_path / 'iter_1.pth', {'state_dict': {'weight': spread}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not folders(tmp_path)
+
+
+def write_in_parts(mesh: DeviceMesh, file: Path, value: torch.Tensor) -> None:
+    weight = distribute_tensor(value, mesh, [Shard(0)])
+    write(file, write_parts(file, {'state_dict': {'weight': weight}}))
+
+
+@pytest.mark.parametrize('name', ['best.pt', 'iter_1.pth.bak'])
+def test_a_checkpoint_under_another_name_keeps_its_folder(
+    alone: DeviceMesh, tmp_path: Path, name: str
+) -> None:
+    write_in_parts(alone, tmp_path / 'iter_1.pth', torch.ones(4))
+    (tmp_path / 'iter_1.pth').rename(tmp_path / name)
+    (tmp_path / 'iter_7.1.sharded').mkdir()
+    with zipfile.ZipFile(tmp_path / 'notes', 'w') as archive:
+        archive.writestr('of others', '')
+    remove_partial(tmp_path)
+    assert folders(tmp_path) == ['iter_1.1.sharded', 'iter_7.1.sharded']
+    (tmp_path / 'notes').unlink()
+    delete(tmp_path, ['iter_1.pth'])
+    remove_partial(tmp_path)
+    assert folders(tmp_path) == ['iter_1.1.sharded']
+    assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
+
+
+def test_memory_that_does_not_suffice_is_no_damage(alone: DeviceMesh, tmp_path: Path) -> None:
+    write_in_parts(alone, tmp_path / 'iter_2.pth', torch.ones(4))
+
+    def enlarge(said: dict) -> None:
+        (chunk,) = first(said)['chunks']
+        first(said)['size'] = chunk[1] = [1 << 50]
+
+    file = forge(tmp_path, enlarge)
+    for read in (read_content, read_state, lambda path: load_from_local(path, 'cpu')):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            read(file)
+
+
+@pytest.mark.parametrize('under', ['state_dict', 'model', ''])
+def test_weights_without_their_parts(tmp_path: Path, under: str) -> None:
+    state = {'weight': IN_PARTS, 'bias': torch.ones(2)}
+    torch.save({under: state} if under else state, tmp_path / 'mine.pth')
+    for read in (read_content, read_state, lambda path: load_from_local(path, 'cpu')):
+        with pytest.raises(ValueError, match=r"mine.pth' lacks tensors, and does not say which"):
+            read(str(tmp_path / 'mine.pth'))
+
+
+def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:
+    """Until it is replaced: what is written meanwhile has another name."""
+    file = tmp_path / 'iter_1.pth'
+    old, new = torch.ones(4), torch.zeros(4)
+    for value in (old, new):
+        state = {'state_dict': {'weight': distribute_tensor(value, alone, [Shard(0)])}}
+        content = write_parts(file, state)
+        if value is new:
+            assert same(read_content(str(file)), {'state_dict': {'weight': old}})
+        write(file, content)
+    assert folders(tmp_path) == ['iter_1.1.sharded', 'iter_1.2.sharded']
+    assert same(read_content(str(file)), {'state_dict': {'weight': new}})
