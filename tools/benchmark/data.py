@@ -156,13 +156,11 @@ def data_table(row: Mapping[str, Any]) -> str:
         f'{part:<36}{ms:>9.3f} ms {ms / whole:>6.1%}'
         for part, ms in (*row['parts_ms'].items(), ('image', whole))
     ]
-    return '\n'.join(
-        [
-            *lines,
-            f'{rate:.1f} images per second of processor time; {GPU_RATE:,} images per second need '
-            f'{math.ceil(GPU_RATE / rate)} workers with a core each',
-        ]
-    )
+    lines += [
+        f'{rate:.1f} images per second of processor time',
+        f'workers, a core each, for {GPU_RATE:,} images per second: {math.ceil(GPU_RATE / rate)}',
+    ]
+    return '\n'.join(lines)
 
 
 def run_data(args: argparse.Namespace) -> None:

@@ -131,7 +131,7 @@ def measure_constant(name: str, cell: Cell, settings: Settings) -> list[dict[str
     (chosen,) = ours.ours(cell, settings, inputs)
     contenders = {'dense': dense, 'bound': bound}
     for value in CONSTANTS[name].values:
-        contender = _with_value(chosen, name, value)
+        contender = with_value(chosen, name, value)
         contenders[contender.name] = contender
     rows = time_contenders(contenders, {}, inputs, settings)
     own = _label(name, getattr(padded_plan, name))
@@ -144,7 +144,14 @@ def measure_constant(name: str, cell: Cell, settings: Settings) -> list[dict[str
     return rows
 
 
-def _with_value(contender: Contender, name: str, value: Any) -> Contender:
+def with_value(contender: Contender, name: str, value: Any) -> Contender:
+    """The same contender, planning its rows with another value of a constant.
+
+    Args:
+        contender: Whose forward pass makes the plan.
+        name: Key of `CONSTANTS`.
+        value: Of `Constant.values`.
+    """
     run = contender.forward
 
     def forward(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
