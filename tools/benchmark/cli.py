@@ -15,6 +15,7 @@ from vqmoe_vision.models.quantization import require_torchao
 from vqmoe_vision.moe.config import check
 
 from .cells import Cell, Settings
+from .data import run_data
 from .environment import describe_machine, restart_prepared
 from .exported import Exports, default_models, export_columns, measure_exports
 from .gates import judge
@@ -44,6 +45,7 @@ from .scaling import (
 )
 from .scaling_costs import Cluster
 from .training import describe_training_machine, measure_training
+from .tune import run_tune
 
 # options that a preset decides, with their values in a run without one
 LAYER_GRID: dict[str, Any] = {
@@ -98,6 +100,12 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
         return _run_gpu(args)
     if args.command == 'scaling':
         return _run_scaling(args)
+    if args.command == 'tune':
+        run_tune(args, restart)
+        return True
+    if args.command == 'data':
+        run_data(args)
+        return True
     preset = _preset(args)
     if args.source is not None:
         return _use_saved(args, preset)

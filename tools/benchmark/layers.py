@@ -90,6 +90,27 @@ def measure_layer(
     """
     inputs = Inputs(cell, settings.device)
     contenders, skipped = build(cell, settings, names, inputs)
+    return time_contenders(contenders, skipped, inputs, settings), skipped
+
+
+def time_contenders(
+    contenders: dict[str, Contender],
+    skipped: dict[str, str],
+    inputs: Inputs,
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    """One row per contender, of which some must be named as `FLOORS` are.
+
+    Args:
+        contenders: By name; those that fail are moved to `skipped`.
+        skipped: Reasons by name.
+        inputs: The cell's batches.
+        settings: The run.
+
+    Raises:
+        WrongResultError: If one of ours is not equal to its oracle.
+    """
+    cell = inputs.cell
     for contender in contenders.values():
         if contender.oracle is not None:
             check_against_oracle(contender, inputs.batch(CHECK_ROUND), cell, settings)
@@ -97,11 +118,10 @@ def measure_layer(
     memory = try_out(contenders, skipped, inputs, settings)
     times = interleave(_steps(contenders, inputs, settings), settings.repeats)
     flat = {name: parts['step'] for name, parts in times.items()}
-    rows = [
+    return [
         _row(contender, flat, memory[name], cell, settings)
         for name, contender in contenders.items()
     ]
-    return rows, skipped
 
 
 def build(

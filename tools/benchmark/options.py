@@ -13,6 +13,7 @@ from .networks import MODES
 from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
 from .scaling import PROCESSES, SMALL
 from .scaling_costs import Cluster
+from .tune import CONSTANTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,6 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     add('--threads', type=int, default=2, help='CPU threads')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
     add('--debug', action='store_true', help='show the full trace of an error')
+    _add_tune_options(commands.add_parser('tune', help='measured constants of the CPU kernel'))
+    _add_data_options(commands.add_parser('data', help='images per second of one worker'))
     _add_scaling_options(commands.add_parser('scaling', help='what many processes send and keep'))
     return parser
 
@@ -72,6 +75,26 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add('--batch', type=int, nargs='+', default=[1, 8], help='images')
     add('--ways', nargs='+', choices=WAYS, default=list(WAYS))
     add('--repeats', type=int, default=11, help='measurements of each')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--debug', action='store_true', help='show the full trace of an error')
+
+
+def _add_tune_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('--constants', nargs='+', metavar='NAME', help=f'of {", ".join(CONSTANTS)}')
+    add('--threads', type=int, default=2, help='CPU threads')
+    clocks = 'process: CPU time of all threads (default on one thread), wall (default on more)'
+    add('--clock', choices=('wall', 'process'), help=clocks)
+    add('--repeats', type=int, default=15, help='measurements of each value')
+    add('--out', type=Path, metavar='FILE.json', help='save the run')
+    add('--debug', action='store_true', help='show the full trace of an error')
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('config', help='config file')
+    add('--images', type=int, default=256, help='to measure, or some more: whole batches')
+    add('--cfg-options', nargs='+', action='extend', default=[], metavar='NAME=VALUE')
     add('--out', type=Path, metavar='FILE.json', help='save the run')
     add('--debug', action='store_true', help='show the full trace of an error')
 

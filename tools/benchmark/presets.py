@@ -227,7 +227,48 @@ def _saving(*sizes: tuple[str, int]) -> Preset:
     return Preset(comparisons=tuple(comparisons), threads=1, clock='process', repeats=5)
 
 
+# --- serving: latency of one image and of eight, `--compiled` beside it ---
+
+_EVERY_2 = 'moe_layers=every2'
+_SERVED = f'num_experts=8,{_EVERY_2}'
+# images: the discrete form over dense
+_SERVING_LIMITS = {1: 1.25, 8: 1.10}
+
+
+def _serving(size: str, dtype: str) -> Preset:
+    """All in one dtype, weights too; CPU time of one thread, unless the command says otherwise."""
+    dense, vqmoe = f'vit_{size}_patch16_224', f'vit_{size}_vqmoe,{_SERVED}'
+    discrete = f'{vqmoe},form=discrete'
+    models = (f'vit_{size}_smoe,{_SERVED},top_k=1', vqmoe, discrete)
+    comparisons = (
+        Comparison(models=models, baseline=dense, batch=n, dtype=dtype, modes=('inference',))
+        for n in _SERVING_LIMITS
+    )
+    limits = (
+        _limit(discrete, dense, at_most, batch=n, dtype=dtype)
+        for n, at_most in _SERVING_LIMITS.items()
+    )
+    return Preset(
+        comparisons=tuple(comparisons), threads=1, clock='process', repeats=9, gates=tuple(limits)
+    )
+
+
+def _more_weights() -> Preset:
+    """The multiply-accumulates stay; only the weights that are read grow."""
+    models = [f'vit_small_vqmoe,form=discrete,num_experts={n},{_EVERY_2}' for n in (2, 4, 8, 16)]
+    comparisons = (
+        Comparison(models=tuple(models), batch=n, modes=('inference',)) for n in _SERVING_LIMITS
+    )
+    return Preset(comparisons=tuple(comparisons), threads=1, clock='process', repeats=9)
+
+
 MODEL_PRESETS = {
+    **{
+        f'serving-{size}{suffix}': _serving(size, dtype)
+        for size in ('tiny', 'small', 'base')
+        for suffix, dtype in (('', 'float32'), ('-bfloat16', 'bfloat16'))
+    },
+    'serving-experts': _more_weights(),
     'discrete': _saving(('tiny', 8), ('small', 8)),
     # the number of experts changes no work; eight in all blocks would need 24 GB
     'discrete-base': _saving(('base', 4)),

@@ -3,9 +3,8 @@
 Neighbours of similar load get the size of the largest, and one batched product runs them: a product
 per expert is too small to keep two threads busy. Below float32 all groups get whole blocks of rows:
 oneDNN compiles a kernel for each number of rows that it has not seen lately, ten times the cost of
-running it, and routing gives new numbers at every step. docs/notes/performance.md has the
-measurements. A row that fills a group repeats a row of that group, so that a token which is not
-finite spoils no expert that it was not sent to.
+running it, and routing gives new numbers at every step. A row that fills a group repeats a row of
+that group, so that a token which is not finite spoils no expert that it was not sent to.
 
 Legend: A assignments, R rows, E experts.
 """
@@ -19,8 +18,26 @@ from torch import Tensor
 
 from .plan import Plan, sort_by_expert
 
+# Measured constants. `tools/benchmark.py tune` measures each of them again, and docs/performance.md
+# says on which processor each was chosen.
+
 # Rows in a block below float32: AMX works on tiles of 16 rows, two at a time; AVX-512 on any.
 _AMX_BLOCK, _BLOCK = 32, 8
+# Blocks double where a group has more of them.
+_MOST_BLOCKS = 128
+# How many neighbours to try to give one size, one after the other: in float32, below it, with AMX.
+# Pairs fill less, and without AMX a product of two is as fast as one of eight.
+_ALL = 0
+_RUNS, _LOW_RUNS, _AMX_RUNS = (_ALL, 2), (2,), (_ALL,)
+# What products for each expert cost over one for all, in rows per expert computed for nothing: on
+# several threads, on one, with AMX. AMX, whose products are fast, loses most by small ones; without
+# it one thread loses nothing.
+_SPARE, _SPARE_ALONE, _AMX_SPARE = 32, 0, 50
+# With AMX and several threads one row more in so many.
+_AMX_SHARE = 6
+# At most one row in so many, which bounds the length of a compiled plan.
+_MOST_SPARE = 4
+
 _HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before torch 2.13
 
 
@@ -85,46 +102,40 @@ def _group_sizes(loads: list[int], block: int) -> list[int]:
 
 
 def _whole_blocks(load: int, block: int) -> int:
-    """At least `load`, of few different sizes: blocks double with every octave above 128 of them.
+    """At least `load`, of few different sizes: blocks double with every octave of longer loads.
 
     Kernels of a few hundred sizes are kept, of thousands they would be compiled again and again.
     """
-    while 1 < block < load / 128:
+    while 1 < block < load / _MOST_BLOCKS:
         block *= 2
     return -(-load // block) * block
 
 
 def _run_lengths(num_experts: int, block: int) -> tuple[int, ...]:
-    """How many neighbours to give one size: all experts, pairs, or all and else pairs.
-
-    Measured: pairs fill less, and without AMX a product of two is as fast as one of eight.
-    """
-    if block == _AMX_BLOCK:
-        return (num_experts,)
-    return (num_experts, 2) if block == 1 else (2,)
+    """How many neighbours to give one size: all experts, pairs, or all and else pairs."""
+    without_amx = _RUNS if block == 1 else _LOW_RUNS
+    runs = _AMX_RUNS if block == _AMX_BLOCK else without_amx
+    return tuple(num_experts if run == _ALL else run for run in runs)
 
 
 def _spare_rows(num_assignments: int, num_experts: int, block: int, several: bool) -> int:
-    """What products for each expert cost over one for all, in rows computed for nothing.
-
-    Measured: AMX, whose products are fast, loses most by small ones; without it one thread loses
-    nothing, `several` do. At most a quarter, which bounds the length of a compiled plan.
-    """
+    """Rows that may be computed for nothing, on one thread or `several`."""
     if block == _AMX_BLOCK:
-        spare = 50 * num_experts + (num_assignments // 6 if several else 0)
+        spare = _AMX_SPARE * num_experts + (num_assignments // _AMX_SHARE if several else 0)
     else:
-        spare = 32 * num_experts if several else 0
+        spare = (_SPARE if several else _SPARE_ALONE) * num_experts
     # Python's `min` would make torch.export ask which one it is; torch.compile knows what to do
     # with it, and up to torch 2.9 not with `sym_min`
     smaller = min if torch.compiler.is_dynamo_compiling() else torch.sym_min
-    return smaller(num_assignments // 4, spare)
+    return smaller(num_assignments // _MOST_SPARE, spare)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     """As many rows as any load may need; an expression that tracing keeps for any batch size."""
     spare = _spare_rows(num_assignments, num_experts, block, several=True)
-    # a group gets less than a block more, or at most 1 / 64 of a longer load
-    whole = num_experts * (block - 1) + (num_assignments // 64 if block > 1 else 0)
+    # a group gets less than a block more, or less than this share of a load with larger blocks
+    share = num_assignments // (_MOST_BLOCKS // 2) if block > 1 else 0
+    whole = num_experts * (block - 1) + share
     return num_assignments + spare + whole
 
 
