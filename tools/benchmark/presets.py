@@ -62,9 +62,7 @@ _CI_GATES = (
     _limit('ours', 'dense', 2.0, dtype='bfloat16', top_k=2, skew=1.0),
     _limit('ours', 'bound', 1.35, dtype='float32', skew=1.0),
     _limit('ours', 'bound', 1.9, dtype='bfloat16', skew=1.0),
-    _limit('ours', 'loop', 1.0, dtype='float32'),
-    # without instructions for bfloat16 its products are nearly all of the time, of both
-    _limit('ours', 'loop', 1.1, dtype='bfloat16'),
+    _limit('ours', 'loop', 1.0),
     _limit('layer', 'ours', 1.3, dtype='float32'),
     _limit('layer', 'ours', 1.7, dtype='bfloat16'),
     Gate(
