@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
-import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.runner import Runner
 
 from .processes import Processes
@@ -63,21 +63,15 @@ def _compare(processes: Processes, what: str, fields: Mapping[str, str]) -> None
     if processes.size == 1:
         return
     digest = sha256(repr(sorted(fields.items())).encode()).hexdigest()
-    if len(set(_gathered(processes, digest))) == 1:
+    if len(set(all_gather_object(digest))) == 1:
         return
-    of_ranks = _gathered(processes, dict(fields))
+    of_ranks = all_gather_object(dict(fields))
     names = {name: None for one in of_ranks for name in one}
     differ = [n for n in names if len({one.get(n) for one in of_ranks}) > 1]
     message = f'the ranks have different {what}: {differ[0]} is {_by_value(differ[0], of_ranks)}'
     if len(differ) > 1:
         message += f'; other fields that differ: {len(differ) - 1}'
     processes.refuse(message)
-
-
-def _gathered(processes: Processes, value: Any) -> list[Any]:
-    values = [None] * processes.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _by_value(name: str, of_ranks: list[dict[str, str]]) -> str:

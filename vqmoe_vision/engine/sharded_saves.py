@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, save
@@ -146,7 +146,7 @@ def _name_folder(partial: Path, folder: Path, file: Path) -> dict[str, tuple[int
         written = {path.name: checksum(path) for path in own}
     except OSError as error:
         problem = f'rank {dist.get_rank()}: {error.strerror}'
-    found = _gathered((written, problem))
+    found = all_gather_object((written, problem))
     problem = next((said for _, said in found if said), '')
     by_rank = [files for files, _ in found]
     if is_main_process():
@@ -222,7 +222,7 @@ def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) 
         check_weights(model, iteration, own)
     except NonFiniteError as error:
         problem = str(error)
-    found = next(filter(None, _gathered(problem)), None)
+    found = next(filter(None, all_gather_object(problem)), None)
     if found is not None:
         raise NonFiniteError(found)
 
@@ -241,12 +241,6 @@ def _take_parts(state: Any, place: tuple, places: dict, tensors: dict) -> Any:
     if isinstance(state, list):
         return [_take_parts(v, (*place, i), places, tensors) for i, v in enumerate(state)]
     return state
-
-
-def _gathered(own: Any) -> list[Any]:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, own)
-    return values
 
 
 def _decided(of_first: Any) -> Any:
