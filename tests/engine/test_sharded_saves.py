@@ -21,7 +21,7 @@ from vqmoe_vision.engine.checkpoint_files import (
     newest_checkpoint,
     remove_partial,
 )
-from vqmoe_vision.engine.finite import NonFiniteError
+from vqmoe_vision.engine.finite import NonFiniteError, check_weights
 from vqmoe_vision.engine.parts import KEY, checksum
 from vqmoe_vision.engine.publish import publish_checkpoint
 from vqmoe_vision.engine.sharded_saves import (
@@ -65,6 +65,8 @@ def refuse(model: Any, state: dict, rank: int, folder: Path) -> None:
     name, spread = next((n, p) for n, p in model.named_parameters() if isinstance(p, DTensor))
     if rank == 1:
         spread.to_local().data.view(-1)[0] = torch.nan
+    else:  # before it writes, when the other would not answer
+        check_weights(model, 3)
     with pytest.raises(NonFiniteError, match=f'parameter {name} became nan or infinite at itera'):
         check_own_parts(model, 3, state['state_dict'])
     # as on two machines whose work dirs have the same name

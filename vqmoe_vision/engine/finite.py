@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(FloatingPointError):
@@ -43,6 +44,9 @@ def check_weights(
 ) -> None:
     """Stops at a parameter or buffer that is not finite.
 
+    Of a tensor that is spread over processes each looks at its own part: a look at the whole would
+    wait for the others, and the first process alone asks before it writes.
+
     Args:
         model: Codebooks that learn without gradients are buffers.
         iteration: That is to blame, counted from 1.
@@ -53,7 +57,8 @@ def check_weights(
     """
     parameters = {name for name, _ in model.named_parameters()}
     for name, value in (model.state_dict() if state is None else state).items():
-        if not torch.isfinite(value).all():
+        own = value.to_local() if isinstance(value, DTensor) else value
+        if not torch.isfinite(own).all():
             kind = 'parameter' if name in parameters else 'buffer'
             raise NonFiniteError(
                 f'{kind} {name} became nan or infinite at iteration {iteration}; '

@@ -217,9 +217,8 @@ def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) 
         NonFiniteError: On all processes, of the first that has found something.
     """
     problem = ''
-    own = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in state.items()}
     try:
-        check_weights(model, iteration, own)
+        check_weights(model, iteration, state)
     except NonFiniteError as error:
         problem = str(error)
     found = next(filter(None, all_gather_object(problem)), None)
