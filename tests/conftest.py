@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from .formatting import format_once
+
 # Derandomized: a red run can be repeated. No deadline: the first example pays for warm-up.
 hypothesis.settings.register_profile('repository', derandomize=True, deadline=None)
 hypothesis.settings.load_profile('repository')
+
+format_once()
 
 # The tensors of the tests are so small that more threads only wait for each other.
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 # What six epochs of CIFAR-10 are worth on CamVid: dense and VQMoE from the checkpoints of
-# cifar10_budget, the latter with both branches and with the discrete one alone. docs/compare.md
+# cifar10_budget, the latter with both branches and with the discrete one alone; and MoCLE, made of
+# the dense one, by whose features it clusters. docs/compare.md
 config = 'configs/segmentation/camvid_budget.py'
 metric = 'mIoU'
 reference = 'dense_started'
@@ -8,6 +9,7 @@ start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
 rows = dict(
     dense='dense',
     dense_started='dense model.backbone.checkpoint={start}',
+    mocle_started='mocle model.backbone.checkpoint={start}',
     vqmoe_full='vqmoe model.backbone.checkpoint={start:vqmoe}',
     vqmoe_discrete='vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete',
     vqmoe_frozen_codes=(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from tests.formatting import format_once
 from vqmoe_vision.engine import cli
 
 
@@ -65,6 +66,7 @@ def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
 if __name__ == '__main__':
     torch.set_num_threads(1)
     import_module('vqmoe_vision.classification')
+    format_once()
     root = Path(sys.argv[1])
     runs = json.loads((root / 'runs.json').read_text())
     ended = {name: run(root / name, one['tool'], one['ranks']) for name, one in runs.items()}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
@@ -33,6 +32,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weight_files import IN_PARTS
 
+from ..forked import spawn
 from ..models.test_sharding import begin, make, train
 from ..soak.bits import same
 
@@ -94,7 +94,7 @@ LAYOUTS = [
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('saved')
     world, expert_processes = request.param
-    mp.spawn(save, (world, expert_processes, folder), nprocs=world)
+    spawn(save, (world, expert_processes, folder), nprocs=world)
     return folder
 
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C in the middle of a training, in processes of their own."""
 
 import functools
+import os
 import re
 import shlex
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ import torch
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 
+from ..forked import ROOT, run_tool
 from ..soak.kinds import FOUR_SCENES, SCENES
 
-ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # four iterations an epoch; sends itself a signal in the second iteration of the second epoch, in
 # its last one, or in the first validation, which uses averaged weights, after an epoch that ends
@@ -97,17 +99,8 @@ def slow_to_start(*_, **__):
 """
 
 
-def start(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
-    return subprocess.run(
-        [*command, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # a shell that runs the tests in the background has it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+def start(folder: Path, *arguments: str, **options: Any) -> CompletedProcess:
+    return run_tool('train.py', 'tiny.py', '--work-dir', 'w', *arguments, folder=folder, **options)
 
 
 def write(
@@ -120,12 +113,6 @@ def write(
     (folder / 'tiny.py').write_text(text.replace('WORKERS', workers))
     (folder / 'told_to_stop.py').write_text(HOOK)
     (folder / 'armed').touch()
-
-
-@pytest.fixture(autouse=True)
-def _imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('PYTHONPATH', f'.:{ROOT}')
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
 
 
 @pytest.fixture(scope='module')
@@ -202,7 +189,7 @@ def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
 ) -> None:
     slow = "num_workers=1, worker_init_fn=dict(type='slow_to_start')"
     write(tmp_path, ['waiting', 1], [signal.SIGTERM], slow, EARLY)
-    done = start(tmp_path, start_new_session=True)
+    done = start(tmp_path, new_session=True)
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert 'SIGTERM: saved iteration 4;' in done.stderr
     assert start(tmp_path, '--resume').returncode == 0
@@ -259,7 +246,9 @@ def stop_and_go_on(tmp_path: Path, number: int, saved: str) -> None:
     assert (tmp_path / 'w/last_checkpoint').read_text() == saved
     assert read_content(str(tmp_path / 'w' / saved))['meta']['iter'] == int(found[2])
     (tmp_path / 'armed').unlink(missing_ok=True)
-    again = subprocess.run(shlex.split(found[3]), cwd=tmp_path, capture_output=True, text=True)
+    python, tool, *arguments = shlex.split(found[3])
+    assert [python, tool] == [sys.executable, str(ROOT / 'tools/train.py')]
+    again = run_tool('train.py', *arguments, folder=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
@@ -268,7 +257,17 @@ def test_ctrl_c_before_a_training_is_one_line(tmp_path: Path) -> None:
     (tmp_path / 'told_to_stop.py').write_text(
         'import os\nos.kill(os.getpid(), 2)'
     )  # as a config is read
-    done = start(tmp_path)
+    # from the start of the program on
+    command = [sys.executable, str(ROOT / 'tools/train.py'), 'tiny.py', '--work-dir', 'w']
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': f'.:{ROOT}', 'OMP_NUM_THREADS': '1'},
+        # a shell that runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, 'SIGINT: stopped\n')
 
 

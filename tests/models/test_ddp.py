@@ -26,6 +26,7 @@ from vqmoe_vision.models.timm_tasks import MoeClassificationTask
 from vqmoe_vision.moe import METHODS, losses, start_training
 from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
 
+from ..forked import spawn
 from ..variants import VARIANTS
 
 WORLD = 2
@@ -189,7 +190,7 @@ def worker(rank: int, folder: Path) -> None:
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp('ddp')
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+    spawn(worker, (folder,), nprocs=WORLD)
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
 
 
@@ -256,7 +257,7 @@ def worker_of_variants(rank: int, folder: Path) -> None:
 
 @pytest.mark.long
 def test_four_processes_train_every_variant_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker_of_variants, (tmp_path,), nprocs=4)
+    spawn(worker_of_variants, (tmp_path,), nprocs=4)
     ranks = [torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in range(4)]
     for name, (method, options) in sharing_variants().items():
         found = [rank[name] for rank in ranks]

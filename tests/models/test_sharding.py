@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_vision.models.sharding import blocks_of, shard_model, spread_dimension
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
+
+from ..forked import spawn
 
 
 def make(method: str, **options: Any) -> nn.Module:
@@ -97,7 +98,7 @@ LAYOUTS = [
 def test_learns_what_ddp_learns(
     world: int, expert_processes: int, num_experts: int, tmp_path: Path
 ) -> None:
-    mp.spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
+    spawn(compare, (world, expert_processes, num_experts, tmp_path), nprocs=world)
 
 
 def test_tensors_are_cut_where_they_divide() -> None:
@@ -186,9 +187,9 @@ def test_saved_in_one_layout_and_loaded_in_another(
 ) -> None:
     for name in 'ab':
         (tmp_path / name).mkdir()
-    mp.spawn(save, (*before, tmp_path / 'a'), nprocs=before[0])
+    spawn(save, (*before, tmp_path / 'a'), nprocs=before[0])
     if after is not None:
-        mp.spawn(load, (*after, tmp_path / 'b', tmp_path / 'a'), nprocs=after[0])
+        spawn(load, (*after, tmp_path / 'b', tmp_path / 'a'), nprocs=after[0])
         return
     model = make('vqmoe', embed_dim=64, num_experts=2)
     optimizer = optimizer_of(model)

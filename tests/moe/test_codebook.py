@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 
 from vqmoe_vision.moe import collect_losses
@@ -23,6 +22,8 @@ from vqmoe_vision.moe.codebook_learning import (
 from vqmoe_vision.moe.codebook_sample import anchor_probabilities, kmeans
 from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.routing import expert_load, perplexity
+
+from ..forked import spawn
 
 M, D = 6, 8
 ZERO = torch.tensor(0)  # updates before
@@ -791,7 +792,7 @@ def run_rank(rank, folder):
 
 
 def test_two_processes_learn_one_codebook_from_the_tokens_of_both(tmp_path):
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+    spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
     ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
     for label in VARIANTS:
         assert same(ranks[0][0][label], ranks[1][0][label]), label

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -14,6 +13,7 @@ from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.expert_parallel import place_experts
 from vqmoe_vision.moe.experts import Experts
 
+from ..forked import spawn
 from .conftest import D, OneLayer
 
 
@@ -62,7 +62,7 @@ def compare(rank: int, world: int, folder: Path, batches: list[int]) -> None:
 @pytest.mark.parametrize('batches', [[3, 2], [1, 3, 2, 2]], ids=['2', '4'])
 def test_equals_all_experts_on_each_process(batches: list[int], tmp_path: Path) -> None:
     world = len(batches)
-    mp.spawn(compare, (world, tmp_path, batches), nprocs=world)
+    spawn(compare, (world, tmp_path, batches), nprocs=world)
     found = torch.load(tmp_path / 'rank0.pth')
     assert set(found) == set(METHODS)
     assert all('layer.experts.fc1.weight' in names for names in found.values())

@@ -1,0 +1,100 @@
+"""Processes of a test, forked from one that has imported everything.
+
+Imports cost a process of its own four to eight processor seconds, the tests' tiny trainings less.
+The standard library's fork server pays for them once. Tests that are about the start of a program,
+or about what its imports print, run `python` itself.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from runpy import run_path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from .formatting import format_once
+
+ROOT = Path(__file__).parents[1]
+METHOD = 'forkserver'
+
+_CONTEXT = multiprocessing.get_context(METHOD)
+_CONTEXT.set_forkserver_preload(
+    [
+        'pytest',
+        'hypothesis',
+        'vqmoe_vision.classification',
+        'vqmoe_vision.segmentation',
+        'vqmoe_vision.engine.cli',
+    ]
+)
+
+
+def spawn(function: Callable[..., None], args: tuple, nprocs: int) -> None:
+    """As `torch.multiprocessing.spawn`, with the variables of the first process that was forked.
+
+    Args:
+        function: Of a module; its first argument is the rank.
+        args: Others.
+        nprocs: Ranks.
+
+    Raises:
+        ProcessRaisedException: A rank raised; has what it raised.
+        ProcessExitedException: A rank ended otherwise.
+    """
+    mp.start_processes(function, args, nprocs, start_method=METHOD)
+
+
+def run_tool(
+    tool: str, *arguments: str, folder: Path, new_session: bool = False
+) -> subprocess.CompletedProcess:
+    """Runs a program of `tools/` as a shell would.
+
+    Args:
+        tool: Name of its file.
+        *arguments: Of its command line.
+        folder: In which it runs, and may import modules.
+        new_session: It leads a group of processes of its own.
+
+    Returns:
+        Its status, negative for the number of a signal, and what it printed.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        files = [str(Path(place) / name) for name in ('out', 'err')]
+        options = (tool, arguments, folder, files, dict(os.environ), new_session)
+        process = _CONTEXT.Process(target=_run, args=options)
+        process.start()
+        process.join()
+        out, err = (Path(file).read_text() for file in files)
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess([tool, *arguments], process.exitcode, out, err)
+
+
+def _run(
+    tool: str,
+    arguments: tuple[str, ...],
+    folder: Path,
+    files: list[str],
+    environment: dict[str, str],
+    new_session: bool,
+) -> Any:
+    if new_session:
+        os.setsid()
+    # a shell that runs the tests in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    script = str(ROOT / 'tools' / tool)
+    sys.path[:0] = [str(folder), str(ROOT)]
+    sys.argv = [script, *arguments]
+    sys.orig_argv = [sys.executable, *sys.argv]
+    format_once()
+    run_path(script, run_name='__main__')
