@@ -4,7 +4,10 @@ Either takes the place of a runner's `save_checkpoint`, which asks the first pro
 of them take part.
 """
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.models.weight_files import IN_PARTS
@@ -125,8 +129,10 @@ def _free_name(file: Path) -> str:
 
 def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = FileSystemWriter(folder)
+    writer.fs = _FileSystem()
     try:
-        return save(tensors, storage_writer=FileSystemWriter(folder), planner=planner)
+        return save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as error:  # the same one on all processes, and no `Exception`
         _discard(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
@@ -134,6 +140,26 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
             f'{file} could not be written (rank {rank}: {_reason(cause)}); what was saved before '
             'is intact'
         ) from error
+
+
+class _FileSystem(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        assert mode == 'wb'
+        with _Stream(FileIO(path, mode)) as stream:
+            yield stream
+
+
+class _Stream(BufferedWriter):
+    """A file that may be flushed once more when it is closed, which torch's writer does.
+
+    After a write that fails it lets go of the stream as late as that, and Python prints what a
+    finalizer raises, since 3.13 that of a stream too.
+    """
+
+    def flush(self) -> None:
+        if not self.closed:
+            super().flush()
 
 
 def _name_folder(partial: Path, folder: Path, file: Path) -> dict[str, tuple[int, int]]:
