@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.options import merge_options, parse_options
 
 from .spec import STARTS, Comparison
 
@@ -79,21 +80,20 @@ class Run:
         Raises:
             ValueError: The config does not take an option.
         """
-        config = self.config(import_modules=False)
+        config = deepcopy(self.comparison.base)  # read once for all runs, which are hundreds
+        merge_options(config, parse_options(self.options))
         return json.loads(json.dumps(config.to_dict(), default=str))
 
-    def config(self, *more: str, import_modules: bool = True) -> Config:
+    def config(self, *more: str) -> Config:
         """The config with all options merged in.
 
         Args:
             *more: Further options.
-            import_modules: As `load_config`.
 
         Raises:
             ValueError: The config does not take an option.
         """
-        options = parse_options([*self.options, *more])
-        return load_config(self.comparison.config, options, import_modules)
+        return load_config(self.comparison.config, parse_options([*self.options, *more]))
 
     @cached_property
     def folder(self) -> Path:

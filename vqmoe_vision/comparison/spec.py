@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Comparison:
                 _choose(
                     f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
                 )
+
+    @cached_property
+    def base(self) -> Config:
+        """The config without options, whose modules are not imported; to be copied."""
+        return load_config(self.config, import_modules=False)
 
     def selected(
         self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None

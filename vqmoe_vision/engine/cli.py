@@ -22,7 +22,7 @@ from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
-from .options import add_config_options, check_options
+from .options import add_config_options, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
 
@@ -86,8 +86,7 @@ def load_config(
             raise
         base = os.path.normpath(error.filename)
         raise missing_config(base, f', on which {path!r} builds,') from error
-    check_options(config, options or {})
-    config.merge_from_dict(options or {})
+    merge_options(config, options or {})
     return config
 
 

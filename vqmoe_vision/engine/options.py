@@ -75,11 +75,11 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
 
 
-def check_options(config: Config, options: dict[str, Any]) -> None:
-    """Refuses options that a config cannot take.
+def merge_options(config: Config, options: dict[str, Any]) -> None:
+    """Merges options of the command line into a config, which has to be able to take them.
 
     Args:
-        config: Before they are merged into it.
+        config: It is changed.
         options: Values by dotted name.
 
     Raises:
@@ -101,3 +101,4 @@ def check_options(config: Config, options: dict[str, Any]) -> None:
             owner = f'{owner}.{part}'
             inside = value.get(part, {}) if isinstance(value, dict) else {}
             value = options.get(owner, inside)
+    config.merge_from_dict(options)
