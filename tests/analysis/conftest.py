@@ -1,11 +1,14 @@
 """Tiny models of every method, and of every preset and trial that runs other code."""
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import vqmoe_vision.models  # noqa: F401  registers the models
@@ -29,6 +32,14 @@ Make = Callable[..., VisionTransformer]
 def make(method: str, **options: Any) -> VisionTransformer:
     torch.manual_seed(0)
     return timm.create_model(f'vit_tiny_{method}', **{**TINY, **options}).eval()
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are composed and empty: painting them is most of a report's time."""
+    blank = BytesIO()
+    Image.new('RGB', (8, 8)).save(blank, 'png')
+    monkeypatch.setattr(Figure, 'savefig', lambda _, file, **__: file.write(blank.getvalue()))
 
 
 @pytest.fixture

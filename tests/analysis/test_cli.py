@@ -20,6 +20,9 @@ DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 SCENES = CONFIGS / 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
 SMALL = {'depth': 2, 'embed_dim': 24, 'num_heads': 2}
 
+# what pictures look like is of test_report.py and test_report_pictures.py
+pytestmark = pytest.mark.usefixtures('unpainted')
+
 
 @pytest.fixture
 def untrained(tmp_path: Path) -> Callable[..., tuple[str, str]]:

@@ -169,6 +169,7 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
         write_report([survey('a'), survey('a')], tmp_path)
 
 
+@pytest.mark.usefixtures('unpainted')
 def test_names_of_pictures_fit_a_file_system_and_do_not_meet(tmp_path: Path) -> None:
     titles = ('a/b_c', 'a_b/c', 'a b', 'a_b', f'{"x" * 300}/1', f'y{"x" * 300}/1')
     write_report([survey(title, layers=1) for title in titles], tmp_path)
