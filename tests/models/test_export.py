@@ -76,6 +76,18 @@ def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
     assert about.items() >= {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}.items()
 
 
+def test_a_model_of_one_channel_says_nothing_of_three() -> None:
+    model = make('smoe', in_chans=1, **SMALL)
+    exportable = Exportable.of(model)
+    assert exportable.input_size[0] == 1 and exportable.about == {}
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    for name in ('a.onnx', 'a.pt2'):
+        with pytest.raises(ValueError, match=rf"path='.*{name}' is not possible: a file that is"):
+            load_exported(tmp_path / name)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqmoe_vision.models.state_dicts import misfit
 from vqmoe_vision.models.vmoe import arguments_of, in_our_names, load_vmoe
+from vqmoe_vision.moe import MoeLayer
 
 from ..vmoe import B16, CHUNKS, S32, TINY, forward, make_tree, padded_capacity, shard_file
 from ..vmoe import write_files as write
@@ -44,6 +45,21 @@ def test_logits_are_those_of_jax(tree: Tree, images: Tensor, top_k: int, tmp_pat
     model: Any = load_vmoe(str(tmp_path / 'tiny'), top_k=top_k)
     assert not model.training and model.method == 'smoe'
     torch.testing.assert_close(answers(model, images), forward(tree, images, top_k), **CLOSE)
+
+
+@pytest.mark.parametrize('square', [int, lambda side: (side, side)])
+def test_what_the_tree_says_may_be_given_in_any_form(
+    square: Any, tree: Tree, tmp_path: Path
+) -> None:
+    write(tmp_path / 'tiny', tree)
+    model: Any = load_vmoe(str(tmp_path / 'tiny'))
+    sizes = {
+        'img_size': square(model.patch_embed.img_size[0]),
+        'patch_size': square(model.patch_embed.patch_size[0]),
+    }
+    layers = tuple(i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoeLayer))
+    again = load_vmoe(str(tmp_path / 'tiny'), moe_layers=layers, **sizes)
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
 
 
 def test_without_head_the_answers_are_the_features(images: Tensor, tmp_path: Path) -> None:

@@ -219,7 +219,12 @@ def _check_patches(model: Any) -> None:
             kind is Block, 'block', kind.__name__, 'Block, for a method that looks at raw patches'
         )
     dropping = not isinstance(model.patch_drop, nn.Identity)
-    check(not dropping, 'patch_drop_rate', model.patch_drop, '0, the method routes every raw patch')
+    check(
+        not dropping,
+        'patch_drop_rate',
+        model.patch_drop,
+        '0, the method looks at all patches of an image',
+    )
 
 
 def _show_patches(model: Any, raw_patches: RawPatches) -> None:

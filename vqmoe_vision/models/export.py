@@ -35,8 +35,9 @@ SUFFIXES = ('.onnx', '.pt2')
 OPSETS = (18, 23)
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 INPUT = 'images'
-# Weights beyond it go into a file beside the graph: a file of ONNX itself ends at 2 GiB.
-_ONE_FILE_BYTES = 1_800_000_000
+# Weights beyond it go into a file beside the graph, which torch's exporter does by itself: a file
+# of ONNX ends at 2 GiB.
+_ONE_FILE_BYTES = 1536 * 2**20
 _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
 
@@ -76,8 +77,10 @@ class Exportable:
             size = list(to_2tuple(embed.img_size))  # type: ignore[union-attr]
             channels = embed.proj.in_channels  # type: ignore[union-attr]
         check(len(size) == 2, 'model', type(model).__name__, 'an Exportable, which has input_size')
-        about: dict[str, Any] = {'channels': 'RGB'}
-        about |= {name: list(config[name]) for name in ('mean', 'std') if config.get(name)}
+        about: dict[str, Any] = {'channels': 'RGB'} if channels == 3 else {}
+        # timm's default is one of three channels, whatever the model has
+        values = {name: list(config.get(name) or []) for name in ('mean', 'std')}
+        about |= {name: value for name, value in values.items() if len(value) == channels}
         return cls(model, (channels, size[0], size[1]), about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
@@ -127,10 +130,10 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
     exportable = Exportable.of(model)
     tensors = [*exportable.network.parameters(), *exportable.network.buffers()]
     for tensor in tensors:
-        cpu, single = tensor.device.type == 'cpu', not tensor.is_floating_point()
+        cpu, whole = tensor.device.type == 'cpu', not tensor.is_floating_point()
         check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
         allowed = 'float32: convert the model with model.float()'
-        check(single or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
+        check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
     network = _for_inference(exportable.network)
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
@@ -149,7 +152,7 @@ def export_onnx(
     """Writes a model as an ONNX file, by torch's exporter.
 
     Its input is `images` (B, C, H, W) float32, its outputs are named as in `Exportable`, and its
-    metadata are `about`, each as JSON. Weights above 1.8 GB are written into PATH.data.
+    metadata are `about`, each as JSON. Weights above 1.5 GiB are written into PATH.data.
 
     Args:
         model: As `export_program`.
@@ -190,7 +193,8 @@ def export_onnx(
     assert program is not None
     for name, value in exportable.about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    large = sum(p.numel() * p.element_size() for p in network.parameters()) > _ONE_FILE_BYTES
+    tensors = [*network.parameters(), *network.buffers()]
+    large = sum(t.numel() * t.element_size() for t in tensors) > _ONE_FILE_BYTES
 
     def save(file: Path) -> None:
         if int8:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..moe.config import check
 from .export import INPUT, SUFFIXES, Exportable, as_list, require_packages, target_of
 
 Run = Callable[[Tensor], list[Tensor]]
@@ -26,9 +27,10 @@ def load_exported(path: str | Path, threads: int = 0) -> Run:
 
     Raises:
         ModuleNotFoundError: The extra `export` is missing.
-        ValueError: It has another ending.
+        ValueError: It has another ending, or is not there.
     """
     target = target_of(path, *SUFFIXES)
+    check(target.is_file(), 'path', str(path), 'a file that is there')
     if target.suffix == '.pt2':
         module = torch.export.load(target).module()
         return torch.no_grad()(lambda images: as_list(module(images)))

@@ -77,10 +77,10 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         check(dtype in DTYPES, 'dtype', dtype, 'float32 or bfloat16: convert it with model.float()')
         allowed = 'cpu or cuda: move the model with model.cpu()'
         check(device.type in DEVICES, 'device', str(device), allowed)
-    separated(model)
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range
+    separated(model)
     chosen = set(_layers(model))
     # processors without VNNI add products of int8 in 16 bits, which would overflow
     config = Int8DynamicActivationInt8WeightConfig(

@@ -104,7 +104,8 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
     name, arguments = arguments_of(tree, checkpoint)
     for option in arguments.keys() & options.keys():
         allowed = f'{arguments[option]!r}, which checkpoint {checkpoint!r} has'
-        check(options[option] == arguments[option], option, options[option], allowed)
+        same = _as_list(option, options[option]) == _as_list(option, arguments[option])
+        check(same, option, options[option], allowed)
     overlay = _preprocessing(arguments)
     arguments = {'top_k': _TOP_K, **options, **arguments}
     model: Any = create_model(name, pretrained_cfg_overlay=overlay, **arguments)
@@ -117,6 +118,13 @@ def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTr
     model.load_state_dict(state)
     result: MoeVisionTransformer = model.eval()
     return result
+
+
+def _as_list(option: str, value: Any) -> Any:
+    """One form of what timm takes in two: a number or a pair, a list or a tuple."""
+    if option in ('img_size', 'patch_size'):
+        value = to_2tuple(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ class SegmentorGraph(nn.Module):
         size: (H, W) of the images, which are padded below and to the right as in a test.
 
     Raises:
-        ValueError: A side of `size` is not positive, or smaller than the window that slides.
+        ValueError: A side of `size` is not positive, or larger than the size to which tests pad.
     """
 
     def __init__(self, segmentor: EncoderDecoder, size: tuple[int, int]) -> None:
@@ -42,7 +42,7 @@ class SegmentorGraph(nn.Module):
         """Segments images.
 
         Args:
-            images: (B, 3, H, W) float32, normalised RGB.
+            images: (B, 3, H, W) float32, normalised, in the order of `channels`.
 
         Returns:
             Logits (B, C, H, W) float32 and labels (B, H, W) int64.

@@ -14,7 +14,7 @@ _OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig(MoeConfig):
-    """Options of a codebook, under the names of vector-quantize-pytorch where it has them.
+    """Options of a codebook; `use_cosine_sim` and `rotation_trick` as in vector-quantize-pytorch.
 
     Args:
         codebook: 'ema', 'gradient' (both with a data-dependent start and replacement of dead

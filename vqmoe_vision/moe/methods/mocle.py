@@ -15,9 +15,10 @@ model, here experts are whole MLPs, one of them the universal one, in the place 
 The paper clusters instructions by sentence embeddings; here images are clustered by features of a
 dense vision transformer of the shape of this one, trained on the same training set, averaged over
 the patches after its last norm (MoCE, arXiv 2402.05382, clusters images by the features of an
-autoencoder). The paper's embedding is as wide as its features, ours as the tokens, and every layer
-has its own. How it starts is not said: here small, so that noise decides first and every expert
-sees images. The noise is drawn per image, as other routers draw theirs per token.
+autoencoder). The paper's embedding is as wide as its features, ours as the tokens; every layer has
+its own, as in their code. The paper does not say how they start; here as their code does, so that
+the cluster decides from the first step on. Their code multiplies each expert by its weight twice,
+the paper and we once. The noise is drawn per image, as other routers draw theirs per token.
 
 What it costs: the frozen network runs once per image, before the first block and for all layers,
 and its multiply-accumulates are counted with the model's. Its weights are buffers, no parameters.
@@ -51,7 +52,7 @@ from ..host import Host
 from ..image_reader import Features, ImageReader
 from ..layer import RoutedMlp
 from ..losses import token_mean
-from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal
+from ..routing import Router, Routing, expert_load, full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,8 @@ class Clusters(ImageReader):
         number = len(self.centroids)
         allowed = f'at most {len(features)}, one for each image of the training set'
         check(number <= len(features), 'num_clusters', number, allowed)
+        finite = bool(features.isfinite().all())
+        check(finite, 'features', 'nan or infinite', 'finite numbers for each image')
         self.centroids.copy_(kmeans(features, number))
         self.fitted.fill_(True)
         sizes = self._nearest(features).bincount(minlength=number)
@@ -163,10 +166,11 @@ class ClusterRouter(Router):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Embeddings as those of positions in a vision transformer, and V-MoE's router."""
-        nn.init.normal_(self.cluster_embed, std=0.02)
-        init_lecun_normal(self.weight)
-        nn.init.zeros_(self.bias)
+        """As `nn.Embedding` and `nn.Linear`, which their code has (gyhdog99/MoCLE 68282ec)."""
+        nn.init.normal_(self.cluster_embed)
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Routing:
         """Route images (B, N, D) in float32."""
