@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
@@ -20,6 +21,7 @@ from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import load_from_local
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.model_card import _sources
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.models.create import create_model
@@ -205,6 +207,22 @@ def test_sources_and_commits_are_named(tmp_path: Path) -> None:
     assert 'The training started from `dense.pth`.' in text and str(tmp_path) not in text
     assert 'at commit 0123456789ab of' in text
     assert 'after epoch 1 and iteration 2, with seed 7' in text
+
+
+@pytest.mark.parametrize(
+    ('model', 'named'),
+    [
+        (dict(upcycle='local-dir:/home/me/dense'), 'local-dir:dense'),
+        (dict(upcycle='hf-hub:timm/a'), 'hf-hub:timm/a'),
+        (dict(checkpoint='data/mine/x.pth'), 'x.pth'),
+        (dict(checkpoint_path='/home/me/x'), 'x'),
+        (dict(model_name='a', pretrained=True), "timm's weights of a"),
+        (dict(pretrained=True, pretrained_cfg_overlay=dict(file='~/x.bin')), 'x.bin'),
+    ],
+)
+def test_a_card_names_each_source_and_no_folder(model: dict[str, Any], named: str) -> None:
+    assert _sources(Config(dict(model=model))) == [named]
+    assert _sources(Config(dict(model=dict(backbone=model)))) == [named]
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

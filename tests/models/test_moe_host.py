@@ -41,6 +41,22 @@ def by_name(state: dict[str, Any], moe: dict[str, Any] | None, host: str = VIT, 
     return create_model(host, moe, **{**TINY, **given, **kw})
 
 
+def test_the_numbers_of_the_weights_are_before_those_of_the_hosts_name(tmp_path: Path) -> None:
+    theirs = dense(pretrained_cfg_overlay=dict(mean=(0.4,) * 3, std=(0.2,) * 3))
+    save_for_hf(theirs, tmp_path / 'theirs', model_args=TINY, safe_serialization=True)
+    file = str(tmp_path / 'theirs' / 'model.safetensors')
+    given = dict(host=VIT, method=SOME, pretrained=True, **TINY)
+    for stated, mean in (({}, 0.4), ({'mean': (0.3,) * 3, 'std': (0.1,) * 3}, 0.3)):
+        model = timm.create_model(
+            'moe_host', pretrained_cfg_overlay=dict(file=file, **stated), **given
+        )
+        assert model.pretrained_cfg['mean'][0] == mean
+    with pytest.raises(ValueError, match=r"overlay='mean' is not possible: mean and std, or nei"):
+        timm.create_model('moe_host', pretrained_cfg_overlay=dict(mean=(0.3,) * 3), **given)
+    with pytest.raises(ValueError, match=r'upcycle=.* is not possible: None: pretrained=True sta'):
+        timm.create_model('moe_host', upcycle=f'local-dir:{tmp_path / "theirs"}', **given)
+
+
 @pytest.mark.parametrize('classes', [10, 5])
 @pytest.mark.parametrize('moe', ROWS)
 @pytest.mark.parametrize('host', HOSTS)

@@ -15,6 +15,7 @@ from timm.layers import SwiGLUPacked
 from timm.models import save_for_hf
 
 from vqmoe_vision import collect_losses
+from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
 from vqmoe_vision.models.state_dicts import Report
 from vqmoe_vision.models.transfer import transfer
@@ -218,6 +219,53 @@ def test_dinov2s_own_files_with_registers_are_understood(images: torch.Tensor) -
         'smoe', pretrained=True, pretrained_cfg_overlay=config, **options, renormalize=True
     )
     torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('theirs', ['reg_token', 'register_tokens'])
+def test_registers_that_only_one_has_are_named(theirs: str, tmp_path: Path) -> None:
+    state = dense(reg_tokens=2, no_embed_class=True).state_dict()
+    state[theirs] = state.pop('reg_token')
+    if theirs == 'register_tokens':  # DINOv2's, where the class token has a position
+        state['pos_embed'] = torch.cat([torch.zeros(1, 1, 32), state['pos_embed']], dim=1)
+        state['mask_token'] = torch.zeros(1, 32)
+    path, plain = str(tmp_path / 'a.pth'), str(tmp_path / 'plain.pth')
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r'only the checkpoint has reg_token; reg_tokens=2, no_em'):
+        make('smoe', upcycle=path)
+    with pytest.raises(ValueError, match=r'no_embed_class=(True would fit|False is right)'):
+        make('smoe', upcycle=path, reg_tokens=2)
+    torch.save(dense(no_embed_class=True).state_dict(), plain)
+    with pytest.raises(ValueError, match=r'only the model has reg_token; reg_tokens=0 would fit'):
+        make('smoe', upcycle=plain, reg_tokens=2, no_embed_class=True)
+
+
+def test_a_head_behind_a_layer_that_timm_has_not_starts_anew(tmp_path: Path) -> None:
+    state = dense().state_dict()
+    state['pre_logits.fc.weight'] = torch.eye(32)
+    path = str(tmp_path / 'a.pth')
+    torch.save(state, path)
+    report = make('smoe', upcycle=path).weights_report
+    (line,) = report.warnings
+    assert line.endswith('stands behind pre_logits.fc.weight, which timm has not')
+    assert {'pre_logits.fc.weight', 'head.weight', 'head.bias'} == set(report.outside)
+
+
+@pytest.mark.parametrize(
+    ('part', 'shape'),
+    [('fc2.bias', (64,)), ('fc2.bias', (1,)), ('fc2.weight', (64, 128)), ('fc1.bias', (256,)),
+     ('fc1.bias', (64,)), ('fc1.weight', ())],
+)  # fmt: skip
+def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(
+    part: str, shape: tuple[int, ...], saved: tuple[Any, str]
+) -> None:
+    state = saved[0].state_dict()
+    state[f'blocks.1.mlp.{part}'] = torch.zeros(shape)
+    torch.save(state, saved[1])
+    model = make('smoe')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'blocks\.1\.mlp.*is no MLP: its .* tokens are 32 wide'):
+        start_from(model, saved[1])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:

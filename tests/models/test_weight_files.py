@@ -48,6 +48,17 @@ def test_a_flipped_bit_in_a_folder_is_found(of_ours: bool, tmp_path: Path) -> No
     refused(message, make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
+@pytest.mark.parametrize('name', ['a.ckpt', 'a'])
+def test_a_file_of_any_name_is_checked(name: str, tmp_path: Path) -> None:
+    path, model = tmp_path / name, make('smoe')
+    torch.save(model.state_dict(), path)
+    flip(path, model.state_dict()['blocks.0.mlp.fc1.weight'])
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    refused('does not match its checksum', make, 'smoe', **given)
+    named = ('vit_tiny_smoe', None)
+    refused('does not match its checksum', create_model, *named, checkpoint_path=str(path), **TINY)
+
+
 @pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
 def test_a_flipped_bit_behind_checkpoint_path_is_found(name: str, tmp_path: Path) -> None:
     path, model = tmp_path / 'a.pth', timm.create_model(name, **TINY)
@@ -174,7 +185,7 @@ def test_what_is_beside_a_file_belongs_to_its_weights(
     elif way == 'overlay':
         place = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(file)}}
     elif way == 'stated':
-        place['pretrained_cfg_overlay'] = {'mean': (0.1, 0.2, 0.3)}
+        place['pretrained_cfg_overlay'] = {'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)}
     model: Any = make('smoe', **place, renormalize=True).eval()
     expected = (0.1, 0.2, 0.3) if way == 'stated' else IMAGENET_DEFAULT_MEAN
     assert tuple(model.pretrained_cfg['mean']) == pytest.approx(expected)

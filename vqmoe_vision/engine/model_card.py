@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmengine.config import Config
 
+from vqmoe_vision.models.weight_files import SUFFIXES
 from vqmoe_vision.provenance import commit, installed
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
@@ -125,14 +126,19 @@ def _sources(config: Config) -> list[str]:
     parts: list[Mapping[str, Any]] = [config.model, config.model.get('backbone') or {}]
     named = [config.get('load_from')]
     for part in parts:
-        named += [part.get('checkpoint'), part.get('upcycle')]
+        named += [part.get(name) for name in ('checkpoint', 'checkpoint_path', 'features')]
+        named.append(part.get('upcycle'))
+        file = (part.get('pretrained_cfg_overlay') or {}).get('file')
         if part.get('pretrained'):
-            named.append(f"timm's weights of {part.get('model_name')}")
-    return [
-        str(name).rpartition('/')[2] if str(name)[:1] in '/.' else str(name)
-        for name in named
-        if name
-    ]
+            named.append(file or f"timm's weights of {part.get('model_name')}")
+    return [_without_folder(str(name)) for name in named if name]
+
+
+def _without_folder(source: str) -> str:
+    """A source as others may read it: of a path on this machine the last part alone."""
+    scheme, colon, path = source.rpartition('local-dir:')
+    of_files = colon or path[:1] in '/.~' or path.endswith(SUFFIXES) or Path(path).exists()
+    return scheme + colon + (Path(path).name if of_files else path)
 
 
 def _versions() -> list[str]:

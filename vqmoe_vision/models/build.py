@@ -56,6 +56,7 @@ def build_sparse(
     method: str,
     pretrained: bool,
     upcycle: str | None = None,
+    is_default: bool = False,
     **kwargs: Any,
 ) -> Any:
     """A model with experts of any class, and its weights, as timm builds it.
@@ -69,6 +70,7 @@ def build_sparse(
         method: Key of `METHODS`.
         pretrained: Whether to load the weights that its configuration names.
         upcycle: As `build`.
+        is_default: As `known_weights`.
         **kwargs: Of `make` and of `build_model_with_cfg`.
 
     Raises:
@@ -88,7 +90,8 @@ def build_sparse(
     given = config if isinstance(config, dict) else {}
     filter_fn: Callable[..., Any] = fit_pretrained
     if pretrained := pretrained or upcycle is not None:
-        overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
+        cache_dir = kwargs.get('cache_dir')
+        overlay, filter_fn = known_weights(upcycle, given, overlay, cache_dir, is_default)
     source = source_of({**given, **overlay})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
@@ -151,3 +154,6 @@ def check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
     check(isinstance(config, kinds), 'pretrained_cfg', config, 'a dictionary, or a tag')
     fits = overlay is None or isinstance(overlay, dict)
     check(fits, 'pretrained_cfg_overlay', overlay, 'a dictionary')
+    both = {'mean', 'std'} & (overlay or {}).keys()
+    allowed = 'mean and std, or neither of them'
+    check(len(both) != 1, 'pretrained_cfg_overlay', ', '.join(both), allowed)

@@ -222,7 +222,7 @@ def _check_patches(model: Any) -> None:
     check(
         not dropping,
         'patch_drop_rate',
-        model.patch_drop,
+        getattr(model.patch_drop, 'prob', 0.0),
         '0, the method looks at all patches of an image',
     )
 

@@ -85,15 +85,19 @@ def fit_head(
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
         return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
+    between = {k: v for k, v in state.items() if k.startswith('pre_logits.')}
     theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
     problem = misfit(head, theirs)
-    if not problem and not pooling:
+    if not problem and not pooling and not between:
         return state, expected, (), ('the head is the one of the checkpoint',), ()
+    theirs |= between
     state, expected = (
-        {k: v for k, v in part.items() if not k.startswith(CLASSIFIERS)}
+        {k: v for k, v in part.items() if not k.startswith((*CLASSIFIERS, 'pre_logits.'))}
         for part in (state, expected)
     )
     otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
+    if between:
+        otherwise = f"the checkpoint's stands behind {shorten(sorted(between))}, which timm has not"
     notes = (f'the head is a fresh one, {problem or otherwise}',)
     # of as many classes, nobody has asked for a fresh one
     return state, expected, tuple(theirs), notes, () if problem else notes
@@ -134,6 +138,12 @@ def resized_positions(
     """
     if not {'pos_embed', _STEM} <= state.keys():
         return {}
+    if 'register_tokens' in state and not model.no_embed_class:
+        # where timm adds the position of the class token to it, which leaves it none
+        raise ValueError(
+            f"checkpoint {path!r} has DINOv2's registers and does not fit the model: "
+            'no_embed_class=True would fit'
+        )
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
     patch = state[_STEM].shape[-2:]

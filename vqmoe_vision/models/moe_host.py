@@ -48,8 +48,11 @@ def moe_host(
     check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
     assert host is not None and method is not None
     check_sources(get_arch_name(host), pretrained, kwargs)
+    allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
+    check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
     config = kwargs.pop('pretrained_cfg', None) or ''
-    if isinstance(config, str):  # none, or a tag
+    is_default = isinstance(config, str)  # none, or a tag
+    if isinstance(config, str):
         found = get_pretrained_cfg(f'{get_arch_name(host)}.{config}' if config else host)
         assert found is not None
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
@@ -58,7 +61,8 @@ def moe_host(
         # the filter reads state dicts
         config = replace(found, architecture=MOE_HOST, custom_load=False)
     make = partial(_fresh, host)
-    return build_sparse(make, MOE_HOST, method, pretrained, pretrained_cfg=config, **kwargs)
+    kwargs.update(pretrained_cfg=config, is_default=is_default)
+    return build_sparse(make, MOE_HOST, method, pretrained, **kwargs)
 
 
 def _fresh(host: str, method: str, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ EVA: Arguments = (
 def refuse_other_tokens(
     state: StateDict, expected: StateDict, path: str, arguments: Arguments
 ) -> None:
-    """Refuse a class token or a position embedding that only one of both has.
+    """Refuse a class token, registers or a position embedding that only one of both has.
 
     Args:
         state: Of the checkpoint.
@@ -61,7 +61,10 @@ def refuse_other_tokens(
             'DINOv3, whose positions are rotary; the model_name of an Eva with '
             "moe=dict(method='smoe'), or convert_to_moe, makes a model that fits"
         )
-    for name in ('cls_token', 'pos_embed'):
+    # timm's name for DINOv2's and DINOv3's
+    registers = ('register_tokens', 'storage_tokens')
+    state = {'reg_token' if k in registers else k: v for k, v in state.items()}
+    for name in ('cls_token', 'pos_embed', 'reg_token'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
             raise ValueError(_only(path, [name], owner, state, arguments))
@@ -135,6 +138,8 @@ def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
         if name != f'{layer}.fc1.weight' or f'{layer}.fc2.weight' not in state:
             continue
         second = f'{layer}.fc2.weight'
+        if not weight.ndim == state[second].ndim == 2:
+            continue  # no MLP at all
         given, taken = weight.shape[0], state[second].shape[1]
         plain = name not in expected or expected[name].shape[0] == expected[second].shape[1]
         if plain and given != taken:

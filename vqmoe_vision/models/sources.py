@@ -23,6 +23,7 @@ from ..moe.config import check
 from .hosts import VIT_MODULES
 from .normalization import KEY, of_buffer
 from .origin import Origin, origin_of
+from .refusals import refuse_values
 from .sparse_model import SparseModel
 from .state_dicts import StateDict, misfit_of
 from .transfer import Size, transfer
@@ -111,7 +112,11 @@ def source_of(config: dict[str, Any]) -> str:
 
 
 def known_weights(
-    upcycle: str | None, config: dict[str, Any], overlay: dict[str, Any], cache_dir: Any = None
+    upcycle: str | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    cache_dir: Any = None,
+    is_default: bool = False,
 ) -> tuple[dict[str, Any], Callable[..., StateDict]]:
     """What timm has to know of the weights that a model begins with, and the filter for them.
 
@@ -120,6 +125,8 @@ def known_weights(
         config: timm's `pretrained_cfg`, as far as the call gives it.
         overlay: `pretrained_cfg_overlay` of the call, which is before all others.
         cache_dir: As `upcycle_source`.
+        is_default: The call gives no configuration, and this one is that of the name: what the
+            weights say of themselves is before it.
 
     Returns:
         The overlay with the place of the weights and what belongs to them, such as normalisation,
@@ -128,9 +135,9 @@ def known_weights(
     Raises:
         ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
     """
-    stated = overlay if upcycle else {**config, **overlay}
+    stated = overlay if upcycle or is_default else {**config, **overlay}
     place: dict[str, Any] = {}
-    described = describe(source_of(stated))
+    described = describe(source_of(overlay if upcycle else {**config, **overlay}))
     if upcycle is not None:
         found, named = upcycle_source(upcycle, cache_dir)
         # nothing is left of where the model's own weights are
@@ -207,6 +214,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     check_in_one_piece(state, path)
     if problem := misfit_of(model, state):
         raise ValueError(f'checkpoint_path={path!r} does not fit the model: {problem}')
+    refuse_values(model.state_dict(), state, path)
     model.load_state_dict(state)
 
 

@@ -20,7 +20,7 @@ class Report:
     """What became of each tensor of a model, and of each of a checkpoint.
 
     Every tensor of the model is in one of the first four, every one of the checkpoint in `loaded`,
-    `resized`, the values of `copied`, or one of the last two.
+    `resized`, the values of `copied`, or `unused` or `outside`.
 
     Attributes:
         loaded: Tensors of the model that are as in the checkpoint.

@@ -122,7 +122,16 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
             f'{name} cannot become experts: it has {shorten(sorted(mlp))}, and experts are of '
             f'{", ".join(part for part in _PARTS if part in expected)}'
         )
-    (dense, width), hidden = mlp['fc1.weight'].shape, experts.fc1.out_features
+    weight = mlp['fc1.weight']
+    dense, width = weight.shape if weight.ndim == 2 else (0, 0)
+    out, hidden = experts.fc2.out_features, experts.fc1.out_features
+    shapes = dict(zip(_PARTS, ((dense, width), (dense,), (out, dense), (out,)), strict=True))
+    for part, value in mlp.items():
+        if tuple(value.shape) != shapes[part]:
+            raise ValueError(
+                f'{name} is no MLP: its {part} is {tuple(value.shape)}, and its fc1.weight '
+                f'{tuple(weight.shape)} of a model whose tokens are {out} wide'
+            )
     if width != experts.fc1.in_features:
         raise ValueError(f'{name} is {width} wide, the model {experts.fc1.in_features}')
     if how.split:

@@ -130,7 +130,8 @@ def named_source(source: str) -> Iterator[None]:
     Raises:
         ValueError: In the place of what was raised. One that says itself what is wrong stays.
     """
-    local = source.endswith(SUFFIXES) or Path(source).is_dir()
+    # torch reads a file of any name
+    local = source.endswith(SUFFIXES) or Path(source).exists()
     if local:
         check_files(source)
     try:
