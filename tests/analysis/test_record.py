@@ -81,7 +81,8 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
         weights = record.weights[decider]
         assert experts.shape == weights.shape
         assert experts.shape[:2] == (3, 17)
-        assert torch.equal(experts == -1, weights == 0)
+        assert (weights[experts == -1] == 0).all()  # and a weight beside a large one may underflow
+        assert ((experts >= -1) & (experts < E)).all()
     if record.gates is not None:
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(3, 17))
     if record.dispatch is not None:
