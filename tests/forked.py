@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
-from typing import Any
 
 import torch.multiprocessing as mp
 
@@ -82,7 +81,7 @@ def _run(
     files: list[str],
     environment: dict[str, str],
     new_session: bool,
-) -> Any:
+) -> None:
     if new_session:
         os.setsid()
     # a shell that runs the tests in the background has it ignored

@@ -68,6 +68,9 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
     layer.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     if getattr(layer, 'gate', None) is not None:
         nn.init.normal_(layer.gate.weight)  # else both branches have the same weight
+    for name, parameter in layer.named_parameters():
+        if name.endswith('cluster_embed'):  # else a weight beside a large one underflows
+            nn.init.normal_(parameter, std=0.02)
     with torch.no_grad(), record_layers(tiny_variant) as records:
         assert records == {}
         tiny_variant(torch.randn(3, 3, 32, 32))
@@ -81,8 +84,7 @@ def test_what_is_recorded_is_all_that_the_answer_needs(tiny_variant) -> None:
         weights = record.weights[decider]
         assert experts.shape == weights.shape
         assert experts.shape[:2] == (3, 17)
-        assert (weights[experts == -1] == 0).all()  # and a weight beside a large one may underflow
-        assert ((experts >= -1) & (experts < E)).all()
+        assert torch.equal(experts == -1, weights == 0)
     if record.gates is not None:
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(3, 17))
     if record.dispatch is not None:

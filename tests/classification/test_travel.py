@@ -215,6 +215,7 @@ def test_sources_and_commits_are_named(tmp_path: Path) -> None:
         (dict(upcycle='local-dir:/home/me/dense'), 'local-dir:dense'),
         (dict(upcycle='hf-hub:timm/a'), 'hf-hub:timm/a'),
         (dict(checkpoint='data/mine/x.pth'), 'x.pth'),
+        (dict(checkpoint='https://a.org/b/x.pth'), 'https://a.org/b/x.pth'),
         (dict(checkpoint_path='/home/me/x'), 'x'),
         (dict(model_name='a', pretrained=True), "timm's weights of a"),
         (dict(pretrained=True, pretrained_cfg_overlay=dict(file='~/x.bin')), 'x.bin'),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -99,7 +98,7 @@ def slow_to_start(*_, **__):
 """
 
 
-def start(folder: Path, *arguments: str, **options: Any) -> CompletedProcess:
+def start(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
     return run_tool('train.py', 'tiny.py', '--work-dir', 'w', *arguments, folder=folder, **options)
 
 

@@ -305,7 +305,8 @@ def test_an_averaged_stablemoe_routes_as_its_frozen_router(make_tiny, train_step
 
 
 # timm still tests TorchScript, which PyTorch has deprecated
-@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated')
+@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:FutureWarning')
 def test_torchscript(tiny_variant, images: Tensor) -> None:
     model = tiny_variant().eval()
     expected = model(images)
@@ -319,7 +320,8 @@ def test_torchscript(tiny_variant, images: Tensor) -> None:
 
 
 # as above
-@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated')
+@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:FutureWarning')
 def test_a_scripted_layer_keeps_what_it_calls_back_into(make_tiny) -> None:
     layer = make_tiny('softmoe', depth=2).eval().blocks[1].mlp
     tokens = torch.randn(2, 17, 32)

@@ -44,7 +44,14 @@ BY_NAME: dict[str, list[Any]] = {
     # of `timm.create_model` itself, for our models
     'pretrained': [False, 'x', 5, None],
     'pretrained_cfg': [None, '', 'untrained', {}, 'x', 5],
-    'pretrained_cfg_overlay': [None, {}, {'mean': (0.1,) * 3, 'std': (0.4,) * 3}, 'x', 5],
+    'pretrained_cfg_overlay': [
+        None,
+        {},
+        {'mean': (0.1,) * 3},
+        {'mean': (0.1,) * 3, 'std': (0.4,) * 3},
+        'x',
+        5,
+    ],
 }
 OF_CREATE = {name: None for name in ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay')}
 TIMM = {

@@ -119,7 +119,7 @@ def test_routing_changes_while_the_model_learns(make_model, choices, method, opt
     before = choices(model.eval(), x)
     if not before:
         pytest.skip('nothing is chosen')
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
     for _ in range(5):
         with collect_losses(model) as collected:
             (model(x).square().mean() + collected.total()).backward()

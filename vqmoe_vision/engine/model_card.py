@@ -136,6 +136,8 @@ def _sources(config: Config) -> list[str]:
 
 def _without_folder(source: str) -> str:
     """A source as others may read it: of a path on this machine the last part alone."""
+    if '://' in source:
+        return source
     scheme, colon, path = source.rpartition('local-dir:')
     of_files = colon or path[:1] in '/.~' or path.endswith(SUFFIXES) or Path(path).exists()
     return scheme + colon + (Path(path).name if of_files else path)

@@ -14,7 +14,7 @@ from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
 from .hosts import Transformer
-from .sources import fit_pretrained, known_weights, source_of
+from .sources import fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .weight_files import named_source
 
@@ -70,7 +70,8 @@ def build_sparse(
         method: Key of `METHODS`.
         pretrained: Whether to load the weights that its configuration names.
         upcycle: As `build`.
-        is_default: As `known_weights`.
+        is_default: The call states no configuration, and `pretrained_cfg` is that of the name: it
+            says where weights are, and what they say of themselves is before the rest of it.
         **kwargs: Of `make` and of `build_model_with_cfg`.
 
     Raises:
@@ -88,10 +89,11 @@ def build_sparse(
     config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None) or {}
     config = config.to_dict() if isinstance(config, PretrainedCfg) else config
     given = config if isinstance(config, dict) else {}
+    if is_default:
+        given = place_of(given)
     filter_fn: Callable[..., Any] = fit_pretrained
     if pretrained := pretrained or upcycle is not None:
-        cache_dir = kwargs.get('cache_dir')
-        overlay, filter_fn = known_weights(upcycle, given, overlay, cache_dir, is_default)
+        overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
     source = source_of({**given, **overlay})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(

@@ -85,22 +85,20 @@ def fit_head(
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
         return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
-    between = {k: v for k, v in state.items() if k.startswith('pre_logits.')}
+    between = [k for k in state if k.startswith('pre_logits.')]
     theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
     problem = misfit(head, theirs)
     if not problem and not pooling and not between:
         return state, expected, (), ('the head is the one of the checkpoint',), ()
-    theirs |= between
-    state, expected = (
-        {k: v for k, v in part.items() if not k.startswith((*CLASSIFIERS, 'pre_logits.'))}
-        for part in (state, expected)
-    )
+    dropped = (*theirs, *between)
+    state = {k: v for k, v in state.items() if k not in dropped}
+    expected = {k: v for k, v in expected.items() if k not in head}
     otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
     if between:
         otherwise = f"the checkpoint's stands behind {shorten(sorted(between))}, which timm has not"
     notes = (f'the head is a fresh one, {problem or otherwise}',)
     # of as many classes, nobody has asked for a fresh one
-    return state, expected, tuple(theirs), notes, () if problem else notes
+    return state, expected, dropped, notes, () if problem else notes
 
 
 def in_names_of(model: Transformer, state: StateDict) -> StateDict:
@@ -134,7 +132,8 @@ def resized_positions(
         `pos_embed`, or nothing.
 
     Raises:
-        ValueError: The positions are those of no square, and no size fits.
+        ValueError: The positions are those of no square, and no size fits, or DINOv2's registers
+            go with a class token without a position.
     """
     if not {'pos_embed', _STEM} <= state.keys():
         return {}

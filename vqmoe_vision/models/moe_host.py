@@ -51,8 +51,8 @@ def moe_host(
     allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
     check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
     config = kwargs.pop('pretrained_cfg', None) or ''
-    is_default = isinstance(config, str)  # none, or a tag
-    if isinstance(config, str):
+    is_default = isinstance(config, str)
+    if isinstance(config, str):  # none, or a tag
         found = get_pretrained_cfg(f'{get_arch_name(host)}.{config}' if config else host)
         assert found is not None
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
@@ -61,8 +61,9 @@ def moe_host(
         # the filter reads state dicts
         config = replace(found, architecture=MOE_HOST, custom_load=False)
     make = partial(_fresh, host)
-    kwargs.update(pretrained_cfg=config, is_default=is_default)
-    return build_sparse(make, MOE_HOST, method, pretrained, **kwargs)
+    return build_sparse(
+        make, MOE_HOST, method, pretrained, is_default=is_default, pretrained_cfg=config, **kwargs
+    )
 
 
 def _fresh(host: str, method: str, **kwargs: Any) -> Any:

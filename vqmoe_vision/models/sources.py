@@ -74,7 +74,7 @@ def upcycle_source(
     if scheme == 'hf-hub':
         with named_source(upcycle):
             config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
-            return _place(config), Described.of(config, name, arguments)
+            return place_of(config), Described.of(config, name, arguments)
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
@@ -86,7 +86,7 @@ def upcycle_source(
     check(timm.models.is_model_pretrained(upcycle), 'upcycle', upcycle, 'a model with weights')
     config = get_pretrained_cfg(upcycle)
     assert config is not None
-    return _place(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
+    return place_of(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
 
 
 def is_file(upcycle: str) -> bool:
@@ -94,8 +94,12 @@ def is_file(upcycle: str) -> bool:
     return upcycle.endswith(SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
 
 
-def _place(config: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights of a configuration are."""
+def place_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights of a configuration are.
+
+    Args:
+        config: timm's `pretrained_cfg`.
+    """
     names = ('source', 'hf_hub_filename', *_SOURCES)
     # the format of what the address leads to; the hub has timm's own
     return {k: config[k] for k in names if config.get(k)} | {'custom_load': False}
@@ -112,11 +116,7 @@ def source_of(config: dict[str, Any]) -> str:
 
 
 def known_weights(
-    upcycle: str | None,
-    config: dict[str, Any],
-    overlay: dict[str, Any],
-    cache_dir: Any = None,
-    is_default: bool = False,
+    upcycle: str | None, config: dict[str, Any], overlay: dict[str, Any], cache_dir: Any = None
 ) -> tuple[dict[str, Any], Callable[..., StateDict]]:
     """What timm has to know of the weights that a model begins with, and the filter for them.
 
@@ -125,8 +125,6 @@ def known_weights(
         config: timm's `pretrained_cfg`, as far as the call gives it.
         overlay: `pretrained_cfg_overlay` of the call, which is before all others.
         cache_dir: As `upcycle_source`.
-        is_default: The call gives no configuration, and this one is that of the name: what the
-            weights say of themselves is before it.
 
     Returns:
         The overlay with the place of the weights and what belongs to them, such as normalisation,
@@ -135,9 +133,9 @@ def known_weights(
     Raises:
         ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
     """
-    stated = overlay if upcycle or is_default else {**config, **overlay}
+    stated = overlay if upcycle else {**config, **overlay}
     place: dict[str, Any] = {}
-    described = describe(source_of(overlay if upcycle else {**config, **overlay}))
+    described = describe(source_of(stated))
     if upcycle is not None:
         found, named = upcycle_source(upcycle, cache_dir)
         # nothing is left of where the model's own weights are

@@ -124,13 +124,13 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         )
     weight = mlp['fc1.weight']
     dense, width = weight.shape if weight.ndim == 2 else (0, 0)
-    out, hidden = experts.fc2.out_features, experts.fc1.out_features
-    shapes = dict(zip(_PARTS, ((dense, width), (dense,), (out, dense), (out,)), strict=True))
+    hidden = experts.fc1.out_features
+    shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
     for part, value in mlp.items():
         if tuple(value.shape) != shapes[part]:
             raise ValueError(
-                f'{name} is no MLP: its {part} is {tuple(value.shape)}, and its fc1.weight '
-                f'{tuple(weight.shape)} of a model whose tokens are {out} wide'
+                f'{name} is no MLP: its {part} is {tuple(value.shape)}, beside fc1.weight of '
+                f'{tuple(weight.shape)}'
             )
     if width != experts.fc1.in_features:
         raise ValueError(f'{name} is {width} wide, the model {experts.fc1.in_features}')

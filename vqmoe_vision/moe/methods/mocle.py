@@ -70,7 +70,7 @@ class MoCLEConfig(MoeConfig):
     """
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'soft': {'num_clusters': 3, 'temperature': 1.0, 'router_noise': 0.0},
+        'soft': {'num_clusters': 8, 'temperature': 1.0, 'router_noise': 0.0},
     }
 
     # both weights of a token sum to 1
