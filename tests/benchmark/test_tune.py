@@ -54,7 +54,7 @@ def test_values_run_side_by_side(
     small = dataclasses.replace(CONSTANTS['_SPARE_ALONE'], cells=(cell,))
     monkeypatch.setitem(CONSTANTS, '_SPARE_ALONE', small)
     out = tmp_path / 'run.json'
-    names = ['_SPARE_ALONE', '_RUNS', '_AMX_SHARE']
+    names = ['_SPARE_ALONE', '_RUNS', '_AMX_BLOCK']
     main(['tune', '--constants', *names, '--threads', '1', '--repeats', '2', '--out', str(out)])
     run = json.loads(out.read_text())
     values = [f'_SPARE_ALONE = {value}' for value in (0, 16, 32, 64)]
@@ -65,7 +65,17 @@ def test_values_run_side_by_side(
         assert not row['chosen'] or row['low'] == row['high'] == row['to_chosen'] == 1
     # what decides nothing here is said, with the reason
     assert run['skipped'] == {
-        '_RUNS': 'needs --threads 2 or more',
-        '_AMX_SHARE': 'of processors with AMX',
+        '_RUNS in float32': 'needs --threads 2 or more',
+        '_AMX_BLOCK in bfloat16': 'of processors with AMX',
     }
-    assert '_RUNS: not run, needs --threads 2 or more' in capsys.readouterr().out
+    assert '_RUNS in float32: not run, needs --threads 2 or more' in capsys.readouterr().out
+
+
+def test_amx_changes_nothing_for_a_constant_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    single, low = Cell(tokens=8), Cell(tokens=8, dtype='bfloat16')
+    monkeypatch.setattr('benchmark.tune.computes', lambda dtype: True)
+    for amx in (False, True):
+        monkeypatch.setattr(padded_plan, '_HAS_AMX', amx)
+        assert CONSTANTS['_SPARE'].absent(single, 2) is None
+        assert (CONSTANTS['_SPARE'].absent(low, 2) is None) is not amx
+        assert (CONSTANTS['_AMX_SPARE'].absent(low, 2) is None) is amx

@@ -117,6 +117,8 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
     run['settings'] = vars(settings)
     for name, value in {**run['header'], **run['settings']}.items():
         print(f'{name}: {value}')
+    for note in preset.notes:
+        print(note)
     run['rows'], run['skipped'] = (_run_layers if args.command == 'moe' else _run_models)(
         preset, settings
     )

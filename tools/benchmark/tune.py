@@ -23,7 +23,7 @@ from vqmoe_vision.moe.kernels import padded_plan
 from . import ours
 from .cells import Cell, Settings
 from .contenders import Contender
-from .environment import describe_machine, restart_prepared
+from .environment import computes, describe_machine, restart_prepared
 from .inputs import Batch, Inputs
 from .layers import time_contenders
 from .report import table, write
@@ -52,7 +52,7 @@ class Constant:
     Args:
         values: What it is tried with, its own value among them.
         cells: Where it matters.
-        amx: Whether it is of processors with AMX, or of those without; None for both.
+        amx: Whether below float32 it is of processors with AMX, or of those without; None for both.
         threads: 'one' or 'several', where it decides nothing otherwise.
     """
 
@@ -61,17 +61,22 @@ class Constant:
     amx: bool | None = None
     threads: str | None = None
 
-    def absent(self, threads: int) -> str | None:
+    def absent(self, cell: Cell, threads: int) -> str | None:
         """Why it decides nothing here; None if it does.
 
         Args:
+            cell: Of `cells`.
             threads: CPU threads of the run.
         """
-        if self.amx is not None and self.amx != padded_plan._HAS_AMX:
-            return f'of processors with{"" if self.amx else "out"} AMX'
         if self.threads is not None and (threads > 1) != (self.threads == 'several'):
             return f'needs --threads {"1" if threads > 1 else "2 or more"}'
-        return None
+        if cell.dtype == 'float32':  # AMX has no product of it
+            return None
+        if self.amx is not None and self.amx != padded_plan._HAS_AMX:
+            return f'of processors with{"" if self.amx else "out"} AMX'
+        return (
+            None if computes(cell.dtype) else f'oneDNN computes no {cell.dtype} on this processor'
+        )
 
 
 _WITHOUT_AMX: dict[str, Any] = {'amx': False, 'threads': 'several'}
@@ -80,7 +85,7 @@ CONSTANTS = {
     '_AMX_BLOCK': Constant(values=(16, 32, 64), cells=_BFLOAT16, amx=True),
     '_MOST_BLOCKS': Constant(values=(32, 64, 128, 256), cells=(_LONG,)),
     '_RUNS': Constant(
-        values=((), (2,), (_ALL,), (_ALL, 2), (_ALL, 4, 2)), cells=_FLOAT32, **_WITHOUT_AMX
+        values=((), (2,), (_ALL,), (_ALL, 2), (_ALL, 4, 2)), cells=_FLOAT32, threads='several'
     ),
     '_LOW_RUNS': Constant(values=((), (2,), (4, 2), (_ALL, 2)), cells=_BFLOAT16, **_WITHOUT_AMX),
     '_AMX_RUNS': Constant(values=((), (2,), (_ALL,), (_ALL, 2)), cells=_BFLOAT16, amx=True),
@@ -194,12 +199,8 @@ def run_tune(args: argparse.Namespace, restart: bool) -> None:
     for key, value in {**run['header'], **run['settings']}.items():
         print(f'{key}: {value}')
     for name in names:
-        if reason := CONSTANTS[name].absent(settings.threads):
-            run['skipped'][name] = reason
-            continue
         for cell in CONSTANTS[name].cells:
-            if cell.dtype != 'float32' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                reason = f'oneDNN computes no {cell.dtype} on this processor'
+            if reason := CONSTANTS[name].absent(cell, settings.threads):
                 run['skipped'][f'{name} in {cell.dtype}'] = reason
                 continue
             rows = measure_constant(name, cell, settings)
