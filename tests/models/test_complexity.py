@@ -63,6 +63,11 @@ def test_macs_follow_the_size_and_the_head(tiny, request) -> None:
     assert counts.macs == counted_macs(model, torch.randn(1, 3, 24, 48))
 
 
+def test_a_model_in_bfloat16_costs_what_it_costs_in_float32(tiny) -> None:
+    expected = complexity(tiny())
+    assert complexity(tiny().bfloat16()) == expected
+
+
 def test_counting_leaves_the_model_alone_and_runs_none_of_its_hooks(tiny) -> None:
     model = tiny().train()
     modes = [module.training for module in model.modules()]

@@ -53,7 +53,8 @@ def complexity(model: Transformer) -> Complexity:
         )
     stem: Any = model.patch_embed
     height, width = stem.img_size
-    images = torch.empty(1, stem.proj.in_channels, height, width, device='meta')
+    shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype
+    images = torch.empty(shape, dtype=dtype, device='meta')
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         _weightless(model)(images)

@@ -225,3 +225,13 @@ def test_images_of_another_size_are_resized_as_a_whole():
 def test_options_that_are_not_possible(options, said):
     with pytest.raises(ValueError, match=said):
         MoCLEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    'option', [{'num_clusters': 4}, {'temperature': 1.0}, {'router_noise': 0.0}]
+)
+def test_two_experts_leave_nothing_to_choose(option):
+    said = f'{next(iter(option))}=.* is not possible: it has no effect with num_experts=2'
+    with pytest.raises(ValueError, match=said):
+        MoCLEConfig.from_options(num_experts=2, **option)
+    assert MoCLEConfig.from_options(num_experts=3, **option).num_experts == 3

@@ -88,6 +88,11 @@ class MoCLEConfig(MoeConfig):
         self.require('temperature', 0 < self.temperature < math.inf, 'above 0 and finite')
         check_weights(self, 'router_noise')
 
+    def unused(self) -> dict[str, str]:
+        """What a choice among one expert does not have."""
+        names = ('num_clusters', 'temperature', 'router_noise')
+        return dict.fromkeys(names, 'num_experts=2') if self.num_experts == 2 else {}
+
 
 class Clusters(ImageReader):
     """Tells the cluster of an image: the nearest centroid of its features.
