@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmark.cells import Cell
+from benchmark.cells import Cell, Settings
 from benchmark.cli import main
 from benchmark.contenders import Contender
 from benchmark.inputs import Inputs
-from benchmark.tune import CONSTANTS, changed, with_value
+from benchmark.tune import CONSTANTS, changed, deciding, with_value
 from vqmoe_vision.moe.kernels import make_plan, padded_plan
 
 # what they mean is no measurement
@@ -69,6 +69,33 @@ def test_values_run_side_by_side(
         '_AMX_BLOCK in bfloat16': 'of processors with AMX',
     }
     assert '_RUNS in float32: not run, needs --threads 2 or more' in capsys.readouterr().out
+
+
+def test_only_values_that_decide_something_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padded_plan, '_HAS_AMX', True)
+    low = Cell(tokens=70, width=8, batch=4, experts=4, dtype='bfloat16')  # about 70 rows each
+    settings = Settings(threads=2, repeats=3)
+    # the longest group has 80, 96 and 128 rows with blocks of 16, 32 and 64
+    assert deciding('_AMX_BLOCK', low, settings) == [16, 64]
+    # loads below 32 blocks of 32 are in blocks of 32 with each of the values
+    assert deciding('_MOST_BLOCKS', low, settings) == []
+
+
+def test_every_constant_decides_something_in_one_of_its_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr('benchmark.tune.computes', lambda dtype: True)
+    threads_before = torch.get_num_threads()
+    try:
+        for name, constant in CONSTANTS.items():
+            monkeypatch.setattr(padded_plan, '_HAS_AMX', bool(constant.amx))
+            threads = 1 if constant.threads == 'one' else 2
+            torch.set_num_threads(threads)
+            settings = Settings(threads=threads, repeats=5)
+            found = [deciding(name, cell, settings) for cell in constant.cells]
+            assert any(found), name
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 def test_amx_changes_nothing_for_a_constant_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.kernels import padded_plan
+from vqmoe_vision.moe.kernels import make_plan, padded_plan
 
 from . import ours
 from .cells import Cell, Settings
@@ -33,6 +33,9 @@ _FLOAT32 = (Cell(tokens=197), Cell(tokens=197, top_k=2))
 _BFLOAT16 = tuple(dataclasses.replace(cell, dtype='bfloat16') for cell in _FLOAT32)
 _FEW_ROWS = Cell(tokens=197, batch=1)
 _LONG = Cell(tokens=1024, top_k=2, dtype='bfloat16')
+_LONGER = Cell(tokens=4096, top_k=2, dtype='bfloat16')
+# one group that is a fifth longer: just what evening by AMX may add, or just not
+_UNEVEN = tuple(Cell(tokens=1024, top_k=k, dtype='bfloat16', skew=1.2) for k in (1, 2))
 _COLUMNS = {
     'contender': '{:<28}',
     'median_ms': '{:>10.2f}',
@@ -74,16 +77,14 @@ class Constant:
             return None
         if self.amx is not None and self.amx != padded_plan._HAS_AMX:
             return f'of processors with{"" if self.amx else "out"} AMX'
-        return (
-            None if computes(cell.dtype) else f'oneDNN computes no {cell.dtype} on this processor'
-        )
+        return None if computes(cell.dtype) else 'the processor has no instructions for it'
 
 
 _WITHOUT_AMX: dict[str, Any] = {'amx': False, 'threads': 'several'}
 CONSTANTS = {
     '_BLOCK': Constant(values=(2, 4, 8, 16), cells=_BFLOAT16, amx=False),
     '_AMX_BLOCK': Constant(values=(16, 32, 64), cells=_BFLOAT16, amx=True),
-    '_MOST_BLOCKS': Constant(values=(32, 64, 128, 256), cells=(_LONG,)),
+    '_MOST_BLOCKS': Constant(values=(32, 64, 128, 256), cells=(_LONG, _LONGER)),
     '_RUNS': Constant(
         values=((), (2,), (_ALL,), (_ALL, 2), (_ALL, 4, 2)), cells=_FLOAT32, threads='several'
     ),
@@ -93,8 +94,8 @@ CONSTANTS = {
     '_SPARE_ALONE': Constant(
         values=(0, 16, 32, 64), cells=(*_FLOAT32, *_BFLOAT16), amx=False, threads='one'
     ),
-    '_AMX_SPARE': Constant(values=(0, 25, 50, 100), cells=_BFLOAT16, amx=True),
-    '_AMX_SHARE': Constant(values=(3, 6, 12), cells=_BFLOAT16, amx=True, threads='several'),
+    '_AMX_SPARE': Constant(values=(0, 25, 50, 100), cells=(*_BFLOAT16, *_UNEVEN), amx=True),
+    '_AMX_SHARE': Constant(values=(3, 6, 12), cells=_UNEVEN, amx=True, threads='several'),
     '_MOST_SPARE': Constant(values=(2, 4, 8, 16), cells=(_FEW_ROWS,), threads='several'),
 }
 
@@ -115,13 +116,39 @@ def changed(name: str, value: Any) -> Iterator[None]:
         setattr(padded_plan, name, before)
 
 
-def measure_constant(name: str, cell: Cell, settings: Settings) -> list[dict[str, Any]]:
-    """Time the dispatch and experts of one cell with each value of a constant.
+def deciding(name: str, cell: Cell, settings: Settings) -> list[Any]:
+    """Values with which the rows of some round stand otherwise than with the one in use.
+
+    Others would compute the same, and their times tell noise.
+
+    Args:
+        name: Key of `CONSTANTS`.
+        cell: The cell.
+        settings: The run, by whose rounds and threads.
+    """
+    inputs, own = Inputs(cell, settings.device), getattr(padded_plan, name)
+
+    def ends(value: Any) -> list[list[int]]:
+        indices = [inputs.batch(i).indices.flatten() for i in range(settings.repeats)]
+        with changed(name, value):
+            return [
+                make_plan(i, cell.experts, cell.compute_dtype).offsets.tolist() for i in indices
+            ]
+
+    in_use = ends(own)
+    return [v for v in CONSTANTS[name].values if v != own and ends(v) != in_use]
+
+
+def measure_constant(
+    name: str, cell: Cell, settings: Settings, values: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Time the dispatch and experts of one cell with its own value of a constant and others.
 
     Args:
         name: Key of `CONSTANTS`.
         cell: The cell.
         settings: The run.
+        values: The others.
 
     Returns:
         One row per value, as of `layers`, with `to_chosen`, the time over that of the constant's
@@ -135,7 +162,7 @@ def measure_constant(name: str, cell: Cell, settings: Settings) -> list[dict[str
     (dense,), (bound,) = ours.dense(cell, settings, inputs), ours.bound(cell, settings, inputs)
     (chosen,) = ours.ours(cell, settings, inputs)
     contenders = {'dense': dense, 'bound': bound}
-    for value in CONSTANTS[name].values:
+    for value in (getattr(padded_plan, name), *values):
         contender = with_value(chosen, name, value)
         contenders[contender.name] = contender
     rows = time_contenders(contenders, {}, inputs, settings)
@@ -203,8 +230,15 @@ def run_tune(args: argparse.Namespace, restart: bool) -> None:
             if reason := CONSTANTS[name].absent(cell, settings.threads):
                 run['skipped'][f'{name} in {cell.dtype}'] = reason
                 continue
-            rows = measure_constant(name, cell, settings)
-            own = _label(name, getattr(padded_plan, name))
+            value = getattr(padded_plan, name)
+            own, others = _label(name, value), deciding(name, cell, settings)
+            for same in CONSTANTS[name].values:
+                if same not in (value, *others):
+                    why = 'rows stand as with the value in use'
+                    run['skipped'][f'{_label(name, same)} in {cell}'] = why
+            if not others:
+                continue
+            rows = measure_constant(name, cell, settings, others)
             print(f'\n{cell}: chosen is {own}', table(rows, _COLUMNS), sep='\n', flush=True)
             run['rows'] += rows
     print('', *(f'{name}: not run, {why}' for name, why in run['skipped'].items()), sep='\n')
