@@ -13,9 +13,10 @@ from torch import nn
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
-from .hosts import Transformer
+from .hosts import MOE_HOST, Transformer
 from .sources import fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
+from .upcycle import read_upcycling, refuse_unused
 from .weight_files import named_source
 
 
@@ -62,7 +63,7 @@ def build_sparse(
     """A model with experts of any class, and its weights, as timm builds it.
 
     An option that saved weights had, and that the options of this call leave without effect, is
-    dropped: `form='discrete'` on top of those of a full model.
+    dropped: `form='discrete'` on top of those of a full model, or how its experts were made.
 
     Args:
         make: Builds it from `method`, its options, and arguments of timm's class.
@@ -80,9 +81,13 @@ def build_sparse(
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
     options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
     if saved:
-        for option in METHODS[method].config.without_effect(**options):
-            if saved.get(option) == options[option]:
+        dropped = {'upcycling', *METHODS[method].config.without_effect(**options)}
+        for option in dropped & saved.keys() & kwargs.keys():
+            if saved[option] == kwargs[option]:
                 del kwargs[option]
+    if not pretrained and upcycle is None:
+        ways = 'pretrained=True' if name == MOE_HOST else 'upcycle=SOURCE or pretrained=True'
+        refuse_unused(read_upcycling(kwargs.get('upcycling')), ways)
     depth = kwargs.get('depth', 3)
     # of `features_only`: the last three blocks, or all of a shallower model
     out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)

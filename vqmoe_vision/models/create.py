@@ -19,6 +19,8 @@ from .build import load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
 from .sources import load_checkpoint
+from .sparse_model import SparseModel
+from .upcycle import read_upcycling, refuse_unused
 
 
 def create_model(
@@ -70,6 +72,49 @@ def create_model(
     check_patches(model, kwargs)
     record_arguments(model, {**kwargs, **sparse})
     return model
+
+
+def create_to_start(
+    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+) -> nn.Module:
+    """As `create_model`, of a model whose weights may come later.
+
+    `upcycling` then waits for dense weights. Whether any have come is known when a training begins,
+    see `check_upcycled`; a test or a training that resumes reads those of its run and needs none.
+
+    Args:
+        model_name: As `create_model`.
+        moe: As `create_model`.
+        extra_mlps: As `create_model`.
+        **kwargs: As `create_model`.
+
+    Raises:
+        ValueError: As `create_model`.
+        TypeError: As `create_model`.
+    """
+    own = method_of(model_name) is not None
+    # a model of ours takes the weights of `checkpoint_path` as they are
+    loads = ('pretrained', 'upcycle') if own else ('pretrained', 'checkpoint_path')
+    if not (own or moe) or any(kwargs.get(name) for name in loads):
+        return create_model(model_name, moe, extra_mlps, **kwargs)
+    how = read_upcycling(kwargs.pop('upcycling', None))
+    model = create_model(model_name, moe, extra_mlps, **kwargs)
+    sparse: Any = model
+    sparse.upcycling = how
+    return model
+
+
+def check_upcycled(model: nn.Module) -> None:
+    """Refuses a model that says how its experts are made of dense weights, and was given none.
+
+    Args:
+        model: Of `create_to_start`, with all weights that it begins with.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if isinstance(model, SparseModel) and model.weights_report is None:
+        refuse_unused(model.upcycling, 'checkpoint=FILE or pretrained=True')
 
 
 def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
+from .upcycle import BEGINNING
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
@@ -44,9 +45,9 @@ class Described:
 
     @classmethod
     def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
-        """Of what timm's functions return, without its place."""
+        """Of what timm's functions return, without its place and what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN)}
-        return cls(kept, name, dict(arguments or {}))
+        return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
 
 
 def describe(source: str) -> Described:
