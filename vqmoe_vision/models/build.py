@@ -14,7 +14,7 @@ from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
 from .hosts import MOE_HOST, Transformer
-from .sources import fit_pretrained, known_weights, place_of, source_of
+from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
 from .weight_files import named_source
@@ -42,8 +42,7 @@ def build(
         ValueError: An argument is impossible, or the weights cannot be read or do not fit.
     """
     check_sources(name, pretrained, kwargs)
-    if upcycle is not None:
-        check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
+    check_one_source({'pretrained': pretrained, 'upcycle': upcycle})
     arguments = {**size, **kwargs}
     model: MoeVisionTransformer = build_sparse(
         MoeVisionTransformer, name, method, pretrained, upcycle, **arguments

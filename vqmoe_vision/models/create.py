@@ -18,7 +18,7 @@ from .arguments import check_patches, check_vit_arguments, moe_options, named_fa
 from .build import load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
-from .sources import load_checkpoint
+from .sources import check_one_source, load_checkpoint
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
 
@@ -40,7 +40,8 @@ def create_model(
     `weights_report` of a vision transformer says what became of the weights that it has loaded.
 
     Raises:
-        ValueError: There is no such model, the arguments do not go together, or weights do not fit.
+        ValueError: There is no such model, the arguments do not go together, such as two that name
+            weights, or weights do not fit.
         TypeError: The model does not know one of the keyword arguments.
     """
     if not timm.is_model(model_name):
@@ -53,6 +54,7 @@ def create_model(
     # one of this package's models says itself which option is wrong
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
+    check_one_source(kwargs)
     sparse: dict[str, Any] = {}
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
@@ -131,7 +133,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A model by its own entry point; a dense vision transformer is never half loaded."""
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
-    if fitted and kwargs.get('pretrained') and not kwargs.get('checkpoint_path'):
+    if fitted and kwargs.get('pretrained'):
         model = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
         if isinstance(model, Transformer):
             load_whole(model, kwargs.get('cache_dir'))
