@@ -8,12 +8,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.models import save_for_hf
+from timm.models import save_for_hf, vision_transformer
 
+from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
 
 from .conftest import TINY, make
-from .test_upcycle import dense, distance
+from .test_upcycle import DENSE, dense, distance
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
 
@@ -126,6 +127,65 @@ def test_other_files_are_no_weights(kind: str, suffix: str, tmp_path: Path) -> N
         torch.save({'state_dict': {}, 'code': Harm()} if kind == 'code' else [1, 2], path)
     message = rf"checkpoint '.*a\{suffix}' is damaged, or holds more than weights and is not loaded"
     refused(message, make, 'smoe', upcycle=str(path))
+
+
+NO_MEMORY = [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory")]
+
+
+@pytest.mark.parametrize('error', NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_says_nothing_of_a_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense().state_dict(), path)
+    for module, name in ((vision_transformer, 'checkpoint_filter_fn'), (torch, 'load')):
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+            patch.setattr(module, name, fails)
+            make('smoe', upcycle=path)
+        assert caught.value is error
+
+
+EVA: dict[str, Any] = dict(use_abs_pos_emb=True)
+
+
+@pytest.mark.parametrize(
+    ('host', 'options', 'kind'),
+    [(DENSE, {}, 'VisionTransformer'), ('vit_small_patch16_dinov3', EVA, 'Eva')],
+)
+@pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
+def test_what_timms_filter_cannot_read_is_not_called_damaged(
+    host: str, options: dict[str, Any], kind: str, moe: dict | None, tmp_path: Path
+) -> None:
+    path, source = str(tmp_path / 'a.pth'), dense(host, **options)
+    prefix = source.num_prefix_tokens
+    # a file of DINOv2 by its mask token; ten positions are of no square, which timm takes them for
+    other = {'mask_token': torch.zeros(1, 32), 'pos_embed': torch.zeros(1, prefix + 10, 32)}
+    torch.save({**source.state_dict(), **other}, path)
+    message = f"does not fit the model: timm's filter for {kind} could not read its .*: RuntimeErr"
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    refused(message, create_model, host, moe, **TINY, **options, **given)
+    refused(message, start_from, create_model(host, moe, **TINY, **options), path)
+
+
+@pytest.mark.parametrize('error', [KeyError('pos_embed'), TypeError('one\ntwo'), AssertionError()])
+@pytest.mark.parametrize('way', ['upcycle', 'folder', 'pretrained'])
+def test_the_words_of_timms_filter_are_passed_on(
+    error: Exception, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    folder = folder_of(tmp_path, dense(), safe=True)
+    file = str(folder / 'model.safetensors')
+    place: dict[str, Any] = {'upcycle': file if way == 'upcycle' else f'local-dir:{folder}'}
+    if way == 'pretrained':
+        place = {'pretrained': True, 'pretrained_cfg_overlay': {'file': file}}
+    monkeypatch.setattr(vision_transformer, 'checkpoint_filter_fn', fails)
+    said = {KeyError: "KeyError: 'pos_embed'", TypeError: 'TypeError: one', AssertionError: '.*or'}
+    refused(f'for VisionTransformer could not .*: {said[type(error)]}$', make, 'smoe', **place)
 
 
 @pytest.mark.parametrize(

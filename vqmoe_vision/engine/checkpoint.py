@@ -33,6 +33,7 @@ from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
     check_file,
     describe,
+    is_out_of_memory,
     lacks_tensors,
     unreadable,
     weights_in,
@@ -193,15 +194,9 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
         with as_data():
             yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
-        if _out_of_memory(error):  # the file may well be whole
+        if is_out_of_memory(error):  # the file may well be whole
             raise
         raise ValueError(unreadable(path)) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # what torch raises on the processor has no type of its own
-    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:

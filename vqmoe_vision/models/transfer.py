@@ -159,7 +159,7 @@ def _fit_network(
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, image_sizes)
-    filtered = in_names_of(model, {**state, **positions})
+    filtered = in_names_of(model, {**state, **positions}, path)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
