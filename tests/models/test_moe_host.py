@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,50 @@ def test_every_tensor_of_weights_by_name_is_reported(
     assert ('pos_embed' in report.resized) == ('pos_embed' in source)
     assert bool(report.copied) == (moe is not None)
     torch.testing.assert_close(model.norm.weight, source['norm.weight'], rtol=0, atol=0)
+
+
+# files of authors: options of the model, our names by theirs, and what timm has no use for
+THEIRS: list[Any] = [
+    pytest.param(VIT, {'init_values': 0.1}, {}, ('mask_token',), id='dinov2'),
+    pytest.param(VIT, {'init_values': 0.1}, {r'gamma_\1': r'ls(\d)\.gamma'}, (), id='deit3'),
+    pytest.param(
+        VIT,
+        {'init_values': 0.1, 'reg_tokens': 2, 'no_embed_class': True},
+        {'register_tokens': 'reg_token'},
+        ('mask_token',),
+        id='dinov2-registers',
+    ),
+    pytest.param(VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',), id='augreg'),
+    pytest.param(
+        DINOV3,
+        {},
+        {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'},
+        ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias'),
+        id='dinov3',
+    ),
+]
+
+
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize(('host', 'options', 'names', 'extra'), THEIRS)
+def test_what_timms_filter_drops_is_reported(
+    host: str,
+    options: dict[str, Any],
+    names: dict[str, str],
+    extra: tuple[str, ...],
+    moe: dict[str, Any] | None,
+) -> None:
+    source = dense(host, **options).state_dict()
+    state = {name: torch.ones(32) for name in extra} | source
+    for theirs, ours in names.items():
+        state = {re.sub(ours, theirs, name): value for name, value in state.items()}
+    if 'register_tokens' in state:  # DINOv2's class token has a position
+        state['pos_embed'] = torch.cat([torch.zeros(1, 1, 32), state['pos_embed']], dim=1)
+    model = by_name(state, moe, host, **options)
+    assert model.weights_report.unused == extra
+    check_complete(model.weights_report, model, {**source, **dict.fromkeys(extra)})
+    unused = [line for line in model.weights_report.lines() if 'unused' in line]
+    assert unused == ([f'not in the model, unused: {", ".join(extra)}'] if extra else [])
 
 
 OTHERS = [method for method in METHODS if method != SOME]

@@ -132,6 +132,21 @@ def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
         ) from error
 
 
+def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
+    """What timm's filter drops, such as the mask token of DINOv2.
+
+    Args:
+        state: Of a checkpoint.
+        filtered: The same by `in_names_of`, where a tensor of another name has the same memory.
+    """
+    renamed = {value.data_ptr() for name, value in filtered.items() if name not in state}
+    return tuple(
+        name
+        for name, value in state.items()
+        if name not in filtered and value.data_ptr() not in renamed
+    )
+
+
 def resized_positions(
     state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:

@@ -28,7 +28,8 @@ class Report:
         copied: Tensors of experts, and those of a dense MLP that they were made of; and those of a
             frozen network that reads images, where it is a copy of a dense model.
         initialised: What the checkpoint has nothing for.
-        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for.
+        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for, or
+            that timm leaves out.
         outside: Of those that the model's part does not include: heads that it does not take, and
             what a run has beside its network.
         remarks: What is to say of the checkpoint as a whole, a line each.

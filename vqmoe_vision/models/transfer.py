@@ -21,6 +21,7 @@ from .fitting import (
     fit_layers,
     fitted_stem,
     in_names_of,
+    left_out,
     rename_norm,
     resized_positions,
     strip_names,
@@ -160,6 +161,7 @@ def _fit_network(
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, image_sizes)
     filtered = in_names_of(model, {**state, **positions}, path)
+    dropped_by_timm = left_out(state, filtered)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
@@ -182,7 +184,7 @@ def _fit_network(
         resized=resized,
         copied=copied,
         initialised=tuple(k for k in expected if k not in result),
-        unused=tuple(k for k in filtered if k not in used),
+        unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
         remarks=(*remarks, *head),
         warnings=warnings,
