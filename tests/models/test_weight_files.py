@@ -283,3 +283,33 @@ def test_positions_of_an_oblong_image_are_resized(tmp_path: Path) -> None:
     assert torch.equal(found.pos_embed, expected.pos_embed)
     # 2 x 8 positions, as many as the model's 4 x 4, stay where they are without a size
     assert distance(found.pos_embed, source.pos_embed) > 0.1
+
+
+@pytest.mark.parametrize(
+    ('before', 'after', 'known'),
+    [
+        ((32, 72), (48, 48), True),  # 4 x 9 and 6 x 6 patches
+        ((48, 48), (32, 72), True),
+        ((32, 72), (48, 48), False),
+        ((32, 72), (32, 72), True),
+    ],
+)
+def test_positions_of_another_grid_are_reported_as_resized(
+    before: tuple[int, int], after: tuple[int, int], known: bool, method: str, tmp_path: Path
+) -> None:
+    source = dense(img_size=before)
+    args = {**TINY, 'img_size': before}
+    save_for_hf(source, tmp_path / 'L', model_args=args, safe_serialization=True)
+    file = tmp_path / 'L' / 'model.safetensors'
+    if not known:
+        file = file.rename(tmp_path / 'bare.safetensors')
+    model: Any = make(method, upcycle=str(file), img_size=after)
+    report = model.weights_report
+    # what reads images has positions too
+    names = {name for name in model.state_dict() if name.endswith('pos_embed')}
+    resized = known and before != after
+    assert set(report.resized) == (names if resized else set())
+    assert ('pos_embed' in report.loaded) != resized
+    line = 'pos_embed resized from another grid of as many positions, (1, 37, 32)'
+    assert (line in report.lines()) == resized
+    assert torch.equal(model.pos_embed, source.pos_embed) != resized

@@ -20,6 +20,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
+from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
@@ -102,7 +103,7 @@ def read_state(path: str) -> StateDict:
 
 
 def read_image_sizes(path: str) -> list[Size]:
-    """Values of `img_size` in the config that mmengine or timm saves beside the weights of a run.
+    """Image sizes in the config that mmengine or timm saves beside the weights of a run.
 
     Args:
         path: As `read_state`, which has read it already.
@@ -110,9 +111,12 @@ def read_image_sizes(path: str) -> list[Size]:
     Returns:
         (height, width) each; empty for a file of others.
     """
-    stated = describe(path).config.get('input_size')
-    if stated or path.endswith('.safetensors'):
-        return [(stated[-2], stated[-1])] if stated else []
+    described = describe(path)
+    # what a network was built for counts before what it was tested with
+    stated = (described.arguments.get('img_size'), described.config.get('input_size', ())[-2:])
+    sizes = list(dict.fromkeys(to_2tuple(size) for size in stated if size))
+    if sizes or path.endswith('.safetensors'):
+        return sizes
     config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]

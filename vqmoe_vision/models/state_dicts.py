@@ -24,7 +24,8 @@ class Report:
 
     Attributes:
         loaded: Tensors of the model that are as in the checkpoint.
-        resized: Those that were fitted to other sizes: shapes before and after.
+        resized: Those that were fitted to other sizes: shapes before and after, which are equal for
+            positions of another grid of as many.
         copied: Tensors of experts, and those of a dense MLP that they were made of; and those of a
             frozen network that reads images, where it is a copy of a dense model.
         initialised: What the checkpoint has nothing for.
@@ -62,6 +63,8 @@ class Report:
         notes = list(self.remarks)
         notes += [
             f'{name} resized from {before} to {after}'
+            if before != after
+            else f'{name} resized from another grid of as many positions, {before}'
             for name, (before, after) in self.resized.items()
         ]
         initialised = [name for name in self.initialised if not name.startswith(CLASSIFIERS)]

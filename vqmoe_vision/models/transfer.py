@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.eva import Eva
-from torch import nn
+from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
@@ -176,7 +176,7 @@ def _fit_network(
     resized = {
         name: (tuple(state[name].shape), tuple(value.shape))
         for name, value in result.items()
-        if name in state and state[name].shape != value.shape
+        if name in state and _is_fitted(name, state[name], value)
     }
     used = {*result, *copied.values()}
     return result, Report(
@@ -189,6 +189,12 @@ def _fit_network(
         remarks=(*remarks, *head),
         warnings=warnings,
     )
+
+
+def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
+    """Whether a tensor was resized; positions may be as many on another grid."""
+    other = name == 'pos_embed' and before.shape == after.shape and not before.equal(after)
+    return other or before.shape != after.shape
 
 
 def _fit_reader(
