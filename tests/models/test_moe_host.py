@@ -58,6 +58,39 @@ def test_the_numbers_of_the_weights_are_before_those_of_the_hosts_name(tmp_path:
         timm.create_model('moe_host', upcycle=f'local-dir:{tmp_path / "theirs"}', **given)
 
 
+@pytest.mark.parametrize('stated', [{}, {'mean': (0.3,) * 3, 'std': (0.1,) * 3}])
+@pytest.mark.parametrize(('file', 'mean'), [('L/model.safetensors', 0.4), ('run.pth', 0.2)])
+@pytest.mark.parametrize('moe', ROWS)
+def test_a_host_by_name_follows_the_numbers_of_its_file(
+    moe: dict[str, Any] | None, file: str, mean: float, stated: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = dense(pretrained_cfg_overlay=dict(mean=(0.4,) * 3, std=(0.2,) * 3))
+    save_for_hf(theirs, tmp_path / 'L', model_args=TINY, safe_serialization=True)
+    state = {f'model.{name}': value for name, value in theirs.state_dict().items()}
+    state['normalization'] = torch.tensor([[0.2] * 3, [0.1] * 3])
+    torch.save({'state_dict': state}, tmp_path / 'run.pth')
+    sizes = {name: value for name, value in TINY.items() if name not in ('num_classes', 'img_size')}
+    overlay = {'file': str(tmp_path / file), **stated}
+    if file == 'run.pth':  # which says nothing of its classes and images
+        sizes = TINY
+    model: Any = create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    assert model.pretrained_cfg['mean'][0] == pytest.approx(0.3 if stated else mean)
+    assert 'head.weight' in model.weights_report.loaded
+    assert model.patch_embed.img_size == (32, 32)
+    with pytest.raises(ValueError, match=r"overlay='mean' is not possible: mean and std, or nei"):
+        create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=dict(mean=(0.3,) * 3))
+
+
+@pytest.mark.parametrize('config', ['augreg_in21k', timm.get_pretrained_cfg(f'{VIT}.augreg_in21k')])
+def test_a_dense_host_takes_a_tag_or_a_configuration(config: Any) -> None:
+    overlay = {'state_dict': dense().state_dict()}
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    model: Any = create_model(VIT, pretrained_cfg=config, **given)
+    assert model.pretrained_cfg['tag'] == 'augreg_in21k' and model.weights_report.loaded
+    with pytest.raises(ValueError, match=r"^pretrained_cfg='x' is not possible"):
+        create_model(VIT, pretrained_cfg='x', **given)
+
+
 @pytest.mark.parametrize('classes', [10, 5])
 @pytest.mark.parametrize('moe', ROWS)
 @pytest.mark.parametrize('host', HOSTS)

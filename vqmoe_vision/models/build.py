@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from timm.models import PretrainedCfg, build_model_with_cfg, list_models, load_pretrained
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_name,
+    get_pretrained_cfg,
+    list_models,
+    load_pretrained,
+)
 from torch import nn
 
 from ..moe.config import check
@@ -18,6 +25,8 @@ from .sources import check_one_source, fit_pretrained, known_weights, place_of, 
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
 from .weight_files import named_source
+
+Filter: TypeAlias = Callable[..., Any]
 
 
 def build(
@@ -95,7 +104,7 @@ def build_sparse(
     given = config if isinstance(config, dict) else {}
     if is_default:
         given = place_of(given)
-    filter_fn: Callable[..., Any] = fit_pretrained
+    filter_fn: Filter = fit_pretrained
     if pretrained := pretrained or upcycle is not None:
         overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
     source = source_of({**given, **overlay})
@@ -112,7 +121,37 @@ def build_sparse(
         )
 
 
-def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
+def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Filter]:
+    """As `known_weights`, for a dense model of timm.
+
+    Args:
+        name: Of the model, with or without tag.
+        kwargs: Of timm's `create_model`.
+
+    Raises:
+        ValueError: As `check_sources` and `known_weights`.
+    """
+    check_sources(get_arch_name(name), kwargs['pretrained'], kwargs)
+    config = kwargs.get('pretrained_cfg') or ''
+    if isinstance(config, str):  # none, or a tag
+        config = place_of(config_of_name(name, config).to_dict())
+    config = config.to_dict() if isinstance(config, PretrainedCfg) else config
+    return known_weights(None, config, kwargs.get('pretrained_cfg_overlay') or {})
+
+
+def config_of_name(name: str, tag: str) -> PretrainedCfg:
+    """What timm knows of the weights of a model.
+
+    Args:
+        name: Of the model, with or without tag.
+        tag: In the place of that in the name; empty to leave it.
+    """
+    found = get_pretrained_cfg(f'{get_arch_name(name)}.{tag}' if tag else name)
+    assert found is not None
+    return found
+
+
+def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | None = None) -> None:
     """The weights that timm's configuration of a model names, all that fit or none.
 
     timm itself is no longer strict where the number of classes differs. Only the head may start
@@ -120,6 +159,7 @@ def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
 
     Args:
         model: As timm built it, without weights.
+        filter_fn: Of `known_by_name`.
         cache_dir: As in timm's `create_model`.
 
     Raises:
@@ -135,7 +175,7 @@ def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
             model,
             config,
             num_classes=config['num_classes'],  # the filter has fitted the head
-            filter_fn=fit_pretrained,
+            filter_fn=filter_fn,
             cache_dir=cache_dir,
         )
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
-from .build import load_whole
+from .build import known_by_name, load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
 from .sources import check_one_source, load_checkpoint
@@ -134,9 +134,11 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A model by its own entry point; a dense vision transformer is never half loaded."""
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
     if fitted and kwargs.get('pretrained'):
-        model = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
+        overlay, filter_fn = known_by_name(model_name, kwargs)
+        known = {'pretrained': False, 'pretrained_cfg_overlay': overlay}
+        model = timm.create_model(model_name, **{**kwargs, **known})
         if isinstance(model, Transformer):
-            load_whole(model, kwargs.get('cache_dir'))
+            load_whole(model, filter_fn, kwargs.get('cache_dir'))
             return model
     # timm would compare no checksums, and say nothing of a file that is not there
     model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
