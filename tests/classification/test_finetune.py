@@ -131,6 +131,19 @@ def test_full_then_discrete(tmp_path: Path) -> None:
     assert 0 <= score(config, discrete, 1, *options) <= 100
 
 
+def test_how_experts_are_made_matters_at_the_start_alone(tmp_path: Path) -> None:
+    config = write_config(tmp_path, FOLDERS, upcycling=dict(noise=0.1))
+    work, without = train(config, 'w'), 'model.checkpoint=None'
+    assert 0 <= score(config, work, 1, without) <= 100
+    more = [f'experiment_name=more {work}', without, 'train_cfg.max_epochs=2']
+    cli.train([config, '--work-dir', str(work), '--resume', '--cfg-options', *more])
+    assert content(work, 2)['meta']['iter'] == 4
+    message = r'upcycling=.*noise=0\.1.* no dense weights .*: checkpoint=FILE or pretrained=True'
+    with pytest.raises(SystemExit, match=message) as caught:
+        train(config, 'anew', without)
+    assert '\n' not in str(caught.value)
+
+
 SEEN: list[torch.Tensor] = []
 
 

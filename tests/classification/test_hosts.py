@@ -114,6 +114,28 @@ def test_it_begins_with_the_answers_of_dense_weights(
     assert report.copied['blocks.1.mlp.experts.fc1.weight'] == 'blocks.1.mlp.fc1.weight'
 
 
+@pytest.mark.parametrize(
+    ('host', 'method', 'way'),
+    [
+        (HOSTS[0], 'smoe', 'pretrained'),
+        (HOSTS[0], None, 'pretrained'),
+        (HOSTS[0], 'smoe', 'checkpoint_path'),
+        ('vit_tiny_smoe', None, 'upcycle'),
+    ],
+)
+def test_a_training_starts_from_one_place(
+    host: str, method: str | None, way: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / 'dense.pth')
+    saved(HOSTS[0], tmp_path / 'dense.pth')
+    given: dict[str, Any] = {way: path}
+    if way == 'pretrained':
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    model = build(host, method, checkpoint=path, **given)  # a test needs neither of them
+    with pytest.raises(ValueError, match=f'^{way}=.* is not possible: .* with checkpoint=.*dense'):
+        model.init_weights()
+
+
 def test_experts_of_a_checkpoint_can_be_shaken(tmp_path: Path) -> None:
     saved(DINOV3, tmp_path / 'dense.pth')
     for way in ('checkpoint', 'checkpoint_path'):

@@ -1,3 +1,4 @@
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as upstream
 from mmengine.runner.checkpoint import _load_checkpoint
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine import checkpoint
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
@@ -285,6 +287,21 @@ def test_a_model_starts_at_the_image_size_of_the_run(tmp_path: Path) -> None:
     start_from(model, path)  # of 2 x 4 positions, which are no square
     assert model.pos_embed.shape == (1, 17, 12)
     torch.testing.assert_close(model.cls_token.detach(), state['cls_token'], rtol=0, atol=0)
+
+
+def test_the_size_that_timm_builds_a_network_for_counts_first(tmp_path: Path) -> None:
+    source = tiny('vit_tiny_patch16_224', img_size=(16, 64))
+    args = dict(img_size=[16, 64], patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
+    save_for_hf(source, tmp_path, model_args=args, safe_serialization=True)
+    path, config = str(tmp_path / 'model.safetensors'), tmp_path / 'config.json'
+    content = json.loads(config.read_text())
+    # of a backbone that takes images of any size, and was tested with others
+    content['pretrained_cfg'] |= dict(input_size=[3, 224, 224], fixed_input_size=False)
+    config.write_text(json.dumps(content))
+    assert read_image_sizes(path) == [(16, 64), (224, 224)]
+    model = tiny('vit_tiny_smoe')
+    start_from(model, path)  # of 2 x 8 positions, as many as 4 x 4
+    assert model.weights_report.resized == {'pos_embed': ((1, 17, 12), (1, 17, 12))}
 
 
 def test_layers_begin_a_new_training_and_the_log_says_so(

@@ -1,5 +1,7 @@
 """What both tasks ask of timm: options of the MoE layers, the width of a dense model, mistakes."""
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -76,6 +78,26 @@ def test_widening_draws_no_random_number() -> None:
 def test_mistakes(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model(name, **SMALL, **options)
+
+
+SOURCES = {'pretrained': True, 'upcycle': 'a.pth', 'checkpoint_path': 'b.pth'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'moe', 'first', 'second'),
+    [
+        *(('vit_tiny_smoe', None, *pair) for pair in combinations(SOURCES, 2)),
+        # `upcycle` is refused alone
+        *((name, None, 'pretrained', 'checkpoint_path') for name in (DENSE, 'resnet18')),
+        (DENSE, {'method': 'smoe'}, 'pretrained', 'checkpoint_path'),
+    ],
+)
+def test_weights_from_two_places_are_refused(
+    name: str, moe: dict | None, first: str, second: str
+) -> None:
+    named = f'{first}={SOURCES[first]!r} is not possible: .* with {second}={SOURCES[second]!r}'
+    with pytest.raises(ValueError, match=f'^{named}$'):
+        create_model(name, moe, **{key: SOURCES[key] for key in (first, second)})
 
 
 @pytest.mark.parametrize(

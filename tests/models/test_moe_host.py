@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,39 @@ def test_the_numbers_of_the_weights_are_before_those_of_the_hosts_name(tmp_path:
         timm.create_model('moe_host', upcycle=f'local-dir:{tmp_path / "theirs"}', **given)
 
 
+@pytest.mark.parametrize('stated', [{}, {'mean': (0.3,) * 3, 'std': (0.1,) * 3}])
+@pytest.mark.parametrize(('file', 'mean'), [('L/model.safetensors', 0.4), ('run.pth', 0.2)])
+@pytest.mark.parametrize('moe', ROWS)
+def test_a_host_by_name_follows_the_numbers_of_its_file(
+    moe: dict[str, Any] | None, file: str, mean: float, stated: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = dense(pretrained_cfg_overlay=dict(mean=(0.4,) * 3, std=(0.2,) * 3))
+    save_for_hf(theirs, tmp_path / 'L', model_args=TINY, safe_serialization=True)
+    state = {f'model.{name}': value for name, value in theirs.state_dict().items()}
+    state['normalization'] = torch.tensor([[0.2] * 3, [0.1] * 3])
+    torch.save({'state_dict': state}, tmp_path / 'run.pth')
+    sizes = {name: value for name, value in TINY.items() if name not in ('num_classes', 'img_size')}
+    overlay = {'file': str(tmp_path / file), **stated}
+    if file == 'run.pth':  # which says nothing of its classes and images
+        sizes = TINY
+    model: Any = create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    assert model.pretrained_cfg['mean'][0] == pytest.approx(0.3 if stated else mean)
+    assert 'head.weight' in model.weights_report.loaded
+    assert model.patch_embed.img_size == (32, 32)
+    with pytest.raises(ValueError, match=r"overlay='mean' is not possible: mean and std, or nei"):
+        create_model(VIT, moe, pretrained=True, pretrained_cfg_overlay=dict(mean=(0.3,) * 3))
+
+
+@pytest.mark.parametrize('config', ['augreg_in21k', timm.get_pretrained_cfg(f'{VIT}.augreg_in21k')])
+def test_a_dense_host_takes_a_tag_or_a_configuration(config: Any) -> None:
+    overlay = {'state_dict': dense().state_dict()}
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    model: Any = create_model(VIT, pretrained_cfg=config, **given)
+    assert model.pretrained_cfg['tag'] == 'augreg_in21k' and model.weights_report.loaded
+    with pytest.raises(ValueError, match=r"^pretrained_cfg='x' is not possible"):
+        create_model(VIT, pretrained_cfg='x', **given)
+
+
 @pytest.mark.parametrize('classes', [10, 5])
 @pytest.mark.parametrize('moe', ROWS)
 @pytest.mark.parametrize('host', HOSTS)
@@ -73,6 +107,50 @@ def test_every_tensor_of_weights_by_name_is_reported(
     assert ('pos_embed' in report.resized) == ('pos_embed' in source)
     assert bool(report.copied) == (moe is not None)
     torch.testing.assert_close(model.norm.weight, source['norm.weight'], rtol=0, atol=0)
+
+
+# files of authors: options of the model, our names by theirs, and what timm has no use for
+THEIRS: list[Any] = [
+    pytest.param(VIT, {'init_values': 0.1}, {}, ('mask_token',), id='dinov2'),
+    pytest.param(VIT, {'init_values': 0.1}, {r'gamma_\1': r'ls(\d)\.gamma'}, (), id='deit3'),
+    pytest.param(
+        VIT,
+        {'init_values': 0.1, 'reg_tokens': 2, 'no_embed_class': True},
+        {'register_tokens': 'reg_token'},
+        ('mask_token',),
+        id='dinov2-registers',
+    ),
+    pytest.param(VIT, {'num_classes': 0}, {}, ('pre_logits.fc.weight',), id='augreg'),
+    pytest.param(
+        DINOV3,
+        {},
+        {'storage_tokens': 'reg_token', r'ls\1.gamma': r'gamma_(\d)'},
+        ('mask_token', 'rope_embed.periods', 'blocks.0.attn.qkv.bias'),
+        id='dinov3',
+    ),
+]
+
+
+@pytest.mark.parametrize('moe', ROWS)
+@pytest.mark.parametrize(('host', 'options', 'names', 'extra'), THEIRS)
+def test_what_timms_filter_drops_is_reported(
+    host: str,
+    options: dict[str, Any],
+    names: dict[str, str],
+    extra: tuple[str, ...],
+    moe: dict[str, Any] | None,
+) -> None:
+    source = dense(host, **options).state_dict()
+    state = {name: torch.ones(32) for name in extra} | source
+    for theirs, ours in names.items():
+        state = {re.sub(ours, theirs, name): value for name, value in state.items()}
+    if 'register_tokens' in state:  # DINOv2's class token has a position
+        state['pos_embed'] = torch.cat([torch.zeros(1, 1, 32), state['pos_embed']], dim=1)
+    model = by_name(state, moe, host, **options)
+    assert model.weights_report.unused == extra
+    check_complete(model.weights_report, model, {**source, **dict.fromkeys(extra)})
+    unused = [line for line in model.weights_report.lines() if 'unused' in line]
+    assert unused == ([f'not in the model, unused: {", ".join(extra)}'] if extra else [])
 
 
 OTHERS = [method for method in METHODS if method != SOME]

@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from vqmoe_vision import collect_losses
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.state_dicts import Report
 from vqmoe_vision.models.transfer import transfer
 from vqmoe_vision.models.upcycle import Upcycling, upcycle
@@ -24,7 +25,9 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import Experts
 
 from .conftest import TINY, make
+from .test_saved import RECORDS
 
+DENSE = 'vit_tiny_patch16_224'
 EXACT = [
     pytest.param(name, options, id=f'{name}-{label}')
     for name, method in METHODS.items()
@@ -40,7 +43,7 @@ def shaken(model: Any) -> Any:
     return model.eval()
 
 
-def dense(name: str = 'vit_tiny_patch16_224', **kwargs: Any) -> Any:
+def dense(name: str = DENSE, **kwargs: Any) -> Any:
     return shaken(timm.create_model(name, **{**TINY, **kwargs}))
 
 
@@ -406,6 +409,45 @@ def test_options_of_upcycling_need_a_dense_mlp(tmp_path: Path) -> None:
     torch.save(make('smoe').state_dict(), path)
     with pytest.raises(ValueError, match='no dense MLP to make experts of'):
         make('smoe', upcycle=path, upcycling={'noise': 0.1})
+
+
+@pytest.mark.parametrize('way', ['timm', 'name', 'host', 'moe_host', 'checkpoint_path'])
+def test_options_of_upcycling_need_weights(way: str, tmp_path: Path) -> None:
+    builds: dict[str, Any] = {
+        'timm': lambda **how: make('smoe', **how),
+        'name': lambda **how: create_model('vit_tiny_smoe', **TINY, **how),
+        'host': lambda **how: create_model(DENSE, {'method': 'smoe'}, **TINY, **how),
+        'moe_host': lambda **how: timm.create_model(
+            'moe_host', host=DENSE, method='smoe', **TINY, **how
+        ),
+        'checkpoint_path': lambda **how: create_model(
+            'vit_tiny_smoe', checkpoint_path=str(tmp_path / 'a.pth'), **TINY, **how
+        ),
+    }
+    torch.save(make('smoe').state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(
+        ValueError, match=r'upcycling=.*noise=0\.1.* no dense weights.*d=T'
+    ) as caught:
+        builds[way](upcycling={'noise': 0.1})
+    said = 'would give it an effect'
+    assert said in str(caught.value) and '\n' not in str(caught.value)
+    assert ('upcycle=SOURCE' in str(caught.value)) == (way not in ('host', 'moe_host'))
+    for defaults in (None, {}, {'noise': 0.0, 'split': False}, Upcycling()):
+        builds[way](upcycling=defaults)
+
+
+def test_a_folder_may_say_how_its_experts_were_made(saved: tuple[Any, str], tmp_path: Path) -> None:
+    """As nothing of ours writes it: whoever saves a model may name all that it was given."""
+    how = {'upcycling': {'noise': 0.1}}
+    model = make('smoe', upcycle=saved[1], **how)
+    folder = f'local-dir:{tmp_path / "moe"}'
+    save_for_hf(model, tmp_path / 'moe', model_args={**TINY, **how}, safe_serialization=True)
+    again = [make('smoe', upcycle=folder)]
+    if RECORDS:
+        again.append(timm.create_model(folder, pretrained=True))
+        timm.create_model(folder)
+    for found in again:
+        torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def mlp_of(width: int = 8, hidden: int = 32) -> Any:

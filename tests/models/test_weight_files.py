@@ -8,12 +8,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.models import save_for_hf
+from timm.models import save_for_hf, vision_transformer
 
+from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
 
 from .conftest import TINY, make
-from .test_upcycle import dense, distance
+from .test_upcycle import DENSE, dense, distance
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
 
@@ -128,6 +129,65 @@ def test_other_files_are_no_weights(kind: str, suffix: str, tmp_path: Path) -> N
     refused(message, make, 'smoe', upcycle=str(path))
 
 
+NO_MEMORY = [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory")]
+
+
+@pytest.mark.parametrize('error', NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_says_nothing_of_a_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense().state_dict(), path)
+    for module, name in ((vision_transformer, 'checkpoint_filter_fn'), (torch, 'load')):
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+            patch.setattr(module, name, fails)
+            make('smoe', upcycle=path)
+        assert caught.value is error
+
+
+EVA: dict[str, Any] = dict(use_abs_pos_emb=True)
+
+
+@pytest.mark.parametrize(
+    ('host', 'options', 'kind'),
+    [(DENSE, {}, 'VisionTransformer'), ('vit_small_patch16_dinov3', EVA, 'Eva')],
+)
+@pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
+def test_what_timms_filter_cannot_read_is_not_called_damaged(
+    host: str, options: dict[str, Any], kind: str, moe: dict | None, tmp_path: Path
+) -> None:
+    path, source = str(tmp_path / 'a.pth'), dense(host, **options)
+    prefix = source.num_prefix_tokens
+    # a file of DINOv2 by its mask token; ten positions are of no square, which timm takes them for
+    other = {'mask_token': torch.zeros(1, 32), 'pos_embed': torch.zeros(1, prefix + 10, 32)}
+    torch.save({**source.state_dict(), **other}, path)
+    message = f"does not fit the model: timm's filter for {kind} could not read its .*: RuntimeErr"
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    refused(message, create_model, host, moe, **TINY, **options, **given)
+    refused(message, start_from, create_model(host, moe, **TINY, **options), path)
+
+
+@pytest.mark.parametrize('error', [KeyError('pos_embed'), TypeError('one\ntwo'), AssertionError()])
+@pytest.mark.parametrize('way', ['upcycle', 'folder', 'pretrained'])
+def test_the_words_of_timms_filter_are_passed_on(
+    error: Exception, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    folder = folder_of(tmp_path, dense(), safe=True)
+    file = str(folder / 'model.safetensors')
+    place: dict[str, Any] = {'upcycle': file if way == 'upcycle' else f'local-dir:{folder}'}
+    if way == 'pretrained':
+        place = {'pretrained': True, 'pretrained_cfg_overlay': {'file': file}}
+    monkeypatch.setattr(vision_transformer, 'checkpoint_filter_fn', fails)
+    said = {KeyError: "KeyError: 'pos_embed'", TypeError: 'TypeError: one', AssertionError: '.*or'}
+    refused(f'for VisionTransformer could not .*: {said[type(error)]}$', make, 'smoe', **place)
+
+
 @pytest.mark.parametrize(
     ('name', 'change', 'message'),
     [
@@ -223,3 +283,33 @@ def test_positions_of_an_oblong_image_are_resized(tmp_path: Path) -> None:
     assert torch.equal(found.pos_embed, expected.pos_embed)
     # 2 x 8 positions, as many as the model's 4 x 4, stay where they are without a size
     assert distance(found.pos_embed, source.pos_embed) > 0.1
+
+
+@pytest.mark.parametrize(
+    ('before', 'after', 'known'),
+    [
+        ((32, 72), (48, 48), True),  # 4 x 9 and 6 x 6 patches
+        ((48, 48), (32, 72), True),
+        ((32, 72), (48, 48), False),
+        ((32, 72), (32, 72), True),
+    ],
+)
+def test_positions_of_another_grid_are_reported_as_resized(
+    before: tuple[int, int], after: tuple[int, int], known: bool, method: str, tmp_path: Path
+) -> None:
+    source = dense(img_size=before)
+    args = {**TINY, 'img_size': before}
+    save_for_hf(source, tmp_path / 'L', model_args=args, safe_serialization=True)
+    file = tmp_path / 'L' / 'model.safetensors'
+    if not known:
+        file = file.rename(tmp_path / 'bare.safetensors')
+    model: Any = make(method, upcycle=str(file), img_size=after)
+    report = model.weights_report
+    # what reads images has positions too
+    names = {name for name in model.state_dict() if name.endswith('pos_embed')}
+    resized = known and before != after
+    assert set(report.resized) == (names if resized else set())
+    assert ('pos_embed' in report.loaded) != resized
+    line = 'pos_embed resized from another grid of as many positions, (1, 37, 32)'
+    assert (line in report.lines()) == resized
+    assert torch.equal(model.pos_embed, source.pos_embed) != resized

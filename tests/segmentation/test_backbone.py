@@ -123,6 +123,14 @@ def test_experts_start_from_the_mlps_of_a_dense_checkpoint(tmp_path: Any) -> Non
     assert 0 < (first - second).norm() < 0.3 * first.norm()  # 0.1 * sqrt(2) apart
 
 
+def test_a_backbone_starts_from_one_place(tmp_path: Any) -> None:
+    path = str(tmp_path / 'dense.pth')
+    torch.save(timm.create_model('vit_tiny_patch16_224', **TINY).state_dict(), path)
+    backbone = build('vit_tiny_smoe', upcycle=path, checkpoint=path)
+    with pytest.raises(ValueError, match=r'^upcycle=.* is not possible: None with checkpoint='):
+        backbone.init_weights()
+
+
 @pytest.mark.parametrize('method', [None, *ON_EVA])
 def test_a_model_of_dinov3_starts_from_its_weights(method: str | None, tmp_path: Any) -> None:
     dense: Any = timm.create_model(DINOV3, num_classes=0, **TINY)

@@ -16,7 +16,7 @@ from torch import nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.start import start_model
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.config import check
@@ -47,7 +47,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
-        **model_kwargs: Keyword arguments as `create_model`.
+        **model_kwargs: Keyword arguments as `create_model`; `upcycling` is refused by a training
+            that starts from no weights.
 
     Raises:
         ValueError: The model cannot be built from these arguments.
@@ -79,7 +80,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             'a classifier has the fields of its timm model itself, such as model.model_name',
         )
         arguments = {'num_classes': num_classes, **model_kwargs}
-        self.model = create_model(model_name, moe, extra_mlps, **arguments)
+        self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:
             timm_model: Any = self.model
             timm_model.set_grad_checkpointing()

@@ -20,6 +20,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
+from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
@@ -33,6 +34,7 @@ from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
     check_file,
     describe,
+    is_out_of_memory,
     lacks_tensors,
     unreadable,
     weights_in,
@@ -101,7 +103,7 @@ def read_state(path: str) -> StateDict:
 
 
 def read_image_sizes(path: str) -> list[Size]:
-    """Values of `img_size` in the config that mmengine or timm saves beside the weights of a run.
+    """Image sizes in the config that mmengine or timm saves beside the weights of a run.
 
     Args:
         path: As `read_state`, which has read it already.
@@ -109,9 +111,12 @@ def read_image_sizes(path: str) -> list[Size]:
     Returns:
         (height, width) each; empty for a file of others.
     """
-    stated = describe(path).config.get('input_size')
-    if stated or path.endswith('.safetensors'):
-        return [(stated[-2], stated[-1])] if stated else []
+    described = describe(path)
+    # what a network was built for counts before what it was tested with
+    stated = (described.arguments.get('img_size'), described.config.get('input_size', ())[-2:])
+    sizes = list(dict.fromkeys(to_2tuple(size) for size in stated if size))
+    if sizes or path.endswith('.safetensors'):
+        return sizes
     config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
@@ -193,15 +198,9 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
         with as_data():
             yield
     except Exception as error:  # bytes of another format can make an unpickler fail in any way
-        if _out_of_memory(error):  # the file may well be whole
+        if is_out_of_memory(error):  # the file may well be whole
             raise
         raise ValueError(unreadable(path)) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # what torch raises on the processor has no type of its own
-    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
@@ -142,8 +143,11 @@ class CheckpointFitHook(Hook):
         """Normalises images of training and validation.
 
         Raises:
-            ValueError: The config states another normalisation than that of the weights.
+            ValueError: The config states another normalisation than that of the weights, or how
+                experts are made of dense weights without naming such weights.
         """
+        if not runner._resume:  # the weights of its run are all that it needs
+            check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
 
     def before_val(self, runner: Runner) -> None:

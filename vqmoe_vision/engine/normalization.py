@@ -37,7 +37,7 @@ def weights_normalization(
     Returns:
         None if there are no weights, or if nobody says how.
     """
-    checkpoint = checkpoint or arguments.get('checkpoint_path')  # timm reads it after all others
+    checkpoint = checkpoint or arguments.get('checkpoint_path')
     upcycle = arguments.get('upcycle')
     if not has_weights(checkpoint, arguments):
         return None

@@ -8,6 +8,7 @@ from torch import nn
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.shared_start import share_start
+from vqmoe_vision.models.sources import check_one_source
 
 from .checkpoint import log_weights, start_from
 from .features import start_features
@@ -30,8 +31,10 @@ def start_model(
         How images are to be normalised, as far as the weights say.
 
     Raises:
-        ValueError: A file cannot be read or does not fit; names keys and shapes.
+        ValueError: Weights are named twice, or a file cannot be read or does not fit; names keys
+            and shapes.
     """
+    check_one_source({**arguments, 'checkpoint': checkpoint})
     share_start(model, seed=torch.initial_seed(), **arguments)
     log_weights(model, arguments)
     if checkpoint is not None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from timm.models import PretrainedCfg, build_model_with_cfg, list_models, load_pretrained
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_name,
+    get_pretrained_cfg,
+    list_models,
+    load_pretrained,
+)
 from torch import nn
 
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
-from .hosts import Transformer
-from .sources import fit_pretrained, known_weights, place_of, source_of
+from .hosts import MOE_HOST, Transformer
+from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
+from .upcycle import read_upcycling, refuse_unused
 from .weight_files import named_source
+
+Filter: TypeAlias = Callable[..., Any]
 
 
 def build(
@@ -41,8 +51,7 @@ def build(
         ValueError: An argument is impossible, or the weights cannot be read or do not fit.
     """
     check_sources(name, pretrained, kwargs)
-    if upcycle is not None:
-        check(not pretrained, 'pretrained', True, f'False with upcycle={upcycle!r}')
+    check_one_source({'pretrained': pretrained, 'upcycle': upcycle})
     arguments = {**size, **kwargs}
     model: MoeVisionTransformer = build_sparse(
         MoeVisionTransformer, name, method, pretrained, upcycle, **arguments
@@ -62,7 +71,7 @@ def build_sparse(
     """A model with experts of any class, and its weights, as timm builds it.
 
     An option that saved weights had, and that the options of this call leave without effect, is
-    dropped: `form='discrete'` on top of those of a full model.
+    dropped: `form='discrete'` on top of those of a full model, or how its experts were made.
 
     Args:
         make: Builds it from `method`, its options, and arguments of timm's class.
@@ -80,9 +89,13 @@ def build_sparse(
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
     options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
     if saved:
-        for option in METHODS[method].config.without_effect(**options):
-            if saved.get(option) == options[option]:
+        dropped = {'upcycling', *METHODS[method].config.without_effect(**options)}
+        for option in dropped & saved.keys() & kwargs.keys():
+            if saved[option] == kwargs[option]:
                 del kwargs[option]
+    if not pretrained and upcycle is None:
+        ways = 'pretrained=True' if name == MOE_HOST else 'upcycle=SOURCE or pretrained=True'
+        refuse_unused(read_upcycling(kwargs.get('upcycling')), ways)
     depth = kwargs.get('depth', 3)
     # of `features_only`: the last three blocks, or all of a shallower model
     out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
@@ -91,7 +104,7 @@ def build_sparse(
     given = config if isinstance(config, dict) else {}
     if is_default:
         given = place_of(given)
-    filter_fn: Callable[..., Any] = fit_pretrained
+    filter_fn: Filter = fit_pretrained
     if pretrained := pretrained or upcycle is not None:
         overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
     source = source_of({**given, **overlay})
@@ -108,7 +121,37 @@ def build_sparse(
         )
 
 
-def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
+def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Filter]:
+    """As `known_weights`, for a dense model of timm.
+
+    Args:
+        name: Of the model, with or without tag.
+        kwargs: Of timm's `create_model`.
+
+    Raises:
+        ValueError: As `check_sources` and `known_weights`.
+    """
+    check_sources(get_arch_name(name), kwargs['pretrained'], kwargs)
+    config = kwargs.get('pretrained_cfg') or ''
+    if isinstance(config, str):  # none, or a tag
+        config = place_of(config_of_name(name, config).to_dict())
+    config = config.to_dict() if isinstance(config, PretrainedCfg) else config
+    return known_weights(None, config, kwargs.get('pretrained_cfg_overlay') or {})
+
+
+def config_of_name(name: str, tag: str) -> PretrainedCfg:
+    """What timm knows of the weights of a model.
+
+    Args:
+        name: Of the model, with or without tag.
+        tag: In the place of that in the name; empty to leave it.
+    """
+    found = get_pretrained_cfg(f'{get_arch_name(name)}.{tag}' if tag else name)
+    assert found is not None
+    return found
+
+
+def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | None = None) -> None:
     """The weights that timm's configuration of a model names, all that fit or none.
 
     timm itself is no longer strict where the number of classes differs. Only the head may start
@@ -116,6 +159,7 @@ def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
 
     Args:
         model: As timm built it, without weights.
+        filter_fn: Of `known_by_name`.
         cache_dir: As in timm's `create_model`.
 
     Raises:
@@ -131,7 +175,7 @@ def load_whole(model: Transformer, cache_dir: str | Path | None = None) -> None:
             model,
             config,
             num_classes=config['num_classes'],  # the filter has fitted the head
-            filter_fn=fit_pretrained,
+            filter_fn=filter_fn,
             cache_dir=cache_dir,
         )
 

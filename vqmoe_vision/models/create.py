@@ -15,10 +15,12 @@ from torch import nn
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
-from .build import load_whole
+from .build import known_by_name, load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
-from .sources import load_checkpoint
+from .sources import check_one_source, load_checkpoint
+from .sparse_model import SparseModel
+from .upcycle import read_upcycling, refuse_unused
 
 
 def create_model(
@@ -38,7 +40,8 @@ def create_model(
     `weights_report` of a vision transformer says what became of the weights that it has loaded.
 
     Raises:
-        ValueError: There is no such model, the arguments do not go together, or weights do not fit.
+        ValueError: There is no such model, the arguments do not go together, such as two that name
+            weights, or weights do not fit.
         TypeError: The model does not know one of the keyword arguments.
     """
     if not timm.is_model(model_name):
@@ -51,6 +54,7 @@ def create_model(
     # one of this package's models says itself which option is wrong
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
+    check_one_source(kwargs)
     sparse: dict[str, Any] = {}
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
@@ -72,6 +76,49 @@ def create_model(
     return model
 
 
+def create_to_start(
+    model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
+) -> nn.Module:
+    """As `create_model`, of a model whose weights may come later.
+
+    `upcycling` then waits for dense weights. Whether any have come is known when a training begins,
+    see `check_upcycled`; a test or a training that resumes reads those of its run and needs none.
+
+    Args:
+        model_name: As `create_model`.
+        moe: As `create_model`.
+        extra_mlps: As `create_model`.
+        **kwargs: As `create_model`.
+
+    Raises:
+        ValueError: As `create_model`.
+        TypeError: As `create_model`.
+    """
+    own = method_of(model_name) is not None
+    # a model of ours takes the weights of `checkpoint_path` as they are
+    loads = ('pretrained', 'upcycle') if own else ('pretrained', 'checkpoint_path')
+    if not (own or moe) or any(kwargs.get(name) for name in loads):
+        return create_model(model_name, moe, extra_mlps, **kwargs)
+    how = read_upcycling(kwargs.pop('upcycling', None))
+    model = create_model(model_name, moe, extra_mlps, **kwargs)
+    sparse: Any = model
+    sparse.upcycling = how
+    return model
+
+
+def check_upcycled(model: nn.Module) -> None:
+    """Refuses a model that says how its experts are made of dense weights, and was given none.
+
+    Args:
+        model: Of `create_to_start`, with all weights that it begins with.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if isinstance(model, SparseModel) and model.weights_report is None:
+        refuse_unused(model.upcycling, 'checkpoint=FILE or pretrained=True')
+
+
 def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the host as weights that are fitted; timm would want it to have experts."""
     path = kwargs.get('checkpoint_path')
@@ -86,10 +133,12 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     """A model by its own entry point; a dense vision transformer is never half loaded."""
     fitted = timm.models.is_model_in_modules(model_name, MODULES) and method_of(model_name) is None
-    if fitted and kwargs.get('pretrained') and not kwargs.get('checkpoint_path'):
-        model = timm.create_model(model_name, **{**kwargs, 'pretrained': False})
+    if fitted and kwargs.get('pretrained'):
+        overlay, filter_fn = known_by_name(model_name, kwargs)
+        known = {'pretrained': False, 'pretrained_cfg_overlay': overlay}
+        model = timm.create_model(model_name, **{**kwargs, **known})
         if isinstance(model, Transformer):
-            load_whole(model, kwargs.get('cache_dir'))
+            load_whole(model, filter_fn, kwargs.get('cache_dir'))
             return model
     # timm would compare no checksums, and say nothing of a file that is not there
     model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})

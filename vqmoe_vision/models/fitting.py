@@ -10,11 +10,14 @@ import torch
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import adapt_input_conv, eva, vision_transformer
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 
 from ..moe import moe_layers
+from .arguments import FAILURES
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
 from .state_dicts import CLASSIFIERS, HEADS, StateDict, misfit, shorten
+from .weight_files import is_out_of_memory
 
 Size = tuple[int, int]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
@@ -101,7 +104,7 @@ def fit_head(
     return state, expected, dropped, notes, () if problem else notes
 
 
-def in_names_of(model: Transformer, state: StateDict) -> StateDict:
+def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
     """By timm's names for a class of models, in the sizes of the model as far as timm can do that.
 
     Files of DINOv3 and DeiT III call LayerScale otherwise.
@@ -109,10 +112,39 @@ def in_names_of(model: Transformer, state: StateDict) -> StateDict:
     Args:
         model: Says the names and sizes.
         state: Of a checkpoint.
+        path: Of the checkpoint, for messages.
+
+    Raises:
+        ValueError: timm's filter fails, which says nothing about the file being damaged.
     """
-    if isinstance(model, Eva):
-        return eva.checkpoint_filter_fn(state, model)
-    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    try:
+        if isinstance(model, Eva):
+            return eva.checkpoint_filter_fn(state, model)
+        return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        kind = Eva if isinstance(model, Eva) else VisionTransformer
+        reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ValueError(
+            f"checkpoint {path!r} does not fit the model: timm's filter for {kind.__name__} could "
+            f'not read its weights: {reason}'
+        ) from error
+
+
+def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
+    """What timm's filter drops, such as the mask token of DINOv2.
+
+    Args:
+        state: Of a checkpoint.
+        filtered: The same by `in_names_of`, where a tensor of another name has the same memory.
+    """
+    renamed = {value.data_ptr() for name, value in filtered.items() if name not in state}
+    return tuple(
+        name
+        for name, value in state.items()
+        if name not in filtered and value.data_ptr() not in renamed
+    )
 
 
 def resized_positions(

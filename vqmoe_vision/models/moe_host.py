@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.models import get_arch_name, get_pretrained_cfg, model_entrypoint, register_model
+from timm.models import get_arch_name, model_entrypoint, register_model
 
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
-from .build import build_sparse, check_sources
+from .build import build_sparse, check_sources, config_of_name
 from .convert import put_fresh_layers
 from .hosts import MOE_HOST
 from .sources import source_of
@@ -53,8 +53,7 @@ def moe_host(
     config = kwargs.pop('pretrained_cfg', None) or ''
     is_default = isinstance(config, str)
     if isinstance(config, str):  # none, or a tag
-        found = get_pretrained_cfg(f'{get_arch_name(host)}.{config}' if config else host)
-        assert found is not None
+        found = config_of_name(host, config)
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         exists = bool(source_of({**found.to_dict(), **overlay}))
         check(not pretrained or exists, 'pretrained', True, f'False, timm has no weights of {host}')

@@ -19,12 +19,13 @@ from ..moe.config import check
 from .hosts import Transformer
 from .sparse_model import SparseModel
 from .state_dicts import misfit
+from .upcycle import BEGINNING
 
 # Arguments of timm's `create_model` that say where weights come from, or how to build for now.
 _OF_THE_CALL = frozenset(
     {
         'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir',
-        'scriptable', 'exportable', 'no_jit', 'device', 'dtype', 'upcycle', 'upcycling',
+        'scriptable', 'exportable', 'no_jit', 'device', 'dtype', *BEGINNING,
     }
 )  # fmt: skip
 # A model without a last norm: of timm's `VisionTransformer`, and of its `Eva`.

@@ -7,7 +7,7 @@ filter function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,29 @@ from .weight_files import (
 # every configuration with such a name as a model that it can load.
 HUB_NAME: str | None = None
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
+# Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
+_GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
 _ALLOWED = (
     "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
     f"'local-dir:FOLDER', or a file ({', '.join(SUFFIXES)})"
 )
 _logger = logging.getLogger(__name__)
+
+
+def check_one_source(arguments: Mapping[str, Any]) -> None:
+    """Refuses weights from two places: one would replace the other, and the report tell of one.
+
+    Args:
+        arguments: Of a model or of a task; those that name no weights are passed over.
+
+    Raises:
+        ValueError: Two of them name weights; names both.
+    """
+    names = [name for name in _GIVEN if arguments.get(name)]
+    if len(names) > 1:
+        first, second = names[:2]
+        allowed = f'{_GIVEN[first]} with {second}={arguments[second]!r}'
+        check(False, first, arguments[first], allowed)
 
 
 def upcycle_source(

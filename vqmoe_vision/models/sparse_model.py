@@ -28,7 +28,7 @@ from .complexity import count_params, describe_params
 from .feature_network import feature_network
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report
-from .upcycle import Upcycling, read_upcycling
+from .upcycle import BEGINNING, Upcycling, read_upcycling
 
 
 class SparseModel:
@@ -69,7 +69,7 @@ class SparseModel:
     def _model_args(self, args: dict[str, Any]) -> None:
         # a model that is built again for its saved weights does not start from others, and has no
         # option of a form that it was before
-        left_out = {'upcycle', 'upcycling', *self.moe_config.unused()}
+        left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
 
     @torch.jit.ignore

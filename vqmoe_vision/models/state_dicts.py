@@ -24,11 +24,13 @@ class Report:
 
     Attributes:
         loaded: Tensors of the model that are as in the checkpoint.
-        resized: Those that were fitted to other sizes: shapes before and after.
+        resized: Those that were fitted to other sizes: shapes before and after, which are equal for
+            positions of another grid of as many.
         copied: Tensors of experts, and those of a dense MLP that they were made of; and those of a
             frozen network that reads images, where it is a copy of a dense model.
         initialised: What the checkpoint has nothing for.
-        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for.
+        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for, or
+            that timm leaves out.
         outside: Of those that the model's part does not include: heads that it does not take, and
             what a run has beside its network.
         remarks: What is to say of the checkpoint as a whole, a line each.
@@ -61,6 +63,8 @@ class Report:
         notes = list(self.remarks)
         notes += [
             f'{name} resized from {before} to {after}'
+            if before != after
+            else f'{name} resized from another grid of as many positions, {before}'
             for name, (before, after) in self.resized.items()
         ]
         initialised = [name for name in self.initialised if not name.startswith(CLASSIFIERS)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models.eva import Eva
-from torch import nn
+from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
@@ -21,6 +21,7 @@ from .fitting import (
     fit_layers,
     fitted_stem,
     in_names_of,
+    left_out,
     rename_norm,
     resized_positions,
     strip_names,
@@ -159,7 +160,8 @@ def _fit_network(
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, image_sizes)
-    filtered = in_names_of(model, {**state, **positions})
+    filtered = in_names_of(model, {**state, **positions}, path)
+    dropped_by_timm = left_out(state, filtered)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
@@ -174,7 +176,7 @@ def _fit_network(
     resized = {
         name: (tuple(state[name].shape), tuple(value.shape))
         for name, value in result.items()
-        if name in state and state[name].shape != value.shape
+        if name in state and _is_fitted(name, state[name], value)
     }
     used = {*result, *copied.values()}
     return result, Report(
@@ -182,11 +184,17 @@ def _fit_network(
         resized=resized,
         copied=copied,
         initialised=tuple(k for k in expected if k not in result),
-        unused=tuple(k for k in filtered if k not in used),
+        unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
         remarks=(*remarks, *head),
         warnings=warnings,
     )
+
+
+def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
+    """Whether a tensor was resized; positions may be as many on another grid."""
+    other = name == 'pos_embed' and before.shape == after.shape and not before.equal(after)
+    return other or before.shape != after.shape
 
 
 def _fit_reader(

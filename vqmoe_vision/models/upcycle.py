@@ -21,6 +21,8 @@ from ..moe.config import check, check_type
 from ..moe.experts import Experts
 from .state_dicts import StateDict, shorten
 
+# Arguments of a model that say what its weights began as; no model is built again with them.
+BEGINNING = ('upcycle', 'upcycling')
 _PARTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 
 
@@ -75,6 +77,22 @@ def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
     for name, option in (value or {}).items():
         check(name in names, f'upcycling.{name}', option, f'the options are {", ".join(names)}')
     return Upcycling(**(value or {}))
+
+
+def refuse_unused(how: Upcycling, ways: str) -> None:
+    """Refuse options of experts that are made of a dense MLP where none are.
+
+    Args:
+        how: The options; the defaults say nothing that could be missed.
+        ways: How a user names weights of a dense model here.
+
+    Raises:
+        ValueError: They are not the defaults.
+    """
+    allowed = (
+        f'None, no dense weights are loaded to make experts of: {ways} would give it an effect'
+    )
+    check(how == Upcycling(), 'upcycling', how, allowed)
 
 
 def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:

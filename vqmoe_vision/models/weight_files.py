@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
+from .upcycle import BEGINNING
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
@@ -44,9 +46,9 @@ class Described:
 
     @classmethod
     def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
-        """Of what timm's functions return, without its place."""
+        """Of what timm's functions return, without its place and what its experts were made of."""
         kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN)}
-        return cls(kept, name, dict(arguments or {}))
+        return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
 
 
 def describe(source: str) -> Described:
@@ -128,7 +130,8 @@ def named_source(source: str) -> Iterator[None]:
         source: A file or a folder, whose checksums are compared, or anything else.
 
     Raises:
-        ValueError: In the place of what was raised. One that says itself what is wrong stays.
+        ValueError: In the place of what was raised. One that says itself what is wrong stays, and
+            so does a lack of memory.
     """
     # torch reads a file of any name
     local = source.endswith(SUFFIXES) or Path(source).exists()
@@ -137,13 +140,24 @@ def named_source(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # bytes and networks can fail in any way
-        if type(error) in _SAID:
+        if type(error) in _SAID or is_out_of_memory(error):  # the file may well be whole
             raise
         reason = next(iter(str(error).splitlines()), '') or type(error).__name__
         # torch's and timm's words for a file are advice to run the code in it, or no words at all
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
         raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was missing, whatever was to be done with it.
+
+    Args:
+        error: What was raised.
+    """
+    # what torch raises on the processor has no type of its own
+    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def unreadable(path: str) -> str:

@@ -11,7 +11,7 @@ from timm.layers import LayerNorm
 from torch import Tensor
 
 from vqmoe_vision.engine.start import start_model
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
@@ -50,8 +50,8 @@ class TimmViT(BaseModule):
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
-        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size`,
-            `pretrained` and `upcycling`.
+        **model_kwargs: Keyword arguments of `timm.create_model`, such as `img_size` and
+            `pretrained`; and `upcycling`, which a training refuses that starts from no weights.
 
     Raises:
         ValueError: The model or the blocks do not exist, the model is no vision transformer, or
@@ -119,5 +119,5 @@ def _create(
         raise ValueError(
             f"model_name={model_name!r} is not one of timm's VisionTransformers or Evas"
         )
-    model: Any = create_model(model_name, moe, extra_mlps, **arguments)
+    model: Any = create_to_start(model_name, moe, extra_mlps, **arguments)
     return model
