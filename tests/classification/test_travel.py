@@ -126,7 +126,9 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Pa
     folder, out = tmp_path / 'out', tmp_path / 'numbers.json'
     publish([str(trained), str(folder)])
     run_config = str(trained / 'tiny.py')
-    cli.test([run_config, str(folder), '--work-dir', str(tmp_path / 'test'), '--out', str(out)])
+    # two runs of one name that begin in one second share mmengine's logger
+    options = ['--out', str(out), '--cfg-options', f'experiment_name={tmp_path}']
+    cli.test([run_config, str(folder), '--work-dir', str(tmp_path / 'test'), *options])
     expected = json.loads((trained.parent / 'numbers.json').read_text())
     assert json.loads(out.read_text()) == pytest.approx(expected)
 
