@@ -1,12 +1,15 @@
 """Dispatch against two plain loops: outputs and every gradient, in every dtype and odd case."""
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
 from vqmoe_vision.moe import dispatch
-from vqmoe_vision.moe.kernels import grouped_linear, make_plan
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.kernels import KERNELS, grouped_linear, make_plan, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import SHAPES, TOLERANCES, assert_same, make_case, naive, run_and_backward
@@ -252,3 +255,27 @@ def test_equal_runs_give_equal_bits():
     first = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
     second = run_and_backward(dispatch.run_experts, experts, x, indices, weights)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Dispatched(torch.nn.Module):
+    """Experts by a routing, or each on as many rows."""
+
+    def __init__(self, evenly):
+        super().__init__()
+        self.experts, self.evenly = Experts(2, 8, 16), evenly
+
+    def forward(self, x):
+        if self.evenly:
+            return dispatch.run_experts_evenly(self.experts, x.unflatten(0, (2, -1)))
+        indices = torch.arange(len(x))[:, None] % 2
+        return dispatch.run_experts(self.experts, x, Routing(indices, indices.to(x.dtype)))
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('evenly', [False, True])
+def test_an_export_refuses_a_kernel_by_name(evenly, kernel):
+    export = partial(torch.export.export, Dispatched(evenly), (torch.randn(6, 8),), strict=False)
+    message = f"kernel='{kernel}' is not possible: leave use_kernel out, no kernel runs in a graph that is exported"
+    with use_kernel(kernel), pytest.raises(ValueError, match=message):
+        export()
+    export()
