@@ -100,7 +100,7 @@ def test_separate_experts_refuse_a_kernel_by_name(kernel):
     experts = Experts(2, 8, 16)
     experts.separate()
     rows, offsets = torch.randn(4, 8), torch.tensor([1, 4], dtype=torch.int32)
-    message = f"kernel='{kernel}' is not possible: leave use_kernel out, no kernel runs experts that are separate"
+    message = f"kernel='{kernel}' is not possible: leave use_kernel out, no kernel runs experts"
     with use_kernel(kernel), pytest.raises(ValueError, match=message):
         experts(rows, offsets)
     assert experts(rows, offsets).shape == (4, 8)
