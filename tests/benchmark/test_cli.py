@@ -244,6 +244,15 @@ def test_what_the_runner_adds_to_a_bare_step(tmp_path: Path, capsys) -> None:
     assert 'of processor time to a bare step of' in capsys.readouterr().out
 
 
+def test_a_bare_step_of_several_iterations_is_one_line() -> None:
+    config = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+    size = 'model.depth=2 model.embed_dim=12 train_dataloader.batch_size=4'
+    options = [*size.split(), 'optim_wrapper.accumulative_counts=2']
+    message = r'^error: optim_wrapper\.accumulative_counts=2 is not possible: 1 with --overhead'
+    with pytest.raises(SystemExit, match=message):
+        main(['training', str(config), '--overhead', '--threads', '1', '--cfg-options', *options])
+
+
 def test_debug_shows_the_trace() -> None:
     with pytest.raises(ValueError, match='nobody'):
         main(['moe', '--contenders', 'nobody', '--debug'])

@@ -11,15 +11,9 @@ from vqmoe_vision.moe.kernels import KERNELS, choice, grouped_linear, make_plan,
 from vqmoe_vision.moe.kernels import grouped_mm as grouped_mm_module
 from vqmoe_vision.moe.routing import Routing
 
-from .naive_experts import assert_same, make_case, naive, run_and_backward
+from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='torch 2.10 or later')
-# a few roundings of relative size 6e-8, 4e-3 and 5e-4, over sums of up to 140 products
-TOLERANCES = {
-    torch.float32: {'rtol': 1e-5, 'atol': 1e-5},
-    torch.bfloat16: {'rtol': 5e-2, 'atol': 5e-2},
-    torch.float16: {'rtol': 1e-2, 'atol': 1e-2},
-}
 
 
 def compare(case, dtype, kernel, kept=None, tokens=None):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vqmoe_vision.moe.config import check
+
 from .training import WARM_UP, Finished, measured_of, running, settings_of
 
 
@@ -27,9 +29,14 @@ class Pairs:
 
     Attributes:
         seconds: Processor time of all threads of each iteration, and of its bare step.
+
+    Raises:
+        ValueError: An optimizer's step is of several iterations, or the loss has a scale: a bare
+            step would do other work.
     """
 
     def __init__(self, runner: Any, iterations: int) -> None:
+        _check(runner.optim_wrapper)
         self.iterations = iterations
         self.seconds: list[tuple[float, float]] = []
         self._runner = runner
@@ -66,6 +73,16 @@ class Pairs:
         update_state(model.routed_model)
 
 
+def _check(wrapper: Any) -> None:
+    from vqmoe_vision.engine.optim import scales_loss
+
+    counts = wrapper._accumulative_counts
+    allowed = '1 with --overhead, whose bare step steps every time'
+    check(counts == 1, 'optim_wrapper.accumulative_counts', counts, allowed)
+    allowed = 'dict(enabled=False) with --overhead, whose bare step has none'
+    check(not scales_loss(wrapper), 'optim_wrapper.loss_scale', 'a loss scale', allowed)
+
+
 def _named(data: Any) -> dict[str, Any]:
     return data if isinstance(data, dict) else dict(zip(('inputs', 'targets'), data, strict=True))
 
@@ -83,7 +100,7 @@ def measure_overhead(config: str, options: Sequence[str], iterations: int) -> di
         steps, and `added_ms`, the quartiles of the differences of pairs.
 
     Raises:
-        ValueError: If training ends before that, or an option has no value.
+        ValueError: If training ends before that, an option has no value, or as `Pairs`.
         FileNotFoundError: If there is no such config.
     """
     found: list[Pairs] = []

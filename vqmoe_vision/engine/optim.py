@@ -32,6 +32,16 @@ class CpuAmpOptimWrapper(OptimWrapper):
             yield
 
 
+def scales_loss(wrapper: OptimWrapper) -> bool:
+    """Whether backward passes start from a loss that was multiplied by a scale.
+
+    Args:
+        wrapper: Of these, mmengine's `AmpOptimWrapper` may.
+    """
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    return scaler is not None and scaler.is_enabled()
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmOptimWrapperConstructor:
     """Builds an optimizer in which biases, norms and `no_weight_decay()` names do not decay.

@@ -26,6 +26,7 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
+from .optim import scales_loss
 from .process_group import Unwrapped, forget_wrapper
 from .processes import current
 from .routing import RoutingStatistics
@@ -84,10 +85,8 @@ def check_optim_wrapper(wrapper: Any) -> None:
     check(not mixes_experts(wrapper.optimizer), 'optim_wrapper.optimizer.type', name, allowed)
     by_norm = not wrapper.clip_grad_kwargs or wrapper.grad_name == 'grad_norm'
     check(by_norm, 'optim_wrapper.clip_grad.type', 'value', "'norm' beside parallel")
-    scaler = getattr(wrapper, 'loss_scaler', None)
-    scales = scaler is not None and scaler.is_enabled()
     allowed = f"{FIELD} goes without: use optim_wrapper.dtype='bfloat16'"
-    check(not scales, 'optim_wrapper.loss_scale', 'a loss scale', allowed)
+    check(not scales_loss(wrapper), 'optim_wrapper.loss_scale', 'a loss scale', allowed)
 
 
 @HOOKS.register_module()

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from . import standard_operators
 from .experts import Experts
-from .kernels import Plan, compute_dtype
+from .kernels import Plan, compute_dtype, refuse_named
 from .routing import Routing
+
+_EXPORTED = 'in a graph that is exported, its operators are those of every runtime'
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -35,6 +37,9 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
     Returns:
         (T, D) in the dtype that the experts compute in.
+
+    Raises:
+        ValueError: A kernel was named that does not run here.
     """
     flat = routing.indices
     if routing.kept is not None:
@@ -42,6 +47,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         flat = flat.masked_fill(~routing.kept, experts.num_experts)
     dtype = compute_dtype(x)
     if exporting():
+        refuse_named(_EXPORTED)
         return standard_operators.run_experts(experts, x.to(dtype), routing)
     plan = experts.plan(flat.reshape(-1), dtype)
     sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
@@ -58,8 +64,12 @@ def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
 
     Returns:
         (E, S, D).
+
+    Raises:
+        ValueError: As `run_experts`.
     """
     if exporting():
+        refuse_named(_EXPORTED)
         return standard_operators.run_experts_evenly(experts, rows)
     num_experts, per_expert, _ = rows.shape
     ends = torch.arange(1, num_experts + 1, device=rows.device, dtype=torch.int32) * per_expert

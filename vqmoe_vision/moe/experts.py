@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Plan, grouped_linear, make_plan, sorted_plan
+from .kernels import Plan, grouped_linear, make_plan, refuse_named, sorted_plan
 from .optimizer import track_stacked
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ class SeparateLinear(nn.ModuleList):
         Args:
             rows: (R, in_features).
             offsets: (E,) int32, ascending ends of the groups; rows past the last end give zero.
+
+        Raises:
+            ValueError: A kernel was named.
         """
+        refuse_named('experts that are separate linear layers, each computes its own rows')
         ends = [0, *offsets.tolist(), len(rows)]
         *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
         answers = [layer(group) for layer, group in zip(self, groups, strict=True) if len(group)]

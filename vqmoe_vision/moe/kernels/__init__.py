@@ -3,7 +3,7 @@
 Dispatch, experts and methods know plans and `grouped_linear` alone.
 """
 
-from .choice import KERNELS, compute_dtype, grouped_linear, make_plan, use_kernel
+from .choice import KERNELS, compute_dtype, grouped_linear, make_plan, refuse_named, use_kernel
 from .plan import Plan, sorted_plan
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     'compute_dtype',
     'grouped_linear',
     'make_plan',
+    'refuse_named',
     'sorted_plan',
     'use_kernel',
 ]

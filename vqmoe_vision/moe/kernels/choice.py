@@ -33,7 +33,7 @@ def use_kernel(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: There is no such kernel. Experts that it cannot run raise one when they are
-            called.
+            called, and so do those that no kernel runs: separate ones, and those of an export.
     """
     global _named
     check(name in KERNELS, 'kernel', name, f'one of {", ".join(KERNELS)}')
@@ -76,6 +76,18 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
     x, weight = x.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     return _chosen(x, weight).grouped_linear(x, weight, bias, offsets)
+
+
+def refuse_named(where: str) -> None:
+    """Refuse a kernel by name where experts are computed by none.
+
+    Args:
+        where: That is, and by what they are computed, in words.
+
+    Raises:
+        ValueError: One was named.
+    """
+    check(_named is None, 'kernel', _named, f'leave use_kernel out, no kernel runs {where}')
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

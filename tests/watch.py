@@ -1,0 +1,69 @@
+"""What would wait on a device in a training step, seen on the meta device.
+
+A tensor there has a shape and no numbers, so that whatever reads one back raises. What meta would
+hide is refused by name: operators that are not torch's, inside which nobody looks, and numbers of
+the host that an operator copies to the device, which on CUDA waits for all that was started before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NAMESPACES = ('aten', 'profiler')  # an optimizer marks its step for a profiler
+# pointwise operators pass a number of the host on to the device, but this one copies it
+COPIES = {torch.ops.aten.where.self}
+# an operator of ours, into which a test of its own looks
+LOOKED_INTO = torch.ops.vqmoe_vision.random_integers.default
+RAISED = (AssertionError, NotImplementedError, RuntimeError)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what would wait on a device without raising on meta."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func.namespace in NAMESPACES or func is LOOKED_INTO, f'{func} may read back inside'
+        answer = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, answer))
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+        assert len(devices) < 2 or self.may_copy(func, kwargs or {}), f'{func} copies from the host'
+        return answer
+
+    def may_copy(self, func: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an operator may see the host and the device."""
+        return torch.Tag.pointwise in func.tags and func not in COPIES
+
+
+# --- what has to be seen
+
+
+@torch.library.custom_op('tests_watch::opaque', mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """An operator inside which nobody looks."""
+    return x * float(x.sum())
+
+
+@opaque.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    'item': lambda x: x.sum().item(),
+    'bool': lambda x: bool(x.any()),
+    'int': lambda x: int(x.argmax()),
+    'cpu': lambda x: x.cpu(),
+    'mask': lambda x: x[x > 0],
+    'nonzero': lambda x: x.nonzero(),
+    'unique': lambda x: x.unique(),
+    'split': lambda x: x.split(x.long().flatten().tolist()),
+    'opaque': lambda x: opaque(x),
+    'number': lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
+    'copy': lambda x: torch.tensor([1.0]).to(x.device),
+    'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
+}
