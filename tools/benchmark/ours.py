@@ -128,7 +128,8 @@ def mean_load(counts: Iterable[Tensor]) -> float:
 def experts_grouped(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     """What `ours` times."""
     assert isinstance(module, Experts)
-    return [run_experts(module, batch.x.flatten(0, 1), Routing(batch.indices, batch.weights))]
+    routing = Routing(batch.indices, batch.weights, kept=batch.kept)
+    return [run_experts(module, batch.x.flatten(0, 1), routing)]
 
 
 def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
@@ -136,7 +137,8 @@ def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     assert isinstance(module, Experts)
     tokens = batch.x.flatten(0, 1)
     tokens = tokens.to(compute_dtype(tokens))
-    return [run_experts_loop(module, tokens, Routing(batch.indices, batch.weights))]
+    routing = Routing(batch.indices, batch.weights, kept=batch.kept)
+    return [run_experts_loop(module, tokens, routing)]
 
 
 class ExpertsLoop(nn.Module):
