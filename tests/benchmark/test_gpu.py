@@ -115,6 +115,15 @@ def test_a_kernel_that_fails_in_one_case_is_found(monkeypatch, case, wrong):
         assert re.fullmatch(message, row['result'])
 
 
+@pytest.mark.parametrize('message', ['x is not possible: 1', 'sizes differ'])
+def test_a_value_error_of_a_kernel_is_no_refusal_of_a_dtype(monkeypatch, message):
+    def fails(*args):
+        raise ValueError(message)
+
+    replaced(monkeypatch, fails)
+    assert len(failures()) == (len(DTYPES) + 2) * len(gpu.CASES)
+
+
 def test_a_kernel_that_is_wrong_under_autocast_alone_is_found(monkeypatch):
     right = replaced(
         monkeypatch,
