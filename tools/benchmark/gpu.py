@@ -19,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import vqmoe_vision
@@ -29,7 +30,7 @@ from .cells import DTYPES, Cell, Settings
 from .inputs import Batch, Inputs
 from .networks import Comparison, Network
 from .oracle import check_against_oracle
-from .ours import ours
+from .ours import experts_grouped, experts_loop, ours
 from .report import write
 from .training import Finished, running, settings_of
 
@@ -81,8 +82,11 @@ def _rows_of_kernels(cell: Cell, settings: Settings) -> list[dict[str, Any]]:
     for (case, change), kernel in product(CASES.items(), KERNELS):
         with outcome('equal', kernel=kernel, dtype=_dtype_of(cell), case=case) as row:
             try:
+                batch, kept = change(inputs.batch(0))
+                contender.forward = partial(experts_grouped, kept=kept)
+                contender.oracle = partial(experts_loop, kept=kept)
                 with use_kernel(kernel):
-                    check_against_oracle(contender, change(inputs.batch(0)), cell, settings)
+                    check_against_oracle(contender, batch, cell, settings)
             except ValueError as reason:
                 # a kernel that does not take a dtype says so, and is not wrong
                 if not str(reason).startswith(f'kernel={kernel!r} is not possible'):
@@ -92,26 +96,31 @@ def _rows_of_kernels(cell: Cell, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _without_some_experts(batch: Batch) -> Batch:
+# a batch, and which of its assignments are computed; None for all
+Case = tuple[Batch, Tensor | None]
+
+
+def _without_some_experts(batch: Batch) -> Case:
     """The first expert, one between others and the last get no rows; there are eight."""
     empty = torch.tensor([0, 4, 7], device=batch.indices.device)
-    return replace(batch, indices=batch.indices.masked_fill(torch.isin(batch.indices, empty), 1))
+    indices = batch.indices.masked_fill(torch.isin(batch.indices, empty), 1)
+    return replace(batch, indices=indices), None
 
 
-def _with_dropped(batch: Batch, every: int) -> Batch:
+def _with_dropped(batch: Batch, every: int) -> Case:
     """One assignment in `every` is not computed."""
     numbers = torch.arange(batch.indices.numel(), device=batch.indices.device)
-    return replace(batch, kept=(numbers % every > 0).view_as(batch.indices))
+    return batch, (numbers % every > 0).view_as(batch.indices)
 
 
-def _without_tokens(batch: Batch) -> Batch:
+def _without_tokens(batch: Batch) -> Case:
     x, weights = (t.detach()[:0].requires_grad_() for t in (batch.x, batch.weights))
-    return replace(batch, x=x, weights=weights, indices=batch.indices[:0])
+    return replace(batch, x=x, weights=weights, indices=batch.indices[:0]), None
 
 
 # what a routing may bring, from a batch that has none of it
-CASES: dict[str, Callable[[Batch], Batch]] = {
-    'every expert has rows': lambda batch: batch,
+CASES: dict[str, Callable[[Batch], Case]] = {
+    'every expert has rows': lambda batch: (batch, None),
     'experts without rows': _without_some_experts,
     'dropped rows': partial(_with_dropped, every=3),
     'all rows dropped': partial(_with_dropped, every=1),

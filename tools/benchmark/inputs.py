@@ -8,7 +8,7 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,19 +27,17 @@ class Batch:
         indices: (T, K) int64 in [0, E).
         weights: (T, K) float32, a leaf.
         images: Pixels behind the tokens, (B, 3, PATCH, PATCH * N), for methods that look at them.
-        kept: (T, K) bool, whether an assignment is computed; None for all.
     """
 
     x: Tensor
     indices: Tensor
     weights: Tensor
     images: Tensor
-    kept: Tensor | None = None
 
     def double(self) -> Batch:
         """The same in float64, new leaves."""
         x, weights = (t.detach().double().requires_grad_() for t in (self.x, self.weights))
-        return replace(self, x=x, weights=weights)
+        return Batch(x, self.indices, weights, self.images)
 
     def clear(self) -> None:
         """Forget gradients."""
