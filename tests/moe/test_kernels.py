@@ -1,5 +1,7 @@
 """Every kernel against plain loops, on CPU tensors, and the one place that chooses one."""
 
+import re
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,12 +10,17 @@ from hypothesis import given, settings
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import KERNELS, choice, grouped_linear, make_plan, use_kernel
-from vqmoe_vision.moe.kernels import grouped_mm as grouped_mm_module
 from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
 
-pytestmark = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='torch 2.10 or later')
+needs_grouped_mm = pytest.mark.skipif(
+    not hasattr(F, 'grouped_mm'), reason='grouped_mm needs torch 2.10 or later'
+)
+EVERY_KERNEL = [
+    pytest.param(name, marks=needs_grouped_mm if kernel is KERNELS['grouped_mm'] else ())
+    for name, kernel in KERNELS.items()
+]
 
 
 def compare(case, dtype, kernel, kept=None, tokens=None):
@@ -30,7 +37,7 @@ def compare(case, dtype, kernel, kept=None, tokens=None):
     assert_same(found, expected, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', EVERY_KERNEL)
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -50,7 +57,7 @@ def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias,
     compare(case, dtype, kernel, kept)
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', EVERY_KERNEL)
 def test_experts_without_tokens_and_tokens_without_experts(kernel):
     case = make_case(9, 5, 2, 8, 16, bias=True)
     case[2][:] = torch.tensor([3, 1])  # experts 0, 2 and 4 have none
@@ -59,7 +66,46 @@ def test_experts_without_tokens_and_tokens_without_experts(kernel):
     compare(case, torch.float32, kernel, kept)
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@needs_grouped_mm
+@pytest.mark.parametrize('bias', [True, False])
+def test_what_a_card_leaves_undefined_is_read_by_nobody(monkeypatch, bias):
+    """A CPU fills with zeros what CUDA promises nothing of, and so hides who reads it."""
+    exact, calls = F.grouped_mm, []
+
+    def as_on_a_card(a, b, *, offs):
+        result = exact(a, b, offs=offs)
+        calls.append(result.ndim)
+        if result.ndim == 2:
+            result[offs[-1] :] = torch.nan  # rows past the last end
+        else:
+            result[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan  # groups without rows
+        return result
+
+    monkeypatch.setattr(F, 'grouped_mm', as_on_a_card)
+    case = make_case(9, 5, 2, 8, 16, bias)
+    case[2][:] = torch.tensor([3, 1])  # experts 0, 2 and 4 have none
+    kept = torch.ones(9, 2, dtype=torch.bool)
+    kept[4:] = False
+    compare(case, torch.float32, 'grouped_mm', kept)
+    # two layers: answers and gradients of rows, of weights, and of biases as a product with ones
+    assert (calls.count(2), calls.count(3)) == (4, 4 if bias else 2)
+
+
+@pytest.mark.parametrize('kernel', EVERY_KERNEL)
+@pytest.mark.parametrize('expanded', [True, False])
+def test_no_rows_at_all(kernel, expanded):
+    """A process of expert parallelism may get none, and a sum gives an expanded gradient."""
+    x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((0, 8), (2, 4, 8), (2, 4)))
+    rows = x[:, :1].expand(0, 8) if expanded else x
+    with use_kernel(kernel):
+        out = grouped_linear(rows, weight, bias, torch.zeros(2, dtype=torch.int32))
+        assert out.shape == (0, 4)
+        out.backward(out.new_ones(()).expand(0, 4) if expanded else torch.ones(0, 4))
+    for leaf in (x, weight, bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize('kernel', EVERY_KERNEL)
 def test_a_token_that_is_not_finite_spoils_only_its_own_expert(kernel):
     experts, x, indices, weights = make_case(30, 4, 1, 8, 16, bias=True)
     x[0] = torch.inf
@@ -72,7 +118,7 @@ def test_a_token_that_is_not_finite_spoils_only_its_own_expert(kernel):
     assert found['x'][1:].isfinite().all() and found['out'][1:].isfinite().all()
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', EVERY_KERNEL)
 def test_a_gradient_that_is_one_expanded_number(kernel):
     x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((6, 8), (2, 4, 8), (2, 4)))
     with use_kernel(kernel):
@@ -82,6 +128,7 @@ def test_a_gradient_that_is_one_expanded_number(kernel):
     assert x.grad[:, 0].tolist() == [4, 4, 4, 4, 4, 0]
 
 
+@needs_grouped_mm
 @pytest.mark.parametrize('wanted', [(), ('fc1.bias',), ('fc2.weight',)], ids=str)
 def test_grouped_mm_computes_no_gradient_that_nobody_wants(wanted):
     case = make_case(12, 4, 2, 8, 16, bias=True)
@@ -95,6 +142,7 @@ def test_grouped_mm_computes_no_gradient_that_nobody_wants(wanted):
     }
 
 
+@needs_grouped_mm
 @pytest.mark.parametrize('bias', [True, False])
 def test_grouped_mm_reads_nothing_back(bias):
     """The meta device has no data: a step that asks for some fails."""
@@ -113,6 +161,7 @@ def test_grouped_mm_reads_nothing_back(bias):
             dispatch.run_experts(experts, x, routing)
 
 
+@needs_grouped_mm
 def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     x, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
     assert choice._chosen(x, weight) is KERNELS['batched']
@@ -128,6 +177,9 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     assert choice._chosen(OnCard(x), OnCard(odd)) is KERNELS['batched']
     for dtype in (torch.float32, torch.float16, torch.float64):
         assert choice._chosen(OnCard(x.to(dtype)), OnCard(weight)) is KERNELS['batched']
+    monkeypatch.setattr(torch.version, 'hip', '6.4')  # its cards report the same capability
+    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
+    monkeypatch.setattr(torch.version, 'hip', None)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
 
@@ -149,6 +201,7 @@ def test_a_kernel_by_name_is_for_its_block_alone():
     assert lengths[0] == lengths[1] == lengths[3] > lengths[2] == 83
 
 
+@needs_grouped_mm
 @pytest.mark.parametrize(
     ('dtype', 'width', 'message'),
     [
@@ -164,7 +217,7 @@ def test_a_kernel_that_cannot_run_is_one_line(dtype, width, message):
 
 
 def test_a_torch_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.delattr(grouped_mm_module.F, 'grouped_mm')
+    monkeypatch.delattr(F, 'grouped_mm', raising=False)
     x, weight = torch.zeros(4, 8), torch.zeros(2, 8, 8)
     with (
         use_kernel('grouped_mm'),
@@ -173,13 +226,14 @@ def test_a_torch_that_is_too_old_is_named(monkeypatch):
         grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
 
 
-def test_a_kernel_that_does_not_exist():
-    message = r"kernel='triton' .*one of reference, batched"
-    with pytest.raises(ValueError, match=message), use_kernel('triton'):
+@pytest.mark.parametrize('name', ['triton', ['batched'], None], ids=str)
+def test_a_kernel_that_does_not_exist(name):
+    message = rf'^kernel={re.escape(repr(name))} .*one of reference, batched'
+    with pytest.raises(ValueError, match=message), use_kernel(name):
         pass
 
 
-@pytest.mark.parametrize('kernel', ['batched', 'grouped_mm'])
+@pytest.mark.parametrize('kernel', ['batched', pytest.param('grouped_mm', marks=needs_grouped_mm)])
 def test_one_graph_for_every_routing(kernel):
     torch._dynamo.reset()
     experts, x, indices, weights = make_case(16, 4, 2, 8, 16, bias=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -19,7 +19,7 @@ from .data import run_data
 from .environment import describe_machine, restart_prepared
 from .exported import Exports, default_models, export_columns, measure_exports
 from .gates import judge
-from .gpu import check_configs, check_kernels, check_methods
+from .gpu import check_configs, check_kernels, check_methods, run_stages
 from .layers import DROPPING, choose, measure_layer
 from .networks import MODES, Comparison, measure_networks
 from .options import make_parser
@@ -289,17 +289,17 @@ def _run_gpu(args: argparse.Namespace) -> bool:
     settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
     run: dict[str, Any] = {'command': 'gpu', 'header': describe_machine(settings.device)}
     print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
-    run['kernels'], run['steps'] = check_kernels(settings), check_methods(settings)
-    run['steps'] += check_configs(settings)
-    for row in (*run['kernels'], *run['steps']):
-        print(*row.values(), sep='  ', flush=True)
-    run['layers'], _ = _run_layers(layers, settings)
-    run['networks'], _ = _run_models(networks, settings)
-    write(args.out, run)
+    stages: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        'kernels': lambda: check_kernels(settings),
+        'methods': lambda: check_methods(settings),
+        'configs': lambda: check_configs(settings),
+        'layers': lambda: _run_layers(layers, settings)[0],
+        'networks': lambda: _run_models(networks, settings)[0],
+    }
+    run_stages(run, stages, args.out)
     print(f'wrote {args.out}')
-    wrong = [row for row in (*run['kernels'], *run['steps']) if not row['ok']]
-    print(*(f'failed: {" ".join(map(str, row.values()))}' for row in wrong), sep='\n')
-    return _judged(run['layers'], layers, args) and not wrong
+    print(*(f'failed: {" ".join(map(str, row.values()))}' for row in run['failed']), sep='\n')
+    return _judged(run['layers'], layers, args) and not run['failed']
 
 
 def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:

@@ -125,18 +125,22 @@ def mean_load(counts: Iterable[Tensor]) -> float:
     return statistics.mean((c.max() / c.double().mean()).item() for c in counts)
 
 
-def experts_grouped(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+def experts_grouped(
+    module: nn.Module, batch: Batch, kept: Tensor | None = None
+) -> Sequence[Tensor]:
     """What `ours` times."""
     assert isinstance(module, Experts)
-    return [run_experts(module, batch.x.flatten(0, 1), Routing(batch.indices, batch.weights))]
+    routing = Routing(batch.indices, batch.weights, kept=kept)
+    return [run_experts(module, batch.x.flatten(0, 1), routing)]
 
 
-def experts_loop(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
+def experts_loop(module: nn.Module, batch: Batch, kept: Tensor | None = None) -> Sequence[Tensor]:
     """What `loop` times, and the oracle of `ours`."""
     assert isinstance(module, Experts)
     tokens = batch.x.flatten(0, 1)
     tokens = tokens.to(compute_dtype(tokens))
-    return [run_experts_loop(module, tokens, Routing(batch.indices, batch.weights))]
+    routing = Routing(batch.indices, batch.weights, kept=kept)
+    return [run_experts_loop(module, tokens, routing)]
 
 
 class ExpertsLoop(nn.Module):

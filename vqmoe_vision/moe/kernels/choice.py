@@ -36,7 +36,7 @@ def use_kernel(name: str) -> Iterator[None]:
             called, and so do those that no kernel runs: separate ones, and those of an export.
     """
     global _named
-    check(name in KERNELS, 'kernel', name, f'one of {", ".join(KERNELS)}')
+    check(name in tuple(KERNELS), 'kernel', name, f'one of {", ".join(KERNELS)}')
     before, _named = _named, name
     try:
         yield

@@ -48,13 +48,26 @@ def is_fast(x: Tensor, weight: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_kernel(device: int) -> bool:
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    # ROCm reports compute capability 9 too, for cards on which this was never tried
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
     return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
+
+
+def _product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """`F.grouped_mm`, which is not asked for a product of no rows.
+
+    It refuses the strides of an expanded tensor, which `contiguous()` keeps where there are no
+    numbers to copy, and nothing says what its kernel does with no rows.
+    """
+    if a.numel() > 0:
+        return F.grouped_mm(a, b, offs=offsets)
+    rows = a.shape[:1] if b.ndim == 3 else (offsets.shape[0], a.shape[0])
+    return a.new_zeros(*rows, b.shape[-1])
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -69,7 +82,7 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         past = (experts == weight.shape[0])[:, None]
         ctx.save_for_backward(x, weight, offsets, past)
-        out = F.grouped_mm(x, weight.mT, offs=offsets)
+        out = _product(x, weight.mT, offsets)
         if bias is not None:
             out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
         return out.masked_fill_(past, 0)
@@ -84,15 +97,15 @@ class _GroupedLinear(torch.autograd.Function):
         empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = F.grouped_mm(grad, weight, offs=offsets).masked_fill_(past, 0)
+            grad_x = _product(grad, weight, offsets).masked_fill_(past, 0)
         if wants_weight:
-            grad_weight = F.grouped_mm(grad.mT, x, offs=offsets)
+            grad_weight = _product(grad.mT, x, offsets)
             grad_weight.masked_fill_(empty[:, None, None], 0)
         if wants_bias:
             # a product with ones sums each group alone, in float32 and in a fixed order, which
             # adding rows to their experts would not
             ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
-            sums = F.grouped_mm(ones.mT, grad, offs=offsets)[:, 0]
+            sums = _product(ones.mT, grad, offsets)[:, 0]
             grad_bias = sums.masked_fill(empty[:, None], 0)
         return grad_x, grad_weight, grad_bias, None, None
 

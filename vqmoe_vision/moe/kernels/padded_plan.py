@@ -34,7 +34,7 @@ _RUNS, _LOW_RUNS, _AMX_RUNS = (_ALL, 2), (2,), (_ALL,)
 # it one thread loses nothing.
 _SPARE, _SPARE_ALONE, _AMX_SPARE = 32, 0, 50
 # With AMX and several threads one row more in so many.
-_AMX_SHARE = 6
+_AMX_SHARE = 12
 # At most one row in so many, which bounds the length of a compiled plan.
 _MOST_SPARE = 4
 
