@@ -51,7 +51,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / 'run'
     cli.train([str(folder / 'tiny.py'), '--work-dir', str(run)])
     test = [str(run / 'tiny.py'), str(run / 'epoch_1.pth'), '--work-dir', str(folder / 'test')]
-    cli.test([*test, '--out', str(folder / 'numbers.json')])
+    # two runs of one name that begin in one second share what mmengine keeps by name
+    options = ['--cfg-options', f'experiment_name=test {folder}']
+    cli.test([*test, '--out', str(folder / 'numbers.json'), *options])
     return run
 
 
@@ -126,7 +128,6 @@ def test_timms_files_are_tested_as_the_checkpoint_is(trained: Path, tmp_path: Pa
     folder, out = tmp_path / 'out', tmp_path / 'numbers.json'
     publish([str(trained), str(folder)])
     run_config = str(trained / 'tiny.py')
-    # two runs of one name that begin in one second share mmengine's logger
     options = ['--out', str(out), '--cfg-options', f'experiment_name={tmp_path}']
     cli.test([run_config, str(folder), '--work-dir', str(tmp_path / 'test'), *options])
     expected = json.loads((trained.parent / 'numbers.json').read_text())
