@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,14 @@ def test_mmsegs_own_data_set(tmp_path: Path) -> None:
     assert (predictor.palette == checked.palette).all()
 
 
+_NUMBERS = count()
+
+
 def refused(config: str, *options: str) -> str:
     """The line that training ends with."""
-    changed = ['--cfg-options', *options] if options else []
+    named = f'experiment_name=refused {next(_NUMBERS)}'  # several start within a second
     with pytest.raises(SystemExit) as caught:
-        cli.train([config, '--work-dir', f'{config}.w', *changed])
+        cli.train([config, '--work-dir', f'{config}.w', '--cfg-options', named, *options])
     line = str(caught.value)
     assert line.startswith('error: ') and '\n' not in line
     return line
