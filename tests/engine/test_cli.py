@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Work dir of an uninterrupted run of two epochs."""
     folder = tmp_path_factory.mktemp('trained')
     path = folder / 'tiny.py'
-    path.write_text(TINY.replace('NAME', repr('trained')))
+    path.write_text(TINY.replace('NAME', repr(f'trained {folder}')))
     train([str(path), '--work-dir', str(folder / 'run')])
     return folder / 'run'
 
