@@ -127,13 +127,12 @@ def deciding(name: str, cell: Cell, settings: Settings) -> list[Any]:
         settings: The run, by whose rounds and threads.
     """
     inputs, own = Inputs(cell, settings.device), getattr(padded_plan, name)
+    routings = [inputs.batch(i).indices.flatten() for i in range(settings.repeats)]
 
     def ends(value: Any) -> list[list[int]]:
-        indices = [inputs.batch(i).indices.flatten() for i in range(settings.repeats)]
         with changed(name, value):
-            return [
-                make_plan(i, cell.experts, cell.compute_dtype).offsets.tolist() for i in indices
-            ]
+            plans = [make_plan(r, cell.experts, cell.compute_dtype) for r in routings]
+        return [plan.offsets.tolist() for plan in plans]
 
     in_use = ends(own)
     return [v for v in CONSTANTS[name].values if v != own and ends(v) != in_use]
