@@ -88,6 +88,15 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
             load_exported(tmp_path / name)
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_a_program_of_every_method_loads_again(method: str, tmp_path: Path) -> None:
+    """torch checks a program when it is loaded, and what it wrote itself need not pass."""
+    model = make(method, **SMALL).eval()
+    run = load_exported(save_program(model, tmp_path / 'model.pt2'), threads=1)
+    for difference in differences(model, run, (1, 4)):
+        assert difference.largest < 2e-6  # the same operators, in another order
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_leaves(variant: str, tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ class Quantized:
     error: Tensor
 
 
-@torch.no_grad()
 def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     """Index of the code with the smallest Euclidean distance; the first of equals.
 
@@ -58,6 +57,8 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     Returns:
         (T,) int64.
     """
+    # not `no_grad`: where it ends a region without autocast, a saved program loads no more
+    x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
     return (codes.square().sum(dim=1) - 2 * F.linear(x, codes)).argmin(dim=1)
 
