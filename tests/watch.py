@@ -113,6 +113,6 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'made of an array': lambda x: torch.asarray(np.ones(2), device=x.device),
     'made alike': lambda x: x.new_tensor([1.0]),
     'indexed by a list': lambda x: x[..., [0, 1]],
-    'set by a list': lambda x: x.__setitem__([0, 1], 1.0),
+    'set by a list': lambda x: x.clone().__setitem__([0], x[:1]),
     'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
 }
