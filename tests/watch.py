@@ -3,13 +3,17 @@
 A tensor there has a shape and no numbers, so that whatever reads one back raises. What meta would
 hide is refused by name: operators that are not torch's, inside which nobody looks, and numbers of
 the host that an operator copies to the device, which on CUDA waits for all that was started before.
+Numbers of Python become a tensor of the device, or an index into one, before an operator is called:
+functions are watched for these.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,10 +23,49 @@ COPIES = {torch.ops.aten.where.self}
 # an operator of ours, into which a test of its own looks
 LOOKED_INTO = torch.ops.vqmoe_vision.random_integers.default
 RAISED = (AssertionError, NotImplementedError, RuntimeError)
+# what makes a tensor of numbers, with the place of the numbers among its arguments
+MAKERS: dict[Callable, int] = {
+    torch.tensor: 0,
+    torch.as_tensor: 0,
+    torch.asarray: 0,
+    Tensor.new_tensor: 1,
+}
+INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
+
+class WatchPython(TorchFunctionMode):
+    """Refuses numbers of Python that are copied to a device: meta has no copy of them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        if func in MAKERS:
+            given = tree_leaves((args[MAKERS[func] :], kwargs))
+            copies = not any(isinstance(leaf, Tensor) for leaf in given)
+            told = f'{func.__name__} copies from the host'
+            assert answer.device.type == 'cpu' or not copies, told
+        elif func in INDEXING:
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            copies = any(isinstance(part, list) for part in parts)
+            assert args[0].device.type == 'cpu' or not copies, f'{func.__name__} copies its index'
+        return answer
 
 
 class Watch(TorchDispatchMode):
     """Refuses what would wait on a device without raising on meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._python = WatchPython()
+
+    def __enter__(self) -> 'Watch':
+        self._python.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._python.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -65,5 +108,11 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'opaque': lambda x: opaque(x),
     'number': lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
     'copy': lambda x: torch.tensor([1.0]).to(x.device),
+    'made of a list': lambda x: torch.tensor([1.0], device=x.device),
+    'made of a number': lambda x: torch.as_tensor(1.0, device=x.device),
+    'made of an array': lambda x: torch.asarray(np.ones(2), device=x.device),
+    'made alike': lambda x: x.new_tensor([1.0]),
+    'indexed by a list': lambda x: x[..., [0, 1]],
+    'set by a list': lambda x: x.clone().__setitem__([0], x[:1]),
     'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
 }

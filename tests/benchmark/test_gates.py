@@ -2,8 +2,9 @@
 
 from benchmark.gates import Gate, judge
 from benchmark.methods import LAYERS
+from benchmark.model_presets import MODEL_PRESETS
 from benchmark.networks import parse_model
-from benchmark.presets import LAYER_PRESETS, MODEL_PRESETS, Preset, ci_preset
+from benchmark.presets import LAYER_PRESETS, Preset, ci_preset
 from vqmoe_vision.moe import METHODS
 
 CELL = {

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from benchmark.cells import Settings
-from benchmark.networks import Comparison, Network, check_against_loops
+from benchmark.networks import MOST_CHECKED, Comparison, Network, check_against_loops
 from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import Experts
 
 
-def network(method: str) -> Network:
+def network(method: str, batch: int = 2) -> Network:
     tiny = 'depth=2,embed_dim=24,num_heads=2,num_experts=4'
-    comparison = Comparison(models=(), batch=2, img_size=32)
-    return Network(f'vit_tiny_{method},{tiny}', comparison, Settings(), False)
+    comparison = Comparison(models=(), batch=batch, img_size=32)
+    return Network(f'vit_tiny_{method},{tiny}', comparison, Settings())
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -31,3 +32,24 @@ def test_a_wrong_backend_is_not_timed(method: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Experts, 'forward', wrong)
     with pytest.raises(WrongResultError, match='differs from the plain loop; not timed'):
         check_against_loops(network(method))
+
+
+def test_of_many_images_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, right = set(), VisionTransformer.forward
+
+    def forward(self: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        return right(self, x)
+
+    monkeypatch.setattr(VisionTransformer, 'forward', forward)
+    check_against_loops(network('smoe', MOST_CHECKED + 1))
+    assert seen == {MOST_CHECKED}
+
+
+def test_a_compiled_network_trains_the_weights_of_the_eager_one() -> None:
+    eager = network('smoe')
+    compiled = eager.compiled()
+    assert compiled.model is eager.model and compiled.optimizer is eager.optimizer
+    assert compiled.name == f'{eager.name}+compiled' != eager.name
+    assert isinstance(compiled.call, torch._dynamo.OptimizedModule)
+    assert eager.call is eager.model

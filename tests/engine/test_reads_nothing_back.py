@@ -6,6 +6,7 @@ would hide `Watch` refuses, but for the batch on its way to the device.
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,72 @@ from vqmoe_vision.moe import METHODS, use_kernel
 from ..rows import CONFIGS
 from ..watch import RAISED, READS, Watch
 
-# field of the timm model, the config, and the module that computes the loss
+DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+IMAGENET = 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
+SMALL = {'depth': 2, 'embed_dim': 16, 'num_heads': 2, 'patch_size': 8}
+SIZE = 48  # of the images, in pixels
+LOADER = {'batch_size': 4, 'num_workers': 0, 'persistent_workers': False}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A config that is trained, small.
+
+    Args:
+        leaf: The config.
+        loss: Module that computes a loss.
+        data: Config whose images it sees: they come with a library.
+        options: Fields and values, over those of every task.
+    """
+
+    leaf: str
+    loss: str
+    data: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """Field of the timm model."""
+        return 'model' if self.data == DIGITS else 'model.backbone'
+
+    def options_of(self, model_name: str, moe: dict[str, Any] | None) -> dict[str, Any]:
+        """Those of a small model for the images and classes of the data."""
+        classifies = self.data == DIGITS
+        size = SIZE if classifies else (SIZE, SIZE)
+        shape = {**SMALL, 'img_size': size, 'model_name': model_name, 'moe': moe}
+        of_data = {'num_classes': 10}
+        if not classifies:
+            of_data = {'decode_head.num_classes': 11, 'data_preprocessor.size': size}
+        return {
+            **{f'{self.model}.{name}': value for name, value in shape.items()},
+            **{f'model.{name}': value for name, value in of_data.items()},
+            **self.options,
+        }
+
+
 TASKS = {
-    'classification': (
-        'model',
-        'classification/digits/demo/vit_tiny_vqmoe_demo.py',
-        'criterion',
+    'classification': Task(DIGITS, 'criterion', DIGITS),
+    # ImageNet's config draws one or the other in each step
+    'mixup': Task(IMAGENET, 'criterion', DIGITS, {'model.mixup.switch_prob': 0.0}),
+    'cutmix': Task(IMAGENET, 'criterion', DIGITS, {'model.mixup.switch_prob': 1.0}),
+    'fine-tuning': Task(
+        'classification/finetune/cifar10_32.py', 'criterion', DIGITS, {'model.pretrained': False}
     ),
-    'segmentation': (
-        'model.backbone',
-        'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
-        'decode_head.loss_decode',
+    'segmentation': Task(SCENES, 'decode_head.loss_decode', SCENES),
+    'linear': Task(
+        'segmentation/ade20k/segmenter_linear_ade20k.py', 'decode_head.loss_decode', SCENES
+    ),
+    'upernet': Task(
+        'segmentation/ade20k/upernet_ade20k.py',
+        'auxiliary_head.loss_decode',
+        SCENES,
+        {
+            'model.backbone.depth': 4,
+            'model.backbone.out_indices': (0, 1, 2, 3),
+            'model.decode_head.channels': 16,
+            'model.auxiliary_head.channels': 16,
+        },
     ),
 }
 # what comparisons add; a line of the log is due after ten steps or more
@@ -100,28 +156,32 @@ class OnMeta(Hook):
             raise Done
 
 
-def runner_of(folder: Path, task: str, method: str) -> Runner:
-    field, leaf, _ = TASKS[task]
-    sizes = {'depth': 2, 'embed_dim': 16, 'num_heads': 2, 'model_name': f'vit_tiny_{method}'}
-    options = {f'{field}.{name}': value for name, value in sizes.items()}
-    loader = {'batch_size': 4, 'num_workers': 0, 'persistent_workers': False}
-    options |= {f'train_dataloader.{name}': value for name, value in loader.items()}
-    if task == 'segmentation':
-        options['train_dataloader.dataset.num_scenes'] = 16
+def runner_of(folder: Path, name: str, method: str) -> Runner:
+    task, moe = TASKS[name], {'_delete_': True, 'preset': 'matched'}
+    features = {}
     if METHODS[method].needs_features:
-        options[f'{field}.moe'] = {'num_clusters': 4}
-        options[f'{field}.features'] = dense_checkpoint(folder, str(CONFIGS / leaf), field, options)
-    config = load_config(str(CONFIGS / leaf), {**options, **HOOKS})
-    for name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
-        config[name] = None
+        moe['num_clusters'] = 4
+        features = {f'{task.model}.features': dense_checkpoint(folder, task)}
+    options = task.options_of(f'vit_tiny_{method}', moe)
+    config = load_config(str(CONFIGS / task.leaf), {**options, **features, **HOOKS})
+    config.train_dataloader = loader_of(task)
+    for field_name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
+        config[field_name] = None
     config.work_dir, config.experiment_name = str(folder), folder.name
     return Runner.from_cfg(config)
 
 
-def dense_checkpoint(folder: Path, leaf: str, field: str, options: dict[str, Any]) -> str:
+def loader_of(task: Task) -> Any:
+    options = {f'train_dataloader.{key}': value for key, value in LOADER.items()}
+    if task.data == SCENES:
+        options['train_dataloader.dataset.num_scenes'] = 16
+    return load_config(str(CONFIGS / task.data), options).train_dataloader
+
+
+def dense_checkpoint(folder: Path, task: Task) -> str:
     """The weights of a dense model of the same shape, by whose features images are clustered."""
-    dense = {f'{field}.model_name': 'vit_tiny_patch16_224', f'{field}.moe': None}
-    config = load_config(leaf, {**options, **dense})
+    dense = task.options_of('vit_tiny_patch16_224', None)
+    config = load_config(str(CONFIGS / task.leaf), dense)
     with scope_of(config):
         state = MODELS.build(config.model).state_dict()
     torch.save({'state_dict': state}, folder / 'dense.pth')
@@ -150,7 +210,7 @@ def test_a_training_step_reads_nothing_back(tmp_path: Path, task: str, method: s
 @pytest.mark.parametrize('task', TASKS)
 def test_one_value_that_is_read_is_found(tmp_path: Path, task: str) -> None:
     runner = runner_of(tmp_path, task, 'smoe')
-    loss = unwrapped(runner).get_submodule(TASKS[task][2])
+    loss = unwrapped(runner).get_submodule(TASKS[task].loss)
     loss.register_forward_hook(lambda module, given, value: value * (value.item() < 9))
     with pytest.raises(RuntimeError, match=r'item\(\) cannot be called on meta'):
         train(runner)
@@ -188,5 +248,14 @@ def test_a_read_in_a_hook_is_found(tmp_path: Path, moment: str, read: Callable) 
 def test_a_batch_that_is_waited_for_is_found(tmp_path: Path, task: str) -> None:
     runner = runner_of(tmp_path, task, 'smoe')
     runner.model.data_preprocessor._non_blocking = False
+    with pytest.raises(AssertionError, match=r'_to_copy\.default copies from the host'):
+        train(runner)
+
+
+@pytest.mark.parametrize('task', ['mixup', 'cutmix'])
+@pytest.mark.parametrize('mode', ['elem', 'pair'])
+def test_mixing_image_by_image_copies_and_is_found(tmp_path: Path, task: str, mode: str) -> None:
+    runner = runner_of(tmp_path, task, 'smoe')
+    unwrapped(runner).mixup.mode = mode
     with pytest.raises(AssertionError, match=r'_to_copy\.default copies from the host'):
         train(runner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -19,22 +19,22 @@ from .data import run_data
 from .environment import describe_machine, restart_prepared
 from .exported import Exports, default_models, export_columns, measure_exports
 from .gates import judge
-from .gpu import check_configs, check_kernels, check_methods, run_stages
-from .layers import DROPPING, choose, measure_layer
-from .networks import MODES, Comparison, measure_networks
+from .gpu import run_gpu
+from .layers import DROPPING, choose
+from .model_presets import MODEL_PRESETS
+from .networks import MODES, Comparison
 from .options import make_parser
 from .overhead import measure_overhead
 from .plots import draw
-from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from .presets import LAYER_PRESETS, Preset
 from .report import (
-    layer_table,
-    network_table,
     overhead_line,
     read,
     table,
     training_table,
     write,
 )
+from .runs import run_layers, run_models
 from .scaling import (
     PROCESSES,
     SMALL,
@@ -97,7 +97,7 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
     if args.command == 'export':
         return _run_exports(args, restart)
     if args.command == 'gpu':
-        return _run_gpu(args)
+        return run_gpu(args)
     if args.command == 'scaling':
         return _run_scaling(args)
     if args.command == 'tune':
@@ -119,7 +119,7 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
         print(f'{name}: {value}')
     for note in preset.notes:
         print(note)
-    run['rows'], run['skipped'] = (_run_layers if args.command == 'moe' else _run_models)(
+    run['rows'], run['skipped'] = (run_layers if args.command == 'moe' else run_models)(
         preset, settings
     )
     if args.out is not None:
@@ -190,25 +190,6 @@ def _settings(args: argparse.Namespace, preset: Preset) -> Settings:
         compiled=args.compiled or preset.compiled,
         capacity_factor=args.capacity_factor if layer else None,
     )
-
-
-def _run_layers(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]], list[Any]]:
-    rows, skipped = [], []
-    for cell, names in preset.runs:
-        measured, absent = measure_layer(cell, settings, choose(names))
-        print(layer_table(str(cell), measured, absent), flush=True)
-        rows += measured
-        skipped.append({'cell': vars(cell), 'reasons': absent})
-    return rows, skipped
-
-
-def _run_models(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]], list[Any]]:
-    rows = []
-    for comparison in preset.comparisons:
-        measured = measure_networks(comparison, settings)
-        print(network_table(str(comparison), measured), flush=True)
-        rows += measured
-    return rows, []
 
 
 def _run_training(args: argparse.Namespace, restart: bool) -> bool:
@@ -282,24 +263,6 @@ def _run_scaling(args: argparse.Namespace) -> bool:
     if args.out is not None:
         write(args.out, run)
     return True
-
-
-def _run_gpu(args: argparse.Namespace) -> bool:
-    layers, networks = LAYER_PRESETS['gpu'], MODEL_PRESETS['gpu']
-    settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
-    run: dict[str, Any] = {'command': 'gpu', 'header': describe_machine(settings.device)}
-    print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
-    stages: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        'kernels': lambda: check_kernels(settings),
-        'methods': lambda: check_methods(settings),
-        'configs': lambda: check_configs(settings),
-        'layers': lambda: _run_layers(layers, settings)[0],
-        'networks': lambda: _run_models(networks, settings)[0],
-    }
-    run_stages(run, stages, args.out)
-    print(f'wrote {args.out}')
-    print(*(f'failed: {" ".join(map(str, row.values()))}' for row in run['failed']), sep='\n')
-    return _judged(run['layers'], layers, args) and not run['failed']
 
 
 def _judged(rows: Sequence[Mapping[str, Any]], preset: Preset, args: argparse.Namespace) -> bool:

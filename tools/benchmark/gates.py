@@ -33,17 +33,50 @@ class Gate:
         return f'{_named(self.contender, self.where)} over {_named(self.against, self.versus)}'
 
 
+def limit(contender: str, against: str, at_most: float, **where: object) -> Gate:
+    """A gate in the rows that have some fields."""
+    return Gate(contender=contender, against=against, at_most=at_most, where=where)
+
+
+def not_slower_compiled(*contenders: str, **where: object) -> tuple[Gate, ...]:
+    """What torch.compile may cost each of some contenders."""
+    return tuple(limit(f'{name}+compiled', name, 1.05, **where) for name in contenders)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A gate in one configuration.
 
     Args:
-        text: One line.
-        broken: Whether the limit is exceeded, or nothing could be judged.
+        name: What is held, and where.
+        at_most: The limit.
+        ratio: What was measured; None if nothing could be judged.
+        reason: Why nothing could be.
     """
 
-    text: str
-    broken: bool
+    name: str
+    at_most: float
+    ratio: float | None = None
+    reason: str = ''
+
+    @property
+    def broken(self) -> bool:
+        """Whether the limit is exceeded, or nothing could be judged."""
+        return self.ratio is None or not self.ratio <= self.at_most  # nan is broken too
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        if self.ratio is None:
+            return f'{self.name}: {self.reason}'
+        told = 'BROKEN' if self.broken else 'met'
+        return f'{told}: {self.name}: {self.ratio:.2f}, at most {self.at_most:g}'
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """For JSON and for a table."""
+        told = self.reason or ('missed' if self.broken else 'met')
+        return {'limit': self.name, 'ratio': self.ratio, 'at_most': self.at_most, 'result': told}
 
 
 def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Verdict]:
@@ -57,7 +90,7 @@ def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Verdict]:
     peers = [row for row in rows if row.get('ours_to_peer') is not None]
     for row in peers:
         name = f'{row["equal_to"]} over {row["contender"]} at {_configuration(row)}'
-        verdicts.append(_compare(name, row['ours_to_peer'], 1.0))
+        verdicts.append(Verdict(name, 1.0, row['ours_to_peer']))
     return verdicts
 
 
@@ -65,16 +98,16 @@ def _judge(gate: Gate, rows: Sequence[Row]) -> list[Verdict]:
     wanted = {'contender': gate.contender, **gate.where}
     judged = [row for row in rows if _has(row, wanted)]
     if not judged:
-        return [Verdict(f'{gate}: not measured', True)]
+        return [Verdict(str(gate), gate.at_most, reason='not measured')]
     verdicts = []
     for row in judged:
         same = {key: row[key] for key in IDENTITY if key in row}
         others = [r for r in rows if _has(r, {**same, 'contender': gate.against, **gate.versus})]
         name = f'{gate} at {_configuration(row)}'
         if not others:
-            verdicts.append(Verdict(f'{name}: nothing to compare with', True))
+            verdicts.append(Verdict(name, gate.at_most, reason='nothing to compare with'))
             continue
-        verdicts.append(_compare(name, _per_token(row) / _per_token(others[0]), gate.at_most))
+        verdicts.append(Verdict(name, gate.at_most, _per_token(row) / _per_token(others[0])))
     return verdicts
 
 
@@ -84,13 +117,6 @@ def _has(row: Row, fields: Mapping[str, Any]) -> bool:
 
 def _per_token(row: Row) -> float:
     return row['median_ms'] / (row['batch'] * row['tokens'])
-
-
-def _compare(name: str, value: float, limit: float) -> Verdict:
-    broken = not value <= limit  # nan is broken too
-    return Verdict(
-        f'{"BROKEN" if broken else "met"}: {name}: {value:.2f}, at most {limit:g}', broken
-    )
 
 
 def _named(contender: str, fields: Mapping[str, Any]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from .cells import DTYPES
 from .exported import BASELINE, WAYS
 from .layers import CONTENDERS
+from .model_presets import MODEL_PRESETS
 from .networks import MODES
-from .presets import LAYER_PRESETS, MODEL_PRESETS, Preset
+from .presets import LAYER_PRESETS, Preset
 from .scaling import PROCESSES, SMALL
 from .scaling_costs import Cluster
 from .tune import CONSTANTS

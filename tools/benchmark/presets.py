@@ -1,16 +1,15 @@
-"""Named sets of configurations, with the ratios that they are held to."""
+"""Named sets of layers, with the ratios that they are held to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress, product
 
-from vqmoe_vision.moe import METHODS
-
 from .cells import Cell
 from .environment import computes
-from .gates import Gate
-from .methods import LAYERS, matched_options
+from .gates import Gate, limit, not_slower_compiled
+from .gpu_limits import NUM_IMAGES, OVER_DENSE, layer_limits
+from .methods import LAYERS
 from .networks import Comparison
 
 
@@ -40,10 +39,6 @@ class Preset:
     notes: tuple[str, ...] = ()
 
 
-def _limit(contender: str, against: str, at_most: float, **where: object) -> Gate:
-    return Gate(contender=contender, against=against, at_most=at_most, where=where)
-
-
 # --- ci: the CPU time of one thread, which other work on the machine disturbs least ---
 
 _OURS = ('loop', 'ours', 'layer')
@@ -59,15 +54,15 @@ _CI_CELLS = (
 # gave 1.24, and 2.15 in bfloat16. The limits are above that too: they catch a lost dispatch, not a
 # lost percent.
 _CI_GATES = (
-    _limit('ours', 'dense', 1.5, dtype='float32', top_k=1, skew=1.0),
-    _limit('ours', 'dense', 1.4, dtype='float32', top_k=2, skew=1.0),
-    _limit('ours', 'dense', 2.6, dtype='bfloat16', top_k=1, skew=1.0),
-    _limit('ours', 'dense', 2.0, dtype='bfloat16', top_k=2, skew=1.0),
-    _limit('ours', 'bound', 1.35, dtype='float32', skew=1.0),
-    _limit('ours', 'bound', 1.9, dtype='bfloat16', skew=1.0),
-    _limit('ours', 'loop', 1.0),
-    _limit('layer', 'ours', 1.3, dtype='float32'),
-    _limit('layer', 'ours', 1.7, dtype='bfloat16'),
+    limit('ours', 'dense', 1.5, dtype='float32', top_k=1, skew=1.0),
+    limit('ours', 'dense', 1.4, dtype='float32', top_k=2, skew=1.0),
+    limit('ours', 'dense', 2.6, dtype='bfloat16', top_k=1, skew=1.0),
+    limit('ours', 'dense', 2.0, dtype='bfloat16', top_k=2, skew=1.0),
+    limit('ours', 'bound', 1.35, dtype='float32', skew=1.0),
+    limit('ours', 'bound', 1.9, dtype='bfloat16', skew=1.0),
+    limit('ours', 'loop', 1.0),
+    limit('layer', 'ours', 1.3, dtype='float32'),
+    limit('layer', 'ours', 1.7, dtype='bfloat16'),
     Gate(
         contender='ours',
         against='ours',
@@ -125,15 +120,15 @@ _TABLE_LIMITS = {  # dtype and tokens per image to top-1 and top-2
 _BALANCED = {'experts': 8, 'skew': 1.0, 'amp': False}
 _TABLE_GATES = (
     *(
-        _limit('ours', against, at_most, dtype=dtype, tokens=tokens, top_k=k, **_BALANCED)
+        limit('ours', against, at_most, dtype=dtype, tokens=tokens, top_k=k, **_BALANCED)
         for (dtype, tokens), limits in _TABLE_LIMITS.items()
-        for k, limit in enumerate(limits, 1)
-        for against, at_most in (('dense', limit), ('bound', 1.20))
+        for k, most in enumerate(limits, 1)
+        for against, at_most in (('dense', most), ('bound', 1.20))
     ),
-    _limit('layer', 'dense', 1.17, dtype='float32', tokens=1024, top_k=1),
-    _limit('layer', 'dense', 1.13, dtype='float32', tokens=1024, top_k=2),
+    limit('layer', 'dense', 1.17, dtype='float32', tokens=1024, top_k=1),
+    limit('layer', 'dense', 1.13, dtype='float32', tokens=1024, top_k=2),
     *(
-        _limit('vqmoe', against, at_most, dtype='bfloat16', tokens=197, top_k=2, **_BALANCED)
+        limit('vqmoe', against, at_most, dtype='bfloat16', tokens=197, top_k=2, **_BALANCED)
         for against, at_most in (('dense', 1.30), ('layer', 1.10))
     ),
     Gate(
@@ -167,9 +162,6 @@ def _sweep(dtype: str) -> tuple[Cell, ...]:
     )
 
 
-# width: experts over dense
-_GPU_LIMITS = {384: 1.20, 768: 1.11, 1024: 1.09}
-
 LAYER_PRESETS = {
     'ci': ci_preset(computes('bfloat16')),
     'table': Preset(
@@ -184,7 +176,7 @@ LAYER_PRESETS = {
     'compiled': Preset(
         runs=tuple((cell, ('ours', 'layer')) for cell in _TABLE_CELLS if cell.top_k == 1),
         repeats=9,
-        gates=(_limit('ours+compiled', 'ours', 1.05), _limit('layer+compiled', 'layer', 1.05)),
+        gates=not_slower_compiled('ours', 'layer'),
         compiled=True,
     ),
     # apart from the table, for which some peers would take most of an hour
@@ -196,125 +188,14 @@ LAYER_PRESETS = {
         runs=tuple((cell, _OURS) for dtype in ('float32', 'bfloat16') for cell in _sweep(dtype)),
         repeats=7,
     ),
-    # of `benchmark.py gpu`: 25,216 tokens; the limits are what an H100 shall reach, and not run
+    # of `benchmark.py gpu`
     'gpu': Preset(
         runs=tuple(
-            (Cell(tokens=197, batch=128, width=width, dtype='bfloat16'), ('ours', 'layer'))
-            for width in _GPU_LIMITS
+            (Cell(tokens=197, batch=NUM_IMAGES, width=width, dtype='bfloat16'), ('ours', 'layer'))
+            for width in OVER_DENSE
         ),
         repeats=20,
-        gates=tuple(
-            _limit('ours', 'dense', at_most, width=width) for width, at_most in _GPU_LIMITS.items()
-        ),
-        compiled=True,
-    ),
-}
-
-_PRECISIONS = (('float32', False), ('bfloat16', True))
-
-
-def _model(method: str, top_k: int = 2) -> str:
-    """ViT-S of a method, 197 tokens and eight experts, with K experts per token."""
-    options = matched_options(method, Cell(tokens=197, experts=8, top_k=top_k))
-    return ','.join([f'vit_small_{method}', *(f'{key}={options[key]}' for key in options)])
-
-
-_SMOE_1, _SMOE_2, _VQMOE = _model('smoe', top_k=1), _model('smoe'), _model('vqmoe')
-_MODEL_GATES = (
-    _limit(_SMOE_1, 'vit_small_patch16_224', 1.07, dtype='float32', mode='training'),
-    _limit(_SMOE_1, 'vit_small_patch16_224', 1.14, dtype='bfloat16', mode='training'),
-    _limit(_VQMOE, _SMOE_2, 1.05, mode='training'),
-)
-# --- discrete: what the discrete form saves of the full one, by size and number of MoE blocks ---
-
-
-def _forms(size: str, experts: int, moe_layers: str) -> tuple[Comparison, Comparison]:
-    """Full, discrete and dense: prediction of one image, then of eight, and training."""
-    full = f'vit_{size}_vqmoe,num_experts={experts},moe_layers={moe_layers}'
-    models = (f'{full},form=discrete', f'vit_{size}_patch16_224')
-    return (
-        Comparison(models=models, baseline=full, batch=1, modes=('inference',)),
-        Comparison(models=models, baseline=full, batch=8),
-    )
-
-
-def _saving(*sizes: tuple[str, int]) -> Preset:
-    """CPU time of one thread, which other work on the machine disturbs least."""
-    comparisons = (
-        comparison
-        for size, experts in sizes
-        for moe_layers in ('last2', 'every2', 'every1')
-        for comparison in _forms(size, experts, moe_layers)
-    )
-    return Preset(comparisons=tuple(comparisons), threads=1, clock='process', repeats=5)
-
-
-# --- serving: latency of one image and of eight, `--compiled` beside it ---
-
-_EVERY_2 = 'moe_layers=every2'
-_SERVED = f'num_experts=8,{_EVERY_2}'
-# images: the discrete form over dense
-_SERVING_LIMITS = {1: 1.25, 8: 1.10}
-
-
-def _serving(size: str, dtype: str) -> Preset:
-    """All in one dtype, weights too; CPU time of one thread, unless the command says otherwise."""
-    dense, vqmoe = f'vit_{size}_patch16_224', f'vit_{size}_vqmoe,{_SERVED}'
-    discrete = f'{vqmoe},form=discrete'
-    models = (f'vit_{size}_smoe,{_SERVED},top_k=1', vqmoe, discrete)
-    comparisons = (
-        Comparison(models=models, baseline=dense, batch=n, dtype=dtype, modes=('inference',))
-        for n in _SERVING_LIMITS
-    )
-    limits = (
-        _limit(discrete, dense, at_most, batch=n, dtype=dtype)
-        for n, at_most in _SERVING_LIMITS.items()
-    )
-    return Preset(
-        comparisons=tuple(comparisons), threads=1, clock='process', repeats=9, gates=tuple(limits)
-    )
-
-
-def _more_weights() -> Preset:
-    """The multiply-accumulates stay; only the weights that are read grow."""
-    models = [f'vit_small_vqmoe,form=discrete,num_experts={n},{_EVERY_2}' for n in (2, 4, 8, 16)]
-    comparisons = (
-        Comparison(models=tuple(models), batch=n, modes=('inference',)) for n in _SERVING_LIMITS
-    )
-    return Preset(comparisons=tuple(comparisons), threads=1, clock='process', repeats=9)
-
-
-MODEL_PRESETS = {
-    **{
-        f'serving-{size}{suffix}': _serving(size, dtype)
-        for size in ('tiny', 'small', 'base')
-        for suffix, dtype in (('', 'float32'), ('-bfloat16', 'bfloat16'))
-    },
-    'serving-experts': _more_weights(),
-    'discrete': _saving(('tiny', 8), ('small', 8)),
-    # the number of experts changes no work; eight in all blocks would need 24 GB
-    'discrete-base': _saving(('base', 4)),
-    'table': Preset(
-        comparisons=tuple(
-            Comparison(models=(_SMOE_1, *map(_model, METHODS)), dtype=dtype, amp=amp)
-            for dtype, amp in _PRECISIONS
-        ),
-        repeats=9,
-        gates=_MODEL_GATES,
-    ),
-    'compiled': Preset(
-        comparisons=tuple(
-            Comparison(models=(_SMOE_1, _VQMOE), dtype=dtype, amp=amp) for dtype, amp in _PRECISIONS
-        ),
-        repeats=7,
-        gates=tuple(_limit(f'{name}+compiled', name, 1.05) for name in (_SMOE_1, _VQMOE)),
-        compiled=True,
-    ),
-    'gpu': Preset(
-        comparisons=(
-            Comparison(models=(_SMOE_1, _SMOE_2, _VQMOE), batch=128, dtype='bfloat16', amp=True),
-        ),
-        repeats=20,
+        gates=layer_limits(),
         compiled=True,
     ),
 }

@@ -34,6 +34,8 @@ NETWORK_COLUMNS = {
     'active_params': '{:>14}',
 }
 
+LIMIT_COLUMNS = {'result': '{:<24}', 'ratio': '{:>6.2f}', 'at_most': '{:>8g}', 'limit': '  {:<}'}
+
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Rows as aligned text under a line of names; what a row does not have is left blank."""

@@ -1,0 +1,77 @@
+"""`benchmark.py gpu`: its parts run one after another, whatever becomes of one, into one row."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import vqmoe_vision
+
+from .gates import Gate, judge
+from .report import write
+
+PACKAGE = Path(vqmoe_vision.__file__).parent
+Part = Callable[[], list[dict[str, Any]]]
+
+
+def run_stages(
+    run: dict[str, Any],
+    stages: Mapping[str, Mapping[str, Part]],
+    gates: Sequence[Gate],
+    out: Path,
+) -> None:
+    """Runs what a run consists of, and saves it after each part, whatever becomes of the next.
+
+    Args:
+        run: Gets the rows of each stage by its name; as `failed` those that are not `ok`, with a
+            row for a part that did not end; as `limits` what became of each gate; and the seconds
+            of each part.
+        stages: Parts by title: checks, and what times and prints.
+        gates: Limits on what is timed.
+        out: The JSON file.
+    """
+    run['failed'], run['seconds'] = [], {}
+    for name, parts in stages.items():
+        run[name] = []
+        for title, part in parts.items():
+            begin, rows = time.perf_counter(), []
+            with outcome('done', step=title) as done:
+                rows = part()
+            run['seconds'][title] = round(time.perf_counter() - begin, 1)
+            run[name] += rows
+            checked = [row for row in rows if 'ok' in row]
+            for row in checked:
+                print(*row.values(), sep='  ', flush=True)
+            run['failed'] += [row for row in (*checked, done) if not row['ok']]
+            timed = [row for stage in stages for row in run.get(stage, ()) if 'median_ms' in row]
+            run['limits'] = [verdict.row for verdict in judge(gates, timed)]
+            write(out, run)
+
+
+@contextmanager
+def outcome(good: str, **names: str) -> Iterator[dict[str, Any]]:
+    """The row of what runs inside the block: any error is a result, and what follows runs too.
+
+    Args:
+        good: The result without an error.
+        **names: Begin the row.
+    """
+    row: dict[str, Any] = {**names, 'result': good, 'ok': True}
+    try:
+        yield row
+    except Exception as error:
+        text = str(error).strip().partition('\n')[0]
+        row.update(result=f'{type(error).__name__}: {text} ({_place(error)})', ok=False)
+
+
+def _place(error: Exception) -> str:
+    """File and line of this package that an error went through last, or of where it began."""
+    steps = traceback.walk_tb(error.__traceback__)
+    places = [(Path(frame.f_code.co_filename), line) for frame, line in steps]
+    own = [place for place in places if place[0].is_relative_to(PACKAGE)]
+    file, line = (own or places)[-1]
+    return f'{file.relative_to(PACKAGE.parent) if own else file.name}:{line}'

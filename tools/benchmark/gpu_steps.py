@@ -1,0 +1,154 @@
+"""`benchmark.py gpu`: what training steps wait for on a card.
+
+Steps of every method, classifying and segmenting, run with every wait for the host forbidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from vqmoe_vision.moe import METHODS
+
+from .cells import Settings
+from .gpu_stages import outcome
+from .networks import Comparison, Network
+from .training import Finished, running, settings_of
+
+ROOT = Path(__file__).parents[2]
+# a small config of each task, whose data come with a library
+CONFIGS = {
+    'classification': 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py',
+    'segmentation': 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
+}
+SMALL_DATA = ('train_dataloader.dataset.num_scenes=512',)  # else clusters of 20,000 are sought
+STEPS = 4  # of which the first two may wait: an optimizer makes its state
+
+
+@contextmanager
+def waiting_forbidden(device: str) -> Iterator[None]:
+    """Makes whatever waits for a card an error. Other devices have nothing to wait for."""
+    if not device.startswith('cuda'):
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def check_methods(
+    settings: Settings, sizes: Mapping[str, Any] | None = None, img_size: int = 224
+) -> list[dict[str, Any]]:
+    """Training steps of every method and of a dense model, in bfloat16.
+
+    Args:
+        settings: The device.
+        sizes: Options of all models, such as `depth`; None for theirs.
+        img_size: Side in pixels.
+
+    Returns:
+        A row each: `step`, the model; as `result` that it waits for nothing, or what for; `ok`.
+    """
+    options = [f'{name}={value}' for name, value in (sizes or {}).items()]
+    specs = [f'vit_tiny_{method}' for method in METHODS] + ['vit_tiny_patch16_224']
+    specs = [','.join([spec, *options]) for spec in specs]
+    comparison = Comparison(
+        models=tuple(specs), img_size=img_size, dtype='bfloat16', amp=True, modes=('training',)
+    )
+    build = partial(_step_of, comparison=comparison, settings=settings)
+    return [_row(spec, partial(build, spec), settings) for spec in specs]
+
+
+def _step_of(spec: str, comparison: Comparison, settings: Settings) -> Callable[[int], None]:
+    """Forward, backward, clipping and optimizer of one model."""
+    network = Network(spec, comparison, settings)
+    network.model.train()
+
+    def step(index: int) -> None:
+        network.forward(index).backward()
+        clip_grad_norm_(network.model.parameters(), 1.0)
+        network.update()
+
+    return step
+
+
+def check_configs(settings: Settings) -> list[dict[str, Any]]:
+    """Iterations of a config of each task with all hooks, as `check_methods`.
+
+    That of segmentation runs with every method: `check_methods` classifies.
+    """
+    rows = [_config_row('classification', [], settings)]
+    for method in METHODS:
+        options = [f'model.backbone.model_name=vit_tiny_{method}', *SMALL_DATA]
+        rows.append(_config_row('segmentation', options, settings, METHODS[method].needs_features))
+    return rows
+
+
+def _config_row(
+    task: str, options: Sequence[str], settings: Settings, needs_features: bool = False
+) -> dict[str, Any]:
+    step = ' '.join([f'{task}: {CONFIGS[task]}', *options])
+    with TemporaryDirectory() as folder, outcome(_nothing(settings.device), step=step) as row:
+        from vqmoe_vision.engine.cli import use_amp
+
+        config = settings_of(str(ROOT / CONFIGS[task]), options)
+        if needs_features:
+            config.model.backbone.features = _untrained(config, Path(folder) / 'dense.pth')
+        use_amp(config)
+        with running(config) as runner:
+            runner.train_loop.run_iter = _watched(runner.train_loop.run_iter, settings.device)
+            runner.train()
+    return row
+
+
+def _untrained(config: Any, file: Path) -> str:
+    """Saves a dense network of the backbone's shape, by which a method may read images."""
+    backbone = config.model.backbone
+    shape = {
+        name: backbone[name]
+        for name in ('img_size', 'patch_size', 'depth', 'embed_dim', 'num_heads', 'class_token')
+    }
+    torch.save(
+        timm.create_model('vit_tiny_patch16_224', **shape, global_pool='').state_dict(), file
+    )
+    return str(file)
+
+
+def _row(
+    spec: str, build: Callable[[], Callable[[int], None]], settings: Settings
+) -> dict[str, Any]:
+    with outcome(_nothing(settings.device), step=spec) as row, suppress(Finished):
+        watched = _watched(build(), settings.device)
+        for index in count():
+            watched(index)
+    return row
+
+
+def _watched(step: Callable[..., None], device: str) -> Callable[..., None]:
+    """A step that may wait in the first half of `STEPS`, and then not, and ends after them."""
+    numbers = count(1)
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        number = next(numbers)
+        with waiting_forbidden(device) if number > STEPS // 2 else nullcontext():
+            step(*args, **kwargs)
+        if number == STEPS:
+            raise Finished
+
+    return watched
+
+
+def _nothing(device: str) -> str:
+    return 'waits for nothing' if device.startswith('cuda') else f'runs; {device} has no waits'
