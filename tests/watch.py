@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,15 @@ NAMESPACES = ('aten', 'profiler')  # an optimizer marks its step for a profiler
 COPIES = {torch.ops.aten.where.self}
 # an operator of ours, into which a test of its own looks
 LOOKED_INTO = torch.ops.vqmoe_vision.random_integers.default
+# what looks at its numbers inside on CUDA, by torch's source, and at none on meta
+LOOKS = {
+    torch.ops.aten.multinomial.default,
+    torch.ops.aten.histc.default,
+    torch.ops.aten.embedding_renorm_.default,
+    torch.ops.aten._linalg_check_errors.default,
+    torch.ops.aten._linalg_eigh.default,
+    torch.ops.aten._linalg_svd.default,
+}
 RAISED = (AssertionError, NotImplementedError, RuntimeError)
 # what makes a tensor of numbers, with the place of the numbers among its arguments
 MAKERS: dict[Callable, int] = {
@@ -71,6 +81,7 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         assert func.namespace in NAMESPACES or func is LOOKED_INTO, f'{func} may read back inside'
+        assert func not in LOOKS, f'{func} reads back inside'
         answer = func(*args, **(kwargs or {}))
         leaves = tree_leaves((args, kwargs, answer))
         devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
@@ -114,5 +125,11 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'made alike': lambda x: x.new_tensor([1.0]),
     'indexed by a list': lambda x: x[..., [0, 1]],
     'set by a list': lambda x: x.clone().__setitem__([0], x[:1]),
+    'draw': lambda x: x.abs().flatten().multinomial(1),
+    'histogram': lambda x: x.histc(3),
+    'renorm': lambda x: F.embedding(x.flatten()[:1].long(), x.new_empty(3, 3), max_norm=1.0),
+    'inverse': lambda x: torch.linalg.inv(x.new_empty(3, 3)),
+    'eigenvalues': lambda x: torch.linalg.eigh(x.new_empty(3, 3)),
+    'singular values': lambda x: torch.linalg.svd(x.new_empty(3, 3)),
     'generator': lambda x: torch.rand(3, generator=torch.Generator()).to(x.device),
 }
