@@ -69,11 +69,11 @@ def _same_threads_after() -> Iterator[None]:
         ([497, 431], 'bfloat16', False, 2, [504, 432]),
         ([486, 440], 'bfloat16', False, 1, [488, 440]),
         ([480, 490, 500], 'bfloat16', False, 2, [496, 496, 504]),
-        # with AMX blocks of 32: 2 * 1056 rows instead of 1056 + 960 are 96 more, of which 2 * 50
-        # are allowed on one thread; 2 * 1088 instead of 1088 + 928 are 160 more
-        ([1030, 950], 'bfloat16', True, 1, [1056, 1056]),
-        ([1070, 910], 'bfloat16', True, 1, [1088, 928]),
-        # and a sixth more on two: 100 + 330
+        # with AMX blocks of 32: 2 * 1056 rows for 1035 + 980 assignments are 97 more, where 2 * 50
+        # are allowed on one thread; for 1035 + 970 they are 107 more
+        ([1035, 980], 'bfloat16', True, 1, [1056, 1056]),
+        ([1035, 970], 'bfloat16', True, 1, [1056, 992]),
+        # and a twelfth more on two: 2 * 1088 for 1070 + 910 are 196 more, 100 + 165 are allowed
         ([1070, 910], 'bfloat16', True, 2, [1088, 1088]),
         ([1250, 730], 'bfloat16', True, 2, [1280, 736]),
         # above 128 blocks they double: of 16 above 1024 rows, of 32 above 2048

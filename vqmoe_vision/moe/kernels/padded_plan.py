@@ -96,7 +96,7 @@ def _group_sizes(loads: list[int], block: int) -> list[int]:
             run, load = sizes[i : i + length], loads[i : i + length]
             spare = _spare_rows(sum(load), len(run), block, several)
             # an empty group has no row of its own to repeat
-            if min(load) > 0 and len(run) * max(run) - sum(run) <= spare:
+            if min(load) > 0 and len(run) * max(run) - sum(load) <= spare:
                 sizes[i : i + length] = [max(run)] * len(run)
     return sizes
 
@@ -124,10 +124,13 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
         spare = _AMX_SPARE * num_experts + (num_assignments // _AMX_SHARE if several else 0)
     else:
         spare = (_SPARE if several else _SPARE_ALONE) * num_experts
+    return _smaller(num_assignments // _MOST_SPARE, spare)
+
+
+def _smaller(a: int, b: int) -> int:
     # Python's `min` would make torch.export ask which one it is; torch.compile knows what to do
     # with it, and up to torch 2.9 not with `sym_min`
-    smaller = min if torch.compiler.is_dynamo_compiling() else torch.sym_min
-    return smaller(num_assignments // _MOST_SPARE, spare)
+    return (min if torch.compiler.is_dynamo_compiling() else torch.sym_min)(a, b)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
@@ -136,6 +139,8 @@ def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     # a group gets less than a block more, or less than this share of a load with larger blocks
     share = num_assignments // (_MOST_BLOCKS // 2) if block > 1 else 0
     whole = num_experts * (block - 1) + share
+    if _run_lengths(num_experts, block) == (num_experts,):  # all groups get one size, or none does
+        return num_assignments + spare + whole - _smaller(spare, whole)
     return num_assignments + spare + whole
 
 
