@@ -102,6 +102,8 @@ def test_models_end_to_end(tmp_path: Path) -> None:
         ('moe --skew 9', 'skew=9.0 is not possible: from 1 to experts / top_k = 8'),
         ('moe --preset ci --tokens 3', "--preset='ci' is not possible: only without --tokens"),
         ('moe --gate', '--gate=True is not possible: only with --preset'),
+        ('moe --preset scaling --gate', '--gate=True is not possible: only with a preset that has'),
+        ('model --preset discrete --gate', '--gate=True is not possible: only with a preset that'),
         ('moe --device cuda --clock process', "clock='process' is not possible: 'wall' on a GPU"),
         ('moe --from no.json', 'no.json does not exist'),
         ('moe --preset table --gate --mode fwd', "--mode='fwd' is not possible: fwdbwd where"),

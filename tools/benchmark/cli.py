@@ -158,6 +158,9 @@ def _preset(args: argparse.Namespace) -> Preset:
         preset = (LAYER_PRESETS if args.command == 'moe' else MODEL_PRESETS)[args.preset]
         forward_only = args.command == 'moe' and args.mode == 'fwd'
         gated = args.gate or preset.always_gated
+        # where all contenders run, peers are among them, and ours must not be slower
+        limits = preset.gates or any(names is None for _, names in preset.runs)
+        check(bool(limits) or not gated, '--gate', args.gate, 'only with a preset that has limits')
         check(not (forward_only and gated), '--mode', 'fwd', 'fwdbwd where limits are judged')
         return preset
     check(not args.gate, '--gate', args.gate, 'only with --preset, which has the limits')

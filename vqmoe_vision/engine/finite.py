@@ -55,12 +55,16 @@ def check_weights(
     Raises:
         NonFiniteError: Names the first one, and the iteration.
     """
-    parameters = {name for name, _ in model.named_parameters()}
+    finite = {}
     for name, value in (model.state_dict() if state is None else state).items():
         own = value.to_local() if isinstance(value, DTensor) else value
-        if not torch.isfinite(own).all():
-            kind = 'parameter' if name in parameters else 'buffer'
-            raise NonFiniteError(
-                f'{kind} {name} became nan or infinite at iteration {iteration}; '
-                'training has stopped, the last checkpoint is sound'
-            )
+        finite[name] = torch.isfinite(own).all()
+    # one wait for the device and not one for each tensor
+    if not finite or torch.stack(list(finite.values())).all():
+        return
+    name = next(name for name, sound in finite.items() if not sound)
+    kind = 'parameter' if name in dict(model.named_parameters()) else 'buffer'
+    raise NonFiniteError(
+        f'{kind} {name} became nan or infinite at iteration {iteration}; '
+        'training has stopped, the last checkpoint is sound'
+    )
