@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -105,6 +106,43 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     equal(resumed['state_dict'], whole['state_dict'])
     equal(resumed['optimizer']['state'], whole['optimizer']['state'])
     assert resumed['param_schedulers'] == whole['param_schedulers']
+
+
+def test_what_goes_on_says_what_it_began_with(trained: Path, config: str, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / 'run')
+    (tmp_path / 'run/epoch_2.pth').unlink()
+    name = f'experiment_name={tmp_path.name}'
+    train([config, '--work-dir', str(tmp_path / 'run'), '--resume', '--cfg-options', name])
+    after = Config.fromfile(tmp_path / 'run/tiny.py')
+    assert (tmp_path / 'run/epoch_2.pth').is_file()
+    assert (after.get('load_from'), after.get('resume')) == (None, None)
+
+
+def test_a_test_leaves_the_config_of_its_run(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / 'run')
+    config = tmp_path / 'run/tiny.py'
+    config.write_text(config.read_text() + 'resume = True\n')  # as one may have been left by a run
+    before = config.read_text()
+    # weights alone, of which nothing can go on
+    weights = tmp_path / 'weights.pth'
+    torch.save({'state_dict': load(trained / 'epoch_2.pth')['state_dict']}, weights)
+    options = (f'experiment_name={tmp_path.name}', 'test_dataloader.batch_size=50')
+    args = (str(config), str(weights), '--work-dir', str(tmp_path / 'run'))
+    cli.test([*args, '--cfg-options', *options])
+    assert config.read_text() == before
+    of_test = max(tmp_path.glob('run/*/vis_data/config.py'), key=lambda path: path.stat().st_mtime)
+    assert 'batch_size=50' in of_test.read_text()
+
+
+def test_a_run_with_averages_does_not_go_on_without(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / 'run')
+    saved = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)
+    torch.save({**saved, 'ema_state_dict': {}}, tmp_path / 'run/epoch_2.pth')
+    name = f'experiment_name={tmp_path.name}'
+    with pytest.raises(SystemExit, match='have no EMAHook: go on with the options that it began'):
+        train([config, '--work-dir', str(tmp_path / 'run'), '--resume', '--cfg-options', name])
 
 
 def test_codebook_moves_between_epochs(trained: Path) -> None:

@@ -190,11 +190,15 @@ def _train(args: argparse.Namespace) -> None:
         processes.join(config)
         check_configs(processes, asked)
         latest = processes.decide(_latest(args, config, processes))
+        given = {name: config.get(name) for name in ('load_from', 'resume')}
         if latest is not None:
             config.load_from, config.resume = latest, True
         if not torch.cuda.is_available():
             keep_freed_memory()
         runner = _build_runner(config)
+        if latest is not None:  # what it went on from is no part of what the run is
+            runner.cfg.update(given)
+            runner.dump_config()
         check_datasets(processes, runner, ('train', 'val'))
         _check_batches(runner)
         runner.train()
@@ -232,7 +236,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     config = _configure(args)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
-    config.load_from = args.checkpoint
+    config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
         if processes.size > 1:
             raise ValueError(
@@ -244,7 +248,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         augment_test(config)
     processes.join(config)
     check_configs(processes, config)
-    runner = _build_runner(config)
+    runner = _build_runner(config, _Tester)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
@@ -283,5 +287,12 @@ def _configure(args: argparse.Namespace) -> Config:
     return config
 
 
-def _build_runner(config: Config) -> Runner:
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+def _build_runner(config: Config, runner: type[Runner] = Runner) -> Runner:
+    return RUNNERS.build(config) if 'runner_type' in config else runner.from_cfg(config)
+
+
+class _Tester(Runner):
+    """A run of tests, which often has the work dir of the training."""
+
+    def dump_config(self) -> None:
+        """Leaves the training's config as it is: that of a test stands beside its log."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -130,8 +130,15 @@ class CheckpointFitHook(Hook):
         """Compares names and shapes.
 
         Raises:
-            ValueError: Names the keys and shapes that do not fit.
+            ValueError: Names the keys and shapes that do not fit; or the run averages its weights,
+                and what goes on does not.
         """
+        averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        if runner._resume and 'ema_state_dict' in checkpoint and not averages:
+            raise ValueError(
+                'the run averages its weights, and these options have no EMAHook: go on with the '
+                'options that it began with'
+            )
         loaded = checkpoint.get('state_dict', checkpoint)
         if (known := of_run(checkpoint)) is not None:
             loaded.setdefault(KEY, known.values())  # a run of before has it in its config
