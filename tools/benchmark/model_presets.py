@@ -116,9 +116,8 @@ MODEL_PRESETS = {
         for suffix, dtype in (('', 'float32'), ('-bfloat16', 'bfloat16'))
     },
     'serving-experts': _more_weights(),
-    'discrete': _saving(('tiny', 8), ('small', 8)),
-    # the number of experts changes no work; eight in all blocks would need 24 GB
-    'discrete-base': _saving(('base', 4)),
+    # the number of experts changes no work, and eight in all blocks of base would need 24 GB
+    'discrete': _saving(('tiny', 8), ('small', 8), ('base', 4)),
     'table': Preset(
         comparisons=tuple(
             Comparison(models=(_SMOE_1, *map(_model, METHODS)), dtype=dtype, amp=amp)
