@@ -10,6 +10,7 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+import vqmoe_vision.models
 from vqmoe_vision.analysis.cli import analyze
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.moe import METHODS
@@ -171,6 +172,15 @@ def test_a_folder_of_images_of_different_sizes(base: Path, untrained, report, tm
     image(tmp_path / 'own' / 'b.jpg', 100, 50)
     (survey,) = report(*untrained(base), '--images', str(tmp_path / 'own'))['surveys']
     assert survey['images'] == 2 and survey['classes'] is None
+
+
+def test_the_weights_that_come_with_the_package(report) -> None:
+    weights = Path(vqmoe_vision.models.__file__).parent / 'weights'
+    config = CONFIGS / 'classification/test_vit.py'
+    words = (str(config), str(weights / 'test_vit_vqmoe.safetensors'), '--images', str(weights))
+    (survey,) = report(*words)['surveys']
+    for layer in survey['layers'].values():
+        assert layer['load'].keys() == {'router', 'quantizer.codebook'}
 
 
 def test_shifts_have_a_share_for_every_decider(untrained, report, tmp_path) -> None:

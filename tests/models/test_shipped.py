@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from vqmoe_vision.models.create import create_model, method_of
+from vqmoe_vision.models.quantization import quantize_int8
 from vqmoe_vision.models.shared_start import share_start
 
 NAMES = ('test_vit_vqmoe', 'test_vit_dense')
@@ -57,6 +58,19 @@ def test_the_weights_come_with_the_package_and_see_a_cat(name: str) -> None:
     photo = Image.open(files('vqmoe_vision.models') / 'weights/cat.jpg')
     images = create_transform(**resolve_model_data_config(model))(photo)[None]
     assert model.pretrained_cfg['label_names'][model(images).argmax()] == 'cat'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_in_int8_they_see_the_same_cat(name: str) -> None:
+    pytest.importorskip('torchao')
+    model = timm.create_model(name, pretrained=True).eval()
+    photo = Image.open(files('vqmoe_vision.models') / 'weights/cat.jpg')
+    images = create_transform(**resolve_model_data_config(model))(photo)[None]
+    expected = model(images)
+    found = quantize_int8(model)(images)
+    # bytes lose a 254th of a range, a dozen times one after the other
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert found.argmax() == expected.argmax()
 
 
 def test_without_pretrained_nothing_of_them_is_loaded() -> None:
