@@ -139,7 +139,7 @@ def load_features(
     network: Any = reader.network
     state, report = transfer(network, state_dict, path, image_sizes)
     network.load_state_dict(state, strict=False)
-    reader.fitted.fill_(False)
+    reader.void()
     return report
 
 
