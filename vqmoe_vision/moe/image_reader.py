@@ -61,9 +61,11 @@ class ImageReader(nn.Module):
     Attributes:
         fitted: Whether `fit` has been called for these weights, () bool. Until then the model
             computes with what it was initialised with, and a training warns of it once.
+        lacks_weights: Whether a training that begins has no weights for the network.
     """
 
     fitted: Tensor
+    lacks_weights = False
 
     def __init__(self, features: Features, device: torch.device | str | None = None) -> None:
         super().__init__()
