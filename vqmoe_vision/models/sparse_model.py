@@ -123,7 +123,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         entry, dense, raw_patches = METHODS[method], dict(kwargs), RawPatches()
         if entry.read_patches is not None:
             kwargs.update(raw_patch_parts(raw_patches, kwargs))
-        with named_failures(VisionTransformer, kwargs):
+        with named_failures(VisionTransformer, kwargs, f'vit_*_{method}'):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
         self.describe(method, entry.config.from_options(**options), how)
