@@ -62,6 +62,17 @@ def test_a_config_with_its_checkpoint(run: Path, tmp_path: Path, capsys, suffix:
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_the_best_checkpoint_of_several_is_for_the_user_to_choose(
+    run: Path, tmp_path: Path
+) -> None:
+    for metric in 'ab':
+        (tmp_path / f'best_{metric}.pth').touch()
+    (tmp_path / 'run.py').write_text((run / 'run.py').read_text())
+    said = r'has best_a\.pth, best_b\.pth: name one of them after the work dir$'
+    with pytest.raises(SystemExit, match=said):
+        export([str(tmp_path), str(tmp_path / 'run.pt2')])
+
+
 def test_a_work_dir_and_what_is_published_of_it(run: Path, tmp_path: Path) -> None:
     export([str(run), str(tmp_path / 'run.pt2'), '--batch', '2'])
     publish_folder(str(run), str(tmp_path / 'published'))

@@ -110,7 +110,8 @@ def test_clusters_come_first_and_a_resumed_run_is_the_same(
     (work / files[1]).unlink()
     (work / 'last_checkpoint').write_text(files[0])
     named = f'experiment_name=resumed {tmp_path.name}'  # it may start within the same second
-    train([config, '--resume', '--work-dir', str(work), *given, named])
+    # the checkpoint has the features too
+    train([config, '--resume', '--work-dir', str(work), '--cfg-options', named])
     assert equal(read_state(str(work / files[1])), last)
 
 

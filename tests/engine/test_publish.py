@@ -6,7 +6,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state
-from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.publish import publish, publish_checkpoint
 
 
 def write(path: Path) -> str:
@@ -60,3 +60,19 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             publish(arguments)
         assert '\n' not in str(caught.value)
     assert not list(tmp_path.glob('out*'))
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    checkpoint, out = write(tmp_path / 'iter_2.pth'), tmp_path / 'out'
+
+    def fill(content: dict, path: Path) -> None:
+        path.write_bytes(b'a part of it')
+        raise error
+
+    monkeypatch.setattr(torch, 'save', fill)
+    with pytest.raises(type(error)):
+        publish_checkpoint(checkpoint, str(out / 'scenes.pth'))
+    assert list(out.iterdir()) == []

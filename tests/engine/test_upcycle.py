@@ -39,11 +39,35 @@ def test_the_folder_is_what_create_model_makes(dense: str, tmp_path: Path, capsy
     assert capsys.readouterr().out.endswith(f'{report}wrote {out}\n')
 
 
+@pytest.mark.parametrize('numbers', [1, None])
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_images_of_other_channels(
+    dense: str, tmp_path: Path, channels: int, numbers: int | None
+) -> None:
+    out, given = tmp_path / 'folder', [0.25] * (numbers or channels)
+    overlay = [f'pretrained_cfg_overlay.{name}={given}' for name in ('mean', 'std')]
+    options = [*OPTIONS, f'in_chans={channels}']
+    upcycle([dense, 'vit_tiny_smoe', str(out), '--cfg-options', *options, *overlay])
+    model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 5)
+    config = json.loads((out / 'config.json').read_text())['pretrained_cfg']
+    assert config['input_size'] == [channels, 32, 32]
+    assert config['mean'] == config['std'] == [0.25] * channels
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
         (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'is of another size'),
+        (
+            ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, 'in_chans=2'],
+            r'how images of 2 channels were normalis.*overlay.mean=\[0.5,0.5\] pretrained_cfg',
+        ),
+        (
+            ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, *NUMBERS, 'in_chans=4'],
+            r'mean=\[0.4, 0.5, 0.6\] is not possible: one number, or one for each channel of 4',
+        ),
         (['DENSE', 'vit_tiny_smoe', '.', '--cfg-options', *OPTIONS], "out='.' exists"),
         (['DENSE', 'vit_tiny_patch16_224', 'OUT'], 'model=.*convert_to_moe'),
         (['DENSE', 'vit_tiny_smoes', 'OUT'], "model='vit_tiny_smoes'"),

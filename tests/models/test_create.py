@@ -140,3 +140,10 @@ def test_arguments_that_timm_takes_amiss(name: str, options: dict, message: str)
 def test_an_argument_that_timm_does_not_know() -> None:
     with pytest.raises(TypeError, match=r'^foo=1 is not possible: .* unexpected keyword'):
         create_model(DENSE, foo=1, **SMALL)
+
+
+@pytest.mark.parametrize('options', [{}, {'drop_rate': 0.1}])
+def test_a_name_that_is_to_blame_itself_is_named(options: dict) -> None:
+    said = r"^model_name='vit_tiny_patch16_224\.nope' is not possible: .*tag"
+    with pytest.raises(ValueError, match=said):
+        create_model('vit_tiny_patch16_224.nope', pretrained=True, **options)

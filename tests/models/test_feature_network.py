@@ -1,5 +1,9 @@
 """The dense network by whose features images are clustered: its answers, weights and cost."""
 
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
 from vqmoe_vision.models.transfer import fit_state, transfer
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import image_reader as image_reader_module
 from vqmoe_vision.moe.image_reader import image_reader
 
 from .conftest import TINY, make
@@ -82,6 +87,90 @@ def test_fitted_clusters_travel_and_route_alike(images: Tensor) -> None:
     again.load_state_dict(state)
     assert image_reader(again).fitted
     assert torch.equal(again(images), model(images))
+
+
+def warned(call: Callable[[], Any]) -> list[str]:
+    """What a call says of models that are not fitted."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        call()
+    return [str(w.message) for w in caught if 'not fitted to the training set' in str(w.message)]
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been warned of yet."""
+    monkeypatch.setattr(image_reader_module, '_already_warned', False)
+
+
+def compiled(model: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend='aot_eager')
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('wrap', [lambda model: model, compiled], ids=['eager', 'compiled'])
+def test_a_training_that_nobody_has_fitted_warns_once(images: Tensor, wrap: Callable) -> None:
+    model = wrap(make(METHOD, depth=2))
+
+    def train() -> None:
+        for _ in range(2):
+            model(images).sum().backward()
+
+    (said,) = warned(train)
+    assert 'fit_reader(model, batches)' in said and 'load_features(model, ...)' in said
+    assert not warned(train)
+
+
+@pytest.mark.usefixtures('anew')
+def test_only_a_training_warns(images: Tensor) -> None:
+    model = make(METHOD)
+    fit = [image_reader(model).features, lambda _: fit_reader(model, [images, images] * 8)]
+    calls = [torch.no_grad()(model), lambda images: model.eval()(images), *fit]
+    assert not any(warned(lambda call=call: call(images)) for call in calls)
+
+
+def loaded(model: nn.Module, strict: bool, assign: bool = False) -> nn.Module:
+    other = make(METHOD, num_clusters=2, device='meta' if assign else None)
+    other.load_state_dict(model.state_dict(), strict=strict, assign=assign)
+    return other.train()
+
+
+AGAIN = {
+    'itself': lambda model: model,
+    'copy': copy.deepcopy,
+    'pickle': lambda model: pickle.loads(pickle.dumps(model)),
+    'strict': lambda model: loaded(model, strict=True),
+    'lenient': lambda model: loaded(model, strict=False),
+    'assigned': lambda model: loaded(model, strict=True, assign=True),
+    'double': lambda model: model.double().float(),
+}
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('fitted', [True, False])
+@pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)
+def test_a_model_knows_whether_it_is_fitted_wherever_it_comes_from(
+    images: Tensor, again: Callable, fitted: bool
+) -> None:
+    model = make(METHOD, num_clusters=2)
+    if fitted:
+        fit_reader(model, [images])
+    model = again(model)
+    assert len(warned(lambda: model(images))) == (not fitted)
+    assert bool(image_reader(model).fitted) == fitted
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('void', ['features', 'state'])
+def test_a_model_whose_clusters_are_void_warns_again(images: Tensor, void: str) -> None:
+    model = make(METHOD, num_clusters=2)
+    fit_reader(model, [images])
+    if void == 'features':
+        load_features(model, dense().state_dict(), 'dense.pth')
+    else:
+        model.load_state_dict(make(METHOD, num_clusters=2).state_dict())
+    assert len(warned(lambda: model(images))) == 1
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,19 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
             'vit_tiny_patch16_224',
             dict(attn_layer='diff'),
             {},
-            'whose attention is DiffAttention, for Attention',
+            "whose attention is DiffAttention, for Attention; attn_layer='diff' would fit",
+        ),
+        (
+            'vit_tiny_patch16_224',
+            dict(attn_layer='diff', num_heads=4),
+            {},
+            "which has 4 heads, for 2; attn_layer='diff', num_heads=4 would fit",
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            dict(attn_type='rope'),
+            DINOV3,
+            'an Eva, whose positions are rotary, for a VisionTransformer$',
         ),
     ],
 )
@@ -87,6 +99,7 @@ def test_another_function_is_refused(
     ('name', 'options'),
     [
         ('vit_tiny_patch16_224', dict(num_heads=4)),
+        ('vit_tiny_patch16_224', dict(attn_layer='diff')),
         ('vit_tiny_patch16_224', dict(act_layer='relu')),
         ('vit_tiny_patch16_224', dict(act_layer='gelu')),  # another class of the same function
         ('vit_base_patch16_rpn_224', dict(block_fn=ResPostBlock, qkv_bias=False, **OF_SIGLIP)),

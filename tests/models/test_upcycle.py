@@ -235,7 +235,7 @@ def test_registers_that_only_one_has_are_named(theirs: str, tmp_path: Path) -> N
     torch.save(state, path)
     with pytest.raises(ValueError, match=r'only the checkpoint has reg_token; reg_tokens=2, no_em'):
         make('smoe', upcycle=path)
-    said = {'reg_token': 'no_embed_class=False is right', 'register_tokens': '=True would fit'}
+    said = {'reg_token': 'no_embed_class=True would fit', 'register_tokens': '=True would fit'}
     with pytest.raises(ValueError, match=said[theirs]):
         make('smoe', upcycle=path, reg_tokens=2)
     torch.save(dense(no_embed_class=True).state_dict(), plain)

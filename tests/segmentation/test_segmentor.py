@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
@@ -259,3 +260,9 @@ def test_layer_decay_refuses_other_settings() -> None:
     wrong = {'layer_decay': 0.5, 'norm_decay_mult': 0.0}
     with pytest.raises(ValueError, match=r'norm_decay_mult .* takes layer_decay and custom_keys'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_a_published_model_says_the_channels_of_its_images(channels: int) -> None:
+    model = tiny_segmentor(backbone={'in_chans': channels})
+    assert model.test_preprocessing(ConfigDict())['input_size'] == (channels, 32, 32)

@@ -36,7 +36,8 @@ def start_features(
 
     Args:
         model: Built by timm.
-        features: Checkpoint of a dense model of the same shape, any that `start_from` reads.
+        features: Checkpoint of a dense model of the same shape, any that `start_from` reads; what
+            reads images and is not given one `fit_features` refuses to fit.
         started: Whether the model has weights already, of which a dense one's are these too.
         weights: How images were normalised for those; None if that is not known.
 
@@ -44,19 +45,16 @@ def start_features(
         How images are to be normalised, as far as the weights of both say.
 
     Raises:
-        ValueError: The model reads no images, or has to and there are no weights; the file cannot
-            be read or does not fit; or it wants images that are normalised otherwise.
+        ValueError: The model reads no images; the file cannot be read or does not fit; or it wants
+            images that are normalised otherwise.
     """
-    if image_reader(model) is None:
+    reader = image_reader(model)
+    if reader is None:
         allowed = 'None, the model decides by no features of images'
         check(features is None, 'features', features, allowed)
         return weights
+    reader.lacks_weights = features is None and not started
     if features is None:
-        allowed = (
-            'the checkpoint of a dense model of the same shape, trained on the same training set, '
-            'by whose features images are clustered; or start from one by checkpoint'
-        )
-        check(started, 'features', features, allowed)
         return weights
     report = load_features(model, read_state(features), features, read_image_sizes(features))
     for line in report.lines():
@@ -78,13 +76,19 @@ def fit_features(runner: Runner) -> None:
         runner: About to train; its model knows how images are normalised.
 
     Raises:
-        ValueError: The config does not say how images are prepared without augmentation, or there
-            are too few images.
+        ValueError: Nobody has named weights for it, the config does not say how images are prepared
+            without augmentation, or there are too few images.
     """
     model = unwrapped(runner)
     reader = image_reader(model.routed_model)
     if reader is None or bool(reader.fitted):
         return
+    # not before: a run that resumes needs none, and whether it does is known only now
+    allowed = (
+        'the checkpoint of a dense model of the same shape, trained on the same training set, '
+        'by whose features images are clustered; or start from one by checkpoint'
+    )
+    check(not reader.lacks_weights, 'features', None, allowed)
     images = model.source(_unaugmented(runner.cfg)).drawn(MOST_IMAGES)
     found_in = images.batches(_BATCH_SIZE)
     batches = (batch if isinstance(batch, Tensor) else batch[0] for batch in found_in)

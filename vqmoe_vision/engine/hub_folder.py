@@ -57,7 +57,8 @@ def publish_folder(
     check(bool(valid), 'license', license_id, allowed)
     tested = _tested(numbers) if numbers else {}
     config_file = config_of(run)
-    file = chosen_checkpoint(run) if checkpoint is None else Path(checkpoint)
+    how = 'choose one with --checkpoint'
+    file = chosen_checkpoint(run, how) if checkpoint is None else Path(checkpoint)
     config = load_config(str(config_file))
     model = load_trained(config, str(file), 'cpu')
     content = read_content(str(file), verify=False)
@@ -162,11 +163,12 @@ def config_of(run: Path) -> Path:
     )
 
 
-def chosen_checkpoint(run: Path) -> Path:
+def chosen_checkpoint(run: Path, how: str = 'name one of them after the work dir') -> Path:
     """The best checkpoint of a work dir, or else the last.
 
     Args:
         run: The work dir.
+        how: What a user does where several are the best.
 
     Raises:
         ValueError: There is none, or several are the best.
@@ -174,7 +176,7 @@ def chosen_checkpoint(run: Path) -> Path:
     best = sorted(run.glob(f'{BEST}*.pth'))
     if len(best) > 1:
         names = ', '.join(path.name for path in best)
-        raise ValueError(f'work dir {str(run)!r} has {names}: choose one with --checkpoint')
+        raise ValueError(f'work dir {str(run)!r} has {names}: {how}')
     if best:
         return best[0]
     if not (run / POINTER).is_file() or not last_checkpoint(run).is_file():

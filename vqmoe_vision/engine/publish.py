@@ -83,8 +83,11 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     meta = {name: content['meta'][name] for name in _META if name in content['meta']}
     target.parent.mkdir(parents=True, exist_ok=True)
     unnamed = target.with_suffix('.part')
-    torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
-    digits = hashlib.sha256(unnamed.read_bytes()).hexdigest()[:8]
-    named = target.with_name(f'{target.stem}-{digits}.pth')
-    os.replace(unnamed, named)
+    try:
+        torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
+        digits = hashlib.sha256(unnamed.read_bytes()).hexdigest()[:8]
+        named = target.with_name(f'{target.stem}-{digits}.pth')
+        os.replace(unnamed, named)
+    finally:  # of a disk that is full
+        unnamed.unlink(missing_ok=True)
     return named

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 
 from vqmoe_vision.models.create import create_model, method_of
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.moe.config import check
 
@@ -67,16 +68,28 @@ def _upcycle(args: argparse.Namespace) -> None:
 
 def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """How images are prepared for the weights, entries of timm's `pretrained_cfg`."""
-    normalization = weights_normalization(model, None, options)
+    channels = model.patch_embed.proj.in_channels
+    normalization = _normalization(model, options, channels)
     if normalization is None:
+        numbers = f'[{",".join(["0.5"] * channels)}]'
+        images = '' if channels == 3 else f' of {channels} channels'
         raise ValueError(
-            f'source={options["upcycle"]!r} does not say how images were normalised for it, which '
-            'config.json has to: write --cfg-options pretrained_cfg_overlay.mean=[0.5,0.5,0.5] '
-            'pretrained_cfg_overlay.std=[0.5,0.5,0.5], with the numbers of the weights'
+            f'source={options["upcycle"]!r} does not say how images{images} were normalised for '
+            f'it, which config.json has to: write --cfg-options '
+            f'pretrained_cfg_overlay.mean={numbers} pretrained_cfg_overlay.std={numbers}, with the '
+            'numbers of the weights'
         )
     own = {
-        'input_size': (3, *model.patch_embed.img_size),
+        'input_size': (channels, *model.patch_embed.img_size),
         'mean': normalization.mean,
         'std': normalization.std,
     }
     return preprocessing_of(model.pretrained_cfg) | own
+
+
+def _normalization(model: Any, options: dict[str, Any], channels: int) -> Normalization | None:
+    """How images are normalised; what weights say of themselves is about three channels."""
+    if channels == 3:
+        return weights_normalization(model, None, options)
+    stated = options.get('pretrained_cfg_overlay') or {}
+    return Normalization.of(stated, channels=channels) if {'mean', 'std'} <= stated.keys() else None

@@ -172,7 +172,9 @@ def _check_layer(name: str, layers: dict[str, Any], kwargs: dict[str, Any]) -> N
 
 
 @contextmanager
-def named_failures(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> Iterator[None]:
+def named_failures(
+    build: Callable[..., nn.Module], kwargs: dict[str, Any], name: str
+) -> Iterator[None]:
     """Say which arguments are to blame when a model cannot be built.
 
     The fewest of them that timm refuses are looked for, on a device without memory.
@@ -180,6 +182,7 @@ def named_failures(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> I
     Args:
         build: Builds the model.
         kwargs: What it was given.
+        name: Of the model, which is to blame if it cannot be built without any of them.
 
     Raises:
         ValueError: In the place of what timm or torch raised.
@@ -192,12 +195,13 @@ def named_failures(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> I
         if reason is None:
             raise  # the arguments are not to blame
         blamed = dict(kwargs)
-        for name in kwargs:
-            rest = {key: value for key, value in blamed.items() if key != name}
+        for argument in kwargs:
+            rest = {key: value for key, value in blamed.items() if key != argument}
             failure = _failure(build, rest)
             if failure is not None:
                 blamed, reason = rest, failure
-        options = ', '.join(f'{name}={value!r}' for name, value in blamed.items())
+        blamed = blamed or {'model_name': name}
+        options = ', '.join(f'{argument}={value!r}' for argument, value in blamed.items())
         kind = TypeError if isinstance(reason, TypeError) else ValueError
         raise kind(f'{options} is not possible: {str(reason) or "timm refuses it"}') from error
 

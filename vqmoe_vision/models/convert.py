@@ -23,7 +23,13 @@ from .arguments import moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
-from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel, build_layer
+from .sparse_model import (
+    MoeEva,
+    MoeVisionTransformer,
+    SparseModel,
+    build_layer,
+    scale_fresh_experts,
+)
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, upcycle
 
@@ -95,6 +101,7 @@ def put_fresh_layers(
     """
     how = read_upcycling(upcycling)
     _put_layers(model, method, moe_layers, options, how, made_of_mlps=False)
+    scale_fresh_experts(model)
 
 
 def _put_layers(

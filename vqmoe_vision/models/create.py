@@ -64,7 +64,7 @@ def create_model(
     build = partial(_untrained, model_name)
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'shipped')):
         check_vit_arguments(kwargs)
-    with named_failures(build, kwargs) if dense else nullcontext():
+    with named_failures(build, kwargs, model_name) if dense else nullcontext():
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
         if sparse:

@@ -184,15 +184,23 @@ def resized_positions(
             new_size = list(model.patch_embed.grid_size)
             resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
             return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
-    count = positions.shape[1]
     # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
-    if math.isqrt(count) ** 2 != count and 'mask_token' not in state:
+    if not _is_square(positions.shape[1]) and 'mask_token' not in state:
+        count = state['pos_embed'].shape[1]
+        other = count - model.num_prefix_tokens if model.no_embed_class else count
+        said = f'if no_embed_class={model.no_embed_class} is right'
+        if model.num_prefix_tokens and _is_square(other):
+            said = f'but no_embed_class={not model.no_embed_class} would fit'
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
-            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, if '
-            f'no_embed_class={model.no_embed_class} is right'
+            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, '
+            f'{said}'
         )
     return {}
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:

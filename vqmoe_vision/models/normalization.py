@@ -33,21 +33,23 @@ class Normalization:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], scale: float = 1.0) -> Normalization:
+    def of(cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3) -> Normalization:
         """That of a configuration, such as timm's `pretrained_cfg`.
 
         Args:
-            values: Has 'mean' and 'std', a number per channel, or one for all three.
+            values: Has 'mean' and 'std', a number per channel, or one for all.
             scale: The value of a white pixel.
+            channels: Of the images.
 
         Raises:
             ValueError: There is another number of numbers.
         """
+        allowed = f'one number, or one for each channel of {channels}'
         for name in ('mean', 'std'):
-            check(len(values[name]) in (1, 3), name, values[name], 'a number per channel, or one')
+            check(len(values[name]) in (1, channels), name, values[name], allowed)
         mean, std = (
-            tuple(float(value) / scale for value in (*values[name], *values[name] * 2)[:3])
-            for name in ('mean', 'std')
+            tuple(float(number) / scale for number in numbers * (channels // len(numbers)))
+            for numbers in (list(values['mean']), list(values['std']))
         )
         return cls(mean, std)
 

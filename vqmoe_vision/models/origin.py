@@ -16,7 +16,7 @@ import timm
 import torch
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
 from .arguments import FAILURES
@@ -100,19 +100,38 @@ def refuse_other_function(model: nn.Module, origin: Origin, path: str) -> None:
     )
 
 
-def _remedy(model: nn.Module, origin: Origin, options: Sequence[str]) -> str:
+def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
     """What would fit: options, if they do for all that differs, or the network by its own name."""
+    attention = _attention(model, origin.model)
+    if options.count('') == 1 and attention:
+        options = [option or attention for option in options]
     if all(options):
         return f'; {", ".join(options)} would fit'
     if _timms_class(origin.model) not in (VisionTransformer, Eva):
         return "; experts are for timm's VisionTransformer and Eva alone"
     if hasattr(origin.model, 'method'):  # it has experts
         return ''
+    with torch.device('meta'):
+        named = timm.create_model(origin.name)
+    # sizes are arguments of the model that takes the weights, others make it another network
+    changed = [option for _, option in _differences(named, origin.model)]
+    if not all(option.startswith('num_heads=') for option in changed):
+        return ''
     by_name = f'; model_name={origin.name!r}'
     if not hasattr(model, 'method'):
         return f'{by_name} is that network'
     experts = f'with moe=dict(method={model.method!r}) is that network with experts'
     return f'{by_name} {experts}, and so is what convert_to_moe makes of it'
+
+
+def _attention(model: Any, origin: Any) -> str:
+    """The option of an attention that timm has a name for, where it differs in equal blocks."""
+    ours, theirs = model.blocks[0], origin.blocks[0]
+    if _timms_class(ours) is not _timms_class(theirs):
+        return ''
+    kind = _timms_class(theirs.attn)
+    names = [name for name, layer in ATTN_LAYERS.items() if layer is kind and name]
+    return f'attn_layer={names[0]!r}' if names and _timms_class(ours.attn) is not kind else ''
 
 
 def other_pooling(model: Any, origin: Origin) -> str:

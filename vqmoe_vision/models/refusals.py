@@ -6,10 +6,11 @@ All functions take state dicts in timm's names.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from .other_experts import layer_of, refuse_other_experts, sizes_that_fit
 from .state_dicts import HEADS, StateDict, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]
@@ -43,7 +44,7 @@ EVA: Arguments = (
 def refuse_other_tokens(
     state: StateDict, expected: StateDict, path: str, arguments: Arguments
 ) -> None:
-    """Refuse a class token, registers or a position embedding that only one of both has.
+    """Refuse a token of its own or a position embedding that only one of both has.
 
     Args:
         state: Of the checkpoint.
@@ -64,10 +65,10 @@ def refuse_other_tokens(
     # timm's name for DINOv2's and DINOv3's
     registers = ('register_tokens', 'storage_tokens')
     state = {'reg_token' if k in registers else k: v for k, v in state.items()}
-    for name in ('cls_token', 'pos_embed', 'reg_token'):
+    for name in ('cls_token', 'pos_embed', 'reg_token', 'dist_token'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
-            raise ValueError(_only(path, [name], owner, state, arguments))
+            raise ValueError(_only(path, [name], owner, state, arguments, ()))
 
 
 def pooled_otherwise(expected: StateDict, state: StateDict) -> str:
@@ -107,9 +108,9 @@ def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
     Raises:
         ValueError: There are some; names the first.
     """
-    layers = {_layer(name) for name in expected} - {''}  # whose dense MLPs experts are made of
+    layers = {layer_of(name) for name in expected} - {''}  # whose dense MLPs experts are made of
     for name, value in state.items():
-        if name not in expected and _layer(name) not in layers:
+        if name not in expected and layer_of(name) not in layers:
             continue
         real = name not in expected or expected[name].is_floating_point()
         if value.is_floating_point() != real:
@@ -134,7 +135,7 @@ def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
         ValueError: The model has a plain MLP in its place.
     """
     for name, weight in state.items():
-        layer = _layer(name)
+        layer = layer_of(name)
         if name != f'{layer}.fc1.weight' or f'{layer}.fc2.weight' not in state:
             continue
         second = f'{layer}.fc2.weight'
@@ -149,34 +150,26 @@ def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
             )
 
 
-def refuse_misfits(expected: StateDict, filtered: StateDict, fitted: StateDict, path: str) -> None:
-    """Refuse a checkpoint of another size or of another method.
+def refuse_misfits(
+    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, heads: int
+) -> None:
+    """Refuse a checkpoint of another size or with other experts.
 
     Args:
         expected: Of the model.
         filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
         fitted: The same after each MoE layer has fitted its part.
         path: What the checkpoint is called, for messages.
+        heads: Attention heads of the model; 0 if that is not known.
 
     Raises:
         ValueError: It is one.
     """
     shapes = other_shapes(expected, fitted)
     if shapes:
-        hint = _other_experts(expected, fitted)
+        hint = sizes_that_fit(expected, fitted, heads)
         raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}{hint}')
-    # Experts where the model has others: weights of a dense model may start one with experts, but
-    # those of one method mean nothing to another.
-    routed = {_layer(name) for name in filtered if '.mlp.experts.' in name}
-    routed &= {_layer(name) for name in expected}
-    missing_keys = [k for k in expected if _layer(k) in routed and k not in fitted]
-    unexpected_keys = [k for k in filtered if _layer(k) in routed and k not in expected]
-    if missing_keys or any(k in fitted for k in unexpected_keys):
-        raise ValueError(
-            f'checkpoint {path!r} is of another MoE method: only it has '
-            f'{shorten(unexpected_keys) or "nothing"}; only the model has '
-            f'{shorten(missing_keys) or "nothing"}'
-        )
+    refuse_other_experts(expected, filtered, fitted, path)
 
 
 def refuse_other_parts(
@@ -197,32 +190,17 @@ def refuse_other_parts(
     Raises:
         ValueError: There are some; names arguments with which the model would fit.
     """
-    layers = {_layer(name) for name in expected if '.mlp.experts.' in name}
+    layers = {layer_of(name) for name in expected if '.mlp.experts.' in name}
     blocks = {_block(name) for name in expected}
 
     def matters(name: str) -> bool:
-        free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or _layer(name) in layers
+        free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or layer_of(name) in layers
         return not free and (whole or _block(name) in blocks)
 
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):
         names = [name for name in part if name not in other and matters(name)]
         if names:
-            raise ValueError(_only(path, names, owner, fitted, arguments))
-
-
-def _other_experts(expected: StateDict, fitted: StateDict) -> str:
-    """What would fit a checkpoint that differs in the number of experts alone."""
-    pairs = [(fitted[k].shape, v.shape) for k, v in expected.items() if k in fitted]
-    other = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
-    experts = {value.shape[0] for name, value in fitted.items() if '.mlp.experts.' in name}
-    alone = all(theirs[1:] == ours[1:] and theirs[0] in experts for theirs, ours in other)
-    return f'; num_experts={experts.pop()} would fit' if alone and len(experts) == 1 else ''
-
-
-def _layer(name: str) -> str:
-    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP."""
-    layer, found, _ = name.partition('.mlp.')
-    return f'{layer}.mlp' if found else ''
+            raise ValueError(_only(path, names, owner, fitted, arguments, other))
 
 
 def _block(name: str) -> str:
@@ -232,12 +210,27 @@ def _block(name: str) -> str:
 
 
 def _only(
-    path: str, names: Sequence[str], owner: str, state: StateDict, arguments: Arguments
+    path: str,
+    names: Sequence[str],
+    owner: str,
+    state: StateDict,
+    arguments: Arguments,
+    other: Iterable[str],
 ) -> str:
-    """A line about tensors that only one of both has, and arguments with which the model fits."""
+    """A line about tensors that only one of both has, and arguments with which the model fits.
+
+    Args:
+        path: What the checkpoint is called.
+        names: Of the tensors.
+        owner: Who has them, 'checkpoint' or 'model'.
+        state: Of the checkpoint.
+        arguments: Of the model's class.
+        other: Names of who has them not.
+    """
     depth = len({_block(name) for name in state} - {''})
     reg_tokens = state['reg_token'].shape[1] if 'reg_token' in state else 0
-    if any(re.search(r'^blocks\.\d+\.norm1\.', name) for name in names):
+    # of a block that both have, only parts are missing
+    if {_block(name) for name in names} - {_block(name) for name in other} - {''}:
         hints = [f'depth={depth}']
     else:
         hints = [

@@ -12,13 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.eva import Eva
 from torch import nn
 
 from ..moe.experts import StackedLinear
 from .arguments import moe_options
 from .create import method_of
-from .sparse_model import SparseModel
+from .sparse_model import SparseModel, scale_fresh_experts
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
@@ -34,8 +33,8 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
     if isinstance(model, SparseModel):
-        scaled = issubclass(type(model), Eva) or bool(kwargs.get('fix_init'))
-        _draw_experts(model, seed, scaled)
+        _draw_experts(model, seed)
+        scale_fresh_experts(model)
         options = moe_options(model.method) | {'upcycling'}
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         if method_of(model_name) is not None:
@@ -49,18 +48,16 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
     model.load_state_dict(shared, strict=False)
 
 
-def _draw_experts(model: Any, seed: int, scaled: bool) -> None:
+def _draw_experts(model: Any, seed: int) -> None:
     blocks = model.blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         seeds = iter(torch.randint(2**62, (len(blocks), 2)).flatten().tolist())
-        for i, block in enumerate(blocks):
+        for block in blocks:
             first, second = next(seeds), next(seeds)
             if hasattr(block.mlp, 'experts'):
                 _draw(block.mlp.experts.fc1, first)
                 _draw(block.mlp.experts.fc2, second)
-                if scaled:  # by depth, as the dense model's MLPs
-                    block.mlp.experts.fc2.weight.data.div_((2.0 * (i + 1)) ** 0.5)
 
 
 def _draw(linear: StackedLinear, seed: int) -> None:

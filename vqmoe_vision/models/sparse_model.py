@@ -123,7 +123,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         entry, dense, raw_patches = METHODS[method], dict(kwargs), RawPatches()
         if entry.read_patches is not None:
             kwargs.update(raw_patch_parts(raw_patches, kwargs))
-        with named_failures(VisionTransformer, kwargs):
+        with named_failures(VisionTransformer, kwargs, f'vit_*_{method}'):
             super().__init__(**kwargs)
         check_patches(self, kwargs)
         self.describe(method, entry.config.from_options(**options), how)
@@ -151,15 +151,13 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         if fix_init:
             self.fix_init_weight()
 
+    @torch.no_grad()
     def fix_init_weight(self) -> None:
         """Rescale output layers by depth as timm does, those of experts too."""
         blocks: Any = self.blocks
-        with torch.no_grad():
-            for i, block in enumerate(blocks):
-                scale = (2.0 * (i + 1)) ** 0.5
-                block.attn.proj.weight.div_(scale)
-                mlp = getattr(block.mlp, 'experts', block.mlp)
-                mlp.fc2.weight.div_(scale)
+        for i, block in enumerate(blocks):
+            for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
+                layer.weight.div_(_scale(i))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -174,6 +172,25 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
 
 class MoeEva(SparseModel, Eva):
     """timm's `Eva`, of which DINOv3's models are, with MoE layers; `convert_to_moe` makes it."""
+
+
+@torch.no_grad()
+def scale_fresh_experts(model: nn.Module) -> None:
+    """Scale the output layers of experts that were just drawn, if timm does so with MLPs.
+
+    Args:
+        model: With MoE layers; experts are scaled by depth in an `Eva`, or with `fix_init`.
+    """
+    if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
+        return
+    blocks: Any = model.blocks
+    for i, block in enumerate(blocks):
+        if isinstance(block.mlp, MoeLayer):
+            block.mlp.experts.fc2.weight.div_(_scale(i))
+
+
+def _scale(block: int) -> float:
+    return float((2.0 * (block + 1)) ** 0.5)
 
 
 def build_layer(

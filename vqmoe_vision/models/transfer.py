@@ -139,7 +139,7 @@ def load_features(
     network: Any = reader.network
     state, report = transfer(network, state_dict, path, image_sizes)
     network.load_state_dict(state, strict=False)
-    reader.fitted.fill_(False)
+    reader.void()
     return report
 
 
@@ -166,7 +166,9 @@ def _fit_network(
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
-    refuse_misfits(network, filtered, fitted, path)
+    block: Any = model.blocks[0]
+    heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
+    refuse_misfits(network, filtered, fitted, path, heads)
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     refuse_other_parts(network, fitted, path, whole, arguments)

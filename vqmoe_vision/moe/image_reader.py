@@ -5,8 +5,9 @@ Legend: B images, F features of an image, S images that it is fitted to.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,14 @@ from .routing import full_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_UNFITTED = (
+    'training a model that reads images by a frozen network, and was not fitted to the training '
+    'set: what it decides by is random; before the first step give the network its weights with '
+    'vqmoe_vision.models.load_features(model, ...), unless the model starts from a dense one, and '
+    'call vqmoe_vision.models.fit_reader(model, batches)'
+)
+_already_warned = False
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,12 @@ class ImageReader(nn.Module):
 
     Its network is frozen: weights are buffers, because nobody trains them, and a parameter that
     never gets a gradient is one that optimizers decay and data-parallel training waits for. It is
-    in eval mode whatever the model is in. A subclass implements `forward`, which is a
-    `ReadPatches`, `init_weights` and `fit`.
+    in eval mode whatever the model is in. A subclass implements `read`, `init_weights`, which calls
+    `void`, and `take_over`.
+
+    Whether it is fitted has to be known on the host, where a warning of a training asks in every
+    step: `_fit_due` says so, which initialisation, fitting, loading, copies and pickles set with
+    the rest.
 
     Args:
         features: The network; it is changed.
@@ -47,10 +60,12 @@ class ImageReader(nn.Module):
 
     Attributes:
         fitted: Whether `fit` has been called for these weights, () bool. Until then the model
-            computes with what it was initialised with.
+            computes with what it was initialised with, and a training warns of it once.
+        lacks_weights: Whether a training that begins has no weights for the network.
     """
 
     fitted: Tensor
+    lacks_weights = False
 
     def __init__(self, features: Features, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -92,12 +107,11 @@ class ImageReader(nn.Module):
             images: (B, channels, height, width), of any size.
             grid_size: Rows and columns of patches.
         """
-        raise NotImplementedError
+        if self.training and self._fit_due and torch.is_grad_enabled():
+            _warn_unfitted()
+        return self.read(images, grid_size)
 
-    def init_weights(self) -> None:
-        """Draws what `fit` replaces."""
-        raise NotImplementedError
-
+    @torch.no_grad()
     def fit(self, features: Tensor) -> str:
         """Take over what features of a training set say; the same answer for the same features.
 
@@ -110,7 +124,56 @@ class ImageReader(nn.Module):
         Raises:
             ValueError: There are too few of them.
         """
+        found = self.take_over(features)
+        self.fitted.fill_(True)
+        self._fit_due = False
+        return found
+
+    @torch.no_grad()
+    def void(self) -> None:
+        """Forget that it was fitted: it was to other features."""
+        self.fitted.fill_(False)
+        self._fit_due = True
+
+    def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """As `forward`, in training and else.
+
+        Args:
+            images: As `forward`.
+            grid_size: As `forward`.
+        """
         raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draws what `fit` replaces."""
+        raise NotImplementedError
+
+    def take_over(self, features: Tensor) -> str:
+        """As `fit`, which then knows that it was done.
+
+        Args:
+            features: As `fit`.
+
+        Returns:
+            As `fit`.
+
+        Raises:
+            ValueError: As `fit`.
+        """
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.fitted.is_meta:
+            self._fit_due = not bool(self.fitted)
+
+
+@torch.compiler.assume_constant_result  # as it is compiled, not in every step
+def _warn_unfitted() -> None:
+    global _already_warned
+    if not _already_warned:
+        _already_warned = True
+        warnings.warn(_UNFITTED, stacklevel=2)
 
 
 def image_reader(model: nn.Module) -> ImageReader | None:

@@ -165,8 +165,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         converted = getattr(self.data_preprocessor, '_channel_conversion', False)
         allowed = "True: mmseg's images are BGR, timm's are RGB"
         check(converted, 'model.data_preprocessor.bgr_to_rgb', converted, allowed)
+        stem = self.backbone.model.patch_embed
         return {
-            'input_size': (3, *self.backbone.model.patch_embed.img_size),
+            'input_size': (stem.proj.in_channels, *stem.img_size),
             'crop_pct': 1.0,
             'crop_mode': 'center',
             'interpolation': 'bilinear',

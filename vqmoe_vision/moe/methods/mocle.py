@@ -28,7 +28,7 @@ all that routes, a reloaded model routes alike, and clusters cannot move while a
 network has the arguments of the model, so that nobody describes it twice, and a dense checkpoint
 that the model starts from is one for it too. It sees images resized to its own size: a crop or a
 window of a segmentation is an image of its own. A model that nobody has fitted runs, with random
-features and centroids; trainings by config refuse that in one line.
+features and centroids; trainings by config refuse that in one line, and others warn of it once.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts with the universal one, K
 clusters, F features.
@@ -116,10 +116,9 @@ class Clusters(ImageReader):
     def init_weights(self) -> None:
         """Random centroids of the length of normalised features."""
         nn.init.normal_(self.centroids)
-        self.fitted.fill_(False)
+        self.void()
 
-    @torch.no_grad()
-    def fit(self, features: Tensor) -> str:
+    def take_over(self, features: Tensor) -> str:
         """As `ImageReader`: k-means with a fixed seed."""
         number = len(self.centroids)
         allowed = f'at most {len(features)}, one for each image of the training set'
@@ -127,14 +126,13 @@ class Clusters(ImageReader):
         finite = bool(features.isfinite().all())
         check(finite, 'features', 'nan or infinite', 'finite numbers for each image')
         self.centroids.copy_(kmeans(features, number))
-        self.fitted.fill_(True)
         sizes = self._nearest(features).bincount(minlength=number)
         return (
             f'{number} clusters of {len(features)} images, the smallest of {int(sizes.min())} and '
             f'the largest of {int(sizes.max())}'
         )
 
-    def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Cluster of each image, (B,) int64.
 
         Args:

@@ -1,0 +1,116 @@
+"""Refusals of weights say in what they differ, and what is said to fit does."""
+
+from typing import Any
+
+import pytest
+import timm
+from torch import Tensor, nn
+
+from vqmoe_vision.models.quantization import experts_as_linear
+from vqmoe_vision.models.transfer import fit_state
+from vqmoe_vision.moe import METHODS
+
+from .conftest import TINY, Make, make
+
+CLUSTERS = next(name for name, method in METHODS.items() if method.needs_features)
+
+
+def dense(name: str = 'vit_tiny_patch16_224', **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, **{**TINY, **kwargs})
+
+
+def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
+    with pytest.raises(ValueError, match=r"^checkpoint 'f\.pth' ") as caught:
+        fit_state(model, state, 'f.pth')
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('options', 'source', 'said', 'fits'),
+    [
+        ({}, dense(embed_dim=64), 'another size: cls_token', dict(embed_dim=64)),
+        ({}, make('smoe', embed_dim=48), 'another size: cls_token', dict(embed_dim=48)),
+        ({}, make('smoe', num_experts=4), 'another size: blocks', dict(num_experts=4)),
+        ({}, dense(no_embed_class=True), 'pos_embed is (1, 16,', dict(no_embed_class=True)),
+        (
+            dict(no_embed_class=True),
+            dense(),
+            'pos_embed is (1, 17, 32)',
+            dict(no_embed_class=False),
+        ),
+        ({}, dense(depth=6), 'only the checkpoint has blocks.4.norm1', dict(depth=6)),
+    ],
+)
+def test_what_is_said_to_fit_does(
+    options: dict[str, Any], source: nn.Module, said: str, fits: dict[str, Any]
+) -> None:
+    line = refusal(make('smoe', **options), source.state_dict())
+    assert said in line
+    ((name, value),) = fits.items()
+    assert line.endswith(f' {name}={value} would fit')
+    fit_state(make('smoe', **{**options, **fits}), source.state_dict(), 'f.pth')
+
+
+def test_another_number_of_clusters_has_its_option() -> None:
+    state = make(CLUSTERS, num_clusters=5).state_dict()
+    line = refusal(make(CLUSTERS, num_clusters=3), state)
+    assert line.endswith('the model has (3, 32); num_clusters=5 would fit')
+    fit_state(make(CLUSTERS, num_clusters=5), state, 'f.pth')
+
+
+@pytest.mark.parametrize(
+    'source', [dict(embed_dim=66), dict(embed_dim=64, mlp_ratio=2), dict(embed_dim=64, img_size=64)]
+)
+def test_a_width_that_is_not_all_is_not_said_to_fit(source: dict[str, Any]) -> None:
+    line = refusal(make('smoe', num_heads=4), dense(**{'num_heads': 2, **source}).state_dict())
+    if 'img_size' in source:  # positions are resized
+        assert line.endswith('embed_dim=64 would fit')
+    else:
+        assert line.endswith(' more') and 'another size' in line
+
+
+def test_experts_in_other_blocks_are_no_other_method(tiny: Make) -> None:
+    state = tiny(moe_layers=[0, 2]).state_dict()
+    line = refusal(tiny(moe_layers=[1, 2]), state)
+    said = 'has its experts in blocks 0, 2, the model in blocks 1, 2; moe_layers=[0, 2] would fit'
+    assert line == f"checkpoint 'f.pth' {said}"
+    fit_state(tiny(moe_layers=[0, 2]), state, 'f.pth')
+
+
+def test_experts_of_another_method_in_other_blocks_are_not_said_to_fit() -> None:
+    state = make('vqmoe', moe_layers=[0]).state_dict()
+    assert 'another MoE method: only it has' in refusal(make('smoe', moe_layers=[1]), state)
+    state = make('smoe', moe_layers=[0], num_experts=3).state_dict()
+    line = refusal(make('smoe', moe_layers=[1]), state)
+    assert line.endswith('has its experts in blocks 0, the model in blocks 1')
+
+
+def test_experts_as_linear_layers_are_no_other_method(method: str) -> None:
+    separate = experts_as_linear(make(method))
+    line = refusal(make(method), separate.state_dict())
+    assert 'as experts_as_linear leaves them: call experts_as_linear(model) before' in line
+    fit_state(experts_as_linear(make(method)), separate.state_dict(), 'f.pth')
+    line = refusal(separate, make(method).state_dict())
+    assert line.endswith('holds experts stacked: load its weights before experts_as_linear(model)')
+
+
+def test_linear_experts_of_another_method_are_those_of_another_method() -> None:
+    state = experts_as_linear(make('vqmoe')).state_dict()
+    assert 'is of another MoE method: only it has' in refusal(make('smoe'), state)
+
+
+@pytest.mark.parametrize('norms', [('rmsnorm', None), (None, 'rmsnorm')])
+def test_norms_that_lack_a_part_are_no_other_depth(norms: tuple[str | None, str | None]) -> None:
+    ours, theirs = norms
+    line = refusal(make('smoe', norm_layer=ours), dense(norm_layer=theirs).state_dict())
+    assert 'blocks.0.norm1.bias' in line and 'would fit' not in line
+
+
+def test_a_distilled_model_is_known_by_its_token() -> None:
+    state = dense('deit_tiny_distilled_patch16_224').state_dict()
+    assert refusal(make('smoe'), state).endswith('only the checkpoint has dist_token')
+    assert refusal(dense('deit_tiny_distilled_patch16_224'), dense().state_dict()).endswith(
+        'only the model has dist_token'
+    )
+    fit_state(dense('deit_tiny_distilled_patch16_224'), state, 'f.pth')

@@ -1,0 +1,155 @@
+"""Checkpoints with experts that are not those of the model: in what, and what would fit."""
+
+from __future__ import annotations
+
+import re
+
+from .state_dicts import StateDict, shorten
+
+_STEM = 'patch_embed.proj.weight'
+_SEPARATE = re.compile(r'\.experts\.fc[12]\.\d+\.')
+Shape = tuple[int, ...]
+
+
+def layer_of(name: str) -> str:
+    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP.
+
+    Args:
+        name: Of a tensor.
+    """
+    layer, found, _ = name.partition('.mlp.')
+    return f'{layer}.mlp' if found else ''
+
+
+def sizes_that_fit(expected: StateDict, fitted: StateDict, heads: int) -> str:
+    """The one argument by which a model would have the sizes of a checkpoint.
+
+    Args:
+        expected: Of the model.
+        fitted: Of the checkpoint, by the names of the model.
+        heads: Attention heads of the model; 0 if that is not known.
+
+    Returns:
+        Empty if there is none that explains all that differs.
+    """
+    pairs = {
+        k: (tuple(fitted[k].shape), tuple(v.shape)) for k, v in expected.items() if k in fitted
+    }
+    other = {name: shapes for name, shapes in pairs.items() if shapes[0] != shapes[1]}
+    hint = _number_of_experts(other, fitted) or _clusters(other) or _width(other, pairs, heads)
+    return f'; {hint} would fit' if hint else ''
+
+
+def _number_of_experts(other: dict[str, tuple[Shape, Shape]], fitted: StateDict) -> str:
+    experts = {value.shape[0] for name, value in fitted.items() if '.mlp.experts.' in name}
+    alone = all(a[1:] == b[1:] and a[0] in experts for a, b in other.values())
+    return f'num_experts={experts.pop()}' if alone and len(experts) == 1 else ''
+
+
+def _clusters(other: dict[str, tuple[Shape, Shape]]) -> str:
+    numbers = {a[0] for a, b in other.values() if a[1:] == b[1:]}
+    alone = all(name.endswith('.cluster_embed') for name in other)
+    return f'num_clusters={numbers.pop()}' if alone and len(numbers) == 1 else ''
+
+
+def _width(
+    other: dict[str, tuple[Shape, Shape]], pairs: dict[str, tuple[Shape, Shape]], heads: int
+) -> str:
+    """The width of tokens, if every size that differs is as many times that in both."""
+    if _STEM not in other:
+        return ''
+    (theirs, *_), (ours, *_) = other[_STEM]
+
+    def scales(a: int, b: int) -> bool:
+        return a * ours == b * theirs
+
+    alone = all(
+        len(a) == len(b) and all(m == n or scales(m, n) for m, n in zip(a, b, strict=True))
+        for a, b in other.values()
+    )
+    # hidden features of an MLP follow the width
+    hidden = [
+        shapes for name, shapes in pairs.items() if re.search(r'\.fc1(\.\d+)?\.weight$', name)
+    ]
+    follow = all(scales(a[-2], b[-2]) for a, b in hidden)
+    divisible = heads > 0 and theirs % heads == 0
+    return f'embed_dim={theirs}' if alone and follow and divisible else ''
+
+
+def refuse_other_experts(
+    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str
+) -> None:
+    """Refuse experts where the model has others.
+
+    Weights of a dense model may start one with experts, but those of one method mean nothing to
+    another.
+
+    Args:
+        expected: Of the model.
+        filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
+        fitted: The same after each MoE layer has fitted its part.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: There are some; names what they are.
+    """
+    routed = _routed(filtered) & {layer_of(name) for name in expected}
+    missing = [k for k in expected if layer_of(k) in routed and k not in fitted]
+    unexpected = [k for k in filtered if layer_of(k) in routed and k not in expected]
+    if not missing and not any(k in fitted for k in unexpected):
+        return
+    parts = (
+        f'only it has {shorten(unexpected) or "nothing"}; only the model has '
+        f'{shorten(missing) or "nothing"}'
+    )
+    what = (
+        _elsewhere(expected, filtered)
+        or _held_otherwise(expected, filtered)
+        or f'is of another MoE method: {parts}'
+    )
+    raise ValueError(f'checkpoint {path!r} {what}')
+
+
+def _elsewhere(expected: StateDict, filtered: StateDict) -> str:
+    """Layers of the same method that stand in blocks where the model has plain MLPs."""
+    theirs, ours = _routed(filtered), _routed(expected)
+    if not ours or theirs <= ours:
+        return ''
+    found = {name: value.shape for name, value in _part(filtered, min(theirs))}
+    own = {name: value.shape for name, value in _part(expected, min(ours))}
+    if found.keys() != own.keys():
+        return ''
+    here, there = (', '.join(map(str, _blocks(layers))) for layers in (theirs, ours))
+    fits = f'; moe_layers={_blocks(theirs)} would fit' if found == own else ''
+    return f'has its experts in blocks {here}, the model in blocks {there}{fits}'
+
+
+def _held_otherwise(expected: StateDict, filtered: StateDict) -> str:
+    """Experts that are stacked in one of both, and linear layers in the other."""
+    alone, own = (any(map(_SEPARATE.search, state)) for state in (filtered, expected))
+    layers = _routed(filtered), _routed(expected)
+    rest, others = (
+        {k for layer in found for k, _ in _part(state, layer) if not k.startswith('experts.')}
+        for state, found in zip((filtered, expected), layers, strict=True)
+    )
+    if alone == own or rest != others:
+        return ''
+    if alone:
+        return (
+            'holds each expert in linear layers of its own, as experts_as_linear leaves them: '
+            'call experts_as_linear(model) before its weights are loaded'
+        )
+    return 'holds experts stacked: load its weights before experts_as_linear(model)'
+
+
+def _routed(state: StateDict) -> set[str]:
+    return {layer_of(name) for name in state if '.mlp.experts.' in name}
+
+
+def _blocks(layers: set[str]) -> list[int]:
+    return sorted(int(layer.split('.')[1]) for layer in layers)
+
+
+def _part(state: StateDict, layer: str) -> list:
+    """Tensors of a layer, by their names in it."""
+    return [(k[len(layer) + 1 :], v) for k, v in state.items() if layer_of(k) == layer]
