@@ -154,10 +154,11 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         )
         return [(f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
     found = []
-    mine, other = _timms_class(ours.attn), _timms_class(theirs.attn)
+    attn, given_attn = _attention(ours), _attention(theirs)
+    mine, other = _timms_class(attn), _timms_class(given_attn)
     if mine is not other:
         found.append((f'whose attention is {other.__name__}, for {mine.__name__}', ''))
-    heads, given = ours.attn.num_heads, theirs.attn.num_heads
+    heads, given = attn.num_heads, given_attn.num_heads
     if heads != given:
         found.append((f'which has {given} heads, for {heads}', f'num_heads={given}'))
     act, given_act = _activation(ours), _activation(theirs)
@@ -166,17 +167,32 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         option = f'act_layer={names[0]!r}' if names else ''
         kinds = [type(layer).__name__ for layer in (given_act, act)]
         found.append((f'whose activation is {kinds[0]}, for {kinds[1]}', option))
-    eps, given_eps = (getattr(block.norm1, 'eps', None) for block in (ours, theirs))
+    norms = (_named(block, 'norm1', 'in_norm', 'norm') for block in (ours, theirs))
+    eps, given_eps = (getattr(norm, 'eps', None) for norm in norms)
     if eps != given_eps:
         option = f'norm_layer=partial(LayerNorm, eps={given_eps})'
         found.append((f'whose norms have eps={given_eps}, for {eps}', option))
     return found
 
 
+def _attention(block: Any) -> Any:
+    """What has the heads: the block itself, where it computes the MLP beside them."""
+    return next(module for module in block.modules() if hasattr(module, 'num_heads'))
+
+
 def _activation(block: Any) -> nn.Module | None:
-    mlp = getattr(block, 'mlp', None)
-    act = getattr(getattr(mlp, 'experts', mlp), 'act', None)
+    mlp = _named(block, 'mlp')
+    layers = getattr(mlp, 'experts', mlp)
+    act = _named(block, 'mlp_act') if mlp is None else getattr(layers, 'act', None)
     return act if isinstance(act, nn.Module) else None
+
+
+def _named(block: nn.Module, *names: str) -> Any:
+    """The first module with the first of these names that there is; None without any."""
+    found: dict[str, nn.Module] = {}
+    for path, module in block.named_modules():
+        found.setdefault(path.rpartition('.')[2], module)
+    return next((found[name] for name in names if name in found), None)
 
 
 def _same(act: nn.Module, other: nn.Module) -> bool:

@@ -134,7 +134,11 @@ def source_of(config: dict[str, Any]) -> str:
 
 
 def known_weights(
-    upcycle: str | None, config: dict[str, Any], overlay: dict[str, Any], cache_dir: Any = None
+    upcycle: str | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    own: Described,
+    cache_dir: Any = None,
 ) -> tuple[dict[str, Any], Callable[..., StateDict]]:
     """What timm has to know of the weights that a model begins with, and the filter for them.
 
@@ -142,6 +146,7 @@ def known_weights(
         upcycle: As `upcycle_source`; None for those that the configuration names.
         config: timm's `pretrained_cfg`, as far as the call gives it.
         overlay: `pretrained_cfg_overlay` of the call, which is before all others.
+        own: Of the weights of `config`, what is known where nothing beside them says it.
         cache_dir: As `upcycle_source`.
 
     Returns:
@@ -164,6 +169,8 @@ def known_weights(
             described = Described(entries, described.name, described.arguments)
         else:
             described = named
+    elif not described.name and source_of(stated) == source_of(config):
+        described = own
     known = {name: value for name, value in described.config.items() if name not in stated}
     complete = {**known, **place, **overlay}
     origin = origin_of(described, source_of({**config, **complete}))
