@@ -20,9 +20,9 @@ from timm.models import load_checkpoint as load_numpy
 from torch import nn
 
 from ..moe.config import check
-from .hosts import VIT_MODULES
+from .hosts import VIT_MODULES, Transformer
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of
+from .origin import Origin, origin_of, refuse_other_function
 from .refusals import refuse_values
 from .sparse_model import SparseModel
 from .state_dicts import StateDict, misfit_of
@@ -40,6 +40,8 @@ from .weight_files import (
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
 # every configuration with such a name as a model that it can load.
 HUB_NAME: str | None = None
+# What names of timm begin with whose configuration is beside their weights.
+FOLDERS = ('local-dir:', 'hf-hub:')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
 _GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
@@ -83,16 +85,8 @@ def upcycle_source(
         ValueError: It is none of these, or has no weights.
     """
     check(isinstance(upcycle, str) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
-    scheme, _, rest = upcycle.partition(':')
-    if scheme == 'local-dir':
-        found = (Path(rest) / 'config.json').is_file()
-        check(found, 'upcycle', upcycle, 'a folder with the config.json and weights of a model')
-        described = describe_folder(rest, f'upcycle={upcycle!r}')
-        return {'source': 'local-dir', 'file': rest, 'custom_load': False}, described
-    if scheme == 'hf-hub':
-        with named_source(upcycle):
-            config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
-            return place_of(config), Described.of(config, name, arguments)
+    if upcycle.startswith(FOLDERS):
+        return folder_source(upcycle, 'upcycle', cache_dir)
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
@@ -107,9 +101,33 @@ def upcycle_source(
     return place_of(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
 
 
+def folder_source(
+    source: str, field: str, cache_dir: str | Path | None = None
+) -> tuple[dict[str, Any], Described]:
+    """As `upcycle_source`, of what timm has saved as a folder or on the hub.
+
+    Args:
+        source: Begins with one of `FOLDERS`.
+        field: Which names it, for messages.
+        cache_dir: As `upcycle_source`.
+
+    Raises:
+        ValueError: It has no config.json, or one that is not timm's.
+    """
+    scheme, _, rest = source.partition(':')
+    if scheme == 'local-dir':
+        found = (Path(rest) / 'config.json').is_file()
+        check(found, field, source, 'a folder with the config.json and weights of a model')
+        described = describe_folder(rest, f'{field}={source!r}')
+        return {'source': 'local-dir', 'file': rest, 'custom_load': False}, described
+    with named_source(source):
+        config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
+        return place_of(config), Described.of(config, name, arguments)
+
+
 def is_file(upcycle: str) -> bool:
     """Whether the source of `upcycle_source` is a file."""
-    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
+    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(FOLDERS)
 
 
 def place_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +244,8 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
 
     Raises:
-        ValueError: The file is missing, damaged or no file of weights, or the model is another.
+        ValueError: The file is missing, damaged or no file of weights, or the model is another, as
+            far as the file and what is beside it say.
     """
     with named_source(path):
         if path.endswith(('.npz', '.npy')):
@@ -236,7 +255,13 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         state = load_state_dict(path)
     check_in_one_piece(state, path)
     if problem := misfit_of(model, state):
-        raise ValueError(f'checkpoint_path={path!r} does not fit the model: {problem}')
+        raise ValueError(
+            f'checkpoint_path={path!r} does not fit the model: {problem}; options of the model, '
+            'such as num_classes=10, have to be those of its weights'
+        )
+    origin = origin_of(describe(path), path)
+    if origin is not None and isinstance(model, Transformer):
+        refuse_other_function(model, origin, path)
     refuse_values(model.state_dict(), state, path)
     model.load_state_dict(state)
 
