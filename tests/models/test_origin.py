@@ -1,5 +1,6 @@
 """Weights whose source names its network: the same function, or one line of what is different."""
 
+import inspect
 import logging
 import re
 from functools import partial
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from timm.layers import LayerNorm
 from timm.models import _builder, _factory, save_for_hf
 from timm.models._hub import load_model_config_from_path
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
 
 from vqmoe_vision.engine.checkpoint import start_from
@@ -245,6 +247,80 @@ def test_a_name_on_the_hub_is_compared(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(again.head.weight, model.head.weight)
     with pytest.raises(ValueError, match='it is of vit_tiny_smoe, which has 4 heads, for 2'):
         timm.create_model('hf-hub:somebody/model', pretrained=True, num_heads=2)
+
+
+EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
+
+
+@pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
+@pytest.mark.parametrize(
+    ('name', 'given', 'options', 'message'),
+    [
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_temperature=50.0),
+            'rotary positions have temperature=100.0, for 50.0; rope_temperature=100.0 would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_rotate_half=False),
+            'have rotate_half=True, for False; rope_rotate_half=True would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            dict(rope_grid_offset=0.5, rope_grid_indexing='xy'),
+            dict(rope_grid_offset=0.0, rope_grid_indexing='ij'),
+            "grid_offset=0.5, for 0.0; whose rotary positions have grid_indexing='xy', for 'ij'; "
+            "rope_grid_offset=0.5, rope_grid_indexing='xy' would fit",
+        ),
+        (
+            'eva02_tiny_patch14_224',
+            EVA02,
+            dict(ref_feat_shape=(2, 2)),
+            'have ref_feat_shape=(16, 16), for (2, 2); ref_feat_shape=(16, 16) would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_type='cat'),
+            'positions are RotaryEmbeddingDinoV3, for RotaryEmbeddingCat; model_name=',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(use_rot_pos_emb=False),
+            'positions are RotaryEmbeddingDinoV3, for none; model_name=',
+        ),
+    ],
+)
+def test_other_rotary_positions_are_refused(
+    name: str, given: dict[str, Any], options: dict[str, Any], message: str, moe: dict | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, folder = folder_of(tmp_path, name, **given)
+    place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
+    arguments: dict[str, Any] = {**TINY, **given, **place}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model(name, moe, **{**arguments, **options})
+    # images of another size have other positions of the same kind
+    model: Any = create_model(name, moe, **{**arguments, 'img_size': 48})
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.skipif(
+    'rope_mrope_section' not in inspect.signature(Eva).parameters, reason='this timm has no MRoPE'
+)
+def test_sections_of_rotary_positions_that_were_saved_as_a_list(tmp_path: Path) -> None:
+    given = dict(rope_type='mrope', rope_mrope_section=(2, 3, 3))
+    name = 'vit_small_patch16_dinov3'
+    _, folder = folder_of(tmp_path, name, **given)
+    place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
+    model: Any = create_model(name, **TINY, **given, **place)
+    assert 'head.weight' in model.weights_report.loaded
+    with pytest.raises(ValueError, match=re.escape('mrope_section=(2, 3, 3), for (4, 2, 2); rope')):
+        create_model(name, **TINY, **{**given, 'rope_mrope_section': (4, 2, 2)}, **place)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,16 @@ _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.
 _POINTS = torch.linspace(-8.0, 8.0, 65)
 
+# What rotary positions are made of beside weights, and the arguments of timm's `Eva` for it.
+_ROTARY = {
+    'temperature': 'rope_temperature',
+    'rotate_half': 'rope_rotate_half',
+    'grid_offset': 'rope_grid_offset',
+    'grid_indexing': 'rope_grid_indexing',
+    'ref_feat_shape': 'ref_feat_shape',
+    'mrope_section': 'rope_mrope_section',
+}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -172,6 +182,22 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
     if eps != given_eps:
         option = f'norm_layer=partial(LayerNorm, eps={given_eps})'
         found.append((f'whose norms have eps={given_eps}, for {eps}', option))
+    return found + _rotary_differences(getattr(model, 'rope', None), getattr(origin, 'rope', None))
+
+
+def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:
+    """As `_differences`, of rotary positions; their grid is that of the images."""
+    if type(ours) is not type(theirs):
+        mine, other = ('none' if x is None else type(x).__name__ for x in (ours, theirs))
+        return [(f'whose rotary positions are {other}, for {mine}', '')]
+    found = []
+    for name, option in _ROTARY.items():
+        values = (getattr(x, name, None) for x in (ours, theirs))
+        # a config.json has lists
+        mine, other = (tuple(value) if isinstance(value, list) else value for value in values)
+        if mine != other:
+            text = f'whose rotary positions have {name}={other!r}, for {mine!r}'
+            found.append((text, f'{option}={other!r}'))
     return found
 
 
