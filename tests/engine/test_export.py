@@ -8,10 +8,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine.export import export
 from vqmoe_vision.engine.hub_folder import publish_folder
+from vqmoe_vision.models.create import create_model
 
+from ..models.test_weight_files import flip
 from ..runs import NORMALIZATION, leave_run
 
 CONFIG = 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
@@ -125,6 +128,111 @@ def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
     torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
 
 
+SIZES = {'img_size': 32, 'num_classes': 5}
+# of timm, ours with experts, one of timm's with experts, and one that is no vision transformer
+MODELS: dict[str, tuple[str, dict | None, dict[str, Any]]] = {
+    'dense': (NAME, None, {**SIZES, 'depth': 1, 'embed_dim': 12}),
+    'ours': ('vit_tiny_smoe', {'moe_layers': [0]}, {**SIZES, 'depth': 1, 'embed_dim': 12}),
+    'host': (NAME, {'method': 'smoe', 'moe_layers': [0]}, {**SIZES, 'depth': 1, 'embed_dim': 12}),
+    'other': ('test_resnet', None, {'num_classes': 5}),
+}
+
+
+def leave_folder(path: Path, kind: str, safe: bool) -> Any:
+    """A folder of timm; returns its model."""
+    name, moe, options = MODELS[kind]
+    model: Any = create_model(name, moe, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    args = model._model_args
+    if kind == 'other':
+        model.pretrained_cfg['input_size'] = (3, 32, 32)
+    save_for_hf(model, path, model_args=args, safe_serialization=safe)
+    return model
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_a_folder_of_timm(kind: str, tmp_path: Path) -> None:
+    model = leave_folder(tmp_path / 'L', kind, safe=True)
+    export([f'local-dir:{tmp_path / "L"}', str(tmp_path / 'model.pt2'), '--batch', '2'])
+    images = torch.randn(2, 3, 32, 32)
+    found = torch.export.load(tmp_path / 'model.pt2').module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+
+
+HARMS = {
+    'bit': r"pytorch_model\.bin' is damaged: .* does not match its checksum",
+    'cut': r"L(/model\.safetensors)?' is damaged, or holds more than weights",
+    'config': r"^error: source='local-dir:.*L' is not possible: a folder with the config\.json",
+    'classes': 'num_classes=10|weights of .*L. have nothing for head.weight, head.bias',
+    'heads': 'which has 3 heads, for 4; num_heads=3 would fit',
+}
+# of a network without heads
+WRONG = [(kind, harm) for kind in MODELS for harm in HARMS if (kind, harm) != ('other', 'heads')]
+
+
+@pytest.mark.parametrize(('kind', 'harm'), WRONG)
+def test_what_is_wrong_with_a_folder_is_one_line(kind: str, harm: str, tmp_path: Path) -> None:
+    folder, options = tmp_path / 'L', []
+    model = leave_folder(folder, kind, safe=harm != 'bit')
+    if harm == 'bit':
+        first = next(value for name, value in model.state_dict().items() if value.numel() > 99)
+        flip(folder / 'pytorch_model.bin', first)
+    elif harm == 'cut':
+        file = folder / 'model.safetensors'
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == 'config':
+        (folder / 'config.json').unlink()
+    else:
+        options = ['--cfg-options', 'num_classes=7' if harm == 'classes' else 'num_heads=4']
+    with pytest.raises(SystemExit, match=HARMS[harm]) as caught:
+        export([f'local-dir:{folder}', str(tmp_path / 'OUT.pt2'), *options])
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.glob('OUT*'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['num_classes=7'], "weights of 'NAME' have nothing for head.weight, head.bias, which wou"),
+        (['upcycling.drop=0.5'], r'^error: upcycling.* has no dense MLP to make experts of'),
+        (['num_heads=4'], 'which has 3 heads, for 4; num_heads=3 would fit'),
+    ],
+)
+def test_options_that_weights_by_name_do_not_have(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    name = 'test_vit_vqmoe'
+    with pytest.raises(SystemExit, match=message.replace('NAME', name)):
+        export([name, str(tmp_path / 'OUT.pt2'), '--cfg-options', *options])
+
+
+def test_a_head_that_timm_drops_in_silence_is_not_written(tmp_path: Path) -> None:
+    name, out = 'test_resnet.r160_in1k', tmp_path / 'OUT.pt2'
+    torch.save(timm.create_model(name).state_dict(), tmp_path / 'a.pth')
+    given = ['--batch', '1', '--cfg-options', f'pretrained_cfg_overlay.file={tmp_path / "a.pth"}']
+    with pytest.raises(SystemExit, match=f"weights of '{name}' have nothing for a head of 7 class"):
+        export([name, str(out), *given, 'num_classes=7'])
+    assert not out.exists()
+    export([name, str(out), *given, 'num_classes=0'])  # its features
+    assert out.exists()
+
+
+def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
+    model = leave_folder(tmp_path / 'L', 'dense', safe=True)
+    file, out = str(tmp_path / 'L/model.safetensors'), str(tmp_path / 'OUT.pt2')
+    options = ['--batch', '2', '--cfg-options', *SMALL]
+    with pytest.raises(SystemExit, match='which has 3 heads, for 6; num_heads=3 would fit'):
+        export([NAME, file, out, *options, 'num_heads=6'])
+    export([NAME, file, out, *options])
+    images = torch.randn(2, 3, 32, 32)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit, match=r'have nothing for .*router.* which would be random'):
+        export([NAME, file, out, *options, 'moe.method=smoe', 'moe.moe_layers=[0]'])
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -135,7 +243,7 @@ def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
         (['RUN', '/proc/none/model.pt2'], 'folder /proc/none cannot be written'),
         (['RUN/run.py', 'OUT.pt2'], "source='.*run.py' .*a config with its checkpoint"),
         (['RUN/run.py', 'WEIGHTS', 'OUT.pt2'], 'does not fit the config: .*missing'),
-        ([NAME, 'WEIGHTS', 'OUT.pt2'], f'does not fit {NAME}: .*such as num_classes=10'),
+        ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model: .*such as num_classes=10'),
         (['vit_tiny_vqmoe', 'OUT.pt2'], 'checkpoint=None .*a file of weights'),
         (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], 'checkpoint=.*has its weights'),
         (['no_such_model', 'WEIGHTS', 'OUT.pt2'], "'no_such_model' does not exist"),

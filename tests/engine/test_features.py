@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config, train
@@ -198,3 +200,17 @@ def test_images_are_normalised_as_the_features_want_it(leave_dense, tmp_path: Pa
     with pytest.raises(ValueError, match=r'features=.* is not possible: weights for images with m'):
         start_features(model, file, True, other)
     assert image_reader(model) is not None
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_features_of_another_function_are_refused(whole: bool, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3)
+    dense = timm.create_model('vit_tiny_patch16_224', act_layer='relu', **sizes)
+    args = {'act_layer': 'relu', **sizes}
+    save_for_hf(dense, tmp_path / 'L', model_args=args, safe_serialization=True)
+    file = str(tmp_path / 'L' if whole else tmp_path / 'L/model.safetensors')
+    with pytest.raises(ValueError, match="whose activation is ReLU, for GELU; act_layer='relu' wo"):
+        start_features(timm.create_model(f'vit_tiny_{METHOD}', **sizes), file, False, None)
+    model: Any = timm.create_model(f'vit_tiny_{METHOD}', act_layer='relu', **sizes)
+    start_features(model, file, False, None)
+    assert torch.equal(image_reader(model).network.pos_embed, dense.pos_embed)

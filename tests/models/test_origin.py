@@ -1,6 +1,9 @@
 """Weights whose source names its network: the same function, or one line of what is different."""
 
+import inspect
 import logging
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,19 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.layers import LayerNorm
+from timm.models import _builder, _factory, save_for_hf
+from timm.models._hub import load_model_config_from_path
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
 
 from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sources import known_weights
+from vqmoe_vision.models.weight_files import Described
 
 from .conftest import TINY, make
+from .test_saved import RECORDS
 from .test_upcycle import dense, distance
 
 DINOV3 = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
@@ -178,10 +187,177 @@ def test_a_bare_file_with_rotary_positions_is_not_said_to_have_none(
 
 
 def test_a_name_of_timm_says_what_its_weights_are() -> None:
-    overlay, fit = known_weights('deit_tiny_patch16_224', {}, {})
+    overlay, fit = known_weights('deit_tiny_patch16_224', {}, {}, Described())
     assert overlay['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'  # not reached here
     with pytest.raises(ValueError, match='is of deit_tiny_patch16_224, which has 3 heads, for 2'):
         fit({}, make('smoe'))
+
+
+SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
+
+
+@pytest.mark.parametrize(
+    ('name', 'moe'),
+    [
+        (BY_ITSELF, None),
+        (f'{BY_ITSELF}.cifar10', None),
+        (BY_ITSELF, {'method': 'smoe'}),
+        (SPARSE, None),
+    ],
+)
+@pytest.mark.parametrize('tag', [None, 'cifar10'])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(num_heads=4), 'which has 3 heads, for 4; num_heads=3 would fit'),
+        (dict(act_layer='relu'), 'whose activation is GELU, for ReLU'),
+    ],
+)
+def test_weights_by_name_are_compared_with_the_network_of_the_name(
+    name: str, moe: dict | None, tag: str | None, options: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg=tag)
+    known = re.escape(f'{name.partition(".")[0]}.cifar10' if tag else name)
+    with pytest.raises(ValueError, match=f'it is of {known}, {message}') as caught:
+        create_model(name, moe, **given, **options)
+    assert '\n' not in str(caught.value)
+    model: Any = create_model(name, moe, **given)
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.parametrize('place', ['file', 'state_dict', 'folder'])
+@pytest.mark.parametrize(('name', 'moe'), [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'})])
+def test_weights_in_the_place_of_those_of_a_name_are_not_said_to_be_its(
+    name: str, moe: dict | None, place: str, tmp_path: Path
+) -> None:
+    theirs = timm.create_model(name, num_heads=4)
+    save_for_hf(theirs, tmp_path / 'L', model_args={'num_heads': 4}, safe_serialization=True)
+    file = tmp_path / 'L/model.safetensors'
+    if place == 'file':
+        file = file.rename(tmp_path / 'bare.safetensors')
+    overlay = {'file': str(file)} if place != 'state_dict' else {place: theirs.state_dict()}
+    given = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    model: Any = create_model(name, moe, **given, num_heads=4)
+    assert 'head.weight' in model.weights_report.loaded
+    if place == 'folder':
+        with pytest.raises(ValueError, match='it is of test_vit_dense, which has 4 heads, for 3'):
+            create_model(name, moe, **given)
+    else:  # a bare file says nothing
+        create_model(name, moe, **given)
+
+
+@pytest.mark.skipif(not RECORDS, reason='this timm does not hand over what was saved')
+def test_a_name_on_the_hub_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make('smoe', num_heads=4)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config, name, arguments = load_model_config_from_path(tmp_path)
+    hub = {**config, 'source': 'hf-hub', 'hf_hub_id': 'somebody/model'}
+    answer = lambda *args, **kwargs: (hub, name, arguments)  # noqa: E731
+    monkeypatch.setattr(_factory, 'load_model_config_from_hf', answer)
+    state = lambda *args, **kwargs: model.state_dict()  # noqa: E731
+    monkeypatch.setattr(_builder, 'load_state_dict_from_hf', state)
+    again: Any = timm.create_model('hf-hub:somebody/model', pretrained=True)
+    assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match='it is of vit_tiny_smoe, which has 4 heads, for 2'):
+        timm.create_model('hf-hub:somebody/model', pretrained=True, num_heads=2)
+
+
+EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
+
+
+@pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
+@pytest.mark.parametrize(
+    ('name', 'given', 'options', 'message'),
+    [
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_temperature=50.0),
+            'rotary positions have temperature=100.0, for 50.0; rope_temperature=100.0 would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_rotate_half=False),
+            'have rotate_half=True, for False; rope_rotate_half=True would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            dict(rope_grid_offset=0.5, rope_grid_indexing='xy'),
+            dict(rope_grid_offset=0.0, rope_grid_indexing='ij'),
+            "grid_offset=0.5, for 0.0; whose rotary positions have grid_indexing='xy', for 'ij'; "
+            "rope_grid_offset=0.5, rope_grid_indexing='xy' would fit",
+        ),
+        (
+            'eva02_tiny_patch14_224',
+            EVA02,
+            dict(ref_feat_shape=(2, 2)),
+            'have ref_feat_shape=(16, 16), for (2, 2); ref_feat_shape=(16, 16) would fit',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(rope_type='cat'),
+            'positions are RotaryEmbeddingDinoV3, for RotaryEmbeddingCat; model_name=',
+        ),
+        (
+            'vit_small_patch16_dinov3',
+            {},
+            dict(use_rot_pos_emb=False),
+            'positions are RotaryEmbeddingDinoV3, for none; model_name=',
+        ),
+    ],
+)
+def test_other_rotary_positions_are_refused(
+    name: str, given: dict[str, Any], options: dict[str, Any], message: str, moe: dict | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, folder = folder_of(tmp_path, name, **given)
+    place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
+    arguments: dict[str, Any] = {**TINY, **given, **place}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model(name, moe, **{**arguments, **options})
+    # images of another size have other positions of the same kind
+    model: Any = create_model(name, moe, **{**arguments, 'img_size': 48})
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.skipif(
+    'rope_mrope_section' not in inspect.signature(Eva).parameters, reason='this timm has no MRoPE'
+)
+def test_sections_of_rotary_positions_that_were_saved_as_a_list(tmp_path: Path) -> None:
+    given = dict(rope_type='mrope', rope_mrope_section=(2, 3, 3))
+    name = 'vit_small_patch16_dinov3'
+    _, folder = folder_of(tmp_path, name, **given)
+    place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
+    model: Any = create_model(name, **TINY, **given, **place)
+    assert 'head.weight' in model.weights_report.loaded
+    with pytest.raises(ValueError, match=re.escape('mrope_section=(2, 3, 3), for (4, 2, 2); rope')):
+        create_model(name, **TINY, **{**given, 'rope_mrope_section': (4, 2, 2)}, **place)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'vit_pwee_patch16_reg1_gap_256',
+        'vit_dpwee_patch16_reg1_gap_256',
+        'vit_small_patch16_18x2_224',
+    ],
+)
+def test_blocks_that_do_several_things_side_by_side_are_compared(name: str, tmp_path: Path) -> None:
+    _, folder = folder_of(tmp_path, name)
+    given: dict[str, Any] = dict(
+        TINY, pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'}
+    )
+    model: Any = create_model(name, **given)
+    assert 'head.weight' in model.weights_report.loaded
+    for options, message in (
+        (dict(num_heads=4), 'which has 2 heads, for 4; num_heads=2 would fit'),
+        (dict(act_layer='relu'), 'whose activation is GELU, for ReLU'),
+        (dict(norm_layer=partial(LayerNorm, eps=1e-3)), 'whose norms have eps=1e-06, for 0.001'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_model(name, **{**given, **options})
 
 
 def test_a_checkpoint_of_a_run_is_compared_too(tmp_path: Path) -> None:

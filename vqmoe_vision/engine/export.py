@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_model, create_saved
 from vqmoe_vision.models.export import (
     SUFFIXES,
     Exportable,
@@ -18,17 +18,17 @@ from vqmoe_vision.models.export import (
 )
 from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.models.quantization import require_torchao
-from vqmoe_vision.models.state_dicts import misfit_of
+from vqmoe_vision.models.sources import FOLDERS
+from vqmoe_vision.models.state_dicts import shorten
 from vqmoe_vision.moe.config import check
 
-from .checkpoint import read_content, read_state
+from .checkpoint import read_content
 from .cli import load_config, make_folder
 from .command import run
 from .hub_folder import chosen_checkpoint, config_of
-from .options import add_config_options
+from .options import add_config_options, as_arguments
 from .trained import load_trained
 
-_FOLDERS = ('local-dir:', 'hf-hub:')
 _COMPARED = (1, 4)  # images
 _COMPARED_INT8 = (1, 32)  # of which some are predicted otherwise
 
@@ -95,9 +95,9 @@ def _export(args: argparse.Namespace) -> None:
 def _exportable(args: argparse.Namespace) -> Exportable:
     source, checkpoint, options = args.source, args.checkpoint, args.cfg_options
     size = tuple(args.size) if args.size else None
-    if source.startswith(_FOLDERS) or timm.is_model(source):
+    if source.startswith(FOLDERS) or timm.is_model(source):
         check(size is None, '--size', size, 'only for a segmentor')
-        return Exportable.of(_timm_model(source, checkpoint, options))
+        return Exportable.of(_timm_model(source, checkpoint, as_arguments(options)))
     if Path(source).is_dir():
         folder = Path(source)
         source = str(config_of(folder))
@@ -119,19 +119,25 @@ def _exportable(args: argparse.Namespace) -> Exportable:
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
     """A model of timm's `create_model`, whose keyword arguments the options are."""
-    if name.startswith(_FOLDERS):
+    model: Any
+    if name.startswith(FOLDERS):
         check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
-        return timm.create_model(name, pretrained=True, **options)
-    if checkpoint is None:
+        model = create_saved(name, **options)
+    elif checkpoint is not None:
+        model = create_model(name, checkpoint_path=checkpoint, **options)
+    else:
         pretrained = timm.models.is_model_pretrained(name)
         check(pretrained, 'checkpoint', None, f'a file of weights: {name} FILE OUT')
-        return create_model(name, pretrained=True, **options)
-    model = create_model(name, **options)
-    state = read_state(checkpoint)
-    if problem := misfit_of(model, state):
+        model = create_model(name, pretrained=True, **options)
+    report = getattr(model, 'weights_report', None)
+    fresh = () if report is None else report.initialised
+    # timm drops a head of other classes in silence; a file in its place was loaded whole
+    given, classes = (model.pretrained_cfg.get('num_classes'), getattr(model, 'num_classes', 0))
+    if report is None and checkpoint is None and classes not in (0, given):
+        fresh = (f'a head of {classes} classes',)
+    if fresh:
         raise ValueError(
-            f'checkpoint {checkpoint!r} does not fit {name}: {problem}; options of the model, such '
-            'as num_classes=10, are given with --cfg-options'
+            f'weights of {checkpoint or name!r} have nothing for {shorten(fresh)}, which would be '
+            'random in the file: leave out the option that asks for it'
         )
-    model.load_state_dict(state)
     return model

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models.feature_network import fit_reader
 from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.transfer import load_features
+from vqmoe_vision.models.weight_files import describe
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.image_reader import image_reader
 
@@ -56,7 +58,8 @@ def start_features(
     reader.lacks_weights = features is None and not started
     if features is None:
         return weights
-    report = load_features(model, read_state(features), features, read_image_sizes(features))
+    origin, state = origin_of(describe(features), features), read_state(features)
+    report = load_features(model, state, features, read_image_sizes(features), origin)
     for line in report.lines():
         print_log(f'{features}: features: {line}', logger='current')
     found = read_normalization(features)

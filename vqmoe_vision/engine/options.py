@@ -75,6 +75,17 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
 
 
+def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as keyword arguments: what has a dotted name is in a dictionary.
+
+    Args:
+        options: Values by dotted name.
+    """
+    nested = Config()
+    nested.merge_from_dict(options)
+    return dict(nested.to_dict())
+
+
 def merge_options(config: Config, options: dict[str, Any]) -> None:
     """Merges options of the command line into a config, which has to be able to take them.
 

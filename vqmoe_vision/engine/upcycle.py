@@ -6,7 +6,6 @@ from typing import Any
 
 import timm
 import torch
-from mmengine.config import Config
 
 from vqmoe_vision.models.create import create_model, method_of
 from vqmoe_vision.models.normalization import Normalization
@@ -16,7 +15,7 @@ from vqmoe_vision.moe.config import check
 from .command import run
 from .hub_folder import free_folder, written_whole
 from .normalization import weights_normalization
-from .options import add_config_options
+from .options import add_config_options, as_arguments
 
 REPORT = 'upcycling.txt'
 
@@ -54,9 +53,7 @@ def _upcycle(args: argparse.Namespace) -> None:
         'convert_to_moe, or in a config by model.moe.method'
     )
     check(own, 'model', args.model, allowed)
-    nested = Config()
-    nested.merge_from_dict(args.cfg_options)
-    options = nested.to_dict() | {'upcycle': args.source}
+    options = as_arguments(args.cfg_options) | {'upcycle': args.source}
     with written_whole(free_folder(args.out)) as folder:
         torch.manual_seed(args.seed)
         model: Any = create_model(args.model, **options)

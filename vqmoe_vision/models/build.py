@@ -24,7 +24,7 @@ from .hosts import MOE_HOST, Transformer
 from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
-from .weight_files import named_source
+from .weight_files import Described, named_source
 
 Filter: TypeAlias = Callable[..., Any]
 
@@ -52,7 +52,7 @@ def build(
     """
     check_sources(name, pretrained, kwargs)
     check_one_source({'pretrained': pretrained, 'upcycle': upcycle})
-    arguments = {**size, **kwargs}
+    arguments = {**size, **kwargs, 'weights_of': tagged(name, kwargs.get('pretrained_cfg'))}
     model: MoeVisionTransformer = build_sparse(
         MoeVisionTransformer, name, method, pretrained, upcycle, **arguments
     )
@@ -65,7 +65,7 @@ def build_sparse(
     method: str,
     pretrained: bool,
     upcycle: str | None = None,
-    is_default: bool = False,
+    weights_of: str = '',
     **kwargs: Any,
 ) -> Any:
     """A model with experts of any class, and its weights, as timm builds it.
@@ -79,8 +79,8 @@ def build_sparse(
         method: Key of `METHODS`.
         pretrained: Whether to load the weights that its configuration names.
         upcycle: As `build`.
-        is_default: The call states no configuration, and `pretrained_cfg` is that of the name: it
-            says where weights are, and what they say of themselves is before the rest of it.
+        weights_of: The model by whose name timm knows the weights, see `tagged`; what they say of
+            themselves is before the rest of its configuration.
         **kwargs: Of `make` and of `build_model_with_cfg`.
 
     Raises:
@@ -101,12 +101,11 @@ def build_sparse(
     out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
     config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None) or {}
     config = config.to_dict() if isinstance(config, PretrainedCfg) else config
-    given = config if isinstance(config, dict) else {}
-    if is_default:
-        given = place_of(given)
+    given = _place_by_name(weights_of) if weights_of else config or {}
     filter_fn: Filter = fit_pretrained
     if pretrained := pretrained or upcycle is not None:
-        overlay, filter_fn = known_weights(upcycle, given, overlay, kwargs.get('cache_dir'))
+        own = Described.of({}, weights_of or (name if saved else ''), saved)
+        overlay, filter_fn = known_weights(upcycle, given, overlay, own, kwargs.get('cache_dir'))
     source = source_of({**given, **overlay})
     with named_source(source) if pretrained and source else nullcontext():
         return build_model_with_cfg(
@@ -132,23 +131,39 @@ def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Fi
         ValueError: As `check_sources` and `known_weights`.
     """
     check_sources(get_arch_name(name), kwargs['pretrained'], kwargs)
-    config = kwargs.get('pretrained_cfg') or ''
-    if isinstance(config, str):  # none, or a tag
-        config = place_of(config_of_name(name, config).to_dict())
+    config = kwargs.get('pretrained_cfg')
+    weights_of = tagged(name, config)
     config = config.to_dict() if isinstance(config, PretrainedCfg) else config
-    return known_weights(None, config, kwargs.get('pretrained_cfg_overlay') or {})
+    config = _place_by_name(weights_of) if weights_of else config or {}
+    own = Described({}, weights_of)
+    return known_weights(None, config, kwargs.get('pretrained_cfg_overlay') or {}, own)
 
 
-def config_of_name(name: str, tag: str) -> PretrainedCfg:
+def tagged(name: str, config: Any) -> str:
+    """The name under which timm knows the weights of a model; empty if the call states others.
+
+    Args:
+        name: Of the model, with or without tag.
+        config: `pretrained_cfg` of the call, of which a tag is in the place of that in the name.
+    """
+    if isinstance(config, str) and config:
+        return f'{get_arch_name(name)}.{config}'
+    return '' if config else name
+
+
+def config_of_name(name: str) -> PretrainedCfg:
     """What timm knows of the weights of a model.
 
     Args:
         name: Of the model, with or without tag.
-        tag: In the place of that in the name; empty to leave it.
     """
-    found = get_pretrained_cfg(f'{get_arch_name(name)}.{tag}' if tag else name)
+    found = get_pretrained_cfg(name)
     assert found is not None
     return found
+
+
+def _place_by_name(name: str) -> dict[str, Any]:
+    return place_of(config_of_name(name).to_dict())
 
 
 def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | None = None) -> None:

@@ -18,9 +18,10 @@ from .arguments import check_patches, check_vit_arguments, moe_options, named_fa
 from .build import known_by_name, load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
-from .sources import check_one_source, load_checkpoint
+from .sources import check_one_source, folder_source, load_checkpoint
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
+from .weight_files import weights_in
 
 
 def create_model(
@@ -74,6 +75,32 @@ def create_model(
     check_patches(model, kwargs)
     record_arguments(model, {**kwargs, **sparse})
     return model
+
+
+def create_saved(source: str, **kwargs: Any) -> nn.Module:
+    """A model that timm has saved as a folder or on the hub, with its weights.
+
+    Args:
+        source: 'local-dir:' and a folder, or 'hf-hub:' and a name.
+        **kwargs: As `create_model`, in the place of what was saved.
+
+    Raises:
+        ValueError: It is no such source, or its weights are damaged or do not fit.
+        TypeError: As `create_model`.
+    """
+    place, described = folder_source(source, 'source', kwargs.get('cache_dir'))
+    name, arguments = described.name, {**described.arguments, **kwargs}
+    if name == MOE_HOST or method_of(name) is not None:
+        # what was saved is not what the call says, see `build_sparse`
+        return timm.create_model(source, pretrained=True, **kwargs)
+    if place['source'] == 'local-dir' and not timm.models.is_model_in_modules(name, MODULES):
+        # of other networks timm loads what fits, and compares no checksums
+        file = weights_in(place['file'])
+        return create_model(
+            name, pretrained_cfg=described.config, checkpoint_path=file, **arguments
+        )
+    config = {**described.config, **place}
+    return create_model(name, pretrained=True, pretrained_cfg=config, **arguments)
 
 
 def create_to_start(

@@ -17,7 +17,7 @@ from timm.models import get_arch_name, model_entrypoint, register_model
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
-from .build import build_sparse, check_sources, config_of_name
+from .build import build_sparse, check_sources, config_of_name, tagged
 from .convert import put_fresh_layers
 from .hosts import MOE_HOST
 from .sources import source_of
@@ -50,10 +50,10 @@ def moe_host(
     check_sources(get_arch_name(host), pretrained, kwargs)
     allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'
     check(kwargs.get('upcycle') is None, 'upcycle', kwargs.get('upcycle'), allowed)
-    config = kwargs.pop('pretrained_cfg', None) or ''
-    is_default = isinstance(config, str)
-    if isinstance(config, str):  # none, or a tag
-        found = config_of_name(host, config)
+    config = kwargs.pop('pretrained_cfg', None)
+    weights_of = tagged(host, config)
+    if weights_of:
+        found = config_of_name(weights_of)
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         exists = bool(source_of({**found.to_dict(), **overlay}))
         check(not pretrained or exists, 'pretrained', True, f'False, timm has no weights of {host}')
@@ -61,7 +61,7 @@ def moe_host(
         config = replace(found, architecture=MOE_HOST, custom_load=False)
     make = partial(_fresh, host)
     return build_sparse(
-        make, MOE_HOST, method, pretrained, is_default=is_default, pretrained_cfg=config, **kwargs
+        make, MOE_HOST, method, pretrained, weights_of=weights_of, pretrained_cfg=config, **kwargs
     )
 
 

@@ -26,6 +26,16 @@ _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.
 _POINTS = torch.linspace(-8.0, 8.0, 65)
 
+# What rotary positions are made of beside weights, and the arguments of timm's `Eva` for it.
+_ROTARY = {
+    'temperature': 'rope_temperature',
+    'rotate_half': 'rope_rotate_half',
+    'grid_offset': 'rope_grid_offset',
+    'grid_indexing': 'rope_grid_indexing',
+    'ref_feat_shape': 'ref_feat_shape',
+    'mrope_section': 'rope_mrope_section',
+}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -102,7 +112,7 @@ def refuse_other_function(model: nn.Module, origin: Origin, path: str) -> None:
 
 def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
     """What would fit: options, if they do for all that differs, or the network by its own name."""
-    attention = _attention(model, origin.model)
+    attention = _attention_option(model, origin.model)
     if options.count('') == 1 and attention:
         options = [option or attention for option in options]
     if all(options):
@@ -124,14 +134,14 @@ def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
     return f'{by_name} {experts}, and so is what convert_to_moe makes of it'
 
 
-def _attention(model: Any, origin: Any) -> str:
+def _attention_option(model: Any, origin: Any) -> str:
     """The option of an attention that timm has a name for, where it differs in equal blocks."""
     ours, theirs = model.blocks[0], origin.blocks[0]
     if _timms_class(ours) is not _timms_class(theirs):
         return ''
-    kind = _timms_class(theirs.attn)
-    names = [name for name, layer in ATTN_LAYERS.items() if layer is kind and name]
-    return f'attn_layer={names[0]!r}' if names and _timms_class(ours.attn) is not kind else ''
+    mine, other = (_timms_class(_attention(block)) for block in (ours, theirs))
+    names = [name for name, layer in ATTN_LAYERS.items() if layer is other and name]
+    return f'attn_layer={names[0]!r}' if names and mine is not other else ''
 
 
 def other_pooling(model: Any, origin: Origin) -> str:
@@ -173,10 +183,11 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         )
         return [(f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
     found = []
-    mine, other = _timms_class(ours.attn), _timms_class(theirs.attn)
+    attn, given_attn = _attention(ours), _attention(theirs)
+    mine, other = _timms_class(attn), _timms_class(given_attn)
     if mine is not other:
         found.append((f'whose attention is {other.__name__}, for {mine.__name__}', ''))
-    heads, given = ours.attn.num_heads, theirs.attn.num_heads
+    heads, given = attn.num_heads, given_attn.num_heads
     if heads != given:
         found.append((f'which has {given} heads, for {heads}', f'num_heads={given}'))
     act, given_act = _activation(ours), _activation(theirs)
@@ -185,17 +196,48 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         option = f'act_layer={names[0]!r}' if names else ''
         kinds = [type(layer).__name__ for layer in (given_act, act)]
         found.append((f'whose activation is {kinds[0]}, for {kinds[1]}', option))
-    eps, given_eps = (getattr(block.norm1, 'eps', None) for block in (ours, theirs))
+    norms = (_named(block, 'norm1', 'in_norm', 'norm') for block in (ours, theirs))
+    eps, given_eps = (getattr(norm, 'eps', None) for norm in norms)
     if eps != given_eps:
         option = f'norm_layer=partial(LayerNorm, eps={given_eps})'
         found.append((f'whose norms have eps={given_eps}, for {eps}', option))
+    return found + _rotary_differences(getattr(model, 'rope', None), getattr(origin, 'rope', None))
+
+
+def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:
+    """As `_differences`, of rotary positions; their grid is that of the images."""
+    if type(ours) is not type(theirs):
+        mine, other = ('none' if x is None else type(x).__name__ for x in (ours, theirs))
+        return [(f'whose rotary positions are {other}, for {mine}', '')]
+    found = []
+    for name, option in _ROTARY.items():
+        values = (getattr(x, name, None) for x in (ours, theirs))
+        # a config.json has lists
+        own, given = (tuple(value) if isinstance(value, list) else value for value in values)
+        if own != given:
+            text = f'whose rotary positions have {name}={given!r}, for {own!r}'
+            found.append((text, f'{option}={given!r}'))
     return found
 
 
+def _attention(block: Any) -> Any:
+    """What has the heads: the block itself, where it computes the MLP beside them."""
+    return next(module for module in block.modules() if hasattr(module, 'num_heads'))
+
+
 def _activation(block: Any) -> nn.Module | None:
-    mlp = getattr(block, 'mlp', None)
-    act = getattr(getattr(mlp, 'experts', mlp), 'act', None)
+    mlp = _named(block, 'mlp')
+    layers = getattr(mlp, 'experts', mlp)
+    act = _named(block, 'mlp_act') if mlp is None else getattr(layers, 'act', None)
     return act if isinstance(act, nn.Module) else None
+
+
+def _named(block: nn.Module, *names: str) -> Any:
+    """The first module with the first of these names that there is; None without any."""
+    found: dict[str, nn.Module] = {}
+    for path, module in block.named_modules():
+        found.setdefault(path.rpartition('.')[2], module)
+    return next((found[name] for name in names if name in found), None)
 
 
 def _same(act: nn.Module, other: nn.Module) -> bool:

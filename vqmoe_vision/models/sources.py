@@ -20,9 +20,9 @@ from timm.models import load_checkpoint as load_numpy
 from torch import nn
 
 from ..moe.config import check
-from .hosts import VIT_MODULES
+from .hosts import VIT_MODULES, Transformer
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of
+from .origin import Origin, origin_of, refuse_other_function
 from .refusals import refuse_values
 from .sparse_model import SparseModel
 from .state_dicts import StateDict, misfit_of
@@ -40,6 +40,8 @@ from .weight_files import (
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
 # every configuration with such a name as a model that it can load.
 HUB_NAME: str | None = None
+# What names of timm begin with whose configuration is beside their weights.
+FOLDERS = ('local-dir:', 'hf-hub:')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
 _GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
@@ -83,16 +85,8 @@ def upcycle_source(
         ValueError: It is none of these, or has no weights.
     """
     check(isinstance(upcycle, str) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
-    scheme, _, rest = upcycle.partition(':')
-    if scheme == 'local-dir':
-        found = (Path(rest) / 'config.json').is_file()
-        check(found, 'upcycle', upcycle, 'a folder with the config.json and weights of a model')
-        described = describe_folder(rest, f'upcycle={upcycle!r}')
-        return {'source': 'local-dir', 'file': rest, 'custom_load': False}, described
-    if scheme == 'hf-hub':
-        with named_source(upcycle):
-            config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
-            return place_of(config), Described.of(config, name, arguments)
+    if upcycle.startswith(FOLDERS):
+        return folder_source(upcycle, 'upcycle', cache_dir)
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
@@ -107,9 +101,33 @@ def upcycle_source(
     return place_of(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
 
 
+def folder_source(
+    source: str, field: str, cache_dir: str | Path | None = None
+) -> tuple[dict[str, Any], Described]:
+    """As `upcycle_source`, of what timm has saved as a folder or on the hub.
+
+    Args:
+        source: Begins with one of `FOLDERS`.
+        field: Which names it, for messages.
+        cache_dir: As `upcycle_source`.
+
+    Raises:
+        ValueError: It has no config.json, or one that is not timm's.
+    """
+    scheme, _, rest = source.partition(':')
+    if scheme == 'local-dir':
+        found = (Path(rest) / 'config.json').is_file()
+        check(found, field, source, 'a folder with the config.json and weights of a model')
+        described = describe_folder(rest, f'{field}={source!r}')
+        return {'source': 'local-dir', 'file': rest, 'custom_load': False}, described
+    with named_source(source):
+        config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
+        return place_of(config), Described.of(config, name, arguments)
+
+
 def is_file(upcycle: str) -> bool:
     """Whether the source of `upcycle_source` is a file."""
-    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(('local-dir:', 'hf-hub:'))
+    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(FOLDERS)
 
 
 def place_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +152,11 @@ def source_of(config: dict[str, Any]) -> str:
 
 
 def known_weights(
-    upcycle: str | None, config: dict[str, Any], overlay: dict[str, Any], cache_dir: Any = None
+    upcycle: str | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    own: Described,
+    cache_dir: Any = None,
 ) -> tuple[dict[str, Any], Callable[..., StateDict]]:
     """What timm has to know of the weights that a model begins with, and the filter for them.
 
@@ -142,6 +164,7 @@ def known_weights(
         upcycle: As `upcycle_source`; None for those that the configuration names.
         config: timm's `pretrained_cfg`, as far as the call gives it.
         overlay: `pretrained_cfg_overlay` of the call, which is before all others.
+        own: Of the weights of `config`, what is known where nothing beside them says it.
         cache_dir: As `upcycle_source`.
 
     Returns:
@@ -164,6 +187,8 @@ def known_weights(
             described = Described(entries, described.name, described.arguments)
         else:
             described = named
+    elif not described.name and source_of(stated) == source_of(config):
+        described = own
     known = {name: value for name, value in described.config.items() if name not in stated}
     complete = {**known, **place, **overlay}
     origin = origin_of(described, source_of({**config, **complete}))
@@ -219,7 +244,8 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
 
     Raises:
-        ValueError: The file is missing, damaged or no file of weights, or the model is another.
+        ValueError: The file is missing, damaged or no file of weights, or the model is another, as
+            far as the file and what is beside it say.
     """
     with named_source(path):
         if path.endswith(('.npz', '.npy')):
@@ -229,7 +255,13 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         state = load_state_dict(path)
     check_in_one_piece(state, path)
     if problem := misfit_of(model, state):
-        raise ValueError(f'checkpoint_path={path!r} does not fit the model: {problem}')
+        raise ValueError(
+            f'checkpoint_path={path!r} does not fit the model: {problem}; options of the model, '
+            'such as num_classes=10, have to be those of its weights'
+        )
+    origin = origin_of(describe(path), path)
+    if origin is not None and isinstance(model, Transformer):
+        refuse_other_function(model, origin, path)
     refuse_values(model.state_dict(), state, path)
     model.load_state_dict(state)
 

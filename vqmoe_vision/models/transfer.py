@@ -117,7 +117,11 @@ def transfer(
 
 
 def load_features(
-    model: nn.Module, state_dict: StateDict, path: str, image_sizes: Sequence[Size] = ()
+    model: nn.Module,
+    state_dict: StateDict,
+    path: str,
+    image_sizes: Sequence[Size] = (),
+    origin: Origin | None = None,
 ) -> Report:
     """Loads what a model reads images with; whatever was fitted to other features is void.
 
@@ -126,6 +130,7 @@ def load_features(
         state_dict: Of a dense model of the shape of that network, as in `fit_state`.
         path: As in `fit_state`.
         image_sizes: As in `fit_state`.
+        origin: As in `transfer`.
 
     Raises:
         ValueError: The model reads no images, the state is of a model with experts, or as
@@ -137,7 +142,7 @@ def load_features(
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     network: Any = reader.network
-    state, report = transfer(network, state_dict, path, image_sizes)
+    state, report = transfer(network, state_dict, path, image_sizes, origin=origin)
     network.load_state_dict(state, strict=False)
     reader.void()
     return report
