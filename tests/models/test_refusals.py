@@ -59,6 +59,30 @@ def test_another_number_of_clusters_has_its_option() -> None:
     fit_state(make(CLUSTERS, num_clusters=5), state, 'f.pth')
 
 
+def test_another_mlp_ratio_has_its_option() -> None:
+    # timm rounds 32 * 3.7 = 118.4 down; 118 / 32 = 3.6875
+    state = dense(mlp_ratio=3.7).state_dict()
+    line = refusal(make('smoe'), state)
+    assert line.endswith('; mlp_ratio=3.6875 would fit')
+    fit_state(make('smoe', mlp_ratio=3.6875), state, 'f.pth')
+
+
+def test_a_discrete_form_is_not_of_another_method() -> None:
+    state = make('vqmoe', form='discrete').state_dict()
+    line = refusal(make('vqmoe'), state)
+    assert line.endswith("has the discrete branch alone: form='discrete' would fit")
+
+
+def test_of_another_method_no_number_of_experts_fits() -> None:
+    line = refusal(make('xmoe', num_experts=3), make('smoe', num_experts=2).state_dict())
+    assert 'is of another MoE method' in line and 'would fit' not in line
+
+
+def test_a_bias_of_a_layer_that_is_missing_is_no_option() -> None:
+    line = refusal(make('smoe'), dense('vit_small_patch16_18x2_224').state_dict())
+    assert 'only the checkpoint has blocks.0.attns' in line and 'would fit' not in line
+
+
 @pytest.mark.parametrize(
     'source', [dict(embed_dim=66), dict(embed_dim=64, mlp_ratio=2), dict(embed_dim=64, img_size=64)]
 )

@@ -36,7 +36,12 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, heads: int) -> str:
         k: (tuple(fitted[k].shape), tuple(v.shape)) for k, v in expected.items() if k in fitted
     }
     other = {name: shapes for name, shapes in pairs.items() if shapes[0] != shapes[1]}
-    hint = _number_of_experts(other, fitted) or _clusters(other) or _width(other, pairs, heads)
+    hint = (
+        _number_of_experts(other, fitted)
+        or _clusters(other)
+        or _width(other, pairs, heads)
+        or _hidden(other)
+    )
     return f'; {hint} would fit' if hint else ''
 
 
@@ -76,6 +81,20 @@ def _width(
     return f'embed_dim={theirs}' if alone and follow and divisible else ''
 
 
+def _hidden(other: dict[str, tuple[Shape, Shape]]) -> str:
+    """How many hidden features an MLP has for each feature, if nothing else differs."""
+    hidden = {
+        a[-2:] for name, (a, _) in other.items() if re.search(r'\.fc1(\.\d+)?\.weight$', name)
+    }
+    if len(hidden) != 1 or not all(re.search(r'\.fc[12]\.', name) for name in other):
+        return ''
+    ((features, width),) = hidden
+    ratio = features / width
+    # timm rounds the product down
+    short = next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
+    return '' if short is None else f'mlp_ratio={short}'
+
+
 def refuse_other_experts(
     expected: StateDict, filtered: StateDict, fitted: StateDict, path: str
 ) -> None:
@@ -98,13 +117,12 @@ def refuse_other_experts(
     unexpected = [k for k in filtered if layer_of(k) in routed and k not in expected]
     if not missing and not any(k in fitted for k in unexpected):
         return
-    parts = (
-        f'only it has {shorten(unexpected) or "nothing"}; only the model has '
-        f'{shorten(missing) or "nothing"}'
-    )
+    owners = {'only it has': unexpected, 'only the model has': missing}
+    parts = '; '.join(f'{owner} {shorten(names)}' for owner, names in owners.items() if names)
     what = (
         _elsewhere(expected, filtered)
         or _held_otherwise(expected, filtered)
+        or _one_branch(missing, unexpected, filtered)
         or f'is of another MoE method: {parts}'
     )
     raise ValueError(f'checkpoint {path!r} {what}')
@@ -122,6 +140,14 @@ def _elsewhere(expected: StateDict, filtered: StateDict) -> str:
     here, there = (', '.join(map(str, _blocks(layers))) for layers in (theirs, ours))
     fits = f'; moe_layers={_blocks(theirs)} would fit' if found == own else ''
     return f'has its experts in blocks {here}, the model in blocks {there}{fits}'
+
+
+def _one_branch(missing: list[str], unexpected: list[str], filtered: StateDict) -> str:
+    """Codes without what routes beside them: VQMoE's discrete form."""
+    routes = all(re.search(r'\.mlp\.(router|gate)\.', name) for name in missing)
+    if unexpected or not routes or not any('.mlp.quantizer.' in name for name in filtered):
+        return ''
+    return "has the discrete branch alone: form='discrete' would fit"
 
 
 def _held_otherwise(expected: StateDict, filtered: StateDict) -> str:

@@ -165,11 +165,12 @@ def refuse_misfits(
     Raises:
         ValueError: It is one.
     """
+    # first, for sizes that fit would not do for another method
+    refuse_other_experts(expected, filtered, fitted, path)
     shapes = other_shapes(expected, fitted)
     if shapes:
         hint = sizes_that_fit(expected, fitted, heads)
         raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}{hint}')
-    refuse_other_experts(expected, filtered, fitted, path)
 
 
 def refuse_other_parts(
@@ -209,6 +210,11 @@ def _block(name: str) -> str:
     return match[0] if match else ''
 
 
+def _of_missing(name: str, other: Iterable[str]) -> bool:
+    """Whether a bias is missing only because its whole layer is."""
+    return name.endswith('.bias') and f'{name[: -len("bias")]}weight' not in other
+
+
 def _only(
     path: str,
     names: Sequence[str],
@@ -236,7 +242,7 @@ def _only(
         hints = [
             present if owner == 'checkpoint' else absent
             for pattern, present, absent in arguments
-            if any(re.search(pattern, name) for name in names)
+            if any(re.search(pattern, name) for name in names if not _of_missing(name, other))
         ]
     values = {'reg_tokens': reg_tokens, 'pooling': _pooling(state)}
     fits = f'; {", ".join(hints)} would fit'.format(**values) if hints else ''
