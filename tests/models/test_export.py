@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,22 @@ def test_onnxruntime_gives_the_same_and_computes_no_expert_that_was_not_chosen(
             torch.testing.assert_close(found, model(images[:batch]), **CLOSE)
     about = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
     assert about.items() >= {'channels': 'RGB', 'mean': [0.5] * 3, 'std': [0.5] * 3}.items()
+
+
+def test_onnxruntime_has_the_threads_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_onnx()
+    runtime, given = pytest.importorskip('onnxruntime'), []
+    (tmp_path / 'model.onnx').touch()
+
+    def session(_file: Path, options: Any, **_kwargs: Any) -> None:
+        given.append(options.intra_op_num_threads)
+
+    monkeypatch.setattr(runtime, 'InferenceSession', session)
+    load_exported(tmp_path / 'model.onnx', threads=3)
+    load_exported(tmp_path / 'model.onnx')
+    assert given == [3, 0]
 
 
 def test_a_model_of_one_channel_says_nothing_of_three() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
@@ -214,6 +215,46 @@ def test_features_from_another_image_size_are_resized(images: Tensor) -> None:
     assert report.resized == {'pos_embed': ((1, 65, 32), (1, 17, 32))}
     # a crop of another size than the network's is resized to it
     assert features(model, torch.randn(2, 3, 40, 24)).shape == (2, 32)
+
+
+def test_positions_of_patches_alone_are_resized_as_such() -> None:
+    state = dense(img_size=64, no_embed_class=True).state_dict()
+    network = image_reader(make(METHOD, no_embed_class=True)).network
+    network.load_state_dict(dict(state), strict=False)
+    expected = resample_abs_pos_embed(state['pos_embed'], [4, 4], num_prefix_tokens=0)
+    torch.testing.assert_close(network.pos_embed, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('converted', [False, True])
+def test_images_that_the_model_pads_are_read_as_padded(converted: bool) -> None:
+    padding = dict(img_size=30, dynamic_img_size=True, dynamic_img_pad=True)
+    source, images = dense(**padding), torch.randn(2, 3, 30, 30)
+    expected, model = averaged(source, images), make(METHOD, **padding)
+    load_features(model, source.state_dict(), 'f.pth')
+    if converted:
+        model = source
+        convert_to_moe(model, METHOD)
+    seen: list[Tensor] = []
+    network = image_reader(model).network
+    network.register_forward_hook(lambda _module, _images, found: seen.append(found))
+    model.eval()(images)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_a_network_without_gradients_checkpoints_nothing(images: Tensor) -> None:
+    model = dense()
+    model.set_grad_checkpointing(True)
+    convert_to_moe(model, METHOD)
+    assert not image_reader(model).network.grad_checkpointing
+    assert all(block.grad_checkpointing for block in model.blocks)
+
+
+def test_clusters_are_not_decayed() -> None:
+    names = {f'blocks.{i}.mlp.router.cluster_embed' for i in (1, 3)}
+    model: Any = make(METHOD)
+    assert names <= model.no_weight_decay()
+    assert names <= dict(model.named_parameters()).keys()
 
 
 def test_a_network_keeps_its_last_norm_where_the_model_has_none(images: Tensor) -> None:
