@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from vqmoe_vision.models.export import (
     save_program,
 )
 from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.shipped import CIFAR10_CLASSES
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
@@ -80,6 +82,21 @@ def test_a_model_of_one_channel_says_nothing_of_three() -> None:
     model = make('smoe', in_chans=1, **SMALL)
     exportable = Exportable.of(model)
     assert exportable.input_size[0] == 1 and exportable.about == {}
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224', 'test_resnet'])
+def test_features_are_no_logits(name: str, tmp_path: Path) -> None:
+    options = {} if name == 'test_resnet' else {'depth': 3, 'embed_dim': 12, 'img_size': 32}
+    model = timm.create_model(name, features_only=True, **options)
+    with pytest.raises(ValueError, match=r'^features_only=True is not possible: False, a timm mo'):
+        save_program(model, tmp_path / 'model.pt2')
+
+
+@pytest.mark.parametrize(('num_classes', 'known'), [(10, True), (7, False), (0, False)])
+def test_classes_are_those_of_the_head(num_classes: int, known: bool) -> None:
+    model = timm.create_model('test_vit_vqmoe', num_classes=num_classes)
+    about = Exportable.of(model).about
+    assert about.get('classes') == (list(CIFAR10_CLASSES) if known else None)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
