@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from vqmoe_vision.models.export import (
@@ -177,6 +178,15 @@ def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(met
     model.set_grad_checkpointing(False)
     images = torch.randn(7, 3, 16, 16)
     torch.testing.assert_close(program.module()(images), model.eval()(images), **CLOSE)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
+def test_nothing_is_computed_twice_in_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module = timm.create_model(name, img_size=16, depth=2, embed_dim=12)
+    model.set_grad_checkpointing()
+    monkeypatch.setattr(vision_transformer, 'checkpoint_seq', lambda *_: pytest.fail('repeats'))
+    program = export_program(model)
+    assert program.module()(torch.randn(3, 3, 16, 16)).shape == (3, 1000)
 
 
 def test_one_batch_size(tmp_path: Path) -> None:

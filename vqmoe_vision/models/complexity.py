@@ -47,8 +47,8 @@ def complexity(model: Transformer) -> Complexity:
         model: The model; its current input size counts.
 
     Raises:
-        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts or
-            layers in int8.
+        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts
+            or layers in int8.
     """
     if not isinstance(model, Transformer):
         raise ValueError(
