@@ -190,3 +190,9 @@ def test_learning_rates_shrink_by_layer_and_the_head_has_all_of_it() -> None:
     assert rates['model.blocks.1.mlp.experts.fc1.weight'] == 0.5
     assert rates['model.blocks.0.attn.qkv.weight'] == 0.25
     assert rates['model.patch_embed.proj.weight'] == 0.125
+
+
+def test_classes_of_a_name_are_not_those_of_a_training() -> None:
+    model = Classifier('test_vit_dense', num_classes=10)
+    assert 'label_names' in model.model.pretrained_cfg
+    assert 'classes' not in model.exportable().about

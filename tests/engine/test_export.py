@@ -85,7 +85,8 @@ def test_a_work_dir_and_what_is_published_of_it(run: Path, tmp_path: Path) -> No
         torch.export.load(tmp_path / name).module()(images) for name in ('run.pt2', 'folder.pt2')
     )
     torch.testing.assert_close(one, two, rtol=0, atol=0)
-    assert about(tmp_path / 'run.pt2')['classes'] == list('0123456789')
+    for name in ('run.pt2', 'folder.pt2'):
+        assert about(tmp_path / name)['classes'] == list('0123456789')
     assert about(tmp_path / 'run.pt2')['std'] == pytest.approx(NORMALIZATION.std)
     assert about(tmp_path / 'folder.pt2')['std'] == pytest.approx(NORMALIZATION.std)
 
@@ -126,6 +127,7 @@ def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     found = torch.export.load(out).module()(images)
     torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+    assert about(out)['classes'][3] == 'cat'
 
 
 SIZES = {'img_size': 32, 'num_classes': 5}

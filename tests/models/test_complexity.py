@@ -10,10 +10,12 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqmoe_vision.models import complexity
+from vqmoe_vision.models import complexity, experts_as_linear, quantize_int8
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import StackedLinear
 from vqmoe_vision.moe.kernels import grouped_linear
+
+from .conftest import TINY, make
 
 
 @pytest.fixture(autouse=True)
@@ -187,3 +189,13 @@ def test_printing_a_model_tells_its_size(tiny) -> None:
 def test_other_models_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r'model=Linear is not possible: a timm VisionTransformer'):
         complexity(nn.Linear(2, 2))
+
+
+def test_what_is_served_in_int8_is_counted_before() -> None:
+    model = make('smoe').eval()
+    with pytest.raises(ValueError, match=r"^model='Moe.* of separate experts' .*: it before exper"):
+        complexity(experts_as_linear(model))
+    pytest.importorskip('torchao')
+    for other in (make('smoe'), timm.create_model('vit_tiny_patch16_224', **TINY)):
+        with pytest.raises(ValueError, match=r"^model='.* in int8' .*: it before quantize_int8"):
+            complexity(quantize_int8(other.eval()))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from vqmoe_vision.models.export import (
@@ -16,6 +18,7 @@ from vqmoe_vision.models.export import (
     save_program,
 )
 from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.shipped import CIFAR10_CLASSES
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter
 
@@ -99,6 +102,21 @@ def test_a_model_of_one_channel_says_nothing_of_three() -> None:
     assert exportable.input_size[0] == 1 and exportable.about == {}
 
 
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224', 'test_resnet'])
+def test_features_are_no_logits(name: str, tmp_path: Path) -> None:
+    options = {} if name == 'test_resnet' else {'depth': 3, 'embed_dim': 12, 'img_size': 32}
+    model = timm.create_model(name, features_only=True, **options)
+    with pytest.raises(ValueError, match=r'^features_only=True is not possible: False, a timm mo'):
+        save_program(model, tmp_path / 'model.pt2')
+
+
+@pytest.mark.parametrize(('num_classes', 'known'), [(10, True), (7, False), (0, False)])
+def test_classes_are_those_of_the_head(num_classes: int, known: bool) -> None:
+    model = timm.create_model('test_vit_vqmoe', num_classes=num_classes)
+    about = Exportable.of(model).about
+    assert about.get('classes') == (list(CIFAR10_CLASSES) if known else None)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     for name in ('a.onnx', 'a.pt2'):
         with pytest.raises(ValueError, match=rf"path='.*{name}' is not possible: a file that is"):
@@ -177,6 +195,15 @@ def test_a_program_has_torchs_operators_alone_and_leaves_the_model_as_it_was(met
     model.set_grad_checkpointing(False)
     images = torch.randn(7, 3, 16, 16)
     torch.testing.assert_close(program.module()(images), model.eval()(images), **CLOSE)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', 'vit_tiny_patch16_224'])
+def test_nothing_is_computed_twice_in_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module = timm.create_model(name, img_size=16, depth=2, embed_dim=12)
+    model.set_grad_checkpointing()
+    monkeypatch.setattr(vision_transformer, 'checkpoint_seq', lambda *_: pytest.fail('repeats'))
+    program = export_program(model)
+    assert program.module()(torch.randn(3, 3, 16, 16)).shape == (3, 1000)
 
 
 def test_one_batch_size(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models that travel: what timm's `save_for_hf` writes builds the same model, bit for bit."""
 
 import base64
+import copy
 import inspect
 import json
 import os
@@ -132,6 +133,45 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     resolved = timm.data.resolve_model_data_config(again)
     assert json.dumps(resolved, sort_keys=True) == json.dumps(PREPROCESSING, sort_keys=True)
     assert again.pretrained_cfg['label_names'] == names
+
+
+SWIN: dict[str, Any] = dict(
+    img_size=32, embed_dim=12, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=10
+)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'fixed'),
+    [
+        ('vit_tiny_patch16_224', TINY, True),
+        ('vit_tiny_patch16_224', {**TINY, 'dynamic_img_size': True}, False),
+        ('swin_tiny_patch4_window7_224', SWIN, True),
+        ('swin_tiny_patch4_window7_224', {**SWIN, 'strict_img_size': True}, True),
+        ('swin_tiny_patch4_window7_224', {**SWIN, 'strict_img_size': False}, False),
+    ],
+)
+def test_a_folder_says_whether_images_have_one_size(
+    name: str, options: dict[str, Any], fixed: bool, tmp_path: Path
+) -> None:
+    model: Any = create_model(name, None, **options)
+    saved.save(model, tmp_path / 'out', PREPROCESSING)
+    config = json.loads((tmp_path / 'out/config.json').read_text())['pretrained_cfg']
+    # a later timm writes it into the file by itself
+    assert config['fixed_input_size'] == model.pretrained_cfg['fixed_input_size'] == fixed
+
+
+def test_values_that_are_not_those_of_the_model_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        other = copy.deepcopy(model)
+        other.get_parameter('head.bias').data[3] += 1
+        save_for_hf(other, *args, **kwargs)
+
+    monkeypatch.setattr(saved, 'save_for_hf', spoil)
+    model: Any = create_model('vit_tiny_smoe', **TINY)
+    with pytest.raises(ValueError, match=r'build the model again .*: other values of head\.bias$'):
+        saved.save(model, tmp_path / 'out', PREPROCESSING)
 
 
 def test_what_cannot_be_said_is_refused(tmp_path: Path) -> None:

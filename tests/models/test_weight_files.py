@@ -253,6 +253,25 @@ def test_what_is_beside_a_file_belongs_to_its_weights(
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_is_before_a_folder_that_says_what_it_does_not(tmp_path: Path) -> None:
+    in_folder = dense('deit_tiny_patch16_224')
+    folder, file, other = folder_of(tmp_path, in_folder, safe=True), tmp_path / 'a.pth', dense()
+    torch.save(other.state_dict(), file)
+    overlay = {'file': str(file)}
+    model: Any = make('smoe', upcycle=f'local-dir:{folder}', pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.head.weight, other.head.weight)
+    assert tuple(model.pretrained_cfg['mean']) == pytest.approx(IMAGENET_DEFAULT_MEAN)
+
+
+def test_a_checkpoint_of_a_host_is_before_what_its_configuration_names(tmp_path: Path) -> None:
+    file, theirs = tmp_path / 'a.pth', dense()
+    torch.save(theirs.state_dict(), file)
+    overlay = {'state_dict': dense().state_dict()}
+    given = dict(checkpoint_path=str(file), pretrained_cfg_overlay=overlay)
+    model: Any = create_model(DENSE, {'method': 'smoe'}, **TINY, **given)
+    assert torch.equal(model.head.weight, theirs.head.weight)
+
+
 def test_a_configuration_of_another_library_says_nothing(tmp_path: Path) -> None:
     save_file(dense().state_dict(), str(tmp_path / 'model.safetensors'))
     (tmp_path / 'config.json').write_text('{"architectures": ["ViTModel"]}')

@@ -136,10 +136,10 @@ class Classifier(MoeTrainingMixin, BaseModel):
             size is None, 'size', size, "left out: a classifier's images have the size of its model"
         )
         found = Exportable.of(self.model)
-        if self.known_normalization is not None:
-            return found
-        about = {name: found.about[name] for name in found.about.keys() - {'mean', 'std'}}
-        return replace(found, about=about)  # timm's default is nobody's decision
+        # classes of the name are of its own weights; timm's default mean is nobody's decision
+        others = {'classes'} if self.known_normalization is not None else {'classes', 'mean', 'std'}
+        about = {name: found.about[name] for name in found.about.keys() - others}
+        return replace(found, about=about)
 
     def source(self, dataset: ConfigDict, folder: str | None = None) -> Source:
         """Images for a survey of the routing.

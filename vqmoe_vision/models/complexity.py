@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..moe import MoeLayer
+from ..moe.config import check
+from ..moe.experts import SeparateLinear
 from .hosts import Transformer
 
 
@@ -45,12 +47,19 @@ def complexity(model: Transformer) -> Complexity:
         model: The model; its current input size counts.
 
     Raises:
-        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`.
+        ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts
+            or layers in int8.
     """
     if not isinstance(model, Transformer):
         raise ValueError(
             f'model={type(model).__name__} is not possible: a timm VisionTransformer or Eva'
         )
+    # kernels of both need numbers, which the meta device has not
+    for module in model.modules():
+        int8 = type(getattr(module, 'weight', None)).__module__.startswith('torchao.')
+        check(not int8, 'model', f'{type(model).__name__} in int8', 'it before quantize_int8')
+        separate, allowed = isinstance(module, SeparateLinear), 'it before experts_as_linear'
+        check(not separate, 'model', f'{type(model).__name__} of separate experts', allowed)
     stem: Any = model.patch_embed
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype

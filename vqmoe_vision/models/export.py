@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from ..moe.config import check
@@ -66,10 +67,13 @@ class Exportable:
             model: A timm model; an `Exportable` stays what it is.
 
         Raises:
-            ValueError: It does not say how large its images are.
+            ValueError: It does not say how large its images are, or gives features, not logits.
         """
         if isinstance(model, Exportable):
             return model
+        features = isinstance(getattr(model, 'feature_info', None), FeatureInfo)
+        allowed = 'False, a timm model that gives logits; an Exportable has any outputs'
+        check(not features, 'features_only', True, allowed)
         config = getattr(model, 'pretrained_cfg', None) or {}
         channels, *size = config.get('input_size') or (3,)
         embed = getattr(model, 'patch_embed', None)
@@ -81,6 +85,9 @@ class Exportable:
         # timm's default is one of three channels, whatever the model has
         values = {name: list(config.get(name) or []) for name in ('mean', 'std')}
         about |= {name: value for name, value in values.items() if len(value) == channels}
+        classes = list(config.get('label_names') or [])
+        if classes and len(classes) == getattr(model, 'num_classes', 0):  # not of another head
+            about['classes'] = classes
         return cls(model, (channels, size[0], size[1]), about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:

@@ -207,8 +207,8 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
 def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:
     """As `_differences`, of rotary positions; their grid is that of the images."""
     if type(ours) is not type(theirs):
-        mine, other = ('none' if x is None else type(x).__name__ for x in (ours, theirs))
-        return [(f'whose rotary positions are {other}, for {mine}', '')]
+        kinds = ['none' if x is None else type(x).__name__ for x in (theirs, ours)]
+        return [(f'whose rotary positions are {kinds[0]}, for {kinds[1]}', '')]
     found = []
     for name, option in _ROTARY.items():
         values = (getattr(x, name, None) for x in (ours, theirs))
