@@ -198,7 +198,8 @@ def test_experts_may_be_narrower_than_the_dense_mlp(tiny) -> None:
 
 
 def test_an_unknown_keyword_is_a_type_error(tiny) -> None:
-    with pytest.raises(TypeError, match=r"^'num_expert' is neither .* num_experts, (.*, )?preset"):
+    hint = r"^'num_expert' is neither .*; did you mean num_experts\? Options are .* num_experts, "
+    with pytest.raises(TypeError, match=hint):
         tiny(num_expert=4)
 
 

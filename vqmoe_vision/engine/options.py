@@ -8,6 +8,8 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from ..moe.config import did_you_mean
+
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # and that of sharded.py.
 _EXTRA_FIELDS = frozenset(
@@ -102,8 +104,8 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
         first, *others = name.split('.')
         if first not in fields:
             raise ValueError(
-                f'--cfg-options {name}: {first!r} is not a field that an option can change; '
-                f'those are {", ".join(sorted(fields))}'
+                f'--cfg-options {name}: {first!r} is not a field that an option can change'
+                f'{did_you_mean(first, fields) or "."} Those are {", ".join(sorted(fields))}'
             )
         owner, value = first, options.get(first, config.get(first, {}))
         for part in others:

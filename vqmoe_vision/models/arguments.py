@@ -16,7 +16,7 @@ from timm.layers.create_norm import _NORM_MAP
 from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
-from ..moe.config import check, check_type
+from ..moe.config import check, check_type, did_you_mean
 from ..moe.methods import METHODS
 
 # timm's names of layers, by the options that take one
@@ -86,12 +86,13 @@ def check_names(names: Iterable[str], method: str) -> None:
     Raises:
         TypeError: As Python does for such an argument; lists the options.
     """
-    known = inspect.signature(VisionTransformer).parameters
+    known, options = inspect.signature(VisionTransformer).parameters, sorted(moe_options(method))
     for name in names:
         if name not in known:
+            hint = did_you_mean(name, [*options, *known]) or '.'
             raise TypeError(
                 f"{name!r} is neither an argument of timm's VisionTransformer nor an option of "
-                f'{method}, which are {", ".join(sorted(moe_options(method)))}'
+                f'{method}{hint} Options are {", ".join(options)}'
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from ..moe.config import check
+from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
 from .build import known_by_name, load_whole
@@ -46,9 +45,8 @@ def create_model(
         TypeError: The model does not know one of the keyword arguments.
     """
     if not timm.is_model(model_name):
-        nearest = get_close_matches(model_name, timm.list_models(), 1)
-        hint = f'did you mean {nearest[0]}?' if nearest else 'timm.list_models() lists them'
-        raise ValueError(f'model_name={model_name!r} is not a timm model; {hint}')
+        hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
+        raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # as timm does
     allowed = 'the name of the host, and the method in moe'
     check(timm.models.get_arch_name(model_name) != MOE_HOST, 'model_name', model_name, allowed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_stat
 from timm.models import load_checkpoint as load_numpy
 from torch import nn
 
-from ..moe.config import check
+from ..moe.config import check, did_you_mean
 from .hosts import VIT_MODULES, Transformer
 from .normalization import KEY, of_buffer
 from .origin import Origin, origin_of, refuse_other_function
@@ -90,8 +89,7 @@ def upcycle_source(
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
-        nearest = get_close_matches(upcycle, timm.list_models(module='vision_transformer'), 1)
-        hint = f'; did you mean {nearest[0]}?' if nearest else ''
+        hint = did_you_mean(upcycle, timm.list_models(module='vision_transformer'))
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
     check(fits, 'upcycle', upcycle, "one of timm's VisionTransformers, whose blocks ours have")

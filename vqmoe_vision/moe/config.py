@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
 from types import UnionType
 from typing import (
@@ -42,6 +43,20 @@ def check(valid: bool, field: str, value: object, allowed: str) -> None:
     """
     if not valid:
         raise ValueError(f'{field}={value!r} is not possible: {allowed}')
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like one of a user's, to be put behind what is wrong with it.
+
+    Args:
+        name: What the user wrote.
+        known: What there is.
+
+    Returns:
+        Empty if nothing is like it.
+    """
+    nearest = get_close_matches(name, sorted(known), 1)
+    return f'; did you mean {nearest[0]}?' if nearest else ''
 
 
 @dataclass(frozen=True, kw_only=True)
