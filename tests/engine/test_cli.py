@@ -210,7 +210,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['model.patch_size=5'], 'img_size=48 is not possible: a multiple of patch_size=5x5'),
         (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
         (['model.number_experts=2'], 'number_experts'),
-        (['trian_cfg.max_epochs=1'], 'that an option can change; did you mean train_cfg? Those are'),
+        (['trian_cfg.max_epochs=1'], 'an option can change; did you mean train_cfg? Those are'),
         (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
         (['train_cfg.max_epoch=1'], 'max_epoch'),
         (
