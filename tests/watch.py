@@ -39,6 +39,7 @@ MAKERS: dict[Callable, int] = {
     torch.as_tensor: 0,
     torch.asarray: 0,
     Tensor.new_tensor: 1,
+    Tensor.new: 1,
 }
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
@@ -57,7 +58,7 @@ class WatchPython(TorchFunctionMode):
             assert answer.device.type == 'cpu' or not copies, told
         elif func in INDEXING:
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            copies = any(isinstance(part, list) for part in parts)
+            copies = any(isinstance(part, list | range) for part in parts)
             assert args[0].device.type == 'cpu' or not copies, f'{func.__name__} copies its index'
         return answer
 
@@ -123,6 +124,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     'made of a number': lambda x: torch.as_tensor(1.0, device=x.device),
     'made of an array': lambda x: torch.asarray(np.ones(2), device=x.device),
     'made alike': lambda x: x.new_tensor([1.0]),
+    'made as of old': lambda x: x.new([1.0]),
+    'indexed by a range': lambda x: x[range(2)],
     'indexed by a list': lambda x: x[..., [0, 1]],
     'set by a list': lambda x: x.clone().__setitem__([0], x[:1]),
     'draw': lambda x: x.abs().flatten().multinomial(1),

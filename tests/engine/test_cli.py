@@ -115,13 +115,16 @@ def test_what_goes_on_says_what_it_began_with(trained: Path, config: str, tmp_pa
     train([config, '--work-dir', str(tmp_path / 'run'), '--resume', '--cfg-options', name])
     after = Config.fromfile(tmp_path / 'run/tiny.py')
     assert (tmp_path / 'run/epoch_2.pth').is_file()
-    assert (after.get('load_from'), after.get('resume')) == (None, None)
+    assert 'load_from' not in after and 'resume' not in after
 
 
-def test_a_test_leaves_the_config_of_its_run(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('line', ['', "runner_type = 'Runner'\n"])
+def test_a_test_leaves_the_config_of_its_run(line: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / 'run')
     config = tmp_path / 'run/tiny.py'
-    config.write_text(config.read_text() + 'resume = True\n')  # as one may have been left by a run
+    config.write_text(
+        config.read_text() + f'resume = True\n{line}'
+    )  # as one may have been left by a run
     before = config.read_text()
     # weights alone, of which nothing can go on
     weights = tmp_path / 'weights.pth'

@@ -190,13 +190,15 @@ def _train(args: argparse.Namespace) -> None:
         processes.join(config)
         check_configs(processes, asked)
         latest = processes.decide(_latest(args, config, processes))
-        given = {name: config.get(name) for name in ('load_from', 'resume')}
+        given = {name: config[name] for name in ('load_from', 'resume') if name in config}
         if latest is not None:
             config.load_from, config.resume = latest, True
         if not torch.cuda.is_available():
             keep_freed_memory()
-        runner = _build_runner(config)
+        runner = _runner_class(config).from_cfg(config)
         if latest is not None:  # what it went on from is no part of what the run is
+            for name in ('load_from', 'resume'):
+                runner.cfg.pop(name)
             runner.cfg.update(given)
             runner.dump_config()
         check_datasets(processes, runner, ('train', 'val'))
@@ -248,7 +250,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         augment_test(config)
     processes.join(config)
     check_configs(processes, config)
-    runner = _build_runner(config, _Tester)
+    runner = _tester(_runner_class(config)).from_cfg(config)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
@@ -287,12 +289,14 @@ def _configure(args: argparse.Namespace) -> Config:
     return config
 
 
-def _build_runner(config: Config, runner: type[Runner] = Runner) -> Runner:
-    return RUNNERS.build(config) if 'runner_type' in config else runner.from_cfg(config)
+def _runner_class(config: Config) -> type[Runner]:
+    return RUNNERS.get(config.runner_type) if 'runner_type' in config else Runner
 
 
-class _Tester(Runner):
-    """A run of tests, which often has the work dir of the training."""
+def _tester(runner: type[Runner]) -> type[Runner]:
+    """A runner for tests, which often have the work dir of the training."""
 
-    def dump_config(self) -> None:
+    def dump_config(self: Runner) -> None:
         """Leaves the training's config as it is: that of a test stands beside its log."""
+
+    return type(runner.__name__, (runner,), {'dump_config': dump_config})

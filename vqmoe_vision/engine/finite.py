@@ -1,6 +1,7 @@
 """What ends a training that numbers have left: losses and weights that are nan or infinite."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -55,12 +56,14 @@ def check_weights(
     Raises:
         NonFiniteError: Names the first one, and the iteration.
     """
-    finite = {}
+    finite: dict[str, torch.Tensor] = {}
+    of_devices = defaultdict(list)
     for name, value in (model.state_dict() if state is None else state).items():
         own = value.to_local() if isinstance(value, DTensor) else value
         finite[name] = torch.isfinite(own).all()
-    # one wait for the device and not one for each tensor
-    if not finite or torch.stack(list(finite.values())).all():
+        of_devices[own.device].append(finite[name])
+    # one wait for each device and not one for each tensor
+    if all(torch.stack(answers).all() for answers in of_devices.values()):
         return
     name = next(name for name, sound in finite.items() if not sound)
     kind = 'parameter' if name in dict(model.named_parameters()) else 'buffer'

@@ -66,6 +66,7 @@ class ImageReader(nn.Module):
 
     fitted: Tensor
     lacks_weights = False
+    _fit_due = True  # what `fitted` says, as far as the host knows
 
     def __init__(self, features: Features, device: torch.device | str | None = None) -> None:
         super().__init__()

@@ -127,10 +127,14 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
     return _smaller(num_assignments // _MOST_SPARE, spare)
 
 
+# Python's `min` and `max` would make torch.export ask which one it is; torch.compile knows what to
+# do with them, and up to torch 2.9 not with `sym_min` and `sym_max`.
 def _smaller(a: int, b: int) -> int:
-    # Python's `min` would make torch.export ask which one it is; torch.compile knows what to do
-    # with it, and up to torch 2.9 not with `sym_min`
     return (min if torch.compiler.is_dynamo_compiling() else torch.sym_min)(a, b)
+
+
+def _larger(a: int, b: int) -> int:
+    return (max if torch.compiler.is_dynamo_compiling() else torch.sym_max)(a, b)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
@@ -140,7 +144,7 @@ def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     share = num_assignments // (_MOST_BLOCKS // 2) if block > 1 else 0
     whole = num_experts * (block - 1) + share
     if _run_lengths(num_experts, block) == (num_experts,):  # all groups get one size, or none does
-        return num_assignments + spare + whole - _smaller(spare, whole)
+        return num_assignments + _larger(spare, whole)
     return num_assignments + spare + whole
 
 
