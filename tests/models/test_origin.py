@@ -16,6 +16,7 @@ from timm.models import _builder, _factory, save_for_hf
 from timm.models._hub import load_model_config_from_path
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
+from torch import nn
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
@@ -193,6 +194,21 @@ def test_a_name_of_timm_says_what_its_weights_are() -> None:
         fit({}, make('smoe'))
 
 
+class WithoutHeads(nn.Module):
+    """An attention that has the tensors of timm's and no `num_heads`."""
+
+    def __init__(self, dim: int, qkv_bias: bool = False, **_: Any) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+
+def test_a_width_where_the_heads_are_known_is_alone(tmp_path: Path) -> None:
+    _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', embed_dim=64)
+    with pytest.raises(ValueError, match=r'more; embed_dim=64 would fit$'):
+        make('smoe', upcycle=f'local-dir:{folder}')
+
+
 SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
 
 
@@ -210,7 +226,14 @@ SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
     ('options', 'message'),
     [
         (dict(num_heads=4), 'which has 3 heads, for 4; num_heads=3 would fit'),
-        (dict(act_layer='relu'), 'whose activation is GELU, for ReLU'),
+        (
+            dict(act_layer='relu'),
+            "whose activation is GELU, for ReLU; act_layer='gelu' would fit$",
+        ),
+        (
+            dict(attn_layer=WithoutHeads),
+            "whose attention is Attention, for WithoutHeads; attn_layer='attn' would fit$",
+        ),
     ],
 )
 def test_weights_by_name_are_compared_with_the_network_of_the_name(
@@ -353,7 +376,10 @@ def test_blocks_that_do_several_things_side_by_side_are_compared(name: str, tmp_
     assert 'head.weight' in model.weights_report.loaded
     for options, message in (
         (dict(num_heads=4), 'which has 2 heads, for 4; num_heads=2 would fit'),
-        (dict(act_layer='relu'), 'whose activation is GELU, for ReLU'),
+        (
+            dict(act_layer='relu'),
+            "whose activation is GELU, for ReLU; act_layer='gelu' would fit$",
+        ),
         (dict(norm_layer=partial(LayerNorm, eps=1e-3)), 'whose norms have eps=1e-06, for 0.001'),
     ):
         with pytest.raises(ValueError, match=message):

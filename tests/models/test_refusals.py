@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.quantization import experts_as_linear
@@ -29,8 +30,6 @@ def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
 @pytest.mark.parametrize(
     ('options', 'source', 'said', 'fits'),
     [
-        ({}, dense(embed_dim=64), 'another size: cls_token', dict(embed_dim=64)),
-        ({}, make('smoe', embed_dim=48), 'another size: cls_token', dict(embed_dim=48)),
         ({}, make('smoe', num_experts=4), 'another size: blocks', dict(num_experts=4)),
         ({}, dense(no_embed_class=True), 'pos_embed is (1, 16,', dict(no_embed_class=True)),
         (
@@ -50,6 +49,66 @@ def test_what_is_said_to_fit_does(
     ((name, value),) = fits.items()
     assert line.endswith(f' {name}={value} would fit')
     fit_state(make('smoe', **{**options, **fits}), source.state_dict(), 'f.pth')
+
+
+@pytest.mark.parametrize(
+    'source',
+    [
+        dense(embed_dim=64, num_heads=4),
+        make('smoe', embed_dim=48, num_heads=3),
+        dense(embed_dim=64, num_heads=4, depth=6),
+        dense(embed_dim=64, num_heads=4, depth=3),
+    ],
+)
+def test_another_width_has_its_heads_and_its_depth(source: Any) -> None:
+    state, width, depth = source.state_dict(), source.embed_dim, len(source.blocks)
+    line = refusal(make('smoe'), state)
+    also = '' if depth == TINY['depth'] else f', depth={depth}'
+    heads = source.blocks[0].attn.num_heads
+    said = f'embed_dim={width}{also} and the num_heads of the checkpoint, probably {heads}, would'
+    assert 'another size: cls_token' in line and line.endswith(f'; {said} fit')
+    fit_state(make('smoe', embed_dim=width, depth=depth, num_heads=heads), state, 'f.pth')
+
+
+def test_a_backbone_may_end_before_a_wider_checkpoint() -> None:
+    state = dense(embed_dim=64, num_heads=4, depth=6).state_dict()
+    line = refusal(make('smoe', num_classes=0), state)
+    assert '; embed_dim=64 and the num_heads of the checkpoint, probably 4, would fit' in line
+
+
+def test_another_number_of_experts_has_its_option(tiny: Make) -> None:
+    state = tiny(num_experts=4).state_dict()
+    line = refusal(tiny(num_experts=3), state)
+    if 'slot_embed' in line:  # experts times slots
+        assert 'would fit' not in line
+        return
+    assert line.endswith('; num_experts=4 would fit')
+    fit_state(tiny(num_experts=4), state, 'f.pth')
+
+
+def test_clusters_are_no_experts() -> None:
+    state = make(CLUSTERS, num_clusters=8, num_experts=8).state_dict()
+    line = refusal(make(CLUSTERS, num_clusters=4, num_experts=8), state)
+    assert line.endswith('; num_clusters=8 would fit')
+    line = refusal(make(CLUSTERS, num_clusters=4, num_experts=4), state)
+    assert 'another size' in line and 'would fit' not in line
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [
+        ('blocks.0.mlp.fc1.weight', (4096,)),
+        ('blocks.1.mlp.experts.fc1.weight', (4096,)),
+        ('blocks.1.mlp.experts.fc1.bias', ()),
+        ('blocks.1.mlp.router.weight', ()),
+        ('blocks.1.mlp.router.cluster_embed', ()),
+        ('patch_embed.proj.bias', ()),
+    ],
+)
+def test_another_number_of_dimensions_has_no_option(name: str, shape: tuple[int, ...]) -> None:
+    model = make(CLUSTERS)
+    line = refusal(model, {**model.state_dict(), name: torch.zeros(shape)})
+    assert f'another size: {name} is' in line and 'would fit' not in line
 
 
 def test_another_number_of_clusters_has_its_option() -> None:
@@ -89,7 +148,8 @@ def test_a_bias_of_a_layer_that_is_missing_is_no_option() -> None:
 def test_a_width_that_is_not_all_is_not_said_to_fit(source: dict[str, Any]) -> None:
     line = refusal(make('smoe', num_heads=4), dense(**{'num_heads': 2, **source}).state_dict())
     if 'img_size' in source:  # positions are resized
-        assert line.endswith('embed_dim=64 would fit')
+        said = 'embed_dim=64 and the num_heads of the checkpoint, probably 8, would fit'
+        assert line.endswith(f'; {said}')
     else:
         assert line.endswith(' more') and 'another size' in line
 

@@ -187,13 +187,16 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
     mine, other = _timms_class(attn), _timms_class(given_attn)
     if mine is not other:
         found.append((f'whose attention is {other.__name__}, for {mine.__name__}', ''))
-    heads, given = attn.num_heads, given_attn.num_heads
-    if heads != given:
+    # an attention of one's own may have none to compare
+    heads, given = (getattr(module, 'num_heads', None) for module in (attn, given_attn))
+    if None not in (heads, given) and heads != given:
         found.append((f'which has {given} heads, for {heads}', f'num_heads={given}'))
     act, given_act = _activation(ours), _activation(theirs)
     if act is not None and given_act is not None and not _same(act, given_act):
-        names = [name for name, kind in _ACT_LAYER_DEFAULT.items() if type(given_act) is kind]
-        option = f'act_layer={names[0]!r}' if names else ''
+        # by what it computes: its class may be torch's, where timm names one of its own
+        named = (name for name, kind in _ACT_LAYER_DEFAULT.items() if _same(kind(), given_act))
+        name = next(named, None)
+        option = f'act_layer={name!r}' if name else ''
         kinds = [type(layer).__name__ for layer in (given_act, act)]
         found.append((f'whose activation is {kinds[0]}, for {kinds[1]}', option))
     norms = (_named(block, 'norm1', 'in_norm', 'norm') for block in (ours, theirs))
@@ -221,8 +224,12 @@ def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:
 
 
 def _attention(block: Any) -> Any:
-    """What has the heads: the block itself, where it computes the MLP beside them."""
-    return next(module for module in block.modules() if hasattr(module, 'num_heads'))
+    """What has the heads: the block itself, where it computes the MLP beside them.
+
+    Without any, what stands where timm's blocks have their attention.
+    """
+    with_heads = (module for module in block.modules() if hasattr(module, 'num_heads'))
+    return next(with_heads, getattr(block, 'attn', block))
 
 
 def _activation(block: Any) -> nn.Module | None:

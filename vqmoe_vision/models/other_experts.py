@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from .state_dicts import StateDict, shorten
 
 _STEM = 'patch_embed.proj.weight'
+_CLUSTERS = '.cluster_embed'
 _SEPARATE = re.compile(r'\.experts\.fc[12]\.\d+\.')
 Shape = tuple[int, ...]
 
@@ -21,44 +23,86 @@ def layer_of(name: str) -> str:
     return f'{layer}.mlp' if found else ''
 
 
-def sizes_that_fit(expected: StateDict, fitted: StateDict, heads: int) -> str:
-    """The one argument by which a model would have the sizes of a checkpoint.
+def block_of(name: str) -> str:
+    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block.
+
+    Args:
+        name: Of a tensor.
+    """
+    match = re.match(r'blocks\.\d+\.', name)
+    return match[0] if match else ''
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the names and shapes of a model do not tell.
+
+    Args:
+        heads: Attention heads; 0 if that is not known.
+        same_heads: Whether the checkpoint is known to have as many.
+        whole: Whether it is more than a backbone, which may have fewer blocks than a checkpoint.
+    """
+
+    heads: int
+    same_heads: bool
+    whole: bool
+
+
+def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
+    """The one argument by which a model would have the sizes of a checkpoint, and its depth.
 
     Args:
         expected: Of the model.
         fitted: Of the checkpoint, by the names of the model.
-        heads: Attention heads of the model; 0 if that is not known.
+        model: That has them.
 
     Returns:
-        Empty if there is none that explains all that differs.
+        Empty if there is none that explains all sizes that differ.
     """
     pairs = {
         k: (tuple(fitted[k].shape), tuple(v.shape)) for k, v in expected.items() if k in fitted
     }
     other = {name: shapes for name, shapes in pairs.items() if shapes[0] != shapes[1]}
-    hint = (
-        _number_of_experts(other, fitted)
-        or _clusters(other)
-        or _width(other, pairs, heads)
-        or _hidden(other)
+    if any(len(a) != len(b) for a, b in other.values()):
+        return ''
+    width = _width(other, pairs, model)
+    hint = _number_of_experts(other, pairs) or _clusters(other) or width or _hidden(other)
+    if not hint:
+        return ''
+    theirs, ours = ({block_of(name) for name in names} - {''} for names in (fitted, expected))
+    depth = f', depth={len(theirs)}' if ours - theirs or (model.whole and theirs - ours) else ''
+    heads = _heads(other, model) if hint == width else ''
+    return f'; {hint}{depth}{heads} would fit'
+
+
+def _number_of_experts(
+    other: dict[str, tuple[Shape, Shape]], pairs: dict[str, tuple[Shape, Shape]]
+) -> str:
+    numbers = {(a[0], b[0]) for name, (a, b) in pairs.items() if '.mlp.experts.' in name}
+    if len(numbers) != 1:
+        return ''
+    ((theirs, ours),) = numbers
+
+    def follows(name: str, a: int, b: int) -> bool:
+        # MoCLE's router does not choose the universal expert
+        chosen = '.router.' in name and (a, b) == (theirs - 1, ours - 1)
+        return (a, b) == (theirs, ours) or chosen
+
+    alone = all(
+        a[1:] == b[1:] and not name.endswith(_CLUSTERS) and follows(name, a[0], b[0])
+        for name, (a, b) in other.items()
     )
-    return f'; {hint} would fit' if hint else ''
-
-
-def _number_of_experts(other: dict[str, tuple[Shape, Shape]], fitted: StateDict) -> str:
-    experts = {value.shape[0] for name, value in fitted.items() if '.mlp.experts.' in name}
-    alone = all(a[1:] == b[1:] and a[0] in experts for a, b in other.values())
-    return f'num_experts={experts.pop()}' if alone and len(experts) == 1 else ''
+    return f'num_experts={theirs}' if alone else ''
 
 
 def _clusters(other: dict[str, tuple[Shape, Shape]]) -> str:
     numbers = {a[0] for a, b in other.values() if a[1:] == b[1:]}
-    alone = all(name.endswith('.cluster_embed') for name in other)
+    alone = all(name.endswith(_CLUSTERS) for name in other)
     return f'num_clusters={numbers.pop()}' if alone and len(numbers) == 1 else ''
 
 
 def _width(
-    other: dict[str, tuple[Shape, Shape]], pairs: dict[str, tuple[Shape, Shape]], heads: int
+    other: dict[str, tuple[Shape, Shape]], pairs: dict[str, tuple[Shape, Shape]], model: Model
 ) -> str:
     """The width of tokens, if every size that differs is as many times that in both."""
     if _STEM not in other:
@@ -69,16 +113,31 @@ def _width(
         return a * ours == b * theirs
 
     alone = all(
-        len(a) == len(b) and all(m == n or scales(m, n) for m, n in zip(a, b, strict=True))
-        for a, b in other.values()
+        m == n or scales(m, n) for a, b in other.values() for m, n in zip(a, b, strict=True)
     )
     # hidden features of an MLP follow the width
     hidden = [
         shapes for name, shapes in pairs.items() if re.search(r'\.fc1(\.\d+)?\.weight$', name)
     ]
     follow = all(scales(a[-2], b[-2]) for a, b in hidden)
-    divisible = heads > 0 and theirs % heads == 0
-    return f'embed_dim={theirs}' if alone and follow and divisible else ''
+    heads = model.heads if model.same_heads else _likely_heads(theirs, ours, model)
+    possible = heads > 0 and theirs % heads == 0
+    return f'embed_dim={theirs}' if alone and follow and possible else ''
+
+
+def _heads(other: dict[str, tuple[Shape, Shape]], model: Model) -> str:
+    """What is to say of heads beside another width: names and shapes do not tell their number."""
+    if model.same_heads:
+        return ''
+    (theirs, *_), (ours, *_) = other[_STEM]
+    number = _likely_heads(theirs, ours, model)
+    return f' and the num_heads of the checkpoint, probably {number},'
+
+
+def _likely_heads(theirs: int, ours: int, model: Model) -> int:
+    """As many as heads of the width of the model's make; 0 if they make no whole number."""
+    heads, rest = divmod(model.heads * theirs, ours)
+    return 0 if rest else heads
 
 
 def _hidden(other: dict[str, tuple[Shape, Shape]]) -> str:

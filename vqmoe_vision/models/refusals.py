@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .other_experts import layer_of, refuse_other_experts, sizes_that_fit
+from .other_experts import Model, block_of, layer_of, refuse_other_experts, sizes_that_fit
 from .state_dicts import HEADS, StateDict, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]
@@ -151,7 +151,7 @@ def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
 
 
 def refuse_misfits(
-    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, heads: int
+    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, model: Model
 ) -> None:
     """Refuse a checkpoint of another size or with other experts.
 
@@ -160,7 +160,7 @@ def refuse_misfits(
         filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
         fitted: The same after each MoE layer has fitted its part.
         path: What the checkpoint is called, for messages.
-        heads: Attention heads of the model; 0 if that is not known.
+        model: What names and shapes of the model do not tell.
 
     Raises:
         ValueError: It is one.
@@ -169,7 +169,7 @@ def refuse_misfits(
     refuse_other_experts(expected, filtered, fitted, path)
     shapes = other_shapes(expected, fitted)
     if shapes:
-        hint = sizes_that_fit(expected, fitted, heads)
+        hint = sizes_that_fit(expected, fitted, model)
         raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}{hint}')
 
 
@@ -192,22 +192,16 @@ def refuse_other_parts(
         ValueError: There are some; names arguments with which the model would fit.
     """
     layers = {layer_of(name) for name in expected if '.mlp.experts.' in name}
-    blocks = {_block(name) for name in expected}
+    blocks = {block_of(name) for name in expected}
 
     def matters(name: str) -> bool:
         free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or layer_of(name) in layers
-        return not free and (whole or _block(name) in blocks)
+        return not free and (whole or block_of(name) in blocks)
 
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):
         names = [name for name in part if name not in other and matters(name)]
         if names:
             raise ValueError(_only(path, names, owner, fitted, arguments, other))
-
-
-def _block(name: str) -> str:
-    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block."""
-    match = re.match(r'blocks\.\d+\.', name)
-    return match[0] if match else ''
 
 
 def _of_missing(name: str, other: Iterable[str]) -> bool:
@@ -233,10 +227,10 @@ def _only(
         arguments: Of the model's class.
         other: Names of who has them not.
     """
-    depth = len({_block(name) for name in state} - {''})
+    depth = len({block_of(name) for name in state} - {''})
     reg_tokens = state['reg_token'].shape[1] if 'reg_token' in state else 0
     # of a block that both have, only parts are missing
-    if {_block(name) for name in names} - {_block(name) for name in other} - {''}:
+    if {block_of(name) for name in names} - {block_of(name) for name in other} - {''}:
         hints = [f'depth={depth}']
     else:
         hints = [

@@ -28,6 +28,7 @@ from .fitting import (
 )
 from .hosts import Transformer
 from .origin import Origin, other_pooling, refuse_other_function
+from .other_experts import Model
 from .refusals import (
     EVA,
     VIT,
@@ -173,9 +174,11 @@ def _fit_network(
     refuse_gated(network, filtered, path)
     block: Any = model.blocks[0]
     heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
-    refuse_misfits(network, filtered, fitted, path, heads)
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
+    # a known network has been refused before if its heads are others
+    sized = Model(heads, same_heads=origin is not None, whole=whole)
+    refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, whole, arguments)
     refuse_values(network, filtered, path)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
