@@ -235,6 +235,19 @@ def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
         export([NAME, file, out, *options, 'moe.method=smoe', 'moe.moe_layers=[0]'])
 
 
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path, caplog) -> None:
+    model = leave_folder(tmp_path / 'L', 'dense', safe=True)
+    out = tmp_path / 'OUT.pt2'
+    arguments = [NAME, str(tmp_path / 'L'), str(out), '--batch', '1', '--cfg-options', *SMALL]
+    with pytest.raises(SystemExit, match=r'have nothing for .*router.* which would be random'):
+        export([*arguments, 'moe.method=smoe', 'moe.moe_layers=[0]'])
+    export(arguments)
+    images = torch.randn(1, 3, 32, 32)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+    assert 'No checkpoint found' not in caplog.text
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

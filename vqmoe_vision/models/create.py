@@ -54,6 +54,8 @@ def create_model(
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
     check_one_source(kwargs)
+    if path := kwargs.get('checkpoint_path'):
+        kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     sparse: dict[str, Any] = {}
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
@@ -151,7 +153,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     others = {name: value for name, value in kwargs.items() if name != 'checkpoint_path'}
     given = kwargs.get('pretrained_cfg_overlay') or {}
-    overlay = {**given, 'file': str(path), 'state_dict': None}
+    overlay = {**given, 'file': path, 'state_dict': None}
     return {**others, 'pretrained': True, 'pretrained_cfg_overlay': overlay}
 
 
@@ -168,7 +170,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     # timm would compare no checksums, and say nothing of a file that is not there
     model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
     if checkpoint_path := kwargs.get('checkpoint_path'):
-        load_checkpoint(model, str(checkpoint_path))
+        load_checkpoint(model, checkpoint_path)
     return model
 
 
