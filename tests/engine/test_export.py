@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 
 from vqmoe_vision.engine.export import export
 from vqmoe_vision.engine.hub_folder import publish_folder
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_model, create_saved
 
 from ..models.test_weight_files import flip
 from ..runs import NORMALIZATION, leave_run
@@ -25,6 +25,7 @@ OPTIONS = {
     'model.moe.moe_layers': [0],
 }
 NAME = 'vit_tiny_patch16_224'
+CHANGED = ['--cfg-options']
 SMALL = ['depth=1', 'embed_dim=12', 'img_size=32', 'num_classes=5']
 
 
@@ -235,6 +236,64 @@ def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
         export([NAME, file, out, *options, 'moe.method=smoe', 'moe.moe_layers=[0]'])
 
 
+def test_what_timm_itself_makes_of_the_weights_of_a_folder(tmp_path: Path) -> None:
+    model = leave_folder(tmp_path / 'L', 'other', safe=False)
+    source, images = f'local-dir:{tmp_path / "L"}', torch.randn(2, 3, 32, 32)
+    out = tmp_path / 'model.pt2'
+    arguments = [source, str(out), '--batch', '2', '--cfg-options']
+    export([*arguments, 'num_classes=0'])
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, features, rtol=1e-5, atol=1e-5)
+    export([*arguments, 'in_chans=1'])
+    gray = images[:, :1]
+    found = torch.export.load(out).module()(gray)
+    torch.testing.assert_close(found, model(gray.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    several: Any = create_saved(source, features_only=True, out_indices=[4])
+    torch.testing.assert_close(several.eval()(images)[0], model.forward_features(images))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            ['num_classes=0', 'layers=[1,1,1,2]'],
+            r"^error: source='local-dir:.*' does not fit the mo",
+        ),
+        (
+            ['features_only=True', 'layers=[1,1,1]'],
+            r"^error: source='local-dir:.*' does not fit th",
+        ),
+        (['in_chans=1', 'pretrained_cfg_overlay.first_conv='], 'in_chans=1 .*: 3, which .*has'),
+        (['features_only=True'], r'^error: features_only=True .* a timm model that gives logits'),
+        (['pretrained_cfg_overlay.file=a.pth'], 'pretrained_cfg_overlay=.*that name no weights'),
+        (['moe.moe_layers=[0]'], r'^error: moe=.* is dense'),
+    ],
+    ids=str,
+)
+def test_nothing_of_a_folder_is_random(options: list[str], message: str, tmp_path: Path) -> None:
+    leave_folder(tmp_path / 'L', 'other', safe=False)
+    with pytest.raises(SystemExit, match=message) as caught:
+        export(
+            [f'local-dir:{tmp_path / "L"}', str(tmp_path / 'OUT.pt2'), '--cfg-options', *options]
+        )
+    assert '\n' not in str(caught.value)
+    assert not list(tmp_path.glob('OUT*'))
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path, caplog) -> None:
+    model = leave_folder(tmp_path / 'L', 'dense', safe=True)
+    out = tmp_path / 'OUT.pt2'
+    arguments = [NAME, str(tmp_path / 'L'), str(out), '--batch', '1', '--cfg-options', *SMALL]
+    with pytest.raises(SystemExit, match=r'have nothing for .*router.* which would be random'):
+        export([*arguments, 'moe.method=smoe', 'moe.moe_layers=[0]'])
+    export(arguments)
+    images = torch.randn(1, 3, 32, 32)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+    assert 'No checkpoint found' not in caplog.text
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -248,6 +307,14 @@ def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
         ([NAME, 'WEIGHTS', 'OUT.pt2'], 'does not fit the model: .*such as num_classes=10'),
         (['vit_tiny_vqmoe', 'OUT.pt2'], 'checkpoint=None .*a file of weights'),
         (['local-dir:RUN', 'WEIGHTS', 'OUT.pt2'], 'checkpoint=.*has its weights'),
+        (['local-dir:RUN', 'OUT.pt2', *CHANGED, 'pretrained=True'], '^error: pretrained=True is'),
+        (
+            ['local-dir:RUN', 'OUT.pt2', *CHANGED, 'pretrained_cfg.std=1'],
+            r'^error: pretrained_cfg=\{',
+        ),
+        ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'], '^error: checkpoint_path='),
+        ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'model_name=x'], '^error: model_name=.*left out'),
+        (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'pretrained=False'], '^error: pretrained=False'),
         (['no_such_model', 'WEIGHTS', 'OUT.pt2'], "'no_such_model' does not exist"),
     ],
     ids=str,

@@ -32,6 +32,10 @@ from .trained import load_trained
 _COMPARED = (1, 4)  # images
 _COMPARED_INT8 = (1, 32)  # of which some are predicted otherwise
 
+# Arguments that the command line gives itself.
+_SAID = ('model_name', 'pretrained', 'checkpoint_path')
+_SAID_BY_FOLDER = ('source', 'pretrained_cfg')
+
 
 def export(argv: Sequence[str] | None = None) -> None:
     """Writes a model as a file for others, and compares the file with the model.
@@ -120,7 +124,11 @@ def _exportable(args: argparse.Namespace) -> Exportable:
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
     """A model of timm's `create_model`, whose keyword arguments the options are."""
     model: Any
-    if name.startswith(FOLDERS):
+    folder = name.startswith(FOLDERS)
+    for option in (*_SAID, *(_SAID_BY_FOLDER if folder else ())):
+        allowed = f'left out, SOURCE and CHECKPOINT say which model and weights: {name}'
+        check(option not in options, option, options.get(option), allowed)
+    if folder:
         check(checkpoint is None, 'checkpoint', checkpoint, f'left out, {name} has its weights')
         model = create_saved(name, **options)
     elif checkpoint is not None:

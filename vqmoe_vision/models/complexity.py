@@ -57,9 +57,13 @@ def complexity(model: Transformer) -> Complexity:
     # kernels of both need numbers, which the meta device has not
     for module in model.modules():
         int8 = type(getattr(module, 'weight', None)).__module__.startswith('torchao.')
-        check(not int8, 'model', f'{type(model).__name__} in int8', 'it before quantize_int8')
-        separate, allowed = isinstance(module, SeparateLinear), 'it before experts_as_linear'
-        check(not separate, 'model', f'{type(model).__name__} of separate experts', allowed)
+        separate = isinstance(module, SeparateLinear)
+        for fits, kind, changed_by in (
+            (not int8, 'in int8', 'quantize_int8'),
+            (not separate, 'of separate experts', 'experts_as_linear'),
+        ):
+            allowed = f'count the model before {changed_by} changes it'
+            check(fits, 'model', f'{type(model).__name__} {kind}', allowed)
     stem: Any = model.patch_embed
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype

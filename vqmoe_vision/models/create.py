@@ -17,10 +17,19 @@ from .arguments import check_patches, check_vit_arguments, moe_options, named_fa
 from .build import known_by_name, load_whole
 from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
 from .saved import record_arguments
-from .sources import check_one_source, folder_source, load_checkpoint
+from .sources import (
+    check_one_source,
+    folder_source,
+    load_checkpoint,
+    read_fitting,
+    source_of,
+)
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
-from .weight_files import weights_in
+from .weight_files import Described, weights_in
+
+# Options with which timm changes weights that are whole, or takes a part of them.
+_ADAPTED = ('in_chans', 'features_only', 'out_indices', 'feature_cls')
 
 
 def create_model(
@@ -54,6 +63,8 @@ def create_model(
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
     check_one_source(kwargs)
+    if path := kwargs.get('checkpoint_path'):
+        kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     sparse: dict[str, Any] = {}
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
@@ -92,13 +103,38 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
         # what was saved is not what the call says, see `build_sparse`
         return timm.create_model(source, pretrained=True, **kwargs)
     if place['source'] == 'local-dir' and not timm.models.is_model_in_modules(name, MODULES):
-        # of other networks timm loads what fits, and compares no checksums
         file = weights_in(place['file'])
-        return create_model(
-            name, pretrained_cfg=described.config, checkpoint_path=file, **arguments
-        )
+        _check_saved(source, file, described, kwargs)
+        place = {'file': file, 'label_offset': 0}  # the head is that of its classes
     config = {**described.config, **place}
     return create_model(name, pretrained=True, pretrained_cfg=config, **arguments)
+
+
+def _check_saved(source: str, file: str, described: Described, kwargs: dict[str, Any]) -> None:
+    """Refuses weights of networks other than transformers of which timm would load what fits.
+
+    What timm itself does with whole weights may be asked for: another number of channels, features,
+    or no head. All other options have to be those of the weights.
+    """
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    allowed = f'entries that name no weights, {source!r} has its own'
+    check(not source_of(overlay), 'pretrained_cfg_overlay', overlay, allowed)
+    adapted = _ADAPTED if kwargs.get('num_classes') != 0 else (*_ADAPTED, 'num_classes')
+    own = {name: value for name, value in kwargs.items() if name not in adapted}
+    with torch.device('meta'):
+        whole = create_model(
+            described.name, pretrained_cfg=described.config, **{**described.arguments, **own}
+        )
+    read_fitting(whole, file, f'source={source!r}')
+    config = {**described.config, **overlay}
+    channels, first = config.get('input_size', (3,))[0], config.get('first_conv') or ()
+    layers = [whole.get_submodule(name) for name in ([first] if isinstance(first, str) else first)]
+    # timm would begin any other layer anew
+    plain = [isinstance(x, nn.Conv2d) and x.weight.shape[1] == channels for x in layers]
+    saved = described.arguments.get('in_chans', channels)
+    asked = kwargs.get('in_chans', saved)
+    fits = asked == saved or (any(plain) and all(plain))
+    check(fits, 'in_chans', asked, f'{saved}, which {source!r} has')
 
 
 def create_to_start(
@@ -151,7 +187,7 @@ def _from_pretrained(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     others = {name: value for name, value in kwargs.items() if name != 'checkpoint_path'}
     given = kwargs.get('pretrained_cfg_overlay') or {}
-    overlay = {**given, 'file': str(path), 'state_dict': None}
+    overlay = {**given, 'file': path, 'state_dict': None}
     return {**others, 'pretrained': True, 'pretrained_cfg_overlay': overlay}
 
 
@@ -168,7 +204,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     # timm would compare no checksums, and say nothing of a file that is not there
     model = timm.create_model(model_name, **{**kwargs, 'checkpoint_path': ''})
     if checkpoint_path := kwargs.get('checkpoint_path'):
-        load_checkpoint(model, str(checkpoint_path))
+        load_checkpoint(model, checkpoint_path)
     return model
 
 

@@ -76,6 +76,7 @@ class Exportable:
         check(not features, 'features_only', True, allowed)
         config = getattr(model, 'pretrained_cfg', None) or {}
         channels, *size = config.get('input_size') or (3,)
+        channels = getattr(model, 'in_chans', channels)  # the configuration is of its weights
         embed = getattr(model, 'patch_embed', None)
         if getattr(embed, 'img_size', None) is not None:
             size = list(to_2tuple(embed.img_size))  # type: ignore[union-attr]

@@ -245,23 +245,39 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         ValueError: The file is missing, damaged or no file of weights, or the model is another, as
             far as the file and what is beside it say.
     """
-    with named_source(path):
-        if path.endswith(('.npz', '.npy')):
+    if path.endswith(('.npz', '.npy')):
+        with named_source(path):
             check_file(path)
             load_numpy(model, path)
-            return
+        return
+    state = read_fitting(model, path, f'checkpoint_path={path!r}')
+    origin = origin_of(describe(path), path)
+    if origin is not None and isinstance(model, Transformer):
+        refuse_other_function(model, origin, path)
+    model.load_state_dict(state)
+
+
+def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
+    """A file of all of a model's weights, which are not loaded.
+
+    Args:
+        model: For which they have to be.
+        path: Of the file.
+        what: The field that names it, with its value.
+
+    Raises:
+        ValueError: The file is missing, damaged, no file of weights or of another model.
+    """
+    with named_source(path):
         state = load_state_dict(path)
     check_in_one_piece(state, path)
     if problem := misfit_of(model, state):
         raise ValueError(
-            f'checkpoint_path={path!r} does not fit the model: {problem}; options of the model, '
+            f'{what} does not fit the model: {problem}; options of the model, '
             'such as num_classes=10, have to be those of its weights'
         )
-    origin = origin_of(describe(path), path)
-    if origin is not None and isinstance(model, Transformer):
-        refuse_other_function(model, origin, path)
     refuse_values(model.state_dict(), state, path)
-    model.load_state_dict(state)
+    return state
 
 
 def _image_sizes(model: Any, origin: Origin | None) -> list[Size]:
