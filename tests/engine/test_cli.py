@@ -330,7 +330,7 @@ def test_checkpoint_with_code_in_it_is_not_run(config: str, tmp_path: Path) -> N
 
 def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    monkeypatch.setattr('vqmoe_vision.engine.cli._build_runner', lambda c: used.append(c.work_dir))
+    monkeypatch.setattr(Runner, 'from_cfg', lambda c: used.append(c.work_dir))
     monkeypatch.setattr('sys.exit', lambda _: None)  # there is no runner to train
     train([config])
     train([config, '--cfg-options', 'work_dir=b'])
