@@ -190,7 +190,6 @@ def _train(args: argparse.Namespace) -> None:
         processes.join(config)
         check_configs(processes, asked)
         latest = processes.decide(_latest(args, config, processes))
-        given = {name: config[name] for name in ('load_from', 'resume') if name in config}
         if latest is not None:
             config.load_from, config.resume = latest, True
         if not torch.cuda.is_available():
@@ -199,7 +198,7 @@ def _train(args: argparse.Namespace) -> None:
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
-            runner.cfg.update(given)
+                runner.cfg.update({name: asked[name]} if name in asked else {})
             runner.dump_config()
         check_datasets(processes, runner, ('train', 'val'))
         _check_batches(runner)

@@ -18,6 +18,7 @@ from ..moe import MoeLayer
 from ..moe.config import check
 from ..moe.experts import SeparateLinear
 from .hosts import Transformer
+from .int8 import is_int8
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,13 @@ def complexity(model: Transformer) -> Complexity:
             f'model={type(model).__name__} is not possible: a timm VisionTransformer or Eva'
         )
     # kernels of both need numbers, which the meta device has not
-    for module in model.modules():
-        int8 = type(getattr(module, 'weight', None)).__module__.startswith('torchao.')
-        separate = isinstance(module, SeparateLinear)
-        for fits, kind, changed_by in (
-            (not int8, 'in int8', 'quantize_int8'),
-            (not separate, 'of separate experts', 'experts_as_linear'),
-        ):
-            allowed = f'count the model before {changed_by} changes it'
-            check(fits, 'model', f'{type(model).__name__} {kind}', allowed)
+    separate = any(isinstance(module, SeparateLinear) for module in model.modules())
+    for changed, kind, changed_by in (
+        (is_int8(model), 'in int8', 'quantize_int8'),
+        (separate, 'of separate experts', 'experts_as_linear'),
+    ):
+        allowed = f'count the model before {changed_by} changes it'
+        check(not changed, 'model', f'{type(model).__name__} {kind}', allowed)
     stem: Any = model.patch_embed
     height, width = stem.img_size
     shape, dtype = (1, stem.proj.in_channels, height, width), stem.proj.weight.dtype

@@ -21,10 +21,10 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from ..moe.config import check
+from .int8 import is_int8
 from .onnx_operators import translations
 from .quantization import (
     decomposed,
-    is_int8,
     quantize_int8,
     quantize_onnx,
     separated,

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..moe.collect import moe_layers
@@ -22,6 +22,7 @@ from ..moe.config import check
 from ..moe.experts import StackedLinear
 from ..moe.image_reader import ImageReader
 from .convert import changeable_layers
+from .int8 import is_float
 from .quiet import quiet
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -109,16 +110,6 @@ def separated(model: nn.Module) -> nn.Module:
     return experts_as_linear(model) if moe_layers(model) else model
 
 
-def is_int8(model: nn.Module) -> bool:
-    """Whether a linear layer of a model has been quantized.
-
-    Args:
-        model: Any model.
-    """
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return not all(map(_is_float, linears))
-
-
 def decomposed(program: Any) -> Any:
     """A program whose operators of torchao are those of torch, so that files load without it.
 
@@ -187,9 +178,5 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:
         if isinstance(module, nn.Linear | StackedLinear)
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and module not in deciding
-        and _is_float(module)
+        and is_float(module)
     }
-
-
-def _is_float(layer: nn.Linear | StackedLinear) -> bool:
-    return type(layer.weight) in (nn.Parameter, Tensor)  # int8 is a type of torchao
