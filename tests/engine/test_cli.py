@@ -108,6 +108,19 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     assert resumed['param_schedulers'] == whole['param_schedulers']
 
 
+def test_a_run_that_is_complete_says_so(
+    trained: Path, config: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / 'run')
+    message = 'Nothing is left to train: train_cfg.max_epochs={} is reached'
+    for epochs in (2, 3):
+        more = ['--cfg-options', f'train_cfg.max_epochs={epochs}']
+        train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *more])
+        out = ''.join(capfd.readouterr())
+        assert (message.format(epochs) in out) == (epochs == 2)
+    assert (tmp_path / 'run/epoch_3.pth').is_file()
+
+
 def test_what_goes_on_says_what_it_began_with(trained: Path, config: str, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / 'run')
     (tmp_path / 'run/epoch_2.pth').unlink()

@@ -115,6 +115,9 @@ class AtomicCheckpointHook(CheckpointHook):
         if self._validation_was_cut_off(runner):
             runner.logger.info('Validating first: the run ended before it had done so')
             runner.val_loop.run()
+        done, end, limit = _progress_of(runner)
+        if done >= end:
+            runner.logger.info(f'Nothing is left to train: train_cfg.{limit}={end} is reached')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Ends a run that was told to stop between two epochs."""
@@ -185,8 +188,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _validation_was_cut_off(self, runner: Runner) -> bool:
         loop = runner.train_loop
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        done, end = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        done, end, _ = _progress_of(runner)
         return (
             runner.val_loop is not None
             and runner._resume
@@ -307,3 +309,11 @@ def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
         return False
     due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
     return due or (hook.save_last and hook.is_last_train_iter(runner))
+
+
+def _progress_of(runner: Runner) -> tuple[int, int, str]:
+    """What is done, what there is to do, and the option of `train_cfg` that says so."""
+    loop = runner.train_loop
+    if isinstance(loop, EpochBasedTrainLoop):
+        return loop.epoch, loop.max_epochs, 'max_epochs'
+    return loop.iter, loop.max_iters, 'max_iters'
