@@ -1,6 +1,7 @@
-"""Tiny models of every method, and of every preset that runs other code."""
+"""Tiny models of every method, of every preset that runs other code, and dense ones beside them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import vqmoe_vision.models  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
+from vqmoe_vision.models.state_dicts import Report
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
@@ -24,10 +26,42 @@ TINY = {
     'num_classes': 10,
 }
 Make = Callable[..., nn.Module]
+DENSE = 'vit_tiny_patch16_224'
+# every way of every method to begin with the answers of a dense model: name, options, and an id
+EXACT = [
+    pytest.param(name, options, id=f'{name}-{label}')
+    for name, method in METHODS.items()
+    for label, options in method.config.EXACT_UPCYCLING.items()
+]
 
 
 def make(method: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(f'vit_tiny_{method}', **{**TINY, **kwargs})
+
+
+def shaken(model: Any) -> Any:
+    """No tensor as any model starts with."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def dense(name: str = DENSE, **kwargs: Any) -> Any:
+    return shaken(timm.create_model(name, **{**TINY, **kwargs}))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def check_complete(report: Report, model: Any, source: dict[str, torch.Tensor]) -> None:
+    """Each tensor of the model has one fate, and each of the checkpoint has one."""
+    fates = [*report.loaded, *report.resized, *report.copied, *report.initialised]
+    assert sorted(fates) == sorted(model.state_dict())
+    # experts and what reads images may be copies of one tensor
+    uses = {*report.loaded, *report.resized, *report.copied.values()}
+    assert sorted([*uses, *report.unused, *report.outside]) == sorted(source)
 
 
 @pytest.fixture(params=METHODS)
@@ -52,6 +86,14 @@ def tiny_variant(request: pytest.FixtureRequest) -> Make:
 def make_tiny() -> Make:
     """Builds a tiny model of a named method."""
     return make
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Any, str]:
+    """A dense model, and its file."""
+    model, path = dense(), tmp_path / 'dense.pth'
+    torch.save(model.state_dict(), path)
+    return model, str(path)
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ from vqmoe_vision.models.arguments import moe_options
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.moe import METHODS
 
-from .conftest import TINY
+from .conftest import TINY, check_complete, dense
 from .test_saved import PREPROCESSING, RECORDS, same
-from .test_upcycle import check_complete, dense
 
 VIT, DINOV3 = 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
 HOSTS = (VIT, DINOV3)

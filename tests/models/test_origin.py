@@ -23,9 +23,8 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sources import known_weights
 from vqmoe_vision.models.weight_files import Described
 
-from .conftest import TINY, make
+from .conftest import TINY, dense, distance, make
 from .test_saved import RECORDS
-from .test_upcycle import dense, distance
 
 DINOV3 = dict(pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False)
 OF_SIGLIP = dict(class_token=False, global_pool='avg')

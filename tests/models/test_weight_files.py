@@ -13,8 +13,7 @@ from timm.models import save_for_hf, vision_transformer
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
 
-from .conftest import TINY, make
-from .test_upcycle import DENSE, dense, distance
+from .conftest import DENSE, TINY, dense, distance, make
 
 OF_VIT = '{"architecture": "vit_tiny_patch16_224", '
 

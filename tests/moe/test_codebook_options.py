@@ -11,8 +11,9 @@ from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientC
 from vqmoe_vision.moe.codebook_sample import kmeans
 from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
 
-M, D = 6, 8
-every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
+from .codebooks import M, every_codebook
+from .conftest import D
+
 AVERAGED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, GradientCodebook)]
 
 

@@ -1,0 +1,127 @@
+"""Noise, dropped units and splits: what they do to the experts, and where they have no effect."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.upcycle import Upcycling, upcycle
+from vqmoe_vision.moe.experts import Experts
+
+from .conftest import DENSE, TINY, make, shaken
+from .test_saved import RECORDS
+
+
+def test_every_option_of_upcycling_is_off_by_default() -> None:
+    assert not any(getattr(Upcycling(), field.name) for field in fields(Upcycling))
+
+
+def test_options_of_upcycling_need_a_dense_mlp(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(make('smoe').state_dict(), path)
+    with pytest.raises(ValueError, match='no dense MLP to make experts of'):
+        make('smoe', upcycle=path, upcycling={'noise': 0.1})
+
+
+@pytest.mark.parametrize('way', ['timm', 'name', 'host', 'moe_host', 'checkpoint_path'])
+def test_options_of_upcycling_need_weights(way: str, tmp_path: Path) -> None:
+    builds: dict[str, Any] = {
+        'timm': lambda **how: make('smoe', **how),
+        'name': lambda **how: create_model('vit_tiny_smoe', **TINY, **how),
+        'host': lambda **how: create_model(DENSE, {'method': 'smoe'}, **TINY, **how),
+        'moe_host': lambda **how: timm.create_model(
+            'moe_host', host=DENSE, method='smoe', **TINY, **how
+        ),
+        'checkpoint_path': lambda **how: create_model(
+            'vit_tiny_smoe', checkpoint_path=str(tmp_path / 'a.pth'), **TINY, **how
+        ),
+    }
+    torch.save(make('smoe').state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(
+        ValueError, match=r'upcycling=.*noise=0\.1.* no dense weights.*d=T'
+    ) as caught:
+        builds[way](upcycling={'noise': 0.1})
+    said = 'would give it an effect'
+    assert said in str(caught.value) and '\n' not in str(caught.value)
+    assert ('upcycle=SOURCE' in str(caught.value)) == (way not in ('host', 'moe_host'))
+    for defaults in (None, {}, {'noise': 0.0, 'split': False}, Upcycling()):
+        builds[way](upcycling=defaults)
+
+
+def test_a_folder_may_say_how_its_experts_were_made(saved: tuple[Any, str], tmp_path: Path) -> None:
+    """As nothing of ours writes it: whoever saves a model may name all that it was given."""
+    how = {'upcycling': {'noise': 0.1}}
+    model = make('smoe', upcycle=saved[1], **how)
+    folder = f'local-dir:{tmp_path / "moe"}'
+    save_for_hf(model, tmp_path / 'moe', model_args={**TINY, **how}, safe_serialization=True)
+    again = [make('smoe', upcycle=folder)]
+    if RECORDS:
+        again.append(timm.create_model(folder, pretrained=True))
+        timm.create_model(folder)
+    for found in again:
+        torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def mlp_of(width: int = 8, hidden: int = 32) -> Any:
+    return shaken(timm.layers.Mlp(width, hidden))
+
+
+def made(mlp: Any, hidden: int, number: int = 4, **options: Any) -> dict[str, torch.Tensor]:
+    experts = Experts(number, mlp.fc1.in_features, hidden)
+    return upcycle(mlp.state_dict(), experts, Upcycling(**options), 'mlp')
+
+
+def test_noise_is_relative_to_the_weights() -> None:
+    mlp = mlp_of(32, 128)
+    weights = made(mlp, 128, noise=0.1)
+    for layer in ('fc1', 'fc2'):
+        original = getattr(mlp, layer).weight
+        change = weights[f'{layer}.weight'] - original
+        assert (change.std() / original.std()).item() == pytest.approx(0.1, rel=0.05)
+        assert not torch.equal(change[0], change[1])
+        assert torch.equal(weights[f'{layer}.bias'][0], getattr(mlp, layer).bias)
+
+
+def test_dropped_units_are_drawn_like_those_they_replace() -> None:
+    mlp = mlp_of(64, 256)
+    with torch.no_grad():
+        mlp.fc2.weight.add_(3)
+    weights = made(mlp, 256, drop=0.25)
+    for expert in range(4):
+        same = (weights['fc1.weight'][expert] == mlp.fc1.weight).all(dim=1)
+        assert same.sum() == 192  # three quarters of 256
+        # a unit is dropped whole: its row, its bias and its column
+        assert torch.equal(same, weights['fc1.bias'][expert] == mlp.fc1.bias)
+        columns = (weights['fc2.weight'][expert] == mlp.fc2.weight).all(dim=0)
+        assert torch.equal(same, columns)
+        drawn = weights['fc2.weight'][expert][:, ~same]
+        assert drawn.mean().item() == pytest.approx(3, abs=0.05)
+        expected = mlp.fc2.weight[:, ~same].std().item()
+        assert drawn.std().item() == pytest.approx(expected, rel=0.1)
+    assert not torch.equal(weights['fc1.weight'][0], weights['fc1.weight'][1])
+
+
+def test_experts_that_split_an_mlp_answer_as_it_does_together() -> None:
+    mlp = mlp_of()
+    with torch.no_grad():
+        mlp.fc2.bias.zero_()
+    # 4 experts of 16 units take each of the 32 twice; F / H = 2, so that their mean is the MLP
+    weights = made(mlp, 16, split=True)
+    x = torch.randn(5, 8)
+    hidden = torch.einsum('td,ehd->eth', x, weights['fc1.weight']) + weights['fc1.bias'][:, None]
+    answers = torch.einsum('eth,edh->etd', mlp.act(hidden), weights['fc2.weight'])
+    torch.testing.assert_close(answers.mean(dim=0), mlp(x), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(weights['fc1.weight'][0], weights['fc1.weight'][2])  # shuffled anew
+
+
+def test_split_experts_go_through_timm(saved: tuple[Any, str], images: torch.Tensor) -> None:
+    _, path = saved
+    options = dict(expert_mlp_ratio=1.0, upcycling={'split': True})
+    model: Any = make('smoe', upcycle=path, **options).eval()
+    assert model.blocks[1].mlp.experts.fc1.weight.shape == (8, 32, 32)
+    assert model(images).isfinite().all()

@@ -1,0 +1,135 @@
+"""Dense weights that cannot become experts, or cannot be read, are named in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
+
+from vqmoe_vision.engine.checkpoint import start_from
+
+from .conftest import dense, make
+
+
+@pytest.mark.parametrize(
+    ('part', 'shape'),
+    [('fc2.bias', (64,)), ('fc2.bias', (1,)), ('fc2.weight', (64, 128)), ('fc1.bias', (256,)),
+     ('fc1.bias', (64,)), ('fc1.weight', ())],
+)  # fmt: skip
+def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(
+    part: str, shape: tuple[int, ...], saved: tuple[Any, str]
+) -> None:
+    state = saved[0].state_dict()
+    state[f'blocks.1.mlp.{part}'] = torch.zeros(shape)
+    torch.save(state, saved[1])
+    model = make('smoe')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'blocks\.1\.mlp.*is no MLP: its .*, beside fc1\.weight'):
+        start_from(model, saved[1])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def gated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The MLPs of DINOv2's largest model."""
+    return {k.replace('fc1', 'w12').replace('fc2', 'w3'): v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ('change', 'options', 'message'),
+    [
+        ({}, dict(depth=6), r'only the model has blocks\.4\.norm1.*; depth=4 would fit'),
+        ({}, dict(depth=2), r'only the checkpoint has blocks\.2\.norm1.*; depth=4 would fit'),
+        ({}, dict(embed_dim=64), r'of another size: cls_token is \(1, 1, 32\), the model has'),
+        (
+            {},
+            dict(expert_mlp_ratio=2.0),
+            r'has 128 hidden units and experts 64: expert_mlp_ratio=4',
+        ),
+        ({}, dict(upcycling={'split': True}), r'upcycling.split=True is not possible: False'),
+        ({}, dict(upcycling={'noize': 1}), r'upcycling.noize=1 is not .* options are noise, drop'),
+        ({}, dict(upcycling={'drop': 2.0}), r'upcycling.drop=2.0 is not possible: from 0 to 1'),
+        ({}, dict(pretrained=True), 'pretrained=True is not possible: False with upcycle='),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    change: dict[str, Any], options: dict[str, Any], message: str, saved: tuple[Any, str]
+) -> None:
+    _, path = saved
+    with pytest.raises(ValueError, match=message) as caught:
+        make('smoe', upcycle=path, **options)
+    assert '\n' not in str(caught.value)
+
+
+def test_gated_mlps_are_refused(tmp_path: Path) -> None:
+    packed = dense(mlp_layer=SwiGLUPacked)
+    path = str(tmp_path / 'a.pth')
+    for state, message in (
+        (packed.state_dict(), r'blocks.0.mlp is a gated MLP \(SwiGLU\), fc1 gives 128 .* takes 64'),
+        (gated(packed.state_dict()), r'only the checkpoint has blocks\.0\.mlp\.w12'),
+    ):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=message):
+            make('smoe', upcycle=path)
+        with pytest.raises(ValueError, match=r'SwiGLU|blocks.1.mlp.w12|experts are of fc1'):
+            make('smoe', upcycle=path, moe_layers=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        ('resnet50', "upcycle='resnet50' is not possible: one of timm's VisionTransformers"),
+        ('vit_smal_patch16_224', 'did you mean vit_small_patch16_224'),
+        ('vit_tiny_smoe', 'a model with weights'),
+        ('local-dir:nowhere', 'a folder with the config.json'),
+        ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
+        (3, 'a timm model name'),
+    ],
+)
+def test_a_source_that_is_none_is_named(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make('smoe', upcycle=source)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    for source in ('hf-hub:timm/deit_tiny_patch16_224', 'deit_tiny_patch16_224.fb_in1k'):
+        message = r"weights of '.*timm/deit_tiny_patch16_224.*' cannot be read: .*connection"
+        with pytest.raises(ValueError, match=message) as caught:
+            make('smoe', upcycle=source, cache_dir=str(tmp_path))
+        assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('way', ['upcycle', 'pretrained'])
+def test_damaged_files_are_named(suffix: str, way: str, tmp_path: Path) -> None:
+    path = tmp_path / f'a{suffix}'
+    state = dense().state_dict()
+    if suffix == '.pth':
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    content = path.read_bytes()
+    options: dict[str, Any] = {'upcycle': str(path)}
+    if way == 'pretrained':
+        options = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(path)}}
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r'a\.\w+. (is damaged|cannot be read)') as caught:
+        make('smoe', **options)
+    assert '\n' not in str(caught.value)
+    if suffix == '.pth':  # torch would load it
+        at = content.index(state['blocks.1.mlp.fc1.weight'].numpy().tobytes())
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(ValueError, match='does not match its checksum'):
+            make('smoe', **options)
+
+
+def test_another_methods_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(make('smoe').state_dict(), path)
+    with pytest.raises(ValueError, match=r'is of another MoE method: only it has .*router'):
+        make('softmoe', upcycle=path)

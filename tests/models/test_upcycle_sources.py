@@ -1,0 +1,131 @@
+"""Networks, names, files and folders that dense weights come from, and what is read in them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from .conftest import dense, make
+
+
+def test_a_folder_of_timm_brings_its_normalisation(tmp_path: Path, images: torch.Tensor) -> None:
+    source = dense('deit_tiny_patch16_224')  # of mean 0.485, ours says 0.5
+    save_for_hf(source, tmp_path / 'deit', safe_serialization=True)
+    model: Any = make('smoe', upcycle=f'local-dir:{tmp_path / "deit"}', renormalize=True).eval()
+    torch.testing.assert_close(model(images), source(images))
+    assert model.pretrained_cfg['mean'][0] == pytest.approx(0.485)
+    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
+
+
+def test_a_name_with_a_tag_says_where_the_weights_are(
+    saved: tuple[Any, str], images: torch.Tensor
+) -> None:
+    source, path = saved  # in the place of the hub, which tests do not reach
+    name = 'deit_tiny_patch16_224.fb_in1k'
+    overlay = {'file': path}
+    model: Any = make('smoe', upcycle=name, pretrained_cfg_overlay=overlay, renormalize=True)
+    torch.testing.assert_close(model.eval()(images), source(images))
+    assert model.pretrained_cfg['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'
+    assert model.pretrained_cfg['std'][0] == pytest.approx(0.229)
+    assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('vit_tiny_patch16_224', dict(init_values=0.1)),
+        ('vit_tiny_patch16_224', dict(reg_tokens=2, no_embed_class=True, init_values=0.1)),
+        ('vit_tiny_patch16_224', dict(class_token=False, global_pool='avg')),
+        ('vit_tiny_patch16_224', dict(qk_norm=True, pre_norm=True, proj_bias=False)),
+        ('deit3_small_patch16_224', dict(no_embed_class=True, init_values=0.1)),
+    ],
+)
+def test_other_networks_start_the_same_ones_and_no_others(
+    name: str, options: dict[str, Any], tmp_path: Path, images: torch.Tensor
+) -> None:
+    source, path = dense(name, **options), str(tmp_path / 'a.safetensors')
+    save_file(source.state_dict(), path)
+    model = make('smoe', upcycle=path, renormalize=True, **options).eval()
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
+    ):
+        make('smoe', upcycle=path)
+    with pytest.raises(
+        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
+    ):
+        plain = dense()
+        torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+        make('smoe', upcycle=str(tmp_path / 'plain.pth'), **options)
+
+
+def test_names_of_deit3s_own_files_are_understood(images: torch.Tensor) -> None:
+    source = dense(init_values=0.1)
+    state = {
+        name.replace('ls1.gamma', 'gamma_1').replace('ls2.gamma', 'gamma_2'): value
+        for name, value in source.state_dict().items()
+    }
+    config = {'state_dict': {'model': state}}
+    options = dict(init_values=1e-5, renormalize=True, pretrained_cfg_overlay=config)
+    model = make('smoe', pretrained=True, **options).eval()
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+def test_dinov2s_own_files_with_registers_are_understood(images: torch.Tensor) -> None:
+    options = dict(reg_tokens=2, no_embed_class=True, init_values=0.1, num_classes=0)
+    source = dense(**options)
+    state = source.state_dict()
+    # there the class token has a position too, and timm adds the two
+    of_class = torch.randn(1, 1, 32)
+    state['cls_token'] = state['cls_token'] - of_class
+    state['pos_embed'] = torch.cat([of_class, state['pos_embed']], dim=1)
+    state['register_tokens'] = state.pop('reg_token')
+    state['mask_token'] = torch.zeros(1, 32)
+    config = {'state_dict': state}
+    model: Any = make(
+        'smoe', pretrained=True, pretrained_cfg_overlay=config, **options, renormalize=True
+    )
+    torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('theirs', ['reg_token', 'register_tokens'])
+def test_registers_that_only_one_has_are_named(theirs: str, tmp_path: Path) -> None:
+    state = dense(reg_tokens=2, no_embed_class=True).state_dict()
+    state[theirs] = state.pop('reg_token')
+    if theirs == 'register_tokens':  # DINOv2's, where the class token has a position
+        state['pos_embed'] = torch.cat([torch.zeros(1, 1, 32), state['pos_embed']], dim=1)
+        state['mask_token'] = torch.zeros(1, 32)
+    path, plain = str(tmp_path / 'a.pth'), str(tmp_path / 'plain.pth')
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r'only the checkpoint has reg_token; reg_tokens=2, no_em'):
+        make('smoe', upcycle=path)
+    said = {'reg_token': 'no_embed_class=True would fit', 'register_tokens': '=True would fit'}
+    with pytest.raises(ValueError, match=said[theirs]):
+        make('smoe', upcycle=path, reg_tokens=2)
+    torch.save(dense(no_embed_class=True).state_dict(), plain)
+    with pytest.raises(ValueError, match=r'only the model has reg_token; reg_tokens=0 would fit'):
+        make('smoe', upcycle=plain, reg_tokens=2, no_embed_class=True)
+
+
+def test_a_head_behind_a_layer_that_timm_has_not_starts_anew(tmp_path: Path) -> None:
+    state = dense().state_dict()
+    state['pre_logits.fc.weight'] = torch.eye(32)
+    path = str(tmp_path / 'a.pth')
+    torch.save(state, path)
+    report = make('smoe', upcycle=path).weights_report
+    (line,) = report.warnings
+    assert line.endswith('stands behind pre_logits.fc.weight, which timm has not')
+    assert {'pre_logits.fc.weight', 'head.weight', 'head.bias'} == set(report.outside)
+
+
+def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense(init_values=0.1).state_dict(), path)
+    backbone = dict(num_classes=0, global_pool='', depth=2)
+    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-5 would fit'):
+        make('smoe', upcycle=path, **backbone)
+    model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
+    assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused

@@ -1,0 +1,200 @@
+"""Codes that few tokens take: replaced when dead, moved by CVQ and SimVQ, and against collapse."""
+
+import math
+
+import pytest
+import torch
+
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.codebook_sample import anchor_probabilities
+from vqmoe_vision.moe.routing import expert_load, perplexity
+
+from .codebooks import STARTED, M, clusters, learn, make
+from .conftest import D
+
+# --- dead codes
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_only_the_dead_code_is_replaced_by_a_token(name):
+    book = make(name)
+    x = torch.randn(60, D)
+    indices = torch.arange(60) % M
+    with torch.no_grad():
+        book.usage[2] = 0.0
+    indices[indices == 2] = 3
+    before = book.codes().clone()
+    book.observe(x, indices)
+    assert book.update()
+    assert (book.codes()[2] == x).all(dim=1).any()
+    others = [0, 1, 3, 4, 5]
+    if name == 'gradient':
+        assert torch.equal(book.codes()[others], before[others])
+    assert not (book.codes()[others, None] == x[None]).all(dim=-1).any()
+    # even usage again, else it would be dead at the next update
+    torch.testing.assert_close(book.usage[2], torch.tensor(1 / M))
+    if name == 'ema':
+        torch.testing.assert_close(book.token_sums[2] * M, book.codes()[2])
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_a_replaced_code_stays_when_tokens_take_it(name):
+    book = make(name)
+    x = clusters(60)[0]
+    with torch.no_grad():
+        book.usage[2] = 0.0
+        book.embed[2] = 1000.0
+    learn(book, x)
+    revived = book.codes()[2].clone()
+    indices = learn(book, x).indices
+    assert (indices == 2).any()
+    # EMA moves by 1 %; a replacement would be another cluster, about 20 away
+    assert (book.codes()[2] - revived).norm() < 1
+    assert book.usage[2] > 0.01 / M
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_an_unused_code_is_replaced_after_459_updates(name):
+    # usage 0.99^n of even: 0.99^458 = 0.01002, 0.99^459 = 0.00992 < 1 %
+    book = make(name)
+    x = torch.randn(10, D)
+    indices = torch.arange(10) % (M - 1)
+    unused = book.codes()[M - 1].clone()
+    for _ in range(458):
+        book.observe(x, indices)
+        book.update()
+    # EMA divides by its smoothed usage, 0.01 / M + 1e-5, and drifts by the smoothing
+    torch.testing.assert_close(book.codes()[M - 1], unused, rtol=0.01, atol=0.01)
+    book.observe(x, indices)
+    book.update()
+    assert (book.codes()[M - 1] == x).all(dim=1).any()
+
+
+# --- CVQ
+
+
+def moved_share(book, usage_counts):
+    """Share of the way to the anchor that each code goes in an update with these counts."""
+    indices = torch.repeat_interleave(torch.arange(M), torch.tensor(usage_counts))
+    anchor = torch.full((1, D), 50.0)
+    before = book.codes().clone()
+    book.observe(anchor.expand(len(indices), D), indices)
+    book.update()
+    return ((book.codes() - before) / (anchor - before)).mean(dim=1)
+
+
+def test_cvq_rate_known_answers():
+    # never used: exp(-0.001) = 0.99900; first step at even usage, N = 0.01 / M:
+    # exp(-0.01 / M * M * 10 / 0.01 - 0.001) = exp(-10.001) = 4.54e-5
+    share = moved_share(make('cvq'), [0, 10, 10, 10, 10, 20])
+    assert share[0].item() == pytest.approx(math.exp(-0.001), abs=1e-5)
+    assert share[1:5].tolist() == pytest.approx([math.exp(-10.001)] * 4, abs=2e-6)
+    # twice even usage: exp(-20.001) = 2e-9
+    assert share[5].item() == pytest.approx(0, abs=1e-7)
+
+
+def test_cvq_rate_falls_with_usage():
+    # 1, 2, 4, ... of 10000: rates exp(-10 * 6 * count / 10000)
+    counts = [0, 50, 100, 200, 400, 9250]
+    share = moved_share(make('cvq'), counts)
+    assert (share.diff() < 0).all()
+    expected = [math.exp(-10 * M * count / 10000 - 0.001) for count in counts]
+    assert share.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_cvq_leaves_used_codes_alone():
+    book = make('cvq')
+    before = book.codes().clone()
+    for _ in range(100):
+        x = before[torch.arange(60) % M] + 0.1 * torch.randn(60, D)
+        learn(book, x)
+    assert (book.codes() - before).abs().max() < 1e-3
+
+
+def test_cvq_anchors_are_tokens():
+    book = make('cvq')
+    x = torch.randn(60, D)
+    before = book.codes().clone()
+    book.observe(x, torch.zeros(60, dtype=torch.int64))
+    book.update()
+    anchors = (book.codes() - before) / math.exp(-0.001) + before
+    nearest = (anchors[1:, None] - x[None]).abs().amax(dim=-1).min(dim=1).values
+    assert nearest.max() < 1e-4
+
+
+def test_cvq_draws_anchors_by_the_squared_distance():
+    # distances 1 and 3 from the code: exp(-1) / (exp(-1) + exp(-9)) = 0.99966; not squared, 0.88
+    sample = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    found = anchor_probabilities(torch.zeros(1, 2), sample, torch.tensor([True, True, False]))
+    torch.testing.assert_close(found, torch.tensor([[0.99966465, 0.00033535, 0.0]]))
+
+
+# --- SimVQ
+
+
+def test_simvq_learns_the_projection_and_never_the_codes():
+    book, x = CODEBOOKS['simvq'](M, D), torch.randn(50, D) + 1
+    frozen, effective = book.frozen_embed.clone(), book.codes().detach().clone()
+    optimizer = torch.optim.AdamW(book.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        learn(book, x).loss.backward()
+        optimizer.step()
+    assert torch.equal(book.frozen_embed, frozen)
+    # all move, also those that no token took
+    assert ((book.codes() - effective).abs().amax(dim=1) > 1e-3).all()
+
+
+def test_simvq_with_identity_projection_is_plain_vq():
+    simvq, plain = make('simvq'), make('plain')
+    with torch.no_grad():
+        simvq.project.weight.copy_(torch.eye(D))
+        simvq.project.bias.zero_()
+        plain.embed.copy_(simvq.frozen_embed)
+    x = torch.randn(40, D)
+    actual, expected = simvq(x), plain(x)
+    assert torch.equal(actual.indices, expected.indices)
+    torch.testing.assert_close(actual.codes, expected.codes)
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+# --- collapse
+
+
+def final_perplexity(name, mean, num_codes=8):
+    """Perplexity of code usage after training on clusters around a mean that all tokens share."""
+    book = CODEBOOKS[name](num_codes, D)
+    centres = torch.randn(num_codes, D) + mean
+    parameters = list(book.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.01) if parameters else None
+
+    def draw():
+        return centres[torch.randint(num_codes, (512,))] + 0.1 * torch.randn(512, D)
+
+    for _ in range(100):
+        loss = learn(book, draw()).loss
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return perplexity(expert_load(book(draw()).indices, num_codes))
+
+
+@pytest.mark.parametrize('name', ['plain', 'simvq'])
+def test_codebooks_that_start_away_from_the_tokens_collapse_under_a_common_mean(name):
+    # the trap that the others avoid. SimVQ's step for the one selected code c moves another code v
+    # along with it only as far as its bias does and c . v is large: the others stay behind
+    assert final_perplexity(name, mean=5.0) < 1.1
+
+
+# far from the tokens CVQ's codes have one nearest token in common: at a mean of 20 they share it
+@pytest.mark.parametrize(
+    ('name', 'mean'),
+    [('ema', 5.0), ('ema', 20.0), ('gradient', 5.0), ('gradient', 20.0), ('cvq', 5.0)],
+)
+def test_codebooks_with_a_data_dependent_start_do_not_collapse(name, mean):
+    assert final_perplexity(name, mean=mean) > 4
+
+
+def test_simvq_uses_its_codes_on_centred_tokens():
+    assert final_perplexity('simvq', mean=0.0) > 4

@@ -1,0 +1,137 @@
+"""Of which tokens a codebook learns: of none that is not finite, and of a sample of all places."""
+
+import copy
+
+import pytest
+import torch
+
+from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
+from vqmoe_vision.moe.routing import expert_load, perplexity
+
+from .codebooks import STARTED, ZERO, M, clusters, learn, make, same, state
+from .conftest import D
+
+# --- tokens that are not finite
+
+
+@pytest.mark.parametrize('name', ['ema', 'gradient', 'cvq'])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
+@pytest.mark.parametrize('started', [True, False], ids=['started', 'before the start'])
+def test_a_token_that_is_not_finite_spoils_nothing(name, bad, started):
+    torch.manual_seed(1)
+    book = make(name) if started else CODEBOOKS[name](M, D)
+    clean = copy.deepcopy(book)
+    x = torch.randn(60, D)
+    spoilt = torch.cat([x, torch.full((1, D), bad), torch.randn(1, D)])
+    spoilt[-1, 3] = bad
+    left_out = book.observe(spoilt, book(spoilt).indices)
+    book.update()
+    assert left_out == 2
+    assert all(value.isfinite().all() for value in book.state_dict().values())
+    # 60 clean tokens and no other: the counts and sums are those of a pass without the bad ones
+    clean.observe(x, clean(x).indices)
+    clean.update()
+    torch.testing.assert_close(book.usage, clean.usage)
+    if name == 'ema' and started:
+        torch.testing.assert_close(book.codes(), clean.codes())
+    # and the codes are as many as ever
+    assert perplexity(expert_load(book(x).indices, M)) > 2
+
+
+@pytest.mark.parametrize('name', CODEBOOKS)
+def test_a_pass_without_a_finite_token_changes_nothing(name):
+    book = make(name)
+    before = state(book)
+    x = torch.full((5, D), torch.nan)
+    book.observe(x, torch.zeros(5, dtype=torch.int64))
+    book.update()
+    assert same(before, book.state_dict())
+
+
+@pytest.mark.parametrize('name', CODEBOOKS)
+def test_updates_without_any_token_change_nothing(name):
+    book = CODEBOOKS[name](M, D)
+    before = state(book)
+    for _ in range(2):
+        learn(book, torch.empty(0, D))
+    assert same(before, book.state_dict())
+    if name in STARTED:
+        x, centres = clusters(120, mean=10.0)
+        learn(book, x)
+        assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_a_first_update_without_a_finite_token_is_a_start_without_usage(name):
+    book, resumed = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D)
+    before = book.codes().clone()
+    book.observe(torch.full((5, D), torch.nan), torch.zeros(5, dtype=torch.int64))
+    book.update()
+    assert book.started and book.updates == 0 and torch.equal(before, book.codes())
+    resumed.load_state_dict(state(book))
+    # tokens take two codes: one update replaces the four others by tokens
+    x, indices = torch.randn(50, D), torch.arange(50) % 2
+    for each in (book, resumed):
+        each.observe(x, indices)
+        each.update()
+    assert same(state(book), resumed.state_dict())
+    assert (book.codes()[2:, None] == x).all(dim=-1).any(dim=1).all()
+    torch.testing.assert_close(book.usage[2:], torch.full((4,), 1 / M))
+
+
+def test_whoever_collects_is_told_of_tokens_that_were_left_out(make_layer):
+    layer, x = make_layer('vqmoe', codebook='ema'), torch.randn(2, 5, D)
+    x[0, 1], x[1, 2] = torch.nan, torch.inf
+    with collect_losses(layer) as collected:
+        layer(x)
+    assert collected.summary()['layer/nonfinite_tokens'] == 2
+
+
+# --- the sample
+
+
+def test_the_sample_covers_all_positions_of_a_grid_of_patches():
+    # 64 images of 16 x 16 patches: a stride of 16 would take the left column only
+    positions = torch.arange(256).repeat(64)
+    x = positions[:, None].float().expand(-1, 2) + 1
+    sample = code_usage(x, positions % M, M, ZERO, 0).tokens[:, 0] - 1
+    assert len(sample) == SAMPLE_SIZE
+    # 1024 draws of 256 positions: 4 each on average; none with probability e^-4, so about 5 of 256
+    assert len(sample.unique()) > 240
+    columns = torch.bincount(sample.long() % 16, minlength=16)
+    # 64 +- 8 each, four standard deviations
+    assert columns.min() > 32 and columns.max() < 96
+
+
+def test_every_update_samples_other_places():
+    book = make('ema')
+    places = torch.arange(4.0 * SAMPLE_SIZE)[:, None].expand(-1, D)
+    seen = []
+    for _ in range(2):
+        book.observe(places, torch.zeros(len(places), dtype=torch.int64))
+        seen.append(set(book._pending.tokens[:, 0].tolist()))
+        book.update()
+    # a quarter of the places each: a quarter of 1024 is in both by chance, +- 14
+    assert 200 < len(seen[0] & seen[1]) < 312
+
+
+def test_a_sample_of_several_passes_takes_of_each():
+    x = torch.randn(3 * SAMPLE_SIZE, D)
+    usage = None
+    for number, part in enumerate(x.chunk(3)):
+        seen = code_usage(part, torch.zeros(len(part), dtype=torch.int64), M, ZERO, number)
+        usage = seen if usage is None else usage.merged(seen)
+    origin = [(x == token).all(dim=1).nonzero().item() // SAMPLE_SIZE for token in usage.tokens]
+    # 341 +- 15 of each pass
+    assert min(origin.count(number) for number in range(3)) > 280
+
+
+def test_observing_without_an_update_keeps_memory_bounded():
+    book = make('ema')
+    for _ in range(5):
+        x = torch.randn(2 * SAMPLE_SIZE, D)
+        book.observe(x, book(x).indices)
+    assert book._pending.tokens.shape == (SAMPLE_SIZE, D)
+    assert book._pending.num_tokens == 10 * SAMPLE_SIZE
