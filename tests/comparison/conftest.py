@@ -22,6 +22,9 @@ folder.mkdir(parents=True, exist_ok=True)
 with open('calls', 'a') as calls:
     print(*sys.argv[1:], file=calls)
 kind = options.get('train_cfg.kind')
+start = options.get('model.checkpoint')
+if start is not None and not Path(start).is_file():
+    sys.exit('error: ' + start + ' is not there')
 if kind == 'fails':
     print('a long trace')
     sys.exit('error: there is no memory left')
@@ -37,6 +40,7 @@ if kind == 'meets':
     Path('met_' + options['randomness.seed']).touch()
     while not (Path('met_1').exists() and Path('met_2').exists()):
         time.sleep(0.02)
+(folder / 'iter_2.pth').touch()
 (folder / 'last_checkpoint').write_text('iter_2.pth')
 seed = int(options['randomness.seed'])
 drift = float(os.environ.get('DRIFT', 0))

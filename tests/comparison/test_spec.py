@@ -114,9 +114,6 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     path = spec("start = 'first.py dense iter_2.pth'", a='smoe model.checkpoint={start:other}')
     source, _ = Run(read_comparison(path), 'a', 2, Path('work')).source
     assert source == Run(read_comparison('first.py'), 'other', 2, Path('work'))
-    path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
-    said = says('run', path, '--rows', 'dense', 'smoe_started', '--seeds', '2')
-    assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
 
 
 def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(fill, says) -> None:

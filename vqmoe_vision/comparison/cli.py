@@ -22,6 +22,7 @@ from .routing import measure_routing
 from .runs import Run
 from .shifts import measure_shifts
 from .spec import read_comparison
+from .tasks import Task, tasks_of
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
@@ -83,10 +84,21 @@ class _Work:
     def unfinished(self) -> list[Run]:
         """The runs that have no results yet, or none that count."""
         usable = self.read().usable
-        waiting = [one for one in self.runs if (one.row, one.seed) not in usable]
-        for one in waiting:
-            self.store.set_aside(one)
-        return waiting
+        return [one for one in self.runs if (one.row, one.seed) not in usable]
+
+    def unrefuted(self) -> list[Task]:
+        """What is left to do for those, but where a work dir holds what may not be gone on with."""
+        tasks = []
+        for task in tasks_of(self.unfinished(), self.store):
+            if task.store.is_refuted(task.run):
+                print(
+                    f'left out: {task.name}: a check has refuted what {task.run.folder} holds; '
+                    'the action run sets it aside and begins anew',
+                    file=sys.stderr,
+                )
+            else:
+                tasks.append(task)
+        return tasks
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -95,30 +107,39 @@ def _run(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
-    for one in waiting:
-        if one.source is not None and not one.source[1].is_file():
-            first, file = one.source
-            train = shlex.join(first.train(first.folder))
-            raise ValueError(f'{one.name} starts from {file}, which is not there; first: {train}')
-    queue = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE')
+    tasks = tasks_of(waiting, work.store)
+    if sources := [task.name for task in tasks if task.leaves is not None]:
+        print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
+    # a seed of all rows before the next; in it what others start from is the first
+    tasks.sort(key=lambda task: work.comparison.seeds.index(task.run.seed))
+    queue = Queue(tasks, args.jobs, work.folder / 'PAUSE')
     try:
         failed = queue.work()
     except KeyboardInterrupt:
         raise ValueError('stopped; the same command goes on from the last checkpoints') from None
     if failed:
-        raise ValueError(f'{len(failed)} of {len(waiting)} runs failed: {", ".join(failed)}')
+        raise ValueError(f'{len(failed)} of {len(tasks)} runs failed: {", ".join(failed)}')
 
 
 def _list(args: argparse.Namespace) -> None:
-    for one in _Work(args).unfinished():
-        print(one.line())
+    tasks = _Work(args).unrefuted()
+    for task in tasks:
+        print(task.line())
+    held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
+    if held:
+        count = sum(task.leaves is not None for task in tasks)
+        print(
+            f'the first {count} lines leave the checkpoints that others start from; '
+            f'let them end before the lines of {", ".join(held)}',
+            file=sys.stderr,
+        )
 
 
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
-    waiting = work.unfinished()
-    found = [one for one in waiting if work.store.collect(one)]
-    print(f'{len(found)} runs collected, {len(waiting) - len(found)} are not finished')
+    due = [task for task in work.unrefuted() if task.row]
+    found = [task for task in due if task.collect()]
+    print(f'{len(found)} runs collected, {len(due) - len(found)} are not finished')
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -153,16 +174,40 @@ def _check(args: argparse.Namespace) -> None:
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
-    wrong = []
+    wrong, unknown = [], []
     for one in tqdm(runs, unit='row', disable=None):
-        finding = repeat(one, usable[one.row, one.seed])
+        try:
+            _require_source(one)
+            finding = repeat(one, usable[one.row, one.seed])
+        except ValueError as error:
+            unknown.append(one.name)
+            tqdm.write(str(error))
+            continue
         work.store.keep_check(one, finding)
         if not finding['equal']:
             wrong.append(one.name)
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
-    print(f'the first losses of {len(runs) - len(wrong)} of {len(runs)} rows came out again')
-    if wrong:
-        raise ValueError(f'{len(wrong)} rows are stale: {", ".join(wrong)}')
+    came = len(runs) - len(wrong) - len(unknown)
+    print(f'the first losses of {came} of {len(runs)} rows came out again')
+    found = {'are stale': wrong, 'cannot be repeated': unknown}
+    if wrong or unknown:
+        raise ValueError(
+            '; '.join(
+                f'{len(names)} rows {what}: {", ".join(names)}'
+                for what, names in found.items()
+                if names
+            )
+        )
+
+
+def _require_source(one: Run) -> None:
+    if one.source is not None and not one.source[1].is_file():
+        first, checkpoint = one.source
+        train = shlex.join(first.train(first.folder))
+        raise ValueError(
+            f'{one.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
+            f'first: {train}'
+        )
 
 
 def _noise(args: argparse.Namespace) -> None:

@@ -163,13 +163,36 @@ class Store:
             return None
         return f'stale: {check["finding"]}'
 
-    def set_aside(self, run: Run) -> None:
-        """Renames the work dir of a refuted run, so that the next one starts from nothing."""
+    def is_refuted(self, run: Run) -> bool:
+        """Whether a check has refuted what the work dir of a run holds.
+
+        Args:
+            run: The run.
+
+        Raises:
+            ValueError: The record in its work dir is damaged.
+        """
         record = run.folder / 'run.json'
-        if record.is_file() and self.refuted(run, _load(record)):
-            names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
-            free = (p for p in map(run.folder.with_name, names) if not p.exists())
-            run.folder.rename(next(free))
+        return record.is_file() and self.refuted(run, _load(record)) is not None
+
+    def set_aside(self, run: Run) -> bool:
+        """Renames the work dir of a refuted run, so that the next one starts from nothing.
+
+        Args:
+            run: The run, whose lock is held: the lock goes with the folder.
+
+        Returns:
+            Whether it was renamed.
+
+        Raises:
+            ValueError: The record in its work dir is damaged.
+        """
+        if not self.is_refuted(run):
+            return False
+        names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
+        free = (p for p in map(run.folder.with_name, names) if not p.exists())
+        run.folder.rename(next(free))
+        return True
 
     def checks(self) -> dict[str, dict[str, Any]]:
         """What `check` has found, by the name of the run."""
