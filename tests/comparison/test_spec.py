@@ -49,6 +49,14 @@ def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
 
 
+def test_a_config_and_a_comparison_of_one_name_share_no_folder(root: None) -> None:
+    names = [read_comparison(str(path)).name for path in SPECS]
+    configs = [path for path in CONFIGS.rglob('*.py') if path not in SPECS and path.stem in names]
+    assert len(configs) == 2  # the budgets
+    names += [read_comparison(str(path)).name for path in configs]
+    assert len(set(names)) == len(names) and 'classification-cifar10_budget' in names
+
+
 def test_options_of_the_row_win_over_the_budget(spec) -> None:
     comparison = read_comparison(
         spec("options = ['train_cfg.max_iters=7']", own='train_cfg.max_iters=9')

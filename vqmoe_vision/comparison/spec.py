@@ -134,7 +134,8 @@ def read_comparison(path: str) -> Comparison:
             `PRESET_ROWS`. `all_methods=True` and `all_presets=True` stand for all of those, of
             which `FEATURE_ROWS` have the features of `start` and are left out without it;
             `all_started=True` for those that begin with the weights of `start`, which is written as
-            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` at five seeds.
+            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` at five seeds,
+            under the name of its folder and its own.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -144,7 +145,7 @@ def read_comparison(path: str) -> Comparison:
     name = Path(path).stem
     given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
-        return _of_config(name, path)
+        return _of_config(path)
     known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
@@ -186,7 +187,9 @@ def _start(path: str, line: str) -> Start:
     return Start(comparison, words[1], words[2])
 
 
-def _of_config(name: str, path: str) -> Comparison:
+def _of_config(path: str) -> Comparison:
+    # with its folder: a comparison of the same stem has rows and tables of its own
+    name = f'{Path(path).absolute().parent.name}-{Path(path).stem}'
     config = load_config(path, import_modules=False)
     metric = config.default_hooks.checkpoint.get('save_best')
     if not isinstance(metric, str) or metric == 'auto':
