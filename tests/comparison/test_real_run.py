@@ -47,6 +47,9 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         round(row['held_out'][-1][1] * 1.8), abs=1e-3
     )
     assert row['test']['blocks.1.mlp/load_unused'] >= 0
+    # what stage='dev' has for it
+    record = json.loads(next((tmp_path / 'work').rglob('run.json')).read_text())
+    assert record['held_out'][-1][1].keys() == row['test'].keys()
     assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
     assert row['cpu_minutes'] > 0 and row['minutes'] > 0

@@ -166,6 +166,8 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ('rows = dict(one=3)', 'rows.one=3 is not possible'),
         ("rows = dict(dense='dense', one='optimiser.lr=3')", "'optimiser' is not a field"),
         ("rows = dict(dense='dense', one='model.depth')", "row 'model.depth' does not exist"),
+        ("stage = 'val'", "stage='val' is not possible: one of ('test', 'dev')"),
+        ("stage = 'dev'\nshifts = dict(a='model.b=1')", "none with stage='dev', which tests"),
         ("also = ['mIoU']", "also='mIoU' is the metric, which the table has"),
         ("budget = 'long'", "fields ['budget'] are missing or not known"),
         ("config = 'absent.py'", "config 'absent.py' does not exist"),

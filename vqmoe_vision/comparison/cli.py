@@ -158,6 +158,8 @@ def _shifts(args: argparse.Namespace) -> None:
 
 def _routing(args: argparse.Namespace) -> None:
     work = _Work(args)
+    if not work.comparison.tested:
+        raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
     _say_absent(measure_routing(work.runs, work.store))
 
 

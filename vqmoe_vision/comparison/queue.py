@@ -114,7 +114,7 @@ class Queue:
             if lock is None:
                 continue  # another queue works on it: perhaps it is finished when we look again
             self._waiting.remove(task)
-            job = _Job(task, task.run.folder, free[0], lock, testing=task.row and task.trained)
+            job = _Job(task, task.run.folder, free[0], lock, testing=task.tested and task.trained)
             self._jobs.append(job)
             if not self._collect(job):
                 self._launch(job)
@@ -161,7 +161,7 @@ class Queue:
             return
         if job.process.returncode != 0:
             self._finish(job, _last_line(job))
-        elif job.task.row and not job.testing:
+        elif job.task.tested and not job.testing:
             job.testing = True
             self._launch(job)
         elif not self._collect(job):

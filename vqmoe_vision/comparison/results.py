@@ -74,13 +74,15 @@ class Store:
             Whether the run is finished.
 
         Raises:
-            ValueError: A file of the run is damaged, or its test has no such metric.
+            ValueError: A file of the run is damaged, or its numbers have no such metric or, without
+                a test, are not of the end of the training.
         """
-        folder = run.folder
-        files = [folder / 'run.json', folder / 'test.json']
+        folder, comparison = run.folder, run.comparison
+        files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
         if not all(file.is_file() for file in files):
             return False
-        record, test = map(_load, files)
+        record, *tests = map(_load, files)
+        test = tests[0] if tests else _last_validation(record, run)
         metric = run.comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
@@ -92,6 +94,7 @@ class Store:
             'options': run.options,
             **record,
             'metric': metric,
+            'stage': comparison.stage,
             'test': test,
             'held_out': [[i, values[metric]] for i, values in record['held_out']],
             'config': run.resolved,
@@ -235,7 +238,21 @@ def _damage(content: dict[str, Any], run: Run) -> str | None:
         return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
     if content['metric'] != (metric := run.comparison.metric):
         return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
+    # before there were two, all were tested
+    if (then := content.get('stage', 'test')) != (stage := run.comparison.stage):
+        return f'its numbers are of stage={then!r}, not of {stage!r}'
     return None
+
+
+def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
+    """The numbers on held-out data of the model that the training ended with."""
+    step, numbers = record['held_out'][-1] if record['held_out'] else (0, {})
+    if step != record['iterations']:
+        raise ValueError(
+            f'{run.name} has no validation at its end, after {record["iterations"]} iterations, '
+            f"which stage='dev' needs; the last is after {step}"
+        )
+    return numbers
 
 
 def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -14,12 +14,15 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
+from vqmoe_vision.moe.config import check
 
 from .rows import FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
 START = '{start}'
+# What the numbers of a comparison are of. Choices are made on what no final table uses.
+STAGES = ('test', 'dev')
 STARTS = re.compile(r'\{start(?::(\w+))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
@@ -68,6 +71,8 @@ class Comparison:
         start: What rows start from that say `{start}`.
         shifts: Further tests of finished runs, by name: options of the test, of which
             `{corruption}` stands for each of ImageNet-C's.
+        stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
+            validation at the end of training, on images that were held out of it.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Comparison:
     controls: tuple[str, ...] = ()
     start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
+    stage: str = 'test'
 
     def __post_init__(self) -> None:
         for name in ('seeds', 'rows'):
@@ -92,6 +98,10 @@ class Comparison:
             raise ValueError(
                 f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
             )
+        where = f'comparison {self.name}: '
+        check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
+        allowed = "none with stage='dev', which tests nothing"
+        check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
         for row, options in self.rows.items():
@@ -102,6 +112,11 @@ class Comparison:
                 _choose(
                     f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
                 )
+
+    @property
+    def tested(self) -> bool:
+        """Whether its runs see test data, once, at their end."""
+        return self.stage == 'test'
 
     @cached_property
     def base(self) -> Config:
@@ -175,6 +190,7 @@ def read_comparison(path: str) -> Comparison:
         controls=tuple(given.get('controls', ())),
         start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
+        stage=given.get('stage', 'test'),
     )
 
 

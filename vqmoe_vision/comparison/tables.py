@@ -152,12 +152,16 @@ def notes(comparison: Comparison, frame: pd.DataFrame) -> list[str]:
         comparison: What was compared.
         frame: A row of the table for each of its rows.
     """
+    if comparison.tested:
+        of, images = 'test', 'of the last checkpoint on the test data'
+    else:
+        of, images = 'validation', 'at the end of training on held-out data; no test data was seen'
     lines = [
-        f'{comparison.metric} of the last checkpoint on the test data. Differences are paired by '
+        f'{comparison.metric} {images}. Differences are paired by '
         'seed; intervals and p are those of the paired t-test, p corrected for the number of rows '
         'by the method of Holm. Seeds "tell" a difference that they would find with 80 % power '
         'at the 5 % level after that correction. Unused experts and code perplexity are those of '
-        'the test pass, by layer.'
+        f'the {of} pass, by layer.'
     ]
     if frame.get('unequal_compute', pd.Series(False)).any():
         lines.append(

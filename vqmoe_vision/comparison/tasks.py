@@ -33,6 +33,11 @@ class Task:
         return name if self.leaves is None else f'{self.run.comparison.name}/{name}'
 
     @property
+    def tested(self) -> bool:
+        """Whether a test belongs to it."""
+        return self.row and self.run.comparison.tested
+
+    @property
     def trained(self) -> bool:
         """Whether its training is over."""
         return all(file.is_file() for file in (self.run.folder / 'run.json', *self._checkpoint))
@@ -42,7 +47,9 @@ class Task:
         """Names of the files that it has not left yet."""
         files = self._checkpoint
         if self.row:
-            files += [self.run.folder / 'run.json', self.run.folder / 'test.json']
+            files += [self.run.folder / 'run.json']
+        if self.tested:
+            files += [self.run.folder / 'test.json']
         return [file.name for file in files if not file.is_file()]
 
     @property
@@ -56,13 +63,13 @@ class Task:
             Whether nothing is left to do.
 
         Raises:
-            ValueError: A file of the run is damaged, or its test has no such metric.
+            ValueError: As `Store.collect`.
         """
         return not self.missing and (not self.row or self.store.collect(self.run))
 
     def line(self) -> str:
         """Its commands as one line for a shell."""
-        return self.run.line(tested=self.row)
+        return self.run.line(tested=self.tested)
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
@@ -107,5 +114,6 @@ def _counts_for(source: Run, run: Run) -> bool:
         start is not None
         and start.comparison.name == source.comparison.name
         and source.comparison.metric == run.comparison.metric
+        and source.comparison.stage == run.comparison.stage
         and source.folder.name == run.folder.name
     )
