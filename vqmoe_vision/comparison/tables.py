@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .results import Results
-from .shifts import shifted_scores
+from .shifts import shifted_layers, shifted_scores
 from .spec import Comparison
 from .statistics import holm, paired_difference
 
@@ -126,6 +126,8 @@ def shift_table(comparison: Comparison, results: Results) -> pd.DataFrame:
         results: What is there of it.
     """
     lines = []
+    errors = shifted_layers(comparison, results, 'quantization_error')
+    contents = _by_row(results)
     for name, by_row in shifted_scores(comparison, results).items():
         reference = by_row.get(comparison.reference, {})
         for row, values in by_row.items():
@@ -142,6 +144,11 @@ def shift_table(comparison: Comparison, results: Results) -> pd.DataFrame:
                     f'difference to {comparison.reference} (95 % interval)': interval,
                 }
             )
+            if errors:  # of a row without codes, or from before it was measured, a dash
+                measured = errors.get(name, {}).get(row, [])
+                trained = layer_means(contents[row], 'quantization_error') if measured else []
+                lines[-1]['quantization error'] = _layers(measured)
+                lines[-1]['as trained'] = _layers(trained)
     return pd.DataFrame(lines)
 
 
