@@ -131,14 +131,14 @@ class CheckpointFitHook(Hook):
 
         Raises:
             ValueError: Names the keys and shapes that do not fit; or the run averages its weights,
-                and what goes on does not.
+                and what goes on does not, or the other way round.
         """
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
-        if runner._resume and 'ema_state_dict' in checkpoint and not averages:
-            raise ValueError(
-                'the run averages its weights, and these options have no EMAHook: go on with the '
-                'options that it began with'
-            )
+        if runner._resume and ('ema_state_dict' in checkpoint) != averages:
+            what = 'has averages of its weights, and these options have no EMAHook'
+            if averages:
+                what = 'has no averages of its weights, and these options have an EMAHook'
+            raise ValueError(f'the run {what}: go on with the options that it began with')
         loaded = checkpoint.get('state_dict', checkpoint)
         if (known := of_run(checkpoint)) is not None:
             loaded.setdefault(KEY, known.values())  # a run of before has it in its config

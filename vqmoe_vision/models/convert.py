@@ -117,7 +117,7 @@ def _put_layers(
     dense: Any = model
     blocks, stem = dense.blocks, dense.patch_embed
     if METHODS[method].read_patches is not None:
-        _check_patches(dense)
+        _check_patches(dense, method)
     weight = stem.proj.weight
     factory = {'device': weight.device, 'dtype': weight.dtype}
     # what the model was becomes what reads its images
@@ -214,16 +214,17 @@ def _take_over(layer: MoeLayer, mlp: nn.Module, how: Upcycling, name: str) -> St
     return made
 
 
-def _check_patches(model: Any) -> None:
+def _check_patches(model: Any, method: str) -> None:
     """Refuses what `raw_patch_parts` would have refused, or built otherwise."""
     stem = type(model.patch_embed)
-    check(
-        stem is PatchEmbed, 'patch_embed', stem.__name__, 'PatchEmbed, for a method that reads it'
-    )
+    check(stem is PatchEmbed, 'patch_embed', stem.__name__, f'PatchEmbed, which {method} reads')
     for block in model.blocks:
         kind = type(block)
         check(
-            kind is Block, 'block', kind.__name__, 'Block, for a method that looks at raw patches'
+            kind is Block,
+            'block',
+            kind.__name__,
+            f'Block of a VisionTransformer, for {method} looks at raw patches',
         )
     dropping = not isinstance(model.patch_drop, nn.Identity)
     check(
