@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
@@ -47,6 +48,35 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path
     says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
     made = (tmp_path / f'tables/{rows.name}.md').read_text()
     assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+
+
+IMAGES = [
+    path for path in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in path.read_text()
+]
+
+
+@pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
+def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    (tmp_path / 'rows').symlink_to(CONFIGS.parent / 'docs/results/rows')
+    options = '--results', str(tmp_path), '--images', str(tmp_path)
+    says('table', f'configs/comparisons/{path.name}', *options)
+    names = read_comparison(str(path)).images.values()
+    assert {made.stem for made in tmp_path.glob('*.png')} == set(names)
+    for name in names:
+        made, kept = (Image.open(f / f'{name}.png') for f in (tmp_path, Path('docs/images')))
+        if made.info['Software'] != kept.info['Software']:
+            pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
+        assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
+
+
+def test_images_of_documents_that_cannot_be_made(fill, says) -> None:
+    path = fill(SCORES, "images = {'shifts': 'fog'}")
+    drawn = "error: images: 'shifts' is not drawn; drawn are curves, differences"
+    assert says('table', path, '--images', '.') == drawn
+    assert 'with a part' in says('table', path, '--images', '.', '--rows', 'same')
+    Path(path).write_text(Path(path).read_text().replace('images =', 'shifts ='))
+    assert says('table', path, '--images', '.') == 'error: --images: spec names no images'
 
 
 def test_numbers_of_the_table_by_hand(fill, says) -> None:

@@ -17,7 +17,7 @@ from .check import repeat
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
 from .queue import Queue
-from .report import draw_figures, write_tables
+from .report import draw_figures, write_images, write_tables
 from .results import Results, Store
 from .routing import measure_routing
 from .runs import Run
@@ -48,6 +48,10 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
         if action == 'run':
             one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
+        if action == 'table':
+            one.add_argument(
+                '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
+            )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
     run(parser, argv, lambda args: args.function(args))
@@ -127,7 +131,8 @@ def _table(args: argparse.Namespace) -> None:
     work = _Work(args, whole=True)  # p is corrected for all rows, whatever is shown
     outcome = Outcome(work.comparison, work.read(), args.rows, args.seeds)
     made = outcome, args.results / 'tables'
-    for path in [*write_tables(*made), *draw_figures(*made)]:
+    images = [] if args.images is None else write_images(outcome, args.images)
+    for path in [*write_tables(*made), *draw_figures(*made), *images]:
         print(path)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -95,6 +96,35 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
         for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
             written.append(folder / f'{outcome.name}-{name}.{kind}')
             figure.savefig(written[-1], metadata=metadata, dpi=_DPI)
+    return written
+
+
+def write_images(outcome: Outcome, folder: Path) -> list[Path]:
+    """Draws the figures that documents show, as `Comparison.images` names them.
+
+    Args:
+        outcome: The whole comparison.
+        folder: Where documents look for them.
+
+    Returns:
+        The files, which say what version of matplotlib has drawn them: another one draws other
+        letters.
+
+    Raises:
+        ValueError: A part is shown, no image is named, or there is no such figure.
+    """
+    comparison = outcome.comparison
+    if outcome.partial:
+        raise ValueError('--images is not possible with a part: documents show all rows and seeds')
+    if not comparison.images:
+        raise ValueError(f'--images: {comparison.name} names no images')
+    figures, written = _figures(outcome), []
+    for figure, name in comparison.images.items():
+        if figure not in figures:
+            raise ValueError(f'images: {figure!r} is not drawn; drawn are {", ".join(figures)}')
+        written.append(folder / f'{name}.png')
+        drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
+        figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
     return written
 
 
