@@ -9,24 +9,41 @@ from .statistics import Difference
 
 
 def number(value: float) -> str:
-    """Two digits; a dash for nan."""
+    """Two digits.
+
+    Args:
+        value: A dash stands for nan.
+    """
     return '-' if math.isnan(value) else f'{value:.2f}'
 
 
 def spread(mean: float, deviation: float) -> str:
-    """Mean and standard deviation, which is left out if it is nan; a dash without a mean."""
+    """A mean and how far single values are from it.
+
+    Args:
+        mean: A dash stands for nan.
+        deviation: The standard deviation; nan is left out.
+    """
     return number(mean) + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
 
 
 def p_value(value: float) -> str:
-    """Three digits; a dash for nan."""
+    """Three digits.
+
+    Args:
+        value: A dash stands for nan.
+    """
     if math.isnan(value):
         return '-'
     return '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
 def interval(difference: Difference | None) -> str:
-    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50)'; a dash without a pair."""
+    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50)'.
+
+    Args:
+        difference: A dash stands for none, or one without a pair.
+    """
     if difference is None or math.isnan(difference.mean):
         return '-'
     if math.isnan(difference.low):
@@ -35,10 +52,18 @@ def interval(difference: Difference | None) -> str:
 
 
 def ends(difference: Difference) -> str:
-    """The interval alone: '+0.50 to +1.50'."""
+    """The interval alone: '+0.50 to +1.50'.
+
+    Args:
+        difference: Of two pairs at least.
+    """
     return f'{difference.low:+.2f} to {difference.high:+.2f}'
 
 
 def layers(values: Sequence[float]) -> str:
-    """A number of each layer; a dash without layers."""
+    """A number of each layer.
+
+    Args:
+        values: In the order of layers; a dash stands for none.
+    """
     return ' / '.join(f'{value:.2f}'.rstrip('0').rstrip('.') for value in values) or '-'

@@ -27,6 +27,7 @@ class Outcome:
         seeds: Those that count; None for all.
 
     Attributes:
+        wanted: The rows that were asked for.
         rows: Those that are shown.
         seeds: Those that count.
         results: What is there of these rows and seeds.
@@ -43,9 +44,10 @@ class Outcome:
         seeds: Sequence[int] | None = None,
     ) -> None:
         pairs = comparison.selected(rows, seeds)
-        wanted = {comparison.reference, *(row for row, _ in pairs)}
         self.comparison = comparison
-        self.rows = [row for row in comparison.rows if row in wanted]
+        self.wanted = {row for row, _ in pairs}
+        shown = self.wanted | {comparison.reference}
+        self.rows = [row for row in comparison.rows if row in shown]
         self.seeds = list(dict.fromkeys(seed for _, seed in pairs))
         self.results = self._restricted(results, self.rows)
         self._whole = self._restricted(results, list(comparison.rows))

@@ -22,10 +22,10 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
         outcome: What is shown.
 
     Raises:
-        ValueError: No run is there, or none has a number that the comparison names.
+        ValueError: No run of the rows that were asked for is there, or none has a number that the comparison names.
     """
     comparison, by_row = outcome.comparison, outcome.by_row
-    if not by_row:
+    if not by_row.keys() & outcome.wanted:  # the reference alone would be no answer
         kept = '; '.join(f'{name}: {why}' for name, why in outcome.results.left_out.items())
         raise ValueError(
             f'no run of {comparison.name} can be used'
