@@ -22,7 +22,8 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
         outcome: What is shown.
 
     Raises:
-        ValueError: No run of the rows that were asked for is there, or none has a number that the comparison names.
+        ValueError: No run of the rows that were asked for is there, or none has a number that the
+            comparison names.
     """
     comparison, by_row = outcome.comparison, outcome.by_row
     if not by_row.keys() & outcome.wanted:  # the reference alone would be no answer
