@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
@@ -136,3 +137,10 @@ def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds, so only the tests that are about them draw them."""
+    if 'figure' not in request.node.name:
+        monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])

@@ -15,8 +15,9 @@ from vqmoe_vision.engine.command import run
 
 from .check import repeat
 from .noise import PAIRS, noise_of
+from .outcome import Outcome
 from .queue import Queue
-from .report import draw_figures, write_tables
+from .report import draw_figures, write_images, write_tables
 from .results import Results, Store
 from .routing import measure_routing
 from .runs import Run
@@ -47,20 +48,25 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
         if action == 'run':
             one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
+        if action == 'table':
+            one.add_argument(
+                '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
+            )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
     run(parser, argv, lambda args: args.function(args))
 
 
 class _Work:
-    """What every action begins with."""
+    """What every action begins with; `whole` takes all rows and seeds, whatever was asked for."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, whole: bool = False) -> None:
         self.comparison = read_comparison(args.spec)
         name = self.comparison.name
+        part = () if whole else (args.rows, args.seeds)
         self.runs = [
             Run(self.comparison, row, seed, args.work_dir)
-            for row, seed in self.comparison.selected(args.rows, args.seeds)
+            for row, seed in self.comparison.selected(*part)
         ]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
@@ -122,9 +128,11 @@ def _collect(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    work = _Work(args)
-    made = work.comparison, work.read(), args.results / 'tables'
-    for path in [*write_tables(*made), *draw_figures(*made)]:
+    work = _Work(args, whole=True)  # p is corrected for all rows, whatever is shown
+    outcome = Outcome(work.comparison, work.read(), args.rows, args.seeds)
+    made = outcome, args.results / 'tables'
+    images = [] if args.images is None else write_images(outcome, args.images)
+    for path in [*write_tables(*made), *draw_figures(*made), *images]:
         print(path)
 
 

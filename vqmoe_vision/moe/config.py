@@ -154,6 +154,11 @@ class MoeConfig:
         """
         return {}
 
+    @property
+    def learns_routing(self) -> bool:
+        """Whether what sends tokens to experts is learned; a method that does not is a control."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(MoeConfig):

@@ -118,6 +118,11 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     batch_prioritized: bool = False
     train_router: bool = True
 
+    @property
+    def learns_routing(self) -> bool:
+        """Unless the router is frozen at its random start."""
+        return self.train_router
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_renormalize(self.renormalize, self.top_k)

@@ -139,6 +139,11 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
     balance_weight: float = 0.01
     train_router: bool = True
 
+    @property
+    def learns_routing(self) -> bool:
+        """By codes, too, which are learned whatever becomes of the router."""
+        return self.form != 'continuous' or self.train_router
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require('form', self.form in FORMS, f'one of {FORMS}')
