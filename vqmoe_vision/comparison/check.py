@@ -25,7 +25,8 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         content: Of its file.
 
     Returns:
-        The finding: `equal`, the losses that it is about, and where it comes from.
+        The finding: `equal`, the losses that it is about, where it comes from, and the options of
+        MoE layers that it was made with.
 
     Raises:
         ValueError: The training fails.
@@ -40,7 +41,8 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise ValueError(f'{run.name} cannot be repeated: {lines[-1] if lines else "killed"}')
-        losses = json.loads((folder / 'run.json').read_text())['first_losses']
+        record = json.loads((folder / 'run.json').read_text())
+    losses = record['first_losses']
     kept = content['first_losses']
     off = [abs(now - then) / abs(then) for now, then in zip(losses, kept, strict=True)]
     worst = max(range(len(off)), key=off.__getitem__)
@@ -50,4 +52,5 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         'largest_relative_difference': off[worst],
         'commit': commit(),
         'losses': kept,
+        'moe_options': record['moe_options'],
     }

@@ -19,7 +19,7 @@ from .queue import Queue
 from .report import draw_figures, write_tables
 from .results import Results, Store
 from .routing import measure_routing
-from .runs import Run
+from .runs import WORK_DIR, Run
 from .shifts import measure_shifts
 from .spec import read_comparison
 
@@ -38,9 +38,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
         one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
         one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
-        one.add_argument(
-            '--work-dir', type=Path, default=Path('work_dirs/comparisons'), help='for runs'
-        )
+        one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
         one.add_argument(
             '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
         )

@@ -12,21 +12,10 @@ from typing import Any
 
 from vqmoe_vision.engine.checkpoint_files import POINTER
 
-from .runs import Run, what_counts
+from .runs import Run
+from .validity import VERSION, Check, damage, other_config, other_options, refutation
 
-VERSION = 1
 Usable = dict[tuple[str, int], dict[str, Any]]
-_NEEDED = {
-    'config',
-    'options',
-    'command',
-    'row',
-    'seed',
-    'metric',
-    'test',
-    'first_losses',
-    'held_out',
-}
 
 
 @dataclass(frozen=True)
@@ -117,6 +106,7 @@ class Store:
             checked: Leave out what a check has found to be stale.
         """
         usable, left_out, missing = {}, {}, []
+        checks = self.checks()
         for run in runs:
             path = self.path(run)
             if not path.is_file():
@@ -124,11 +114,13 @@ class Store:
                 continue
             try:
                 content = _load(path)
-                reason = _damage(content, run) or _stale(content['config'], run.resolved)
+                reason = damage(content, run) or other_config(content, run)
+                check = _check_of(content, run, checks)
+                reason = reason or other_options(content, run, check)
             except ValueError as error:
                 reason = str(error)
             if reason is None and checked:
-                reason = self.refuted(run, content)
+                reason = refutation(check)
             if reason is None:
                 usable[run.row, run.seed] = content
             else:
@@ -150,28 +142,19 @@ class Store:
         absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def refuted(self, run: Run, record: dict[str, Any]) -> str | None:
-        """What `check` has found against a record, if it has.
-
-        Args:
-            run: The run.
-            record: What it left.
-        """
-        check = self.checks().get(run.name)
-        # a check of another training of the same name says nothing
-        if check is None or check['equal'] or check['losses'] != record['first_losses']:
-            return None
-        return f'stale: {check["finding"]}'
-
     def set_aside(self, run: Run) -> None:
-        """Renames the work dir of a refuted run, so that the next one starts from nothing."""
-        record = run.folder / 'run.json'
-        if record.is_file() and self.refuted(run, _load(record)):
+        """Renames the work dir of a stale run, so that the next one starts from nothing."""
+        path = run.folder / 'run.json'
+        if not path.is_file():
+            return
+        record = _load(path)
+        check = _check_of(record, run, self.checks())
+        if refutation(check) or other_options(record, run, check):
             names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
             free = (p for p in map(run.folder.with_name, names) if not p.exists())
             run.folder.rename(next(free))
 
-    def checks(self) -> dict[str, dict[str, Any]]:
+    def checks(self) -> dict[str, Check]:
         """What `check` has found, by the name of the run."""
         path = self.folder / 'checks.json'
         return _load(path) if path.is_file() else {}
@@ -203,27 +186,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _damage(content: dict[str, Any], run: Run) -> str | None:
-    if content.get('version') != VERSION:
-        return f'it is of version {content.get("version")}, this program reads version {VERSION}'
-    if missing := sorted(_NEEDED - content.keys()):
-        return f'it is damaged: {missing} are missing'
-    if (content['row'], content['seed']) != (run.row, run.seed):
-        return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
-    if content['metric'] != (metric := run.comparison.metric):
-        return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
-    return None
-
-
-def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Says where a config differs from today's."""
-    flat_then, flat_now = what_counts(then), what_counts(now)
-    every = sorted(flat_then.keys() | flat_now.keys())
-    # how processes talk; a work dir has it in its name, by which others start from its checkpoint
-    names = [name for name in every if not name.startswith('env_cfg.dist_cfg')]
-    changed = [n for n in names if flat_then.get(n) != flat_now.get(n)]
-    if not changed:
-        return None
-    name = changed[0]
-    others = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
-    return f'stale: {name}={flat_then.get(name)!r}, today {flat_now.get(name)!r}{others}'
+def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
+    """The check of a training; one of another training of the same name says nothing of it."""
+    check = checks.get(run.name)
+    return check if check and check['losses'] == record['first_losses'] else None

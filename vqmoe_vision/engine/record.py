@@ -14,6 +14,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.models.complexity import complexity, count_params
+from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
 from .model import unwrapped
@@ -28,10 +30,14 @@ class RunRecordHook(Hook):
     """Writes `run.json` into the work dir when training ends, and `progress` while it goes on.
 
     The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
-    has the first losses, and the time of work that a kill has lost is not counted.
+    has the first losses, and the time of work that a kill has lost is not counted. A config names
+    what it changes; what the MoE layers were built with, defaults included, is in the record.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
+
+    Raises:
+        ValueError: A run that is resumed began with other options of its MoE layers.
     """
 
     def __init__(self, only_first: bool = False) -> None:
@@ -42,12 +48,23 @@ class RunRecordHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the record of a run that is resumed."""
-        if runner._resume and 'run_record' in checkpoint:
-            self._before, self._commits, self._held_out = checkpoint['run_record']
+        if not runner._resume or 'run_record' not in checkpoint:
+            return
+        # records of before had no options
+        self._before, self._commits, self._held_out, *then = checkpoint['run_record']
+        now = _moe_options(runner)
+        for name, value in (then[0] if then else {}).items():
+            check(
+                now.get(name) == value,
+                f'moe.{name}',
+                now.get(name),
+                f'{value!r}, as when the run began that is resumed; else take a new work dir',
+            )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
-        checkpoint['run_record'] = [self._spent(), self._commits, self._held_out]
+        record = [self._spent(), self._commits, self._held_out, _moe_options(runner)]
+        checkpoint['run_record'] = record
 
     def before_train(self, runner: Runner) -> None:
         """Starts the clocks, and counts before the work rather than after it."""
@@ -92,6 +109,7 @@ class RunRecordHook(Hook):
             **{name: round(value, 3) for name, value in self._spent().items()},
             'iterations': runner.max_iters,
             **dict(zip(('params', 'active_params', 'macs'), self._size, strict=True)),
+            'moe_options': _moe_options(runner),
             'first_losses': losses[:FIRST_LOSSES].tolist(),
             'training_loss': _thinned(losses),
             'held_out': self._held_out,
@@ -109,6 +127,11 @@ class RunRecordHook(Hook):
         partial = path.with_name(f'{name}.part')
         partial.write_text(text)
         partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
+
+
+def _moe_options(runner: Runner) -> dict[str, Any]:
+    model = runner.cfg.to_dict()['model']
+    return options_in_full(model.get('backbone', model))
 
 
 def _thinned(losses: np.ndarray) -> list[list[float]]:
