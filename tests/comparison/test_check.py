@@ -1,8 +1,11 @@
 """Rows that today's code does not repeat are stale."""
 
+import math
 from pathlib import Path
 
 import pytest
+
+from vqmoe_vision.comparison.check import compared
 
 ROWS = Path('docs/results/rows/spec')
 
@@ -53,3 +56,27 @@ def test_a_training_that_fails_refutes_nothing(spec, says, repository) -> None:
     assert says('check', path) == 'error: dense-seed1 cannot be repeated: error: no data'
     says('table', path)
     assert 'stale' not in table()
+
+
+@pytest.mark.parametrize(
+    ('now', 'equal', 'number'),
+    [
+        ([2.0, 2.001, 2.0], True, 2),
+        ([2.0, 2.0, 2.003], False, 3),
+        ([2.0, math.nan, 2.0], False, 2),
+        ([math.nan, 2.0, 2.0], False, 1),
+        ([2.0, 2.0, math.inf], False, 3),
+    ],
+)
+def test_a_loss_that_is_no_number_never_came_out_again(now, equal: bool, number: int) -> None:
+    found = compared(now, [2.0, 2.0, 2.0], 'dense-seed1')
+    assert found['equal'] is equal
+    assert found['finding'].startswith(f'loss {number} is ')
+    # nor does one of a row that was no number in the first place
+    assert not compared([2.0, math.nan], [2.0, math.nan], 'dense-seed1')['equal']
+
+
+def test_another_number_of_losses_names_the_row() -> None:
+    line = 'dense-seed1: its row has 3 first losses, today has 2'
+    with pytest.raises(ValueError, match=line):
+        compared([2.0, 2.0], [2.0, 2.0, 2.0], 'dense-seed1')

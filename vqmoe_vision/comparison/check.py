@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,37 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         record = json.loads((folder / 'run.json').read_text())
     losses = record['first_losses']
     kept = content['first_losses']
-    off = [abs(now - then) / abs(then) for now, then in zip(losses, kept, strict=True)]
-    worst = max(range(len(off)), key=off.__getitem__)
     return {
-        'equal': off[worst] <= TOLERANCE,
-        'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
-        'largest_relative_difference': off[worst],
+        **compared(losses, kept, run.name),
         'commit': commit(),
         'losses': kept,
         'moe_options': record['moe_options'],
     }
+
+
+def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:
+    """Whether losses came out again; those that are no number never did.
+
+    Args:
+        losses: Of today.
+        kept: Of the row.
+        name: Of the run, for messages.
+
+    Raises:
+        ValueError: They are not as many.
+    """
+    if len(losses) != len(kept):
+        raise ValueError(f'{name}: its row has {len(kept)} first losses, today has {len(losses)}')
+    off = [_distance(now, then) for now, then in zip(losses, kept, strict=True)]
+    worst = max(range(len(off)), key=off.__getitem__)
+    return {
+        'equal': all(distance <= TOLERANCE for distance in off),
+        'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
+        'largest_relative_difference': off[worst] if math.isfinite(off[worst]) else None,
+    }
+
+
+def _distance(now: float, then: float) -> float:
+    """Relative, and infinite where either is no number: nan would pass every comparison by."""
+    distance = abs(now - then) / abs(then) if then else abs(now - then)
+    return math.inf if math.isnan(distance) else distance

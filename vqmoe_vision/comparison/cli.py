@@ -115,8 +115,17 @@ def _list(args: argparse.Namespace) -> None:
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
-    found = [one for one in waiting if work.store.collect(one)]
-    print(f'{len(found)} runs collected, {len(waiting) - len(found)} are not finished')
+    found, damaged = 0, []
+    for one in waiting:
+        try:
+            found += work.store.collect(one)
+        except ValueError as error:
+            damaged.append(one.name)
+            print(f'left out: {one.name}: {error}', file=sys.stderr)
+    unfinished = len(waiting) - found - len(damaged)
+    print(f'{found} runs collected, {unfinished} are not finished')
+    if damaged:
+        raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -145,6 +154,7 @@ def _say_absent(names: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
+    work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
     usable = work.store.read(work.runs, checked=False).usable
     if not usable:
         raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')

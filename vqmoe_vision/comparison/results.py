@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER
+from vqmoe_vision.engine.checkpoint_files import POINTER, write_atomically
 
 from .runs import Run
-from .validity import VERSION, Check, damage, other_config, other_options, refutation
+from .validity import (
+    VERSION,
+    Check,
+    damage,
+    damage_of_check,
+    other_config,
+    other_options,
+    refutation,
+)
 
 Usable = dict[tuple[str, int], dict[str, Any]]
 
@@ -57,7 +68,9 @@ class Store:
         return self.folder / f'{run.name}.json'
 
     def collect(self, run: Run) -> bool:
-        """Writes the file of a run from its work dir.
+        """Writes the file of a run from its work dir, unless there is one that counts.
+
+        Such a one may hold what was measured after it was written.
 
         Returns:
             Whether the run is finished.
@@ -82,21 +95,44 @@ class Store:
             **record,
             'metric': metric,
             'test': test,
-            'held_out': [[i, values[metric]] for i, values in record['held_out']],
+            'held_out': _curve(record.get('held_out'), metric),
             'config': run.resolved,
         }
-        self.write(run, content)
+        if reason := damage(content, run):
+            raise ValueError(f'results in {folder} cannot be used: {reason}')
+        with self._alone():
+            if not self.read([run]).usable:
+                _save(self.path(run), content)
         return True
 
-    def write(self, run: Run, content: dict[str, Any]) -> None:
-        """Writes the file of a run.
+    def add(self, run: Run, field: str, measured: dict[str, Any]) -> None:
+        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
 
         Args:
             run: The run.
-            content: Of its file.
+            field: Of its row: 'routing' or 'shifts'.
+            measured: What the field gets beside what it has.
+
+        Raises:
+            ValueError: The file is damaged by now.
+            FileNotFoundError: It is gone.
         """
+        path = self.path(run)
+        with self._alone():
+            content = _load(path)
+            content[field] = {**content.get(field, {}), **measured}
+            _save(path, content)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes into the folder meanwhile; the lock lives as long as its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _save(self.path(run), content)
+        descriptor = os.open(self.folder, os.O_RDONLY)  # of the folder: a file would be left in it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
         """Reads what is there and sorts out what may not be mixed with today's.
@@ -106,7 +142,9 @@ class Store:
             checked: Leave out what a check has found to be stale.
         """
         usable, left_out, missing = {}, {}, []
-        checks = self.checks()
+        checks, unread = self._readable_checks()
+        if unread is not None:
+            left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
         for run in runs:
             path = self.path(run)
             if not path.is_file():
@@ -147,17 +185,35 @@ class Store:
         path = run.folder / 'run.json'
         if not path.is_file():
             return
-        record = _load(path)
-        check = _check_of(record, run, self.checks())
+        try:
+            record = _load(path)
+        except ValueError:
+            return  # the queue says so when it comes to this run
+        check = _check_of(record, run, self._readable_checks()[0])
         if refutation(check) or other_options(record, run, check):
             names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
             free = (p for p in map(run.folder.with_name, names) if not p.exists())
             run.folder.rename(next(free))
 
     def checks(self) -> dict[str, Check]:
-        """What `check` has found, by the name of the run."""
+        """What `check` has found, by the name of the run.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         path = self.folder / 'checks.json'
-        return _load(path) if path.is_file() else {}
+        checks = _load(path) if path.is_file() else {}
+        for name, check in checks.items():
+            if reason := damage_of_check(check):
+                raise ValueError(f'{path} is damaged: {name}: {reason}')
+        return checks
+
+    def _readable_checks(self) -> tuple[dict[str, Check], str | None]:
+        """The same, or none and why: a damaged file is no reason to stop."""
+        try:
+            return self.checks(), None
+        except ValueError as error:
+            return {}, str(error)
 
     def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
         """Writes down what `check` has found.
@@ -165,15 +221,19 @@ class Store:
         Args:
             run: The run.
             finding: Whether its first losses came out again, and what is to be said of it.
+
+        Raises:
+            ValueError: What is there already is damaged.
         """
-        checks = dict(sorted({**self.checks(), run.name: finding}.items()))
-        _save(self.folder / 'checks.json', checks)
+        with self._alone():
+            checks = dict(sorted({**self.checks(), run.name: finding}.items()))
+            _save(self.folder / 'checks.json', checks)
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     # a line for each field, so that a difference of two versions can be read
     lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
-    path.write_text(f'{{\n{lines}\n}}\n')
+    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -189,4 +249,12 @@ def _load(path: Path) -> dict[str, Any]:
 def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
     """The check of a training; one of another training of the same name says nothing of it."""
     check = checks.get(run.name)
-    return check if check and check['losses'] == record['first_losses'] else None
+    return check if check and check['losses'] == record.get('first_losses') else None
+
+
+def _curve(points: Any, metric: str) -> list[list[float]] | None:
+    """The points of a record that one metric has; None if they are damaged."""
+    try:
+        return [[step, values[metric]] for step, values in points]
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -2,22 +2,94 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 from .runs import Run, flat
 
 VERSION = 1
 Check = dict[str, Any]  # what `check` has found of a run
-_NEEDED = {
-    'config',
-    'options',
-    'command',
-    'row',
-    'seed',
-    'metric',
-    'test',
-    'first_losses',
-    'held_out',
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(map(_is_number, point))
+        for point in value
+    )
+
+
+def _are_losses(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _holds(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """An object with such values."""
+    return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
+
+
+_IS_OBJECT = _holds(lambda _: True)
+_NUMBERS_BY_NAME = _holds(_holds(_is_number))
+
+
+def _is_routing(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return value == {}  # of a dense model
+    return (
+        _NUMBERS_BY_NAME(value.get('layers'))
+        and _NUMBERS_BY_NAME(value.get('shifts'))
+        and 'flip' in value['shifts']
+        and isinstance(value.get('changes'), list)
+        and all(map(_holds(_is_number), value['changes']))
+        and _holds(_IS_OBJECT)(value.get('convergence'))
+    )
+
+
+# What tables, figures and commands use of a row, and whether a value can be that.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    'config': lambda value: _IS_OBJECT(value) and _IS_OBJECT(value.get('model')),
+    'options': lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    'command': _is_text,
+    'row': _is_text,
+    'seed': lambda value: type(value) is int,
+    'metric': _is_text,
+    'test': _holds(_is_number),
+    'commit': _is_text,
+    'device': _is_text,
+    'hardware': _is_text,
+    'minutes': _is_finite,
+    'cpu_minutes': _is_finite,
+    'params': _is_finite,
+    'active_params': _is_finite,
+    'macs': _is_finite,
+    'first_losses': _are_losses,
+    'training_loss': _is_curve,
+    'held_out': _is_curve,
+}
+# What some rows have beside these: of a measurement, or since a later version.
+_LATER: dict[str, Callable[[Any], bool]] = {
+    'moe_options': _IS_OBJECT,
+    'routing': _is_routing,
+    'shifts': _NUMBERS_BY_NAME,
+}
+_OF_CHECK: dict[str, Callable[[Any], bool]] = {
+    'equal': lambda value: isinstance(value, bool),
+    'finding': _is_text,
+    'losses': _are_losses,
+    'commit': lambda value: value is None or _is_text(value),
 }
 
 
@@ -30,12 +102,36 @@ def damage(content: dict[str, Any], run: Run) -> str | None:
     """
     if content.get('version') != VERSION:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
-    if missing := sorted(_NEEDED - content.keys()):
-        return f'it is damaged: {missing} are missing'
+    if reason := _wrong(content, FIELDS, _LATER):
+        return f'it is damaged: {reason}'
     if (content['row'], content['seed']) != (run.row, run.seed):
         return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
     if content['metric'] != (metric := run.comparison.metric):
         return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
+    if not _is_finite(content['test'].get(metric)):
+        return f'it is damaged: test has no number for {metric!r}'
+    return None
+
+
+def damage_of_check(check: Any) -> str | None:
+    """Says why what `check` has left of a run cannot be read.
+
+    Args:
+        check: Of the file.
+    """
+    return _wrong(check, _OF_CHECK, _LATER) if isinstance(check, dict) else 'it is no object'
+
+
+def _wrong(
+    content: dict[str, Any],
+    needed: dict[str, Callable[[Any], bool]],
+    later: dict[str, Callable[[Any], bool]],
+) -> str | None:
+    if missing := sorted(needed.keys() - content.keys()):
+        return f'{missing} are missing'
+    for name, possible in {**needed, **later}.items():
+        if name in content and not possible(content[name]):
+            return f'{name}={json.dumps(content[name])[:60]} is not possible'
     return None
 
 
