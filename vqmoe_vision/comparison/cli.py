@@ -75,7 +75,7 @@ class _Work:
             print(f'left out: {name}: {reason}', file=sys.stderr)
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
-            results = results.completed(other.read(results.missing).usable)
+            results = results.completed(other.read(results.missing))
         return results
 
     def unfinished(self) -> list[Run]:

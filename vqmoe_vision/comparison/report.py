@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from .checked import said_of_checks
 from .curves import plot_curves
 from .difference_figure import plot_differences
 from .results import Results
@@ -64,6 +65,7 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
                 'scores': scores_of(comparison, results),
                 'notes': remarks,
                 'sentences': said,
+                'checks': said_of_checks(comparison, results),
                 'left_out': results.left_out,
                 'missing': missing,
             },
@@ -125,7 +127,7 @@ def _markdown(
         f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
-        _list(lines),
+        _list([*lines, said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(comparison, results)),
         *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),

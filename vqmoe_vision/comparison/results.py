@@ -9,7 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,24 @@ class Results:
         usable: Contents of the files that count, by row and seed.
         left_out: Reasons by the name of a file that does not count.
         missing: Runs without a file.
+        checked: Commits at which a check has found those that count to be right, by row and seed;
+            those that nobody has checked are not among them.
     """
 
     usable: Usable
     left_out: dict[str, str]
     missing: list[Run]
+    checked: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    def completed(self, more: Usable) -> Results:
+    def completed(self, more: Results) -> Results:
         """These with rows of another comparison that were trained in the same way.
 
         Args:
-            more: Some of what is missing, by row and seed.
+            more: Some of what is missing.
         """
-        missing = [run for run in self.missing if (run.row, run.seed) not in more]
-        return Results({**self.usable, **more}, self.left_out, missing)
+        missing = [run for run in self.missing if (run.row, run.seed) not in more.usable]
+        usable, checked = {**self.usable, **more.usable}, {**self.checked, **more.checked}
+        return Results(usable, self.left_out, missing, checked)
 
 
 class Store:
@@ -141,7 +145,7 @@ class Store:
             runs: Of one comparison.
             checked: Leave out what a check has found to be stale.
         """
-        usable, left_out, missing = {}, {}, []
+        usable, left_out, missing, right = {}, {}, [], {}
         checks, unread = self._readable_checks()
         if unread is not None:
             left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
@@ -161,9 +165,11 @@ class Store:
                 reason = refutation(check)
             if reason is None:
                 usable[run.row, run.seed] = content
+                if check is not None and check['equal']:
+                    right[run.row, run.seed] = check['commit'] or 'outside git'
             else:
                 left_out[path.name] = reason
-        return Results(usable, left_out, missing)
+        return Results(usable, left_out, missing, right)
 
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
         """Finished runs that can be looked at again.
