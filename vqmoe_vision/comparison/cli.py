@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.command import run
 
 from .check import repeat
+from .data import without_other_data
 from .noise import PAIRS, noise_of
 from .queue import Queue
 from .report import draw_figures, write_tables
@@ -71,11 +72,12 @@ class _Work:
     def read(self) -> Results:
         """What is there, with a line for all that is left out."""
         results = self.store.read(self.runs)
-        for name, reason in results.left_out.items():
-            print(f'left out: {name}: {reason}', file=sys.stderr)
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
             results = results.completed(other.read(results.missing))
+        results = without_other_data(results)
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
         return results
 
     def unfinished(self) -> list[Run]:

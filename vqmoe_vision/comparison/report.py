@@ -12,6 +12,7 @@ import pandas as pd
 
 from .checked import said_of_checks
 from .curves import plot_curves
+from .data import said_of_data
 from .difference_figure import plot_differences
 from .results import Results
 from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
@@ -127,7 +128,7 @@ def _markdown(
         f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
-        _list([*lines, said_of_checks(comparison, results)]),
+        _list([*lines, said_of_data(results), said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(comparison, results)),
         *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),

@@ -87,6 +87,9 @@ class Store:
         if not all(file.is_file() for file in files):
             return False
         record, test = map(_load, files)
+        tested = folder / 'test' / 'data.json'
+        if tested.is_file():
+            record['data'] = {**record.get('data', {}), **_load(tested)}
         metric = run.comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)

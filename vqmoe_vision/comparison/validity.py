@@ -41,6 +41,10 @@ def _holds(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
 
 
+def _is_data(value: Any) -> bool:
+    return isinstance(value, dict) and _is_number(value.get('samples')) and 'digest' in value
+
+
 _IS_OBJECT = _holds(lambda _: True)
 _NUMBERS_BY_NAME = _holds(_holds(_is_number))
 
@@ -82,6 +86,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 # What some rows have beside these: of a measurement, or since a later version.
 _LATER: dict[str, Callable[[Any], bool]] = {
     'moe_options': _IS_OBJECT,
+    'data': _holds(_is_data),
     'routing': _is_routing,
     'shifts': _NUMBERS_BY_NAME,
 }
