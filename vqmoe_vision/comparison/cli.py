@@ -14,13 +14,14 @@ from tqdm import tqdm
 from vqmoe_vision.engine.command import run
 
 from .check import repeat
+from .data import without_other_data
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
 from .queue import Queue
 from .report import draw_figures, write_images, write_tables
 from .results import Results, Store
 from .routing import measure_routing
-from .runs import Run
+from .runs import WORK_DIR, Run
 from .shifts import measure_shifts
 from .spec import read_comparison
 
@@ -39,9 +40,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
         one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
         one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
-        one.add_argument(
-            '--work-dir', type=Path, default=Path('work_dirs/comparisons'), help='for runs'
-        )
+        one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
         one.add_argument(
             '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
         )
@@ -79,11 +78,12 @@ class _Work:
     def read(self) -> Results:
         """What is there, with a line for all that is left out."""
         results = self.store.read(self.runs)
-        for name, reason in results.left_out.items():
-            print(f'left out: {name}: {reason}', file=sys.stderr)
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
-            results = results.completed(other.read(results.missing).usable)
+            results = results.completed(other.read(results.missing))
+        results = without_other_data(results)
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
         return results
 
     def unfinished(self) -> list[Run]:
@@ -123,8 +123,17 @@ def _list(args: argparse.Namespace) -> None:
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
-    found = [one for one in waiting if work.store.collect(one)]
-    print(f'{len(found)} runs collected, {len(waiting) - len(found)} are not finished')
+    found, damaged = 0, []
+    for one in waiting:
+        try:
+            found += work.store.collect(one)
+        except ValueError as error:
+            damaged.append(one.name)
+            print(f'left out: {one.name}: {error}', file=sys.stderr)
+    unfinished = len(waiting) - found - len(damaged)
+    print(f'{found} runs collected, {unfinished} are not finished')
+    if damaged:
+        raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -155,6 +164,7 @@ def _say_absent(names: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
+    work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
     usable = work.store.read(work.runs, checked=False).usable
     if not usable:
         raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')

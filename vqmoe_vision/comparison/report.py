@@ -12,7 +12,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .checked import said_of_checks
 from .curves import plot_curves
+from .data import said_of_data
 from .difference_figure import plot_differences
 from .outcome import Outcome
 from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
@@ -63,6 +65,7 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
                 'scores': {row: outcome.scores[row] for row in frame.index},
                 'notes': remarks,
                 'sentences': said,
+                'checks': said_of_checks(outcome.comparison, outcome.results),
                 'left_out': outcome.results.left_out,
                 'missing': [run.name for run in outcome.results.missing],
             },
@@ -161,7 +164,7 @@ def _markdown(
         f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
-        _list(lines),
+        _list([*lines, said_of_data(results), said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(outcome)),
         *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),

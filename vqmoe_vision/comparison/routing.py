@@ -47,10 +47,8 @@ def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
     """
     usable, present, absent = store.with_checkpoints(runs)
     for run in tqdm(present, unit='run'):
-        row = usable[run.row, run.seed]
-        if 'routing' not in row:
-            row['routing'] = _routing(run)
-            store.write(run, row)
+        if 'routing' not in usable[run.row, run.seed]:
+            store.add(run, 'routing', _routing(run))
     return absent
 
 

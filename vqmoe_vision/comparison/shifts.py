@@ -95,9 +95,7 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
             for run_name, score in _test(due, models, options).items():
                 found[run_name][options] = score
         for run in due:
-            row = usable[run.row, run.seed]
-            row['shifts'] = {**row.get('shifts', {}), name: found[run.name]}
-            store.write(run, row)
+            store.add(run, 'shifts', {name: found[run.name]})
     return absent
 
 
