@@ -272,6 +272,7 @@ def test_a_codebook_is_built_with_the_options_of_its_method(name: str) -> None:
         'ema_decay': 0.9,
         'ema_decay_warmup': True,
         'dead_code_threshold': 0.1,
+        'usage_from_kmeans': True,
     }
     known = {option: given[option] for option in CODEBOOKS[name].OPTIONS}
     book = VQMoEConfig.from_options(codebook=name, **known).build_codebook(M, D)

@@ -10,6 +10,7 @@ from ..codebook_learning import CODEBOOKS
 from ..config import MoeConfig, check_weights
 
 _OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS}
+_LEARNING = sorted(_OPTIONS.difference(Codebook.OPTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class CodebookConfig(MoeConfig):
         ema_decay_warmup: Let the n-th update have min(ema_decay, (1 + n) / (10 + n)).
         dead_code_threshold: Share of even usage below which 'ema' and 'gradient' replace a code; 0
             for never.
+        usage_from_kmeans: Let codes of 'ema' and 'gradient' start with the shares of tokens that
+            k-means gave them, and not at even usage.
         train_codebook: False keeps the codes as they are loaded or drawn, for fine-tuning; tokens
             are still drawn to them.
     """
@@ -35,6 +38,7 @@ class CodebookConfig(MoeConfig):
     ema_decay: float = 0.99
     ema_decay_warmup: bool = False
     dead_code_threshold: float = 0.01
+    usage_from_kmeans: bool = False
     train_codebook: bool = True
 
     def __post_init__(self) -> None:
@@ -49,9 +53,12 @@ class CodebookConfig(MoeConfig):
         """What the codebook does not have."""
         missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
         unused = dict.fromkeys(missing, f'codebook={self.codebook!r}')
+        if self.codebook == 'gradient' and self.dead_code_threshold == 0:
+            # its averages tell dead codes, and nothing else
+            averages = [name for name in _LEARNING if name != 'dead_code_threshold']
+            unused |= dict.fromkeys(averages, 'dead_code_threshold=0')
         if not self.train_codebook:
-            learning = ('ema_decay', 'ema_decay_warmup', 'dead_code_threshold')
-            unused |= dict.fromkeys(learning, 'train_codebook=False')
+            unused |= dict.fromkeys(_LEARNING, 'train_codebook=False')
         return unused
 
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:

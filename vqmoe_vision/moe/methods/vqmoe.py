@@ -106,6 +106,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             'ema_decay': 0.9,
             'ema_decay_warmup': True,
             'dead_code_threshold': 0.1,
+            'usage_from_kmeans': True,
         },
         'simvq': {
             'codebook': 'simvq',
