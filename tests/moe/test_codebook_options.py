@@ -271,6 +271,7 @@ def test_a_codebook_is_built_with_the_options_of_its_method(name: str) -> None:
         'use_cosine_sim': True,
         'ema_decay': 0.9,
         'ema_decay_warmup': True,
+        'ema_bias_correction': False,
         'dead_code_threshold': 0.1,
         'usage_from_kmeans': True,
     }

@@ -55,6 +55,7 @@ class GradientCodebook(Codebook):
         *Codebook.OPTIONS,
         'ema_decay',
         'ema_decay_warmup',
+        'ema_bias_correction',
         'dead_code_threshold',
         'usage_from_kmeans',
     )
@@ -71,12 +72,14 @@ class GradientCodebook(Codebook):
         use_cosine_sim: bool = False,
         ema_decay: float = 0.99,
         ema_decay_warmup: bool = False,
+        ema_bias_correction: bool = False,
         dead_code_threshold: float = 0.01,
         usage_from_kmeans: bool = False,
         **factory: Any,
     ) -> None:
         super().__init__(num_codes, dim, commitment, use_cosine_sim, **factory)
         self.ema_decay, self.ema_decay_warmup = ema_decay, ema_decay_warmup
+        self.ema_bias_correction = ema_bias_correction
         self.dead_code_threshold = dead_code_threshold
         self.usage_from_kmeans = usage_from_kmeans
 
@@ -181,10 +184,15 @@ class GradientCodebook(Codebook):
         average.copy_(exact.lerp(value.to(exact.dtype), rate.to(exact.dtype)))
 
     def _decay(self) -> Tensor | float:
+        decay = self.ema_decay
+        if self.ema_bias_correction:
+            # what takes the corrected average of t - 1 updates to that of t
+            number = self.updates.clamp(min=1)
+            return (1 - (1 - decay) / (1 - decay**number)).clamp(min=0)
         if not self.ema_decay_warmup:
-            return self.ema_decay
+            return decay
         before = self.updates - 1
-        return ((1 + before) / (10 + before)).clamp(max=self.ema_decay)
+        return ((1 + before) / (10 + before)).clamp(max=decay)
 
     def _start(self, codes: Tensor, learns: Tensor) -> Tensor:
         """Take over codes unless there was a start before; returns whether to learn even so."""

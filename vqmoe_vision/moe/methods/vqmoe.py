@@ -106,8 +106,8 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             'ema_decay': 0.9,
             'ema_decay_warmup': True,
             'dead_code_threshold': 0.1,
-            'usage_from_kmeans': True,
         },
+        'extras': {'ema_bias_correction': True, 'usage_from_kmeans': True},
         'simvq': {
             'codebook': 'simvq',
             'expert_input': 'ste',
