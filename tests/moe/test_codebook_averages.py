@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS, GradientCodebook
 from vqmoe_vision.moe.codebook_sample import code_shares
-from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
+from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .codebooks import STARTED, M, learn, same, state
 from .conftest import D

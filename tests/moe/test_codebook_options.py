@@ -9,7 +9,7 @@ from torch import Tensor
 from vqmoe_vision.moe.codebook import Codebook
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientCodebook
 from vqmoe_vision.moe.codebook_sample import kmeans
-from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
+from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .codebooks import M, every_codebook
 from .conftest import D

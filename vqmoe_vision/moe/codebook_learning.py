@@ -187,8 +187,7 @@ class GradientCodebook(Codebook):
         decay = self.ema_decay
         if self.ema_bias_correction:
             # what takes the corrected average of t - 1 updates to that of t
-            number = self.updates.clamp(min=1)
-            return (1 - (1 - decay) / (1 - decay**number)).clamp(min=0)
+            return (1 - (1 - decay) / (1 - decay**self.updates)).clamp(min=0)
         if not self.ema_decay_warmup:
             return decay
         before = self.updates - 1

@@ -1,5 +1,7 @@
 """VQMoE against a plain reading of its equations, token by token."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.methods._quantizer import EXPERT_INPUTS, Quantizer
-from vqmoe_vision.moe.methods.vqmoe import FORMS
+from vqmoe_vision.moe.methods._vqmoe_config import FORMS, VQMoEConfig
 
 D, E = 8, 4
 SHARE = 0.3  # of the code; the default 0.05 would hide a mistake
@@ -30,7 +32,7 @@ def naive(layer, x):
         if config.form != 'discrete':
             probs = (layer.router.weight @ token).softmax(dim=0)
             best = int(probs.argmax())
-            weight = probs[best] if config.train_router else 1.0
+            weight = config.routed_scaling_factor * probs[best] if config.train_router else 1.0
             branches.append(weight * expert(layer, best, token))
         if config.form != 'continuous':
             codes = layer.quantizer.codebook.codes()
@@ -86,6 +88,7 @@ def test_output_of_the_continuous_form_is_the_equations(make_layer):
         *({'codebook': name} for name in CODEBOOKS),
         *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
         {'rotation_trick': True, 'code_share': SHARE},
+        {'routed_scaling_factor': 6.25},
     ],
     ids=str,
 )
@@ -210,6 +213,45 @@ def test_continuous_form_has_top_1_probabilities_as_weights(make_layer):
     routing = net.layer.router(x.flatten(0, 1))
     probs = (x.flatten(0, 1) @ net.layer.router.weight.t()).softmax(dim=-1)
     torch.testing.assert_close(routing.weights[:, 0], probs.max(dim=-1).values)
+
+
+def test_a_scaled_router_starts_as_strong_as_a_code_known_answer(make_layer):
+    # zero logits give four experts 1 / 4 each; times four, the first expert's answer as it is, and
+    # nothing of it in the balance loss: 4 * 1 * 1 / 4 = 1 of everything on the first
+    options = {'form': 'continuous', 'balance_weight': 1.0}
+    net = make_layer('vqmoe', routed_scaling_factor=4.0, **options)
+    torch.nn.init.zeros_(net.layer.router.weight)
+    x = torch.randn(2, 5, D)
+    expected = torch.stack([expert(net.layer, 0, token) for token in x.flatten(0, 1)])
+    with collect_losses(net) as collected:
+        torch.testing.assert_close(net(x).flatten(0, 1), expected)
+    torch.testing.assert_close(collected.losses['layer/balance'], torch.tensor(1.0))
+
+
+def test_the_gradient_of_a_router_is_scaled_too(make_layer):
+    # renormalised, the one weight would be 1 and have none
+    nets = [make_layer('vqmoe', form='continuous', routed_scaling_factor=f) for f in (1.0, 4.0)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.randn(2, 5, D)
+    for net in nets:
+        net(x).sum().backward()
+    once, scaled = (net.layer.router.weight.grad for net in nets)
+    assert once.abs().max() > 0.01
+    torch.testing.assert_close(scaled, 4 * once)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        *({'routed_scaling_factor': factor} for factor in (0.0, -1.0, math.inf, math.nan)),
+        {'form': 'discrete', 'routed_scaling_factor': 2.0},
+        {'train_router': False, 'balance_weight': 0.0, 'routed_scaling_factor': 2.0},
+    ],
+    ids=str,
+)
+def test_scales_of_a_router_that_are_impossible_or_without_effect(options):
+    with pytest.raises(ValueError, match=r'^routed_scaling_factor='):
+        VQMoEConfig.from_options(**options)
 
 
 # --- what learns from what
