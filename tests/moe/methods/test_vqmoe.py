@@ -1,5 +1,6 @@
 """VQMoE against a plain reading of its equations, token by token."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqmoe_vision.moe import collect_losses, losses
+from vqmoe_vision.moe import MoeConfig, collect_losses, losses
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.methods._quantizer import EXPERT_INPUTS, Quantizer
 from vqmoe_vision.moe.methods._vqmoe_config import FORMS, VQMoEConfig
@@ -82,6 +83,7 @@ def test_output_of_the_continuous_form_is_the_equations(make_layer):
     'options',
     [
         {'preset': 'official', 'code_share': SHARE},
+        {'preset': 'paper'},
         {'output_norm': True},
         {'input_norm': False},
         {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
@@ -322,6 +324,34 @@ def test_official_preset_leaves_the_router_at_its_start_with_weight_one(make_lay
     with collect_losses(net) as collected:
         net(x)
     assert set(collected.losses) == {'layer/vq'}
+
+
+def test_the_paper_preset_is_the_papers_equations_known_answer(make_layer):
+    # (2) to (4): half of p f_i(x) and half of f_q(v_q), the code itself without a norm
+    net, x = make_layer('vqmoe', preset='paper'), torch.randn(3, 20, D)
+    layer, tokens = net.layer, x.flatten(0, 1)
+    layer.init_weights()
+    codes = layer.quantizer.codebook.embed
+    nearest = torch.cdist(tokens, codes).min(dim=1)
+    probs = (tokens @ layer.router.weight.t()).softmax(dim=-1).max(dim=-1)
+    answers = [
+        0.5 * p * expert(layer, i, token) + 0.5 * expert(layer, q, codes[q])
+        for token, p, i, q in zip(tokens, *probs, nearest.indices, strict=True)
+    ]
+    with collect_losses(net) as collected:
+        torch.testing.assert_close(net(x).flatten(0, 1), torch.stack(answers))
+    # (6): alpha (1 + beta) = 0.08 * 1.25 times the mean square, and nothing else
+    loss = 0.08 * 1.25 * nearest.values.square().mean() / D
+    torch.testing.assert_close(dict(collected.losses), {'layer/vq': loss})
+
+
+def test_the_paper_preset_leaves_nothing_to_the_defaults():
+    # but the sizes of any model, and what has no effect in it
+    preset = VQMoEConfig.PRESETS['paper']
+    unused = VQMoEConfig.from_options(preset='paper').unused().keys()
+    sizes = {field.name for field in dataclasses.fields(MoeConfig)}
+    every = {field.name for field in dataclasses.fields(VQMoEConfig)}
+    assert preset.keys() == every - unused - sizes
 
 
 # --- losses, statistics, state

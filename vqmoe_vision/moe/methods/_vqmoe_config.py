@@ -32,12 +32,34 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         routed_scaling_factor: Factor of the router's weight, as DeepSeek-V2's; 6.25 makes up for
             the 0.16 with which eight experts start. It leaves the losses alone.
 
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has: one by router and one by code; 'official', the released code.
+    Presets: 'paper', equations (1) to (6) with nothing added: the code itself is fed to its expert
+    (3), straight through and without a norm, and is learned by both terms of (6), which has no
+    balance loss. Weights of (6) and the start of the codes, which the paper's text does not give,
+    are those of the released code. 'matched', the compute of two experts per token, as every row
+    of our comparisons has, one by router and one by code: the defaults, which are none of the
+    paper's, but what measurements say (docs/results.md). 'official', the released code.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        'paper': {},
+        'paper': {
+            'form': 'full',  # (4)
+            'num_codes': None,
+            # (2)
+            'train_router': True,
+            'routed_scaling_factor': 1.0,
+            # (3)
+            'use_cosine_sim': False,
+            'expert_input': 'ste',
+            'rotation_trick': False,
+            'input_norm': False,
+            'output_norm': False,
+            # (6)
+            'codebook': 'plain',
+            'train_codebook': True,
+            'vq_weight': 0.08,
+            'commitment': 0.25,
+            'balance_weight': 0.0,
+        },
         'matched': {},
         'official': {
             'codebook': 'plain',
