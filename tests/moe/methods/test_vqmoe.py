@@ -375,6 +375,68 @@ def test_losses_are_weighted(make_layer):
     torch.testing.assert_close(dict(collected.losses), expected)
 
 
+@pytest.mark.parametrize('codebook', CODEBOOKS)
+@pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
+def test_the_diversity_loss_is_of_soft_assignments(make_layer, codebook, cosine):
+    options = {'diversity_weight': 0.5, 'codebook': codebook, 'use_cosine_sim': cosine}
+    net, x = make_layer('vqmoe', **options), torch.randn(3, 20, D, requires_grad=True)
+    tokens, codes = x.flatten(0, 1), net.layer.quantizer.codebook.codes()
+    tokens = F.normalize(tokens, dim=1) if cosine else tokens
+    distance = (tokens[:, None] - codes).square().sum(dim=2) / (1 if cosine else D)
+    means = (-distance / 0.1).softmax(dim=1).mean(dim=0)
+    expected = 0.5 * (math.log(E) + (means * means.log()).sum())
+    with collect_losses(net, update_state=False) as collected:
+        net(x)
+        torch.testing.assert_close(collected.losses['layer/diversity'], expected)
+        learned = moved(net, collected.losses['layer/diversity'])
+    # tokens, and codes that learn by gradient
+    assert x.grad.abs().max() > 1e-5
+    assert learned == {
+        name for name, _ in net.layer.named_parameters() if name.startswith('quantizer.codebook.')
+    }
+
+
+def test_a_step_against_the_diversity_loss_evens_the_use_of_codes_known_answer(make_layer):
+    # in one channel of D = 8, codes at 0 and 2, tokens at 0.8 three times and at 1.8: the mean
+    # probability of the first is above one half, and tokens near the border move to the second
+    net = make_layer('vqmoe', num_experts=2, diversity_weight=1.0, code_share=0.0)
+    with torch.no_grad():
+        net.layer.quantizer.codebook.embed.zero_()
+        net.layer.quantizer.codebook.embed[1, 0] = 2.0
+    x = torch.zeros(1, 4, D)
+    x[0, :, 0] = torch.tensor([0.8, 0.8, 0.8, 1.8])
+    x.requires_grad_()
+    with collect_losses(net, update_state=False) as collected:
+        net(x)
+        collected.losses['layer/diversity'].backward()
+    # distance^2 / D / 0.1: 0.64 and 1.44, 3.24 and 0.04 over 0.8: 1 / (1 + e^-1) = 0.731 and
+    # 1 / (1 + e^4) = 0.018 of the first; mean 0.553, so that its probability falls
+    assert (x.grad[0, :3, 0] < 0).all()
+    p, first = torch.tensor([0.731059, 0.731059, 0.731059, 0.017986]), 0.552790
+    # d loss / d p_t = ln(first / (1 - first)) / 4, d p / d x = -p (1 - p) 4 / (D 0.1)
+    slope = math.log(first / (1 - first)) / 4
+    torch.testing.assert_close(x.grad[0, :, 0], -slope * p * (1 - p) * 4 / 0.8, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'diversity_weight': -0.1},
+        {'diversity_weight': math.inf},
+        {'form': 'continuous', 'diversity_weight': 0.1},
+        {'balance_weight': 0.0, 'global_balance': False},
+        {'form': 'discrete', 'global_balance': False},
+    ],
+    ids=str,
+)
+def test_losses_of_codes_that_are_impossible_or_without_effect(options):
+    *_, name = options
+    with pytest.raises(ValueError, match=f'^{name}='):
+        VQMoEConfig.from_options(**options)
+    if name == 'global_balance':
+        VQMoEConfig.from_options(**options, diversity_weight=0.1)
+
+
 def test_statistics(make_layer):
     net, x = make_layer('vqmoe', num_codes=3 * E), torch.randn(3, 20, D)
     tokens, layer = x.flatten(0, 1), net.layer

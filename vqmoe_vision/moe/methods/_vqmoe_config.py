@@ -11,7 +11,7 @@ from ._codebook_config import CodebookConfig
 from ._quantizer import EXPERT_INPUTS, FIXED_SHARES
 
 FORMS = ('full', 'discrete', 'continuous')
-_ROUTER = ('balance_weight', 'global_balance', 'routed_scaling_factor', 'train_router')
+_ROUTER = ('balance_weight', 'routed_scaling_factor', 'train_router')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
         balance_weight: Weight of the router's balance loss.
+        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0's diversity,
+            vector-quantize-pytorch's `codebook_diversity_loss_weight`), which moves tokens, and
+            codes that learn by gradient.
         train_router: False freezes the router at its random start with weight one.
         routed_scaling_factor: Factor of the router's weight, as DeepSeek-V2's; 6.25 makes up for
             the 0.16 with which eight experts start. It leaves the losses alone.
@@ -59,6 +62,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             'vq_weight': 0.08,
             'commitment': 0.25,
             'balance_weight': 0.0,
+            'diversity_weight': 0.0,
         },
         'matched': {},
         'official': {
@@ -91,6 +95,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             'ema_bias_correction': True,
             'usage_from_kmeans': True,
             'routed_scaling_factor': 6.25,
+            'diversity_weight': 0.1,
         },
         'simvq': {
             'codebook': 'simvq',
@@ -122,6 +127,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
     input_norm: bool = True
     output_norm: bool = False
     balance_weight: float = 0.01
+    diversity_weight: float = 0.0
     train_router: bool = True
     routed_scaling_factor: float = 1.0
 
@@ -131,7 +137,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         inputs = self.expert_input
         self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
         self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
-        check_weights(self, 'vq_weight', 'balance_weight')
+        check_weights(self, 'vq_weight', 'balance_weight', 'diversity_weight')
         codes = self.num_codes
         valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
         multiple = f'a positive multiple of num_experts={self.num_experts}'
@@ -142,7 +148,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         self.require('balance_weight', valid, '0 with train_router=False')
 
     def unused(self) -> dict[str, str]:
-        """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
+        """What belongs to a branch that the form leaves out, or to a loss of weight zero."""
         unused = super().unused()
         if self.vq_weight == 0:
             unused['commitment'] = 'vq_weight=0'
@@ -150,8 +156,6 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             unused['code_share'] = f'expert_input={self.expert_input!r}'
         if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
             unused['rotation_trick'] = 'experts that are fed the token alone'
-        if self.balance_weight == 0:
-            unused['global_balance'] = 'balance_weight=0'
         if not self.train_router:
             unused['routed_scaling_factor'] = 'train_router=False'
         if self.form == 'discrete':
@@ -159,5 +163,9 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         if self.form == 'continuous':
             own = {field.name for field in fields(VQMoEConfig)}
             shared = {field.name for field in fields(MoeConfig)}
-            unused |= dict.fromkeys(sorted(own - shared - {'form', *_ROUTER}), "form='continuous'")
+            kept = {'form', 'global_balance', *_ROUTER}
+            unused |= dict.fromkeys(sorted(own - shared - kept), "form='continuous'")
+        names = [n for n in ('balance_weight', 'diversity_weight') if n not in unused]
+        if all(getattr(self, name) == 0 for name in names):
+            unused['global_balance'] = ', '.join(f'{name}=0' for name in names)
         return unused

@@ -25,7 +25,8 @@ their top-1 weight is always one, which leaves the router untrained; ours is the
 says, and starts as SMoE's. The code vector passes a LayerNorm of its own before the expert
 (`input_norm`); their second norm, after the expert, is `output_norm`. The default codebook is an
 EMA codebook with a data-dependent start and replacement of dead codes, as the paper's own collapses
-on tokens with a common mean (`codebook='plain'`).
+on tokens with a common mean (`codebook='plain'`). `diversity_weight` adds a loss that evens the use
+of codes, which the paper does not have.
 
 Options are in `_vqmoe_config.py`. The 'official' preset is the released code; docs/methods.md names
 what it lacks of it.
@@ -45,11 +46,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..branches import Branch, branch_statistics, run_branches
+from ..codebook import Quantized
 from ..experts import Experts
 from ..host import Host
-from ..joint_losses import Loss
+from ..joint_losses import Loss, values_of
 from ..layer import Decisions, MoeLayer
-from ..losses import token_mean
+from ..losses import diversity, token_mean
 from ..routing import full_precision
 from ._continuous_router import ContinuousRouter
 from ._quantizer import Quantizer
@@ -105,7 +107,7 @@ class VQMoEMlp(MoeLayer):
             experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
-                losses['vq'] = self.config.vq_weight * quantized.loss
+                losses |= self._code_losses(precise, quantized)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
@@ -120,6 +122,15 @@ class VQMoEMlp(MoeLayer):
         out = out.view(x.shape)
         self.show(decisions, x, out)
         return out
+
+    def _code_losses(self, tokens: Tensor, quantized: Quantized) -> dict[str, Loss]:
+        config = self.config
+        terms: dict[str, Loss] = {'vq': config.vq_weight * quantized.loss}
+        if config.diversity_weight > 0:
+            assert self.quantizer is not None
+            probs = self.quantizer.codebook.soft_assignment(tokens)
+            terms['diversity'] = config.diversity_weight * diversity(probs)
+        return terms if config.global_balance else {**values_of(terms)}
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""
