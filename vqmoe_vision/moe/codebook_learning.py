@@ -45,10 +45,13 @@ class GradientCodebook(Codebook):
         ema_decay_warmup: Let the n-th update, from 0, have min(ema_decay, (1 + n) / (10 + n)):
             averages forget their start at once, and follow tokens that move fast at first. As
             TensorFlow's ExponentialMovingAverage with `num_updates`.
+        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates, the start being the
+            first, as Adam (arXiv 1412.6980) and sonnet's VectorQuantizerEMA do: the start then
+            weighs as much as any update since.
+        dead_code_threshold: Share of even usage below which a code is dead; 0 for never.
         usage_from_kmeans: Let a code start with the share of tokens that k-means gave it, as
             vector-quantize-pytorch, and not at even usage: a code of few tokens then moves with
             them from the first average on, where even usage outweighs them for long.
-        dead_code_threshold: Share of even usage below which a code is dead; 0 for never.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
