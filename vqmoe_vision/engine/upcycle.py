@@ -68,8 +68,9 @@ def _kept(model: Any, source: str) -> tuple[list[str], str | None]:
     """What the source calls its classes, if its head is kept, and the licence of its weights."""
     known = upcycle_source(source)[1].config
     names = known.get('label_names')
-    keeps = 'head.weight' in model.weights_report.loaded and isinstance(names, list)
-    return (names if keeps else []), known.get('license')
+    if 'head.weight' not in model.weights_report.loaded or not isinstance(names, list):
+        names = []
+    return names, known.get('license')
 
 
 def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:

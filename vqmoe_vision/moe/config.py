@@ -99,11 +99,12 @@ class MoeConfig:
         return {field.name for field in fields(cls)} | {'preset'}
 
     @classmethod
-    def from_options(cls, preset: str = 'paper', **options: Any) -> Self:
+    def from_options(cls, preset: str | None = None, **options: Any) -> Self:
         """Build from a named preset with single options on top.
 
         Args:
-            preset: Key of `PRESETS`; 'paper' is the method's own paper.
+            preset: Key of `PRESETS`; 'paper' is the method's own paper. None has the defaults of
+                the fields, which are the paper's unless the method says otherwise.
             **options: Fields of this dataclass; they win over the preset.
 
         Raises:
@@ -116,7 +117,7 @@ class MoeConfig:
         return config
 
     @classmethod
-    def without_effect(cls, preset: str = 'paper', **options: Any) -> set[str]:
+    def without_effect(cls, preset: str | None = None, **options: Any) -> set[str]:
         """Names of the options that `from_options` would refuse for having no effect.
 
         Args:
@@ -130,7 +131,9 @@ class MoeConfig:
         return cls._of_preset(preset, options).unused().keys() & options.keys()
 
     @classmethod
-    def _of_preset(cls, preset: str, options: dict[str, Any]) -> Self:
+    def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
+        if preset is None:
+            return cls(**options)
         check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
         return cls(**{**cls.PRESETS[preset], **options})
 
