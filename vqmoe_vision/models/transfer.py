@@ -40,6 +40,7 @@ from .refusals import (
     refuse_values,
 )
 from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
+from .stated_experts import StatedExperts, compare_experts, experts_of
 from .upcycle import Upcycling, upcycle
 
 
@@ -75,6 +76,7 @@ def transfer(
     image_sizes: Sequence[Size] = (),
     upcycling: Upcycling | None = None,
     origin: Origin | None = None,
+    stated: StatedExperts | None = None,
 ) -> tuple[StateDict, Report]:
     """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
 
@@ -89,6 +91,7 @@ def transfer(
         image_sizes: As in `fit_state`.
         upcycling: How experts are made of a dense MLP; with None they stay as they are.
         origin: The network that the checkpoint is of, if that is known.
+        stated: What else is known of its experts, where `origin` does not say it.
 
     Returns:
         State dict to load, without what stays as initialised, and the report.
@@ -102,10 +105,15 @@ def transfer(
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
     if origin is not None:
         refuse_other_function(model, origin, path)
+        stated = experts_of(origin.model)
+    others = Report.of_warnings(compare_experts(model, stated, path))
     state, outside = strip_names(state_dict, expected, path)
     reader = image_reader(model)
     if reader is None:
-        return _fit_network(model, state, expected, outside, path, image_sizes, upcycling, origin)
+        fitted, report = _fit_network(
+            model, state, expected, outside, path, image_sizes, upcycling, origin
+        )
+        return fitted, others.joined(report)
     part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
     state, expected = (
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
@@ -114,7 +122,7 @@ def transfer(
         model, state, expected, outside, path, image_sizes, upcycling, origin
     )
     read, more = _fit_reader(reader, part, state, path, image_sizes)
-    return result | read, report.joined(more)
+    return result | read, others.joined(report).joined(more)
 
 
 def load_features(
@@ -249,7 +257,12 @@ def _upcycled(
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
         part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if part and not any(key.startswith('experts.') for key in part):
+        if not part:
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
+                f'for {name}, and would leave them random; whole weights would fit'
+            )
+        if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}

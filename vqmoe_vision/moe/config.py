@@ -81,6 +81,9 @@ class MoeConfig:
     # starts from a dense one then begins with its answers. Empty where no options do so; a method
     # that needs none has an entry without options.
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Options of a class that trained weights need not be used with: the answers of a model do not
+    # follow them, as those of losses, or tensors show them.
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_experts', 'expert_mlp_ratio'})
 
     num_experts: int = 8
     expert_mlp_ratio: float | None = None
@@ -154,6 +157,13 @@ class MoeConfig:
         """
         return {}
 
+    def of_weights(self) -> set[str]:
+        """Options in use that say, beside tensors, what the answers of a model are."""
+        left_out: set[str] = set()
+        for kind in type(self).__mro__:
+            left_out |= kind.__dict__.get('NOT_OF_WEIGHTS', frozenset())
+        return {field.name for field in fields(self)} - left_out - self.unused().keys()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(MoeConfig):
@@ -184,6 +194,8 @@ class BalancedConfig(MoeConfig):
         global_balance: Balance the tokens of all processes together. False lets every process
             balance its own, and averages.
     """
+
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
 
     global_balance: bool = True
 
