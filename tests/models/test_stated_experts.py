@@ -1,6 +1,7 @@
 """Experts whose tensors have the names of the model's, and which are those of another function."""
 
 import logging
+from ast import literal_eval
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,57 @@ def test_options_of_the_full_form_are_those_of_the_discrete_one(
             )
     (line,) = caplog.messages
     assert "with expert_input='token', the model has expert_input='mix'" in line
+
+
+@pytest.mark.parametrize('bare', [True, False])
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'hint', 'by_names'),
+    [
+        (dict(codebook='gradient'), {}, "codebook='gradient'", 'the codebook of the checkpoint'),
+        ({}, dict(codebook='simvq'), "codebook='ema'", 'the codebook of the checkpoint'),
+        (dict(input_norm=False), {}, 'input_norm=False', 'input_norm=False'),
+        ({}, dict(input_norm=False), 'input_norm=True', 'input_norm=True'),
+        (dict(output_norm=True), {}, 'output_norm=True', 'output_norm=True'),
+        (dict(form='continuous'), {}, "form='continuous'", "form='continuous'"),
+        ({}, dict(form='continuous'), "form='full'", "form='full'"),
+        (dict(num_codes=16), {}, 'num_codes=16', 'num_codes=16'),
+        (
+            dict(codebook='plain', num_codes=16),
+            dict(codebook='plain'),
+            'num_codes=16',
+            'num_codes=16',
+        ),
+    ],
+)
+def test_the_same_method_with_other_tensors_is_told_its_options(
+    theirs: dict[str, Any], ours: dict[str, Any], hint: str, by_names: str, bare: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    source = make('vqmoe', **theirs)
+    arguments = {**TINY, **theirs}
+    save_for_hf(source, tmp_path / 'L', model_args=arguments, safe_serialization=True)
+    upcycle = f'local-dir:{tmp_path / "L"}'
+    if bare:
+        upcycle = str(tmp_path / 'a.pth')
+        torch.save(source.state_dict(), upcycle)
+    with pytest.raises(ValueError, match=f'{by_names if bare else hint} would fit') as caught:
+        make('vqmoe', upcycle=upcycle, **ours)
+    assert '\n' not in str(caught.value)
+    named = 'is of another MoE method' in str(caught.value)
+    assert named == (bare and 'form' in {*theirs, *ours})  # where names are those of SMoE too
+    if 'the' not in by_names:
+        name, _, value = by_names.partition('=')
+        make('vqmoe', upcycle=upcycle, **{**ours, name: literal_eval(value)})
+
+
+def test_a_layer_without_some_of_its_experts_is_not_said_to_have_other_options(
+    tmp_path: Path,
+) -> None:
+    source = make('vqmoe', vq_weight=0.5)
+    state = source.state_dict()
+    del state['blocks.1.mlp.experts.fc2.bias']
+    path = tmp_path / 'a.pth'
+    cfg = "model = dict(model_name='vit_tiny_vqmoe', moe=dict(vq_weight=0.5))"
+    torch.save({'state_dict': state, 'meta': {'cfg': cfg}}, path)
+    with pytest.raises(ValueError, match=r'only the model has blocks\.1\.mlp\.experts\.fc2\.bias$'):
+        start_from(make('vqmoe'), str(path))

@@ -166,7 +166,7 @@ def refuse_misfits(
         ValueError: It is one.
     """
     # first, for sizes that fit would not do for another method
-    refuse_other_experts(expected, filtered, fitted, path)
+    refuse_other_experts(expected, filtered, fitted, path, model.options)
     shapes = other_shapes(expected, fitted)
     if shapes:
         hint = sizes_that_fit(expected, fitted, model)

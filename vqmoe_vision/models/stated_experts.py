@@ -7,7 +7,7 @@ else.
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,32 @@ def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -
         )
     if own.config is None or stated.config is None:
         return ()
-    # what one of both does not use is explained by another option
     names = stated.config.of_weights() & own.config.of_weights()
-    both = {name: (getattr(stated.config, name), getattr(own.config, name)) for name in names}
     return tuple(
         f'the experts were trained with {name}={theirs!r}, the model has {name}={ours!r}'
-        for name, (theirs, ours) in sorted(both.items())
-        if theirs != ours
+        for name, theirs, ours in _differing(stated.config, own.config)
+        if name in names
     )
+
+
+def options_of(stated: StatedExperts | None, model: nn.Module) -> str:
+    """Options of a source that a model of the same method has otherwise, as they are written.
+
+    Args:
+        stated: What the source says; None says nothing.
+        model: That takes the weights.
+    """
+    own = experts_of(model)
+    if own is None or own.config is None or stated is None or stated.config is None:
+        return ''
+    if own.method != stated.method:
+        return ''
+    return ', '.join(f'{n}={theirs!r}' for n, theirs, _ in _differing(stated.config, own.config))
+
+
+def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
+    """Options that differ, and both values; what one of both does not use is not theirs to say."""
+    unused = {**theirs.unused(), **ours.unused()}
+    names = (field.name for field in fields(theirs) if field.name not in unused)
+    both = ((name, getattr(theirs, name), getattr(ours, name)) for name in names)
+    return [(name, before, after) for name, before, after in both if before != after]

@@ -40,7 +40,7 @@ from .refusals import (
     refuse_values,
 )
 from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
-from .stated_experts import StatedExperts, compare_experts, experts_of
+from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 
 
@@ -107,11 +107,12 @@ def transfer(
         refuse_other_function(model, origin, path)
         stated = experts_of(origin.model)
     others = Report.of_warnings(compare_experts(model, stated, path))
+    options = options_of(stated, model)
     state, outside = strip_names(state_dict, expected, path)
     reader = image_reader(model)
     if reader is None:
         fitted, report = _fit_network(
-            model, state, expected, outside, path, image_sizes, upcycling, origin
+            model, state, expected, outside, path, image_sizes, upcycling, origin, options
         )
         return fitted, others.joined(report)
     part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
@@ -119,7 +120,7 @@ def transfer(
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
     result, report = _fit_network(
-        model, state, expected, outside, path, image_sizes, upcycling, origin
+        model, state, expected, outside, path, image_sizes, upcycling, origin, options
     )
     read, more = _fit_reader(reader, part, state, path, image_sizes)
     return result | read, others.joined(report).joined(more)
@@ -166,6 +167,7 @@ def _fit_network(
     image_sizes: Sequence[Size],
     upcycling: Upcycling | None,
     origin: Origin | None,
+    options: str,
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     arguments = EVA if isinstance(model, Eva) else VIT
@@ -185,7 +187,7 @@ def _fit_network(
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     # a known network has been refused before if its heads are others
-    sized = Model(heads, same_heads=origin is not None, whole=whole)
+    sized = Model(heads, same_heads=origin is not None, whole=whole, options=options)
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, whole, arguments)
     refuse_values(network, filtered, path)

@@ -158,11 +158,11 @@ class MoeConfig:
         return {}
 
     def of_weights(self) -> set[str]:
-        """Options in use that say, beside tensors, what the answers of a model are."""
+        """Options that say, beside tensors, what the answers of a model are."""
         left_out: set[str] = set()
         for kind in type(self).__mro__:
             left_out |= kind.__dict__.get('NOT_OF_WEIGHTS', frozenset())
-        return {field.name for field in fields(self)} - left_out - self.unused().keys()
+        return {field.name for field in fields(self)} - left_out
 
 
 @dataclass(frozen=True, kw_only=True)
