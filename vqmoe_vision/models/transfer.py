@@ -32,6 +32,7 @@ from .other_experts import Model
 from .refusals import (
     EVA,
     VIT,
+    perhaps_rotary,
     pooled_otherwise,
     refuse_gated,
     refuse_misfits,
@@ -172,6 +173,7 @@ def _fit_network(
     """As `transfer`, of all but what reads images, by timm's names."""
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
+    doubts = perhaps_rotary(state, expected, path, arguments) if origin is None else ()
     pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
@@ -206,8 +208,8 @@ def _fit_network(
         initialised=tuple(k for k in expected if k not in result),
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
-        remarks=(*remarks, *head),
-        warnings=warnings,
+        remarks=(*doubts, *remarks, *head),
+        warnings=(*doubts, *warnings),
     )
 
 
