@@ -100,8 +100,8 @@ def perhaps_rotary(
         return (f'it has {sign} too; names do not tell it from a VisionTransformer',)
     raise ValueError(
         f'checkpoint {path!r} does not fit the model: it has {sign} too; the model_name of that '
-        "Eva with moe=dict(method='smoe'), or convert_to_moe, makes a model that fits; if it is of a "
-        'VisionTransformer, pre_norm=True would fit'
+        "Eva with moe=dict(method='smoe'), or convert_to_moe, makes a model that fits; if it is of "
+        'a VisionTransformer, pre_norm=True would fit'
     )
 
 
