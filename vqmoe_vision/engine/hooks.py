@@ -1,6 +1,7 @@
 """Hooks for models with MoE layers, used by classification and segmentation alike."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .log import wrapped
 from .model import unwrapped
 from .normalization import of_run
 from .routing import lines_of
+from .stated_experts import check_experts
 
 
 @HOOKS.register_module()
@@ -127,11 +129,11 @@ class CheckpointFitHook(Hook):
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares names and shapes.
+        """Compares names and shapes, and experts with those that the checkpoint says it has.
 
         Raises:
-            ValueError: Names the keys and shapes that do not fit; or the run averages its weights,
-                and what goes on does not, or the other way round.
+            ValueError: Names the keys and shapes that do not fit, or another method; or the run
+                averages its weights, and what goes on does not, or the other way round.
         """
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         if runner._resume and ('ema_state_dict' in checkpoint) != averages:
@@ -142,6 +144,8 @@ class CheckpointFitHook(Hook):
         loaded = checkpoint.get('state_dict', checkpoint)
         if (known := of_run(checkpoint)) is not None:
             loaded.setdefault(KEY, known.values())  # a run of before has it in its config
+        path = os.path.expanduser(str(runner._load_from))
+        check_experts(unwrapped(runner).routed_model, path, checkpoint)
         problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')

@@ -7,7 +7,8 @@ from typing import Any
 import timm
 import torch
 
-from vqmoe_vision.models.create import create_model, method_of
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import method_of
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.sources import upcycle_source

@@ -168,8 +168,11 @@ def _layer_like(
     kind = type(block if mlp is None else mlp).__name__
     allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
     check(type(mlp) is Mlp, name, kind, allowed)
-    plain = isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, nn.Linear)
-    check(plain, name, kind, 'one of linear layers, without a norm between them')
+    plain = isinstance(mlp.norm, nn.Identity)
+    check(plain, name, kind, 'one without a norm between its layers')
+    for part, linear in (('fc1', mlp.fc1), ('fc2', mlp.fc2)):
+        allowed = "torch's Linear itself, a class of its own may compute otherwise"
+        check(type(linear) is nn.Linear, f'{name}.{part}', type(linear).__name__, allowed)
     hooked = any(hooks for part in mlp.modules() for hooks in _hooks_of(part))
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
     pairs = {

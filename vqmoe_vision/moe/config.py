@@ -81,6 +81,9 @@ class MoeConfig:
     # starts from a dense one then begins with its answers. Empty where no options do so; a method
     # that needs none has an entry without options.
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Options of a class that trained weights need not be used with: the answers of a model do not
+    # follow them, as those of losses, or tensors show them.
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_experts', 'expert_mlp_ratio'})
 
     num_experts: int = 8
     expert_mlp_ratio: float | None = None
@@ -162,6 +165,13 @@ class MoeConfig:
         """Whether what sends tokens to experts is learned; a method that does not is a control."""
         return True
 
+    def of_weights(self) -> set[str]:
+        """Options that say, beside tensors, what the answers of a model are."""
+        left_out: set[str] = set()
+        for kind in type(self).__mro__:
+            left_out |= kind.__dict__.get('NOT_OF_WEIGHTS', frozenset())
+        return {field.name for field in fields(self)} - left_out
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(MoeConfig):
@@ -192,6 +202,8 @@ class BalancedConfig(MoeConfig):
         global_balance: Balance the tokens of all processes together. False lets every process
             balance its own, and averages.
     """
+
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
 
     global_balance: bool = True
 

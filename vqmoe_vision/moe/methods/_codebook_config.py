@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..codebook import Codebook
 from ..codebook_learning import CODEBOOKS
@@ -32,6 +32,18 @@ class CodebookConfig(MoeConfig):
         train_codebook: False keeps the codes as they are loaded or drawn, for fine-tuning; tokens
             are still drawn to them.
     """
+
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            'commitment',
+            'ema_decay',
+            'ema_decay_warmup',
+            'ema_bias_correction',
+            'dead_code_threshold',
+            'usage_from_kmeans',
+            'train_codebook',
+        }
+    )
 
     codebook: str = 'ema'
     commitment: float = 0.25

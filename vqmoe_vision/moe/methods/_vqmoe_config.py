@@ -118,6 +118,17 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         },
     }
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            'form',
+            'num_codes',
+            'vq_weight',
+            'rotation_trick',
+            'balance_weight',
+            'diversity_weight',
+        }
+    )
+
     form: str = 'full'
     num_codes: int | None = None
     vq_weight: float = 0.08

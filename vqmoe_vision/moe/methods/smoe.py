@@ -105,6 +105,18 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         'renormalize': {'renormalize': True},
     }
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            'router_noise',
+            'importance_weight',
+            'load_weight',
+            'balance_weight',
+            'z_weight',
+            'capacity_factor',
+            'train_router',
+        }
+    )
+
     top_k: int = 2
     renormalize: bool = False
     router_bias: bool = False
