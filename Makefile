@@ -8,6 +8,8 @@ OLDEST_PYTHON ?= python3.10
 TIMM_SIZES   ?= tiny small base large
 # empty: all of the table of methods
 TIMM_METHODS ?=
+# of `make timm-scripts`: its scripts are on no package index
+TIMM_REPOSITORY ?= https://github.com/huggingface/pytorch-image-models
 
 # Threads that wait at a barrier sleep: spinning, as is the default, makes training several times
 # slower as soon as anything else runs on the machine.
@@ -22,10 +24,10 @@ ALL_CORES := OMP_NUM_THREADS=1
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long soak oldest lint format types timm-suite docs picture bench bench-ci gpu-check release clean
+.PHONY: help demo test long soak oldest lint format types timm-suite timm-scripts docs picture bench bench-ci gpu-check release clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.seg,analyze ## train vit_tiny_vqmoe to classify digits, then to segment scenes of them, and show what its experts do
 	$(BIN)/python tools/demo.py
@@ -77,6 +79,12 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
 	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
 	done; done
+
+timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where the long tests look for them
+	@set -e; version=$$($(BIN)/python -c 'import timm; print(timm.__version__)'); \
+	clone=$$(mktemp -d); trap 'rm -rf "$$clone"' EXIT; \
+	git -c advice.detachedHead=false clone --quiet --depth 1 --branch v$$version $(TIMM_REPOSITORY) $$clone; \
+	mkdir -p $(TIMM_SRC); cp $$clone/*.py $(TIMM_SRC)
 
 docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a broken link fails
 	$(BIN)/sphinx-apidoc -q --force --separate --module-first --remove-old \

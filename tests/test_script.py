@@ -1,8 +1,7 @@
 """Scripts that know nothing of the package, timm's own among them, run on its models.
 
-timm's scripts are in its repository alone, not on PyPI. They are tested if somebody has put
-`train.py`, `validate.py`, `inference.py` and `benchmark.py` of a clone into `.venv/timm-src`, where
-`make timm-suite` keeps timm's own tests.
+timm's scripts are in its repository alone, not on PyPI. They are tested once `make timm-scripts`
+has put those of the installed version into `.venv/timm-src`.
 """
 
 import argparse
@@ -66,9 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    not (SCRIPTS / 'train.py').exists(), reason=f"no scripts of timm's in {SCRIPTS}"
-)
+@pytest.mark.skipif(not (SCRIPTS / 'train.py').exists(), reason="timm's scripts: make timm-scripts")
 @pytest.mark.parametrize('method', METHODS)
 def test_train_py_trains_experts_over_a_resume(method: str, folder: Path) -> None:
     model = ['--model', f'vit_tiny_{method}', *MODEL.split(), 'num_heads=2']
@@ -104,9 +101,7 @@ def test_train_py_trains_experts_over_a_resume(method: str, folder: Path) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    not (SCRIPTS / 'train.py').exists(), reason=f"no scripts of timm's in {SCRIPTS}"
-)
+@pytest.mark.skipif(not (SCRIPTS / 'train.py').exists(), reason="timm's scripts: make timm-scripts")
 @pytest.mark.parametrize('method', METHODS)
 def test_timms_scripts(method: str, folder: Path) -> None:
     def run(name: str, options: str) -> str:

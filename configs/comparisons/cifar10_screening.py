@@ -9,7 +9,9 @@ also = ['code_usage_unused', 'quantization_error']
 reference = 'vqmoe'
 seeds = [11, 12]
 all_methods = True
+controls = ['smoe_frozen', 'hashmoe']
 rows = dict(
+    smoe_frozen='smoe_frozen',
     vqmoe_decay_90='vqmoe model.moe.ema_decay=0.9',
     vqmoe_decay_warmup='vqmoe model.moe.ema_decay_warmup=True',
     vqmoe_revival_10='vqmoe model.moe.dead_code_threshold=0.1',

@@ -1,5 +1,7 @@
 # Codebooks on a long tail: 24 epochs of CIFAR-10-LT at imbalance 100, as many updates as
-# cifar10_budget has in six, at half its width: a run takes three minutes of a core. docs/compare.md
+# cifar10_budget has in six, at half its width: a run takes five to eight minutes of a core. Rows
+# are codebooks, so that the reference is one; dense and the controls say what any of them is worth.
+# docs/compare.md
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/head', 'accuracy/medium', 'accuracy/tail', 'code_usage_unused']
@@ -16,7 +18,12 @@ rows = dict(
     # the code itself is fed to the expert: how its gradient is made decides most there
     ste='vqmoe model.moe.expert_input=ste',
     rotation='vqmoe model.moe.expert_input=ste model.moe.rotation_trick=True',
+    dense='dense',
+    dense_wide='dense_wide',
+    smoe_frozen='smoe_frozen',
+    hashmoe='hashmoe',
 )
+controls = ['smoe_frozen', 'hashmoe']
 options = [
     'model.embed_dim=64',
     'model.num_heads=2',

@@ -7,8 +7,14 @@ seeds = [1, 2, 3, 4, 5]
 start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
 all_started = True
 all_methods = True
+# for the rows from scratch, and for those that start from the dense model
+controls = ['smoe_frozen', 'hashmoe', 'smoe_frozen_started', 'hashmoe_started']
 rows = dict(
+    smoe_frozen='smoe_frozen',
+    smoe_frozen_started='smoe_frozen model.checkpoint={start}',
     smoe_exact='smoe model.checkpoint={start} model.moe.renormalize=True',
     vqmoe_discrete='vqmoe model.checkpoint={start} model.moe.form=discrete',
     vqmoe_drop='vqmoe model.checkpoint={start} model.upcycling.drop=0.5',
 )
+# what docs/results.md shows: tools/compare.py table --images docs/images
+images = {'curves': 'cifar10-upcycled-curves'}

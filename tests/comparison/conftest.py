@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
@@ -48,6 +49,7 @@ losses = [(1 + drift) / (i + seed) for i in range(20)]
 Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
     cpu_minutes=1.0, iterations=2, params=2, active_params=1, macs=10**6, first_losses=losses,
+    moe_options={},
     training_loss=[[1, 2.0], [2, 1.0]],
     held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0, 'blocks.1.mlp/load_unused': 1.0}]],
 )))
@@ -142,3 +144,10 @@ def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds, so only the tests that are about them draw them."""
+    if 'figure' not in request.node.name:
+        monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])

@@ -1,9 +1,12 @@
 """Rows that today's code does not repeat are stale."""
 
+import math
 from pathlib import Path
 
 import pytest
 
+from vqmoe_vision.comparison import check
+from vqmoe_vision.comparison.check import compared
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.queue import _claimed, _lock
 from vqmoe_vision.comparison.results import Store
@@ -47,7 +50,7 @@ def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monk
     assert '--resume' not in Path('calls').read_text()
 
 
-def test_only_run_sets_refuted_runs_aside(spec, says, monkeypatch, capsys) -> None:
+def test_only_run_sets_stale_runs_aside(spec, says, monkeypatch, capsys) -> None:
     path = spec()
     says('run', path)
     monkeypatch.setenv('DRIFT', '0.01')
@@ -57,8 +60,8 @@ def test_only_run_sets_refuted_runs_aside(spec, says, monkeypatch, capsys) -> No
     capsys.readouterr()
     compare(['list', path])
     said = capsys.readouterr()
-    assert said.out == ''  # a line would go on with what is refuted
-    assert 'left out: dense-seed2: a check has refuted what work_dirs/' in said.err
+    assert said.out == ''  # a line would go on with what is stale
+    assert 'left out: dense-seed2: what work_dirs/' in said.err
     assert says('collect', path) == '0 runs collected, 0 are not finished\n'
     assert sorted(work.iterdir()) == before
     says('run', path)
@@ -107,3 +110,52 @@ def test_a_training_that_fails_refutes_nothing_and_loses_no_other(
     ]
     says('table', path)
     assert 'stale' not in table()
+
+
+@pytest.mark.parametrize(
+    ('now', 'equal', 'number'),
+    [
+        ([2.0, 2.001, 2.0], True, 2),
+        ([2.0, 2.0, 2.003], False, 3),
+        ([2.0, math.nan, 2.0], False, 2),
+        ([math.nan, 2.0, 2.0], False, 1),
+        ([2.0, 2.0, math.inf], False, 3),
+    ],
+)
+def test_a_loss_that_is_no_number_never_came_out_again(now, equal: bool, number: int) -> None:
+    found = compared(now, [2.0, 2.0, 2.0], 'dense-seed1')
+    assert found['equal'] is equal
+    assert found['finding'].startswith(f'loss {number} is ')
+    # nor does one of a row that was no number in the first place
+    assert not compared([2.0, math.nan], [2.0, math.nan], 'dense-seed1')['equal']
+
+
+def test_another_number_of_losses_names_the_row() -> None:
+    line = 'dense-seed1: its row has 3 first losses, today has 2'
+    with pytest.raises(ValueError, match=line):
+        compared([2.0, 2.0], [2.0, 2.0, 2.0], 'dense-seed1')
+
+
+def test_a_table_says_which_of_its_rows_were_checked(spec, says, monkeypatch) -> None:
+    path = spec(other='train_cfg.row=3')
+    says('run', path)
+    says('table', path)
+    assert '- None of the 4 runs has been checked: `tools/compare.py check` does so.\n' in table()
+    for commit, seed in (('one', '1'), ('two', '2')):
+        monkeypatch.setattr(check, 'commit', lambda commit=commit: commit)
+        says('check', path, '--rows', 'other', '--seeds', seed)
+    says('check', path, '--rows', 'dense', '--seeds', '2')
+    says('table', path)
+    found = (
+        'The first losses of 3 of 4 runs came out again when checked, at commits one (1), two (2).'
+    )
+    assert f'- {found} Not checked: dense (1).\n' in table()
+    # a check of another training of the same name says nothing of this one
+    row = ROWS / 'other-seed1.json'
+    row.write_text(row.read_text().replace('"first_losses": [1.0', '"first_losses": [1.5'))
+    says('table', path)
+    assert '2 of 4 runs' in table() and 'Not checked: dense (1), other (1).' in table()
+    monkeypatch.setenv('DRIFT', '0.01')
+    says('check', path, '--rows', 'other', '--seeds', '2')
+    says('table', path)
+    assert '1 of 3 runs came out again when checked, at commit two (1). Not checked:' in table()

@@ -54,6 +54,9 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
     assert row['cpu_minutes'] > 0 and row['minutes'] > 0
     assert row['threads'] == 1 and row['device'] in ('cpu', 'cuda') and row['hardware']
+    samples = {split: data['samples'] for split, data in row['data'].items()}
+    assert samples == {'train': 1257, 'val': 180, 'test': 360}
+    assert row['moe_options']['method'] == 'vqmoe'
     assert row['commit'] and row['versions']['torch']
 
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])

@@ -2,35 +2,27 @@
 
 import csv
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
 from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
-from vqmoe_vision.comparison.sentences import verdict
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.statistics import Difference, pairs_needed
+from vqmoe_vision.comparison.statistics import differences
 
 from ..rows import CONFIGS
 
+pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 TABLES = Path('docs/results/tables')
 # differences to dense by seed: 1, 2, 3; and 1, 0, -1
 SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
 CHECKED_IN = sorted((CONFIGS.parent / 'docs/results/rows').glob('*/'))
-
-
-@pytest.fixture(autouse=True)
-def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take seconds, so only the tests that are about them draw them."""
-    if 'figure' not in request.node.name:
-        monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
 
 
 def files() -> dict[str, bytes]:
@@ -56,6 +48,35 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path
     says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
     made = (tmp_path / f'tables/{rows.name}.md').read_text()
     assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+
+
+IMAGES = [
+    path for path in sorted(CONFIGS.glob('comparisons/*.py')) if 'images = ' in path.read_text()
+]
+
+
+@pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
+def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    (tmp_path / 'rows').symlink_to(CONFIGS.parent / 'docs/results/rows')
+    options = '--results', str(tmp_path), '--images', str(tmp_path)
+    says('table', f'configs/comparisons/{path.name}', *options)
+    names = read_comparison(str(path)).images.values()
+    assert {made.stem for made in tmp_path.glob('*.png')} == set(names)
+    for name in names:
+        made, kept = (Image.open(f / f'{name}.png') for f in (tmp_path, Path('docs/images')))
+        if made.info['Software'] != kept.info['Software']:
+            pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
+        assert made.size == kept.size and made.tobytes() == kept.tobytes(), name
+
+
+def test_images_of_documents_that_cannot_be_made(fill, says) -> None:
+    path = fill(SCORES, "images = {'shifts': 'fog'}")
+    drawn = "error: images: 'shifts' is not drawn; drawn are curves, differences"
+    assert says('table', path, '--images', '.') == drawn
+    assert 'with a part' in says('table', path, '--images', '.', '--rows', 'same')
+    Path(path).write_text(Path(path).read_text().replace('images =', 'shifts ='))
+    assert says('table', path, '--images', '.') == 'error: --images: spec names no images'
 
 
 def test_numbers_of_the_table_by_hand(fill, says) -> None:
@@ -109,37 +130,6 @@ def test_a_further_number_that_no_test_has(fill, says) -> None:
     assert line.startswith("error: also: 'mIuO' is no number of the tests; those are blocks.1.mlp/")
 
 
-def test_sentences_by_hand() -> None:
-    # two standard deviations need 5 pairs for 80 % power at 5 %
-    open_ = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.074, 1)
-    assert open_.startswith('a and b cannot be told apart at this budget (+2.00, 95 % interval')
-    assert open_.endswith('about 2 more would tell one of 2.00.')
-    # among ten rows the same difference has to stand a level of 0.5 %
-    assert pairs_needed(1.0, 2.0, 0.005) == 8
-    among_ten = verdict('a', 'b', Difference(3, 2.0, 1.0, -0.48, 4.48, 0.074), 0.74, 10)
-    assert among_ten.endswith('about 5 more would tell one of 2.00.')
-    told = verdict('a', 'b', Difference(5, -2.0, 0.5, -2.6, -1.4, 0.001), 0.004, 4)
-    assert told.startswith('a is worse than b at this budget: -2.00') and 'p = 0.004' in told
-    lone = verdict('a', 'b', Difference(1, 2.0, *[math.nan] * 4), math.nan, 1)
-    assert 'nothing can be said' in lone
-    assert 'more than a thousand' in verdict('a', 'b', Difference(3, 0.0, 1.0, -2, 2, 1), 1, 1)
-    equal = verdict('a', 'b', Difference(3, 2.0, 0.0, 2, 2, math.nan), math.nan, 1)
-    assert 'by exactly +2.00' in equal
-
-
-def test_a_router_that_does_not_beat_a_control_is_named(fill, says) -> None:
-    scores = {
-        'dense': [1.0, 2.0, 3.0],
-        'frozen': [5.0, 6.0, 7.0],
-        'a': [5.0, 6.0, 7.1],
-        'b': [8.0, 9.1, 10.0],
-    }
-    says('table', fill(scores, "controls = ['frozen']"))
-    shown = (TABLES / 'spec.md').read_text()
-    assert 'a does not beat the control frozen: +0.03' in shown
-    assert 'b does not beat' not in shown
-
-
 def test_unequal_compute_is_marked(fill, says) -> None:
     says('table', fill(SCORES, better={'macs': 10_400_000}, same={'macs': 10_600_000}))
     shown = (TABLES / 'spec.md').read_text()
@@ -153,6 +143,29 @@ def test_times_of_different_machines_are_not_compared(fill, says) -> None:
     says('table', fill(SCORES, same={'hardware': 'other'}))
     shown = (TABLES / 'spec.md').read_text()
     assert '| minutes' not in shown and 'machines differ: other; stub' in shown
+
+
+def test_times_of_different_machines_in_one_row_are_no_mean(fill, says) -> None:
+    """Each row has runs of both, so that rows alone do not differ."""
+    says('table', fill(SCORES))
+    for row in ROWS.glob('*-seed2.json'):
+        row.write_text(row.read_text().replace('"stub"', '"other"'))
+    says('table', 'spec.py')
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| minutes' not in shown and 'machines differ: other; stub' in shown
+    with (TABLES / 'spec.csv').open() as file:
+        assert all(line['minutes'] == '' for line in csv.DictReader(file))
+    says('table', 'spec.py', '--seeds', '2')
+    shown = (TABLES / 'spec-part.md').read_text()
+    assert '| minutes' in shown and 'processor time of training: other.' in shown
+
+
+def test_rows_of_a_modified_checkout_are_named(fill, says) -> None:
+    says('table', fill(SCORES, same={'commit': 'abc+'}))
+    shown = (TABLES / 'spec.md').read_text()
+    assert '+ marks: same-seed1 (abc+), same-seed2 (abc+), same-seed3 (abc+).' in shown
+    says('table', 'spec.py', '--rows', 'better')
+    assert '+ marks' not in (TABLES / 'spec-part.md').read_text()
 
 
 def test_time_on_a_gpu_is_that_of_the_clock(fill, says) -> None:
@@ -226,7 +239,9 @@ def test_nothing_is_finished_yet(spec, says) -> None:
 def test_differences_are_points_and_an_interval(fill) -> None:
     comparison = read_comparison(fill(SCORES))
     scores = {row: dict(enumerate(values)) for row, values in SCORES.items()}
-    figure = plot_differences(comparison, {'as trained': scores, 'fog': {'same': {0: 1.0}}})
+    alone = differences({'same': {0: 1.0}}, 'dense')
+    found = {'as trained': differences(scores, 'dense'), 'fog': alone}
+    figure = plot_differences(comparison, found)
     assert figure is not None
     first, second = figure.axes
     assert [label.get_text() for label in first.get_yticklabels()] == ['better', 'same']
@@ -236,8 +251,7 @@ def test_differences_are_points_and_an_interval(fill) -> None:
     ((low, _), (high, _)) = first.collections[0].get_segments()[0]
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     assert not second.collections  # nothing to pair it with
-    alone = plot_differences(comparison, {'fog': {'same': {0: 1.0}}})
-    assert alone is None
+    assert plot_differences(comparison, {'fog': alone}) is None
 
 
 def test_curves_are_means_with_bands(fill) -> None:

@@ -8,7 +8,8 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
-from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
+from vqmoe_vision.comparison.controls import challengers
+from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
@@ -38,10 +39,29 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
         assert config.default_hooks.record.type == 'RunRecordHook'
 
 
+def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:
+    assert sorted(CONTROLS) == ['hashmoe', 'smoe_frozen']
+
+
+@pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
+def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, root: None) -> None:
+    comparison = read_comparison(str(path))
+    assert {'dense', 'dense_wide'} < comparison.rows.keys()
+    rows = {c: set(challengers(comparison, c)) for c in comparison.controls}
+    assert {control.removesuffix('_started') for control in rows} == set(CONTROLS)
+    learned = set().union(*rows.values())
+    assert learned
+    for control in CONTROLS:
+        faced = [rows[own] for own in (control, f'{control}_started') if own in rows]
+        assert set().union(*faced) == learned
+
+
 @pytest.mark.parametrize('leaf', PAPER)
 def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     comparison = read_comparison(f'configs/{leaf}')
-    assert tuple(comparison.rows) == ROWS
+    assert comparison.rows.keys() == {*ROWS, *CONTROLS}
+    assert comparison.controls == CONTROLS
+    assert comparison.also == (('aAcc', 'mAcc') if 'segmentation' in leaf else ())
     assert len(comparison.seeds) == 5
     size = 'small' if 'small' in leaf else 'tiny'
     field = 'model.backbone' if 'segmentation' in leaf else 'model'

@@ -6,7 +6,9 @@ import pytest
 
 from vqmoe_vision.comparison.statistics import (
     detectable,
+    differences,
     holm,
+    mean_and_deviation,
     paired_difference,
     pairs_needed,
 )
@@ -18,6 +20,7 @@ def test_paired_t_test_by_hand() -> None:
     # differences 1, 2, 3: mean 2, standard deviation 1, t = 2 sqrt(3) with two degrees of freedom,
     # whose distribution is 1/2 + t / (2 sqrt(2 + t^2)): p = 1 - sqrt(12 / 14); its 97.5 % point is
     # 0.95 sqrt(2 / (1 - 0.95^2)) = 4.30265
+    assert found.each == {1: 1, 2: 2, 3: 3}
     assert (found.pairs, found.mean, found.std) == (3, pytest.approx(2), pytest.approx(1))
     assert found.p == pytest.approx(1 - math.sqrt(12 / 14))
     half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) / math.sqrt(3)
@@ -44,11 +47,35 @@ def test_equal_differences_have_no_p() -> None:
 
 
 def test_holm_by_hand() -> None:
-    # three that count: 0.01 x 3, then 0.03 x 2, then 0.04 x 1, which may not fall below the second
-    assert holm([0.04, math.nan, 0.01, 0.03]) == pytest.approx(
-        [0.06, math.nan, 0.03, 0.06], nan_ok=True
+    # 0.01 x 3, then 0.03 x 2, then 0.04 x 1, which may not fall below the second
+    assert holm({'a': 0.04, 'b': 0.01, 'c': 0.03}, 3) == pytest.approx(
+        {'a': 0.06, 'b': 0.03, 'c': 0.06}
     )
-    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm({'a': 0.9, 'b': 0.8}, 2) == {'a': 1, 'b': 1}
+
+
+@pytest.mark.parametrize('planned', [3, 12])
+def test_what_is_not_there_yet_counts_as_one(planned: int) -> None:
+    known = {'a': 0.02, 'b': 0.001}
+    missing = {f'row {number}': 1.0 for number in range(planned - len(known))}
+    expected = holm({**known, **missing}, planned)
+    assert expected['b'] == pytest.approx(0.001 * planned)
+    assert holm(known, planned) == {row: expected[row] for row in known}
+    # nor does a p that is not defined make the others smaller
+    found = holm({'c': math.nan, **known}, planned)
+    assert math.isnan(found.pop('c'))
+    assert found == {row: expected[row] for row in known}
+
+
+def test_each_row_has_its_difference_to_one_of_them() -> None:
+    found = differences({'a': {1: 3.0, 2: 5.0}, 'b': {2: 4.0}, 'c': {3: 1.0}}, 'a')
+    assert {row: difference.each for row, difference in found.items()} == {'b': {2: -1.0}, 'c': {}}
+    assert differences({'b': {1: 1.0}}, 'a')['b'].pairs == 0
+
+
+def test_mean_and_deviation_by_hand() -> None:
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == (2, 1)
+    assert mean_and_deviation([5.0]) == (5, 0)
 
 
 @pytest.mark.parametrize(('effect', 'pairs'), [(0.5, 34), (0.8, 15), (1.0, 10)])

@@ -150,15 +150,22 @@ def test_a_test_leaves_the_config_of_its_run(line: str, trained: Path, tmp_path:
     assert 'batch_size=50' in of_test.read_text()
 
 
-def test_a_run_with_averages_does_not_go_on_without(
-    trained: Path, config: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ('saved', 'option', 'what'),
+    [
+        ({'ema_state_dict': {}}, 'log_level=INFO', 'has averages of its weights, .* no EMAHook'),
+        ({}, 'default_hooks.ema.type=EMAHook', 'has no averages of its weights, .* an EMAHook'),
+    ],
+)
+def test_a_run_goes_on_with_averages_if_it_has_them(
+    saved: dict, option: str, what: str, trained: Path, config: str, tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / 'run')
-    saved = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)
-    torch.save({**saved, 'ema_state_dict': {}}, tmp_path / 'run/epoch_2.pth')
-    name = f'experiment_name={tmp_path.name}'
-    with pytest.raises(SystemExit, match='have no EMAHook: go on with the options that it began'):
-        train([config, '--work-dir', str(tmp_path / 'run'), '--resume', '--cfg-options', name])
+    content = torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)
+    torch.save({**content, **saved}, tmp_path / 'run/epoch_2.pth')
+    options = ['--cfg-options', f'experiment_name={tmp_path.name}', option]
+    with pytest.raises(SystemExit, match=f'{what}: go on with the options that it began with'):
+        train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *options])
 
 
 def test_codebook_moves_between_epochs(trained: Path) -> None:

@@ -52,6 +52,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     out = str(tmp_path / 'out.pth')
     for arguments, message in (
         ([str(tmp_path / 'none.pth'), out], r"none\.pth' does not exist"),
+        ([str(tmp_path / 'none'), str(tmp_path / 'out')], r"none' does not exist: the work dir"),
         ([good, str(tmp_path / 'out.pt')], r"out\.pt' must end in \.pth"),
         ([str(weights), out], r"weights\.pth' has no 'state_dict' and 'meta' of a training"),
         ([str(damaged), out], r"damaged\.pth' is damaged, or holds more than weights"),

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.complexity import complexity
+from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS
 
@@ -77,3 +78,23 @@ def test_the_first_losses_can_be_had_alone(whole: Runner, tmp_path: Path) -> Non
     found = record(tmp_path / 'first')
     assert len(found['training_loss']) == 20
     assert found['first_losses'] == record(Path(whole.work_dir))['first_losses']
+
+
+def test_a_run_is_not_resumed_with_other_defaults_or_data(
+    whole: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record(Path(whole.work_dir))['moe_options']['code_share'] == 0.05
+    first = config_of(tmp_path / 'parts')
+    first.train_cfg.max_epochs = 1
+    Runner.from_cfg(first).train()
+    other = config_of(tmp_path / 'parts', **{'train_dataloader.dataset.imbalance': 2})
+    other.resume, other.experiment_name = True, 'with_other_data'
+    with pytest.raises(
+        ValueError, match=r'data.train=.* is not possible: .* as when the run began'
+    ):
+        Runner.from_cfg(other).train()
+    monkeypatch.setitem(METHODS['vqmoe'].config.__init__.__kwdefaults__, 'code_share', 0.3)
+    second = config_of(tmp_path / 'parts')
+    second.resume, second.experiment_name = True, 'with_other_defaults'
+    with pytest.raises(ValueError, match=r'moe.code_share=0.3 is not possible: 0.05, as when'):
+        Runner.from_cfg(second).train()

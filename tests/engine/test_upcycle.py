@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine.upcycle import upcycle
 
@@ -37,6 +38,21 @@ def test_the_folder_is_what_create_model_makes(dense: str, tmp_path: Path, capsy
     report = (out / 'upcycling.txt').read_text()
     assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in report
     assert capsys.readouterr().out.endswith(f'{report}wrote {out}\n')
+
+
+@pytest.mark.parametrize('classes', [5, 4])
+def test_classes_are_named_as_long_as_the_head_is_kept(classes: int, tmp_path: Path) -> None:
+    names = ['ant', 'bee', 'cat', 'dog', 'elk']
+    config = {'label_names': names, 'license': 'mit', 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    model = timm.create_model('vit_tiny_patch16_224', pretrained_cfg_overlay=config, **SIZES)
+    save_for_hf(model, tmp_path / 'dense', {'label_names': names}, SIZES, safe_serialization=True)
+    options = [*OPTIONS, f'num_classes={classes}']
+    out = tmp_path / 'out'
+    source = f'local-dir:{tmp_path / "dense"}'
+    upcycle([source, 'vit_tiny_smoe', str(out), '--cfg-options', *options])
+    found = json.loads((out / 'config.json').read_text())
+    assert found.get('label_names') == (names if classes == 5 else None)
+    assert found['pretrained_cfg']['license'] == 'mit'
 
 
 @pytest.mark.parametrize('numbers', [1, None])

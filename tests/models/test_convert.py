@@ -1,6 +1,7 @@
 """A model that is already there gets experts where its MLPs are, or stays as it is."""
 
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,7 +63,8 @@ def test_a_model_of_dinov3_is_converted(
     method: str, options: dict[str, Any], images: torch.Tensor
 ) -> None:
     if METHODS[method].read_patches is not None:
-        with pytest.raises(ValueError, match=r"block='EvaBlock' is not possible: Block, for a"):
+        refused = f"block='EvaBlock' is not possible: .*{method} looks"
+        with pytest.raises(ValueError, match=refused):
             convert_to_moe(dinov3(), method, **options)
         return
     model = dinov3()
@@ -83,6 +85,19 @@ def test_a_model_of_dinov3_is_converted(
     assert torch.equal(again(images), model(images))
 
 
+class Doubled(torch.nn.Linear):
+    """The tensors of a linear layer, and another answer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def with_layer(part: str) -> Any:
+    model = dense()
+    getattr(model.blocks[1].mlp, part).__class__ = Doubled
+    return model
+
+
 @pytest.mark.parametrize(
     ('build', 'options', 'message'),
     [
@@ -96,7 +111,11 @@ def test_a_model_of_dinov3_is_converted(
             {},
             "blocks.1.mlp='GluMlp' is not possible: timm's",
         ),
-        (lambda: dense(scale_mlp_norm=True), {}, 'without a norm between them'),
+        (lambda: dense(scale_mlp_norm=True), {}, 'without a norm between its layers'),
+        *(
+            (partial(with_layer, part), {}, f"blocks.1.mlp.{part}='Doubled' is not possible: torch")
+            for part in ('fc1', 'fc2')
+        ),
         (lambda: make('smoe'), {}, "model='MoeVisionTransformer' is not possible"),
         (
             lambda: torch.nn.Linear(2, 2),

@@ -186,6 +186,35 @@ def test_a_bare_file_with_rotary_positions_is_not_said_to_have_none(
     assert 'pos_embed' not in str(caught.value)
 
 
+@pytest.mark.parametrize('name', ['vit_pe_core_tiny_patch16_384', 'vit_pe_core_base_patch16_224'])
+def test_rotary_positions_beside_absolute_ones_are_suspected(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / 'a.pth')
+    torch.save(dense(name).state_dict(), path)
+    with pytest.raises(ValueError, match=r'an Eva .* rotary too; .*; if it is of a Vis') as caught:
+        make('smoe', upcycle=path)
+    assert '\n' not in str(caught.value)
+    with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
+        model: Any = make('smoe', upcycle=path, pre_norm=True)
+    told = 'whose positions are rotary too; names do not tell it from a VisionTransformer'
+    assert told in caplog.messages[0] and told in model.weights_report.warnings[0]
+    # an Eva has them
+    given = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
+    model = create_model(name, {'method': 'smoe'}, **TINY, **given)
+    assert not model.weights_report.warnings
+
+
+@pytest.mark.parametrize('bare', [True, False])
+def test_what_names_its_network_is_not_suspected(bare: bool, tmp_path: Path) -> None:
+    given = dict(pre_norm=True, global_pool='map')
+    source, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', **given)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    upcycle = str(tmp_path / 'a.pth') if bare else f'local-dir:{folder}'
+    model: Any = make('smoe', upcycle=upcycle, **given)
+    assert bool(model.weights_report.warnings) == bare
+
+
 def test_a_name_of_timm_says_what_its_weights_are() -> None:
     overlay, fit = known_weights('deit_tiny_patch16_224', {}, {}, Described())
     assert overlay['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'  # not reached here

@@ -128,6 +128,25 @@ def test_damaged_files_are_named(suffix: str, way: str, tmp_path: Path) -> None:
             make('smoe', **options)
 
 
+@pytest.mark.parametrize('source', ['dense', 'smoe'])
+@pytest.mark.parametrize('missing', [(3,), (1, 3)])
+def test_a_layer_without_mlp_and_experts_is_refused(
+    source: str, missing: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = str(tmp_path / 'a.pth')
+    layers = tuple(f'blocks.{block}.mlp.' for block in missing)
+    whole = (dense() if source == 'dense' else make('smoe')).state_dict()
+    torch.save({k: v for k, v in whole.items() if not k.startswith(layers)}, path)
+    message = rf'neither an MLP nor experts for blocks\.{missing[0]}\.mlp, .* whole weights would'
+    with pytest.raises(ValueError, match=message):
+        make('smoe', upcycle=path)
+    model = make('smoe')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        start_from(model, path)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_another_methods_checkpoint_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(make('smoe').state_dict(), path)

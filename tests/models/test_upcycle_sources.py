@@ -1,14 +1,19 @@
 """Networks, names, files and folders that dense weights come from, and what is read in them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
-from .conftest import dense, make
+from vqmoe_vision.models.create import create_model
+
+from .conftest import DENSE, TINY, dense, make
 
 
 def test_a_folder_of_timm_brings_its_normalisation(tmp_path: Path, images: torch.Tensor) -> None:
@@ -129,3 +134,64 @@ def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
         make('smoe', upcycle=path, **backbone)
     model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
     assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused
+
+
+IMPOSSIBLE = [
+    (dict(mean=[127.5] * 3, std=[127.5] * 3), r'mean=\[127.5.* from 0 to 1, what a white pixel is'),
+    (dict(mean=[0.5] * 3, std=[0.0] * 3), r'std=\[0.0, 0.0, 0.0\] is not possible: above 0'),
+    (dict(mean=[0.5] * 3, std=[float('inf')] * 3), r'std=\[inf.* is not possible: from 0 to 1'),
+    (dict(mean=[float('nan')] * 3, std=[0.5] * 3), r'mean=\[nan.* is not possible: from 0 to 1'),
+    (
+        dict(mean='x', std=[0.5] * 3),
+        "mean='x' is not possible: one number, or one for each channel",
+    ),
+    (dict(mean=[0.5] * 2, std=[0.5] * 3), r'mean=\[0.5, 0.5\] is not possible: one number, or one'),
+    (
+        dict(mean=0.5, std=True),
+        'std=True is not possible: one number, or one for each channel of 3',
+    ),
+]
+
+
+@pytest.mark.parametrize(('numbers', 'message'), IMPOSSIBLE)
+@pytest.mark.parametrize('way', ['upcycle', 'pretrained', 'dense', 'config', 'host'])
+def test_numbers_that_no_images_have_are_refused(
+    numbers: dict[str, Any], message: str, way: str, saved: tuple[Any, str]
+) -> None:
+    overlay = dict(pretrained_cfg_overlay=numbers)
+    named = dict(pretrained=True, pretrained_cfg_overlay={'file': saved[1], **numbers})
+    calls: dict[str, tuple[str, dict[str, Any]]] = {
+        'upcycle': ('vit_tiny_smoe', dict(upcycle=saved[1], **overlay)),
+        'pretrained': ('vit_tiny_smoe', named),
+        'dense': (DENSE, named),
+        'config': ('vit_tiny_smoe', dict(upcycle=saved[1], pretrained_cfg=numbers)),
+        'host': ('moe_host', dict(host=DENSE, method='smoe', **named)),
+    }
+    name, given = calls[way]
+    create = create_model if way == 'dense' else timm.create_model
+    field = 'pretrained_cfg.' if way == 'config' else 'pretrained_cfg_overlay.'
+    with pytest.raises(ValueError, match=rf'^{field}{message}'):
+        create(name, **TINY, **given)
+
+
+@pytest.mark.parametrize(('numbers', 'message'), IMPOSSIBLE)
+def test_a_config_beside_weights_with_such_numbers_is_refused(
+    numbers: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_for_hf(dense(), tmp_path, model_args=TINY, safe_serialization=True)
+    file = tmp_path / 'config.json'
+    content = json.loads(file.read_text())
+    content['pretrained_cfg'].update(numbers)
+    file.write_text(json.dumps(content))
+    message = message.replace('std=True', 'std=(True|1)')
+    with pytest.raises(ValueError, match=rf'config\.json.: {message}'):
+        make('smoe', upcycle=f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('numbers', [(0.25, 0.5), ([0.25], [0.5]), ((0.25,) * 3, [0.5] * 3)])
+def test_one_number_is_that_of_each_channel(numbers: Any, saved: tuple[Any, str]) -> None:
+    mean, std = numbers
+    overlay = dict(pretrained_cfg_overlay=dict(mean=mean, std=std))
+    model: Any = make('smoe', upcycle=saved[1], **overlay)
+    found = resolve_model_data_config(model)
+    assert (found['mean'], found['std']) == ((0.25,) * 3, (0.5,) * 3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vqmoe_vision.moe.codebook import Codebook
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientCodebook
 from vqmoe_vision.moe.codebook_sample import kmeans
-from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
+from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .codebooks import M, every_codebook
 from .conftest import D
@@ -271,7 +271,9 @@ def test_a_codebook_is_built_with_the_options_of_its_method(name: str) -> None:
         'use_cosine_sim': True,
         'ema_decay': 0.9,
         'ema_decay_warmup': True,
+        'ema_bias_correction': False,
         'dead_code_threshold': 0.1,
+        'usage_from_kmeans': True,
     }
     known = {option: given[option] for option in CODEBOOKS[name].OPTIONS}
     book = VQMoEConfig.from_options(codebook=name, **known).build_codebook(M, D)

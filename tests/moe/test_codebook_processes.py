@@ -18,6 +18,11 @@ VARIANTS = {
         f'{name}, warm-up': (name, {'ema_decay_warmup': True})
         for name in ('ema', 'gradient', 'cvq')
     },
+    **{
+        f'{name}, corrected': (name, {'ema_bias_correction': True})
+        for name in ('ema', 'gradient', 'cvq')
+    },
+    **{f'{name}, counted': (name, {'usage_from_kmeans': True}) for name in ('ema', 'gradient')},
     # the first batch of one rank is empty, and of the other one is usable or not
     **{f'empty, {name}': (name, {}) for name in ('ema', 'gradient', 'cvq')},
     **{f'spoilt, {name}': (name, {}) for name in ('ema', 'gradient', 'cvq')},

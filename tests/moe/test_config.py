@@ -25,9 +25,9 @@ def test_a_single_option_wins_over_the_preset(method, preset):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_the_paper_is_the_default(method):
+def test_without_a_preset_options_are_the_defaults(method):
     config = METHODS[method].config
-    assert config.from_options() == config()
+    assert config.from_options() == config.from_options(preset=None) == config()
 
 
 @pytest.mark.parametrize('method', METHODS)

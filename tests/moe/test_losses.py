@@ -56,6 +56,24 @@ def test_router_z_of_zero_logits():
     torch.testing.assert_close(value, torch.tensor(4.3241), rtol=0, atol=5e-5)
 
 
+def test_diversity_known_answer():
+    # means (1.7, 1.1, 1.2) / 4: ln 3 + 0.425 ln 0.425 + 0.275 ln 0.275 + 0.3 ln 0.3
+    # = 1.0986123 - 0.3636581 - 0.3550206 - 0.3611918 = 0.0187417
+    value = losses.diversity(GATES).value()
+    torch.testing.assert_close(value, torch.tensor(0.0187417), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(('probs', 'expected'), [([0.25] * 4, 0.0), ([1.0, 0, 0, 0], math.log(4))])
+def test_diversity_is_zero_at_even_use_and_ln_m_of_one_code(probs, expected):
+    given = torch.tensor(probs).expand(5, 4).clone().requires_grad_()
+    value = losses.diversity(given).value()
+    value.backward()
+    torch.testing.assert_close(value.detach(), torch.tensor(expected))
+    # ln(M p) + 1 of a fifth each, where p is above 1e-10, and finite below
+    assert given.grad.isfinite().all()
+    torch.testing.assert_close(given.grad[0, 0].item(), (math.log(4 * probs[0]) + 1) / 5)
+
+
 @pytest.mark.parametrize('top_k', [1, 2, 4])
 def test_load_balance_is_one_at_even_routing(top_k):
     num_experts, tokens = 8, 16

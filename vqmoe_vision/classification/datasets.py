@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.registry import DATASETS
 from PIL import Image
 from torch.utils.data import Subset
@@ -41,7 +42,7 @@ def digits(split: str, transform: dict, imbalance: float = 1) -> ImageClassifica
         chosen = long_tail(targets, imbalance)
         scans, targets = scans[chosen], targets[chosen]
     pairs = [(Image.fromarray(scan), target) for scan, target in zip(scans, targets, strict=True)]
-    return ImageClassification(pairs, DIGITS, transform, counts)
+    return ImageClassification(pairs, DIGITS, transform, counts, list(map(str, targets)))
 
 
 @DATASETS.register_module(name='class_folder')
@@ -83,9 +84,10 @@ def class_folder(
         part = split if dev_size else 'trainval'
         chosen = split_indices(source.targets, part, dev_size, imbalance)
         source.samples = [source.samples[i] for i in chosen]
+    names = [Path(path).relative_to(folder).as_posix() for path, _ in source.samples]
     if in_memory:
         source = [(load_image(path), target) for path, target in source.samples]
-    return ImageClassification(source, classes, transform, counts)
+    return ImageClassification(source, classes, transform, counts, names)
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
@@ -155,10 +157,11 @@ def _part(
     if imbalance != 1:
         training = source if split != 'test' else read(True)
         counts = train_counts(getattr(training, field), dev_size, imbalance)
+    targets = np.asarray(getattr(source, field))
     if split != 'test':
-        chosen = split_indices(getattr(source, field), split, dev_size, imbalance)
-        source = Subset(source, chosen)
-    return ImageClassification(source, classes, transform, counts)
+        chosen = split_indices(targets, split, dev_size, imbalance)
+        source, targets = Subset(source, chosen), targets[chosen]
+    return ImageClassification(source, classes, transform, counts, list(map(str, targets)))
 
 
 @DATASETS.register_module(name='cifar10')

@@ -20,6 +20,7 @@ class ImageClassification(Dataset):
         classes: Names of the classes, by index.
         transform: Config of a transform from a PIL image to a tensor (3, H, W).
         counts: Images that training sees of each class, if it sees a long tail.
+        names: What each image is called, its class included, for the record of a run.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class ImageClassification(Dataset):
         classes: Sequence[str],
         transform: dict,
         counts: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.names = source, names
         self.metainfo: dict[str, Any] = {'classes': tuple(classes)}
         if counts is not None:
             self.metainfo['train_counts'] = tuple(counts)

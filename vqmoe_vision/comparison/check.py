@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         content: Of its file.
 
     Returns:
-        The finding: `equal`, the losses that it is about, and where it comes from.
+        The finding: `equal`, the losses that it is about, where it comes from, and the options of
+        MoE layers that it was made with.
 
     Raises:
         ValueError: The training fails.
@@ -40,14 +43,40 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise ValueError(f'{run.name} cannot be repeated: {lines[-1] if lines else "killed"}')
-        losses = json.loads((folder / 'run.json').read_text())['first_losses']
+        record = json.loads((folder / 'run.json').read_text())
+    losses = record['first_losses']
     kept = content['first_losses']
-    off = [abs(now - then) / abs(then) for now, then in zip(losses, kept, strict=True)]
-    worst = max(range(len(off)), key=off.__getitem__)
     return {
-        'equal': off[worst] <= TOLERANCE,
-        'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
-        'largest_relative_difference': off[worst],
+        **compared(losses, kept, run.name),
         'commit': commit(),
         'losses': kept,
+        'moe_options': record['moe_options'],
     }
+
+
+def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:
+    """Whether losses came out again; those that are no number never did.
+
+    Args:
+        losses: Of today.
+        kept: Of the row.
+        name: Of the run, for messages.
+
+    Raises:
+        ValueError: They are not as many.
+    """
+    if len(losses) != len(kept):
+        raise ValueError(f'{name}: its row has {len(kept)} first losses, today has {len(losses)}')
+    off = [_distance(now, then) for now, then in zip(losses, kept, strict=True)]
+    worst = max(range(len(off)), key=off.__getitem__)
+    return {
+        'equal': all(distance <= TOLERANCE for distance in off),
+        'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
+        'largest_relative_difference': off[worst] if math.isfinite(off[worst]) else None,
+    }
+
+
+def _distance(now: float, then: float) -> float:
+    """Relative, and infinite where either is no number: nan would pass every comparison by."""
+    distance = abs(now - then) / abs(then) if then else abs(now - then)
+    return math.inf if math.isnan(distance) else distance

@@ -14,12 +14,14 @@ from tqdm import tqdm
 from vqmoe_vision.engine.command import run
 
 from .check import repeat
+from .data import without_other_data
 from .noise import PAIRS, noise_of
+from .outcome import Outcome
 from .queue import Queue
-from .report import draw_figures, write_tables
+from .report import draw_figures, write_images, write_tables
 from .results import Results, Store
 from .routing import measure_routing
-from .runs import Run
+from .runs import WORK_DIR, Run
 from .shifts import measure_shifts
 from .spec import read_comparison
 from .tasks import Task, tasks_of
@@ -39,29 +41,32 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
         one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
         one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
-        one.add_argument(
-            '--work-dir', type=Path, default=Path('work_dirs/comparisons'), help='for runs'
-        )
+        one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
         one.add_argument(
             '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
         )
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
         if action == 'run':
             one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
+        if action == 'table':
+            one.add_argument(
+                '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
+            )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
     run(parser, argv, lambda args: args.function(args))
 
 
 class _Work:
-    """What every action begins with."""
+    """What every action begins with; `whole` takes all rows and seeds, whatever was asked for."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, whole: bool = False) -> None:
         self.comparison = read_comparison(args.spec)
         name = self.comparison.name
+        part = () if whole else (args.rows, args.seeds)
         self.runs = [
             Run(self.comparison, row, seed, args.work_dir)
-            for row, seed in self.comparison.selected(args.rows, args.seeds)
+            for row, seed in self.comparison.selected(*part)
         ]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
@@ -74,11 +79,12 @@ class _Work:
     def read(self) -> Results:
         """What is there, with a line for all that is left out."""
         results = self.store.read(self.runs)
-        for name, reason in results.left_out.items():
-            print(f'left out: {name}: {reason}', file=sys.stderr)
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
-            results = results.completed(other.read(results.missing).usable)
+            results = results.completed(other.read(results.missing))
+        results = without_other_data(results)
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
         return results
 
     def unfinished(self) -> list[Run]:
@@ -86,13 +92,13 @@ class _Work:
         usable = self.read().usable
         return [one for one in self.runs if (one.row, one.seed) not in usable]
 
-    def unrefuted(self) -> list[Task]:
+    def unstale(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
         tasks = []
         for task in tasks_of(self.unfinished(), self.store):
-            if task.store.is_refuted(task.run):
+            if task.store.is_stale(task.run):
                 print(
-                    f'left out: {task.name}: a check has refuted what {task.run.folder} holds; '
+                    f'left out: {task.name}: what {task.run.folder} holds is stale; '
                     'the action run sets it aside and begins anew',
                     file=sys.stderr,
                 )
@@ -122,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    tasks = _Work(args).unrefuted()
+    tasks = _Work(args).unstale()
     for task in tasks:
         print(task.line())
     held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
@@ -137,15 +143,25 @@ def _list(args: argparse.Namespace) -> None:
 
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
-    due = [task for task in work.unrefuted() if task.row]
-    found = [task for task in due if task.collect()]
-    print(f'{len(found)} runs collected, {len(due) - len(found)} are not finished')
+    due = [task for task in work.unstale() if task.row]
+    found, damaged = 0, []
+    for task in due:
+        try:
+            found += task.collect()
+        except ValueError as error:
+            damaged.append(task.name)
+            print(f'left out: {task.name}: {error}', file=sys.stderr)
+    print(f'{found} runs collected, {len(due) - found - len(damaged)} are not finished')
+    if damaged:
+        raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 
 
 def _table(args: argparse.Namespace) -> None:
-    work = _Work(args)
-    made = work.comparison, work.read(), args.results / 'tables'
-    for path in [*write_tables(*made), *draw_figures(*made)]:
+    work = _Work(args, whole=True)  # p is corrected for all rows, whatever is shown
+    outcome = Outcome(work.comparison, work.read(), args.rows, args.seeds)
+    made = outcome, args.results / 'tables'
+    images = [] if args.images is None else write_images(outcome, args.images)
+    for path in [*write_tables(*made), *draw_figures(*made), *images]:
         print(path)
 
 
@@ -170,6 +186,7 @@ def _say_absent(names: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
+    work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
     usable = work.store.read(work.runs, checked=False).usable
     if not usable:
         raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')

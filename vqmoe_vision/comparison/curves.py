@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from .results import Usable
 from .spec import Comparison
+from .statistics import mean_and_deviation
 
 Curve = list[list[float]]  # iterations and values
 _STYLES = ('-', '--', ':')
@@ -82,9 +83,8 @@ def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
         for step, value in curve:
             points.setdefault(step, []).append(value)
     steps = sorted(points)
-    mean = np.array([np.mean(points[step]) for step in steps])
+    mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
     seeds = len(points[steps[-1]])
-    spread = np.array([np.std(points[s], ddof=1) if len(points[s]) > 1 else 0 for s in steps])
     style: dict[str, Any] = {
         'color': colour_of(number),
         'linestyle': _STYLES[number // len(_COLOURS) % len(_STYLES)],
@@ -92,4 +92,5 @@ def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
         'markersize': 3,
     }
     axes.plot(steps, mean, label=f'{row} ({seeds})', **style)
-    axes.fill_between(steps, mean - spread, mean + spread, color=style['color'], alpha=0.15, lw=0)
+    ends = mean - deviation, mean + deviation
+    axes.fill_between(steps, *ends, color=style['color'], alpha=0.15, lw=0)

@@ -10,48 +10,42 @@ from matplotlib.figure import Figure
 from vqmoe_vision.analysis.drawing import panels
 
 from .spec import Comparison
-from .statistics import paired_difference
-
-Scores = Mapping[str, Mapping[int, float]]  # by row and seed
+from .statistics import Difference
 
 
-def plot_differences(comparison: Comparison, tests: Mapping[str, Scores]) -> Figure | None:
+def plot_differences(
+    comparison: Comparison, tests: Mapping[str, Mapping[str, Difference]]
+) -> Figure | None:
     """Draws each row's differences to the reference: a point per seed, and the mean's interval.
 
     Args:
         comparison: What was compared.
-        tests: By title: the scores of a test.
+        tests: By title: the differences of rows in a test.
 
     Returns:
         A panel per test; None if no row has a seed in common with the reference.
     """
-    reference = comparison.reference
-    rows = [
-        row
-        for row in comparison.rows
-        if row != reference
-        and any(s.get(row, {}).keys() & s.get(reference, {}).keys() for s in tests.values())
-    ]
+    found = {row for differences in tests.values() for row, d in differences.items() if d.pairs}
+    rows = [row for row in comparison.rows if row in found]
     if not rows:
         return None
     figure, grid = panels(len(tests), 4 + 4 * min(len(tests), 2), 1.6 + 0.45 * len(rows))
-    for axes, (title, scores) in zip(grid.flat, tests.items(), strict=False):
-        _differences(axes, rows, scores, reference)
-        axes.set(title=title, xlabel=f'{comparison.metric}, difference to {reference}')
+    for axes, (title, differences) in zip(grid.flat, tests.items(), strict=False):
+        axes.axvline(0, color='black', linewidth=0.8)
+        for place, row in enumerate(rows):
+            if row in differences:
+                _difference(axes, place, differences[row])
+        label = f'{comparison.metric}, difference to {comparison.reference}'
+        axes.set(title=title, xlabel=label)
     # the first row is on top
     grid[0, 0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     figure.suptitle(f'{comparison.name}: a point per seed; bars are 95 % intervals of the mean')
     return figure
 
 
-def _differences(axes: Axes, rows: list[str], scores: Scores, reference: str) -> None:
-    base = scores.get(reference, {})
-    axes.axvline(0, color='black', linewidth=0.8)
-    for place, row in enumerate(rows):
-        own = scores.get(row, {})
-        points = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-        axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
-        if len(points) > 2:  # the interval of two hides everything else
-            found = paired_difference(own, base)
-            ends = [[found.mean - found.low], [found.high - found.mean]]
-            axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
+def _difference(axes: Axes, place: int, found: Difference) -> None:
+    points = list(found.each.values())
+    axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
+    if len(points) > 2:  # the interval of two hides everything else
+        ends = [[found.mean - found.low], [found.high - found.mean]]
+        axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)

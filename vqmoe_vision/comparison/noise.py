@@ -6,10 +6,10 @@ import math
 
 import pandas as pd
 
+from .outcome import scores_of
 from .results import Results
 from .spec import Comparison
-from .statistics import detectable, paired_difference
-from .tables import scores_of
+from .statistics import detectable, differences
 
 PAIRS = 5
 
@@ -30,12 +30,12 @@ def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, fl
         ValueError: No row shares two seeds with the reference.
     """
     scores = scores_of(comparison, results)
-    reference = scores.get(comparison.reference, {})
+    found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0
-    for row in filter(scores.__contains__, comparison.rows):
-        line = {'seeds': len(scores[row]), 'std': pd.Series(scores[row]).std()}
-        difference = paired_difference(scores[row], reference)
-        if row != comparison.reference and difference.pairs > 1:
+    for row, values in scores.items():
+        line = {'seeds': len(values), 'std': pd.Series(values).std()}
+        difference = found.get(row)
+        if difference is not None and difference.pairs > 1:
             squares += difference.std**2 * (difference.pairs - 1)
             freedom += difference.pairs - 1
             line |= {

@@ -213,7 +213,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _claimed(task: Task) -> IO[str] | None:
-    """The lock of a run, unless another process has it; what a check has refuted is set aside."""
+    """The lock of a run, unless another process has it; what is stale is set aside."""
     while True:
         make_folder(task.run.folder)
         lock = _lock(task.run.folder / 'lock')

@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
+from .checked import said_of_checks
 from .curves import plot_curves
+from .data import said_of_data
 from .difference_figure import plot_differences
-from .results import Results
+from .outcome import Outcome
 from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
 from .routing_figure import plot_routing
 from .sentences import sentences
-from .shifts import shifted_scores
-from .spec import Comparison
-from .tables import frame_of, notes, scores_of, shift_table, shown
+from .tables import frame_of, notes, shift_table, shown
 
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
+_DPI = 110
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
@@ -34,13 +37,12 @@ _ROUTED = (
 )
 
 
-def write_tables(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
     """Writes the table of a comparison; the same rows give the same bytes.
 
     Args:
-        comparison: What was compared.
-        results: What is there of it.
-        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`.
+        outcome: What is shown.
+        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`; of a part `<name>-part.md` and so on.
 
     Returns:
         The files.
@@ -48,24 +50,24 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     Raises:
         ValueError: No run can be used.
     """
-    frame = frame_of(comparison, results)
-    table = shown(comparison, frame)
-    said = sentences(comparison, frame, scores_of(comparison, results))
-    remarks = notes(comparison, frame)
-    missing = [run.name for run in results.missing]
+    frame = frame_of(outcome)
+    table = shown(outcome, frame)
+    said = sentences(outcome)
+    remarks = [*_which(outcome), *notes(outcome, frame)]
     caption = ' '.join(remarks).translate(_LATEX)
     texts = {
-        'md': _markdown(comparison, results, frame, table, [*remarks, *said]),
+        'md': _markdown(outcome, frame, table, [*remarks, *said]),
         'tex': table.to_latex(index=False, escape=True, caption=caption),
         'csv': frame.to_csv(index_label='row'),
         'json': json.dumps(
             {
                 'rows': _plain(frame),
-                'scores': scores_of(comparison, results),
+                'scores': {row: outcome.scores[row] for row in frame.index},
                 'notes': remarks,
                 'sentences': said,
-                'left_out': results.left_out,
-                'missing': missing,
+                'checks': said_of_checks(outcome.comparison, outcome.results),
+                'left_out': outcome.results.left_out,
+                'missing': [run.name for run in outcome.results.missing],
             },
             indent=1,
             allow_nan=False,
@@ -74,59 +76,96 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, text in texts.items():
-        written.append(folder / f'{comparison.name}.{kind}')
+        written.append(folder / f'{outcome.name}.{kind}')
         written[-1].write_text(text.rstrip() + '\n')
     return written
 
 
-def draw_figures(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
     """Draws the figures of a comparison; the same rows give the same bytes.
 
     Args:
-        comparison: What was compared.
-        results: What is there of it; some run can be used.
+        outcome: What is shown; some run can be used.
         folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
             `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
-            `<name>-inconsistency`, `<name>-convergence`.
+            `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on.
 
     Returns:
         The files.
     """
-    as_trained = scores_of(comparison, results)
-    figures = {
-        'curves': plot_curves(comparison, results.usable),
-        'differences': plot_differences(comparison, {'as in training': as_trained}),
-        'shifts': plot_differences(comparison, shifted_scores(comparison, results)),
-        **plot_routing(comparison, results),
-    }
     written = []
-    for name, figure in figures.items():
-        if figure is None:
-            continue
+    for name, figure in _figures(outcome).items():
         # without the time and the version of matplotlib
         for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-            written.append(folder / f'{comparison.name}-{name}.{kind}')
-            figure.savefig(written[-1], metadata=metadata, dpi=110)
+            written.append(folder / f'{outcome.name}-{name}.{kind}')
+            figure.savefig(written[-1], metadata=metadata, dpi=_DPI)
     return written
 
 
+def write_images(outcome: Outcome, folder: Path) -> list[Path]:
+    """Draws the figures that documents show, as `Comparison.images` names them.
+
+    Args:
+        outcome: The whole comparison.
+        folder: Where documents look for them.
+
+    Returns:
+        The files, which say what version of matplotlib has drawn them: another one draws other
+        letters.
+
+    Raises:
+        ValueError: A part is shown, no image is named, or there is no such figure.
+    """
+    comparison = outcome.comparison
+    if outcome.partial:
+        raise ValueError('--images is not possible with a part: documents show all rows and seeds')
+    if not comparison.images:
+        raise ValueError(f'--images: {comparison.name} names no images')
+    figures, written = _figures(outcome), []
+    for figure, name in comparison.images.items():
+        if figure not in figures:
+            raise ValueError(f'images: {figure!r} is not drawn; drawn are {", ".join(figures)}')
+        written.append(folder / f'{name}.png')
+        drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
+        figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
+    return written
+
+
+def _figures(outcome: Outcome) -> dict[str, Figure]:
+    """By name, those that there is something to draw of."""
+    comparison, differences = outcome.comparison, outcome.differences
+    as_trained = {row: differences[row] for row in outcome.rows if row in differences}
+    figures = {
+        'curves': plot_curves(comparison, outcome.results.usable),
+        'differences': plot_differences(comparison, {'as in training': as_trained}),
+        'shifts': plot_differences(comparison, outcome.shifted_differences),
+        **plot_routing(comparison, outcome.results),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _which(outcome: Outcome) -> list[str]:
+    """Which part is shown, in a sentence; nothing of the whole."""
+    if not outcome.partial:
+        return []
+    rows, seeds = ', '.join(outcome.rows), ', '.join(map(str, outcome.seeds))
+    return [f'A part of {outcome.comparison.name}: rows {rows}; seeds {seeds}.']
+
+
 def _markdown(
-    comparison: Comparison,
-    results: Results,
-    frame: pd.DataFrame,
-    table: pd.DataFrame,
-    lines: Sequence[str],
+    outcome: Outcome, frame: pd.DataFrame, table: pd.DataFrame, lines: Sequence[str]
 ) -> str:
+    comparison, results = outcome.comparison, outcome.results
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     missing = [', '.join(run.name for run in results.missing)] if results.missing else []
     commands = [frame.command[row] for row in frame.index]
     parts = [
-        f'# {comparison.name}',
+        f'# {comparison.name}' + (', a part' if outcome.partial else ''),
         f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
-        _list(lines),
-        *_told(_SHIFTED, shift_table(comparison, results)),
+        _list([*lines, said_of_data(results), said_of_checks(comparison, results)]),
+        *_told(_SHIFTED, shift_table(outcome)),
         *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),

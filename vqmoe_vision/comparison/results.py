@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER
+from vqmoe_vision.engine.checkpoint_files import POINTER, write_atomically
 
-from .runs import Run, what_counts
+from .runs import Run
+from .validity import (
+    VERSION,
+    Check,
+    damage,
+    damage_of_check,
+    other_config,
+    other_options,
+    refutation,
+)
 
-VERSION = 1
 Usable = dict[tuple[str, int], dict[str, Any]]
-_NEEDED = {
-    'config',
-    'options',
-    'command',
-    'row',
-    'seed',
-    'metric',
-    'test',
-    'first_losses',
-    'held_out',
-}
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,24 @@ class Results:
         usable: Contents of the files that count, by row and seed.
         left_out: Reasons by the name of a file that does not count.
         missing: Runs without a file.
+        checked: Commits at which a check has found those that count to be right, by row and seed;
+            those that nobody has checked are not among them.
     """
 
     usable: Usable
     left_out: dict[str, str]
     missing: list[Run]
+    checked: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    def completed(self, more: Usable) -> Results:
+    def completed(self, more: Results) -> Results:
         """These with rows of another comparison that were trained in the same way.
 
         Args:
-            more: Some of what is missing, by row and seed.
+            more: Some of what is missing.
         """
-        missing = [run for run in self.missing if (run.row, run.seed) not in more]
-        return Results({**self.usable, **more}, self.left_out, missing)
+        missing = [run for run in self.missing if (run.row, run.seed) not in more.usable]
+        usable, checked = {**self.usable, **more.usable}, {**self.checked, **more.checked}
+        return Results(usable, self.left_out, missing, checked)
 
 
 class Store:
@@ -68,7 +72,9 @@ class Store:
         return self.folder / f'{run.name}.json'
 
     def collect(self, run: Run) -> bool:
-        """Writes the file of a run from its work dir.
+        """Writes the file of a run from its work dir, unless there is one that counts.
+
+        Such a one may hold what was measured after it was written.
 
         Returns:
             Whether the run is finished.
@@ -83,6 +89,9 @@ class Store:
             return False
         record, *tests = map(_load, files)
         test = tests[0] if tests else _last_validation(record, run)
+        tested = folder / 'test' / 'data.json'
+        if tests and tested.is_file():
+            record['data'] = {**record.get('data', {}), **_load(tested)}
         metric = run.comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
@@ -96,21 +105,44 @@ class Store:
             'metric': metric,
             'stage': comparison.stage,
             'test': test,
-            'held_out': [[i, values[metric]] for i, values in record['held_out']],
+            'held_out': _curve(record.get('held_out'), metric),
             'config': run.resolved,
         }
-        self.write(run, content)
+        if reason := damage(content, run):
+            raise ValueError(f'results in {folder} cannot be used: {reason}')
+        with self._alone():
+            if not self.read([run]).usable:
+                _save(self.path(run), content)
         return True
 
-    def write(self, run: Run, content: dict[str, Any]) -> None:
-        """Writes the file of a run.
+    def add(self, run: Run, field: str, measured: dict[str, Any]) -> None:
+        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
 
         Args:
             run: The run.
-            content: Of its file.
+            field: Of its row: 'routing' or 'shifts'.
+            measured: What the field gets beside what it has.
+
+        Raises:
+            ValueError: The file is damaged by now.
+            FileNotFoundError: It is gone.
         """
+        path = self.path(run)
+        with self._alone():
+            content = _load(path)
+            content[field] = {**content.get(field, {}), **measured}
+            _save(path, content)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes into the folder meanwhile; the lock lives as long as its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _save(self.path(run), content)
+        descriptor = os.open(self.folder, os.O_RDONLY)  # of the folder: a file would be left in it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
         """Reads what is there and sorts out what may not be mixed with today's.
@@ -119,7 +151,10 @@ class Store:
             runs: Of one comparison.
             checked: Leave out what a check has found to be stale.
         """
-        usable, left_out, missing = {}, {}, []
+        usable, left_out, missing, right = {}, {}, [], {}
+        checks, unread = self._readable_checks()
+        if unread is not None:
+            left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
         for run in runs:
             path = self.path(run)
             if not path.is_file():
@@ -127,16 +162,20 @@ class Store:
                 continue
             try:
                 content = _load(path)
-                reason = _damage(content, run) or _stale(content['config'], run.resolved)
+                reason = damage(content, run) or other_config(content, run)
+                check = _check_of(content, run, checks)
+                reason = reason or other_options(content, run, check)
             except ValueError as error:
                 reason = str(error)
             if reason is None and checked:
-                reason = self.refuted(run, content)
+                reason = refutation(check)
             if reason is None:
                 usable[run.row, run.seed] = content
+                if check is not None and check['equal']:
+                    right[run.row, run.seed] = check['commit'] or 'outside git'
             else:
                 left_out[path.name] = reason
-        return Results(usable, left_out, missing)
+        return Results(usable, left_out, missing, right)
 
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
         """Finished runs that can be looked at again.
@@ -153,54 +192,57 @@ class Store:
         absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def refuted(self, run: Run, record: dict[str, Any]) -> str | None:
-        """What `check` has found against a record, if it has.
+    def is_stale(self, run: Run) -> bool:
+        """Whether the work dir of a run holds a training that does not count today.
 
         Args:
             run: The run.
-            record: What it left.
         """
-        check = self.checks().get(run.name)
-        # a check of another training of the same name says nothing
-        if check is None or check['equal'] or check['losses'] != record['first_losses']:
-            return None
-        return f'stale: {check["finding"]}'
-
-    def is_refuted(self, run: Run) -> bool:
-        """Whether a check has refuted what the work dir of a run holds.
-
-        Args:
-            run: The run.
-
-        Raises:
-            ValueError: The record in its work dir is damaged.
-        """
-        record = run.folder / 'run.json'
-        return record.is_file() and self.refuted(run, _load(record)) is not None
+        path = run.folder / 'run.json'
+        if not path.is_file():
+            return False
+        try:
+            record = _load(path)
+        except ValueError:
+            return False  # whoever collects it says so
+        check = _check_of(record, run, self._readable_checks()[0])
+        return (refutation(check) or other_options(record, run, check)) is not None
 
     def set_aside(self, run: Run) -> bool:
-        """Renames the work dir of a refuted run, so that the next one starts from nothing.
+        """Renames the work dir of a stale run, so that the next one starts from nothing.
 
         Args:
             run: The run, whose lock is held: the lock goes with the folder.
 
         Returns:
             Whether it was renamed.
-
-        Raises:
-            ValueError: The record in its work dir is damaged.
         """
-        if not self.is_refuted(run):
+        if not self.is_stale(run):
             return False
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
         free = (p for p in map(run.folder.with_name, names) if not p.exists())
         run.folder.rename(next(free))
         return True
 
-    def checks(self) -> dict[str, dict[str, Any]]:
-        """What `check` has found, by the name of the run."""
+    def checks(self) -> dict[str, Check]:
+        """What `check` has found, by the name of the run.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         path = self.folder / 'checks.json'
-        return _load(path) if path.is_file() else {}
+        checks = _load(path) if path.is_file() else {}
+        for name, check in checks.items():
+            if reason := damage_of_check(check):
+                raise ValueError(f'{path} is damaged: {name}: {reason}')
+        return checks
+
+    def _readable_checks(self) -> tuple[dict[str, Check], str | None]:
+        """The same, or none and why: a damaged file is no reason to stop."""
+        try:
+            return self.checks(), None
+        except ValueError as error:
+            return {}, str(error)
 
     def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
         """Writes down what `check` has found.
@@ -208,15 +250,19 @@ class Store:
         Args:
             run: The run.
             finding: Whether its first losses came out again, and what is to be said of it.
+
+        Raises:
+            ValueError: What is there already is damaged.
         """
-        checks = dict(sorted({**self.checks(), run.name: finding}.items()))
-        _save(self.folder / 'checks.json', checks)
+        with self._alone():
+            checks = dict(sorted({**self.checks(), run.name: finding}.items()))
+            _save(self.folder / 'checks.json', checks)
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     # a line for each field, so that a difference of two versions can be read
     lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
-    path.write_text(f'{{\n{lines}\n}}\n')
+    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -229,41 +275,29 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _damage(content: dict[str, Any], run: Run) -> str | None:
-    if content.get('version') != VERSION:
-        return f'it is of version {content.get("version")}, this program reads version {VERSION}'
-    if missing := sorted(_NEEDED - content.keys()):
-        return f'it is damaged: {missing} are missing'
-    if (content['row'], content['seed']) != (run.row, run.seed):
-        return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
-    if content['metric'] != (metric := run.comparison.metric):
-        return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
-    # before there were two, all were tested
-    if (then := content.get('stage', 'test')) != (stage := run.comparison.stage):
-        return f'its numbers are of stage={then!r}, not of {stage!r}'
-    return None
-
-
 def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
     """The numbers on held-out data of the model that the training ended with."""
-    step, numbers = record['held_out'][-1] if record['held_out'] else (0, {})
-    if step != record['iterations']:
+    try:
+        step, numbers = record['held_out'][-1]
+    except (IndexError, KeyError, TypeError, ValueError):
+        step, numbers = 0, {}
+    if step != record.get('iterations'):
         raise ValueError(
-            f'{run.name} has no validation at its end, after {record["iterations"]} iterations, '
-            f"which stage='dev' needs; the last is after {step}"
+            f'{run.name} has no validation at its end, after {record.get("iterations")} '
+            f"iterations, which stage='dev' needs; the last is after {step}"
         )
     return numbers
 
 
-def _stale(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Says where a config differs from today's."""
-    flat_then, flat_now = what_counts(then), what_counts(now)
-    every = sorted(flat_then.keys() | flat_now.keys())
-    # how processes talk; a work dir has it in its name, by which others start from its checkpoint
-    names = [name for name in every if not name.startswith('env_cfg.dist_cfg')]
-    changed = [n for n in names if flat_then.get(n) != flat_now.get(n)]
-    if not changed:
+def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
+    """The check of a training; one of another training of the same name says nothing of it."""
+    check = checks.get(run.name)
+    return check if check and check['losses'] == record.get('first_losses') else None
+
+
+def _curve(points: Any, metric: str) -> list[list[float]] | None:
+    """The points of a record that one metric has; None if they are damaged."""
+    try:
+        return [[step, values[metric]] for step, values in points]
+    except (KeyError, TypeError, ValueError):
         return None
-    name = changed[0]
-    others = f' and {len(changed) - 1} more' if len(changed) > 1 else ''
-    return f'stale: {name}={flat_then.get(name)!r}, today {flat_now.get(name)!r}{others}'

@@ -24,6 +24,7 @@ from vqmoe_vision.engine.checkpoint_files import candidates, last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe import moe_layers
 
+from .cells import spread
 from .results import Results, Store
 from .runs import Run
 from .spec import Comparison
@@ -46,10 +47,8 @@ def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
     """
     usable, present, absent = store.with_checkpoints(runs)
     for run in tqdm(present, unit='run'):
-        row = usable[run.row, run.seed]
-        if 'routing' not in row:
-            row['routing'] = _routing(run)
-            store.write(run, row)
+        if 'routing' not in usable[run.row, run.seed]:
+            store.add(run, 'routing', _routing(run))
     return absent
 
 
@@ -125,8 +124,8 @@ def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
     shown = []
     for (row, decider), group in groups.groupby(['row', 'decider'], sort=False):
         values = group.drop(columns=['row', 'decider'])
-        cells = {name: _spread(values[name]) for name in values}
-        shown.append({'row': row, 'decider': decider, 'seeds': str(len(group)), **cells})
+        spreads = {name: spread(values[name].mean(), values[name].std()) for name in values}
+        shown.append({'row': row, 'decider': decider, 'seeds': str(len(group)), **spreads})
     return pd.DataFrame(shown)
 
 
@@ -182,10 +181,3 @@ def _numbers(decider: str, routing: dict[str, Any]) -> dict[str, float]:
             np.mean([kept(routing, decider, shifts[n]) for n in corrupted])
         ),
     }
-
-
-def _spread(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
-        return '-'
-    return f'{values.mean():.2f}' + (f' ± {values.std():.2f}' if len(values) > 1 else '')

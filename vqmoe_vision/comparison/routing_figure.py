@@ -13,6 +13,7 @@ from .curves import colour_of
 from .results import Results
 from .routing import by_decider, kept
 from .spec import Comparison
+from .statistics import mean_and_deviation
 
 Points = dict[str, list[list[float]]]  # by label: of each seed, values over checkpoints
 
@@ -70,11 +71,12 @@ def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
             if kept_then:
                 curves.setdefault(f'{row}, {decider}', []).append(kept_then)
     for number, (label, values) in enumerate(curves.items()):
-        values = _of_equal_length(values)
-        mean = np.mean(values, axis=0)
-        std = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+        columns = zip(*_of_equal_length(values), strict=True)
+        mean, deviation = zip(*map(mean_and_deviation, columns), strict=True)
         steps = range(1, len(mean) + 1)
-        line = axes.errorbar(steps, mean, std, label=label, color=colour_of(number), capsize=2)
+        line = axes.errorbar(
+            steps, mean, deviation, label=label, color=colour_of(number), capsize=2
+        )
         line[0].set_marker('o')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(

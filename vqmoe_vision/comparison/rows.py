@@ -9,6 +9,10 @@ FEATURE_ROWS = tuple(name for name in _MATCHED if METHODS[name].needs_features)
 ROWS = ('dense', 'dense_wide', *(name for name in _MATCHED if name not in FEATURE_ROWS))
 
 
+def _learns_routing(method: str, preset: str) -> bool:
+    return METHODS[method].config.from_options(preset=preset).learns_routing
+
+
 def _other_presets() -> dict[str, tuple[str, str]]:
     found = {}
     for name, method in METHODS.items():
@@ -26,6 +30,16 @@ def _other_presets() -> dict[str, tuple[str, str]]:
 # Method and preset of further rows: the papers' own forms, and what else a method names. Their
 # compute may be another.
 PRESET_ROWS = _other_presets()
+# Rows that a learned router has to beat: methods that learn nothing of where tokens go, and presets
+# that freeze what a method learns of it.
+CONTROLS = (
+    *(row for row in ROWS if row in METHODS and not _learns_routing(row, 'matched')),
+    *(
+        row
+        for row, (name, preset) in PRESET_ROWS.items()
+        if _learns_routing(name, 'paper') and not _learns_routing(name, preset)
+    ),
+)
 # as the paper: "small, 10M" and "large, 110M"
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 

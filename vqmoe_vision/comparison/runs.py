@@ -16,9 +16,11 @@ from mmengine.config import Config
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import merge_options, parse_options
+from vqmoe_vision.models.moe_options import options_in_full
 
 from .spec import STARTS, Comparison
 
+WORK_DIR = Path('work_dirs/comparisons')  # unless the command line says otherwise
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
 # What keeps, logs and draws a run, and cannot change what it gives.
@@ -96,9 +98,42 @@ class Run:
         return load_config(self.comparison.config, parse_options([*self.options, *more]))
 
     @cached_property
+    def moe_options(self) -> dict[str, Any]:
+        """Options of its MoE layers in full, as JSON has them; a config leaves most to defaults.
+
+        Raises:
+            ValueError: One of them is not possible.
+        """
+        model = self.resolved['model']
+        return json.loads(json.dumps(options_in_full(model.get('backbone', model))))
+
+    def counting(self, config: dict[str, Any]) -> dict[str, Any]:
+        """All of a config that decides what this run gives.
+
+        The checkpoint that it starts from counts by the comparison, the row, the seed and what is
+        run that are in its path, wherever the folder of all runs is or was.
+
+        Args:
+            config: Resolved, of today or of before.
+
+        Returns:
+            Values by dotted name.
+        """
+        values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
+        if self.source is None:
+            return values
+        inside = self.source[1].relative_to(self.root).as_posix()
+        return {
+            name: str(WORK_DIR / inside)
+            if isinstance(value, str) and value.endswith(f'/{inside}')
+            else value
+            for name, value in values.items()
+        }
+
+    @cached_property
     def folder(self) -> Path:
         """Its work dir, named by what is run too: another config never resumes its checkpoints."""
-        content = json.dumps(what_counts(self.resolved), sort_keys=True)
+        content = json.dumps(self.counting(self.resolved), sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return self.root / self.comparison.name / f'{self.name}-{digest}'
 
@@ -148,25 +183,18 @@ class Run:
         return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'
 
 
-def what_counts(config: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what a run gives.
+def flat(value: Any, name: str = '') -> dict[str, Any]:
+    """Values by dotted name.
 
     Args:
-        config: Resolved.
-
-    Returns:
-        Values by dotted name.
+        value: Dictionaries and lists, in one another.
+        name: What all of it is called.
     """
-    return {name: v for name, v in _flat(config).items() if not name.startswith(_KEEPING)}
-
-
-def _flat(value: Any, name: str = '') -> dict[str, Any]:
-    """Values by dotted name."""
     if isinstance(value, list) and value:
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {name: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in value.items():
-        flat |= _flat(inner, f'{name}.{key}' if name else str(key))
-    return flat
+        found |= flat(inner, f'{name}.{key}' if name else str(key))
+    return found

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
-from .spec import Comparison
-from .statistics import LEVEL, Difference, detectable, holm, paired_difference, pairs_needed
-
-Scores = dict[str, dict[int, float]]
+from . import cells
+from .outcome import Outcome
+from .statistics import LEVEL, Difference, detectable, pairs_needed
 
 
-def sentences(comparison: Comparison, frame: pd.DataFrame, scores: Scores) -> list[str]:
+def sentences(outcome: Outcome) -> list[str]:
     """One sentence for each row, and one for each control that a row does not beat.
 
     Args:
-        comparison: What was compared.
-        frame: As `tables.frame_of`.
-        scores: The metric by row and seed.
+        outcome: What there is to say it of.
     """
-    reference = comparison.reference
-    said = []
-    rows = frame.index.drop(reference, errors='ignore')
-    for row in rows:
-        difference = paired_difference(scores[row], scores.get(reference, {}))
-        said.append(verdict(row, reference, difference, frame.p_holm[row], len(rows)))
-    for control in comparison.controls:
-        said += _against_control(comparison, control, scores)
+    reference, seeds = outcome.comparison.reference, len(outcome.comparison.seeds)
+    said = [
+        verdict(row, reference, difference, outcome.corrected[row], outcome.planned, seeds)
+        for row, difference in outcome.differences.items()
+        if row in outcome.rows
+    ]
+    for control in outcome.comparison.controls:
+        said += _against_control(outcome, control)
     return said
 
 
 def verdict(
-    row: str, reference: str, difference: Difference, corrected_p: float, comparisons: int
+    row: str,
+    reference: str,
+    difference: Difference,
+    corrected_p: float,
+    comparisons: int,
+    seeds: int,
 ) -> str:
     """What may be said of a row and the reference.
 
@@ -40,13 +40,16 @@ def verdict(
         difference: Row minus reference; more is better.
         corrected_p: Its p after correction for the number of rows.
         comparisons: That number; power is that of a test which stands all of them.
+        seeds: How many there will be; nothing is decided before, as every look is another chance.
     """
     pairs, d = difference.pairs, difference.mean
     if pairs < 2:
         return f'{row} and {reference} have {pairs} seeds in common: nothing can be said of them.'
+    if pairs < seeds:
+        return _unfinished(f'{row} and {reference}', difference, seeds)
     if difference.std == 0:
         return f'{row} and {reference} differ by exactly {d:+.2f} at each of {pairs} seeds.'
-    interval = f'{d:+.2f}, 95 % interval {difference.low:+.2f} to {difference.high:+.2f}'
+    interval = f'{d:+.2f}, 95 % interval {cells.ends(difference)}'
     if corrected_p < LEVEL:
         better = 'better' if d > 0 else 'worse'
         return (
@@ -66,15 +69,25 @@ def verdict(
     )
 
 
-def _against_control(comparison: Comparison, control: str, scores: Scores) -> list[str]:
-    rows = [r for r in scores if r not in (comparison.reference, *comparison.controls)]
-    differences = {r: paired_difference(scores[r], scores.get(control, {})) for r in rows}
-    corrected = holm([difference.p for difference in differences.values()])
+def _unfinished(pair: str, difference: Difference, seeds: int) -> str:
+    return (
+        f'{pair}, not finished: {difference.pairs} of {seeds} seeds; so far {difference.mean:+.2f} '
+        f'(95 % interval {cells.ends(difference)}), no verdict.'
+    )
+
+
+def _against_control(outcome: Outcome, control: str) -> list[str]:
+    differences, corrected = outcome.against(control)
+    seeds = len(outcome.comparison.seeds)
     said = []
-    for (row, difference), p in zip(differences.items(), corrected, strict=True):
-        if difference.pairs >= 2 and not (p < LEVEL and difference.mean > 0):
+    for row, difference in differences.items():
+        if row not in outcome.rows or difference.pairs < 2:
+            continue
+        if not outcome.finished(difference):
+            said.append(_unfinished(f'{row} and the control {control}', difference, seeds))
+        elif not (corrected[row] < LEVEL and difference.mean > 0):
             said.append(
                 f'{row} does not beat the control {control}: {difference.mean:+.2f}, 95 % interval '
-                f'{difference.low:+.2f} to {difference.high:+.2f}.'
+                f'{cells.ends(difference)}, {difference.pairs} seeds.'
             )
     return said

@@ -125,12 +125,10 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
             for run_name, score in _test(due, models, options).items():
                 found[run_name][options] = score
         for run, model in zip(due, models, strict=True):
-            row = usable[run.row, run.seed]
-            row['shifts'] = {**row.get('shifts', {}), name: found[run.name]}
+            store.add(run, 'shifts', {name: found[run.name]})
             # of all tests of the shift together
             routing = summarize(model.routing_statistics.means())
-            row['shift_routing'] = {**row.get('shift_routing', {}), name: _rounded(routing)}
-            store.write(run, row)
+            store.add(run, 'shift_routing', {name: _rounded(routing)})
     return absent
 
 

@@ -16,7 +16,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
 from vqmoe_vision.moe.config import check
 
-from .rows import FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
+from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
@@ -37,6 +37,9 @@ _ROWS = {
         if row != 'dense_wide'
     },  # a dense model of another width is no start
 }
+
+# What tables of a config show beside its metric, as the paper's table of ADE20K does.
+_ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Comparison:
             `{corruption}` stands for each of ImageNet-C's.
         stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
             validation at the end of training, on images that were held out of it.
+        images: Names of the images that documents show, by figure, such as 'curves'.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Comparison:
     start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
     stage: str = 'test'
+    images: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ('seeds', 'rows'):
@@ -149,8 +154,8 @@ def read_comparison(path: str) -> Comparison:
             `PRESET_ROWS`. `all_methods=True` and `all_presets=True` stand for all of those, of
             which `FEATURE_ROWS` have the features of `start` and are left out without it;
             `all_started=True` for those that begin with the weights of `start`, which is written as
-            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` at five seeds,
-            under the name of its folder and its own.
+            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` and `CONTROLS`
+            at five seeds, under the name of its folder and its own.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -191,6 +196,7 @@ def read_comparison(path: str) -> Comparison:
         start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
         stage=given.get('stage', 'test'),
+        images=given.get('images', {}),
     )
 
 
@@ -211,8 +217,9 @@ def _of_config(path: str) -> Comparison:
     if not isinstance(metric, str) or metric == 'auto':
         raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
     model, size = _model_of(config)
-    rows = {row: row_options(row, size, model) for row in ROWS}
-    return Comparison(name, path, rows, (1, 2, 3, 4, 5), 'dense', metric)
+    rows = {row: row_options(row, size, model) for row in dict.fromkeys((*ROWS, *CONTROLS))}
+    also = _ALSO.get(metric, ())
+    return Comparison(name, path, rows, (1, 2, 3, 4, 5), 'dense', metric, also, controls=CONTROLS)
 
 
 def _model_of(config: Config) -> tuple[str, str]:

@@ -1,4 +1,8 @@
-"""Tests, intervals and power for differences that are paired by seed."""
+"""Tests, intervals and power for differences that are paired by seed.
+
+Power is scipy's noncentral t distribution and a search in it, which statsmodels has too; ten lines
+are less than another library. Tests hold both to tables and to answers by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,16 @@ from scipy import optimize, stats
 LEVEL = 0.05
 POWER = 0.8
 _MOST_PAIRS = 1000
+Scores = Mapping[str, Mapping[int, float]]  # by row and seed
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Of what a line and its band show at one place; one value alone deviates by nothing.
+
+    Args:
+        values: At least one.
+    """
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Difference:
     """Of a row to a reference, over the seeds that both have.
 
     Args:
-        pairs: How many seeds those are.
+        each: By seed.
         mean: Of the differences; nan without a pair.
         std: Of the differences, with one degree of freedom less; nan below two pairs.
         low: Lower end of the 95 % confidence interval of the mean; nan below two pairs.
@@ -28,12 +42,17 @@ class Difference:
             two pairs or all differences are equal.
     """
 
-    pairs: int
+    each: Mapping[int, float]
     mean: float
     std: float
     low: float
     high: float
     p: float
+
+    @property
+    def pairs(self) -> int:
+        """How many seeds both have."""
+        return len(self.each)
 
 
 def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
@@ -46,29 +65,46 @@ def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) 
     seeds = sorted(row.keys() & reference.keys())
     a, b = (np.array([values[seed] for seed in seeds]) for values in (row, reference))
     differences = a - b
+    each = dict(zip(seeds, differences.tolist(), strict=True))
     mean = float(differences.mean()) if seeds else math.nan
     if len(seeds) < 2:
-        return Difference(len(seeds), mean, math.nan, math.nan, math.nan, math.nan)
+        return Difference(each, mean, math.nan, math.nan, math.nan, math.nan)
     std = float(differences.std(ddof=1))
     # scipy divides by it; rounding leaves a little of differences that are equal
     if std <= 1e-12 * max(abs(a).max(), abs(b).max()):
-        return Difference(len(seeds), mean, 0.0, mean, mean, math.nan)
+        return Difference(each, mean, 0.0, mean, mean, math.nan)
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(1 - LEVEL)
-    return Difference(len(seeds), mean, std, float(low), float(high), float(test.pvalue))
+    return Difference(each, mean, std, float(low), float(high), float(test.pvalue))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects for the number of comparisons, by Holm's step-down method.
+def differences(scores: Scores, reference: str) -> dict[str, Difference]:
+    """The difference of every row to one of them.
 
     Args:
-        p_values: Those that are nan stay so and do not count.
+        scores: Of all rows.
+        reference: The one, which has none to itself; it may have no scores.
     """
-    corrected = np.array(p_values, dtype=float)
+    base = scores.get(reference, {})
+    return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
+
+
+def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
+    """Corrects for the number of comparisons, by Holm's step-down method.
+
+    It is four lines, so that statsmodels is not installed for it; a test has it by hand.
+
+    Args:
+        p_values: Those that are nan stay so.
+        planned: How many comparisons there will be; a p that is not there yet, or is nan, counts as
+            1. So what is known early is not easier to pass than in the end.
+    """
+    names = list(p_values)
+    corrected = np.array([p_values[name] for name in names], dtype=float)
     order = [i for i in np.argsort(corrected, kind='stable') if not math.isnan(corrected[i])]
-    factors = np.arange(len(order), 0, -1)
+    factors = planned - np.arange(len(order))
     corrected[order] = np.minimum(np.maximum.accumulate(corrected[order] * factors), 1)
-    return corrected.tolist()
+    return dict(zip(names, corrected.tolist(), strict=True))
 
 
 def detectable(std: float, pairs: int, level: float = LEVEL) -> float:

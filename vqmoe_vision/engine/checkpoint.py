@@ -30,6 +30,7 @@ from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
     check_file,
@@ -59,7 +60,9 @@ def start_from(model: Transformer, path: str) -> None:
     """
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin, state = origin_of(describe(path), path), read_state(path)
-    state, report = transfer(model, state, path, read_image_sizes(path), how, origin)
+    state, report = transfer(
+        model, state, path, read_image_sizes(path), how, origin, run_experts(path)
+    )
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
@@ -120,6 +123,21 @@ def read_image_sizes(path: str) -> list[Size]:
     config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
     found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
     return [(int(height or side), int(width or side)) for height, width, side in found]
+
+
+def run_experts(path: str) -> StatedExperts | None:
+    """What the config in the checkpoint of a run says of its experts.
+
+    Args:
+        path: As `read_state`, which has read it already.
+
+    Returns:
+        None for a file or folder of timm, and for one that does not say.
+    """
+    file = weights_in(path)
+    if file.endswith('.safetensors'):
+        return None
+    return experts_of_run(read_content(file, verify=False))
 
 
 def read_content(path: str, verify: bool = True) -> Any:

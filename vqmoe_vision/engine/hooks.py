@@ -1,6 +1,7 @@
 """Hooks for models with MoE layers, used by classification and segmentation alike."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .log import wrapped
 from .model import unwrapped
 from .normalization import of_run
 from .routing import lines_of
+from .stated_experts import check_experts
 
 
 @HOOKS.register_module()
@@ -127,21 +129,23 @@ class CheckpointFitHook(Hook):
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares names and shapes.
+        """Compares names and shapes, and experts with those that the checkpoint says it has.
 
         Raises:
-            ValueError: Names the keys and shapes that do not fit; or the run averages its weights,
-                and what goes on does not.
+            ValueError: Names the keys and shapes that do not fit, or another method; or the run
+                averages its weights, and what goes on does not, or the other way round.
         """
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
-        if runner._resume and 'ema_state_dict' in checkpoint and not averages:
-            raise ValueError(
-                'the run averages its weights, and these options have no EMAHook: go on with the '
-                'options that it began with'
-            )
+        if runner._resume and ('ema_state_dict' in checkpoint) != averages:
+            what = 'has averages of its weights, and these options have no EMAHook'
+            if averages:
+                what = 'has no averages of its weights, and these options have an EMAHook'
+            raise ValueError(f'the run {what}: go on with the options that it began with')
         loaded = checkpoint.get('state_dict', checkpoint)
         if (known := of_run(checkpoint)) is not None:
             loaded.setdefault(KEY, known.values())  # a run of before has it in its config
+        path = os.path.expanduser(str(runner._load_from))
+        check_experts(unwrapped(runner).routed_model, path, checkpoint)
         problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')

@@ -4,13 +4,14 @@ A model keeps what it is fed with as a buffer, so that its checkpoints say it to
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
+from vqmoe_vision.models.run_config import assigned, fields_of
 from vqmoe_vision.models.sources import is_file, source_of
 from vqmoe_vision.models.weight_files import describe
 
@@ -106,40 +107,25 @@ def of_run(content: Any) -> Normalization | None:
     Args:
         content: Of a checkpoint of ours, of mmseg or of others.
     """
-    parts = [content.get(n) if isinstance(content, dict) else None for n in ('state_dict', 'meta')]
-    state, meta = (part if isinstance(part, dict) else {} for part in parts)
-    return of_buffer(state.get(KEY)) or _of_config(str(meta.get('cfg', '')))
+    state = content.get('state_dict') if isinstance(content, dict) else None
+    kept = of_buffer(state.get(KEY)) if isinstance(state, dict) else None
+    return kept or _of_config(content)
 
 
-def _of_config(text: str) -> Normalization | None:
+def _of_config(content: Any) -> Normalization | None:
     """Of a config's text, which is not run."""
-    try:
-        statements = ast.parse(text).body
-    except Exception:  # what is no Python makes the parser fail in any way
-        return None
-    assigned = [s for s in statements if isinstance(s, ast.Assign)]
-    variables = {ast.unparse(s.targets[0]): s.value for s in assigned}
+    variables = assigned(content)
     for (first, *others), white in _IN_CONFIGS.items():
         node = variables.get(first)
         for name in others:
-            node = dict(_fields(node)).get(name)
-        fields = dict(_fields(node))
+            node = dict(fields_of(node)).get(name)
+        fields = dict(fields_of(node))
         try:
             values = {name: ast.literal_eval(fields[name]) for name in ('mean', 'std')}
             return Normalization.of(values, white)
         except (KeyError, TypeError, ValueError):  # not given, or no numbers
             continue
     return None
-
-
-def _fields(node: ast.AST | None) -> Iterator[tuple[str, ast.expr]]:
-    """Names and values of a dictionary, in either of Python's two ways to write one."""
-    if isinstance(node, ast.Call):
-        yield from ((keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg)
-    elif isinstance(node, ast.Dict):
-        for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant):
-                yield str(key.value), value
 
 
 def must_change(

@@ -43,6 +43,10 @@ def publish(argv: Sequence[str] | None = None) -> None:
 
 
 def _publish(args: argparse.Namespace) -> Path:
+    if not Path(args.source).exists():
+        raise ValueError(
+            f'source={args.source!r} does not exist: the work dir of a run, or a checkpoint of it'
+        )
     if Path(args.source).is_dir():
         if args.out.endswith('.pth'):
             raise ValueError(f'out={args.out!r} is a file: name the checkpoint, or a folder')

@@ -14,8 +14,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.models.complexity import complexity, count_params
+from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
+from .data_record import described
 from .model import unwrapped
 
 FIRST_LOSSES = 20
@@ -28,10 +31,15 @@ class RunRecordHook(Hook):
     """Writes `run.json` into the work dir when training ends, and `progress` while it goes on.
 
     The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
-    has the first losses, and the time of work that a kill has lost is not counted.
+    has the first losses, and the time of work that a kill has lost is not counted. A config names
+    what it changes; what the MoE layers were built with, defaults included, is in the record, and
+    so is which data there were. A test writes that of its own as `data.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
+
+    Raises:
+        ValueError: A run that is resumed began with other options of its MoE layers, or other data.
     """
 
     def __init__(self, only_first: bool = False) -> None:
@@ -39,23 +47,33 @@ class RunRecordHook(Hook):
         self._before = {'minutes': 0.0, 'cpu_minutes': 0.0}
         self._commits: list[str | None] = []
         self._held_out: list[list[Any]] = []
+        self._then: dict[str, Any] = {}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the record of a run that is resumed."""
-        if runner._resume and 'run_record' in checkpoint:
-            self._before, self._commits, self._held_out = checkpoint['run_record']
+        if not runner._resume or 'run_record' not in checkpoint:
+            return
+        # records of before did not say what the run began with
+        self._before, self._commits, self._held_out, *then = checkpoint['run_record']
+        self._then = then[0] if then else {}
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
-        checkpoint['run_record'] = [self._spent(), self._commits, self._held_out]
+        began = _beginning(self._options, self._data)
+        checkpoint['run_record'] = [self._spent(), self._commits, self._held_out, began]
 
     def before_train(self, runner: Runner) -> None:
         """Starts the clocks, and counts before the work rather than after it."""
+        self._options, self._data = _moe_options(runner), _data(runner, ('train', 'val'))
+        now = _beginning(self._options, self._data)
+        for name, value in self._then.items():
+            allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
+            check(now.get(name) == value, name, now.get(name), allowed)
         model = unwrapped(runner)
         self._size = *count_params(model), complexity(model.routed_model).macs
         self._start = time.perf_counter(), time.process_time()
-        if (now := commit()) not in self._commits:
-            self._commits.append(now)
+        if (at := commit()) not in self._commits:
+            self._commits.append(at)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Keeps a point of the learning curves."""
@@ -63,6 +81,10 @@ class RunRecordHook(Hook):
         metrics.update({name: float(value) for name, value in metrics.items()})
         # no copy: hooks that come later add the routing of the pass to it
         self._held_out.append([runner.iter, metrics])
+
+    def before_test(self, runner: Runner) -> None:
+        """Writes `data.json`: which data the test sees."""
+        self._write(runner, 'data.json', json.dumps(_data(runner, ('test',))))
 
     def after_train_iter(
         self,
@@ -93,6 +115,8 @@ class RunRecordHook(Hook):
             **{name: round(value, 3) for name, value in self._spent().items()},
             'iterations': runner.max_iters,
             **dict(zip(('params', 'active_params', 'macs'), self._size, strict=True)),
+            'moe_options': self._options,
+            'data': self._data,
             'first_losses': losses[:FIRST_LOSSES].tolist(),
             'training_loss': _thinned(losses),
             'held_out': self._held_out,
@@ -110,6 +134,25 @@ class RunRecordHook(Hook):
         partial = path.with_name(f'{name}.part')
         partial.write_text(text)
         partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
+
+
+def _moe_options(runner: Runner) -> dict[str, Any]:
+    model = runner.cfg.to_dict()['model']
+    return options_in_full(model.get('backbone', model))
+
+
+def _data(runner: Runner, splits: tuple[str, ...]) -> dict[str, Any]:
+    loaders = {split: f'{split}_dataloader' for split in splits}
+    return {
+        split: described(getattr(runner, name).dataset)
+        for split, name in loaders.items()
+        if runner.cfg.get(name) is not None
+    }
+
+
+def _beginning(options: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What a run that is resumed has to have again, by name."""
+    return {f'moe.{n}': v for n, v in options.items()} | {f'data.{n}': v for n, v in data.items()}
 
 
 def _thinned(losses: np.ndarray) -> list[list[float]]:

@@ -12,6 +12,7 @@ from vqmoe_vision.models.normalization import KEY
 
 from .checkpoint import read_state
 from .normalization import read_normalization
+from .stated_experts import check_experts
 
 
 def scope_of(config: Config) -> AbstractContextManager:
@@ -35,6 +36,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     state = read_state(checkpoint)
     if (known := read_normalization(checkpoint)) is not None:
         state.setdefault(KEY, known.values())  # a run of before has it in its config
+    check_experts(model.routed_model, checkpoint)
     if problem := model.misfit(state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
     load_state_dict(model, state, strict=True)

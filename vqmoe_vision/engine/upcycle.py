@@ -7,9 +7,11 @@ from typing import Any
 import timm
 import torch
 
-from vqmoe_vision.models.create import create_model, method_of
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import method_of
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.saved import preprocessing_of, save
+from vqmoe_vision.models.sources import upcycle_source
 from vqmoe_vision.moe.config import check
 
 from .command import run
@@ -57,10 +59,19 @@ def _upcycle(args: argparse.Namespace) -> None:
     with written_whole(free_folder(args.out)) as folder:
         torch.manual_seed(args.seed)
         model: Any = create_model(args.model, **options)
-        save(model, folder, _preprocessing(model, options))
+        save(model, folder, _preprocessing(model, options), *_kept(model, args.source))
         report = '\n'.join(model.weights_report.lines())
         (folder / REPORT).write_text(report + '\n')
     print(report, f'wrote {args.out}', sep='\n')
+
+
+def _kept(model: Any, source: str) -> tuple[list[str], str | None]:
+    """What the source calls its classes, if its head is kept, and the licence of its weights."""
+    known = upcycle_source(source)[1].config
+    names = known.get('label_names')
+    if 'head.weight' not in model.weights_report.loaded or not isinstance(names, list):
+        names = []
+    return names, known.get('license')
 
 
 def _preprocessing(model: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
 from .hosts import MOE_HOST, Transformer
+from .normalization import Normalization, check_normalization
 from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
@@ -99,7 +100,8 @@ def build_sparse(
     depth = kwargs.get('depth', 3)
     # of `features_only`: the last three blocks, or all of a shallower model
     out_indices = kwargs.pop('out_indices', min(3, depth) if type(depth) is int else 3)
-    config, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    config, overlay = kwargs.get('pretrained_cfg'), _overlay(kwargs)
+    kwargs.pop('pretrained_cfg_overlay', None)
     config = config.to_dict() if isinstance(config, PretrainedCfg) else config
     given = _place_by_name(weights_of) if weights_of else config or {}
     filter_fn: Filter = fit_pretrained
@@ -136,7 +138,18 @@ def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Fi
     config = config.to_dict() if isinstance(config, PretrainedCfg) else config
     config = _place_by_name(weights_of) if weights_of else config or {}
     own = Described({}, weights_of)
-    return known_weights(None, config, kwargs.get('pretrained_cfg_overlay') or {}, own)
+    return known_weights(None, config, _overlay(kwargs), own)
+
+
+def _overlay(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`pretrained_cfg_overlay` of a call, with a mean and a deviation for each channel."""
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if 'mean' not in overlay:
+        return overlay
+    channels = kwargs.get('in_chans')
+    channels = channels if type(channels) is int and channels > 0 else 3  # refused by the model
+    numbers = Normalization.of(overlay, channels=channels, prefix='pretrained_cfg_overlay.')
+    return {**overlay, 'mean': numbers.mean, 'std': numbers.std}
 
 
 def tagged(name: str, config: Any) -> str:
@@ -218,3 +231,5 @@ def check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
     both = {'mean', 'std'} & (overlay or {}).keys()
     allowed = 'mean and std, or neither of them'
     check(len(both) != 1, 'pretrained_cfg_overlay', ', '.join(both), allowed)
+    if isinstance(config, dict):
+        check_normalization(config, 'pretrained_cfg.')

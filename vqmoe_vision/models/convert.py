@@ -117,7 +117,7 @@ def _put_layers(
     dense: Any = model
     blocks, stem = dense.blocks, dense.patch_embed
     if METHODS[method].read_patches is not None:
-        _check_patches(dense)
+        _check_patches(dense, method)
     weight = stem.proj.weight
     factory = {'device': weight.device, 'dtype': weight.dtype}
     # what the model was becomes what reads its images
@@ -168,8 +168,11 @@ def _layer_like(
     kind = type(block if mlp is None else mlp).__name__
     allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
     check(type(mlp) is Mlp, name, kind, allowed)
-    plain = isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, nn.Linear)
-    check(plain, name, kind, 'one of linear layers, without a norm between them')
+    plain = isinstance(mlp.norm, nn.Identity)
+    check(plain, name, kind, 'one without a norm between its layers')
+    for part, linear in (('fc1', mlp.fc1), ('fc2', mlp.fc2)):
+        allowed = "torch's Linear itself, a class of its own may compute otherwise"
+        check(type(linear) is nn.Linear, f'{name}.{part}', type(linear).__name__, allowed)
     hooked = any(hooks for part in mlp.modules() for hooks in _hooks_of(part))
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
     pairs = {
@@ -214,16 +217,17 @@ def _take_over(layer: MoeLayer, mlp: nn.Module, how: Upcycling, name: str) -> St
     return made
 
 
-def _check_patches(model: Any) -> None:
+def _check_patches(model: Any, method: str) -> None:
     """Refuses what `raw_patch_parts` would have refused, or built otherwise."""
     stem = type(model.patch_embed)
-    check(
-        stem is PatchEmbed, 'patch_embed', stem.__name__, 'PatchEmbed, for a method that reads it'
-    )
+    check(stem is PatchEmbed, 'patch_embed', stem.__name__, f'PatchEmbed, which {method} reads')
     for block in model.blocks:
         kind = type(block)
         check(
-            kind is Block, 'block', kind.__name__, 'Block, for a method that looks at raw patches'
+            kind is Block,
+            'block',
+            kind.__name__,
+            f'Block of a VisionTransformer, for {method} looks at raw patches',
         )
     dropping = not isinstance(model.patch_drop, nn.Identity)
     check(

@@ -15,7 +15,7 @@ from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
 from .build import known_by_name, load_whole
-from .hosts import MODULES, MOE_HOST, OWN_MODULES, Transformer
+from .hosts import MODULES, MOE_HOST, Transformer, method_of
 from .saved import record_arguments
 from .sources import (
     check_one_source,
@@ -232,18 +232,6 @@ def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, An
         allowed = f'the options of {model_name} are {", ".join(sorted(names))}'
         check(name in names, f'moe.{name}', value, allowed)
         check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
-
-
-def method_of(model_name: str) -> str | None:
-    """Key of `METHODS` of one of this package's models, None of any other.
-
-    Args:
-        model_name: Name of a timm model.
-    """
-    if not timm.models.is_model_in_modules(model_name, OWN_MODULES):
-        return None
-    method = model_name.partition('.')[0].rpartition('_')[2]
-    return method if method in METHODS else None
 
 
 def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:

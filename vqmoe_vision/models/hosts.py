@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import timm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+
+from ..moe.methods import METHODS
 
 # `Eva` has rotary positions; DINOv3's models are of it.
 Transformer: TypeAlias = VisionTransformer | Eva
@@ -15,3 +18,15 @@ VIT_MODULES = ('vision_transformer', 'deit', *OWN_MODULES)
 MODULES = (*VIT_MODULES, 'eva')
 # Entry point that builds one of timm's and puts experts into it.
 MOE_HOST = 'moe_host'
+
+
+def method_of(model_name: str) -> str | None:
+    """Key of `METHODS` of one of this package's models, None of any other.
+
+    Args:
+        model_name: Name of a timm model.
+    """
+    if not timm.models.is_model_in_modules(model_name, OWN_MODULES):
+        return None
+    method = model_name.partition('.')[0].rpartition('_')[2]
+    return method if method in METHODS else None

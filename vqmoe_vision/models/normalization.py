@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,24 +34,25 @@ class Normalization:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3) -> Normalization:
+    def of(
+        cls, values: Mapping[str, Any], scale: float = 1.0, channels: int = 3, prefix: str = ''
+    ) -> Normalization:
         """That of a configuration, such as timm's `pretrained_cfg`.
 
         Args:
             values: Has 'mean' and 'std', a number per channel, or one for all.
             scale: The value of a white pixel.
             channels: Of the images.
+            prefix: What stands before both names in messages.
 
         Raises:
-            ValueError: There is another number of numbers.
+            ValueError: There is another number of numbers, or one that no images can have.
         """
-        allowed = f'one number, or one for each channel of {channels}'
-        for name in ('mean', 'std'):
-            check(len(values[name]) in (1, channels), name, values[name], allowed)
         mean, std = (
-            tuple(float(number) / scale for number in numbers * (channels // len(numbers)))
-            for numbers in (list(values['mean']), list(values['std']))
+            _per_channel(values[name], f'{prefix}{name}', scale, channels)
+            for name in ('mean', 'std')
         )
+        check(min(std) > 0, f'{prefix}std', values['std'], 'above 0')
         return cls(mean, std)
 
     def values(self) -> Tensor:
@@ -79,6 +81,34 @@ class Normalization:
         """Images as the model is given them, of pixels (B, C, H, W) in [0, 1]."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+
+def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
+    """Refuse numbers of a configuration that no images can have.
+
+    Args:
+        config: timm's `pretrained_cfg`, which may say nothing of them.
+        prefix: As `Normalization.of`.
+
+    Raises:
+        ValueError: It has such numbers.
+    """
+    if {'mean', 'std'} <= config.keys():
+        channels = (config.get('input_size') or (3,))[0]
+        Normalization.of(config, channels=channels, prefix=prefix)
+
+
+def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[float, ...]:
+    """A number for each channel, in parts of a white pixel."""
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    real = all(isinstance(x, Real) and not isinstance(x, bool) for x in numbers)
+    allowed = f'one number, or one for each channel of {channels}'
+    check(real and len(numbers) in (1, channels), field, value, allowed)
+    parts = [float(number) / scale for number in numbers]
+    # the other way to write them, in levels of 255, is the likely mistake
+    inside = all(0 <= part <= 1 for part in parts)
+    check(inside, field, value, f'from 0 to {scale:g}, what a white pixel is')
+    return tuple(parts * (channels // len(parts)))
 
 
 def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -9,6 +9,19 @@ from .state_dicts import StateDict, shorten
 
 _STEM = 'patch_embed.proj.weight'
 _CLUSTERS = '.cluster_embed'
+# Parts with a row for each of what an option counts.
+_NUMBERS = {_CLUSTERS: 'num_clusters', '.quantizer.codebook.': 'num_codes'}
+# Options of experts that decide whether there is such a tensor, where both have a codebook: with
+# it, and without.
+_OPTIONS = (
+    (r'\.quantizer\.norm\.', 'input_norm=True', 'input_norm=False'),
+    (r'\.output_norm\.', 'output_norm=True', 'output_norm=False'),
+    (
+        r'\.quantizer\.codebook\.',
+        'the codebook of the checkpoint',
+        'the codebook of the checkpoint',
+    ),
+)
 _SEPARATE = re.compile(r'\.experts\.fc[12]\.\d+\.')
 Shape = tuple[int, ...]
 
@@ -41,11 +54,14 @@ class Model:
         heads: Attention heads; 0 if that is not known.
         same_heads: Whether the checkpoint is known to have as many.
         whole: Whether it is more than a backbone, which may have fewer blocks than a checkpoint.
+        options: Of the experts of the checkpoint that the model has otherwise; empty if that is not
+            known, or if the method is another.
     """
 
     heads: int
     same_heads: bool
     whole: bool
+    options: str = ''
 
 
 def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
@@ -66,7 +82,7 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
     if any(len(a) != len(b) for a, b in other.values()):
         return ''
     width = _width(other, pairs, model)
-    hint = _number_of_experts(other, pairs) or _clusters(other) or width or _hidden(other)
+    hint = _number_of_experts(other, pairs) or _rows(other) or width or _hidden(other)
     if not hint:
         return ''
     theirs, ours = ({block_of(name) for name in names} - {''} for names in (fitted, expected))
@@ -95,10 +111,13 @@ def _number_of_experts(
     return f'num_experts={theirs}' if alone else ''
 
 
-def _clusters(other: dict[str, tuple[Shape, Shape]]) -> str:
-    numbers = {a[0] for a, b in other.values() if a[1:] == b[1:]}
-    alone = all(name.endswith(_CLUSTERS) for name in other)
-    return f'num_clusters={numbers.pop()}' if alone and len(numbers) == 1 else ''
+def _rows(other: dict[str, tuple[Shape, Shape]]) -> str:
+    """How many clusters or codes there are, if nothing else differs."""
+    numbers = {a[0] for a, b in other.values() if len(a) and a[1:] == b[1:]}
+    for part, option in _NUMBERS.items():
+        if len(numbers) == 1 and all(part in name for name in other):
+            return f'{option}={numbers.pop()}'
+    return ''
 
 
 def _width(
@@ -155,7 +174,7 @@ def _hidden(other: dict[str, tuple[Shape, Shape]]) -> str:
 
 
 def refuse_other_experts(
-    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str
+    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, options: str = ''
 ) -> None:
     """Refuse experts where the model has others.
 
@@ -167,6 +186,7 @@ def refuse_other_experts(
         filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
         fitted: The same after each MoE layer has fitted its part.
         path: What the checkpoint is called, for messages.
+        options: As in `Model`.
 
     Raises:
         ValueError: There are some; names what they are.
@@ -182,7 +202,8 @@ def refuse_other_experts(
         _elsewhere(expected, filtered)
         or _held_otherwise(expected, filtered)
         or _one_branch(missing, unexpected, filtered)
-        or f'is of another MoE method: {parts}'
+        or _other_options(missing, unexpected, expected, filtered, options, parts)
+        or f'is of another MoE method: {parts}{_other_form(expected, filtered)}'
     )
     raise ValueError(f'checkpoint {path!r} {what}')
 
@@ -207,6 +228,42 @@ def _one_branch(missing: list[str], unexpected: list[str], filtered: StateDict) 
     if unexpected or not routes or not any('.mlp.quantizer.' in name for name in filtered):
         return ''
     return "has the discrete branch alone: form='discrete' would fit"
+
+
+def _other_options(
+    missing: list[str],
+    unexpected: list[str],
+    expected: StateDict,
+    filtered: StateDict,
+    known: str,
+    parts: str,
+) -> str:
+    """The same method with other options, as the source or codebooks in both say."""
+    torn = any('.mlp.experts.' in name for name in (*missing, *unexpected))
+    hints = [known] if known and not torn else []
+    if not hints and _has(expected, '.mlp.quantizer.') and _has(filtered, '.mlp.quantizer.'):
+        for pattern, present, absent in _OPTIONS:
+            if any(re.search(pattern, name) for name in unexpected):
+                hints.append(present)
+            elif any(re.search(pattern, name) for name in missing):
+                hints.append(absent)
+    if not hints:
+        return ''
+    return f'has experts with other options: {parts}; {", ".join(hints)} would fit'
+
+
+def _other_form(expected: StateDict, filtered: StateDict) -> str:
+    """Of VQMoE; names do not tell a router that stands alone from that of another method."""
+    ours, theirs = (_has(state, '.mlp.quantizer.') for state in (expected, filtered))
+    routed = _has(expected, '.mlp.router.weight') and _has(filtered, '.mlp.router.weight')
+    if not routed or ours == theirs:
+        return ''
+    form = 'continuous' if ours else 'full'
+    return f'; form={form!r} would fit if both are of VQMoE'
+
+
+def _has(state: StateDict, part: str) -> bool:
+    return any(part in name for name in state)
 
 
 def _held_otherwise(expected: StateDict, filtered: StateDict) -> str:

@@ -16,6 +16,9 @@ from .state_dicts import HEADS, StateDict, other_shapes, shorten
 Arguments = tuple[tuple[str, str, str], ...]
 # What timm's `Eva` and files of DINOv3's authors have, whose positions are rotary.
 _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
+# What the files of Perception Encoders have together, which are an `Eva` with rotary positions
+# beside absolute ones, and no `VisionTransformer` of timm's has by its name.
+_OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 _OF_BOTH: Arguments = (
     (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
@@ -69,6 +72,37 @@ def refuse_other_tokens(
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
             raise ValueError(_only(path, [name], owner, state, arguments, ()))
+
+
+def perhaps_rotary(
+    state: StateDict, expected: StateDict, path: str, arguments: Arguments
+) -> tuple[str, ...]:
+    """Of a bare file: refuse what would be led into a network without its rotary positions.
+
+    Args:
+        state: Of the checkpoint.
+        expected: Of the model.
+        path: What the checkpoint is called, for messages.
+        arguments: Of the model's class.
+
+    Returns:
+        A warning where the model has what the checkpoint shows of itself.
+
+    Raises:
+        ValueError: The model has not.
+    """
+    if arguments is not VIT or not state.keys() >= _OF_PE:
+        return ()
+    sign = (
+        'norm_pre and attn_pool, as an Eva such as Perception Encoder, whose positions are rotary'
+    )
+    if 'norm_pre.weight' in expected:
+        return (f'it has {sign} too; names do not tell it from a VisionTransformer',)
+    raise ValueError(
+        f'checkpoint {path!r} does not fit the model: it has {sign} too; the model_name of that '
+        "Eva with moe=dict(method='smoe'), or convert_to_moe, makes a model that fits; if it is of "
+        'a VisionTransformer, pre_norm=True would fit'
+    )
 
 
 def pooled_otherwise(expected: StateDict, state: StateDict) -> str:
@@ -166,7 +200,7 @@ def refuse_misfits(
         ValueError: It is one.
     """
     # first, for sizes that fit would not do for another method
-    refuse_other_experts(expected, filtered, fitted, path)
+    refuse_other_experts(expected, filtered, fitted, path, model.options)
     shapes = other_shapes(expected, fitted)
     if shapes:
         hint = sizes_that_fit(expected, fitted, model)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..moe.experts import StackedLinear
 from .arguments import moe_options
-from .create import method_of
+from .hosts import method_of
 from .sparse_model import SparseModel, scale_fresh_experts
 
 

@@ -25,6 +25,7 @@ from .origin import Origin, origin_of, refuse_other_function
 from .refusals import refuse_values
 from .sparse_model import SparseModel
 from .state_dicts import StateDict, misfit_of
+from .stated_experts import compare_experts, experts_of, experts_of_file
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
@@ -222,7 +223,8 @@ def fit_pretrained(
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin = origin or origin_of(describe(source), source)
     sizes = _image_sizes(model, origin)
-    fitted, report = transfer(model, state, source, sizes, how, origin)
+    stated = experts_of_file(source) if origin is None else None
+    fitted, report = transfer(model, state, source, sizes, how, origin, stated)
     model.load_state_dict(fitted, strict=False)
     model.weights_report = report
     if follow and (known := of_buffer(state.get(KEY))) is not None:
@@ -254,6 +256,9 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     origin = origin_of(describe(path), path)
     if origin is not None and isinstance(model, Transformer):
         refuse_other_function(model, origin, path)
+    stated = experts_of_file(path) if origin is None else experts_of(origin.model)
+    for line in compare_experts(model, stated, path):
+        _logger.warning('%s: %s', path, line)
     model.load_state_dict(state)
 
 

@@ -46,6 +46,15 @@ class Report:
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @classmethod
+    def of_warnings(cls, lines: tuple[str, ...]) -> Report:
+        """A report of nothing but remarks that nobody may have meant.
+
+        Args:
+            lines: The remarks.
+        """
+        return cls(remarks=lines, warnings=lines)
+
     def joined(self, other: Report) -> Report:
         """Both reports as one, of two parts of a model.
 

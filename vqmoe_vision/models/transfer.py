@@ -32,6 +32,7 @@ from .other_experts import Model
 from .refusals import (
     EVA,
     VIT,
+    perhaps_rotary,
     pooled_otherwise,
     refuse_gated,
     refuse_misfits,
@@ -40,6 +41,7 @@ from .refusals import (
     refuse_values,
 )
 from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
+from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 
 
@@ -75,6 +77,7 @@ def transfer(
     image_sizes: Sequence[Size] = (),
     upcycling: Upcycling | None = None,
     origin: Origin | None = None,
+    stated: StatedExperts | None = None,
 ) -> tuple[StateDict, Report]:
     """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
 
@@ -89,6 +92,7 @@ def transfer(
         image_sizes: As in `fit_state`.
         upcycling: How experts are made of a dense MLP; with None they stay as they are.
         origin: The network that the checkpoint is of, if that is known.
+        stated: What else is known of its experts, where `origin` does not say it.
 
     Returns:
         State dict to load, without what stays as initialised, and the report.
@@ -102,19 +106,25 @@ def transfer(
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
     if origin is not None:
         refuse_other_function(model, origin, path)
+        stated = experts_of(origin.model)
+    others = Report.of_warnings(compare_experts(model, stated, path))
+    options = options_of(stated, model)
     state, outside = strip_names(state_dict, expected, path)
     reader = image_reader(model)
     if reader is None:
-        return _fit_network(model, state, expected, outside, path, image_sizes, upcycling, origin)
+        fitted, report = _fit_network(
+            model, state, expected, outside, path, image_sizes, upcycling, origin, options
+        )
+        return fitted, others.joined(report)
     part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
     state, expected = (
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
     result, report = _fit_network(
-        model, state, expected, outside, path, image_sizes, upcycling, origin
+        model, state, expected, outside, path, image_sizes, upcycling, origin, options
     )
     read, more = _fit_reader(reader, part, state, path, image_sizes)
-    return result | read, report.joined(more)
+    return result | read, others.joined(report).joined(more)
 
 
 def load_features(
@@ -158,10 +168,12 @@ def _fit_network(
     image_sizes: Sequence[Size],
     upcycling: Upcycling | None,
     origin: Origin | None,
+    options: str,
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
+    doubts = perhaps_rotary(state, expected, path, arguments) if origin is None else ()
     pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
@@ -177,7 +189,7 @@ def _fit_network(
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     # a known network has been refused before if its heads are others
-    sized = Model(heads, same_heads=origin is not None, whole=whole)
+    sized = Model(heads, same_heads=origin is not None, whole=whole, options=options)
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, whole, arguments)
     refuse_values(network, filtered, path)
@@ -196,8 +208,8 @@ def _fit_network(
         initialised=tuple(k for k in expected if k not in result),
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
-        remarks=(*remarks, *head),
-        warnings=warnings,
+        remarks=(*doubts, *remarks, *head),
+        warnings=(*doubts, *warnings),
     )
 
 
@@ -249,7 +261,12 @@ def _upcycled(
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
         part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if part and not any(key.startswith('experts.') for key in part):
+        if not part:
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
+                f'for {name}, and would leave them random; whole weights would fit'
+            )
+        if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}

@@ -15,6 +15,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
+from .normalization import check_normalization
 from .upcycle import BEGINNING
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
@@ -101,6 +102,7 @@ def _read(folder: Path) -> Described:
     known = {entry.name for entry in fields(PretrainedCfg)}
     for entry in config.keys() - known:
         check(False, f'{entry} in {str(file)!r}', config[entry], "an entry of timm's PretrainedCfg")
+    check_normalization(config, f'{str(file)!r}: ')
     return Described.of(config, name, arguments)
 
 

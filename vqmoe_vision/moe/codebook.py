@@ -28,6 +28,8 @@ from .routing import full_precision
 
 NORM_EPS = 1e-4  # shorter vectors have no direction, and would have a gradient without bound
 
+TEMPERATURE = 0.1  # of soft assignments
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -140,6 +142,22 @@ class Codebook(nn.Module):
                 chosen = self.as_long_as(x, chosen)
                 error = _mean_squared(x, chosen)
         return Quantized(chosen, indices, loss, error.detach())
+
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        """Probabilities of codes, softmax(-distance^2 / TEMPERATURE) over them, (T, M) float32.
+
+        The squared distance is the mean over channels, or with `use_cosine_sim` the sum: between
+        tokens of a LayerNorm and of length one it is the same number.
+
+        Args:
+            x: (T, D) tokens.
+        """
+        with full_precision(x):
+            x, codes = self.compared(x.float()), self.codes()
+            # as `nearest_code`: |x|^2 is the same for every code
+            distance = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
+            channels = 1 if self.use_cosine_sim else self.dim
+            return (distance / -(channels * TEMPERATURE)).softmax(dim=-1)
 
     def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:
         """What stands for tokens: their codes, with `use_cosine_sim` at the tokens' length.

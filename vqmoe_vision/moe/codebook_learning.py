@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .codebook import Codebook
-from .codebook_sample import anchor_probabilities, kmeans
+from .codebook_sample import anchor_probabilities, code_shares, kmeans
+from .codebook_simvq import SimVQCodebook
 from .codebook_usage import CodeUsage, code_usage
 from .counted_random import random_choice, random_integers
 
@@ -46,14 +45,22 @@ class GradientCodebook(Codebook):
         ema_decay_warmup: Let the n-th update, from 0, have min(ema_decay, (1 + n) / (10 + n)):
             averages forget their start at once, and follow tokens that move fast at first. As
             TensorFlow's ExponentialMovingAverage with `num_updates`.
+        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates, the start being the
+            first, as Adam (arXiv 1412.6980) and sonnet's VectorQuantizerEMA do: the start then
+            weighs as much as any update since.
         dead_code_threshold: Share of even usage below which a code is dead; 0 for never.
+        usage_from_kmeans: Let a code start with the share of tokens that k-means gave it, as
+            vector-quantize-pytorch, and not at even usage: a code of few tokens then moves with
+            them from the first average on, where even usage outweighs them for long.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *Codebook.OPTIONS,
         'ema_decay',
         'ema_decay_warmup',
+        'ema_bias_correction',
         'dead_code_threshold',
+        'usage_from_kmeans',
     )
     _pending: CodeUsage | None = None
     usage: Tensor
@@ -68,12 +75,16 @@ class GradientCodebook(Codebook):
         use_cosine_sim: bool = False,
         ema_decay: float = 0.99,
         ema_decay_warmup: bool = False,
+        ema_bias_correction: bool = False,
         dead_code_threshold: float = 0.01,
+        usage_from_kmeans: bool = False,
         **factory: Any,
     ) -> None:
         super().__init__(num_codes, dim, commitment, use_cosine_sim, **factory)
         self.ema_decay, self.ema_decay_warmup = ema_decay, ema_decay_warmup
+        self.ema_bias_correction = ema_bias_correction
         self.dead_code_threshold = dead_code_threshold
+        self.usage_from_kmeans = usage_from_kmeans
 
     def _create(self) -> None:
         super()._create()
@@ -156,7 +167,10 @@ class GradientCodebook(Codebook):
         starts = self._start_due
         if starts:
             codes = kmeans(usage.tokens, self.num_codes, self.use_cosine_sim, usage.usable)
+            begins = learns & ~self.started
             learns = self._start(codes, learns)
+            if self.usage_from_kmeans:
+                self._weigh(begins, code_shares(usage.tokens, codes, usage.usable))
             self.usage.masked_fill_(usage.seen & ~self.started, 0)
             self.started |= usage.seen
             # a rank that has seen no token does not know whether another has
@@ -173,10 +187,14 @@ class GradientCodebook(Codebook):
         average.copy_(exact.lerp(value.to(exact.dtype), rate.to(exact.dtype)))
 
     def _decay(self) -> Tensor | float:
+        decay = self.ema_decay
+        if self.ema_bias_correction:
+            # what takes the corrected average of t - 1 updates to that of t
+            return (1 - (1 - decay) / (1 - decay**self.updates)).clamp(min=0)
         if not self.ema_decay_warmup:
-            return self.ema_decay
+            return decay
         before = self.updates - 1
-        return ((1 + before) / (10 + before)).clamp(max=self.ema_decay)
+        return ((1 + before) / (10 + before)).clamp(max=decay)
 
     def _start(self, codes: Tensor, learns: Tensor) -> Tensor:
         """Take over codes unless there was a start before; returns whether to learn even so."""
@@ -184,6 +202,10 @@ class GradientCodebook(Codebook):
         self._put(starts, codes)
         self.started |= learns
         return again
+
+    def _weigh(self, begins: Tensor, shares: Tensor) -> None:
+        """Let codes that begin, 0-dim bool, count as these shares of the tokens (M,)."""
+        self.usage.copy_(torch.where(begins, shares.to(self.usage.dtype), self.usage))
 
     def _move(self, usage: CodeUsage, learns: Tensor) -> bool:
         return False
@@ -250,34 +272,10 @@ class EmaCodebook(GradientCodebook):
         sums = codes.to(self.token_sums.dtype) / self.num_codes
         self.token_sums.copy_(torch.where(where[..., None], sums, self.token_sums))
 
-
-class SimVQCodebook(Codebook):
-    """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038).
-
-    Moving the layer for one selected code moves all codes, so that few are left behind. But it has
-    no data-dependent start: a large mean that all tokens share still lets one code win all.
-    """
-
-    frozen_embed: Tensor
-
-    def _create(self) -> None:
-        self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **self.factory))
-        # float when the rest is int8: it decides
-        self.project = NonDynamicallyQuantizableLinear(self.dim, self.dim, **self.factory)
-
-    def init_weights(self) -> None:
-        """Standard deviation D^-1/2 for the codes, torch's default for the layer."""
-        nn.init.normal_(self.frozen_embed, std=self.dim**-0.5)
-        self.project.reset_parameters()
-
-    def _learned(self) -> Tensor:
-        """Projected codes, (M, D) float32."""
-        weight, bias = self.project.weight.float(), self.project.bias.float()
-        return F.linear(self.frozen_embed.float(), weight, bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """The projection: it is the codebook."""
-        return {'project.weight'}
+    def _weigh(self, begins: Tensor, shares: Tensor) -> None:
+        super()._weigh(begins, shares)
+        sums = (self.embed * shares[:, None]).to(self.token_sums.dtype)
+        self.token_sums.copy_(torch.where(begins, sums, self.token_sums))
 
 
 class CVQCodebook(GradientCodebook):
@@ -292,8 +290,12 @@ class CVQCodebook(GradientCodebook):
     as long as they are, where `use_cosine_sim` makes them of length one.
     """
 
-    # no code is dead: what is not used moves
-    OPTIONS = tuple(n for n in GradientCodebook.OPTIONS if n != 'dead_code_threshold')
+    # no code is dead: what is not used moves, from the first update on
+    OPTIONS = tuple(
+        name
+        for name in GradientCodebook.OPTIONS
+        if name not in ('dead_code_threshold', 'usage_from_kmeans')
+    )
 
     def init_weights(self) -> None:
         """The uniform start; zero usage, so that all codes move to tokens at once."""

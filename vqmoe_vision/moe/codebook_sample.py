@@ -58,6 +58,21 @@ def kmeans(
     return codes
 
 
+def code_shares(sample: Tensor, codes: Tensor, usable: Tensor) -> Tensor:
+    """How many tokens of a sample take each code, as shares of it, (M,) float32.
+
+    A code that none takes counts as if one did: of no weight at all, it would have no place.
+
+    Args:
+        sample: (S, D) float32.
+        codes: (M, D) float32.
+        usable: (S,) bool, which rows count.
+    """
+    counts = torch.zeros(len(codes), device=codes.device)
+    counts = counts.index_add(0, nearest_code(sample, codes), usable.float())
+    return counts.clamp(min=1) / usable.sum().clamp(min=1)
+
+
 def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
     """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2).
 

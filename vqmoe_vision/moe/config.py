@@ -81,6 +81,9 @@ class MoeConfig:
     # starts from a dense one then begins with its answers. Empty where no options do so; a method
     # that needs none has an entry without options.
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Options of a class that trained weights need not be used with: the answers of a model do not
+    # follow them, as those of losses, or tensors show them.
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_experts', 'expert_mlp_ratio'})
 
     num_experts: int = 8
     expert_mlp_ratio: float | None = None
@@ -99,11 +102,12 @@ class MoeConfig:
         return {field.name for field in fields(cls)} | {'preset'}
 
     @classmethod
-    def from_options(cls, preset: str = 'paper', **options: Any) -> Self:
+    def from_options(cls, preset: str | None = None, **options: Any) -> Self:
         """Build from a named preset with single options on top.
 
         Args:
-            preset: Key of `PRESETS`; 'paper' is the method's own paper.
+            preset: Key of `PRESETS`; 'paper' is the method's own paper. None has the defaults of
+                the fields, which are the paper's unless the method says otherwise.
             **options: Fields of this dataclass; they win over the preset.
 
         Raises:
@@ -116,7 +120,7 @@ class MoeConfig:
         return config
 
     @classmethod
-    def without_effect(cls, preset: str = 'paper', **options: Any) -> set[str]:
+    def without_effect(cls, preset: str | None = None, **options: Any) -> set[str]:
         """Names of the options that `from_options` would refuse for having no effect.
 
         Args:
@@ -130,7 +134,9 @@ class MoeConfig:
         return cls._of_preset(preset, options).unused().keys() & options.keys()
 
     @classmethod
-    def _of_preset(cls, preset: str, options: dict[str, Any]) -> Self:
+    def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
+        if preset is None:
+            return cls(**options)
         check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
         return cls(**{**cls.PRESETS[preset], **options})
 
@@ -153,6 +159,18 @@ class MoeConfig:
         Whoever gives such an option gets an error, whatever the value.
         """
         return {}
+
+    @property
+    def learns_routing(self) -> bool:
+        """Whether what sends tokens to experts is learned; a method that does not is a control."""
+        return True
+
+    def of_weights(self) -> set[str]:
+        """Options that say, beside tensors, what the answers of a model are."""
+        left_out: set[str] = set()
+        for kind in type(self).__mro__:
+            left_out |= kind.__dict__.get('NOT_OF_WEIGHTS', frozenset())
+        return {field.name for field in fields(self)} - left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +202,8 @@ class BalancedConfig(MoeConfig):
         global_balance: Balance the tokens of all processes together. False lets every process
             balance its own, and averages.
     """
+
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
 
     global_balance: bool = True
 

@@ -1,8 +1,8 @@
 """Auxiliary losses of routers: pure functions, one equation each, value and gradient in float32.
 
-Legend: T tokens, E experts, K experts per token. Every balance term is 1 (or 0 where it is a
-coefficient of variation) at perfectly even routing, whatever K; papers and libraries differ by
-factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
+Legend: T tokens, E experts, K experts per token, M codes. Every balance term is 1 (or 0 where it is
+a coefficient of variation or an entropy) at perfectly even routing, whatever K; papers and
+libraries differ by factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
 
 A loss is either a mean over tokens, which is a tensor, or a `BalanceLoss`.
 """
@@ -98,6 +98,25 @@ def router_z(logits: Tensor) -> Tensor:
         0-dim tensor; ln(E)^2 for zero logits.
     """
     return token_mean(logits.logsumexp(dim=-1).square())
+
+
+def diversity(probs: Tensor) -> BalanceLoss:
+    """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H.
+
+    H is the entropy of mean probabilities. The paper's is -H / M, of the same gradient but for M.
+
+    Args:
+        probs: (T, M) of the codes, rows sum to 1.
+
+    Returns:
+        Of mean probabilities: 0 when all codes have the same, ln M when one has everything.
+    """
+    return BalanceLoss(token_mean(probs), _missing_entropy)
+
+
+def _missing_entropy(means: Tensor) -> Tensor:
+    # a share of zero has a finite gradient, and adds nothing
+    return (means * (len(means) * means.clamp(min=1e-10)).log()).sum()
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:

@@ -8,51 +8,12 @@ from torch import nn
 from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.methods._quantizer import EXPERT_INPUTS, Quantizer
-from vqmoe_vision.moe.methods.vqmoe import FORMS
+from vqmoe_vision.moe.methods._vqmoe_config import FORMS
 
-D, E = 8, 4
+from .by_hand import D, E, moved, naive
+
 SHARE = 0.3  # of the code; the default 0.05 would hide a mistake
 every_input = pytest.mark.parametrize('expert_input', EXPERT_INPUTS)
-
-
-def expert(layer, e, x):
-    """(1): f_e of a vector."""
-    experts = layer.experts
-    hidden = F.gelu(experts.fc1.weight[e] @ x + experts.fc1.bias[e])
-    return experts.fc2.weight[e] @ hidden + experts.fc2.bias[e]
-
-
-def naive(layer, x):
-    """Equations (1) to (5) for tokens (T, D), one token after the other; values only."""
-    config, out = layer.config, []
-    for token in x:
-        branches = []
-        if config.form != 'discrete':
-            probs = (layer.router.weight @ token).softmax(dim=0)
-            best = int(probs.argmax())
-            weight = probs[best] if config.train_router else 1.0
-            branches.append(weight * expert(layer, best, token))
-        if config.form != 'continuous':
-            codes = layer.quantizer.codebook.codes()
-            if config.use_cosine_sim:
-                q = int((codes @ token).argmax())
-                codes = codes * token.norm()
-            else:
-                q = int((codes - token).square().sum(dim=1).argmin())
-            read = {
-                'token': token,
-                'ste': codes[q],
-                'mix': (1 - config.code_share) * token + config.code_share * codes[q],
-                'official': (1 - 2 * config.code_share) * token + config.code_share * codes[q],
-            }[config.expert_input]
-            answer = expert(layer, q % E, layer.quantizer.norm(read))
-            branches.append(layer.output_norm(answer) if config.output_norm else answer)
-        if config.form == 'full':
-            gate = (layer.gate.weight @ token + layer.gate.bias).softmax(dim=0)
-            out.append(gate[0] * branches[0] + gate[1] * branches[1])
-        else:
-            out.append(branches[0])
-    return torch.stack(out)
 
 
 def reading(expert_input):
@@ -80,12 +41,14 @@ def test_output_of_the_continuous_form_is_the_equations(make_layer):
     'options',
     [
         {'preset': 'official', 'code_share': SHARE},
+        {'preset': 'paper'},
         {'output_norm': True},
         {'input_norm': False},
         {'input_norm': False, 'output_norm': True, 'form': 'discrete', 'expert_input': 'ste'},
         *({'codebook': name} for name in CODEBOOKS),
         *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
         {'rotation_trick': True, 'code_share': SHARE},
+        {'routed_scaling_factor': 6.25},
     ],
     ids=str,
 )
@@ -213,14 +176,6 @@ def test_continuous_form_has_top_1_probabilities_as_weights(make_layer):
 
 
 # --- what learns from what
-
-
-def moved(net, loss):
-    """Names of the parameters with a gradient that is not zero."""
-    net.zero_grad()
-    loss.backward()
-    parameters = net.layer.named_parameters()
-    return {name for name, p in parameters if p.grad is not None and p.grad.any()}
 
 
 EXPERTS = {f'experts.fc{i}.{kind}' for i in (1, 2) for kind in ('weight', 'bias')}

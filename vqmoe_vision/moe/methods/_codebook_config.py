@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..codebook import Codebook
 from ..codebook_learning import CODEBOOKS
 from ..config import MoeConfig, check_weights
 
 _OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS}
+_LEARNING = sorted(_OPTIONS.difference(Codebook.OPTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +24,43 @@ class CodebookConfig(MoeConfig):
         use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
         ema_decay: Decay of the moving averages of 'ema', 'gradient' and 'cvq'.
         ema_decay_warmup: Let the n-th update have min(ema_decay, (1 + n) / (10 + n)).
+        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates, as Adam does.
         dead_code_threshold: Share of even usage below which 'ema' and 'gradient' replace a code; 0
             for never.
+        usage_from_kmeans: Let codes of 'ema' and 'gradient' start with the shares of tokens that
+            k-means gave them, and not at even usage.
         train_codebook: False keeps the codes as they are loaded or drawn, for fine-tuning; tokens
             are still drawn to them.
     """
+
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            'commitment',
+            'ema_decay',
+            'ema_decay_warmup',
+            'ema_bias_correction',
+            'dead_code_threshold',
+            'usage_from_kmeans',
+            'train_codebook',
+        }
+    )
 
     codebook: str = 'ema'
     commitment: float = 0.25
     use_cosine_sim: bool = False
     ema_decay: float = 0.99
     ema_decay_warmup: bool = False
+    ema_bias_correction: bool = False
     dead_code_threshold: float = 0.01
+    usage_from_kmeans: bool = False
     train_codebook: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
         self.require('ema_decay', 0 <= self.ema_decay < 1, 'at least 0 and below 1')
+        alone = not (self.ema_bias_correction and self.ema_decay_warmup)
+        self.require('ema_bias_correction', alone, 'False with ema_decay_warmup=True, one of both')
         share = self.dead_code_threshold
         self.require('dead_code_threshold', 0 <= share < 1, 'at least 0 and below 1')
         check_weights(self, 'commitment')
@@ -49,9 +69,14 @@ class CodebookConfig(MoeConfig):
         """What the codebook does not have."""
         missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
         unused = dict.fromkeys(missing, f'codebook={self.codebook!r}')
+        if self.ema_decay == 0:
+            unused |= dict.fromkeys(('ema_bias_correction', 'ema_decay_warmup'), 'ema_decay=0')
+        if self.codebook == 'gradient' and self.dead_code_threshold == 0:
+            # its averages tell dead codes, and nothing else
+            averages = [name for name in _LEARNING if name != 'dead_code_threshold']
+            unused |= dict.fromkeys(averages, 'dead_code_threshold=0')
         if not self.train_codebook:
-            learning = ('ema_decay', 'ema_decay_warmup', 'dead_code_threshold')
-            unused |= dict.fromkeys(learning, 'train_codebook=False')
+            unused |= dict.fromkeys(_LEARNING, 'train_codebook=False')
         return unused
 
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:

@@ -2,11 +2,16 @@
 
 The authors' code gives its expert the weight 1, which leaves the router at its random start.
 
+The weight of (2) is a probability, 0.16 of eight experts at the start where a code's expert has 1.
+`routed_scaling_factor` is what evens that, with its name in DeepSeek-V2 (arXiv 2405.04434), which
+does not renormalise either. Renormalised, one weight is 1, as if the router were not trained.
+
 Legend: T tokens, D width, E experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ class ContinuousRouter(SMoERouter):
         balance_weight: Weight of its balance loss.
         global_balance: As `BalancedConfig`.
         trained: False freezes the router at its random start.
+        scale: Factor of the weight of a trained router.
     """
 
     def __init__(
@@ -34,6 +40,7 @@ class ContinuousRouter(SMoERouter):
         balance_weight: float,
         global_balance: bool,
         trained: bool,
+        scale: float = 1.0,
         **factory: Any,
     ) -> None:
         config = SMoEConfig(
@@ -47,11 +54,13 @@ class ContinuousRouter(SMoERouter):
             train_router=trained,
         )
         super().__init__(in_features, config, **factory)
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         routing = super().forward(x)
-        if self.config.train_router:
+        if not self.config.train_router:
+            return replace(routing, weights=torch.ones_like(routing.weights))
+        if self.scale == 1:
             return routing
-        weights = torch.ones_like(routing.weights)
-        return Routing(routing.indices, weights, routing.losses, routing.stats, routing.kept)
+        return replace(routing, weights=self.scale * routing.weights)

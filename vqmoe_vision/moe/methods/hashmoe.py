@@ -47,6 +47,11 @@ class HashConfig(TopKConfig):
     # K equal answers are averaged
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
 
+    @property
+    def learns_routing(self) -> bool:
+        """Never: a hash is drawn once."""
+        return False
+
 
 class HashRouter(TopKRouter):
     """Experts by position.

@@ -76,6 +76,8 @@ class MoCLEConfig(MoeConfig):
     # both weights of a token sum to 1
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_clusters', 'router_noise'})
+
     num_clusters: int = 64
     temperature: float = 0.05
     router_noise: float = 0.1

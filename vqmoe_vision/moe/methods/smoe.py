@@ -105,6 +105,18 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         'renormalize': {'renormalize': True},
     }
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            'router_noise',
+            'importance_weight',
+            'load_weight',
+            'balance_weight',
+            'z_weight',
+            'capacity_factor',
+            'train_router',
+        }
+    )
+
     top_k: int = 2
     renormalize: bool = False
     router_bias: bool = False
@@ -117,6 +129,11 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     eval_capacity_factor: float | None = None
     batch_prioritized: bool = False
     train_router: bool = True
+
+    @property
+    def learns_routing(self) -> bool:
+        """Unless the router is frozen at its random start."""
+        return self.train_router
 
     def __post_init__(self) -> None:
         super().__post_init__()

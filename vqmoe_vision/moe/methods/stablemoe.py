@@ -82,6 +82,10 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
         'one-stage': {'two_stage': False, 'top_k': 2},
     }
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {'stage1_steps', 'stage1_fraction', 'balance_weight', 'distill_weight'}
+    )
+
     stage1_steps: int | None = None
     stage1_fraction: float = 0.1
     balance_weight: float = 0.3

@@ -25,9 +25,11 @@ their top-1 weight is always one, which leaves the router untrained; ours is the
 says, and starts as SMoE's. The code vector passes a LayerNorm of its own before the expert
 (`input_norm`); their second norm, after the expert, is `output_norm`. The default codebook is an
 EMA codebook with a data-dependent start and replacement of dead codes, as the paper's own collapses
-on tokens with a common mean (`codebook='plain'`).
+on tokens with a common mean (`codebook='plain'`). `diversity_weight` adds a loss that evens the use
+of codes, which the paper does not have.
 
-The 'official' preset is the released code; docs/methods.md names what it lacks of it.
+Options are in `_vqmoe_config.py`. The 'official' preset is the released code; docs/methods.md names
+what it lacks of it.
 
 Legend: T tokens, D width, E experts, M codes.
 """
@@ -35,8 +37,8 @@ Legend: T tokens, D width, E experts, M codes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,135 +46,16 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..branches import Branch, branch_statistics, run_branches
-from ..config import BalancedConfig, MoeConfig, check_weights
+from ..codebook import Quantized
 from ..experts import Experts
 from ..host import Host
-from ..joint_losses import Loss
+from ..joint_losses import Loss, values_of
 from ..layer import Decisions, MoeLayer
-from ..losses import token_mean
+from ..losses import diversity, token_mean
 from ..routing import full_precision
-from ._codebook_config import CodebookConfig
 from ._continuous_router import ContinuousRouter
-from ._quantizer import EXPERT_INPUTS, FIXED_SHARES, Quantizer
-
-FORMS = ('full', 'discrete', 'continuous')
-
-
-@dataclass(frozen=True, kw_only=True)
-class VQMoEConfig(BalancedConfig, CodebookConfig):
-    """Options of VQMoE, beside those of its codebook.
-
-    Args:
-        form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
-        num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        vq_weight: alpha of (6).
-        expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
-        code_share: c of 'mix' and 'official'.
-        rotation_trick: Gradients through the code by rotation in place of straight through.
-        input_norm: LayerNorm between code and expert.
-        output_norm: LayerNorm after the expert of the discrete branch.
-        balance_weight: Weight of the router's balance loss.
-        train_router: False freezes the router at its random start with weight one.
-
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has: one by router and one by code; 'official', the released code.
-    """
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        'paper': {},
-        'matched': {},
-        'official': {
-            'codebook': 'plain',
-            'expert_input': 'official',
-            'output_norm': True,
-            'balance_weight': 0.0,
-            'train_router': False,
-        },
-    }
-
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'discrete': {
-            'form': 'discrete',
-            'commitment': 0.5,
-            'code_share': 0.3,
-            'use_cosine_sim': True,
-            'train_codebook': False,
-        },
-        'continuous': {'form': 'continuous', 'global_balance': False},
-        'gradient': {
-            'codebook': 'gradient',
-            'num_codes': 48,
-            'input_norm': False,
-            'ema_decay': 0.9,
-            'ema_decay_warmup': True,
-            'dead_code_threshold': 0.1,
-        },
-        'simvq': {
-            'codebook': 'simvq',
-            'expert_input': 'ste',
-            'vq_weight': 0.5,
-            'rotation_trick': True,
-        },
-        'cvq': {'codebook': 'cvq', 'expert_input': 'token'},
-    }
-
-    # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
-    # the continuous branch is a probability, below 1, unless its router is frozen.
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
-        'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
-        'full': {
-            'expert_input': 'token',
-            'input_norm': False,
-            'train_router': False,
-            'balance_weight': 0.0,
-        },
-    }
-
-    form: str = 'full'
-    num_codes: int | None = None
-    vq_weight: float = 0.08
-    expert_input: str = 'mix'
-    code_share: float = 0.05
-    rotation_trick: bool = False
-    input_norm: bool = True
-    output_norm: bool = False
-    balance_weight: float = 0.01
-    train_router: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require('form', self.form in FORMS, f'one of {FORMS}')
-        inputs = self.expert_input
-        self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
-        self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
-        check_weights(self, 'vq_weight', 'balance_weight')
-        codes = self.num_codes
-        valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
-        multiple = f'a positive multiple of num_experts={self.num_experts}'
-        self.require('num_codes', valid, f'{multiple}, or None for one per expert')
-        valid = self.train_router or self.balance_weight == 0
-        self.require('balance_weight', valid, '0 with train_router=False')
-
-    def unused(self) -> dict[str, str]:
-        """What belongs to a branch that the form leaves out, and a share that the reading fixes."""
-        unused = super().unused()
-        if self.vq_weight == 0:
-            unused['commitment'] = 'vq_weight=0'
-        if self.expert_input in FIXED_SHARES:
-            unused['code_share'] = f'expert_input={self.expert_input!r}'
-        if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
-            unused['rotation_trick'] = 'experts that are fed the token alone'
-        if self.balance_weight == 0:
-            unused['global_balance'] = 'balance_weight=0'
-        if self.form == 'discrete':
-            names = ('balance_weight', 'global_balance', 'train_router')
-            unused |= dict.fromkeys(names, "form='discrete'")
-        if self.form == 'continuous':
-            own = {field.name for field in fields(VQMoEConfig)}
-            shared = {field.name for field in fields(MoeConfig)}
-            kept = {'form', 'balance_weight', 'global_balance', 'train_router'}
-            unused |= dict.fromkeys(sorted(own - shared - kept), "form='continuous'")
-        return unused
+from ._quantizer import Quantizer
+from ._vqmoe_config import VQMoEConfig
 
 
 class VQMoEMlp(MoeLayer):
@@ -224,7 +107,7 @@ class VQMoEMlp(MoeLayer):
             experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
-                losses['vq'] = self.config.vq_weight * quantized.loss
+                losses |= self._code_losses(precise, quantized)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
@@ -239,6 +122,15 @@ class VQMoEMlp(MoeLayer):
         out = out.view(x.shape)
         self.show(decisions, x, out)
         return out
+
+    def _code_losses(self, tokens: Tensor, quantized: Quantized) -> dict[str, Loss]:
+        config = self.config
+        terms: dict[str, Loss] = {'vq': config.vq_weight * quantized.loss}
+        if config.diversity_weight > 0:
+            assert self.quantizer is not None
+            probs = self.quantizer.codebook.soft_assignment(tokens)
+            terms['diversity'] = config.diversity_weight * diversity(probs)
+        return terms if config.global_balance else {**values_of(terms)}
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""
@@ -294,6 +186,7 @@ def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> Continuous
         config.balance_weight,
         config.global_balance,
         config.train_router,
+        config.routed_scaling_factor,
         **factory,
     )
 

@@ -89,6 +89,10 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         'renormalize': {'renormalize': True, 'top_k': 2},
     }
 
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
+        {'temperature', 'learn_temperature', 'balance_temperature', 'balance_weight'}
+    )
+
     gate: str = 'softmax'
     router_dim: int | None = None
     temperature: float | None = None

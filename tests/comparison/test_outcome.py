@@ -1,0 +1,172 @@
+"""What may be said of rows: by how many seeds, among how many rows, and beside which controls."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vqmoe_vision.comparison.controls import challengers
+from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
+from vqmoe_vision.comparison.sentences import verdict
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.statistics import Difference, paired_difference, pairs_needed
+
+pytestmark = pytest.mark.usefixtures('tables_alone')
+TABLES = Path('docs/results/tables')
+SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
+
+
+def files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in TABLES.iterdir()}
+
+
+def difference(*each: float) -> Difference:
+    return paired_difference(dict(enumerate(each)), dict.fromkeys(range(len(each)), 0.0))
+
+
+def test_sentences_by_hand() -> None:
+    # two standard deviations need 5 pairs for 80 % power at 5 %
+    two = difference(1, 2, 3)
+    open_ = verdict('a', 'b', two, 0.074, 1, 3)
+    assert open_.startswith('a and b cannot be told apart at this budget (+2.00, 95 % interval')
+    assert open_.endswith('about 2 more would tell one of 2.00.')
+    # among ten rows the same difference has to stand a level of 0.5 %
+    assert pairs_needed(1.0, 2.0, 0.005) == 8
+    among_ten = verdict('a', 'b', two, 0.74, 10, 3)
+    assert among_ten.endswith('about 5 more would tell one of 2.00.')
+    told = verdict('a', 'b', difference(-2.5, -2, -1.5, -2, -2), 0.004, 4, 5)
+    assert told.startswith('a is worse than b at this budget: -2.00') and 'p = 0.004' in told
+    lone = verdict('a', 'b', difference(2), math.nan, 1, 1)
+    assert 'nothing can be said' in lone
+    assert 'more than a thousand' in verdict('a', 'b', difference(-1, 0, 1), 1, 1, 3)
+    assert 'by exactly +2.00' in verdict('a', 'b', difference(2, 2, 2), math.nan, 1, 3)
+
+
+@pytest.mark.parametrize('each', [(2.0, 2.1, 2.2), (2.0, 2.0, 2.0), (-1.0, 0.0, 1.0)])
+def test_nothing_is_decided_before_the_last_seed(each: tuple[float, ...]) -> None:
+    said = verdict('a', 'b', difference(*each), 0.001, 1, 5)
+    assert said.startswith('a and b, not finished: 3 of 5 seeds; so far ')
+    assert said.endswith('no verdict.')
+
+
+# the first row of SCORES is the reference; 'sure' is better whatever it is corrected for
+SURE = {'dense': [10.0, 20.0, 30.0], 'sure': [12.0, 22.001, 32.0], 'near': [11.0, 21.1, 31.3]}
+
+
+def test_rows_that_are_not_finished_count_for_the_correction_and_get_no_verdict(fill, says):
+    """Each further row that is planned makes p larger, though none of them has a result."""
+    says('table', fill(SURE))
+    p = json.loads((TABLES / 'spec.json').read_text())['rows'][2]['p']
+    assert p < 0.05 / 2
+    assert 'near is better than dense' in (TABLES / 'spec.md').read_text()
+    plan = Path('spec.py').read_text()
+    more = ', '.join(f"more{n}='train_cfg.row=more{n}'" for n in range(20))
+    Path('spec.py').write_text(f'{plan}\nrows |= dict({more})')
+    says('table', 'spec.py')
+    shown = (TABLES / 'spec.md').read_text()
+    assert 'corrected for all 22 rows' in shown
+    # sure is first and gets 22, near 21
+    assert json.loads((TABLES / 'spec.json').read_text())['rows'][2]['p_holm'] == pytest.approx(
+        21 * p
+    )
+    assert 'sure is better than dense' in shown and 'near and dense cannot be told apart' in shown
+    Path('spec.py').write_text(f'{plan}\nseeds = [1, 2, 3, 4]')
+    says('table', 'spec.py')
+    shown = (TABLES / 'spec.md').read_text()
+    assert 'is better' not in shown
+    assert 'sure and dense, not finished: 3 of 4 seeds; so far +2.00 (95 % interval' in shown
+    line = next(line for line in shown.splitlines() if line.startswith('| sure'))
+    cells = [cell.strip() for cell in line.split('|')]
+    assert cells[4] == '3 of 4' and cells[5].startswith('+2.00 (') and cells[6] == '-'
+
+
+@pytest.mark.parametrize(
+    ('part', 'which'),
+    [
+        (['--rows', 'near'], 'rows dense, near; seeds 1, 2, 3.'),
+        (['--rows', 'near', 'dense'], 'rows dense, near; seeds 1, 2, 3.'),
+        (['--seeds', '3', '1'], 'rows dense, sure, near, last; seeds 3, 1.'),
+    ],
+)
+def test_a_part_is_corrected_for_all_and_leaves_the_whole_alone(fill, says, part, which) -> None:
+    says('table', fill({**SURE, 'last': [10.0, 20.3, 31.0]}))
+    first = files()
+    whole = json.loads((TABLES / 'spec.json').read_text())
+    says('table', 'spec.py', *part)
+    assert {name: content for name, content in files().items() if 'part' not in name} == first
+    shown = (TABLES / 'spec-part.md').read_text()
+    assert shown.startswith('# spec, a part\n')
+    assert f'- A part of spec: {which}\n' in shown
+    found = json.loads((TABLES / 'spec-part.json').read_text())
+    if '--seeds' in part:
+        assert 'p_holm' in found['rows'][1] and 'is better' not in shown
+        assert 'sure and dense, not finished: 2 of 3 seeds' in shown
+        return
+    assert [row['row'] for row in found['rows']] == ['dense', 'near']
+    assert found['scores'].keys() == {'dense', 'near'}
+    assert found['rows'] == [whole['rows'][0], whole['rows'][2]]
+    assert found['sentences'] == [said for said in whole['sentences'] if said.startswith('near')]
+
+
+def test_all_rows_and_seeds_by_name_are_the_whole(fill, says) -> None:
+    says('table', fill(SCORES), '--rows', 'same', 'dense', 'better', '--seeds', '3', '2', '1')
+    assert files().keys() == {f'spec.{kind}' for kind in ('md', 'tex', 'csv', 'json')}
+
+
+def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
+    says('table', fill(SCORES), '--rows', 'same')
+    assert {'spec-part-curves.png', 'spec-part-differences.pdf'} < files().keys()
+    assert all(name.startswith('spec-part') for name in files())
+
+
+CONTROLLED = {
+    'dense': [1.0, 2.0, 3.0],
+    'smoe_frozen': [5.0, 6.0, 7.0],
+    'hashmoe': [5.0, 6.0, 7.0],
+    'smoe': [5.0, 6.0, 7.1],
+    'vqmoe': [8.0, 9.1, 10.0],
+    'hashmoe_paper': [1.0, 2.0, 3.1],
+}
+PLAN = f"""
+rows = {{row: f'{{row}} train_cfg.row={{row}}' for row in {list(CONTROLLED)}}}
+controls = ['smoe_frozen', 'hashmoe']
+"""
+
+
+@pytest.mark.parametrize('reference', ['dense', 'smoe'])
+def test_a_router_that_does_not_beat_a_control_is_named(fill, says, reference: str) -> None:
+    """Those alone that have one to learn, the reference among them."""
+    path = fill(CONTROLLED, f"{PLAN}\nreference = '{reference}'")
+    says('table', path)
+    said = json.loads((TABLES / 'spec.json').read_text())['sentences']
+    found = [line for line in said if 'the control' in line]
+    assert found == [
+        f'smoe does not beat the control {control}: +0.03, 95 % interval -0.11 to +0.18, 3 seeds.'
+        for control in ('smoe_frozen', 'hashmoe')
+    ]
+    with Path(path).open('a') as file:
+        file.write('\nseeds = [1, 2, 3, 4]')
+    says('table', path)
+    said = json.loads((TABLES / 'spec.json').read_text())['sentences']
+    found = [line for line in said if 'the control' in line]
+    assert len(found) == 4 and all('not finished: 3 of 4 seeds' in line for line in found)
+
+
+def test_a_control_is_there_for_rows_that_begin_as_it_does(spec) -> None:
+    spec()
+    Path('first.py').write_text(Path('spec.py').read_text())
+    comparison = read_comparison(
+        spec(
+            "start = 'first.py dense iter_2.pth'\nall_methods = True\nall_started = True\n"
+            "rows = dict(smoe_frozen='smoe_frozen', frozen='smoe_frozen', codes='vqmoe_official',"
+            "by_chance='vqmoe model.moe.form=continuous model.moe.train_router=False "
+            "model.moe.balance_weight=0')\n"
+            "controls = ['smoe_frozen', 'hashmoe_started']",
+        )
+    )
+    learned = {row for row in (*ROWS, *FEATURE_ROWS) if 'dense' not in row} - {'hashmoe'}
+    # codes are learned beside a frozen router
+    assert set(challengers(comparison, 'smoe_frozen')) == learned | {'codes'}
+    started = {f'{row}_started' for row in learned}
+    assert set(challengers(comparison, 'hashmoe_started')) == started

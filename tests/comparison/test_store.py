@@ -1,0 +1,175 @@
+"""Rows lose nothing to who else writes, and a damaged file is one file less."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.comparison import cli, routing
+from vqmoe_vision.comparison.queue import Queue
+from vqmoe_vision.comparison.report import draw_figures
+from vqmoe_vision.comparison.results import Store
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.tasks import Task
+from vqmoe_vision.comparison.validity import FIELDS
+from vqmoe_vision.engine.checkpoint_files import SaveError
+
+ROWS = Path('docs/results/rows/spec')
+WORK = Path('work_dirs/comparisons')
+SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
+
+
+@pytest.fixture(autouse=True)
+def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
+
+
+@pytest.fixture
+def finished(spec, says) -> list[Run]:
+    """Runs that have rows."""
+    path = spec()
+    says('run', path)
+    comparison = read_comparison(path)
+    return [Run(comparison, *which, WORK) for which in comparison.selected()]
+
+
+def row(run: Run) -> dict[str, Any]:
+    return json.loads((ROWS / f'{run.name}.json').read_text())
+
+
+def at_once(*works: Any) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_another_queue_leaves_what_was_measured_meanwhile(finished) -> None:
+    """It took the runs up before they were finished, and comes to them when they are."""
+    store = Store(ROWS)
+    store.add(finished[0], 'shifts', {'fog': {'a': 1.0}})
+    assert Queue([Task(run, store) for run in finished], 1, WORK / 'PAUSE').work() == {}
+    assert len(Path('calls').read_text().splitlines()) == 2
+    assert row(finished[0])['shifts'] == {'fog': {'a': 1.0}}
+
+
+def test_measurements_side_by_side_lose_nothing(finished, monkeypatch) -> None:
+    store = Store(ROWS)
+
+    def measure(run: Run) -> dict[str, Any]:
+        store.add(run, 'shifts', {'fog': {'a': 1.0}})  # another process, while this one measures
+        return {}
+
+    monkeypatch.setattr(routing, '_routing', measure)
+    assert routing.measure_routing(finished, store) == []
+    for run in finished:
+        assert (row(run)['routing'], row(run)['shifts']) == ({}, {'fog': {'a': 1.0}})
+
+
+def test_many_writers_at_the_same_moment(finished) -> None:
+    run, store = finished[0], Store(ROWS)
+    losses, names = row(run)['first_losses'], [str(number) for number in range(16)]
+    finding = {'equal': True, 'finding': '', 'commit': 'abc', 'losses': losses}
+    others = [Run(run.comparison, run.row, int(seed), WORK) for seed in names]
+    at_once(*(lambda n=n: Store(ROWS).add(run, 'shifts', {n: {n: 1.0}}) for n in names))
+    at_once(*(lambda o=o: Store(ROWS).keep_check(o, finding) for o in others))
+    assert row(run)['shifts'].keys() == set(names)
+    assert store.checks().keys() == {other.name for other in others}
+    assert {path.name for path in ROWS.iterdir()} == {
+        'checks.json', *(f'{run.name}.json' for run in finished)
+    }  # fmt: skip
+
+
+def test_a_full_disk_leaves_the_row_as_it_was(finished, monkeypatch) -> None:
+    before = row(finished[0])
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(SaveError):
+        Store(ROWS).add(finished[0], 'shifts', {'fog': {'a': 1.0}})
+    assert row(finished[0]) == before
+
+
+@pytest.mark.parametrize('value', ['absent', None, {'a': 'b'}], ids=['absent', 'null', 'other'])
+@pytest.mark.parametrize('field', FIELDS)
+def test_a_row_without_a_field_is_left_out_alone(fill, says, field: str, value: Any) -> None:
+    path = fill(SCORES)
+    damaged = ROWS / 'same-seed1.json'
+    content = json.loads(damaged.read_text())
+    del content[field]
+    damaged.write_text(json.dumps(content if value == 'absent' else {**content, field: value}))
+    says('table', path)
+    shown = Path('docs/results/tables/spec.md').read_text()
+    (line,) = [line for line in shown.splitlines() if line.startswith('- `same-seed1.json`: it is')]
+    assert field in line
+    assert '| same ' in shown and '| 24.50 ' in shown  # of the seeds that are left
+
+
+def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
+    monkeypatch.setattr(cli, 'draw_figures', draw_figures)
+    path = fill(SCORES)
+    for file in ROWS.iterdir():
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({field: content[field] for field in ('version', *FIELDS)}))
+    assert 'spec-curves.png' in says('table', path)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('test', {'mIoU': None}),
+        ('test', {'mIoU': float('nan')}),
+        ('test', {'mAcc': 3.0}),
+        ('macs', float('inf')),
+        ('held_out', [[1, None]]),
+        ('training_loss', [[1]]),
+        ('first_losses', []),
+        ('config', {}),
+        ('routing', {'layers': {}}),
+        ('shifts', {'fog': 3.0}),
+    ],
+)
+def test_a_field_with_half_of_its_content(fill, says, field: str, value: Any) -> None:
+    path = fill(SCORES)
+    damaged = ROWS / 'same-seed1.json'
+    damaged.write_text(json.dumps({**json.loads(damaged.read_text()), field: value}))
+    says('table', path)
+    shown = Path('docs/results/tables/spec.md').read_text()
+    assert f'`same-seed1.json`: it is damaged: {field}' in shown and '| 24.50 ' in shown
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"dense-seed1": 3}', '{"dense-seed1": {"equal": 1}}'])
+def test_damaged_findings_of_checks_stop_nothing_else(finished, says, capsys, text: str) -> None:
+    (ROWS / 'checks.json').write_text(text)
+    says('table', 'spec.py')
+    shown = Path('docs/results/tables/spec.md').read_text()
+    assert '- `checks.json`: docs/results/rows/spec/checks.json is damaged: ' in shown
+    assert '| dense ' in shown
+    assert '2 of 2 runs are there already' in says('run', 'spec.py')
+    assert says('list', 'spec.py') == ''
+    # nothing is written over it, and nothing is trained for what could not be kept
+    line = says('check', 'spec.py')
+    assert line.startswith('error: docs/results/rows/spec/checks.json is damaged: ')
+    assert (ROWS / 'checks.json').read_text() == text
+    assert len(Path('calls').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('harm', ['{', '{}', '{"first_losses": 3}'])
+def test_a_damaged_record_of_a_run_loses_no_other(finished, says, capsys, harm: str) -> None:
+    for run in finished:
+        (ROWS / f'{run.name}.json').unlink()
+    (finished[0].folder / 'run.json').write_text(harm)
+    assert len(says('list', 'spec.py').splitlines()) == 2
+    assert says('collect', 'spec.py') == 'error: results of 1 runs are damaged: dense-seed1'
+    assert [path.name for path in ROWS.iterdir()] == ['dense-seed2.json']
+    line = says('run', 'spec.py')
+    assert line == 'error: 1 of 1 runs failed: dense-seed1'
+    said = capsys.readouterr()
+    assert 'dense-seed1 failed: ' in said.out and str(finished[0].folder) in said.out

@@ -1,0 +1,52 @@
+"""What a config leaves to the code is what the models are built with."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe import METHODS
+
+from ..variants import VARIANTS
+
+SIZES = {'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'img_size': 32, 'num_classes': 3}
+
+
+@pytest.mark.parametrize(('method', 'options'), VARIANTS.values(), ids=VARIANTS)
+def test_options_in_full_are_those_of_the_model(method: str, options: dict[str, Any]) -> None:
+    name = f'vit_tiny_{method}'
+    found = options_in_full({'model_name': name, 'moe': options, **SIZES})
+    assert found.pop('method') == method
+    assert json.loads(json.dumps(found)) == found
+    with torch.device('meta'):
+        model: Any = create_model(name, options, **SIZES)
+    config = model.moe_config
+    assert found == {n: v for n, v in asdict(config).items() if n not in config.unused()}
+    # the other two ways to write them
+    assert options_in_full({'model_name': name, **options}) == {'method': method, **found}
+    host = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': method, **options}}
+    assert options_in_full(host) == {'method': method, **found}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_how_experts_are_made_counts_where_a_model_starts_from_weights(method: str) -> None:
+    model = {'model_name': f'vit_tiny_{method}', 'moe': {'moe_layers': 'last2'}}
+    assert 'upcycling' not in options_in_full(model)
+    started = options_in_full({**model, 'checkpoint': 'dense.pth', 'upcycling': {'drop': 0.5}})
+    assert started['upcycling'] == {'noise': 0.0, 'drop': 0.5, 'split': False}
+
+
+def test_a_model_without_such_layers_has_none() -> None:
+    assert timm.is_model('vit_tiny_patch16_224')
+    assert options_in_full({'model_name': 'vit_tiny_patch16_224', 'moe': None}) == {}
+    assert options_in_full({'type': 'SomebodysModel'}) == {}
+
+
+def test_an_option_that_a_method_does_not_have() -> None:
+    with pytest.raises(ValueError, match=r"moe: smoe has no options \['code_share'\]"):
+        options_in_full({'model_name': 'vit_tiny_smoe', 'moe': {'code_share': 0.1}})

@@ -1,0 +1,195 @@
+"""Experts whose tensors have the names of the model's, and which are those of another function."""
+
+import logging
+from ast import literal_eval
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models import save_for_hf
+
+from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.stated_experts import compare_experts, experts_of
+from vqmoe_vision.moe import METHODS
+
+from .conftest import TINY, distance, make, shaken
+
+# as a training of each method and form has them
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    **{f'vqmoe-{form}': ('vqmoe', {'form': form}) for form in ('discrete', 'continuous')},
+}
+PAIRS = [pair for pair in permutations(FORMS, 2) if FORMS[pair[0]][0] != FORMS[pair[1]][0]]
+OPTIONS = {
+    f'{name}-{option}={value!r}': (name, {option: value})
+    for name, method in METHODS.items()
+    for options in (*method.config.PRESETS.values(), *method.config.TRIALS.values())
+    for option, value in options.items()
+}
+
+
+def run_of(model: Any, path: Path, config: str) -> str:
+    """What a run leaves, as far as it says what its experts are."""
+    torch.save({'state_dict': model.state_dict(), 'meta': {'cfg': config}}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for form, (method, options) in FORMS.items():
+        made[form] = tmp_path_factory.mktemp('saved') / form
+        model = make(method, depth=2, **options)
+        arguments = {**TINY, 'depth': 2, **options}
+        save_for_hf(model, made[form], model_args=arguments, safe_serialization=True)
+    return made
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), PAIRS)
+def test_experts_of_another_method_are_refused(
+    theirs: str, ours: str, folders: dict[str, Path]
+) -> None:
+    method, options = FORMS[ours]
+    message = f'is of another MoE method: its experts are those of {FORMS[theirs][0]}, the model'
+    with pytest.raises(ValueError, match=message) as caught:
+        make(method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('way', ['file', 'pretrained', 'checkpoint_path', 'checkpoint'])
+def test_every_way_to_name_weights_compares_methods(way: str, folders: dict[str, Path]) -> None:
+    path = str(folders['smoe'] / 'model.safetensors')
+    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
+    ways = {'file': {'upcycle': path}, 'pretrained': overlay, 'checkpoint_path': {way: path}}
+    with pytest.raises(ValueError, match=r'those of smoe, the model has those of ecmoe; a model'):
+        if way == 'checkpoint':
+            start_from(make('ecmoe', depth=2), path)
+        else:
+            create_model('vit_tiny_ecmoe', **{**TINY, 'depth': 2}, **ways[way])
+
+
+CONFIGS = {
+    'name': "model = dict(type='Classifier', model_name='vit_tiny_smoe', num_experts=8)",
+    'moe': "model = dict(backbone=dict(model_name='vit_tiny_smoe', moe=dict(renormalize=False)))",
+    'host': "model = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': 'smoe', 'top_k': 2}}",
+}
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+@pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
+def test_a_run_says_it_in_its_config(config: str, way: str, tmp_path: Path) -> None:
+    path = run_of(make('smoe'), tmp_path / 'a.pth', CONFIGS[config])
+
+    def load(method: str) -> None:
+        if way == 'checkpoint':
+            start_from(make(method), path)
+        else:
+            create_model(f'vit_tiny_{method}', **TINY, **{way: path})
+
+    load('smoe')
+    with pytest.raises(ValueError, match='is of another MoE method: its experts are those of smoe'):
+        load('ecmoe')
+
+
+@pytest.mark.parametrize(
+    'config',
+    ['', 'no python (', 'model = build()', "model = dict(model_name='vit_of_tomorrow_smoe')",
+     "model = dict(model_name='vit_tiny_patch16_224', moe=None)"],
+)  # fmt: skip
+def test_what_says_nothing_is_not_refused(config: str, tmp_path: Path) -> None:
+    path = run_of(make('smoe'), tmp_path / 'a.pth', config)
+    model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
+    assert not model.weights_report.warnings
+
+
+@pytest.mark.parametrize('case', OPTIONS)
+def test_an_option_is_told_if_answers_follow_it(case: str, images: torch.Tensor) -> None:
+    method, options = OPTIONS[case]
+    source = shaken(make(method))
+    try:
+        model: Any = make(method, **options).eval()
+        model.load_state_dict(source.state_dict())
+    except (ValueError, RuntimeError):  # not alone, or tensors show it
+        return
+    with torch.no_grad():
+        changed = distance(model(images), source(images)) > 1e-5
+    (name,) = options
+    lines = compare_experts(model, experts_of(source), 'a')
+    by_tensors = name == 'form'  # the full form's are those of the discrete one and more
+    assert bool(lines) == (changed and not by_tensors)
+    if lines:
+        (line,) = lines
+        before, after = (getattr(x.moe_config, name) for x in (source, model))
+        assert f'trained with {name}={before!r}, the model has {name}={after!r}' in line
+
+
+def test_options_of_the_full_form_are_those_of_the_discrete_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = dict(expert_input='token', balance_weight=0.2)
+    source = make('vqmoe', **given)
+    save_for_hf(source, tmp_path, model_args={**TINY, **given}, safe_serialization=True)
+    with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
+        for expert_input in ('token', 'mix'):
+            make(
+                'vqmoe', form='discrete', expert_input=expert_input, upcycle=f'local-dir:{tmp_path}'
+            )
+    (line,) = caplog.messages
+    assert "with expert_input='token', the model has expert_input='mix'" in line
+
+
+@pytest.mark.parametrize('bare', [True, False])
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'hint', 'by_names'),
+    [
+        (dict(codebook='gradient'), {}, "codebook='gradient'", 'the codebook of the checkpoint'),
+        ({}, dict(codebook='simvq'), "codebook='ema'", 'the codebook of the checkpoint'),
+        (dict(input_norm=False), {}, 'input_norm=False', 'input_norm=False'),
+        ({}, dict(input_norm=False), 'input_norm=True', 'input_norm=True'),
+        (dict(output_norm=True), {}, 'output_norm=True', 'output_norm=True'),
+        (dict(form='continuous'), {}, "form='continuous'", "form='continuous'"),
+        ({}, dict(form='continuous'), "form='full'", "form='full'"),
+        (dict(num_codes=16), {}, 'num_codes=16', 'num_codes=16'),
+        (
+            dict(codebook='plain', num_codes=16),
+            dict(codebook='plain'),
+            'num_codes=16',
+            'num_codes=16',
+        ),
+    ],
+)
+def test_the_same_method_with_other_tensors_is_told_its_options(
+    theirs: dict[str, Any], ours: dict[str, Any], hint: str, by_names: str, bare: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    source = make('vqmoe', **theirs)
+    arguments = {**TINY, **theirs}
+    save_for_hf(source, tmp_path / 'L', model_args=arguments, safe_serialization=True)
+    upcycle = f'local-dir:{tmp_path / "L"}'
+    if bare:
+        upcycle = str(tmp_path / 'a.pth')
+        torch.save(source.state_dict(), upcycle)
+    with pytest.raises(ValueError, match=f'{by_names if bare else hint} would fit') as caught:
+        make('vqmoe', upcycle=upcycle, **ours)
+    assert '\n' not in str(caught.value)
+    named = 'is of another MoE method' in str(caught.value)
+    assert named == (bare and 'form' in {*theirs, *ours})  # where names are those of SMoE too
+    if 'the' not in by_names:
+        name, _, value = by_names.partition('=')
+        make('vqmoe', upcycle=upcycle, **{**ours, name: literal_eval(value)})
+
+
+def test_a_layer_without_some_of_its_experts_is_not_said_to_have_other_options(
+    tmp_path: Path,
+) -> None:
+    source = make('vqmoe', vq_weight=0.5)
+    state = source.state_dict()
+    del state['blocks.1.mlp.experts.fc2.bias']
+    path = tmp_path / 'a.pth'
+    cfg = "model = dict(model_name='vit_tiny_vqmoe', moe=dict(vq_weight=0.5))"
+    torch.save({'state_dict': state, 'meta': {'cfg': cfg}}, path)
+    with pytest.raises(ValueError, match=r'only the model has blocks\.1\.mlp\.experts\.fc2\.bias$'):
+        start_from(make('vqmoe'), str(path))

@@ -1,0 +1,69 @@
+"""How numbers are written in tables and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .statistics import Difference
+
+
+def number(value: float) -> str:
+    """Two digits.
+
+    Args:
+        value: A dash stands for nan.
+    """
+    return '-' if math.isnan(value) else f'{value:.2f}'
+
+
+def spread(mean: float, deviation: float) -> str:
+    """A mean and how far single values are from it.
+
+    Args:
+        mean: A dash stands for nan.
+        deviation: The standard deviation; nan is left out.
+    """
+    return number(mean) + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
+
+
+def p_value(value: float) -> str:
+    """Three digits.
+
+    Args:
+        value: A dash stands for nan.
+    """
+    if math.isnan(value):
+        return '-'
+    return '<0.001' if value < 0.001 else f'{value:.3f}'
+
+
+def interval(difference: Difference | None) -> str:
+    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50)'.
+
+    Args:
+        difference: A dash stands for none, or one without a pair.
+    """
+    if difference is None or math.isnan(difference.mean):
+        return '-'
+    if math.isnan(difference.low):
+        return f'{difference.mean:+.2f}'
+    return f'{difference.mean:+.2f} ({ends(difference)})'
+
+
+def ends(difference: Difference) -> str:
+    """The interval alone: '+0.50 to +1.50'.
+
+    Args:
+        difference: Of two pairs at least.
+    """
+    return f'{difference.low:+.2f} to {difference.high:+.2f}'
+
+
+def layers(values: Sequence[float]) -> str:
+    """A number of each layer.
+
+    Args:
+        values: In the order of layers; a dash stands for none.
+    """
+    return ' / '.join(f'{value:.2f}'.rstrip('0').rstrip('.') for value in values) or '-'

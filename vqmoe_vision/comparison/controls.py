@@ -1,0 +1,51 @@
+"""Which rows a control is there for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vqmoe_vision.moe import METHODS
+
+from .runs import Run
+from .spec import Comparison
+
+
+def challengers(comparison: Comparison, control: str) -> list[str]:
+    """The rows that have to beat a control: all that learn to route and begin as it does.
+
+    A dense model routes nothing, and a model that starts from trained weights is ahead of every
+    control that starts from none.
+
+    Args:
+        comparison: What is compared.
+        control: One of its controls.
+    """
+    started = _is_started(_model(comparison, control))
+    models = {row: _model(comparison, row) for row in comparison.rows}
+    return [
+        row
+        for row, model in models.items()
+        if row not in comparison.controls
+        and _learns_routing(model)
+        and _is_started(model) == started
+    ]
+
+
+def _model(comparison: Comparison, row: str) -> dict[str, Any]:
+    """The timm model's part of the config."""
+    model = Run(comparison, row, comparison.seeds[0], Path()).resolved['model']
+    return model.get('backbone', model)
+
+
+def _is_started(model: dict[str, Any]) -> bool:
+    return model.get('checkpoint') is not None
+
+
+def _learns_routing(model: dict[str, Any]) -> bool:
+    method = METHODS.get(model['model_name'].rpartition('_')[2])
+    if method is None:  # dense
+        return False
+    names = method.config.option_names()
+    options = {name: value for name, value in (model.get('moe') or {}).items() if name in names}
+    return method.config.from_options(**options).learns_routing

@@ -1,0 +1,155 @@
+"""What the results of a comparison say: each number once, for tables, sentences and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from .controls import challengers
+from .results import Results
+from .shifts import shifted_scores
+from .spec import Comparison
+from .statistics import Difference, differences, holm, paired_difference
+
+
+class Outcome:
+    """Scores and differences of a comparison, or of a part of it that is shown.
+
+    A p is corrected for all rows of the comparison, whatever is shown and whatever is finished:
+    whoever looks at two rows of twenty has still had twenty to look at.
+
+    Args:
+        comparison: What was compared.
+        results: What is there of all its rows and seeds.
+        rows: Those that are shown, the reference always among them; None for all.
+        seeds: Those that count; None for all.
+
+    Attributes:
+        wanted: The rows that were asked for.
+        rows: Those that are shown.
+        seeds: Those that count.
+        results: What is there of these rows and seeds.
+
+    Raises:
+        ValueError: The comparison has no such row or seed.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        results: Results,
+        rows: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        pairs = comparison.selected(rows, seeds)
+        self.comparison = comparison
+        self.wanted = {row for row, _ in pairs}
+        shown = self.wanted | {comparison.reference}
+        self.rows = [row for row in comparison.rows if row in shown]
+        self.seeds = list(dict.fromkeys(seed for _, seed in pairs))
+        self.results = self._restricted(results, self.rows)
+        self._whole = self._restricted(results, list(comparison.rows))
+
+    @property
+    def partial(self) -> bool:
+        """Whether some row or seed of the comparison is not shown."""
+        whole = self.comparison
+        return len(self.rows) < len(whole.rows) or len(self.seeds) < len(whole.seeds)
+
+    @property
+    def name(self) -> str:
+        """What its files begin with: a part never overwrites the whole."""
+        return f'{self.comparison.name}-part' if self.partial else self.comparison.name
+
+    @property
+    def planned(self) -> int:
+        """How many comparisons with the reference there will be."""
+        return len(self.comparison.rows) - 1
+
+    @cached_property
+    def by_row(self) -> dict[str, list[dict[str, Any]]]:
+        """Contents of the files of each row that is shown, in their order, if it has any."""
+        return _by_row(self.rows, self.results)
+
+    @cached_property
+    def machines(self) -> list[str]:
+        """All that any run shown was trained on."""
+        return sorted({content['hardware'] for content in self.results.usable.values()})
+
+    @cached_property
+    def scores(self) -> dict[str, dict[int, float]]:
+        """The metric by row and seed, of all rows."""
+        return scores_of(self.comparison, self._whole)
+
+    @cached_property
+    def differences(self) -> dict[str, Difference]:
+        """Of all rows to the reference."""
+        return differences(self.scores, self.comparison.reference)
+
+    @cached_property
+    def corrected(self) -> dict[str, float]:
+        """Their p, corrected for the rows that are planned."""
+        return holm({row: found.p for row, found in self.differences.items()}, self.planned)
+
+    @cached_property
+    def shifted(self) -> dict[str, dict[str, dict[int, float]]]:
+        """The scores under shifts, by shift, row and seed, of what is shown."""
+        return shifted_scores(self.comparison, self.results)
+
+    @cached_property
+    def shifted_differences(self) -> dict[str, dict[str, Difference]]:
+        """Their differences to the reference, by shift and row."""
+        reference = self.comparison.reference
+        return {shift: differences(scores, reference) for shift, scores in self.shifted.items()}
+
+    def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
+        """The differences to a control of the rows that it is there for, and their corrected p.
+
+        Args:
+            control: A row.
+        """
+        rows = challengers(self.comparison, control)
+        base = self.scores.get(control, {})
+        found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
+        return found, holm({row: each.p for row, each in found.items()}, len(rows))
+
+    def finished(self, difference: Difference) -> bool:
+        """Whether it is one over all seeds of the comparison: a verdict on less is a look ahead.
+
+        Args:
+            difference: Of two rows.
+        """
+        return difference.pairs == len(self.comparison.seeds)
+
+    def _restricted(self, results: Results, rows: Sequence[str]) -> Results:
+        shown = {(row, seed) for row in rows for seed in self.seeds}
+        hidden = set(self.comparison.selected()) - shown
+        files = {f'{row}-seed{seed}.json' for row, seed in hidden}
+        return replace(
+            results,
+            usable={run: content for run, content in results.usable.items() if run in shown},
+            left_out={file: why for file, why in results.left_out.items() if file not in files},
+            missing=[run for run in results.missing if (run.row, run.seed) in shown],
+        )
+
+
+def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, float]]:
+    """The metric by row, in the order of the comparison, and seed.
+
+    Args:
+        comparison: Names the metric.
+        results: Its finished runs.
+    """
+    return {
+        row: {content['seed']: content['test'][comparison.metric] for content in contents}
+        for row, contents in _by_row(comparison.rows, results).items()
+    }
+
+
+def _by_row(rows: Iterable[str], results: Results) -> dict[str, list[dict[str, Any]]]:
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for (row, _), content in results.usable.items():
+        by_row.setdefault(row, []).append(content)
+    return {row: by_row[row] for row in rows if row in by_row}

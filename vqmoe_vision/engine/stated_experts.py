@@ -1,0 +1,41 @@
+"""Experts of a run's config beside what the weights that it reads say of theirs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import nn
+
+from vqmoe_vision.models.origin import origin_of
+from vqmoe_vision.models.stated_experts import (
+    StatedExperts,
+    compare_experts,
+    experts_of,
+    experts_of_run,
+)
+from vqmoe_vision.models.weight_files import describe
+
+from .checkpoint import run_experts
+
+
+def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
+    """Refuses weights of another method, and logs which options of the experts were others.
+
+    Args:
+        model: Built by timm, of the config.
+        path: Of the weights, an address or a file or folder of this machine.
+        content: What was read there; it is what is known of an address.
+
+    Raises:
+        ValueError: The method is another one.
+    """
+    for line in compare_experts(model, _stated(path, content), path):
+        print_log(f'{path}: {line}', 'current', logging.WARNING)
+
+
+def _stated(path: str, content: Any) -> StatedExperts | None:
+    if not Path(path).exists():
+        return experts_of_run(content)
+    origin = origin_of(describe(path), path)
+    return run_experts(path) if origin is None else experts_of(origin.model)

@@ -1,0 +1,46 @@
+"""The options of a config's MoE layers in full, with what a config leaves to code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ..moe.methods import METHODS
+from .create import method_of
+from .upcycle import read_upcycling
+
+# Fields of a model that give it weights to start from, of which experts may be made.
+_STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
+
+
+def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the MoE layers of a config's model would be built with today.
+
+    Defaults and the meaning of presets are in it, options without effect are not. Which blocks have
+    such layers is not in it either, nor are the defaults of timm.
+
+    Args:
+        model: The field of a config that holds `model_name`.
+
+    Returns:
+        Plain values by name; {} of a model without such layers.
+
+    Raises:
+        ValueError: There is no such option, or a value is impossible.
+    """
+    moe, name = model.get('moe') or {}, model.get('model_name')
+    own = method_of(name) if isinstance(name, str) else None
+    # a model of this package takes the options of its method beside its own too
+    given = {**model, **moe} if own is not None else moe
+    method = own if own is not None else moe.get('method')
+    if method not in METHODS:
+        return {}
+    known = METHODS[method].config.option_names()
+    if wrong := sorted(moe.keys() - known - {'method', 'moe_layers'}):
+        raise ValueError(f'moe: {method} has no options {wrong}')
+    config = METHODS[method].config.from_options(**{n: v for n, v in given.items() if n in known})
+    options = {n: v for n, v in asdict(config).items() if n not in config.unused()}
+    if any(model.get(start) for start in _STARTS):
+        options['upcycling'] = asdict(read_upcycling(model.get('upcycling')))
+    return {'method': method, **options}

@@ -1,0 +1,138 @@
+"""What a source says of its experts beside their tensors, and the model that takes them.
+
+Methods whose tensors have the same names, and options without tensors, are told apart by nothing
+else.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe.config import MoeConfig
+from ..moe.methods import METHODS
+from .hosts import MOE_HOST, method_of
+from .run_config import assigned, fields_of, values_of
+from .sparse_model import SparseModel
+from .weight_files import SUFFIXES
+
+
+@dataclass(frozen=True)
+class StatedExperts:
+    """What is known of experts.
+
+    Args:
+        method: Key of `METHODS`.
+        config: Its options; None if they are not known.
+    """
+
+    method: str
+    config: MoeConfig | None = None
+
+
+def experts_of(model: Any) -> StatedExperts | None:
+    """What a model says of its own.
+
+    Args:
+        model: Any; a dense one has none.
+    """
+    return StatedExperts(model.method, model.moe_config) if isinstance(model, SparseModel) else None
+
+
+def experts_of_run(content: Any) -> StatedExperts | None:
+    """What the config in the checkpoint of a run says.
+
+    Args:
+        content: Of a checkpoint.
+
+    Returns:
+        None if it says nothing, or names no method of this package.
+    """
+    model = assigned(content).get('model')
+    model = dict(fields_of(model)).get('backbone', model)
+    arguments, moe = values_of(model), values_of(dict(fields_of(model)).get('moe'))
+    name = str(arguments.get('model_name'))
+    method = moe.get('method') if name != MOE_HOST and method_of(name) is None else method_of(name)
+    if method not in METHODS:
+        return None
+    kind = METHODS[method].config
+    options = {k: v for k, v in {**arguments, **moe}.items() if k in kind.option_names()}
+    try:
+        return StatedExperts(method, kind.from_options(**options))
+    except (TypeError, ValueError):  # of another version of this package
+        return StatedExperts(method)
+
+
+def experts_of_file(path: str) -> StatedExperts | None:
+    """As `experts_of_run`, of a file that has been read before.
+
+    Args:
+        path: Of a checkpoint whose checksums somebody has compared; any other place says nothing.
+    """
+    of_torch = path.endswith(SUFFIXES) and not path.endswith('.safetensors')
+    if not of_torch or not Path(path).is_file():
+        return None
+    return experts_of_run(torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
+
+
+def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -> tuple[str, ...]:
+    """Refuse experts of another method, and say which options were others.
+
+    Options may be others on purpose, such as for fine-tuning, so that they are not refused.
+
+    Args:
+        model: That takes the weights.
+        stated: What the source says; None says nothing.
+        path: What the weights are called, for messages.
+
+    Returns:
+        A line for each option that the answers follow.
+
+    Raises:
+        ValueError: The method is another one.
+    """
+    own = experts_of(model)
+    if own is None or stated is None:
+        return ()
+    if own.method != stated.method:
+        raise ValueError(
+            f'checkpoint {path!r} is of another MoE method: its experts are those of '
+            f'{stated.method}, the model has those of {own.method}; a model of {stated.method} '
+            'would fit'
+        )
+    if own.config is None or stated.config is None:
+        return ()
+    names = stated.config.of_weights() & own.config.of_weights()
+    return tuple(
+        f'the experts were trained with {name}={theirs!r}, the model has {name}={ours!r}'
+        for name, theirs, ours in _differing(stated.config, own.config)
+        if name in names
+    )
+
+
+def options_of(stated: StatedExperts | None, model: nn.Module) -> str:
+    """Options of a source that a model of the same method has otherwise, as they are written.
+
+    Args:
+        stated: What the source says; None says nothing.
+        model: That takes the weights.
+    """
+    own = experts_of(model)
+    if own is None or own.config is None or stated is None or stated.config is None:
+        return ''
+    if own.method != stated.method:
+        return ''
+    return ', '.join(f'{n}={theirs!r}' for n, theirs, _ in _differing(stated.config, own.config))
+
+
+def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
+    """Options that differ, and both values; what one of both does not use is not theirs to say."""
+    unused = {**theirs.unused(), **ours.unused()}
+    names = (field.name for field in fields(theirs) if field.name not in unused)
+    both = ((name, getattr(theirs, name), getattr(ours, name)) for name in names)
+    return [(name, before, after) for name, before, after in both if before != after]
