@@ -23,6 +23,9 @@ folder.mkdir(parents=True, exist_ok=True)
 with open('calls', 'a') as calls:
     print(*sys.argv[1:], file=calls)
 kind = options.get('train_cfg.kind')
+start = options.get('model.checkpoint')
+if start is not None and not Path(start).is_file():
+    sys.exit('error: ' + start + ' is not there')
 if kind == 'fails':
     print('a long trace')
     sys.exit('error: there is no memory left')
@@ -38,6 +41,7 @@ if kind == 'meets':
     Path('met_' + options['randomness.seed']).touch()
     while not (Path('met_1').exists() and Path('met_2').exists()):
         time.sleep(0.02)
+(folder / 'iter_2.pth').touch()
 (folder / 'last_checkpoint').write_text('iter_2.pth')
 seed = int(options['randomness.seed'])
 drift = float(os.environ.get('DRIFT', 0))
@@ -46,7 +50,8 @@ Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
     cpu_minutes=1.0, iterations=2, params=2, active_params=1, macs=10**6, first_losses=losses,
     moe_options={},
-    training_loss=[[1, 2.0], [2, 1.0]], held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0}]],
+    training_loss=[[1, 2.0], [2, 1.0]],
+    held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0, 'blocks.1.mlp/load_unused': 1.0}]],
 )))
 """
 TEST = """
@@ -56,7 +61,10 @@ checkpoint, out = sys.argv[2], Path(sys.argv[sys.argv.index('--out') + 1])
 assert Path(checkpoint).name == 'iter_2.pth'
 out.write_text(json.dumps({'mIoU': 3.0, 'blocks.1.mlp/load_unused': 0.0}))
 """
-CONFIG = "model = dict(type='Model', model_name='vit_tiny_smoe', preset='paper')\ntrain_cfg = dict(max_iters=2)\n"
+CONFIG = """
+model = dict(type='Model', model_name='vit_tiny_smoe', preset='paper')
+train_cfg = dict(max_iters=2)
+"""
 SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"
 
 
@@ -108,6 +116,7 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
                     'params': 2_000_000,
                     'active_params': 1_000_000,
                     'macs': 10_000_000,
+                    'iterations': 2,
                     'first_losses': [1.0 / i for i in range(1, 21)],
                     'training_loss': [[1, 2.0], [2, 1.0]],
                     'held_out': [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]],

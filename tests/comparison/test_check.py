@@ -7,6 +7,12 @@ import pytest
 
 from vqmoe_vision.comparison import check
 from vqmoe_vision.comparison.check import compared
+from vqmoe_vision.comparison.cli import compare
+from vqmoe_vision.comparison.queue import _claimed, _lock
+from vqmoe_vision.comparison.results import Store
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.tasks import Task
 
 ROWS = Path('docs/results/rows/spec')
 
@@ -44,17 +50,64 @@ def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monk
     assert '--resume' not in Path('calls').read_text()
 
 
+def test_only_run_sets_refuted_runs_aside(spec, says, monkeypatch, capsys) -> None:
+    path = spec()
+    says('run', path)
+    monkeypatch.setenv('DRIFT', '0.01')
+    says('check', path, '--seeds', '2')
+    work = Path('work_dirs/comparisons/spec')
+    before = sorted(work.iterdir())
+    capsys.readouterr()
+    compare(['list', path])
+    said = capsys.readouterr()
+    assert said.out == ''  # a line would go on with what is refuted
+    assert 'left out: dense-seed2: what work_dirs/' in said.err and 'holds is stale: ' in said.err
+    assert says('collect', path) == '0 runs collected, 0 are not finished\n'
+    assert sorted(work.iterdir()) == before
+    says('run', path)
+    assert len(list(work.glob('dense-seed2-*-stale1'))) == 1
+    assert '2 of 2 runs are there already' in says('run', path)
+
+
+def test_a_refuted_run_that_another_process_works_on_is_not_set_aside(
+    spec, says, monkeypatch
+) -> None:
+    path = spec('seeds = [1]')
+    says('run', path)
+    monkeypatch.setenv('DRIFT', '0.01')
+    says('check', path)
+    run = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons'))
+    task, folder = Task(run, Store(ROWS)), run.folder
+    other = _lock(folder / 'lock')
+    assert _claimed(task) is None and (folder / 'run.json').is_file()
+    other.close()
+    lock = _claimed(task)
+    # the lock is that of the folder in which the next training will be
+    assert lock is not None and _lock(folder / 'lock') is None
+    assert [file.name for file in folder.iterdir()] == ['lock']
+    lock.close()
+
+
 def test_a_sample(spec, says) -> None:
     path = spec()
     says('run', path)
     assert says('check', path, '--sample', '1').startswith('the first losses of 1 of 1 rows')
 
 
-def test_a_training_that_fails_refutes_nothing(spec, says, repository) -> None:
-    path = spec('seeds = [1]')
+def test_a_training_that_fails_refutes_nothing_and_loses_no_other(
+    spec, says, repository, capsys
+) -> None:
+    path = spec('seeds = [1]', other='train_cfg.row=3')
     says('run', path)
-    (repository / 'tools/train.py').write_text("import sys; sys.exit('error: no data')")
-    assert says('check', path) == 'error: dense-seed1 cannot be repeated: error: no data'
+    train = (repository / 'tools/train.py').read_text()
+    fails = "import sys\nif 'train_cfg.row=3' not in sys.argv: sys.exit('error: no data')\n"
+    (repository / 'tools/train.py').write_text(fails + train)
+    assert says('check', path) == 'error: 1 rows cannot be repeated: dense-seed1'
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        'dense-seed1 cannot be repeated: error: no data',
+        'the first losses of 1 of 2 rows came out again',
+    ]
     says('table', path)
     assert 'stale' not in table()
 

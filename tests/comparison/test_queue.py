@@ -167,6 +167,23 @@ def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(spec, says
     assert ' --resume --work-dir ' in f' {calls()[0]}'
 
 
+def test_a_line_and_a_queue_do_not_work_on_the_same_run(spec, says) -> None:
+    line = says('list', spec('seeds = [1]', slow='train_cfg.kind=waits'), '--rows', 'slow').strip()
+    line = line.replace('python tools', f'{sys.executable} tools')
+    lock = Run(read_comparison('spec.py'), 'slow', 1, Path('work_dirs/comparisons')).folder / 'lock'
+    first = subprocess.Popen(line, shell=True)
+    until(Path('pid').exists)
+    assert _lock(lock) is None
+    second = subprocess.run(line, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (second.returncode, second.stderr) == (1, f'{lock.parent} is worked on already\n')
+    Path('go').touch()
+    assert first.wait() == 0
+    assert len(calls()) == 1
+    free = _lock(lock)
+    assert free is not None
+    free.close()
+
+
 def test_a_folder_that_cannot_be_written(spec, says) -> None:
     path = spec()
     Path('file').touch()

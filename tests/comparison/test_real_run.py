@@ -47,6 +47,9 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         round(row['held_out'][-1][1] * 1.8), abs=1e-3
     )
     assert row['test']['blocks.1.mlp/load_unused'] >= 0
+    # what stage='dev' has for it
+    record = json.loads(next((tmp_path / 'work').rglob('run.json')).read_text())
+    assert record['held_out'][-1][1].keys() == row['test'].keys()
     assert row['test']['blocks.1.mlp/code_usage_perplexity'] >= 1
     assert 0 < row['active_params'] < row['params'] and row['macs'] > 0
     assert row['cpu_minutes'] > 0 and row['minutes'] > 0
@@ -57,7 +60,13 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row['commit'] and row['versions']['torch']
 
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
-    shifts = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())['shifts']
+    content = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())
+    shifts, shifted = content['shifts'], content['shift_routing']
+    error = 'blocks.1.mlp/quantization_error'
+    assert shifted['unchanged'].keys() == {name for name in row['test'] if '.mlp/' in name}
+    # batches count alike, and the last of these is a fifth of the others
+    assert shifted['unchanged'][error] == pytest.approx(row['test'][error], rel=1e-2)
+    assert shifted['zoomed'][error] > 1.05 * shifted['unchanged'][error]
     assert shifts['unchanged'] == {'test_dataloader.batch_size=50': row['test']['accuracy/top1']}
     # a third of a digit is no digit
     assert shifts['zoomed'].popitem()[1] < row['test']['accuracy/top1'] - 5

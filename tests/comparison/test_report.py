@@ -277,3 +277,26 @@ def test_noise_by_hand(fill, says) -> None:
     said = says('noise', fill(SCORES))
     # both rows' differences have standard deviation 1; five pairs detect 1.68 of those
     assert '5 paired seeds detect a difference of 1.68 in mIoU' in said
+
+
+def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:
+    path = fill({'dense': [1.0, 2.0], 'a': [3.0, 4.0]}, "shifts = {'fog': 'model.fog=1'}")
+    for seed in (1, 2):
+        for row in ('dense', 'a'):
+            file = ROWS / f'{row}-seed{seed}.json'
+            content = json.loads(file.read_text())
+            content['shifts'] = {'fog': {'model.fog=1': 1.0 * seed}}
+            if row == 'a':
+                content['test'] |= {f'blocks.{n}.mlp/quantization_error': 0.25 for n in (1, 3)}
+                errors = {'blocks.1.mlp': 0.5 * seed, 'blocks.3.mlp': 1.0}
+                named = {f'{layer}/quantization_error': v for layer, v in errors.items()}
+                content['shift_routing'] = {'fog': {**named, 'blocks.1.mlp/load_unused': 0.0}}
+            file.write_text(json.dumps(content))
+    says('table', path)
+    shown = (TABLES / 'spec.md').read_text().split('| shift')[1].splitlines()
+    lines = {
+        c[2].strip(): [cell.strip() for cell in c[-3:-1]]
+        for c in (s.split('|') for s in shown[2:4])
+    }
+    # means over seeds by layer: 0.5 and 1.0 are 0.75
+    assert lines == {'dense': ['-', '-'], 'a': ['0.75 / 1', '0.25 / 0.25']}

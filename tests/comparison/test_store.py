@@ -14,6 +14,7 @@ from vqmoe_vision.comparison.report import draw_figures
 from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.tasks import Task
 from vqmoe_vision.comparison.validity import FIELDS
 from vqmoe_vision.engine.checkpoint_files import SaveError
 
@@ -52,7 +53,7 @@ def test_another_queue_leaves_what_was_measured_meanwhile(finished) -> None:
     """It took the runs up before they were finished, and comes to them when they are."""
     store = Store(ROWS)
     store.add(finished[0], 'shifts', {'fog': {'a': 1.0}})
-    assert Queue(finished, store, 1, WORK / 'PAUSE').work() == {}
+    assert Queue([Task(run, store) for run in finished], 1, WORK / 'PAUSE').work() == {}
     assert len(Path('calls').read_text().splitlines()) == 2
     assert row(finished[0])['shifts'] == {'fog': {'a': 1.0}}
 

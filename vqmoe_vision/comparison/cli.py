@@ -24,6 +24,7 @@ from .routing import measure_routing
 from .runs import WORK_DIR, Run
 from .shifts import measure_shifts
 from .spec import read_comparison
+from .tasks import Task, tasks_of
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
@@ -89,10 +90,21 @@ class _Work:
     def unfinished(self) -> list[Run]:
         """The runs that have no results yet, or none that count."""
         usable = self.read().usable
-        waiting = [one for one in self.runs if (one.row, one.seed) not in usable]
-        for one in waiting:
-            self.store.set_aside(one)
-        return waiting
+        return [one for one in self.runs if (one.row, one.seed) not in usable]
+
+    def current(self) -> list[Task]:
+        """What is left to do for those, but where a work dir holds what may not be gone on with."""
+        tasks = []
+        for task in tasks_of(self.unfinished(), self.store):
+            if reason := task.store.stale(task.run):
+                print(
+                    f'left out: {task.name}: what {task.run.folder} holds is {reason}; the action '
+                    'run sets it aside and begins anew',
+                    file=sys.stderr,
+                )
+            else:
+                tasks.append(task)
+        return tasks
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -101,35 +113,44 @@ def _run(args: argparse.Namespace) -> None:
     work = _Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
-    for one in waiting:
-        if one.source is not None and not one.source[1].is_file():
-            first, file = one.source
-            train = shlex.join(first.train(first.folder))
-            raise ValueError(f'{one.name} starts from {file}, which is not there; first: {train}')
-    queue = Queue(waiting, work.store, args.jobs, work.folder / 'PAUSE')
+    tasks = tasks_of(waiting, work.store)
+    if sources := [task.name for task in tasks if task.leaves is not None]:
+        print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
+    # a seed of all rows before the next; in it what others start from is the first
+    tasks.sort(key=lambda task: work.comparison.seeds.index(task.run.seed))
+    queue = Queue(tasks, args.jobs, work.folder / 'PAUSE')
     try:
         failed = queue.work()
     except KeyboardInterrupt:
         raise ValueError('stopped; the same command goes on from the last checkpoints') from None
     if failed:
-        raise ValueError(f'{len(failed)} of {len(waiting)} runs failed: {", ".join(failed)}')
+        raise ValueError(f'{len(failed)} of {len(tasks)} runs failed: {", ".join(failed)}')
 
 
 def _list(args: argparse.Namespace) -> None:
-    for one in _Work(args).unfinished():
-        print(one.line())
+    tasks = _Work(args).current()
+    for task in tasks:
+        print(task.line())
+    held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
+    if held:
+        count = sum(task.leaves is not None for task in tasks)
+        print(
+            f'the first {count} lines leave the checkpoints that others start from; '
+            f'let them end before the lines of {", ".join(held)}',
+            file=sys.stderr,
+        )
 
 
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
-    waiting = work.unfinished()
+    waiting = [task for task in work.current() if task.row]
     found, damaged = 0, []
-    for one in waiting:
+    for task in waiting:
         try:
-            found += work.store.collect(one)
+            found += task.collect()
         except ValueError as error:
-            damaged.append(one.name)
-            print(f'left out: {one.name}: {error}', file=sys.stderr)
+            damaged.append(task.name)
+            print(f'left out: {task.name}: {error}', file=sys.stderr)
     unfinished = len(waiting) - found - len(damaged)
     print(f'{found} runs collected, {unfinished} are not finished')
     if damaged:
@@ -154,6 +175,8 @@ def _shifts(args: argparse.Namespace) -> None:
 
 def _routing(args: argparse.Namespace) -> None:
     work = _Work(args)
+    if not work.comparison.tested:
+        raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
     _say_absent(measure_routing(work.runs, work.store))
 
 
@@ -171,16 +194,40 @@ def _check(args: argparse.Namespace) -> None:
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
-    wrong = []
+    wrong, unknown = [], []
     for one in tqdm(runs, unit='row', disable=None):
-        finding = repeat(one, usable[one.row, one.seed])
+        try:
+            _require_source(one)
+            finding = repeat(one, usable[one.row, one.seed])
+        except ValueError as error:
+            unknown.append(one.name)
+            tqdm.write(str(error))
+            continue
         work.store.keep_check(one, finding)
         if not finding['equal']:
             wrong.append(one.name)
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
-    print(f'the first losses of {len(runs) - len(wrong)} of {len(runs)} rows came out again')
-    if wrong:
-        raise ValueError(f'{len(wrong)} rows are stale: {", ".join(wrong)}')
+    came = len(runs) - len(wrong) - len(unknown)
+    print(f'the first losses of {came} of {len(runs)} rows came out again')
+    found = {'are stale': wrong, 'cannot be repeated': unknown}
+    if wrong or unknown:
+        raise ValueError(
+            '; '.join(
+                f'{len(names)} rows {what}: {", ".join(names)}'
+                for what, names in found.items()
+                if names
+            )
+        )
+
+
+def _require_source(one: Run) -> None:
+    if one.source is not None and not one.source[1].is_file():
+        first, checkpoint = one.source
+        train = shlex.join(first.train(first.folder))
+        raise ValueError(
+            f'{one.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
+            f'first: {train}'
+        )
 
 
 def _noise(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 A run holds a lock while it works. The lock is inherited by the process that trains and lives as
 long as that does: a queue that was killed leaves no lock, and no second process on a run either.
+It is one of flock(2), which the lines for a scheduler take by flock(1).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from vqmoe_vision.engine.checkpoint_files import candidates
 from vqmoe_vision.engine.cli import make_folder
 
-from .results import Store
-from .runs import ONE_THREAD, Run
+from .runs import ONE_THREAD
+from .tasks import Task
 
 _POLL_SECONDS = 0.2
 
@@ -34,7 +35,7 @@ _POLL_SECONDS = 0.2
 class _Job:
     """A run that is being worked on."""
 
-    run: Run
+    task: Task
     folder: Path
     slot: int
     lock: IO[str]
@@ -51,8 +52,8 @@ class Queue:
     """A queue of runs.
 
     Args:
-        runs: In this order, but for those that another queue works on: they come last.
-        store: Where a finished run leaves its results.
+        tasks: In this order, but for those that another queue works on: they come last. Those that
+            start from another run wait until that has ended.
         jobs: Runs at a time; None is one for each GPU, or one on a CPU.
         pause: While this file exists nothing starts, and what runs is stopped where it stands.
 
@@ -60,15 +61,15 @@ class Queue:
         ValueError: A folder cannot be written, or the commands are not here.
     """
 
-    def __init__(self, runs: Sequence[Run], store: Store, jobs: int | None, pause: Path) -> None:
+    def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
         if not Path('tools/train.py').is_file():
             raise ValueError('tools/train.py is not here: start this at the root of the repository')
         self._gpus = _visible_gpus()
         self._slots = list(range(jobs or max(len(self._gpus), 1)))
-        self._waiting, self._store, self._pause = list(runs), store, pause
+        self._waiting, self._pause = list(tasks), pause
         self._jobs: list[_Job] = []
         self._failed: dict[str, str] = {}
-        for folder in (store.folder, pause.parent):
+        for folder in (pause.parent, *dict.fromkeys(task.store.folder for task in tasks)):
             make_folder(folder)
 
     def work(self) -> dict[str, str]:
@@ -90,7 +91,7 @@ class Queue:
                         self._advance(job)
                     begun = sum(_share(job) for job in self._jobs)
                     bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
-                    bar.set_postfix_str(', '.join(job.run.name for job in self._jobs), False)
+                    bar.set_postfix_str(', '.join(job.task.name for job in self._jobs), False)
                     time.sleep(_POLL_SECONDS)
             finally:
                 for job in self._jobs:
@@ -98,26 +99,47 @@ class Queue:
         return self._failed
 
     def _start(self) -> None:
-        for run in list(self._waiting):
+        for task in list(self._waiting):
             free = [s for s in self._slots if s not in {job.slot for job in self._jobs}]
             if not free:
                 return
-            folder = run.folder
-            make_folder(folder)
-            lock = _lock(folder / 'lock')
+            if self._is_held(task):
+                continue
+            try:
+                lock = _claimed(task)
+            except ValueError as error:
+                self._waiting.remove(task)
+                self._say(task, str(error))
+                continue
             if lock is None:
                 continue  # another queue works on it: perhaps it is finished when we look again
-            self._waiting.remove(run)
-            job = _Job(run, folder, free[0], lock, testing=(folder / 'run.json').is_file())
+            self._waiting.remove(task)
+            job = _Job(task, task.run.folder, free[0], lock, testing=task.tested and task.trained)
             self._jobs.append(job)
             if not self._collect(job):
                 self._launch(job)
 
+    def _is_held(self, task: Task) -> bool:
+        """Whether it cannot start: what it starts from is not there yet, or never will be."""
+        if task.run.source is None:
+            return False
+        first, checkpoint = task.run.source
+        if any(other.run.folder == first.folder for other in self._unfinished()):
+            return True
+        if not checkpoint.is_file():
+            self._waiting.remove(task)
+            self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
+            return True
+        return False
+
+    def _unfinished(self) -> list[Task]:
+        return [*self._waiting, *(job.task for job in self._jobs)]
+
     def _launch(self, job: _Job) -> None:
         if job.testing:
-            command = job.run.test(job.folder)
+            command = job.task.run.test(job.folder)
         else:
-            command = job.run.train(job.folder)
+            command = job.task.run.train(job.folder)
             if candidates(job.folder):
                 command.insert(command.index('--work-dir'), '--resume')
         environment = {**os.environ, **ONE_THREAD}
@@ -139,16 +161,17 @@ class Queue:
             return
         if job.process.returncode != 0:
             self._finish(job, _last_line(job))
-        elif not job.testing:
+        elif job.task.tested and not job.testing:
             job.testing = True
             self._launch(job)
         elif not self._collect(job):
-            self._finish(job, f'its commands left no run.json and test.json in {job.folder}')
+            missing = ' and '.join(job.task.missing)
+            self._finish(job, f'its commands left no {missing} in {job.folder}')
 
     def _collect(self, job: _Job) -> bool:
         """Whether nothing is left to do for a run: it is finished, or its files cannot be read."""
         try:
-            finished = self._store.collect(job.run)
+            finished = job.task.collect()
         except ValueError as error:
             self._finish(job, str(error))
             return True
@@ -159,9 +182,13 @@ class Queue:
     def _finish(self, job: _Job, error: str | None = None) -> None:
         self._jobs.remove(job)
         job.lock.close()
+        self._say(job.task, error)
+
+    def _say(self, task: Task, error: str | None) -> None:
+        """Says how a run has ended."""
         if error is not None:
-            self._failed[job.run.name] = error
-        tqdm.write(f'{job.run.name} failed: {error}' if error else f'{job.run.name} is finished')
+            self._failed[task.name] = error
+        tqdm.write(f'{task.name} failed: {error}' if error else f'{task.name} is finished')
 
     def _hold_while_paused(self) -> None:
         if not self._pause.exists():
@@ -183,6 +210,16 @@ def _visible_gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _claimed(task: Task) -> IO[str] | None:
+    """The lock of a run, unless another process has it; what is stale is set aside."""
+    while True:
+        make_folder(task.run.folder)
+        lock = _lock(task.run.folder / 'lock')
+        if lock is None or not task.store.set_aside(task.run):
+            return lock
+        lock.close()  # it went with the folder, and the next folder has one of its own
 
 
 def _lock(path: Path) -> IO[str] | None:

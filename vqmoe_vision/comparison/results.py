@@ -80,15 +80,17 @@ class Store:
             Whether the run is finished.
 
         Raises:
-            ValueError: A file of the run is damaged, or its test has no such metric.
+            ValueError: A file of the run is damaged, or its numbers have no such metric or, without
+                a test, are not of the end of the training.
         """
-        folder = run.folder
-        files = [folder / 'run.json', folder / 'test.json']
+        folder, comparison = run.folder, run.comparison
+        files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
         if not all(file.is_file() for file in files):
             return False
-        record, test = map(_load, files)
+        record, *tests = map(_load, files)
+        test = tests[0] if tests else _last_validation(record, run)
         tested = folder / 'test' / 'data.json'
-        if tested.is_file():
+        if tests and tested.is_file():
             record['data'] = {**record.get('data', {}), **_load(tested)}
         metric = run.comparison.metric
         if metric not in test:
@@ -101,6 +103,7 @@ class Store:
             'options': run.options,
             **record,
             'metric': metric,
+            'stage': comparison.stage,
             'test': test,
             'held_out': _curve(record.get('held_out'), metric),
             'config': run.resolved,
@@ -117,7 +120,7 @@ class Store:
 
         Args:
             run: The run.
-            field: Of its row: 'routing' or 'shifts'.
+            field: Of its row: 'routing', 'shifts' or 'shift_routing'.
             measured: What the field gets beside what it has.
 
         Raises:
@@ -189,20 +192,39 @@ class Store:
         absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def set_aside(self, run: Run) -> None:
-        """Renames the work dir of a stale run, so that the next one starts from nothing."""
+    def stale(self, run: Run) -> str | None:
+        """Why what the work dir of a run holds may not be gone on with; None if it may.
+
+        A record that is damaged is none: whoever comes to this run says so.
+
+        Args:
+            run: The run.
+        """
         path = run.folder / 'run.json'
         if not path.is_file():
-            return
+            return None
         try:
             record = _load(path)
         except ValueError:
-            return  # the queue says so when it comes to this run
+            return None
         check = _check_of(record, run, self._readable_checks()[0])
-        if refutation(check) or other_options(record, run, check):
-            names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
-            free = (p for p in map(run.folder.with_name, names) if not p.exists())
-            run.folder.rename(next(free))
+        return refutation(check) or other_options(record, run, check)
+
+    def set_aside(self, run: Run) -> bool:
+        """Renames the work dir of a stale run, so that the next one starts from nothing.
+
+        Args:
+            run: The run, whose lock is held: the lock goes with the folder.
+
+        Returns:
+            Whether it was renamed.
+        """
+        if self.stale(run) is None:
+            return False
+        names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
+        free = (p for p in map(run.folder.with_name, names) if not p.exists())
+        run.folder.rename(next(free))
+        return True
 
     def checks(self) -> dict[str, Check]:
         """What `check` has found, by the name of the run.
@@ -267,3 +289,14 @@ def _curve(points: Any, metric: str) -> list[list[float]] | None:
         return [[step, values[metric]] for step, values in points]
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
+    """The numbers on held-out data of the model that the training ended with."""
+    step, numbers = record['held_out'][-1] if record['held_out'] else (0, {})
+    if step != record['iterations']:
+        raise ValueError(
+            f'{run.name} has no validation at its end, after {record["iterations"]} iterations, '
+            f"which stage='dev' needs; the last is after {step}"
+        )
+    return numbers

@@ -160,17 +160,27 @@ class Run:
         command = ['python', 'tools/test.py', self.comparison.config, checkpoint, *out]
         return [*command, '--cfg-options', *self.options]
 
-    def line(self) -> str:
-        """Training, resumed where there is a checkpoint, and test as one line for a shell."""
+    def line(self, tested: bool = True) -> str:
+        """Training, resumed where there is a checkpoint, and test as one line for a shell.
+
+        It holds the lock by which a queue knows that the run is worked on.
+
+        Args:
+            tested: Whether the test is wanted too.
+        """
         folder = self.folder
-        last = shlex.quote(str(folder / 'last_checkpoint'))
+        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / 'last_checkpoint'))
         train = shlex.join(self.train(folder))
-        test = shlex.join(self._test(folder, 'CHECKPOINT'))
         resume = f'$(test -e {last} && echo --resume)'
         # before the options, which take all that follows them
         train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
-        test = test.replace(' CHECKPOINT ', f' {shlex.quote(str(folder))}/"$(cat {last})" ', 1)
-        return f'OMP_NUM_THREADS=1 {train} && OMP_NUM_THREADS=1 {test}'
+        work = f'OMP_NUM_THREADS=1 {train}'
+        if tested:
+            test = shlex.join(self._test(folder, 'CHECKPOINT'))
+            test = test.replace(' CHECKPOINT ', f' {quoted}/"$(cat {last})" ', 1)
+            work += f' && OMP_NUM_THREADS=1 {test}'
+        busy = f'echo {quoted} is worked on already >&2; exit 1'
+        return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'
 
 
 def flat(value: Any, name: str = '') -> dict[str, Any]:

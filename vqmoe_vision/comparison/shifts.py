@@ -1,5 +1,8 @@
 """What rows score on test images that are not as in training: other scales, crops, corruptions.
 
+The statistics of routing are kept beside the scores: codes may be far from tokens of a scale that
+they have not seen, which is another thing than what that costs.
+
 Nothing is trained for it: the last checkpoints of finished runs are tested again, all of them on
 the same images, which are read and changed once.
 """
@@ -10,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
@@ -18,6 +22,7 @@ from tqdm import tqdm
 
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.moe.statistics import summarize
 
 from .results import Results, Store, Usable
 from .runs import Run
@@ -72,8 +77,33 @@ def shifted_scores(
     return scores
 
 
+def shifted_layers(
+    comparison: Comparison, results: Results, statistic: str
+) -> dict[str, dict[str, list[float]]]:
+    """A statistic of each layer as mean over the seeds that have it, by shift and row.
+
+    Args:
+        comparison: Says which shifts there are.
+        results: What is there of it.
+        statistic: What stands after the layer's name.
+    """
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for (row, _), content in results.usable.items():
+        kept = content.get('shift_routing', {})
+        for shift in filter(kept.__contains__, mean_scores(comparison, content.get('shifts', {}))):
+            layers = [v for k, v in kept[shift].items() if k.rpartition('/')[2] == statistic]
+            if layers:
+                found.setdefault(shift, {}).setdefault(row, []).append(layers)
+    return {
+        shift: {row: np.mean(layers, axis=0).tolist() for row, layers in by_row.items()}
+        for shift, by_row in found.items()
+    }
+
+
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
-    """Tests finished runs under the shifts that they lack, and adds the scores to their rows.
+    """Tests finished runs under the shifts that they lack, and adds what is found to their rows.
+
+    A row from before routing was looked at here is tested once more.
 
     Args:
         runs: Of one comparison; those without a row that counts are passed over.
@@ -84,7 +114,7 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
     """
     usable, present, absent = store.with_checkpoints(runs)
     for name, line in runs[0].comparison.shifts.items() if runs else ():
-        due = [run for run in present if name not in _measured(run, usable)]
+        due = [run for run in present if not _is_measured(name, run, usable)]
         if not due:
             continue
         tests = expanded(line)
@@ -94,13 +124,23 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
         for options in tests:
             for run_name, score in _test(due, models, options).items():
                 found[run_name][options] = score
-        for run in due:
+        for run, model in zip(due, models, strict=True):
             store.add(run, 'shifts', {name: found[run.name]})
+            # of all tests of the shift together
+            routing = summarize(model.routing_statistics.means())
+            store.add(run, 'shift_routing', {name: _rounded(routing)})
     return absent
 
 
-def _measured(run: Run, usable: Usable) -> dict[str, float]:
-    return mean_scores(run.comparison, usable[run.row, run.seed].get('shifts', {}))
+def _is_measured(name: str, run: Run, usable: Usable) -> bool:
+    row = usable[run.row, run.seed]
+    scores = mean_scores(run.comparison, row.get('shifts', {}))
+    return name in scores and name in row.get('shift_routing', {})
+
+
+def _rounded(routing: dict[str, float]) -> dict[str, float]:
+    """A row is a few kilobytes: five digits of each number are enough."""
+    return {name: float(f'{value:.5g}') for name, value in routing.items()}
 
 
 def _load(run: Run, options: str) -> Any:

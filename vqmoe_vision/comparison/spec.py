@@ -14,12 +14,15 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
+from vqmoe_vision.moe.config import check
 
 from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
 START = '{start}'
+# What the numbers of a comparison are of. Choices are made on what no final table uses.
+STAGES = ('test', 'dev')
 STARTS = re.compile(r'\{start(?::(\w+))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
@@ -72,6 +75,8 @@ class Comparison:
         shifts: Further tests of finished runs, by name: options of the test, of which
             `{corruption}` stands for each of ImageNet-C's.
         images: Names of the images that documents show, by figure, such as 'curves'.
+        stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
+            validation at the end of training, on images that were held out of it.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Comparison:
     start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
+    stage: str = 'test'
 
     def __post_init__(self) -> None:
         for name in ('seeds', 'rows'):
@@ -97,6 +103,10 @@ class Comparison:
             raise ValueError(
                 f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
             )
+        where = f'comparison {self.name}: '
+        check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
+        allowed = "none with stage='dev', which tests nothing"
+        check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
         for row, options in self.rows.items():
@@ -107,6 +117,11 @@ class Comparison:
                 _choose(
                     f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
                 )
+
+    @property
+    def tested(self) -> bool:
+        """Whether its runs see test data, once, at their end."""
+        return self.stage == 'test'
 
     @cached_property
     def base(self) -> Config:
@@ -140,7 +155,7 @@ def read_comparison(path: str) -> Comparison:
             which `FEATURE_ROWS` have the features of `start` and are left out without it;
             `all_started=True` for those that begin with the weights of `start`, which is written as
             'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` and `CONTROLS`
-            at five seeds.
+            at five seeds, under the name of its folder and its own.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -150,7 +165,7 @@ def read_comparison(path: str) -> Comparison:
     name = Path(path).stem
     given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
-        return _of_config(name, path)
+        return _of_config(path)
     known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
@@ -181,6 +196,7 @@ def read_comparison(path: str) -> Comparison:
         start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
         images=given.get('images', {}),
+        stage=given.get('stage', 'test'),
     )
 
 
@@ -193,7 +209,9 @@ def _start(path: str, line: str) -> Start:
     return Start(comparison, words[1], words[2])
 
 
-def _of_config(name: str, path: str) -> Comparison:
+def _of_config(path: str) -> Comparison:
+    # with its folder: a comparison of the same stem has rows and tables of its own
+    name = f'{Path(path).absolute().parent.name}-{Path(path).stem}'
     config = load_config(path, import_modules=False)
     metric = config.default_hooks.checkpoint.get('save_best')
     if not isinstance(metric, str) or metric == 'auto':

@@ -10,6 +10,7 @@ import pandas as pd
 
 from . import cells
 from .outcome import Outcome
+from .shifts import shifted_layers
 
 UNEQUAL = 0.05  # share of the reference's multiply-accumulates
 _MARK = '*'
@@ -107,6 +108,7 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
         outcome: What is shown.
     """
     comparison, lines = outcome.comparison, []
+    errors = shifted_layers(comparison, outcome.results, 'quantization_error')
     for name, by_row in outcome.shifted.items():
         for row, values in by_row.items():
             column, difference = pd.Series(values), outcome.shifted_differences[name].get(row)
@@ -122,6 +124,11 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
                     ),
                 }
             )
+            if errors:  # of a row without codes, or from before it was measured, a dash
+                measured = errors.get(name, {}).get(row, [])
+                trained = layer_means(outcome.by_row[row], 'quantization_error') if measured else []
+                lines[-1]['quantization error'] = cells.layers(measured)
+                lines[-1]['as trained'] = cells.layers(trained)
     return pd.DataFrame(lines)
 
 
@@ -133,13 +140,17 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
         frame: As `frame_of`.
     """
     comparison = outcome.comparison
+    if comparison.tested:
+        of, images = 'test', 'of the last checkpoint on the test data'
+    else:
+        of, images = 'validation', 'at the end of training on held-out data; no test data was seen'
     lines = [
-        f'{comparison.metric} of the last checkpoint on the test data. Differences are paired by '
+        f'{comparison.metric} {images}. Differences are paired by '
         'seed; intervals are those of the paired t-test for one comparison, without correction; p '
         f'is corrected for all {outcome.planned} rows that are planned beside the reference, by '
         f'the method of Holm, and is given once a row has all {len(comparison.seeds)} seeds. Seeds '
         '"tell" a difference that they would find with 80 % power at the 5 % level after that '
-        'correction. Unused experts and code perplexity are those of the test pass, by layer.'
+        f'correction. Unused experts and code perplexity are those of the {of} pass, by layer.'
     ]
     if frame.get('unequal_compute', pd.Series(False)).any():
         lines.append(

@@ -89,6 +89,8 @@ _LATER: dict[str, Callable[[Any], bool]] = {
     'data': _holds(_is_data),
     'routing': _is_routing,
     'shifts': _NUMBERS_BY_NAME,
+    'shift_routing': _NUMBERS_BY_NAME,
+    'stage': _is_text,
 }
 _OF_CHECK: dict[str, Callable[[Any], bool]] = {
     'equal': lambda value: isinstance(value, bool),
@@ -113,6 +115,9 @@ def damage(content: dict[str, Any], run: Run) -> str | None:
         return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
     if content['metric'] != (metric := run.comparison.metric):
         return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
+    # before there were two, all were tested
+    if (then := content.get('stage', 'test')) != (stage := run.comparison.stage):
+        return f'its numbers are of stage={then!r}, not of {stage!r}'
     if not _is_finite(content['test'].get(metric)):
         return f'it is damaged: test has no number for {metric!r}'
     return None

@@ -78,8 +78,9 @@ class RunRecordHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Keeps a point of the learning curves."""
         assert metrics is not None
-        numbers = {name: float(value) for name, value in metrics.items()}
-        self._held_out.append([runner.iter, numbers])
+        metrics.update({name: float(value) for name, value in metrics.items()})
+        # no copy: hooks that come later add the routing of the pass to it
+        self._held_out.append([runner.iter, metrics])
 
     def before_test(self, runner: Runner) -> None:
         """Writes `data.json`: which data the test sees."""

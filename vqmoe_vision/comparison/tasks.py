@@ -1,0 +1,119 @@
+"""What is to be done: runs that have no row, and before them the runs that they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .results import Store
+from .runs import Run
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that has something left to do.
+
+    Args:
+        run: The run.
+        store: The rows of its comparison.
+        leaves: Checkpoint that others start from; None if none of those that wait does.
+        row: Whether its row is missing. Otherwise it is trained again for the checkpoint alone.
+    """
+
+    run: Run
+    store: Store
+    leaves: Path | None = None
+    row: bool = True
+
+    @property
+    def name(self) -> str:
+        """Tells it from a run of the same name in the comparison that starts from it."""
+        name = self.run.name
+        return name if self.leaves is None else f'{self.run.comparison.name}/{name}'
+
+    @property
+    def tested(self) -> bool:
+        """Whether a test belongs to it."""
+        return self.row and self.run.comparison.tested
+
+    @property
+    def trained(self) -> bool:
+        """Whether its training is over."""
+        return all(file.is_file() for file in (self.run.folder / 'run.json', *self._checkpoint))
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the files that it has not left yet."""
+        files = self._checkpoint
+        if self.row:
+            files += [self.run.folder / 'run.json']
+        if self.tested:
+            files += [self.run.folder / 'test.json']
+        return [file.name for file in files if not file.is_file()]
+
+    @property
+    def _checkpoint(self) -> list[Path]:
+        return [] if self.leaves is None else [self.leaves]
+
+    def collect(self) -> bool:
+        """Writes its row, if that is missing, once all of its files are there.
+
+        Returns:
+            Whether nothing is left to do.
+
+        Raises:
+            ValueError: As `Store.collect`.
+        """
+        return not self.missing and (not self.row or self.store.collect(self.run))
+
+    def line(self) -> str:
+        """Its commands as one line for a shell."""
+        return self.run.line(tested=self.tested)
+
+
+def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
+    """What is to be done for the rows of runs: first the runs that they start from, where due.
+
+    Args:
+        runs: Of one comparison; those without a row that counts.
+        store: The rows of that comparison.
+    """
+    sources = list(_sources(runs, store.folder.parent).values())
+    # a row that the comparison which others start from trains in the same way counts here too
+    coming = {
+        task.run.folder.name
+        for task in sources
+        if task.row and any(_counts_for(task.run, run) for run in runs)
+    }
+    own = [Task(run, store) for run in runs if run.folder.name not in coming]
+    return [*sources, *own]
+
+
+def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
+    """The runs that runs start from, as far as they are due, by their checkpoints."""
+    found: dict[Path, Task] = {}
+    for run in runs:
+        if run.source is None or run.source[1] in found:
+            continue
+        first, checkpoint = run.source
+        store = Store(rows / first.comparison.name)
+        task = Task(first, store, checkpoint, row=not store.read([first]).usable)
+        if not task.trained and not checkpoint.is_file():
+            found |= _sources([first], rows)
+        elif not (task.row and task.trained):
+            continue  # without a record it is a checkpoint that somebody has put there
+        found[checkpoint] = task
+    return found
+
+
+def _counts_for(source: Run, run: Run) -> bool:
+    """Whether the row of one is that of the other: the folder's name holds all that decides."""
+    start = run.comparison.start
+    return (
+        start is not None
+        and start.comparison.name == source.comparison.name
+        and source.comparison.metric == run.comparison.metric
+        and source.comparison.stage == run.comparison.stage
+        and source.folder.name == run.folder.name
+    )
