@@ -43,7 +43,7 @@ HUB_NAME: str | None = None
 FOLDERS = ('local-dir:', 'hf-hub:')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
-_GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
+GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
 _ALLOWED = (
     "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
     f"'local-dir:FOLDER', or a file ({', '.join(SUFFIXES)})"
@@ -60,10 +60,10 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Two of them name weights; names both.
     """
-    names = [name for name in _GIVEN if arguments.get(name)]
+    names = [name for name in GIVEN if arguments.get(name)]
     if len(names) > 1:
         first, second = names[:2]
-        allowed = f'{_GIVEN[first]} with {second}={arguments[second]!r}'
+        allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
         check(False, first, arguments[first], allowed)
 
 
@@ -149,6 +149,40 @@ def source_of(config: dict[str, Any]) -> str:
     return name if name == 'state_dict' else str(config.get(name, ''))
 
 
+def said_of(
+    upcycle: str | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    own: Described,
+    cache_dir: Any = None,
+) -> tuple[dict[str, Any], Described]:
+    """Where the weights are that `upcycle` names, and what is known beside weights without them.
+
+    Args:
+        upcycle: As `known_weights`.
+        config: As `known_weights`.
+        overlay: As `known_weights`.
+        own: As `known_weights`.
+        cache_dir: As `known_weights`.
+
+    Raises:
+        ValueError: As `known_weights`.
+    """
+    stated = overlay if upcycle else {**config, **overlay}
+    described = describe(source_of(stated))
+    if upcycle is None:
+        of_config = not described.name and source_of(stated) == source_of(config)
+        return {}, own if of_config else described
+    found, named = upcycle_source(upcycle, cache_dir)
+    # nothing is left of where the model's own weights are
+    place = {**dict.fromkeys(_SOURCES), **found}
+    if not source_of(overlay):
+        return place, named
+    place.pop('source', None)  # elsewhere, where the name says only what the place does not
+    entries = {**named.config, **described.config}
+    return place, Described(entries, described.name, described.arguments)
+
+
 def known_weights(
     upcycle: str | None,
     config: dict[str, Any],
@@ -173,20 +207,7 @@ def known_weights(
         ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
     """
     stated = overlay if upcycle else {**config, **overlay}
-    place: dict[str, Any] = {}
-    described = describe(source_of(stated))
-    if upcycle is not None:
-        found, named = upcycle_source(upcycle, cache_dir)
-        # nothing is left of where the model's own weights are
-        place = {**dict.fromkeys(_SOURCES), **found}
-        if source_of(overlay):  # elsewhere, where the name says only what the place does not
-            place.pop('source', None)
-            entries = {**named.config, **described.config}
-            described = Described(entries, described.name, described.arguments)
-        else:
-            described = named
-    elif not described.name and source_of(stated) == source_of(config):
-        described = own
+    place, described = said_of(upcycle, config, overlay, own, cache_dir)
     known = {name: value for name, value in described.config.items() if name not in stated}
     complete = {**known, **place, **overlay}
     origin = origin_of(described, source_of({**config, **complete}))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import PretrainedCfg
@@ -28,6 +28,11 @@ _PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict'
 _OWN = ('architecture', 'tag')
 # Errors that say themselves, in a line, what is wrong.
 _SAID = (ValueError, TypeError, AssertionError)
+Result = TypeVar('Result')
+
+
+class _Elsewhere(Exception):
+    """Carries what was raised while weights were read, and not by the reading of them."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,10 @@ def named_source(source: str) -> Iterator[None]:
     if local:
         check_files(source)
     try:
-        yield
+        with _run_passed_over():
+            yield
+    except _Elsewhere as other:
+        raise other.args[0] from other.args[0].__cause__
     except Exception as error:  # bytes and networks can fail in any way
         if type(error) in _SAID or is_out_of_memory(error):  # the file may well be whole
             raise
@@ -147,6 +155,22 @@ def named_source(source: str) -> Iterator[None]:
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
         raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+
+
+def no_reading(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The same function, whose errors `named_source` takes for none of the file.
+
+    Args:
+        function: That timm calls between reading and loading.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise _Elsewhere(error) from error
+
+    return call
 
 
 def is_out_of_memory(error: Exception) -> bool:
