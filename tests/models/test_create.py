@@ -181,7 +181,7 @@ def test_a_model_without_its_weights_is_the_same_network(given: dict, tmp_path: 
     arguments = json.loads(json.dumps({**size, **given}).replace('{}', str(tmp_path)))
     del arguments['img_size']  # the file beside the weights says it
     (tmp_path / 'model.safetensors').rename(tmp_path / 'elsewhere')
-    with pytest.raises(ValueError, match='does not exist|has no weights'):
+    with pytest.raises(ValueError, match=r'does not exist|has no weights'):
         create_model(**arguments)
     without = without_weights({**arguments, 'checkpoint': None})
     assert without.pop('checkpoint') is None

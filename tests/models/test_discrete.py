@@ -167,6 +167,14 @@ def test_models_without_a_discrete_branch_are_refused(tiny_variant: Make) -> Non
     assert model.state_dict().keys() == before
 
 
+def test_a_discrete_file_behind_checkpoint_path_names_its_form(tmp_path: Path) -> None:
+    path = str(tmp_path / 'discrete.pth')
+    torch.save(make('vqmoe', form='discrete').state_dict(), path)
+    with pytest.raises(RuntimeError, match=r"missing .*; it has .*: form='discrete' would fit$"):
+        make('vqmoe', checkpoint_path=path)
+    make('vqmoe', form='discrete', checkpoint_path=path)
+
+
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(ValueError, match="model='VisionTransformer' is not possible: a model with"):
         to_discrete(make('patch16_224'))

@@ -59,7 +59,9 @@ def start_from(model: Transformer, path: str) -> None:
     """
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin, state = origin_of(describe(path), path), read_state(path)
-    state, report = transfer(model, state, path, read_image_sizes(path), how, origin)
+    # what the options say is tried last
+    sizes = [*read_image_sizes(path), to_2tuple(model.pretrained_cfg['input_size'][1:])]
+    state, report = transfer(model, state, path, sizes, how, origin)
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report

@@ -295,7 +295,7 @@ def _runner_class(config: Config) -> type[Runner]:
 
 
 def _with_weights(runner: type[Runner]) -> type[Runner]:
-    """A runner whose model gets the weights of its run, and reads none that the run started from."""
+    """A runner whose model gets the weights of its run, and reads no others."""
 
     def build_model(self: Runner, model: Any) -> Any:
         """Keeps what the config says of it, for the work dir and for checkpoints."""

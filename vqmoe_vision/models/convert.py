@@ -174,7 +174,7 @@ def _layer_like(
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
     pairs = {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
-        'drop': (mlp.drop1.p, mlp.drop2.p),
+        'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
     }
     for what, (first, second) in pairs.items():
         check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
@@ -187,11 +187,16 @@ def _layer_like(
         mlp.fc1.out_features / mlp.fc1.in_features,
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
-        drop=mlp.drop1.p,
+        drop=_rate(mlp.drop1),
         device=weight.device,
         dtype=weight.dtype,
     )
     return layer.train(mlp.training)
+
+
+def _rate(drop: nn.Module) -> float:
+    """Of a layer that drops, or of what stands in its place and drops nothing."""
+    return float(getattr(drop, 'p', 0.0))
 
 
 def _hooks_of(module: Any) -> list[Any]:

@@ -107,7 +107,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
     if place['source'] == 'local-dir' and not timm.models.is_model_in_modules(name, MODULES):
         file = weights_in(place['file'])
         _check_saved(source, file, described, kwargs)
-        place = {'file': file, 'label_offset': 0}  # the head is that of its classes
+        place = {'file': file}
     config = {**described.config, **place}
     return create_model(name, pretrained=True, pretrained_cfg=config, **arguments)
 

@@ -209,6 +209,8 @@ def known_weights(
     stated = overlay if upcycle else {**config, **overlay}
     place, described = said_of(upcycle, config, overlay, own, cache_dir)
     known = {name: value for name, value in described.config.items() if name not in stated}
+    offset = stated.get('label_offset')
+    check(not offset, 'pretrained_cfg.label_offset', offset, '0, a head is that of its classes')
     complete = {**known, **place, **overlay}
     origin = origin_of(described, source_of({**config, **complete}))
     follow = not {'mean', 'std'} & stated.keys()

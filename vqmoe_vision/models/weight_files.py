@@ -15,6 +15,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
+from .run_files import logs_passed_over
 from .upcycle import BEGINNING
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
@@ -26,6 +27,8 @@ _CONFIG = 'config.json'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
 _PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
 _OWN = ('architecture', 'tag')
+# By which timm would cut a head that has been fitted.
+_CUT = 'label_offset'
 # Errors that say themselves, in a line, what is wrong.
 _SAID = (ValueError, TypeError, AssertionError)
 Result = TypeVar('Result')
@@ -52,7 +55,7 @@ class Described:
     @classmethod
     def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
         """Of what timm's functions return, without its place and what its experts were made of."""
-        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN)}
+        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN, _CUT)}
         return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
 
 
@@ -143,7 +146,7 @@ def named_source(source: str) -> Iterator[None]:
     if local:
         check_files(source)
     try:
-        with _run_passed_over():
+        with logs_passed_over():
             yield
     except _Elsewhere as other:
         raise other.args[0] from other.args[0].__cause__
@@ -157,18 +160,22 @@ def named_source(source: str) -> Iterator[None]:
         raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
 
 
-def no_reading(function: Callable[..., Result]) -> Callable[..., Result]:
+def no_reading(function: Callable[..., Result], what: str = '') -> Callable[..., Result]:
     """The same function, whose errors `named_source` takes for none of the file.
 
     Args:
-        function: That timm calls between reading and loading.
+        function: That timm calls before it reads weights, or between reading and loading.
+        what: To say of one that does not say itself what is wrong; empty to leave it as it is.
     """
 
     def call(*args: Any, **kwargs: Any) -> Result:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            raise _Elsewhere(error) from error
+            if not what or type(error) in _SAID or is_out_of_memory(error):
+                raise _Elsewhere(error) from error
+            reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise ValueError(f'{what}: {reason}') from error
 
     return call
 
