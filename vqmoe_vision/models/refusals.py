@@ -11,23 +11,26 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from .other_experts import Model, block_of, layer_of, refuse_other_experts, sizes_that_fit
-from .state_dicts import HEADS, StateDict, other_shapes, shorten
+from .state_dicts import HEADS, StateDict, is_square, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]
 # What timm's `Eva` and files of DINOv3's authors have, whose positions are rotary.
 _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
+# What networks have that are neither: BEiT, ViTs with relative positions, SAM's, and NaFlexVit.
+_OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
 _OF_BOTH: Arguments = (
     (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
 )
 # Arguments of timm's `VisionTransformer` that decide whether there is such a tensor: with it, and
-# without.
+# without; empty if no argument does.
 VIT: Arguments = (
     *_OF_BOTH,
-    (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class=True', 'reg_tokens=0'),
+    (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class={no_embed_class}', 'reg_tokens=0'),
     (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
     (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
-    (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=None'),
+    # timm takes None for nothing said, and some of its models have a number of their own
+    (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=0.0'),
     (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
     (r'\.(attn\.proj|fc[12])\.bias$', 'proj_bias=True', 'proj_bias=False'),
 )
@@ -36,9 +39,13 @@ EVA: Arguments = (
     *_OF_BOTH,
     (r'^reg_token$', 'num_reg_tokens={reg_tokens}', 'num_reg_tokens=0'),
     (r'^pos_embed$', 'use_abs_pos_emb=True', 'use_abs_pos_emb=False'),
-    (r'\.gamma_[12]$', 'init_values=1e-5', 'init_values=None'),
+    # a model of a name that has it has it with every number
+    (r'\.gamma_[12]$', 'init_values=1e-5', ''),
     (r'\.q_bias$', 'qkv_bias=True', 'qkv_bias=False'),
 )
+# Arguments of both classes for a norm behind the pooling, and for none at all.
+_NORMS = ('fc_norm', 'use_fc_norm')
+_NO_NORM = ('final_norm=False', 'use_post_transformer_norm=False, use_fc_norm=False')
 
 
 def refuse_other_tokens(
@@ -53,8 +60,13 @@ def refuse_other_tokens(
         arguments: Of the model's class.
 
     Raises:
-        ValueError: There is one, or the positions of the checkpoint are rotary.
+        ValueError: There is one, or the positions of the checkpoint are rotary or relative.
     """
+    if others := [name for name in state if re.search(_OTHERS, name)]:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: it has {shorten(others, 1)}, and is of '
+            "another network than timm's VisionTransformer and Eva, which no option makes of them"
+        )
     rotary = 'pos_embed' not in state and any(re.search(_ROTARY, name) for name in state)
     if rotary and arguments is VIT:
         raise ValueError(
@@ -71,30 +83,43 @@ def refuse_other_tokens(
             raise ValueError(_only(path, [name], owner, state, arguments, ()))
 
 
-def pooled_otherwise(expected: StateDict, state: StateDict) -> str:
+def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments) -> str:
     """Arguments with which a head would be fed as that of a checkpoint, as far as names tell.
 
     Args:
         expected: Of the model.
         state: Of the checkpoint.
+        arguments: Of the model's class.
 
     Returns:
         Empty if names do not tell that they differ.
     """
     parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
     differ = any((name in expected) != (name in state) for name in parts)
-    return _pooling(state) if differ else ''
+    if not differ:
+        return ''
+    after, names = _NORMS[arguments is EVA], (*expected, *state)
+    known = _pooling(state, arguments)
+    if 'attn_pool.latent' in names or 'cls_token' not in state or known.endswith(_NO_NORM):
+        return known
+    # with a class token names tell where the norm is, and not what it is of
+    if 'fc_norm.weight' in state:
+        return f"{known} (or global_pool='token', {after}=True)"
+    if 'fc_norm.weight' in expected:
+        return f"{known}, {after}=False (or global_pool='avg', {after}=False)"
+    return known
 
 
-def _pooling(state: StateDict) -> str:
-    """Arguments of a model that pools as a checkpoint."""
+def _pooling(state: StateDict, arguments: Arguments) -> str:
+    """Arguments of a model that most likely pools as a checkpoint."""
     if 'attn_pool.latent' in state:
         return "global_pool='map'"
     if 'fc_norm.weight' in state:
         return "global_pool='avg'"
-    if 'cls_token' in state:
-        return "global_pool='token'"
-    return "global_pool='avg', fc_norm=False"
+    of_class, kind = 'cls_token' in state, arguments is EVA
+    if 'norm.weight' not in state:
+        return _NO_NORM[kind] if of_class else f"global_pool='avg', {_NO_NORM[kind]}"
+    return "global_pool='token'" if of_class else f"global_pool='avg', {_NORMS[kind]}=False"
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
@@ -209,6 +234,13 @@ def _of_missing(name: str, other: Iterable[str]) -> bool:
     return name.endswith('.bias') and f'{name[: -len("bias")]}weight' not in other
 
 
+def _all_have_positions(state: StateDict) -> bool:
+    """Whether a grid is left of the positions if class token and registers have each one too."""
+    count = state['pos_embed'].shape[1] if 'pos_embed' in state else 0
+    tokens = [state[name].shape[1] for name in ('cls_token', 'reg_token') if name in state]
+    return not is_square(count) and is_square(count - sum(tokens))
+
+
 def _only(
     path: str,
     names: Sequence[str],
@@ -238,8 +270,12 @@ def _only(
             for pattern, present, absent in arguments
             if any(re.search(pattern, name) for name in names if not _of_missing(name, other))
         ]
-    values = {'reg_tokens': reg_tokens, 'pooling': _pooling(state)}
-    fits = f'; {", ".join(hints)} would fit'.format(**values) if hints else ''
+    values = {
+        'reg_tokens': reg_tokens,
+        'pooling': _pooling(state, arguments),
+        'no_embed_class': not _all_have_positions(state),
+    }
+    fits = f'; {", ".join(hints)} would fit'.format(**values) if hints and all(hints) else ''
     return (
         f'checkpoint {path!r} does not fit the model: only the {owner} has {shorten(names)}{fits}'
     )

@@ -19,6 +19,7 @@ from timm.models import load_checkpoint as load_numpy
 from torch import nn
 
 from ..moe.config import check, did_you_mean
+from .fitting import strip_names
 from .hosts import VIT_MODULES, Transformer
 from .normalization import KEY, of_buffer
 from .origin import Origin, origin_of, refuse_other_function
@@ -294,12 +295,15 @@ def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
     with named_source(path):
         state = load_state_dict(path)
     check_in_one_piece(state, path)
+    expected = model.state_dict()
+    if isinstance(model, Transformer) and expected.keys().isdisjoint(state):
+        state, _ = strip_names(state, expected, path)  # of a run
     if problem := misfit_of(model, state):
         raise ValueError(
             f'{what} does not fit the model: {problem}; options of the model, '
             'such as num_classes=10, have to be those of its weights'
         )
-    refuse_values(model.state_dict(), state, path)
+    refuse_values(expected, state, path)
     return state
 
 

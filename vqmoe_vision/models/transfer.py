@@ -162,7 +162,9 @@ def _fit_network(
     """As `transfer`, of all but what reads images, by timm's names."""
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
-    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
+    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(
+        expected, state, arguments
+    )
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, image_sizes)
