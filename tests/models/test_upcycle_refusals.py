@@ -86,6 +86,15 @@ def test_gated_mlps_are_refused(tmp_path: Path) -> None:
         ('local-dir:nowhere', 'a folder with the config.json'),
         ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
         (3, 'a timm model name'),
+        ('https://x.y/z.pth', "='https://x.y/z.pth' is not possible: a file that has been downl"),
+        (
+            'vit_small_patch16_224.augreg_in21k_ft_in1',
+            r'a name that has weights: .*; did you mean vit_small_.*\.augreg_in21k_ft_in1k\?',
+        ),
+        (
+            'vit_small_patch16_dinov3.lvd1689m',
+            r"have; model_name='vit_small_patch16_dinov3\.lvd1689m' with moe=dict\(method='smoe'\)",
+        ),
     ],
 )
 def test_a_source_that_is_none_is_named(source: Any, message: str) -> None:
@@ -102,6 +111,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         with pytest.raises(ValueError, match=message) as caught:
             make('smoe', upcycle=source, cache_dir=str(tmp_path))
         assert '\n' not in str(caught.value)
+        assert str(caught.value).endswith(
+            '; a file of them needs no network: upcycle=FILE, in a config model.pretrained=False '
+            'model.checkpoint=FILE'
+        )
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])

@@ -21,14 +21,13 @@ from .sources import (
     GIVEN,
     check_one_source,
     folder_source,
-    load_checkpoint,
-    read_fitting,
     said_of,
     source_of,
 )
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
 from .weight_files import Described, weights_in
+from .whole_files import load_checkpoint, read_fitting
 
 # Options with which timm changes weights that are whole, or takes a part of them.
 _ADAPTED = ('in_chans', 'features_only', 'out_indices', 'feature_cls')

@@ -43,9 +43,6 @@ EVA: Arguments = (
     (r'\.gamma_[12]$', 'init_values=1e-5', ''),
     (r'\.q_bias$', 'qkv_bias=True', 'qkv_bias=False'),
 )
-# Arguments of both classes for a norm behind the pooling, and for none at all.
-_NORMS = ('fc_norm', 'use_fc_norm')
-_NO_NORM = ('final_norm=False', 'use_post_transformer_norm=False, use_fc_norm=False')
 
 
 def refuse_other_tokens(
@@ -98,28 +95,30 @@ def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments
     differ = any((name in expected) != (name in state) for name in parts)
     if not differ:
         return ''
-    after, names = _NORMS[arguments is EVA], (*expected, *state)
     known = _pooling(state, arguments)
-    if 'attn_pool.latent' in names or 'cls_token' not in state or known.endswith(_NO_NORM):
+    if 'cls_token' not in state or 'attn_pool.latent' in state or known == _no_norm(arguments):
         return known
     # with a class token names tell where the norm is, and not what it is of
-    if 'fc_norm.weight' in state:
-        return f"{known} (or global_pool='token', {after}=True)"
-    if 'fc_norm.weight' in expected:
-        return f"{known}, {after}=False (or global_pool='avg', {after}=False)"
-    return known
+    kinds = ("'avg'", "'token'")
+    first, second = kinds if kinds[0] in known else reversed(kinds)
+    return f'{known} (or {known.replace(first, second)})'
 
 
 def _pooling(state: StateDict, arguments: Arguments) -> str:
     """Arguments of a model that most likely pools as a checkpoint."""
     if 'attn_pool.latent' in state:
         return "global_pool='map'"
-    if 'fc_norm.weight' in state:
-        return "global_pool='avg'"
-    of_class, kind = 'cls_token' in state, arguments is EVA
-    if 'norm.weight' not in state:
-        return _NO_NORM[kind] if of_class else f"global_pool='avg', {_NO_NORM[kind]}"
-    return "global_pool='token'" if of_class else f"global_pool='avg', {_NORMS[kind]}=False"
+    behind, of_class = 'fc_norm.weight' in state, 'cls_token' in state
+    if not behind and 'norm.weight' not in state:
+        return _no_norm(arguments) if of_class else f"global_pool='avg', {_no_norm(arguments)}"
+    kind = 'token' if of_class and not behind else 'avg'
+    # said in any case: some models of timm have another place for their norm than the class
+    return f'global_pool={kind!r}, {"use_fc_norm" if arguments is EVA else "fc_norm"}={behind}'
+
+
+def _no_norm(arguments: Arguments) -> str:
+    other = 'use_post_transformer_norm=False, use_fc_norm=False'
+    return other if arguments is EVA else 'final_norm=False'
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:

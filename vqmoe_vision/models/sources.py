@@ -14,23 +14,22 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_state_dict
-from timm.models import load_checkpoint as load_numpy
-from torch import nn
+from timm.models import (
+    get_arch_name,
+    get_pretrained_cfg,
+    load_model_config_from_hf,
+)
 
 from ..moe.config import check, did_you_mean
-from .fitting import strip_names
-from .hosts import VIT_MODULES, Transformer
+from .hosts import MODULES, VIT_MODULES
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of, refuse_other_function
-from .refusals import refuse_values
+from .origin import Origin, origin_of
 from .sparse_model import SparseModel
-from .state_dicts import StateDict, misfit_of
+from .state_dicts import StateDict
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
     Described,
-    check_file,
     check_in_one_piece,
     describe,
     describe_folder,
@@ -87,17 +86,34 @@ def upcycle_source(
     check(isinstance(upcycle, str) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
     if upcycle.startswith(FOLDERS):
         return folder_source(upcycle, 'upcycle', cache_dir)
+    allowed = f'a file that has been downloaded, or {_ALLOWED}'
+    check('://' not in upcycle, 'upcycle', upcycle, allowed)
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
         hint = did_you_mean(upcycle, timm.list_models(module='vision_transformer'))
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
-    check(fits, 'upcycle', upcycle, "one of timm's VisionTransformers, whose blocks ours have")
-    check(timm.models.is_model_pretrained(upcycle), 'upcycle', upcycle, 'a model with weights')
+    allowed = "one of timm's VisionTransformers, whose blocks ours have"
+    if timm.models.is_model_in_modules(upcycle, MODULES):
+        allowed += (
+            f"; model_name={upcycle!r} with moe=dict(method='smoe') is that network with experts, "
+            'and so is what convert_to_moe makes of it'
+        )
+    check(fits, 'upcycle', upcycle, allowed)
+    if not timm.models.is_model_pretrained(upcycle):
+        check(False, 'upcycle', upcycle, _with_weights(upcycle))
     config = get_pretrained_cfg(upcycle)
     assert config is not None
     return place_of(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
+
+
+def _with_weights(name: str) -> str:
+    """What of a model has weights, where a tag is misspelt or the model has none."""
+    known = timm.list_models(f'{get_arch_name(name)}.*', pretrained=True)
+    if not known:
+        return 'a model with weights'
+    return f'a name that has weights: {", ".join(known)}{did_you_mean(name, known)}'
 
 
 def folder_source(
@@ -256,55 +272,6 @@ def fit_pretrained(
         level = logging.WARNING if line in report.warnings else logging.INFO
         _logger.log(level, '%s: %s', source, line)
     return model.state_dict()
-
-
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is checked.
-
-    Args:
-        model: Built by timm, without weights.
-        path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
-
-    Raises:
-        ValueError: The file is missing, damaged or no file of weights, or the model is another, as
-            far as the file and what is beside it say.
-    """
-    if path.endswith(('.npz', '.npy')):
-        with named_source(path):
-            check_file(path)
-            load_numpy(model, path)
-        return
-    state = read_fitting(model, path, f'checkpoint_path={path!r}')
-    origin = origin_of(describe(path), path)
-    if origin is not None and isinstance(model, Transformer):
-        refuse_other_function(model, origin, path)
-    model.load_state_dict(state)
-
-
-def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
-    """A file of all of a model's weights, which are not loaded.
-
-    Args:
-        model: For which they have to be.
-        path: Of the file.
-        what: The field that names it, with its value.
-
-    Raises:
-        ValueError: The file is missing, damaged, no file of weights or of another model.
-    """
-    with named_source(path):
-        state = load_state_dict(path)
-    check_in_one_piece(state, path)
-    expected = model.state_dict()
-    if isinstance(model, Transformer) and expected.keys().isdisjoint(state):
-        state, _ = strip_names(state, expected, path)  # of a run
-    if problem := misfit_of(model, state):
-        raise ValueError(
-            f'{what} does not fit the model: {problem}; options of the model, '
-            'such as num_classes=10, have to be those of its weights'
-        )
-    refuse_values(expected, state, path)
-    return state
 
 
 def _image_sizes(model: Any, origin: Origin | None) -> list[Size]:

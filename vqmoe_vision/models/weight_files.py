@@ -157,7 +157,10 @@ def named_source(source: str) -> Iterator[None]:
         # torch's and timm's words for a file are advice to run the code in it, or no words at all
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
-        raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+        raise ValueError(
+            f'weights of {source!r} cannot be read: {reason.rstrip(".")}; a file of them needs no '
+            'network: upcycle=FILE, in a config model.pretrained=False model.checkpoint=FILE'
+        ) from error
 
 
 def no_reading(function: Callable[..., Result], what: str = '') -> Callable[..., Result]:
