@@ -33,7 +33,7 @@ class _NoLog:
         """Keeps nothing."""
 
 
-def of_a_log(log: type) -> list[tuple[Any, str]]:
+def of_a_log(log: type) -> list[Any]:
     """What a log is made of, for torch's list of what it may read.
 
     Args:
