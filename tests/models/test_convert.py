@@ -139,4 +139,8 @@ def test_an_mlp_may_have_what_timm_does_not_build(images: torch.Tensor) -> None:
         block.mlp.drop1 = torch.nn.Dropout(0.0)
     with pytest.raises(ValueError, match=r'blocks\.1\.mlp cannot become experts: its act\.weight'):
         convert_to_moe(other, 'smoe')
+    for block in other.blocks:
+        block.mlp.drop2 = torch.nn.AlphaDropout(0.1)
+    with pytest.raises(ValueError, match="drop2='AlphaDropout' is not possible: Dropout or Ident"):
+        convert_to_moe(other, 'smoe')
     assert type(other).__name__ == 'VisionTransformer'

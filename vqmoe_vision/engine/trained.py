@@ -34,7 +34,7 @@ def without_sources(model: dict[str, Any]) -> ConfigDict:
     parts = {name: model.get(name) for name in _PARTS}
     inner = {name: without_sources(part) for name, part in parts.items() if isinstance(part, dict)}
     changed = {**model, **inner}
-    if 'model_name' not in changed:
+    if not isinstance(changed.get('model_name'), str):  # what builds it says what is wrong
         return ConfigDict(changed)
     changed = without_weights(changed)
     return ConfigDict({**changed, **({'features': None} if changed.get('features') else {})})

@@ -172,6 +172,10 @@ def _layer_like(
     check(plain, name, kind, 'one of linear layers, without a norm between them')
     hooked = any(hooks for part in mlp.modules() for hooks in _hooks_of(part))
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
+    for part in ('drop1', 'drop2'):
+        dropped = type(getattr(mlp, part))
+        allowed = 'Dropout or Identity, experts have nothing else there'
+        check(dropped in (nn.Dropout, nn.Identity), f'{name}.{part}', dropped.__name__, allowed)
     pairs = {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
