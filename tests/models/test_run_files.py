@@ -91,3 +91,14 @@ def test_a_head_in_a_folder_is_that_of_its_classes(tmp_path: Path) -> None:
     overlay = {'label_offset': 1}
     message = r'pretrained_cfg\.label_offset=1 is not possible: 0, a head is that of its classes'
     refused(message, make, 'smoe', upcycle=f'local-dir:{folder}', pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize('prefix', ['model.', 'backbone.model.', 'module.', ''])
+def test_checkpoint_path_takes_the_network_out_of_a_run(prefix: str, tmp_path: Path) -> None:
+    source, file = make('smoe'), str(tmp_path / 'epoch_1.pth')
+    state = {f'{prefix}{name}': value for name, value in source.state_dict().items()}
+    beside = {'normalization': torch.zeros(2, 3)} if 'model.' in prefix else {}
+    torch.save({'state_dict': state | beside, 'meta': {}}, file)
+    model = create_model('vit_tiny_smoe', checkpoint_path=file, **TINY)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    refused('of its weights$', create_model, 'vit_tiny_xmoe', checkpoint_path=file, **TINY)
