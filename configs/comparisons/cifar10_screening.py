@@ -9,22 +9,20 @@ also = ['code_usage_unused', 'quantization_error']
 reference = 'vqmoe'
 seeds = [11, 12]
 all_methods = True
-controls = ['smoe_frozen', 'hashmoe']
 rows = dict(
-    smoe_frozen='smoe_frozen',
     vqmoe_decay_90='vqmoe model.moe.ema_decay=0.9',
     vqmoe_decay_warmup='vqmoe model.moe.ema_decay_warmup=True',
     vqmoe_revival_10='vqmoe model.moe.dead_code_threshold=0.1',
     vqmoe_token='vqmoe model.moe.expert_input=token',
-    vqmoe_cosine='vqmoe model.moe.use_cosine_sim=True',
-    vqmoe_cvq='vqmoe model.moe.codebook=cvq',
+    vqmoe_bias_correction='vqmoe model.moe.ema_bias_correction=True',
+    vqmoe_kmeans_usage='vqmoe model.moe.usage_from_kmeans=True',
     vqmoe_no_input_norm='vqmoe model.moe.input_norm=False',
     vqmoe_output_norm='vqmoe model.moe.output_norm=True',
     vqmoe_layers_23='vqmoe model.moe.moe_layers="(2, 3)"',
     vqmoe_32_codes='vqmoe model.moe.num_codes=32',
     vqmoe_code_share_30='vqmoe model.moe.code_share=0.3',
-    vqmoe_vq_weight_50='vqmoe model.moe.vq_weight=0.5',
-    vqmoe_commitment_100='vqmoe model.moe.commitment=1.0',
+    vqmoe_router_scale='vqmoe model.moe.routed_scaling_factor=6.25',
+    vqmoe_diversity_10='vqmoe model.moe.diversity_weight=0.1',
     vqmoe_balance_10='vqmoe model.moe.balance_weight=0.1',
     smoe_top_1='smoe model.moe.top_k=1',
     smoe_renormalize='smoe model.moe.renormalize=True',

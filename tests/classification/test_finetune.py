@@ -1,6 +1,7 @@
 """Fine-tuning from dense weights: two iterations of each config, averages, early stopping."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from PIL import Image
+from timm.models import save_for_hf
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 
 from ..rows import CONFIGS, leaves
@@ -142,6 +145,43 @@ def test_how_experts_are_made_matters_at_the_start_alone(tmp_path: Path) -> None
     with pytest.raises(SystemExit, match=message) as caught:
         train(config, 'anew', without)
     assert '\n' not in str(caught.value)
+
+
+OWN: dict[str, Any] = dict(
+    model_name='vit_small_smoe', pretrained=False, moe=dict(_delete_=True, num_experts=2)
+)
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        dict(pretrained=True, pretrained_cfg_overlay=dict(file='{}/model.safetensors')),
+        dict(OWN, upcycle='local-dir:{}'),
+        dict(OWN, checkpoint='{}/model.safetensors'),
+    ],
+    ids=lambda given: ' '.join(given),
+)
+def test_nobody_needs_what_a_run_started_from(given: dict[str, Any], tmp_path: Path) -> None:
+    source = tmp_path / 'source'
+    dense = timm.create_model('deit_tiny_patch16_224', img_size=32, patch_size=8, **SIZES)
+    save_for_hf(dense, source, safe_serialization=True)
+    given = json.loads(json.dumps(given).replace('{}', str(source)))
+    config = write_config(tmp_path, FOLDERS, patch_size=8, **{'checkpoint': None, **given})
+    whole, work = train(config, 'whole', 'train_cfg.max_epochs=2'), train(config, 'w')
+    before = score(config, work)
+    shutil.rmtree(source)
+    assert score(config, work) == before
+    more = [f'experiment_name=more {work}', 'train_cfg.max_epochs=2']
+    cli.train([config, '--work-dir', str(work), '--resume', '--cfg-options', *more])
+    expected, found = content(whole, 2), content(work, 2)
+    assert found['state_dict']['normalization'][0, 0] == pytest.approx(0.485)
+    assert found['param_schedulers'] == expected['param_schedulers']
+    for part in ('state_dict', 'optimizer'):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    assert load_config(str(work / 'tiny.py')).model == load_config(str(whole / 'tiny.py')).model
+    publish([str(work), str(tmp_path / 'out')])
+    published: Any = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert published.pretrained_cfg['mean'][0] == pytest.approx(0.485)
 
 
 SEEN: list[torch.Tensor] = []

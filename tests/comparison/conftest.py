@@ -61,7 +61,10 @@ checkpoint, out = sys.argv[2], Path(sys.argv[sys.argv.index('--out') + 1])
 assert Path(checkpoint).name == 'iter_2.pth'
 out.write_text(json.dumps({'mIoU': 3.0, 'blocks.1.mlp/load_unused': 0.0}))
 """
-CONFIG = "model = dict(type='Model', model_name='vit_tiny_smoe', preset='paper')\ntrain_cfg = dict(max_iters=2)\n"
+CONFIG = """
+model = dict(type='Model', model_name='vit_tiny_smoe', preset='paper')
+train_cfg = dict(max_iters=2)
+"""
 SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"
 
 

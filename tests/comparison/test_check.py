@@ -50,7 +50,7 @@ def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monk
     assert '--resume' not in Path('calls').read_text()
 
 
-def test_only_run_sets_stale_runs_aside(spec, says, monkeypatch, capsys) -> None:
+def test_only_run_sets_refuted_runs_aside(spec, says, monkeypatch, capsys) -> None:
     path = spec()
     says('run', path)
     monkeypatch.setenv('DRIFT', '0.01')
@@ -60,8 +60,8 @@ def test_only_run_sets_stale_runs_aside(spec, says, monkeypatch, capsys) -> None
     capsys.readouterr()
     compare(['list', path])
     said = capsys.readouterr()
-    assert said.out == ''  # a line would go on with what is stale
-    assert 'left out: dense-seed2: what work_dirs/' in said.err
+    assert said.out == ''  # a line would go on with what is refuted
+    assert 'left out: dense-seed2: what work_dirs/' in said.err and 'holds is stale: ' in said.err
     assert says('collect', path) == '0 runs collected, 0 are not finished\n'
     assert sorted(work.iterdir()) == before
     says('run', path)

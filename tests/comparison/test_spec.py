@@ -46,6 +46,9 @@ def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:
 @pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
 def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, root: None) -> None:
     comparison = read_comparison(str(path))
+    if not comparison.tested:  # what is chosen by it meets the controls in a table of its own
+        assert not comparison.controls
+        return
     assert {'dense', 'dense_wide'} < comparison.rows.keys()
     rows = {c: set(challengers(comparison, c)) for c in comparison.controls}
     assert {control.removesuffix('_started') for control in rows} == set(CONTROLS)

@@ -140,3 +140,26 @@ def test_what_cannot_be_converted_stays_as_it_is(
 def test_an_option_that_a_method_has_not_is_named() -> None:
     with pytest.raises(TypeError, match="'slots_per_expert' is no option of smoe"):
         convert_to_moe(dense(), 'smoe', slots_per_expert=2)
+
+
+def test_an_mlp_may_have_what_timm_does_not_build(images: torch.Tensor) -> None:
+    model = dense(act_layer='prelu')
+    for block in model.blocks:
+        block.mlp.drop1 = block.mlp.drop2 = torch.nn.Identity()
+    expected = model(images)
+    convert_to_moe(model, 'smoe', renormalize=True)
+    torch.testing.assert_close(model(images), expected)
+    other = dense()
+    for block in other.blocks:
+        block.mlp.drop1, block.mlp.act = torch.nn.Dropout(0.5), torch.nn.PReLU(17)
+    with pytest.raises(ValueError, match=r'mlp drop=\(0\.5, 0\.0\) is not possible: the same in'):
+        convert_to_moe(other, 'smoe')
+    for block in other.blocks:
+        block.mlp.drop1 = torch.nn.Dropout(0.0)
+    with pytest.raises(ValueError, match=r'blocks\.1\.mlp cannot become experts: its act\.weight'):
+        convert_to_moe(other, 'smoe')
+    for block in other.blocks:
+        block.mlp.drop2 = torch.nn.AlphaDropout(0.1)
+    with pytest.raises(ValueError, match="drop2='AlphaDropout' is not possible: Dropout or Ident"):
+        convert_to_moe(other, 'smoe')
+    assert type(other).__name__ == 'VisionTransformer'

@@ -1,12 +1,17 @@
 """What both tasks ask of timm: options of the MoE layers, the width of a dense model, mistakes."""
 
+import json
+import shutil
 from itertools import combinations
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
 from vqmoe_vision.models import complexity
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_model, create_to_start, without_weights
 from vqmoe_vision.moe import METHODS
 
 SMALL = dict(img_size=8, patch_size=4, embed_dim=12, depth=4, num_heads=3, num_classes=4)
@@ -147,3 +152,44 @@ def test_a_name_that_is_to_blame_itself_is_named(options: dict) -> None:
     said = r"^model_name='vit_tiny_patch16_224\.nope' is not possible: .*tag"
     with pytest.raises(ValueError, match=said):
         create_model('vit_tiny_patch16_224.nope', pretrained=True, **options)
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        dict(model_name='vit_tiny_smoe', upcycle='local-dir:{}'),
+        dict(model_name='vit_tiny_smoe', upcycle='{}/model.safetensors'),
+        dict(
+            model_name=DENSE,
+            pretrained=True,
+            pretrained_cfg_overlay={'file': '{}/model.safetensors'},
+        ),
+        dict(model_name=DENSE, moe={'method': 'smoe'}, checkpoint_path='{}/model.safetensors'),
+        dict(
+            model_name='vit_tiny_smoe',
+            pretrained_cfg={'file': '{}/model.safetensors'},
+            pretrained=True,
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_without_its_weights_is_the_same_network(given: dict, tmp_path: Path) -> None:
+    size = {**SMALL, 'img_size': 16}
+    source = timm.create_model(DENSE, **size)
+    source.pretrained_cfg.update(input_size=(3, 16, 16), fixed_input_size=True)
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    arguments = json.loads(json.dumps({**size, **given}).replace('{}', str(tmp_path)))
+    del arguments['img_size']  # the file beside the weights says it
+    (tmp_path / 'model.safetensors').rename(tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match=r'does not exist|has no weights'):
+        create_model(**arguments)
+    without = without_weights({**arguments, 'checkpoint': None})
+    assert without.pop('checkpoint') is None
+    assert create_to_start(**without).patch_embed.img_size == (16, 16)
+    (tmp_path / 'elsewhere').rename(tmp_path / 'model.safetensors')
+    expected, found = create_model(**arguments), create_to_start(**without)
+    assert found.patch_embed.img_size == expected.patch_embed.img_size
+    assert found.pretrained_cfg['num_classes'] == expected.pretrained_cfg['num_classes']
+    shutil.rmtree(tmp_path)  # with the file that says it, the model's own size is left
+    gone = create_to_start(**without_weights(arguments))
+    assert gone.patch_embed.img_size == (224, 224)

@@ -77,17 +77,15 @@ def test_a_full_file_goes_into_the_discrete_form_by_every_loading(
 
 def test_strict_loading_is_strict_in_all_else() -> None:
     model: Any = make('vqmoe', form='discrete')
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*blocks\.1\.mlp\.router\.weight'):
+    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.router\.weight'):
         model.load_state_dict(make('smoe').state_dict())
     state = full().state_dict()
     state['blocks.1.mlp.other'] = torch.zeros(1)
-    with pytest.raises(
-        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "blocks\.1\.mlp\.o'
-    ):
+    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.other$'):
         model.load_state_dict(state)
     assert misfit_of(model, state) == 'unexpected keys: blocks.1.mlp.other'
     continuous: Any = make('vqmoe', form='continuous')
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*quantizer'):
+    with pytest.raises(RuntimeError, match=r'unexpected keys: .*quantizer'):
         continuous.load_state_dict(full().state_dict())
 
 
@@ -165,6 +163,14 @@ def test_models_without_a_discrete_branch_are_refused(tiny_variant: Make) -> Non
     with pytest.raises(ValueError, match='has no discrete branch to keep'):
         to_discrete(model)
     assert model.state_dict().keys() == before
+
+
+def test_a_discrete_file_behind_checkpoint_path_names_its_form(tmp_path: Path) -> None:
+    path = str(tmp_path / 'discrete.pth')
+    torch.save(make('vqmoe', form='discrete').state_dict(), path)
+    with pytest.raises(RuntimeError, match=r"missing .*; it has .*: form='discrete' would fit$"):
+        make('vqmoe', checkpoint_path=path)
+    make('vqmoe', form='discrete', checkpoint_path=path)
 
 
 def test_a_dense_model_is_refused() -> None:

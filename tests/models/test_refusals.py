@@ -39,6 +39,12 @@ def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
             dict(no_embed_class=False),
         ),
         ({}, dense(depth=6), 'only the checkpoint has blocks.4.norm1', dict(depth=6)),
+        (
+            dict(init_values=0.1),
+            dense(),
+            'only the model has blocks.0.ls1.gamma',
+            dict(init_values=0.0),
+        ),
     ],
 )
 def test_what_is_said_to_fit_does(

@@ -86,6 +86,15 @@ def test_gated_mlps_are_refused(tmp_path: Path) -> None:
         ('local-dir:nowhere', 'a folder with the config.json'),
         ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
         (3, 'a timm model name'),
+        ('https://x.y/z.pth', "='https://x.y/z.pth' is not possible: a file that has been downl"),
+        (
+            'vit_small_patch16_224.augreg_in21k_ft_in1',
+            r'a name that has weights: .*; did you mean vit_small_.*\.augreg_in21k_ft_in1k\?',
+        ),
+        (
+            'vit_small_patch16_dinov3.lvd1689m',
+            r"have; model_name='vit_small_patch16_dinov3\.lvd1689m' with moe=dict\(method='smoe'\)",
+        ),
     ],
 )
 def test_a_source_that_is_none_is_named(source: Any, message: str) -> None:
@@ -102,6 +111,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
         with pytest.raises(ValueError, match=message) as caught:
             make('smoe', upcycle=source, cache_dir=str(tmp_path))
         assert '\n' not in str(caught.value)
+        assert str(caught.value).endswith(
+            '; a file of them needs no network: upcycle=FILE, in a config model.pretrained=False '
+            'model.checkpoint=FILE'
+        )
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
@@ -152,3 +165,35 @@ def test_another_methods_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(make('smoe').state_dict(), path)
     with pytest.raises(ValueError, match=r'is of another MoE method: only it has .*router'):
         make('softmoe', upcycle=path)
+
+
+def test_what_timm_itself_loads_is_refused_in_one_line_with_the_way_that_fits(
+    saved: tuple[Any, str], method: str
+) -> None:
+    model = make(method)
+    message = (
+        r'^the weights do not fit .*; they are of a dense model: upcycle=FILE makes experts of'
+    )
+    with pytest.raises(RuntimeError, match=message) as caught:
+        make(method, checkpoint_path=saved[1])
+    assert '\n' not in str(caught.value)
+    make(method, upcycle=saved[1])
+    found = model.load_state_dict(saved[0].state_dict(), strict=False)
+    assert 'blocks.1.mlp.experts.fc1.weight' in found.missing_keys
+    assert 'blocks.1.mlp.fc1.weight' in found.unexpected_keys
+
+
+def test_an_activation_that_has_learned_is_copied(tmp_path: Path, images: torch.Tensor) -> None:
+    source, path = dense(act_layer='prelu'), str(tmp_path / 'a.pth')
+    torch.save(source.state_dict(), path)
+    options: dict[str, Any] = dict(act_layer='prelu', renormalize=True)
+    model = make('smoe', upcycle=path, **options).eval()
+    torch.testing.assert_close(model(images), source(images))
+    name = 'blocks.1.mlp.experts.act.weight'
+    assert model.weights_report.copied[name] == 'blocks.1.mlp.act.weight'
+    drawn = make('smoe', upcycle=path, upcycling=dict(drop=0.5, noise=0.1), **options)
+    assert torch.equal(drawn.state_dict()[name], source.blocks[1].mlp.act.weight)
+    state = source.state_dict() | {'blocks.1.mlp.act.weight': torch.zeros(128)}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r'act\.weight is \(128,\), and what their activation lea'):
+        make('smoe', upcycle=path, **options)

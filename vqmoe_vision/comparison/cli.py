@@ -92,14 +92,14 @@ class _Work:
         usable = self.read().usable
         return [one for one in self.runs if (one.row, one.seed) not in usable]
 
-    def unstale(self) -> list[Task]:
+    def current(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
         tasks = []
         for task in tasks_of(self.unfinished(), self.store):
-            if task.store.is_stale(task.run):
+            if reason := task.store.stale(task.run):
                 print(
-                    f'left out: {task.name}: what {task.run.folder} holds is stale; '
-                    'the action run sets it aside and begins anew',
+                    f'left out: {task.name}: what {task.run.folder} holds is {reason}; the action '
+                    'run sets it aside and begins anew',
                     file=sys.stderr,
                 )
             else:
@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    tasks = _Work(args).unstale()
+    tasks = _Work(args).current()
     for task in tasks:
         print(task.line())
     held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
@@ -143,15 +143,16 @@ def _list(args: argparse.Namespace) -> None:
 
 def _collect(args: argparse.Namespace) -> None:
     work = _Work(args)
-    due = [task for task in work.unstale() if task.row]
+    waiting = [task for task in work.current() if task.row]
     found, damaged = 0, []
-    for task in due:
+    for task in waiting:
         try:
             found += task.collect()
         except ValueError as error:
             damaged.append(task.name)
             print(f'left out: {task.name}: {error}', file=sys.stderr)
-    print(f'{found} runs collected, {len(due) - found - len(damaged)} are not finished')
+    unfinished = len(waiting) - found - len(damaged)
+    print(f'{found} runs collected, {unfinished} are not finished')
     if damaged:
         raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 

@@ -120,7 +120,7 @@ class Store:
 
         Args:
             run: The run.
-            field: Of its row: 'routing' or 'shifts'.
+            field: Of its row: 'routing', 'shifts' or 'shift_routing'.
             measured: What the field gets beside what it has.
 
         Raises:
@@ -192,21 +192,23 @@ class Store:
         absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def is_stale(self, run: Run) -> bool:
-        """Whether the work dir of a run holds a training that does not count today.
+    def stale(self, run: Run) -> str | None:
+        """Why what the work dir of a run holds may not be gone on with; None if it may.
+
+        A record that is damaged is none: whoever comes to this run says so.
 
         Args:
             run: The run.
         """
         path = run.folder / 'run.json'
         if not path.is_file():
-            return False
+            return None
         try:
             record = _load(path)
         except ValueError:
-            return False  # whoever collects it says so
+            return None
         check = _check_of(record, run, self._readable_checks()[0])
-        return (refutation(check) or other_options(record, run, check)) is not None
+        return refutation(check) or other_options(record, run, check)
 
     def set_aside(self, run: Run) -> bool:
         """Renames the work dir of a stale run, so that the next one starts from nothing.
@@ -217,7 +219,7 @@ class Store:
         Returns:
             Whether it was renamed.
         """
-        if not self.is_stale(run):
+        if self.stale(run) is None:
             return False
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
         free = (p for p in map(run.folder.with_name, names) if not p.exists())
@@ -275,20 +277,6 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
-    """The numbers on held-out data of the model that the training ended with."""
-    try:
-        step, numbers = record['held_out'][-1]
-    except (IndexError, KeyError, TypeError, ValueError):
-        step, numbers = 0, {}
-    if step != record.get('iterations'):
-        raise ValueError(
-            f'{run.name} has no validation at its end, after {record.get("iterations")} '
-            f"iterations, which stage='dev' needs; the last is after {step}"
-        )
-    return numbers
-
-
 def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
     """The check of a training; one of another training of the same name says nothing of it."""
     check = checks.get(run.name)
@@ -301,3 +289,14 @@ def _curve(points: Any, metric: str) -> list[list[float]] | None:
         return [[step, values[metric]] for step, values in points]
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
+    """The numbers on held-out data of the model that the training ended with."""
+    step, numbers = record['held_out'][-1] if record['held_out'] else (0, {})
+    if step != record['iterations']:
+        raise ValueError(
+            f'{run.name} has no validation at its end, after {record["iterations"]} iterations, '
+            f"which stage='dev' needs; the last is after {step}"
+        )
+    return numbers

@@ -74,9 +74,9 @@ class Comparison:
         start: What rows start from that say `{start}`.
         shifts: Further tests of finished runs, by name: options of the test, of which
             `{corruption}` stands for each of ImageNet-C's.
+        images: Names of the images that documents show, by figure, such as 'curves'.
         stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
             validation at the end of training, on images that were held out of it.
-        images: Names of the images that documents show, by figure, such as 'curves'.
     """
 
     name: str
@@ -90,8 +90,8 @@ class Comparison:
     controls: tuple[str, ...] = ()
     start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
-    stage: str = 'test'
     images: dict[str, str] = field(default_factory=dict)
+    stage: str = 'test'
 
     def __post_init__(self) -> None:
         for name in ('seeds', 'rows'):
@@ -195,8 +195,8 @@ def read_comparison(path: str) -> Comparison:
         controls=tuple(given.get('controls', ())),
         start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
-        stage=given.get('stage', 'test'),
         images=given.get('images', {}),
+        stage=given.get('stage', 'test'),
     )
 
 

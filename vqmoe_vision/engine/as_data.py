@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from vqmoe_vision.models.run_files import of_a_log
+
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _ENVIRONMENT = threading.RLock()
@@ -33,28 +35,7 @@ class _Log(HistoryBuffer):
         self.__class__ = HistoryBuffer
 
 
-def _getattr(owner: object, name: str) -> None:
-    """What a log calls to name its means and minima, which are those of the code that reads it."""
-    if owner is not _Log:
-        raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
-
-
-_NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-_IN_A_LOG: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in _NUMBERS},
-    # numpy's functions that rebuild an array and a scalar; their module depends on the version
-    np.ndarray(0).__reduce__()[0],
-    np.float32(0).__reduce__()[0],
-]
-torch.serialization.add_safe_globals(
-    [
-        *((item, f'{item.__module__}.{item.__qualname__}') for item in _IN_A_LOG),
-        (_Log, f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'),
-        (_getattr, 'builtins.getattr'),
-    ]
-)
+torch.serialization.add_safe_globals(of_a_log(_Log))
 
 
 @contextmanager

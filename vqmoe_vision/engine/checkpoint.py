@@ -60,9 +60,11 @@ def start_from(model: Transformer, path: str) -> None:
     """
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin, state = origin_of(describe(path), path), read_state(path)
-    state, report = transfer(
-        model, state, path, read_image_sizes(path), how, origin, run_experts(path)
-    )
+    # what the options say is tried last
+    timms: Any = model
+    stated = timms.pretrained_cfg.get('input_size', (3,))[1:]
+    sizes = [*read_image_sizes(path), *([to_2tuple(stated)] if stated else [])]
+    state, report = transfer(model, state, path, sizes, how, origin, run_experts(path))
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report

@@ -25,6 +25,7 @@ from .launchers import LAUNCHERS
 from .options import add_config_options, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
+from .trained import without_sources
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -194,7 +195,8 @@ def _train(args: argparse.Namespace) -> None:
             config.load_from, config.resume = latest, True
         if not torch.cuda.is_available():
             keep_freed_memory()
-        runner = _runner_class(config).from_cfg(config)
+        kind = _runner_class(config)
+        runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
@@ -249,7 +251,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         augment_test(config)
     processes.join(config)
     check_configs(processes, config)
-    runner = _tester(_runner_class(config)).from_cfg(config)
+    runner = _tester(_with_weights(_runner_class(config))).from_cfg(config)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
@@ -290,6 +292,16 @@ def _configure(args: argparse.Namespace) -> Config:
 
 def _runner_class(config: Config) -> type[Runner]:
     return RUNNERS.get(config.runner_type) if 'runner_type' in config else Runner
+
+
+def _with_weights(runner: type[Runner]) -> type[Runner]:
+    """A runner whose model gets the weights of its run, and reads no others."""
+
+    def build_model(self: Runner, model: Any) -> Any:
+        """Keeps what the config says of it, for the work dir and for checkpoints."""
+        return runner.build_model(self, without_sources(model))
+
+    return type(runner.__name__, (runner,), {'build_model': build_model})
 
 
 def _tester(runner: type[Runner]) -> type[Runner]:

@@ -4,20 +4,41 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 
+from vqmoe_vision.models.create import without_weights
 from vqmoe_vision.models.normalization import KEY
 
 from .checkpoint import read_state
 from .normalization import read_normalization
 from .stated_experts import check_experts
 
+# Of a model where the timm model may be: of a segmentation, and of what augments a test.
+_PARTS = ('backbone', 'module')
+
 
 def scope_of(config: Config) -> AbstractContextManager:
     """A block in which names of a config mean what they mean in its runs."""
     return DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine'))
+
+
+def without_sources(model: dict[str, Any]) -> ConfigDict:
+    """The model of a config whose weights are those of its run.
+
+    What the run has started from is not read again: it may be on another machine, or gone.
+
+    Args:
+        model: Of the config; it stays as it is.
+    """
+    parts = {name: model.get(name) for name in _PARTS}
+    inner = {name: without_sources(part) for name, part in parts.items() if isinstance(part, dict)}
+    changed = {**model, **inner}
+    if not isinstance(changed.get('model_name'), str):  # what builds it says what is wrong
+        return ConfigDict(changed)
+    changed = without_weights(changed)
+    return ConfigDict({**changed, **({'features': None} if changed.get('features') else {})})
 
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
@@ -32,7 +53,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
         ValueError: The checkpoint cannot be read, or does not fit the config.
     """
     with scope_of(config):
-        model = MODELS.build(config.model)
+        model = MODELS.build(without_sources(config.model))
     state = read_state(checkpoint)
     if (known := read_normalization(checkpoint)) is not None:
         state.setdefault(KEY, known.values())  # a run of before has it in its config

@@ -25,7 +25,7 @@ from .normalization import Normalization, check_normalization
 from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
-from .weight_files import Described, named_source
+from .weight_files import Described, named_source, no_reading
 
 Filter: TypeAlias = Callable[..., Any]
 
@@ -109,13 +109,16 @@ def build_sparse(
         own = Described.of({}, weights_of or (name if saved else ''), saved)
         overlay, filter_fn = known_weights(upcycle, given, overlay, own, kwargs.get('cache_dir'))
     source = source_of({**given, **overlay})
-    with named_source(source) if pretrained and source else nullcontext():
+    reading = pretrained and source
+    with named_source(source) if reading else nullcontext():
         return build_model_with_cfg(
-            make,
+            no_reading(make) if reading else make,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=filter_fn,
+            pretrained_filter_fn=no_reading(
+                filter_fn, f'checkpoint {source!r} does not fit the model'
+            ),
             feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
             method=method,
             **kwargs,
@@ -203,7 +206,7 @@ def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | No
             model,
             config,
             num_classes=config['num_classes'],  # the filter has fitted the head
-            filter_fn=filter_fn,
+            filter_fn=no_reading(filter_fn, f'checkpoint {source!r} does not fit the model'),
             cache_dir=cache_dir,
         )
 

@@ -175,9 +175,13 @@ def _layer_like(
         check(type(linear) is nn.Linear, f'{name}.{part}', type(linear).__name__, allowed)
     hooked = any(hooks for part in mlp.modules() for hooks in _hooks_of(part))
     check(not hooked, f'{name} hooks', 'set', 'none: experts would not call them, remove them')
+    for part in ('drop1', 'drop2'):
+        dropped = type(getattr(mlp, part))
+        allowed = 'Dropout or Identity, experts have nothing else there'
+        check(dropped in (nn.Dropout, nn.Identity), f'{name}.{part}', dropped.__name__, allowed)
     pairs = {
         'bias': (mlp.fc1.bias is not None, mlp.fc2.bias is not None),
-        'drop': (mlp.drop1.p, mlp.drop2.p),
+        'drop': (_rate(mlp.drop1), _rate(mlp.drop2)),
     }
     for what, (first, second) in pairs.items():
         check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
@@ -190,11 +194,16 @@ def _layer_like(
         mlp.fc1.out_features / mlp.fc1.in_features,
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
-        drop=mlp.drop1.p,
+        drop=_rate(mlp.drop1),
         device=weight.device,
         dtype=weight.dtype,
     )
     return layer.train(mlp.training)
+
+
+def _rate(drop: nn.Module) -> float:
+    """Of a layer that drops, or of what stands in its place and drops nothing."""
+    return float(getattr(drop, 'p', 0.0))
 
 
 def _hooks_of(module: Any) -> list[Any]:

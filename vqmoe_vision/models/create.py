@@ -18,15 +18,16 @@ from .build import known_by_name, load_whole
 from .hosts import MODULES, MOE_HOST, Transformer, method_of
 from .saved import record_arguments
 from .sources import (
+    GIVEN,
     check_one_source,
     folder_source,
-    load_checkpoint,
-    read_fitting,
+    said_of,
     source_of,
 )
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
 from .weight_files import Described, weights_in
+from .whole_files import load_checkpoint, read_fitting
 
 # Options with which timm changes weights that are whole, or takes a part of them.
 _ADAPTED = ('in_chans', 'features_only', 'out_indices', 'feature_cls')
@@ -105,7 +106,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
     if place['source'] == 'local-dir' and not timm.models.is_model_in_modules(name, MODULES):
         file = weights_in(place['file'])
         _check_saved(source, file, described, kwargs)
-        place = {'file': file, 'label_offset': 0}  # the head is that of its classes
+        place = {'file': file}
     config = {**described.config, **place}
     return create_model(name, pretrained=True, pretrained_cfg=config, **arguments)
 
@@ -165,6 +166,32 @@ def create_to_start(
     sparse: Any = model
     sparse.upcycling = how
     return model
+
+
+def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model all of whose weights come later: those that these name are not read.
+
+    What is said beside them of the network, such as its image size, stays as far as it can be read.
+    How images were normalised is kept in the weights that come.
+
+    Args:
+        arguments: Of `create_to_start`, with `model_name` and those of a task.
+    """
+    result = {name: GIVEN.get(name, value) for name, value in arguments.items()}
+    named = arguments
+    if method_of(arguments['model_name']) is None and arguments.get('moe'):
+        named = _from_pretrained(arguments)
+    if not (named.get('pretrained') or named.get('upcycle')):
+        return result
+    config, overlay = (named.get(n) or {} for n in ('pretrained_cfg', 'pretrained_cfg_overlay'))
+    config = config if isinstance(config, dict) else {}
+    try:
+        _, described = said_of(named.get('upcycle'), config, overlay, Described())
+    except ValueError:  # it is gone, and weights of another network would be refused
+        return result
+    known = described.config.keys() - {'mean', 'std', *config}
+    found = {**{name: described.config[name] for name in known}, **overlay}
+    return {**result, **({'pretrained_cfg_overlay': found} if found else {})}
 
 
 def check_upcycled(model: nn.Module) -> None:

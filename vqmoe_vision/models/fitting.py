@@ -16,7 +16,7 @@ from ..moe import moe_layers
 from .arguments import FAILURES
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
-from .state_dicts import CLASSIFIERS, HEADS, StateDict, misfit, shorten
+from .state_dicts import CLASSIFIERS, HEADS, StateDict, is_square, misfit, shorten
 from .weight_files import is_out_of_memory
 
 Size = tuple[int, int]
@@ -184,12 +184,17 @@ def resized_positions(
             new_size = list(model.patch_embed.grid_size)
             resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
             return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
+    if positions.shape[1] == math.prod(model.patch_embed.grid_size):
+        return {}  # as many as the model has, which is all that is known
     # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
-    if not _is_square(positions.shape[1]) and 'mask_token' not in state:
+    if not is_square(positions.shape[1]) and 'mask_token' not in state:
         count = state['pos_embed'].shape[1]
         other = count - model.num_prefix_tokens if model.no_embed_class else count
-        said = f'if no_embed_class={model.no_embed_class} is right'
-        if model.num_prefix_tokens and _is_square(other):
+        said = (
+            f'if no_embed_class={model.no_embed_class} is right: '
+            'pretrained_cfg_overlay=dict(input_size=(3, HEIGHT, WIDTH)) says it'
+        )
+        if model.num_prefix_tokens and is_square(other):
             said = f'but no_embed_class={not model.no_embed_class} would fit'
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
@@ -197,10 +202,6 @@ def resized_positions(
             f'{said}'
         )
     return {}
-
-
-def _is_square(count: int) -> bool:
-    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:

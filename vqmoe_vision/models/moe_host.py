@@ -16,7 +16,7 @@ from timm.models import get_arch_name, model_entrypoint, register_model
 
 from ..moe.config import check
 from ..moe.methods import METHODS
-from .arguments import moe_options
+from .arguments import moe_options, named_failures
 from .build import build_sparse, check_sources, config_of_name, tagged
 from .convert import put_fresh_layers
 from .hosts import MOE_HOST
@@ -68,6 +68,8 @@ def moe_host(
 def _fresh(host: str, method: str, **kwargs: Any) -> Any:
     names = moe_options(method) | {'upcycling'}
     options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    model = model_entrypoint(host)(pretrained=False, **kwargs)
+    entry = partial(model_entrypoint(host), pretrained=False)
+    with named_failures(entry, kwargs, host):
+        model = entry(**kwargs)
     put_fresh_layers(model, method, **options)
     return model

@@ -208,6 +208,21 @@ def refuse_other_experts(
     raise ValueError(f'checkpoint {path!r} {what}')
 
 
+def kept_by_another(expected: StateDict, state: StateDict) -> str:
+    """What would take weights that are no model's of these experts, for the end of a line.
+
+    Args:
+        expected: Of the model.
+        state: Of a dense model, or of another form of the experts; of others nothing is known.
+    """
+    if _routed(expected) and not _routed(state) and any('.mlp.fc1.' in name for name in state):
+        return '; they are of a dense model: upcycle=FILE makes experts of its MLPs'
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    branch = _one_branch(missing, unexpected, state) if missing else ''
+    return f'; it {branch}' if branch else ''
+
+
 def _elsewhere(expected: StateDict, filtered: StateDict) -> str:
     """Layers of the same method that stand in blocks where the model has plain MLPs."""
     theirs, ours = _routed(filtered), _routed(expected)

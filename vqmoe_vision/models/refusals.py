@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from .other_experts import Model, block_of, layer_of, refuse_other_experts, sizes_that_fit
-from .state_dicts import HEADS, StateDict, other_shapes, shorten
+from .state_dicts import HEADS, StateDict, is_square, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]
 # What timm's `Eva` and files of DINOv3's authors have, whose positions are rotary.
@@ -19,18 +19,21 @@ _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
 # What the files of Perception Encoders have together, which are an `Eva` with rotary positions
 # beside absolute ones, and no `VisionTransformer` of timm's has by its name.
 _OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
+# What networks have that are neither: BEiT, ViTs with relative positions, SAM's, and NaFlexVit.
+_OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
 _OF_BOTH: Arguments = (
     (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
 )
 # Arguments of timm's `VisionTransformer` that decide whether there is such a tensor: with it, and
-# without.
+# without; empty if no argument does.
 VIT: Arguments = (
     *_OF_BOTH,
-    (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class=True', 'reg_tokens=0'),
+    (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class={no_embed_class}', 'reg_tokens=0'),
     (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
     (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
-    (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=None'),
+    # timm takes None for nothing said, and some of its models have a number of their own
+    (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=0.0'),
     (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
     (r'\.(attn\.proj|fc[12])\.bias$', 'proj_bias=True', 'proj_bias=False'),
 )
@@ -39,7 +42,8 @@ EVA: Arguments = (
     *_OF_BOTH,
     (r'^reg_token$', 'num_reg_tokens={reg_tokens}', 'num_reg_tokens=0'),
     (r'^pos_embed$', 'use_abs_pos_emb=True', 'use_abs_pos_emb=False'),
-    (r'\.gamma_[12]$', 'init_values=1e-5', 'init_values=None'),
+    # a model of a name that has it has it with every number
+    (r'\.gamma_[12]$', 'init_values=1e-5', ''),
     (r'\.q_bias$', 'qkv_bias=True', 'qkv_bias=False'),
 )
 
@@ -56,8 +60,13 @@ def refuse_other_tokens(
         arguments: Of the model's class.
 
     Raises:
-        ValueError: There is one, or the positions of the checkpoint are rotary.
+        ValueError: There is one, or the positions of the checkpoint are rotary or relative.
     """
+    if others := [name for name in state if re.search(_OTHERS, name)]:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: it has {shorten(others, 1)}, and is of '
+            "another network than timm's VisionTransformer and Eva, which no option makes of them"
+        )
     rotary = 'pos_embed' not in state and any(re.search(_ROTARY, name) for name in state)
     if rotary and arguments is VIT:
         raise ValueError(
@@ -105,30 +114,45 @@ def perhaps_rotary(
     )
 
 
-def pooled_otherwise(expected: StateDict, state: StateDict) -> str:
+def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments) -> str:
     """Arguments with which a head would be fed as that of a checkpoint, as far as names tell.
 
     Args:
         expected: Of the model.
         state: Of the checkpoint.
+        arguments: Of the model's class.
 
     Returns:
         Empty if names do not tell that they differ.
     """
     parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
     differ = any((name in expected) != (name in state) for name in parts)
-    return _pooling(state) if differ else ''
+    if not differ:
+        return ''
+    known = _pooling(state, arguments)
+    if 'cls_token' not in state or 'attn_pool.latent' in state or known == _no_norm(arguments):
+        return known
+    # with a class token names tell where the norm is, and not what it is of
+    kinds = ("'avg'", "'token'")
+    first, second = kinds if kinds[0] in known else reversed(kinds)
+    return f'{known} (or {known.replace(first, second)})'
 
 
-def _pooling(state: StateDict) -> str:
-    """Arguments of a model that pools as a checkpoint."""
+def _pooling(state: StateDict, arguments: Arguments) -> str:
+    """Arguments of a model that most likely pools as a checkpoint."""
     if 'attn_pool.latent' in state:
         return "global_pool='map'"
-    if 'fc_norm.weight' in state:
-        return "global_pool='avg'"
-    if 'cls_token' in state:
-        return "global_pool='token'"
-    return "global_pool='avg', fc_norm=False"
+    behind, of_class = 'fc_norm.weight' in state, 'cls_token' in state
+    if not behind and 'norm.weight' not in state:
+        return _no_norm(arguments) if of_class else f"global_pool='avg', {_no_norm(arguments)}"
+    kind = 'token' if of_class and not behind else 'avg'
+    # said in any case: some models of timm have another place for their norm than the class
+    return f'global_pool={kind!r}, {"use_fc_norm" if arguments is EVA else "fc_norm"}={behind}'
+
+
+def _no_norm(arguments: Arguments) -> str:
+    other = 'use_post_transformer_norm=False, use_fc_norm=False'
+    return other if arguments is EVA else 'final_norm=False'
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
@@ -243,6 +267,13 @@ def _of_missing(name: str, other: Iterable[str]) -> bool:
     return name.endswith('.bias') and f'{name[: -len("bias")]}weight' not in other
 
 
+def _all_have_positions(state: StateDict) -> bool:
+    """Whether a grid is left of the positions if class token and registers have each one too."""
+    count = state['pos_embed'].shape[1] if 'pos_embed' in state else 0
+    tokens = [state[name].shape[1] for name in ('cls_token', 'reg_token') if name in state]
+    return not is_square(count) and is_square(count - sum(tokens))
+
+
 def _only(
     path: str,
     names: Sequence[str],
@@ -272,8 +303,12 @@ def _only(
             for pattern, present, absent in arguments
             if any(re.search(pattern, name) for name in names if not _of_missing(name, other))
         ]
-    values = {'reg_tokens': reg_tokens, 'pooling': _pooling(state)}
-    fits = f'; {", ".join(hints)} would fit'.format(**values) if hints else ''
+    values = {
+        'reg_tokens': reg_tokens,
+        'pooling': _pooling(state, arguments),
+        'no_embed_class': not _all_have_positions(state),
+    }
+    fits = f'; {", ".join(hints)} would fit'.format(**values) if hints and all(hints) else ''
     return (
         f'checkpoint {path!r} does not fit the model: only the {owner} has {shorten(names)}{fits}'
     )

@@ -14,23 +14,23 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_state_dict
-from timm.models import load_checkpoint as load_numpy
-from torch import nn
+from timm.models import (
+    get_arch_name,
+    get_pretrained_cfg,
+    load_model_config_from_hf,
+)
 
 from ..moe.config import check, did_you_mean
-from .hosts import VIT_MODULES, Transformer
+from .hosts import MODULES, VIT_MODULES
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of, refuse_other_function
-from .refusals import refuse_values
+from .origin import Origin, origin_of
 from .sparse_model import SparseModel
-from .state_dicts import StateDict, misfit_of
-from .stated_experts import compare_experts, experts_of, experts_of_file
+from .state_dicts import StateDict
+from .stated_experts import experts_of_file
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
     Described,
-    check_file,
     check_in_one_piece,
     describe,
     describe_folder,
@@ -44,7 +44,7 @@ HUB_NAME: str | None = None
 FOLDERS = ('local-dir:', 'hf-hub:')
 _SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 # Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
-_GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
+GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
 _ALLOWED = (
     "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
     f"'local-dir:FOLDER', or a file ({', '.join(SUFFIXES)})"
@@ -61,10 +61,10 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Two of them name weights; names both.
     """
-    names = [name for name in _GIVEN if arguments.get(name)]
+    names = [name for name in GIVEN if arguments.get(name)]
     if len(names) > 1:
         first, second = names[:2]
-        allowed = f'{_GIVEN[first]} with {second}={arguments[second]!r}'
+        allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
         check(False, first, arguments[first], allowed)
 
 
@@ -87,17 +87,34 @@ def upcycle_source(
     check(isinstance(upcycle, str) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
     if upcycle.startswith(FOLDERS):
         return folder_source(upcycle, 'upcycle', cache_dir)
+    allowed = f'a file that has been downloaded, or {_ALLOWED}'
+    check('://' not in upcycle, 'upcycle', upcycle, allowed)
     if is_file(upcycle):
         return {'file': upcycle}, describe(upcycle)
     if not timm.is_model(upcycle):
         hint = did_you_mean(upcycle, timm.list_models(module='vision_transformer'))
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
-    check(fits, 'upcycle', upcycle, "one of timm's VisionTransformers, whose blocks ours have")
-    check(timm.models.is_model_pretrained(upcycle), 'upcycle', upcycle, 'a model with weights')
+    allowed = "one of timm's VisionTransformers, whose blocks ours have"
+    if timm.models.is_model_in_modules(upcycle, MODULES):
+        allowed += (
+            f"; model_name={upcycle!r} with moe=dict(method='smoe') is that network with experts, "
+            'and so is what convert_to_moe makes of it'
+        )
+    check(fits, 'upcycle', upcycle, allowed)
+    if not timm.models.is_model_pretrained(upcycle):
+        check(False, 'upcycle', upcycle, _with_weights(upcycle))
     config = get_pretrained_cfg(upcycle)
     assert config is not None
     return place_of(config.to_dict()), Described.of(config.to_dict(), upcycle.partition('.')[0])
+
+
+def _with_weights(name: str) -> str:
+    """What of a model has weights, where a tag is misspelt or the model has none."""
+    known = timm.list_models(f'{get_arch_name(name)}.*', pretrained=True)
+    if not known:
+        return 'a model with weights'
+    return f'a name that has weights: {", ".join(known)}{did_you_mean(name, known)}'
 
 
 def folder_source(
@@ -150,6 +167,40 @@ def source_of(config: dict[str, Any]) -> str:
     return name if name == 'state_dict' else str(config.get(name, ''))
 
 
+def said_of(
+    upcycle: str | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    own: Described,
+    cache_dir: Any = None,
+) -> tuple[dict[str, Any], Described]:
+    """Where the weights are that `upcycle` names, and what is known beside weights without them.
+
+    Args:
+        upcycle: As `known_weights`.
+        config: As `known_weights`.
+        overlay: As `known_weights`.
+        own: As `known_weights`.
+        cache_dir: As `known_weights`.
+
+    Raises:
+        ValueError: As `known_weights`.
+    """
+    stated = overlay if upcycle else {**config, **overlay}
+    described = describe(source_of(stated))
+    if upcycle is None:
+        of_config = not described.name and source_of(stated) == source_of(config)
+        return {}, own if of_config else described
+    found, named = upcycle_source(upcycle, cache_dir)
+    # nothing is left of where the model's own weights are
+    place = {**dict.fromkeys(_SOURCES), **found}
+    if not source_of(overlay):
+        return place, named
+    place.pop('source', None)  # elsewhere, where the name says only what the place does not
+    entries = {**named.config, **described.config}
+    return place, Described(entries, described.name, described.arguments)
+
+
 def known_weights(
     upcycle: str | None,
     config: dict[str, Any],
@@ -174,21 +225,10 @@ def known_weights(
         ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
     """
     stated = overlay if upcycle else {**config, **overlay}
-    place: dict[str, Any] = {}
-    described = describe(source_of(stated))
-    if upcycle is not None:
-        found, named = upcycle_source(upcycle, cache_dir)
-        # nothing is left of where the model's own weights are
-        place = {**dict.fromkeys(_SOURCES), **found}
-        if source_of(overlay):  # elsewhere, where the name says only what the place does not
-            place.pop('source', None)
-            entries = {**named.config, **described.config}
-            described = Described(entries, described.name, described.arguments)
-        else:
-            described = named
-    elif not described.name and source_of(stated) == source_of(config):
-        described = own
+    place, described = said_of(upcycle, config, overlay, own, cache_dir)
     known = {name: value for name, value in described.config.items() if name not in stated}
+    offset = stated.get('label_offset')
+    check(not offset, 'pretrained_cfg.label_offset', offset, '0, a head is that of its classes')
     complete = {**known, **place, **overlay}
     origin = origin_of(described, source_of({**config, **complete}))
     follow = not {'mean', 'std'} & stated.keys()
@@ -234,55 +274,6 @@ def fit_pretrained(
         level = logging.WARNING if line in report.warnings else logging.INFO
         _logger.log(level, '%s: %s', source, line)
     return model.state_dict()
-
-
-def load_checkpoint(model: nn.Module, path: str) -> None:
-    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is checked.
-
-    Args:
-        model: Built by timm, without weights.
-        path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
-
-    Raises:
-        ValueError: The file is missing, damaged or no file of weights, or the model is another, as
-            far as the file and what is beside it say.
-    """
-    if path.endswith(('.npz', '.npy')):
-        with named_source(path):
-            check_file(path)
-            load_numpy(model, path)
-        return
-    state = read_fitting(model, path, f'checkpoint_path={path!r}')
-    origin = origin_of(describe(path), path)
-    if origin is not None and isinstance(model, Transformer):
-        refuse_other_function(model, origin, path)
-    stated = experts_of_file(path) if origin is None else experts_of(origin.model)
-    for line in compare_experts(model, stated, path):
-        _logger.warning('%s: %s', path, line)
-    model.load_state_dict(state)
-
-
-def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
-    """A file of all of a model's weights, which are not loaded.
-
-    Args:
-        model: For which they have to be.
-        path: Of the file.
-        what: The field that names it, with its value.
-
-    Raises:
-        ValueError: The file is missing, damaged, no file of weights or of another model.
-    """
-    with named_source(path):
-        state = load_state_dict(path)
-    check_in_one_piece(state, path)
-    if problem := misfit_of(model, state):
-        raise ValueError(
-            f'{what} does not fit the model: {problem}; options of the model, '
-            'such as num_classes=10, have to be those of its weights'
-        )
-    refuse_values(model.state_dict(), state, path)
-    return state
 
 
 def _image_sizes(model: Any, origin: Origin | None) -> list[Size]:

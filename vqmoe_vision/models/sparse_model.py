@@ -26,8 +26,9 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
+from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
-from .state_dicts import Report
+from .state_dicts import Report, misfit_of
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 
 
@@ -71,6 +72,29 @@ class SparseModel:
         # option of a form that it was before
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line.
+
+        Args:
+            state_dict: As torch's.
+            strict: As torch's.
+            assign: As torch's.
+
+        Raises:
+            RuntimeError: As torch's; says which way of loading, or which option, would fit.
+        """
+        model: Any = self
+        load: Any = super().load_state_dict  # type: ignore[misc]
+        try:
+            return load(state_dict, strict, assign)
+        except RuntimeError as error:
+            problem = misfit_of(model, state_dict)
+            if not problem:
+                raise
+            fits = kept_by_another(model.state_dict(), state_dict)
+            raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

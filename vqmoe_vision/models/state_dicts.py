@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,15 @@ def other_shapes(expected: StateDict, state: StateDict) -> list[str]:
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
+
+
+def is_square(count: int) -> bool:
+    """Whether so many positions may be those of a square image.
+
+    Args:
+        count: Without those of other tokens.
+    """
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

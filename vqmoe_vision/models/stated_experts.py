@@ -18,6 +18,7 @@ from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
 from .hosts import MOE_HOST, method_of
 from .run_config import assigned, fields_of, values_of
+from .run_files import logs_passed_over
 from .sparse_model import SparseModel
 from .weight_files import SUFFIXES
 
@@ -77,7 +78,9 @@ def experts_of_file(path: str) -> StatedExperts | None:
     of_torch = path.endswith(SUFFIXES) and not path.endswith('.safetensors')
     if not of_torch or not Path(path).is_file():
         return None
-    return experts_of_run(torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
+    with logs_passed_over():
+        content = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    return experts_of_run(content)
 
 
 def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -> tuple[str, ...]:

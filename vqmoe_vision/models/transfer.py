@@ -174,7 +174,9 @@ def _fit_network(
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
     doubts = perhaps_rotary(state, expected, path, arguments) if origin is None else ()
-    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(expected, state)
+    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(
+        expected, state, arguments
+    )
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, image_sizes)

@@ -130,7 +130,8 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
         for key in ('fc1.weight', 'fc2.weight'):
             weight = result[key]
             result[key] = weight + how.noise * weight.std() * _normal(weight)
-    return result
+    # all experts have one activation, which may have learned
+    return result | {part: value.clone() for part, value in mlp.items() if part not in _PARTS}
 
 
 def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
@@ -145,7 +146,12 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
     hidden = experts.fc1.out_features
     shapes = dict(zip(_PARTS, ((dense, width), (dense,), (width, dense), (width,)), strict=True))
     for part, value in mlp.items():
-        if tuple(value.shape) != shapes[part]:
+        if part not in shapes and value.numel() != 1:
+            raise ValueError(
+                f'{name} cannot become experts: its {part} is {tuple(value.shape)}, and what their '
+                'activation learns is one number'
+            )
+        if part in shapes and tuple(value.shape) != shapes[part]:
             raise ValueError(
                 f'{name} is no MLP: its {part} is {tuple(value.shape)}, beside fc1.weight of '
                 f'{tuple(weight.shape)}'

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import PretrainedCfg
@@ -16,6 +16,7 @@ from timm.models._hub import load_model_config_from_path  # timm.models exports 
 
 from ..moe.config import check
 from .normalization import check_normalization
+from .run_files import logs_passed_over
 from .upcycle import BEGINNING
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
@@ -27,8 +28,15 @@ _CONFIG = 'config.json'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
 _PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
 _OWN = ('architecture', 'tag')
+# By which timm would cut a head that has been fitted.
+_CUT = 'label_offset'
 # Errors that say themselves, in a line, what is wrong.
 _SAID = (ValueError, TypeError, AssertionError)
+Result = TypeVar('Result')
+
+
+class _Elsewhere(Exception):
+    """Carries what was raised while weights were read, and not by the reading of them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Described:
     @classmethod
     def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
         """Of what timm's functions return, without its place and what its experts were made of."""
-        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN)}
+        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN, _CUT)}
         return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
 
 
@@ -140,7 +148,10 @@ def named_source(source: str) -> Iterator[None]:
     if local:
         check_files(source)
     try:
-        yield
+        with logs_passed_over():
+            yield
+    except _Elsewhere as other:
+        raise other.args[0] from other.args[0].__cause__
     except Exception as error:  # bytes and networks can fail in any way
         if type(error) in _SAID or is_out_of_memory(error):  # the file may well be whole
             raise
@@ -148,7 +159,30 @@ def named_source(source: str) -> Iterator[None]:
         # torch's and timm's words for a file are advice to run the code in it, or no words at all
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
-        raise ValueError(f'weights of {source!r} cannot be read: {reason}') from error
+        raise ValueError(
+            f'weights of {source!r} cannot be read: {reason.rstrip(".")}; a file of them needs no '
+            'network: upcycle=FILE, in a config model.pretrained=False model.checkpoint=FILE'
+        ) from error
+
+
+def no_reading(function: Callable[..., Result], what: str = '') -> Callable[..., Result]:
+    """The same function, whose errors `named_source` takes for none of the file.
+
+    Args:
+        function: That timm calls before it reads weights, or between reading and loading.
+        what: To say of one that does not say itself what is wrong; empty to leave it as it is.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not what or type(error) in _SAID or is_out_of_memory(error):
+                raise _Elsewhere(error) from error
+            reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise ValueError(f'{what}: {reason}') from error
+
+    return call
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,125 @@
+"""What is said to fit of files that say little does, and what fits in no way has no advice."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.transfer import fit_state, transfer
+
+from .conftest import DENSE, TINY, dense, distance, make
+
+SMOE = {'method': 'smoe', 'renormalize': True}
+
+
+def started(name: str, file: str, **kwargs: Any) -> Any:
+    """A host by name with experts, from a file."""
+    given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    return create_model(name, SMOE, **{**TINY, **given, **kwargs}).eval()
+
+
+@pytest.mark.parametrize('name', ['vit_small_patch14_dinov2', 'vit_small_patch16_dinov3'])
+def test_a_host_that_has_layer_scale_by_its_name(
+    name: str, tmp_path: Path, images: torch.Tensor
+) -> None:
+    plain = name.replace('patch14_dinov2', 'patch16_224')
+    source = dense(plain)
+    state, file = source.state_dict(), str(tmp_path / 'a.pth')
+    if 'dinov3' in name:
+        state = {k: v for k, v in state.items() if 'gamma' not in k}
+    torch.save(state, file)
+    with pytest.raises(ValueError, match='only the model has blocks') as caught:
+        started(name, file)
+    said = re.search(r'; init_values=(\S+) would fit$', str(caught.value))
+    if 'dinov3' in name:  # no number takes it away
+        assert said is None and 'would fit' not in str(caught.value)
+        return
+    assert said is not None
+    model = started(name, file, init_values=float(said[1]))
+    torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
+
+
+TOKEN, AVG = dict(global_pool='token'), dict(global_pool='avg')
+NO_NORM: dict[str, Any] = dict(final_norm=False)
+OF_EVA: dict[str, Any] = dict(use_post_transformer_norm=False, use_fc_norm=False)
+BEHIND = [dict(AVG, fc_norm=True), dict(TOKEN, fc_norm=True)]
+BEFORE = [dict(TOKEN, fc_norm=False), dict(AVG, fc_norm=False)]
+DINO = 'vit_small_patch16_dinov3'
+RENAMED = {'fc_norm': 'use_fc_norm'}
+ALONE: dict[str, Any] = dict(class_token=False, **AVG)
+
+
+@pytest.mark.parametrize(
+    ('name', 'ours', 'theirs', 'said'),
+    [
+        (DENSE, {}, dict(fc_norm=True), BEHIND),
+        (DENSE, {}, AVG, BEHIND),
+        (DENSE, dict(global_pool='map'), {}, BEFORE),
+        (DENSE, {}, NO_NORM, [NO_NORM]),
+        (DENSE, AVG, NO_NORM, [NO_NORM]),
+        (DENSE, AVG, {}, BEFORE),
+        (DENSE, dict(fc_norm=True), {}, BEFORE),
+        (DENSE, ALONE, dict(ALONE, fc_norm=False), BEFORE[1:]),
+        (DINO, {}, dict(TOKEN, use_fc_norm=True), BEHIND),
+        (DINO, dict(AVG, use_fc_norm=True), dict(TOKEN, use_fc_norm=False), BEFORE),
+        (DINO, {}, OF_EVA, [OF_EVA]),
+    ],
+    ids=str,
+)
+def test_each_reading_of_a_head_takes_it_and_one_answers_alike(
+    name: str, ours: dict[str, Any], theirs: dict[str, Any], said: list[Any], images: torch.Tensor
+) -> None:
+    if name == DINO:
+        said = [{RENAMED.get(k, k): v for k, v in reading.items()} for reading in said]
+    source = dense(name, **theirs)
+    state = source.state_dict()
+    report = transfer(dense(name, **ours), state, 'a.pth')[1]
+    first, *others = [', '.join(f'{k}={v!r}' for k, v in reading.items()) for reading in said]
+    text = first + ''.join(f' (or {other})' for other in others)
+    assert report.warnings[0].endswith(f'pooled otherwise: {text} would fit')
+    distances = []
+    for reading in said:
+        model = dense(name, **{**ours, **reading})
+        fitted, report = transfer(model, state, 'a.pth')
+        assert not report.warnings and fitted.keys() == model.state_dict().keys()
+        model.load_state_dict(fitted)
+        distances.append(distance(model(images), source(images)))
+    assert min(distances) < 1e-5 or theirs in (NO_NORM, OF_EVA)
+
+
+@pytest.mark.parametrize(
+    ('name', 'part'),
+    [
+        ('beit_base_patch16_224', r'blocks\.0\.attn\.relative_position_bias_table'),
+        ('vit_relpos_small_patch16_224', r'blocks\.0\.attn\.rel_pos\.mlp'),
+        ('vit_srelpos_small_patch16_224', r'shared_rel_pos\.mlp'),
+        ('samvit_base_patch16', r'blocks\.0\.attn\.rel_pos_h'),
+        ('naflexvit_base_patch16_gap', r'embeds\.'),
+    ],
+)
+@pytest.mark.parametrize('host', ['vit_tiny_smoe', DINO])
+def test_another_network_is_refused_at_once(name: str, part: str, host: str) -> None:
+    with torch.device('meta'):
+        names = timm.create_model(name).state_dict()
+    state = {k: torch.zeros(v.shape) for k, v in names.items()}
+    message = rf"it has {part}\S* and \d+ more, and is of another network than timm's .* no option"
+    with pytest.raises(ValueError, match=message) as caught:
+        fit_state(timm.create_model(host, **TINY), state, 'a.pth')
+    assert 'would fit' not in str(caught.value)
+
+
+@pytest.mark.parametrize('no_embed_class', [True, False])
+@pytest.mark.parametrize('class_token', [True, False])
+def test_positions_tell_whether_registers_have_one(no_embed_class: bool, class_token: bool) -> None:
+    pool = {} if class_token else dict(class_token=False, global_pool='avg')
+    source = dense(reg_tokens=3, no_embed_class=no_embed_class, **pool)
+    with pytest.raises(ValueError, match='only the checkpoint has reg_token; ') as caught:
+        fit_state(make('smoe', **pool), source.state_dict(), 'a.pth')
+    said = f'; reg_tokens=3, no_embed_class={no_embed_class} would fit'
+    assert str(caught.value).endswith(said)
+    given = dict(reg_tokens=3, no_embed_class=no_embed_class)
+    fit_state(make('smoe', **pool, **given), source.state_dict(), 'a.pth')
