@@ -53,6 +53,19 @@ def test_a_training_that_does_not_end_with_a_validation(spec, says, repository, 
     assert 'dense-seed1 has no validation at its end, after 3 iterations' in said
 
 
+@pytest.mark.parametrize('held_out', [[], None, [[1]], [2]])
+def test_a_damaged_curve_stops_nothing_else(spec, says, capsys, held_out: list | None) -> None:
+    path = spec(DEV, bad='train_cfg.row=3')
+    says('run', path, '--seeds', '1')
+    for row in ROWS.iterdir():
+        row.unlink()
+    record = next(WORK.glob('bad-*')) / 'run.json'
+    record.write_text(json.dumps({**json.loads(record.read_text()), 'held_out': held_out}))
+    assert says('run', path, '--seeds', '1') == 'error: 1 of 2 runs failed: bad-seed1'
+    assert 'bad-seed1 has no validation at its end' in capsys.readouterr().out
+    assert (ROWS / 'dense-seed1.json').is_file()
+
+
 def test_rows_of_one_stage_are_not_those_of_the_other(fill, says) -> None:
     path = Path(fill({'dense': [1.0, 2.0]}))
     says('table', str(path))

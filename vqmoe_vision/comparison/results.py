@@ -293,10 +293,13 @@ def _curve(points: Any, metric: str) -> list[list[float]] | None:
 
 def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
     """The numbers on held-out data of the model that the training ended with."""
-    step, numbers = record['held_out'][-1] if record['held_out'] else (0, {})
-    if step != record['iterations']:
+    try:
+        step, numbers = record['held_out'][-1]
+    except (IndexError, KeyError, TypeError, ValueError):  # without one, or damaged
+        step, numbers = 0, {}
+    if step != record.get('iterations'):
         raise ValueError(
-            f'{run.name} has no validation at its end, after {record["iterations"]} iterations, '
-            f"which stage='dev' needs; the last is after {step}"
+            f'{run.name} has no validation at its end, after {record.get("iterations")} '
+            f"iterations, which stage='dev' needs; the last is after {step}"
         )
     return numbers
