@@ -15,8 +15,8 @@ One codebook; code q belongs to expert q mod E. The full form computes two exper
 top-2 router does; the discrete form computes one.
 
 The paper feeds the code itself to the expert (3); with M = E every expert then maps its one code to
-one constant. That and other readings are values of `expert_input`, see `_quantizer.py`; the default
-was chosen by measurement, see docs/results.md.
+one constant. That and other readings are values of `expert_input`, see `_quantizer.py`; what was
+measured of the default, which is little, stands in docs/methods.md.
 
 Where we differ: the paper's gate states no right-hand side for g_c + g_d, we follow the authors'
 code (softmax). (6) uses means over tokens and channels, as their code does; a squared norm is D
