@@ -2,7 +2,6 @@
 _base_ = [
     '../_base_/datasets/camvid.py',
     '../_base_/models/segmenter.py',
-    '../_base_/schedules/adamw_600.py',
     '../_base_/segmentation_runtime.py',
 ]
 model = dict(
@@ -30,6 +29,18 @@ model = dict(
     decode_head=dict(num_classes=11),
     test_cfg=dict(mode='slide', crop_size=(192, 192), stride=(144, 144)),
 )
+# minutes on one core of a CPU
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='TimmOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=600, val_interval=600)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, begin=0, end=50, by_epoch=False),
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=50, end=600, by_epoch=False),
+]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=600))
 # CamVid in crops that a CPU can train on, and tested at a scale that training has seen.
 train_pipeline = [

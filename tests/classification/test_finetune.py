@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def write_config(folder: Path, leaf: str, **model: Any) -> str:
     return str(folder / 'tiny.py')
 
 
+TESTS = count()
+
+
 def train(config: str, name: str, *options: str) -> Path:
     """The work dir of a run."""
     work = Path(config).with_name(name)
@@ -73,7 +77,7 @@ def train(config: str, name: str, *options: str) -> Path:
 def score(config: str, work: Path, epoch: int = 1, *options: str) -> float:
     out = work / 'metrics.json'
     arguments = [config, str(work / f'epoch_{epoch}.pth'), '--work-dir', str(work)]
-    named = f'experiment_name=test {work}'
+    named = f'experiment_name=test {next(TESTS)} {work}'
     cli.test([*arguments, '--out', str(out), '--cfg-options', named, *options])
     top1: float = json.loads(out.read_text())['accuracy/top1']
     return top1

@@ -256,7 +256,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         config = load_config(str(run / 'run.py'), {field: int(value) if value == '3' else value})
         config.dump(tmp_path / name / 'run.py')
     for arguments, message in (
-        (['nowhere', out], r"a folder is made of the work dir of a run, which 'nowhere' is not"),
+        (['nowhere', out], r"source='nowhere' does not exist: the work dir of a run, or"),
         ([run / 'epoch_1.pth', out], r'made of the work dir of a run, which .*epoch_1\.pth'),
         ([run / 'epoch_1.pth', 'a.pth', '--license', 'mit'], '--license is for a folder, which'),
         ([run, out / 'a.pth'], r"a\.pth' is a file: name the checkpoint, or a folder"),

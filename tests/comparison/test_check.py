@@ -150,6 +150,9 @@ def test_a_table_says_which_of_its_rows_were_checked(spec, says, monkeypatch) ->
         'The first losses of 3 of 4 runs came out again when checked, at commits one (1), two (2).'
     )
     assert f'- {found} Not checked: dense (1).\n' in table()
+    says('table', path, '--rows', 'other', '--seeds', '1')
+    part = Path('docs/results/tables/spec-part.md').read_text()
+    assert 'The first losses of 1 of 2 runs came out again when checked, at commit one (1).' in part
     # a check of another training of the same name says nothing of this one
     row = ROWS / 'other-seed1.json'
     row.write_text(row.read_text().replace('"first_losses": [1.0', '"first_losses": [1.5'))

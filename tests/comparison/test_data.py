@@ -44,6 +44,12 @@ def test_rows_of_other_data_are_listed_and_not_mixed_in(fill, says, split, other
     assert '| 24.50 ' in table()  # of the two that are left
     assert 'Data: train 40,000 samples (usual train); val 40,000' in table()
     assert 'Not recorded' not in table()
+    # nor is it trained again: with the data that are here, that would end as it did
+    assert '6 of 6 runs are there already' in says('run', path)
+    # of a part, too, most is most of the whole
+    assert says('list', path, '--rows', 'same', '--seeds', '1') == ''
+    says('table', path, '--rows', 'same', '--seeds', '1', '2')
+    assert '`same-seed1.json`: mixed: ' in Path('docs/results/tables/spec-part.md').read_text()
 
 
 def test_rows_from_before_data_were_recorded_count(fill, says) -> None:

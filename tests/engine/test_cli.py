@@ -114,7 +114,9 @@ def test_a_run_that_is_complete_says_so(
     shutil.copytree(trained, tmp_path / 'run')
     message = 'Nothing is left to train: train_cfg.max_epochs={} is reached'
     for epochs in (2, 3):
-        more = ['--cfg-options', f'train_cfg.max_epochs={epochs}']
+        # mmengine keeps one logger per name in a process
+        name = f'experiment_name={tmp_path.name}-{epochs}'
+        more = ['--cfg-options', name, f'train_cfg.max_epochs={epochs}']
         train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *more])
         out = ''.join(capfd.readouterr())
         assert (message.format(epochs) in out) == (epochs == 2)

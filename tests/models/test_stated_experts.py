@@ -1,5 +1,6 @@
 """Experts whose tensors have the names of the model's, and which are those of another function."""
 
+import argparse
 import logging
 from ast import literal_eval
 from itertools import permutations
@@ -193,3 +194,19 @@ def test_a_layer_without_some_of_its_experts_is_not_said_to_have_other_options(
     torch.save({'state_dict': state, 'meta': {'cfg': cfg}}, path)
     with pytest.raises(ValueError, match=r'only the model has blocks\.1\.mlp\.experts\.fc2\.bias$'):
         start_from(make('vqmoe'), str(path))
+
+
+def test_arguments_of_a_script_beside_weights_are_passed_over(tmp_path: Path) -> None:
+    """As timm's train.py and the authors of MAE and DeiT leave them."""
+    model, path = make('smoe'), str(tmp_path / 'a.pth')
+    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(lr=0.1)}, path)
+    again: Any = make('smoe', upcycle=path)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('moe', ["dict(method=['a'])", 'dict(method=dict(a={[]: 1}))', '7'])
+def test_a_config_of_somebody_else_says_nothing(moe: str, tmp_path: Path) -> None:
+    model = make('smoe')
+    path = run_of(model, tmp_path / 'a.pth', f'model = dict(moe={moe}, x={{[]: 1}})')
+    again: Any = make('smoe', upcycle=path)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -64,10 +64,12 @@ class _Work:
         self.comparison = read_comparison(args.spec)
         name = self.comparison.name
         part = () if whole else (args.rows, args.seeds)
-        self.runs = [
+        self._all = [
             Run(self.comparison, row, seed, args.work_dir)
-            for row, seed in self.comparison.selected(*part)
+            for row, seed in self.comparison.selected()
         ]
+        self._chosen = set(self.comparison.selected(*part))
+        self.runs = [one for one in self._all if (one.row, one.seed) in self._chosen]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
         self.folder = args.work_dir / name
@@ -78,32 +80,48 @@ class _Work:
 
     def read(self) -> Results:
         """What is there, with a line for all that is left out."""
-        results = self.store.read(self.runs)
+        return self._read()[0]
+
+    def unfinished(self) -> list[Run]:
+        """The runs that have no results yet, or none that count.
+
+        One of other data is none of them: to repeat it with these would take hours at each call.
+        """
+        _, stored = self._read()
+        return [one for one in self.runs if (one.row, one.seed) not in stored]
+
+    def _read(self) -> tuple[Results, set[tuple[str, int]]]:
+        """What counts, and which rows are there, those of other data among them."""
+        results = self.store.read(self._all)  # which data most have seen is a matter of the whole
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
             results = results.completed(other.read(results.missing))
-        results = without_other_data(results)
+        stored = set(results.usable)
+        results = without_other_data(results).restricted(self._chosen, self.comparison.selected())
         for name, reason in results.left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
-        return results
-
-    def unfinished(self) -> list[Run]:
-        """The runs that have no results yet, or none that count."""
-        usable = self.read().usable
-        return [one for one in self.runs if (one.row, one.seed) not in usable]
+        return results, stored
 
     def current(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
-        tasks = []
-        for task in tasks_of(self.unfinished(), self.store):
-            if reason := task.store.stale(task.run):
-                print(
-                    f'left out: {task.name}: what {task.run.folder} holds is {reason}; the action '
-                    'run sets it aside and begins anew',
-                    file=sys.stderr,
-                )
+        tasks: list[Task] = []
+        left: set[Path] = set()
+        for task in tasks_of(self.unfinished(), self.store):  # first what others start from
+            source = task.run.source
+            reason = task.store.stale(task.run)
+            if reason is not None:
+                what = f'what {task.run.folder} holds is {reason}'
+            elif source is not None and source[0].folder in left:
+                what = f'it starts from {source[0].name}, which is left out'
             else:
                 tasks.append(task)
+                continue
+            left.add(task.run.folder)
+            print(
+                f'left out: {task.name}: {what}; the action run sets aside what is stale and '
+                'begins anew',
+                file=sys.stderr,
+            )
         return tasks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vqmoe_vision.models.moe_options import STARTS, options_in_full
 from vqmoe_vision.moe import METHODS
 
 from .runs import Run
@@ -39,13 +40,14 @@ def _model(comparison: Comparison, row: str) -> dict[str, Any]:
 
 
 def _is_started(model: dict[str, Any]) -> bool:
-    return model.get('checkpoint') is not None
+    return any(model.get(start) for start in STARTS)
 
 
 def _learns_routing(model: dict[str, Any]) -> bool:
-    method = METHODS.get(model['model_name'].rpartition('_')[2])
-    if method is None:  # dense
+    options = options_in_full(model)
+    if not options:  # dense
         return False
-    names = method.config.option_names()
-    options = {name: value for name, value in (model.get('moe') or {}).items() if name in names}
-    return method.config.from_options(**options).learns_routing
+    config = METHODS[options['method']].config
+    names = config.option_names()
+    own = {name: value for name, value in options.items() if name in names}
+    return config.from_options(**own).learns_routing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -125,14 +124,7 @@ class Outcome:
 
     def _restricted(self, results: Results, rows: Sequence[str]) -> Results:
         shown = {(row, seed) for row in rows for seed in self.seeds}
-        hidden = set(self.comparison.selected()) - shown
-        files = {f'{row}-seed{seed}.json' for row, seed in hidden}
-        return replace(
-            results,
-            usable={run: content for run, content in results.usable.items() if run in shown},
-            left_out={file: why for file, why in results.left_out.items() if file not in files},
-            missing=[run for run in results.missing if (run.row, run.seed) in shown],
-        )
+        return results.restricted(shown, self.comparison.selected())
 
 
 def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, float]]:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,21 @@ class Results:
     left_out: dict[str, str]
     missing: list[Run]
     checked: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def restricted(self, shown: set[tuple[str, int]], every: Iterable[tuple[str, int]]) -> Results:
+        """What of these belongs to some runs, and what is said of no single one.
+
+        Args:
+            shown: Rows and seeds that are kept.
+            every: Those of the whole comparison.
+        """
+        hidden = {f'{row}-seed{seed}.json' for row, seed in set(every) - shown}
+        return Results(
+            {run: content for run, content in self.usable.items() if run in shown},
+            {name: why for name, why in self.left_out.items() if name not in hidden},
+            [run for run in self.missing if (run.row, run.seed) in shown],
+            {run: commit for run, commit in self.checked.items() if run in shown},
+        )
 
     def completed(self, more: Results) -> Results:
         """These with rows of another comparison that were trained in the same way.

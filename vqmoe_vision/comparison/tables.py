@@ -126,7 +126,8 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
             )
             if errors:  # of a row without codes, or from before it was measured, a dash
                 measured = errors.get(name, {}).get(row, [])
-                trained = layer_means(outcome.by_row[row], 'quantization_error') if measured else []
+                same = [c for c in outcome.by_row[row] if name in c.get('shift_routing', {})]
+                trained = layer_means(same, 'quantization_error') if measured else []
                 lines[-1]['quantization error'] = cells.layers(measured)
                 lines[-1]['as trained'] = cells.layers(trained)
     return pd.DataFrame(lines)

@@ -151,8 +151,9 @@ def _data(runner: Runner, splits: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _beginning(options: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a run that is resumed has to have again, by name."""
-    return {f'moe.{n}': v for n, v in options.items()} | {f'data.{n}': v for n, v in data.items()}
+    """What a run that is resumed has to have again, by name; its experts are made already."""
+    moe = {f'moe.{n}': v for n, v in options.items() if n != 'upcycling'}
+    return moe | {f'data.{n}': v for n, v in data.items()}
 
 
 def _thinned(losses: np.ndarray) -> list[list[float]]:

@@ -11,7 +11,7 @@ from .create import method_of
 from .upcycle import read_upcycling
 
 # Fields of a model that give it weights to start from, of which experts may be made.
-_STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
+STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
 
 def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,6 @@ def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f'moe: {method} has no options {wrong}')
     config = METHODS[method].config.from_options(**{n: v for n, v in given.items() if n in known})
     options = {n: v for n, v in asdict(config).items() if n not in config.unused()}
-    if any(model.get(start) for start in _STARTS):
+    if any(model.get(start) for start in STARTS):
         options['upcycling'] = asdict(read_upcycling(model.get('upcycling')))
     return {'method': method, **options}

@@ -47,6 +47,7 @@ def values_of(node: ast.AST | None) -> dict[str, Any]:
     for name, value in fields_of(node):
         try:
             found[name] = ast.literal_eval(value)
-        except ValueError:  # a call, such as another dictionary
+        # a call, such as another dictionary, or what somebody else has written
+        except (ValueError, TypeError, RecursionError):
             continue
     return found

@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+import argparse
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.serialization import safe_globals
 
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
-from .hosts import MOE_HOST, method_of
+from .hosts import method_of
 from .run_config import assigned, fields_of, values_of
 from .run_files import logs_passed_over
 from .sparse_model import SparseModel
@@ -57,9 +59,8 @@ def experts_of_run(content: Any) -> StatedExperts | None:
     model = assigned(content).get('model')
     model = dict(fields_of(model)).get('backbone', model)
     arguments, moe = values_of(model), values_of(dict(fields_of(model)).get('moe'))
-    name = str(arguments.get('model_name'))
-    method = moe.get('method') if name != MOE_HOST and method_of(name) is None else method_of(name)
-    if method not in METHODS:
+    method = method_of(str(arguments.get('model_name'))) or moe.get('method')
+    if not isinstance(method, str) or method not in METHODS:
         return None
     kind = METHODS[method].config
     options = {k: v for k, v in {**arguments, **moe}.items() if k in kind.option_names()}
@@ -78,7 +79,8 @@ def experts_of_file(path: str) -> StatedExperts | None:
     of_torch = path.endswith(SUFFIXES) and not path.endswith('.safetensors')
     if not of_torch or not Path(path).is_file():
         return None
-    with logs_passed_over():
+    # what timm lets pass, too: its own train.py leaves its arguments beside the weights
+    with logs_passed_over(), safe_globals([argparse.Namespace]):
         content = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     return experts_of_run(content)
 

@@ -39,8 +39,9 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
     (3), straight through and without a norm, and is learned by both terms of (6), which has no
     balance loss. Weights of (6) and the start of the codes, which the paper's text does not give,
     are those of the released code. 'matched', the compute of two experts per token, as every row
-    of our comparisons has, one by router and one by code: the defaults, which are none of the
-    paper's, but what measurements say (docs/results.md). 'official', the released code.
+    of our comparisons has, one by router and one by code: the defaults, which differ from
+    the paper's in `expert_input`, `codebook`, `input_norm` and `balance_weight`; what was measured
+    of them, which is little, stands in docs/methods.md. 'official', the released code.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
