@@ -25,7 +25,7 @@ def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
     Args:
         model: Built by timm, of the config.
         path: Of the weights, an address or a file or folder of this machine.
-        content: What was read there; it is what is known of an address.
+        content: What was read there; without it the file is read.
 
     Raises:
         ValueError: The method is another one.
@@ -35,7 +35,7 @@ def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
 
 
 def _stated(path: str, content: Any) -> StatedExperts | None:
-    if not Path(path).exists():
-        return experts_of_run(content)
-    origin = origin_of(describe(path), path)
-    return run_experts(path) if origin is None else experts_of(origin.model)
+    origin = origin_of(describe(path), path) if Path(path).exists() else None
+    if origin is not None:
+        return experts_of(origin.model)
+    return run_experts(path) if content is None else experts_of_run(content)
