@@ -1,5 +1,6 @@
 """Where a number comes from."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,23 @@ def test_absent_packages_have_no_version() -> None:
 def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, '__file__', str(tmp_path / 'provenance.py'))
     assert commit() is None  # there is no checkout
+
+
+def test_a_changed_file_is_marked_unless_it_is_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a queue writes its rows below docs, and each row names the commit it was made at
+    package, rows = tmp_path / 'package', tmp_path / 'docs' / 'rows'
+    for folder in (package, rows):
+        folder.mkdir(parents=True)
+        (folder / 'file').write_text('as committed')
+    name = ['-c', 'user.name=test', '-c', 'user.email=test@example.com']
+    for arguments in (['init', '-q'], ['add', '.'], [*name, 'commit', '-q', '-m', 'first']):
+        subprocess.run(['git', *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, '__file__', str(package / 'provenance.py'))
+
+    clean = commit()
+    (rows / 'file').write_text('another row')
+    assert clean is not None and commit() == clean
+    (package / 'file').write_text('other code')
+    assert commit() == f'{clean}+'

@@ -9,15 +9,24 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """Commit of the checkout that runs, '+' if files differ; None outside git."""
-    command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+    """Commit of the checkout that runs, '+' if files differ; None outside git.
+
+    Files of `docs` are not asked: a queue writes rows there, and nothing that runs reads them.
+    """
+    name = _git('describe', '--always', '--abbrev=12', '--exclude=*')
+    if name is None or name.returncode:
         return None
-    return found.stdout.strip()
+    same = _git('diff', '--quiet', 'HEAD', '--', ':/', ':(top,exclude)docs')
+    return name.stdout.strip() + ('' if same is not None and same.returncode == 0 else '+')
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str] | None:
+    """What git says of the checkout that runs; None where there is no git."""
+    command = ['git', *arguments]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
 
 
 def processor() -> str:
