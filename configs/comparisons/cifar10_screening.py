@@ -28,7 +28,7 @@ rows = dict(
     smoe_renormalize='smoe model.moe.renormalize=True',
     smoe_bias='smoe model.moe.router_bias=True',
     smoe_noise_0='smoe model.moe.router_noise=0.0 model.moe.load_weight=0.0',
-    smoe_noise_50='smoe model.moe.router_noise=0.5',
+    smoe_start_10='smoe model.moe.router_init_scale=0.1',
     smoe_noise_200='smoe model.moe.router_noise=2.0',
     smoe_balance_0='smoe model.moe.importance_weight=0.0 model.moe.load_weight=0.0',
     smoe_balance_tenth='smoe model.moe.importance_weight=5e-4 model.moe.load_weight=5e-4',

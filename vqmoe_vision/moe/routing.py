@@ -132,14 +132,15 @@ def perplexity(shares: Tensor) -> float:
     return math.exp(torch.special.entr(shares.double()).sum().item())
 
 
-def init_lecun_normal(weight: Tensor) -> None:
-    """Normal of variance 1 / D, cut off at two standard deviations: flax's default for a router.
+def init_lecun_normal(weight: Tensor, scale: float = 1.0) -> None:
+    """Normal of variance s / D, cut off at two standard deviations: with s = 1 flax's default.
 
     Args:
         weight: (E, D), changed in place.
+        scale: s of Switch Transformers (arXiv 2101.03961, section 2.4).
     """
     # what the cut leaves has 0.87962566 of the spread of the uncut normal
-    std = weight.shape[1] ** -0.5 / 0.87962566
+    std = (scale / weight.shape[1]) ** 0.5 / 0.87962566
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 

@@ -263,3 +263,16 @@ def test_the_router_starts_as_that_of_v_moe():
     # 8 logits of unit variance: measured on the authors' start, 0.35; 0.17 with a spread of 0.02
     probs = (torch.randn(2000, 128) @ router.weight[:8].t()).softmax(dim=-1)
     assert probs.max(dim=-1).values.mean().item() == pytest.approx(0.36, abs=0.03)
+
+
+def test_a_smaller_start_is_that_of_switch_transformers():
+    config = SMoEConfig(num_experts=64, router_init_scale=0.1)
+    weight = SMoERouter(128, config).weight
+    # sqrt(0.1 / 128) = 0.02795; of 8,192 draws the spread is known to 0.8 %, four times that is 3 %
+    assert weight.std().item() == pytest.approx(math.sqrt(0.1 / 128), rel=0.03)
+
+
+@pytest.mark.parametrize('scale', [0.0, -0.1, math.inf, math.nan])
+def test_a_start_at_which_all_tokens_tie_is_refused(scale):
+    with pytest.raises(ValueError, match=r'router_init_scale=.* is not possible: above 0'):
+        SMoEConfig(router_init_scale=scale)

@@ -53,6 +53,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         top_k: Experts per token.
         renormalize: Let the weights of the selected experts sum to 1.
         router_bias: Bias in the router.
+        router_init_scale: Variance of the router's start times D; Switch (section 2.4) takes 0.1.
         router_noise: Standard deviation of the router noise times E, training only.
         importance_weight: Weight of the importance loss.
         load_weight: Weight of the load loss; needs noise.
@@ -90,6 +91,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
         'switch': {
             'top_k': 1,
+            'router_init_scale': 0.1,
             'router_noise': 0.5,
             'importance_weight': 0.1,
             'load_weight': 0.1,
@@ -107,6 +109,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
 
     NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
         {
+            'router_init_scale',
             'router_noise',
             'importance_weight',
             'load_weight',
@@ -120,6 +123,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     top_k: int = 2
     renormalize: bool = False
     router_bias: bool = False
+    router_init_scale: float = 1.0
     router_noise: float = 1.0
     importance_weight: float = 0.005
     load_weight: float = 0.005
@@ -145,6 +149,11 @@ class SMoEConfig(BalancedConfig, TopKConfig):
             'load_weight',
             self.load_weight == 0 or self.router_noise > 0,
             '0 when router_noise=0, as the load loss is defined by the noise',
+        )
+        self.require(
+            'router_init_scale',
+            0 < self.router_init_scale < math.inf,
+            'above 0 and finite: with 0 all tokens tie and take the same experts',
         )
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
@@ -193,8 +202,8 @@ class SMoERouter(TopKRouter):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """V-MoE's lecun normal; never zero, or all tokens tie and take the same experts."""
-        init_lecun_normal(self.weight)
+        """V-MoE's lecun normal, or Switch's narrower one."""
+        init_lecun_normal(self.weight, self.config.router_init_scale)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
