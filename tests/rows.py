@@ -1,12 +1,15 @@
 """The rows of every comparison, as options of a config: dense models, and all methods there are."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vqmoe_vision.comparison.rows import ROWS as ROWS
 from vqmoe_vision.comparison.rows import row_options as named_row_options
 from vqmoe_vision.engine.options import parse_options as parse
+from vqmoe_vision.models.vit_moe import SIZES
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -28,6 +31,22 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str,
         model: Field that holds the timm model: 'model', or 'model.backbone'.
     """
     return parse(named_row_options(row, size, model))
+
+
+def every_two(leaves: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Configs, sizes and rows, so that any two of them meet in at least one triple.
+
+    All triples take three times as long, and the third has never made a difference: a size is a
+    matter of the backbone, and a data set of the head.
+
+    Args:
+        leaves: Configs that can be had in every size.
+    """
+    return [
+        (leaf, size, row)
+        for leaf, size, row in itertools.product(leaves, SIZES, ROWS)
+        if leaf == leaves[0] or size == 'tiny' or row == 'vqmoe'
+    ]
 
 
 def result_options(model: str) -> list[str]:

@@ -16,7 +16,7 @@ from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-from .rows import CONFIGS, ROWS, leaves, parse_options, result_options, row_options
+from .rows import CONFIGS, ROWS, every_two, leaves, parse_options, result_options, row_options
 
 ROOT = CONFIGS.parent
 LEAVES = leaves('classification')
@@ -92,10 +92,8 @@ def test_model_and_pipelines(leaf: str) -> None:
         assert logits.shape == (2, config.model.num_classes)
 
 
-@pytest.mark.parametrize('row', ROWS)
-@pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('leaf', DATA_SETS)
-def test_every_data_set_takes_every_row_in_every_size(leaf: str, size: str, row: str) -> None:
+@pytest.mark.parametrize(('leaf', 'size', 'row'), every_two(DATA_SETS))
+def test_every_data_set_takes_every_row_and_size(leaf: str, size: str, row: str) -> None:
     config = load_config(str(CONFIGS / leaf), row_options(row, size))
     with torch.device('meta'):
         model = MODELS.build(config.model).model

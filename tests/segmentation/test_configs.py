@@ -17,7 +17,7 @@ from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
-from ..rows import CONFIGS, ROWS, leaves, parse_options, result_options, row_options
+from ..rows import CONFIGS, ROWS, every_two, leaves, parse_options, result_options, row_options
 from .conftest import build, write_pair
 
 LEAVES = leaves('segmentation')
@@ -51,8 +51,10 @@ def run(config: Config, model: Any) -> None:
         assert logits.shape[2:] == (size[0] // patch, size[1] // patch)
 
 
-@pytest.mark.parametrize('row', ROWS)
-@pytest.mark.parametrize(('leaf', 'size'), EVERY)
+@pytest.mark.parametrize(
+    ('leaf', 'size', 'row'),
+    [*every_two(DATA_SETS), *((leaf, size, row) for leaf, size in SMALL.items() for row in ROWS)],
+)
 def test_every_config_takes_every_row(
     leaf: str, size: str, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
