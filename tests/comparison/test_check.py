@@ -9,9 +9,9 @@ from vqmoe_vision.comparison import check
 from vqmoe_vision.comparison.check import compared
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.queue import _claimed, _lock
-from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.store import Store
 from vqmoe_vision.comparison.tasks import Task
 
 ROWS = Path('docs/results/rows/spec')

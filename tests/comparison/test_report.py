@@ -10,10 +10,10 @@ from PIL import Image
 
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
-from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.statistics import differences
+from vqmoe_vision.comparison.store import Store
 
 from ..rows import CONFIGS
 

@@ -11,9 +11,9 @@ import pytest
 from vqmoe_vision.comparison import cli, routing
 from vqmoe_vision.comparison.queue import Queue
 from vqmoe_vision.comparison.report import draw_figures
-from vqmoe_vision.comparison.results import Store
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.store import Store
 from vqmoe_vision.comparison.tasks import Task
 from vqmoe_vision.comparison.validity import FIELDS
 from vqmoe_vision.engine.checkpoint_files import SaveError

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 
 from vqmoe_vision.comparison import cli
+from vqmoe_vision.comparison.cli import compare
+from vqmoe_vision.comparison.runs import Run
+from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.engine.record import BEGUN
 from vqmoe_vision.models.moe_options import options_in_full
 from vqmoe_vision.moe import METHODS
 
@@ -72,6 +76,28 @@ def test_a_check_says_what_the_defaults_of_a_row_of_before_were(spec, says, monk
     says('table', path)
     assert '`other-seed2.json`: stale: moe_options.router_noise=' in table()
     assert 'other-seed1.json' not in table()
+
+
+@pytest.mark.parametrize('changed', [False, True])
+def test_half_a_run_goes_on_unless_a_default_has_changed(
+    spec, says, monkeypatch, capsys, changed
+) -> None:
+    path = spec('seeds = [1]', half='train_cfg.row=3')
+    run = Run(read_comparison(path), 'half', 1, Path('work_dirs/comparisons'))
+    run.folder.mkdir(parents=True)
+    (run.folder / BEGUN).write_text(json.dumps({'moe_options': run.moe_options}))
+    (run.folder / 'last_checkpoint').write_text('iter_1.pth')
+    (run.folder / 'iter_1.pth').touch()
+    if changed:
+        change_default(monkeypatch)
+    compare(['list', path])
+    reason = 'stale: moe_options.router_noise=1.0, today 0.125'
+    assert (reason in capsys.readouterr().err) == changed
+    says('run', path, '--rows', 'half')
+    assert ('--resume' in Path('calls').read_text()) == (not changed)
+    aside = [folder / 'iter_1.pth' for folder in run.folder.parent.glob('half-seed1-*-stale1')]
+    assert [file.is_file() for file in aside] == [True] * changed
+    assert says('run', path, '--rows', 'half').startswith('1 of 1 runs are there already')
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.record import BEGUN
 from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.moe import METHODS
 
@@ -61,6 +62,8 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     for field in ('first_losses', 'held_out', 'training_loss', 'params', 'macs'):
         assert one[field] == other[field], field
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2
+    begun = json.loads((Path(whole.work_dir) / BEGUN).read_text())
+    assert begun == {'moe_options': one['moe_options']}
     assert other['minutes'] > before['minutes']
     assert other['cpu_minutes'] > before['cpu_minutes']
     assert one['commit'] == other['commit']  # once, not once for each part

@@ -19,11 +19,12 @@ from .noise import PAIRS, noise_of
 from .outcome import Outcome
 from .queue import Queue
 from .report import draw_figures, write_images, write_tables
-from .results import Results, Store
+from .results import Results
 from .routing import measure_routing
 from .runs import WORK_DIR, Run
 from .shifts import measure_shifts
 from .spec import read_comparison
+from .store import Store
 from .tasks import Task, tasks_of
 
 

@@ -25,9 +25,10 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe import moe_layers
 
 from .cells import spread
-from .results import Results, Store
+from .results import Results
 from .runs import Run
 from .spec import Comparison
+from .store import Store
 
 NUM_IMAGES = 1000  # of the test
 SHIFTED_IMAGES = 100

@@ -24,9 +24,10 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.statistics import summarize
 
-from .results import Results, Store, Usable
+from .results import Results, Usable
 from .runs import Run
 from .spec import Comparison
+from .store import Store
 
 PLACE = '{corruption}'
 Shifts = dict[str, dict[str, float]]  # by name, and by the options of a test

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import Store
 from .runs import Run
+from .store import Store
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vqmoe_vision.provenance import commit, installed, processor
 from .data_record import described
 from .model import unwrapped
 
+BEGUN = 'begun.json'
 FIRST_LOSSES = 20
 CURVE_POINTS = 60
 PACKAGES = ('torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation', 'vqmoe-vision')
@@ -28,12 +29,14 @@ PACKAGES = ('torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation', 'vqmoe-vi
 
 @HOOKS.register_module()
 class RunRecordHook(Hook):
-    """Writes `run.json` into the work dir when training ends, and `progress` while it goes on.
+    """Writes `run.json` into the work dir when training ends, `progress` while it goes on.
 
     The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
     has the first losses, and the time of work that a kill has lost is not counted. A config names
     what it changes; what the MoE layers were built with, defaults included, is in the record, and
-    so is which data there were. A test writes that of its own as `data.json`.
+    so is which data there were. The options are in `begun.json` from the start on, so that a run
+    that cannot be gone on with is known without its checkpoint. A test writes the data of its own
+    as `data.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
@@ -69,6 +72,7 @@ class RunRecordHook(Hook):
         for name, value in self._then.items():
             allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
             check(now.get(name) == value, name, now.get(name), allowed)
+        self._write(runner, BEGUN, json.dumps({'moe_options': self._options}))
         model = unwrapped(runner)
         self._size = *count_params(model), complexity(model.routed_model).macs
         self._start = time.perf_counter(), time.process_time()

@@ -1,0 +1,277 @@
+"""Rows of results: a file of JSON for each finished run, a few kilobytes, to be checked in."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vqmoe_vision.engine.checkpoint_files import POINTER, write_atomically
+from vqmoe_vision.engine.record import BEGUN
+
+from .results import Results, Usable
+from .runs import Run
+from .validity import (
+    VERSION,
+    Check,
+    damage,
+    damage_of_check,
+    other_config,
+    other_options,
+    refutation,
+)
+
+
+class Store:
+    """The folder of a comparison's rows.
+
+    Args:
+        folder: Holds `<row>-seed<n>.json` and `checks.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, run: Run) -> Path:
+        """The file of a run."""
+        return self.folder / f'{run.name}.json'
+
+    def collect(self, run: Run) -> bool:
+        """Writes the file of a run from its work dir, unless there is one that counts.
+
+        Such a one may hold what was measured after it was written.
+
+        Returns:
+            Whether the run is finished.
+
+        Raises:
+            ValueError: A file of the run is damaged, or its numbers have no such metric or, without
+                a test, are not of the end of the training.
+        """
+        folder, comparison = run.folder, run.comparison
+        files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
+        if not all(file.is_file() for file in files):
+            return False
+        record, *tests = map(_load, files)
+        test = tests[0] if tests else _last_validation(record, run)
+        tested = folder / 'test' / 'data.json'
+        if tests and tested.is_file():
+            record['data'] = {**record.get('data', {}), **_load(tested)}
+        metric = run.comparison.metric
+        if metric not in test:
+            names = ', '.join(name for name in test if '.' not in name)
+            raise ValueError(f'metric {metric!r} is not a result of {run.name}; those are {names}')
+        content = {
+            'version': VERSION,
+            'row': run.row,
+            'command': shlex.join(run.train(folder)),
+            'options': run.options,
+            **record,
+            'metric': metric,
+            'stage': comparison.stage,
+            'test': test,
+            'held_out': _curve(record.get('held_out'), metric),
+            'config': run.resolved,
+        }
+        if reason := damage(content, run):
+            raise ValueError(f'results in {folder} cannot be used: {reason}')
+        with self._alone():
+            if not self.read([run]).usable:
+                _save(self.path(run), content)
+        return True
+
+    def add(self, run: Run, field: str, measured: dict[str, Any]) -> None:
+        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
+
+        Args:
+            run: The run.
+            field: Of its row: 'routing', 'shifts' or 'shift_routing'.
+            measured: What the field gets beside what it has.
+
+        Raises:
+            ValueError: The file is damaged by now.
+            FileNotFoundError: It is gone.
+        """
+        path = self.path(run)
+        with self._alone():
+            content = _load(path)
+            content[field] = {**content.get(field, {}), **measured}
+            _save(path, content)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes into the folder meanwhile; the lock lives as long as its process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)  # of the folder: a file would be left in it
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
+        """Reads what is there and sorts out what may not be mixed with today's.
+
+        Args:
+            runs: Of one comparison.
+            checked: Leave out what a check has found to be stale.
+        """
+        usable, left_out, missing, right = {}, {}, [], {}
+        checks, unread = self._readable_checks()
+        if unread is not None:
+            left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
+        for run in runs:
+            path = self.path(run)
+            if not path.is_file():
+                missing.append(run)
+                continue
+            try:
+                content = _load(path)
+                reason = damage(content, run) or other_config(content, run)
+                check = _check_of(content, run, checks)
+                reason = reason or other_options(content, run, check)
+            except ValueError as error:
+                reason = str(error)
+            if reason is None and checked:
+                reason = refutation(check)
+            if reason is None:
+                usable[run.row, run.seed] = content
+                if check is not None and check['equal']:
+                    right[run.row, run.seed] = check['commit'] or 'outside git'
+            else:
+                left_out[path.name] = reason
+        return Results(usable, left_out, missing, right)
+
+    def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
+        """Finished runs that can be looked at again.
+
+        Args:
+            runs: Of one comparison.
+
+        Returns:
+            Contents of the rows that count, their runs whose checkpoints are here, and the names of
+            the others.
+        """
+        usable = self.read(runs).usable
+        finished = [run for run in runs if (run.row, run.seed) in usable]
+        absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
+        return usable, [run for run in finished if run.name not in absent], absent
+
+    def stale(self, run: Run) -> str | None:
+        """Why what the work dir of a run holds may not be gone on with; None if it may.
+
+        A record that is damaged is none: whoever comes to this run says so.
+
+        Args:
+            run: The run, finished or not.
+        """
+        records = [run.folder / name for name in ('run.json', BEGUN)]
+        path = next(filter(Path.is_file, records), None)
+        if path is None:
+            return None
+        try:
+            record = _load(path)
+        except ValueError:
+            return None
+        check = _check_of(record, run, self._readable_checks()[0])
+        return refutation(check) or other_options(record, run, check)
+
+    def set_aside(self, run: Run) -> bool:
+        """Renames the work dir of a stale run, so that the next one starts from nothing.
+
+        Args:
+            run: The run, whose lock is held: the lock goes with the folder.
+
+        Returns:
+            Whether it was renamed.
+        """
+        if self.stale(run) is None:
+            return False
+        names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
+        free = (p for p in map(run.folder.with_name, names) if not p.exists())
+        run.folder.rename(next(free))
+        return True
+
+    def checks(self) -> dict[str, Check]:
+        """What `check` has found, by the name of the run.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = self.folder / 'checks.json'
+        checks = _load(path) if path.is_file() else {}
+        for name, check in checks.items():
+            if reason := damage_of_check(check):
+                raise ValueError(f'{path} is damaged: {name}: {reason}')
+        return checks
+
+    def _readable_checks(self) -> tuple[dict[str, Check], str | None]:
+        """The same, or none and why: a damaged file is no reason to stop."""
+        try:
+            return self.checks(), None
+        except ValueError as error:
+            return {}, str(error)
+
+    def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
+        """Writes down what `check` has found.
+
+        Args:
+            run: The run.
+            finding: Whether its first losses came out again, and what is to be said of it.
+
+        Raises:
+            ValueError: What is there already is damaged.
+        """
+        with self._alone():
+            checks = dict(sorted({**self.checks(), run.name: finding}.items()))
+            _save(self.folder / 'checks.json', checks)
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    # a line for each field, so that a difference of two versions can be read
+    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
+    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is damaged: it holds no object')
+    return content
+
+
+def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
+    """The check of a training; one of another training of the same name says nothing of it."""
+    check = checks.get(run.name)
+    return check if check and check['losses'] == record.get('first_losses') else None
+
+
+def _curve(points: Any, metric: str) -> list[list[float]] | None:
+    """The points of a record that one metric has; None if they are damaged."""
+    try:
+        return [[step, values[metric]] for step, values in points]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
+    """The numbers on held-out data of the model that the training ended with."""
+    try:
+        step, numbers = record['held_out'][-1]
+    except (IndexError, KeyError, TypeError, ValueError):  # without one, or damaged
+        step, numbers = 0, {}
+    if step != record.get('iterations'):
+        raise ValueError(
+            f'{run.name} has no validation at its end, after {record.get("iterations")} '
+            f"iterations, which stage='dev' needs; the last is after {step}"
+        )
+    return numbers
