@@ -52,7 +52,7 @@ def at_once(*works: Any) -> None:
 def test_another_queue_leaves_what_was_measured_meanwhile(finished) -> None:
     """It took the runs up before they were finished, and comes to them when they are."""
     store = Store(ROWS)
-    store.add(finished[0], 'shifts', {'fog': {'a': 1.0}})
+    store.add(finished[0], shifts={'fog': {'a': 1.0}})
     assert Queue([Task(run, store) for run in finished], 1, WORK / 'PAUSE').work() == {}
     assert len(Path('calls').read_text().splitlines()) == 2
     assert row(finished[0])['shifts'] == {'fog': {'a': 1.0}}
@@ -62,7 +62,7 @@ def test_measurements_side_by_side_lose_nothing(finished, monkeypatch) -> None:
     store = Store(ROWS)
 
     def measure(run: Run) -> dict[str, Any]:
-        store.add(run, 'shifts', {'fog': {'a': 1.0}})  # another process, while this one measures
+        store.add(run, shifts={'fog': {'a': 1.0}})  # another process, while this one measures
         return {}
 
     monkeypatch.setattr(routing, '_routing', measure)
@@ -76,7 +76,7 @@ def test_many_writers_at_the_same_moment(finished) -> None:
     losses, names = row(run)['first_losses'], [str(number) for number in range(16)]
     finding = {'equal': True, 'finding': '', 'commit': 'abc', 'losses': losses}
     others = [Run(run.comparison, run.row, int(seed), WORK) for seed in names]
-    at_once(*(lambda n=n: Store(ROWS).add(run, 'shifts', {n: {n: 1.0}}) for n in names))
+    at_once(*(lambda n=n: Store(ROWS).add(run, shifts={n: {n: 1.0}}) for n in names))
     at_once(*(lambda o=o: Store(ROWS).keep_check(o, finding) for o in others))
     assert row(run)['shifts'].keys() == set(names)
     assert store.checks().keys() == {other.name for other in others}
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_row_as_it_was(finished, monkeypatch) -> None:
 
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(SaveError):
-        Store(ROWS).add(finished[0], 'shifts', {'fog': {'a': 1.0}})
+        Store(ROWS).add(finished[0], shifts={'fog': {'a': 1.0}})
     assert row(finished[0]) == before
 
 

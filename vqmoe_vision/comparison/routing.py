@@ -49,7 +49,7 @@ def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
     usable, present, absent = store.with_checkpoints(runs)
     for run in tqdm(present, unit='run'):
         if 'routing' not in usable[run.row, run.seed]:
-            store.add(run, 'routing', _routing(run))
+            store.add(run, routing=_routing(run))
     return absent
 
 

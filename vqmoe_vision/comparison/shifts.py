@@ -126,10 +126,9 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
             for run_name, score in _test(due, models, options).items():
                 found[run_name][options] = score
         for run, model in zip(due, models, strict=True):
-            store.add(run, 'shifts', {name: found[run.name]})
             # of all tests of the shift together
-            routing = summarize(model.routing_statistics.means())
-            store.add(run, 'shift_routing', {name: _rounded(routing)})
+            routing = _rounded(summarize(model.routing_statistics.means()))
+            store.add(run, shifts={name: found[run.name]}, shift_routing={name: routing})
     return absent
 
 

@@ -86,13 +86,12 @@ class Store:
                 _save(self.path(run), content)
         return True
 
-    def add(self, run: Run, field: str, measured: dict[str, Any]) -> None:
+    def add(self, run: Run, **measured: dict[str, Any]) -> None:
         """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
 
         Args:
             run: The run.
-            field: Of its row: 'routing', 'shifts' or 'shift_routing'.
-            measured: What the field gets beside what it has.
+            measured: What 'routing', 'shifts' or 'shift_routing' get beside what they have.
 
         Raises:
             ValueError: The file is damaged by now.
@@ -101,7 +100,8 @@ class Store:
         path = self.path(run)
         with self._alone():
             content = _load(path)
-            content[field] = {**content.get(field, {}), **measured}
+            for field, more in measured.items():
+                content[field] = {**content.get(field, {}), **more}
             _save(path, content)
 
     @contextmanager
