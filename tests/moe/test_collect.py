@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses, moe_layers, update_state
 from vqmoe_vision.moe import layer as layer_module
@@ -16,8 +15,8 @@ from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host
 
 from .conftest import CASES
+from .steps import D, step, tokens
 
-D = 8
 every_case = pytest.mark.parametrize(('method', 'options'), CASES)
 every_method = pytest.mark.parametrize('method', METHODS)
 # layers that report losses
@@ -45,25 +44,6 @@ class Reporter(MoeLayer):
     def apply_update(self):
         self.updates += 1
         return True
-
-
-def tokens():
-    return torch.randn(4, 6, D)
-
-
-def step(model, x, **options):
-    """Losses and gradients of one training step, without an optimizer."""
-    model.zero_grad(set_to_none=True)
-    with collect_losses(model, **options) as collected:
-        loss = model(x).square().mean() + collected.total()
-        loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return loss.detach(), dict(collected.losses), grads
-
-
-def assert_same_step(actual, expected):
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 # --- what a block keeps
@@ -292,121 +272,3 @@ def test_a_later_update_equals_the_one_at_the_end_of_the_block(make_model, metho
     update_state(twin)
     expected, actual = model.state_dict(), twin.state_dict()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-
-
-# --- checkpointing
-
-
-@every_case
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_checkpointing_changes_neither_losses_nor_gradients_nor_state(
-    make_model, method, options, training
-):
-    plain, x = make_model(method, **options).train(training), tokens()
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.checkpointing = True
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, checkpointed)]
-    for i in range(3):  # learned state of one step is used in the next
-        results = []
-        for model, optimizer in zip((plain, checkpointed), optimizers, strict=True):
-            torch.manual_seed(i)
-            results.append(step(model, x + i))
-            optimizer.step()
-        assert_same_step(*results)
-    torch.testing.assert_close(dict(checkpointed.state_dict()), dict(plain.state_dict()))
-
-
-@every_case
-def test_checkpointed_backward_after_a_block_without_update(make_model, method, options):
-    model, x = make_model(method, **options), tokens()
-    torch.manual_seed(1)
-    expected = step(model, x, update_state=False)
-    model.checkpointing = True
-    model.zero_grad()
-    torch.manual_seed(1)
-    with collect_losses(model, update_state=False) as collected:
-        loss = model(x).square().mean() + collected.total()
-    loss.backward()
-    update_state(model)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert_same_step((loss.detach(), dict(collected.losses), grads), expected)
-
-
-@pytest.mark.parametrize('codebook', ['ema', 'cvq'])
-def test_checkpointed_backward_after_the_state_changed_is_an_error(make_model, codebook):
-    model = make_model('vqmoe', codebook=codebook)
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
-        loss.backward()
-
-
-def test_the_error_stays_when_another_update_changes_nothing(make_model):
-    model = make_model('vqmoe', codebook='ema')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    update_state(model)  # nothing new was observed
-    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
-        loss.backward()
-
-
-def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
-    model = make_model('stablemoe', stage1_steps=1)
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    match = r'call backward\(\) inside the collect_losses block'
-    # stage 1 is over when the next block opens
-    with collect_losses(model), pytest.raises(RuntimeError, match=match):
-        loss.backward()
-
-
-def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(make_model):
-    model = make_model('smoe')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    loss.backward()
-
-
-def test_training_goes_on_after_the_error(make_model):
-    model = make_model('vqmoe')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    with pytest.raises(RuntimeError, match='already changed'):
-        loss.backward()
-    step(model, tokens())
-
-
-# --- compile
-
-
-@every_case
-def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
-    make_layer, method, options
-):
-    plain = make_layer(method, **options)
-    twin = copy.deepcopy(plain)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend('aot_eager')
-    compiled = torch.compile(twin, fullgraph=True, backend=counter)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
-    for i in range(4):
-        x, results = tokens(), []
-        for model, module, optimizer in zip(
-            (plain, compiled), (plain, twin), optimizers, strict=True
-        ):
-            torch.manual_seed(i)
-            module.zero_grad(set_to_none=True)
-            with collect_losses(model) as collected:
-                loss = model(x).square().mean() + collected.total()
-                loss.backward()
-            grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-            results.append((loss.detach(), dict(collected.losses), grads))
-            optimizer.step()
-        assert_same_step(*results)
-    assert counter.frame_count == 1
-    torch.testing.assert_close(dict(twin.state_dict()), dict(plain.state_dict()))

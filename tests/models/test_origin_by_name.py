@@ -1,0 +1,111 @@
+"""Weights by name, of this package, of timm or of a hub, beside the network of that name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import _builder, _factory, save_for_hf
+from timm.models._hub import load_model_config_from_path
+from torch import nn
+
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.sources import known_weights
+from vqmoe_vision.models.weight_files import Described
+
+from .conftest import make
+from .test_saved import RECORDS
+
+
+class WithoutHeads(nn.Module):
+    """An attention that has the tensors of timm's and no `num_heads`."""
+
+    def __init__(self, dim: int, qkv_bias: bool = False, **_: Any) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+
+def test_a_name_of_timm_says_what_its_weights_are() -> None:
+    overlay, fit = known_weights('deit_tiny_patch16_224', {}, {}, Described())
+    assert overlay['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'  # not reached here
+    with pytest.raises(ValueError, match='is of deit_tiny_patch16_224, which has 3 heads, for 2'):
+        fit({}, make('smoe'))
+
+
+SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'
+
+
+@pytest.mark.parametrize(
+    ('name', 'moe'),
+    [
+        (BY_ITSELF, None),
+        (f'{BY_ITSELF}.cifar10', None),
+        (BY_ITSELF, {'method': 'smoe'}),
+        (SPARSE, None),
+    ],
+)
+@pytest.mark.parametrize('tag', [None, 'cifar10'])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(num_heads=4), 'which has 3 heads, for 4; num_heads=3 would fit'),
+        (
+            dict(act_layer='relu'),
+            "whose activation is GELU, for ReLU; act_layer='gelu' would fit$",
+        ),
+        (
+            dict(attn_layer=WithoutHeads),
+            "whose attention is Attention, for WithoutHeads; attn_layer='attn' would fit$",
+        ),
+    ],
+)
+def test_weights_by_name_are_compared_with_the_network_of_the_name(
+    name: str, moe: dict | None, tag: str | None, options: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = dict(pretrained=True, pretrained_cfg=tag)
+    known = re.escape(f'{name.partition(".")[0]}.cifar10' if tag else name)
+    with pytest.raises(ValueError, match=f'it is of {known}, {message}') as caught:
+        create_model(name, moe, **given, **options)
+    assert '\n' not in str(caught.value)
+    model: Any = create_model(name, moe, **given)
+    assert 'head.weight' in model.weights_report.loaded
+
+
+@pytest.mark.parametrize('place', ['file', 'state_dict', 'folder'])
+@pytest.mark.parametrize(('name', 'moe'), [(BY_ITSELF, None), (BY_ITSELF, {'method': 'smoe'})])
+def test_weights_in_the_place_of_those_of_a_name_are_not_said_to_be_its(
+    name: str, moe: dict | None, place: str, tmp_path: Path
+) -> None:
+    theirs = timm.create_model(name, num_heads=4)
+    save_for_hf(theirs, tmp_path / 'L', model_args={'num_heads': 4}, safe_serialization=True)
+    file = tmp_path / 'L/model.safetensors'
+    if place == 'file':
+        file = file.rename(tmp_path / 'bare.safetensors')
+    overlay = {'file': str(file)} if place != 'state_dict' else {place: theirs.state_dict()}
+    given = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    model: Any = create_model(name, moe, **given, num_heads=4)
+    assert 'head.weight' in model.weights_report.loaded
+    if place == 'folder':
+        with pytest.raises(ValueError, match='it is of test_vit_dense, which has 4 heads, for 3'):
+            create_model(name, moe, **given)
+    else:  # a bare file says nothing
+        create_model(name, moe, **given)
+
+
+@pytest.mark.skipif(not RECORDS, reason='this timm does not hand over what was saved')
+def test_a_name_on_the_hub_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make('smoe', num_heads=4)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config, name, arguments = load_model_config_from_path(tmp_path)
+    hub = {**config, 'source': 'hf-hub', 'hf_hub_id': 'somebody/model'}
+    answer = lambda *args, **kwargs: (hub, name, arguments)  # noqa: E731
+    monkeypatch.setattr(_factory, 'load_model_config_from_hf', answer)
+    state = lambda *args, **kwargs: model.state_dict()  # noqa: E731
+    monkeypatch.setattr(_builder, 'load_state_dict_from_hf', state)
+    again: Any = timm.create_model('hf-hub:somebody/model', pretrained=True)
+    assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match='it is of vit_tiny_smoe, which has 4 heads, for 2'):
+        timm.create_model('hf-hub:somebody/model', pretrained=True, num_heads=2)

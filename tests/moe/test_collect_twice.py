@@ -1,0 +1,133 @@
+"""Losses and state of a step whose forward pass is repeated or compiled."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vqmoe_vision.moe import METHODS, collect_losses, update_state
+
+from .conftest import CASES
+from .steps import assert_same_step, step, tokens
+
+every_case = pytest.mark.parametrize(('method', 'options'), CASES)
+every_method = pytest.mark.parametrize('method', METHODS)
+
+
+# --- checkpointing
+
+
+@every_case
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_checkpointing_changes_neither_losses_nor_gradients_nor_state(
+    make_model, method, options, training
+):
+    plain, x = make_model(method, **options).train(training), tokens()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.checkpointing = True
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, checkpointed)]
+    for i in range(3):  # learned state of one step is used in the next
+        results = []
+        for model, optimizer in zip((plain, checkpointed), optimizers, strict=True):
+            torch.manual_seed(i)
+            results.append(step(model, x + i))
+            optimizer.step()
+        assert_same_step(*results)
+    torch.testing.assert_close(dict(checkpointed.state_dict()), dict(plain.state_dict()))
+
+
+@every_case
+def test_checkpointed_backward_after_a_block_without_update(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    torch.manual_seed(1)
+    expected = step(model, x, update_state=False)
+    model.checkpointing = True
+    model.zero_grad()
+    torch.manual_seed(1)
+    with collect_losses(model, update_state=False) as collected:
+        loss = model(x).square().mean() + collected.total()
+    loss.backward()
+    update_state(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_step((loss.detach(), dict(collected.losses), grads), expected)
+
+
+@pytest.mark.parametrize('codebook', ['ema', 'cvq'])
+def test_checkpointed_backward_after_the_state_changed_is_an_error(make_model, codebook):
+    model = make_model('vqmoe', codebook=codebook)
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
+def test_the_error_stays_when_another_update_changes_nothing(make_model):
+    model = make_model('vqmoe', codebook='ema')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    update_state(model)  # nothing new was observed
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
+def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
+    model = make_model('stablemoe', stage1_steps=1)
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    match = r'call backward\(\) inside the collect_losses block'
+    # stage 1 is over when the next block opens
+    with collect_losses(model), pytest.raises(RuntimeError, match=match):
+        loss.backward()
+
+
+def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(make_model):
+    model = make_model('smoe')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    loss.backward()
+
+
+def test_training_goes_on_after_the_error(make_model):
+    model = make_model('vqmoe')
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with pytest.raises(RuntimeError, match='already changed'):
+        loss.backward()
+    step(model, tokens())
+
+
+# --- compile
+
+
+@every_case
+def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
+    make_layer, method, options
+):
+    plain = make_layer(method, **options)
+    twin = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
+    for i in range(4):
+        x, results = tokens(), []
+        for model, module, optimizer in zip(
+            (plain, compiled), (plain, twin), optimizers, strict=True
+        ):
+            torch.manual_seed(i)
+            module.zero_grad(set_to_none=True)
+            with collect_losses(model) as collected:
+                loss = model(x).square().mean() + collected.total()
+                loss.backward()
+            grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+            results.append((loss.detach(), dict(collected.losses), grads))
+            optimizer.step()
+        assert_same_step(*results)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(dict(twin.state_dict()), dict(plain.state_dict()))
