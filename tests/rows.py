@@ -36,7 +36,7 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str,
 def every_two(leaves: Sequence[str]) -> list[tuple[str, str, str]]:
     """Configs, sizes and rows, so that any two of them meet in at least one triple.
 
-    All triples take three times as long, and the third has never made a difference: a size is a
+    All triples are twice as many, and the third has never made a difference: a size is a
     matter of the backbone, and a data set of the head.
 
     Args:

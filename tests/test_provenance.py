@@ -19,21 +19,26 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
     assert commit() is None  # there is no checkout
 
 
-def test_a_changed_file_is_marked_unless_it_is_of_the_docs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('setting', [None, 'diff.relative=true', 'diff.noprefix=true'])
+def test_a_changed_file_is_marked_unless_it_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
 ) -> None:
-    # a queue writes its rows below docs, and each row names the commit it was made at
-    package, rows = tmp_path / 'package', tmp_path / 'docs' / 'rows'
-    for folder in (package, rows):
+    # a queue writes its rows below docs/results, and each row names the commit it was made at
+    package, rows, tools = tmp_path / 'package', tmp_path / 'docs/results', tmp_path / 'tools'
+    for folder in (package, rows, tools):
         folder.mkdir(parents=True)
         (folder / 'file').write_text('as committed')
     name = ['-c', 'user.name=test', '-c', 'user.email=test@example.com']
     for arguments in (['init', '-q'], ['add', '.'], [*name, 'commit', '-q', '-m', 'first']):
         subprocess.run(['git', *arguments], cwd=tmp_path, check=True)
+    if setting is not None:
+        subprocess.run(['git', 'config', *setting.split('=')], cwd=tmp_path, check=True)
     monkeypatch.setattr(provenance, '__file__', str(package / 'provenance.py'))
 
     clean = commit()
     (rows / 'file').write_text('another row')
     assert clean is not None and commit() == clean
-    (package / 'file').write_text('other code')
+    (tools / 'file').write_text('another program')
+    assert commit() == f'{clean}+'
+    monkeypatch.setenv('GIT_LITERAL_PATHSPECS', '1')
     assert commit() == f'{clean}+'

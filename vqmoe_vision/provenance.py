@@ -11,20 +11,24 @@ from pathlib import Path
 def commit() -> str | None:
     """Commit of the checkout that runs, '+' if files differ; None outside git.
 
-    Files of `docs` are not asked: a queue writes rows there, and nothing that runs reads them.
+    Files of `docs/results` are not asked: a queue writes rows there, and no training reads them.
     """
     name = _git('describe', '--always', '--abbrev=12', '--exclude=*')
     if name is None or name.returncode:
         return None
-    same = _git('diff', '--quiet', 'HEAD', '--', ':/', ':(top,exclude)docs')
+    rows = Path(__file__).resolve().parents[1] / 'docs' / 'results'
+    # whatever a user has set for `git diff`
+    plain = ('--quiet', '--no-relative', '--no-ext-diff', '--ignore-submodules=untracked')
+    where = (':(top)', f':(exclude){rows}')
+    same = _git('--no-literal-pathspecs', 'diff', *plain, 'HEAD', '--', *where)
     return name.stdout.strip() + ('' if same is not None and same.returncode == 0 else '+')
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str] | None:
     """What git says of the checkout that runs; None where there is no git."""
-    command = ['git', *arguments]
+    command, here = ['git', *arguments], Path(__file__).resolve().parent
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return subprocess.run(command, cwd=here, capture_output=True, text=True)
     except OSError:
         return None
 

@@ -93,7 +93,8 @@ def test_half_a_run_goes_on_unless_a_default_has_changed(
     compare(['list', path])
     reason = 'stale: moe_options.router_noise=1.0, today 0.125'
     assert (reason in capsys.readouterr().err) == changed
-    says('run', path, '--rows', 'half')
+    said = says('run', path, '--rows', 'half')
+    assert (f'half-seed1 begins anew: {reason}; what it left is in work_dirs/' in said) == changed
     assert ('--resume' in Path('calls').read_text()) == (not changed)
     aside = [folder / 'iter_1.pth' for folder in run.folder.parent.glob('half-seed1-*-stale1')]
     assert [file.is_file() for file in aside] == [True] * changed

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vqmoe_vision.moe import METHODS, collect_losses, update_state
+from vqmoe_vision.moe import collect_losses, update_state
 
 from .conftest import CASES
 from .steps import assert_same_step, step, tokens
 
 every_case = pytest.mark.parametrize(('method', 'options'), CASES)
-every_method = pytest.mark.parametrize('method', METHODS)
 
 
 # --- checkpointing

@@ -217,8 +217,9 @@ def _claimed(task: Task) -> IO[str] | None:
     while True:
         make_folder(task.run.folder)
         lock = _lock(task.run.folder / 'lock')
-        if lock is None or not task.store.set_aside(task.run):
+        if lock is None or (moved := task.store.set_aside(task.run)) is None:
             return lock
+        tqdm.write(f'{task.name} begins anew: {moved}')
         lock.close()  # it went with the folder, and the next folder has one of its own
 
 

@@ -166,7 +166,7 @@ class Store:
     def stale(self, run: Run) -> str | None:
         """Why what the work dir of a run holds may not be gone on with; None if it may.
 
-        A record that is damaged is none: whoever comes to this run says so.
+        A record that is damaged is none: whoever takes the run up or goes on with it says so.
 
         Args:
             run: The run, finished or not.
@@ -182,21 +182,21 @@ class Store:
         check = _check_of(record, run, self._readable_checks()[0])
         return refutation(check) or other_options(record, run, check)
 
-    def set_aside(self, run: Run) -> bool:
+    def set_aside(self, run: Run) -> str | None:
         """Renames the work dir of a stale run, so that the next one starts from nothing.
 
         Args:
             run: The run, whose lock is held: the lock goes with the folder.
 
         Returns:
-            Whether it was renamed.
+            Why and where to; None if it stays.
         """
-        if self.stale(run) is None:
-            return False
+        if (reason := self.stale(run)) is None:
+            return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
         free = (p for p in map(run.folder.with_name, names) if not p.exists())
-        run.folder.rename(next(free))
-        return True
+        there = run.folder.rename(next(free))
+        return f'{reason}; what it left is in {there}'
 
     def checks(self) -> dict[str, Check]:
         """What `check` has found, by the name of the run.

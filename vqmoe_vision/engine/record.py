@@ -35,8 +35,8 @@ class RunRecordHook(Hook):
     has the first losses, and the time of work that a kill has lost is not counted. A config names
     what it changes; what the MoE layers were built with, defaults included, is in the record, and
     so is which data there were. The options are in `begun.json` from the start on, so that a run
-    that cannot be gone on with is known without its checkpoint. A test writes the data of its own
-    as `data.json`.
+    whose defaults have changed since is known without its checkpoint. A test writes the data of its
+    own as `data.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
@@ -72,7 +72,12 @@ class RunRecordHook(Hook):
         for name, value in self._then.items():
             allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
             check(now.get(name) == value, name, now.get(name), allowed)
-        self._write(runner, BEGUN, json.dumps({'moe_options': self._options}))
+        begun = Path(runner.work_dir) / BEGUN
+        if runner._resume and begun.is_file():
+            # those of then, as its experts were made: no check above looks at `upcycling`
+            self._options = json.loads(begun.read_text())['moe_options']
+        else:
+            self._write(runner, BEGUN, json.dumps({'moe_options': self._options}))
         model = unwrapped(runner)
         self._size = *count_params(model), complexity(model.routed_model).macs
         self._start = time.perf_counter(), time.process_time()
