@@ -19,7 +19,7 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.M
     assert commit() is None  # there is no checkout
 
 
-@pytest.mark.parametrize('setting', [None, 'diff.relative=true', 'diff.noprefix=true'])
+@pytest.mark.parametrize('setting', [None, 'diff.relative=true'])
 def test_a_changed_file_is_marked_unless_it_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
 ) -> None:

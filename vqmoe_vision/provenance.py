@@ -13,24 +13,23 @@ def commit() -> str | None:
 
     Files of `docs/results` are not asked: a queue writes rows there, and no training reads them.
     """
-    name = _git('describe', '--always', '--abbrev=12', '--exclude=*')
-    if name is None or name.returncode:
-        return None
-    rows = Path(__file__).resolve().parents[1] / 'docs' / 'results'
+    here = Path(__file__).resolve().parent
+    rows = here.parent / 'docs' / 'results'
     # whatever a user has set for `git diff`
     plain = ('--quiet', '--no-relative', '--no-ext-diff', '--ignore-submodules=untracked')
     where = (':(top)', f':(exclude){rows}')
-    same = _git('--no-literal-pathspecs', 'diff', *plain, 'HEAD', '--', *where)
-    return name.stdout.strip() + ('' if same is not None and same.returncode == 0 else '+')
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess[str] | None:
-    """What git says of the checkout that runs; None where there is no git."""
-    command, here = ['git', *arguments], Path(__file__).resolve().parent
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True)
-    except OSError:
+        name = _git(here, 'describe', '--always', '--abbrev=12', '--exclude=*')
+        same = _git(here, '--no-literal-pathspecs', 'diff', *plain, 'HEAD', '--', *where)
+    except OSError:  # there is no git
         return None
+    if name.returncode:
+        return None
+    return name.stdout.strip() + ('+' if same.returncode else '')
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(['git', *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def processor() -> str:

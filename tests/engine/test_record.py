@@ -55,6 +55,9 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     Runner.from_cfg(first).train()
     before = record(tmp_path / 'parts')
     assert len(before['first_losses']) == 10
+    # its experts were made once, by what was the default then
+    then = {**before['moe_options'], 'upcycling': {'drop': 0.5}}
+    (tmp_path / 'parts' / BEGUN).write_text(json.dumps({'moe_options': then}))
     second = config_of(tmp_path / 'parts')
     second.resume, second.experiment_name = True, 'second_part'
     Runner.from_cfg(second).train()
@@ -64,6 +67,7 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2
     begun = json.loads((Path(whole.work_dir) / BEGUN).read_text())
     assert begun == {'moe_options': one['moe_options']}
+    assert other['moe_options'] == then
     assert other['minutes'] > before['minutes']
     assert other['cpu_minutes'] > before['cpu_minutes']
     assert one['commit'] == other['commit']  # once, not once for each part

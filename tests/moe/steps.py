@@ -1,10 +1,14 @@
 """Training steps of models and layers with experts."""
 
+import pytest
 import torch
 
 from vqmoe_vision.moe import collect_losses
 
+from .conftest import CASES
+
 D = 8
+every_case = pytest.mark.parametrize(('method', 'options'), CASES)
 
 
 def tokens():
@@ -19,6 +23,13 @@ def step(model, x, **options):
         loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return loss.detach(), dict(collected.losses), grads
+
+
+def checkpointed_loss(model):
+    """The loss of a model that repeats its forward pass, after the block that collects was left."""
+    model.checkpointing = True
+    with collect_losses(model) as collected:
+        return model(tokens()).square().mean() + collected.total()
 
 
 def assert_same_step(actual, expected):

@@ -14,10 +14,8 @@ from vqmoe_vision.moe import layer as layer_module
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host
 
-from .conftest import CASES
-from .steps import D, step, tokens
+from .steps import D, every_case, step, tokens
 
-every_case = pytest.mark.parametrize(('method', 'options'), CASES)
 every_method = pytest.mark.parametrize('method', METHODS)
 # layers that report losses
 LOSSY = [

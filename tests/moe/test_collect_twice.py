@@ -8,11 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vqmoe_vision.moe import collect_losses, update_state
 
-from .conftest import CASES
-from .steps import assert_same_step, step, tokens
-
-every_case = pytest.mark.parametrize(('method', 'options'), CASES)
-
+from .steps import assert_same_step, checkpointed_loss, every_case, step, tokens
 
 # --- checkpointing
 
@@ -55,18 +51,14 @@ def test_checkpointed_backward_after_a_block_without_update(make_model, method, 
 @pytest.mark.parametrize('codebook', ['ema', 'cvq'])
 def test_checkpointed_backward_after_the_state_changed_is_an_error(make_model, codebook):
     model = make_model('vqmoe', codebook=codebook)
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
+    loss = checkpointed_loss(model)
     with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
         loss.backward()
 
 
 def test_the_error_stays_when_another_update_changes_nothing(make_model):
     model = make_model('vqmoe', codebook='ema')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
+    loss = checkpointed_loss(model)
     update_state(model)  # nothing new was observed
     with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
         loss.backward()
@@ -74,9 +66,7 @@ def test_the_error_stays_when_another_update_changes_nothing(make_model):
 
 def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
     model = make_model('stablemoe', stage1_steps=1)
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
+    loss = checkpointed_loss(model)
     match = r'call backward\(\) inside the collect_losses block'
     # stage 1 is over when the next block opens
     with collect_losses(model), pytest.raises(RuntimeError, match=match):
@@ -85,17 +75,13 @@ def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
 
 def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(make_model):
     model = make_model('smoe')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
+    loss = checkpointed_loss(model)
     loss.backward()
 
 
 def test_training_goes_on_after_the_error(make_model):
     model = make_model('vqmoe')
-    model.checkpointing = True
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
+    loss = checkpointed_loss(model)
     with pytest.raises(RuntimeError, match='already changed'):
         loss.backward()
     step(model, tokens())
