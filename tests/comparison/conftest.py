@@ -49,7 +49,7 @@ losses = [(1 + drift) / (i + seed) for i in range(20)]
 Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
     cpu_minutes=1.0, iterations=2, params=2, active_params=1, macs=10**6, first_losses=losses,
-    moe_options={},
+    moe_options={}, starting_weights={'model.checkpoint': 'weights'} if start else {},
     training_loss=[[1, 2.0], [2, 1.0]],
     held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0, 'blocks.1.mlp/load_unused': 1.0}]],
 )))

@@ -66,7 +66,7 @@ def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
         assert one[field] == other[field], field
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2
     begun = json.loads((Path(whole.work_dir) / BEGUN).read_text())
-    assert begun == {'moe_options': one['moe_options']}
+    assert begun == {'moe_options': one['moe_options'], 'starting_weights': {}}
     assert other['moe_options'] == then
     assert other['minutes'] > before['minutes']
     assert other['cpu_minutes'] > before['cpu_minutes']

@@ -27,8 +27,8 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         content: Of its file.
 
     Returns:
-        The finding: `equal`, the losses that it is about, where it comes from, and the options of
-        MoE layers that it was made with.
+        The finding: `equal`, the losses that it is about, where it comes from, and with which
+        options of MoE layers and which weights to start from it was made.
 
     Raises:
         ValueError: The training fails.
@@ -51,6 +51,7 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         'commit': commit(),
         'losses': kept,
         'moe_options': record['moe_options'],
+        'starting_weights': record['starting_weights'],
     }
 
 

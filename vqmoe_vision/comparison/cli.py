@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.command import run
 
 from .check import repeat
-from .data import without_other_data
+from .inputs import without_other_inputs
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
 from .queue import Queue
@@ -98,7 +98,7 @@ class _Work:
         for other in self._others:
             results = results.completed(other.read(results.missing))
         stored = set(results.usable)
-        results = without_other_data(results).restricted(self._chosen, self.comparison.selected())
+        results = without_other_inputs(results).restricted(self._chosen, self.comparison.selected())
         for name, reason in results.left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
         return results, stored

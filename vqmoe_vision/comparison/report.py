@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from .checked import said_of_checks
 from .curves import plot_curves
-from .data import said_of_data
 from .difference_figure import plot_differences
+from .inputs import said_of_inputs
 from .outcome import Outcome
 from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
 from .routing_figure import plot_routing
@@ -164,7 +164,7 @@ def _markdown(
         f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
-        _list([*lines, said_of_data(results), said_of_checks(comparison, results)]),
+        _list([*lines, *said_of_inputs(comparison, results), said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(outcome)),
         *_told(_ROUTED, routing_table(comparison, results)),
         *(['Left out:', _list(left_out)] if left_out else []),

@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.options import merge_options, parse_options
+from vqmoe_vision.engine.options import flat, merge_options, parse_options
 from vqmoe_vision.models.moe_options import options_in_full
 
 from .spec import STARTS, Comparison
@@ -181,20 +181,3 @@ class Run:
             work += f' && OMP_NUM_THREADS=1 {test}'
         busy = f'echo {quoted} is worked on already >&2; exit 1'
         return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'
-
-
-def flat(value: Any, name: str = '') -> dict[str, Any]:
-    """Values by dotted name.
-
-    Args:
-        value: Dictionaries and lists, in one another.
-        name: What all of it is called.
-    """
-    if isinstance(value, list) and value:
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flat(inner, f'{name}.{key}' if name else str(key))
-    return found

@@ -144,6 +144,7 @@ class Store:
                 usable[run.row, run.seed] = content
                 if check is not None and check['equal']:
                     right[run.row, run.seed] = check['commit'] or 'outside git'
+                    _add_start(content, check)
             else:
                 left_out[path.name] = reason
         return Results(usable, left_out, missing, right)
@@ -253,6 +254,12 @@ def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Che
     """The check of a training; one of another training of the same name says nothing of it."""
     check = checks.get(run.name)
     return check if check and check['losses'] == record.get('first_losses') else None
+
+
+def _add_start(content: dict[str, Any], check: Check) -> None:
+    """Of a row from before it was kept: the weights with which a check found it to be right."""
+    if 'starting_weights' in check:
+        content.setdefault('starting_weights', check['starting_weights'])
 
 
 def _curve(points: Any, metric: str) -> list[list[float]] | None:

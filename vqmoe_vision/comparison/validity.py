@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .runs import Run, flat
+from vqmoe_vision.engine.options import flat
+
+from .runs import Run
 
 VERSION = 1
 Check = dict[str, Any]  # what `check` has found of a run
@@ -87,6 +89,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 _LATER: dict[str, Callable[[Any], bool]] = {
     'moe_options': _IS_OBJECT,
     'data': _holds(_is_data),
+    'starting_weights': _holds(_is_text),
     'routing': _is_routing,
     'shifts': _NUMBERS_BY_NAME,
     'shift_routing': _NUMBERS_BY_NAME,

@@ -115,3 +115,20 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
             inside = value.get(part, {}) if isinstance(value, dict) else {}
             value = options.get(owner, inside)
     config.merge_from_dict(options)
+
+
+def flat(value: Any, name: str = '') -> dict[str, Any]:
+    """Values by dotted name.
+
+    Args:
+        value: Dictionaries and lists, in one another.
+        name: What all of it is called.
+    """
+    if isinstance(value, list) and value:
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f'{name}.{key}' if name else str(key))
+    return found

@@ -20,6 +20,7 @@ from vqmoe_vision.provenance import commit, installed, processor
 
 from .data_record import described
 from .model import unwrapped
+from .start_record import starting_weights
 
 BEGUN = 'begun.json'
 FIRST_LOSSES = 20
@@ -34,9 +35,10 @@ class RunRecordHook(Hook):
     The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
     has the first losses, and the time of work that a kill has lost is not counted. A config names
     what it changes; what the MoE layers were built with, defaults included, is in the record, and
-    so is which data there were. The options are in `begun.json` from the start on, so that a run
-    whose defaults have changed since is known without its checkpoint. A test writes the data of its
-    own as `data.json`.
+    so is which data there were, and which weights it started from: another training of the run that
+    left them gives others at the same path. Options and weights are in `begun.json` from the start
+    on, so that a run whose defaults have changed since is known without its checkpoint. A test
+    writes the data of its own as `data.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
@@ -62,22 +64,25 @@ class RunRecordHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
-        began = _beginning(self._options, self._data)
+        began = _beginning(self._begun['moe_options'], self._data)
         checkpoint['run_record'] = [self._spent(), self._commits, self._held_out, began]
 
     def before_train(self, runner: Runner) -> None:
         """Starts the clocks, and counts before the work rather than after it."""
-        self._options, self._data = _moe_options(runner), _data(runner, ('train', 'val'))
-        now = _beginning(self._options, self._data)
+        options, self._data = _moe_options(runner), _data(runner, ('train', 'val'))
+        now = _beginning(options, self._data)
         for name, value in self._then.items():
             allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
             check(now.get(name) == value, name, now.get(name), allowed)
         begun = Path(runner.work_dir) / BEGUN
         if runner._resume and begun.is_file():
-            # those of then, as its experts were made: no check above looks at `upcycling`
-            self._options = json.loads(begun.read_text())['moe_options']
+            # as its experts were made then: no check above looks at `upcycling`, or at a checkpoint
+            self._begun = json.loads(begun.read_text())
         else:
-            self._write(runner, BEGUN, json.dumps({'moe_options': self._options}))
+            self._begun = {'moe_options': options}
+            if not runner._resume:  # from before they were kept: today's may be others
+                self._begun['starting_weights'] = starting_weights(runner.cfg.model)
+            self._write(runner, BEGUN, json.dumps(self._begun))
         model = unwrapped(runner)
         self._size = *count_params(model), complexity(model.routed_model).macs
         self._start = time.perf_counter(), time.process_time()
@@ -124,7 +129,7 @@ class RunRecordHook(Hook):
             **{name: round(value, 3) for name, value in self._spent().items()},
             'iterations': runner.max_iters,
             **dict(zip(('params', 'active_params', 'macs'), self._size, strict=True)),
-            'moe_options': self._options,
+            **self._begun,
             'data': self._data,
             'first_losses': losses[:FIRST_LOSSES].tolist(),
             'training_loss': _thinned(losses),

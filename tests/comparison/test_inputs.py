@@ -1,0 +1,153 @@
+"""Rows that have seen other data, or began with other weights, are not averaged with the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqmoe_vision.comparison import cli
+from vqmoe_vision.comparison.inputs import SPLITS, without_other_inputs
+from vqmoe_vision.comparison.results import Results
+
+ROWS = Path('docs/results/rows/spec')
+SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
+USUAL = {split: {'samples': 40_000, 'digest': f'usual {split}'} for split in SPLITS}
+
+
+@pytest.fixture(autouse=True)
+def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
+
+
+def table() -> str:
+    return Path('docs/results/tables/spec.md').read_text()
+
+
+def change(name: str, **fields: Any) -> None:
+    path = ROWS / f'{name}.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize(
+    ('other', 'said'),
+    [
+        ({'samples': 45_000, 'digest': 'other'}, '45,000 samples (other)'),
+        ({'samples': 40_000, 'digest': 'other'}, '40,000 samples (other)'),
+    ],
+)
+def test_rows_of_other_data_are_listed_and_not_mixed_in(fill, says, split, other, said) -> None:
+    path = fill(SCORES, dense={'data': USUAL}, same={'data': USUAL})
+    change('same-seed1', data={**USUAL, split: other})
+    says('table', path)
+    assert f'- `same-seed1.json`: mixed: its {split} data are {said}, those of 5 others' in table()
+    assert '| 24.50 ' in table()  # of the two that are left
+    assert 'Data: train 40,000 samples (usual train); val 40,000' in table()
+    assert 'Not recorded' not in table()
+    # nor is it trained again: with the data that are here, that would end as it did
+    assert '6 of 6 runs are there already' in says('run', path)
+    # of a part, too, most is most of the whole
+    assert says('list', path, '--rows', 'same', '--seeds', '1') == ''
+    says('table', path, '--rows', 'same', '--seeds', '1', '2')
+    assert '`same-seed1.json`: mixed: ' in Path('docs/results/tables/spec-part.md').read_text()
+
+
+def test_rows_from_before_data_were_recorded_count(fill, says) -> None:
+    path = fill(SCORES)
+    says('table', path)
+    assert '- Which data the runs have seen is not recorded' in table()
+    change('same-seed1', data=USUAL)
+    change('same-seed2', data={'test': USUAL['test']})  # trained before, tested since
+    says('table', path)
+    assert 'mixed' not in table() and '| 20.00 ' in table()
+    assert 'test 40,000 samples (usual test). Not recorded of 4 of 6 runs.' in table()
+
+
+def test_rows_that_are_about_other_data_are_not_mixed(fill, says) -> None:
+    """Such as those with a long tail, whose config says so."""
+    path = fill(SCORES, dense={'data': USUAL}, same={'data': USUAL})
+    text = Path(path).read_text()
+    Path(path).write_text(
+        text.replace('row=same', 'row=same train_dataloader.dataset.imbalance=100')
+    )
+    tail = {**USUAL, 'train': {'samples': 900, 'digest': 'tail'}}
+    for seed in (1, 2, 3):
+        content = json.loads((ROWS / f'same-seed{seed}.json').read_text())
+        content['config']['train_dataloader'] = {'dataset': {'imbalance': 100}}
+        change(f'same-seed{seed}', data=tail, config=content['config'])
+    says('table', path)
+    assert 'mixed' not in table() and 'stale' not in table()
+    assert 'train 40,000 samples (usual train) and 900 samples (tail)' in table()
+
+
+def results_of(*others: dict[str, Any], one: dict[str, Any]) -> Results:
+    rows = {(f'other{i}', 1): content for i, content in enumerate(others)}
+    return Results({**rows, ('one', 1): one}, {}, [])
+
+
+# The first row is what the others start from.
+STARTED = {
+    'dense': 'dense',
+    'one': 'dense model.checkpoint={start}',
+    'two': 'smoe model.checkpoint={start}',
+    'three': 'dense train_cfg.more=1 model.checkpoint={start}',
+}
+
+
+@pytest.fixture
+def started(spec, says) -> str:
+    """Rows that start from the dense one of their seed, whose runs are finished."""
+    Path('first.py').write_text(Path(spec('seeds = [1]')).read_text())
+    path = spec("seeds = [1]\nstart = 'first.py dense iter_2.pth'\n", **STARTED)
+    says('run', path)
+    return path
+
+
+def test_rows_that_began_with_other_weights_are_left_out(started: str, says) -> None:
+    says('table', started)
+    known = 'Which weights it started from is recorded of 3 of 3 started runs; where two name the'
+    assert known in table() and 'mixed' not in table()
+    change('two-seed1', starting_weights={'model.checkpoint': 'other'})
+    says('table', started)
+    line = next(line for line in table().splitlines() if 'mixed' in line)
+    assert line.startswith('- `two-seed1.json`: mixed: its starting weights are first/dense-seed1-')
+    assert '/iter_2.pth (other), those of 2 others first/dense-seed1-' in line
+    assert '4 of 4 runs are there already' in says('run', started)
+
+
+def test_weights_of_another_run_are_not_expected_to_be_the_same(started: str, says) -> None:
+    content = json.loads((ROWS / 'two-seed1.json').read_text())
+    config, path = content['config'], 'work_dirs/comparisons/first/dense-seed2-0/iter_2.pth'
+    other = {'starting_weights': {'model.checkpoint': 'other'}}
+    elsewhere = {'config': {**config, 'model': {**config['model'], 'checkpoint': path}}}
+    found = without_other_inputs(results_of(content, content, one=content | other | elsewhere))
+    assert found.left_out == {}
+    # the folder of all comparisons is no part of the name
+    path = content['config']['model']['checkpoint'].replace('work_dirs', '/elsewhere')
+    moved = {'config': {**config, 'model': {**config['model'], 'checkpoint': path}}}
+    found = without_other_inputs(results_of(content, content, one=content | other | moved))
+    assert list(found.left_out) == ['one-seed1.json']
+
+
+def test_a_row_of_before_has_the_weights_that_a_check_found_it_to_be_right_with(
+    started: str, says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ('one', 'two', 'three'):
+        content = json.loads((ROWS / f'{name}-seed1.json').read_text())
+        del content['starting_weights']
+        (ROWS / f'{name}-seed1.json').write_text(json.dumps(content))
+    says('table', started)
+    assert 'recorded of 0 of 3 started runs.' in table()
+    says('check', started)
+    says('table', started)
+    assert 'recorded of 3 of 3 started runs; where' in table()
+    checks = json.loads((ROWS / 'checks.json').read_text())
+    checks['three-seed1']['starting_weights'] = {'model.checkpoint': 'other'}
+    (ROWS / 'checks.json').write_text(json.dumps(checks))
+    says('table', started)
+    assert '`three-seed1.json`: mixed: its starting weights are' in table()
+    # what the row says itself is what it began with
+    change('three-seed1', starting_weights={'model.checkpoint': 'weights'})
+    says('table', started)
+    assert 'mixed' not in table()

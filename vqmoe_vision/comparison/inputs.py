@@ -1,0 +1,110 @@
+"""Rows that were given other data or other weights than the others, although configs are equal."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vqmoe_vision.engine.options import flat
+
+from .results import Results
+from .spec import STARTS, Comparison
+
+SPLITS = ('train', 'val', 'test')
+# What was given to a run, and how its config names that.
+Place = tuple[str, str]
+
+
+def without_other_inputs(results: Results) -> Results:
+    """Leaves out rows whose data or starting weights differ from those of most others.
+
+    Others are those that name the same: data by the same config, a checkpoint by the same path. A
+    checkpoint that was lost and trained again, on another make of processor, is another one; rows
+    that start from it stand beside none that started from the first. Rows from before this was
+    recorded say nothing of it, and count.
+
+    Args:
+        results: Of a comparison.
+    """
+    seen: dict[Place, Counter[str]] = {}
+    for content in results.usable.values():
+        for place, given in _inputs(content).items():
+            seen.setdefault(place, Counter())[given] += 1
+    most = {place: counter.most_common(1)[0] for place, counter in seen.items()}
+    usable, left_out = {}, dict(results.left_out)
+    for (row, seed), content in results.usable.items():
+        other = [p for p, given in _inputs(content).items() if given != most[p][0]]
+        if not other:
+            usable[row, seed] = content
+            continue
+        given, (usual, rows) = _inputs(content)[other[0]], most[other[0]]
+        left_out[f'{row}-seed{seed}.json'] = (
+            f'mixed: its {other[0][0]} are {given}, those of {rows} others {usual}; '
+            'to run it again, remove this file and its work dir'
+        )
+    checked = {key: commit for key, commit in results.checked.items() if key in usable}
+    return replace(results, usable=usable, left_out=left_out, checked=checked)
+
+
+def said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
+    """Which data the rows of a table have seen, and of which it is known what they started from.
+
+    Args:
+        comparison: Says which rows start from a checkpoint.
+        results: As `without_other_inputs` leaves them.
+    """
+    return [_said_of_data(results), *_said_of_starts(comparison, results)]
+
+
+def _said_of_data(results: Results) -> str:
+    seen: dict[str, list[str]] = {split: [] for split in SPLITS}
+    unknown = len(results.usable)
+    for content in results.usable.values():
+        unknown -= 'data' in content
+        for split, _, data in _data(content):
+            if data not in seen[split]:
+                seen[split].append(data)
+    parts = [f'{split} {" and ".join(found)}' for split, found in seen.items() if found]
+    if not parts:
+        return 'Which data the runs have seen is not recorded: they are from before that was kept.'
+    line = f'Data: {"; ".join(parts)}.'
+    return line + (f' Not recorded of {unknown} of {len(results.usable)} runs.' if unknown else '')
+
+
+def _said_of_starts(comparison: Comparison, results: Results) -> list[str]:
+    started = [
+        'starting_weights' in content
+        for (row, _), content in results.usable.items()
+        if STARTS.search(' '.join(comparison.rows[row]))
+    ]
+    if not started:
+        return []
+    known, total = sum(started), len(started)
+    same = '; where two name the same run, those were the same weights' if known > 1 else ''
+    return [f'Which weights it started from is recorded of {known} of {total} started runs{same}.']
+
+
+def _inputs(content: dict[str, Any]) -> dict[Place, str]:
+    data = {(f'{split} data', config): what for split, config, what in _data(content)}
+    return data | dict(_weights(content))
+
+
+def _data(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Split, how its config describes the data, and what they were."""
+    for split, data in content.get('data', {}).items():
+        loader = content['config'].get(f'{split}_dataloader') or {}
+        config = {n: v for n, v in (loader.get('dataset') or {}).items() if n != 'transform'}
+        what = f'{data["samples"]:,} samples ({data["digest"]})'
+        yield split, json.dumps(config, sort_keys=True), what
+
+
+def _weights(content: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+    named = flat(content['config']['model'], 'model')
+    for option, digest in content.get('starting_weights', {}).items():
+        # by the comparison, the row and the seed that its folders are named by
+        file = '/'.join(Path(str(named.get(option))).parts[-3:])
+        yield ('starting weights', file), f'{file} ({digest})'
