@@ -104,7 +104,7 @@ bench: $(VENV)/.bench ## measure layers and models beside dense and other librar
 	        --out work_dirs/benchmark/$$1-$$2.json --plot work_dirs/benchmark/$$1-$$2.png || status=1; \
 	done; exit $$status
 
-bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under a minute
+bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under two minutes
 	$(BIN)/python tools/benchmark.py moe --preset ci
 
 gpu-check: $(VENV)/.dev ## on a machine with a CUDA card: is it right, does it wait, how fast is it (ten minutes)

@@ -20,7 +20,9 @@ class Gate:
         against: Over whose.
         at_most: The limit.
         where: Fields that a row must have to be judged.
-        versus: Fields in which the row of `against` differs; times are then per token.
+        versus: Fields in which the row of `against` differs. Two configurations are measured one
+            after the other, and a machine's speed may differ by a third by then: each time is over
+            that of dense in its own rounds, whose work for a token is the same in both.
     """
 
     contender: str
@@ -107,16 +109,13 @@ def _judge(gate: Gate, rows: Sequence[Row]) -> list[Verdict]:
         if not others:
             verdicts.append(Verdict(name, gate.at_most, reason='nothing to compare with'))
             continue
-        verdicts.append(Verdict(name, gate.at_most, _per_token(row) / _per_token(others[0])))
+        spent = 'to_dense' if gate.versus else 'median_ms'
+        verdicts.append(Verdict(name, gate.at_most, row[spent] / others[0][spent]))
     return verdicts
 
 
 def _has(row: Row, fields: Mapping[str, Any]) -> bool:
     return all(key in row and row[key] == value for key, value in fields.items())
-
-
-def _per_token(row: Row) -> float:
-    return row['median_ms'] / (row['batch'] * row['tokens'])
 
 
 def _named(contender: str, fields: Mapping[str, Any]) -> str:
