@@ -2,7 +2,8 @@
 
 from . import moe_host, shipped, vit_moe  # noqa: F401  registers the models with timm
 from .complexity import Complexity, complexity
-from .convert import convert_to_moe, to_discrete
+from .convert import convert_to_moe
+from .discrete import to_discrete
 from .feature_network import fit_reader
 from .quantization import experts_as_linear, quantize_int8
 from .sparse_model import MoeVisionTransformer

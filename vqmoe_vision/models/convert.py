@@ -1,17 +1,15 @@
-"""A model that is already there, changed in place: dense to sparse, and full to discrete."""
+"""A dense model that is already there, made sparse in place."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from timm.layers import Mlp, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
@@ -164,6 +162,25 @@ def _layer_like(
     block: nn.Module, name: str, method: str, config: MoeConfig, host: Host
 ) -> MoeLayer:
     """The layer in the place of a block's MLP."""
+    mlp = _plain_mlp(block, name)
+    weight = mlp.fc1.weight
+    layer = build_layer(
+        method,
+        config,
+        host,
+        mlp.fc1.in_features,
+        mlp.fc1.out_features / mlp.fc1.in_features,
+        act_layer=lambda: copy.deepcopy(mlp.act),
+        bias=mlp.fc1.bias is not None,
+        drop=_rate(mlp.drop1),
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return layer.train(mlp.training)
+
+
+def _plain_mlp(block: nn.Module, name: str) -> Any:
+    """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
     kind = type(block if mlp is None else mlp).__name__
     allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
@@ -185,20 +202,7 @@ def _layer_like(
     }
     for what, (first, second) in pairs.items():
         check(first == second, f'{name} {what}', (first, second), 'the same in both layers')
-    weight = mlp.fc1.weight
-    layer = build_layer(
-        method,
-        config,
-        host,
-        mlp.fc1.in_features,
-        mlp.fc1.out_features / mlp.fc1.in_features,
-        act_layer=lambda: copy.deepcopy(mlp.act),
-        bias=mlp.fc1.bias is not None,
-        drop=_rate(mlp.drop1),
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    return layer.train(mlp.training)
+    return mlp
 
 
 def _rate(drop: nn.Module) -> float:
@@ -276,53 +280,3 @@ def _record(model: Any, sparse: dict[str, Any]) -> None:
     if config.get('architecture'):
         model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
         model.pretrained_cfg = model.default_cfg = {**config, 'architecture': MOE_HOST}
-
-
-def changeable_layers(model: nn.Module) -> list[MoeLayer]:
-    """The MoE layers of a model whose parameters are about to change, or go.
-
-    Args:
-        model: Any model.
-
-    Raises:
-        ValueError: There is no MoE layer, or the model is wrapped in `DistributedDataParallel`,
-            which would wait for gradients of what is gone.
-    """
-    layers = list(layers_of(model).values())
-    check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
-    for module in model.modules():
-        wrapped = isinstance(module, DistributedDataParallel)
-        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
-    return layers
-
-
-def to_discrete(model: nn.Module) -> nn.Module:
-    """Keep the discrete branch of every MoE layer alone: for fine-tuning and serving.
-
-    What the other branch had is removed from the model, in place. The answers are those of the full
-    model whose gates give the discrete branch all the weight. Call it before an optimizer takes the
-    parameters.
-
-    Args:
-        model: Any model whose MoE layers have both branches, such as a classifier, a segmentor or a
-            timm model, before it is distributed. It is changed, or left as it is if a layer
-            refuses.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: A layer has no discrete branch, or as `changeable_layers`.
-    """
-    layers = changeable_layers(model)
-    for layer in layers:
-        layer.check_discrete()
-    # nothing is refused from here on
-    changed: dict[str, Any] = {}
-    for layer in layers:
-        changed |= layer.to_discrete()
-    for module in model.modules():
-        if isinstance(module, SparseModel):
-            module.moe_config = replace(module.moe_config, **changed)
-            module._model_args = {**module._model_args, **changed}
-    return model

@@ -21,7 +21,7 @@ from ..moe.collect import moe_layers
 from ..moe.config import check
 from ..moe.experts import StackedLinear
 from ..moe.image_reader import ImageReader
-from .convert import changeable_layers
+from .discrete import changeable_layers
 from .int8 import is_float
 from .quiet import quiet
 

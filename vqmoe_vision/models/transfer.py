@@ -186,14 +186,9 @@ def _fit_network(
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
-    block: Any = model.blocks[0]
-    heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
-    # features of fewer blocks would be others
-    whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
-    # a known network has been refused before if its heads are others
-    sized = Model(heads, same_heads=origin is not None, whole=whole, options=options)
+    sized = _sized(model, expected, origin, options)
     refuse_misfits(network, filtered, fitted, path, sized)
-    refuse_other_parts(network, fitted, path, whole, arguments)
+    refuse_other_parts(network, fitted, path, sized.whole, arguments)
     refuse_values(network, filtered, path)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
@@ -213,6 +208,16 @@ def _fit_network(
         remarks=(*doubts, *remarks, *head),
         warnings=(*doubts, *warnings),
     )
+
+
+def _sized(model: Transformer, expected: StateDict, origin: Origin | None, options: str) -> Model:
+    """What the messages about weights that do not fit have to know of a model."""
+    block: Any = model.blocks[0]
+    heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
+    # features of fewer blocks would be others
+    whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
+    # a known network has been refused before if its heads are others
+    return Model(heads, same_heads=origin is not None, whole=whole, options=options)
 
 
 def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
