@@ -74,11 +74,12 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	python=$$(cd $(BIN) && pwd)/python; cd $$src; \
 	methods="$(TIMM_METHODS)"; \
 	: $${methods:=$$($$python -c 'from vqmoe_vision.moe import METHODS; print(*METHODS)')}; \
-	for size in $(TIMM_SIZES); do for method in $$methods; do \
-	    echo "vit_$${size}_$$method"; \
+	for size in $(TIMM_SIZES); do \
+	    models=$$(printf ' or vit_%s' $$(printf "$${size}_%s " $$methods)); \
+	    echo "$${models# or }"; \
 	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
-	        -k vit_$${size}_$$method $(PYTEST_ARGS); \
-	done; done
+	        -k "$${models# or }" $(PYTEST_ARGS); \
+	done
 
 timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where the long tests look for them
 	@set -e; version=$$($(BIN)/python -c 'import timm; print(timm.__version__)'); \
