@@ -75,10 +75,13 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	methods="$(TIMM_METHODS)"; \
 	: $${methods:=$$($$python -c 'from vqmoe_vision.moe import METHODS; print(*METHODS)')}; \
 	for size in $(TIMM_SIZES); do \
-	    models=$$(printf ' or vit_%s' $$(printf "$${size}_%s " $$methods)); \
-	    echo "$${models# or }"; \
+	    models=$$(printf "vit_$${size}_%s or " $$methods); models=$${models% or }; \
+	    echo "$$models"; \
+	    $$python -c 'import sys, timm, vqmoe_vision; \
+	unknown = [m for m in sys.argv[1].split(" or ") if not timm.is_model(m)]; \
+	sys.exit(unknown and f"no such models: {unknown}")' "$$models"; \
 	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
-	        -k "$${models# or }" $(PYTEST_ARGS); \
+	        -k "$$models" $(PYTEST_ARGS); \
 	done
 
 timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where the long tests look for them

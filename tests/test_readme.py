@@ -15,7 +15,11 @@ from vqmoe_vision.moe import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
-PAGES = (README, *sorted((ROOT / 'docs').glob('**/*.md')))
+_BUILT = {'_build', 'api'}  # copies of these pages, by sphinx
+PAGES = (
+    README,
+    *(p for p in sorted((ROOT / 'docs').glob('**/*.md')) if not _BUILT.intersection(p.parts)),
+)
 FENCE = re.compile(r'^```python\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\((?!https?://|#)([^)#\s]+)')
 

@@ -23,7 +23,8 @@ folder.mkdir(parents=True, exist_ok=True)
 with open('calls', 'a') as calls:
     print(*sys.argv[1:], file=calls)
 kind = options.get('train_cfg.kind')
-start = options.get('model.checkpoint')
+named = {k: v for k, v in options.items() if k in ('model.checkpoint', 'load_from')}
+start = next(iter(named.values()), None)
 if start is not None and not Path(start).is_file():
     sys.exit('error: ' + start + ' is not there')
 if kind == 'fails':
@@ -49,7 +50,7 @@ losses = [(1 + drift) / (i + seed) for i in range(20)]
 Path(folder / 'run.json').write_text(json.dumps(dict(
     seed=seed, commit='abc', versions={}, device='cpu', hardware='stub', threads=1, minutes=2.0,
     cpu_minutes=1.0, iterations=2, params=2, active_params=1, macs=10**6, first_losses=losses,
-    moe_options={}, starting_weights={'model.checkpoint': 'weights'} if start else {},
+    moe_options={}, starting_weights={name: 'weights' for name in named},
     training_loss=[[1, 2.0], [2, 1.0]],
     held_out=[[1, {'mIoU': 1.0}], [2, {'mIoU': 2.0, 'blocks.1.mlp/load_unused': 1.0}]],
 )))

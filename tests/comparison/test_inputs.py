@@ -91,7 +91,7 @@ STARTED = {
     'dense': 'dense',
     'one': 'dense model.checkpoint={start}',
     'two': 'smoe model.checkpoint={start}',
-    'three': 'dense train_cfg.more=1 model.checkpoint={start}',
+    'three': 'dense train_cfg.more=1 load_from={start}',
 }
 
 
@@ -104,16 +104,44 @@ def started(spec, says) -> str:
     return path
 
 
-def test_rows_that_began_with_other_weights_are_left_out(started: str, says) -> None:
+@pytest.mark.parametrize('row', ['one', 'three'])
+def test_rows_that_began_with_other_weights_are_left_out(started: str, says, row: str) -> None:
     says('table', started)
     known = 'Which weights it started from is recorded of 3 of 3 started runs; where two name the'
     assert known in table() and 'mixed' not in table()
-    change('two-seed1', starting_weights={'model.checkpoint': 'other'})
+    option = 'load_from' if row == 'three' else 'model.checkpoint'
+    change(f'{row}-seed1', starting_weights={option: 'other'})
     says('table', started)
-    line = next(line for line in table().splitlines() if 'mixed' in line)
-    assert line.startswith('- `two-seed1.json`: mixed: its starting weights are first/dense-seed1-')
+    (line,) = [line for line in table().splitlines() if 'mixed' in line]
+    assert line.startswith(f'- `{row}-seed1.json`: mixed: its starting weights are first/dense-')
     assert '/iter_2.pth (other), those of 2 others first/dense-seed1-' in line
     assert '4 of 4 runs are there already' in says('run', started)
+
+
+def test_where_as_many_began_with_either_none_is_taken_for_the_right_ones(
+    started: str, says
+) -> None:
+    content = json.loads((ROWS / 'one-seed1.json').read_text())
+    del content['starting_weights']
+    (ROWS / 'one-seed1.json').write_text(json.dumps(content))
+    change('two-seed1', starting_weights={'model.checkpoint': 'other'})
+    says('table', started)
+    lines = [line for line in table().splitlines() if 'mixed' in line]
+    assert [line[3 : line.index('-seed1')] for line in lines] == ['two', 'three']
+    assert 'recorded of 0 of 1 started runs.' in table()
+    change('three-seed1', starting_weights=['damaged'])
+    says('table', started)
+    assert '`three-seed1.json`: it is damaged: starting_weights=["damaged"] is not' in table()
+
+
+def test_a_check_does_not_take_other_weights_for_other_code(
+    started: str, says, monkeypatch
+) -> None:
+    change('two-seed1', starting_weights={'model.checkpoint': 'lost'})
+    change('one-seed1', starting_weights={'model.checkpoint': 'lost'})
+    monkeypatch.setenv('DRIFT', '0.1')
+    assert says('check', started, '--rows', 'one') == 'error: 1 rows cannot be repeated: one-seed1'
+    assert not (ROWS / 'checks.json').exists()
 
 
 def test_weights_of_another_run_are_not_expected_to_be_the_same(started: str, says) -> None:
@@ -143,11 +171,11 @@ def test_a_row_of_before_has_the_weights_that_a_check_found_it_to_be_right_with(
     says('table', started)
     assert 'recorded of 3 of 3 started runs; where' in table()
     checks = json.loads((ROWS / 'checks.json').read_text())
-    checks['three-seed1']['starting_weights'] = {'model.checkpoint': 'other'}
+    checks['three-seed1']['starting_weights'] = {'load_from': 'other'}
     (ROWS / 'checks.json').write_text(json.dumps(checks))
     says('table', started)
     assert '`three-seed1.json`: mixed: its starting weights are' in table()
     # what the row says itself is what it began with
-    change('three-seed1', starting_weights={'model.checkpoint': 'weights'})
+    change('three-seed1', starting_weights={'load_from': 'weights'})
     says('table', started)
     assert 'mixed' not in table()

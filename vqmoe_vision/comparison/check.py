@@ -31,7 +31,7 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         options of MoE layers and which weights to start from it was made.
 
     Raises:
-        ValueError: The training fails.
+        ValueError: The training fails, or starts from other weights than the row did.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,6 +44,10 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise ValueError(f'{run.name} cannot be repeated: {lines[-1] if lines else "killed"}')
         record = json.loads((folder / 'run.json').read_text())
+    weights = record['starting_weights']
+    if content.get('starting_weights', weights) != weights:
+        there = ', '.join(f'{name} ({digest})' for name, digest in weights.items())
+        raise ValueError(f'{run.name} cannot be repeated: it began with other weights than {there}')
     losses = record['first_losses']
     kept = content['first_losses']
     return {
@@ -51,7 +55,7 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         'commit': commit(),
         'losses': kept,
         'moe_options': record['moe_options'],
-        'starting_weights': record['starting_weights'],
+        'starting_weights': weights,
     }
 
 

@@ -86,14 +86,14 @@ class _Work:
     def unfinished(self) -> list[Run]:
         """The runs that have no results yet, or none that count.
 
-        One of other data is none of them: to repeat it with these would take hours at each call.
+        One of other inputs is none of them: to repeat it with these would take hours at each call.
         """
         _, stored = self._read()
         return [one for one in self.runs if (one.row, one.seed) not in stored]
 
     def _read(self) -> tuple[Results, set[tuple[str, int]]]:
-        """What counts, and which rows are there, those of other data among them."""
-        results = self.store.read(self._all)  # which data most have seen is a matter of the whole
+        """What counts, and which rows are there, those of other inputs among them."""
+        results = self.store.read(self._all)  # what most were given is a matter of the whole
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
             results = results.completed(other.read(results.missing))

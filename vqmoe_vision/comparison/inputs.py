@@ -17,6 +17,12 @@ from .spec import STARTS, Comparison
 SPLITS = ('train', 'val', 'test')
 # What was given to a run, and how its config names that.
 Place = tuple[str, str]
+_WEIGHTS = 'starting weights'
+_REMEDY = 'to run it again, remove this file and its work dir'
+# those of most may be gone, and then this row is the one that can be repeated
+_REMEDIES = {
+    _WEIGHTS: 'remove the files and work dirs of those that began with what is not there any more'
+}
 
 
 def without_other_inputs(results: Results) -> Results:
@@ -24,8 +30,8 @@ def without_other_inputs(results: Results) -> Results:
 
     Others are those that name the same: data by the same config, a checkpoint by the same path. A
     checkpoint that was lost and trained again, on another make of processor, is another one; rows
-    that start from it stand beside none that started from the first. Rows from before this was
-    recorded say nothing of it, and count.
+    that start from it stand beside none that started from the first. Where two are named as often,
+    neither counts. Rows from before this was recorded say nothing of it, and count.
 
     Args:
         results: Of a comparison.
@@ -34,20 +40,26 @@ def without_other_inputs(results: Results) -> Results:
     for content in results.usable.values():
         for place, given in _inputs(content).items():
             seen.setdefault(place, Counter())[given] += 1
-    most = {place: counter.most_common(1)[0] for place, counter in seen.items()}
     usable, left_out = {}, dict(results.left_out)
     for (row, seed), content in results.usable.items():
-        other = [p for p, given in _inputs(content).items() if given != most[p][0]]
-        if not other:
+        found = (_mixed(place[0], given, seen[place]) for place, given in _inputs(content).items())
+        mixed = list(filter(None, found))
+        if mixed:
+            left_out[f'{row}-seed{seed}.json'] = mixed[0]
+        else:
             usable[row, seed] = content
-            continue
-        given, (usual, rows) = _inputs(content)[other[0]], most[other[0]]
-        left_out[f'{row}-seed{seed}.json'] = (
-            f'mixed: its {other[0][0]} are {given}, those of {rows} others {usual}; '
-            'to run it again, remove this file and its work dir'
-        )
     checked = {key: commit for key, commit in results.checked.items() if key in usable}
     return replace(results, usable=usable, left_out=left_out, checked=checked)
+
+
+def _mixed(kind: str, given: str, seen: Counter[str]) -> str | None:
+    """What to say of a row, unless it was given what most of those were that name the same."""
+    others = {what: rows for what, rows in seen.items() if what != given}
+    usual = max(others, key=others.__getitem__, default=None)
+    if usual is None or seen[given] > others[usual]:
+        return None
+    those = f'those of {others[usual]} others {usual}'
+    return f'mixed: its {kind} are {given}, {those}; {_REMEDIES.get(kind, _REMEDY)}'
 
 
 def said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
@@ -77,7 +89,7 @@ def _said_of_data(results: Results) -> str:
 
 def _said_of_starts(comparison: Comparison, results: Results) -> list[str]:
     started = [
-        'starting_weights' in content
+        bool(content.get('starting_weights'))
         for (row, _), content in results.usable.items()
         if STARTS.search(' '.join(comparison.rows[row]))
     ]
@@ -103,8 +115,9 @@ def _data(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _weights(content: dict[str, Any]) -> Iterator[tuple[Place, str]]:
-    named = flat(content['config']['model'], 'model')
+    config = content['config']
+    named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
     for option, digest in content.get('starting_weights', {}).items():
         # by the comparison, the row and the seed that its folders are named by
-        file = '/'.join(Path(str(named.get(option))).parts[-3:])
-        yield ('starting weights', file), f'{file} ({digest})'
+        file = '/'.join(Path(named[option]).parts[-3:])
+        yield (_WEIGHTS, file), f'{file} ({digest})'

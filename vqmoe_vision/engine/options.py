@@ -121,10 +121,10 @@ def flat(value: Any, name: str = '') -> dict[str, Any]:
     """Values by dotted name.
 
     Args:
-        value: Dictionaries and lists, in one another.
+        value: Dictionaries, lists and tuples, in one another.
         name: What all of it is called.
     """
-    if isinstance(value, list) and value:
+    if isinstance(value, list | tuple) and value:
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {name: value}

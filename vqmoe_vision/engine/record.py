@@ -53,10 +53,12 @@ class RunRecordHook(Hook):
         self._commits: list[str | None] = []
         self._held_out: list[list[Any]] = []
         self._then: dict[str, Any] = {}
+        self._resumed = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the record of a run that is resumed."""
-        if not runner._resume or 'run_record' not in checkpoint:
+        self._resumed = runner._resume  # which a run that finds nothing to go on with has too
+        if not self._resumed or 'run_record' not in checkpoint:
             return
         # records of before did not say what the run began with
         self._before, self._commits, self._held_out, *then = checkpoint['run_record']
@@ -75,13 +77,14 @@ class RunRecordHook(Hook):
             allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
             check(now.get(name) == value, name, now.get(name), allowed)
         begun = Path(runner.work_dir) / BEGUN
-        if runner._resume and begun.is_file():
+        if self._resumed and begun.is_file():
             # as its experts were made then: no check above looks at `upcycling`, or at a checkpoint
-            self._begun = json.loads(begun.read_text())
+            self._begun = _load(begun)
         else:
             self._begun = {'moe_options': options}
-            if not runner._resume:  # from before they were kept: today's may be others
-                self._begun['starting_weights'] = starting_weights(runner.cfg.model)
+            if not self._resumed:  # from before they were kept: today's may be others
+                weights = starting_weights(runner.cfg.model, runner._load_from)
+                self._begun['starting_weights'] = weights
             self._write(runner, BEGUN, json.dumps(self._begun))
         model = unwrapped(runner)
         self._size = *count_params(model), complexity(model.routed_model).macs
@@ -148,6 +151,16 @@ class RunRecordHook(Hook):
         partial = path.with_name(f'{name}.part')
         partial.write_text(text)
         partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
+
+
+def _load(begun: Path) -> dict[str, Any]:
+    """What a run has left when it began."""
+    try:
+        content = json.loads(begun.read_text())
+        return {**content, 'moe_options': content['moe_options']}
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = 'remove it to go on with the options of today'
+        raise ValueError(f'{str(begun)!r} is damaged: {error!r}; {remedy}') from error
 
 
 def _moe_options(runner: Runner) -> dict[str, Any]:

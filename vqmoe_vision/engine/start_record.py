@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
+from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
 
 from vqmoe_vision.models.state_dicts import StateDict
-from vqmoe_vision.models.weight_files import SUFFIXES, describe
+from vqmoe_vision.models.weight_files import OF_TIMM, SUFFIXES
 
 from .checkpoint import read_state
 from .options import flat
 
+# Options of models, and of a `pretrained_cfg_overlay`, whose files are weights under any name.
+_NAME_WEIGHTS = ('checkpoint', 'checkpoint_path', 'features', 'file', 'load_from', 'upcycle')
+_FOLDER = 'local-dir:'  # before a folder of timm
 
-def starting_weights(model: ConfigDict) -> dict[str, str]:
-    """Digests of all weights on this machine that the config of a model names.
+
+def starting_weights(model: ConfigDict, load_from: str | None = None) -> dict[str, str]:
+    """Digests of all weights on this machine that the config of a run names.
 
     A checkpoint also holds when and how it was made, which another training of the same model does
     not repeat: the digest is of the names and values of its weights alone.
@@ -25,6 +30,7 @@ def starting_weights(model: ConfigDict) -> dict[str, str]:
     Args:
         model: The entry `model` of a config, in which a file may be a checkpoint to start from, a
             teacher, or a network whose features are taken.
+        load_from: What mmengine loads before the training, unless it resumes.
 
     Returns:
         Digest by dotted name of the option; empty for a training from nothing. Weights that a
@@ -33,14 +39,21 @@ def starting_weights(model: ConfigDict) -> dict[str, str]:
     Raises:
         ValueError: A file is damaged, or holds more than weights.
     """
-    return {name: _digest(read_state(path)) for name, path in _files(model)}
+    named = {**flat(model.to_dict(), 'model'), 'load_from': load_from}
+    return {name: _digest(read_state(path)) for name, path in _weights(named)}
 
 
-def _files(model: ConfigDict) -> Iterator[tuple[str, str]]:
-    for name, value in flat(model.to_dict(), 'model').items():
-        there = isinstance(value, str) and os.path.exists(value)
-        if there and (value.endswith(SUFFIXES) or describe(value).name):
-            yield name, value
+def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in named.items():
+        if not isinstance(value, str):
+            continue
+        path = value.removeprefix(_FOLDER)
+        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or path.endswith(SUFFIXES)
+        # not any folder: an entry point may be called as one is
+        files = [path] if meant else []
+        files += [os.path.join(path, file) for file in OF_TIMM]
+        if any(map(os.path.isfile, files)):
+            yield name, path
 
 
 def _digest(state: StateDict) -> str:
