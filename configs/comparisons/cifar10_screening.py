@@ -21,7 +21,7 @@ rows = dict(
     vqmoe_layers_23='vqmoe model.moe.moe_layers="(2, 3)"',
     vqmoe_32_codes='vqmoe model.moe.num_codes=32',
     vqmoe_code_share_30='vqmoe model.moe.code_share=0.3',
-    vqmoe_router_scale='vqmoe model.moe.routed_scaling_factor=6.25',
+    vqmoe_router_scale='vqmoe model.moe.routed_scaling_factor=2.75',
     vqmoe_diversity_10='vqmoe model.moe.diversity_weight=0.1',
     vqmoe_balance_10='vqmoe model.moe.balance_weight=0.1',
     smoe_top_1='smoe model.moe.top_k=1',

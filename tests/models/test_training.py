@@ -103,6 +103,30 @@ def test_gradient_checkpointing_repeats_every_moe_layer(tiny, images: Tensor) ->
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    ('method', 'options'),
+    [
+        ('vqmoe', {}),
+        ('vqmoe', {'form': 'discrete'}),
+        ('vqmoe', {'codebook': 'gradient'}),
+        ('stablemoe', {'stage1_steps': 1}),
+    ],
+)
+def test_backward_outside_the_block_is_an_error_in_a_block_of_timm(
+    make_tiny, images: Tensor, method: str, options: dict
+) -> None:
+    """Nothing behind the experts keeps a tensor there, so that the repeated pass ends early."""
+    model = make_tiny(method, **options).train()
+    model.set_grad_checkpointing()
+    with collect_losses(model) as collected:
+        loss = model(images).square().mean() + collected.total()
+    if method == 'stablemoe':
+        with collect_losses(model):  # its stage ends when the next block opens
+            pass
+    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
+        loss.backward()
+
+
 def test_features_under_checkpointing(tiny, images: Tensor) -> None:
     model = tiny().eval()
     expected = model.forward_intermediates(images, indices=[1, 3])

@@ -187,6 +187,7 @@ def test_an_update_without_tokens_counts_for_no_correction(name: str) -> None:
     [
         {'ema_decay_warmup': True, 'ema_bias_correction': True},
         {'ema_decay': 0.0, 'ema_bias_correction': True},
+        {'ema_decay': 0.0, 'usage_from_kmeans': True},
         {'codebook': 'plain', 'ema_bias_correction': True},
         {'codebook': 'plain', 'usage_from_kmeans': True},
         {'codebook': 'cvq', 'usage_from_kmeans': True},

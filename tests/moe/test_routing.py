@@ -123,8 +123,16 @@ def test_expert_load_known_answer():
     torch.testing.assert_close(load, torch.tensor([3, 2, 0, 1]) / 6)
 
 
-def test_expert_load_without_tokens_is_zero():
-    assert routing.expert_load(torch.zeros(0, 2, dtype=torch.int64), 3).tolist() == [0, 0, 0]
+def test_expert_load_counts_what_is_kept():
+    # of experts 0, 0, 1, 0, 3, 1 the first, third and last: 0, 1, 1
+    kept = torch.tensor([[True, False], [True, False], [False, True]])
+    load = routing.expert_load(torch.tensor([[0, 0], [1, 0], [3, 1]]), 4, kept)
+    torch.testing.assert_close(load, torch.tensor([1, 2, 0, 0]) / 3)
+
+
+@pytest.mark.parametrize('kept', [None, torch.zeros(0, 2, dtype=torch.bool)])
+def test_expert_load_without_tokens_is_zero(kept):
+    assert routing.expert_load(torch.zeros(0, 2, dtype=torch.int64), 3, kept).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ class Complexity:
         params: Number of parameters.
         active_params: Parameters that one token uses.
         macs: Multiply-accumulates per image at the model's input size. Matrix products only:
-            norms, activations and biases are left out, as is usual.
+            norms, activations and biases are left out, as is usual. What a capacity drops counts as
+            if it were computed.
     """
 
     params: int

@@ -116,12 +116,7 @@ class MoeLayer(StaysPython):
             stats: Detached statistics by name: scalars, or shares (E,) that sum to 1.
             num_tokens: Tokens of the pass, by which losses count where processes share a batch.
 
-        Raises:
-            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
-                repeats a pass that ran without gradients (`use_reentrant=True`).
         """
-        if self.training and not torch.compiler.is_compiling():
-            self._check_use()
         if self.listens:
             self.recorder.losses.extend((n, loss, num_tokens) for n, loss in losses.items())
             self.recorder.stats.extend(stats.items())
@@ -222,7 +217,18 @@ class MoeLayer(StaysPython):
             del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_use(self) -> None:
+    def before_run(self) -> None:
+        """Refuse to repeat a pass that would not be the same.
+
+        Before it, not in `record`: checkpointing stops to repeat a block as soon as it has what the
+        backward pass needs, and that may be before the end of the layer.
+
+        Raises:
+            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
+                repeats a pass that ran without gradients (`use_reentrant=True`).
+        """
+        if not self.needs_collecting or not self.training or torch.compiler.is_compiling():
+            return
         if in_recomputation():
             if self._ran_without_grad:
                 raise RuntimeError(
@@ -238,8 +244,8 @@ class MoeLayer(StaysPython):
         self._updated = False
         self._ran_without_grad = not torch.is_grad_enabled()
         global _already_warned
-        uncollected = self.needs_collecting and not self.recorder.active
-        if uncollected and not _already_warned and torch.is_grad_enabled():
+        uncollected = not self.recorder.active and torch.is_grad_enabled()
+        if uncollected and not _already_warned:
             _already_warned = True
             warnings.warn(_UNCOLLECTED, stacklevel=2)
 
@@ -278,12 +284,15 @@ class RoutedMlp(MoeLayer):
             num_tokens: T.
 
         Returns:
-            `load`, the share of assignments per expert (E,); `unrouted`, the share of tokens
-            without an expert, where there can be some; and what the router reports.
+            `load`, the share of assignments per expert (E,), of those that are kept; `unrouted`,
+            the share of tokens without an expert, where there can be some; and what the router
+            reports.
         """
         if not self.listens:
             return {}
-        stats = {'load': expert_load(routing.indices, self.experts.num_experts)}
+        stats = {'load': expert_load(routing.indices, self.experts.num_experts, routing.kept)}
+        if routing.kept is not None:
+            stats['unrouted'] = 1 - token_mean(routing.kept.any(dim=-1).float())
         if routing.tokens is not None:
             served = torch.zeros(num_tokens, device=routing.tokens.device)
             served[routing.tokens] = 1

@@ -1,8 +1,8 @@
 """Auxiliary losses of routers: pure functions, one equation each, value and gradient in float32.
 
 Legend: T tokens, E experts, K experts per token, M codes. Every balance term is 1 (or 0 where it is
-a coefficient of variation or an entropy) at perfectly even routing, whatever K; papers and
-libraries differ by factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
+a coefficient of variation, an entropy or StableMoE's) at perfectly even routing, whatever K; papers
+and libraries differ by factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
 
 A loss is either a mean over tokens, which is a tensor, or a `BalanceLoss`.
 """

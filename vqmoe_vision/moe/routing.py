@@ -111,20 +111,21 @@ def renormalized(weights: Tensor) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def expert_load(indices: Tensor, num_experts: int) -> Tensor:
+def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Share of assignments that each expert receives.
 
     Args:
         indices: (T, K) or (A,) int64.
         num_experts: E.
+        kept: Which of them count, bool of the same shape; None for all.
 
     Returns:
         (E,) float32, sums to 1; all zero without tokens.
     """
     flat = indices.reshape(-1)
-    ones = torch.ones_like(flat, dtype=torch.float32)
+    ones = torch.ones_like(flat, dtype=torch.float32) if kept is None else kept.reshape(-1).float()
     counts = torch.zeros(num_experts, device=flat.device).scatter_add(0, flat, ones)
-    return counts / max(flat.numel(), 1)
+    return counts / (max(flat.numel(), 1) if kept is None else counts.sum().clamp(min=1))
 
 
 def perplexity(shares: Tensor) -> float:
@@ -144,13 +145,17 @@ def init_lecun_normal(weight: Tensor, scale: float = 1.0) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def init_orthogonal(weight: Tensor) -> None:
-    """Orthogonal with gain 0.1 as StableMoE's code: rows, or columns if there are fewer.
+def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
+    """Orthogonal: rows, or columns if there are fewer.
 
     Drawn in float32 on the CPU. Not on the meta device, which has nothing to initialise and no QR.
+
+    Args:
+        weight: (rows, columns).
+        gain: Length of a row; 0.1 as StableMoE's code.
     """
     if weight.device.type != 'meta':
-        rows = nn.init.orthogonal_(torch.empty(weight.shape), gain=0.1)
+        rows = nn.init.orthogonal_(torch.empty(weight.shape), gain=gain)
         with torch.no_grad():
             weight.copy_(rows)
 

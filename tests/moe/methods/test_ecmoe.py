@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses
+from vqmoe_vision.moe.methods.ecmoe import ExpertChoiceConfig, ExpertChoiceRouter
 
 D, E = 8, 4
 
@@ -98,3 +99,15 @@ def test_full_capacity_is_the_dense_mixture(make_layer):
 def test_capacity_factors_that_are_not_possible(make_layer, factor):
     with pytest.raises(ValueError, match=r'capacity_factor=.* is not possible: above 0'):
         make_layer('ecmoe', num_experts=8, capacity_factor=factor)
+
+
+# capacities by (2): round(17 * 2 / 8) = 4, round(17 * 1.25 / 8) = 3, at least one of round(0.53)
+@pytest.mark.parametrize(
+    ('num_experts', 'factor', 'expected'),
+    [(8, 2.0, 32 / 17), (8, 1.25, 24 / 17), (64, 2.0, 64 / 17)],
+)
+def test_experts_per_token_are_those_that_compute(num_experts, factor, expected):
+    config = ExpertChoiceConfig(num_experts=num_experts, capacity_factor=factor)
+    router = ExpertChoiceRouter(D, config, num_tokens=17)
+    assert router.experts_per_token == pytest.approx(expected)
+    assert len(router(torch.randn(3, 17, D)).tokens) == pytest.approx(3 * 17 * expected)

@@ -276,3 +276,18 @@ def test_a_smaller_start_is_that_of_switch_transformers():
 def test_a_start_at_which_all_tokens_tie_is_refused(scale):
     with pytest.raises(ValueError, match=r'router_init_scale=.* is not possible: above 0'):
         SMoEConfig(router_init_scale=scale)
+
+
+def test_statistics_count_what_the_capacity_leaves(make_layer):
+    net = make_layer('smoe', top_k=1, capacity_factor=0.25)
+    x = torch.randn(4, 32, D)
+    with collect_losses(net) as collected:
+        torch.manual_seed(0)
+        net(x)
+        torch.manual_seed(0)  # the same noise
+        routing = net.layer.router(x.flatten(0, 1))
+    kept = routing.kept[:, 0]
+    assert kept.float().mean() < 0.5
+    load = routing.indices[routing.kept].bincount(minlength=E) / kept.sum()
+    torch.testing.assert_close(collected.stats['layer/load'], load)
+    assert collected.stats['layer/unrouted'].item() == pytest.approx(1 - kept.float().mean().item())

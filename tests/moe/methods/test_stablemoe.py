@@ -15,6 +15,7 @@ from vqmoe_vision.moe.methods._distilled_router import (
     DistilledRouter,
     read_patches,
 )
+from vqmoe_vision.moe.methods._embedding_router import EmbeddingRouter
 from vqmoe_vision.moe.methods.stablemoe import StableMoEConfig, StableRouter
 
 D, E = 8, 4
@@ -356,3 +357,10 @@ def test_group_preset_is_one_stage_and_ignores_expert_lengths(make_layer, choice
     with torch.no_grad():
         router.expert_embed *= torch.tensor([[0.5], [3.0], [20.0], [1.0]])
     assert torch.equal(choices(net, x)[0], before)
+
+
+def test_group_preset_starts_with_the_length_of_the_tables_code():
+    """`orthogonal_(gain=0.32)`: by its length a step turns an embedding."""
+    config = StableMoEConfig.from_options(preset='group', num_experts=4)
+    embed = EmbeddingRouter(D, config).expert_embed
+    torch.testing.assert_close(embed.norm(dim=-1), torch.full((len(embed),), 0.32))

@@ -48,7 +48,7 @@ def test_output_of_the_continuous_form_is_the_equations(make_layer):
         *({'codebook': name} for name in CODEBOOKS),
         *({'codebook': name, 'use_cosine_sim': True, 'code_share': SHARE} for name in CODEBOOKS),
         {'rotation_trick': True, 'code_share': SHARE},
-        {'routed_scaling_factor': 6.25},
+        {'routed_scaling_factor': 2.75},
     ],
     ids=str,
 )
@@ -104,6 +104,16 @@ def test_value_and_gradient_of_every_reading(expert_input, of_token, of_code, gr
     (out * weights).sum().backward()
     torch.testing.assert_close(x.grad, gradient * weights)
     assert code.grad is None
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_ste_feeds_exactly_the_code_whatever_the_precision(dtype):
+    quantizer = Quantizer(CODEBOOKS['plain'](E, D), nn.Identity(), 'ste', SHARE)
+    x, code = (10 * torch.randn(5, D)).to(dtype).requires_grad_(), torch.randn(5, D).to(dtype) / 8
+    out = quantizer.expert_input(x, code)
+    weights = torch.randn(5, D).to(dtype)
+    out.backward(weights)
+    assert torch.equal(out, code) and torch.equal(x.grad, weights)
 
 
 @every_input

@@ -162,3 +162,15 @@ def test_expert_embeddings_start_with_the_length_of_the_authors_code(num_experts
     router = XMoERouter(D, XMoEConfig(num_experts=num_experts))
     lengths = router.expert_embed.norm(dim=-1)
     torch.testing.assert_close(lengths, torch.full((num_experts,), 1.5))
+
+
+def test_renormalised_sigmoid_gates_stay_finite_at_a_small_temperature():
+    options = {'gate': 'sigmoid', 'renormalize': True, 'temperature': 0.005, 'top_k': E}
+    router = make_router(**options)
+    # cosines of -1 and -0.9 over 0.005: both gates are below the least float32
+    scores = torch.tensor([[-1.0, -0.9]]).repeat(1, E // 2).requires_grad_()
+    weights = router._weights(scores / 0.005, torch.arange(E)[None])
+    weights.square().sum().backward()
+    assert weights.isfinite().all() and scores.grad.isfinite().all()
+    # ratios of the gates: exp((-0.9 + 1) / 0.005) = exp(20) to one, shared by E / 2
+    torch.testing.assert_close(weights[0, 1::2], torch.full((E // 2,), 2 / E))

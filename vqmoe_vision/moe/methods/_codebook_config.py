@@ -11,6 +11,7 @@ from ..config import MoeConfig, check_weights
 
 _OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS}
 _LEARNING = sorted(_OPTIONS.difference(Codebook.OPTIONS))
+_OF_DECAY = ('ema_bias_correction', 'ema_decay_warmup', 'usage_from_kmeans')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class CodebookConfig(MoeConfig):
         missing = sorted(_OPTIONS.difference(CODEBOOKS[self.codebook].OPTIONS))
         unused = dict.fromkeys(missing, f'codebook={self.codebook!r}')
         if self.ema_decay == 0:
-            unused |= dict.fromkeys(('ema_bias_correction', 'ema_decay_warmup'), 'ema_decay=0')
+            unused |= dict.fromkeys(_OF_DECAY, 'ema_decay=0')
         if self.codebook == 'gradient' and self.dead_code_threshold == 0:
             # its averages tell dead codes, and nothing else
             averages = [name for name in _LEARNING if name != 'dead_code_threshold']

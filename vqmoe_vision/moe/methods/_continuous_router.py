@@ -2,7 +2,7 @@
 
 The authors' code gives its expert the weight 1, which leaves the router at its random start.
 
-The weight of (2) is a probability, 0.16 of eight experts at the start where a code's expert has 1.
+The weight of (2) is a probability, 0.36 of eight experts at the start where a code's expert has 1.
 `routed_scaling_factor` is what evens that, with its name in DeepSeek-V2 (arXiv 2405.04434), which
 does not renormalise either. Renormalised, one weight is 1, as if the router were not trained.
 

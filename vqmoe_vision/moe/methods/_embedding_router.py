@@ -33,8 +33,12 @@ class EmbeddingRouter(TopKRouter):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Orthogonal; the length does not matter."""
-        init_orthogonal(self.expert_embed)
+        """Orthogonal of gain 0.32, as the tables' code.
+
+        The length is no part of a score, but the longer an embedding is, the less a step of the
+        optimizer turns it.
+        """
+        init_orthogonal(self.expert_embed, gain=0.32)
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""

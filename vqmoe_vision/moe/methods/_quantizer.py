@@ -82,6 +82,9 @@ class Quantizer(nn.Module):
         if self.rotation_trick:
             of_token = 1 - 2 * share if self.reading == 'official' else 1 - share
             return torch.add(of_token * x, rotate_to(x, code.detach()), alpha=share)
+        if share == 1 and self.reading != 'official':
+            # exactly the code, in half precision too, and the gradient of the token
+            return code.detach() + (x - x.detach())
         kept = (1 - share) * x if self.reading == 'official' else x
         return torch.add(kept, (code - x).detach(), alpha=share)
 

@@ -32,8 +32,8 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             vector-quantize-pytorch's `codebook_diversity_loss_weight`), which moves tokens, and
             codes that learn by gradient.
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Factor of the router's weight, as DeepSeek-V2's; 6.25 makes up for
-            the 0.16 with which eight experts start. It leaves the losses alone.
+        routed_scaling_factor: Factor of the router's weight, as DeepSeek-V2's; 2.75 makes up for
+            the 0.36 with which eight experts start. It leaves the losses alone.
 
     Presets: 'paper', equations (1) to (6) with nothing added: the code itself is fed to its expert
     (3), straight through and without a norm, and is learned by both terms of (6), which has no
@@ -95,7 +95,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         'extras': {
             'ema_bias_correction': True,
             'usage_from_kmeans': True,
-            'routed_scaling_factor': 6.25,
+            'routed_scaling_factor': 2.75,
             'diversity_weight': 0.1,
         },
         'simvq': {

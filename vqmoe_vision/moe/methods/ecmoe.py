@@ -69,13 +69,16 @@ class ExpertChoiceRouter(Router):
     Args:
         in_features: D.
         config: Options.
+        num_tokens: N of the images that the model is built for.
     """
 
     per_image = True
 
-    def __init__(self, in_features: int, config: ExpertChoiceConfig, **factory: Any) -> None:
+    def __init__(
+        self, in_features: int, config: ExpertChoiceConfig, num_tokens: int, **factory: Any
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_tokens = config, num_tokens
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         self.init_weights()
 
@@ -89,7 +92,7 @@ class ExpertChoiceRouter(Router):
         if torch.jit.is_tracing():  # sizes are tensors then
             num_tokens = int(num_tokens)
         config = self.config
-        capacity = max(round(num_tokens * config.capacity_factor / config.num_experts), 1)
+        capacity = self._capacity(num_tokens)
         with full_precision(x):
             probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
             chosen = probs.transpose(1, 2).topk(capacity, dim=-1)  # (B, E, C)
@@ -103,8 +106,12 @@ class ExpertChoiceRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        """The capacity factor."""
-        return self.config.capacity_factor
+        """The capacity factor, but for what rounding to whole tokens per expert changes."""
+        return self.config.num_experts * self._capacity(self.num_tokens) / self.num_tokens
+
+    def _capacity(self, num_tokens: int) -> int:
+        """Tokens that an expert chooses of an image, (2)."""
+        return max(round(num_tokens * self.config.capacity_factor / self.config.num_experts), 1)
 
 
 class ExpertChoiceMlp(RoutedMlp):
@@ -117,4 +124,6 @@ def build(
     in_features: int, config: ExpertChoiceConfig, experts: Experts, host: Host, **factory: Any
 ) -> ExpertChoiceMlp:
     """Expert choice layer for tokens of width `in_features`."""
-    return ExpertChoiceMlp(ExpertChoiceRouter(in_features, config, **factory), experts)
+    return ExpertChoiceMlp(
+        ExpertChoiceRouter(in_features, config, host.num_tokens, **factory), experts
+    )

@@ -162,6 +162,17 @@ class XMoERouter(TopKRouter):
 
     reset_parameters = init_weights
 
+    def _weights(self, scaled: Tensor, indices: Tensor) -> Tensor:
+        """Gates of the chosen experts, (T, K), of cosines over the temperature (T, E)."""
+        if self.config.gate == 'softmax':
+            weights = scaled.softmax(dim=-1).gather(1, indices)
+            return renormalized(weights) if self.config.renormalize else weights
+        chosen = scaled.gather(1, indices)
+        if self.config.renormalize:
+            # at a small temperature all gates of a token may round to 0, but not their ratios
+            return F.logsigmoid(chosen).softmax(dim=-1)
+        return chosen.sigmoid()
+
     def scores(self, x: Tensor) -> Tensor:
         """Cosine (5) of tokens (T, D) with the experts, (T, E) float32 in [-1, 1]."""
         tokens = F.linear(x.float(), self.project.float())
@@ -176,12 +187,9 @@ class XMoERouter(TopKRouter):
         with full_precision(x):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
-            gates = scaled.softmax(dim=-1) if config.gate == 'softmax' else scaled.sigmoid()
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
             indices = top_k_experts(scores, config.top_k)[1]
-            weights = gates.gather(1, indices)
-            if config.renormalize:
-                weights = renormalized(weights)
+            weights = self._weights(scaled, indices)
             terms = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
