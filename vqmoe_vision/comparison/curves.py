@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from .results import Usable
 from .spec import Comparison
@@ -33,7 +34,7 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     figure = Figure(figsize=(15, 10), layout='constrained')
     metric, reference = comparison.metric, comparison.reference
     titles = {
-        'training loss': 'iteration',
+        'training loss, auxiliary losses included': 'iteration',
         f'{metric}, held out': 'iteration',
         f'the same, difference to {reference}': 'iteration',
         'the same over the compute of the run': 'iterations times GMACs per image',
@@ -60,10 +61,19 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     for panel, (title, label) in zip(axes, titles.items(), strict=True):
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
+    _scale_losses(axes[0])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=8, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
+
+
+def _scale_losses(axes: Axes) -> None:
+    """By factors: a method whose routers learn first has several times the loss of the others."""
+    axes.set_yscale('log', subs=[1, 1.25, 1.5, 2, 3, 4, 6, 8])
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(FormatStrFormatter('%g'))
+    axes.grid(alpha=0.3, which='both')
 
 
 def _minus(curve: Curve, other: Curve) -> Curve:
