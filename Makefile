@@ -79,7 +79,7 @@ timm-suite: $(VENV)/.dev ## run timm's own model tests, unmodified, on our model
 	    echo "$$models"; \
 	    $$python -c 'import sys, timm, vqmoe_vision; \
 	unknown = [m for m in sys.argv[1].split(" or ") if not timm.is_model(m)]; \
-	sys.exit(unknown and f"no such models: {unknown}")' "$$models"; \
+	sys.exit(f"no such models: {unknown}" if unknown else 0)' "$$models"; \
 	    TORCH_BACKEND=vqmoe_vision TIMEOUT=600 $$python -m pytest -q -W ignore tests/test_models.py \
 	        -k "$$models" $(PYTEST_ARGS); \
 	done
