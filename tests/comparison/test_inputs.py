@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.inputs import SPLITS, without_other_inputs
 from vqmoe_vision.comparison.results import Results
 
+pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 USUAL = {split: {'samples': 40_000, 'digest': f'usual {split}'} for split in SPLITS}
-
-
-@pytest.fixture(autouse=True)
-def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
 
 
 def table() -> str:
@@ -81,6 +76,13 @@ def test_rows_that_are_about_other_data_are_not_mixed(fill, says) -> None:
     assert 'train 40,000 samples (usual train) and 900 samples (tail)' in table()
 
 
+def forget_start(name: str) -> None:
+    path = ROWS / f'{name}.json'
+    content = json.loads(path.read_text())
+    del content['starting_weights']
+    path.write_text(json.dumps(content))
+
+
 def results_of(*others: dict[str, Any], one: dict[str, Any]) -> Results:
     rows = {(f'other{i}', 1): content for i, content in enumerate(others)}
     return Results({**rows, ('one', 1): one}, {}, [])
@@ -121,9 +123,7 @@ def test_rows_that_began_with_other_weights_are_left_out(started: str, says, row
 def test_where_as_many_began_with_either_none_is_taken_for_the_right_ones(
     started: str, says
 ) -> None:
-    content = json.loads((ROWS / 'one-seed1.json').read_text())
-    del content['starting_weights']
-    (ROWS / 'one-seed1.json').write_text(json.dumps(content))
+    forget_start('one-seed1')
     change('two-seed1', starting_weights={'model.checkpoint': 'other'})
     says('table', started)
     lines = [line for line in table().splitlines() if 'mixed' in line]
@@ -162,9 +162,7 @@ def test_a_row_of_before_has_the_weights_that_a_check_found_it_to_be_right_with(
     started: str, says, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ('one', 'two', 'three'):
-        content = json.loads((ROWS / f'{name}-seed1.json').read_text())
-        del content['starting_weights']
-        (ROWS / f'{name}-seed1.json').write_text(json.dumps(content))
+        forget_start(f'{name}-seed1')
     says('table', started)
     assert 'recorded of 0 of 3 started runs.' in table()
     says('check', started)

@@ -18,14 +18,10 @@ from vqmoe_vision.comparison.tasks import Task
 from vqmoe_vision.comparison.validity import FIELDS
 from vqmoe_vision.engine.checkpoint_files import SaveError
 
+pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
-
-
-@pytest.fixture(autouse=True)
-def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
 
 
 @pytest.fixture

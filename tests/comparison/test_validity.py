@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -14,14 +13,10 @@ from vqmoe_vision.engine.record import BEGUN
 from vqmoe_vision.models.moe_options import options_in_full
 from vqmoe_vision.moe import METHODS
 
+pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 SCORES = {'dense': [10.0, 20.0], 'other': [11.0, 20.0]}
 CONFIG: Any = METHODS['smoe'].config
-
-
-@pytest.fixture(autouse=True)
-def tables_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])
 
 
 def table() -> str:

@@ -40,9 +40,8 @@ def test_the_digest_is_of_names_and_values(tmp_path: Path) -> None:
         assert digest(written(tmp_path / f'{name}.pth', other)) != expected, name
     renamed = {f'{name}s': value for name, value in STATE.items()}
     assert digest(written(tmp_path / 'renamed.pth', renamed)) != expected
-    zeros = [
-        torch.zeros(2, dtype=dtype) for dtype in (torch.float32, torch.int32)
-    ]  # the same bytes
+    # the same bytes
+    zeros = [torch.zeros(2, dtype=dtype) for dtype in (torch.float32, torch.int32)]
     assert len({digest(written(tmp_path / 'zeros.pth', {'a': value})) for value in zeros}) == 2
     reshaped = {**STATE, 'a': STATE['a'].reshape(2, 2)}
     assert digest(written(tmp_path / 'reshaped.pth', reshaped)) != expected

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
 
 from .results import Usable
 from .spec import Comparison
@@ -71,8 +70,8 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
 def _scale_losses(axes: Axes) -> None:
     """By factors: a method whose routers learn first has several times the loss of the others."""
     axes.set_yscale('log', subs=[1, 1.25, 1.5, 2, 3, 4, 6, 8])
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FormatStrFormatter('%g'))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
     axes.grid(alpha=0.3, which='both')
 
 

@@ -36,13 +36,15 @@ def without_other_inputs(results: Results) -> Results:
     Args:
         results: Of a comparison.
     """
+    inputs = {run: _inputs(content) for run, content in results.usable.items()}
     seen: dict[Place, Counter[str]] = {}
-    for content in results.usable.values():
-        for place, given in _inputs(content).items():
+    for of_run in inputs.values():
+        for place, given in of_run.items():
             seen.setdefault(place, Counter())[given] += 1
     usable, left_out = {}, dict(results.left_out)
     for (row, seed), content in results.usable.items():
-        found = (_mixed(place[0], given, seen[place]) for place, given in _inputs(content).items())
+        of_run = inputs[row, seed]
+        found = (_mixed(place[0], given, seen[place]) for place, given in of_run.items())
         mixed = list(filter(None, found))
         if mixed:
             left_out[f'{row}-seed{seed}.json'] = mixed[0]
