@@ -13,6 +13,7 @@ rows = dict(
     smoe_frozen='smoe_frozen',
     smoe_frozen_started='smoe_frozen model.checkpoint={start}',
     smoe_exact='smoe model.checkpoint={start} model.moe.renormalize=True',
+    smoe_frozen_exact='smoe_frozen model.checkpoint={start} model.moe.renormalize=True',
     vqmoe_discrete='vqmoe model.checkpoint={start} model.moe.form=discrete',
     vqmoe_drop='vqmoe model.checkpoint={start} model.upcycling.drop=0.5',
 )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from vqmoe_vision.comparison.curves import plot_curves
@@ -271,6 +272,18 @@ def test_curves_are_means_with_bands(fill) -> None:
     (band,) = held_out.collections[1].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
+
+
+def test_names_of_many_rows_are_inside_the_figure(fill) -> None:
+    names = ['dense', *(f'smoe_frozen_started_{n}' for n in range(16))]
+    comparison = read_comparison(fill({name: [1.0, 2.0] for name in names}))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    inside, drawn = legend.get_window_extent(), figure.bbox
+    assert drawn.x0 <= inside.x0 and inside.x1 <= drawn.x1
+    assert drawn.y0 <= inside.y0 and inside.y1 <= drawn.y1
 
 
 def test_noise_by_hand(fill, says) -> None:

@@ -62,7 +62,9 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         panel.grid(alpha=0.3)
     _scale_losses(axes[0])
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=8, frameon=False)
+    # inches of a name: 0.08 for a letter, and 0.6 for its line and the gaps
+    columns = int(figure.get_figwidth() / (0.08 * max(map(len, labels)) + 0.6))
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
 
