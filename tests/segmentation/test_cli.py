@@ -147,10 +147,32 @@ def test_codebook_is_the_same_after_save_load_and_resume(
         torch.testing.assert_close(loaded[name], state[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.long)])
+def write_variant(config: str, text: str) -> str:
+    """A config beside one that changes some of it."""
+    path = Path(config).with_name('variant.py')
+    path.write_text(f'_base_ = {config!r}\n{text}\n')
+    return str(path)
+
+
+REPEATED = """
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='RepeatDataset',
+        times=3,
+        dataset={{_base_.train_dataloader.dataset}},
+    )
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ('num_workers', 'text'), [(0, ''), (0, REPEATED), pytest.param(2, '', marks=pytest.mark.long)]
+)
 def test_resumed_run_equals_an_uninterrupted_one(
-    config: str, tmp_path: Path, num_workers: int
+    config: str, tmp_path: Path, num_workers: int, text: str
 ) -> None:
+    config = write_variant(config, text)
     options = [
         'train_cfg.max_iters=4',
         f'train_dataloader.num_workers={num_workers}',
