@@ -157,10 +157,14 @@ def test_a_wrapped_test_set_is_tested_augmented_and_predicted(
     assert (found.labels == expected.labels).all() and found.classes == expected.classes
     scores = []
     for path in (wrapped, config):
-        out = tmp_path / 'metrics.json'
-        cli.test([path, checkpoint, '--tta', '--out', str(out), '--work-dir', str(tmp_path / 'w')])
+        out, work = tmp_path / 'metrics.json', str(tmp_path / Path(path).stem)
+        arguments = ['--tta', '--out', str(out), '--work-dir', work, '--show-dir', work]
+        cli.test([path, checkpoint, *arguments])
         scores.append(json.loads(out.read_text())['mIoU'])
     assert scores[0] == scores[1]  # the same scenes, three times
+    # none overwrites another of its name
+    pictures = {picture.name for picture in (tmp_path / 'variant').rglob('*.png')}
+    assert pictures == {f'test_0000{scene}_{turn}.png' for scene in range(3) for turn in range(3)}
     inner = 'test_dataloader.dataset.datasets.1.dataset.pipeline'
     with pytest.raises(ValueError, match='prepare images in different ways; a prediction needs'):
         Predictor(wrapped, checkpoint, options={inner: [dict(type='PackSegInputs', meta_keys=())]})
