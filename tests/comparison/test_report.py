@@ -186,12 +186,22 @@ def test_rows_of_another_config_are_listed_and_not_mixed_in(fill, says) -> None:
     assert 'row=changed' in (ROWS / 'same-seed1.json').read_text()
 
 
-def test_how_a_run_is_logged_and_kept_makes_no_row_stale(fill, says) -> None:
+@pytest.mark.parametrize(
+    'line',
+    [
+        'default_hooks = dict(checkpoint=dict(interval=7), logger=dict(interval=7))',
+        "tta_pipeline = [dict(type='TestTimeAug')]",
+        "tta_model = dict(type='SegTTAModel')",
+    ],
+)
+def test_how_a_run_is_logged_kept_and_augmented_in_tests_makes_no_row_stale(
+    fill, says, line
+) -> None:
     path = fill(SCORES)
     before = says('table', path)
     shown = (TABLES / 'spec.md').read_text()
     with Path('config.py').open('a') as config:
-        config.write('default_hooks = dict(checkpoint=dict(interval=7), logger=dict(interval=7))\n')
+        config.write(f'{line}\n')
     assert says('table', path) == before
     assert (TABLES / 'spec.md').read_text() == shown
 

@@ -1,14 +1,27 @@
+import random
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from mmengine.dataset import BaseDataset, dataset_wrapper
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
-from vqmoe_vision.engine.seeding import ReseedHook, SeededInfiniteSampler, seed_generators
+from vqmoe_vision.engine.seeding import (
+    ReseedHook,
+    SeededInfiniteSampler,
+    SeededSampler,
+    SeededSubset,
+    seed_generators,
+    seed_sample,
+)
 
 
 class Noise(Dataset):
@@ -99,3 +112,74 @@ def test_noise_is_drawn_anew_for_every_sample_epoch_and_seed() -> None:
     noise = [value for _, value in stream(0)]
     assert sorted(index for index, _ in stream(0)[:4]) == [0, 1, 2, 3]
     assert len({*noise, *(value for _, value in stream(0, seed=1))}) == 16
+
+
+class Inner(BaseDataset):
+    """Noise of four samples that seeds itself, and that wrappers of mmengine take."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        return [dict(sample_idx=index) for index in range(4)]
+
+    def get_cat_ids(self, idx: int) -> list[int]:
+        return [0] if idx else [1]  # the first sample has a rare class
+
+    def __getitem__(self, idx: int) -> float:
+        seed_sample(idx)
+        return idx + random.random() + np.random.rand() + float(torch.rand(()))
+
+
+def wrapped(name: str) -> Any:
+    """Of Inner, as a config builds it."""
+    inner = [Inner(metainfo={'classes': ('a',)}) for _ in range(3)]
+    arguments = {
+        'ConcatDataset': dict(datasets=inner),
+        'RepeatDataset': dict(dataset=inner[0], times=3),
+        'ClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
+    }
+    return DATASETS.build(dict(type=name, **arguments[name]))
+
+
+WRAPPERS = [
+    kind.__name__
+    for kind in vars(dataset_wrapper).values()
+    if isinstance(kind, type) and kind.__module__ == dataset_wrapper.__name__
+]
+NESTED = {
+    'plain': Inner,
+    **{name: partial(wrapped, name) for name in WRAPPERS},
+    'repeated concatenation': lambda: DATASETS.build(
+        dict(
+            type='RepeatDataset',
+            times=2,
+            dataset=dict(type='ConcatDataset', datasets=[Inner(), Inner()]),
+        )
+    ),
+    'torch.ConcatDataset': lambda: ConcatDataset([Inner(), Inner(), Inner()]),
+    'subset of a concatenation': lambda: SeededSubset(
+        ConcatDataset([Inner(), Inner()]), [7, 0, 7, 5]
+    ),
+}
+
+
+@pytest.mark.parametrize('sampler', [SeededInfiniteSampler, SeededSampler])
+@pytest.mark.parametrize('name', NESTED)
+def test_a_wrapper_keeps_the_seeds_of_samples(name: str, sampler: Any) -> None:
+    dataset = NESTED[name]()
+    fetch = _MapDatasetFetcher(dataset, True, list, False).fetch
+
+    def drawn(of_all: int) -> list[float]:
+        seed_generators(of_all)
+        return fetch(list(islice(sampler(dataset, shuffle=True, seed=0), len(dataset))))
+
+    first = drawn(0)
+    assert drawn(1) == drawn(2) == first
+    # the second round of a sample is no repetition of the first
+    assert len(set(first)) == len(dataset)
+
+
+def test_a_subset_that_would_lose_the_seeds_is_refused() -> None:
+    subset = ConcatDataset([Inner(), Subset(Inner(), [1, 2])])
+    message = "dataset='Subset' is not possible: SeededSubset of vqmoe_vision.engine.seeding; torch"
+    for sampler in (SeededInfiniteSampler, SeededSampler):
+        with pytest.raises(ValueError, match=message):
+            sampler(subset, seed=0)

@@ -52,6 +52,13 @@ def write_config(folder: Path, name: str) -> str:
     return str(path)
 
 
+def write_variant(config: str, text: str) -> str:
+    """A config beside one that changes some of it."""
+    path = Path(config).with_name('variant.py')
+    path.write_text(f'_base_ = {config!r}\n{text}\n')
+    return str(path)
+
+
 @pytest.fixture
 def config(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return write_config(tmp_path, request.node.name)
@@ -127,6 +134,42 @@ def test_augmented_test(trained: Path, config: str, tmp_path: Path, batch_size: 
     assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)  # labels beside predictions
 
 
+WRAPPED = """
+scenes = {{_base_.test_dataloader.dataset}}
+test_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='ConcatDataset',
+        datasets=[scenes, dict(type='RepeatDataset', dataset=scenes, times=2)],
+    )
+)
+del scenes
+"""
+
+
+def test_a_wrapped_test_set_is_tested_augmented_and_predicted(
+    trained: Path, config: str, tmp_path: Path
+) -> None:
+    checkpoint = str(trained / 'iter_2.pth')
+    wrapped = write_variant(config, WRAPPED)
+    image = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    (found,), (expected,) = (predict(path, checkpoint, image) for path in (wrapped, config))
+    assert (found.labels == expected.labels).all() and found.classes == expected.classes
+    scores = []
+    for path in (wrapped, config):
+        out, work = tmp_path / 'metrics.json', str(tmp_path / Path(path).stem)
+        arguments = ['--tta', '--out', str(out), '--work-dir', work, '--show-dir', work]
+        cli.test([path, checkpoint, *arguments])
+        scores.append(json.loads(out.read_text())['mIoU'])
+    assert scores[0] == scores[1]  # the same scenes, three times
+    # none overwrites another of its name
+    pictures = {picture.name for picture in (tmp_path / 'variant').rglob('*.png')}
+    assert pictures == {f'test_0000{scene}_{turn}.png' for scene in range(3) for turn in range(3)}
+    inner = 'test_dataloader.dataset.datasets.1.dataset.pipeline'
+    with pytest.raises(ValueError, match='prepare images in different ways; a prediction needs'):
+        Predictor(wrapped, checkpoint, options={inner: [dict(type='PackSegInputs', meta_keys=())]})
+
+
 def test_codebook_is_the_same_after_save_load_and_resume(
     trained: Path, config: str, tmp_path: Path
 ) -> None:
@@ -147,10 +190,25 @@ def test_codebook_is_the_same_after_save_load_and_resume(
         torch.testing.assert_close(loaded[name], state[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.long)])
+REPEATED = """
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='RepeatDataset',
+        times=3,
+        dataset={{_base_.train_dataloader.dataset}},
+    )
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ('num_workers', 'text'), [(0, ''), (0, REPEATED), pytest.param(2, '', marks=pytest.mark.long)]
+)
 def test_resumed_run_equals_an_uninterrupted_one(
-    config: str, tmp_path: Path, num_workers: int
+    config: str, tmp_path: Path, num_workers: int, text: str
 ) -> None:
+    config = write_variant(config, text)
     options = [
         'train_cfg.max_iters=4',
         f'train_dataloader.num_workers={num_workers}',

@@ -269,7 +269,10 @@ def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
             lists = tmp_path / 'ImageSets/SegmentationContext'
             lists.mkdir(parents=True, exist_ok=True)
             (lists / f'{split}.txt').write_text('a\n')
-    pipelines = [('train', None), ('val', None), ('test', config.tta_pipeline)]
+    pipelines = [
+        ('train', None), ('val', None), ('test', None), ('test', config.tta_pipeline)
+    ]  # fmt: skip
+    shapes = []
     for split, pipeline in pipelines:
         settings = dataset(config, split).copy()
         if files is not None:
@@ -281,7 +284,11 @@ def test_pipelines_run(leaf: str, tmp_path: Path) -> None:
         versions = sample['inputs'] if pipeline is not None else [sample['inputs']]
         for tensor in versions:
             assert tensor.dtype == torch.uint8 and tensor.ndim == 3
+        shapes.append([tuple(tensor.shape) for tensor in versions])
         samples = sample['data_samples']
         first = samples[0] if pipeline is not None else samples
         found = first.gt_sem_seg.data.unique().tolist()
         assert set(found) <= {*range(config.model.decode_head.num_classes), 255}
+    # --tta has smaller and larger versions of what a test sees, and that itself
+    *_, [tested], augmented = shapes
+    assert tested in augmented and min(augmented) < tested < max(augmented)

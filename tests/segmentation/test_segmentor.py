@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
@@ -95,6 +96,35 @@ def test_predictions_have_the_size_of_odd_images(mode: str, size: tuple[int, int
     assert result.pred_sem_seg.shape == size
     assert result.seg_logits.data.isfinite().all()
     assert 'blocks.1.mlp/load_unused' in model.routing_statistics.summary()
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+@pytest.mark.parametrize('size', [(32, 32), (29, 36), (1, 39)])
+def test_maps_lie_on_the_pixels_of_their_patches(
+    mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one window, of all pixels
+    model = tiny_segmentor(test_cfg=dict(mode=mode, crop_size=(48, 48), stride=(8, 8))).eval()
+    model.data_preprocessor.test_cfg = None  # images of any size come in
+
+    def logits(maps: Any) -> torch.Tensor:
+        """Two classes in turn, patch by patch."""
+        odd = torch.ones_like(maps[-1][:, :1]).cumsum(3) % 2
+        return torch.cat([odd, 1 - odd, odd - 2, odd - 2], 1)
+
+    monkeypatch.setattr(model.decode_head, 'forward', logits)
+    batch = training_batch(model, 40)
+    expected = (torch.arange(size[1]) // 8 % 2).expand(1, *size)
+    sample = batch['data_samples'][0]
+    sample.set_metainfo(dict(img_shape=size, ori_shape=size))
+    inputs = [torch.randint(256, (3, *size), dtype=torch.uint8)]
+    (result,) = model.test_step(dict(inputs=inputs, data_samples=[sample]))
+    assert (result.pred_sem_seg.data == expected).all()
+    for sample in batch['data_samples']:
+        sample.gt_sem_seg = PixelData(data=expected)
+    found = model.loss(torch.randn(2, 3, *size), batch['data_samples'])
+    assert found['decode.acc_seg'] == 100
+    assert all(sample.gt_sem_seg.shape == size for sample in batch['data_samples'])
 
 
 def test_another_backbone_is_refused() -> None:

@@ -1,10 +1,13 @@
+import inspect
 from pathlib import Path
 from typing import Any
 
+import albumentations
 import cv2
 import numpy as np
 import pytest
 import torch
+from albumentations.augmentations.dropout.transforms import BaseDropout
 from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import Dataset
@@ -40,6 +43,36 @@ def test_pixels_from_outside_are_ignored() -> None:
     assert 255 in one_of['gt_seg_map']
     as_told = Albumentations([dict(shift, fill_mask=1)]).transform(sample())
     assert np.unique(as_told['gt_seg_map']).tolist() == [1, 3]
+
+
+MAKES_HOLES = [
+    name
+    for name, kind in vars(albumentations).items()
+    if isinstance(kind, type) and issubclass(kind, BaseDropout)
+    if 'fill_mask' in inspect.signature(kind).parameters
+]
+
+
+@pytest.mark.parametrize('name', MAKES_HOLES)
+def test_labels_under_holes_stay(name: str) -> None:
+    needed = {
+        'ConstrainedCoarseDropout': dict(
+            mask_indices=[3], hole_height_range=(0.5, 0.5), hole_width_range=(0.5, 0.5)
+        ),
+        'XYMasking': dict(num_masks_x=(1, 1), mask_x_length=(3, 3)),
+    }
+    holes = dict(type=name, p=1.0, **needed.get(name, {}))
+    out = Albumentations([holes]).transform(sample())
+    assert (out['img'] == 0).all(axis=2).any()
+    assert (out['gt_seg_map'] == 3).all()
+    assert 7 in Albumentations([dict(holes, fill_mask=7)]).transform(sample())['gt_seg_map']
+
+
+def test_images_that_are_no_bytes_are_refused() -> None:
+    jitter = Albumentations([dict(type='ColorJitter')])
+    floats = dict(sample(), img=sample()['img'].astype(np.float32))
+    with pytest.raises(ValueError, match=r"\['img'\].dtype='float32' is not possible: uint8, as"):
+        jitter.transform(floats)
 
 
 def test_image_without_labels_and_new_size() -> None:

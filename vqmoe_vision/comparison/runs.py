@@ -23,13 +23,16 @@ from .spec import STARTS, Comparison
 WORK_DIR = Path('work_dirs/comparisons')  # unless the command line says otherwise
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
-# What keeps, logs and draws a run, and cannot change what it gives.
+# What keeps, logs and draws a run, or is of tests with --tta, which no row has: it cannot change
+# what a run gives.
 _KEEPING = (
     'default_hooks.checkpoint.',
     'default_hooks.logger.',
     'default_hooks.routing_history.',
     'default_hooks.visualization.',
     'log_processor.',
+    'tta_model.',
+    'tta_pipeline',
     'visualizer.',
 )
 RECORD = 'default_hooks.record.type=RunRecordHook'

@@ -26,6 +26,7 @@ from .options import add_config_options, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
 from .trained import without_sources
+from .wrapped_data import innermost
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -155,7 +156,7 @@ def augment_test(config: Config) -> None:
     """Lets a test predict several versions of each image and merge the predictions.
 
     Args:
-        config: Its model and test data set are changed.
+        config: Its model and test data set are changed, of a wrapper all data sets inside.
 
     Raises:
         ValueError: The config does not say how.
@@ -163,7 +164,8 @@ def augment_test(config: Config) -> None:
     for name in ('tta_model', 'tta_pipeline'):
         if name not in config:
             raise ValueError(f'--tta needs a config with {name}')
-    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    for dataset in innermost(config.test_dataloader.dataset):
+        dataset.pipeline = config.tta_pipeline
     config.model = dict(config.tta_model, module=config.model)
 
 

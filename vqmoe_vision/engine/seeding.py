@@ -1,17 +1,23 @@
 """Random numbers that make a resumed run equal to one that was never interrupted."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dataset import ClassBalancedDataset, DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, HOOKS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, HOOKS
 from mmengine.runner import Runner
+from torch.utils.data import Subset
+
+from vqmoe_vision.moe.config import check
+
+from .wrapped_data import inside
 
 
 def seed_generators(*parts: int) -> None:
@@ -81,17 +87,49 @@ _SAMPLES = 1  # tells the seeds of samples from those of iterations
 class SeededIndex(int):
     """Index of a sample that brings the seed of its augmentation.
 
+    What is computed from it brings the same seed: a wrapper of data sets such as mmengine's
+    `RepeatDataset` hands `index % length` on. Two rounds of a sample have a seed each.
+
     Attributes:
         parts: What `seed_generators` takes.
     """
 
     parts: tuple[int, ...]
 
+    def __add__(self, other: int) -> int:
+        return with_seed_of(self, super().__add__(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: int) -> int:
+        return with_seed_of(self, super().__sub__(other))
+
+    def __mod__(self, other: int) -> int:
+        return with_seed_of(self, super().__mod__(other))
+
+    def __floordiv__(self, other: int) -> int:
+        return with_seed_of(self, super().__floordiv__(other))
+
 
 def _seeded(index: int, *parts: int) -> SeededIndex:
     seeded = SeededIndex(index)
-    seeded.parts = (*parts, _SAMPLES)
+    seeded.parts = parts
     return seeded
+
+
+def with_seed_of(outer: int, inner: int) -> int:
+    """What a wrapper of data sets that looks indices up hands on.
+
+    Args:
+        outer: Index that the wrapper was given.
+        inner: Of the same sample in the data set inside.
+
+    Returns:
+        `inner`, with the seed of `outer`, if that brings one.
+    """
+    if not isinstance(outer, SeededIndex) or inner is NotImplemented:
+        return inner
+    return _seeded(inner, *outer.parts)
 
 
 def seed_sample(index: int) -> None:
@@ -106,6 +144,43 @@ def seed_sample(index: int) -> None:
         _seed_processor(_hash(*index.parts))
 
 
+# Under the stock name, which configs have.
+@DATASETS.register_module(name='ClassBalancedDataset', force=True)
+class SeededClassBalancedDataset(ClassBalancedDataset):
+    """mmengine's `ClassBalancedDataset`, whose samples keep the seeds that their indices bring."""
+
+    def _get_ori_dataset_idx(self, idx: int) -> int:
+        return with_seed_of(idx, super()._get_ori_dataset_idx(idx))
+
+
+class SeededSubset(Subset):
+    """torch's `Subset`, whose samples keep the seeds that their indices bring."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """The sample at a place in `indices`.
+
+        Args:
+            idx: The place.
+        """
+        return self.dataset[with_seed_of(idx, self.indices[idx])]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Several of them, as torch's data loader asks for a batch.
+
+        Args:
+            indices: Places in `indices`.
+        """
+        return [self[idx] for idx in indices]
+
+
+def _check_keeps_seeds(dataset: Any) -> None:
+    plain = isinstance(dataset, Subset) and not isinstance(dataset, SeededSubset)
+    allowed = "SeededSubset of vqmoe_vision.engine.seeding; torch's loses the seeds of samples"
+    check(not plain, 'dataset', 'Subset', allowed)
+    for inner in inside(dataset):
+        _check_keeps_seeds(inner)
+
+
 @DATA_SAMPLERS.register_module()
 class SeededSampler(DefaultSampler):
     """mmengine's `DefaultSampler`, for epochs, whose indices bring the seed of their augmentation.
@@ -114,9 +189,20 @@ class SeededSampler(DefaultSampler):
     noise would see other images than one that does not. A sample that is seeded by the run's seed,
     the epoch and its index is the same for all models and for every number of workers and
     processes. The data set has to call `seed_sample`.
+
+    Args:
+        dataset: Whose samples are drawn.
+        **kwargs: As mmengine's.
+
+    Raises:
+        ValueError: A wrapper of the data set would lose the seeds.
     """
 
     _passed_over = 0
+
+    def __init__(self, dataset: Sized, **kwargs: Any) -> None:
+        _check_keeps_seeds(dataset)
+        super().__init__(dataset, **kwargs)
 
     def skip(self, num_samples: int) -> None:
         """Passes over the first samples of the next epoch, as the method of `InfiniteSampler`.
@@ -127,7 +213,9 @@ class SeededSampler(DefaultSampler):
         self._passed_over = num_samples
 
     def __iter__(self) -> Iterator[int]:
-        seeded = (_seeded(index, self.seed, self.epoch, index) for index in super().__iter__())
+        seeded = (
+            _seeded(index, self.seed, self.epoch, index, _SAMPLES) for index in super().__iter__()
+        )
         passed_over, self._passed_over = self._passed_over, 0
         return islice(seeded, passed_over, None)
 
@@ -140,12 +228,24 @@ class SeededInfiniteSampler(InfiniteSampler):
     numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
     run's seed and the position among the samples of all processes, is the same after a resume, and
     for every number of workers and processes. The data set has to call `seed_sample`.
+
+    Args:
+        dataset: Whose samples are drawn.
+        **kwargs: As mmengine's.
+
+    Raises:
+        ValueError: A wrapper of the data set would lose the seeds.
     """
+
+    def __init__(self, dataset: Sized, **kwargs: Any) -> None:
+        _check_keeps_seeds(dataset)
+        super().__init__(dataset, **kwargs)
 
     def _indices_of_rank(self) -> Iterator[int]:
         # processes take turns with samples
         for position, index in enumerate(super()._indices_of_rank()):
-            yield _seeded(index, self.seed, position * self.world_size + self.rank, 0)
+            place = position * self.world_size + self.rank
+            yield _seeded(index, self.seed, place, 0, _SAMPLES)
 
 
 @FUNCTIONS.register_module()

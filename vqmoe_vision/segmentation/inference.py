@@ -16,6 +16,7 @@ from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.engine.wrapped_data import innermost
 
 from .metainfo import complete_metainfo
 from .transforms import LOADING, LoadImage
@@ -81,7 +82,8 @@ class Predictor:
         options: Changes to the config by dotted name, those of the run.
 
     Raises:
-        ValueError: The config is none of segmentation, or the checkpoint does not fit it.
+        ValueError: The config is none of segmentation, its test has data sets that prepare images
+            in different ways, or the checkpoint does not fit it.
         FileNotFoundError: There is no such config.
     """
 
@@ -94,10 +96,16 @@ class Predictor:
     ) -> None:
         settings = load_config(config, options)
         init_default_scope(settings.get('default_scope', 'mmseg'))
-        dataset = settings.test_dataloader.dataset
-        self.classes, palette = _classes(config, dataset)
+        first, *others = innermost(settings.test_dataloader.dataset)
+        self.classes, palette = _classes(config, first)
         self.palette = np.array(palette, np.uint8)[:, ::-1]  # BGR
-        self.pipeline = Compose([step for step in dataset.pipeline if step.type not in LOADING])
+        steps = _steps(first)
+        if any(_steps(other) != steps for other in others):
+            raise ValueError(
+                f'{config!r}: the data sets in test_dataloader.dataset prepare images in different '
+                'ways; a prediction needs one'
+            )
+        self.pipeline = Compose(steps)
         self.model = load_trained(settings, checkpoint, device)
 
     @torch.inference_mode()
@@ -134,6 +142,11 @@ class Predictor:
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
         mixed = pixels * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
+
+
+def _steps(dataset: Any) -> list[Any]:
+    """What a data set's pipeline does with an image at hand."""
+    return [step for step in dataset.get('pipeline', ()) if step.type not in LOADING]
 
 
 def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[int]]]:

@@ -4,8 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
+from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -199,6 +202,44 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         size = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
         return source(dataset, self.data_preprocessor, size, folder)
 
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """As mmseg's, where a map covers more than the images too, as it does in the last patches.
+
+        mmseg would squeeze the whole map onto the images: here it is resized to what it covers, and
+        what is not of the images is cut off.
+
+        Args:
+            inputs: (B, 3, H, W) normalised images.
+            batch_img_metas: mmseg's, of each image.
+        """
+        height, width = (int(side) for side in inputs.shape[2:])
+        covered = self._covered(height, width)
+        if covered == (height, width):
+            return super().encode_decode(inputs, batch_img_metas)
+        # of this type it is what mmseg's heads resize to
+        metas = [{**meta, 'img_shape': torch.Size(covered)} for meta in batch_img_metas]
+        return super().encode_decode(inputs, metas)[..., :height, :width]
+
+    def _covered(self, height: int, width: int) -> tuple[int, int]:
+        """What the maps of an image cover, which is whole patches."""
+        rows, columns = self.backbone.model.patch_embed.patch_size
+        return -(-height // rows) * rows, -(-width // columns) * columns
+
+    def _labelled_as_covered(self, data_samples: list) -> list:
+        """Samples with label maps as large as what feature maps cover; what is new is ignored."""
+        found = []
+        for sample in data_samples:
+            labels = sample.gt_sem_seg.data
+            height, width = labels.shape[-2:]
+            rows, columns = self._covered(height, width)
+            if (rows, columns) != (height, width):
+                sides = 0, columns - width, 0, rows - height
+                filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
+                sample = sample.clone()
+                sample.gt_sem_seg = PixelData(data=filled)
+            found.append(sample)
+        return found
+
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """Each auxiliary loss, then mmseg's losses and accuracy.
 
@@ -207,7 +248,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             data_samples: mmseg's samples with the label maps.
         """
         with self.collect() as collected:
-            found = super().loss(inputs, data_samples)
+            found = super().loss(inputs, self._labelled_as_covered(data_samples))
             numbers = self.parse_losses(found)[1]  # of an entry that is a list, too
             losses = {name: numbers[name] for name in found if 'loss' in name}
             collected.add(losses, len(inputs))

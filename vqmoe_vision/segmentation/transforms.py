@@ -33,9 +33,10 @@ class Albumentations(BaseTransform):
     """Runs albumentations on an image and its label map.
 
     Images are handed over as RGB and come back as BGR. Pixels that a geometric transform brings in
-    from outside are ignored in the label map (`fill_mask=255`), where albumentations would call
-    them class 0. Random numbers come from torch's generator, which differs between workers and is
-    set by the run's seed; albumentations' own would be the same in every worker.
+    from outside, and objects that `MaskDropout` takes out, are ignored in the label map
+    (`fill_mask=255`), where albumentations would call them class 0. Other dropouts keep the labels
+    under their holes. Random numbers come from torch's generator, which differs between workers
+    and is set by the run's seed; albumentations' own would be the same in every worker.
 
     Args:
         transforms: Each a `type` from albumentations and its arguments; `transforms` in one of
@@ -49,7 +50,14 @@ class Albumentations(BaseTransform):
         self.compose = albumentations.Compose([_build(config) for config in transforms])
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes."""
+        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes.
+
+        Raises:
+            ValueError: The image is not uint8.
+        """
+        kind = str(results['img'].dtype)
+        allowed = 'uint8, as LoadImageFromFile has it without to_float32; floats are cut to 0..1'
+        check(kind == 'uint8', "results['img'].dtype", kind, allowed)
         self.compose.set_random_seed(int(torch.randint(2**31, ())))
         inputs = {'image': mmcv.bgr2rgb(results['img'])}
         if 'gt_seg_map' in results:
@@ -72,7 +80,8 @@ def _build(config: dict[str, Any]) -> Any:
     for argument in arguments:
         if argument not in known:
             raise ValueError(f'{name}.{argument} is not possible; it has {", ".join(known)}')
-    if 'fill_mask' in known:
+    # None keeps the labels under the holes of a dropout; all else would fill with class 0
+    if 'fill_mask' in known and known['fill_mask'].default is not None:
         arguments.setdefault('fill_mask', IGNORE)
     if 'transforms' in arguments:
         arguments['transforms'] = [_build(inner) for inner in arguments['transforms']]

@@ -1,6 +1,7 @@
 """Pictures of predictions, also for data sets whose images are not files."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class OverlayHook(SegVisualizationHook):
     """mmseg's `SegVisualizationHook`, which also draws images that are made and not read.
 
     Of a test every prediction, of validation the first one of every `interval`-th iteration,
-    counted as in mmseg from the iteration of the training.
+    counted as in mmseg from the iteration of the training. Images of equal names in a test, from
+    different folders, are numbered as they come: `frame_0.png`, `frame_1.png`.
 
     Args:
         draw: Whether to draw; `--show-dir` turns it on.
@@ -75,6 +77,11 @@ class OverlayHook(SegVisualizationHook):
         with warnings.catch_warnings():  # most runs draw nothing, which is no news
             warnings.filterwarnings('ignore', 'The draw is False')
             super().__init__(draw, interval, show, wait_time, backend_args)
+        self._drawn: Counter[str] = Counter()
+
+    def before_test(self, runner: Runner) -> None:
+        """A test begins to number its pictures."""
+        self._drawn.clear()
 
     def after_val_iter(
         self,
@@ -105,9 +112,11 @@ class OverlayHook(SegVisualizationHook):
         if not isinstance(inputs[0], Tensor):
             inputs = inputs[0]  # an augmented test: the first version of each image
         for tensor, sample in zip(inputs, outputs, strict=True):
-            self._draw(tensor, sample)
+            stem = Path(sample.img_path).stem
+            self._draw(tensor, sample, '', self._drawn[stem])
+            self._drawn[stem] += 1
 
-    def _draw(self, tensor: Tensor, sample: Any, prefix: str = '', step: int = 0) -> None:
+    def _draw(self, tensor: Tensor, sample: Any, prefix: str, step: int) -> None:
         self._visualizer.add_datasample(
             prefix + Path(sample.img_path).stem,
             self._image_of(tensor.numpy(), sample),

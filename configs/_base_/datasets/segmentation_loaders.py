@@ -14,7 +14,8 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
 )
 test_dataloader = val_dataloader
-# Sizes and mirror images that tools/test.py --tta averages over.
+# Sizes and mirror images that tools/test.py --tta averages over, for tests that resize nothing: the
+# ratios are those of the images. Data whose tests resize have a pipeline of their own.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
