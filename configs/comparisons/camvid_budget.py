@@ -1,5 +1,5 @@
-# 2,400 iterations of CamVid on a CPU, from scratch, compute matched. Seeds differ by several points,
-# so that few rows are worth their time; each method starts from a trained dense model in
+# 2,400 iterations of CamVid on a CPU, from scratch, compute matched. Seeds differ by several
+# points, so that few rows are worth their time; each method starts from a trained dense model in
 # camvid_pretrained, where pairs share more. docs/compare.md
 config = 'configs/segmentation/camvid_budget.py'
 metric = 'mIoU'
