@@ -32,8 +32,8 @@ def weights_normalization(
     Args:
         model: Built by timm.
         checkpoint: File that it has been started from, as `start_from`.
-        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle` and
-            `pretrained_cfg_overlay` say which weights it had before.
+        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle`,
+            `pretrained_cfg` and `pretrained_cfg_overlay` say which weights it had before.
 
     Returns:
         None if there are no weights, or if nobody says how.
@@ -71,16 +71,19 @@ def _pretrained_cfg(model: Any) -> dict[str, Any]:
 def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
     """Of weights that timm has loaded, whose configuration it keeps beside the model."""
     config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
+    given = arguments.get('pretrained_cfg')
+    # what it leaves out timm fills with the numbers of ImageNet, of any weights
+    described = given if isinstance(given, dict) else {}
     overlay = arguments.get('pretrained_cfg_overlay') or {}
-    file = upcycle if upcycle and is_file(upcycle) else overlay.get('file')
-    if file and 'mean' not in overlay and (found := read_normalization(str(file))):
+    stated = overlay if upcycle else {**described, **overlay}
+    numbers = {'mean', 'std'} <= stated.keys()
+    file = upcycle if upcycle and is_file(upcycle) else stated.get('file')
+    if file and not numbers and (found := read_normalization(str(file))):
         return found
     # a model of this package without weights of its own has a configuration if others brought one
     brought = bool(upcycle) and not is_file(str(upcycle))
-    own = not upcycle and config.get('tag') != 'untrained'
-    if brought or 'mean' in overlay or own:
-        return Normalization.of(config)
-    return None
+    own = not (upcycle or described) and config.get('tag') != 'untrained'
+    return Normalization.of(config) if brought or numbers or own else None
 
 
 def read_normalization(path: str) -> Normalization | None:
