@@ -109,6 +109,39 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     refused('L. has no weights', make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
+@pytest.mark.parametrize('way', ['folder', 'pretrained', 'checkpoint_path', 'part', 'start_from'])
+def test_parts_of_weights_are_refused(way: str, tmp_path: Path) -> None:
+    source = make('smoe') if way == 'pretrained' else dense()
+    folder = folder_of(tmp_path, source, safe=True)
+    state = source.state_dict()
+    (folder / 'model.safetensors').unlink()
+    # the head alone in the second, without which the rest would be taken for weights of features
+    head = {name for name in state if name.startswith('head.')}
+    for i, names in enumerate((state.keys() - head, head), 1):
+        part = {name: state[name] for name in names}
+        save_file(part, str(folder / f'model-0000{i}-of-00002.safetensors'))
+    build: dict[str, Any] = {
+        'folder': lambda: make('smoe', upcycle=f'local-dir:{folder}'),
+        'pretrained': lambda: timm.create_model(f'local-dir:{folder}', pretrained=True),
+        'checkpoint_path': lambda: create_model(DENSE, **TINY, checkpoint_path=str(folder)),
+        'part': lambda: make('smoe', upcycle=str(folder / 'model-00001-of-00002.safetensors')),
+        'start_from': lambda: start_from(make('smoe'), str(folder)),
+    }
+    refused(r"model-00001-of-00002\.safetensors' is one of several parts", build[way])
+
+
+def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, dense(), safe=True)
+    other = folder / 'a.safetensors'
+    other.write_bytes((folder / 'model.safetensors').read_bytes())
+    make('smoe', upcycle=f'local-dir:{folder}')
+    (folder / 'model.safetensors').rename(folder / 'b.safetensors')
+    build = lambda: make('smoe', upcycle=f'local-dir:{folder}')  # noqa: E731
+    refused(r"weights in .*='a\.safetensors, b\.safetensors' is not possible: one", build)
+    other.unlink()
+    build()
+
+
 class Harm:
     """What runs when it is read."""
 
