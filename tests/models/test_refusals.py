@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.quantization import experts_as_linear
-from vqmoe_vision.models.transfer import fit_state
+from vqmoe_vision.models.transfer import fit_state, transfer
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, Make, make
@@ -188,6 +188,39 @@ def test_experts_as_linear_layers_are_no_other_method(method: str) -> None:
 def test_linear_experts_of_another_method_are_those_of_another_method() -> None:
     state = experts_as_linear(make('vqmoe')).state_dict()
     assert 'is of another MoE method: only it has' in refusal(make('smoe'), state)
+
+
+@pytest.mark.parametrize('num_classes', [0, 10])
+@pytest.mark.parametrize('pooling', ['token', 'avg'])
+@pytest.mark.parametrize(
+    ('host', 'options', 'fits'),
+    [
+        ('vit_tiny_patch16_224', {}, {'final_norm': False}),
+        (
+            'eva02_tiny_patch14_224',
+            {'swiglu_mlp': False},
+            {'use_post_transformer_norm': False, 'use_fc_norm': False},
+        ),
+    ],
+)
+def test_a_last_norm_that_is_missing_is_a_warning(
+    host: str, options: dict[str, Any], fits: dict[str, Any], pooling: str, num_classes: int
+) -> None:
+    """As in the weights of a backbone without one."""
+    options = {**options, 'global_pool': pooling, 'num_classes': num_classes}
+    model: Any = dense(host, **options)
+    state = model.state_dict()
+    norms = [name for name in state if name.startswith(('norm.', 'fc_norm.'))]
+    state = {name: value for name, value in state.items() if name not in norms}
+    _, report = transfer(model, state, 'f.pth')
+    option = ', '.join(f'{name}={value}' for name, value in fits.items())
+    said = (
+        f'the checkpoint has no {", ".join(norms)}, so that the last norm is as initialised: '
+        f'{option} would fit'
+    )
+    assert len(norms) == 2 and said in report.warnings and said in report.lines()
+    _, report = transfer(dense(host, **options, **fits), state, 'f.pth')
+    assert not any('norm' in line for line in report.lines())
 
 
 @pytest.mark.parametrize('norms', [('rmsnorm', None), (None, 'rmsnorm')])

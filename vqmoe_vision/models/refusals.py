@@ -21,6 +21,8 @@ _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
 _OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 # What networks have that are neither: BEiT, ViTs with relative positions, SAM's, and NaFlexVit.
 _OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
+# Where timm has the last norm.
+_NORMS = ('norm.', 'fc_norm.')
 _OF_BOTH: Arguments = (
     (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
@@ -138,6 +140,25 @@ def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments
     return f'{known} (or {known.replace(first, second)})'
 
 
+def without_norm(
+    expected: StateDict, fitted: StateDict, arguments: Arguments
+) -> tuple[str, ...]:
+    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may.
+
+    Args:
+        expected: Of the model.
+        fitted: Of the checkpoint, by the names of the model.
+        arguments: Of the model's class.
+    """
+    missing = [name for name in expected if name.startswith(_NORMS) and name not in fitted]
+    if not missing:
+        return ()
+    return (
+        f'the checkpoint has no {shorten(missing)}, so that the last norm is as initialised: '
+        f'{_no_norm(arguments)} would fit',
+    )
+
+
 def _pooling(state: StateDict, arguments: Arguments) -> str:
     """Arguments of a model that most likely pools as a checkpoint."""
     if 'attn_pool.latent' in state:
@@ -253,7 +274,7 @@ def refuse_other_parts(
     blocks = {block_of(name) for name in expected}
 
     def matters(name: str) -> bool:
-        free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or layer_of(name) in layers
+        free = name.startswith((*HEADS, *_NORMS)) or layer_of(name) in layers
         return not free and (whole or block_of(name) in blocks)
 
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):

@@ -39,6 +39,7 @@ from .refusals import (
     refuse_other_parts,
     refuse_other_tokens,
     refuse_values,
+    without_norm,
 )
 from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
@@ -83,7 +84,8 @@ def transfer(
 
     A classifier takes the checkpoint's head if it has the same classes by number and pools its
     features alike, and keeps the one that it was initialised with otherwise. Nothing else may be
-    missing but what a dense model does not have: routers, codebooks, slots.
+    missing but what a dense model does not have: routers, codebooks, slots; a last norm is missing
+    with a warning.
 
     Args:
         model: As in `fit_state`. It is not changed.
@@ -190,6 +192,7 @@ def _fit_network(
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, sized.whole, arguments)
     refuse_values(network, filtered, path)
+    doubts += without_norm(network, fitted, arguments)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
     resized = {
