@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.models import save_for_hf, vision_transformer
+from timm.models import load_checkpoint, save_for_hf, vision_transformer
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
@@ -140,6 +141,62 @@ def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
     refused(r"weights in .*='a\.safetensors, b\.safetensors' is not possible: one", build)
     other.unlink()
     build()
+
+
+def of_jax(path: Path, width: int = 32, heads: int = 2) -> str:
+    """Weights of `TINY` as the authors of ViT wrote them."""
+    block, attention = 'Transformer/encoderblock_{}/', 'MultiHeadDotProductAttention_1/'
+    per_head = (width, heads, width // heads)
+    shapes: dict[str, tuple[int, ...]] = {
+        'embedding/kernel': (8, 8, 3, width),
+        'embedding/bias': (width,),
+        'cls': (1, 1, width),
+        'Transformer/posembed_input/pos_embedding': (1, 17, width),
+        'Transformer/encoder_norm/scale': (width,),
+        'Transformer/encoder_norm/bias': (width,),
+        'head/kernel': (width, 10),
+        'head/bias': (10,),
+    }
+    for name in (block.format(i) for i in range(TINY['depth'])):
+        for norm in ('LayerNorm_0', 'LayerNorm_2'):
+            shapes |= {f'{name}{norm}/{part}': (width,) for part in ('scale', 'bias')}
+        for part in ('query', 'key', 'value'):
+            shapes[f'{name}{attention}{part}/kernel'] = per_head
+            shapes[f'{name}{attention}{part}/bias'] = per_head[1:]
+        shapes[f'{name}{attention}out/kernel'] = (*per_head[1:], width)
+        shapes[f'{name}{attention}out/bias'] = (width,)
+        for layer, shape in (('Dense_0', (width, 4 * width)), ('Dense_1', (4 * width, width))):
+            shapes[f'{name}MlpBlock_3/{layer}/kernel'] = shape
+            shapes[f'{name}MlpBlock_3/{layer}/bias'] = shape[1:]
+    np.savez(path, **{name: torch.randn(shape).numpy() for name, shape in shapes.items()})
+    return str(path)
+
+
+def test_a_file_of_numpy_is_for_dense_models(method: str, tmp_path: Path) -> None:
+    path = of_jax(tmp_path / 'a.npz')
+    model: Any = make(method)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    host = dict(host=DENSE, method=method, **TINY)
+    for build in (
+        lambda: make(method, checkpoint_path=path),
+        lambda: make(method, upcycle=path),
+        lambda: make(method, **overlay),
+        lambda: timm.create_model('moe_host', **host, checkpoint_path=path),
+        lambda: timm.create_model('moe_host', **host, **overlay),
+        lambda: start_from(model, path),
+        lambda: load_checkpoint(model, path),
+        lambda: model.load_pretrained(path),
+    ):
+        refused(r"a\.npz' is of NumPy, which a dense model of timm alone reads, by timm", build)
+    refused("checkpoint_path='a.pth' is not possible: a file of", model.load_pretrained, 'a.pth')
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    # what is said to work
+    source: Any = create_model(DENSE, checkpoint_path=path, **TINY)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    made: Any = make(method, upcycle=str(tmp_path / 'a.pth'))
+    assert torch.equal(made.head.weight, source.head.weight)
+    refused(r'is damaged, or no file of', create_model, DENSE, checkpoint_path=path, depth=6)
 
 
 class Harm:

@@ -12,7 +12,7 @@ from torch import nn
 
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.run_config import assigned, fields_of
-from vqmoe_vision.models.sources import is_file, source_of
+from vqmoe_vision.models.sources import file_of, source_of
 from vqmoe_vision.models.weight_files import describe
 
 from .checkpoint import read_content
@@ -77,11 +77,11 @@ def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | No
     overlay = arguments.get('pretrained_cfg_overlay') or {}
     stated = overlay if upcycle else {**described, **overlay}
     numbers = {'mean', 'std'} <= stated.keys()
-    file = upcycle if upcycle and is_file(upcycle) else stated.get('file')
+    file = file_of(upcycle) or stated.get('file')
     if file and not numbers and (found := read_normalization(str(file))):
         return found
     # a model of this package without weights of its own has a configuration if others brought one
-    brought = bool(upcycle) and not is_file(str(upcycle))
+    brought = bool(upcycle) and not file_of(upcycle)
     own = not (upcycle or described) and config.get('tag') != 'untrained'
     return Normalization.of(config) if brought or numbers or own else None
 

@@ -30,6 +30,7 @@ from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
 from .upcycle import BEGINNING, Upcycling, read_upcycling
+from .weight_files import is_of_numpy, unreadable
 
 
 class SparseModel:
@@ -95,6 +96,21 @@ class SparseModel:
                 raise
             fits = kept_by_another(model.state_dict(), state_dict)
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """In the place of timm's, which reads NumPy's files and would stop at the first expert.
+
+        Args:
+            checkpoint_path: As timm's.
+            prefix: As timm's.
+
+        Raises:
+            ValueError: Always, before anything is changed; says how such a file starts the model.
+        """
+        allowed = 'a file of NumPy, whose name ends so, for a dense model'
+        check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
+        raise ValueError(unreadable(checkpoint_path))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

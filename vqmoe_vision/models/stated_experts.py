@@ -21,7 +21,7 @@ from .hosts import method_of
 from .run_config import assigned, fields_of, values_of
 from .run_files import logs_passed_over
 from .sparse_model import SparseModel
-from .weight_files import SUFFIXES
+from .weight_files import is_file_name
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def experts_of_file(path: str) -> StatedExperts | None:
     Args:
         path: Of a checkpoint whose checksums somebody has compared; any other place says nothing.
     """
-    of_torch = path.endswith(SUFFIXES) and not path.endswith('.safetensors')
+    of_torch = is_file_name(path) and not path.endswith('.safetensors')
     if not of_torch or not Path(path).is_file():
         return None
     with logs_passed_over():
