@@ -1,5 +1,6 @@
 """Files that are damaged or of another kind are one line; what is beside others is followed."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import load_checkpoint, save_for_hf, vision_transformer
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_model, create_saved
 
 from .conftest import DENSE, TINY, dense, distance, make
 
@@ -350,6 +351,29 @@ def test_a_file_is_before_a_folder_that_says_what_it_does_not(tmp_path: Path) ->
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', pretrained_cfg_overlay=overlay)
     assert torch.equal(model.head.weight, other.head.weight)
     assert tuple(model.pretrained_cfg['mean']) == pytest.approx(IMAGENET_DEFAULT_MEAN)
+
+
+@pytest.mark.parametrize(
+    ('name', 'way'),
+    [
+        *product(('vit_tiny_smoe', 'moe_host', DENSE), ('file', 'state_dict')),
+        ('vit_tiny_smoe', 'upcycle'),
+    ],
+)
+def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(
+    name: str, way: str, tmp_path: Path
+) -> None:
+    own = {'host': DENSE, 'method': 'smoe'} if name == 'moe_host' else {}
+    model, other, file = timm.create_model(name, **own, **TINY), dense(), tmp_path / 'a.pth'
+    save_for_hf(model, tmp_path / 'L', model_args={**own, **TINY}, safe_serialization=True)
+    torch.save(other.state_dict(), file)
+    source = f'local-dir:{tmp_path / "L"}'
+    if way == 'upcycle':
+        again: Any = timm.create_model(source, upcycle=str(file))
+    else:
+        place = {way: other.state_dict() if way == 'state_dict' else str(file)}
+        again = create_saved(source, pretrained_cfg_overlay=place)
+    assert torch.equal(again.head.weight, other.head.weight)
 
 
 def test_a_checkpoint_of_a_host_is_before_what_its_configuration_names(tmp_path: Path) -> None:

@@ -205,13 +205,15 @@ def said_of(
     described = describe(source_of(stated))
     if upcycle is None:
         of_config = not described.name and source_of(stated) == source_of(config)
-        return {}, own if of_config else described
+        # timm would look for the file of the overlay as it does for the weights of the model
+        place = {'source': None} if source_of(overlay) else {}
+        return place, own if of_config else described
     found, named = upcycle_source(upcycle, cache_dir)
     # nothing is left of where the model's own weights are
-    place = {**dict.fromkeys(_SOURCES), **found}
+    place = {**dict.fromkeys(('source', *_SOURCES)), **found}
     if not source_of(overlay):
         return place, named
-    place.pop('source', None)  # elsewhere, where the name says only what the place does not
+    place['source'] = None  # elsewhere, where the name says only what the place does not
     entries = {**named.config, **described.config}
     return place, Described(entries, described.name, described.arguments)
 
