@@ -208,15 +208,19 @@ def refuse_other_experts(
     raise ValueError(f'checkpoint {path!r} {what}')
 
 
-def kept_by_another(expected: StateDict, state: StateDict) -> str:
+def kept_by_another(expected: StateDict, state: StateDict, upcycles: bool) -> str:
     """What would take weights that are no model's of these experts, for the end of a line.
 
     Args:
         expected: Of the model.
         state: Of a dense model, or of another form of the experts; of others nothing is known.
+        upcycles: Whether `upcycle` is an argument of the model, and not one of timm's own that has
+            got experts.
     """
     if _routed(expected) and not _routed(state) and any('.mlp.fc1.' in name for name in state):
-        return '; they are of a dense model: upcycle=FILE makes experts of its MLPs'
+        overlay = 'pretrained=True with pretrained_cfg_overlay=dict(file=FILE)'
+        ways = 'upcycle=FILE' if upcycles else f'{overlay}, or convert_to_moe of the dense model,'
+        return f'; they are of a dense model: {ways} makes experts of its MLPs'
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     branch = _one_branch(missing, unexpected, state) if missing else ''

@@ -26,6 +26,7 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
+from .hosts import method_of
 from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
@@ -94,7 +95,10 @@ class SparseModel:
             problem = misfit_of(model, state_dict)
             if not problem:
                 raise
-            fits = kept_by_another(model.state_dict(), state_dict)
+            # one whose class was called by hand has none
+            config = getattr(model, 'pretrained_cfg', None) or {}
+            upcycles = method_of(str(config.get('architecture'))) is not None
+            fits = kept_by_another(model.state_dict(), state_dict, upcycles)
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
     @torch.jit.ignore
