@@ -34,6 +34,8 @@ VIT: Arguments = (
     (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class={no_embed_class}', 'reg_tokens=0'),
     (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
     (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
+    # timm leaves it to the norm behind it
+    (r'^patch_embed\.proj\.bias$', 'pre_norm=False', 'pre_norm=True'),
     # timm takes None for nothing said, and some of its models have a number of their own
     (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=0.0'),
     (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
@@ -79,6 +81,11 @@ def refuse_other_tokens(
     # timm's name for DINOv2's and DINOv3's
     registers = ('register_tokens', 'storage_tokens')
     state = {'reg_token' if k in registers else k: v for k, v in state.items()}
+    if 'dist_token' in state and 'dist_token' not in expected:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: only the checkpoint has dist_token; a '
+            'distilled DeiT, deit_*_distilled_*, would fit, which is dense and takes no experts'
+        )
     for name in ('cls_token', 'pos_embed', 'reg_token', 'dist_token'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
@@ -140,9 +147,7 @@ def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments
     return f'{known} (or {known.replace(first, second)})'
 
 
-def without_norm(
-    expected: StateDict, fitted: StateDict, arguments: Arguments
-) -> tuple[str, ...]:
+def without_norm(expected: StateDict, fitted: StateDict, arguments: Arguments) -> tuple[str, ...]:
     """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may.
 
     Args:

@@ -41,7 +41,7 @@ from .refusals import (
     refuse_values,
     without_norm,
 )
-from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
+from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 
@@ -112,6 +112,7 @@ def transfer(
     others = Report.of_warnings(compare_experts(model, stated, path))
     options = options_of(stated, model)
     state, outside = strip_names(state_dict, expected, path)
+    state = as_tensors(state, expected, path)
     reader = image_reader(model)
     if reader is None:
         fitted, report = _fit_network(

@@ -12,7 +12,7 @@ from .fitting import strip_names
 from .hosts import Transformer
 from .origin import origin_of, refuse_other_function
 from .refusals import refuse_values
-from .state_dicts import StateDict, misfit_of
+from .state_dicts import StateDict, as_tensors, misfit_of
 from .stated_experts import compare_experts, experts_of, experts_of_file
 from .weight_files import (
     check_file,
@@ -74,6 +74,7 @@ def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
     expected = model.state_dict()
     if isinstance(model, Transformer) and expected.keys().isdisjoint(state):
         state, _ = strip_names(state, expected, path)  # of a run
+    state = as_tensors(state, expected, path)
     if problem := misfit_of(model, state):
         raise ValueError(
             f'{what} does not fit the model: {problem}; options of the model, '
