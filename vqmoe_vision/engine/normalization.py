@@ -137,6 +137,7 @@ def must_change(
     stated: Iterable[str],
     field: str,
     white: float = 1.0,
+    owner: str = 'the weights',
 ) -> bool:
     """Whether images have to be normalised otherwise than they are.
 
@@ -146,6 +147,7 @@ def must_change(
         stated: Which of 'mean' and 'std' the config states, and are not to be changed.
         field: Of the config that holds both.
         white: What a white pixel is there.
+        owner: Whose images were normalised so; without weights it is another field of the config.
 
     Raises:
         ValueError: What the config states contradicts the weights.
@@ -155,7 +157,7 @@ def must_change(
         if name in stated:
             value = _listed(getattr(found, name), white)
             raise ValueError(
-                f'{field}.{name}={value} contradicts the weights, whose images had '
+                f'{field}.{name}={value} contradicts {owner}, whose images had '
                 f'{name}={_listed(getattr(weights, name), white)}: write --cfg-options '
                 f'{field}.mean={_listed(weights.mean, white)} '
                 f'{field}.std={_listed(weights.std, white)}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +139,7 @@ def misfit(expected: StateDict, state_dict: StateDict) -> str:
     return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
 
 
-def as_tensors(state: StateDict, expected: StateDict, path: str) -> StateDict:
+def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> StateDict:
     """Weights with which can be computed: those of eight bits as float32, which has all of them.
 
     Args:
