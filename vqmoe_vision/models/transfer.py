@@ -193,7 +193,7 @@ def _fit_network(
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, sized.whole, arguments)
     refuse_values(network, filtered, path)
-    doubts += without_norm(network, fitted, arguments)
+    norm = without_norm(network, fitted, arguments)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
     resized = {
@@ -209,8 +209,8 @@ def _fit_network(
         initialised=tuple(k for k in expected if k not in result),
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
-        remarks=(*doubts, *remarks, *head),
-        warnings=(*doubts, *warnings),
+        remarks=(*doubts, *remarks, *head, *norm),
+        warnings=(*doubts, *warnings, *norm),
     )
 
 
