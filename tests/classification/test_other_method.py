@@ -41,6 +41,21 @@ def left(tmp_path: Path) -> Path:
     return run
 
 
+def test_a_checkpoint_of_the_discrete_form_is_told_of_it() -> None:
+    config = load_config(DIGITS, {f'model.{name}': value for name, value in SMALL.items()})
+    config.model.update(model_name='vit_tiny_vqmoe', moe=dict(num_experts=4))
+    with scope_of(config):
+        full = MODELS.build(config.model)
+        config.model.moe['form'] = 'discrete'
+        discrete = MODELS.build(config.model)
+    fits = "; it has the discrete branch alone: form='discrete' would fit"
+    for alone in (discrete.state_dict(), discrete.routed_model.state_dict()):
+        said = full.misfit(alone)
+        assert said.startswith('missing keys: ') and said.endswith(fits)
+        assert discrete.misfit(alone) == ''
+    assert discrete.misfit(full.state_dict()) == full.misfit(full.state_dict()) == ''
+
+
 @pytest.mark.parametrize('place', ['run', 'folder'])
 def test_a_trained_model_of_another_method_is_refused(
     place: str, left: Path, tmp_path: Path

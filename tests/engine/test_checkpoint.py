@@ -17,6 +17,13 @@ from timm.models import save_for_hf
 
 from vqmoe_vision.engine import checkpoint
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
+from vqmoe_vision.engine.normalization import weights_normalization
+
+from ..models.test_stated_experts import left_by_timm
+
+SIZES: dict[str, Any] = dict(
+    img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7
+)
 
 
 def write(path: Path) -> dict:
@@ -249,6 +256,21 @@ def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:
         assert read.keys() == {'w'} and torch.equal(read['w'], state['w']), name
 
 
+@pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
+def test_a_checkpoint_of_timms_script_is_read_by_every_way(field: str, tmp_path: Path) -> None:
+    source = tiny('vit_tiny_smoe')
+    path = left_by_timm(source, tmp_path / 'out', 'vit_tiny_smoe', model_kwargs={})
+    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
+    ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
+    model = tiny('vit_tiny_smoe', **ways.get(field, {}))
+    if field == 'load_from':
+        model.load_state_dict(_load_checkpoint(path, map_location='cpu')['state_dict'])
+    elif field == 'checkpoint':
+        start_from(model, path)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert weights_normalization(model, None, ways.get(field, {'checkpoint_path': path})) is None
+
+
 def test_files_that_are_not_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='does not exist'):
         read_state(str(tmp_path / 'none.pth'))
@@ -275,8 +297,7 @@ def test_image_size_is_read_from_the_config_of_a_run(tmp_path: Path) -> None:
 
 
 def tiny(name: str, **kwargs: Any) -> Any:
-    sizes = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=7)
-    return timm.create_model(name, **{**sizes, **kwargs}).eval()
+    return timm.create_model(name, **{**SIZES, **kwargs}).eval()
 
 
 def test_a_model_starts_at_the_image_size_of_the_run(tmp_path: Path) -> None:

@@ -64,6 +64,27 @@ def test_weights_that_timm_loads(
     assert weights_normalization(model, None, placed) == expected
 
 
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', AUGREG])
+@pytest.mark.parametrize(
+    ('file', 'said', 'expected'),
+    [
+        ('bare.pth', {}, None),
+        ('bare.pth', {'mean': (0.5,) * 3}, None),  # timm fills in what it says not
+        ('bare.pth', vars(GREY), GREY),
+        ('hub/model.safetensors', {}, IMAGENET),
+        ('hub/model.safetensors', vars(GREY), GREY),
+    ],
+)
+def test_a_configuration_of_the_call_says_what_it_says(
+    name: str, file: str, said: dict[str, Any], expected: Normalization | None, tmp_path: Path
+) -> None:
+    dense(tmp_path)
+    config = {'file': str(tmp_path / file), **said}
+    placed: dict[str, Any] = {'pretrained': True, 'pretrained_cfg': config}
+    model = create_model(name, **{**SMALL, 'num_classes': 1000}, **placed)
+    assert weights_normalization(model, None, placed) == expected
+
+
 @pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])
 def test_timm_loads_a_checkpoint_of_a_run(way: str, tmp_path: Path) -> None:
     state = timm.create_model(AUGREG, **SMALL).state_dict()

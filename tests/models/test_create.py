@@ -75,6 +75,7 @@ def test_widening_draws_no_random_number() -> None:
             {'moe': {'num_experts': 8}, 'num_experts': 2},
             r'^num_experts=2 is not possible: moe\.num_experts=8 is set, change it',
         ),
+        (DENSE, {'upcycling': {'drop': 0.5}}, f'upcycling=.* None, {DENSE} has no experts'),
         (DENSE, {'extra_mlps': -1}, 'extra_mlps=-1 is not possible: a whole number'),
         (DENSE, {'extra_mlps': 1.5}, r'extra_mlps=1\.5 is not possible: a whole number'),
         ('vit_tiny_smoe', {'extra_mlps': 2}, 'extra_mlps=2 .* vit_tiny_smoe is no dense'),

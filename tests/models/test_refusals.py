@@ -1,14 +1,18 @@
 """Refusals of weights say in what they differ, and what is said to fit does."""
 
-from typing import Any
+from itertools import permutations
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
+from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.quantization import experts_as_linear
-from vqmoe_vision.models.transfer import fit_state
+from vqmoe_vision.models.transfer import fit_state, transfer
+from vqmoe_vision.models.upcycle import Upcycling
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, Make, make
@@ -45,6 +49,13 @@ def refusal(model: nn.Module, state: dict[str, Tensor]) -> str:
             'only the model has blocks.0.ls1.gamma',
             dict(init_values=0.0),
         ),
+        (
+            dict(pre_norm=True),
+            dense(),
+            'only the checkpoint has patch_embed.proj.bias',
+            dict(pre_norm=False),
+        ),
+        ({}, dense(in_chans=1), 'proj.weight is (32, 1, 8, 8), the model', dict(in_chans=1)),
     ],
 )
 def test_what_is_said_to_fit_does(
@@ -138,6 +149,47 @@ def test_a_discrete_form_is_not_of_another_method() -> None:
     assert line.endswith("has the discrete branch alone: form='discrete' would fit")
 
 
+FORMS = ('full', 'discrete', 'continuous')
+
+
+@pytest.mark.parametrize(('theirs', 'ours'), list(permutations(FORMS, 2)))
+def test_another_form_is_not_said_to_be_of_another_method_for_certain(
+    theirs: str, ours: str
+) -> None:
+    state = make('vqmoe', form=theirs).state_dict()
+    if (theirs, ours) == ('full', 'discrete'):  # takes what it has
+        fit_state(make('vqmoe', form=ours), state, 'f.pth')
+        return
+    line = refusal(make('vqmoe', form=ours), state)
+    assert f'form={theirs!r} would fit' in line
+    alone = (theirs, ours) == ('discrete', 'full')
+    assert ('is of another MoE method, or of another form of VQMoE: ' in line) != alone
+    fit_state(make('vqmoe', form=theirs), state, 'f.pth')
+
+
+def test_a_dense_model_has_no_method_that_is_another(method: str) -> None:
+    line = refusal(dense(), make(method).state_dict())
+    assert 'has experts and the model has none: only it has blocks.1.mlp' in line
+    assert line.endswith('; a model with such experts would fit')
+
+
+def test_weights_of_eight_bits_become_experts() -> None:
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in dense().state_dict().items()}
+    found, report = transfer(cast(Any, make('smoe')), state, 'f.pth', upcycling=Upcycling())
+    assert report.copied
+    expected = state['blocks.1.mlp.fc1.weight'].float().expand(4, -1, -1)
+    assert torch.equal(found['blocks.1.mlp.experts.fc1.weight'][:4], expected)
+
+
+def test_arrays_are_no_tensors(tmp_path: Path) -> None:
+    state: Any = {name: value.numpy() for name, value in dense().state_dict().items()}
+    said = 'cls_token is a numpy.ndarray, and weights are tensors; torch.from_numpy makes one of an'
+    assert said in refusal(make('smoe'), state)
+    torch.save(state, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match=said):
+        create_model('vit_tiny_patch16_224', checkpoint_path=str(tmp_path / 'a.pth'), **TINY)
+
+
 def test_of_another_method_no_number_of_experts_fits() -> None:
     line = refusal(make('xmoe', num_experts=3), make('smoe', num_experts=2).state_dict())
     assert 'is of another MoE method' in line and 'would fit' not in line
@@ -170,7 +222,8 @@ def test_experts_in_other_blocks_are_no_other_method(tiny: Make) -> None:
 
 def test_experts_of_another_method_in_other_blocks_are_not_said_to_fit() -> None:
     state = make('vqmoe', moe_layers=[0]).state_dict()
-    assert 'another MoE method: only it has' in refusal(make('smoe', moe_layers=[1]), state)
+    said = 'another MoE method, or of another form of VQMoE: only it has'
+    assert said in refusal(make('smoe', moe_layers=[1]), state)
     state = make('smoe', moe_layers=[0], num_experts=3).state_dict()
     line = refusal(make('smoe', moe_layers=[1]), state)
     assert line.endswith('has its experts in blocks 0, the model in blocks 1')
@@ -187,7 +240,41 @@ def test_experts_as_linear_layers_are_no_other_method(method: str) -> None:
 
 def test_linear_experts_of_another_method_are_those_of_another_method() -> None:
     state = experts_as_linear(make('vqmoe')).state_dict()
-    assert 'is of another MoE method: only it has' in refusal(make('smoe'), state)
+    said = 'is of another MoE method, or of another form of VQMoE: only it has'
+    assert said in refusal(make('smoe'), state)
+
+
+@pytest.mark.parametrize('num_classes', [0, 10])
+@pytest.mark.parametrize('pooling', ['token', 'avg'])
+@pytest.mark.parametrize(
+    ('host', 'options', 'fits'),
+    [
+        ('vit_tiny_patch16_224', {}, {'final_norm': False}),
+        (
+            'eva02_tiny_patch14_224',
+            {'swiglu_mlp': False},
+            {'use_post_transformer_norm': False, 'use_fc_norm': False},
+        ),
+    ],
+)
+def test_a_last_norm_that_is_missing_is_a_warning(
+    host: str, options: dict[str, Any], fits: dict[str, Any], pooling: str, num_classes: int
+) -> None:
+    """As in the weights of a backbone without one."""
+    options = {**options, 'global_pool': pooling, 'num_classes': num_classes}
+    model: Any = dense(host, **options)
+    state = model.state_dict()
+    norms = [name for name in state if name.startswith(('norm.', 'fc_norm.'))]
+    state = {name: value for name, value in state.items() if name not in norms}
+    _, report = transfer(model, state, 'f.pth')
+    option = ', '.join(f'{name}={value}' for name, value in fits.items())
+    said = (
+        f'the checkpoint has no {", ".join(norms)}, so that the last norm is as initialised: '
+        f'{option} would fit'
+    )
+    assert len(norms) == 2 and said in report.warnings and said in report.lines()
+    _, report = transfer(dense(host, **options, **fits), state, 'f.pth')
+    assert not any('norm' in line for line in report.lines())
 
 
 @pytest.mark.parametrize('norms', [('rmsnorm', None), (None, 'rmsnorm')])
@@ -199,7 +286,10 @@ def test_norms_that_lack_a_part_are_no_other_depth(norms: tuple[str | None, str 
 
 def test_a_distilled_model_is_known_by_its_token() -> None:
     state = dense('deit_tiny_distilled_patch16_224').state_dict()
-    assert refusal(make('smoe'), state).endswith('only the checkpoint has dist_token')
+    assert refusal(make('smoe'), state).endswith(
+        'only the checkpoint has dist_token; a distilled DeiT, deit_*_distilled_*, would fit, '
+        'which is dense and takes no experts'
+    )
     assert refusal(dense('deit_tiny_distilled_patch16_224'), dense().state_dict()).endswith(
         'only the model has dist_token'
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models import save_for_hf
+from timm.utils import CheckpointSaver
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
@@ -196,12 +197,51 @@ def test_a_layer_without_some_of_its_experts_is_not_said_to_have_other_options(
         start_from(make('vqmoe'), str(path))
 
 
+def left_by_timm(model: Any, folder: Path, name: str, **others: Any) -> str:
+    """What timm's train.py leaves, with the arguments that it was called with."""
+    folder.mkdir()
+    optimizer = torch.optim.SGD(model.parameters())
+    places = dict(checkpoint_dir=str(folder), recovery_dir=str(folder))
+    args = argparse.Namespace(lr=0.1, model=name, **others)
+    CheckpointSaver(model, optimizer, args, **places).save_checkpoint(0, metric=1.0)
+    return str(folder / 'last.pth.tar')
+
+
 def test_arguments_of_a_script_beside_weights_are_passed_over(tmp_path: Path) -> None:
     """As timm's train.py and the authors of MAE and DeiT leave them."""
     model, path = make('smoe'), str(tmp_path / 'a.pth')
     torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(lr=0.1)}, path)
     again: Any = make('smoe', upcycle=path)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('theirs', METHODS)
+def test_a_checkpoint_of_timms_script_says_its_method(theirs: str, tmp_path: Path) -> None:
+    ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
+    model, script = make(theirs, num_experts=4), {'model_kwargs': {'num_experts': 4}}
+    path = left_by_timm(model, tmp_path / 'out', f'vit_tiny_{theirs}', **script)
+    with pytest.raises(ValueError, match=f'its experts are those of {theirs}, the model has those'):
+        make(ours, num_experts=4, upcycle=path)
+    again: Any = make(theirs, num_experts=4, upcycle=path)
+    assert again.weights_report.warnings == () and not again.weights_report.initialised
+
+
+@pytest.mark.parametrize('kwargs', [{'renormalize': True}, {'renormalize': []}, None])
+def test_a_checkpoint_of_timms_script_says_its_options(kwargs: Any, tmp_path: Path) -> None:
+    path = left_by_timm(make('smoe'), tmp_path / 'out', 'vit_tiny_smoe', model_kwargs=kwargs)
+    said = 'the experts were trained with renormalize=True, the model has renormalize=False'
+    again: Any = make('smoe', upcycle=path)
+    assert again.weights_report.warnings == ((said,) if kwargs == {'renormalize': True} else ())
+    with pytest.raises(ValueError, match='those of smoe, the model has those of ecmoe'):
+        make('ecmoe', upcycle=path)
+
+
+def test_the_architecture_beside_weights_is_a_name(tmp_path: Path) -> None:
+    """As the saver of timm writes it, and other scripts that keep it alone."""
+    path = tmp_path / 'a.pth.tar'
+    torch.save({'state_dict': make('ecmoe').state_dict(), 'arch': 'vit_tiny_ecmoe'}, path)
+    with pytest.raises(ValueError, match='those of ecmoe, the model has those of smoe'):
+        make('smoe', upcycle=str(path))
 
 
 @pytest.mark.parametrize('moe', ["dict(method=['a'])", 'dict(method=dict(a={[]: 1}))', '7'])

@@ -5,13 +5,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.models import convert_to_moe
 
-from .conftest import dense, make
+from .conftest import DENSE, TINY, dense, make
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,27 @@ def test_what_timm_itself_loads_is_refused_in_one_line_with_the_way_that_fits(
     found = model.load_state_dict(saved[0].state_dict(), strict=False)
     assert 'blocks.1.mlp.experts.fc1.weight' in found.missing_keys
     assert 'blocks.1.mlp.fc1.weight' in found.unexpected_keys
+
+
+@pytest.mark.parametrize('way', ['moe_host', 'convert_to_moe', 'by hand'])
+def test_a_model_of_timm_with_experts_is_told_of_its_own_ways(
+    way: str, saved: tuple[Any, str], method: str
+) -> None:
+    state, host = saved[0].state_dict(), dict(host=DENSE, method=method, **TINY)
+    made: Any = dense() if way == 'convert_to_moe' else VisionTransformer(**TINY)
+    if way == 'moe_host':
+        made = timm.create_model('moe_host', **host)
+    else:
+        convert_to_moe(made, method)
+    message = (
+        r'^the weights do not fit .*; they are of a dense model: pretrained=True with '
+        r'pretrained_cfg_overlay=dict\(file=FILE\), or convert_to_moe of the dense model, makes'
+    )
+    with pytest.raises(RuntimeError, match=message):
+        made.load_state_dict(state)
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=saved[1]))
+    again: Any = timm.create_model('moe_host', **host, **overlay)
+    assert torch.equal(again.head.weight, saved[0].head.weight)
 
 
 def test_an_activation_that_has_learned_is_copied(tmp_path: Path, images: torch.Tensor) -> None:

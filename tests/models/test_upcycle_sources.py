@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from mmengine.config import ConfigDict
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
+from vqmoe_vision.engine.normalization import weights_normalization
+from vqmoe_vision.engine.start_record import starting_weights
 from vqmoe_vision.models.create import create_model
 
 from .conftest import DENSE, TINY, dense, make
@@ -23,6 +26,25 @@ def test_a_folder_of_timm_brings_its_normalisation(tmp_path: Path, images: torch
     torch.testing.assert_close(model(images), source(images))
     assert model.pretrained_cfg['mean'][0] == pytest.approx(0.485)
     assert model.pretrained_cfg['architecture'] == 'vit_tiny_smoe'
+
+
+@pytest.mark.parametrize('name', ['a.ckpt', 'A.PTH', 'a.Pt'])
+@pytest.mark.parametrize('form', [Path, str, '~'])
+def test_a_file_is_known_by_all_its_usual_names(
+    form: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    source, path = dense(), tmp_path / name
+    torch.save(source.state_dict(), path)
+    given = f'~/{name}' if form == '~' else form(path)
+    model: Any = make('smoe', upcycle=given)
+    assert torch.equal(model.head.weight, source.head.weight)
+    assert model.pretrained_cfg['file'] == str(path)
+    # whoever follows the source of a run's weights finds the file too
+    assert weights_normalization(model, None, {'upcycle': given}) is None
+    if form != Path:
+        found = starting_weights(ConfigDict(upcycle=given))
+        assert found == starting_weights(ConfigDict(upcycle=str(path))) and found
 
 
 def test_a_name_with_a_tag_says_where_the_weights_are(

@@ -1,17 +1,19 @@
 """Files that are damaged or of another kind are one line; what is beside others is followed."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.models import save_for_hf, vision_transformer
+from timm.models import load_checkpoint, save_for_hf, vision_transformer
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import create_model, create_saved
 
 from .conftest import DENSE, TINY, dense, distance, make
 
@@ -107,6 +109,95 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, dense(), safe=True)
     (folder / 'model.safetensors').unlink()
     refused('L. has no weights', make, 'smoe', upcycle=f'local-dir:{folder}')
+
+
+@pytest.mark.parametrize('way', ['folder', 'pretrained', 'checkpoint_path', 'part', 'start_from'])
+def test_parts_of_weights_are_refused(way: str, tmp_path: Path) -> None:
+    source = make('smoe') if way == 'pretrained' else dense()
+    folder = folder_of(tmp_path, source, safe=True)
+    state = source.state_dict()
+    (folder / 'model.safetensors').unlink()
+    # the head alone in the second, without which the rest would be taken for weights of features
+    head = {name for name in state if name.startswith('head.')}
+    for i, names in enumerate((state.keys() - head, head), 1):
+        part = {name: state[name] for name in names}
+        save_file(part, str(folder / f'model-0000{i}-of-00002.safetensors'))
+    build: dict[str, Any] = {
+        'folder': lambda: make('smoe', upcycle=f'local-dir:{folder}'),
+        'pretrained': lambda: timm.create_model(f'local-dir:{folder}', pretrained=True),
+        'checkpoint_path': lambda: create_model(DENSE, **TINY, checkpoint_path=str(folder)),
+        'part': lambda: make('smoe', upcycle=str(folder / 'model-00001-of-00002.safetensors')),
+        'start_from': lambda: start_from(make('smoe'), str(folder)),
+    }
+    refused(r"model-00001-of-00002\.safetensors' is one of several parts", build[way])
+
+
+def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, dense(), safe=True)
+    other = folder / 'a.safetensors'
+    other.write_bytes((folder / 'model.safetensors').read_bytes())
+    make('smoe', upcycle=f'local-dir:{folder}')
+    (folder / 'model.safetensors').rename(folder / 'b.safetensors')
+    build = lambda: make('smoe', upcycle=f'local-dir:{folder}')  # noqa: E731
+    refused(r"weights in .*='a\.safetensors, b\.safetensors' is not possible: one", build)
+    other.unlink()
+    build()
+
+
+def of_jax(path: Path, width: int = 32, heads: int = 2) -> str:
+    """Weights of `TINY` as the authors of ViT wrote them."""
+    block, attention = 'Transformer/encoderblock_{}/', 'MultiHeadDotProductAttention_1/'
+    per_head = (width, heads, width // heads)
+    shapes: dict[str, tuple[int, ...]] = {
+        'embedding/kernel': (8, 8, 3, width),
+        'embedding/bias': (width,),
+        'cls': (1, 1, width),
+        'Transformer/posembed_input/pos_embedding': (1, 17, width),
+        'Transformer/encoder_norm/scale': (width,),
+        'Transformer/encoder_norm/bias': (width,),
+        'head/kernel': (width, 10),
+        'head/bias': (10,),
+    }
+    for name in (block.format(i) for i in range(TINY['depth'])):
+        for norm in ('LayerNorm_0', 'LayerNorm_2'):
+            shapes |= {f'{name}{norm}/{part}': (width,) for part in ('scale', 'bias')}
+        for part in ('query', 'key', 'value'):
+            shapes[f'{name}{attention}{part}/kernel'] = per_head
+            shapes[f'{name}{attention}{part}/bias'] = per_head[1:]
+        shapes[f'{name}{attention}out/kernel'] = (*per_head[1:], width)
+        shapes[f'{name}{attention}out/bias'] = (width,)
+        for layer, shape in (('Dense_0', (width, 4 * width)), ('Dense_1', (4 * width, width))):
+            shapes[f'{name}MlpBlock_3/{layer}/kernel'] = shape
+            shapes[f'{name}MlpBlock_3/{layer}/bias'] = shape[1:]
+    np.savez(path, **{name: torch.randn(shape).numpy() for name, shape in shapes.items()})
+    return str(path)
+
+
+def test_a_file_of_numpy_is_for_dense_models(method: str, tmp_path: Path) -> None:
+    path = of_jax(tmp_path / 'a.npz')
+    model: Any = make(method)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
+    host = dict(host=DENSE, method=method, **TINY)
+    for build in (
+        lambda: make(method, checkpoint_path=path),
+        lambda: make(method, upcycle=path),
+        lambda: make(method, **overlay),
+        lambda: timm.create_model('moe_host', **host, checkpoint_path=path),
+        lambda: timm.create_model('moe_host', **host, **overlay),
+        lambda: start_from(model, path),
+        lambda: load_checkpoint(model, path),
+        lambda: model.load_pretrained(path),
+    ):
+        refused(r"a\.npz' is of NumPy, which a dense model of timm alone reads, by timm", build)
+    refused("checkpoint_path='a.pth' is not possible: a file of", model.load_pretrained, 'a.pth')
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    # what is said to work
+    source: Any = create_model(DENSE, checkpoint_path=path, **TINY)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    made: Any = make(method, upcycle=str(tmp_path / 'a.pth'))
+    assert torch.equal(made.head.weight, source.head.weight)
+    refused(r'is damaged, or no file of', create_model, DENSE, checkpoint_path=path, depth=6)
 
 
 class Harm:
@@ -260,6 +351,29 @@ def test_a_file_is_before_a_folder_that_says_what_it_does_not(tmp_path: Path) ->
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', pretrained_cfg_overlay=overlay)
     assert torch.equal(model.head.weight, other.head.weight)
     assert tuple(model.pretrained_cfg['mean']) == pytest.approx(IMAGENET_DEFAULT_MEAN)
+
+
+@pytest.mark.parametrize(
+    ('name', 'way'),
+    [
+        *product(('vit_tiny_smoe', 'moe_host', DENSE), ('file', 'state_dict')),
+        ('vit_tiny_smoe', 'upcycle'),
+    ],
+)
+def test_other_weights_are_before_those_of_the_folder_that_builds_the_model(
+    name: str, way: str, tmp_path: Path
+) -> None:
+    own = {'host': DENSE, 'method': 'smoe'} if name == 'moe_host' else {}
+    model, other, file = timm.create_model(name, **own, **TINY), dense(), tmp_path / 'a.pth'
+    save_for_hf(model, tmp_path / 'L', model_args={**own, **TINY}, safe_serialization=True)
+    torch.save(other.state_dict(), file)
+    source = f'local-dir:{tmp_path / "L"}'
+    if way == 'upcycle':
+        again: Any = timm.create_model(source, upcycle=str(file))
+    else:
+        place = {way: other.state_dict() if way == 'state_dict' else str(file)}
+        again = create_saved(source, pretrained_cfg_overlay=place)
+    assert torch.equal(again.head.weight, other.head.weight)
 
 
 def test_a_checkpoint_of_a_host_is_before_what_its_configuration_names(tmp_path: Path) -> None:

@@ -116,15 +116,17 @@ class Classifier(MoeTrainingMixin, BaseModel):
 
     def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
         """As `MoeTrainingMixin`: the transforms of the data sets normalise their images."""
+        owner = 'the weights'
         for field, dataset in datasets.items():
             known = self.known_normalization
             if not isinstance(dataset, ImageClassification):
                 told = f'{field}: its class is another, which normalises images as it likes'
                 print_log(told, 'current')
             elif known is not None:
-                dataset.normalize_as(known, f'{field}.transform')
+                dataset.normalize_as(known, f'{field}.transform', owner)
             elif dataset.normalization is not None:
                 self.normalize_as(dataset.normalization)
+                owner = f'{field}.transform'
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""

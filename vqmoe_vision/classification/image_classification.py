@@ -38,19 +38,20 @@ class ImageClassification(Dataset):
         self._config = transform
         self.transform: Callable = TRANSFORMS.build(transform)
 
-    def normalize_as(self, weights: Normalization, field: str) -> None:
+    def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
         """Lets the transform normalise images as the weights want it, if its config leaves it open.
 
         Args:
             weights: How images were normalised for them.
             field: Of the config, for messages.
+            owner: As `must_change`.
 
         Raises:
             ValueError: The config of the transform states otherwise.
         """
         found = self.normalization
         if found is not None and found.differing(weights):
-            self.transform = normalized_as(self._config, weights, field)
+            self.transform = normalized_as(self._config, weights, field, owner)
 
     @property
     def normalization(self) -> Normalization | None:

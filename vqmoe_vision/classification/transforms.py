@@ -128,13 +128,16 @@ def normalization_of(transform: Any) -> Normalization | None:
     return None
 
 
-def normalized_as(config: dict, weights: Normalization | None, field: str) -> Callable:
+def normalized_as(
+    config: dict, weights: Normalization | None, field: str, owner: str = 'the weights'
+) -> Callable:
     """A transform that normalises images as the weights want it.
 
     Args:
         config: Of the transform. What it states stays.
         weights: How images were normalised for them; None if that is not known.
         field: Of the config, for messages.
+        owner: As `must_change`.
 
     Raises:
         ValueError: The config states otherwise, or the transform is one of others that does.
@@ -146,7 +149,7 @@ def normalized_as(config: dict, weights: Normalization | None, field: str) -> Ca
     numbers = {'mean': weights.mean, 'std': weights.std}
     follows = config.get('type') in _FOLLOW
     stated = [name for name in numbers if not follows or config.get(name) is not None]
-    if not must_change(found, weights, stated, field):
+    if not must_change(found, weights, stated, field, owner=owner):
         return transform
     return TRANSFORMS.build({**config, **{k: v for k, v in numbers.items() if k not in stated}})
 

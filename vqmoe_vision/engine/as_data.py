@@ -1,4 +1,4 @@
-"""What `torch.load` reads of a checkpoint beside weights: the log that mmengine leaves there.
+"""What `torch.load` reads of a checkpoint beside weights, such as the log that mmengine leaves.
 
 `torch.load` refuses any type that it does not know. Of the packages named mmengine only the
 onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from vqmoe_vision.models.run_files import of_a_log
+from vqmoe_vision.models.run_files import beside_weights
 
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
@@ -35,7 +35,7 @@ class _Log(HistoryBuffer):
         self.__class__ = HistoryBuffer
 
 
-torch.serialization.add_safe_globals(of_a_log(_Log))
+torch.serialization.add_safe_globals(beside_weights(_Log))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
+from vqmoe_vision.models.other_experts import discrete_alone
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
 
@@ -147,7 +148,8 @@ class MoeTrainingMixin(TakesOtherNames):
     def misfit(self, state_dict: StateDict) -> str:
         """As `misfit_of`; a run of before has no normalisation, nor has a file of timm."""
         model: Any = self
-        problem = misfit_of(model, {KEY: self.normalization, **state_dict})
+        own = {KEY: self.normalization, **state_dict}
+        problem = misfit_of(model, own)
         inside = (f'{self._place()}.', KEY)
         if self._is_of_timm(state_dict) and not all(
             k.startswith(inside) for k in model.state_dict()
@@ -156,7 +158,7 @@ class MoeTrainingMixin(TakesOtherNames):
                 f'{problem}; it is a file of timm, without what a run has beside the timm model: '
                 'test the checkpoint, or the .pth that tools/publish.py makes of it'
             )
-        return problem
+        return problem + discrete_alone(model.state_dict(), self.in_own_names(own))
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """The state of the timm model alone, as timm saves it, in the names of a run.

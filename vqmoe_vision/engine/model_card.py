@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmengine.config import Config
 
-from vqmoe_vision.models.weight_files import SUFFIXES
+from vqmoe_vision.models.weight_files import is_file_name
 from vqmoe_vision.provenance import commit, installed
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
@@ -139,7 +139,7 @@ def _without_folder(source: str) -> str:
     if '://' in source:
         return source
     scheme, colon, path = source.rpartition('local-dir:')
-    of_files = colon or path[:1] in '/.~' or path.endswith(SUFFIXES) or Path(path).exists()
+    of_files = colon or path[:1] in '/.~' or is_file_name(path) or Path(path).exists()
     return scheme + colon + (Path(path).name if of_files else path)
 
 

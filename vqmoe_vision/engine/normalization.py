@@ -12,7 +12,7 @@ from torch import nn
 
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.run_config import assigned, fields_of
-from vqmoe_vision.models.sources import is_file, source_of
+from vqmoe_vision.models.sources import file_of, source_of
 from vqmoe_vision.models.weight_files import describe
 
 from .checkpoint import read_content
@@ -32,8 +32,8 @@ def weights_normalization(
     Args:
         model: Built by timm.
         checkpoint: File that it has been started from, as `start_from`.
-        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle` and
-            `pretrained_cfg_overlay` say which weights it had before.
+        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle`,
+            `pretrained_cfg` and `pretrained_cfg_overlay` say which weights it had before.
 
     Returns:
         None if there are no weights, or if nobody says how.
@@ -71,16 +71,19 @@ def _pretrained_cfg(model: Any) -> dict[str, Any]:
 def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
     """Of weights that timm has loaded, whose configuration it keeps beside the model."""
     config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
+    given = arguments.get('pretrained_cfg')
+    # what it leaves out timm fills with the numbers of ImageNet, of any weights
+    described = given if isinstance(given, dict) else {}
     overlay = arguments.get('pretrained_cfg_overlay') or {}
-    file = upcycle if upcycle and is_file(upcycle) else overlay.get('file')
-    if file and 'mean' not in overlay and (found := read_normalization(str(file))):
+    stated = overlay if upcycle else {**described, **overlay}
+    numbers = {'mean', 'std'} <= stated.keys()
+    file = file_of(upcycle) or stated.get('file')
+    if file and not numbers and (found := read_normalization(str(file))):
         return found
     # a model of this package without weights of its own has a configuration if others brought one
-    brought = bool(upcycle) and not is_file(str(upcycle))
-    own = not upcycle and config.get('tag') != 'untrained'
-    if brought or 'mean' in overlay or own:
-        return Normalization.of(config)
-    return None
+    brought = bool(upcycle) and not file_of(upcycle)
+    own = not (upcycle or described) and config.get('tag') != 'untrained'
+    return Normalization.of(config) if brought or numbers or own else None
 
 
 def read_normalization(path: str) -> Normalization | None:
@@ -134,6 +137,7 @@ def must_change(
     stated: Iterable[str],
     field: str,
     white: float = 1.0,
+    owner: str = 'the weights',
 ) -> bool:
     """Whether images have to be normalised otherwise than they are.
 
@@ -143,6 +147,7 @@ def must_change(
         stated: Which of 'mean' and 'std' the config states, and are not to be changed.
         field: Of the config that holds both.
         white: What a white pixel is there.
+        owner: Whose images were normalised so; without weights it is another field of the config.
 
     Raises:
         ValueError: What the config states contradicts the weights.
@@ -152,7 +157,7 @@ def must_change(
         if name in stated:
             value = _listed(getattr(found, name), white)
             raise ValueError(
-                f'{field}.{name}={value} contradicts the weights, whose images had '
+                f'{field}.{name}={value} contradicts {owner}, whose images had '
                 f'{name}={_listed(getattr(weights, name), white)}: write --cfg-options '
                 f'{field}.mean={_listed(weights.mean, white)} '
                 f'{field}.std={_listed(weights.std, white)}'

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import ConfigDict
 
 from vqmoe_vision.models.state_dicts import StateDict
-from vqmoe_vision.models.weight_files import OF_TIMM, SUFFIXES
+from vqmoe_vision.models.weight_files import OF_TIMM, is_file_name
 
 from .checkpoint import read_state
 from .options import flat
@@ -47,8 +47,8 @@ def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in named.items():
         if not isinstance(value, str):
             continue
-        path = value.removeprefix(_FOLDER)
-        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or path.endswith(SUFFIXES)
+        path = os.path.expanduser(value.removeprefix(_FOLDER))
+        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or is_file_name(path)
         # not any folder: an entry point may be called as one is
         files = [path] if meant else []
         files += [os.path.join(path, file) for file in OF_TIMM]

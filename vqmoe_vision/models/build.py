@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +36,7 @@ def build(
     method: str,
     size: dict[str, Any],
     pretrained: bool,
-    upcycle: str | None = None,
+    upcycle: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> MoeVisionTransformer:
     """A model as timm builds it.
@@ -65,7 +66,7 @@ def build_sparse(
     name: str,
     method: str,
     pretrained: bool,
-    upcycle: str | None = None,
+    upcycle: str | PathLike[str] | None = None,
     weights_of: str = '',
     **kwargs: Any,
 ) -> Any:

@@ -246,6 +246,8 @@ def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, An
         allowed = f'pretrained=True or a checkpoint, {model_name} is a model of timm'
         check('upcycle' not in kwargs, 'upcycle', kwargs.get('upcycle'), allowed)
     if moe is None:
+        how, dense = kwargs.get('upcycling'), method is None
+        check(not dense or how is None, 'upcycling', how, f'None, {model_name} has no experts')
         return
     check(isinstance(moe, dict), 'moe', moe, 'a dictionary of options, or None')
     if method is None:

@@ -82,7 +82,13 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
     if any(len(a) != len(b) for a, b in other.values()):
         return ''
     width = _width(other, pairs, model)
-    hint = _number_of_experts(other, pairs) or _rows(other) or width or _hidden(other)
+    hint = (
+        _number_of_experts(other, pairs)
+        or _rows(other)
+        or _channels(other)
+        or width
+        or _hidden(other)
+    )
     if not hint:
         return ''
     theirs, ours = ({block_of(name) for name in names} - {''} for names in (fitted, expected))
@@ -118,6 +124,15 @@ def _rows(other: dict[str, tuple[Shape, Shape]]) -> str:
         if len(numbers) == 1 and all(part in name for name in other):
             return f'{option}={numbers.pop()}'
     return ''
+
+
+def _channels(other: dict[str, tuple[Shape, Shape]]) -> str:
+    """Of how many channels images are, if nothing else differs."""
+    if other.keys() != {_STEM}:
+        return ''
+    ((theirs, ours),) = other.values()
+    alone = (theirs[0], *theirs[2:]) == (ours[0], *ours[2:])
+    return f'in_chans={theirs[1]}' if alone else ''
 
 
 def _width(
@@ -203,20 +218,34 @@ def refuse_other_experts(
         or _held_otherwise(expected, filtered)
         or _one_branch(missing, unexpected, filtered)
         or _other_options(missing, unexpected, expected, filtered, options, parts)
-        or f'is of another MoE method: {parts}{_other_form(expected, filtered)}'
+        or _other_method(expected, filtered, parts)
     )
     raise ValueError(f'checkpoint {path!r} {what}')
 
 
-def kept_by_another(expected: StateDict, state: StateDict) -> str:
+def kept_by_another(expected: StateDict, state: StateDict, upcycles: bool) -> str:
     """What would take weights that are no model's of these experts, for the end of a line.
 
     Args:
         expected: Of the model.
         state: Of a dense model, or of another form of the experts; of others nothing is known.
+        upcycles: Whether `upcycle` is an argument of the model, and not one of timm's own that has
+            got experts.
     """
     if _routed(expected) and not _routed(state) and any('.mlp.fc1.' in name for name in state):
-        return '; they are of a dense model: upcycle=FILE makes experts of its MLPs'
+        overlay = 'pretrained=True with pretrained_cfg_overlay=dict(file=FILE)'
+        ways = 'upcycle=FILE' if upcycles else f'{overlay}, or convert_to_moe of the dense model,'
+        return f'; they are of a dense model: {ways} makes experts of its MLPs'
+    return discrete_alone(expected, state)
+
+
+def discrete_alone(expected: StateDict, state: StateDict) -> str:
+    """What would take weights of the model without its router, for the end of a line.
+
+    Args:
+        expected: Of the model.
+        state: Of a checkpoint; empty is the answer to any other.
+    """
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     branch = _one_branch(missing, unexpected, state) if missing else ''
@@ -267,14 +296,23 @@ def _other_options(
     return f'has experts with other options: {parts}; {", ".join(hints)} would fit'
 
 
-def _other_form(expected: StateDict, filtered: StateDict) -> str:
-    """Of VQMoE; names do not tell a router that stands alone from that of another method."""
-    ours, theirs = (_has(state, '.mlp.quantizer.') for state in (expected, filtered))
-    routed = _has(expected, '.mlp.router.weight') and _has(filtered, '.mlp.router.weight')
-    if not routed or ours == theirs:
-        return ''
-    form = 'continuous' if ours else 'full'
-    return f'; form={form!r} would fit if both are of VQMoE'
+def _other_method(expected: StateDict, filtered: StateDict, parts: str) -> str:
+    """Of VQMoE names do not tell a router that stands alone from that of another method."""
+    if not _routed(expected):
+        return f'has experts and the model has none: {parts}; a model with such experts would fit'
+    ours, theirs = _form(expected), _form(filtered)
+    if '' in (ours, theirs) or ours == theirs:
+        return f'is of another MoE method: {parts}'
+    fits = f'form={theirs!r} would fit if both are of VQMoE'
+    return f'is of another MoE method, or of another form of VQMoE: {parts}; {fits}'
+
+
+def _form(state: StateDict) -> str:
+    """The form of VQMoE that has such names; empty if none has."""
+    codes, routes = (_has(state, f'.mlp.{part}.') for part in ('quantizer', 'router'))
+    if codes:
+        return 'full' if routes else 'discrete'
+    return 'continuous' if _has(state, '.mlp.router.weight') else ''
 
 
 def _has(state: StateDict, part: str) -> bool:

@@ -21,6 +21,8 @@ _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
 _OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 # What networks have that are neither: BEiT, ViTs with relative positions, SAM's, and NaFlexVit.
 _OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
+# Where timm has the last norm.
+_NORMS = ('norm.', 'fc_norm.')
 _OF_BOTH: Arguments = (
     (r'^cls_token$', 'class_token=True', 'class_token=False, {pooling}'),
     (r'\.[qk]_norm\.', 'qk_norm=True', 'qk_norm=False'),
@@ -32,6 +34,8 @@ VIT: Arguments = (
     (r'^reg_token$', 'reg_tokens={reg_tokens}, no_embed_class={no_embed_class}', 'reg_tokens=0'),
     (r'^pos_embed$', "pos_embed='learn'", "pos_embed='none'"),
     (r'^norm_pre\.', 'pre_norm=True', 'pre_norm=False'),
+    # timm leaves it to the norm behind it
+    (r'^patch_embed\.proj\.bias$', 'pre_norm=False', 'pre_norm=True'),
     # timm takes None for nothing said, and some of its models have a number of their own
     (r'\.ls[12]\.', 'init_values=1e-5', 'init_values=0.0'),
     (r'\.qkv\.bias$', 'qkv_bias=True', 'qkv_bias=False'),
@@ -77,6 +81,11 @@ def refuse_other_tokens(
     # timm's name for DINOv2's and DINOv3's
     registers = ('register_tokens', 'storage_tokens')
     state = {'reg_token' if k in registers else k: v for k, v in state.items()}
+    if 'dist_token' in state and 'dist_token' not in expected:
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: only the checkpoint has dist_token; a '
+            'distilled DeiT, deit_*_distilled_*, would fit, which is dense and takes no experts'
+        )
     for name in ('cls_token', 'pos_embed', 'reg_token', 'dist_token'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
@@ -136,6 +145,23 @@ def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments
     kinds = ("'avg'", "'token'")
     first, second = kinds if kinds[0] in known else reversed(kinds)
     return f'{known} (or {known.replace(first, second)})'
+
+
+def without_norm(expected: StateDict, fitted: StateDict, arguments: Arguments) -> tuple[str, ...]:
+    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may.
+
+    Args:
+        expected: Of the model.
+        fitted: Of the checkpoint, by the names of the model.
+        arguments: Of the model's class.
+    """
+    missing = [name for name in expected if name.startswith(_NORMS) and name not in fitted]
+    if not missing:
+        return ()
+    return (
+        f'the checkpoint has no {shorten(missing)}, so that the last norm is as initialised: '
+        f'{_no_norm(arguments)} would fit',
+    )
 
 
 def _pooling(state: StateDict, arguments: Arguments) -> str:
@@ -253,7 +279,7 @@ def refuse_other_parts(
     blocks = {block_of(name) for name in expected}
 
     def matters(name: str) -> bool:
-        free = name.startswith((*HEADS, 'norm.', 'fc_norm.')) or layer_of(name) in layers
+        free = name.startswith((*HEADS, *_NORMS)) or layer_of(name) in layers
         return not free and (whole or block_of(name) in blocks)
 
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):

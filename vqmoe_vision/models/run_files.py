@@ -1,10 +1,12 @@
-"""What `torch.load` has to know of a checkpoint of a run beside weights: its log of numbers.
+"""What may be in a checkpoint beside weights: the log of a run, and arguments of a script.
 
-Nothing of mmengine is needed to read the weights.
+This is the one list of it, for every way to name a file. Nothing of mmengine is needed to read the
+weights.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -16,7 +18,8 @@ from torch.serialization import get_safe_globals, safe_globals
 # What mmengine calls the class of its log.
 LOG = 'mmengine.logging.history_buffer.HistoryBuffer'
 _NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
-_ARRAYS: list[Any] = [
+_KNOWN: list[Any] = [
+    argparse.Namespace,
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in _NUMBERS},
@@ -33,8 +36,11 @@ class _NoLog:
         """Keeps nothing."""
 
 
-def of_a_log(log: type) -> list[Any]:
-    """What a log is made of, for torch's list of what it may read.
+def beside_weights(log: type) -> list[Any]:
+    """All that may be there, for torch's list of what it may read.
+
+    timm's train.py and the authors of MAE and DeiT leave the arguments of their scripts, which are
+    values by name and no code.
 
     Args:
         log: Class in the place of mmengine's.
@@ -45,16 +51,17 @@ def of_a_log(log: type) -> list[Any]:
         if owner is not log:
             raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
 
-    arrays = [(item, f'{item.__module__}.{item.__qualname__}') for item in _ARRAYS]
-    return [*arrays, (log, LOG), (name_of, 'builtins.getattr')]
+    # by name: timm and mmengine, which list some themselves, strike theirs out after each file
+    known = [(item, f'{item.__module__}.{item.__qualname__}') for item in _KNOWN]
+    return [*known, (log, LOG), (name_of, 'builtins.getattr')]
 
 
-_PASSED_OVER = of_a_log(_NoLog)
+_PASSED_OVER = beside_weights(_NoLog)
 
 
 @contextmanager
 def logs_passed_over() -> Iterator[None]:
-    """Lets `torch.load` read the weights of a run, where nothing is known of mmengine."""
+    """Lets `torch.load` read what is beside weights too, where nothing is known of mmengine."""
     known = get_safe_globals()
     names = {item[1] for item in known if isinstance(item, tuple)}
     # where logs are read, they stay what they are

@@ -7,8 +7,10 @@ filter function.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ from .weight_files import (
     check_in_one_piece,
     describe,
     describe_folder,
+    is_file_name,
+    is_of_numpy,
     named_source,
+    unreadable,
 )
 
 # Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
@@ -69,13 +74,13 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
 
 
 def upcycle_source(
-    upcycle: str, cache_dir: str | Path | None = None
+    upcycle: str | PathLike[str], cache_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], Described]:
     """Where timm finds the weights of a dense model that a model starts from, and what they are of.
 
     Args:
         upcycle: Name of a timm model, with or without tag; 'hf-hub:' and a name, 'local-dir:' and a
-            folder as timm saves it; or a file.
+            folder as timm saves it; or a file, as `file_of`.
         cache_dir: Where to keep what comes from the hub, as in timm's `create_model`.
 
     Returns:
@@ -84,13 +89,17 @@ def upcycle_source(
     Raises:
         ValueError: It is none of these, or has no weights.
     """
-    check(isinstance(upcycle, str) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
+    file = file_of(upcycle)
+    check(isinstance(upcycle, str | PathLike) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
+    upcycle = str(upcycle)
     if upcycle.startswith(FOLDERS):
         return folder_source(upcycle, 'upcycle', cache_dir)
     allowed = f'a file that has been downloaded, or {_ALLOWED}'
     check('://' not in upcycle, 'upcycle', upcycle, allowed)
-    if is_file(upcycle):
-        return {'file': upcycle}, describe(upcycle)
+    if is_of_numpy(upcycle):
+        raise ValueError(unreadable(upcycle))
+    if file:
+        return {'file': file}, describe(file)
     if not timm.is_model(upcycle):
         hint = did_you_mean(upcycle, timm.list_models(module='vision_transformer'))
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
@@ -141,9 +150,15 @@ def folder_source(
         return place_of(config), Described.of(config, name, arguments)
 
 
-def is_file(upcycle: str) -> bool:
-    """Whether the source of `upcycle_source` is a file."""
-    return upcycle.endswith(SUFFIXES) and not upcycle.startswith(FOLDERS)
+def file_of(upcycle: Any) -> str:
+    """The file that the source of `upcycle_source` is; empty if it is none.
+
+    Args:
+        upcycle: As given, perhaps a path object; `~` is the user's folder.
+    """
+    source = str(upcycle) if isinstance(upcycle, PathLike) else upcycle
+    named = isinstance(source, str) and not source.startswith(FOLDERS)
+    return os.path.expanduser(source) if named and is_file_name(source) else ''
 
 
 def place_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def source_of(config: dict[str, Any]) -> str:
 
 
 def said_of(
-    upcycle: str | None,
+    upcycle: str | PathLike[str] | None,
     config: dict[str, Any],
     overlay: dict[str, Any],
     own: Described,
@@ -190,19 +205,21 @@ def said_of(
     described = describe(source_of(stated))
     if upcycle is None:
         of_config = not described.name and source_of(stated) == source_of(config)
-        return {}, own if of_config else described
+        # timm would look for the file of the overlay as it does for the weights of the model
+        place = {'source': None} if source_of(overlay) else {}
+        return place, own if of_config else described
     found, named = upcycle_source(upcycle, cache_dir)
     # nothing is left of where the model's own weights are
-    place = {**dict.fromkeys(_SOURCES), **found}
+    place = {**dict.fromkeys(('source', *_SOURCES)), **found}
     if not source_of(overlay):
         return place, named
-    place.pop('source', None)  # elsewhere, where the name says only what the place does not
+    place['source'] = None  # elsewhere, where the name says only what the place does not
     entries = {**named.config, **described.config}
     return place, Described(entries, described.name, described.arguments)
 
 
 def known_weights(
-    upcycle: str | None,
+    upcycle: str | PathLike[str] | None,
     config: dict[str, Any],
     overlay: dict[str, Any],
     own: Described,

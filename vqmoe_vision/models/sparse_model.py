@@ -26,10 +26,12 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
+from .hosts import method_of
 from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
 from .upcycle import BEGINNING, Upcycling, read_upcycling
+from .weight_files import is_of_numpy, unreadable
 
 
 class SparseModel:
@@ -93,8 +95,26 @@ class SparseModel:
             problem = misfit_of(model, state_dict)
             if not problem:
                 raise
-            fits = kept_by_another(model.state_dict(), state_dict)
+            # one whose class was called by hand has none
+            config = getattr(model, 'pretrained_cfg', None) or {}
+            upcycles = method_of(str(config.get('architecture'))) is not None
+            fits = kept_by_another(model.state_dict(), state_dict, upcycles)
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """In the place of timm's, which reads NumPy's files and would stop at the first expert.
+
+        Args:
+            checkpoint_path: As timm's.
+            prefix: As timm's.
+
+        Raises:
+            ValueError: Always, before anything is changed; says how such a file starts the model.
+        """
+        allowed = 'a file of NumPy, whose name ends so, for a dense model'
+        check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
+        raise ValueError(unreadable(checkpoint_path))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

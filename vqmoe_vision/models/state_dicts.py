@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +137,32 @@ def misfit(expected: StateDict, state_dict: StateDict) -> str:
         'shapes': other_shapes(expected, state),
     }
     return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
+
+
+def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> StateDict:
+    """Weights with which can be computed: those of eight bits as float32, which has all of them.
+
+    Args:
+        state: Of a checkpoint.
+        expected: Of the model, of which nothing else is looked at.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: A weight is no tensor.
+    """
+    for name, value in state.items():
+        if name in expected and not isinstance(value, Tensor):
+            kind = f'{type(value).__module__}.{type(value).__qualname__}'
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: {name} is a {kind}, and weights are '
+                'tensors; torch.from_numpy makes one of an array'
+            )
+    return {name: value.float() if _is_small(value) else value for name, value in state.items()}
+
+
+def _is_small(value: Any) -> bool:
+    tensor = isinstance(value, Tensor)
+    return tensor and value.is_floating_point() and value.element_size() == 1
 
 
 def other_shapes(expected: StateDict, state: StateDict) -> list[str]:

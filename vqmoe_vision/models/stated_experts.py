@@ -6,15 +6,14 @@ else.
 
 from __future__ import annotations
 
-import argparse
 import zipfile
+from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.serialization import safe_globals
 
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
@@ -22,7 +21,7 @@ from .hosts import method_of
 from .run_config import assigned, fields_of, values_of
 from .run_files import logs_passed_over
 from .sparse_model import SparseModel
-from .weight_files import SUFFIXES
+from .weight_files import is_file_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def experts_of(model: Any) -> StatedExperts | None:
 
 
 def experts_of_run(content: Any) -> StatedExperts | None:
-    """What the config in the checkpoint of a run says.
+    """What the checkpoint of a run says: its config, or what timm's train.py leaves in its own.
 
     Args:
         content: Of a checkpoint.
@@ -57,15 +56,34 @@ def experts_of_run(content: Any) -> StatedExperts | None:
         None if it says nothing, or names no method of this package.
     """
     model = assigned(content).get('model')
+    if model is None:
+        return _experts_of_script(content)
     model = dict(fields_of(model)).get('backbone', model)
     arguments, moe = values_of(model), values_of(dict(fields_of(model)).get('moe'))
-    method = method_of(str(arguments.get('model_name'))) or moe.get('method')
+    return _stated(arguments.get('model_name'), {**arguments, **moe})
+
+
+def _experts_of_script(content: Any) -> StatedExperts | None:
+    """As `experts_of_run`, of what timm's `CheckpointSaver` has written."""
+    if not isinstance(content, dict):
+        return None
+    script = vars(content['args']) if isinstance(content.get('args'), Namespace) else {}
+    options = script.get('model_kwargs')
+    known = options if isinstance(options, dict) else None
+    return _stated(script.get('model', content.get('arch')), known)
+
+
+def _stated(model_name: Any, options: dict[str, Any] | None) -> StatedExperts | None:
+    """Of the name of a model and what it was built with, as far as that is known."""
+    method = method_of(str(model_name)) or (options or {}).get('method')
     if not isinstance(method, str) or method not in METHODS:
         return None
     kind = METHODS[method].config
-    options = {k: v for k, v in {**arguments, **moe}.items() if k in kind.option_names()}
+    if options is None:
+        return StatedExperts(method)
     try:
-        return StatedExperts(method, kind.from_options(**options))
+        own = {k: v for k, v in options.items() if k in kind.option_names()}
+        return StatedExperts(method, kind.from_options(**own))
     except (TypeError, ValueError):  # of another version of this package
         return StatedExperts(method)
 
@@ -76,11 +94,10 @@ def experts_of_file(path: str) -> StatedExperts | None:
     Args:
         path: Of a checkpoint whose checksums somebody has compared; any other place says nothing.
     """
-    of_torch = path.endswith(SUFFIXES) and not path.endswith('.safetensors')
+    of_torch = is_file_name(path) and not path.endswith('.safetensors')
     if not of_torch or not Path(path).is_file():
         return None
-    # what timm lets pass, too: its own train.py leaves its arguments beside the weights
-    with logs_passed_over(), safe_globals([argparse.Namespace]):
+    with logs_passed_over():
         content = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     return experts_of_run(content)
 

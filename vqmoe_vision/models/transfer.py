@@ -39,8 +39,9 @@ from .refusals import (
     refuse_other_parts,
     refuse_other_tokens,
     refuse_values,
+    without_norm,
 )
-from .state_dicts import CLASSIFIERS, Report, StateDict, other_shapes, shorten
+from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 
@@ -83,7 +84,8 @@ def transfer(
 
     A classifier takes the checkpoint's head if it has the same classes by number and pools its
     features alike, and keeps the one that it was initialised with otherwise. Nothing else may be
-    missing but what a dense model does not have: routers, codebooks, slots.
+    missing but what a dense model does not have: routers, codebooks, slots; a last norm is missing
+    with a warning.
 
     Args:
         model: As in `fit_state`. It is not changed.
@@ -110,6 +112,7 @@ def transfer(
     others = Report.of_warnings(compare_experts(model, stated, path))
     options = options_of(stated, model)
     state, outside = strip_names(state_dict, expected, path)
+    state = as_tensors(state, expected, path)
     reader = image_reader(model)
     if reader is None:
         fitted, report = _fit_network(
@@ -190,6 +193,7 @@ def _fit_network(
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, sized.whole, arguments)
     refuse_values(network, filtered, path)
+    norm = without_norm(network, fitted, arguments)
     made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
     resized = {
@@ -205,8 +209,8 @@ def _fit_network(
         initialised=tuple(k for k in expected if k not in result),
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
-        remarks=(*doubts, *remarks, *head),
-        warnings=(*doubts, *warnings),
+        remarks=(*doubts, *remarks, *head, *norm),
+        warnings=(*doubts, *warnings, *norm),
     )
 
 

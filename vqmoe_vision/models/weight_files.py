@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +18,19 @@ from timm.models._hub import load_model_config_from_path  # timm.models exports 
 from ..moe.config import check
 from .normalization import check_normalization
 from .run_files import logs_passed_over
+from .state_dicts import shorten
 from .upcycle import BEGINNING
 
-SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.safetensors')
+_OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
+SUFFIXES = (*_OF_TORCH, '.safetensors')
+# Of the files that timm reads from a folder.
+_OF_FOLDERS = ('.safetensors', '.pth', '.pth.tar', '.bin')
+# Of files of JAX in their own names, which a dense model of timm translates.
+_OF_NUMPY = ('.npz', '.npy')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
+# Names of the parts that other libraries split large weights into, with an index beside them.
+_PART = re.compile(r'-\d+-of-\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
 IN_PARTS = 'in the folder beside this file'
 _CONFIG = 'config.json'
@@ -114,6 +123,24 @@ def _read(folder: Path) -> Described:
     return Described.of(config, name, arguments)
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source is called as a file of weights is, wherever it lies.
+
+    Args:
+        source: A path, or the name of a model.
+    """
+    return source.endswith('.safetensors') or source.lower().endswith(_OF_TORCH)
+
+
+def is_of_numpy(path: str) -> bool:
+    """Whether a file is one of NumPy by its name.
+
+    Args:
+        path: Of the file.
+    """
+    return path.lower().endswith(_OF_NUMPY)
+
+
 def weights_in(source: str) -> str:
     """The file of weights in a folder of timm.
 
@@ -128,6 +155,8 @@ def weights_in(source: str) -> str:
         return source
     found = [folder / name for name in OF_TIMM if (folder / name).is_file()]
     if not found:
+        for file in sorted(folder.iterdir()):
+            check_whole(str(file))
         raise ValueError(f'folder {source!r} has no weights of timm: {" or ".join(OF_TIMM)}')
     return str(found[0])
 
@@ -144,7 +173,7 @@ def named_source(source: str) -> Iterator[None]:
             so does a lack of memory.
     """
     # torch reads a file of any name
-    local = source.endswith(SUFFIXES) or Path(source).exists()
+    local = is_file_name(source) or Path(source).exists()
     if local:
         check_files(source)
     try:
@@ -197,11 +226,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def unreadable(path: str) -> str:
-    """What to say of a file whose bytes are no weights.
+    """What to say of a file whose bytes are no weights of torch.
 
     Args:
         path: Of the file.
     """
+    if is_of_numpy(path):
+        return (
+            f'checkpoint {path!r} is of NumPy, which a dense model of timm alone reads, by '
+            f'timm.create_model(DENSE, checkpoint_path={path!r}): save its state dict with '
+            'torch.save for upcycle=FILE or checkpoint=FILE, or call convert_to_moe with the model'
+        )
     return f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
 
 
@@ -238,16 +273,37 @@ def check_files(source: str) -> None:
         source: A folder, or a file.
 
     Raises:
-        ValueError: One is missing or damaged.
+        ValueError: One is missing or damaged, or there are several and timm would choose one.
     """
     folder = Path(source)
     if not folder.is_dir():
         return check_file(source)
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(_OF_FOLDERS))
     if not files:
-        raise ValueError(f'folder {source!r} has no weights ({", ".join(SUFFIXES)})')
+        raise ValueError(f'folder {source!r} has no weights ({", ".join(_OF_FOLDERS)})')
+    names = [file.name for file in files]
+    if not set(OF_TIMM) & set(names):
+        check_whole(str(files[0]))
+        allowed = f'one, or one of the name {" or ".join(OF_TIMM)}'
+        check(len(files) == 1, f'files of weights in {source!r}', shorten(names), allowed)
     for file in files:
         check_file(str(file))
+
+
+def check_whole(path: str) -> None:
+    """Refuse a part of weights: the rest would be as initialised.
+
+    Args:
+        path: Of a file.
+
+    Raises:
+        ValueError: Its name is that of a part.
+    """
+    if _PART.search(Path(path).name):
+        raise ValueError(
+            f'checkpoint {path!r} is one of several parts of weights (shards), which are not read: '
+            'write them as one file, such as model.safetensors by save_file of safetensors.torch'
+        )
 
 
 def check_file(path: str) -> None:
@@ -257,10 +313,11 @@ def check_file(path: str) -> None:
         path: A checkpoint. Formats without checksums are passed.
 
     Raises:
-        ValueError: It is missing or damaged.
+        ValueError: It is missing or damaged, or a part of weights.
     """
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
+    check_whole(path)
     try:
         with open(path, 'rb') as file:
             if file.read(4) != b'PK\x03\x04':  # older formats have no checksums

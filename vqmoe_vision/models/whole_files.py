@@ -12,9 +12,16 @@ from .fitting import strip_names
 from .hosts import Transformer
 from .origin import origin_of, refuse_other_function
 from .refusals import refuse_values
-from .state_dicts import StateDict, misfit_of
+from .state_dicts import StateDict, as_tensors, misfit_of
 from .stated_experts import compare_experts, experts_of, experts_of_file
-from .weight_files import check_file, check_in_one_piece, describe, named_source
+from .weight_files import (
+    check_file,
+    check_in_one_piece,
+    describe,
+    is_of_numpy,
+    is_out_of_memory,
+    named_source,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,10 +37,15 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         ValueError: The file is missing, damaged or no file of weights, or the model is another, as
             far as the file and what is beside it say.
     """
-    if path.endswith(('.npz', '.npy')):
-        with named_source(path):
-            check_file(path)
+    if is_of_numpy(path):
+        check_file(path)
+        try:
             load_numpy(model, path)
+        except Exception as error:  # names in the file are those of timm's reader, or are not there
+            if type(error) is ValueError or is_out_of_memory(error):
+                raise
+            said = f'checkpoint {path!r} is damaged, or no file of NumPy that the model reads'
+            raise ValueError(said) from error
         return
     state = read_fitting(model, path, f'checkpoint_path={path!r}')
     origin = origin_of(describe(path), path)
@@ -62,6 +74,7 @@ def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
     expected = model.state_dict()
     if isinstance(model, Transformer) and expected.keys().isdisjoint(state):
         state, _ = strip_names(state, expected, path)  # of a run
+    state = as_tensors(state, expected, path)
     if problem := misfit_of(model, state):
         raise ValueError(
             f'{what} does not fit the model: {problem}; options of the model, '
