@@ -12,8 +12,8 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.described import Described
 from vqmoe_vision.models.sources import known_weights
-from vqmoe_vision.models.weight_files import Described
 
 from .conftest import make
 from .test_saved import RECORDS

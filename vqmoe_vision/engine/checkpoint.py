@@ -24,6 +24,7 @@ from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
+from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.origin import origin_of
@@ -34,7 +35,6 @@ from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
     check_file,
-    describe,
     is_out_of_memory,
     lacks_tensors,
     unreadable,

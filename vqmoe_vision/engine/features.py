@@ -12,11 +12,11 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.feature_network import fit_reader
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.transfer import load_features
-from vqmoe_vision.models.weight_files import describe
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.image_reader import image_reader
 

@@ -10,10 +10,10 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
+from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.run_config import assigned, fields_of
 from vqmoe_vision.models.sources import file_of, source_of
-from vqmoe_vision.models.weight_files import describe
 
 from .checkpoint import read_content
 

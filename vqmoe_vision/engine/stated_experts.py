@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
+from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.stated_experts import (
     StatedExperts,
@@ -14,7 +15,6 @@ from vqmoe_vision.models.stated_experts import (
     experts_of,
     experts_of_run,
 )
-from vqmoe_vision.models.weight_files import describe
 
 from .checkpoint import run_experts
 

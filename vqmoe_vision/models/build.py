@@ -21,12 +21,13 @@ from torch import nn
 from ..moe.config import check
 from ..moe.methods import METHODS
 from .arguments import moe_options
+from .described import Described
 from .hosts import MOE_HOST, Transformer
 from .normalization import Normalization, check_normalization
 from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
-from .weight_files import Described, named_source, no_reading
+from .weight_files import named_source, no_reading
 
 Filter: TypeAlias = Callable[..., Any]
 

@@ -15,6 +15,7 @@ from ..moe.config import check, did_you_mean
 from ..moe.methods import METHODS
 from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
 from .build import known_by_name, load_whole
+from .described import Described
 from .hosts import MODULES, MOE_HOST, Transformer, method_of
 from .saved import record_arguments
 from .sources import (
@@ -26,7 +27,7 @@ from .sources import (
 )
 from .sparse_model import SparseModel
 from .upcycle import read_upcycling, refuse_unused
-from .weight_files import Described, weights_in
+from .weight_files import weights_in
 from .whole_files import load_checkpoint, read_fitting
 
 # Options with which timm changes weights that are whole, or takes a part of them.

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
 from .arguments import FAILURES
-from .weight_files import Described
+from .described import Described
 
 _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .other_experts import Model, block_of, layer_of, refuse_other_experts, sizes_that_fit
+from .other_experts import block_of, layer_of, refuse_other_experts
+from .other_sizes import Model, sizes_that_fit
 from .state_dicts import HEADS, StateDict, is_square, other_shapes, shorten
 
 Arguments = tuple[tuple[str, str, str], ...]

@@ -23,6 +23,7 @@ from timm.models import (
 )
 
 from ..moe.config import check, did_you_mean
+from .described import Described, describe, describe_folder
 from .hosts import MODULES, VIT_MODULES
 from .normalization import KEY, of_buffer
 from .origin import Origin, origin_of
@@ -32,10 +33,7 @@ from .stated_experts import experts_of_file
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
-    Described,
     check_in_one_piece,
-    describe,
-    describe_folder,
     is_file_name,
     is_of_numpy,
     named_source,

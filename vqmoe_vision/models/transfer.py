@@ -28,7 +28,7 @@ from .fitting import (
 )
 from .hosts import Transformer
 from .origin import Origin, other_pooling, refuse_other_function
-from .other_experts import Model
+from .other_sizes import Model
 from .refusals import (
     EVA,
     VIT,

@@ -1,25 +1,19 @@
-"""Files of weights before they are read, and what timm's config.json beside them says."""
+"""Files of weights before they are read."""
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from timm.models import PretrainedCfg
-from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
 
 from ..moe.config import check
-from .normalization import check_normalization
 from .run_files import logs_passed_over
 from .state_dicts import shorten
-from .upcycle import BEGINNING
 
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 SUFFIXES = (*_OF_TORCH, '.safetensors')
@@ -33,12 +27,6 @@ OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
 _PART = re.compile(r'-\d+-of-\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
 IN_PARTS = 'in the folder beside this file'
-_CONFIG = 'config.json'
-# Of a configuration what says where weights are, and of which model; the format is that of a place.
-_PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
-_OWN = ('architecture', 'tag')
-# By which timm would cut a head that has been fitted.
-_CUT = 'label_offset'
 # Errors that say themselves, in a line, what is wrong.
 _SAID = (ValueError, TypeError, AssertionError)
 Result = TypeVar('Result')
@@ -46,81 +34,6 @@ Result = TypeVar('Result')
 
 class _Elsewhere(Exception):
     """Carries what was raised while weights were read, and not by the reading of them."""
-
-
-@dataclass(frozen=True)
-class Described:
-    """What is known of weights beside their tensors.
-
-    Args:
-        config: Entries of timm's `pretrained_cfg`, such as `mean`, `std` and `input_size`.
-        name: Of the model of timm that they are of; empty if that is not known.
-        arguments: With which timm builds that model.
-    """
-
-    config: dict[str, Any] = field(default_factory=dict)
-    name: str = ''
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
-        """Of what timm's functions return, without its place and what its experts were made of."""
-        kept = {k: v for k, v in config.items() if k not in (*_PLACES, *_OWN, _CUT)}
-        return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
-
-
-def describe(source: str) -> Described:
-    """What timm's config.json says of weights.
-
-    Args:
-        source: Folder with it, or a file beside it in such a folder; anything else says nothing.
-
-    Raises:
-        ValueError: It cannot be read, or has what timm does not know.
-    """
-    path = Path(source)
-    folder = path if path.is_dir() else path.parent
-    if not source or not (path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM):
-        return Described()
-    return _read(folder) if (folder / _CONFIG).is_file() else Described()
-
-
-def describe_folder(folder: str, what: str) -> Described:
-    """As `describe`, of a folder that has to be one of timm.
-
-    Args:
-        folder: Where the config.json and the weights are.
-        what: The field that names it, with its value.
-
-    Raises:
-        ValueError: It has no config.json of timm.
-    """
-    found = describe(folder) if Path(folder).is_dir() else Described()
-    if not found.name:
-        raise ValueError(
-            f'{what}: {folder!r} has no {_CONFIG} of timm, which names the architecture'
-        )
-    return found
-
-
-def _read(folder: Path) -> Described:
-    """Of a folder with a config.json; that of another library says nothing."""
-    file = folder / _CONFIG
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:  # no text, or no JSON
-        raise ValueError(f'{str(file)!r} cannot be read: {error}') from error
-    if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
-        return Described()
-    for name in ('pretrained_cfg', 'model_args'):
-        fits = isinstance(content.get(name, {}), dict)
-        check(fits, f'{name} in {str(file)!r}', content.get(name), 'a dictionary')
-    config, name, arguments = load_model_config_from_path(folder)
-    known = {entry.name for entry in fields(PretrainedCfg)}
-    for entry in config.keys() - known:
-        check(False, f'{entry} in {str(file)!r}', config[entry], "an entry of timm's PretrainedCfg")
-    check_normalization(config, f'{str(file)!r}: ')
-    return Described.of(config, name, arguments)
 
 
 def is_file_name(source: str) -> bool:

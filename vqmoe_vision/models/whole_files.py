@@ -8,6 +8,7 @@ from timm.models import load_checkpoint as load_numpy
 from timm.models import load_state_dict
 from torch import nn
 
+from .described import describe
 from .fitting import strip_names
 from .hosts import Transformer
 from .origin import origin_of, refuse_other_function
@@ -17,7 +18,6 @@ from .stated_experts import compare_experts, experts_of, experts_of_file
 from .weight_files import (
     check_file,
     check_in_one_piece,
-    describe,
     is_of_numpy,
     is_out_of_memory,
     named_source,
