@@ -24,6 +24,7 @@ from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
 from .options import add_config_options, merge_options
 from .processes import Processes, together
+from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
 from .trained import without_sources
 
@@ -203,7 +204,9 @@ def _train(args: argparse.Namespace) -> None:
                 runner.cfg.update({name: asked[name]} if name in asked else {})
             runner.dump_config()
         check_datasets(processes, runner, ('train', 'val'))
-        _check_batches(runner)
+        if isinstance(runner, Runner):
+            check_hooks(runner)
+            _check_batches(runner)
         runner.train()
 
 
@@ -259,10 +262,8 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
 
-def _check_batches(runner: Any) -> None:
+def _check_batches(runner: Runner) -> None:
     """Names the options before mmengine fails on an epoch without an iteration."""
-    if not isinstance(runner, Runner):
-        return
     loader = runner.train_dataloader
     if len(loader) == 0:
         size = get_world_size()

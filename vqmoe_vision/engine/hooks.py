@@ -33,12 +33,13 @@ class MoeStateHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Fits what reads images, and tells the layers how many steps the training has.
+        """Fits what reads images, and tells layers and model that a training begins.
 
         Raises:
             ValueError: As `fit_features`.
         """
         fit_features(runner)
+        unwrapped(runner).state_is_moved = True
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)
         start_training(unwrapped(runner).routed_model, updates)
