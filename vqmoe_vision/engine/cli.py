@@ -22,6 +22,7 @@ from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
+from .optim import use_amp
 from .options import add_config_options, merge_options
 from .processes import Processes, together
 from .required_hooks import check_hooks
@@ -108,31 +109,6 @@ def make_folder(folder: Path) -> None:
         (folder / '.writable').unlink()
     except OSError as error:
         raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
-
-
-def use_amp(config: Config) -> None:
-    """Turns on mixed precision in a config.
-
-    Args:
-        config: Its `optim_wrapper` is changed.
-
-    Raises:
-        ValueError: The config's optimizer wrapper is neither the plain one nor one for mixed
-            precision.
-    """
-    known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
-    wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
-    if wrapper not in known:
-        raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
-    if torch.cuda.is_available():
-        config.optim_wrapper.type = 'AmpOptimWrapper'
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            config.optim_wrapper.setdefault('dtype', 'bfloat16')
-        # a loss scale reads back at each step, and only float16 has too small a range without one
-        scaled = config.optim_wrapper.get('dtype', 'float16') == 'float16'
-        config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
-    else:
-        config.optim_wrapper.type = 'CpuAmpOptimWrapper'
 
 
 def show_predictions(config: Config, folder: str) -> None:
