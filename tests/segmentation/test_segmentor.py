@@ -196,6 +196,24 @@ def test_the_decode_head_needs_a_number_of_classes() -> None:
         tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
 
 
+@pytest.mark.parametrize(
+    ('head', 'message'),
+    [
+        (
+            [dict(type='FCNHead', num_classes=4), dict(type='OCRHead', num_classes=4)],
+            r"model\.decode_head=\['FCNHead', 'OCRHead'\] is not possible: one head",
+        ),
+        (
+            dict(type='DPTHead', num_classes=4, in_index=[0, 1]),
+            r"model\.decode_head\.type='DPTHead' is not possible: .* reads a class token",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_fed_are_refused(head: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_segmentor(decode_head=head)
+
+
 def test_a_field_of_the_timm_model_is_sent_to_the_backbone() -> None:
     with pytest.raises(ValueError, match=r'^model\.img_size=32 .* model\.backbone\.img_size$'):
         tiny_segmentor(img_size=32)
@@ -254,6 +272,11 @@ def test_custom_keys_come_on_top_of_the_rate_of_the_layer() -> None:
 def test_layer_decay_is_a_share(wrong: dict | None) -> None:
     with pytest.raises(ValueError, match=r'must have layer_decay=x with 0 < x <= 1'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+def test_layer_decay_needs_a_rate() -> None:
+    with pytest.raises(ValueError, match=r'layer_decay=0.5 multiplies optimizer.lr, which is not'):
+        LayerDecayOptimWrapperConstructor({'optimizer': {'type': 'Adagrad'}}, {'layer_decay': 0.5})
 
 
 def test_layer_decay_refuses_other_settings() -> None:

@@ -43,8 +43,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, an
-            auxiliary head has another, or there is no such argument.
+        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes` or is one
+            that it cannot feed, an auxiliary head has another, or there is no such argument.
     """
 
     def __init__(
@@ -75,6 +75,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             self.neck = MODELS.build(
                 _completed(self._neck, in_channels=levels, out_channels=width, embed_dim=width)
             )
+        if not isinstance(decode_head, dict):
+            types = [head.get('type') for head in decode_head]
+            allowed = (
+                'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
+            )
+            check(False, 'model.decode_head', types, allowed)
+        allowed = 'a head of feature maps; this one reads a class token beside each of them'
+        check(decode_head.get('type') != 'DPTHead', 'model.decode_head.type', 'DPTHead', allowed)
         head = _completed(self._fitted(decode_head), num_classes=None)
         if 'num_classes' in head and head['num_classes'] is None:
             raise ValueError(
