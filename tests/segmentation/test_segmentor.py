@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,25 @@ def test_the_decode_head_needs_a_number_of_classes() -> None:
         ValueError, match=r'model\.decode_head\.num_classes=None must be the number'
     ):
         tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
+
+
+def test_a_file_that_init_cfg_would_take_in_part_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    whole = tiny_segmentor()
+    torch.save({'state_dict': whole.state_dict()}, path)
+    model = tiny_segmentor(init_cfg=init_cfg)
+    model.init_weights()
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    within = {f'in.{name}': value for name, value in whole.state_dict().items()}
+    torch.save({'state_dict': within}, path)
+    tiny_segmentor(init_cfg=[{**init_cfg, 'prefix': 'in.'}]).init_weights()
+    # as a classification is saved
+    state = {f'model.{name}': v for name, v in whole.backbone.model.state_dict().items()}
+    torch.save({'state_dict': state}, path)
+    message = r'model\.init_cfg\.checkpoint=.*a\.pth.* does not fit .*model\.backbone\.checkpoint'
+    with pytest.raises(ValueError, match=message):
+        tiny_segmentor(init_cfg=init_cfg).init_weights()
 
 
 @pytest.mark.parametrize(

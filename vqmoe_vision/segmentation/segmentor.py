@@ -6,6 +6,9 @@ from typing import Any
 
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -92,11 +95,35 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(2)
     def init_weights(self) -> None:
-        """Starts a new training; neck and heads start alike in all rows at one seed."""
+        """Starts a new training; neck and heads start alike in all rows at one seed.
+
+        Raises:
+            ValueError: A checkpoint cannot be read or does not fit; names keys and shapes.
+        """
+        self._check_pretrained()
         super().init_weights()
         weights = self.backbone.weights_normalization
         if weights is not None:  # a run that resumes may have had another
             super().normalize_as(weights)
+
+    def _check_pretrained(self) -> None:
+        """Refuses a file for `init_cfg` of which mmengine would take what fits, or nothing."""
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        for config in configs:
+            if config.get('type') not in ('Pretrained', PretrainedInit):
+                continue
+            path, prefix = config['checkpoint'], config.get('prefix')
+            if prefix is None:
+                content = CheckpointLoader.load_checkpoint(path, 'cpu')
+                state = content.get('state_dict', content)
+            else:
+                state = _load_checkpoint_with_prefix(prefix, path, 'cpu')
+            if problem := self.misfit(state):
+                allowed = (
+                    f'the checkpoint does not fit the model: {problem}; the backbone alone starts '
+                    'from a file by model.backbone.checkpoint'
+                )
+                check(False, 'model.init_cfg.checkpoint', path, allowed)
 
     def normalize_as(self, normalization: Normalization) -> None:
         """Takes over how images are normalised, and lets the data preprocessor do so.
