@@ -66,7 +66,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         super().__init__(data_preprocessor=data_preprocessor, **kwargs)
 
     @drawn_apart(0)
-    def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
+    def _init_decode_head(self, decode_head: Any) -> None:
         if not isinstance(self.backbone, TimmViT):
             found = type(self.backbone).__name__
             raise ValueError(
