@@ -11,13 +11,15 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from vqmoe_vision.engine import NonFiniteError, cli
-from vqmoe_vision.engine.cli import load_config, train, use_amp
+from vqmoe_vision.engine import NonFiniteError, cli, optim
+from vqmoe_vision.engine.cli import load_config, train
 from vqmoe_vision.engine.command import one_line
+from vqmoe_vision.engine.optim import use_amp
 
 from ..logs import reports
 
@@ -372,6 +374,37 @@ def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
     assert settings.optim_wrapper.get('dtype') == dtype
     # a loss scale reads back at each step; float16 is lost without one
     assert settings.optim_wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
+
+
+@pytest.mark.parametrize(
+    ('options', 'told'),
+    [
+        ({}, False),
+        ({'dtype': 'bfloat16'}, False),
+        ({'dtype': 'float16'}, True),
+        ({'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}, True),
+        ({'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic'}, True),
+        ({'use_fsdp': False, 'dtype': 'bfloat16'}, True),
+    ],
+)
+def test_amp_on_a_cpu_takes_a_config_for_a_gpu(
+    config: str, options: dict, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(optim, 'print_log', lambda line, logger: lines.append(line))
+    settings = load_config(config, {f'optim_wrapper.{name}': v for name, v in options.items()})
+    plain = load_config(config)
+    for each in (plain, settings):
+        use_amp(each)
+    assert settings.optim_wrapper == plain.optim_wrapper
+    given = ', '.join(
+        f'optim_wrapper.{n}={v!r}'
+        for n, v in sorted(options.items())
+        if n != 'type' and v != 'bfloat16'
+    )
+    line = f'--amp: {given} is for GPUs: bfloat16 without a loss scale on a CPU'
+    assert lines == [line] * told
+    build_optim_wrapper(torch.nn.Linear(1, 1), settings.optim_wrapper)
 
 
 def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:

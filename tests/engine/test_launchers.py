@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vqmoe_vision.engine import process_group
 from vqmoe_vision.engine.launchers import check_alone, place
-from vqmoe_vision.engine.process_group import check_local_rank, group_options
+from vqmoe_vision.engine.process_group import (
+    FilledInDataParallel,
+    Unwrapped,
+    check_local_rank,
+    group_options,
+)
 from vqmoe_vision.engine.processes import Processes
 from vqmoe_vision.engine.rank_errors import plain_error
 
@@ -101,6 +107,24 @@ def test_parameters_without_a_gradient_are_one_line() -> None:
     error = plain_error(raised.value, 60)
     assert isinstance(error, ValueError)
     assert 'got no gradient' in str(error) and 'find_unused_parameters=True' in str(error)
+
+
+@pytest.mark.parametrize('kind', [FilledInDataParallel, Unwrapped])
+def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(process_group, 'print_log', lambda line, logger: told.append(line))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+    names = list(model.state_dict())
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = kind(module=model)
+        wrapped(torch.randn(2, 3, 4, 4)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert [line[:48] for line in told] == ['sync_bn needs GPUs: as sync_bn=None on a CPU, wh']
+    assert list(getattr(wrapped, 'module', wrapped).state_dict()) == names
 
 
 def test_a_restart_knows_which_checkpoints_are_older(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,3 +270,13 @@ def test_a_later_update_equals_the_one_at_the_end_of_the_block(make_model, metho
     update_state(twin)
     expected, actual = model.state_dict(), twin.state_dict()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@every_case
+def test_a_layer_says_whether_an_update_moves_its_state(make_model, snapshot, method, options):
+    model = make_model(method, **options)
+    step(model, tokens(), update_state=False)
+    before = snapshot(model)
+    update_state(model)
+    moved = any(not torch.equal(before[name], v) for name, v in model.state_dict().items())
+    assert moved == any(layer.moves_state() for layer in moe_layers(model).values())

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +227,43 @@ def test_the_decode_head_needs_a_number_of_classes() -> None:
         tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
 
 
+def test_a_file_that_init_cfg_would_take_in_part_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'a.pth'
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    whole = tiny_segmentor()
+    torch.save({'state_dict': whole.state_dict()}, path)
+    model = tiny_segmentor(init_cfg=init_cfg)
+    model.init_weights()
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    within = {f'in.{name}': value for name, value in whole.state_dict().items()}
+    torch.save({'state_dict': within}, path)
+    tiny_segmentor(init_cfg=[{**init_cfg, 'prefix': 'in.'}]).init_weights()
+    # as a classification is saved
+    state = {f'model.{name}': v for name, v in whole.backbone.model.state_dict().items()}
+    torch.save({'state_dict': state}, path)
+    message = r'model\.init_cfg\.checkpoint=.*a\.pth.* does not fit .*model\.backbone\.checkpoint'
+    with pytest.raises(ValueError, match=message):
+        tiny_segmentor(init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize(
+    ('head', 'message'),
+    [
+        (
+            [dict(type='FCNHead', num_classes=4), dict(type='OCRHead', num_classes=4)],
+            r"model\.decode_head=\['FCNHead', 'OCRHead'\] is not possible: one head",
+        ),
+        (
+            dict(type='DPTHead', num_classes=4, in_index=[0, 1]),
+            r"model\.decode_head\.type='DPTHead' is not possible: .* reads a class token",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_fed_are_refused(head: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_segmentor(decode_head=head)
+
+
 def test_a_field_of_the_timm_model_is_sent_to_the_backbone() -> None:
     with pytest.raises(ValueError, match=r'^model\.img_size=32 .* model\.backbone\.img_size$'):
         tiny_segmentor(img_size=32)
@@ -284,6 +322,11 @@ def test_custom_keys_come_on_top_of_the_rate_of_the_layer() -> None:
 def test_layer_decay_is_a_share(wrong: dict | None) -> None:
     with pytest.raises(ValueError, match=r'must have layer_decay=x with 0 < x <= 1'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
+
+
+def test_layer_decay_needs_a_rate() -> None:
+    with pytest.raises(ValueError, match=r'layer_decay=0.5 multiplies optimizer.lr, which is not'):
+        LayerDecayOptimWrapperConstructor({'optimizer': {'type': 'Adagrad'}}, {'layer_decay': 0.5})
 
 
 def test_layer_decay_refuses_other_settings() -> None:

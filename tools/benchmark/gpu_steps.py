@@ -101,7 +101,7 @@ def _config_row(
 ) -> dict[str, Any]:
     step = ' '.join([f'{task}: {CONFIGS[task]}', *options])
     with TemporaryDirectory() as folder, outcome(_nothing(settings.device), step=step) as row:
-        from vqmoe_vision.engine.cli import use_amp
+        from vqmoe_vision.engine.optim import use_amp
 
         config = settings_of(str(ROOT / CONFIGS[task]), options)
         if needs_features:

@@ -22,8 +22,10 @@ from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
+from .optim import use_amp
 from .options import add_config_options, merge_options
 from .processes import Processes, together
+from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
 from .trained import without_sources
 from .wrapped_data import innermost
@@ -110,31 +112,6 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
 
 
-def use_amp(config: Config) -> None:
-    """Turns on mixed precision in a config.
-
-    Args:
-        config: Its `optim_wrapper` is changed.
-
-    Raises:
-        ValueError: The config's optimizer wrapper is neither the plain one nor one for mixed
-            precision.
-    """
-    known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
-    wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
-    if wrapper not in known:
-        raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
-    if torch.cuda.is_available():
-        config.optim_wrapper.type = 'AmpOptimWrapper'
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            config.optim_wrapper.setdefault('dtype', 'bfloat16')
-        # a loss scale reads back at each step, and only float16 has too small a range without one
-        scaled = config.optim_wrapper.get('dtype', 'float16') == 'float16'
-        config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
-    else:
-        config.optim_wrapper.type = 'CpuAmpOptimWrapper'
-
-
 def show_predictions(config: Config, folder: str) -> None:
     """Lets a config's visualization hook draw every prediction of a test.
 
@@ -205,7 +182,9 @@ def _train(args: argparse.Namespace) -> None:
                 runner.cfg.update({name: asked[name]} if name in asked else {})
             runner.dump_config()
         check_datasets(processes, runner, ('train', 'val'))
-        _check_batches(runner)
+        if isinstance(runner, Runner):
+            check_hooks(runner)
+            _check_batches(runner)
         runner.train()
 
 
@@ -261,10 +240,8 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
 
 
-def _check_batches(runner: Any) -> None:
+def _check_batches(runner: Runner) -> None:
     """Names the options before mmengine fails on an epoch without an iteration."""
-    if not isinstance(runner, Runner):
-        return
     loader = runner.train_dataloader
     if len(loader) == 0:
         size = get_world_size()

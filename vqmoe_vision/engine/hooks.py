@@ -32,13 +32,12 @@ class MoeStateHook(Hook):
     validation.
     """
 
-    def before_train(self, runner: Runner) -> None:
-        """Fits what reads images, and tells the layers how many steps the training has.
+    # before EMAHook, whose averages have copies of what has moved
+    priority = 'ABOVE_NORMAL'
 
-        Raises:
-            ValueError: As `fit_features`.
-        """
-        fit_features(runner)
+    def before_train(self, runner: Runner) -> None:
+        """Tells layers and model that a training begins."""
+        unwrapped(runner).state_is_moved = True
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)
         start_training(unwrapped(runner).routed_model, updates)
@@ -125,7 +124,8 @@ class CheckpointFitHook(Hook):
     """Weights, the model that takes them and the images that it is fed with have to fit.
 
     mmengine would warn of a checkpoint that does not fit the model, and go on. Images are
-    normalised as the weights want it, before the first of them is read.
+    normalised as the weights want it, before the first of them is read; then what decides by images
+    is fitted to them.
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -151,15 +151,16 @@ class CheckpointFitHook(Hook):
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
 
     def before_train(self, runner: Runner) -> None:
-        """Normalises images of training and validation.
+        """Normalises images of training and validation, and fits what reads them.
 
         Raises:
             ValueError: The config states another normalisation than that of the weights, or how
-                experts are made of dense weights without naming such weights.
+                experts are made of dense weights without naming such weights; or as `fit_features`.
         """
         if not runner._resume:  # the weights of its run are all that it needs
             check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
+        fit_features(runner)
 
     def before_val(self, runner: Runner) -> None:
         """As `before_train`, for a validation without a training."""

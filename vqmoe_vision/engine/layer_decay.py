@@ -24,7 +24,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
             `TimmOptimWrapperConstructor`, whose factors come on top.
 
     Raises:
-        ValueError: `paramwise_cfg` has other options, or no `layer_decay`.
+        ValueError: `paramwise_cfg` has other options, or no `layer_decay`; or there is no rate.
     """
 
     paramwise_options = ('layer_decay', 'custom_keys')
@@ -35,6 +35,11 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
                 f'paramwise_cfg={paramwise_cfg} must have layer_decay=x with 0 < x <= 1'
+            )
+        if 'lr' not in optim_wrapper_cfg['optimizer']:
+            raise ValueError(
+                f'paramwise_cfg.layer_decay={self.layer_decay} multiplies optimizer.lr, which is '
+                'not set'
             )
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

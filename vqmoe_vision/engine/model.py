@@ -3,12 +3,14 @@
 Auxiliary losses in, and how its images are normalised.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -18,8 +20,16 @@ from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.other_experts import discrete_alone
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of
 from vqmoe_vision.moe import Collected, collect_losses
+from vqmoe_vision.moe.collect import moe_layers
 
 from .routing import Batch, RoutingStatistics
+
+_UNMOVED = (
+    'this training has no MoeStateHook: what learns without gradients, as a codebook, stands still '
+    'unless you call update_state(model.routed_model) after each step of the optimizer. The hook '
+    'is in custom_hooks of configs/_base_/default_runtime.py, which a list in a config replaces: '
+    'hooks of your own have names under default_hooks'
+)
 
 
 def unwrapped(runner: Runner) -> Any:
@@ -57,6 +67,7 @@ class MoeTrainingMixin(TakesOtherNames):
         logged_statistics: Of training, since the last line of the log; `MoeLogProcessor` does so.
         recorded_statistics: Of training, since the last line of `routing.jsonl`, for
             `RoutingHistoryHook`; None without that hook.
+        state_is_moved: Whether a `MoeStateHook` does so, or it was said that none does.
         normalization: (2, 3) float32 buffer, mean and standard deviation that images are normalised
             with, of pixels in [0, 1]; zeros until a training begins or weights are loaded.
 
@@ -70,6 +81,7 @@ class MoeTrainingMixin(TakesOtherNames):
         self.routing_statistics = RoutingStatistics()
         self.logged_statistics = RoutingStatistics()
         self.recorded_statistics: RoutingStatistics | None = None
+        self.state_is_moved = False
         self.normalization: torch.Tensor
         self.register_buffer(KEY, torch.zeros(2, 3))  # type: ignore[attr-defined]
 
@@ -193,6 +205,8 @@ class MoeTrainingMixin(TakesOtherNames):
         Yields:
             What the MoE layers report.
         """
+        if self.training and not self.state_is_moved:  # type: ignore[attr-defined]
+            self._tell_of_state()
         with collect_losses(self.routed_model, update_state=False) as collected:
             yield collected
         if not collected.stats:
@@ -203,3 +217,11 @@ class MoeTrainingMixin(TakesOtherNames):
             self.logged_statistics.add_batch(batch)
             if self.recorded_statistics is not None:
                 self.recorded_statistics.add_batch(batch)
+
+    def _tell_of_state(self) -> None:
+        """Says once that nobody moves the state; a loop of one's own, without a runner, may."""
+        if MessageHub.get_current_instance().get_info('loop_stage') != 'train':
+            return
+        self.state_is_moved = True
+        if any(layer.moves_state() for layer in moe_layers(self.routed_model).values()):
+            print_log(_UNMOVED, 'current', logging.WARNING)

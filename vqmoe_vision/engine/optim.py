@@ -1,12 +1,15 @@
 """Optimizer wrappers: timm's weight decay groups, and mixed precision on the CPU."""
 
 import fnmatch
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -30,6 +33,41 @@ class CpuAmpOptimWrapper(OptimWrapper):
         """
         with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
             yield
+
+
+def use_amp(config: Config) -> None:
+    """Turns on mixed precision in a config.
+
+    What the config says of it for a GPU is kept there. A processor has bfloat16 without a loss
+    scale, and a line says what of the config goes.
+
+    Args:
+        config: Its `optim_wrapper` is changed.
+
+    Raises:
+        ValueError: The config's optimizer wrapper is neither the plain one nor one for mixed
+            precision.
+    """
+    known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
+    wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in known:
+        raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
+    if torch.cuda.is_available():
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            config.optim_wrapper.setdefault('dtype', 'bfloat16')
+        # a loss scale reads back at each step, and only float16 has too small a range without one
+        scaled = config.optim_wrapper.get('dtype', 'float16') == 'float16'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
+        return
+    config.optim_wrapper.type = 'CpuAmpOptimWrapper'
+    of_gpus = inspect.signature(AmpOptimWrapper).parameters.keys() & config.optim_wrapper.keys()
+    given = {name: config.optim_wrapper.pop(name) for name in sorted(of_gpus)}
+    if given.get('dtype') in ('bfloat16', torch.bfloat16):
+        del given['dtype']  # as here
+    if given:
+        said = ', '.join(f'optim_wrapper.{name}={value!r}' for name, value in given.items())
+        print_log(f'--amp: {said} is for GPUs: bfloat16 without a loss scale on a CPU', 'current')
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:

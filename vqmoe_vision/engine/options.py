@@ -1,6 +1,7 @@
 """`--cfg-options`: how they are written, and which ones a config takes."""
 
 import argparse
+import ast
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,19 @@ _EXTRA_FIELDS = frozenset(
 
 
 class _CfgOptions(DictAction):
-    """mmengine's action, but says which argument is not NAME=VALUE."""
+    """mmengine's action, but takes dictionaries, and says which argument is not NAME=VALUE."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        """A value with a dictionary is written as in Python; mmengine would leave a string."""
+        if not val.startswith(('{', '[', '(')) or '{' not in val:
+            return DictAction._parse_iterable(val)
+        try:
+            return ast.literal_eval(val)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(
+                f"--cfg-options {val}: write a dictionary as in Python, such as {{'lr_mult': 0.1}}"
+            ) from error
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -78,7 +78,15 @@ class FilledInDataParallel(MMDistributedDataParallel):
 
     A run writes its config with all that was filled in. By this name the next run that is started
     from it knows that nobody has asked for a wrapper.
+
+    Args:
+        module: The model.
+        *args: As mmengine's.
+        **kwargs: As mmengine's.
     """
+
+    def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_with_possible_norms(module), *args, **kwargs)
 
 
 @MODEL_WRAPPERS.register_module()
@@ -87,7 +95,17 @@ class Unwrapped:
 
     def __new__(cls, module: nn.Module) -> Any:
         """The model itself."""
+        return _with_possible_norms(module)
+
+
+def _with_possible_norms(module: nn.Module) -> nn.Module:
+    """A model without batch norms over processes on a CPU, as torch has them for GPUs alone."""
+    joint = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+    if not joint or next(module.parameters()).device.type != 'cpu':
         return module
+    told = 'sync_bn needs GPUs: as sync_bn=None on a CPU, where each process has norms of its own'
+    print_log(told, 'current')
+    return revert_sync_batchnorm(module)
 
 
 def forget_wrapper(config: Config) -> None:

@@ -195,6 +195,10 @@ class Codebook(nn.Module):
     def discard(self) -> None:
         """Forget the observed passes."""
 
+    def moves(self) -> bool:
+        """Whether `update` is what the codes learn by, or one of the ways."""
+        return not self.frozen and type(self).update is not Codebook.update
+
     def update(self) -> bool:
         """Learn from the observed passes of all ranks; returns whether the codes may change."""
         return False

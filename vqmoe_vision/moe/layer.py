@@ -158,6 +158,10 @@ class MoeLayer(StaysPython):
         """
         return False
 
+    def moves_state(self) -> bool:
+        """Whether there is state that `update` has to move while the layer trains."""
+        return type(self).apply_update is not MoeLayer.apply_update
+
     def discard(self) -> None:
         """Forget what the next update would learn from, as the block ended in an error."""
 

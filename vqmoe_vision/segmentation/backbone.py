@@ -23,6 +23,13 @@ _DEFAULTS = {
     'dynamic_img_pad': True,
 }
 
+# What mmseg's backbones call it, and how it is done here.
+_OF_MMSEG = {
+    'init_cfg': 'model.backbone.checkpoint=FILE, or pretrained=True for weights of timm',
+    'with_cp': 'model.backbone.grad_checkpointing=True',
+    'frozen_stages': 'freeze(runner.model.backbone.model, ...), see docs/commands.md#freezing',
+}
+
 
 @MODELS.register_module()
 class TimmViT(BaseModule):
@@ -54,8 +61,8 @@ class TimmViT(BaseModule):
             `pretrained`; and `upcycling`, which a training refuses that starts from no weights.
 
     Raises:
-        ValueError: The model or the blocks do not exist, the model is no vision transformer, or
-            `norm_eps` is not positive.
+        ValueError: The model or the blocks do not exist, the model is no vision transformer,
+            `norm_eps` is not positive, or an argument is one of mmseg's own backbones.
         TypeError: The model does not know one of `model_kwargs`.
     """
 
@@ -73,6 +80,9 @@ class TimmViT(BaseModule):
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
+        for name in sorted(_OF_MMSEG.keys() & model_kwargs.keys()):
+            allowed = f"one of mmseg's; here it is {_OF_MMSEG[name]}"
+            check(False, f'model.backbone.{name}', model_kwargs[name], allowed)
         arguments = {**_DEFAULTS, **model_kwargs}
         if norm_eps is not None:
             check(norm_eps > 0, 'norm_eps', norm_eps, 'above 0, or None')

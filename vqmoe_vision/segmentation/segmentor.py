@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import _load_checkpoint_with_prefix
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
@@ -46,8 +49,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes`, an
-            auxiliary head has another, or there is no such argument.
+        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes` or is one
+            that it cannot feed, an auxiliary head has another, or there is no such argument.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         super().__init__(data_preprocessor=data_preprocessor, **kwargs)
 
     @drawn_apart(0)
-    def _init_decode_head(self, decode_head: dict[str, Any]) -> None:
+    def _init_decode_head(self, decode_head: Any) -> None:
         if not isinstance(self.backbone, TimmViT):
             found = type(self.backbone).__name__
             raise ValueError(
@@ -78,6 +81,14 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             self.neck = MODELS.build(
                 _completed(self._neck, in_channels=levels, out_channels=width, embed_dim=width)
             )
+        if not isinstance(decode_head, dict):
+            types = [head.get('type') for head in decode_head]
+            allowed = (
+                'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
+            )
+            check(False, 'model.decode_head', types, allowed)
+        allowed = 'a head of feature maps; this one reads a class token beside each of them'
+        check(decode_head.get('type') != 'DPTHead', 'model.decode_head.type', 'DPTHead', allowed)
         head = _completed(self._fitted(decode_head), num_classes=None)
         if 'num_classes' in head and head['num_classes'] is None:
             raise ValueError(
@@ -87,11 +98,35 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(2)
     def init_weights(self) -> None:
-        """Starts a new training; neck and heads start alike in all rows at one seed."""
+        """Starts a new training; neck and heads start alike in all rows at one seed.
+
+        Raises:
+            ValueError: A checkpoint cannot be read or does not fit; names keys and shapes.
+        """
+        self._check_pretrained()
         super().init_weights()
         weights = self.backbone.weights_normalization
         if weights is not None:  # a run that resumes may have had another
             super().normalize_as(weights)
+
+    def _check_pretrained(self) -> None:
+        """Refuses a file for `init_cfg` of which mmengine would take what fits, or nothing."""
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        for config in configs:
+            if config.get('type') not in ('Pretrained', PretrainedInit):
+                continue
+            path, prefix = config['checkpoint'], config.get('prefix')
+            if prefix is None:
+                content = CheckpointLoader.load_checkpoint(path, 'cpu')
+                state = content.get('state_dict', content)
+            else:
+                state = _load_checkpoint_with_prefix(prefix, path, 'cpu')
+            if problem := self.misfit(state):
+                allowed = (
+                    f'the checkpoint does not fit the model: {problem}; the backbone alone starts '
+                    'from a file by model.backbone.checkpoint'
+                )
+                check(False, 'model.init_cfg.checkpoint', path, allowed)
 
     def normalize_as(self, normalization: Normalization) -> None:
         """Takes over how images are normalised, and lets the data preprocessor do so.

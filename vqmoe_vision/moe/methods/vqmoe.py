@@ -144,6 +144,10 @@ class VQMoEMlp(MoeLayer):
         """Let the codebook learn from what it observed."""
         return self.quantizer is not None and self.quantizer.codebook.update()
 
+    def moves_state(self) -> bool:
+        """Whether the codebook learns from what it observes."""
+        return self.quantizer is not None and self.quantizer.codebook.moves()
+
     def discard(self) -> None:
         """Let the codebook forget what it observed."""
         if self.quantizer is not None:
