@@ -139,6 +139,11 @@ AT_640 = {
     'train_dataloader.dataset.pipeline.3.crop_size': (640, 640),
     'val_dataloader.dataset.pipeline.1.scale': (2560, 640),
     'test_dataloader.dataset.pipeline.1.scale': (2560, 640),
+    # --tta sees sizes around the same
+    **{
+        f'tta_pipeline.1.transforms.0.{i}.scale': (640 * quarters, 160 * quarters)
+        for i, quarters in enumerate(range(2, 8))
+    },
 }
 
 
