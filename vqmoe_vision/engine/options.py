@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from ..moe.config import did_you_mean
 
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
-# and that of sharded.py.
+# that of sharded.py, and those of tests with --tta.
 _EXTRA_FIELDS = frozenset(
     {
         'activation_checkpointing',
@@ -23,6 +23,8 @@ _EXTRA_FIELDS = frozenset(
         'parallel',
         'runner_type',
         'sync_bn',
+        'tta_model',
+        'tta_pipeline',
     }
 )
 
