@@ -90,6 +90,17 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
+def test_a_runner_with_the_hook_of_state_alone_fits_them(leave_dense, tmp_path: Path) -> None:
+    hooks = "custom_hooks = [dict(type='MoeStateHook')]\n"
+    config = write(tmp_path, SEGMENTATION + hooks)
+    features = leave_dense(config, 'model.backbone')
+    settings = load_config(config, {'model.backbone.features': features})
+    settings.work_dir = str(tmp_path / 'work')
+    runner = Runner.from_cfg(settings)
+    runner.train()
+    assert image_reader(runner.model.routed_model).fitted
+
+
 @TASKS
 def test_clusters_come_first_and_a_resumed_run_is_the_same(
     leave_dense, tmp_path: Path, text: str, field: str, files: tuple[str, str]

@@ -10,7 +10,12 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError, hooks
-from vqmoe_vision.engine.hooks import ClassCountHook, MoeStateHook, NonFiniteGuardHook
+from vqmoe_vision.engine.hooks import (
+    CheckpointFitHook,
+    ClassCountHook,
+    MoeStateHook,
+    NonFiniteGuardHook,
+)
 from vqmoe_vision.engine.routing import RoutingStatistics
 
 
@@ -46,7 +51,12 @@ def test_layers_hear_how_long_the_training_is() -> None:
         'vit_tiny_stablemoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3
     )
     model_of_run = SimpleNamespace(routed_model=model)
-    runner = SimpleNamespace(model=model_of_run, max_iters=250, optim_wrapper=sgd_wrapper(model))
+    runner = SimpleNamespace(
+        model=model_of_run,
+        max_iters=250,
+        optim_wrapper=sgd_wrapper(model),
+        hooks=[CheckpointFitHook()],  # which fits what reads images
+    )
     MoeStateHook().before_train(runner)
     assert model.blocks[1].mlp.stage1_steps == 25  # a tenth
 

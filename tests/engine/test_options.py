@@ -36,7 +36,7 @@ def test_values(written: str, value: Any) -> None:
     assert parse_options([f'a.b={written}']) == {'a.b': value}
 
 
-@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}'])
+@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}', '{1, 2}'])
 def test_what_is_no_dictionary_is_one_line(written: str) -> None:
     with pytest.raises(ValueError, match=r'--cfg-options .* write a dictionary as in Python'):
         parse_options([f'a.b={written}'])

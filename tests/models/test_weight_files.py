@@ -132,6 +132,23 @@ def test_parts_of_weights_are_refused(way: str, tmp_path: Path) -> None:
     refused(r"model-00001-of-00002\.safetensors' is one of several parts", build[way])
 
 
+def test_parts_beside_whole_weights_are_passed_over(tmp_path: Path) -> None:
+    source = dense()
+    folder = folder_of(tmp_path, source, safe=True)
+    model = make('smoe', upcycle=f'local-dir:{folder}')
+    first = dict(list(source.state_dict().items())[:3])
+    save_file(first, str(folder / 'a-00001-of-00002.safetensors'))
+    again = make('smoe', upcycle=f'local-dir:{folder}')
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_one_part_of_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / 'model-00001-of-00001.safetensors'
+    source = dense()
+    save_file(source.state_dict(), str(file))
+    assert torch.equal(make('smoe', upcycle=str(file)).head.weight, source.head.weight)
+
+
 def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, dense(), safe=True)
     other = folder / 'a.safetensors'

@@ -128,6 +128,19 @@ def test_maps_lie_on_the_pixels_of_their_patches(
     assert all(sample.gt_sem_seg.shape == size for sample in batch['data_samples'])
 
 
+def test_heads_that_ignore_other_labels_are_refused_where_maps_are_filled_up() -> None:
+    auxiliary = dict(type='FCNHead', num_convs=0, concat_input=False, ignore_index=200)
+    model = tiny_segmentor(auxiliary_head=auxiliary)
+    batch = training_batch(model, 40)
+    model.loss(torch.randn(2, 3, 32, 32), batch['data_samples'])  # whole patches
+    for sample in batch['data_samples']:
+        sample.gt_sem_seg = PixelData(data=torch.zeros((1, 20, 20), dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r'auxiliary_head.ignore_index=200 .* 255, as of the decode'
+    ):
+        model.loss(torch.randn(2, 3, 20, 20), batch['data_samples'])
+
+
 def test_another_backbone_is_refused() -> None:
     config = dict(
         type='MoeEncoderDecoder',

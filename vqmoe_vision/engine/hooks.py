@@ -36,7 +36,13 @@ class MoeStateHook(Hook):
     priority = 'ABOVE_NORMAL'
 
     def before_train(self, runner: Runner) -> None:
-        """Tells layers and model that a training begins."""
+        """Tells layers and model that a training begins.
+
+        Raises:
+            ValueError: As `fit_features`.
+        """
+        if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
+            fit_features(runner)  # which is first told there how images are normalised
         unwrapped(runner).state_is_moved = True
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)

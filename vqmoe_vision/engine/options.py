@@ -37,12 +37,14 @@ class _CfgOptions(DictAction):
         """A value with a dictionary is written as in Python; mmengine would leave a string."""
         if not val.startswith(('{', '[', '(')) or '{' not in val:
             return DictAction._parse_iterable(val)
+        said = f"--cfg-options {val}: write a dictionary as in Python, such as {{'lr_mult': 0.1}}"
         try:
-            return ast.literal_eval(val)
+            value = ast.literal_eval(val)
         except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(
-                f"--cfg-options {val}: write a dictionary as in Python, such as {{'lr_mult': 0.1}}"
-            ) from error
+            raise ValueError(said) from error
+        if isinstance(value, set):
+            raise ValueError(said)
+        return value
 
     def __call__(
         self,

@@ -1,7 +1,8 @@
 """Random numbers that make a resumed run equal to one that was never interrupted."""
 
+import operator
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -13,11 +14,6 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, HOOKS
 from mmengine.runner import Runner
-from torch.utils.data import Subset
-
-from vqmoe_vision.moe.config import check
-
-from .wrapped_data import inside
 
 
 def seed_generators(*parts: int) -> None:
@@ -88,7 +84,8 @@ class SeededIndex(int):
     """Index of a sample that brings the seed of its augmentation.
 
     What is computed from it brings the same seed: a wrapper of data sets such as mmengine's
-    `RepeatDataset` hands `index % length` on. Two rounds of a sample have a seed each.
+    `RepeatDataset` hands `index % length` on, and that length may be NumPy's. Two rounds of a
+    sample have a seed each.
 
     Attributes:
         parts: What `seed_generators` takes.
@@ -97,18 +94,23 @@ class SeededIndex(int):
     parts: tuple[int, ...]
 
     def __add__(self, other: int) -> int:
-        return with_seed_of(self, super().__add__(other))
+        return with_seed_of(self, super().__add__(_whole(other)))
 
     __radd__ = __add__
 
     def __sub__(self, other: int) -> int:
-        return with_seed_of(self, super().__sub__(other))
+        return with_seed_of(self, super().__sub__(_whole(other)))
 
     def __mod__(self, other: int) -> int:
-        return with_seed_of(self, super().__mod__(other))
+        return with_seed_of(self, super().__mod__(_whole(other)))
 
     def __floordiv__(self, other: int) -> int:
-        return with_seed_of(self, super().__floordiv__(other))
+        return with_seed_of(self, super().__floordiv__(_whole(other)))
+
+
+def _whole(number: Any) -> Any:
+    """Python's integer in the place of NumPy's, which would compute itself and lose the seed."""
+    return operator.index(number) if hasattr(number, '__index__') else number
 
 
 def _seeded(index: int, *parts: int) -> SeededIndex:
@@ -153,34 +155,6 @@ class SeededClassBalancedDataset(ClassBalancedDataset):
         return with_seed_of(idx, super()._get_ori_dataset_idx(idx))
 
 
-class SeededSubset(Subset):
-    """torch's `Subset`, whose samples keep the seeds that their indices bring."""
-
-    def __getitem__(self, idx: int) -> Any:
-        """The sample at a place in `indices`.
-
-        Args:
-            idx: The place.
-        """
-        return self.dataset[with_seed_of(idx, self.indices[idx])]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Several of them, as torch's data loader asks for a batch.
-
-        Args:
-            indices: Places in `indices`.
-        """
-        return [self[idx] for idx in indices]
-
-
-def _check_keeps_seeds(dataset: Any) -> None:
-    plain = isinstance(dataset, Subset) and not isinstance(dataset, SeededSubset)
-    allowed = "SeededSubset of vqmoe_vision.engine.seeding; torch's loses the seeds of samples"
-    check(not plain, 'dataset', 'Subset', allowed)
-    for inner in inside(dataset):
-        _check_keeps_seeds(inner)
-
-
 @DATA_SAMPLERS.register_module()
 class SeededSampler(DefaultSampler):
     """mmengine's `DefaultSampler`, for epochs, whose indices bring the seed of their augmentation.
@@ -189,20 +163,9 @@ class SeededSampler(DefaultSampler):
     noise would see other images than one that does not. A sample that is seeded by the run's seed,
     the epoch and its index is the same for all models and for every number of workers and
     processes. The data set has to call `seed_sample`.
-
-    Args:
-        dataset: Whose samples are drawn.
-        **kwargs: As mmengine's.
-
-    Raises:
-        ValueError: A wrapper of the data set would lose the seeds.
     """
 
     _passed_over = 0
-
-    def __init__(self, dataset: Sized, **kwargs: Any) -> None:
-        _check_keeps_seeds(dataset)
-        super().__init__(dataset, **kwargs)
 
     def skip(self, num_samples: int) -> None:
         """Passes over the first samples of the next epoch, as the method of `InfiniteSampler`.
@@ -228,18 +191,7 @@ class SeededInfiniteSampler(InfiniteSampler):
     numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
     run's seed and the position among the samples of all processes, is the same after a resume, and
     for every number of workers and processes. The data set has to call `seed_sample`.
-
-    Args:
-        dataset: Whose samples are drawn.
-        **kwargs: As mmengine's.
-
-    Raises:
-        ValueError: A wrapper of the data set would lose the seeds.
     """
-
-    def __init__(self, dataset: Sized, **kwargs: Any) -> None:
-        _check_keeps_seeds(dataset)
-        super().__init__(dataset, **kwargs)
 
     def _indices_of_rank(self) -> Iterator[int]:
         # processes take turns with samples

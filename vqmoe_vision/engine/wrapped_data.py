@@ -1,29 +1,18 @@
-"""Data sets inside others, as mmengine's and torch's wrappers hold them."""
+"""Data sets inside others, as mmengine's wrappers hold them."""
 
 from collections.abc import Iterator
-from typing import Any
+
+from mmengine.config import ConfigDict
 
 
-def inside(dataset: Any) -> list[Any]:
-    """What a wrapper wraps.
-
-    Args:
-        dataset: A data set, or the config of one.
-
-    Returns:
-        Empty for a data set that is no wrapper.
-    """
-    found = [getattr(dataset, name, ()) for name in ('dataset', 'datasets')]
-    return [inner for one in found for inner in (one if isinstance(one, list | tuple) else [one])]
-
-
-def innermost(dataset: Any) -> Iterator[Any]:
+def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
     """The data sets that are no wrappers, in order.
 
     Args:
-        dataset: A data set, or the config of one.
+        dataset: Config of a data set.
     """
-    wrapped = inside(dataset)
+    found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
+    wrapped = [inner for inner in found if isinstance(inner, dict)]
     if not wrapped:
         yield dataset
     for inner in wrapped:

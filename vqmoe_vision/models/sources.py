@@ -203,8 +203,8 @@ def said_of(
     described = describe(source_of(stated))
     if upcycle is None:
         of_config = not described.name and source_of(stated) == source_of(config)
-        # timm would look for the file of the overlay as it does for the weights of the model
-        place = {'source': None} if source_of(overlay) else {}
+        # timm would look for those of the overlay as it does for the weights of the model
+        place = dict.fromkeys(('source', *_SOURCES)) if source_of(overlay) else {}
         return place, own if of_config else described
     found, named = upcycle_source(upcycle, cache_dir)
     # nothing is left of where the model's own weights are

@@ -24,7 +24,7 @@ _OF_NUMPY = ('.npz', '.npy')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
 # Names of the parts that other libraries split large weights into, with an index beside them.
-_PART = re.compile(r'-\d+-of-\d+\.')
+_PART = re.compile(r'-\d+-of-(?!0*1\.)\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
 IN_PARTS = 'in the folder beside this file'
 # Errors that say themselves, in a line, what is wrong.
@@ -195,7 +195,9 @@ def check_files(source: str) -> None:
     if not files:
         raise ValueError(f'folder {source!r} has no weights ({", ".join(_OF_FOLDERS)})')
     names = [file.name for file in files]
-    if not set(OF_TIMM) & set(names):
+    if set(OF_TIMM) & set(names):  # which timm takes, whatever parts of the same lie there
+        files = [file for file in files if not _PART.search(file.name)]
+    else:
         check_whole(str(files[0]))
         allowed = f'one, or one of the name {" or ".join(OF_TIMM)}'
         check(len(files) == 1, f'files of weights in {source!r}', shorten(names), allowed)

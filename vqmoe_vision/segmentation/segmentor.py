@@ -269,11 +269,23 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             rows, columns = self._covered(height, width)
             if (rows, columns) != (height, width):
                 sides = 0, columns - width, 0, rows - height
-                filled = F.pad(labels, sides, value=self.decode_head.ignore_index)
+                filled = F.pad(labels, sides, value=self._ignored_by_all())
                 sample = sample.clone()
                 sample.gt_sem_seg = PixelData(data=filled)
             found.append(sample)
         return found
+
+    def _ignored_by_all(self) -> int:
+        """The label that no head learns from."""
+        ignored = self.decode_head.ignore_index
+        others = self.auxiliary_head if self.with_auxiliary_head else []
+        for head in others if isinstance(others, list | nn.ModuleList) else [others]:
+            allowed = (
+                f'{ignored}, as of the decode head, for crops that are no multiples of a patch'
+            )
+            index = head.ignore_index
+            check(index == ignored, 'model.auxiliary_head.ignore_index', index, allowed)
+        return ignored
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """Each auxiliary loss, then mmseg's losses and accuracy.
