@@ -72,6 +72,7 @@ def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPa
     wrapper.initialize_count_status(model, 0, 5)
     runner: Any = SimpleNamespace(model=SimpleNamespace(routed_model=model), max_iters=5)
     runner.optim_wrapper = wrapper
+    runner.hooks = [CheckpointFitHook()]
     announced: list[int] = []
     monkeypatch.setattr(hooks, 'start_training', lambda _, updates: announced.append(updates))
     moved: list[int] = []
