@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import use_kernel
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS, GradientCodebook
+from vqmoe_vision.moe.codebook_learning import GradientCodebook
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.counted_random import _numbers
 
 from ..watch import RAISED, READS, Watch

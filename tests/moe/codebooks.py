@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from vqmoe_vision.moe.codebook_learning import (
-    CODEBOOKS,
-    EmaCodebook,
-    GradientCodebook,
-    SimVQCodebook,
-)
+from vqmoe_vision.moe.codebook_learning import EmaCodebook, GradientCodebook
+from vqmoe_vision.moe.codebook_simvq import SimVQCodebook
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 
 from .conftest import D
 

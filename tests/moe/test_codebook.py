@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 
 from vqmoe_vision.moe.codebook import nearest_code
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientCodebook
+from vqmoe_vision.moe.codebook_learning import EmaCodebook, GradientCodebook
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 
 from .codebooks import LEARNS, M, every_codebook, learn, make, same, state
 from .conftest import D

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS, GradientCodebook
+from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.codebook_sample import code_shares
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .codebooks import STARTED, M, learn, same, state

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vqmoe_vision.moe.codebook import Codebook
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS, EmaCodebook, GradientCodebook
+from vqmoe_vision.moe.codebook_learning import EmaCodebook, GradientCodebook
 from vqmoe_vision.moe.codebook_sample import kmeans
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .codebooks import M, every_codebook

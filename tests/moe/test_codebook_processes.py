@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.codebook_usage import code_usage
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 
 from ..forked import spawn
 from .codebooks import ZERO, M, same, state

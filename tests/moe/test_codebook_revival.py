@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.codebook_sample import anchor_probabilities
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
 from .codebooks import STARTED, M, clusters, learn, make

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vqmoe_vision.moe import collect_losses
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
 from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
 from .codebooks import STARTED, ZERO, M, clusters, learn, make, same, state

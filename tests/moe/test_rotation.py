@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.methods._quantizer import Quantizer
 from vqmoe_vision.moe.rotation import rotate_to
 

@@ -30,20 +30,17 @@ from .hosts import Transformer
 from .origin import Origin, other_pooling, refuse_other_function
 from .other_sizes import Model
 from .refusals import (
-    EVA,
-    VIT,
     perhaps_rotary,
-    pooled_otherwise,
     refuse_gated,
     refuse_misfits,
     refuse_other_parts,
     refuse_other_tokens,
     refuse_values,
-    without_norm,
 )
 from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
+from .would_fit import EVA, VIT, pooled_otherwise, without_norm
 
 
 def fit_state(

@@ -1,4 +1,4 @@
-"""Codebooks that do not collapse, or collapse less, and all of them by name.
+"""Codebooks whose codes learn: by gradient, or as averages of their tokens.
 
 An update reads nothing back from the device of the codebook, so that a step on a GPU does not wait
 for it. What depends on numbers is therefore always computed, and chosen by `torch.where`.
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import Codebook
-from .codebook_sample import anchor_probabilities, code_shares, kmeans
-from .codebook_simvq import SimVQCodebook
+from .codebook_sample import code_shares, kmeans
 from .codebook_usage import CodeUsage, code_usage
-from .counted_random import random_choice, random_integers
+from .counted_random import random_integers
 
 
 class GradientCodebook(Codebook):
@@ -276,50 +275,3 @@ class EmaCodebook(GradientCodebook):
         super()._weigh(begins, shares)
         sums = (self.embed * shares[:, None]).to(self.token_sums.dtype)
         self.token_sums.copy_(torch.where(begins, sums, self.token_sums))
-
-
-class CVQCodebook(GradientCodebook):
-    """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors.
-
-    Usage starts at zero and is averaged with `ema_decay`. Code k moves by
-    alpha_k = exp(-10 usage_k M / (1 - ema_decay) - 0.001) towards an anchor, a token drawn with
-    probability softmax(-distance^2) ('probrandom'): fully if never used, not measurably if used.
-
-    Where we differ: tokens and codes are compared by Euclidean distance, as in all codebooks here;
-    the authors' code does so as an option. Its default is the cosine, but leaves codes and anchors
-    as long as they are, where `use_cosine_sim` makes them of length one.
-    """
-
-    # no code is dead: what is not used moves, from the first update on
-    OPTIONS = tuple(
-        name
-        for name in GradientCodebook.OPTIONS
-        if name not in ('dead_code_threshold', 'usage_from_kmeans')
-    )
-
-    def init_weights(self) -> None:
-        """The uniform start; zero usage, so that all codes move to tokens at once."""
-        super().init_weights()
-        self._reset_usage(0.0)
-
-    def _learn(self, usage: CodeUsage) -> bool:
-        learns = usage.num_tokens > 0
-        self.updates += learns
-        self._average(self.usage, usage.counts / usage.num_tokens.clamp(min=1), learns)
-        rate = torch.exp(-self.usage * self.num_codes * 10 / (1 - self.ema_decay) - 1e-3)
-        before = self.codes()
-        probabilities = anchor_probabilities(before, usage.tokens, usage.usable)
-        anchors = usage.tokens.index_select(0, random_choice(probabilities, self.updates))
-        # statistics of a model that is converted whole are coarser than its codes
-        moved = before.lerp(anchors, rate[:, None].float()).to(self.embed.dtype)
-        self.embed.copy_(torch.where(learns, moved, self.embed))
-        return True
-
-
-CODEBOOKS: dict[str, type[Codebook]] = {
-    'ema': EmaCodebook,
-    'gradient': GradientCodebook,
-    'plain': Codebook,
-    'simvq': SimVQCodebook,
-    'cvq': CVQCodebook,
-}

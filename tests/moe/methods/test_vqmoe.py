@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vqmoe_vision.moe import collect_losses, losses
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.methods._quantizer import EXPERT_INPUTS, Quantizer
 from vqmoe_vision.moe.methods._vqmoe_config import FORMS
 

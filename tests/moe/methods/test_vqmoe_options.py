@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import MoeConfig, collect_losses
-from vqmoe_vision.moe.codebook_learning import CODEBOOKS
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
 
 from .by_hand import D, E, expert, moved

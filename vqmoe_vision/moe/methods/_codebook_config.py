@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..codebook import Codebook
-from ..codebook_learning import CODEBOOKS
+from ..codebooks import CODEBOOKS
 from ..config import MoeConfig, check_weights
 
 _OPTIONS = {name for codebook in CODEBOOKS.values() for name in codebook.OPTIONS}
