@@ -1,4 +1,4 @@
-# A comparison that fits a CPU; docs/results.md says which options make each of its rows.
+# A comparison that fits a CPU; configs/comparisons has its rows, and docs/results.md what came of them.
 _base_ = '../_base_/classification_runtime.py'
 model = dict(
     type='Classifier',
