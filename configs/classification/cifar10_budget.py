@@ -1,4 +1,4 @@
-# A comparison that fits a CPU; configs/comparisons has its rows, and docs/results.md what came of them.
+# A comparison that fits a CPU; rows in configs/comparisons, what came of them in docs/results.md.
 _base_ = '../_base_/classification_runtime.py'
 model = dict(
     type='Classifier',
