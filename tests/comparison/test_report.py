@@ -296,6 +296,18 @@ def test_names_of_many_rows_are_inside_the_figure(fill) -> None:
     assert drawn.y0 <= inside.y0 and inside.y1 <= drawn.y1
 
 
+def test_a_row_from_a_checkpoint_has_the_colour_of_its_own(fill) -> None:
+    names = ['dense', *(f'smoe_{n}' for n in range(12)), 'smoe_11_started', 'dense_started']
+    comparison = read_comparison(fill({name: [1.0, 2.0] for name in names}))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    lines = {str(line.get_label())[:-4]: line for line in figure.axes[1].get_lines()}
+    for name in ('smoe_11', 'dense'):
+        assert lines[name].get_color() == lines[f'{name}_started'].get_color()
+    drawn = {(line.get_color(), str(line.get_linestyle())) for line in lines.values()}
+    assert len(drawn) == len(lines) == len(names)
+
+
 def test_noise_by_hand(fill, says) -> None:
     said = says('noise', fill(SCORES))
     # both rows' differences have standard deviation 1; five pairs detect 1.68 of those

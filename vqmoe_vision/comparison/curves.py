@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .results import Usable
-from .spec import Comparison
+from .spec import STARTED, Comparison
 from .statistics import mean_and_deviation
 
 Curve = list[list[float]]  # iterations and values
-_STYLES = ('-', '--', ':')
+# Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
+_STYLES = (('-', '--'), (':', '-.'), ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))))
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
@@ -39,7 +40,8 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         'the same over the compute of the run': 'iterations times GMACs per image',
     }
     axes = list(figure.subplots(2, 2).flat)
-    for number, row in enumerate(comparison.rows):
+    styles = _styles(comparison.rows)
+    for row, style in styles.items():
         of_row = {seed: content for (name, seed), content in usable.items() if name == row}
         curves: tuple[list[Curve], ...] = (
             [content['training_loss'] for content in of_row.values()],
@@ -56,7 +58,7 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         )
         for panel, of_panel in zip(axes, curves, strict=True):
             if of_panel:
-                _draw(panel, row, number, of_panel)
+                _draw(panel, row, style, of_panel)
     for panel, (title, label) in zip(axes, titles.items(), strict=True):
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
@@ -88,7 +90,19 @@ def colour_of(number: int) -> tuple[float, float, float]:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
+def _styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each row; one that starts from a checkpoint has the colour of its own."""
+    names: dict[str, int] = {}
+    styles = {}
+    for row in rows:
+        number = names.setdefault(row.removesuffix(STARTED), len(names))
+        of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        style = of_ten[row.endswith(STARTED)]
+        styles[row] = {'color': colour_of(number), 'linestyle': style}
+    return styles
+
+
+def _draw(axes: Axes, row: str, style: dict[str, Any], curves: Iterable[Curve]) -> None:
     points: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve:
@@ -96,12 +110,7 @@ def _draw(axes: Axes, row: str, number: int, curves: Iterable[Curve]) -> None:
     steps = sorted(points)
     mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
     seeds = len(points[steps[-1]])
-    style: dict[str, Any] = {
-        'color': colour_of(number),
-        'linestyle': _STYLES[number // len(_COLOURS) % len(_STYLES)],
-        'marker': 'o' if len(steps) < 15 else None,  # a point alone would be invisible
-        'markersize': 3,
-    }
-    axes.plot(steps, mean, label=f'{row} ({seeds})', **style)
+    marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
+    axes.plot(steps, mean, label=f'{row} ({seeds})', marker=marker, markersize=3, **style)
     ends = mean - deviation, mean + deviation
     axes.fill_between(steps, *ends, color=style['color'], alpha=0.15, lw=0)

@@ -21,6 +21,8 @@ from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
 START = '{start}'
+# How the name of a row ends that is another one from that checkpoint.
+STARTED = '_started'
 # What the numbers of a comparison are of. Choices are made on what no final table uses.
 STAGES = ('test', 'dev')
 STARTS = re.compile(r'\{start(?::(\w+))?\}')
@@ -32,7 +34,7 @@ _ROWS = {
     },
     'all_presets': {row: row for row in PRESET_ROWS},
     'all_started': {
-        f'{row}_started': f'{row} MODEL.checkpoint={START}'
+        f'{row}{STARTED}': f'{row} MODEL.checkpoint={START}'
         for row in (*ROWS, *FEATURE_ROWS)
         if row != 'dense_wide'
     },  # a dense model of another width is no start
