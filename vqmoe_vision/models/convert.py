@@ -127,7 +127,8 @@ def _put_layers(
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
         name = f'blocks.{i}.mlp'
-        built[i] = _layer_like(blocks[i], name, method, config, host)
+        weight_init = getattr(model, 'weight_init_mode', '')  # an Eva has no such option
+        built[i] = _layer_like(blocks[i], name, method, config, host, weight_init)
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
@@ -159,7 +160,7 @@ def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> M
 
 
 def _layer_like(
-    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host
+    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host, weight_init: str
 ) -> MoeLayer:
     """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
@@ -173,6 +174,7 @@ def _layer_like(
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
         drop=_rate(mlp.drop1),
+        weight_init=weight_init,
         device=weight.device,
         dtype=weight.dtype,
     )
