@@ -67,6 +67,22 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
     return tuple(chosen)
 
 
+def check_method(method: Any, field: str = 'method') -> None:
+    """Refuse a method that there is not.
+
+    Args:
+        method: What a user named.
+        field: What the user calls it.
+
+    Raises:
+        ValueError: It is no key of `METHODS`; lists them.
+    """
+    named = isinstance(method, str)
+    hint = did_you_mean(method, METHODS) if named else ''
+    allowed = f'one of {", ".join(METHODS)}{hint}'
+    check(named and method in METHODS, field, method, allowed)
+
+
 def moe_options(method: str) -> set[str]:
     """Names of the arguments that a model of a method has beyond timm's.
 

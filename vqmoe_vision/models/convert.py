@@ -17,7 +17,7 @@ from ..moe.host import Host, RawPatches
 from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import moe_options, resolve_moe_layers
+from .arguments import check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
@@ -149,7 +149,7 @@ def _put_layers(
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:
     kind = type(model)
-    check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
+    check_method(method)
     allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
     check(kind in _SPARSE, 'model', kind.__name__, allowed)
     known = moe_options(method)

@@ -19,6 +19,7 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import (
     check_experts,
+    check_method,
     check_names,
     check_patches,
     check_vit_arguments,
@@ -160,6 +161,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         **kwargs: Any,
     ) -> None:
         how = read_upcycling(upcycling)
+        check_method(method)
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_names(kwargs, method)
