@@ -258,6 +258,8 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     blocks = model.blocks
     model.patch_embed.__class__ = RawPatchEmbed
     hand_over(model.patch_embed, raw_patches)
+    if isinstance(raw_patches.read, nn.Module):
+        raw_patches.read.train(model.training)
     for block in blocks:
         block.raw_patches = raw_patches
         block.__class__ = RawPatchBlock
