@@ -82,3 +82,16 @@ def test_a_model_that_is_initialised_otherwise_has_such_experts(name: str) -> No
     model: Any = fresh(name, shared=False)
     model.init_weights('reset')
     check_parts(model, 'reset')
+
+
+@pytest.mark.parametrize(
+    ('name', 'dense'), [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
+)
+def test_the_rest_is_that_of_the_dense_model_of_the_shape(name: str, dense: str) -> None:
+    models = [timm.create_model(each, img_size=32) for each in (name, dense)]
+    for model, each in zip(models, (name, dense), strict=True):
+        share_start(model, each, seed=3, img_size=32)
+    ours, theirs = (model.state_dict() for model in models)
+    shared = [key for key in theirs if key in ours]
+    assert 'blocks.1.attn.qkv.weight' in shared and 'head.weight' in shared
+    assert all(ours[key].equal(theirs[key]) for key in shared)
