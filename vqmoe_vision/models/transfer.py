@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.image_reader import ImageReader, image_reader
+from .arguments import reader_of
 from .feature_network import NETWORK, READER, FeatureViT
 from .fitting import (
     Size,
@@ -37,7 +38,7 @@ from .refusals import (
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, shorten
+from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, part_of, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 from .would_fit import EVA, VIT, pooled_otherwise, without_norm
@@ -116,7 +117,7 @@ def transfer(
             model, state, expected, outside, path, image_sizes, upcycling, origin, options
         )
         return fitted, others.joined(report)
-    part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
+    part = part_of(state, READER)
     state, expected = (
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
@@ -147,9 +148,7 @@ def load_features(
         ValueError: The model reads no images, the state is of a model with experts, or as
             `transfer`.
     """
-    reader = image_reader(model)
-    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
-    assert reader is not None
+    reader = reader_of(model)
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     network: Any = reader.network
@@ -199,11 +198,11 @@ def _fit_network(
         if name in state and _is_fitted(name, state[name], value)
     }
     used = {*result, *copied.values()}
-    return result, Report(
-        loaded=tuple(k for k in result if k not in resized and k not in copied),
-        resized=resized,
-        copied=copied,
-        initialised=tuple(k for k in expected if k not in result),
+    return result, Report.of_result(
+        result,
+        expected,
+        resized,
+        copied,
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
         remarks=(*doubts, *remarks, *head, *norm),
@@ -239,7 +238,7 @@ def _fit_reader(
         path: As in `fit_state`.
         image_sizes: As in `fit_state`.
     """
-    weights = {k[len(NETWORK) :]: v for k, v in part.items() if k.startswith(NETWORK)}
+    weights = part_of(part, NETWORK)
     result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
     expected = {READER + k: v for k, v in reader.state_dict().items()}
     if shapes := other_shapes(expected, result):
@@ -251,13 +250,8 @@ def _fit_reader(
         result |= {READER + NETWORK + k: v for k, v in fitted.items()}
     resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
     copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}
-    return result, Report(
-        loaded=tuple(k for k in result if k not in resized and k not in copied),
-        resized=resized,
-        copied=copied,
-        initialised=tuple(k for k in expected if k not in result),
-        remarks=('images are read by a frozen copy of it',) if copied else (),
-    )
+    remarks = ('images are read by a frozen copy of it',) if copied else ()
+    return result, Report.of_result(result, expected, resized, copied, remarks=remarks)
 
 
 def _upcycled(
@@ -268,7 +262,7 @@ def _upcycled(
     sources: dict[str, str] = {}
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
-        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        part = part_of(state, prefix)
         if not part:
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
