@@ -32,6 +32,14 @@ def test_a_converted_model_is_one_of_ours(
     torch.testing.assert_close(ours.eval()(images), model(images))
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_what_is_put_in_is_in_the_mode_of_the_model(method: str, training: bool) -> None:
+    model, ours = dense().train(training), make(method).train(training)
+    convert_to_moe(model, method)
+    expected = {name: module.training for name, module in ours.named_modules()}
+    assert {name: module.training for name, module in model.named_modules()} == expected
+
+
 def test_a_converted_model_trains_as_ours_under_checkpointing(
     method: str, images: torch.Tensor, train_step: Any
 ) -> None:

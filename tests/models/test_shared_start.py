@@ -1,9 +1,10 @@
 """Fresh experts begin like the MLPs in their place, however their model was built."""
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import timm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vqmoe_vision.models.create import create_model
@@ -13,6 +14,8 @@ from .conftest import TINY
 
 OWN, VIT, DINOV3 = 'vit_tiny_smoe', 'vit_tiny_patch16_224', 'vit_small_patch16_dinov3'
 MOE = dict(method='smoe', moe_layers=[0, 1, 3])
+# all that timm has but its default, and 'skip', which is refused
+MODES = set(get_args(get_type_hints(VisionTransformer.__init__)['weight_init'])) - {'', 'skip'}
 
 
 def spreads(model: Any) -> list[float]:
@@ -50,3 +53,45 @@ def test_fresh_experts_are_spread_as_the_mlps_in_their_place(
     assert found == pytest.approx(spreads(dense), rel=0.05)  # 0.5 % by chance
     expected = [0.02 / (2 * i) ** 0.5 if scaled else 0.02 for i in range(1, 5)]
     assert found == pytest.approx(expected, rel=0.05)
+
+
+def check_parts(model: Any, weight_init: str) -> None:
+    """Each parameter of the experts is spread as that of an MLP, and no expert is another."""
+    dense = timm.create_model(VIT, **TINY, weight_init=weight_init)
+    experts = model.blocks[1].mlp.experts
+    for name, own in dense.blocks[1].mlp.named_parameters():
+        ours = experts.get_parameter(name)
+        tolerance = 0.05 if own.ndim == 2 else 0.5  # of biases there are few
+        assert ours.std().item() == pytest.approx(own.std().item(), rel=tolerance), name
+        assert ours.mean().item() == pytest.approx(0, abs=0.02)
+        assert own.ndim == 1 or not ours[0].equal(ours[1])
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('name', [OWN, VIT])
+@pytest.mark.parametrize('weight_init', sorted(MODES))
+def test_weight_init_is_that_of_the_experts_too(name: str, weight_init: str, shared: bool) -> None:
+    model = fresh(name, shared, weight_init=weight_init)
+    check_parts(model, weight_init)
+    model.init_weights()  # of timm: draws all of it again
+    check_parts(model, weight_init)
+
+
+@pytest.mark.parametrize('name', [OWN, VIT])
+def test_a_model_that_is_initialised_otherwise_has_such_experts(name: str) -> None:
+    model: Any = fresh(name, shared=False)
+    model.init_weights('reset')
+    check_parts(model, 'reset')
+
+
+@pytest.mark.parametrize(
+    ('name', 'dense'), [('test_vit_vqmoe', 'test_vit_dense'), ('vit_tiny_vqmoe', VIT)]
+)
+def test_the_rest_is_that_of_the_dense_model_of_the_shape(name: str, dense: str) -> None:
+    models = [timm.create_model(each, img_size=32) for each in (name, dense)]
+    for model, each in zip(models, (name, dense), strict=True):
+        share_start(model, each, seed=3, img_size=32)
+    ours, theirs = (model.state_dict() for model in models)
+    shared = [key for key in theirs if key in ours]
+    assert 'blocks.1.attn.qkv.weight' in shared and 'head.weight' in shared
+    assert all(ours[key].equal(theirs[key]) for key in shared)

@@ -12,7 +12,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models import convert_to_moe
+from vqmoe_vision.models import convert_to_moe, experts_as_linear
 
 from .conftest import DENSE, TINY, dense, make
 
@@ -33,6 +33,15 @@ def test_an_mlp_of_parts_that_do_not_fit_leaves_the_model_as_it_is(
     with pytest.raises(ValueError, match=r'blocks\.1\.mlp.*is no MLP: its .*, beside fc1\.weight'):
         start_from(model, saved[1])
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_experts_that_are_linear_layers_already_are_not_made_of_mlps(
+    method: str, saved: tuple[Any, str]
+) -> None:
+    model = experts_as_linear(make(method))
+    message = r'cannot become experts, .* load its weights before experts_as_linear\(model\)$'
+    with pytest.raises(ValueError, match=message):
+        start_from(model, saved[1])
 
 
 def gated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,9 @@
 """Names, sizes, options and their mistakes."""
 
 import math
+import re
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import timm
@@ -10,10 +12,12 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import nn
 
-from vqmoe_vision.models import MoeVisionTransformer
+from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
 from vqmoe_vision.models.arguments import resolve_moe_layers
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS, MoeLayer
+
+from .conftest import DENSE, TINY
 
 NAMES = timm.list_models(module='vit_moe')
 
@@ -222,6 +226,21 @@ def test_an_impossible_value_names_field_value_and_what_is_allowed(
     assert found in message.split(' is not possible')[0]
     assert allowed in message.split('is not possible: ')[1]
     assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+    ('method', 'hint'),
+    [('vqmoo', r'; did you mean vqmoe\?'), ('foo', ''), (None, ''), (['smoe'], '')],
+)
+def test_an_unknown_method_is_named_with_those_that_there_are(method: Any, hint: str) -> None:
+    known = f'^method={re.escape(repr(method))} is not possible: one of {", ".join(METHODS)}{hint}$'
+    for build in (
+        lambda: MoeVisionTransformer(method=method, **TINY),
+        lambda: timm.create_model('moe_host', host=DENSE, method=method, **TINY),
+        lambda: convert_to_moe(timm.create_model(DENSE, **TINY), method),
+    ):
+        with pytest.raises(ValueError, match=known):
+            build()
 
 
 def test_padding_lifts_the_demand_on_the_image_size(tiny) -> None:

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
 from ..moe.config import check, check_type, did_you_mean
+from ..moe.image_reader import ImageReader, image_reader
 from ..moe.methods import METHODS
 
 # timm's names of layers, by the options that take one
@@ -65,6 +66,22 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
     possible = len(chosen) > 0 and all(0 <= i < depth for i in chosen)
     check(possible, 'moe_layers', moe_layers, allowed)
     return tuple(chosen)
+
+
+def check_method(method: Any, field: str = 'method') -> None:
+    """Refuse a method that there is not.
+
+    Args:
+        method: What a user named.
+        field: What the user calls it.
+
+    Raises:
+        ValueError: It is no key of `METHODS`; lists them.
+    """
+    named = isinstance(method, str)
+    hint = did_you_mean(method, METHODS) if named else ''
+    allowed = f'one of {", ".join(METHODS)}{hint}'
+    check(named and method in METHODS, field, method, allowed)
 
 
 def moe_options(method: str) -> set[str]:
@@ -230,6 +247,21 @@ def check_experts(kwargs: dict[str, Any]) -> None:
         ('mlp_layer', (None, Mlp), "timm's Mlp, whose layout experts have"),
     ):
         check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
+
+
+def reader_of(model: nn.Module) -> ImageReader:
+    """What reads images in a model.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: Nothing in it does.
+    """
+    reader = image_reader(model)
+    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
+    assert reader is not None
+    return reader
 
 
 def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -90,12 +90,7 @@ def build_sparse(
         ValueError: As `build`.
     """
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
-    options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-    if saved:
-        dropped = {'upcycling', *METHODS[method].config.without_effect(**options)}
-        for option in dropped & saved.keys() & kwargs.keys():
-            if saved[option] == kwargs[option]:
-                del kwargs[option]
+    kwargs = _without_past(kwargs, saved, method)
     if not pretrained and upcycle is None:
         ways = 'pretrained=True' if name == MOE_HOST else 'upcycle=SOURCE or pretrained=True'
         refuse_unused(read_upcycling(kwargs.get('upcycling')), ways)
@@ -125,6 +120,19 @@ def build_sparse(
             method=method,
             **kwargs,
         )
+
+
+def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) -> dict[str, Any]:
+    """Arguments without those of saved weights that the others leave without effect."""
+    if not saved:
+        return kwargs
+    options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
+    without_effect = {'upcycling', *METHODS[method].config.without_effect(**options)}
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if name not in without_effect or name not in saved or saved[name] != value
+    }
 
 
 def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Filter]:

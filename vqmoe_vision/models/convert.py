@@ -17,7 +17,7 @@ from ..moe.host import Host, RawPatches
 from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import moe_options, resolve_moe_layers
+from .arguments import check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
@@ -127,7 +127,8 @@ def _put_layers(
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
         name = f'blocks.{i}.mlp'
-        built[i] = _layer_like(blocks[i], name, method, config, host)
+        weight_init = getattr(model, 'weight_init_mode', '')  # an Eva has no such option
+        built[i] = _layer_like(blocks[i], name, method, config, host, weight_init)
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
@@ -148,7 +149,7 @@ def _put_layers(
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:
     kind = type(model)
-    check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
+    check_method(method)
     allowed = f"timm's {' or '.join(plain.__name__ for plain in _SPARSE)}, dense and not wrapped"
     check(kind in _SPARSE, 'model', kind.__name__, allowed)
     known = moe_options(method)
@@ -159,7 +160,7 @@ def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> M
 
 
 def _layer_like(
-    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host
+    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host, weight_init: str
 ) -> MoeLayer:
     """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
@@ -173,6 +174,7 @@ def _layer_like(
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
         drop=_rate(mlp.drop1),
+        weight_init=weight_init,
         device=weight.device,
         dtype=weight.dtype,
     )
@@ -256,6 +258,8 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     blocks = model.blocks
     model.patch_embed.__class__ = RawPatchEmbed
     hand_over(model.patch_embed, raw_patches)
+    if isinstance(raw_patches.read, nn.Module):
+        raw_patches.read.train(model.training)
     for block in blocks:
         block.raw_patches = raw_patches
         block.__class__ = RawPatchBlock

@@ -12,8 +12,13 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..moe.config import check, did_you_mean
-from ..moe.methods import METHODS
-from .arguments import check_patches, check_vit_arguments, moe_options, named_failures
+from .arguments import (
+    check_method,
+    check_patches,
+    check_vit_arguments,
+    moe_options,
+    named_failures,
+)
 from .build import known_by_name, load_whole
 from .described import Described
 from .hosts import MODULES, MOE_HOST, Transformer, method_of
@@ -255,7 +260,7 @@ def _check_moe(model_name: str, moe: dict[str, Any] | None, kwargs: dict[str, An
         how = f'{model_name} is dense, which takes moe=None, or the moe.method of its experts'
         check('method' in moe, 'moe', moe, how)
         method = moe['method']
-        check(method in METHODS, 'moe.method', method, f'one of {", ".join(METHODS)}')
+        check_method(method, 'moe.method')
         moe = {name: value for name, value in moe.items() if name != 'method'}
     names = moe_options(method)
     for name, value in moe.items():

@@ -16,8 +16,8 @@ from ..moe import moe_layers
 from .arguments import FAILURES
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
-from .state_dicts import CLASSIFIERS, HEADS, StateDict, is_square, misfit, shorten
-from .weight_files import is_out_of_memory
+from .state_dicts import CLASSIFIERS, HEADS, StateDict, is_square, misfit, part_of, shorten
+from .weight_files import is_out_of_memory, named_reason
 
 Size = tuple[int, int]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
@@ -40,7 +40,7 @@ def strip_names(
         ValueError: Nothing in it belongs to the model.
     """
     for prefix in _PREFIXES:
-        state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        state = part_of(state_dict, prefix)
         if is_of_mmseg(state):
             state = from_mmseg(state)
         if any(name in expected and not name.startswith(HEADS) for name in state):
@@ -125,10 +125,9 @@ def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
         if is_out_of_memory(error):
             raise
         kind = Eva if isinstance(model, Eva) else VisionTransformer
-        reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
             f"checkpoint {path!r} does not fit the model: timm's filter for {kind.__name__} could "
-            f'not read its weights: {reason}'
+            f'not read its weights: {named_reason(error)}'
         ) from error
 
 
@@ -231,7 +230,7 @@ def fit_layers(state: StateDict, model: Transformer) -> StateDict:
     """
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
-        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        part = part_of(state, prefix)
         experts = {k: v for k, v in layer.state_dict().items() if k.startswith('experts.')}
         if all(k in part and part[k].shape == v.shape for k, v in experts.items()):
             fitted = {prefix + k: v for k, v in layer.fit_state(part).items()}

@@ -15,8 +15,7 @@ import timm
 from timm.models import get_arch_name, model_entrypoint, register_model
 
 from ..moe.config import check
-from ..moe.methods import METHODS
-from .arguments import moe_options, named_failures
+from .arguments import check_method, moe_options, named_failures
 from .build import build_sparse, check_sources, config_of_name, tagged
 from .convert import put_fresh_layers
 from .hosts import MOE_HOST
@@ -45,7 +44,7 @@ def moe_host(
     """
     known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
     check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
-    check(method in METHODS, 'method', method, f'one of {", ".join(METHODS)}')
+    check_method(method)
     assert host is not None and method is not None
     check_sources(get_arch_name(host), pretrained, kwargs)
     allowed = 'None: pretrained=True starts from weights of the host, or of pretrained_cfg_overlay'

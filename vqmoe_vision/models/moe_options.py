@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..moe.methods import METHODS
-from .create import method_of
+from .hosts import method_of
 from .upcycle import read_upcycling
 
 # Fields of a model that give it weights to start from, of which experts may be made.

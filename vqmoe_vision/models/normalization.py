@@ -56,7 +56,7 @@ class Normalization:
         return cls(mean, std)
 
     def values(self) -> Tensor:
-        """(2, 3) float32: mean and standard deviation."""
+        """(2, C) float32: mean and standard deviation."""
         return torch.tensor([self.mean, self.std])
 
     def differing(self, other: Normalization) -> tuple[str, ...]:

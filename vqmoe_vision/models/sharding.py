@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from vqmoe_vision.moe import MoeLayer
-from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.expert_parallel import place_experts
-from vqmoe_vision.moe.experts import Experts
+from ..moe import MoeLayer
+from ..moe.config import check
+from ..moe.expert_parallel import place_experts
+from ..moe.experts import Experts
 
 # of timm and of mmseg's heads: what a network has many of, one after the other
 _BLOCK_LISTS = ('blocks', 'layers')

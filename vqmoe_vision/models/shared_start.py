@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..moe.experts import StackedLinear
+from . import shipped
 from .arguments import moe_options
 from .hosts import method_of
 from .sparse_model import SparseModel, scale_fresh_experts
@@ -39,7 +40,8 @@ def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> 
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         if method_of(model_name) is not None:
             stem = model_name.partition('.')[0].rpartition('_')[0]
-            model_name = f'{stem}_dense' if stem == 'test_vit' else f'{stem}_patch16_224'
+            is_shipped = timm.models.is_model_in_modules(model_name, ['shipped'])
+            model_name = shipped.DENSE if is_shipped else f'{stem}_patch16_224'
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense = timm.create_model(model_name, **kwargs)

@@ -59,7 +59,9 @@ def _cfg(name: str) -> dict[str, Any]:
     }
 
 
-_NAMES = ('test_vit_vqmoe', 'test_vit_dense')
+# Of the shape of the others, without experts.
+DENSE = 'test_vit_dense'
+_NAMES = ('test_vit_vqmoe', DENSE)
 default_cfgs = generate_default_cfgs({f'{name}.cifar10': _cfg(name) for name in _NAMES})
 
 
@@ -75,7 +77,7 @@ def test_vit_dense(pretrained: bool = False, **kwargs: Any) -> VisionTransformer
     """The dense ViT of the same size, to upcycle from."""
     return build_model_with_cfg(
         VisionTransformer,
-        'test_vit_dense',
+        DENSE,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': kwargs.pop('out_indices', 3), 'feature_cls': 'getter'},

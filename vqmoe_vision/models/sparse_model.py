@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import get_act_layer, register_notrace_module
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import nn
 
 from ..moe.config import MoeConfig, check
@@ -18,6 +19,7 @@ from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import (
     check_experts,
+    check_method,
     check_names,
     check_patches,
     check_vit_arguments,
@@ -159,6 +161,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         **kwargs: Any,
     ) -> None:
         how = read_upcycling(upcycling)
+        check_method(method)
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         check_names(kwargs, method)
@@ -189,11 +192,24 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
                 act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
                 bias=kwargs.get('proj_bias', True),
                 drop=kwargs.get('proj_drop_rate', 0.0),
+                weight_init=self.weight_init_mode,
                 **factory,
             )
         self.fix_init = fix_init
         if fix_init:
             self.fix_init_weight()
+
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise as timm's of the mode, and experts as the MLPs in their place.
+
+        Args:
+            mode: A value of `weight_init`; empty for the one that the model was built with.
+            needs_reset: As timm's.
+        """
+        for module in self.modules():
+            if isinstance(module, Experts):
+                _set_draw(module, mode or self.weight_init_mode)
+        super().init_weights(mode, needs_reset)
 
     @torch.no_grad()
     def fix_init_weight(self) -> None:
@@ -246,6 +262,7 @@ def build_layer(
     act_layer: Callable[[], nn.Module] = nn.GELU,
     bias: bool = True,
     drop: float = 0.0,
+    weight_init: str = '',
     **factory: Any,
 ) -> MoeLayer:
     """MoE layer of a method with experts that are like the MLPs of its model.
@@ -259,6 +276,7 @@ def build_layer(
         act_layer: As those of the MLPs.
         bias: As those of the MLPs.
         drop: As those of the MLPs.
+        weight_init: As timm's, of the MLPs.
         **factory: `device` and `dtype`.
 
     Raises:
@@ -268,7 +286,18 @@ def build_layer(
     hidden = int(width * ratio)
     check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
     experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
+    if weight_init:
+        _set_draw(experts, weight_init)
+        for linear in (experts.fc1, experts.fc2):
+            linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
     # torch.fx, which timm's feature extraction uses, takes it as one operation
     register_notrace_module(type(layer))
     return layer
+
+
+def _set_draw(experts: Experts, weight_init: str) -> None:
+    """Lets experts be drawn as timm draws MLPs; empty is its default, which they have already."""
+    # of which timm asks whether it is of an MLP
+    draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
+    experts.fc1.draw = experts.fc2.draw = draw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from ..moe import moe_layers
 StateDict = dict[str, Tensor]
 CLASSIFIERS = ('head.', 'head_dist.')
 HEADS = (*CLASSIFIERS, 'attn_pool.')
+Value = TypeVar('Value')
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,32 @@ class Report:
         """
         return cls(remarks=lines, warnings=lines)
 
+    @classmethod
+    def of_result(
+        cls,
+        result: StateDict,
+        expected: Iterable[str],
+        resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        copied: dict[str, str],
+        **others: tuple[str, ...],
+    ) -> Report:
+        """That of a state dict which a model loads.
+
+        Args:
+            result: The state dict.
+            expected: Names of all tensors of the model.
+            resized: As the attribute.
+            copied: As the attribute; others than these and the resized are as in the checkpoint.
+            **others: Further attributes.
+        """
+        return cls(
+            loaded=tuple(k for k in result if k not in resized and k not in copied),
+            resized=resized,
+            copied=copied,
+            initialised=tuple(k for k in expected if k not in result),
+            **others,
+        )
+
     def joined(self, other: Report) -> Report:
         """Both reports as one, of two parts of a model.
 
@@ -92,6 +119,16 @@ class Report:
         return notes
 
 
+def part_of(state: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """What has names under a prefix, by the rest of its names.
+
+    Args:
+        state: Of a whole.
+        prefix: Where the names of the part begin, with its dot; empty for all.
+    """
+    return {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
+
+
 class TakesOtherNames:
     """Mixin of a model that loads checkpoints of other code, and translates them itself."""
 
@@ -117,8 +154,7 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
         state = model.in_own_names(state)
     for layer_name, layer in moe_layers(model).items():
         prefix = f'{layer_name}.'
-        names = [name[len(prefix) :] for name in state if name.startswith(prefix)]
-        for name in layer.omitted(names):
+        for name in layer.omitted(list(part_of(state, prefix))):
             del state[prefix + name]
     return misfit(model.state_dict(), state)
 

@@ -6,6 +6,7 @@ Everything here works on state dicts; `engine/checkpoint.py` reads the files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from timm.models.eva import Eva
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.image_reader import ImageReader, image_reader
+from .arguments import reader_of
 from .feature_network import NETWORK, READER, FeatureViT
 from .fitting import (
     Size,
@@ -37,10 +39,29 @@ from .refusals import (
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, shorten
+from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, part_of, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
 from .upcycle import Upcycling, upcycle
 from .would_fit import EVA, VIT, pooled_otherwise, without_norm
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """What is known of a checkpoint beside its weights, and how experts are made of it.
+
+    Args:
+        path: As in `transfer`.
+        image_sizes: As in `transfer`.
+        upcycling: As in `transfer`.
+        origin: As in `transfer`.
+        options: Of the method, with which its experts would fit; as in `Model`.
+    """
+
+    path: str
+    image_sizes: Sequence[Size]
+    upcycling: Upcycling | None
+    origin: Origin | None
+    options: str
 
 
 def fit_state(
@@ -107,22 +128,18 @@ def transfer(
         refuse_other_function(model, origin, path)
         stated = experts_of(origin.model)
     others = Report.of_warnings(compare_experts(model, stated, path))
-    options = options_of(stated, model)
+    how = _Transfer(path, image_sizes, upcycling, origin, options_of(stated, model))
     state, outside = strip_names(state_dict, expected, path)
     state = as_tensors(state, expected, path)
     reader = image_reader(model)
     if reader is None:
-        fitted, report = _fit_network(
-            model, state, expected, outside, path, image_sizes, upcycling, origin, options
-        )
+        fitted, report = _fit_network(model, state, expected, outside, how)
         return fitted, others.joined(report)
-    part = {k[len(READER) :]: v for k, v in state.items() if k.startswith(READER)}
+    part = part_of(state, READER)
     state, expected = (
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
-    result, report = _fit_network(
-        model, state, expected, outside, path, image_sizes, upcycling, origin, options
-    )
+    result, report = _fit_network(model, state, expected, outside, how)
     read, more = _fit_reader(reader, part, state, path, image_sizes)
     return result | read, others.joined(report).joined(more)
 
@@ -147,9 +164,7 @@ def load_features(
         ValueError: The model reads no images, the state is of a model with experts, or as
             `transfer`.
     """
-    reader = image_reader(model)
-    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
-    assert reader is not None
+    reader = reader_of(model)
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     network: Any = reader.network
@@ -164,13 +179,10 @@ def _fit_network(
     state: StateDict,
     expected: StateDict,
     outside: tuple[str, ...],
-    path: str,
-    image_sizes: Sequence[Size],
-    upcycling: Upcycling | None,
-    origin: Origin | None,
-    options: str,
+    how: _Transfer,
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
+    path, origin = how.path, how.origin
     arguments = EVA if isinstance(model, Eva) else VIT
     refuse_other_tokens(state, expected, path, arguments)
     doubts = perhaps_rotary(state, expected, path, arguments) if origin is None else ()
@@ -179,36 +191,42 @@ def _fit_network(
     )
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
-    positions = resized_positions(state, model, path, image_sizes)
+    positions = resized_positions(state, model, path, how.image_sizes)
     filtered = in_names_of(model, {**state, **positions}, path)
     dropped_by_timm = left_out(state, filtered)
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
     refuse_gated(network, filtered, path)
-    sized = _sized(model, expected, origin, options)
+    sized = _sized(model, expected, origin, how.options)
     refuse_misfits(network, filtered, fitted, path, sized)
     refuse_other_parts(network, fitted, path, sized.whole, arguments)
     refuse_values(network, filtered, path)
     norm = without_norm(network, fitted, arguments)
-    made, copied = _upcycled(model, fitted, path, upcycling) if upcycling else ({}, {})
+    made, copied = _upcycled(model, fitted, path, how.upcycling) if how.upcycling else ({}, {})
     result = {name: value for name, value in fitted.items() if name in network} | made
-    resized = {
-        name: (tuple(state[name].shape), tuple(value.shape))
-        for name, value in result.items()
-        if name in state and _is_fitted(name, state[name], value)
-    }
     used = {*result, *copied.values()}
-    return result, Report(
-        loaded=tuple(k for k in result if k not in resized and k not in copied),
-        resized=resized,
-        copied=copied,
-        initialised=tuple(k for k in expected if k not in result),
+    return result, Report.of_result(
+        result,
+        expected,
+        _resized(state, result),
+        copied,
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
         remarks=(*doubts, *remarks, *head, *norm),
         warnings=(*doubts, *warnings, *norm),
     )
+
+
+def _resized(
+    state: StateDict, result: StateDict
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes before and after, of what has been fitted to another size."""
+    return {
+        name: (tuple(state[name].shape), tuple(value.shape))
+        for name, value in result.items()
+        if name in state and _is_fitted(name, state[name], value)
+    }
 
 
 def _sized(model: Transformer, expected: StateDict, origin: Origin | None, options: str) -> Model:
@@ -239,7 +257,7 @@ def _fit_reader(
         path: As in `fit_state`.
         image_sizes: As in `fit_state`.
     """
-    weights = {k[len(NETWORK) :]: v for k, v in part.items() if k.startswith(NETWORK)}
+    weights = part_of(part, NETWORK)
     result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
     expected = {READER + k: v for k, v in reader.state_dict().items()}
     if shapes := other_shapes(expected, result):
@@ -251,13 +269,8 @@ def _fit_reader(
         result |= {READER + NETWORK + k: v for k, v in fitted.items()}
     resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
     copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}
-    return result, Report(
-        loaded=tuple(k for k in result if k not in resized and k not in copied),
-        resized=resized,
-        copied=copied,
-        initialised=tuple(k for k in expected if k not in result),
-        remarks=('images are read by a frozen copy of it',) if copied else (),
-    )
+    remarks = ('images are read by a frozen copy of it',) if copied else ()
+    return result, Report.of_result(result, expected, resized, copied, remarks=remarks)
 
 
 def _upcycled(
@@ -268,7 +281,7 @@ def _upcycled(
     sources: dict[str, str] = {}
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
-        part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        part = part_of(state, prefix)
         if not part:
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..moe.config import check, check_type
-from ..moe.experts import Experts
+from ..moe.experts import Experts, SeparateLinear
 from .state_dicts import StateDict, shorten
 
 # Arguments of a model that say what its weights began as; no model is built again with them.
@@ -135,11 +135,16 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
 
 
 def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
-    expected = set(experts.state_dict())
-    if mlp.keys() != expected:
+    if isinstance(experts.fc1, SeparateLinear):
+        raise ValueError(
+            f'{name} cannot become experts, which are linear layers of their own here: load its '
+            'weights before experts_as_linear(model)'
+        )
+    expected = experts.state_dict()
+    if mlp.keys() != expected.keys():
         raise ValueError(
             f'{name} cannot become experts: it has {shorten(sorted(mlp))}, and experts are of '
-            f'{", ".join(part for part in _PARTS if part in expected)}'
+            f'{", ".join(expected)}'
         )
     weight = mlp['fc1.weight']
     dense, width = weight.shape if weight.ndim == 2 else (0, 0)

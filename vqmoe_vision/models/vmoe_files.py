@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .state_dicts import StateDict, shorten
+from .weight_files import first_line
 
 # Types of V-MoE's msgpack; a tree of weights has no others.
 _ARRAY, _SLICES, _LEAF = 1, 6, 8
@@ -112,9 +113,8 @@ def _decoded(path: str, decode: Callable[[Any], Any]) -> Any:
     try:
         return decode(msgpack.unpackb(Path(path).read_bytes(), ext_hook=_extension))
     except Exception as error:  # bytes can fail in any way
-        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
         raise ValueError(
-            f'{path!r} is truncated or damaged, or no file of V-MoE: {reason}'
+            f'{path!r} is truncated or damaged, or no file of V-MoE: {first_line(error)}'
         ) from error
 
 

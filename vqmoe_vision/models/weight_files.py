@@ -97,7 +97,7 @@ def named_source(source: str) -> Iterator[None]:
     except Exception as error:  # bytes and networks can fail in any way
         if type(error) in _SAID or is_out_of_memory(error):  # the file may well be whole
             raise
-        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        reason = first_line(error)
         # torch's and timm's words for a file are advice to run the code in it, or no words at all
         if local or 'weights_only' in reason:
             raise ValueError(unreadable(source)) from error
@@ -121,10 +121,27 @@ def no_reading(function: Callable[..., Result], what: str = '') -> Callable[...,
         except Exception as error:
             if not what or type(error) in _SAID or is_out_of_memory(error):
                 raise _Elsewhere(error) from error
-            reason = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
-            raise ValueError(f'{what}: {reason}') from error
+            raise ValueError(f'{what}: {named_reason(error)}') from error
 
     return call
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind if it says nothing.
+
+    Args:
+        error: What was raised.
+    """
+    return next(iter(str(error).splitlines()), '') or type(error).__name__
+
+
+def named_reason(error: Exception) -> str:
+    """The kind of an error, and what it says in its first line.
+
+    Args:
+        error: What was raised.
+    """
+    return ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def is_out_of_memory(error: Exception) -> bool:

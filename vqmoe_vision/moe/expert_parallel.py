@@ -135,13 +135,17 @@ class _Travel(torch.autograd.Function):
         ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.way_back = received, sent, group
-        arrived = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
-        return arrived
+        return _send(rows, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Travel.forward(ctx, grads[0], *ctx.way_back), None, None, None
+        return _send(grads[0], *ctx.way_back), None, None, None
+
+
+def _send(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+    return arrived
 
 
 def _compute_mixed(

@@ -8,6 +8,7 @@ data-parallel training and timm's test suite need.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -35,9 +36,11 @@ class StackedLinear(nn.Module):
     Attributes:
         own: Takes the experts of this process from a parameter that is spread over several; None
             if all are here.
+        draw: Initialises one of the layers; None for the default of timm's ViT.
     """
 
     own: Callable[[Tensor], Tensor] | None = None
+    draw: Callable[[nn.Linear], None] | None = None
 
     def __init__(
         self,
@@ -60,11 +63,15 @@ class StackedLinear(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as timm's ViT: truncated normal of 0.02, zero bias.
+        """Initialise as timm's ViT: truncated normal of 0.02, zero bias, unless `draw` is set.
 
-        The spread is explicit because fan-based rules misread a stacked tensor (kaiming on
-        (8, 384, 1536) comes out 20 times too small).
+        Rules that look at the fan misread a stacked tensor (kaiming on (8, 384, 1536) comes out 20
+        times too small): `draw` is given one layer at a time.
         """
+        if self.draw is not None:
+            for expert in range(len(self.weight)):
+                self.draw(self.layer(expert))
+            return
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -74,6 +81,20 @@ class StackedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track_stacked(self)  # a copy, which no constructor made
+
+    def layer(self, expert: int) -> nn.Linear:
+        """One of the layers, whose parameters are in the memory of these.
+
+        Args:
+            expert: Which.
+        """
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device='meta'
+        )
+        for name, whole in self.named_parameters():
+            own = nn.Parameter(whole[expert].detach(), whole.requires_grad)
+            setattr(linear, name, own)
+        return linear
 
     def no_weight_decay(self) -> set[str]:
         """The biases, which optimizers know by their single dimension elsewhere."""
@@ -136,13 +157,8 @@ class SeparateLinear(nn.ModuleList):
     def __init__(self, stacked: StackedLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = stacked.in_features, stacked.out_features
-        has_bias = stacked.bias is not None
         for expert in range(len(stacked.weight)):
-            linear = nn.Linear(self.in_features, self.out_features, has_bias, device='meta')
-            for name, whole in stacked.named_parameters():
-                own = whole[expert].detach().clone()
-                setattr(linear, name, nn.Parameter(own, whole.requires_grad))
-            self.append(linear.train(stacked.training))
+            self.append(copy.deepcopy(stacked.layer(expert)).train(stacked.training))
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """As that of `StackedLinear`.
