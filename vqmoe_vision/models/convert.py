@@ -123,11 +123,12 @@ def _put_layers(
     prefix_tokens = dense.num_prefix_tokens
     num_tokens = stem.num_patches + prefix_tokens
     host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    dropped = getattr(dense.patch_drop, 'prob', 0.0)
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
         name = f'blocks.{i}.mlp'
-        built[i] = _layer_like(blocks[i], name, method, config, host)
+        built[i] = _layer_like(blocks[i], name, method, config, host, dropped)
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
@@ -159,7 +160,12 @@ def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> M
 
 
 def _layer_like(
-    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host
+    block: nn.Module,
+    name: str,
+    method: str,
+    config: MoeConfig,
+    host: Host,
+    patch_drop_rate: float,
 ) -> MoeLayer:
     """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
@@ -173,6 +179,7 @@ def _layer_like(
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
         drop=_rate(mlp.drop1),
+        patch_drop_rate=patch_drop_rate,
         device=weight.device,
         dtype=weight.dtype,
     )
@@ -242,13 +249,6 @@ def _check_patches(model: Any, method: str) -> None:
             kind.__name__,
             f'Block of a VisionTransformer, for {method} looks at raw patches',
         )
-    dropping = not isinstance(model.patch_drop, nn.Identity)
-    check(
-        not dropping,
-        'patch_drop_rate',
-        getattr(model.patch_drop, 'prob', 0.0),
-        '0, the method looks at all patches of an image',
-    )
 
 
 def _show_patches(model: Any, raw_patches: RawPatches) -> None:

@@ -189,6 +189,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
                 act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
                 bias=kwargs.get('proj_bias', True),
                 drop=kwargs.get('proj_drop_rate', 0.0),
+                patch_drop_rate=kwargs.get('patch_drop_rate', 0.0),
                 **factory,
             )
         self.fix_init = fix_init
@@ -246,6 +247,8 @@ def build_layer(
     act_layer: Callable[[], nn.Module] = nn.GELU,
     bias: bool = True,
     drop: float = 0.0,
+    *,
+    patch_drop_rate: float,
     **factory: Any,
 ) -> MoeLayer:
     """MoE layer of a method with experts that are like the MLPs of its model.
@@ -259,16 +262,22 @@ def build_layer(
         act_layer: As those of the MLPs.
         bias: As those of the MLPs.
         drop: As those of the MLPs.
+        patch_drop_rate: Of the model. What timm's PatchDropout leaves is in random order, so that
+            a layer no longer knows where a token lies.
         **factory: `device` and `dtype`.
 
     Raises:
-        ValueError: An expert would have no hidden feature.
+        ValueError: An expert would have no hidden feature, or the method needs all tokens of an
+            image in their places, and the model drops some.
     """
     ratio = config.expert_mlp_ratio or mlp_ratio
     hidden = int(width * ratio)
     check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
     experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
     layer = METHODS[method].build(width, config, experts, host, **factory)
+    anywhere = layer.permutation_equivariant and METHODS[method].read_patches is None
+    allowed = f'0, as {method} needs all patches of an image in their places'
+    check(anywhere or patch_drop_rate == 0, 'patch_drop_rate', patch_drop_rate, allowed)
     # torch.fx, which timm's feature extraction uses, takes it as one operation
     register_notrace_module(type(layer))
     return layer

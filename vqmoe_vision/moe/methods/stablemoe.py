@@ -189,6 +189,8 @@ class StableMoEMlp(RoutedMlp):
         experts: The layer's experts.
     """
 
+    # assigns by the raw patch of a position, wherever the token in it comes from
+    permutation_equivariant = False
     router: StableRouter
 
     def __init__(self, router: StableRouter, experts: Experts) -> None:
