@@ -4,8 +4,10 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
-from vqmoe_vision.moe import METHODS, MoeConfig
+from vqmoe_vision.moe import METHODS, MoeConfig, collect_losses
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.config import TopKConfig
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
@@ -114,6 +116,12 @@ def test_a_router_that_cannot_learn_is_refused(method):
             'code_share',
         ),
         ('vqmoe', {'vq_weight': 0.0, 'commitment': 3.0}, 'commitment'),
+        ('vqmoe', {'commitment': 0.0, 'vq_weight': 0.5}, 'vq_weight'),
+        (
+            'vqmoe',
+            {'codebook': 'plain', 'train_codebook': False, 'commitment': 0.0, 'vq_weight': 0.5},
+            'vq_weight',
+        ),
         ('stablemoe', {'stage1_steps': 7, 'stage1_fraction': 0.1}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 2, 'stage1_steps': 7}, 'stage1_steps'),
         ('xmoe', {'balance_weight': 0.0, 'balance_temperature': 9.0}, 'balance_temperature'),
@@ -130,3 +138,17 @@ def test_a_router_that_cannot_learn_is_refused(method):
 def test_impossible_options_of_a_method(method, options, field):
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
         METHODS[method].config.from_options(**options)
+
+
+@pytest.mark.parametrize('codebook', CODEBOOKS)
+@pytest.mark.parametrize('train_codebook', [True, False])
+def test_the_weight_of_a_loss_has_no_effect_where_the_loss_is_zero(
+    make_layer, codebook, train_codebook
+):
+    options = {'codebook': codebook, 'train_codebook': train_codebook, 'commitment': 0.0}
+    layer = make_layer('vqmoe', **options)
+    with collect_losses(layer) as collected:
+        layer(torch.randn(4, 6, 8))
+    zero = collected.losses['layer/vq'].item() == 0
+    config = METHODS['vqmoe'].config
+    assert (config.without_effect(vq_weight=0.5, **options) == {'vq_weight'}) == zero
