@@ -2,8 +2,9 @@
 
 AdamW and its like work element by element: a stacked weight (E, out, in) is no different from E
 matrices. LAMB and LARS take one norm per tensor, Muon one orthogonal factor, Shampoo and SOAP a
-matrix of correlations along every dimension, 'cautious' variants one mean: there the experts would share what each matrix of a dense model has for itself. Such an
-optimizer is refused at its first step, unless `per_expert` has taught it the experts.
+matrix of correlations along every dimension, 'cautious' variants one mean: there the experts would
+share what each matrix of a dense model has for itself. Such an optimizer is refused at its first
+step, unless `per_expert` has taught it the experts.
 
 Legend: E experts.
 """
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# Class names in timm, torch, apex, torch_optimizer and SOAP's repository, in small letters. The tests
-# hold every optimizer that timm lists against E separate matrices. apex's LARC is none: it scales
-# gradients before another optimizer steps, which nothing here sees.
+# Class names in timm, torch, apex, torch_optimizer and SOAP's repository, in small letters. The
+# tests hold every optimizer that timm lists against E separate matrices. apex's LARC is none: it
+# scales gradients before another optimizer steps, which nothing here sees.
 _WHOLE_TENSOR = frozenset(
     {
         'adafactor',
