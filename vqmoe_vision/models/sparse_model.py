@@ -127,6 +127,22 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
+    @torch.jit.ignore
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's; layers that go by the number of tokens hear of it.
+
+        Args:
+            *args: As timm's.
+            **kwargs: As timm's.
+        """
+        timms: Any = super()
+        timms.set_input_size(*args, **kwargs)
+        model: Any = self
+        num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        for module in model.modules():
+            if hasattr(module, 'set_num_tokens'):
+                module.set_num_tokens(num_tokens)
+
     def extra_repr(self) -> str:
         """Method and size, for print(model)."""
         model: Any = self
