@@ -87,6 +87,9 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('xmoe', {'router_dim': 0}, 'router_dim'),
         ('xmoe', {'temperature': 0.0}, 'temperature'),
         ('xmoe', {'balance_temperature': -1.0}, 'balance_temperature'),
+        # all gates would be equal, with no gradient
+        ('xmoe', {'temperature': math.inf}, 'temperature'),
+        ('xmoe', {'balance_temperature': math.inf}, 'balance_temperature'),
         ('stablemoe', {'stage1_steps': 0}, 'stage1_steps'),
         ('stablemoe', {'stage1_fraction': 0.0}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 1}, 'top_k'),

@@ -111,7 +111,8 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         self.require('router_dim', dim is None or dim >= 1, 'at least 1, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
-            self.require(name, value is None or value > 0, "above 0, or None for the paper's")
+            valid = value is None or 0 < value < math.inf
+            self.require(name, valid, "above 0 and finite, or None for the paper's")
 
     def unused(self) -> dict[str, str]:
         """Without the balance loss, what belongs to it."""
