@@ -80,7 +80,7 @@ def features_of(dense: VisionTransformer) -> Features:
 
 
 def _described(network: VisionTransformer) -> Features:
-    network.attn_pool = None
+    network.attn_pool = None  # type: ignore[assignment]  # as timm sets it where there is none
     stem: Any = network.patch_embed
     (height, width), (rows, columns) = stem.img_size, stem.patch_size
     # whole patches, as images of a model that pads them come

@@ -230,7 +230,8 @@ class SMoERouter(TopKRouter):
         return Routing(indices, weights, terms, kept=kept)
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if not self.config.train_router:
             # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
             weight, bias = weight.detach(), None if bias is None else bias.detach()
