@@ -32,7 +32,7 @@ from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
-from ..joint_losses import Loss, values_of
+from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import (
     Routing,
@@ -258,7 +258,7 @@ class SMoERouter(TopKRouter):
             terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         if config.z_weight > 0:
             terms['z'] = config.z_weight * losses.router_z(logits)
-        return terms if config.global_balance else {**values_of(terms)}
+        return config.balanced(terms)
 
     def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
         config = self.config
