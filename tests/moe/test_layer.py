@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe.joint_losses import BalanceLoss
 
 from .conftest import CASES
 
@@ -100,6 +101,19 @@ def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options)
             assert (loss.shape, loss.dtype) == ((), torch.float32)
             assert loss.requires_grad, name
             assert loss.isfinite()
+
+
+@every_case
+@pytest.mark.parametrize('joint', [True, False], ids=['joint', 'own'])
+def test_losses_balance_the_tokens_that_the_options_say(make_layer, method, options, joint):
+    config, options = METHODS[method].config, {**options, 'global_balance': joint}
+    if 'global_balance' not in config.option_names() or config.without_effect(**options):
+        pytest.skip('nothing is balanced')
+    layer = make_layer(method, **options)
+    with collect_losses(layer):
+        layer(tokens())
+        found = [loss for _, loss, _ in layer.layer.recorder.losses]
+    assert any(isinstance(loss, BalanceLoss) for loss in found) == joint
 
 
 @every_case
