@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.models import complexity, experts_as_linear, quantize_int8
-from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 from vqmoe_vision.moe.kernels import grouped_linear
 
@@ -63,6 +63,15 @@ def test_macs_follow_the_size_and_the_head(tiny, request) -> None:
     counts = complexity(model)
     request.getfixturevalue('plain_loops')
     assert counts.macs == counted_macs(model, torch.randn(1, 3, 24, 48))
+
+
+def test_active_parameters_follow_the_size(tiny) -> None:
+    model, built = tiny(), tiny(img_size=64)
+    model.set_input_size(img_size=64)
+    idle, expected = (
+        [layer.idle_params() for layer in moe_layers(m).values()] for m in (model, built)
+    )
+    assert idle == expected
 
 
 def test_a_model_in_bfloat16_costs_what_it_costs_in_float32(tiny) -> None:

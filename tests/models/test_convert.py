@@ -145,6 +145,28 @@ def test_what_cannot_be_converted_stays_as_it_is(
     assert [type(module) for module in model.modules()] == kinds
 
 
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+    'build', [dense, partial(dinov3, 'vit_small_patch16_dinov3')], ids=['vit', 'eva']
+)
+def test_patches_are_dropped_where_a_method_does_not_need_their_places(
+    method: str, build: Any
+) -> None:
+    entry = METHODS[method]
+    anywhere = make(method).blocks[1].mlp.permutation_equivariant and entry.read_patches is None
+    if entry.read_patches is not None and build is not dense:
+        pytest.skip('no Eva has it')
+    for built in (
+        lambda: make(method, patch_drop_rate=0.5),
+        lambda: convert_to_moe(build(patch_drop_rate=0.5), method),
+    ):
+        if anywhere:
+            built()
+            continue
+        with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5 is not possible: 0, '):
+            built()
+
+
 def test_an_option_that_a_method_has_not_is_named() -> None:
     with pytest.raises(TypeError, match="'slots_per_expert' is no option of smoe"):
         convert_to_moe(dense(), 'smoe', slots_per_expert=2)

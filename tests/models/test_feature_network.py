@@ -40,7 +40,14 @@ def averaged(model: Any, images: Tensor) -> Tensor:
     return model.fc_norm(tokens[:, model.num_prefix_tokens :].mean(dim=1))
 
 
-POOLS = [{}, {'class_token': False, 'global_pool': 'avg'}, {'reg_tokens': 2}]
+POOLS = [
+    {},
+    {'class_token': False, 'global_pool': 'avg'},
+    {'reg_tokens': 2},
+    {'class_token': False, 'global_pool': 'map'},
+    {'global_pool': 'prr'},
+    {'global_pool': 'avg', 'pool_include_prefix': True},
+]
 
 
 @pytest.mark.parametrize('kwargs', POOLS)

@@ -4,8 +4,10 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
-from vqmoe_vision.moe import METHODS, MoeConfig
+from vqmoe_vision.moe import METHODS, MoeConfig, collect_losses
+from vqmoe_vision.moe.codebooks import CODEBOOKS
 from vqmoe_vision.moe.config import TopKConfig
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
@@ -77,10 +79,17 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('smoe', {'capacity_factor': 0.0}, 'capacity_factor'),
         ('smoe', {'eval_capacity_factor': -1.0}, 'eval_capacity_factor'),
         ('smoe', {'batch_prioritized': True}, 'batch_prioritized'),
+        ('smoe', {'train_router': False}, 'importance_weight'),
+        ('smoe', {'preset': 'frozen', 'router_noise': 1.0, 'load_weight': 0.1}, 'load_weight'),
+        ('smoe', {'preset': 'frozen', 'balance_weight': 0.1}, 'balance_weight'),
+        ('smoe', {'preset': 'frozen', 'z_weight': 0.1}, 'z_weight'),
         ('xmoe', {'gate': 'tanh'}, 'gate'),
         ('xmoe', {'router_dim': 0}, 'router_dim'),
         ('xmoe', {'temperature': 0.0}, 'temperature'),
         ('xmoe', {'balance_temperature': -1.0}, 'balance_temperature'),
+        # all gates would be equal, with no gradient
+        ('xmoe', {'temperature': math.inf}, 'temperature'),
+        ('xmoe', {'balance_temperature': math.inf}, 'balance_temperature'),
         ('stablemoe', {'stage1_steps': 0}, 'stage1_steps'),
         ('stablemoe', {'stage1_fraction': 0.0}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 1}, 'top_k'),
@@ -110,6 +119,12 @@ def test_a_router_that_cannot_learn_is_refused(method):
             'code_share',
         ),
         ('vqmoe', {'vq_weight': 0.0, 'commitment': 3.0}, 'commitment'),
+        ('vqmoe', {'commitment': 0.0, 'vq_weight': 0.5}, 'vq_weight'),
+        (
+            'vqmoe',
+            {'codebook': 'plain', 'train_codebook': False, 'commitment': 0.0, 'vq_weight': 0.5},
+            'vq_weight',
+        ),
         ('stablemoe', {'stage1_steps': 7, 'stage1_fraction': 0.1}, 'stage1_fraction'),
         ('stablemoe', {'two_stage': False, 'top_k': 2, 'stage1_steps': 7}, 'stage1_steps'),
         ('xmoe', {'balance_weight': 0.0, 'balance_temperature': 9.0}, 'balance_temperature'),
@@ -126,3 +141,17 @@ def test_a_router_that_cannot_learn_is_refused(method):
 def test_impossible_options_of_a_method(method, options, field):
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
         METHODS[method].config.from_options(**options)
+
+
+@pytest.mark.parametrize('codebook', CODEBOOKS)
+@pytest.mark.parametrize('train_codebook', [True, False])
+def test_the_weight_of_a_loss_has_no_effect_where_the_loss_is_zero(
+    make_layer, codebook, train_codebook
+):
+    options = {'codebook': codebook, 'train_codebook': train_codebook, 'commitment': 0.0}
+    layer = make_layer('vqmoe', **options)
+    with collect_losses(layer) as collected:
+        layer(torch.randn(4, 6, 8))
+    zero = collected.losses['layer/vq'].item() == 0
+    config = METHODS['vqmoe'].config
+    assert (config.without_effect(vq_weight=0.5, **options) == {'vq_weight'}) == zero

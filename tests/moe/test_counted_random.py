@@ -105,6 +105,17 @@ def test_choices_follow_their_weights() -> None:
     assert (counts[[1, 2, 4]] - expected).abs().max() < 5 * 124
 
 
+def test_a_weight_of_zero_is_not_chosen_where_a_number_rounds_to_one() -> None:
+    row = 130412
+    assert random_integers(torch.tensor([row]), 6).float() == 2.0**32
+    weights = torch.zeros(row + 1)
+    weights[-1] = 1.0
+    assert random_choice(weights, 6).item() == row
+    # the last clock to ring all the same
+    weights[0] = 1e-3
+    assert random_choice(weights, 6).item() == 0
+
+
 def test_a_choice_of_one_row_is_a_number() -> None:
     assert random_choice(torch.tensor([0.0, 0.0, 1e-30, 0.0]), 1).item() == 2
     assert random_choice(torch.zeros(4), 1).ndim == 0

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from vqmoe_vision.moe import METHODS, collect_losses
+from vqmoe_vision.moe.joint_losses import BalanceLoss
 
 from .conftest import CASES
 
@@ -103,12 +104,30 @@ def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options)
 
 
 @every_case
-def test_tokens_are_permutation_equivariant(make_layer, method, options):
-    layer, x = make_layer(method, **options).eval(), tokens()
-    if not layer.layer.permutation_equivariant:
-        pytest.skip('the method says that it is not')
-    shuffle = torch.randperm(6)
-    torch.testing.assert_close(layer(x[:, shuffle]), layer(x)[:, shuffle])
+@pytest.mark.parametrize('joint', [True, False], ids=['joint', 'own'])
+def test_losses_balance_the_tokens_that_the_options_say(make_layer, method, options, joint):
+    config, options = METHODS[method].config, {**options, 'global_balance': joint}
+    if 'global_balance' not in config.option_names() or config.without_effect(**options):
+        pytest.skip('nothing is balanced')
+    layer = make_layer(method, **options)
+    with collect_losses(layer):
+        layer(tokens())
+        found = [loss for _, loss, _ in layer.layer.recorder.losses]
+    assert any(isinstance(loss, BalanceLoss) for loss in found) == joint
+
+
+@every_case
+def test_a_permutation_of_tokens_permutes_the_answer_of_methods_that_say_so(
+    make_layer, method, options
+):
+    model, x = make_layer(method, **options).eval(), tokens()
+    model.read(x)  # once: raw patches stay where they are
+    layer, shuffle = model.layer, torch.randperm(6)
+    permuted, expected = layer(x[:, shuffle]), layer(x)[:, shuffle]
+    if layer.permutation_equivariant:
+        torch.testing.assert_close(permuted, expected)
+    else:  # or a model of it would be refused dropped patches for nothing
+        assert not torch.allclose(permuted, expected)
 
 
 @every_case

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import Lamb, create_optimizer_v2, list_optimizers
 from torch import nn
 
 from vqmoe_vision.moe.experts import Experts, StackedLinear
@@ -84,6 +84,16 @@ def test_without_the_views_the_experts_would_be_mixed(name: str, monkeypatch) ->
     case = pair(name)
     step(*case)
     assert (case[0].weight - case[2].stack('weight')).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('name', ['LARS', 'NovoGrad', 'Shampoo', 'SOAP', 'Own'])
+def test_optimizers_of_others_are_known_by_name_and_by_base(name: str) -> None:
+    stacked = StackedLinear(E, IN, OUT)
+    kind = type(name, (Lamb if name == 'Own' else torch.optim.SGD,), {})
+    optimizer = kind(stacked.parameters(), lr=0.1)
+    stacked.weight.grad = torch.zeros(E, OUT, IN)
+    with pytest.raises(ValueError, match=f'optimizer={name} is not possible'):
+        optimizer.step()
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -123,12 +123,15 @@ def _put_layers(
     prefix_tokens = dense.num_prefix_tokens
     num_tokens = stem.num_patches + prefix_tokens
     host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    of_model: dict[str, Any] = {
+        'weight_init': getattr(dense, 'weight_init_mode', ''),  # an Eva has no such option
+        'patch_drop_rate': getattr(dense.patch_drop, 'prob', 0.0),
+    }
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
         name = f'blocks.{i}.mlp'
-        weight_init = getattr(model, 'weight_init_mode', '')  # an Eva has no such option
-        built[i] = _layer_like(blocks[i], name, method, config, host, weight_init)
+        built[i] = _layer_like(blocks[i], name, method, config, host, of_model)
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
@@ -160,7 +163,12 @@ def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> M
 
 
 def _layer_like(
-    block: nn.Module, name: str, method: str, config: MoeConfig, host: Host, weight_init: str
+    block: nn.Module,
+    name: str,
+    method: str,
+    config: MoeConfig,
+    host: Host,
+    of_model: dict[str, Any],
 ) -> MoeLayer:
     """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
@@ -174,7 +182,7 @@ def _layer_like(
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=mlp.fc1.bias is not None,
         drop=_rate(mlp.drop1),
-        weight_init=weight_init,
+        **of_model,
         device=weight.device,
         dtype=weight.dtype,
     )
@@ -244,13 +252,6 @@ def _check_patches(model: Any, method: str) -> None:
             kind.__name__,
             f'Block of a VisionTransformer, for {method} looks at raw patches',
         )
-    dropping = not isinstance(model.patch_drop, nn.Identity)
-    check(
-        not dropping,
-        'patch_drop_rate',
-        getattr(model.patch_drop, 'prob', 0.0),
-        '0, the method looks at all patches of an image',
-    )
 
 
 def _show_patches(model: Any, raw_patches: RawPatches) -> None:

@@ -22,8 +22,8 @@ READER, NETWORK = 'patch_embed.reader.', 'network.'
 class FeatureViT(VisionTransformer):
     """timm's `VisionTransformer` without a head, whose answer is the average over the patches.
 
-    The last norm is where the model of these arguments has it: before the average, or after it if
-    the model averages too.
+    That is so however the model of these arguments pools; an attention pool is left out. The last
+    norm is where that model has it: before the average, or after it if the model averages too.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -34,9 +34,8 @@ class FeatureViT(VisionTransformer):
             *args: As timm's.
             **kwargs: As timm's.
         """
-        features: Tensor = self.fc_norm(
-            self.pool(self.forward_features(x, *args, **kwargs), pool_type='avg')
-        )
+        tokens = self.forward_features(x, *args, **kwargs)
+        features: Tensor = self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
         return features
 
     def no_weight_decay(self) -> set[str]:
@@ -81,6 +80,7 @@ def features_of(dense: VisionTransformer) -> Features:
 
 
 def _described(network: VisionTransformer) -> Features:
+    network.attn_pool = None  # type: ignore[assignment]  # as timm sets it where there is none
     stem: Any = network.patch_embed
     (height, width), (rows, columns) = stem.img_size, stem.patch_size
     # whole patches, as images of a model that pads them come

@@ -129,6 +129,22 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
+    @torch.jit.ignore
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's; layers that go by the number of tokens hear of it.
+
+        Args:
+            *args: As timm's.
+            **kwargs: As timm's.
+        """
+        timms: Any = super()
+        timms.set_input_size(*args, **kwargs)
+        model: Any = self
+        num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        for module in model.modules():
+            if hasattr(module, 'set_num_tokens'):
+                module.set_num_tokens(num_tokens)
+
     def extra_repr(self) -> str:
         """Method and size, for print(model)."""
         model: Any = self
@@ -193,6 +209,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
                 bias=kwargs.get('proj_bias', True),
                 drop=kwargs.get('proj_drop_rate', 0.0),
                 weight_init=self.weight_init_mode,
+                patch_drop_rate=kwargs.get('patch_drop_rate', 0.0),
                 **factory,
             )
         self.fix_init = fix_init
@@ -263,6 +280,8 @@ def build_layer(
     bias: bool = True,
     drop: float = 0.0,
     weight_init: str = '',
+    *,
+    patch_drop_rate: float,
     **factory: Any,
 ) -> MoeLayer:
     """MoE layer of a method with experts that are like the MLPs of its model.
@@ -277,10 +296,13 @@ def build_layer(
         bias: As those of the MLPs.
         drop: As those of the MLPs.
         weight_init: As timm's, of the MLPs.
+        patch_drop_rate: Of the model. What timm's PatchDropout leaves is in random order, so that
+            a layer no longer knows where a token lies.
         **factory: `device` and `dtype`.
 
     Raises:
-        ValueError: An expert would have no hidden feature.
+        ValueError: An expert would have no hidden feature, or the method needs all tokens of an
+            image in their places, and the model drops some.
     """
     ratio = config.expert_mlp_ratio or mlp_ratio
     hidden = int(width * ratio)
@@ -291,6 +313,9 @@ def build_layer(
         for linear in (experts.fc1, experts.fc2):
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
+    anywhere = layer.permutation_equivariant and METHODS[method].read_patches is None
+    allowed = f'0, as {method} needs all patches of an image in their places'
+    check(anywhere or patch_drop_rate == 0, 'patch_drop_rate', patch_drop_rate, allowed)
     # torch.fx, which timm's feature extraction uses, takes it as one operation
     register_notrace_module(type(layer))
     return layer

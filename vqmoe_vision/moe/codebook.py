@@ -153,7 +153,8 @@ class Codebook(nn.Module):
             x: (T, D) tokens.
         """
         with full_precision(x):
-            x, codes = self.compared(x.float()), self.codes()
+            # a copy: autograd keeps it, and an update may change codes before a later backward
+            x, codes = self.compared(x.float()), self.codes().clone()
             # as `nearest_code`: |x|^2 is the same for every code
             distance = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
             channels = 1 if self.use_cosine_sim else self.dim

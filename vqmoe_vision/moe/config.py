@@ -25,6 +25,8 @@ from typing import (
     get_type_hints,
 )
 
+from .joint_losses import Loss, values_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -206,6 +208,14 @@ class BalancedConfig(MoeConfig):
     NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
 
     global_balance: bool = True
+
+    def balanced(self, terms: dict[str, Loss]) -> dict[str, Loss]:
+        """Losses over the tokens that the options say.
+
+        Args:
+            terms: By name, of which balance losses would be those of all processes together.
+        """
+        return terms if self.global_balance else {**values_of(terms)}
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:

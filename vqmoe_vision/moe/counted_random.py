@@ -55,7 +55,9 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
     rows = torch.arange(weights.numel(), device=weights.device).view(weights.shape)
     # never 0, and fine near 0, where the first clocks ring
     uniform = (random_integers(rows, *counters).float() + 0.5) * 2.0**-32
-    return (weights / -torch.log1p(-uniform)).argmax(dim=-1)
+    # it may round to 1: such a clock rings last, but still before those that never do
+    rates = torch.where(weights > 0, weights / -torch.log1p(-uniform), -1.0)
+    return rates.argmax(dim=-1)
 
 
 def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:

@@ -1,9 +1,10 @@
 """Optimizers that look at a tensor as a whole, and experts that are stacked in one.
 
 AdamW and its like work element by element: a stacked weight (E, out, in) is no different from E
-matrices. LAMB and LARS take one norm per tensor, Muon one orthogonal factor, 'cautious' variants
-one mean: there the experts would share what each matrix of a dense model has for itself. Such an
-optimizer is refused at its first step, unless `per_expert` has taught it the experts.
+matrices. LAMB and LARS take one norm per tensor, Muon one orthogonal factor, Shampoo and SOAP a
+matrix of correlations along every dimension, 'cautious' variants one mean: there the experts would
+share what each matrix of a dense model has for itself. Such an optimizer is refused at its first
+step, unless `per_expert` has taught it the experts.
 
 Legend: E experts.
 """
@@ -18,22 +19,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# Class names in timm, torch and apex. The tests hold every optimizer that timm lists against E
-# separate matrices.
+# Class names in timm, torch, apex, torch_optimizer and SOAP's repository, in small letters. The
+# tests hold every optimizer that timm lists against E separate matrices. apex's LARC is none: it
+# scales gradients before another optimizer steps, which nothing here sees.
 _WHOLE_TENSOR = frozenset(
     {
-        'Adafactor',
-        'AdafactorBigVision',
-        'AdamP',
-        'FusedLAMB',
-        'FusedNovoGrad',
-        'Kron',
-        'Lamb',
-        'Lars',
-        'Mars',
-        'Muon',
-        'NvNovoGrad',
-        'SGDP',
+        'adafactor',
+        'adafactorbigvision',
+        'adamp',
+        'fusedlamb',
+        'fusednovograd',
+        'kron',
+        'lamb',
+        'lars',
+        'mars',
+        'muon',
+        'novograd',
+        'nvnovograd',
+        'sgdp',
+        'shampoo',
+        'soap',
     }
 )
 _stacked_modules: WeakSet[nn.Module] = WeakSet()
@@ -54,7 +59,8 @@ def _watch_optimizers() -> None:
 def mixes_experts(optimizer: Optimizer) -> bool:
     """Whether an optimizer would update the experts of a stacked weight as one tensor."""
     cautious = any(group.get('caution') for group in optimizer.param_groups)
-    return cautious or type(optimizer).__name__ in _WHOLE_TENSOR
+    names = {kind.__name__.lower() for kind in type(optimizer).__mro__}
+    return cautious or not names.isdisjoint(_WHOLE_TENSOR)
 
 
 def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:

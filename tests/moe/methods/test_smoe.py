@@ -173,6 +173,13 @@ def test_auxiliary_losses_move_the_router_alone(make_layer):
     assert set(grads.values()) == {None}
 
 
+def test_a_frozen_router_stays_one_in_a_model_that_is_unfrozen(make_layer):
+    net = make_layer('smoe', preset='frozen', router_bias=True).requires_grad_(True)
+    net(torch.randn(2, 5, D)).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None) == ('.router.' in name), name
+
+
 def test_group_preset_is_a_biased_softmax_over_two():
     router, x = make_router(preset='group'), torch.randn(20, D)
     torch.nn.init.normal_(router.bias)

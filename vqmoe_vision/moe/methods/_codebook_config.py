@@ -80,6 +80,13 @@ class CodebookConfig(MoeConfig):
             unused |= dict.fromkeys(_LEARNING, 'train_codebook=False')
         return unused
 
+    def without_codebook_loss(self) -> str:
+        """The value that leaves the loss its commitment term alone; empty if it has both terms."""
+        if not self.train_codebook:
+            return 'train_codebook=False'
+        learned_by_loss = CODEBOOKS[self.codebook].codebook_scale > 0
+        return '' if learned_by_loss else f'codebook={self.codebook!r}'
+
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:
         """The codebook.
 

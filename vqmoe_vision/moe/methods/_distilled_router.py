@@ -87,9 +87,10 @@ class DistilledRouter(nn.Module):
 
     def weight(self, name: str) -> Tensor:
         """The parameter, or its frozen copy in stage 2 (then with a gradient of exact zeros)."""
-        return torch.where(
-            self.frozen, getattr(self, f'frozen_{name}'), getattr(self, name)
-        ).float()
+        # a copy: autograd keeps it, and another block may begin before a backward that comes later
+        frozen = self.frozen.clone()
+        chosen = torch.where(frozen, getattr(self, f'frozen_{name}'), getattr(self, name))
+        return chosen.float()
 
     def forward(self, cells: Tensor) -> Tensor:
         """Scores (6); raw patches (B, L, F) -> (B * (G + L), E) float32."""

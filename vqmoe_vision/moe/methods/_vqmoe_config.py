@@ -169,6 +169,8 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         unused = super().unused()
         if self.vq_weight == 0:
             unused['commitment'] = 'vq_weight=0'
+        elif self.commitment == 0 and (rest := self.without_codebook_loss()):
+            unused['vq_weight'] = f'commitment=0 and {rest}'
         if self.expert_input in FIXED_SHARES:
             unused['code_share'] = f'expert_input={self.expert_input!r}'
         if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:

@@ -86,6 +86,14 @@ class ExpertChoiceRouter(Router):
         """As V-MoE's router; the paper does not say."""
         init_lecun_normal(self.weight)
 
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """Hear of another size of images; what is computed goes by the tokens that come.
+
+        Args:
+            num_tokens: N.
+        """
+        self.num_tokens = num_tokens
+
     def forward(self, x: Tensor) -> Routing:
         """Route images (B, N, D) in float32."""
         batch, num_tokens, _ = x.shape

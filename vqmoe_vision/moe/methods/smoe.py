@@ -32,7 +32,7 @@ from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
-from ..joint_losses import Loss, values_of
+from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import (
     Routing,
@@ -62,7 +62,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         capacity_factor: Places over assignments while training; None drops nothing.
         eval_capacity_factor: The same in eval mode.
         batch_prioritized: Serve tokens with large weights first when a capacity is set.
-        train_router: False freezes the router at its random start.
+        train_router: False freezes the router at its random start, where it can have no loss.
 
     Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
     comparisons has; 'group', the router of the tables published with VQMoE: a bias, top-2,
@@ -142,9 +142,11 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(
-            self, 'router_noise', 'importance_weight', 'load_weight', 'balance_weight', 'z_weight'
-        )
+        weights = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
+        check_weights(self, 'router_noise', *weights)
+        for name in weights:
+            valid = self.train_router or getattr(self, name) == 0
+            self.require(name, valid, '0 with train_router=False')
         self.require(
             'load_weight',
             self.load_weight == 0 or self.router_noise > 0,
@@ -213,8 +215,7 @@ class SMoERouter(TopKRouter):
         """Route tokens (T, D) in float32."""
         config = self.config
         with full_precision(x):
-            bias = None if self.bias is None else self.bias.float()
-            logits = F.linear(x.float(), self.weight.float(), bias)
+            logits = self._logits(x.float())
             noisy = logits
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
@@ -227,6 +228,14 @@ class SMoERouter(TopKRouter):
                 weights = renormalized(weights)
             terms = self._losses(logits, noisy, probs, indices) if self.training else {}
         return Routing(indices, weights, terms, kept=kept)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not self.config.train_router:
+            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return F.linear(x, weight.float(), None if bias is None else bias.float())
 
     def noise_std(self) -> float:
         """Standard deviation of the noise in logits."""
@@ -249,7 +258,7 @@ class SMoERouter(TopKRouter):
             terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         if config.z_weight > 0:
             terms['z'] = config.z_weight * losses.router_z(logits)
-        return terms if config.global_balance else {**values_of(terms)}
+        return config.balanced(terms)
 
     def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
         config = self.config

@@ -174,11 +174,13 @@ class StableRouter(TopKRouter):
         distill = -losses.token_mean(chosen.mean(dim=1))
         # without gates it is zero
         gates = torch.where(stage1, gates, 0.0)
-        balance = config.balance_weight * losses.overload(gates, indices, config.num_experts)
-        return {
-            'balance': balance if config.global_balance else balance.value(),
-            'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
-        }
+        balance = losses.overload(gates, indices, config.num_experts)
+        return config.balanced(
+            {
+                'balance': config.balance_weight * balance,
+                'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
+            }
+        )
 
 
 class StableMoEMlp(RoutedMlp):
@@ -189,6 +191,8 @@ class StableMoEMlp(RoutedMlp):
         experts: The layer's experts.
     """
 
+    # assigns by the raw patch of a position, wherever the token in it comes from
+    permutation_equivariant = False
     router: StableRouter
 
     def __init__(self, router: StableRouter, experts: Experts) -> None:

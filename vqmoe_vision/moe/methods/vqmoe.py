@@ -49,7 +49,7 @@ from ..branches import Branch, branch_statistics, run_branches
 from ..codebook import Quantized
 from ..experts import Experts
 from ..host import Host
-from ..joint_losses import Loss, values_of
+from ..joint_losses import Loss
 from ..layer import Decisions, MoeLayer
 from ..losses import diversity, token_mean
 from ..routing import full_precision
@@ -130,7 +130,7 @@ class VQMoEMlp(MoeLayer):
             assert self.quantizer is not None
             probs = self.quantizer.codebook.soft_assignment(tokens)
             terms['diversity'] = config.diversity_weight * diversity(probs)
-        return terms if config.global_balance else {**values_of(terms)}
+        return config.balanced(terms)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""

@@ -31,6 +31,7 @@ from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
 from ..host import Host
+from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import (
     Routing,
@@ -111,7 +112,8 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         self.require('router_dim', dim is None or dim >= 1, 'at least 1, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
-            self.require(name, value is None or value > 0, "above 0, or None for the paper's")
+            valid = value is None or 0 < value < math.inf
+            self.require(name, valid, "above 0 and finite, or None for the paper's")
 
     def unused(self) -> dict[str, str]:
         """Without the balance loss, what belongs to it."""
@@ -190,12 +192,11 @@ class XMoERouter(TopKRouter):
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
             indices = top_k_experts(scores, config.top_k)[1]
             weights = self._weights(scaled, indices)
-            terms = {}
+            terms: dict[str, Loss] = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
-                balance = config.balance_weight * losses.load_balance(probs, indices)
-                terms['balance'] = balance if config.global_balance else balance.value()
-        return Routing(indices, weights, terms)
+                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+        return Routing(indices, weights, config.balanced(terms))
 
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: only their direction counts."""
