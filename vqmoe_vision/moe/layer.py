@@ -18,7 +18,7 @@ from .host import RawPatches
 from .joint_losses import Loss
 from .losses import token_mean
 from .recorder import Decisions, Recorder
-from .repeated import Repetitions, in_recomputation, refuse_reentrant
+from .repeated import Repetitions, in_recomputation, refuse_reentrant, to_be_repeated
 from .routing import Router, Routing, expert_load
 from .scripting import StaysPython
 
@@ -213,7 +213,7 @@ class MoeLayer(StaysPython):
 
     def _watch(self, answer: Tensor | Loss) -> None:
         """Let no backward pass of an answer repeat this layer as another one."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not to_be_repeated():
             return
         kind, raw_patches = type(self), self.reads()
         changes = (

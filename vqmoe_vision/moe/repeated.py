@@ -29,6 +29,12 @@ def in_recomputation() -> bool:
     return not torch.compiler.is_compiling() and _backward_pass() != -1
 
 
+def to_be_repeated() -> bool:
+    """Whether this forward pass may be repeated: checkpointing stores nothing in the usual way."""
+    # that is costly to prepare for, and most trainings do without
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _backward_pass() -> int:
     """Number of the backward pass that is running; no other has the same, -1 is none."""
     return torch._C._current_graph_task_id()
