@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses, moe_layers, update_state
-from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe import (
+    METHODS,
+    MoeLayer,
+    collect_losses,
+    moe_layers,
+    said_once,
+    update_state,
+)
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host
 
@@ -185,7 +191,7 @@ def test_an_error_in_a_block_leaves_nothing_for_the_next(make_model, method, opt
 
 
 def test_training_without_a_collector_warns_once(make_model, monkeypatch):
-    monkeypatch.setattr(layer_module, '_already_warned', False)
+    monkeypatch.setattr(said_once, '_said', set())
     model = make_model('smoe')
     with pytest.warns(UserWarning, match='training without collect_losses') as caught:
         model(tokens())
@@ -195,7 +201,7 @@ def test_training_without_a_collector_warns_once(make_model, monkeypatch):
 
 
 def test_no_warning_without_a_reason(make_model, monkeypatch):
-    monkeypatch.setattr(layer_module, '_already_warned', False)
+    monkeypatch.setattr(said_once, '_said', set())
     model = make_model('smoe')
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -5,7 +5,6 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -20,13 +19,13 @@ from .losses import token_mean
 from .recorder import Decisions, Recorder
 from .repeated import Repetitions, in_recomputation, refuse_reentrant, to_be_repeated
 from .routing import Router, Routing, expert_load
+from .said_once import warn_once
 from .scripting import StaysPython
 
-_UNCOLLECTED = (
+UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
     'codebooks do not learn'
 )
-_already_warned = False
 
 
 class MoeLayer(StaysPython):
@@ -201,7 +200,7 @@ class MoeLayer(StaysPython):
         collecting = self.training and self.needs_collecting
         if not in_recomputation():
             if collecting and not self.recorder.active and torch.is_grad_enabled():
-                _warn_uncollected()
+                warn_once(UNCOLLECTED)
             out = self.run(x)
             self._watch(out)
             return out
@@ -222,13 +221,6 @@ class MoeLayer(StaysPython):
         )
         if (changes and self.training) or raw_patches is not None:
             self.repetitions.watch(answer, raw_patches)
-
-
-def _warn_uncollected() -> None:
-    global _already_warned
-    if not _already_warned and not torch.compiler.is_compiling():
-        _already_warned = True
-        warnings.warn(_UNCOLLECTED, stacklevel=2)
 
 
 class RoutedMlp(MoeLayer):
