@@ -239,6 +239,8 @@ class RoutedMlp(MoeLayer):
         super().__init__()
         self.router = router
         self.experts = experts
+        if not router.has_losses and type(self).apply_update is MoeLayer.apply_update:
+            self.needs_collecting = False
 
     def reads(self) -> RawPatches | None:
         """What its router does."""

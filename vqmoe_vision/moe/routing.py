@@ -52,10 +52,12 @@ class Router(nn.Module):
 
     Attributes:
         per_image: Whether it routes images (B, N, D), not tokens (T, D).
+        has_losses: Whether it may report losses while it trains, as its options are.
         raw_patches: Where it finds the images that it decides by; None if it sees tokens alone.
     """
 
     per_image = False
+    has_losses: bool = True
     raw_patches: RawPatches | None = None
 
     def forward(self, x: Tensor) -> Routing:
