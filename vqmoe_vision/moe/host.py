@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -27,7 +28,7 @@ class RawPatches:
 
     Attributes:
         value: (B, L, F), or what else a method makes of B images; None before the first pass.
-        shown: How many batches of images were shown.
+        shown: How many batches of images were shown, but for those of a compiled stem.
         restored: Whether `value` is, now, that of the pass which gradient checkpointing repeats.
     """
 
@@ -46,7 +47,8 @@ class RawPatches:
         """
         assert self.read is not None
         self.value = self.read(images, grid_size)
-        self.shown += 1
+        if not torch.compiler.is_compiling():  # or every number would be compiled for
+            self.shown += 1
 
     @contextmanager
     def restoring(self, value: Tensor | None) -> Iterator[None]:
