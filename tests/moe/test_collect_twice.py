@@ -83,7 +83,8 @@ def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(mak
 
 
 @pytest.mark.parametrize('residual', [True, False], ids=['followed by LayerScale', 'last'])
-def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual):
+@pytest.mark.parametrize('both', [True, False], ids=['both', 'the first'])
+def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual, both):
     model = make_model('vqmoe', codebook='ema')
     if (
         not residual
@@ -94,7 +95,8 @@ def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual)
         loss = model(tokens()).square().mean()
     match = r'call backward\(\) inside the collect_losses block'
     with collect_losses(model):
-        loss = loss + model(tokens()).square().mean()
+        later = model(tokens()).square().mean()
+        loss = loss + later if both else loss
         with pytest.raises(RuntimeError, match=match):
             loss.backward()
 
