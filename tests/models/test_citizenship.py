@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vqmoe_vision.moe import MoeLayer, moe_layers
+from vqmoe_vision.moe.layer import UNCOLLECTED
 
 # Two orders of summation of the same float32 numbers differ by a few 1e-7 per layer.
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
@@ -134,7 +136,7 @@ def test_eval_is_deterministic(tiny_variant, images: Tensor) -> None:
 def test_every_parameter_gets_a_gradient_from_the_output(tiny, images: Tensor) -> None:
     model = tiny(init_values=0.1).train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('vqmoe_vision.moe.layer._already_warned', True)
+        patch.setattr('vqmoe_vision.moe.said_once._said', {UNCOLLECTED})
         model(images[:2]).mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
@@ -152,10 +154,17 @@ def test_every_parameter_gets_a_gradient_from_the_loss(
     assert all(name.endswith('router.weight') for name in frozen)
 
 
-def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.moe.layer._already_warned', False)
+def compiled(model: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend='eager')
+
+
+@pytest.mark.parametrize('wrap', [lambda model: model, compiled], ids=['eager', 'compiled'])
+def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch, wrap) -> None:
+    monkeypatch.setattr('vqmoe_vision.moe.said_once._said', set())
     model = tiny().train()
-    if not model.blocks[1].mlp.needs_collecting:  # and a warning would be an error here
+    needed, model = model.blocks[1].mlp.needs_collecting, wrap(model)
+    if not needed:  # and a warning would be an error here
         model(images)
         return
     with pytest.warns(UserWarning, match='collect_losses') as warned:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
 from vqmoe_vision.models.transfer import fit_state, transfer
-from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe import image_reader as image_reader_module
+from vqmoe_vision.moe import METHODS, said_once
 from vqmoe_vision.moe.image_reader import image_reader
 
 from .conftest import TINY, make
@@ -108,7 +107,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nothing had been warned of yet."""
-    monkeypatch.setattr(image_reader_module, '_already_warned', False)
+    monkeypatch.setattr(said_once, '_said', set())
 
 
 def compiled(model: nn.Module) -> Any:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_vision.moe import METHODS, MoeLayer, layer
+from vqmoe_vision.moe import METHODS, MoeLayer, said_once
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features, ImageReader
+from vqmoe_vision.moe.layer import UNCOLLECTED
 
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id
@@ -157,4 +158,4 @@ def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests train single layers without a collector, knowingly."""
-    monkeypatch.setattr(layer, '_already_warned', True)
+    monkeypatch.setattr(said_once, '_said', {UNCOLLECTED})

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses, moe_layers, update_state
-from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe import (
+    METHODS,
+    MoeLayer,
+    collect_losses,
+    moe_layers,
+    said_once,
+    update_state,
+)
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host
 
@@ -181,11 +187,35 @@ def test_an_error_in_a_block_leaves_nothing_for_the_next(make_model, method, opt
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+def test_an_error_as_a_block_opens_leaves_it_closed(monkeypatch):
+    model = nn.Sequential(Reporter(), Reporter())
+
+    def fail():
+        raise KeyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model[1], 'begin', fail)
+        with pytest.raises(KeyError), collect_losses(model):
+            pass
+    assert model[0].updates.item() == 0
+    with collect_losses(model) as collected:
+        model(torch.full((2, 3), 2.0))
+        assert collected.total().item() == 4.0
+
+
 # --- warning
 
 
+@every_case
+def test_a_layer_needs_collecting_if_there_is_something_to_collect(make_model, method, options):
+    model = make_model(method, **options)
+    _, losses, _ = step(model, tokens())
+    for layer in moe_layers(model).values():
+        assert layer.needs_collecting == (bool(losses) or layer.moves_state())
+
+
 def test_training_without_a_collector_warns_once(make_model, monkeypatch):
-    monkeypatch.setattr(layer_module, '_already_warned', False)
+    monkeypatch.setattr(said_once, '_said', set())
     model = make_model('smoe')
     with pytest.warns(UserWarning, match='training without collect_losses') as caught:
         model(tokens())
@@ -195,7 +225,7 @@ def test_training_without_a_collector_warns_once(make_model, monkeypatch):
 
 
 def test_no_warning_without_a_reason(make_model, monkeypatch):
-    monkeypatch.setattr(layer_module, '_already_warned', False)
+    monkeypatch.setattr(said_once, '_said', set())
     model = make_model('smoe')
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -1,10 +1,13 @@
 """Losses and state of a step whose forward pass is repeated or compiled."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from vqmoe_vision.moe import collect_losses, update_state
 
@@ -77,6 +80,83 @@ def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(mak
     model = make_model('smoe')
     loss = checkpointed_loss(model)
     loss.backward()
+
+
+@pytest.mark.parametrize('residual', [True, False], ids=['followed by LayerScale', 'last'])
+@pytest.mark.parametrize('both', [True, False], ids=['both', 'the first'])
+def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual, both):
+    model = make_model('vqmoe', codebook='ema')
+    if (
+        not residual
+    ):  # nothing behind the layer asks for its repetition before its gradient is there
+        model.blocks = nn.ModuleList(block.mlp for block in model.blocks)
+    model.checkpointing = True
+    with collect_losses(model):  # and no loss of the layers, whose gradients would tell as well
+        loss = model(tokens()).square().mean()
+    match = r'call backward\(\) inside the collect_losses block'
+    with collect_losses(model):
+        later = model(tokens()).square().mean()
+        loss = loss + later if both else loss
+        with pytest.raises(RuntimeError, match=match):
+            loss.backward()
+
+
+def test_losses_alone_are_refused_after_the_state_changed(make_model):
+    model = make_model('vqmoe', codebook='ema')
+    model.blocks, model.checkpointing = model.blocks[:1], True
+    with collect_losses(model) as collected:
+        model(tokens())
+        loss = collected.total()
+    match = r'call backward\(\) inside the collect_losses block'
+    with collect_losses(model) as collected:
+        model(tokens())
+        with pytest.raises(RuntimeError, match=match):
+            (loss + collected.total()).backward()
+
+
+def test_an_outdated_pass_that_nobody_asks_gradients_of_is_fine(make_model):
+    model = make_model('vqmoe', codebook='ema')
+    _kept = checkpointed_loss(model)
+    step(model, tokens())
+
+
+def test_an_outdated_pass_that_is_not_repeated_is_fine(make_model):
+    model = make_model('vqmoe', codebook='ema')
+    with collect_losses(model) as collected:
+        loss = model(tokens()).square().mean() + collected.total()
+    with collect_losses(model) as collected:
+        (loss + model(tokens()).square().mean() + collected.total()).backward()
+
+
+@every_case
+def test_a_pass_without_gradients_leaves_a_checkpointed_one_alone(make_model, method, options):
+    model, x = make_model(method, **options), tokens()
+    torch.manual_seed(1)
+    expected = step(model, x, update_state=False)
+    model.checkpointing = True
+    model.zero_grad()
+    torch.manual_seed(1)
+    with collect_losses(model, update_state=False) as collected:
+        loss = model(x).square().mean() + collected.total()
+    with torch.no_grad():
+        model(x)
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_step((loss.detach(), dict(collected.losses), grads), expected)
+
+
+@every_case
+def test_a_reentrant_repetition_is_refused_where_it_would_lose_losses(make_model, method, options):
+    model = make_model(method, **options)
+    block, x = model.blocks[0], tokens().requires_grad_()
+    loses = block.mlp.needs_collecting
+    model.read(x)
+    with collect_losses(model), refusal(loses, 'use use_reentrant=False'):
+        checkpoint(block, x, use_reentrant=True).sum().backward()
+
+
+def refusal(expected, match):
+    return pytest.raises(RuntimeError, match=match) if expected else nullcontext()
 
 
 def test_training_goes_on_after_the_error(make_model):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..moe.config import check
 from ..moe.host import RawPatches
+from ..moe.repeated import in_recomputation
 from ..moe.scripting import StaysPython
 
 
@@ -103,6 +104,9 @@ class RawPatchBlock(Block):
             return call(x, *args, **kwargs)
 
         def run(x: Tensor, patches: Tensor | None) -> Tensor:
+            if in_recomputation():
+                with self.raw_patches.restoring(patches):
+                    return call(x, *args, **kwargs)
             self.raw_patches.value = patches
             return call(x, *args, **kwargs)
 

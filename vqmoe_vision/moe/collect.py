@@ -150,10 +150,10 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
     if any(layer.recorder.active for layer in layers.values()):
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')
     collected = Collected(layers, next(model.parameters(), None))
-    for layer in layers.values():
-        layer.begin()
-        layer.recorder.start()
     try:
+        for layer in layers.values():
+            layer.begin()
+            layer.recorder.start()
         yield collected
         collected._close()
     except BaseException:

@@ -5,10 +5,12 @@ Legend: B images, L patches, F raw features of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -26,11 +28,15 @@ class RawPatches:
 
     Attributes:
         value: (B, L, F), or what else a method makes of B images; None before the first pass.
+        shown: How many batches of images were shown, but for those of a compiled stem.
+        restored: Whether `value` is, now, that of the pass which gradient checkpointing repeats.
     """
 
     def __init__(self, read: ReadPatches | None = None) -> None:
         self.read = read
         self.value: Tensor | None = None
+        self.shown = 0
+        self.restored = False
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
         """Read the patches of the images that the model looks at now.
@@ -41,9 +47,24 @@ class RawPatches:
         """
         assert self.read is not None
         self.value = self.read(images, grid_size)
+        if not torch.compiler.is_compiling():  # or every number would be compiled for
+            self.shown += 1
+
+    @contextmanager
+    def restoring(self, value: Tensor | None) -> Iterator[None]:
+        """Context in which a part of an earlier pass is repeated.
+
+        Args:
+            value: The `value` of that pass.
+        """
+        self.value, self.restored = value, True
+        try:
+            yield
+        finally:
+            self.restored = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {'read': self.read, 'value': None}
+        return {'read': self.read, 'value': None, 'shown': 0, 'restored': False}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Legend: B images, F features of an image, S images that it is fitted to.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .routing import full_precision
+from .said_once import warn_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,7 +24,6 @@ _UNFITTED = (
     'vqmoe_vision.models.load_features(model, ...), unless the model starts from a dense one, and '
     'call vqmoe_vision.models.fit_reader(model, batches)'
 )
-_already_warned = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class ImageReader(nn.Module):
             grid_size: Rows and columns of patches.
         """
         if self.training and self._fit_due and torch.is_grad_enabled():
-            _warn_unfitted()
+            warn_once(_UNFITTED)
         return self.read(images, grid_size)
 
     @torch.no_grad()
@@ -167,14 +166,6 @@ class ImageReader(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.fitted.is_meta:
             self._fit_due = not bool(self.fitted)
-
-
-@torch.compiler.assume_constant_result  # as it is compiled, not in every step
-def _warn_unfitted() -> None:
-    global _already_warned
-    if not _already_warned:
-        _already_warned = True
-        warnings.warn(_UNFITTED, stacklevel=2)
 
 
 def image_reader(model: nn.Module) -> ImageReader | None:

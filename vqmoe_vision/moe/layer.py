@@ -5,63 +5,27 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .codebook import Quantized
 from .dispatch import run_experts
 from .experts import Experts
+from .host import RawPatches
 from .joint_losses import Loss
 from .losses import token_mean
+from .recorder import Decisions, Recorder
+from .repeated import Repetitions, in_recomputation, refuse_reentrant, to_be_repeated
 from .routing import Router, Routing, expert_load
+from .said_once import warn_once
 from .scripting import StaysPython
 
-# What a pass decided for every token, by name; a module that decided has the name it has in the
-# layer. Then come the tokens (B, N, D) that the layer was given, and its answer.
-Decisions = dict[str, Routing | Quantized | Tensor]
-Watcher = Callable[[Decisions, Tensor, Tensor], None]
-
-_UNCOLLECTED = (
+UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
     'codebooks do not learn'
 )
-_already_warned = False
-
-
-def in_recomputation() -> bool:
-    """Whether autograd's backward is running, as when gradient checkpointing repeats a layer."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class Recorder:
-    """Keeps what a layer reports while a `collect_losses` block is open.
-
-    Copies and pickles of a model start closed, empty and unwatched.
-
-    Attributes:
-        watcher: Who looks at what is decided for every token; nobody, as a rule.
-    """
-
-    def __init__(self) -> None:
-        self.active = False
-        self.losses: list[tuple[str, Loss, int]] = []  # the last is the number of tokens
-        self.stats: list[tuple[str, Tensor]] = []
-        self.watcher: Watcher | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {'active': False, 'losses': [], 'stats': [], 'watcher': None}
-
-    def start(self) -> None:
-        """Begin to keep."""
-        self.active = True
-
-    def stop(self) -> None:
-        """Stop keeping, and forget."""
-        self.active, self.losses, self.stats = False, [], []
 
 
 class MoeLayer(StaysPython):
@@ -93,8 +57,7 @@ class MoeLayer(StaysPython):
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
-        self._updated = False
-        self._ran_without_grad = False
+        self.repetitions = Repetitions()
 
     @property
     def experts_per_token(self) -> float:
@@ -118,6 +81,8 @@ class MoeLayer(StaysPython):
 
         """
         if self.listens:
+            for loss in losses.values():
+                self._watch(loss)
             self.recorder.losses.extend((n, loss, num_tokens) for n, loss in losses.items())
             self.recorder.stats.extend(stats.items())
 
@@ -140,7 +105,7 @@ class MoeLayer(StaysPython):
 
     def begin(self) -> None:
         """Get ready for the passes of a block, which opens now."""
-        self._updated = self.apply_begin() or self._updated
+        self.repetitions.state_changes += self.apply_begin()
 
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
@@ -148,8 +113,7 @@ class MoeLayer(StaysPython):
 
     def update(self) -> None:
         """Apply what the last block collected for the state of this layer."""
-        # an update with nothing to learn does not undo the one before
-        self._updated = self.apply_update() or self._updated
+        self.repetitions.state_changes += self.apply_update()
 
     def apply_update(self) -> bool:
         """Change state that learns without gradients; returns whether it may have changed.
@@ -221,37 +185,42 @@ class MoeLayer(StaysPython):
             del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def before_run(self) -> None:
-        """Refuse to repeat a pass that would not be the same.
+    def reads(self) -> RawPatches | None:
+        """Where the layer finds the images that it decides by; None if it sees tokens alone."""
+        return None
 
-        Before it, not in `record`: checkpointing stops to repeat a block as soon as it has what the
-        backward pass needs, and that may be before the end of the layer.
+    def answer(self, x: Tensor) -> Tensor:
+        """`run`, which is not repeated where the answer, or what it is for, would be another one.
 
         Raises:
-            RuntimeError: If gradient checkpointing repeats the layer after its state changed, or
-                repeats a pass that ran without gradients (`use_reentrant=True`).
+            RuntimeError: If gradient checkpointing repeats a layer after its state changed, or
+                after the model looked at other images; then or in the backward pass that
+                follows, if it repeats a pass that ran without gradients (`use_reentrant=True`).
         """
-        if not self.needs_collecting or not self.training or torch.compiler.is_compiling():
+        collecting = self.training and self.needs_collecting
+        if not in_recomputation():
+            if collecting and not self.recorder.active and torch.is_grad_enabled():
+                warn_once(UNCOLLECTED)
+            out = self.run(x)
+            self._watch(out)
+            return out
+        self.repetitions.begin(self.reads())
+        out = self.run(x)
+        if collecting:
+            refuse_reentrant(out)
+        return out
+
+    def _watch(self, answer: Tensor | Loss) -> None:
+        """Let no backward pass of an answer repeat this layer as another one."""
+        if torch.compiler.is_compiling() or not to_be_repeated():
             return
-        if in_recomputation():
-            if self._ran_without_grad:
-                raise RuntimeError(
-                    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of '
-                    'MoE layers: use use_reentrant=False'
-                )
-            if self._updated:
-                raise RuntimeError(
-                    'gradient checkpointing repeats a MoE layer whose state has already changed: '
-                    'call backward() inside the collect_losses block'
-                )
-            return
-        self._updated = False
-        self._ran_without_grad = not torch.is_grad_enabled()
-        global _already_warned
-        uncollected = not self.recorder.active and torch.is_grad_enabled()
-        if uncollected and not _already_warned:
-            _already_warned = True
-            warnings.warn(_UNCOLLECTED, stacklevel=2)
+        kind, raw_patches = type(self), self.reads()
+        changes = (
+            kind.apply_update is not MoeLayer.apply_update
+            or kind.apply_begin is not MoeLayer.apply_begin
+        )
+        if (changes and self.training) or raw_patches is not None:
+            self.repetitions.watch(answer, raw_patches)
 
 
 class RoutedMlp(MoeLayer):
@@ -270,6 +239,12 @@ class RoutedMlp(MoeLayer):
         super().__init__()
         self.router = router
         self.experts = experts
+        if not router.has_losses and type(self).apply_update is MoeLayer.apply_update:
+            self.needs_collecting = False
+
+    def reads(self) -> RawPatches | None:
+        """What its router does."""
+        return self.router.raw_patches
 
     def run(self, x: Tensor) -> Tensor:
         """Route, run, report; (B, N, D) -> (B, N, D)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TopKConfig
+from .host import RawPatches
 from .joint_losses import Loss
 
 
@@ -51,9 +52,13 @@ class Router(nn.Module):
 
     Attributes:
         per_image: Whether it routes images (B, N, D), not tokens (T, D).
+        has_losses: Whether it may report losses while it trains, as its options are.
+        raw_patches: Where it finds the images that it decides by; None if it sees tokens alone.
     """
 
     per_image = False
+    has_losses: bool = True
+    raw_patches: RawPatches | None = None
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D), or images (B, N, D) if `per_image`."""

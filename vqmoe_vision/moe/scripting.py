@@ -37,11 +37,11 @@ class StaysPython(nn.Module):
         """As `run`."""
         # inside a compiled model, `self` is a shell that knows nothing but the handle
         module = self if isinstance(self, StaysPython) else _scripted[self.script_handle]
-        module.before_run()
-        return module.run(x)
+        return module.answer(x)
 
-    def before_run(self) -> None:
-        """What has to be known before anything is computed; nothing here."""
+    def answer(self, x: Tensor) -> Tensor:
+        """What `forward` gives: `run`, and in a subclass what has to be seen to around it."""
+        return self.run(x)
 
     def run(self, x: Tensor) -> Tensor:
         """What the module computes."""

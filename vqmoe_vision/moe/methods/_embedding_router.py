@@ -26,6 +26,8 @@ class EmbeddingRouter(TopKRouter):
         config: Options.
     """
 
+    has_losses = False
+
     def __init__(self, in_features: int, config: TopKConfig, **factory: Any) -> None:
         super().__init__()
         self.config = config

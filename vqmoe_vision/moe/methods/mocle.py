@@ -48,7 +48,7 @@ from ..codebook import nearest_code
 from ..codebook_sample import kmeans
 from ..config import MoeConfig, check, check_weights
 from ..experts import Experts
-from ..host import Host
+from ..host import Host, RawPatches
 from ..image_reader import Features, ImageReader
 from ..layer import RoutedMlp
 from ..losses import token_mean
@@ -159,6 +159,7 @@ class ClusterRouter(Router):
     """
 
     per_image = True
+    raw_patches: RawPatches
 
     def __init__(self, in_features: int, config: MoCLEConfig, host: Host, **factory: Any) -> None:
         super().__init__()

@@ -195,6 +195,8 @@ class SMoERouter(TopKRouter):
     ) -> None:
         super().__init__()
         self.config = config
+        weights = (config.importance_weight, config.load_weight, config.balance_weight)
+        self.has_losses = any(weight > 0 for weight in (*weights, config.z_weight))
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         bias = torch.empty(config.num_experts, **factory)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_weights
 from ..experts import Experts
-from ..host import Host
+from ..host import Host, RawPatches
 from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
@@ -127,6 +127,7 @@ class StableRouter(TopKRouter):
     """
 
     config: StableMoEConfig
+    raw_patches: RawPatches
 
     def __init__(
         self, in_features: int, config: StableMoEConfig, host: Host, **factory: Any

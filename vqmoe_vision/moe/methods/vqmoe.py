@@ -76,6 +76,8 @@ class VQMoEMlp(MoeLayer):
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
         self.router = _router(in_features, config, **factory) if continuous else None
         self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
+        balanced = self.router is not None and self.router.has_losses
+        self.needs_collecting = discrete or balanced
         normed = discrete and config.output_norm
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
         full = config.form == 'full'

@@ -140,6 +140,7 @@ class XMoERouter(TopKRouter):
     ) -> None:
         super().__init__()
         self.config = config
+        self.has_losses = config.balance_weight > 0
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         dim = config.router_dim or max(config.num_experts // 2, 2)
         gate_default, balance_default = _TEMPERATURES[config.gate]
