@@ -47,8 +47,6 @@ def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str
     for name in ('embed_layer', 'block_fn'):
         allowed = 'not set, a method that looks at raw patches brings its own'
         check(name not in kwargs, name, kwargs.get(name), allowed)
-    rate = kwargs.get('patch_drop_rate', 0.0)
-    check(rate == 0, 'patch_drop_rate', rate, '0, the method looks at all patches of an image')
     return {
         'embed_layer': partial(RawPatchEmbed, raw_patches=raw_patches),
         'block_fn': partial(RawPatchBlock, raw_patches=raw_patches),
