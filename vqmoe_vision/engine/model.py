@@ -18,7 +18,7 @@ from torch import nn
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
 from vqmoe_vision.models.other_experts import discrete_alone
-from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of
+from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of, part_of
 from vqmoe_vision.moe import Collected, collect_losses
 from vqmoe_vision.moe.collect import moe_layers
 
@@ -144,7 +144,7 @@ class MoeTrainingMixin(TakesOtherNames):
         missing_keys: list[str], *others: list[str],
     ) -> None:  # fmt: skip
         """As torch's, which mmengine's loading calls too; a run of before has no normalisation."""
-        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        own = part_of(state_dict, prefix)
         renamed = self.in_own_names(own)
         if renamed.keys() != own.keys():
             for name in own:

@@ -17,7 +17,6 @@ from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
 from ..moe.config import check, check_type, did_you_mean
-from ..moe.image_reader import ImageReader, image_reader
 from ..moe.methods import METHODS
 
 # timm's names of layers, by the options that take one
@@ -247,21 +246,6 @@ def check_experts(kwargs: dict[str, Any]) -> None:
         ('mlp_layer', (None, Mlp), "timm's Mlp, whose layout experts have"),
     ):
         check(kwargs.get(name) in possible, name, kwargs.get(name), allowed)
-
-
-def reader_of(model: nn.Module) -> ImageReader:
-    """What reads images in a model.
-
-    Args:
-        model: Any model.
-
-    Raises:
-        ValueError: Nothing in it does.
-    """
-    reader = image_reader(model)
-    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
-    assert reader is not None
-    return reader
 
 
 def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:

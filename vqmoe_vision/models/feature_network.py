@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe.config import check
-from ..moe.image_reader import Features, image_reader
+from ..moe.image_reader import Features, reader_of
 
 # Where what reads images stands in a model, and its network in that.
 READER, NETWORK = 'patch_embed.reader.', 'network.'
@@ -106,9 +106,7 @@ def fit_reader(model: nn.Module, batches: Iterable[Tensor]) -> str:
     Raises:
         ValueError: Nothing in the model has to be fitted, or there are too few images.
     """
-    reader = image_reader(model)
-    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
-    assert reader is not None
+    reader = reader_of(model)
     device = reader.fitted.device
     features = [reader.features(images.to(device)) for images in batches]
     check(bool(features), 'batches', batches, 'at least one')

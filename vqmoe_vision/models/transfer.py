@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.image_reader import ImageReader, image_reader
-from .arguments import reader_of
+from ..moe.image_reader import ImageReader, image_reader, reader_of
 from .feature_network import NETWORK, READER, FeatureViT
 from .fitting import (
     Size,

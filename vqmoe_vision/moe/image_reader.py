@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import check
 from .routing import full_precision
 from .said_once import warn_once
 
@@ -171,6 +172,21 @@ class ImageReader(nn.Module):
 def image_reader(model: nn.Module) -> ImageReader | None:
     """What reads images in a model; None if nothing does."""
     return next((part for part in model.modules() if isinstance(part, ImageReader)), None)
+
+
+def reader_of(model: nn.Module) -> ImageReader:
+    """What reads images in a model.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: Nothing in it does.
+    """
+    reader = image_reader(model)
+    check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
+    assert reader is not None
+    return reader
 
 
 def _frozen(network: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ decoder has the blocks of timm, and projections that multiply from the other sid
 from __future__ import annotations
 
 from vqmoe_vision.models.foreign_names import from_mmseg, is_of_mmseg, replaced
-from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.state_dicts import StateDict, part_of
 
 _THEIRS, _OURS = 'backbone.', 'backbone.model.'
 _DECODER = (
@@ -35,14 +35,14 @@ def in_our_names(state: StateDict) -> tuple[StateDict, str]:
     Returns:
         The state, and what was done to it; empty if nothing was.
     """
-    backbone = _part(state, _THEIRS)
+    backbone = part_of(state, _THEIRS)
     if is_of_mmseg(backbone):
         renamed = {_OURS + name: value for name, value in from_mmseg(backbone).items()}
         others = {name: value for name, value in state.items() if not name.startswith(_THEIRS)}
         stem = 'patch_embed.projection.bias'
         bias = '' if stem in backbone else '; the stem has no bias there, and one of zeros here'
         return {**renamed, **others}, f'the names are those of mmseg, {len(state)} tensors{bias}'
-    encoder = _part(state, 'encoder.')
+    encoder = part_of(state, 'encoder.')
     if 'patch_embed.proj.weight' in encoder:
         network = {k: v for k, v in encoder.items() if not k.startswith('head.')}
         renamed = {_OURS + name: value for name, value in network.items()}
@@ -53,10 +53,6 @@ def in_our_names(state: StateDict) -> tuple[StateDict, str]:
         )
         return {**renamed, **_decoder(others)}, note
     return state, ''
-
-
-def _part(state: StateDict, prefix: str) -> StateDict:
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _decoder(state: StateDict) -> StateDict:

@@ -21,7 +21,7 @@ from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.state_dicts import StateDict, part_of
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
@@ -188,8 +188,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return in_our_names(super().in_own_names(state))[0]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if note := in_our_names(own)[1]:
+        if note := in_our_names(part_of(state_dict, prefix))[1]:
             print_log(f'checkpoint: {note}', logger='current')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
