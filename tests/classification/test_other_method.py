@@ -48,7 +48,7 @@ def test_a_checkpoint_of_the_discrete_form_is_told_of_it() -> None:
         full = MODELS.build(config.model)
         config.model.moe['form'] = 'discrete'
         discrete = MODELS.build(config.model)
-    fits = "; it has the discrete branch alone: form='discrete' would fit"
+    fits = "; form='discrete' would fit"
     for alone in (discrete.state_dict(), discrete.routed_model.state_dict()):
         said = full.misfit(alone)
         assert said.startswith('missing keys: ') and said.endswith(fits)

@@ -1,5 +1,6 @@
 """Refusals of weights say in what they differ, and what is said to fit does."""
 
+import re
 from itertools import permutations
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from vqmoe_vision.models.transfer import fit_state, transfer
 from vqmoe_vision.models.upcycle import Upcycling
 from vqmoe_vision.moe import METHODS
 
+from ..variants import VARIANTS
 from .conftest import TINY, Make, make
 
 CLUSTERS = next(name for name, method in METHODS.items() if method.needs_features)
@@ -96,9 +98,6 @@ def test_a_backbone_may_end_before_a_wider_checkpoint() -> None:
 def test_another_number_of_experts_has_its_option(tiny: Make) -> None:
     state = tiny(num_experts=4).state_dict()
     line = refusal(tiny(num_experts=3), state)
-    if 'slot_embed' in line:  # experts times slots
-        assert 'would fit' not in line
-        return
     assert line.endswith('; num_experts=4 would fit')
     fit_state(tiny(num_experts=4), state, 'f.pth')
 
@@ -108,7 +107,7 @@ def test_clusters_are_no_experts() -> None:
     line = refusal(make(CLUSTERS, num_clusters=4, num_experts=8), state)
     assert line.endswith('; num_clusters=8 would fit')
     line = refusal(make(CLUSTERS, num_clusters=4, num_experts=4), state)
-    assert 'another size' in line and 'would fit' not in line
+    assert 'another size' in line and line.endswith('; num_experts=8, num_clusters=8 would fit')
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,8 @@ def test_another_mlp_ratio_has_its_option() -> None:
 def test_a_discrete_form_is_not_of_another_method() -> None:
     state = make('vqmoe', form='discrete').state_dict()
     line = refusal(make('vqmoe'), state)
-    assert line.endswith("has the discrete branch alone: form='discrete' would fit")
+    assert 'has experts with other options: only the model has blocks' in line
+    assert line.endswith("; form='discrete' would fit")
 
 
 FORMS = ('full', 'discrete', 'continuous')
@@ -161,9 +161,9 @@ def test_another_form_is_not_said_to_be_of_another_method_for_certain(
         fit_state(make('vqmoe', form=ours), state, 'f.pth')
         return
     line = refusal(make('vqmoe', form=ours), state)
-    assert f'form={theirs!r} would fit' in line
-    alone = (theirs, ours) == ('discrete', 'full')
-    assert ('is of another MoE method, or of another form of VQMoE: ' in line) != alone
+    shared = theirs == 'continuous'  # whose tensors other methods have too
+    assert ('is of another MoE method, or has other options: ' in line) == shared
+    assert f'; form={theirs!r}{", or a model of smoe, or of " if shared else " would fit"}' in line
     fit_state(make('vqmoe', form=theirs), state, 'f.pth')
 
 
@@ -192,7 +192,36 @@ def test_arrays_are_no_tensors(tmp_path: Path) -> None:
 
 def test_of_another_method_no_number_of_experts_fits() -> None:
     line = refusal(make('xmoe', num_experts=3), make('smoe', num_experts=2).state_dict())
-    assert 'is of another MoE method' in line and 'would fit' not in line
+    assert 'is of another MoE method: ' in line and '; num_experts=2' not in line
+    assert '; a model of smoe with num_experts=2, or of ' in line and line.endswith(' would fit')
+
+
+def test_a_checkpoint_tells_its_method(method: str) -> None:
+    """Unless it fits, as experts of methods whose tensors are the same."""
+    state = make(method).state_dict()
+    refused = 0
+    for other in METHODS:
+        try:
+            fit_state(cast(Any, make(other)), state, 'f.pth')
+        except ValueError as error:
+            refused += 1
+            assert 'is of another MoE method' in str(error)
+            assert re.search(rf'; .*\bof {method}\b[^;]* would fit$', str(error))
+    assert refused >= len(METHODS) - 3
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_checkpoint_tells_its_options(variant: str) -> None:
+    method, options = VARIANTS[variant]
+    state = make(method, **options).state_dict()
+    try:
+        fit_state(cast(Any, make(method)), state, 'f.pth')
+    except ValueError as error:
+        said = re.search(r"; ((\w+=[\w.']+(, )?)+)( or .*|, or .*)? would fit$", str(error))
+        assert said is not None
+        fit_state(cast(Any, make(method, **eval(f'dict({said[1]})'))), state, 'f.pth')
+    else:  # slots are fitted, and another form is left out
+        assert make(method).state_dict().keys() <= state.keys()
 
 
 def test_a_bias_of_a_layer_that_is_missing_is_no_option() -> None:
@@ -222,7 +251,7 @@ def test_experts_in_other_blocks_are_no_other_method(tiny: Make) -> None:
 
 def test_experts_of_another_method_in_other_blocks_are_not_said_to_fit() -> None:
     state = make('vqmoe', moe_layers=[0]).state_dict()
-    said = 'another MoE method, or of another form of VQMoE: only it has'
+    said = 'another MoE method: only it has'
     assert said in refusal(make('smoe', moe_layers=[1]), state)
     state = make('smoe', moe_layers=[0], num_experts=3).state_dict()
     line = refusal(make('smoe', moe_layers=[1]), state)
@@ -240,8 +269,9 @@ def test_experts_as_linear_layers_are_no_other_method(method: str) -> None:
 
 def test_linear_experts_of_another_method_are_those_of_another_method() -> None:
     state = experts_as_linear(make('vqmoe')).state_dict()
-    said = 'is of another MoE method, or of another form of VQMoE: only it has'
-    assert said in refusal(make('smoe'), state)
+    line = refusal(make('smoe'), state)
+    assert 'is of another MoE method: only it has' in line
+    assert line.endswith('; a model of vqmoe would fit')
 
 
 @pytest.mark.parametrize('num_classes', [0, 10])

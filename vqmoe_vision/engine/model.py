@@ -17,7 +17,7 @@ from torch import nn
 
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
-from vqmoe_vision.models.other_experts import discrete_alone
+from vqmoe_vision.models.options_that_fit import experts_that_fit
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of, part_of
 from vqmoe_vision.moe import Collected, collect_losses
 from vqmoe_vision.moe.collect import moe_layers
@@ -170,7 +170,7 @@ class MoeTrainingMixin(TakesOtherNames):
                 f'{problem}; it is a file of timm, without what a run has beside the timm model: '
                 'test the checkpoint, or the .pth that tools/publish.py makes of it'
             )
-        return problem + discrete_alone(model.state_dict(), self.in_own_names(own))
+        return f'{problem}{experts_that_fit(model, self.in_own_names(own))}' if problem else ''
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """The state of the timm model alone, as timm saves it, in the names of a run.

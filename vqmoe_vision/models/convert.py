@@ -20,14 +20,9 @@ from ..moe.methods import METHODS
 from .arguments import check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
+from .layers import build_layer, scale_fresh_experts
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
-from .sparse_model import (
-    MoeEva,
-    MoeVisionTransformer,
-    SparseModel,
-    build_layer,
-    scale_fresh_experts,
-)
+from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, upcycle
 

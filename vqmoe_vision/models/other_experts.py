@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
+from .options_that_fit import experts_that_fit
 from .state_dicts import StateDict, shorten
 
-# Options of experts that decide whether there is such a tensor, where both have a codebook: with
-# it, and without.
-_OPTIONS = (
-    (r'\.quantizer\.norm\.', 'input_norm=True', 'input_norm=False'),
-    (r'\.output_norm\.', 'output_norm=True', 'output_norm=False'),
-    (
-        r'\.quantizer\.codebook\.',
-        'the codebook of the checkpoint',
-        'the codebook of the checkpoint',
-    ),
-)
 _SEPARATE = re.compile(r'\.experts\.fc[12]\.\d+\.')
 
 
@@ -41,7 +33,12 @@ def block_of(name: str) -> str:
 
 
 def refuse_other_experts(
-    expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, options: str = ''
+    expected: StateDict,
+    filtered: StateDict,
+    fitted: StateDict,
+    path: str,
+    model: nn.Module,
+    options: str = '',
 ) -> None:
     """Refuse experts where the model has others.
 
@@ -53,6 +50,7 @@ def refuse_other_experts(
         filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
         fitted: The same after each MoE layer has fitted its part.
         path: What the checkpoint is called, for messages.
+        model: That takes the weights.
         options: As in `Model`.
 
     Raises:
@@ -68,40 +66,27 @@ def refuse_other_experts(
     what = (
         _elsewhere(expected, filtered)
         or _held_otherwise(expected, filtered)
-        or _one_branch(missing, unexpected, filtered)
-        or _other_options(missing, unexpected, expected, filtered, options, parts)
-        or _other_method(expected, filtered, parts)
+        or _stated_options(missing, unexpected, options, parts)
+        or _other_method(model, expected, filtered, parts)
     )
     raise ValueError(f'checkpoint {path!r} {what}')
 
 
-def kept_by_another(expected: StateDict, state: StateDict, upcycles: bool) -> str:
+def kept_by_another(model: nn.Module, state: StateDict, upcycles: bool) -> str:
     """What would take weights that are no model's of these experts, for the end of a line.
 
     Args:
-        expected: Of the model.
-        state: Of a dense model, or of another form of the experts; of others nothing is known.
+        model: That does not take them.
+        state: Of a dense model, or of other experts; of others nothing is known.
         upcycles: Whether `upcycle` is an argument of the model, and not one of timm's own that has
             got experts.
     """
-    if _routed(expected) and not _routed(state) and any('.mlp.fc1.' in name for name in state):
+    routed = _routed(model.state_dict())
+    if routed and not _routed(state) and any('.mlp.fc1.' in name for name in state):
         overlay = 'pretrained=True with pretrained_cfg_overlay=dict(file=FILE)'
         ways = 'upcycle=FILE' if upcycles else f'{overlay}, or convert_to_moe of the dense model,'
         return f'; they are of a dense model: {ways} makes experts of its MLPs'
-    return discrete_alone(expected, state)
-
-
-def discrete_alone(expected: StateDict, state: StateDict) -> str:
-    """What would take weights of the model without its router, for the end of a line.
-
-    Args:
-        expected: Of the model.
-        state: Of a checkpoint; empty is the answer to any other.
-    """
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    branch = _one_branch(missing, unexpected, state) if missing else ''
-    return f'; it {branch}' if branch else ''
+    return str(experts_that_fit(model, state))
 
 
 def _elsewhere(expected: StateDict, filtered: StateDict) -> str:
@@ -118,57 +103,23 @@ def _elsewhere(expected: StateDict, filtered: StateDict) -> str:
     return f'has its experts in blocks {here}, the model in blocks {there}{fits}'
 
 
-def _one_branch(missing: list[str], unexpected: list[str], filtered: StateDict) -> str:
-    """Codes without what routes beside them: VQMoE's discrete form."""
-    routes = all(re.search(r'\.mlp\.(router|gate)\.', name) for name in missing)
-    if unexpected or not routes or not any('.mlp.quantizer.' in name for name in filtered):
-        return ''
-    return "has the discrete branch alone: form='discrete' would fit"
-
-
-def _other_options(
-    missing: list[str],
-    unexpected: list[str],
-    expected: StateDict,
-    filtered: StateDict,
-    known: str,
-    parts: str,
-) -> str:
-    """The same method with other options, as the source or codebooks in both say."""
+def _stated_options(missing: list[str], unexpected: list[str], known: str, parts: str) -> str:
+    """The same method with other options, as the source says."""
     torn = any('.mlp.experts.' in name for name in (*missing, *unexpected))
-    hints = [known] if known and not torn else []
-    if not hints and _has(expected, '.mlp.quantizer.') and _has(filtered, '.mlp.quantizer.'):
-        for pattern, present, absent in _OPTIONS:
-            if any(re.search(pattern, name) for name in unexpected):
-                hints.append(present)
-            elif any(re.search(pattern, name) for name in missing):
-                hints.append(absent)
-    if not hints:
+    if not known or torn:
         return ''
-    return f'has experts with other options: {parts}; {", ".join(hints)} would fit'
+    return f'has experts with other options: {parts}; {known} would fit'
 
 
-def _other_method(expected: StateDict, filtered: StateDict, parts: str) -> str:
-    """Of VQMoE names do not tell a router that stands alone from that of another method."""
+def _other_method(model: nn.Module, expected: StateDict, filtered: StateDict, parts: str) -> str:
+    """Names and shapes tell the method, and some methods have the same ones."""
     if not _routed(expected):
         return f'has experts and the model has none: {parts}; a model with such experts would fit'
-    ours, theirs = _form(expected), _form(filtered)
-    if '' in (ours, theirs) or ours == theirs:
-        return f'is of another MoE method: {parts}'
-    fits = f'form={theirs!r} would fit if both are of VQMoE'
-    return f'is of another MoE method, or of another form of VQMoE: {parts}; {fits}'
-
-
-def _form(state: StateDict) -> str:
-    """The form of VQMoE that has such names; empty if none has."""
-    codes, routes = (_has(state, f'.mlp.{part}.') for part in ('quantizer', 'router'))
-    if codes:
-        return 'full' if routes else 'discrete'
-    return 'continuous' if _has(state, '.mlp.router.weight') else ''
-
-
-def _has(state: StateDict, part: str) -> bool:
-    return any(part in name for name in state)
+    fits = experts_that_fit(model, filtered)
+    what = 'is of another MoE method'
+    if fits.options:
+        what = f'{what}, or has other options' if fits.methods else 'has experts with other options'
+    return f'{what}: {parts}{fits}'
 
 
 def _held_otherwise(expected: StateDict, filtered: StateDict) -> str:

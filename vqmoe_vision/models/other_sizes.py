@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch import nn
+
+from .options_that_fit import experts_that_fit, mlp_ratio_of
 from .other_experts import block_of
 from .state_dicts import StateDict
 
 _STEM = 'patch_embed.proj.weight'
-_CLUSTERS = '.cluster_embed'
-# Parts with a row for each of what an option counts.
-_NUMBERS = {_CLUSTERS: 'num_clusters', '.quantizer.codebook.': 'num_codes'}
 Shape = tuple[int, ...]
 
 
@@ -20,6 +20,7 @@ class Model:
     """What the names and shapes of a model do not tell.
 
     Args:
+        network: The model.
         heads: Attention heads; 0 if that is not known.
         same_heads: Whether the checkpoint is known to have as many.
         whole: Whether it is more than a backbone, which may have fewer blocks than a checkpoint.
@@ -27,6 +28,7 @@ class Model:
             known, or if the method is another.
     """
 
+    network: nn.Module
     heads: int
     same_heads: bool
     whole: bool
@@ -51,13 +53,9 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
     if any(len(a) != len(b) for a, b in other.values()):
         return ''
     width = _width(other, pairs, model)
-    hint = (
-        _number_of_experts(other, pairs)
-        or _rows(other)
-        or _channels(other)
-        or width
-        or _hidden(other)
-    )
+    if experts := _experts(other, fitted, model):
+        return experts
+    hint = _channels(other) or width or _hidden(other)
     if not hint:
         return ''
     theirs, ours = ({block_of(name) for name in names} - {''} for names in (fitted, expected))
@@ -66,33 +64,14 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
     return f'; {hint}{depth}{heads} would fit'
 
 
-def _number_of_experts(
-    other: dict[str, tuple[Shape, Shape]], pairs: dict[str, tuple[Shape, Shape]]
-) -> str:
-    numbers = {(a[0], b[0]) for name, (a, b) in pairs.items() if '.mlp.experts.' in name}
-    if len(numbers) != 1:
+def _experts(other: dict[str, tuple[Shape, Shape]], fitted: StateDict, model: Model) -> str:
+    """Of experts, if nothing else differs."""
+    alone = all('.mlp.' in name and '.mlp.fc' not in name for name in other)
+    if not alone:
         return ''
-    ((theirs, ours),) = numbers
-
-    def follows(name: str, a: int, b: int) -> bool:
-        # MoCLE's router does not choose the universal expert
-        chosen = '.router.' in name and (a, b) == (theirs - 1, ours - 1)
-        return (a, b) == (theirs, ours) or chosen
-
-    alone = all(
-        a[1:] == b[1:] and not name.endswith(_CLUSTERS) and follows(name, a[0], b[0])
-        for name, (a, b) in other.items()
-    )
-    return f'num_experts={theirs}' if alone else ''
-
-
-def _rows(other: dict[str, tuple[Shape, Shape]]) -> str:
-    """How many clusters or codes there are, if nothing else differs."""
-    numbers = {a[0] for a, b in other.values() if len(a) and a[1:] == b[1:]}
-    for part, option in _NUMBERS.items():
-        if len(numbers) == 1 and all(part in name for name in other):
-            return f'{option}={numbers.pop()}'
-    return ''
+    found = experts_that_fit(model.network, fitted)
+    # the names are those of the method, which other methods may share
+    return str(replace(found, methods='') if found.options else found)
 
 
 def _channels(other: dict[str, tuple[Shape, Shape]]) -> str:
@@ -151,7 +130,5 @@ def _hidden(other: dict[str, tuple[Shape, Shape]]) -> str:
     if len(hidden) != 1 or not all(re.search(r'\.fc[12]\.', name) for name in other):
         return ''
     ((features, width),) = hidden
-    ratio = features / width
-    # timm rounds the product down
-    short = next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
-    return '' if short is None else f'mlp_ratio={short}'
+    ratio = mlp_ratio_of(features, width)
+    return '' if ratio is None else f'mlp_ratio={ratio}'

@@ -163,7 +163,7 @@ def refuse_misfits(
         ValueError: It is one.
     """
     # first, for sizes that fit would not do for another method
-    refuse_other_experts(expected, filtered, fitted, path, model.options)
+    refuse_other_experts(expected, filtered, fitted, path, model.network, model.options)
     shapes = other_shapes(expected, fitted)
     if shapes:
         hint = sizes_that_fit(expected, fitted, model)

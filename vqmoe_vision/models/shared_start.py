@@ -18,7 +18,8 @@ from ..moe.experts import StackedLinear
 from . import shipped
 from .arguments import moe_options
 from .hosts import method_of
-from .sparse_model import SparseModel, scale_fresh_experts
+from .layers import scale_fresh_experts
+from .sparse_model import SparseModel
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, register_notrace_module
+from timm.layers import get_act_layer
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
 from ..moe.host import Host, RawPatches
-from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import (
     check_experts,
@@ -29,6 +27,7 @@ from .arguments import (
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
 from .hosts import method_of
+from .layers import build_layer, output_scale, set_draw
 from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
@@ -100,7 +99,7 @@ class SparseModel:
             # one whose class was called by hand has none
             config = getattr(model, 'pretrained_cfg', None) or {}
             upcycles = method_of(str(config.get('architecture'))) is not None
-            fits = kept_by_another(model.state_dict(), state_dict, upcycles)
+            fits = kept_by_another(model, state_dict, upcycles)
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
     @torch.jit.ignore
@@ -225,7 +224,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         """
         for module in self.modules():
             if isinstance(module, Experts):
-                _set_draw(module, mode or self.weight_init_mode)
+                set_draw(module, mode or self.weight_init_mode)
         super().init_weights(mode, needs_reset)
 
     @torch.no_grad()
@@ -234,7 +233,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         blocks: Any = self.blocks
         for i, block in enumerate(blocks):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
-                layer.weight.div_(_scale(i))
+                layer.weight.div_(output_scale(i))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -249,80 +248,3 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
 
 class MoeEva(SparseModel, Eva):
     """timm's `Eva`, of which DINOv3's models are, with MoE layers; `convert_to_moe` makes it."""
-
-
-@torch.no_grad()
-def scale_fresh_experts(model: nn.Module) -> None:
-    """Scale the output layers of experts that were just drawn, if timm does so with MLPs.
-
-    Args:
-        model: With MoE layers; experts are scaled by depth in an `Eva`, or with `fix_init`.
-    """
-    if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
-        return
-    blocks: Any = model.blocks
-    for i, block in enumerate(blocks):
-        if isinstance(block.mlp, MoeLayer):
-            block.mlp.experts.fc2.weight.div_(_scale(i))
-
-
-def _scale(block: int) -> float:
-    return float((2.0 * (block + 1)) ** 0.5)
-
-
-def build_layer(
-    method: str,
-    config: MoeConfig,
-    host: Host,
-    width: int,
-    mlp_ratio: float,
-    act_layer: Callable[[], nn.Module] = nn.GELU,
-    bias: bool = True,
-    drop: float = 0.0,
-    weight_init: str = '',
-    *,
-    patch_drop_rate: float,
-    **factory: Any,
-) -> MoeLayer:
-    """MoE layer of a method with experts that are like the MLPs of its model.
-
-    Args:
-        method: Key of `METHODS`.
-        config: Its options.
-        host: The model.
-        width: D, of its tokens.
-        mlp_ratio: Hidden width of its MLPs over D, which experts take unless the options say.
-        act_layer: As those of the MLPs.
-        bias: As those of the MLPs.
-        drop: As those of the MLPs.
-        weight_init: As timm's, of the MLPs.
-        patch_drop_rate: Of the model. What timm's PatchDropout leaves is in random order, so that
-            a layer no longer knows where a token lies.
-        **factory: `device` and `dtype`.
-
-    Raises:
-        ValueError: An expert would have no hidden feature, or the method needs all tokens of an
-            image in their places, and the model drops some.
-    """
-    ratio = config.expert_mlp_ratio or mlp_ratio
-    hidden = int(width * ratio)
-    check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
-    experts = Experts(config.num_experts, width, hidden, act_layer, bias, drop, **factory)
-    if weight_init:
-        _set_draw(experts, weight_init)
-        for linear in (experts.fc1, experts.fc2):
-            linear.init_weights()
-    layer = METHODS[method].build(width, config, experts, host, **factory)
-    anywhere = layer.permutation_equivariant and METHODS[method].read_patches is None
-    allowed = f'0, as {method} needs all patches of an image in their places'
-    check(anywhere or patch_drop_rate == 0, 'patch_drop_rate', patch_drop_rate, allowed)
-    # torch.fx, which timm's feature extraction uses, takes it as one operation
-    register_notrace_module(type(layer))
-    return layer
-
-
-def _set_draw(experts: Experts, weight_init: str) -> None:
-    """Lets experts be drawn as timm draws MLPs; empty is its default, which they have already."""
-    # of which timm asks whether it is of an MLP
-    draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
-    experts.fc1.draw = experts.fc2.draw = draw

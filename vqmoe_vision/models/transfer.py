@@ -235,7 +235,7 @@ def _sized(model: Transformer, expected: StateDict, origin: Origin | None, optio
     # features of fewer blocks would be others
     whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
     # a known network has been refused before if its heads are others
-    return Model(heads, same_heads=origin is not None, whole=whole, options=options)
+    return Model(model, heads, same_heads=origin is not None, whole=whole, options=options)
 
 
 def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:

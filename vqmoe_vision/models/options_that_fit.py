@@ -1,0 +1,238 @@
+"""Options with which MoE layers would have the tensors of a checkpoint, found by trial.
+
+Layers are built without memory, with one option of the method after another at another value, and
+their names and shapes are compared. So nothing here knows what the tensors of a method are called,
+and a method of tomorrow is told its options as those of today are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args, get_type_hints
+
+from torch import Tensor, nn
+
+from ..moe import moe_layers
+from ..moe.config import MoeConfig
+from ..moe.host import Host
+from ..moe.methods import METHODS
+from .layers import build_layer
+from .state_dicts import StateDict, part_of
+
+Shapes = dict[str, tuple[int, ...]]
+Options = dict[str, Any]
+# As `experts_as_linear` leaves them.
+_LINEAR = re.compile(r'(experts\.fc[12])\.\d+\.(weight|bias)')
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Experts that a checkpoint would fit, in words.
+
+    Attributes:
+        options: Of the method of the model, as they are written; empty if none do.
+        methods: Models of other methods; empty if none do.
+    """
+
+    options: str = ''
+    methods: str = ''
+
+    def __str__(self) -> str:
+        """All of them, for the end of a line; empty if there are none."""
+        found = ', or '.join(part for part in (self.options, self.methods) if part)
+        return f'; {found} would fit' if found else ''
+
+
+def experts_that_fit(model: nn.Module, state: StateDict) -> Fitting:
+    """Which experts a model would have to have for those of a checkpoint.
+
+    Args:
+        model: Of this package, or one around such a model.
+        state: Of the checkpoint, by the names of `model`.
+
+    Returns:
+        Nothing for a model that has no method or that fits, for experts of tokens of another width,
+        and if the layers of the checkpoint are not all of the same shapes.
+    """
+    sparse: Any = next((m for m in model.modules() if hasattr(m, 'moe_config')), None)
+    layers = moe_layers(model)
+    theirs = _shapes_of_all([part_of(state, f'{name}.') for name in layers])
+    ours = _shapes_of_all([layer.state_dict() for layer in layers.values()])
+    first = 'experts.fc1.weight'
+    if sparse is None or ours == theirs or theirs.get(first, ())[2:] != ours.get(first, (0, 0))[2:]:
+        return Fitting()
+    search = _Search.of(sparse, ours, theirs)
+    if search.distance(sparse.method, sparse.moe_config, ours) > 0:
+        return Fitting()  # something was made of the layers since they were built
+    own = search.options(sparse.method, sparse.moe_config)
+    shared = {field.name: getattr(sparse.moe_config, field.name) for field in fields(MoeConfig)}
+    others = {
+        name: search.options(name, method.config(**shared))
+        for name, method in METHODS.items()
+        if name != sparse.method
+    }
+    return Fitting(' or '.join(map(_words, own)), _models(others))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for options of a layer whose tensors have the shapes of a checkpoint.
+
+    Args:
+        host: As the layer was built for.
+        width: D, of its tokens.
+        mlp_ratio: Of the MLPs of its model.
+        bias: Whether its experts have biases.
+        theirs: The shapes.
+    """
+
+    host: Host
+    width: int
+    mlp_ratio: float
+    bias: bool
+    theirs: Shapes
+
+    @classmethod
+    def of(cls, model: Any, ours: Shapes, theirs: Shapes) -> _Search:
+        """Of a model.
+
+        Args:
+            model: With such layers.
+            ours: Shapes of one of its layers.
+            theirs: Shapes of one of the checkpoint.
+        """
+        _, hidden, width = ours['experts.fc1.weight']
+        prefix = model.num_prefix_tokens
+        host = Host(
+            model.patch_embed.num_patches + prefix, prefix, model.patch_embed.proj.in_channels
+        )
+        ratio = mlp_ratio_of(hidden, width) or hidden / width
+        return cls(host, width, ratio, 'experts.fc1.bias' in ours, theirs)
+
+    def options(self, method: str, config: MoeConfig) -> list[Options]:
+        """Changes of options, of which each alone makes a layer that fits; empty if nothing does.
+
+        One step after another is taken that brings the layer nearest, and what no step needed is
+        left out. What other value of one of the options would do as well is an alternative.
+
+        Args:
+            method: Key of `METHODS`.
+            config: Options that are changed.
+        """
+
+        def distance(changes: Options) -> float:
+            try:
+                changed = replace(config, **changes)
+            except ValueError:  # impossible together
+                return math.inf
+            return self.distance(method, changed, self.theirs)
+
+        found: Options = {}
+        while (left := distance(found)) > 0:
+            found = min((found | step for step in self._steps(config)), key=distance)
+            if distance(found) >= left:
+                return []
+        for name in list(found):
+            without = {k: v for k, v in found.items() if k != name}
+            found = without if distance(without) == 0 else found
+        others = (
+            {**found, name: value}
+            for name in found
+            for value in self._values(type(config), name)
+            if value != found[name]
+        )
+        return [found, *(changes for changes in others if distance(changes) == 0)]
+
+    def distance(self, method: str, config: MoeConfig, shapes: Shapes) -> int:
+        """How many tensors differ, in name or shape, between a layer with some options and others.
+
+        Args:
+            method: Key of `METHODS`.
+            config: The options.
+            shapes: Of the others.
+        """
+        layer = build_layer(
+            method,
+            config,
+            self.host,
+            self.width,
+            self.mlp_ratio,
+            bias=self.bias,
+            patch_drop_rate=0.0,
+            device='meta',
+        )
+        built = _shapes(layer.state_dict())
+        return sum(built.get(name) != shapes.get(name) for name in built | shapes)
+
+    def _steps(self, config: MoeConfig) -> Iterator[Options]:
+        """Single options, and those that a method names together, which may not go alone."""
+        kind = type(config)
+        for field in fields(config):
+            yield from ({field.name: value} for value in self._values(kind, field.name))
+        yield from _named(kind)
+
+    def _values(self, kind: type[MoeConfig], name: str) -> list[Any]:
+        """Values of an option: its default, those in tables of the method, and sizes of tensors."""
+        default = kind.__dataclass_fields__[name].default
+        values = [default, *(options[name] for options in _named(kind) if name in options)]
+        hint = get_type_hints(kind)[name]
+        kinds = get_args(hint) or (hint,)
+        if name == 'expert_mlp_ratio':
+            values.append(mlp_ratio_of(*self.theirs['experts.fc1.weight'][1:]))
+        elif int in kinds:
+            values += sorted({size for shape in self.theirs.values() for size in shape})
+        elif bool in kinds:
+            values += [False, True]
+        return list(dict.fromkeys(values))
+
+
+def mlp_ratio_of(features: int, width: int) -> float | None:
+    """Ratio by which timm gives an MLP as many hidden features; None if no ratio does.
+
+    Args:
+        features: Hidden ones.
+        width: Of tokens.
+    """
+    ratio = features / width
+    # timm rounds the product down
+    return next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
+
+
+def _named(kind: type[MoeConfig]) -> list[Options]:
+    """What a method gives names to: its presets, and what its tests try."""
+    tables = (kind.PRESETS, kind.TRIALS, kind.EXACT_UPCYCLING)
+    return [options for table in tables for options in table.values()]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    """Shapes by name, those of experts that are linear layers as if they were stacked."""
+    shapes: Shapes = {}
+    for name, value in state.items():
+        linear = _LINEAR.fullmatch(name)
+        stacked = f'{linear[1]}.{linear[2]}' if linear else name
+        number = (shapes.get(stacked, (0,))[0] + 1,) if linear else ()
+        shapes[stacked] = (*number, *value.shape)
+    return shapes
+
+
+def _shapes_of_all(layers: Sequence[Mapping[str, Tensor]]) -> Shapes:
+    """Those of each of some layers; empty if they are not the same."""
+    first, *others = map(_shapes, layers) if layers else ({},)
+    return first if all(shapes == first for shapes in others) else {}
+
+
+def _words(options: Options) -> str:
+    return ', '.join(f'{name}={value!r}' for name, value in options.items())
+
+
+def _models(others: Mapping[str, Sequence[Options]]) -> str:
+    """Models of other methods; those come first that need no other options."""
+    known = {name: ' or '.join(map(_words, found)) for name, found in others.items() if found}
+    names = [
+        f'of {name} with {options}' if options else f'of {name}'
+        for name, options in sorted(known.items(), key=lambda item: bool(item[1]))
+    ]
+    return f'a model {", or ".join(names)}' if names else ''
