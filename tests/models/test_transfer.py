@@ -211,7 +211,7 @@ def test_layers_of_blocks_that_the_model_has_not_are_listed() -> None:
     [
         ('vqmoe', dict(embed_dim=24), r'another size: .*cls_token is \(1, 1, 24\), the'),
         ('vqmoe', dict(num_experts=4), r'another size: .*\(4, .*has \(2, '),
-        ('smoe', {}, 'another MoE method, or of another .*: only the model has .*quantizer'),
+        ('smoe', {}, 'another MoE method, or has other .*: only the model has .*quantizer'),
         ('stablemoe', {}, 'another MoE method: only it has .*router.*; only the model has'),
         ('vqmoe', dict(class_token=False, global_pool='avg'), 'only the model has cls_token'),
     ],
