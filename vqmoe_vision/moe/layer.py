@@ -39,13 +39,11 @@ class MoeLayer(StaysPython):
         needs_collecting: Whether the layer has losses, or state that learns without gradients.
         permutation_equivariant: Whether a permutation of the tokens permutes the answer. False is
             for methods that route by position.
-        routing_learns: Whether the experts of a token change while the model learns.
         experts: The experts.
     """
 
     needs_collecting = True
     permutation_equivariant = True
-    routing_learns = True
     experts: Experts
     # TorchScript would compile properties
     __jit_unused_properties__: ClassVar[list[str]] = [

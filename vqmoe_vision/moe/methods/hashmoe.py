@@ -97,7 +97,6 @@ class HashMlp(RoutedMlp):
 
     needs_collecting = False
     permutation_equivariant = False
-    routing_learns = False
 
 
 def build(
