@@ -193,27 +193,31 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         raw_patches.read = entry.reader(self.moe_config, lambda: feature_network(dense), **factory)
         if raw_patches.read is not None:
             hand_over(self.patch_embed, raw_patches)
-        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        host = Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
-            has_mlp = hasattr(self.blocks[i], 'mlp')
-            check(has_mlp, 'block_fn', kwargs.get('block_fn'), 'a block with an `mlp` to replace')
-            self.blocks[i].mlp = build_layer(
-                method,
-                self.moe_config,
-                host,
-                self.embed_dim,
-                kwargs.get('mlp_ratio', 4.0),
-                act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
-                bias=kwargs.get('proj_bias', True),
-                drop=kwargs.get('proj_drop_rate', 0.0),
-                weight_init=self.weight_init_mode,
-                patch_drop_rate=kwargs.get('patch_drop_rate', 0.0),
-                **factory,
-            )
+            self._replace_mlp(self.blocks[i], raw_patches, kwargs)
         self.fix_init = fix_init
         if fix_init:
             self.fix_init_weight()
+
+    def _replace_mlp(self, block: Any, raw_patches: RawPatches, kwargs: dict[str, Any]) -> None:
+        """Put a MoE layer in the place of a block's MLP, built by the arguments that made that."""
+        block_fn = kwargs.get('block_fn')
+        check(hasattr(block, 'mlp'), 'block_fn', block_fn, 'a block with an `mlp` to replace')
+        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        block.mlp = build_layer(
+            self.method,
+            self.moe_config,
+            Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches),
+            self.embed_dim,
+            kwargs.get('mlp_ratio', 4.0),
+            act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
+            bias=kwargs.get('proj_bias', True),
+            drop=kwargs.get('proj_drop_rate', 0.0),
+            weight_init=self.weight_init_mode,
+            patch_drop_rate=kwargs.get('patch_drop_rate', 0.0),
+            device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'),
+        )
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """Initialise as timm's of the mode, and experts as the MLPs in their place.
