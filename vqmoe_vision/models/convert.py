@@ -108,16 +108,8 @@ def _put_layers(
     """Changes the model; returns which tensors of experts were made of which of its MLPs."""
     config = _checked_config(model, method, options)
     dense: Any = model
-    blocks, stem = dense.blocks, dense.patch_embed
-    if METHODS[method].read_patches is not None:
-        _check_patches(dense, method)
-    weight = stem.proj.weight
-    factory = {'device': weight.device, 'dtype': weight.dtype}
-    # what the model was becomes what reads its images
-    raw_patches = RawPatches(METHODS[method].reader(config, lambda: features_of(dense), **factory))
-    prefix_tokens = dense.num_prefix_tokens
-    num_tokens = stem.num_patches + prefix_tokens
-    host = Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
+    blocks = dense.blocks
+    host = _host(dense, method, config)
     of_model: dict[str, Any] = {
         'weight_init': getattr(dense, 'weight_init_mode', ''),  # an Eva has no such option
         'patch_drop_rate': getattr(dense.patch_drop, 'prob', 0.0),
@@ -130,19 +122,32 @@ def _put_layers(
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
-    if isinstance(raw_patches.read, ImageReader):
-        copied |= {f'{READER}{NETWORK}{key}': key for key in raw_patches.read.network.state_dict()}
+    reader = host.raw_patches.read
+    if isinstance(reader, ImageReader):
+        copied |= {f'{READER}{NETWORK}{key}': key for key in reader.network.state_dict()}
     # nothing is refused from here on
     for i, layer in built.items():
         blocks[i].mlp = layer
-    if raw_patches.read is not None:
-        _show_patches(dense, raw_patches)
+    if reader is not None:
+        _show_patches(dense, host.raw_patches)
     given = model.__dict__.pop('_model_args', {})  # a property of the class to be would hide it
     model.__class__ = _SPARSE[type(model)]
     assert isinstance(model, SparseModel)
     model.describe(method, config, how)
     model._model_args = given
     return copied
+
+
+def _host(dense: Any, method: str, config: MoeConfig) -> Host:
+    """What layers may know of the model, and what reads its images for them."""
+    stem, prefix_tokens = dense.patch_embed, dense.num_prefix_tokens
+    if METHODS[method].read_patches is not None:
+        _check_patches(dense, method)
+    factory = {'device': stem.proj.weight.device, 'dtype': stem.proj.weight.dtype}
+    # what the model was becomes what reads its images
+    reader = METHODS[method].reader(config, lambda: features_of(dense), **factory)
+    num_tokens = stem.num_patches + prefix_tokens
+    return Host(num_tokens, prefix_tokens, stem.proj.in_channels, RawPatches(reader))
 
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:

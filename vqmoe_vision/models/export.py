@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from ..moe.config import check
 from .int8 import is_int8
 from .onnx_operators import translations
-from .quantization import (
-    decomposed,
-    quantize_int8,
-    quantize_onnx,
-    separated,
-)
+from .quantization import decomposed, quantize_int8, quantize_onnx, separated
 from .quiet import quiet
 
 SUFFIXES = ('.onnx', '.pt2')
@@ -188,19 +183,7 @@ def export_onnx(
     check(not is_int8(network), 'model', f'{type(network).__name__} in int8', allowed)
     if int8:
         network = separated(_for_inference(network))
-    exported = export_program(replace(exportable, network=network), batch)
-    with quiet():
-        program = torch.onnx.export(
-            exported,
-            input_names=[INPUT],
-            output_names=list(exportable.outputs),
-            opset_version=opset,
-            custom_translation_table=translations(),
-            verbose=False,
-        )
-    assert program is not None
-    for name, value in exportable.about.items():
-        program.model.metadata_props[name] = json.dumps(value)
+    program = _onnx_program(replace(exportable, network=network), batch, opset)
     tensors = [*network.parameters(), *network.buffers()]
     large = sum(t.numel() * t.element_size() for t in tensors) > _ONE_FILE_BYTES
 
@@ -213,6 +196,23 @@ def export_onnx(
 
     _write(target, save)
     return target
+
+
+def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) -> Any:
+    """A model in ONNX's operators, with what is to be known of it."""
+    exported = export_program(exportable, batch)
+    with quiet():
+        program: Any = torch.onnx.export(
+            exported,
+            input_names=[INPUT],
+            output_names=list(exportable.outputs),
+            opset_version=opset,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    for name, value in exportable.about.items():
+        program.model.metadata_props[name] = json.dumps(value)
+    return program
 
 
 def save_program(
