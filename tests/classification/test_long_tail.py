@@ -14,6 +14,7 @@ from PIL import Image
 from vqmoe_vision.classification.datasets import _part
 from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.splits import SPLITS, long_tail, split_indices
+from vqmoe_vision.engine.held_out import TrainingPart
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
@@ -127,11 +128,12 @@ def test_archives(split: str) -> None:
     def read(train: bool) -> Archive:
         return Archive([0, 1, 2] * (10 if train else 4))
 
-    dataset = _part(read, 'targets', split, TO_TENSOR, dev_size=6, imbalance=4)
+    part = TrainingPart(('archive',), split, dev_size=6)
+    dataset = _part(read, 'targets', part, TO_TENSOR, imbalance=4)
     expected = {'train': [8, 4, 2], 'dev': [2] * 3, 'trainval': [10, 5, 2], 'test': [4] * 3}
     assert counts_of(dataset) == expected[split]
     assert dataset.metainfo == {'classes': ('ant', 'bee', 'cat'), 'train_counts': (8, 4, 2)}
-    assert 'train_counts' not in _part(read, 'targets', split, TO_TENSOR, 6, 1).metainfo
+    assert 'train_counts' not in _part(read, 'targets', part, TO_TENSOR, 1).metainfo
 
 
 # --- accuracies

@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 from torchvision import datasets
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.images import opened, read_rgb
 
 from .image_classification import ImageClassification
@@ -76,19 +77,19 @@ def class_folder(
         test = 'test' if (Path(data_root) / 'test').is_dir() else 'val'
         folder = Path(data_root) / test if split == 'test' else train
     source: Any = _image_folder(folder)
-    classes, counts = source.classes, None
+    classes, counts, part = source.classes, None, None
     if imbalance != 1:
         targets = source.targets if folder == train else _image_folder(train).targets
         counts = train_counts(targets, dev_size, imbalance)
     if folder == train:
-        part = split if dev_size else 'trainval'
-        chosen = split_indices(source.targets, part, dev_size, imbalance)
+        part = TrainingPart((str(train.resolve()),), split, dev_size)
+        chosen = split_indices(source.targets, split, dev_size, imbalance)
         source.samples = [source.samples[i] for i in chosen]
     start = len(f'{folder}/')  # a `Path` of each would take seconds of ImageNet
     names = [path[start:] for path, _ in source.samples]
     if in_memory:
         source = [(load_image(path), target) for path, target in source.samples]
-    return ImageClassification(source, classes, transform, counts, names)
+    return ImageClassification(source, classes, transform, counts, names, part)
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
@@ -132,15 +133,15 @@ def _cifar(
     def read(train: bool) -> Any:
         return _read(getattr(datasets, name), root / folder, root=str(root), train=train)
 
-    return _part(read, 'targets', split, transform, options['dev_size'], options['imbalance'])
+    part = TrainingPart((str((root / folder).resolve()),), split, options['dev_size'])
+    return _part(read, 'targets', part, transform, options['imbalance'])
 
 
 def _part(
     read: Callable[[bool], Any],
     field: str,
-    split: str,
+    part: TrainingPart,
     transform: dict,
-    dev_size: int,
     imbalance: float,
 ) -> ImageClassification:
     """A split of the training images, or all of the test images.
@@ -148,11 +149,11 @@ def _part(
     Args:
         read: Reads the training images, or those of the test.
         field: Of the data set, holds its class indices.
-        split: One of `splits.SPLITS`.
+        part: Named as one of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
         imbalance: As `splits.long_tail`.
     """
+    _, split, dev_size = part
     source, counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
     if imbalance != 1:
@@ -162,7 +163,7 @@ def _part(
     if split != 'test':
         chosen = split_indices(targets, split, dev_size, imbalance)
         source, targets = Subset(source, chosen), targets[chosen]
-    return ImageClassification(source, classes, transform, counts, list(map(str, targets)))
+    return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)
 
 
 @DATASETS.register_module(name='cifar10')
@@ -241,10 +242,11 @@ def stl10(
         )
 
     def read(train: bool) -> Any:
-        part = 'train' if train else 'test'
-        return _read(datasets.STL10, folder, root=data_root, split=part)
+        kind = 'train' if train else 'test'
+        return _read(datasets.STL10, folder, root=data_root, split=kind)
 
-    return _part(read, 'labels', split, transform, dev_size, imbalance)
+    part = TrainingPart((str(folder.resolve()),), split, dev_size)
+    return _part(read, 'labels', part, transform, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
@@ -266,13 +268,14 @@ def svhn(
     check_split(split)
 
     def read(train: bool) -> Any:
-        part = 'train' if train else 'test'
-        file = Path(data_root) / f'{part}_32x32.mat'
+        kind = 'train' if train else 'test'
+        file = Path(data_root) / f'{kind}_32x32.mat'
         if not file.is_file():
             raise _missing(file, f'{data_root}/{{train,test}}_32x32.mat')
-        return _read(datasets.SVHN, file, root=data_root, split=part)
+        return _read(datasets.SVHN, file, root=data_root, split=kind)
 
-    return _part(read, 'labels', split, transform, dev_size, imbalance)
+    part = TrainingPart((str(Path(data_root).resolve()),), split, dev_size)
+    return _part(read, 'labels', part, transform, imbalance)
 
 
 def _read(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:

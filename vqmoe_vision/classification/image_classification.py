@@ -6,6 +6,7 @@ from typing import Any
 from mmengine.registry import TRANSFORMS
 from torch.utils.data import Dataset
 
+from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.models.normalization import Normalization
 
@@ -21,6 +22,7 @@ class ImageClassification(Dataset):
         transform: Config of a transform from a PIL image to a tensor (3, H, W).
         counts: Images that training sees of each class, if it sees a long tail.
         names: What each image is called, its class included, for the record of a run.
+        part: Which part of which training images these are; None if of no others.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class ImageClassification(Dataset):
         transform: dict,
         counts: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
+        part: TrainingPart | None = None,
     ) -> None:
-        self.source, self.names = source, names
+        self.source, self.names, self.training_part = source, names, part
         self.metainfo: dict[str, Any] = {'classes': tuple(classes)}
         if counts is not None:
             self.metainfo['train_counts'] = tuple(counts)

@@ -30,7 +30,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
     Args:
         targets: Class index of every training image.
         split: 'train', 'dev', or 'trainval' for both.
-        dev_size: Number of images that 'train' leaves to 'dev'.
+        dev_size: Number of images that 'train' leaves to 'dev'; 0 leaves it all.
         imbalance: Of 'train' and 'trainval', see `long_tail`.
 
     Returns:
@@ -40,7 +40,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
         ValueError: The split would be empty, or lack a class.
     """
     indices = np.arange(len(targets))
-    if split == 'trainval':
+    if split == 'trainval' or (split == 'train' and dev_size == 0):
         return indices[long_tail(targets, imbalance)].tolist()
     try:
         train, dev = train_test_split(indices, test_size=dev_size, stratify=targets, random_state=0)
@@ -97,6 +97,5 @@ def train_counts(targets: Targets, dev_size: int, imbalance: float) -> tuple[int
         dev_size: Number of images that are set aside, 0 for none.
         imbalance: As `long_tail`.
     """
-    split = 'train' if dev_size else 'trainval'
-    chosen = split_indices(targets, split, dev_size, imbalance)
+    chosen = split_indices(targets, 'train', dev_size, imbalance)
     return tuple(np.bincount(np.asarray(targets)[chosen]).tolist())

@@ -20,6 +20,7 @@ from .alike import check_configs, check_datasets
 from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
+from .held_out import check_held_out
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
 from .optim import use_amp
@@ -185,6 +186,7 @@ def _train(args: argparse.Namespace) -> None:
         if isinstance(runner, Runner):
             check_hooks(runner)
             _check_batches(runner)
+            check_held_out(runner)
         runner.train()
 
 

@@ -15,6 +15,7 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.seeding import seed_sample
 
 from .metainfo import check_metainfo
@@ -76,6 +77,13 @@ class CheckedDataset(SeededDataset):
                 f'{type(self).__name__}: metainfo has no palette, its colours are generated',
                 logger='current',
             )
+
+    @property
+    def training_part(self) -> TrainingPart:
+        """Which part of which pairs these are."""
+        files = (self.data_prefix['img_path'], self.ann_file)
+        source = (*(str(Path(file).resolve()) for file in files), self.img_suffix)
+        return TrainingPart(source, self.part, self.dev_size)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
