@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.classification.splits import SPLITS, split_indices
 
+ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
 
@@ -60,8 +61,11 @@ def test_cifar_as_class_folders(tmp_path: Path, name: str) -> None:
     for split in SPLITS:
         sizes[split] = len(build(name, data_root=str(tmp_path), split=split, dev_size=4))
     assert sizes == {'train': 8, 'dev': 4, 'trainval': 12, 'test': 6}
+    without = {s: len(build(name, data_root=str(tmp_path), split=s, dev_size=0)) for s in ALL}
+    assert without == {'train': 12, 'trainval': 12, 'test': 6}
     write_images(tmp_path / 'test' / 'cat', 1)
-    assert len(build(name, data_root=str(tmp_path), split='test')) == 1
+    for dev_size in (0, 5000):
+        assert len(build(name, data_root=str(tmp_path), split='test', dev_size=dev_size)) == 1
 
 
 def test_dev_is_held_out_of_train_and_always_the_same() -> None:
@@ -69,7 +73,8 @@ def test_dev_is_held_out_of_train_and_always_the_same() -> None:
     train, dev = (split_indices(targets, split, 9) for split in ('train', 'dev'))
     assert sorted(train + dev) == list(range(90))
     assert sum(index < 60 for index in dev) == 6  # two of three, as among all
-    assert dev == split_indices(targets, 'dev', 9)
+    # as ever: another dev would have chosen other checkpoints
+    assert dev == [0, 3, 44, 47, 53, 55, 64, 65, 81]
     assert split_indices(targets, 'trainval', 9) == list(range(90))
 
 
@@ -77,6 +82,28 @@ def test_dev_is_held_out_of_train_and_always_the_same() -> None:
 def test_a_dev_that_is_too_small_or_too_large(dev_size: int) -> None:
     with pytest.raises(ValueError, match=f'dev_size={dev_size} is not possible with 90'):
         split_indices([0, 1] * 45, 'dev', dev_size)
+
+
+def test_a_training_that_leaves_nothing_to_dev() -> None:
+    assert split_indices([0, 1] * 45, 'train', 0) == list(range(90))
+
+
+@pytest.mark.parametrize('name', ['class_folder', 'cifar10', 'cifar100', 'stl10', 'svhn'])
+@pytest.mark.parametrize(
+    ('split', 'dev_size', 'allowed'),
+    [
+        ('dev', -1, "at least 1 with split='dev'"),
+        ('train', -1, "at least 0 with split='train'"),
+        ('train', 0.1, 'int is expected'),
+        ('train', None, 'int is expected'),
+        ('dev', 0, "at least 1 with split='dev'"),
+    ],
+)
+def test_an_impossible_dev_size(name: str, split: str, dev_size: object, allowed: str) -> None:
+    if (name, dev_size) == ('class_folder', 0):
+        allowed = r'expected x/dev/<class name>'  # it is the folder 'dev' then
+    with pytest.raises(ValueError, match=allowed):
+        build(name, data_root='x', split=split, dev_size=dev_size)
 
 
 @pytest.mark.parametrize('in_memory', [False, True])

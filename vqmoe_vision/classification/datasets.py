@@ -71,11 +71,11 @@ def class_folder(
         ValueError: The folder is missing or laid out otherwise, an image cannot be read, or there
             is no such split or no such imbalance.
     """
-    folder, train = Path(data_root) / split, Path(data_root) / 'train'
-    if dev_size:
-        check_split(split)
-        test = 'test' if (Path(data_root) / 'test').is_dir() else 'val'
-        folder = Path(data_root) / test if split == 'test' else train
+    root = Path(data_root)
+    folder, train = root / split, root / 'train'
+    if dev_size != 0:
+        check_split(split, dev_size)
+        folder = root / _folder_of(split, root)
     source: Any = _image_folder(folder)
     classes, counts, part = source.classes, None, None
     if imbalance != 1:
@@ -90,6 +90,13 @@ def class_folder(
     if in_memory:
         source = [(load_image(path), target) for path, target in source.samples]
     return ImageClassification(source, classes, transform, counts, names, part)
+
+
+def _folder_of(split: str, root: Path) -> str:
+    """The folder that holds the images of one of `splits.SPLITS`."""
+    if split != 'test':
+        return 'train'
+    return 'test' if (root / 'test').is_dir() else 'val'
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
@@ -122,8 +129,10 @@ def _cifar(
     name: str, folder: str, root: Path, split: str, transform: dict, **options: Any
 ) -> ImageClassification:
     """Either layout that is around: class folders, or the archives that torchvision reads."""
-    check_split(split)
+    check_split(split, options['dev_size'])
     if any((root / part).is_dir() for part in ('train', 'val', 'test')):
+        if options['dev_size'] == 0:  # of class folders this says that split names a folder
+            split = _folder_of(split, root)
         return class_folder(str(root), split, transform, **options)
     if not (root / folder).is_dir():
         raise _missing(
@@ -182,7 +191,7 @@ def cifar10(
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
@@ -208,7 +217,7 @@ def cifar100(
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
@@ -228,13 +237,13 @@ def stl10(
         data_root: Folder that holds `stl10_binary`.
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or incomplete.
     """
-    check_split(split)
+    check_split(split, dev_size)
     folder = Path(data_root) / 'stl10_binary'
     if not folder.is_dir():
         raise _missing(
@@ -259,13 +268,13 @@ def svhn(
         data_root: Folder that holds `train_32x32.mat` and `test_32x32.mat`.
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The file is missing or damaged.
     """
-    check_split(split)
+    check_split(split, dev_size)
 
     def read(train: bool) -> Any:
         kind = 'train' if train else 'test'

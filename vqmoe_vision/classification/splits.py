@@ -14,14 +14,22 @@ Targets = Sequence[int] | np.ndarray
 SPLITS = ('train', 'dev', 'trainval', 'test')
 
 
-def check_split(split: str) -> None:
-    """Refuses what is not one of `SPLITS`.
+def check_split(split: str, dev_size: int) -> None:
+    """Refuses what is not one of `SPLITS`, and a dev of no or of half an image.
+
+    Args:
+        split: Of a config.
+        dev_size: Number of images that are set aside, 0 for none.
 
     Raises:
-        ValueError: Names the split and those that there are.
+        ValueError: Names the split and those that there are, or the size.
     """
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    check_type('dev_size', int, dev_size)
+    least = 1 if split == 'dev' else 0
+    allowed = f'at least {least} with split={split!r}, the number of images that dev has'
+    check(dev_size >= least, 'dev_size', dev_size, allowed)
 
 
 def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
