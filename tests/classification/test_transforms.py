@@ -8,6 +8,8 @@ from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
 from vqmoe_vision.analysis.corruptions import Corruption
+from vqmoe_vision.classification.transforms import normalization_of
+from vqmoe_vision.models.normalization import Normalization
 
 ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -41,6 +43,30 @@ def test_crop_flip_normalises() -> None:
         dict(type='crop_flip', input_size=8, padding=0, mean=(0.5,) * 3, std=(0.25,) * 3)
     )
     torch.testing.assert_close(transform(image), torch.full((3, 8, 8), 2.0))
+
+
+@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
+def test_a_mean_that_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None:
+    scratch = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    transform = TRANSFORMS.build(
+        dict(type=name, input_size=8, mean=None, std=(0.5,) * 3, from_scratch=scratch)
+    )
+    assert normalization_of(transform) == Normalization((0.5,) * 3, (0.5,) * 3)
+
+
+def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
+    stated, left_out = (
+        TRANSFORMS.build(dict(type='timm', input_size=8, **numbers))
+        for numbers in (dict(mean=None, std=None), {})
+    )
+    assert normalization_of(stated) == normalization_of(left_out)
+
+
+@pytest.mark.parametrize('field', ['mean', 'std'])
+@pytest.mark.parametrize('value', [(0.5,), (0.5,) * 4, 0.5, ('0.5',) * 3])
+def test_crop_flip_wants_a_number_per_channel(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf'^{field}=.* is not possible: tuple\[float, float'):
+        TRANSFORMS.build(dict(type='crop_flip', input_size=8, **{**ZERO, field: value}))
 
 
 def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:
