@@ -23,6 +23,7 @@ from .config_names import find_config, missing_config
 from .held_out import check_held_out
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
+from .model import MoeTrainingMixin, unwrapped
 from .optim import use_amp
 from .options import add_config_options, merge_options
 from .processes import Processes, together
@@ -243,7 +244,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def _check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration."""
+    """Names the options before mmengine fails on an epoch without an iteration, or the model."""
     loader = runner.train_dataloader
     if len(loader) == 0:
         size = get_world_size()
@@ -253,6 +254,8 @@ def _check_batches(runner: Runner) -> None:
             f'{len(loader.sampler)}, the number of training images{of_each}: drop_last=True '
             'leaves out what fills no batch'
         )
+    if isinstance(model := unwrapped(runner), MoeTrainingMixin):
+        model.check_batches(loader)
 
 
 def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
