@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.classification.splits import SPLITS, split_indices
+from vqmoe_vision.engine.command import one_line
 
 ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
@@ -163,6 +164,22 @@ def test_damaged_svhn(tmp_path: Path) -> None:
     (tmp_path / 'train_32x32.mat').write_bytes(b'no matrix')
     with pytest.raises(ValueError, match=r'train_32x32\.mat is incomplete or damaged'):
         build('svhn', data_root=str(tmp_path), split='train')
+
+
+@pytest.mark.parametrize(
+    'wrapper',
+    [
+        dict(type='RepeatDataset', times=2),
+        dict(type='ClassBalancedDataset', oversample_thr=0.1),
+        dict(type='ConcatDataset'),
+    ],
+)
+def test_wrappers_of_data_sets_are_refused(wrapper: dict) -> None:
+    inner = dict(type='digits', split='dev', transform=TO_TENSOR)
+    several = wrapper['type'] == 'ConcatDataset'
+    with pytest.raises(ValueError) as caught:
+        DATASETS.build(wrapper | (dict(datasets=[inner]) if several else dict(dataset=inner)))
+    assert one_line(caught.value).startswith('dataset.type is a wrapper of data sets, which')
 
 
 @pytest.mark.parametrize('in_memory', [False, True])

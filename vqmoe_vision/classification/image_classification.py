@@ -61,6 +61,19 @@ class ImageClassification(Dataset):
         """How the transform normalises images; None if it does not as torchvision does."""
         return normalization_of(self.transform)
 
+    def full_init(self) -> None:
+        """What mmengine's wrappers of data sets call first: this one stands in none.
+
+        Raises:
+            ValueError: Says what does the same.
+        """
+        # they would hide its transform from `normalize_as`, and ask for more than it has
+        raise ValueError(
+            'dataset.type is a wrapper of data sets, which those of classification do not stand in: '
+            'train longer in place of RepeatDataset, put the images of several data sets into one '
+            'folder per class in place of ConcatDataset'
+        )
+
     def __len__(self) -> int:
         return len(self.source)
 
