@@ -16,10 +16,12 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from torch.utils.data import Subset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
 from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.images import opened, read_rgb
+from vqmoe_vision.engine.left_out import tell_left_out
 
 from .image_classification import ImageClassification
 from .splits import check_split, long_tail, split_indices, train_counts
@@ -103,12 +105,23 @@ def _image_folder(folder: Path) -> datasets.ImageFolder:
     expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
     if not folder.is_dir():
         raise _missing(folder, expected)
+    left_out: list[str] = []
+
+    def takes(path: str) -> bool:
+        taken = path.lower().endswith(IMG_EXTENSIONS)
+        if not taken:
+            left_out.append(path)
+        return taken
+
     try:
-        return datasets.ImageFolder(str(folder), loader=load_image)
+        found = datasets.ImageFolder(str(folder), loader=load_image, is_valid_file=takes)
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise ValueError(
-            f'{folder} is not laid out as {expected}: {error}; see docs/data.md'
+            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; names of images '
+            f'end in {", ".join(IMG_EXTENSIONS)}; see docs/data.md'
         ) from error
+    tell_left_out(folder, left_out, IMG_EXTENSIONS)
+    return found
 
 
 def load_image(path: str) -> Image.Image:

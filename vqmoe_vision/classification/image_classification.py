@@ -69,7 +69,7 @@ class ImageClassification(Dataset):
         """
         # they would hide its transform from `normalize_as`, and ask for more than it has
         raise ValueError(
-            'dataset.type is a wrapper of data sets, which those of classification do not stand in: '
+            'dataset.type is a wrapper of data sets, and those of classification stand in none: '
             'train longer in place of RepeatDataset, put the images of several data sets into one '
             'folder per class in place of ConcatDataset'
         )
