@@ -95,6 +95,16 @@ def test_models_end_to_end(tmp_path: Path) -> None:
     assert smoe['images_per_s'] == pytest.approx(2000 / smoe['median_ms'])
 
 
+def test_a_model_of_evas_blocks_is_measured(tmp_path: Path) -> None:
+    tiny = 'depth=1,embed_dim=24,num_heads=2,patch_size=16'
+    command = f'model --models eva02_tiny_patch14_224,{tiny} --img-size 32 --modes inference '
+    command += f'--baseline vit_tiny_patch16_224,{tiny} --batch 1 --repeats 1 --threads 1 '
+    main([*command.split(), '--out', str(tmp_path / 'run.json')])
+    rows = json.loads((tmp_path / 'run.json').read_text())['rows']
+    # 2 x 2 patches and a class token
+    assert [row['tokens'] for row in rows] == [5, 5] and rows[1]['macs'] > 0
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -131,6 +141,10 @@ def test_models_end_to_end(tmp_path: Path) -> None:
             "models='vit_tiny_smoe,x' is not possible: options are",
         ),
         ('model --threads 1 --models vit_tiny_smoe,x=1', "'x' is neither an argument"),
+        (
+            'model --threads 1 --models swin_tiny_patch4_window7_224,embed_dim=24',
+            'model=SwinTransformer is not possible: a timm VisionTransformer or Eva',
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments: str, message: str) -> None:

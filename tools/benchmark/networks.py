@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vqmoe_vision.models import complexity
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check
@@ -100,6 +100,9 @@ class Network:
         spec: As in `Comparison.models`.
         comparison: What runs side by side.
         settings: The run.
+
+    Raises:
+        ValueError: There is no such model, or it is none whose work `complexity` can count.
     """
 
     def __init__(self, spec: str, comparison: Comparison, settings: Settings) -> None:
@@ -107,7 +110,9 @@ class Network:
         torch.manual_seed(0)
         dtype = torch.float32 if comparison.amp else DTYPES[comparison.dtype]
         sizes = {'img_size': comparison.img_size, 'num_classes': NUM_CLASSES}
-        self.model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
+        model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
+        self.model = cast('Transformer', model)
+        self.size = complexity(self.model)  # refuses others
         self.call: Callable[[Tensor], Tensor] = self.model
         self.name = spec
         # fused: four times as many parameters would otherwise be most of what is compared
@@ -258,10 +263,9 @@ def _row(
     memory: int,
 ) -> dict[str, Any]:
     comparison = network.comparison
-    assert isinstance(network.model, VisionTransformer)  # complexity() has refused others
-    size = complexity(network.model)
-    embed: Any = network.model.patch_embed
-    tokens = embed.num_patches + network.model.num_prefix_tokens
+    model, size = network.model, network.size
+    embed: Any = model.patch_embed
+    tokens = embed.num_patches + model.num_prefix_tokens
     own = times['step']
     return {
         'contender': network.name,

@@ -45,9 +45,8 @@ def timm_transform(
     Raises:
         ValueError: There is no such corruption.
     """
-    others = {name: value for name, value in kwargs.items() if name not in ('mean', 'std')}
-    numbers = _numbers(from_scratch, kwargs.get('mean'), kwargs.get('std'))
-    transform = create_transform(**others, **numbers)
+    numbers = _numbers(from_scratch, kwargs.pop('mean', None), kwargs.pop('std', None))
+    transform = create_transform(**{**kwargs, **numbers})
     if shift is None:
         return transform
     # numba and scikit-image come with it: only those who ask for it wait for them
