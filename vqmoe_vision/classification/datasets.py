@@ -19,9 +19,9 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
-from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.images import opened, read_rgb
 from vqmoe_vision.engine.left_out import tell_left_out
+from vqmoe_vision.engine.training_data import TrainingPart
 
 from .image_classification import ImageClassification
 from .splits import check_split, long_tail, split_indices, train_counts

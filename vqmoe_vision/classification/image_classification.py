@@ -1,16 +1,20 @@
 """What all data sets of classification are: images with a transform, and their classes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mmengine.registry import TRANSFORMS
 from torch.utils.data import Dataset
 
-from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.models.normalization import Normalization
 
 from .transforms import normalization_of, normalized_as
+
+
+class WrappedError(ValueError, AttributeError):
+    """A mistake of a user, and to mmengine's runner, which asks for `full_init`, no such method."""
 
 
 class ImageClassification(Dataset):
@@ -61,14 +65,15 @@ class ImageClassification(Dataset):
         """How the transform normalises images; None if it does not as torchvision does."""
         return normalization_of(self.transform)
 
-    def full_init(self) -> None:
+    @property
+    def full_init(self) -> NoReturn:
         """What mmengine's wrappers of data sets call first: this one stands in none.
 
         Raises:
             ValueError: Says what does the same.
         """
         # they would hide its transform from `normalize_as`, and ask for more than it has
-        raise ValueError(
+        raise WrappedError(
             'dataset.type is a wrapper of data sets, and those of classification stand in none: '
             'train longer in place of RepeatDataset, put the images of several data sets into one '
             'folder per class in place of ConcatDataset'

@@ -20,16 +20,15 @@ from .alike import check_configs, check_datasets
 from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
-from .held_out import check_held_out
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
-from .model import MoeTrainingMixin, unwrapped
 from .optim import use_amp
 from .options import add_config_options, merge_options
 from .processes import Processes, together
 from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
 from .trained import without_sources
+from .training_data import check_training_data
 from .wrapped_data import innermost
 
 # What every tool says of its first argument, and those of trained models of the second.
@@ -187,7 +186,7 @@ def _train(args: argparse.Namespace) -> None:
         if isinstance(runner, Runner):
             check_hooks(runner)
             _check_batches(runner)
-            check_held_out(runner)
+            check_training_data(runner)
         runner.train()
 
 
@@ -244,7 +243,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def _check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration, or the model."""
+    """Names the options before mmengine fails on an epoch without an iteration."""
     loader = runner.train_dataloader
     if len(loader) == 0:
         size = get_world_size()
@@ -254,8 +253,6 @@ def _check_batches(runner: Runner) -> None:
             f'{len(loader.sampler)}, the number of training images{of_each}: drop_last=True '
             'leaves out what fills no batch'
         )
-    if isinstance(model := unwrapped(runner), MoeTrainingMixin):
-        model.check_batches(loader)
 
 
 def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:

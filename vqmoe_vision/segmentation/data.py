@@ -15,8 +15,8 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
-from vqmoe_vision.engine.held_out import TrainingPart
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.training_data import TrainingPart
 
 from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 from vqmoe_vision.classification.datasets import class_folder
 from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.engine import cli
-from vqmoe_vision.engine.held_out import check_held_out
+from vqmoe_vision.engine.training_data import _check_held_out
 from vqmoe_vision.segmentation.data import CheckedDataset
 
 from ..classification.test_own_data import write_config
@@ -67,7 +67,7 @@ def test_another_size_is_refused(
     )
     for wrapped in (seen, ConcatDataset([make(tmp_path / 'other', *train), seen])):
         with pytest.raises(ValueError, match=f'^{re.escape(message)}'):
-            check_held_out(runner_of(wrapped, held_out))
+            _check_held_out(runner_of(wrapped, held_out))
 
 
 @BOTH
@@ -79,14 +79,14 @@ def test_what_shares_no_image_or_means_to(make: Callable[..., Any], tmp_path: Pa
         make(tmp_path, everything, 3),
         make(tmp_path / 'other', 'train', 3),
     ):
-        check_held_out(runner_of(train, dev))
+        _check_held_out(runner_of(train, dev))
 
 
 def test_a_training_that_leaves_out_nothing(tmp_path: Path) -> None:
     seen = classes(tmp_path, 'train', 0)
     assert len(seen) == 20
     with pytest.raises(ValueError, match=r'train_dataloader\.dataset has dev_size=0'):
-        check_held_out(runner_of(seen, classes(tmp_path, 'dev', 8)))
+        _check_held_out(runner_of(seen, classes(tmp_path, 'dev', 8)))
 
 
 def test_a_training_is_refused_before_it_begins(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What validation looks at is left out of training: that both data sets part their images alike."""
+"""What a training is about to read: checked before it begins."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check
+
+from .model import MoeTrainingMixin, unwrapped
 
 
 class TrainingPart(NamedTuple):
@@ -22,18 +24,23 @@ class TrainingPart(NamedTuple):
     dev_size: int
 
 
-def check_held_out(runner: Runner) -> None:
-    """Refuses a validation on images of training, where training was told to leave some out.
-
-    Whoever trains on all images, both parts, means it: docs/data.md says what that is for.
+def check_training_data(runner: Runner) -> None:
+    """Refuses data that a training would misuse, or stop at.
 
     Args:
         runner: About to train.
 
     Raises:
-        ValueError: One data set has the part 'train', the other the part 'dev' of the same images
-            with another `dev_size`.
+        ValueError: The data sets of training and validation have the parts 'train' and 'dev' of the
+            same images, with different `dev_size`; or the model cannot take the batches.
     """
+    _check_held_out(runner)
+    if isinstance(model := unwrapped(runner), MoeTrainingMixin):
+        model.check_batches(runner.train_dataloader)
+
+
+def _check_held_out(runner: Runner) -> None:
+    """Whoever trains on all images, both parts, means it: docs/data.md says what that is for."""
     if runner.cfg.get('val_dataloader') is None:
         return
     trained = list(_parts(runner.train_dataloader.dataset))
