@@ -207,6 +207,23 @@ def test_mistakes_about_a_saved_run(tmp_path: Path, arguments: str, change: dict
         main([*arguments.split(), '--from', str(saved)])
 
 
+@pytest.mark.parametrize('way', [['--plot', 'a.png'], ['--preset', 'table', '--gate']])
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'\x00\x84\xff', 'a file that --out of this program wrote'),
+        (b'{"command": "moe", "header": {}, "rows": []}', 'a run in which something was measured'),
+        (b'{"command": "export", "header": {}, "rows": [{}]}', "a run of 'moe'"),
+    ],
+)
+def test_what_is_no_saved_run(tmp_path: Path, content: bytes, message: str, way: list[str]) -> None:
+    saved = tmp_path / 'run.json'
+    saved.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        main(['moe', '--from', str(saved), *way])
+    assert exit_.value.code == f'error: --from={str(saved)!r} is not possible: {message}'
+
+
 def test_exports_end_to_end(tmp_path: Path, capsys) -> None:
     tiny = 'img_size=32,patch_size=16,depth=2,embed_dim=12,num_heads=3'
     models = [f'vit_tiny_patch16_224,{tiny}', f'vit_tiny_vqmoe,{tiny},num_experts=2,form=discrete']

@@ -262,6 +262,11 @@ def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
 
 def _configure(args: argparse.Namespace) -> Config:
     config = load_config(args.config, args.cfg_options)
+    if config.get('model') is None:
+        raise ValueError(
+            f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
+            'which tools/compare.py runs'
+        )
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:
