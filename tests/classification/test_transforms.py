@@ -3,14 +3,16 @@ import pytest
 import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
 from vqmoe_vision.analysis.corruptions import Corruption
-from vqmoe_vision.classification.transforms import normalization_of
+from vqmoe_vision.classification.transforms import normalization_of, preprocessing_of
 from vqmoe_vision.models.normalization import Normalization
 
+CROP_MODES = ('center', 'squash', 'border')
 ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
@@ -88,3 +90,17 @@ def test_a_shift_corrupts_the_image_of_a_test_alike_each_time() -> None:
 def test_a_shift_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="shift='fog_6' is not possible"):
         TRANSFORMS.build(dict(type='timm', shift='fog_6', input_size=40, **ZERO))
+
+
+@pytest.mark.parametrize('stated', [{}, *({'crop_mode': m} for m in (None, *CROP_MODES))])
+def test_what_is_said_of_a_test_prepares_images_as_it_did(stated: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    config = dict(type='timm', input_size=24, crop_pct=0.75, interpolation='bicubic', **stated)
+    said = preprocessing_of(config, 'transform')
+    assert said.keys() == {'input_size', 'crop_pct', 'crop_mode', 'interpolation'}
+    found, expected = create_transform(**said)(image), TRANSFORMS.build(config)(image)
+    assert found.equal(expected)
+    # no two modes make the same of an image that is no square
+    others = {mode: create_transform(**{**said, 'crop_mode': mode})(image) for mode in CROP_MODES}
+    assert sum(other.shape == found.shape and other.equal(found) for other in others.values()) == 1
