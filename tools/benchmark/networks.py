@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import timm
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_vision.models import complexity
+from vqmoe_vision.models import Complexity, complexity
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.collect import moe_layers
@@ -100,9 +100,6 @@ class Network:
         spec: As in `Comparison.models`.
         comparison: What runs side by side.
         settings: The run.
-
-    Raises:
-        ValueError: There is no such model, or it is none whose work `complexity` can count.
     """
 
     def __init__(self, spec: str, comparison: Comparison, settings: Settings) -> None:
@@ -112,7 +109,6 @@ class Network:
         sizes = {'img_size': comparison.img_size, 'num_classes': NUM_CLASSES}
         model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
         self.model = cast('Transformer', model)
-        self.size = complexity(self.model)  # refuses others
         self.call: Callable[[Tensor], Tensor] = self.model
         self.name = spec
         # fused: four times as many parameters would otherwise be most of what is compared
@@ -123,6 +119,11 @@ class Network:
             torch.randn(shape, device=settings.device, dtype=dtype) for _ in range(NUM_BATCHES)
         ]
         self.labels = torch.randint(NUM_CLASSES, (comparison.batch,), device=settings.device)
+
+    @cached_property
+    def size(self) -> Complexity:
+        """Parameters and work of the model; refuses one whose work cannot be counted."""
+        return complexity(self.model)
 
     def compiled(self) -> Network:
         """The same weights through torch.compile: a card may not have room for two sets."""
@@ -175,6 +176,7 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
 
     Raises:
         WrongResultError: If a network differs from itself with its experts as plain loops.
+        ValueError: If there is no such model, or none whose work `complexity` can count.
     """
     specs = dict.fromkeys([comparison.baseline, *comparison.models])
     gc.collect()  # the networks of earlier comparisons, or a large one finds no room on a card
@@ -182,6 +184,7 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
         torch._dynamo.reset()  # or the graphs of earlier comparisons count against its limit
     networks = [Network(spec, comparison, settings) for spec in specs]
     for network in networks:
+        _ = network.size  # before all is measured
         check_against_loops(network)
     if settings.compiled:
         networks += [network.compiled() for network in networks]
