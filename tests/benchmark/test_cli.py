@@ -95,6 +95,16 @@ def test_models_end_to_end(tmp_path: Path) -> None:
     assert smoe['images_per_s'] == pytest.approx(2000 / smoe['median_ms'])
 
 
+def test_a_model_of_evas_blocks_is_measured(tmp_path: Path) -> None:
+    tiny = 'depth=1,embed_dim=24,num_heads=2,patch_size=16'
+    command = f'model --models eva02_tiny_patch14_224,{tiny} --img-size 32 --modes inference '
+    command += f'--baseline vit_tiny_patch16_224,{tiny} --batch 1 --repeats 1 --threads 1 '
+    main([*command.split(), '--out', str(tmp_path / 'run.json')])
+    rows = json.loads((tmp_path / 'run.json').read_text())['rows']
+    # 2 x 2 patches and a class token
+    assert [row['tokens'] for row in rows] == [5, 5] and rows[1]['macs'] > 0
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -131,6 +141,10 @@ def test_models_end_to_end(tmp_path: Path) -> None:
             "models='vit_tiny_smoe,x' is not possible: options are",
         ),
         ('model --threads 1 --models vit_tiny_smoe,x=1', "'x' is neither an argument"),
+        (
+            'model --threads 1 --models swin_tiny_patch4_window7_224,embed_dim=24',
+            'model=SwinTransformer is not possible: a timm VisionTransformer or Eva',
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments: str, message: str) -> None:
@@ -191,6 +205,23 @@ def test_mistakes_about_a_saved_run(tmp_path: Path, arguments: str, change: dict
     saved.write_text(json.dumps({'command': 'moe', 'header': {}, 'rows': rows}))
     with pytest.raises(SystemExit, match=message):
         main([*arguments.split(), '--from', str(saved)])
+
+
+@pytest.mark.parametrize('way', [['--plot', 'a.png'], ['--preset', 'table', '--gate']])
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'\x00\x84\xff', 'a file that --out of this program wrote'),
+        (b'{"command": "moe", "header": {}, "rows": []}', 'a run in which something was measured'),
+        (b'{"command": "export", "header": {}, "rows": [{}]}', "a run of 'moe'"),
+    ],
+)
+def test_what_is_no_saved_run(tmp_path: Path, content: bytes, message: str, way: list[str]) -> None:
+    saved = tmp_path / 'run.json'
+    saved.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        main(['moe', '--from', str(saved), *way])
+    assert exit_.value.code == f'error: --from={str(saved)!r} is not possible: {message}'
 
 
 def test_exports_end_to_end(tmp_path: Path, capsys) -> None:

@@ -1,8 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mmengine.dataset import InfiniteSampler
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
@@ -79,6 +82,28 @@ def test_mixup_trains_on_soft_targets() -> None:
     mixup = dict(mixup_alpha=0.8, cutmix_alpha=1.0)
     model = Classifier('vit_tiny_patch16_224', mixup=mixup, label_smoothing=0.1, **SMALL)
     assert model(*batch(), mode='loss').keys() == {'cross_entropy_loss'}
+
+
+def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
+    return DataLoader(range(11), size, drop_last=drop_last, **kwargs)
+
+
+def test_mixup_wants_even_batches() -> None:
+    model = Classifier('vit_tiny_patch16_224', mixup={}, **SMALL)
+    with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 is .*: an even'):
+        model.check_batches(loader(5, drop_last=True))
+    with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False .* has 3 images'):
+        model.check_batches(loader(4))
+    model.check_batches(loader(4, drop_last=True))
+    model.check_batches(loader(4, sampler=InfiniteSampler(range(11))))  # has no last batch
+    model.check_batches(loader(4, sampler=range(6)))
+    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5))
+
+
+@pytest.mark.parametrize('name', ['num_classes', 'label_smoothing'])
+def test_mixup_has_options_of_the_model(name: str) -> None:
+    with pytest.raises(ValueError, match=rf'^model\.mixup\.{name}=0\.1 .* of model\.{name}$'):
+        Classifier('vit_tiny_patch16_224', mixup={name: 0.1}, **SMALL)
 
 
 def test_label_smoothing_without_mixup() -> None:

@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ from sklearn.datasets import load_digits
 
 from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.classification.splits import SPLITS, split_indices
+from vqmoe_vision.engine import left_out
+from vqmoe_vision.engine.command import one_line
 
+ALL = [split for split in SPLITS if split != 'dev']
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
 
@@ -60,8 +64,11 @@ def test_cifar_as_class_folders(tmp_path: Path, name: str) -> None:
     for split in SPLITS:
         sizes[split] = len(build(name, data_root=str(tmp_path), split=split, dev_size=4))
     assert sizes == {'train': 8, 'dev': 4, 'trainval': 12, 'test': 6}
+    without = {s: len(build(name, data_root=str(tmp_path), split=s, dev_size=0)) for s in ALL}
+    assert without == {'train': 12, 'trainval': 12, 'test': 6}
     write_images(tmp_path / 'test' / 'cat', 1)
-    assert len(build(name, data_root=str(tmp_path), split='test')) == 1
+    for dev_size in (0, 5000):
+        assert len(build(name, data_root=str(tmp_path), split='test', dev_size=dev_size)) == 1
 
 
 def test_dev_is_held_out_of_train_and_always_the_same() -> None:
@@ -69,7 +76,8 @@ def test_dev_is_held_out_of_train_and_always_the_same() -> None:
     train, dev = (split_indices(targets, split, 9) for split in ('train', 'dev'))
     assert sorted(train + dev) == list(range(90))
     assert sum(index < 60 for index in dev) == 6  # two of three, as among all
-    assert dev == split_indices(targets, 'dev', 9)
+    # as ever: another dev would have chosen other checkpoints
+    assert dev == [0, 3, 44, 47, 53, 55, 64, 65, 81]
     assert split_indices(targets, 'trainval', 9) == list(range(90))
 
 
@@ -77,6 +85,28 @@ def test_dev_is_held_out_of_train_and_always_the_same() -> None:
 def test_a_dev_that_is_too_small_or_too_large(dev_size: int) -> None:
     with pytest.raises(ValueError, match=f'dev_size={dev_size} is not possible with 90'):
         split_indices([0, 1] * 45, 'dev', dev_size)
+
+
+def test_a_training_that_leaves_nothing_to_dev() -> None:
+    assert split_indices([0, 1] * 45, 'train', 0) == list(range(90))
+
+
+@pytest.mark.parametrize('name', ['class_folder', 'cifar10', 'cifar100', 'stl10', 'svhn'])
+@pytest.mark.parametrize(
+    ('split', 'dev_size', 'allowed'),
+    [
+        ('dev', -1, "at least 1 with split='dev'"),
+        ('train', -1, "at least 0 with split='train'"),
+        ('train', 0.1, 'int is expected'),
+        ('train', None, 'int is expected'),
+        ('dev', 0, "at least 1 with split='dev'"),
+    ],
+)
+def test_an_impossible_dev_size(name: str, split: str, dev_size: object, allowed: str) -> None:
+    if (name, dev_size) == ('class_folder', 0):
+        allowed = r'expected x/dev/<class name>'  # it is the folder 'dev' then
+    with pytest.raises(ValueError, match=allowed):
+        build(name, data_root='x', split=split, dev_size=dev_size)
 
 
 @pytest.mark.parametrize('in_memory', [False, True])
@@ -118,6 +148,33 @@ def test_class_folder_with_images_in_the_wrong_place(tmp_path: Path) -> None:
         build('class_folder', data_root=str(tmp_path), split='train')
 
 
+def test_images_with_other_endings_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple] = []
+    monkeypatch.setattr(left_out, 'print_log', lambda *args: told.append(args))
+    cat = tmp_path / 'train' / 'cat'
+    write_images(cat)
+    (cat / '1.png').rename(cat / '1.JPEG')  # capitals are no other ending
+    assert len(build('class_folder', data_root=str(tmp_path), split='train')) == 2 and not told
+    for name in ('a.GIF', 'b.heic', 'c.jp2', 'README.txt', '.DS_Store', 'Thumbs.db', 'd.pdf'):
+        (cat / name).touch()
+    assert len(build('class_folder', data_root=str(tmp_path), split='train')) == 2
+    ((line, _, level),) = told
+    folder = tmp_path / 'train'
+    assert line.startswith(f'{folder}: 3 files that look like images are left out, such as {cat}/a')
+    assert '.GIF: taken are those that end in .jpg, .jpeg, .png' in line
+    assert level == logging.WARNING
+
+
+def test_a_class_without_an_image_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / 'train' / 'cat').mkdir(parents=True)
+    (tmp_path / 'train' / 'cat' / 'a.gif').touch()
+    message = r'for the classes cat; names of images end in \.jpg, .*\.webp; see docs/data\.md$'
+    with pytest.raises(ValueError, match=message):
+        build('class_folder', data_root=str(tmp_path), split='train')
+
+
 @pytest.mark.parametrize(
     ('name', 'folder', 'split'),
     [
@@ -136,6 +193,22 @@ def test_damaged_svhn(tmp_path: Path) -> None:
     (tmp_path / 'train_32x32.mat').write_bytes(b'no matrix')
     with pytest.raises(ValueError, match=r'train_32x32\.mat is incomplete or damaged'):
         build('svhn', data_root=str(tmp_path), split='train')
+
+
+@pytest.mark.parametrize(
+    'wrapper',
+    [
+        dict(type='RepeatDataset', times=2),
+        dict(type='ClassBalancedDataset', oversample_thr=0.1),
+        dict(type='ConcatDataset'),
+    ],
+)
+def test_wrappers_of_data_sets_are_refused(wrapper: dict) -> None:
+    inner = dict(type='digits', split='dev', transform=TO_TENSOR)
+    several = wrapper['type'] == 'ConcatDataset'
+    with pytest.raises(ValueError) as caught:
+        DATASETS.build(wrapper | (dict(datasets=[inner]) if several else dict(dataset=inner)))
+    assert one_line(caught.value).startswith('dataset.type is a wrapper of data sets, and those')
 
 
 @pytest.mark.parametrize('in_memory', [False, True])

@@ -14,6 +14,7 @@ from PIL import Image
 from vqmoe_vision.classification.datasets import _part
 from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.splits import SPLITS, long_tail, split_indices
+from vqmoe_vision.engine.training_data import TrainingPart
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
@@ -37,6 +38,8 @@ def test_the_images_that_are_kept_are_always_the_same_and_drawn() -> None:
     np.random.seed(2)
     assert np.array_equal(first, long_tail(targets.tolist(), 10))
     assert np.array_equal(first, np.sort(first))
+    kept = [0, 1, 3, 6, 7, 9, 10, 12, 14, 15, 17, 18, 19, 21, 24, 27, 28]
+    assert long_tail([0, 1, 2] * 10, 4).tolist() == kept  # as ever
     # of what a smaller imbalance keeps
     assert set(first) < set(long_tail(targets, 5))
     # not the first of a folder: the last class keeps 100 of 1000, whose mean is 1500 +- 82
@@ -127,11 +130,12 @@ def test_archives(split: str) -> None:
     def read(train: bool) -> Archive:
         return Archive([0, 1, 2] * (10 if train else 4))
 
-    dataset = _part(read, 'targets', split, TO_TENSOR, dev_size=6, imbalance=4)
+    part = TrainingPart(('archive',), split, dev_size=6)
+    dataset = _part(read, 'targets', part, TO_TENSOR, imbalance=4)
     expected = {'train': [8, 4, 2], 'dev': [2] * 3, 'trainval': [10, 5, 2], 'test': [4] * 3}
     assert counts_of(dataset) == expected[split]
     assert dataset.metainfo == {'classes': ('ant', 'bee', 'cat'), 'train_counts': (8, 4, 2)}
-    assert 'train_counts' not in _part(read, 'targets', split, TO_TENSOR, 6, 1).metainfo
+    assert 'train_counts' not in _part(read, 'targets', part, TO_TENSOR, 1).metainfo
 
 
 # --- accuracies

@@ -59,6 +59,11 @@ def test_trains_and_tests(tmp_path: Path) -> None:
             ['train_dataloader.batch_size=7'],
             r'=7 must be at most 6',
         ),
+        (
+            ('cat', 'dog', 'owl'),
+            ['model.mixup={}', 'train_dataloader.batch_size=3'],
+            r'^error: train_dataloader\.batch_size=3 is not possible: an even number',
+        ),
     ],
 )
 def test_bad_data_is_one_line(

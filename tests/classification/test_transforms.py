@@ -3,12 +3,16 @@ import pytest
 import torch
 from mmengine.registry import TRANSFORMS
 from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from torchvision import transforms
 
 import vqmoe_vision.classification  # noqa: F401  registers the transforms
 from vqmoe_vision.analysis.corruptions import Corruption
+from vqmoe_vision.classification.transforms import normalization_of, preprocessing_of
+from vqmoe_vision.models.normalization import Normalization
 
+CROP_MODES = ('center', 'squash', 'border')
 ZERO = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
@@ -43,6 +47,30 @@ def test_crop_flip_normalises() -> None:
     torch.testing.assert_close(transform(image), torch.full((3, 8, 8), 2.0))
 
 
+@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
+def test_a_mean_that_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None:
+    scratch = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    transform = TRANSFORMS.build(
+        dict(type=name, input_size=8, mean=None, std=(0.5,) * 3, from_scratch=scratch)
+    )
+    assert normalization_of(transform) == Normalization((0.5,) * 3, (0.5,) * 3)
+
+
+def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
+    stated, left_out = (
+        TRANSFORMS.build(dict(type='timm', input_size=8, **numbers))
+        for numbers in (dict(mean=None, std=None), {})
+    )
+    assert normalization_of(stated) == normalization_of(left_out)
+
+
+@pytest.mark.parametrize('field', ['mean', 'std'])
+@pytest.mark.parametrize('value', [(0.5,), (0.5,) * 4, 0.5, ('0.5',) * 3])
+def test_crop_flip_wants_a_number_per_channel(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf'^{field}=.* is not possible: tuple\[float, float'):
+        TRANSFORMS.build(dict(type='crop_flip', input_size=8, **{**ZERO, field: value}))
+
+
 def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:
     op = AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=10)
     assert op(Image.new('RGB', (4, 4), (200, 100, 50))).getpixel((0, 0)) == (0, 0, 0)
@@ -62,3 +90,17 @@ def test_a_shift_corrupts_the_image_of_a_test_alike_each_time() -> None:
 def test_a_shift_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="shift='fog_6' is not possible"):
         TRANSFORMS.build(dict(type='timm', shift='fog_6', input_size=40, **ZERO))
+
+
+@pytest.mark.parametrize('stated', [{}, *({'crop_mode': m} for m in (None, *CROP_MODES))])
+def test_what_is_said_of_a_test_prepares_images_as_it_did(stated: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    config = dict(type='timm', input_size=24, crop_pct=0.75, interpolation='bicubic', **stated)
+    said = preprocessing_of(config, 'transform')
+    assert said.keys() == {'input_size', 'crop_pct', 'crop_mode', 'interpolation'}
+    found, expected = create_transform(**said)(image), TRANSFORMS.build(config)(image)
+    assert found.equal(expected)
+    # no two modes make the same of an image that is no square
+    others = {mode: create_transform(**{**said, 'crop_mode': mode})(image) for mode in CROP_MODES}
+    assert sum(other.shape == found.shape and other.equal(found) for other in others.values()) == 1

@@ -22,6 +22,7 @@ from vqmoe_vision.engine.command import one_line
 from vqmoe_vision.engine.optim import use_amp
 
 from ..logs import reports
+from ..rows import CONFIGS
 
 DIGITS = Path(__file__).parents[2] / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 TINY = f"""
@@ -269,6 +270,16 @@ def test_missing_module_is_named(config: str) -> None:
 def test_missing_config() -> None:
     with pytest.raises(SystemExit, match=r"^error: config 'none.py' does not exist$"):
         train(['none.py'])
+
+
+@pytest.mark.parametrize('leaf', ['_base_/datasets/digits.py', 'comparisons/cifar10_budget.py'])
+@pytest.mark.parametrize('others', [[], ['none.pth']])
+def test_a_config_without_a_model(others: list[str], leaf: str) -> None:
+    config = str(CONFIGS / leaf)
+    tool = cli.test if others else train
+    with pytest.raises(SystemExit) as caught:
+        tool([config, *others])
+    assert str(caught.value).startswith(f'error: config {config!r} has no model: it is a part of')
 
 
 # mmengine leaves the copy of the config open that it was reading

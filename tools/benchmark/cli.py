@@ -136,13 +136,15 @@ def _use_saved(args: argparse.Namespace, preset: Preset) -> bool:
     of_runs |= (LAYER_GRID if args.command == 'moe' else MODEL_GRID).keys()
     given = sorted(name for name in of_runs if getattr(args, name, None) not in (None, False))
     check(not given, '--from', str(args.source), f'without what sets up a run: {given}')
+    # others have other rows, which are not drawn
+    command = saved['command']
+    check(command == args.command, '--from', str(args.source), f'a run of {args.command!r}')
+    check(bool(saved['rows']), '--from', str(args.source), 'a run in which something was measured')
     if args.plot is not None:
         draw(saved, args.plot)
         print(f'wrote {args.plot}')
     if not args.gate:
         return True
-    command = saved['command']
-    check(command == args.command, '--from', str(args.source), f'a run of {args.command!r}')
     modes = {row['mode'] for row in saved['rows']}
     check('fwd' not in modes, '--from', str(args.source), 'a run with backward passes')
     return _judged(saved['rows'], preset, args)

@@ -8,16 +8,16 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vqmoe_vision.models import complexity
+from vqmoe_vision.models import Complexity, complexity
+from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check
@@ -107,7 +107,8 @@ class Network:
         torch.manual_seed(0)
         dtype = torch.float32 if comparison.amp else DTYPES[comparison.dtype]
         sizes = {'img_size': comparison.img_size, 'num_classes': NUM_CLASSES}
-        self.model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
+        model = timm.create_model(name, **{**sizes, **options}).to(settings.device, dtype)
+        self.model = cast('Transformer', model)
         self.call: Callable[[Tensor], Tensor] = self.model
         self.name = spec
         # fused: four times as many parameters would otherwise be most of what is compared
@@ -118,6 +119,11 @@ class Network:
             torch.randn(shape, device=settings.device, dtype=dtype) for _ in range(NUM_BATCHES)
         ]
         self.labels = torch.randint(NUM_CLASSES, (comparison.batch,), device=settings.device)
+
+    @cached_property
+    def size(self) -> Complexity:
+        """Parameters and work of the model; refuses one whose work cannot be counted."""
+        return complexity(self.model)
 
     def compiled(self) -> Network:
         """The same weights through torch.compile: a card may not have room for two sets."""
@@ -170,6 +176,7 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
 
     Raises:
         WrongResultError: If a network differs from itself with its experts as plain loops.
+        ValueError: If there is no such model, or none whose work `complexity` can count.
     """
     specs = dict.fromkeys([comparison.baseline, *comparison.models])
     gc.collect()  # the networks of earlier comparisons, or a large one finds no room on a card
@@ -177,6 +184,7 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
         torch._dynamo.reset()  # or the graphs of earlier comparisons count against its limit
     networks = [Network(spec, comparison, settings) for spec in specs]
     for network in networks:
+        _ = network.size  # before all is measured
         check_against_loops(network)
     if settings.compiled:
         networks += [network.compiled() for network in networks]
@@ -258,10 +266,9 @@ def _row(
     memory: int,
 ) -> dict[str, Any]:
     comparison = network.comparison
-    assert isinstance(network.model, VisionTransformer)  # complexity() has refused others
-    size = complexity(network.model)
-    embed: Any = network.model.patch_embed
-    tokens = embed.num_patches + network.model.num_prefix_tokens
+    model, size = network.model, network.size
+    embed: Any = model.patch_embed
+    tokens = embed.num_patches + model.num_prefix_tokens
     own = times['step']
     return {
         'contender': network.name,

@@ -121,7 +121,7 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f'{path} does not exist')
     try:
         run = json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or not even text
         run = None
     valid = isinstance(run, dict) and {'command', 'header', 'rows'} <= run.keys()
     check(valid, '--from', str(path), 'a file that --out of this program wrote')

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
@@ -35,7 +37,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
     Args:
         model_name: Name of a timm model.
         num_classes: Number of classes C.
-        mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`.
+        mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`; it
+            mixes pairs of images, and refuses a training with an odd batch.
         label_smoothing: Share of the target that is spread over all classes.
         data_preprocessor: mmengine's; by default moves the batch to the device, without waiting.
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
@@ -92,6 +95,9 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.mixup = None
         self.criterion: nn.Module
         if mixup is not None:
+            for name in ('num_classes', 'label_smoothing'):
+                allowed = f'left out, it is that of model.{name}'
+                check(name not in mixup, f'model.mixup.{name}', mixup.get(name), allowed)
             self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup)
             self.criterion = SoftTargetCrossEntropy()
         elif label_smoothing:
@@ -127,6 +133,19 @@ class Classifier(MoeTrainingMixin, BaseModel):
             elif dataset.normalization is not None:
                 self.normalize_as(dataset.normalization)
                 owner = f'{field}.transform'
+
+    def check_batches(self, loader: DataLoader) -> None:
+        """As `MoeTrainingMixin`: mixup wants pairs of images."""
+        size = loader.batch_size
+        if self.mixup is None or size is None:
+            return
+        allowed = 'an even number, as model.mixup mixes pairs of images'
+        check(size % 2 == 0, 'train_dataloader.batch_size', size, allowed)
+        if loader.drop_last or isinstance(loader.sampler, InfiniteSampler):
+            return
+        last = len(loader.sampler) % size  # type: ignore[arg-type]
+        allowed = f'True, as the last batch of an epoch has {last} images, no pairs for model.mixup'
+        check(last % 2 == 0, 'train_dataloader.drop_last', False, allowed)
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""

@@ -16,9 +16,12 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from torch.utils.data import Subset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
 from vqmoe_vision.engine.images import opened, read_rgb
+from vqmoe_vision.engine.left_out import tell_left_out
+from vqmoe_vision.engine.training_data import TrainingPart
 
 from .image_classification import ImageClassification
 from .splits import check_split, long_tail, split_indices, train_counts
@@ -70,37 +73,55 @@ def class_folder(
         ValueError: The folder is missing or laid out otherwise, an image cannot be read, or there
             is no such split or no such imbalance.
     """
-    folder, train = Path(data_root) / split, Path(data_root) / 'train'
-    if dev_size:
-        check_split(split)
-        test = 'test' if (Path(data_root) / 'test').is_dir() else 'val'
-        folder = Path(data_root) / test if split == 'test' else train
+    root = Path(data_root)
+    folder, train = root / split, root / 'train'
+    if dev_size != 0:
+        check_split(split, dev_size)
+        folder = root / _folder_of(split, root)
     source: Any = _image_folder(folder)
-    classes, counts = source.classes, None
+    classes, counts, part = source.classes, None, None
     if imbalance != 1:
         targets = source.targets if folder == train else _image_folder(train).targets
         counts = train_counts(targets, dev_size, imbalance)
     if folder == train:
-        part = split if dev_size else 'trainval'
-        chosen = split_indices(source.targets, part, dev_size, imbalance)
+        part = TrainingPart((str(train.resolve()),), split, dev_size)
+        chosen = split_indices(source.targets, split, dev_size, imbalance)
         source.samples = [source.samples[i] for i in chosen]
     start = len(f'{folder}/')  # a `Path` of each would take seconds of ImageNet
     names = [path[start:] for path, _ in source.samples]
     if in_memory:
         source = [(load_image(path), target) for path, target in source.samples]
-    return ImageClassification(source, classes, transform, counts, names)
+    return ImageClassification(source, classes, transform, counts, names, part)
+
+
+def _folder_of(split: str, root: Path) -> str:
+    """The folder that holds the images of one of `splits.SPLITS`."""
+    if split != 'test':
+        return 'train'
+    return 'test' if (root / 'test').is_dir() else 'val'
 
 
 def _image_folder(folder: Path) -> datasets.ImageFolder:
     expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
     if not folder.is_dir():
         raise _missing(folder, expected)
+    left_out: list[str] = []
+
+    def takes(path: str) -> bool:
+        taken = path.lower().endswith(IMG_EXTENSIONS)
+        if not taken:
+            left_out.append(path)
+        return taken
+
     try:
-        return datasets.ImageFolder(str(folder), loader=load_image)
+        found = datasets.ImageFolder(str(folder), loader=load_image, is_valid_file=takes)
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise ValueError(
-            f'{folder} is not laid out as {expected}: {error}; see docs/data.md'
+            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; names of images '
+            f'end in {", ".join(IMG_EXTENSIONS)}; see docs/data.md'
         ) from error
+    tell_left_out(folder, left_out, IMG_EXTENSIONS)
+    return found
 
 
 def load_image(path: str) -> Image.Image:
@@ -121,8 +142,10 @@ def _cifar(
     name: str, folder: str, root: Path, split: str, transform: dict, **options: Any
 ) -> ImageClassification:
     """Either layout that is around: class folders, or the archives that torchvision reads."""
-    check_split(split)
+    check_split(split, options['dev_size'])
     if any((root / part).is_dir() for part in ('train', 'val', 'test')):
+        if options['dev_size'] == 0:  # of class folders this says that split names a folder
+            split = _folder_of(split, root)
         return class_folder(str(root), split, transform, **options)
     if not (root / folder).is_dir():
         raise _missing(
@@ -132,15 +155,15 @@ def _cifar(
     def read(train: bool) -> Any:
         return _read(getattr(datasets, name), root / folder, root=str(root), train=train)
 
-    return _part(read, 'targets', split, transform, options['dev_size'], options['imbalance'])
+    part = TrainingPart((str((root / folder).resolve()),), split, options['dev_size'])
+    return _part(read, 'targets', part, transform, options['imbalance'])
 
 
 def _part(
     read: Callable[[bool], Any],
     field: str,
-    split: str,
+    part: TrainingPart,
     transform: dict,
-    dev_size: int,
     imbalance: float,
 ) -> ImageClassification:
     """A split of the training images, or all of the test images.
@@ -148,11 +171,11 @@ def _part(
     Args:
         read: Reads the training images, or those of the test.
         field: Of the data set, holds its class indices.
-        split: One of `splits.SPLITS`.
+        part: Named as one of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
         imbalance: As `splits.long_tail`.
     """
+    _, split, dev_size = part
     source, counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
     if imbalance != 1:
@@ -162,7 +185,7 @@ def _part(
     if split != 'test':
         chosen = split_indices(targets, split, dev_size, imbalance)
         source, targets = Subset(source, chosen), targets[chosen]
-    return ImageClassification(source, classes, transform, counts, list(map(str, targets)))
+    return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)
 
 
 @DATASETS.register_module(name='cifar10')
@@ -181,7 +204,7 @@ def cifar10(
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
@@ -207,7 +230,7 @@ def cifar100(
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
         in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
@@ -227,13 +250,13 @@ def stl10(
         data_root: Folder that holds `stl10_binary`.
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The folder is missing or incomplete.
     """
-    check_split(split)
+    check_split(split, dev_size)
     folder = Path(data_root) / 'stl10_binary'
     if not folder.is_dir():
         raise _missing(
@@ -241,10 +264,11 @@ def stl10(
         )
 
     def read(train: bool) -> Any:
-        part = 'train' if train else 'test'
-        return _read(datasets.STL10, folder, root=data_root, split=part)
+        kind = 'train' if train else 'test'
+        return _read(datasets.STL10, folder, root=data_root, split=kind)
 
-    return _part(read, 'labels', split, transform, dev_size, imbalance)
+    part = TrainingPart((str(folder.resolve()),), split, dev_size)
+    return _part(read, 'labels', part, transform, imbalance)
 
 
 @DATASETS.register_module(name='svhn')
@@ -257,22 +281,23 @@ def svhn(
         data_root: Folder that holds `train_32x32.mat` and `test_32x32.mat`.
         split: One of `splits.SPLITS`.
         transform: Config of the transform.
-        dev_size: Training images that are set aside as 'dev'.
+        dev_size: Training images that are set aside as 'dev'; 0 for none.
         imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
 
     Raises:
         ValueError: The file is missing or damaged.
     """
-    check_split(split)
+    check_split(split, dev_size)
 
     def read(train: bool) -> Any:
-        part = 'train' if train else 'test'
-        file = Path(data_root) / f'{part}_32x32.mat'
+        kind = 'train' if train else 'test'
+        file = Path(data_root) / f'{kind}_32x32.mat'
         if not file.is_file():
             raise _missing(file, f'{data_root}/{{train,test}}_32x32.mat')
-        return _read(datasets.SVHN, file, root=data_root, split=part)
+        return _read(datasets.SVHN, file, root=data_root, split=kind)
 
-    return _part(read, 'labels', split, transform, dev_size, imbalance)
+    part = TrainingPart((str(Path(data_root).resolve()),), split, dev_size)
+    return _part(read, 'labels', part, transform, imbalance)
 
 
 def _read(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:

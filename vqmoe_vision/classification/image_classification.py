@@ -1,15 +1,20 @@
 """What all data sets of classification are: images with a transform, and their classes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mmengine.registry import TRANSFORMS
 from torch.utils.data import Dataset
 
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.models.normalization import Normalization
 
 from .transforms import normalization_of, normalized_as
+
+
+class WrappedError(ValueError, AttributeError):
+    """A mistake of a user, and to mmengine's runner, which asks for `full_init`, no such method."""
 
 
 class ImageClassification(Dataset):
@@ -21,6 +26,7 @@ class ImageClassification(Dataset):
         transform: Config of a transform from a PIL image to a tensor (3, H, W).
         counts: Images that training sees of each class, if it sees a long tail.
         names: What each image is called, its class included, for the record of a run.
+        part: Which part of which training images these are; None if of no others.
     """
 
     def __init__(
@@ -30,8 +36,9 @@ class ImageClassification(Dataset):
         transform: dict,
         counts: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
+        part: TrainingPart | None = None,
     ) -> None:
-        self.source, self.names = source, names
+        self.source, self.names, self.training_part = source, names, part
         self.metainfo: dict[str, Any] = {'classes': tuple(classes)}
         if counts is not None:
             self.metainfo['train_counts'] = tuple(counts)
@@ -57,6 +64,20 @@ class ImageClassification(Dataset):
     def normalization(self) -> Normalization | None:
         """How the transform normalises images; None if it does not as torchvision does."""
         return normalization_of(self.transform)
+
+    @property
+    def full_init(self) -> NoReturn:
+        """What mmengine's wrappers of data sets call first: this one stands in none.
+
+        Raises:
+            ValueError: Says what does the same.
+        """
+        # they would hide its transform from `normalize_as`, and ask for more than it has
+        raise WrappedError(
+            'dataset.type is a wrapper of data sets, and those of classification stand in none: '
+            'train longer in place of RepeatDataset, put the images of several data sets into one '
+            'folder per class in place of ConcatDataset'
+        )
 
     def __len__(self) -> int:
         return len(self.source)

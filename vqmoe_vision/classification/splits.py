@@ -14,14 +14,22 @@ Targets = Sequence[int] | np.ndarray
 SPLITS = ('train', 'dev', 'trainval', 'test')
 
 
-def check_split(split: str) -> None:
-    """Refuses what is not one of `SPLITS`.
+def check_split(split: str, dev_size: int) -> None:
+    """Refuses what is not one of `SPLITS`, and a dev of no or of half an image.
+
+    Args:
+        split: Of a config.
+        dev_size: Number of images that are set aside, 0 for none.
 
     Raises:
-        ValueError: Names the split and those that there are.
+        ValueError: Names the split and those that there are, or the size.
     """
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    check_type('dev_size', int, dev_size)
+    least = 1 if split == 'dev' else 0
+    allowed = f'at least {least} with split={split!r}, the number of images that dev has'
+    check(dev_size >= least, 'dev_size', dev_size, allowed)
 
 
 def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
@@ -30,7 +38,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
     Args:
         targets: Class index of every training image.
         split: 'train', 'dev', or 'trainval' for both.
-        dev_size: Number of images that 'train' leaves to 'dev'.
+        dev_size: Number of images that 'train' leaves to 'dev'; 0 leaves it all.
         imbalance: Of 'train' and 'trainval', see `long_tail`.
 
     Returns:
@@ -40,7 +48,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
         ValueError: The split would be empty, or lack a class.
     """
     indices = np.arange(len(targets))
-    if split == 'trainval':
+    if split == 'trainval' or (split == 'train' and dev_size == 0):
         return indices[long_tail(targets, imbalance)].tolist()
     try:
         train, dev = train_test_split(indices, test_size=dev_size, stratify=targets, random_state=0)
@@ -97,6 +105,5 @@ def train_counts(targets: Targets, dev_size: int, imbalance: float) -> tuple[int
         dev_size: Number of images that are set aside, 0 for none.
         imbalance: As `long_tail`.
     """
-    split = 'train' if dev_size else 'trainval'
-    chosen = split_indices(targets, split, dev_size, imbalance)
+    chosen = split_indices(targets, 'train', dev_size, imbalance)
     return tuple(np.bincount(np.asarray(targets)[chosen]).tolist())

@@ -16,7 +16,7 @@ from torchvision.transforms import functional
 
 from vqmoe_vision.engine.normalization import must_change
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.config import check, check_type
 
 Numbers = Sequence[float]
 # Options of a test that `pretrained_cfg` of timm can say, and those that it needs not.
@@ -40,12 +40,13 @@ def timm_transform(
         shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
         from_scratch: `dict(mean=..., std=...)`, which stands for what is left out where a training
             starts from no weights, or from weights of which it is not known.
-        **kwargs: Of `timm.data.create_transform`.
+        **kwargs: Of `timm.data.create_transform`; `mean` and `std` may be None.
 
     Raises:
         ValueError: There is no such corruption.
     """
-    transform = create_transform(**{**(from_scratch or {}), **kwargs})
+    numbers = _numbers(from_scratch, kwargs.pop('mean', None), kwargs.pop('std', None))
+    transform = create_transform(**{**kwargs, **numbers})
     if shift is None:
         return transform
     # numba and scikit-image come with it: only those who ask for it wait for them
@@ -76,12 +77,12 @@ def crop_flip(
         from_scratch: As in `timm_transform`.
 
     Raises:
-        ValueError: Neither says how to normalise.
+        ValueError: Neither says how to normalise, or not with a number for each channel.
     """
-    given = {'mean': mean, 'std': std}
-    numbers = {**(from_scratch or {}), **{k: v for k, v in given.items() if v is not None}}
-    for name in given:
+    numbers = _numbers(from_scratch, mean, std)
+    for name in ('mean', 'std'):
         check(name in numbers, name, None, 'a number per channel, or from_scratch with them')
+        check_type(name, tuple[float, float, float], numbers[name])
     steps = [
         transforms.Resize(input_size),
         transforms.RandomCrop(input_size, padding),
@@ -89,6 +90,13 @@ def crop_flip(
         NormalizedTensor(**numbers),
     ]
     return transforms.Compose(steps)
+
+
+def _numbers(
+    from_scratch: dict[str, Numbers] | None, mean: Numbers | None, std: Numbers | None
+) -> dict[str, Numbers]:
+    given = {'mean': mean, 'std': std}
+    return {**(from_scratch or {}), **{k: v for k, v in given.items() if v is not None}}
 
 
 class NormalizedTensor(transforms.Normalize):

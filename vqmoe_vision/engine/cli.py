@@ -28,6 +28,7 @@ from .processes import Processes, together
 from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
 from .trained import without_sources
+from .training_data import check_training_data
 from .wrapped_data import innermost
 
 # What every tool says of its first argument, and those of trained models of the second.
@@ -185,6 +186,7 @@ def _train(args: argparse.Namespace) -> None:
         if isinstance(runner, Runner):
             check_hooks(runner)
             _check_batches(runner)
+            check_training_data(runner)
         runner.train()
 
 
@@ -260,6 +262,11 @@ def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
 
 def _configure(args: argparse.Namespace) -> Config:
     config = load_config(args.config, args.cfg_options)
+    if config.get('model') is None:
+        raise ValueError(
+            f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
+            'which tools/compare.py runs'
+        )
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:

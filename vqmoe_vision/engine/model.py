@@ -14,6 +14,7 @@ from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
@@ -112,6 +113,16 @@ class MoeTrainingMixin(TakesOtherNames):
             ValueError: The config states otherwise.
         """
         raise NotImplementedError
+
+    def check_batches(self, loader: DataLoader) -> None:
+        """Refuses batches of training that the model cannot take.
+
+        Args:
+            loader: Of training.
+
+        Raises:
+            ValueError: Names the field of the config.
+        """
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """How images are prepared for tests, beside their normalisation.

@@ -16,6 +16,7 @@ from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.training_data import TrainingPart
 
 from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker
@@ -76,6 +77,13 @@ class CheckedDataset(SeededDataset):
                 f'{type(self).__name__}: metainfo has no palette, its colours are generated',
                 logger='current',
             )
+
+    @property
+    def training_part(self) -> TrainingPart:
+        """Which part of which pairs these are."""
+        files = (self.data_prefix['img_path'], self.ann_file)
+        source = (*(str(Path(file).resolve()) for file in files), self.img_suffix)
+        return TrainingPart(source, self.part, self.dev_size)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
