@@ -14,6 +14,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from vqmoe_vision.engine import checkpoint_hook
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
@@ -188,6 +189,16 @@ def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: P
     info = read_content(str(work / 'epoch_2.pth'))['message_hub']['runtime_info']
     assert info['best_ckpt'] == 'best_accuracy_top1_epoch_2.pth' == names(work)[0]
     assert 0 < info['best_score'] <= best
+
+
+def test_signals_leave_the_workers_of_both_loaders_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(checkpoint_hook, 'keep_workers', kept.append)
+    shutil.copytree(trained, tmp_path / 'work')
+    runner = resumed(write_config(tmp_path), tmp_path / 'work', epochs=2)
+    assert kept == [runner.train_dataloader, runner.val_dataloader]
 
 
 def in_shell(script: str, config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:

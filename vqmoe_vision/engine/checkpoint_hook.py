@@ -23,9 +23,10 @@ from .checkpoint_files import (
     write_atomically,
 )
 from .loops import SEEN
-from .stop import StopSignals
+from .progress import VALIDATED, progress_of, validation_was_cut_off
+from .stop import StopSignals, keep_workers
 
-_VALIDATED, _OUTDATED = 'validated_iter', 'outdated_ckpts'
+_OUTDATED = 'outdated_ckpts'
 
 
 @HOOKS.register_module('CheckpointHook', force=True)
@@ -112,10 +113,13 @@ class AtomicCheckpointHook(CheckpointHook):
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
         self._signals = StopSignals(lambda: self._save_now(runner))
-        if self._validation_was_cut_off(runner):
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop is not None:
+                keep_workers(loop.dataloader)
+        if validation_was_cut_off(runner):
             runner.logger.info('Validating first: the run ended before it had done so')
             runner.val_loop.run()
-        done, end, limit = _progress_of(runner)
+        done, end, limit = progress_of(runner)
         if done >= end:
             runner.logger.info(f'Nothing is left to train: train_cfg.{limit}={end} is reached')
 
@@ -163,7 +167,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best, and ends a run that was told to stop."""
         self._validating = False
-        runner.message_hub.update_info(_VALIDATED, runner.iter)
+        runner.message_hub.update_info(VALIDATED, runner.iter)
         super().after_val_epoch(runner, metrics)
         self._signals.obey()
 
@@ -185,18 +189,6 @@ class AtomicCheckpointHook(CheckpointHook):
         for key, value in info.items():
             if key.startswith(('best_ckpt', 'last_ckpt')):
                 info[key] = Path(str(value)).name
-
-    def _validation_was_cut_off(self, runner: Runner) -> bool:
-        loop = runner.train_loop
-        done, end, _ = _progress_of(runner)
-        return (
-            runner.val_loop is not None
-            and runner._resume
-            and done >= max(loop.val_begin, 1)
-            and (done % loop.val_interval == 0 or done == end)
-            and not runner.message_hub.get_info(SEEN, 0)
-            and runner.message_hub.get_info(_VALIDATED) != runner.iter
-        )
 
     def _save_now(self, runner: Runner) -> int:
         """Saves a run that is told to stop, whatever the interval.
@@ -309,11 +301,3 @@ def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
         return False
     due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
     return due or (hook.save_last and hook.is_last_train_iter(runner))
-
-
-def _progress_of(runner: Runner) -> tuple[int, int, str]:
-    """What is done, what there is to do, and the option of `train_cfg` that says so."""
-    loop = runner.train_loop
-    if isinstance(loop, EpochBasedTrainLoop):
-        return loop.epoch, loop.max_epochs, 'max_epochs'
-    return loop.iter, loop.max_iters, 'max_iters'
