@@ -26,8 +26,8 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         seen = self._seen()
         sampler = self.dataloader.sampler
-        if hasattr(sampler, 'skip') and self.dataloader.batch_size is not None:
-            sampler.skip(seen * self.dataloader.batch_size)
+        if hasattr(sampler, 'pass_over') and self.dataloader.batch_size is not None:
+            sampler.pass_over(seen * self.dataloader.batch_size)
             batches: Iterable = enumerate(self.dataloader, start=seen)
         else:  # of an order that only the data loader knows: what was seen is read again
             batches = islice(enumerate(self.dataloader), seen, None)
