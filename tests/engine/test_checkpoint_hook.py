@@ -201,6 +201,14 @@ def test_signals_leave_the_workers_of_both_loaders_alone(
     assert kept == [runner.train_dataloader, runner.val_dataloader]
 
 
+def test_a_validation_without_a_training_saves_nothing(trained: Path, tmp_path: Path) -> None:
+    settings = load_config(write_config(tmp_path), {'val_dataloader.batch_size': 120})
+    settings.work_dir, settings.load_from = str(tmp_path / 'work'), str(trained / 'epoch_2.pth')
+    metrics = Runner.from_cfg(settings).val()
+    assert metrics['accuracy/top1'] > 0 and 'blocks.1.mlp/load_max' in metrics
+    assert not names(tmp_path / 'work')
+
+
 def in_shell(script: str, config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:
     """A training that a shell starts, as "$@" of the script."""
     command = [sys.executable, str(ROOT / 'tools/train.py'), config, '--work-dir', str(work)]

@@ -71,6 +71,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._resumed_from = ''
         self._saved_at = 0.0
         self._validating = False
+        self._training = False
 
     def before_run(self, runner: Runner) -> None:
         """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
@@ -113,6 +114,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
         self._signals = StopSignals(lambda: self._save_now(runner))
+        self._training = True
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
                 keep_workers(loop.dataloader)
@@ -148,10 +150,13 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_val(self, runner: Runner) -> None:
         """Until the first batch hooks change what is saved."""
-        self._signals.at_once = False
+        if self._training:  # a validation alone, of `Runner.val`, saves nothing
+            self._signals.at_once = False
 
     def before_val_epoch(self, runner: Runner) -> None:
         """A run that is told to stop does not wait for the validation."""
+        if not self._training:
+            return
         self._progress = (runner.epoch, runner.iter)
         self._validating = True
         self._signals.obey()
@@ -161,11 +166,13 @@ class AtomicCheckpointHook(CheckpointHook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """After the last batch hooks change what is saved."""
-        if batch_idx + 1 == len(runner.val_dataloader):
+        if self._training and batch_idx + 1 == len(runner.val_dataloader):
             self._signals.at_once = False
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best, and ends a run that was told to stop."""
+        if not self._training:
+            return
         self._validating = False
         runner.message_hub.update_info(VALIDATED, runner.iter)
         super().after_val_epoch(runner, metrics)
