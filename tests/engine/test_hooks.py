@@ -105,6 +105,40 @@ def test_training_and_validation_are_reported_apart() -> None:
     ]
 
 
+class Reporting(nn.Linear):
+    """Stands for a model; has what `MoeStateHook` reads of one."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.routing_statistics = RoutingStatistics()
+
+
+def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
+    loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
+    runners = [SimpleNamespace(model=Reporting(), _resume=True) for _ in range(3)]
+    whole, stopped, resumed = (runner.model.routing_statistics for runner in runners)
+    for load in loads:
+        whole.add({'layer/load': load})
+    for load in loads[:2]:
+        stopped.add({'layer/load': load})
+    checkpoint: dict[str, Any] = {}
+    MoeStateHook().before_save_checkpoint(runners[1], checkpoint)
+    MoeStateHook().after_load_checkpoint(runners[2], checkpoint)
+    resumed.add({'layer/load': loads[2]})
+    assert resumed.means().keys() == whole.means().keys() == {'layer/load'}
+    torch.testing.assert_close(resumed.means(), whole.means(), rtol=0, atol=0)
+
+
+def test_routing_of_a_validation_that_is_cut_off_is_not_kept() -> None:
+    runner = SimpleNamespace(model=Reporting().eval(), _resume=True)
+    runner.model.routing_statistics.add({'layer/load': torch.ones(2) / 2})
+    checkpoint: dict[str, Any] = {}
+    MoeStateHook().before_save_checkpoint(runner, checkpoint)
+    resumed = SimpleNamespace(model=Reporting(), _resume=True)
+    MoeStateHook().after_load_checkpoint(resumed, checkpoint)  # as one of before, without any
+    assert resumed.model.routing_statistics.means() == {}
+
+
 def runner_for(num_classes: int) -> Any:
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo={'classes': ('cat', 'dog')}))
     model = SimpleNamespace(num_classes=num_classes)

@@ -23,6 +23,8 @@ from .normalization import of_run
 from .routing import lines_of
 from .stated_experts import check_experts
 
+_ROUTING = 'routing_statistics'
+
 
 @HOOKS.register_module()
 class MoeStateHook(Hook):
@@ -34,6 +36,19 @@ class MoeStateHook(Hook):
 
     # before EMAHook, whose averages have copies of what has moved
     priority = 'ABOVE_NORMAL'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Goes on with the routing of an epoch that a run resumes in its middle."""
+        model = unwrapped(runner)
+        if runner._resume and _ROUTING in checkpoint:  # a run of before has not kept it
+            device = next(model.parameters()).device
+            model.routing_statistics.load_state_dict(checkpoint[_ROUTING], device)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps the routing that no report has told yet, of this rank."""
+        model = unwrapped(runner)
+        if model.training:  # a validation that is cut off begins anew
+            checkpoint[_ROUTING] = model.routing_statistics.state_dict()
 
     def before_train(self, runner: Runner) -> None:
         """Tells layers and model that a training begins.
