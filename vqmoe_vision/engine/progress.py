@@ -27,6 +27,7 @@ def validation_was_cut_off(runner: Runner) -> bool:
     """
     loop = runner.train_loop
     done, end, _ = progress_of(runner)
+    loop._decide_current_val_interval()  # or it would be that of the start of the run
     return (
         runner.val_loop is not None
         and runner._resume
