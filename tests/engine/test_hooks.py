@@ -27,13 +27,13 @@ def stub_runner(hooks: Sequence[Hook] = ()) -> Any:
 
 def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
     runner = stub_runner()
-    content = {'state_dict': runner.model.state_dict()}
+    content = {'state_dict': runner.model.state_dict(), 'meta': {'iter': 5}}
     with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
         NonFiniteGuardHook().before_save_checkpoint(runner, content)
 
 
 def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 4'):
         NonFiniteGuardHook().after_train_epoch(stub_runner())
 
 

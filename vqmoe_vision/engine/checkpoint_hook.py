@@ -119,7 +119,9 @@ class AtomicCheckpointHook(CheckpointHook):
             if loop is not None:
                 keep_workers(loop.dataloader)
         if validation_was_cut_off(runner):
-            runner.logger.info('Validating first: the checkpoint does not say that it was validated')
+            runner.logger.info(
+                'Validating first: the checkpoint does not say that it was validated'
+            )
             runner.val_loop.run()
         done, end, limit = progress_of(runner)
         if done >= end:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from mmengine.dist import all_gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -69,5 +70,26 @@ def check_weights(
     kind = 'parameter' if name in dict(model.named_parameters()) else 'buffer'
     raise NonFiniteError(
         f'{kind} {name} became nan or infinite at iteration {iteration}; '
-        'training has stopped, the last checkpoint is sound'
+        'training has stopped, and no checkpoint has it'
     )
+
+
+def check_own_parts(model: nn.Module, iteration: int, state: dict[str, torch.Tensor]) -> None:
+    """As `check_weights`: each process looks at its parts, and all of them agree.
+
+    Args:
+        model: Of which each process has a part.
+        iteration: As `check_weights`.
+        state: Its state, in which some tensors are spread.
+
+    Raises:
+        NonFiniteError: On all processes, of the first that has found something.
+    """
+    problem = ''
+    try:
+        check_weights(model, iteration, state)
+    except NonFiniteError as error:
+        problem = str(error)
+    found = next(filter(None, all_gather_object(problem)), None)
+    if found is not None:
+        raise NonFiniteError(found)

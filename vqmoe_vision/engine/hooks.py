@@ -133,11 +133,11 @@ class NonFiniteGuardHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Looks at the parameters before the checkpoint of the epoch is due."""
-        check_weights(runner.model, runner.iter + 1)
+        check_weights(runner.model, runner.iter)  # counts the last one of the epoch already
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
-        check_weights(runner.model, runner.iter + 1, checkpoint['state_dict'])
+        check_weights(runner.model, checkpoint['meta']['iter'], checkpoint['state_dict'])
 
 
 @HOOKS.register_module()
