@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,8 +127,24 @@ def test_no_checkpoint_deletes_itself(last: Any, trained: Path, tmp_path: Path) 
     assert names(work) == ['epoch_2.pth']
 
 
-@pytest.mark.parametrize('name', ['epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
-def test_names_that_no_run_would_find_again_are_refused(name: str) -> None:
+@pytest.mark.parametrize('name', ['epoch_{x}.pth', 'epoch_{.pth', 'epoch_{}_{}.pth'])
+def test_names_without_one_number_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r'^filename_tmpl=.* \{\} stands for the number'):
+        AtomicCheckpointHook(interval=1, filename_tmpl=name)
+
+
+def test_a_metric_that_the_validation_has_not_is_named_with_those_that_it_has() -> None:
+    hook = AtomicCheckpointHook(interval=1, save_best='accuracy/top3', rule='greater')
+    runner: Any = SimpleNamespace(iter=4, message_hub=SimpleNamespace(update_info=lambda *_: None))
+    hook._training = True
+    allowed = 'a metric of the validation, which are accuracy/top1, accuracy/top5'
+    with pytest.raises(ValueError) as caught:
+        hook.after_val_epoch(runner, {'accuracy/top1': 3.0, 'accuracy/top5': 9.0})
+    assert str(caught.value) == f"save_best='accuracy/top3' is not possible: {allowed}"
+
+
+@pytest.mark.parametrize('name', [5, 'epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
+def test_names_that_no_run_would_find_again_are_refused(name: Any) -> None:
     with pytest.raises(ValueError, match=r'^filename_tmpl=.* must be a name that ends in \.pth'):
         AtomicCheckpointHook(interval=1, filename_tmpl=name)
 

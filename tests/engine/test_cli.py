@@ -296,6 +296,7 @@ def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -
         ('model.moe.num_expert=4', r'^error: model\.moe\.num_expert=4 is not possible: the op'),
         ('model.moe.num_experts=0', r'^error: model\.moe\.num_experts=0 is not possible: at least'),
         ('model.model_name=vit_tiny_vqmo', r"^error: model\.model_name='vit_tiny_vqmo' is not a"),
+        ('runner_type=Foo', r"^error: runner_type='Foo' is not possible: .*, which are .*Runner$"),
     ],
 )
 def test_a_mistake_in_an_option_names_it_as_it_was_typed(

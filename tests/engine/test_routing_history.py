@@ -176,6 +176,8 @@ def test_every_part_of_a_layer_is_recorded(method: str) -> None:
 def test_records_are_counted_from_one() -> None:
     with pytest.raises(ValueError, match='records=0 is not possible: at least 1'):
         RoutingHistoryHook(records=0)
+    with pytest.raises(ValueError, match="records='many' is not possible: int is expected"):
+        RoutingHistoryHook(records='many')
 
 
 def test_a_model_without_experts_has_lines_without_layers(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def test_refused(fields: dict[str, Any], processes: int, message: str) -> None:
         fill_in_parallel(Config(fields), processes)
 
 
+def test_a_hook_without_a_type_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^custom_hooks=\{'tpye': 'EMAHook'\} is not possible: "):
+        fill_in_parallel(Config({'custom_hooks': [{'tpye': 'EMAHook'}]}), 1)
+
+
 def test_a_config_that_a_run_has_written_has_one_hook() -> None:
     config = Config({'parallel': {'expert_processes': 2}, 'custom_hooks': [{'type': 'Other'}]})
     fill_in_parallel(config, 2)

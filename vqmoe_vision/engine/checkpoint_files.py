@@ -78,6 +78,30 @@ class AtomicBackend(LocalBackend):
         write_atomically(Path(filepath), obj)
 
 
+def check_template(name: Any) -> None:
+    """Refuses names of checkpoints by which no run would find them again.
+
+    Args:
+        name: What a config has as `filename_tmpl`: a name with `{}` in the place of the number.
+
+    Raises:
+        ValueError: It is none, or `candidates` would leave out such a file.
+    """
+    valid = isinstance(name, str) and name.endswith('.pth') and '/' not in name
+    if not valid or name.startswith((BEST, '.')):
+        raise ValueError(
+            f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
+            f"'{BEST}' or a dot"
+        )
+    try:
+        name.format(1)
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            f'filename_tmpl={name!r} is not possible: {{}} stands for the number, as in '
+            "'epoch_{}.pth'"
+        ) from error
+
+
 def last_checkpoint(folder: Path) -> Path:
     """The checkpoint that a run wrote last.
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from vqmoe_vision.moe.config import check
 
 from .accumulated import keep_accumulated, restore_accumulated
 from .checkpoint_files import (
     BEST,
     POINTER,
     candidates,
+    check_template,
     delete,
     newest_checkpoint,
     newest_time,
@@ -58,12 +61,7 @@ class AtomicCheckpointHook(CheckpointHook):
                     f'{name}={options[name]!r} is not supported: checkpoints are files in the work '
                     'dir, --work-dir'
                 )
-        name = options.get('filename_tmpl') or '{}.pth'
-        if not name.endswith('.pth') or name.startswith((BEST, '.')) or '/' in name:
-            raise ValueError(
-                f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
-                f"'{BEST}' or a dot"
-            )
+        check_template(options.get('filename_tmpl') or '{}.pth')
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._former_best: dict[str, str | None] = {}
@@ -257,6 +255,9 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         if not self.save_best:
             return
+        for key in self.key_indicators:
+            allowed = f'a metric of the validation, which are {", ".join(metrics)}'
+            check(key in (*metrics, 'auto'), 'save_best', key, allowed)
         # mmengine deletes the file that it knows of before it writes the new one
         self._former_best = self._best()
         for key in self._former_best:
@@ -295,18 +296,3 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             delete(Path(self.out_dir), [name for name in names if name != current])
         self._outdated = [name for name in self._outdated if name not in names]
-
-
-def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
-    """Whether a hook writes a checkpoint after the iteration that is ending.
-
-    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
-
-    Args:
-        hook: Of any kind.
-        runner: In `after_train_iter`.
-    """
-    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
-        return False
-    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
-    return due or (hook.save_last and hook.is_last_train_iter(runner))

@@ -16,6 +16,8 @@ from mmengine.dist import get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from vqmoe_vision.moe.config import check
+
 from .alike import check_configs, check_datasets
 from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
@@ -270,7 +272,12 @@ def _configure(args: argparse.Namespace) -> Config:
 
 
 def _runner_class(config: Config) -> type[Runner]:
-    return RUNNERS.get(config.runner_type) if 'runner_type' in config else Runner
+    if 'runner_type' not in config:
+        return Runner
+    found = RUNNERS.get(config.runner_type)
+    allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
+    check(found is not None, 'runner_type', config.runner_type, allowed)
+    return found
 
 
 def _with_weights(runner: type[Runner]) -> type[Runner]:

@@ -14,12 +14,12 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
-from .checkpoint_hook import saves_after_iteration
 from .features import fit_features
 from .finite import check_weights
 from .log import wrapped
 from .model import unwrapped
 from .normalization import of_run
+from .progress import saves_after_iteration
 from .routing import lines_of
 from .stated_experts import check_experts
 

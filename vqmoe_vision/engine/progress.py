@@ -1,5 +1,6 @@
-"""How far a training is, and whether it still owes a validation."""
+"""How far a training is, and what it owes there: a checkpoint, or a validation."""
 
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from .loops import SEEN
@@ -36,3 +37,18 @@ def validation_was_cut_off(runner: Runner) -> bool:
         and not runner.message_hub.get_info(SEEN, 0)
         and runner.message_hub.get_info(VALIDATED) != runner.iter
     )
+
+
+def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
+    """Whether a hook writes a checkpoint after the iteration that is ending.
+
+    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
+
+    Args:
+        hook: Of any kind.
+        runner: In `after_train_iter`.
+    """
+    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
+        return False
+    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+    return due or (hook.save_last and hook.is_last_train_iter(runner))

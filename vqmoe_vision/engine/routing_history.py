@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 
 from .checkpoint_files import write_atomically
@@ -47,14 +48,14 @@ class RoutingHistoryHook(Hook):
         records: How many lines a whole run gives.
 
     Raises:
-        ValueError: If `records` is below 1.
+        ValueError: If `records` is no whole number, or below 1.
     """
 
     priority = 'LOW'  # codebooks have moved by then, and the checkpoint is not yet written
 
     def __init__(self, records: int = 100) -> None:
-        if records < 1:
-            raise ValueError(f'records={records} is not possible: at least 1')
+        check_type('records', int, records)
+        check(records >= 1, 'records', records, 'at least 1')
         self.records = records
         self._resumed: dict[str, Any] | None = None
 

@@ -47,11 +47,15 @@ def fill_in_parallel(config: Config, processes: int) -> None:
         processes: Of the run.
 
     Raises:
-        ValueError: An option is unknown or does not fit, or the run has one process.
+        ValueError: An option is unknown or does not fit, or the run has one process; or a hook has
+            no type.
     """
     # a config that a run has written has what was filled in for that run
     forget_wrapper(config)
-    hooks = [hook for hook in config.get('custom_hooks') or [] if hook['type'] != 'ShardingHook']
+    hooks = config.get('custom_hooks') or []
+    for hook in hooks:
+        check('type' in hook, 'custom_hooks', hook, "each has a type, such as {'type': 'EMAHook'}")
+    hooks = [hook for hook in hooks if hook['type'] != 'ShardingHook']
     options = config.get(FIELD)
     if options is None:
         config.pop(FIELD, None)  # so that the next run may set its options one by one

@@ -20,8 +20,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from .checkpoint_hook import saves_after_iteration
 from .finite import check_losses, check_weights
+from .progress import saves_after_iteration
 
 READ_AT_ONCE = {'cpu'}  # kinds of devices whose values cost no wait
 LONGEST = 100  # iterations that a loss may wait for a look, however rarely lines are logged
