@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -189,9 +190,40 @@ def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: P
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
-def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path) -> None:
-    options = ['--cfg-options', 'train_cfg.max_epochs=1']
-    train([config, '--amp', '--work-dir', str(tmp_path / 'amp'), *options])
+def test_a_place_for_the_metrics_that_is_none_is_refused_before_the_test(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, 'from_cfg', lambda config: pytest.fail('the test begins'))
+    (tmp_path / 'file').touch()
+    for out, said in (
+        (tmp_path, f"--out='{tmp_path}' is not possible: a file, and this is a folder"),
+        (tmp_path / 'file/m.json', f'folder {tmp_path / "file"} cannot be written: '),
+    ):
+        with pytest.raises(SystemExit, match=f'^error: {re.escape(said)}'):
+            cli.test([config, config, '--out', str(out), '--work-dir', str(tmp_path / 'run')])
+
+
+@HOOKS.register_module()
+class ComputedHook(Hook):
+    """Keeps the dtypes in which a training computes."""
+
+    found: ClassVar[set[torch.dtype]] = set()
+
+    def before_train(self, runner: Runner) -> None:
+        runner.model.model.head.register_forward_hook(self.keep)
+
+    @classmethod
+    def keep(cls, head: torch.nn.Module, _: object, scores: torch.Tensor) -> None:
+        if head.training:
+            cls.found.add(scores.dtype)
+
+
+@pytest.mark.parametrize('amp', [True, False])
+def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path, amp: bool) -> None:
+    ComputedHook.found.clear()
+    options = ['--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.seen.type=ComputedHook']
+    train([config, *['--amp'] * amp, '--work-dir', str(tmp_path / 'amp'), *options])
+    assert ComputedHook.found == {torch.bfloat16 if amp else torch.float32}
     state = load(tmp_path / 'amp' / 'epoch_1.pth')['state_dict']
     assert state['model.head.weight'].dtype == torch.float32
 
