@@ -184,7 +184,11 @@ class ShardingHook(Hook):
 
 
 def clip_grad_norm(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, **options: Any
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, which takes parameters of one layout alone.
 
@@ -192,10 +196,14 @@ def clip_grad_norm(
         parameters: Some may be spread, over different processes.
         max_norm: As torch's.
         norm_type: As torch's.
-        **options: As torch's.
+        error_if_nonfinite: As torch's.
+        foreach: As torch's.
 
     Returns:
         The norm of all gradients, the same on all processes.
+
+    Raises:
+        RuntimeError: As torch's, on all processes.
     """
     layouts: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
@@ -204,11 +212,11 @@ def clip_grad_norm(
             layouts.setdefault(layout, []).append(parameter)
     norms = []
     for group in layouts.values():
-        norm = get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
-        norms.append(whole(norm))
-    total = get_total_norm(norms, norm_type)
+        gradients = [p.grad for p in group if p.grad is not None]
+        norms.append(whole(get_total_norm(gradients, norm_type, foreach=foreach)))
+    total = get_total_norm(norms, norm_type, error_if_nonfinite)
     for group in layouts.values():
-        clip_grads_with_norm_(group, max_norm, total, **options)
+        clip_grads_with_norm_(group, max_norm, total, foreach)
     return total
 
 
