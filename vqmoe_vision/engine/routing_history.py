@@ -120,9 +120,23 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: Of `routing.jsonl`. Its last line may be cut off, as a kill leaves it.
+
+    Raises:
+        ValueError: Another line is none of the hook's; names the file and the line.
     """
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith('\n')]
+    *lines, _ = path.read_bytes().split(b'\n')
+    return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return {**record, 'iteration': int(record['iteration']), 'layers': dict(record['layers'])}
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = 'remove that line, or the file, to go on'
+        raise ValueError(
+            f'{str(path)!r} is damaged in line {number}: {error!r}; {remedy}'
+        ) from error
 
 
 def _sample(layer: MoeLayer) -> dict[str, Tensor]:
