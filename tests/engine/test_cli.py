@@ -229,6 +229,28 @@ def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path, amp: boo
 
 
 @HOOKS.register_module()
+class TeacherHook(Hook):
+    """Stands for a model whose `loss` has names with a slash of its own."""
+
+    priority = 'HIGHEST'
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        outputs |= {'teacher/kd_loss': torch.tensor(0.3), 'acc/top1': torch.tensor(12.0)}
+
+
+def test_lines_sum_over_layers_with_experts_alone(config: str, tmp_path: Path) -> None:
+    options = ['train_cfg.max_epochs=1', 'default_hooks.teacher.type=TeacherHook']
+    options += ['default_hooks.logger.interval=5', 'log_processor.log_with_hierarchy=True']
+    train([config, '--work-dir', str(tmp_path / 'run'), '--cfg-options', *options])
+    (line,) = (text for text in reports(tmp_path / 'run') if 'Epoch(train)' in text)
+    assert 'teacher/kd_loss: 0.3000' in line and 'acc/top1: 12.0000' in line
+    assert 'moe/kd_loss' not in line
+    assert 'moe/balance_loss: ' in line and 'blocks.' not in line
+
+
+@HOOKS.register_module()
 class SpoilHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         if runner.epoch == 1:
