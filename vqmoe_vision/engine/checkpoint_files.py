@@ -23,6 +23,19 @@ class SaveError(OSError):
     """A file could not be written; what was there before is as it was."""
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a write failed, in words.
+
+    Args:
+        error: Of the system, or of torch; it may have been sent between processes, which leaves
+            behind what caused it.
+    """
+    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+    # what torch's writer says in the place of the system's word
+    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
+    return 'the write was cut off, as by a full disk' if cut_off else said
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file, so that whatever happens meanwhile it is the old one or the new one.
 

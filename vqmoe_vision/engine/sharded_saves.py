@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
-from .checkpoint_files import SaveError, remove_unnamed, sync_folder
+from .checkpoint_files import SaveError, reason_of, remove_unnamed, sync_folder
 from .finite import check_own_parts, check_weights
 from .parts import KEY, Parts, checksum, delete_folder
 
@@ -139,7 +139,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
         _discard(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
         raise SaveError(
-            f'{file} could not be written (rank {rank}: {_reason(cause)}); what was saved before '
+            f'{file} could not be written (rank {rank}: {reason_of(cause)}); what was saved before '
             'is intact'
         ) from error
 
@@ -223,14 +223,6 @@ def _discard(partial: Path) -> None:
     """
     with suppress(OSError):  # others may be faster
         delete_folder(partial)
-
-
-def _reason(error: BaseException) -> str:
-    """In words; the error has been sent between processes, which leaves behind what caused it."""
-    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
-    # what torch's writer says in the place of the system's word
-    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
-    return 'the write was cut off, as by a full disk' if cut_off else said
 
 
 def _take_parts(state: Any, place: tuple, places: dict, tensors: dict) -> Any:
