@@ -46,6 +46,24 @@ def test_guard_looks_before_the_checkpoint_of_an_iteration_removes_an_older_one(
     guard.after_train_iter(stub_runner([CheckpointHook(6, by_epoch=False)]), 0)
 
 
+@pytest.mark.parametrize('kind', ['parameter', 'buffer'])
+def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
+    model = nn.BatchNorm1d(2)
+    model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+    name = {'parameter': 'weight', 'buffer': 'running_mean'}[kind]
+    runner: Any = SimpleNamespace(model=model, iter=4)
+    guard = NonFiniteGuardHook()
+    guard.before_run(runner)
+    content = {'state_dict': model.state_dict(), 'meta': {'iter': 4}}
+    guard.after_train_epoch(runner)
+    guard.before_save_checkpoint(runner, content)
+    getattr(model, name).data.fill_(torch.inf)  # by a checkpoint, for example
+    with pytest.raises(NonFiniteError, match=rf'^{kind} {name} became'):
+        guard.after_train_epoch(runner)
+    with pytest.raises(NonFiniteError, match=rf'^{kind} {name} became'):
+        guard.before_save_checkpoint(runner, content)
+
+
 def test_layers_hear_how_long_the_training_is() -> None:
     model = timm.create_model(
         'vit_tiny_stablemoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3

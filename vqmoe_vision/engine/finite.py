@@ -9,6 +9,8 @@ from mmengine.dist import all_gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+_INFINITE = 'infinite_by_design'  # names of buffers
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or a parameter is nan or infinite; training cannot go on from here."""
@@ -41,6 +43,16 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
     )
 
 
+def pass_over_infinite(model: nn.Module) -> None:
+    """Lets `check_weights` leave out buffers that are not finite by design, such as a mask of -inf.
+
+    Args:
+        model: As it was built, before it has the weights of a checkpoint.
+    """
+    found = (name for name, buffer in model.named_buffers() if not buffer.isfinite().all())
+    setattr(model, _INFINITE, frozenset(found))
+
+
 def check_weights(
     model: nn.Module, iteration: int, state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
@@ -57,9 +69,12 @@ def check_weights(
     Raises:
         NonFiniteError: Names the first one, and the iteration.
     """
+    by_design: frozenset[str] = getattr(model, _INFINITE, frozenset())
     finite: dict[str, torch.Tensor] = {}
     of_devices = defaultdict(list)
     for name, value in (model.state_dict() if state is None else state).items():
+        if name in by_design:
+            continue
         own = value.to_local() if isinstance(value, DTensor) else value
         finite[name] = torch.isfinite(own).all()
         of_devices[own.device].append(finite[name])

@@ -15,7 +15,7 @@ from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
 from .features import fit_features
-from .finite import check_weights
+from .finite import check_weights, pass_over_infinite
 from .log import wrapped
 from .model import unwrapped
 from .normalization import of_run
@@ -120,6 +120,10 @@ class NonFiniteGuardHook(Hook):
     with a gradient that is not, of which nobody computes the norm.
     """
 
+    def before_run(self, runner: Runner) -> None:
+        """Looks at what is not finite by design."""
+        pass_over_infinite(unwrapped(runner))
+
     def after_train_iter(
         self,
         runner: Runner,
@@ -129,15 +133,15 @@ class NonFiniteGuardHook(Hook):
     ) -> None:
         """Looks at the parameters before the checkpoint of an iteration is due."""
         if any(saves_after_iteration(hook, runner) for hook in runner.hooks):
-            check_weights(runner.model, runner.iter + 1)
+            check_weights(unwrapped(runner), runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Looks at the parameters before the checkpoint of the epoch is due."""
-        check_weights(runner.model, runner.iter)  # counts the last one of the epoch already
+        check_weights(unwrapped(runner), runner.iter)  # counts the last one of the epoch already
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
-        check_weights(runner.model, checkpoint['meta']['iter'], checkpoint['state_dict'])
+        check_weights(unwrapped(runner), checkpoint['meta']['iter'], checkpoint['state_dict'])
 
 
 @HOOKS.register_module()
