@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from vqmoe_vision.engine import checkpoint_hook
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
@@ -125,8 +127,24 @@ def test_no_checkpoint_deletes_itself(last: Any, trained: Path, tmp_path: Path) 
     assert names(work) == ['epoch_2.pth']
 
 
-@pytest.mark.parametrize('name', ['epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
-def test_names_that_no_run_would_find_again_are_refused(name: str) -> None:
+@pytest.mark.parametrize('name', ['epoch_{x}.pth', 'epoch_{.pth', 'epoch_{}_{}.pth'])
+def test_names_without_one_number_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r'^filename_tmpl=.* \{\} stands for the number'):
+        AtomicCheckpointHook(interval=1, filename_tmpl=name)
+
+
+def test_a_metric_that_the_validation_has_not_is_named_with_those_that_it_has() -> None:
+    hook = AtomicCheckpointHook(interval=1, save_best='accuracy/top3', rule='greater')
+    runner: Any = SimpleNamespace(iter=4, message_hub=SimpleNamespace(update_info=lambda *_: None))
+    hook._training = True
+    allowed = 'a metric of the validation, which are accuracy/top1, accuracy/top5'
+    with pytest.raises(ValueError) as caught:
+        hook.after_val_epoch(runner, {'accuracy/top1': 3.0, 'accuracy/top5': 9.0})
+    assert str(caught.value) == f"save_best='accuracy/top3' is not possible: {allowed}"
+
+
+@pytest.mark.parametrize('name', [5, 'epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
+def test_names_that_no_run_would_find_again_are_refused(name: Any) -> None:
     with pytest.raises(ValueError, match=r'^filename_tmpl=.* must be a name that ends in \.pth'):
         AtomicCheckpointHook(interval=1, filename_tmpl=name)
 
@@ -188,6 +206,24 @@ def test_a_validation_that_was_cut_off_is_made_up_for(trained: Path, tmp_path: P
     info = read_content(str(work / 'epoch_2.pth'))['message_hub']['runtime_info']
     assert info['best_ckpt'] == 'best_accuracy_top1_epoch_2.pth' == names(work)[0]
     assert 0 < info['best_score'] <= best
+
+
+def test_signals_leave_the_workers_of_both_loaders_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(checkpoint_hook, 'keep_workers', kept.append)
+    shutil.copytree(trained, tmp_path / 'work')
+    runner = resumed(write_config(tmp_path), tmp_path / 'work', epochs=2)
+    assert kept == [runner.train_dataloader, runner.val_dataloader]
+
+
+def test_a_validation_without_a_training_saves_nothing(trained: Path, tmp_path: Path) -> None:
+    settings = load_config(write_config(tmp_path), {'val_dataloader.batch_size': 120})
+    settings.work_dir, settings.load_from = str(tmp_path / 'work'), str(trained / 'epoch_2.pth')
+    metrics = Runner.from_cfg(settings).val()
+    assert metrics['accuracy/top1'] > 0 and 'blocks.1.mlp/load_max' in metrics
+    assert not names(tmp_path / 'work')
 
 
 def in_shell(script: str, config: str, work: Path, *arguments: str) -> subprocess.CompletedProcess:

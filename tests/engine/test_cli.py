@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -190,11 +191,64 @@ def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: P
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
 
 
-def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path) -> None:
-    options = ['--cfg-options', 'train_cfg.max_epochs=1']
-    train([config, '--amp', '--work-dir', str(tmp_path / 'amp'), *options])
+def test_a_place_for_the_metrics_that_is_none_is_refused_before_the_test(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, 'from_cfg', lambda config: pytest.fail('the test begins'))
+    (tmp_path / 'file').touch()
+    for out, said in (
+        (tmp_path, f"--out='{tmp_path}' is not possible: a file, and this is a folder"),
+        (tmp_path / 'file/m.json', f'folder {tmp_path / "file"} cannot be written: '),
+    ):
+        with pytest.raises(SystemExit, match=f'^error: {re.escape(said)}'):
+            cli.test([config, config, '--out', str(out), '--work-dir', str(tmp_path / 'run')])
+
+
+@HOOKS.register_module()
+class ComputedHook(Hook):
+    """Keeps the dtypes in which a training computes."""
+
+    found: ClassVar[set[torch.dtype]] = set()
+
+    def before_train(self, runner: Runner) -> None:
+        runner.model.model.head.register_forward_hook(self.keep)
+
+    @classmethod
+    def keep(cls, head: torch.nn.Module, _: object, scores: torch.Tensor) -> None:
+        if head.training:
+            cls.found.add(scores.dtype)
+
+
+@pytest.mark.parametrize('amp', [True, False])
+def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path, amp: bool) -> None:
+    ComputedHook.found.clear()
+    options = ['--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.seen.type=ComputedHook']
+    train([config, *['--amp'] * amp, '--work-dir', str(tmp_path / 'amp'), *options])
+    assert ComputedHook.found == {torch.bfloat16 if amp else torch.float32}
     state = load(tmp_path / 'amp' / 'epoch_1.pth')['state_dict']
     assert state['model.head.weight'].dtype == torch.float32
+
+
+@HOOKS.register_module()
+class TeacherHook(Hook):
+    """Stands for a model whose `loss` has names with a slash of its own."""
+
+    priority = 'HIGHEST'
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        outputs |= {'teacher/kd_loss': torch.tensor(0.3), 'acc/top1': torch.tensor(12.0)}
+
+
+def test_lines_sum_over_layers_with_experts_alone(config: str, tmp_path: Path) -> None:
+    options = ['train_cfg.max_epochs=1', 'default_hooks.teacher.type=TeacherHook']
+    options += ['default_hooks.logger.interval=5', 'log_processor.log_with_hierarchy=True']
+    train([config, '--work-dir', str(tmp_path / 'run'), '--cfg-options', *options])
+    (line,) = (text for text in reports(tmp_path / 'run') if 'Epoch(train)' in text)
+    assert 'teacher/kd_loss: 0.3000' in line and 'acc/top1: 12.0000' in line
+    assert 'moe/kd_loss' not in line
+    assert 'moe/balance_loss: ' in line and 'blocks.' not in line
 
 
 @HOOKS.register_module()
@@ -307,6 +361,7 @@ def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -
         ('model.moe.num_expert=4', r'^error: model\.moe\.num_expert=4 is not possible: the op'),
         ('model.moe.num_experts=0', r'^error: model\.moe\.num_experts=0 is not possible: at least'),
         ('model.model_name=vit_tiny_vqmo', r"^error: model\.model_name='vit_tiny_vqmo' is not a"),
+        ('runner_type=Foo', r"^error: runner_type='Foo' is not possible: .*, which are .*Runner$"),
     ],
 )
 def test_a_mistake_in_an_option_names_it_as_it_was_typed(

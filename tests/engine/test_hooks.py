@@ -27,13 +27,13 @@ def stub_runner(hooks: Sequence[Hook] = ()) -> Any:
 
 def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
     runner = stub_runner()
-    content = {'state_dict': runner.model.state_dict()}
+    content = {'state_dict': runner.model.state_dict(), 'meta': {'iter': 5}}
     with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
         NonFiniteGuardHook().before_save_checkpoint(runner, content)
 
 
 def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
+    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 4'):
         NonFiniteGuardHook().after_train_epoch(stub_runner())
 
 
@@ -44,6 +44,24 @@ def test_guard_looks_before_the_checkpoint_of_an_iteration_removes_an_older_one(
         guard.after_train_iter(due, 0)  # the fifth iteration
     # no checkpoint now: nothing to look at
     guard.after_train_iter(stub_runner([CheckpointHook(6, by_epoch=False)]), 0)
+
+
+@pytest.mark.parametrize('kind', ['parameter', 'buffer'])
+def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
+    model = nn.BatchNorm1d(2)
+    model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+    name = {'parameter': 'weight', 'buffer': 'running_mean'}[kind]
+    runner: Any = SimpleNamespace(model=model, iter=4)
+    guard = NonFiniteGuardHook()
+    guard.before_run(runner)
+    content = {'state_dict': model.state_dict(), 'meta': {'iter': 4}}
+    guard.after_train_epoch(runner)
+    guard.before_save_checkpoint(runner, content)
+    getattr(model, name).data.fill_(torch.inf)  # by a checkpoint, for example
+    with pytest.raises(NonFiniteError, match=rf'^{kind} {name} became'):
+        guard.after_train_epoch(runner)
+    with pytest.raises(NonFiniteError, match=rf'^{kind} {name} became'):
+        guard.before_save_checkpoint(runner, content)
 
 
 def test_layers_hear_how_long_the_training_is() -> None:
@@ -103,6 +121,40 @@ def test_training_and_validation_are_reported_apart() -> None:
         ('train_epoch/layer/load_min', 0.0),
         ('val/layer/load_min', 0.5),
     ]
+
+
+class Reporting(nn.Linear):
+    """Stands for a model; has what `MoeStateHook` reads of one."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.routing_statistics = RoutingStatistics()
+
+
+def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
+    loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
+    runners = [SimpleNamespace(model=Reporting(), _resume=True) for _ in range(3)]
+    whole, stopped, resumed = (runner.model.routing_statistics for runner in runners)
+    for load in loads:
+        whole.add({'layer/load': load})
+    for load in loads[:2]:
+        stopped.add({'layer/load': load})
+    checkpoint: dict[str, Any] = {}
+    MoeStateHook().before_save_checkpoint(runners[1], checkpoint)
+    MoeStateHook().after_load_checkpoint(runners[2], checkpoint)
+    resumed.add({'layer/load': loads[2]})
+    assert resumed.means().keys() == whole.means().keys() == {'layer/load'}
+    torch.testing.assert_close(resumed.means(), whole.means(), rtol=0, atol=0)
+
+
+def test_routing_of_a_validation_that_is_cut_off_is_not_kept() -> None:
+    runner = SimpleNamespace(model=Reporting().eval(), _resume=True)
+    runner.model.routing_statistics.add({'layer/load': torch.ones(2) / 2})
+    checkpoint: dict[str, Any] = {}
+    MoeStateHook().before_save_checkpoint(runner, checkpoint)
+    resumed = SimpleNamespace(model=Reporting(), _resume=True)
+    MoeStateHook().after_load_checkpoint(resumed, checkpoint)  # as one of before, without any
+    assert resumed.model.routing_statistics.means() == {}
 
 
 def runner_for(num_classes: int) -> Any:

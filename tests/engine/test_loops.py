@@ -4,15 +4,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mmengine.dataset import DefaultSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.logging import MessageHub
 from mmengine.registry import LOOPS
 from mmengine.runner import runner as upstream
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.engine.loops import PROCESSES, SEEN, ResumableEpochLoop
-from vqmoe_vision.engine.seeding import SeededSampler
+from vqmoe_vision.engine.loops import PROCESSES, SEEN, ResumableEpochLoop, check_batches
+from vqmoe_vision.engine.seeding import SeededInfiniteSampler, SeededSampler
 
 
 class Recorded(ResumableEpochLoop):
@@ -50,3 +50,15 @@ def test_what_an_epoch_has_seen_is_passed_over_once(kind: Any) -> None:
     hub.update_info(PROCESSES, 4)
     with pytest.raises(ValueError, match=r'1 process is not possible: .* which goes on with 4'):
         loop.run_epoch()
+
+
+@pytest.mark.parametrize('kind', [SeededSampler, SeededInfiniteSampler, InfiniteSampler])
+def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not(kind: Any) -> None:
+    loader = DataLoader(range(4), batch_size=6, sampler=kind(range(4)), drop_last=True)
+    runner: Any = SimpleNamespace(train_dataloader=loader)
+    if kind is SeededSampler:
+        with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=6 must be at most 4'):
+            check_batches(runner)
+    else:
+        check_batches(runner)
+        assert len(next(iter(loader))) == 6

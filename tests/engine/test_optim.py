@@ -6,6 +6,7 @@ from mmengine.registry import OPTIMIZERS
 from torch import nn
 
 import vqmoe_vision  # noqa: F401
+from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.engine.optim import (
     CpuAmpOptimWrapper,
     TimmOptimWrapperConstructor,
@@ -98,6 +99,15 @@ def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
             r"\['head'\]\.lr is .* takes lr_mult and decay_mult",
         ),
         (
+            {'custom_keys': ['head']},
+            r"custom_keys=\['head'\] is not possible: dictionaries by part",
+        ),
+        ({'custom_keys': {'head': 10}}, r"\['head'\]=10 is not possible: dictionaries by part"),
+        (
+            {'custom_keys': {'head': {'lr_mult': 'ten'}}},
+            r"\['head'\]\.lr_mult='ten' is not possible: float",
+        ),
+        (
             {'custom_keys': {'hed': {'lr_mult': 2.0}}},
             r"\['hed'\] is in no name .* model\.cls_token",
         ),
@@ -111,6 +121,13 @@ def test_constructor_refuses_what_it_would_ignore(paramwise: dict, message: str)
     config = {'optimizer': {'type': 'SGD', 'lr': 1.0}}
     with pytest.raises(ValueError, match=message):
         TimmOptimWrapperConstructor(config, paramwise)(Wrapped())
+
+
+def test_a_layer_decay_that_is_no_number_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^paramwise_cfg\.layer_decay='big' is not possible: float"
+    ):
+        LayerDecayOptimWrapperConstructor({'optimizer': SGD}, {'layer_decay': 'big'})
 
 
 def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32() -> None:

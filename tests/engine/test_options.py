@@ -42,6 +42,14 @@ def test_what_is_no_dictionary_is_one_line(written: str) -> None:
         parse_options([f'a.b={written}'])
 
 
+@pytest.mark.parametrize('element', ['first', '2', '-1'])
+def test_what_is_no_element_of_a_list_is_one_line(element: str) -> None:
+    name = f'param_scheduler.{element}.end'
+    said = rf'^--cfg-options {name}: param_scheduler is a list of 2, .* has no {element!r}$'
+    with pytest.raises(ValueError, match=said):
+        load_config(str(DIGITS), {name: 1})
+
+
 @pytest.mark.parametrize('options', DOCUMENTED)
 def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None:
     given = parse_options(shlex.split(options, comments=True))

@@ -63,6 +63,21 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.glob('out*'))
 
 
+def test_a_disk_that_torchs_writer_finds_full_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = write(tmp_path / 'iter_2.pth'), tmp_path / 'out.pth'
+
+    def fill(content: dict, path: Path) -> None:
+        raise RuntimeError('[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0')
+
+    monkeypatch.setattr(torch, 'save', fill)
+    with pytest.raises(SystemExit) as caught:
+        publish([checkpoint, str(out)])
+    reason = 'the write was cut off, as by a full disk'
+    assert caught.value.code == f'error: {out} could not be written ({reason})'
+
+
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

@@ -85,3 +85,18 @@ def test_a_runner_without_the_hook_says_that_state_stands_still(
 def test_a_runner_with_the_hook_says_nothing(tmp_path: Path) -> None:
     runner_of(tmp_path, '').train()
     assert not [line for line in messages(tmp_path / 'run') if 'has no MoeStateHook' in line]
+
+
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'ABOVE_NORMAL', 'NORMAL', 'LOW'])
+def test_averages_are_taken_between_the_codebooks_and_the_save(
+    priority: str, tmp_path: Path
+) -> None:
+    ema = {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.priority': priority}
+    name = f'{tmp_path.name} {priority}'
+    runner = runner_of(tmp_path, '', **ema, experiment_name=name)
+    if priority in ('NORMAL', 'LOW'):
+        check_hooks(runner)
+        return
+    said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook, "
+    with pytest.raises(ValueError, match=said):
+        check_hooks(runner)

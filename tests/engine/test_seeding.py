@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.dataset import BaseDataset, dataset_wrapper
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, loops
 from torch.utils.data import Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
@@ -111,6 +111,34 @@ def test_noise_is_drawn_anew_for_every_sample_epoch_and_seed() -> None:
     noise = [value for _, value in stream(0)]
     assert sorted(index for index, _ in stream(0)[:4]) == [0, 1, 2, 3]
     assert len({*noise, *(value for _, value in stream(0, seed=1))}) == 16
+
+
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('num_workers', [0, 1])
+@pytest.mark.parametrize('sampler', ['SeededInfiniteSampler', 'SeededSampler'])
+def test_a_resumed_run_by_iterations_sees_what_the_whole_one_sees(
+    sampler: str, num_workers: int, drop_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the end of an epoch, whose last batch is smaller or left out."""
+    monkeypatch.setattr(loops.time, 'sleep', lambda seconds: None)  # mmengine's, at such an end
+
+    def batches(done: int) -> list[list[list[float]]]:
+        config = dict(
+            dataset=Seeded(),  # four samples
+            sampler=dict(type=sampler, shuffle=True),
+            batch_size=3,
+            num_workers=num_workers,
+            drop_last=drop_last,
+            worker_init_fn=dict(type='keep_worker_seed'),
+            collate_fn=dict(type='default_collate'),
+        )
+        iterator = loops._InfiniteDataloaderIterator(Runner.build_dataloader(config, seed=0))
+        iterator.skip_iter(done)  # as mmengine's loop when it resumes
+        return [next(iterator).tolist() for _ in range(done, 8)]
+
+    whole = batches(0)
+    for done in (1, 3, 6):
+        assert batches(done) == whole[done:]
 
 
 class Inner(BaseDataset):

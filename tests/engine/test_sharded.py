@@ -41,6 +41,11 @@ def test_refused(fields: dict[str, Any], processes: int, message: str) -> None:
         fill_in_parallel(Config(fields), processes)
 
 
+def test_a_hook_without_a_type_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^custom_hooks=\{'tpye': 'EMAHook'\} is not possible: "):
+        fill_in_parallel(Config({'custom_hooks': [{'tpye': 'EMAHook'}]}), 1)
+
+
 def test_a_config_that_a_run_has_written_has_one_hook() -> None:
     config = Config({'parallel': {'expert_processes': 2}, 'custom_hooks': [{'type': 'Other'}]})
     fill_in_parallel(config, 2)
@@ -115,17 +120,34 @@ def test_optimizers_that_see_wholes() -> None:
     check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
 
 
-def test_clips_as_torch_does() -> None:
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'norm_type': 'inf'}, {'norm_type': 1}, {'foreach': False}, {'error_if_nonfinite': True}],
+    ids=str,
+)
+def test_clips_as_torch_does(options: dict[str, Any]) -> None:
     one, other = (torch.nn.Linear(3, 2) for _ in range(2))
     other.load_state_dict(one.state_dict())
     x = torch.randn(4, 3)
     norms = []
     for layer, clip in ((one, torch.nn.utils.clip_grad_norm_), (other, clip_grad_norm)):
         layer(x).square().sum().backward()
-        norms.append(clip(list(layer.parameters()), max_norm=0.1))
+        norms.append(clip(list(layer.parameters()), max_norm=0.1, **options))
     torch.testing.assert_close(*norms)
     for parameter, same in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(same.grad, parameter.grad)
+
+
+def test_a_norm_that_is_not_finite_is_an_error_where_torch_has_one() -> None:
+    layer = torch.nn.Linear(3, 2)
+    (layer(torch.ones(4, 3)) * torch.inf).sum().backward()
+    messages = []
+    for clip in (torch.nn.utils.clip_grad_norm_, clip_grad_norm):
+        assert not clip(list(layer.parameters()), max_norm=0.1).isfinite()
+        with pytest.raises(RuntimeError, match='is non-finite, so it cannot be clipped') as caught:
+            clip(list(layer.parameters()), max_norm=0.1, error_if_nonfinite=True)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 def test_whole_tensors_stay_what_they_are() -> None:

@@ -20,11 +20,10 @@ from vqmoe_vision.engine.checkpoint_files import (
     newest_checkpoint,
     remove_partial,
 )
-from vqmoe_vision.engine.finite import NonFiniteError, check_weights
+from vqmoe_vision.engine.finite import NonFiniteError, check_own_parts, check_weights
 from vqmoe_vision.engine.parts import KEY, checksum
 from vqmoe_vision.engine.publish import publish_checkpoint
 from vqmoe_vision.engine.sharded_saves import (
-    check_own_parts,
     whole_state,
     write_parts,
 )

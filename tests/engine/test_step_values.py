@@ -142,6 +142,31 @@ def test_on_a_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
     assert spoil.begun == 4
 
 
+class SpoilsLast(Hook):
+    """The last step leaves an infinite weight."""
+
+    priority = 'VERY_HIGH'
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if self.is_last_train_iter(runner):
+            runner.model.model.head.weight.data.fill_(torch.inf)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'default_hooks.checkpoint.by_epoch': False, 'default_hooks.checkpoint.interval': 10}],
+    ids=['epoch', 'iteration'],
+)
+def test_a_weight_that_the_last_step_spoils_is_of_that_iteration(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    runner = runner_of(tmp_path / 'run', **options)
+    runner.register_hook(SpoilsLast())
+    with pytest.raises(NonFiniteError, match=r'^parameter \S+ became .* at iteration 10; '):
+        runner.train()
+    assert not list((tmp_path / 'run').glob('*.pth'))
+
+
 def test_a_history_is_mmengines() -> None:
     theirs, ours = (HistoryBuffer([5, 6], [1, 2], max_length=6) for _ in range(2))
     reads: list[int] = []

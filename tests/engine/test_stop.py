@@ -7,15 +7,19 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
+from vqmoe_vision.engine.stop import keep_workers
 
 from ..forked import ROOT, run_tool
 from ..soak.kinds import FOUR_SCENES, SCENES
@@ -275,3 +279,33 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     done = start(tmp_path)
     assert done.returncode == -signal.SIGTERM
     assert (tmp_path / 'w/last_checkpoint').read_text() == 'epoch_2.pth'
+
+
+class SlowSamples(Dataset):
+    """Each of which takes a moment, and says whether its worker began as it should."""
+
+    begun = False
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[int, bool]:
+        time.sleep(0.1)
+        return index, SlowSamples.begun
+
+
+def begin(worker_id: int) -> None:
+    SlowSamples.begun = True
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work() -> None:
+    loader = DataLoader(SlowSamples(), batch_size=None, num_workers=1, worker_init_fn=begin)
+    keep_workers(loader)
+    before = set(active_children())
+    batches = iter(loader)
+    found = [next(batches)]
+    (worker,) = set(active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT):  # as torchrun, or a terminal
+        os.kill(worker.pid, number)
+    found += batches
+    assert [(int(index), bool(begun)) for index, begun in found] == [(i, True) for i in range(6)]

@@ -30,6 +30,12 @@ model = dict(backbone=dict(model_name=METHOD, {TINY}), decode_head=dict(num_laye
 train_cfg = dict(max_iters=9, val_interval=3)
 default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
 {FOUR_SCENES}"""
+# the loop of mmengine that is counted in iterations, and goes through three epochs
+ITERATIONS = f"""{CLASSIFICATION}
+train_cfg = dict(_delete_=True, by_epoch=False, max_iters=10, val_interval=5)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False)]
+log_processor = dict(by_epoch=False)
+"""
 AVERAGES = "ema=dict(type='EMAHook', momentum=0.1)"
 STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
 
@@ -73,6 +79,9 @@ KINDS = {
             'CHECKPOINT': 'interval=3, by_epoch=False',
             'MORE': AVERAGES,
         },
+    ),
+    'classification, loop over iterations': Kind(
+        ITERATIONS, 3, {'METHOD': "'vit_tiny_vqmoe'", 'CHECKPOINT': 'interval=3, by_epoch=False'}
     ),
     'classification, accumulation': Kind(
         CLASSIFICATION + 'optim_wrapper = dict(accumulative_counts=3)\n',

@@ -25,6 +25,8 @@ def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
     """
     if runner.optim_wrapper.should_update() or get_world_size() > 1:
         return
+    if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
+        return
     model = unwrapped(runner)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     observed = {name: codebook.observed for name, codebook in _codebooks(model).items()}

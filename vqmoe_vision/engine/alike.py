@@ -55,6 +55,8 @@ def _leaves(value: Any, name: str = '') -> Iterator[tuple[str, str]]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inside in items:
             yield from _leaves(inside, f'{name}.{key}' if name else str(key))
+    elif isinstance(value, set | frozenset):  # in each process in another order
+        yield name, f'{{{", ".join(sorted(_ADDRESS.sub("", repr(one)) for one in value))}}}'
     else:
         yield name, _ADDRESS.sub('', repr(value))
 

@@ -23,6 +23,19 @@ class SaveError(OSError):
     """A file could not be written; what was there before is as it was."""
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a write failed, in words.
+
+    Args:
+        error: Of the system, or of torch; it may have been sent between processes, which leaves
+            behind what caused it.
+    """
+    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+    # what torch's writer says in the place of the system's word
+    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
+    return 'the write was cut off, as by a full disk' if cut_off else said
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file, so that whatever happens meanwhile it is the old one or the new one.
 
@@ -76,6 +89,30 @@ class AtomicBackend(LocalBackend):
             filepath: Where to.
         """
         write_atomically(Path(filepath), obj)
+
+
+def check_template(name: Any) -> None:
+    """Refuses names of checkpoints by which no run would find them again.
+
+    Args:
+        name: What a config has as `filename_tmpl`: a name with `{}` in the place of the number.
+
+    Raises:
+        ValueError: It is none, or `candidates` would leave out such a file.
+    """
+    valid = isinstance(name, str) and name.endswith('.pth') and '/' not in name
+    if not valid or name.startswith((BEST, '.')):
+        raise ValueError(
+            f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
+            f"'{BEST}' or a dot"
+        )
+    try:
+        name.format(1)
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            f'filename_tmpl={name!r} is not possible: {{}} stands for the number, as in '
+            "'epoch_{}.pth'"
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> Path:

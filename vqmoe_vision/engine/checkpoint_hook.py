@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from vqmoe_vision.moe.config import check
 
 from .accumulated import keep_accumulated, restore_accumulated
 from .checkpoint_files import (
     BEST,
     POINTER,
     candidates,
+    check_template,
     delete,
     newest_checkpoint,
     newest_time,
@@ -23,9 +26,10 @@ from .checkpoint_files import (
     write_atomically,
 )
 from .loops import SEEN
-from .stop import StopSignals
+from .progress import VALIDATED, progress_of, validation_was_cut_off
+from .stop import StopSignals, keep_workers
 
-_VALIDATED, _OUTDATED = 'validated_iter', 'outdated_ckpts'
+_OUTDATED = 'outdated_ckpts'
 
 
 @HOOKS.register_module('CheckpointHook', force=True)
@@ -57,12 +61,7 @@ class AtomicCheckpointHook(CheckpointHook):
                     f'{name}={options[name]!r} is not supported: checkpoints are files in the work '
                     'dir, --work-dir'
                 )
-        name = options.get('filename_tmpl') or '{}.pth'
-        if not name.endswith('.pth') or name.startswith((BEST, '.')) or '/' in name:
-            raise ValueError(
-                f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
-                f"'{BEST}' or a dot"
-            )
+        check_template(options.get('filename_tmpl') or '{}.pth')
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
         self._former_best: dict[str, str | None] = {}
@@ -70,6 +69,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._resumed_from = ''
         self._saved_at = 0.0
         self._validating = False
+        self._training = False
 
     def before_run(self, runner: Runner) -> None:
         """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
@@ -112,10 +112,16 @@ class AtomicCheckpointHook(CheckpointHook):
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
         self._signals = StopSignals(lambda: self._save_now(runner))
-        if self._validation_was_cut_off(runner):
-            runner.logger.info('Validating first: the run ended before it had done so')
+        self._training = True
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop is not None:
+                keep_workers(loop.dataloader)
+        if validation_was_cut_off(runner):
+            runner.logger.info(
+                'Validating first: the checkpoint does not say that it was validated'
+            )
             runner.val_loop.run()
-        done, end, limit = _progress_of(runner)
+        done, end, limit = progress_of(runner)
         if done >= end:
             runner.logger.info(f'Nothing is left to train: train_cfg.{limit}={end} is reached')
 
@@ -144,10 +150,13 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_val(self, runner: Runner) -> None:
         """Until the first batch hooks change what is saved."""
-        self._signals.at_once = False
+        if self._training:  # a validation alone, of `Runner.val`, saves nothing
+            self._signals.at_once = False
 
     def before_val_epoch(self, runner: Runner) -> None:
         """A run that is told to stop does not wait for the validation."""
+        if not self._training:
+            return
         self._progress = (runner.epoch, runner.iter)
         self._validating = True
         self._signals.obey()
@@ -157,13 +166,15 @@ class AtomicCheckpointHook(CheckpointHook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """After the last batch hooks change what is saved."""
-        if batch_idx + 1 == len(runner.val_dataloader):
+        if self._training and batch_idx + 1 == len(runner.val_dataloader):
             self._signals.at_once = False
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best, and ends a run that was told to stop."""
+        if not self._training:
+            return
         self._validating = False
-        runner.message_hub.update_info(_VALIDATED, runner.iter)
+        runner.message_hub.update_info(VALIDATED, runner.iter)
         super().after_val_epoch(runner, metrics)
         self._signals.obey()
 
@@ -185,18 +196,6 @@ class AtomicCheckpointHook(CheckpointHook):
         for key, value in info.items():
             if key.startswith(('best_ckpt', 'last_ckpt')):
                 info[key] = Path(str(value)).name
-
-    def _validation_was_cut_off(self, runner: Runner) -> bool:
-        loop = runner.train_loop
-        done, end, _ = _progress_of(runner)
-        return (
-            runner.val_loop is not None
-            and runner._resume
-            and done >= max(loop.val_begin, 1)
-            and (done % loop.val_interval == 0 or done == end)
-            and not runner.message_hub.get_info(SEEN, 0)
-            and runner.message_hub.get_info(_VALIDATED) != runner.iter
-        )
 
     def _save_now(self, runner: Runner) -> int:
         """Saves a run that is told to stop, whatever the interval.
@@ -256,6 +255,9 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         if not self.save_best:
             return
+        for key in self.key_indicators:
+            allowed = f'a metric of the validation, which are {", ".join(metrics)}'
+            check(key in (*metrics, 'auto'), 'save_best', key, allowed)
         # mmengine deletes the file that it knows of before it writes the new one
         self._former_best = self._best()
         for key in self._former_best:
@@ -294,26 +296,3 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             delete(Path(self.out_dir), [name for name in names if name != current])
         self._outdated = [name for name in self._outdated if name not in names]
-
-
-def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
-    """Whether a hook writes a checkpoint after the iteration that is ending.
-
-    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
-
-    Args:
-        hook: Of any kind.
-        runner: In `after_train_iter`.
-    """
-    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
-        return False
-    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
-    return due or (hook.save_last and hook.is_last_train_iter(runner))
-
-
-def _progress_of(runner: Runner) -> tuple[int, int, str]:
-    """What is done, what there is to do, and the option of `train_cfg` that says so."""
-    loop = runner.train_loop
-    if isinstance(loop, EpochBasedTrainLoop):
-        return loop.epoch, loop.max_epochs, 'max_epochs'
-    return loop.iter, loop.max_iters, 'max_iters'

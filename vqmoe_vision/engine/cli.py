@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from vqmoe_vision.moe.config import check
+
 from .alike import check_configs, check_datasets
-from .checkpoint_files import newest_checkpoint, newest_time
+from .checkpoint_files import newest_checkpoint, newest_time, write_atomically
 from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
+from .loops import check_batches
 from .optim import use_amp
 from .options import add_config_options, merge_options
 from .processes import Processes, together
@@ -185,7 +187,7 @@ def _train(args: argparse.Namespace) -> None:
         check_datasets(processes, runner, ('train', 'val'))
         if isinstance(runner, Runner):
             check_hooks(runner)
-            _check_batches(runner)
+            check_batches(runner)
             check_training_data(runner)
         runner.train()
 
@@ -222,6 +224,9 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     config = _configure(args)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
+    if args.out is not None and processes.rank == 0:  # before the work
+        check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
+        make_folder(args.out.parent)
     config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
         if processes.size > 1:
@@ -238,21 +243,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(metrics, indent=2, default=float) + '\n')
-
-
-def _check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration."""
-    loader = runner.train_dataloader
-    if len(loader) == 0:
-        size = get_world_size()
-        of_each = f' for each of {size} processes' if size > 1 else ''
-        raise ValueError(
-            f'train_dataloader.batch_size={loader.batch_size} must be at most '
-            f'{len(loader.sampler)}, the number of training images{of_each}: drop_last=True '
-            'leaves out what fills no batch'
-        )
+        write_atomically(args.out, f'{json.dumps(metrics, indent=2, default=float)}\n'.encode())
 
 
 def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
@@ -277,7 +268,12 @@ def _configure(args: argparse.Namespace) -> Config:
 
 
 def _runner_class(config: Config) -> type[Runner]:
-    return RUNNERS.get(config.runner_type) if 'runner_type' in config else Runner
+    if 'runner_type' not in config:
+        return Runner
+    found = RUNNERS.get(config.runner_type)
+    allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
+    check(found is not None, 'runner_type', config.runner_type, allowed)
+    return found
 
 
 def _with_weights(runner: type[Runner]) -> type[Runner]:

@@ -5,8 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from mmengine.dist import all_gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+_INFINITE = 'infinite_by_design'  # names of buffers
 
 
 class NonFiniteError(FloatingPointError):
@@ -40,6 +43,16 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
     )
 
 
+def pass_over_infinite(model: nn.Module) -> None:
+    """Lets `check_weights` leave out buffers that are not finite by design, such as a mask of -inf.
+
+    Args:
+        model: As it was built, before it has the weights of a checkpoint.
+    """
+    found = (name for name, buffer in model.named_buffers() if not buffer.isfinite().all())
+    setattr(model, _INFINITE, frozenset(found))
+
+
 def check_weights(
     model: nn.Module, iteration: int, state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
@@ -56,9 +69,12 @@ def check_weights(
     Raises:
         NonFiniteError: Names the first one, and the iteration.
     """
+    by_design: frozenset[str] = getattr(model, _INFINITE, frozenset())
     finite: dict[str, torch.Tensor] = {}
     of_devices = defaultdict(list)
     for name, value in (model.state_dict() if state is None else state).items():
+        if name in by_design:
+            continue
         own = value.to_local() if isinstance(value, DTensor) else value
         finite[name] = torch.isfinite(own).all()
         of_devices[own.device].append(finite[name])
@@ -69,5 +85,26 @@ def check_weights(
     kind = 'parameter' if name in dict(model.named_parameters()) else 'buffer'
     raise NonFiniteError(
         f'{kind} {name} became nan or infinite at iteration {iteration}; '
-        'training has stopped, the last checkpoint is sound'
+        'training has stopped, and no checkpoint has it'
     )
+
+
+def check_own_parts(model: nn.Module, iteration: int, state: dict[str, torch.Tensor]) -> None:
+    """As `check_weights`: each process looks at its parts, and all of them agree.
+
+    Args:
+        model: Of which each process has a part.
+        iteration: As `check_weights`.
+        state: Its state, in which some tensors are spread.
+
+    Raises:
+        NonFiniteError: On all processes, of the first that has found something.
+    """
+    problem = ''
+    try:
+        check_weights(model, iteration, state)
+    except NonFiniteError as error:
+        problem = str(error)
+    found = next(filter(None, all_gather_object(problem)), None)
+    if found is not None:
+        raise NonFiniteError(found)

@@ -14,14 +14,16 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
-from .checkpoint_hook import saves_after_iteration
 from .features import fit_features
-from .finite import check_weights
+from .finite import check_weights, pass_over_infinite
 from .log import wrapped
 from .model import unwrapped
 from .normalization import of_run
+from .progress import saves_after_iteration
 from .routing import lines_of
 from .stated_experts import check_experts
+
+_ROUTING = 'routing_statistics'
 
 
 @HOOKS.register_module()
@@ -34,6 +36,19 @@ class MoeStateHook(Hook):
 
     # before EMAHook, whose averages have copies of what has moved
     priority = 'ABOVE_NORMAL'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Goes on with the routing of an epoch that a run resumes in its middle."""
+        model = unwrapped(runner)
+        if runner._resume and _ROUTING in checkpoint:  # a run of before has not kept it
+            device = next(model.parameters()).device
+            model.routing_statistics.load_state_dict(checkpoint[_ROUTING], device)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps the routing that no report has told yet, of this rank."""
+        model = unwrapped(runner)
+        if model.training:  # a validation that is cut off begins anew
+            checkpoint[_ROUTING] = model.routing_statistics.state_dict()
 
     def before_train(self, runner: Runner) -> None:
         """Tells layers and model that a training begins.
@@ -105,6 +120,10 @@ class NonFiniteGuardHook(Hook):
     with a gradient that is not, of which nobody computes the norm.
     """
 
+    def before_run(self, runner: Runner) -> None:
+        """Looks at what is not finite by design."""
+        pass_over_infinite(unwrapped(runner))
+
     def after_train_iter(
         self,
         runner: Runner,
@@ -114,15 +133,15 @@ class NonFiniteGuardHook(Hook):
     ) -> None:
         """Looks at the parameters before the checkpoint of an iteration is due."""
         if any(saves_after_iteration(hook, runner) for hook in runner.hooks):
-            check_weights(runner.model, runner.iter + 1)
+            check_weights(unwrapped(runner), runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Looks at the parameters before the checkpoint of the epoch is due."""
-        check_weights(runner.model, runner.iter + 1)
+        check_weights(unwrapped(runner), runner.iter)  # counts the last one of the epoch already
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at the parameters before they are written."""
-        check_weights(runner.model, runner.iter + 1, checkpoint['state_dict'])
+        check_weights(unwrapped(runner), checkpoint['meta']['iter'], checkpoint['state_dict'])
 
 
 @HOOKS.register_module()

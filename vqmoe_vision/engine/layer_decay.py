@@ -7,6 +7,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from vqmoe_vision.moe.config import check_type
+
 from .optim import TimmOptimWrapperConstructor, undecayed_parameters
 
 
@@ -32,6 +34,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         self.layer_decay = self.paramwise_cfg.get('layer_decay', 0.0)
+        check_type('paramwise_cfg.layer_decay', float, self.layer_decay)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
                 f'paramwise_cfg={paramwise_cfg} must have layer_decay=x with 0 < x <= 1'

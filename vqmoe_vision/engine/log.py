@@ -5,6 +5,9 @@ from typing import Any
 
 from mmengine.registry import LOG_PROCESSORS
 from mmengine.runner import LogProcessor
+from torch import nn
+
+from vqmoe_vision.moe.collect import moe_layers
 
 from .model import unwrapped
 
@@ -53,11 +56,14 @@ class MoeLogProcessor(LogProcessor):
         """
         scalars, text = super().get_log_after_iter(runner, batch_idx, mode)
         sums: dict[str, float] = {}
+        layers = moe_layers(getattr(unwrapped(runner), 'routed_model', nn.Identity()))
         for name, value in scalars.items():
+            name = name.removeprefix(f'{mode}/')  # which a config may ask for
             layer, _, kind = name.rpartition('/')
-            if layer and kind.endswith('_loss'):
-                sums[kind] = sums.get(kind, 0.0) + value
-        text = re.sub(r'  [^\s:]+/[^\s:]+: \S+', '', text)
+            if layer in layers:  # a model may have names with a slash of its own
+                text = re.sub(rf'  {re.escape(name)}: \S+', '', text)
+                if kind.endswith('_loss'):
+                    sums[kind] = sums.get(kind, 0.0) + value
         text = re.sub(r'base_lr: (\S+) (lr: \1)(?=\s)', r'\2', text)
         statistics = getattr(unwrapped(runner), 'logged_statistics', None)
         if mode == 'train' and statistics is not None:

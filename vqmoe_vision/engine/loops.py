@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from itertools import islice
 
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner import runner as upstream
 
 SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
@@ -26,8 +27,8 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         seen = self._seen()
         sampler = self.dataloader.sampler
-        if hasattr(sampler, 'skip') and self.dataloader.batch_size is not None:
-            sampler.skip(seen * self.dataloader.batch_size)
+        if hasattr(sampler, 'pass_over') and self.dataloader.batch_size is not None:
+            sampler.pass_over(seen * self.dataloader.batch_size)
             batches: Iterable = enumerate(self.dataloader, start=seen)
         else:  # of an order that only the data loader knows: what was seen is read again
             batches = islice(enumerate(self.dataloader), seen, None)
@@ -65,3 +66,24 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 
 upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`
+
+
+def check_batches(runner: Runner) -> None:
+    """Names the options before mmengine fails on an epoch without an iteration.
+
+    Args:
+        runner: About to train.
+
+    Raises:
+        ValueError: An epoch has no batch.
+    """
+    loader = runner.train_dataloader
+    # an infinite one fills a batch with the images of several rounds
+    if len(loader) == 0 and not isinstance(loader.sampler, InfiniteSampler):
+        size = get_world_size()
+        of_each = f' for each of {size} processes' if size > 1 else ''
+        raise ValueError(
+            f'train_dataloader.batch_size={loader.batch_size} must be at most '
+            f'{len(loader.sampler)}, the number of training images{of_each}: drop_last=True '
+            'leaves out what fills no batch'
+        )

@@ -14,6 +14,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 
 
@@ -94,7 +95,7 @@ class TimmOptimWrapperConstructor:
             weight decay; what does not decay by timm's rules still does not.
 
     Raises:
-        ValueError: `paramwise_cfg` has other options.
+        ValueError: `paramwise_cfg` has other options, or what they hold is something else.
     """
 
     paramwise_options: tuple[str, ...] = ('custom_keys',)
@@ -148,13 +149,18 @@ _MULTIPLIERS = {'lr_mult': 'lr', 'decay_mult': 'weight_decay'}
 
 
 def _checked(custom_keys: Any) -> dict[str, dict[str, float]]:
+    named = 'paramwise_cfg.custom_keys'
+    example = "dictionaries by part of a name, such as {'head': {'lr_mult': 10}}"
+    check(isinstance(custom_keys, dict), named, custom_keys, example)
     for key, factors in custom_keys.items():
-        for name in factors:
+        check(isinstance(factors, dict), f'{named}[{key!r}]', factors, example)
+        for name, value in factors.items():
             if name not in _MULTIPLIERS:
                 raise ValueError(
                     f'paramwise_cfg.custom_keys[{key!r}].{name} is not possible; '
                     f'it takes {" and ".join(_MULTIPLIERS)}'
                 )
+            check_type(f'{named}[{key!r}].{name}', float, value)
     return custom_keys
 
 

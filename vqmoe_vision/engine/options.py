@@ -114,7 +114,7 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
 
     Raises:
         ValueError: The first part of a name is not a field of a config, or another part is a field
-            of something that has none.
+            of something that has none, or stands for no element of a list.
     """
     fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
     for name in options:
@@ -128,8 +128,13 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
         for part in others:
             if not isinstance(value, dict | list):
                 raise ValueError(f'--cfg-options {name}: {owner} is {value!r}, it has no {part!r}')
+            if isinstance(value, list) and not (part.isdecimal() and int(part) < len(value)):
+                raise ValueError(
+                    f'--cfg-options {name}: {owner} is a list of {len(value)}, counted from 0; it '
+                    f'has no {part!r}'
+                )
             owner = f'{owner}.{part}'
-            inside = value.get(part, {}) if isinstance(value, dict) else {}
+            inside = value.get(part, {}) if isinstance(value, dict) else value[int(part)]
             value = options.get(owner, inside)
     config.merge_from_dict(options)
 

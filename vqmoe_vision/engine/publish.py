@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import read_content
+from .checkpoint_files import SaveError, reason_of
 from .command import run
 from .hub_folder import publish_folder
 
@@ -77,6 +78,7 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     Raises:
         ValueError: `out` has another ending, or `checkpoint` cannot be read or is none of a
             training.
+        SaveError: The disk is full, for example.
     """
     target = Path(out)
     if target.suffix != '.pth':
@@ -88,7 +90,10 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     unnamed = target.with_suffix('.part')
     try:
-        torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
+        try:
+            torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
+        except RuntimeError as error:  # of torch's writer
+            raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
         digits = hashlib.sha256(unnamed.read_bytes()).hexdigest()[:8]
         named = target.with_name(f'{target.stem}-{digits}.pth')
         os.replace(unnamed, named)

@@ -1,6 +1,7 @@
 """The hooks that a training needs: a list in a config replaces that of its base."""
 
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -23,7 +24,8 @@ def check_hooks(runner: Runner) -> None:
         runner: About to train; one of another model needs none of them.
 
     Raises:
-        ValueError: A hook is missing; names all of them.
+        ValueError: A hook is missing; names all of them. Or averages are taken at another moment
+            than between the move of codebooks and the save.
     """
     if not isinstance(unwrapped(runner), MoeTrainingMixin):
         return
@@ -39,3 +41,19 @@ def check_hooks(runner: Runner) -> None:
         ', or repeat the list, custom_hooks=[*_base_.custom_hooks, ...]'
     )
     check(not missing, 'custom_hooks', listed, allowed)
+    _check_averages(runner)
+
+
+def _check_averages(runner: Runner) -> None:
+    """Hooks are in the order in which they are called."""
+    places = list(enumerate(runner.hooks))
+    moved = [at for at, hook in places if isinstance(hook, HOOKS.get('MoeStateHook'))]
+    saved = [at for at, hook in places if isinstance(hook, CheckpointHook)]
+    allowed = (
+        'after MoeStateHook, whose codebooks would be those of the update before, and before the '
+        "checkpoint hook, which would save other weights than are validated: leave it at 'NORMAL'"
+    )
+    for at, hook in places:
+        if isinstance(hook, EMAHook):
+            between = max(moved) < at < min(saved, default=len(places))
+            check(between, 'EMAHook.priority', hook.priority, allowed)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 
 from .checkpoint_files import write_atomically
@@ -47,14 +48,14 @@ class RoutingHistoryHook(Hook):
         records: How many lines a whole run gives.
 
     Raises:
-        ValueError: If `records` is below 1.
+        ValueError: If `records` is no whole number, or below 1.
     """
 
     priority = 'LOW'  # codebooks have moved by then, and the checkpoint is not yet written
 
     def __init__(self, records: int = 100) -> None:
-        if records < 1:
-            raise ValueError(f'records={records} is not possible: at least 1')
+        check_type('records', int, records)
+        check(records >= 1, 'records', records, 'at least 1')
         self.records = records
         self._resumed: dict[str, Any] | None = None
 
@@ -119,9 +120,23 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: Of `routing.jsonl`. Its last line may be cut off, as a kill leaves it.
+
+    Raises:
+        ValueError: Another line is none of the hook's; names the file and the line.
     """
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith('\n')]
+    *lines, _ = path.read_bytes().split(b'\n')
+    return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return {**record, 'iteration': int(record['iteration']), 'layers': dict(record['layers'])}
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = 'remove that line, or the file, to go on'
+        raise ValueError(
+            f'{str(path)!r} is damaged in line {number}: {error!r}; {remedy}'
+        ) from error
 
 
 def _sample(layer: MoeLayer) -> dict[str, Tensor]:

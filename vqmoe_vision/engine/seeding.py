@@ -167,8 +167,11 @@ class SeededSampler(DefaultSampler):
 
     _passed_over = 0
 
-    def skip(self, num_samples: int) -> None:
-        """Passes over the first samples of the next epoch, as the method of `InfiniteSampler`.
+    def pass_over(self, num_samples: int) -> None:
+        """Passes over the first samples of the next epoch.
+
+        Not `skip`, as of `InfiniteSampler`: mmengine calls that with the samples of all epochs, and
+        as if each batch were full.
 
         Args:
             num_samples: Of this process.

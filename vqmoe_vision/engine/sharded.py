@@ -47,11 +47,15 @@ def fill_in_parallel(config: Config, processes: int) -> None:
         processes: Of the run.
 
     Raises:
-        ValueError: An option is unknown or does not fit, or the run has one process.
+        ValueError: An option is unknown or does not fit, or the run has one process; or a hook has
+            no type.
     """
     # a config that a run has written has what was filled in for that run
     forget_wrapper(config)
-    hooks = [hook for hook in config.get('custom_hooks') or [] if hook['type'] != 'ShardingHook']
+    hooks = config.get('custom_hooks') or []
+    for hook in hooks:
+        check('type' in hook, 'custom_hooks', hook, "each has a type, such as {'type': 'EMAHook'}")
+    hooks = [hook for hook in hooks if hook['type'] != 'ShardingHook']
     options = config.get(FIELD)
     if options is None:
         config.pop(FIELD, None)  # so that the next run may set its options one by one
@@ -180,7 +184,11 @@ class ShardingHook(Hook):
 
 
 def clip_grad_norm(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, **options: Any
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, which takes parameters of one layout alone.
 
@@ -188,10 +196,14 @@ def clip_grad_norm(
         parameters: Some may be spread, over different processes.
         max_norm: As torch's.
         norm_type: As torch's.
-        **options: As torch's.
+        error_if_nonfinite: As torch's.
+        foreach: As torch's.
 
     Returns:
         The norm of all gradients, the same on all processes.
+
+    Raises:
+        RuntimeError: As torch's, on all processes.
     """
     layouts: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
@@ -200,11 +212,11 @@ def clip_grad_norm(
             layouts.setdefault(layout, []).append(parameter)
     norms = []
     for group in layouts.values():
-        norm = get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
-        norms.append(whole(norm))
-    total = get_total_norm(norms, norm_type)
+        gradients = [p.grad for p in group if p.grad is not None]
+        norms.append(whole(get_total_norm(gradients, norm_type, foreach=foreach)))
+    total = get_total_norm(norms, norm_type, error_if_nonfinite)
     for group in layouts.values():
-        clip_grads_with_norm_(group, max_norm, total, **options)
+        clip_grads_with_norm_(group, max_norm, total, foreach)
     return total
 
 

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
-from .checkpoint_files import SaveError, remove_unnamed, sync_folder
-from .finite import NonFiniteError, check_weights
+from .checkpoint_files import SaveError, reason_of, remove_unnamed, sync_folder
+from .finite import check_own_parts, check_weights
 from .parts import KEY, Parts, checksum, delete_folder
 
 
@@ -52,7 +52,9 @@ class WholeSaves:
         state: dict[str, Any] = {'state_dict': self._model.state_dict()}
         if save_optimizer:
             state['optimizer'] = self._runner.optim_wrapper.state_dict()
-        self._state = self._prepare(Path(out_dir) / filename, state)
+        # as mmengine counts without: in the middle of an iteration
+        done = (options.get('meta') or {}).get('iter', self._runner.iter + 1)
+        self._state = self._prepare(Path(out_dir) / filename, state, done)
         try:
             self._save(out_dir, filename, file_client_args, save_optimizer, **options)
         finally:
@@ -69,10 +71,10 @@ class WholeSaves:
         """
         checkpoint.update(self._state)
 
-    def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
         state = whole_state(state)
         if is_main_process():
-            check_weights(self._model, self._runner.iter + 1, state['state_dict'])
+            check_weights(self._model, done, state['state_dict'])
         return state
 
 
@@ -88,8 +90,8 @@ class SavesInParts(WholeSaves):
             if is_main_process():
                 remove_unnamed(Path(out_dir), {filename})
 
-    def _prepare(self, file: Path, state: dict[str, Any]) -> dict[str, Any]:
-        check_own_parts(self._model, self._runner.iter + 1, state['state_dict'])
+    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
+        check_own_parts(self._model, done, state['state_dict'])
         return write_parts(file, state)
 
 
@@ -137,7 +139,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
         _discard(folder)
         rank, (cause, _) = next(iter(error.failures.items()))
         raise SaveError(
-            f'{file} could not be written (rank {rank}: {_reason(cause)}); what was saved before '
+            f'{file} could not be written (rank {rank}: {reason_of(cause)}); what was saved before '
             'is intact'
         ) from error
 
@@ -221,35 +223,6 @@ def _discard(partial: Path) -> None:
     """
     with suppress(OSError):  # others may be faster
         delete_folder(partial)
-
-
-def _reason(error: BaseException) -> str:
-    """In words; the error has been sent between processes, which leaves behind what caused it."""
-    said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
-    # what torch's writer says in the place of the system's word
-    cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
-    return 'the write was cut off, as by a full disk' if cut_off else said
-
-
-def check_own_parts(model: nn.Module, iteration: int, state: dict[str, Tensor]) -> None:
-    """As `check_weights`: each process looks at its parts, and all of them agree.
-
-    Args:
-        model: Of which each process has a part.
-        iteration: As `check_weights`.
-        state: Its state, in which some tensors are spread.
-
-    Raises:
-        NonFiniteError: On all processes, of the first that has found something.
-    """
-    problem = ''
-    try:
-        check_weights(model, iteration, state)
-    except NonFiniteError as error:
-        problem = str(error)
-    found = next(filter(None, all_gather_object(problem)), None)
-    if found is not None:
-        raise NonFiniteError(found)
 
 
 def _take_parts(state: Any, place: tuple, places: dict, tensors: dict) -> Any:

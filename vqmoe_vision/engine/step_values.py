@@ -20,8 +20,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from .checkpoint_hook import saves_after_iteration
 from .finite import check_losses, check_weights
+from .model import unwrapped
+from .progress import saves_after_iteration
 
 READ_AT_ONCE = {'cpu'}  # kinds of devices whose values cost no wait
 LONGEST = 100  # iterations that a loss may wait for a look, however rarely lines are logged
@@ -211,7 +212,7 @@ class StepValuesHook(RuntimeInfoHook):
             check_losses(values, iteration)
             # with a loss scale an infinite gradient is normal: that step is skipped
             if not math.isfinite(values.get('grad_norm', 0.0)):
-                check_weights(runner.model, iteration)
+                check_weights(unwrapped(runner), iteration)
 
         self._values = StepValues(runner.message_hub, check)
         wrapper = runner.optim_wrapper

@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from .processes import current
 
@@ -93,6 +95,26 @@ class StopSignals:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self.at_once and not (processes is not None and processes.save_together):
             self.obey()
+
+
+def keep_workers(loader: DataLoader) -> None:
+    """Lets the workers of a data loader outlive a signal to all processes of a run.
+
+    torchrun passes a signal on to the workers too, and a training needs its batches until it has
+    saved. A worker whose training has ended ends by itself.
+
+    Args:
+        loader: Before it starts its workers.
+    """
+    loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+
+
+def _ignore_signals(own: Callable[[int], None] | None, worker_id: int) -> None:
+    # here and in no earlier place: PyTorch has just set a handler that ends the worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if own is not None:
+        own(worker_id)
 
 
 def _trains(frame: FrameType | None) -> bool:
