@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_state
@@ -287,13 +288,27 @@ def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> Non
 
 
 def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Path) -> None:
-    chosen = tmp_path / 'chosen.py'
-    metainfo = "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('3', '1'))))"
-    chosen.write_text(f'_base_ = {config!r}\n{metainfo}\n')
-    predictor = Predictor(str(chosen), str(trained / 'iter_2.pth'))
+    chosen = write_variant(
+        config,
+        "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('3', '1'))))\n"
+        'model = dict(decode_head=dict(num_classes=2))',
+    )
+    checkpoint = str(tmp_path / 'two.pth')
+    torch.save(MODELS.build(load_config(chosen).model).state_dict(), checkpoint)
+    predictor = Predictor(chosen, checkpoint)
     assert predictor.classes == ('3', '1')
     # BGR; the palette of the data set, where digit d is entry d + 1
     assert predictor.palette.tolist() == [[200, 130, 0], [75, 180, 60]]
+    with pytest.raises(ValueError, match='num_classes=11 is not possible: 2, as many classes as'):
+        options = {'model.decode_head.num_classes': 11}
+        Predictor(chosen, str(trained / 'iter_2.pth'), options=options)
+
+
+def test_classes_in_another_order_than_in_training(trained: Path, config: str) -> None:
+    classes = ('1', '0', 'background', *'23456789')
+    text = f'test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
+    with pytest.raises(ValueError, match=r"its class 0 is 'background', .* is '1'; give"):
+        Predictor(write_variant(config, text), str(trained / 'iter_2.pth'))
 
 
 def test_a_class_that_the_data_set_does_not_have(

@@ -14,9 +14,12 @@ from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.class_names import check_names
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.engine.wrapped_data import innermost
+from vqmoe_vision.moe.config import check
 
 from .metainfo import complete_metainfo
 from .transforms import LOADING, LoadImage
@@ -64,7 +67,8 @@ def predict(
         A `Prediction` per image, at the size of the image.
 
     Raises:
-        ValueError: The checkpoint does not fit the config, or an image cannot be read.
+        ValueError: The checkpoint does not fit the config or its classes, or an image cannot be
+            read.
         FileNotFoundError: There is no such config.
     """
     predictor = Predictor(config, checkpoint, device, options)
@@ -83,7 +87,7 @@ class Predictor:
 
     Raises:
         ValueError: The config is none of segmentation, its test has data sets that prepare images
-            in different ways, or the checkpoint does not fit it.
+            in different ways, or the checkpoint does not fit it or its classes.
         FileNotFoundError: There is no such config.
     """
 
@@ -107,6 +111,15 @@ class Predictor:
             )
         self.pipeline = Compose(steps)
         self.model = load_trained(settings, checkpoint, device)
+        self._check_classes(checkpoint)
+
+    def _check_classes(self, checkpoint: str) -> None:
+        field, count = 'test_dataloader.dataset', self.model.num_classes
+        allowed = f'{len(self.classes)}, as many classes as {field} has'
+        check(count == len(self.classes), 'model.decode_head.num_classes', count, allowed)
+        content = read_content(checkpoint, verify=False)
+        meta = content.get('meta') if isinstance(content, dict) else None
+        check_names(meta, self.classes, field)
 
     @torch.inference_mode()
     def __call__(
