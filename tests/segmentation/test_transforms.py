@@ -193,6 +193,24 @@ def test_labels_of_a_tiff_are_integers_from_0(tmp_path: Path) -> None:
 def test_one_pixel_high(tmp_path: Path) -> None:
     write_pair(tmp_path, 'a.png', 'b.png', np.zeros((1, 5)))
     assert load(tmp_path, 3)['gt_seg_map'].shape == (1, 5)
+    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((6, 1)), image_size=(5, 1))
+    with pytest.raises(ValueError, match=r'b\.png has 1x6 pixels, .*a\.png has 1x5'):
+        load(tmp_path, 3)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'CMYK'])
+@pytest.mark.parametrize('shape', [(4, 6), (1, 16), (16, 1)])
+def test_colours_are_no_label_map_whatever_their_number(
+    mode: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    height, width = shape
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    # as many pixels as the map has numbers, and as the map has pixels
+    for size in ((height, width * bands), shape):
+        write_pair(tmp_path, 'a.png', 'b.png', np.zeros(size))
+        Image.new(mode, (width, height)).save(tmp_path / 'b.png', 'TIFF')
+        with pytest.raises(ValueError, match=r'b\.png is a colour image; a label map has one'):
+            load(tmp_path, 3)
 
 
 def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import inspect
 import io
+import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 # or its import asks pypi.org for a newer version
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
@@ -212,20 +213,14 @@ class LoadLabels(LoadAnnotations):
         # of the classes in the files, which may be more than a config chooses
         num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
         try:
-            turn, beyond = self._inspect(path)
+            map_file = self._inspect(path)
             results = super().transform(results)
         except (OSError, ValueError, AttributeError, cv2.error) as error:
             raise ValueError(f'{path} cannot be read as a label map: {error}') from error
         shift = int(bool(results['reduce_zero_label']))
-        if len(beyond):
-            raise ValueError(_outside(path, beyond[0], num_labels, shift))
-        labels = results['gt_seg_map']
-        if labels.ndim == 2:
-            labels = np.ascontiguousarray(stored(labels, turn))
-        else:
-            # squeeze() has taken away a side of one pixel, or colours are left
-            labels = self._restore(labels, results['ori_shape'], path)
-        results['gt_seg_map'] = labels
+        if len(map_file.beyond):
+            raise ValueError(_outside(path, map_file.beyond[0], num_labels, shift))
+        results['gt_seg_map'] = labels = map_file.restored(results['gt_seg_map'], path)
         if labels.shape != tuple(results['ori_shape']):
             image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
             raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
@@ -245,25 +240,43 @@ class LoadLabels(LoadAnnotations):
             )
         return told
 
-    def _inspect(self, path: str) -> tuple[int, np.ndarray]:
-        """How the map will come turned, and labels that are no uint8.
-
-        mmseg would cast those in silence: 256 would become class 0.
-        """
+    def _inspect(self, path: str) -> '_MapFile':
         content = fileio.get(path, backend_args=self.backend_args)
         with opened(io.BytesIO(content), path) as file:
-            turn = _turned(file)
+            found = _MapFile(_turned(file), file.size[::-1], len(file.getbands()))
             # only the header has been read; all other modes have 8 bits or fewer
             if not file.mode.startswith(('I', 'F')):
-                return turn, np.empty(0)
+                return found
             labels = np.asarray(file)
-            return turn, labels[labels != (labels.astype(np.int64) & 0xFF)]
+            return found._replace(beyond=labels[labels != (labels.astype(np.int64) & 0xFF)])
 
-    @staticmethod
-    def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
-        if labels.size != shape[0] * shape[1]:
+
+class _MapFile(NamedTuple):
+    """What a file says of its label map.
+
+    Args:
+        turn: How the map will come turned.
+        shape: (H, W) as it will come.
+        bands: Numbers of each pixel.
+        beyond: Labels that are no uint8. mmseg would cast those in silence: 256 would be class 0.
+    """
+
+    turn: int
+    shape: tuple[int, int]
+    bands: int
+    beyond: np.ndarray = np.empty(0)
+
+    def restored(self, labels: np.ndarray, path: str) -> np.ndarray:
+        """The map (H, W) as it is stored, of what mmseg makes of the file.
+
+        Raises:
+            ValueError: There are several numbers of each pixel.
+        """
+        if self.bands > 1 or labels.size != math.prod(self.shape):
             raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
-        return labels.reshape(shape)
+        if labels.ndim < 2:  # squeeze() has taken away a side of one pixel
+            labels = labels.reshape(self.shape)
+        return np.ascontiguousarray(stored(labels, self.turn))
 
 
 def _outside(path: str, label: float, num_labels: int, shift: int) -> str:
