@@ -21,6 +21,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.cli import predict as predict_cli
 from vqmoe_vision.segmentation.inference import Predictor
+from vqmoe_vision.segmentation.loading import LoadImage
 
 from ..logs import reports
 
@@ -285,6 +286,26 @@ def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> Non
     images = [grey, colour, np.dstack([colour, noise(16, 16)])]
     first, *others = (r.labels for r in predict(config, str(trained / 'iter_2.pth'), images))
     assert all((first == other).all() for other in others)
+
+
+@pytest.mark.parametrize('option', [('shift', 'fog_3'), ('color_type', 'grayscale')])
+@pytest.mark.parametrize('as_file', [True, False])
+def test_prediction_reads_images_as_the_test_does(
+    option: tuple[str, str], as_file: bool, trained: Path, config: str, tmp_path: Path
+) -> None:
+    image, checkpoint = noise(40, 50, 3), str(trained / 'iter_2.pth')
+    path = tmp_path / 'a.png'
+    cv2.imwrite(str(path), image)
+    name, value = option
+    seen = LoadImage(**{name: value}).read(str(path))
+    if seen.ndim == 2 and not as_file:  # decoders round otherwise
+        seen = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    (expected,) = predict(config, checkpoint, seen)
+    options = {f'test_dataloader.dataset.pipeline.0.{name}': value}
+    predictor = Predictor(config, checkpoint, options=options)
+    found = predictor(path if as_file else image, opacity=0.0)
+    assert (found.labels == expected.labels).all()
+    assert (found.overlay == (seen if seen.ndim == 3 else seen[..., None])).all()
 
 
 def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from mmseg.registry import DATASETS
 from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
 
+from .loading import LOADING
 from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
-from .transforms import LOADING
 
 
 class SeededDataset(BaseSegDataset):

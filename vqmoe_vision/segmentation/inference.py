@@ -21,8 +21,8 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.engine.wrapped_data import innermost
 from vqmoe_vision.moe.config import check
 
+from .loading import LOADING, LoadImage, image_loader, in_bgr
 from .metainfo import complete_metainfo
-from .transforms import LOADING, LoadImage
 
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
@@ -77,7 +77,7 @@ def predict(
 
 
 class Predictor:
-    """A trained model with the pipeline of its tests.
+    """A trained model with the pipeline of its tests, and the options with which it reads images.
 
     Args:
         config: Config of a segmentation run.
@@ -109,6 +109,7 @@ class Predictor:
                 f'{config!r}: the data sets in test_dataloader.dataset prepare images in different '
                 'ways; a prediction needs one'
             )
+        self.load = image_loader(settings.test_dataloader.dataset)
         self.pipeline = Compose(steps)
         self.model = load_trained(settings, checkpoint, device)
         self._check_classes(checkpoint)
@@ -137,12 +138,10 @@ class Predictor:
         """
         if isinstance(image, str | Path):
             name = Path(image).stem
-        pixels = _read(image)
+        pixels = _read(image, self.load)
         size = pixels.shape[:2]
         try:
-            data = self.pipeline(
-                dict(img=pixels, img_path=str(name), img_shape=size, ori_shape=size)
-            )
+            data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
         except cv2.error as error:
             raise ValueError(
                 f'{name} has {size[1]}x{size[0]} pixels, which the pipeline cannot resize'
@@ -153,7 +152,7 @@ class Predictor:
         return Prediction(name, labels, self._overlay(pixels, labels, opacity), self.classes)
 
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
-        mixed = pixels * (1 - opacity) + self.palette[labels] * opacity
+        mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
 
 
@@ -198,12 +197,20 @@ def list_images(images: Any) -> list[Any]:
     return files
 
 
-def _read(image: str | Path | np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) uint8, BGR."""
+def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
+    """Pixels as the test reads those of its files."""
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')
-        return LoadImage().read(str(image))
+        return load.read(str(image))
+    pixels = _checked(image)
+    if load.color_type.startswith('grayscale'):
+        pixels = mmcv.bgr2gray(pixels)
+    return load.shifted(pixels)
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8, BGR, of an array at hand."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
     if image.ndim == 2:

@@ -19,7 +19,7 @@ from torch import Tensor
 from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 
-from .transforms import LOADING_LABELS
+from .loading import LOADING_LABELS
 
 
 class _Files(Sequence):
