@@ -1,10 +1,12 @@
 """Segmentation data sets that say what is missing, where it belongs and where to get it."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
+from mmengine import fileio
 from mmengine.logging import print_log
 from mmseg.datasets import (
     ADE20KDataset,
@@ -16,8 +18,9 @@ from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.moe.config import check
 
-from .loading import LOADING
+from .loading import IMAGE_SUFFIXES, LOADING
 from .metainfo import check_metainfo
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
@@ -55,8 +58,8 @@ class CheckedDataset(SeededDataset):
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, the files are not complete, or there is no such
-            part.
+        ValueError: Classes and palette do not fit, the files are not complete, several endings are
+            given, or there is no such part.
     """
 
     source = 'docs/own-data.md says how to lay out a data set'
@@ -69,6 +72,10 @@ class CheckedDataset(SeededDataset):
         **kwargs: Any,
     ) -> None:
         check_metainfo(type(self), metainfo)
+        for name in ('img_suffix', 'seg_map_suffix'):
+            suffix = kwargs.get(name, '')
+            allowed = 'one ending, by which an image and its label map are found'
+            check(isinstance(suffix, str), name, suffix, allowed)
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
         if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
@@ -104,9 +111,32 @@ class CheckedDataset(SeededDataset):
                 f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
+        if not self.ann_file:
+            self._tell_left_out()
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
+
+    def _tell_left_out(self) -> None:
+        """Warns of images with another ending, of which mmseg says nothing."""
+        folder, labels = (self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path'))
+        names = fileio.list_dir_or_file(folder, list_dir=False, recursive=True)
+        files = [Path(folder, n) for n in names if not n.endswith(self.img_suffix)]
+        left_out = [
+            file
+            for file in files
+            if file.suffix.lower() in IMAGE_SUFFIXES
+            if not (
+                labels and file.is_relative_to(labels) and file.name.endswith(self.seg_map_suffix)
+            )
+        ]
+        if left_out:
+            print_log(
+                f'{folder}: {len(left_out)} files look like images and are left out, such as '
+                f'{min(left_out)}: they do not end in img_suffix={self.img_suffix!r}',
+                'current',
+                logging.WARNING,
+            )
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair.

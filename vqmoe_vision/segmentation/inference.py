@@ -21,10 +21,8 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.engine.wrapped_data import innermost
 from vqmoe_vision.moe.config import check
 
-from .loading import LOADING, LoadImage, image_loader, in_bgr
+from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
 from .metainfo import complete_metainfo
-
-_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
 
 @dataclass(frozen=True)
@@ -191,9 +189,9 @@ def list_images(images: Any) -> list[Any]:
         return list(images)
     if not Path(images).is_dir():
         return [images]
-    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f'{images} holds no image ({", ".join(sorted(_SUFFIXES))})')
+        raise ValueError(f'{images} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
     return files
 
 
