@@ -1,6 +1,7 @@
 """Image files: which way is up, what deep pixels mean, and what is refused."""
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,31 @@ def test_a_file_is_read_as_it_is_displayed(name: str, turn: int, tmp_path: Path)
     found = read(tmp_path / name)
     assert found.shape == displayed(pixels, turn).shape
     assert np.abs(found.astype(int) - displayed(pixels, turn)).max() < 8  # JPEG is lossy
+
+
+@pytest.mark.parametrize('name', ['a.jpg', 'a.webp'])
+@pytest.mark.parametrize('turn', TURNS)
+def test_a_tag_of_another_type_does_not_matter(name: str, turn: int, tmp_path: Path) -> None:
+    # a width that is text, as some programs write it, before the orientation
+    tags = [(ExifTags.Base.ImageWidth, 2, 4, b'640\0')]
+    tags.append((ExifTags.Base.Orientation, 3, 1, struct.pack('<HH', turn, 0)))
+    entries = b''.join(struct.pack('<HHI', *tag[:3]) + tag[3] for tag in tags)
+    head = b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(tags))
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 255
+    file = tmp_path / name
+    Image.fromarray(pixels).save(file, exif=head + entries + bytes(4), **FORMATS[name])
+    found = read(file)
+    assert found.shape == displayed(pixels, turn).shape
+    assert np.abs(found.astype(int) - displayed(pixels, turn)).max() < 8
+
+
+def test_what_pillow_cannot_unpack_is_one_line() -> None:
+    content = io.BytesIO()
+    Image.new('L', (2, 2)).save(content, 'PNG')
+    message = r'^a\.png cannot be read as an image: required argument'
+    with pytest.raises(ValueError, match=message), opened(content, 'a.png'):
+        raise struct.error('required argument is not an integer')
 
 
 @pytest.mark.parametrize('turn', [0, 9, 7.5, 'up'])
