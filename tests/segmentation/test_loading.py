@@ -1,5 +1,6 @@
 """Files as pipelines read them: what is a label map, what is refused, and with which options."""
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from mmengine.config import Config
 from mmseg.structures import SegDataSample
 from PIL import Image
@@ -15,6 +17,7 @@ from vqmoe_vision.analysis.corruptions import Corruption
 from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels, image_loader
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
 
+from ..damaged import damaged
 from .conftest import write_pair
 
 
@@ -110,6 +113,40 @@ def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
         (tmp_path / 'a.png').write_bytes(content)
         with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
             load(tmp_path, 3)
+
+
+def _sound_maps() -> list[bytes]:
+    labels = np.random.default_rng(0).integers(0, 3, (12, 8), np.uint8)
+    with_colours = Image.fromarray(labels).convert('P')
+    files = []
+    for image, kind in (
+        (Image.fromarray(labels), 'PNG'),
+        (with_colours, 'PNG'),
+        (Image.fromarray(labels.astype(np.uint16)), 'PNG'),
+        (Image.fromarray(labels), 'TIFF'),
+    ):
+        content = io.BytesIO()
+        image.save(content, kind)
+        files.append(content.getvalue())
+    return files
+
+
+@settings(max_examples=200)
+@given(damaged(_sound_maps()))
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL', 'ignore::RuntimeWarning:PIL')
+def test_a_damaged_file_is_a_label_map_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / 'damaged.file'
+    path.write_bytes(content)
+    results = dict(
+        img_path='image', seg_map_path=str(path), ori_shape=(12, 8), reduce_zero_label=False,
+        seg_fields=[],
+    )  # fmt: skip
+    try:
+        assert LoadLabels(3).transform(results)['gt_seg_map'].shape == (12, 8)
+    except ValueError as error:
+        assert str(error).startswith(f'{path} ') and '\n' not in str(error)
 
 
 def test_a_shift_corrupts_the_image_as_in_classification(tmp_path: Path) -> None:

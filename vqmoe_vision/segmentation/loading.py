@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 from typing import Any, NamedTuple
 
 import cv2
@@ -24,6 +25,8 @@ IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.
 LOADING_LABELS = frozenset({'LoadAnnotations', 'LoadLabels'})
 LOADING_IMAGES = frozenset({'LoadImageFromFile', 'LoadImage'})
 LOADING = LOADING_LABELS | LOADING_IMAGES
+# What decoders raise for a damaged file.
+_UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
 
 
 # Under the stock names too: mmseg's inference and tools look for them in a pipeline.
@@ -204,7 +207,7 @@ class LoadLabels(LoadAnnotations):
         try:
             map_file = self._inspect(path)
             results = super().transform(results)
-        except (OSError, ValueError, AttributeError, cv2.error) as error:
+        except _UNREADABLE as error:
             raise ValueError(f'{path} cannot be read as a label map: {error}') from error
         shift = int(bool(results['reduce_zero_label']))
         if len(map_file.beyond):
