@@ -373,6 +373,26 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
         assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('name', ['model', 'test_dataloader'])
+def test_prediction_needs_a_model_and_a_test(
+    name: str, trained: Path, config: str, tmp_path: Path
+) -> None:
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    lacking = write_variant(config, f'{name} = None')
+    with pytest.raises(SystemExit, match=rf"variant\.py' has no {name}, without which nothing is"):
+        predict_cli([lacking, str(trained / 'iter_2.pth'), str(image)])
+
+
+@pytest.mark.parametrize('device', ['cuda:99', 'nothing'])
+def test_a_device_that_is_not_there(device: str, config: str, tmp_path: Path) -> None:
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    with pytest.raises(SystemExit, match=f"error: device='{device}' is not possible: .") as caught:
+        predict_cli([config, 'none.pth', str(image), '--device', device])
+    assert '\n' not in str(caught.value)
+
+
 def test_prediction_takes_the_options_of_the_run(
     trained: Path, config: str, tmp_path: Path
 ) -> None:

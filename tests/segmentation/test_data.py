@@ -148,6 +148,26 @@ def test_missing_list_of_images_is_named(tmp_path: Path) -> None:
         CamVid(data_root=str(tmp_path), data_prefix=CAMVID, ann_file='lists/train.txt', pipeline=[])
 
 
+def test_a_list_that_names_no_image(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    (tmp_path / 'train.txt').touch()
+    with pytest.raises(ValueError, match=r'/train\.txt names no image; expected .*http'):
+        CamVid(data_root=str(tmp_path), data_prefix=CAMVID, ann_file='train.txt', pipeline=[])
+
+
+@pytest.mark.parametrize('prefix', [{}, {'seg_map_path': None}])
+def test_images_without_label_maps(prefix: dict[str, None], tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    prefix = {'img_path': CAMVID['img_path'], **prefix}
+    kwargs: dict = dict(data_root=str(tmp_path), data_prefix=prefix)
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    assert CamVid(**kwargs, pipeline=steps[:1])[0]['img'].shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r'a\.jpg has no label map: name .*data_prefix\.seg_map'):
+        CamVid(**kwargs, pipeline=steps)[0]
+    with pytest.raises(ValueError, match=r'data_prefix\.img_path=None is not possible: the folder'):
+        CamVid(data_root=str(tmp_path), data_prefix=dict(img_path=None))
+
+
 @pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59'])
 def test_other_data_sets_say_what_is_missing(name: str, tmp_path: Path) -> None:
     prefix = dict(img_path='images', seg_map_path='labels')

@@ -52,7 +52,8 @@ class CheckedDataset(SeededDataset):
         metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
             colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
             them.
-        **kwargs: As mmseg's `BaseSegDataset`.
+        **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
+            is for images without label maps.
 
     Attributes:
         source: Where to get the data set, and how it is laid out; part of the messages.
@@ -76,6 +77,10 @@ class CheckedDataset(SeededDataset):
             suffix = kwargs.get(name, '')
             allowed = 'one ending, by which an image and its label map are found'
             check(isinstance(suffix, str), name, suffix, allowed)
+        if 'data_prefix' in kwargs:  # the command line cannot leave out what a config has
+            named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
+            check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
+            kwargs['data_prefix'] = named
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
         if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
@@ -88,8 +93,8 @@ class CheckedDataset(SeededDataset):
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
 
         Raises:
-            ValueError: A folder or the list of images is missing, a folder is empty, or an image
-                has no label map.
+            ValueError: A folder or the list of images is missing or empty, or an image has no label
+                map.
         """
         for kind in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(kind)
@@ -98,6 +103,8 @@ class CheckedDataset(SeededDataset):
         if self.ann_file and not Path(self.ann_file).is_file():
             raise ValueError(f'{self.ann_file} does not exist; {self.source}')
         pairs = super().load_data_list()
+        if self.ann_file and not pairs:
+            raise ValueError(f'{self.ann_file} names no image; {self.source}')
         if not pairs:
             folder, suffix = self.data_prefix['img_path'], self.img_suffix
             raise ValueError(f'{folder} holds no image that ends in {suffix}; {self.source}')

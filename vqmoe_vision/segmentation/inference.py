@@ -84,8 +84,9 @@ class Predictor:
         options: Changes to the config by dotted name, those of the run.
 
     Raises:
-        ValueError: The config is none of segmentation, its test has data sets that prepare images
-            in different ways, or the checkpoint does not fit it or its classes.
+        ValueError: The config is none of segmentation, or has no model or test, its test has data
+            sets that prepare images in different ways, there is no such device, or the checkpoint
+            does not fit the config or its classes.
         FileNotFoundError: There is no such config.
     """
 
@@ -97,6 +98,10 @@ class Predictor:
         options: dict[str, Any] | None = None,
     ) -> None:
         settings = load_config(config, options)
+        for name in ('model', 'test_dataloader'):
+            if settings.get(name) is None:
+                raise ValueError(f'{config!r} has no {name}, without which nothing is predicted')
+        _check_device(device)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         first, *others = innermost(settings.test_dataloader.dataset)
         self.classes, palette = _classes(config, first)
@@ -152,6 +157,15 @@ class Predictor:
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
+
+
+def _check_device(device: str | None) -> None:
+    """Finds out before the weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, a GPU that is not there
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'device={device!r} is not possible: {reason}') from error
 
 
 def _steps(dataset: Any) -> list[Any]:

@@ -196,11 +196,16 @@ class LoadLabels(LoadAnnotations):
         """Loads `seg_map_path` into `gt_seg_map` (H, W).
 
         Raises:
-            ValueError: The file cannot be read, is no map of class indices, holds a label outside
-                the classes, or has another size than its image; or the number of classes is
-                another than that of the data set.
+            ValueError: There is no file, it cannot be read, is no map of class indices, holds a
+                label outside the classes, or has another size than its image; or the number of
+                classes is another than that of the data set.
         """
-        path = results['seg_map_path']
+        path = results.get('seg_map_path')
+        if path is None:
+            raise ValueError(
+                f'{results["img_path"]} has no label map: name their folder in '
+                'data_prefix.seg_map_path, or leave LoadAnnotations out of the pipeline'
+            )
         num_classes = self._num_classes(results)
         # of the classes in the files, which may be more than a config chooses
         num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
