@@ -21,7 +21,7 @@ from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
 from .loading import IMAGE_SUFFIXES, LOADING
-from .metainfo import check_metainfo
+from .metainfo import coloured
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
 
@@ -72,7 +72,7 @@ class CheckedDataset(SeededDataset):
         dev_size: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_metainfo(type(self), metainfo)
+        metainfo = coloured(type(self), metainfo)
         for name in ('img_suffix', 'seg_map_suffix'):
             suffix = kwargs.get(name, '')
             allowed = 'one ending, by which an image and its label map are found'

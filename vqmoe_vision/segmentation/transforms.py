@@ -75,4 +75,7 @@ def _build(config: dict[str, Any]) -> Any:
         arguments.setdefault('fill_mask', IGNORE)
     if 'transforms' in arguments:
         arguments['transforms'] = [_build(inner) for inner in arguments['transforms']]
-    return kind(**arguments)
+    transform = kind(**arguments)
+    if 'fill_mask' not in known and getattr(transform, 'fill_mask', None) is not None:
+        transform.fill_mask = None  # of a dropout that gives nobody the choice
+    return transform
