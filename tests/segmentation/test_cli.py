@@ -20,7 +20,7 @@ from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.cli import predict as predict_cli
-from vqmoe_vision.segmentation.inference import Predictor
+from vqmoe_vision.segmentation.inference import Predictor, list_images
 from vqmoe_vision.segmentation.loading import LoadImage
 
 from ..logs import reports
@@ -268,8 +268,8 @@ def test_mmsegmentations_own_tools_run_the_config(
     assert len(list((tmp_path / 'w/shown').rglob('*.png'))) == 3
 
 
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 @pytest.mark.parametrize('shape', [(20, 30), (20, 30, 3), (20, 30, 4), (1, 50, 3), (3, 400, 3)])
@@ -283,7 +283,7 @@ def test_python_in_three_lines(trained: Path, config: str, shape: tuple[int, ...
 def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> None:
     grey = noise(16, 16)
     colour = np.repeat(grey[..., None], 3, axis=2)
-    images = [grey, colour, np.dstack([colour, noise(16, 16)])]
+    images = [grey, colour, np.dstack([colour, noise(16, 16, seed=1)])]
     first, *others = (r.labels for r in predict(config, str(trained / 'iter_2.pth'), images))
     assert all((first == other).all() for other in others)
 
@@ -355,6 +355,15 @@ def test_folder_to_overlays_and_label_maps(
     labels = {p.name: cv2.imread(str(p), -1).shape for p in (out / 'labels').iterdir()}
     assert labels == {'a.png': (16, 16), 'alpha.png': (9, 8), 'grey.png': (16, 20)}
     assert {p.name for p in (out / 'overlays').iterdir()} == labels.keys()
+
+
+def test_images_of_a_folder_come_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f'{name}.png' for name in 'abc']
+    for file in (*files, tmp_path / 'notes.txt'):
+        file.touch()
+    stored = [files[1], tmp_path / 'notes.txt', files[2], files[0]]  # as a file system may
+    monkeypatch.setattr(Path, 'iterdir', lambda folder: iter(stored))
+    assert list_images(tmp_path) == files
 
 
 def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> None:
