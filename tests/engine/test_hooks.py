@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from vqmoe_vision.engine import NonFiniteError, hooks
+from vqmoe_vision.engine import NonFiniteError, class_names, hooks
 from vqmoe_vision.engine.hooks import (
     CheckpointFitHook,
     ClassCountHook,
@@ -192,3 +193,38 @@ def test_validation_set_with_other_classes() -> None:
     del metainfo['classes']
     with pytest.raises(ValueError, match=r'val_dataloader\.dataset has no classes; metainfo=dict'):
         ClassCountHook().before_train(training)
+
+
+OURS = "custom_imports = dict(imports=['vqmoe_vision.classification'])"
+
+
+def load(hook: ClassCountHook, classes: Sequence[str] | None, cfg: str, resume: bool) -> None:
+    meta = {'cfg': cfg, **({'dataset_meta': {'classes': classes}} if classes else {})}
+    hook.after_load_checkpoint(SimpleNamespace(_resume=resume), {'meta': meta})
+
+
+@pytest.mark.parametrize(('stage', 'resume'), [('before_test', False), ('before_train', True)])
+@pytest.mark.parametrize('classes', [('dog', 'cat'), ('cat', 'owl')])
+def test_classes_are_those_of_the_training(
+    stage: str, resume: bool, classes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(class_names, 'print_log', lambda line, *_: lines.append(line))
+    hook, first = ClassCountHook(), next(i for i in (0, 1) if classes[i] != ('cat', 'dog')[i])
+    message = rf"its class {first} is '{classes[first]}', that of \w+_dataloader\.dataset is '"
+    load(hook, classes, OURS, resume)
+    with pytest.raises(ValueError, match=rf'{message}.*; give the classes the names of'):
+        getattr(hook, stage)(runner_for(2))
+    load(hook, classes, "data_root = 'data'", resume)  # a run of others may spell them otherwise
+    getattr(hook, stage)(runner_for(2))
+    assert re.search(message, lines.pop())
+    for same in (['cat', 'dog'], None):
+        load(hook, same, OURS, resume)
+        getattr(hook, stage)(runner_for(2))
+    assert not lines
+
+
+def test_another_task_may_start_from_weights() -> None:
+    hook = ClassCountHook()
+    load(hook, ('dog', 'cat'), OURS, resume=False)
+    hook.before_train(runner_for(2))

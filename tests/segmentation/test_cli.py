@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.cli import predict as predict_cli
-from vqmoe_vision.segmentation.inference import Predictor
+from vqmoe_vision.segmentation.inference import Predictor, list_images
+from vqmoe_vision.segmentation.loading import LoadImage
 
 from ..logs import reports
 
@@ -266,8 +268,8 @@ def test_mmsegmentations_own_tools_run_the_config(
     assert len(list((tmp_path / 'w/shown').rglob('*.png'))) == 3
 
 
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 @pytest.mark.parametrize('shape', [(20, 30), (20, 30, 3), (20, 30, 4), (1, 50, 3), (3, 400, 3)])
@@ -281,19 +283,53 @@ def test_python_in_three_lines(trained: Path, config: str, shape: tuple[int, ...
 def test_transparency_and_grey_change_nothing(trained: Path, config: str) -> None:
     grey = noise(16, 16)
     colour = np.repeat(grey[..., None], 3, axis=2)
-    images = [grey, colour, np.dstack([colour, noise(16, 16)])]
+    images = [grey, colour, np.dstack([colour, noise(16, 16, seed=1)])]
     first, *others = (r.labels for r in predict(config, str(trained / 'iter_2.pth'), images))
     assert all((first == other).all() for other in others)
 
 
+@pytest.mark.parametrize('option', [('shift', 'fog_3'), ('color_type', 'grayscale')])
+@pytest.mark.parametrize('as_file', [True, False])
+def test_prediction_reads_images_as_the_test_does(
+    option: tuple[str, str], as_file: bool, trained: Path, config: str, tmp_path: Path
+) -> None:
+    image, checkpoint = noise(40, 50, 3), str(trained / 'iter_2.pth')
+    path = tmp_path / 'a.png'
+    cv2.imwrite(str(path), image)
+    name, value = option
+    seen = LoadImage(**{name: value}).read(str(path))
+    if seen.ndim == 2 and not as_file:  # decoders round otherwise
+        seen = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    (expected,) = predict(config, checkpoint, seen)
+    options = {f'test_dataloader.dataset.pipeline.0.{name}': value}
+    predictor = Predictor(config, checkpoint, options=options)
+    found = predictor(path if as_file else image, opacity=0.0)
+    assert (found.labels == expected.labels).all()
+    assert (found.overlay == (seen if seen.ndim == 3 else seen[..., None])).all()
+
+
 def test_classes_that_a_config_chooses(trained: Path, config: str, tmp_path: Path) -> None:
-    chosen = tmp_path / 'chosen.py'
-    metainfo = "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('3', '1'))))"
-    chosen.write_text(f'_base_ = {config!r}\n{metainfo}\n')
-    predictor = Predictor(str(chosen), str(trained / 'iter_2.pth'))
+    chosen = write_variant(
+        config,
+        "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('3', '1'))))\n"
+        'model = dict(decode_head=dict(num_classes=2))',
+    )
+    checkpoint = str(tmp_path / 'two.pth')
+    torch.save(MODELS.build(load_config(chosen).model).state_dict(), checkpoint)
+    predictor = Predictor(chosen, checkpoint)
     assert predictor.classes == ('3', '1')
     # BGR; the palette of the data set, where digit d is entry d + 1
     assert predictor.palette.tolist() == [[200, 130, 0], [75, 180, 60]]
+    with pytest.raises(ValueError, match='num_classes=11 is not possible: 2, as many classes as'):
+        options = {'model.decode_head.num_classes': 11}
+        Predictor(chosen, str(trained / 'iter_2.pth'), options=options)
+
+
+def test_classes_in_another_order_than_in_training(trained: Path, config: str) -> None:
+    classes = ('1', '0', 'background', *'23456789')
+    text = f'test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))'
+    with pytest.raises(ValueError, match=r"its class 0 is 'background', .* is '1'; give"):
+        Predictor(write_variant(config, text), str(trained / 'iter_2.pth'))
 
 
 def test_a_class_that_the_data_set_does_not_have(
@@ -321,6 +357,15 @@ def test_folder_to_overlays_and_label_maps(
     assert {p.name for p in (out / 'overlays').iterdir()} == labels.keys()
 
 
+def test_images_of_a_folder_come_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f'{name}.png' for name in 'abc']
+    for file in (*files, tmp_path / 'notes.txt'):
+        file.touch()
+    stored = [files[1], tmp_path / 'notes.txt', files[2], files[0]]  # as a file system may
+    monkeypatch.setattr(Path, 'iterdir', lambda folder: iter(stored))
+    assert list_images(tmp_path) == files
+
+
 def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> None:
     checkpoint = str(trained / 'iter_2.pth')
     (tmp_path / 'bad.png').write_bytes(b'no image')
@@ -335,6 +380,26 @@ def test_mistakes_of_prediction(trained: Path, config: str, tmp_path: Path) -> N
         with pytest.raises(SystemExit, match=message) as caught:
             predict_cli([config, checkpoint, *arguments, '--out-dir', str(tmp_path / 'out')])
         assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['model', 'test_dataloader'])
+def test_prediction_needs_a_model_and_a_test(
+    name: str, trained: Path, config: str, tmp_path: Path
+) -> None:
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    lacking = write_variant(config, f'{name} = None')
+    with pytest.raises(SystemExit, match=rf"variant\.py' has no {name}, without which nothing is"):
+        predict_cli([lacking, str(trained / 'iter_2.pth'), str(image)])
+
+
+@pytest.mark.parametrize('device', ['cuda:99', 'nothing'])
+def test_a_device_that_is_not_there(device: str, config: str, tmp_path: Path) -> None:
+    image = tmp_path / 'a.png'
+    cv2.imwrite(str(image), noise(8, 8))
+    with pytest.raises(SystemExit, match=f"error: device='{device}' is not possible: .") as caught:
+        predict_cli([config, 'none.pth', str(image), '--device', device])
+    assert '\n' not in str(caught.value)
 
 
 def test_prediction_takes_the_options_of_the_run(

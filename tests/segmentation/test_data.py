@@ -1,10 +1,13 @@
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 
+from vqmoe_vision.engine import left_out
 from vqmoe_vision.engine.digits import digit_scans
 from vqmoe_vision.segmentation.data import ADE20K, CamVid, DigitScenes
 from vqmoe_vision.segmentation.scenes import digit_scene_maker
@@ -107,10 +110,62 @@ def test_image_without_label_map_is_named(tmp_path: Path) -> None:
         camvid(tmp_path)
 
 
+@pytest.mark.parametrize('labels', ['annotations/train', 'images/train', 'images/train/labels'])
+def test_images_with_another_ending_are_told_of(
+    labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(left_out, 'print_log', lambda line, *_: lines.append(line))
+    prefix = dict(img_path='images/train', seg_map_path=labels)
+
+    def read(**kwargs: str) -> int:
+        return len(CamVid(data_root=str(tmp_path), data_prefix=prefix, pipeline=[], **kwargs))
+
+    write_pair(tmp_path, 'images/train/a.jpg', f'{labels}/a.png', np.zeros((4, 4)))
+    (tmp_path / 'images/train/notes.txt').write_text('no image')
+    assert read() == 1 and not lines
+    for name in ('b.JPG', 'inner/c.jpeg'):
+        file = tmp_path / 'images/train' / name
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / 'images/train/a.jpg', file)
+    assert read() == 1
+    (line,) = lines
+    assert re.search(r'train: 2 files .* as b\.JPG: taken are those that end in \.jpg$', line)
+    (tmp_path / 'names.txt').write_text('a\n')
+    assert read(ann_file='names.txt') == 1 and len(lines) == 1  # they are left out on purpose
+
+
+@pytest.mark.parametrize('name', ['img_suffix', 'seg_map_suffix'])
+def test_one_ending_of_images_and_one_of_label_maps(name: str) -> None:
+    message = rf"{name}=\('\.jpg', '\.png'\) is not possible: one ending, by which"
+    with pytest.raises(ValueError, match=message):
+        CamVid(**{name: ('.jpg', '.png')}, lazy_init=True)
+
+
 def test_missing_list_of_images_is_named(tmp_path: Path) -> None:
     write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r'lists/train\.txt does not exist; expected .*http'):
         CamVid(data_root=str(tmp_path), data_prefix=CAMVID, ann_file='lists/train.txt', pipeline=[])
+
+
+def test_a_list_that_names_no_image(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    (tmp_path / 'train.txt').touch()
+    with pytest.raises(ValueError, match=r'/train\.txt names no image; expected .*http'):
+        CamVid(data_root=str(tmp_path), data_prefix=CAMVID, ann_file='train.txt', pipeline=[])
+
+
+@pytest.mark.parametrize('prefix', [{}, {'seg_map_path': None}])
+def test_images_without_label_maps(prefix: dict[str, None], tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    prefix = {'img_path': CAMVID['img_path'], **prefix}
+    kwargs: dict = dict(data_root=str(tmp_path), data_prefix=prefix)
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    assert CamVid(**kwargs, pipeline=steps[:1])[0]['img'].shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r'a\.jpg has no label map: name .*data_prefix\.seg_map'):
+        CamVid(**kwargs, pipeline=steps)[0]
+    with pytest.raises(ValueError, match=r'data_prefix\.img_path=None is not possible: the folder'):
+        CamVid(data_root=str(tmp_path), data_prefix=dict(img_path=None))
 
 
 @pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59'])

@@ -57,6 +57,33 @@ def test_the_graph_predicts_what_a_test_does(test_cfg: dict, size: tuple[int, in
     assert torch.equal(labels, expected_labels)
 
 
+def padding(**test_cfg: Any) -> dict[str, Any]:
+    """A data preprocessor that pads images of a test with 2."""
+    return dict(
+        type='SegDataPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
+        size=(32, 32), test_cfg=test_cfg,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('test_cfg', [{'size_divisor': 16}, {'size': (40, 64)}], ids=str)
+@pytest.mark.parametrize('windows', [{'mode': 'whole'}, SLIDE], ids=str)
+def test_the_graph_pads_as_a_test_does(test_cfg: dict, windows: dict) -> None:
+    model = tiny_segmentor(data_preprocessor=padding(**test_cfg), test_cfg=windows).eval()
+    raw, images = raw_and_normalised(2, (37, 50))
+    with torch.no_grad():
+        logits, labels = SegmentorGraph(model, (37, 50))(images)
+    expected, expected_labels = from_mmseg(model, raw)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize('size', [(41, 64), (40, 65)])
+def test_images_larger_than_what_a_test_pads_to(size: tuple[int, int]) -> None:
+    model = tiny_segmentor(data_preprocessor=padding(size=(40, 64)))
+    with pytest.raises(ValueError, match=r'possible: at most \(40, 64\), to which tests pad'):
+        SegmentorGraph(model, size)
+
+
 @pytest.mark.parametrize('classes', [1])
 def test_the_graph_of_two_classes_has_their_threshold(classes: int) -> None:
     head = dict(

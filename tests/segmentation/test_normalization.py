@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
+from mmseg.registry import DATASETS
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
@@ -23,6 +24,7 @@ from vqmoe_vision.segmentation.inference import Predictor
 from vqmoe_vision.segmentation.preprocessor import completed
 
 from ..rows import CONFIGS
+from .conftest import tiny_segmentor
 from .test_cli import write_config
 
 IMAGENET = CONFIGS / 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
@@ -130,6 +132,32 @@ def test_predictions_and_mmsegs_inference_are_fed_the_same(trained: tuple[str, P
     same(model.backbone.model.pretrained_cfg['mean'], IMAGENET_DEFAULT_MEAN)
     survey = model.source(load_config(config).test_dataloader.dataset)
     same(survey.normalization.std, IMAGENET_DEFAULT_STD)
+
+
+@pytest.mark.parametrize('stated', [False, True])
+def test_a_survey_sees_what_the_model_is_fed(stated: bool) -> None:
+    numbers = dict(mean=[10.0, 20.0, 30.0], std=[40.0, 50.0, 60.0]) if stated else {}
+    preprocessor = dict(type='SegDataPreProcessor', bgr_to_rgb=True, size=(32, 32), **numbers)
+    model = tiny_segmentor(data_preprocessor=preprocessor)
+    steps = [dict(type='PackSegInputs')]
+    dataset = dict(type='DigitScenes', split='dev', num_scenes=1, size=64, pipeline=steps)
+    source = model.source(ConfigDict(dataset))
+    (scene,) = DATASETS.build(dataset)
+    fed = model.data_preprocessor(
+        dict(inputs=[scene['inputs']], data_samples=[scene['data_samples']]), False
+    )['inputs'][0]
+    middle = fed[:, 16:48, 16:48]
+    torch.testing.assert_close(source.samples[0].image, middle, rtol=0, atol=0)
+    pixels = source.normalization.pixels(middle[None])[0]
+    expected = scene['inputs'].flip(0)[:, 16:48, 16:48] / 255
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+
+
+def test_a_survey_refuses_what_normalises_in_an_unknown_way() -> None:
+    model = tiny_segmentor()
+    model.data_preprocessor = torch.nn.Identity()
+    with pytest.raises(ValueError, match="type='Identity' is not possible: one of mm"):
+        model.source(ConfigDict())
 
 
 def runner_of(config: str, work: Path, **fields: Any) -> Runner:

@@ -12,7 +12,7 @@ from vqmoe_vision.classification.datasets import load_image
 from vqmoe_vision.engine.images import displayed
 from vqmoe_vision.segmentation.data import CheckedDataset
 from vqmoe_vision.segmentation.inference import _read
-from vqmoe_vision.segmentation.transforms import LoadImage, LoadLabels
+from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer
 
 TURNS = range(1, 9)
@@ -123,7 +123,7 @@ def test_without_labels_both_tasks_see_what_is_displayed(
     places = {'img_path': str(path), 'seg_map_path': str(tmp_path / 'not there.png')}
     for pixels in (
         LoadImage().read(str(path)),
-        _read(path),  # what predict.py reads with
+        _read(path, LoadImage()),  # what predict.py reads with
         LoadImage().transform(places)['img'],  # a test may have no label maps
         np.asarray(load_image(str(path))),
     ):

@@ -20,6 +20,7 @@ from vqmoe_vision.segmentation import predict
 from vqmoe_vision.segmentation.cli import predict as predict_cli
 from vqmoe_vision.segmentation.data import CamVid, CheckedDataset
 from vqmoe_vision.segmentation.inference import Predictor
+from vqmoe_vision.segmentation.metainfo import complete_metainfo
 
 from ..rows import CONFIGS, printed_config
 from .conftest import write_pair
@@ -208,6 +209,22 @@ def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:
     # what the files may hold, not what is left of it
     with pytest.raises(ValueError, match=r'holds the label 11; allowed are 0\.\.10, and 255'):
         data[0]
+
+
+@pytest.mark.parametrize('count', [2, len(CamVid.METAINFO['classes'])])
+def test_classes_of_a_known_data_set_keep_their_colours_in_any_order(
+    count: int, tmp_path: Path
+) -> None:
+    names = CamVid.METAINFO['classes'][:count][::-1]
+    colours = CamVid.METAINFO['palette'][:count][::-1]
+    (tmp_path / 'names.txt').write_text('\n'.join(names))
+    for classes in (names, str(tmp_path / 'names.txt')):
+        metainfo = dict(classes=classes)
+        assert CamVid(metainfo=metainfo, lazy_init=True).metainfo['palette'] == colours
+        assert complete_metainfo(CamVid, metainfo)['palette'] == colours
+    own = [[i, i, i] for i in range(count)]  # a colour each, in the order of `classes`
+    metainfo = dict(classes=names, palette=own)
+    assert CamVid(metainfo=metainfo, lazy_init=True).metainfo['palette'] == own
 
 
 def test_number_of_classes_in_the_pipeline(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_dev_is_set_aside_of_train_in_runs_of_neighbours() -> None:
     # blocks of 19 or 20: three whole ones and a rest, so at most four runs
     runs = sum(b - a > 1 for a, b in pairwise(dev)) + 1
     assert runs <= 4
-    # as ever: another dev would have chosen other checkpoints
+    # as in the rows that are checked in: with others their scores would not compare
     assert dev == [*range(40, 80), *range(196, 215), 272]
 
 

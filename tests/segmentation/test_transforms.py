@@ -1,22 +1,16 @@
 import inspect
-from pathlib import Path
 from typing import Any
 
 import albumentations
-import cv2
 import numpy as np
 import pytest
 import torch
 from albumentations.augmentations.dropout.transforms import BaseDropout
 from mmengine.runner import Runner
-from PIL import Image
 from torch.utils.data import Dataset
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
-from vqmoe_vision.analysis.corruptions import Corruption
-from vqmoe_vision.segmentation.transforms import Albumentations, LoadImage, LoadLabels
-
-from .conftest import write_pair
+from vqmoe_vision.segmentation.transforms import Albumentations
 
 
 def sample() -> dict[str, Any]:
@@ -48,11 +42,11 @@ def test_pixels_from_outside_are_ignored() -> None:
 MAKES_HOLES = [
     name
     for name, kind in vars(albumentations).items()
-    if isinstance(kind, type) and issubclass(kind, BaseDropout)
-    if 'fill_mask' in inspect.signature(kind).parameters
+    if isinstance(kind, type) and issubclass(kind, BaseDropout) and kind is not BaseDropout
 ]
 
 
+@pytest.mark.filterwarnings('ignore:.* is a specialized version of XYMasking')
 @pytest.mark.parametrize('name', MAKES_HOLES)
 def test_labels_under_holes_stay(name: str) -> None:
     needed = {
@@ -60,12 +54,20 @@ def test_labels_under_holes_stay(name: str) -> None:
             mask_indices=[3], hole_height_range=(0.5, 0.5), hole_width_range=(0.5, 0.5)
         ),
         'XYMasking': dict(num_masks_x=(1, 1), mask_x_length=(3, 3)),
+        'TimeMasking': dict(time_mask_param=7),
+        'FrequencyMasking': dict(freq_mask_param=7),
     }
     holes = dict(type=name, p=1.0, **needed.get(name, {}))
-    out = Albumentations([holes]).transform(sample())
-    assert (out['img'] == 0).all(axis=2).any()
-    assert (out['gt_seg_map'] == 3).all()
-    assert 7 in Albumentations([dict(holes, fill_mask=7)]).transform(sample())['gt_seg_map']
+
+    def draw(**options: int) -> list[dict[str, Any]]:
+        augment = Albumentations([dict(holes, **options)])
+        return [augment.transform(sample()) for _ in range(20)]  # some holes have no pixel
+
+    found = draw()
+    assert any((out['img'] == 0).all(axis=2).any() for out in found)
+    assert all((out['gt_seg_map'] == 3).all() for out in found)
+    if 'fill_mask' in inspect.signature(getattr(albumentations, name)).parameters:
+        assert any(7 in out['gt_seg_map'] for out in draw(fill_mask=7))
 
 
 def test_images_that_are_no_bytes_are_refused() -> None:
@@ -133,88 +135,3 @@ def test_every_worker_has_its_own_stream_and_the_seed_repeats_it() -> None:
     assert first[:4] != first[4:]
     assert drawn(0) == first
     assert drawn(1) != first
-
-
-def load(root: Path, num_classes: int, **kwargs: Any) -> dict[str, Any]:
-    results = dict(
-        img_path=str(root / 'a.png'),
-        seg_map_path=str(root / 'b.png'),
-        reduce_zero_label=kwargs.get('reduce_zero_label', False),
-        label_map=None,
-        seg_fields=[],
-    )
-    return LoadLabels(num_classes).transform(LoadImage().transform(results))
-
-
-def test_labels_within_the_classes(tmp_path: Path) -> None:
-    labels = np.array([[0, 1], [2, 255]])
-    write_pair(tmp_path, 'a.png', 'b.png', labels)
-    assert (load(tmp_path, 3)['gt_seg_map'] == labels).all()
-    with pytest.raises(ValueError, match=r'b\.png holds the label 2; allowed are 0\.\.1, and 255'):
-        load(tmp_path, 2)
-
-
-def test_reduced_zero_label(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.array([[0, 1], [2, 3]]))
-    out = load(tmp_path, 3, reduce_zero_label=True)['gt_seg_map']
-    assert out.tolist() == [[255, 0], [1, 2]]
-    with pytest.raises(ValueError, match=r'holds the label 3; allowed are 1\.\.2, and 0 for'):
-        load(tmp_path, 2, reduce_zero_label=True)
-
-
-@pytest.mark.parametrize('label', [256, 259, 65535])
-def test_labels_above_8_bits_are_not_wrapped_around(tmp_path: Path, label: int) -> None:
-    # in 8 bits 256 would be class 0, 259 class 3, and 65535 ignored
-    deep = np.array([[0, 1], [label, 2]], np.uint16)
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    assert cv2.imwrite(str(tmp_path / 'b.png'), deep)
-    message = rf'b\.png holds the label {label}; allowed are 0\.\.4, and 255'
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path, 5)
-    with pytest.raises(ValueError, match=rf'the label {label}; allowed are 1\.\.5, and 0 for'):
-        load(tmp_path, 5, reduce_zero_label=True)
-
-
-def test_labels_in_16_bits(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    assert cv2.imwrite(str(tmp_path / 'b.png'), np.array([[0, 1], [255, 2]], np.uint16))
-    assert load(tmp_path, 5)['gt_seg_map'].tolist() == [[0, 1], [255, 2]]
-
-
-def test_labels_of_a_tiff_are_integers_from_0(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((2, 2)))
-    for labels, label in (([[0, -1]] * 2, '-1'), ([[0, 0.5]] * 2, '0.5')):
-        kind = np.int32 if label == '-1' else np.float32
-        Image.fromarray(np.array(labels, kind)).save(tmp_path / 'b.png', format='TIFF')
-        with pytest.raises(ValueError, match=rf'b\.png holds the label {label}; allowed'):
-            load(tmp_path, 5)
-
-
-def test_one_pixel_high(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((1, 5)))
-    assert load(tmp_path, 3)['gt_seg_map'].shape == (1, 5)
-
-
-def test_other_size_colours_and_damage_name_the_file(tmp_path: Path) -> None:
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6)), image_size=(4, 5))
-    with pytest.raises(ValueError, match=r'b\.png has 6x4 pixels, .*a\.png has 5x4'):
-        load(tmp_path, 3)
-    write_pair(tmp_path, 'a.png', 'b.png', np.zeros((4, 6, 3)), image_size=(4, 6))
-    with pytest.raises(ValueError, match=r'b\.png is a colour image'):
-        load(tmp_path, 3)
-    (tmp_path / 'b.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match=r'b\.png cannot be read as a label map'):
-        load(tmp_path, 3)
-    for content in (b'', b'no image', (tmp_path / 'a.png').read_bytes()[:40]):
-        (tmp_path / 'a.png').write_bytes(content)
-        with pytest.raises(ValueError, match=r'a\.png cannot be read as an image'):
-            load(tmp_path, 3)
-
-
-def test_a_shift_corrupts_the_image_as_in_classification(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'image.png')
-    loaded = LoadImage(shift='fog_3').transform({'img_path': str(tmp_path / 'image.png')})
-    assert (loaded['img'][..., ::-1] == Corruption('fog_3')(pixels)).all()
-    with pytest.raises(ValueError, match="shift='fog' is not possible"):
-        LoadImage(shift='fog')

@@ -12,14 +12,14 @@ from vqmoe_vision.segmentation.waits import UnwaitingPreProcessor, accuracy
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])  # the second has equal logits
 @pytest.mark.parametrize('void', [0.0, 0.3, 1.0])
-def test_accuracy_is_mmsegs_to_the_bit(void: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize('ignored', [255, 1])  # which may be a class
+def test_accuracy_is_mmsegs_to_the_bit(void: float, ignored: int, dtype: torch.dtype) -> None:
     assert decode_head.accuracy is accuracy
     logits = torch.randn(3, 5, 37, 41).to(dtype)
     labels = torch.randint(5, (3, 37, 41))
-    labels[torch.rand(labels.shape) < void] = 255
-    assert torch.equal(
-        accuracy(logits, labels, ignore_index=255), theirs(logits, labels, ignore_index=255)
-    )
+    labels[torch.rand(labels.shape) < void] = ignored
+    expected = theirs(logits, labels, ignore_index=ignored)
+    assert torch.equal(accuracy(logits, labels, ignore_index=ignored), expected)
 
 
 @pytest.mark.parametrize('converts', [True, False])

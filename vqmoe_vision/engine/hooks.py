@@ -14,6 +14,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
+from .class_names import check_names
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
@@ -204,16 +205,27 @@ class CheckpointFitHook(Hook):
 
 @HOOKS.register_module()
 class ClassCountHook(Hook):
-    """Compares the classes of the model and of the data sets before a run.
+    """Compares the classes of the model, of the data sets and of a checkpoint before a run.
 
     Raises:
         ValueError: The model has another number of classes than a data set, or the training and
-            validation sets have different classes.
+            validation sets, or the data and the run that is tested or resumed, have different
+            classes.
     """
+
+    def __init__(self) -> None:
+        self._meta: Any = None
+        self._resumed = False
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps what the checkpoint says of its classes."""
+        self._meta, self._resumed = checkpoint.get('meta'), runner._resume
 
     def before_train(self, runner: Runner) -> None:
         """Checks the training set, and that validation numbers the classes in the same way."""
         seen = self._check(runner, 'train')
+        if self._resumed:  # else another task may start from the weights
+            check_names(self._meta, seen, 'train_dataloader.dataset')
         if runner.val_loop is not None:
             held_out = self._check(runner, 'val')
             if seen != held_out:
@@ -226,8 +238,9 @@ class ClassCountHook(Hook):
                 )
 
     def before_test(self, runner: Runner) -> None:
-        """Checks the test set."""
-        self._check(runner, 'test')
+        """Checks the test set, and that it numbers the classes as the training did."""
+        classes = self._check(runner, 'test')
+        check_names(self._meta, classes, 'test_dataloader.dataset')
 
     @staticmethod
     def _check(runner: Runner, split: str) -> tuple[str, ...]:

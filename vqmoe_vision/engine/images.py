@@ -6,13 +6,14 @@ A camera may store an image turned, and say in its EXIF data how to show it. `st
 as they stand in the file, `displayed` what people see. Whoever drew a label map saw one of them.
 """
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def opened(source: str | PathLike | IO[bytes], name: str) -> Iterator[Image.Imag
             f'{name} is too large to be opened unasked: {error} '
             '(twice PIL.Image.MAX_IMAGE_PIXELS, which may be raised)'
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         if type(error) is ValueError and name in str(error):
             raise  # says already what is wrong with the file
         raise ValueError(f'{name} cannot be read as an image: {error}') from error
@@ -90,7 +91,9 @@ def read_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         ValueError: Floating-point numbers are outside 0..1, or the pixels are integers of 32 bits.
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # of a TIFF that turns the pixels; of a PNG what EXIF says may come after them
+    # Pillow's exif_transpose writes all tags anew, and fails on a tag that is of another type
+    turn = orientation(image)
     mode = image.mode
     # a 16-bit file that is no TIFF has mode I in some versions of Pillow
     if mode == 'I' and image.format == 'TIFF':
@@ -104,4 +107,5 @@ def read_rgb(image: Image.Image, name: str) -> Image.Image:
                 f'{name} has floats of {values.min()}..{values.max()}; they must lie in 0..1'
             )
         image = Image.fromarray((values * 255).round().astype(np.uint8))
-    return image.convert('RGB')
+    rgb = image.convert('RGB')
+    return rgb if turn == 1 else Image.fromarray(displayed(np.asarray(rgb), turn))

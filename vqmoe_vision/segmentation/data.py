@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
+from mmengine import fileio
 from mmengine.logging import print_log
 from mmseg.datasets import (
     ADE20KDataset,
@@ -15,13 +16,15 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.left_out import tell_left_out
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.engine.training_data import TrainingPart
+from vqmoe_vision.moe.config import check
 
-from .metainfo import check_metainfo
+from .loading import LOADING
+from .metainfo import coloured
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
-from .transforms import LOADING
 
 
 class SeededDataset(BaseSegDataset):
@@ -50,14 +53,15 @@ class CheckedDataset(SeededDataset):
         metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
             colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
             them.
-        **kwargs: As mmseg's `BaseSegDataset`.
+        **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
+            is for images without label maps.
 
     Attributes:
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, the files are not complete, or there is no such
-            part.
+        ValueError: Classes and palette do not fit, the files are not complete, several endings are
+            given, or there is no such part.
     """
 
     source = 'docs/own-data.md says how to lay out a data set'
@@ -69,7 +73,15 @@ class CheckedDataset(SeededDataset):
         dev_size: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_metainfo(type(self), metainfo)
+        metainfo = coloured(type(self), metainfo)
+        for name in ('img_suffix', 'seg_map_suffix'):
+            suffix = kwargs.get(name, '')
+            allowed = 'one ending, by which an image and its label map are found'
+            check(isinstance(suffix, str), name, suffix, allowed)
+        if 'data_prefix' in kwargs:  # the command line cannot leave out what a config has
+            named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
+            check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
+            kwargs['data_prefix'] = named
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
         if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
@@ -89,8 +101,8 @@ class CheckedDataset(SeededDataset):
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
 
         Raises:
-            ValueError: A folder or the list of images is missing, a folder is empty, or an image
-                has no label map.
+            ValueError: A folder or the list of images is missing or empty, or an image has no label
+                map.
         """
         for kind in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(kind)
@@ -99,6 +111,8 @@ class CheckedDataset(SeededDataset):
         if self.ann_file and not Path(self.ann_file).is_file():
             raise ValueError(f'{self.ann_file} does not exist; {self.source}')
         pairs = super().load_data_list()
+        if self.ann_file and not pairs:
+            raise ValueError(f'{self.ann_file} names no image; {self.source}')
         if not pairs:
             folder, suffix = self.data_prefix['img_path'], self.img_suffix
             raise ValueError(f'{folder} holds no image that ends in {suffix}; {self.source}')
@@ -112,9 +126,23 @@ class CheckedDataset(SeededDataset):
                 f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
+        if not self.ann_file:
+            self._tell_left_out()
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
+
+    def _tell_left_out(self) -> None:
+        """Warns of images with another ending, of which mmseg says nothing."""
+        folder, labels = (self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path'))
+        names = fileio.list_dir_or_file(folder, list_dir=False, recursive=True)
+
+        def is_label_map(name: str) -> bool:
+            beside = labels and Path(folder, name).is_relative_to(labels)
+            return bool(beside and name.endswith(self.seg_map_suffix))
+
+        others = [n for n in names if not n.endswith(self.img_suffix) and not is_label_map(n)]
+        tell_left_out(Path(folder), sorted(others), [self.img_suffix])
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair.

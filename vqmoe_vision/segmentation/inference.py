@@ -14,14 +14,15 @@ from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
+from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.class_names import check_names
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.engine.wrapped_data import innermost
+from vqmoe_vision.moe.config import check
 
+from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
 from .metainfo import complete_metainfo
-from .transforms import LOADING, LoadImage
-
-_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def predict(
         A `Prediction` per image, at the size of the image.
 
     Raises:
-        ValueError: The checkpoint does not fit the config, or an image cannot be read.
+        ValueError: The checkpoint does not fit the config or its classes, or an image cannot be
+            read.
         FileNotFoundError: There is no such config.
     """
     predictor = Predictor(config, checkpoint, device, options)
@@ -73,7 +75,7 @@ def predict(
 
 
 class Predictor:
-    """A trained model with the pipeline of its tests.
+    """A trained model with the pipeline of its tests, and the options with which it reads images.
 
     Args:
         config: Config of a segmentation run.
@@ -82,8 +84,9 @@ class Predictor:
         options: Changes to the config by dotted name, those of the run.
 
     Raises:
-        ValueError: The config is none of segmentation, its test has data sets that prepare images
-            in different ways, or the checkpoint does not fit it.
+        ValueError: The config is none of segmentation, or has no model or test, its test has data
+            sets that prepare images in different ways, there is no such device, or the checkpoint
+            does not fit the config or its classes.
         FileNotFoundError: There is no such config.
     """
 
@@ -95,6 +98,10 @@ class Predictor:
         options: dict[str, Any] | None = None,
     ) -> None:
         settings = load_config(config, options)
+        for name in ('model', 'test_dataloader'):
+            if settings.get(name) is None:
+                raise ValueError(f'{config!r} has no {name}, without which nothing is predicted')
+        _check_device(device)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         first, *others = innermost(settings.test_dataloader.dataset)
         self.classes, palette = _classes(config, first)
@@ -105,8 +112,18 @@ class Predictor:
                 f'{config!r}: the data sets in test_dataloader.dataset prepare images in different '
                 'ways; a prediction needs one'
             )
+        self.load = image_loader(settings.test_dataloader.dataset)
         self.pipeline = Compose(steps)
         self.model = load_trained(settings, checkpoint, device)
+        self._check_classes(checkpoint)
+
+    def _check_classes(self, checkpoint: str) -> None:
+        field, count = 'test_dataloader.dataset', self.model.num_classes
+        allowed = f'{len(self.classes)}, as many classes as {field} has'
+        check(count == len(self.classes), 'model.decode_head.num_classes', count, allowed)
+        content = read_content(checkpoint, verify=False)
+        meta = content.get('meta') if isinstance(content, dict) else None
+        check_names(meta, self.classes, field)
 
     @torch.inference_mode()
     def __call__(
@@ -124,12 +141,10 @@ class Predictor:
         """
         if isinstance(image, str | Path):
             name = Path(image).stem
-        pixels = _read(image)
+        pixels = _read(image, self.load)
         size = pixels.shape[:2]
         try:
-            data = self.pipeline(
-                dict(img=pixels, img_path=str(name), img_shape=size, ori_shape=size)
-            )
+            data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
         except cv2.error as error:
             raise ValueError(
                 f'{name} has {size[1]}x{size[0]} pixels, which the pipeline cannot resize'
@@ -140,8 +155,17 @@ class Predictor:
         return Prediction(name, labels, self._overlay(pixels, labels, opacity), self.classes)
 
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
-        mixed = pixels * (1 - opacity) + self.palette[labels] * opacity
+        mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
+
+
+def _check_device(device: str | None) -> None:
+    """Finds out before the weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, a GPU that is not there
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'device={device!r} is not possible: {reason}') from error
 
 
 def _steps(dataset: Any) -> list[Any]:
@@ -179,18 +203,26 @@ def list_images(images: Any) -> list[Any]:
         return list(images)
     if not Path(images).is_dir():
         return [images]
-    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = sorted(p for p in Path(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f'{images} holds no image ({", ".join(sorted(_SUFFIXES))})')
+        raise ValueError(f'{images} holds no image ({", ".join(sorted(IMAGE_SUFFIXES))})')
     return files
 
 
-def _read(image: str | Path | np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) uint8, BGR."""
+def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
+    """Pixels as the test reads those of its files."""
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')
-        return LoadImage().read(str(image))
+        return load.read(str(image))
+    pixels = _checked(image)
+    if load.color_type.startswith('grayscale'):
+        pixels = mmcv.bgr2gray(pixels)
+    return load.shifted(pixels)
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8, BGR, of an array at hand."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f'image: {image.dtype} {image.shape} must be uint8 (H, W), (H, W, 3 or 4)')
     if image.ndim == 2:

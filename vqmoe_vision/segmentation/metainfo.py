@@ -55,9 +55,30 @@ def complete_metainfo(
     Raises:
         ValueError: As `check_metainfo`.
     """
-    check_metainfo(dataset, metainfo)
     empty = type('Empty', (BaseSegDataset,), {'METAINFO': dataset.METAINFO})
-    return empty(metainfo=metainfo, lazy_init=True).metainfo
+    return empty(metainfo=coloured(dataset, metainfo), lazy_init=True).metainfo
+
+
+def coloured(
+    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The `metainfo` of a config, checked, with the data set's own colours of chosen classes.
+
+    mmseg gives the colours to all classes of a data set by position, in whichever order they are.
+
+    Args:
+        dataset: Class of the data set.
+        metainfo: Of the config; with a `palette` it says itself which colours there are.
+
+    Raises:
+        ValueError: As `check_metainfo`.
+    """
+    check_metainfo(dataset, metainfo)
+    chosen, own = dict(metainfo or {}), dataset.METAINFO
+    if 'classes' in chosen and 'palette' not in chosen and {'classes', 'palette'} <= own.keys():
+        colours = dict(zip(own['classes'], own['palette'], strict=True))
+        chosen['palette'] = [colours[name] for name in _names(chosen['classes'])]
+    return chosen or None
 
 
 def _names(classes: Any) -> Sequence[str]:

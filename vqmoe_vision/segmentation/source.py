@@ -16,10 +16,10 @@ from mmengine.config import ConfigDict
 from mmseg.registry import DATASETS
 from torch import Tensor
 
-from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 
-from .transforms import LOADING_LABELS
+from .loading import LOADING_LABELS
+from .preprocessor import normalization_of
 
 
 class _Files(Sequence):
@@ -38,7 +38,7 @@ class _Crops(Sequence):
 
     Args:
         found: Gives an image as the pipeline leaves it.
-        preprocessor: mmseg's, which knows how images are normalised.
+        preprocessor: mmseg's, which knows whether and how images are normalised.
         crop_size: Largest height and width.
     """
 
@@ -54,7 +54,8 @@ class _Crops(Sequence):
         image = self._middle(inputs).float()
         if self.preprocessor._channel_conversion:
             image = image.flip(0)
-        image = (image - self.preprocessor.mean.cpu()) / self.preprocessor.std.cpu()
+        if self.preprocessor._enable_normalize:
+            image = (image - self.preprocessor.mean.cpu()) / self.preprocessor.std.cpu()
         if 'gt_sem_seg' not in data['data_samples']:
             return Sample(image, None)
         label = data['data_samples'].gt_sem_seg.data
@@ -80,10 +81,15 @@ def source(
         folder: Images without labels in its place, which its pipeline prepares.
 
     Raises:
-        ValueError: Images are missing or laid out otherwise.
+        ValueError: Images are missing or laid out otherwise, or nobody knows how the data
+            preprocessor normalises them.
     """
-    mean, std = ((v.flatten() / 255).tolist() for v in (preprocessor.mean, preprocessor.std))
-    normalization = Normalization(tuple(mean), tuple(std))
+    normalization = normalization_of(preprocessor)
+    if normalization is None:
+        raise ValueError(
+            f'model.data_preprocessor.type={type(preprocessor).__name__!r} is not possible: one of '
+            "mmengine's kind, of which it is known how it normalises images"
+        )
     if folder is not None:
         files = image_files(folder)
         steps = [step for step in dataset.pipeline if step.type not in LOADING_LABELS]

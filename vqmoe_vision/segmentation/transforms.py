@@ -1,7 +1,6 @@
-"""Augmentation with albumentations, and loading that names the file that is wrong."""
+"""Augmentation with albumentations."""
 
 import inspect
-import io
 import os
 from typing import Any
 
@@ -9,23 +8,14 @@ from typing import Any
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 
 import albumentations
-import cv2
 import mmcv
-import numpy as np
 import torch
-from mmcv.transforms import BaseTransform, LoadImageFromFile
-from mmengine import fileio
-from mmseg.datasets.transforms import LoadAnnotations
+from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
-from PIL.JpegImagePlugin import JpegImageFile
 
-from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
 from vqmoe_vision.moe.config import check
 
-IGNORE = 255
-# What a pipeline without files, such as that of an image at hand, leaves out.
-LOADING_LABELS = frozenset({'LoadAnnotations', 'LoadLabels'})
-LOADING = LOADING_LABELS | {'LoadImageFromFile', 'LoadImage'}
+from .loading import IGNORE
 
 
 @TRANSFORMS.register_module()
@@ -85,193 +75,7 @@ def _build(config: dict[str, Any]) -> Any:
         arguments.setdefault('fill_mask', IGNORE)
     if 'transforms' in arguments:
         arguments['transforms'] = [_build(inner) for inner in arguments['transforms']]
-    return kind(**arguments)
-
-
-# Under the stock names too: mmseg's inference and tools look for them in a pipeline.
-@TRANSFORMS.register_module(name=['LoadImageFromFile', 'LoadImage'], force=True)
-class LoadImage(LoadImageFromFile):
-    """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file.
-
-    An image is turned as its label map was drawn, if EXIF says how to show it: as it is stored
-    where that fits the label map's size, else as it is displayed; displayed without a label map.
-    `imdecode_backend` decodes JPEG, of which decoders differ; the rest is read as in
-    classification. Other values of `color_type` than 'color', and the backend 'tifffile', are
-    mmcv's alone.
-
-    Args:
-        shift: Corruption of a test, such as 'gaussian_noise_3'; needs the extra `analyze`.
-        **kwargs: As `LoadImageFromFile`.
-    """
-
-    def __init__(self, shift: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.corrupt = None
-        if shift is not None:
-            # numba and scikit-image come with it: only those who ask for it wait for them
-            from vqmoe_vision.analysis.corruptions import Corruption
-
-            self.corrupt = Corruption(shift)
-        args = self.file_client_args
-        check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
-
-    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Loads `img_path`.
-
-        Raises:
-            ValueError: The file cannot be read as an image, or is too large.
-        """
-        try:
-            pixels = self.read(results['img_path'], results.get('seg_map_path'))
-        except ValueError:
-            if self.ignore_empty:
-                return None
-            raise
-        if self.corrupt is not None:  # which takes RGB
-            pixels = np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])
-        results['img'] = pixels.astype(np.float32) if self.to_float32 else pixels
-        results['img_shape'] = results['ori_shape'] = pixels.shape[:2]
-        return results
-
-    def read(self, path: str, label_path: str | None = None) -> np.ndarray:
-        """Reads an image.
-
-        Args:
-            path: The image.
-            label_path: Its label map, which decides which way it is turned.
-
-        Returns:
-            (H, W, 3) uint8, BGR.
-
-        Raises:
-            ValueError: The file cannot be read as an image, or is too large.
-        """
-        try:
-            content = fileio.get(path, backend_args=self.backend_args)
-            if self.imdecode_backend == 'tifffile':
-                return self._decode(content, self.color_type)
-            with opened(io.BytesIO(content), str(path)) as image:
-                if self.color_type != 'color':
-                    return self._decode(content, self.color_type)
-                turn = orientation(image)
-                if isinstance(image, JpegImageFile):
-                    turns = self.imdecode_backend != 'turbojpeg'
-                    flag = 'color_ignore_orientation' if turns else 'color'
-                    pixels = self._decode(content, flag)
-                else:
-                    pixels = stored(np.asarray(read_rgb(image, str(path)))[..., ::-1], turn)
-        except (OSError, AttributeError, AssertionError, cv2.error) as error:
-            raise ValueError(f'{path} cannot be read as an image') from error
-        if turn > 1 and self._label_shape(label_path) != pixels.shape[:2]:
-            pixels = displayed(pixels, turn)
-        return np.ascontiguousarray(pixels)
-
-    def _decode(self, content: bytes, flag: str) -> np.ndarray:
-        pixels = mmcv.imfrombytes(content, flag=flag, backend=self.imdecode_backend)
-        assert pixels is not None, 'what mmcv gives for what it cannot decode'
-        return pixels
-
-    def _label_shape(self, path: str | None) -> tuple[int, ...] | None:
-        if path is None or not fileio.exists(path, backend_args=self.backend_args):
-            return None  # a test may have the place of label maps, but none
-        content = fileio.get(path, backend_args=self.backend_args)
-        with opened(io.BytesIO(content), path) as labels:
-            turn = _turned(labels)
-            return stored(np.asarray(labels), turn).shape[:2]
-
-
-def _turned(image: Any) -> int:
-    """What decoders turn the pixels by unasked: that of a TIFF, which is gone once it is read."""
-    return orientation(image) if image.format == 'TIFF' else 1
-
-
-@TRANSFORMS.register_module(name=['LoadAnnotations', 'LoadLabels'], force=True)
-class LoadLabels(LoadAnnotations):
-    """mmseg's `LoadAnnotations`, with checks that name the file.
-
-    Args:
-        num_classes: Number of classes; labels lie below it or are 255. None takes it from a
-            `CheckedDataset`, and does not compare the labels of mmseg's own data sets.
-        **kwargs: As `LoadAnnotations`.
-    """
-
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes = num_classes
-
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Loads `seg_map_path` into `gt_seg_map` (H, W).
-
-        Raises:
-            ValueError: The file cannot be read, is no map of class indices, holds a label outside
-                the classes, or has another size than its image; or the number of classes is
-                another than that of the data set.
-        """
-        path = results['seg_map_path']
-        num_classes = self._num_classes(results)
-        # of the classes in the files, which may be more than a config chooses
-        num_labels = len(results.get('label_map') or ()) or num_classes or IGNORE
-        try:
-            turn, beyond = self._inspect(path)
-            results = super().transform(results)
-        except (OSError, ValueError, AttributeError, cv2.error) as error:
-            raise ValueError(f'{path} cannot be read as a label map: {error}') from error
-        shift = int(bool(results['reduce_zero_label']))
-        if len(beyond):
-            raise ValueError(_outside(path, beyond[0], num_labels, shift))
-        labels = results['gt_seg_map']
-        if labels.ndim == 2:
-            labels = np.ascontiguousarray(stored(labels, turn))
-        else:
-            # squeeze() has taken away a side of one pixel, or colours are left
-            labels = self._restore(labels, results['ori_shape'], path)
-        results['gt_seg_map'] = labels
-        if labels.shape != tuple(results['ori_shape']):
-            image, own = (_size(shape) for shape in (results['ori_shape'], labels.shape))
-            raise ValueError(f'{path} has {own} pixels, {results["img_path"]} has {image}')
-        if num_classes is not None:
-            counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-            wrong = np.flatnonzero(counts[num_classes:IGNORE]) + num_classes
-            if len(wrong):
-                raise ValueError(_outside(path, wrong[0] + shift, num_labels, shift))
-        return results
-
-    def _num_classes(self, results: dict[str, Any]) -> int | None:
-        told = results.get('num_classes', self.num_classes)
-        if self.num_classes not in (None, told):
-            raise ValueError(
-                f'LoadAnnotations.num_classes={self.num_classes}, but the data set has {told} '
-                'classes; leave it out of the pipeline'
-            )
-        return told
-
-    def _inspect(self, path: str) -> tuple[int, np.ndarray]:
-        """How the map will come turned, and labels that are no uint8.
-
-        mmseg would cast those in silence: 256 would become class 0.
-        """
-        content = fileio.get(path, backend_args=self.backend_args)
-        with opened(io.BytesIO(content), path) as file:
-            turn = _turned(file)
-            # only the header has been read; all other modes have 8 bits or fewer
-            if not file.mode.startswith(('I', 'F')):
-                return turn, np.empty(0)
-            labels = np.asarray(file)
-            return turn, labels[labels != (labels.astype(np.int64) & 0xFF)]
-
-    @staticmethod
-    def _restore(labels: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
-        if labels.size != shape[0] * shape[1]:
-            raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
-        return labels.reshape(shape)
-
-
-def _outside(path: str, label: float, num_labels: int, shift: int) -> str:
-    return (
-        f'{path} holds the label {label}; allowed are {shift}..{num_labels - 1 + shift}, '
-        f'and {0 if shift else IGNORE} for pixels to ignore'
-    )
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f'{shape[1]}x{shape[0]}'
+    transform = kind(**arguments)
+    if 'fill_mask' not in known and getattr(transform, 'fill_mask', None) is not None:
+        transform.fill_mask = None  # of a dropout that gives nobody the choice
+    return transform

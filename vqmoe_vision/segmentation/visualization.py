@@ -16,7 +16,7 @@ from mmseg.registry import HOOKS, VISUALIZERS
 from mmseg.visualization import SegLocalVisualizer
 from torch import Tensor
 
-from .transforms import LoadImage
+from .loading import LoadImage, image_loader, in_bgr
 
 
 @VISUALIZERS.register_module()
@@ -63,7 +63,8 @@ class OverlayHook(SegVisualizationHook):
         show: Whether to open windows, and write no files then; `--show` of mmseg's own
             tools/test.py turns it on.
         wait_time: Seconds for which a window stays open; 0 waits for a key.
-        backend_args: Of mmengine's file backend that reads the images.
+        backend_args: Of mmengine's file backend that reads the images, where the pipeline that
+            reads them names none.
     """
 
     def __init__(
@@ -78,10 +79,20 @@ class OverlayHook(SegVisualizationHook):
             warnings.filterwarnings('ignore', 'The draw is False')
             super().__init__(draw, interval, show, wait_time, backend_args)
         self._drawn: Counter[str] = Counter()
+        self._load = LoadImage(backend_args=backend_args)
+
+    def before_val(self, runner: Runner) -> None:
+        """Reads images as the validation does."""
+        self._read_as(runner, 'val_dataloader')
 
     def before_test(self, runner: Runner) -> None:
-        """A test begins to number its pictures."""
+        """A test begins to number its pictures, and reads their images as it does."""
         self._drawn.clear()
+        self._read_as(runner, 'test_dataloader')
+
+    def _read_as(self, runner: Runner, loader: str) -> None:
+        if self.draw and isinstance(config := runner.cfg.get(loader), dict):
+            self._load = image_loader(config['dataset'], backend_args=self.backend_args)
 
     def after_val_iter(
         self,
@@ -129,10 +140,10 @@ class OverlayHook(SegVisualizationHook):
 
     def _image_of(self, tensor: np.ndarray, sample: Any) -> np.ndarray:
         """The image behind a sample, (H, W, 3) RGB, at the size of its prediction."""
-        if fileio.exists(sample.img_path, backend_args=self.backend_args):
+        if fileio.exists(sample.img_path, backend_args=self._load.backend_args):
             # turned as the prediction is, which depends on the label map
-            load = LoadImage(backend_args=self.backend_args)
-            return mmcv.bgr2rgb(load.read(sample.img_path, sample.get('seg_map_path')))
+            pixels = self._load.read(sample.img_path, sample.get('seg_map_path'))
+            return mmcv.bgr2rgb(np.ascontiguousarray(in_bgr(pixels)))
         image = mmcv.bgr2rgb(np.ascontiguousarray(tensor.transpose(1, 2, 0)))
         height, width = sample.pred_sem_seg.shape
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
