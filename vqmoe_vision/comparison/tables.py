@@ -83,8 +83,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         'std': frame['std'].map(cells.number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in frame.seeds],
         f'difference to {comparison.reference} (95 % interval)': map(cells.interval, differences),
-        # what a look before the end would decide is no decision
-        'p (Holm)': frame.p_holm.where(frame.pairs == planned).map(cells.p_value),
+        'p (Holm)': frame.p_holm.map(cells.p_value),
         'parameters, M: all / active': frame.apply(
             lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
         ),
