@@ -108,12 +108,12 @@ class _Work:
         tasks: list[Task] = []
         left: set[Path] = set()
         for task in tasks_of(self.unfinished(), self.store):  # first what others start from
-            source = task.run.source
+            sources = [first for first, _ in task.run.sources.values() if first.folder in left]
             reason = task.store.stale(task.run)
             if reason is not None:
                 what = f'what {task.run.folder} holds is {reason}'
-            elif source is not None and source[0].folder in left:
-                what = f'it starts from {source[0].name}, which is left out'
+            elif sources:
+                what = f'it starts from {sources[0].name}, which is left out'
             else:
                 tasks.append(task)
                 continue
@@ -150,7 +150,11 @@ def _list(args: argparse.Namespace) -> None:
     tasks = _Work(args).current()
     for task in tasks:
         print(task.line())
-    held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
+    held = [
+        task.name
+        for task in tasks
+        if not all(file.is_file() for _, file in task.run.sources.values())
+    ]
     if held:
         count = sum(task.leaves is not None for task in tasks)
         print(
@@ -216,7 +220,7 @@ def _check(args: argparse.Namespace) -> None:
     wrong, unknown = [], []
     for one in tqdm(runs, unit='row', disable=None):
         try:
-            _require_source(one)
+            _require_sources(one)
             finding = repeat(one, usable[one.row, one.seed])
         except ValueError as error:
             unknown.append(one.name)
@@ -239,9 +243,10 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _require_source(one: Run) -> None:
-    if one.source is not None and not one.source[1].is_file():
-        first, checkpoint = one.source
+def _require_sources(one: Run) -> None:
+    for first, checkpoint in one.sources.values():
+        if checkpoint.is_file():
+            continue
         train = shlex.join(first.train(first.folder))
         raise ValueError(
             f'{one.name} cannot be repeated: it starts from {checkpoint}, which is not there; '

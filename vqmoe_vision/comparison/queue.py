@@ -121,15 +121,13 @@ class Queue:
 
     def _is_held(self, task: Task) -> bool:
         """Whether it cannot start: what it starts from is not there yet, or never will be."""
-        if task.run.source is None:
-            return False
-        first, checkpoint = task.run.source
-        if any(other.run.folder == first.folder for other in self._unfinished()):
-            return True
-        if not checkpoint.is_file():
-            self._waiting.remove(task)
-            self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
-            return True
+        for first, checkpoint in task.run.sources.values():
+            if any(other.run.folder == first.folder for other in self._unfinished()):
+                return True
+            if not checkpoint.is_file():
+                self._waiting.remove(task)
+                self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
+                return True
         return False
 
     def _unfinished(self) -> list[Task]:

@@ -25,7 +25,7 @@ START = '{start}'
 STARTED = '_started'
 # What the numbers of a comparison are of. Choices are made on what no final table uses.
 STAGES = ('test', 'dev')
-STARTS = re.compile(r'\{start(?::(\w+))?\}')
+STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
     'all_methods': {
@@ -111,14 +111,19 @@ class Comparison:
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
+        for option in self.options:
+            check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
         for row, options in self.rows.items():
-            for found in STARTS.finditer(' '.join(options)):
-                if self.start is None:
-                    raise ValueError(f'comparison {self.name}: row {row} needs the field start')
-                other = found[1] or self.start.row
-                _choose(
-                    f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
-                )
+            self._check_starts(row, ' '.join(options))
+
+    def _check_starts(self, row: str, line: str) -> None:
+        for found in STARTS.finditer(line):
+            if self.start is None:
+                raise ValueError(f'comparison {self.name}: row {row} needs the field start')
+            other = self.start.row if found[1] is None else found[1]
+            _choose(f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows)
+        left = '{start' not in STARTS.sub('', line)
+        check(left, f'comparison {self.name}: rows.{row}', line, f"{START} or '{{start:ROW}}'")
 
     @property
     def tested(self) -> bool:

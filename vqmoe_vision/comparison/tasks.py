@@ -93,10 +93,9 @@ def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
 def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
     """The runs that runs start from, as far as they are due, by their checkpoints."""
     found: dict[Path, Task] = {}
-    for run in runs:
-        if run.source is None or run.source[1] in found:
+    for first, checkpoint in (source for run in runs for source in run.sources.values()):
+        if checkpoint in found:
             continue
-        first, checkpoint = run.source
         store = Store(rows / first.comparison.name)
         task = Task(first, store, checkpoint, row=not store.read([first]).usable)
         if not task.trained and not checkpoint.is_file():
