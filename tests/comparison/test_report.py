@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,20 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path
     says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
     made = (tmp_path / f'tables/{rows.name}.md').read_text()
     assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+
+
+def test_corruptions_that_were_measured_are_shown_without_their_library(tmp_path) -> None:
+    """The extra `compare` has none."""
+    rows = CONFIGS.parent / 'docs/results/rows'
+    (tmp_path / 'rows').symlink_to(rows)
+    spec = 'configs/comparisons/cifar10_budget.py'
+    program = (
+        "import sys; sys.modules['imagecorruptions'] = None\n"
+        'from vqmoe_vision.comparison import cli; cli.draw_figures = lambda *made: []\n'
+        f"cli.compare(['table', {spec!r}, '--results', {str(tmp_path)!r}, '--debug'])"
+    )
+    subprocess.run([sys.executable, '-c', program], cwd=CONFIGS.parent, check=True)
+    assert '| corruptions 3 ' in (tmp_path / 'tables/cifar10_budget.md').read_text()
 
 
 IMAGES = [
