@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_vision.comparison.queue import _lock
+from vqmoe_vision.comparison.queue import _claimed, _lock
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.store import Store
+from vqmoe_vision.comparison.tasks import Task
+from vqmoe_vision.engine.cli import make_folder
 
 ROWS = Path('docs/results/rows/spec')
 QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
@@ -165,6 +168,30 @@ def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(spec, says
     line = says('list', path).strip()
     subprocess.run(line.replace('python tools', f'{sys.executable} tools'), shell=True, check=True)
     assert ' --resume --work-dir ' in f' {calls()[0]}'
+
+
+def test_a_queue_that_waits_writes_nothing_into_the_folder(spec) -> None:
+    """Two that wait for one run would remove each other's files."""
+    run = Run(read_comparison(spec('seeds = [1]')), 'dense', 1, Path('work_dirs/comparisons'))
+    run.folder.mkdir(parents=True)
+    other = _lock(run.folder / 'lock')
+    before = run.folder.stat().st_mtime_ns
+    assert _claimed(Task(run, Store(ROWS))) is None
+    assert run.folder.stat().st_mtime_ns == before
+    other.close()
+
+
+def test_two_processes_make_the_same_folder(tmp_path: Path, monkeypatch) -> None:
+    unlink = Path.unlink
+
+    def after_the_other(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.undo()
+        make_folder(tmp_path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, 'unlink', after_the_other)
+    make_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_and_a_queue_do_not_work_on_the_same_run(spec, says) -> None:

@@ -213,9 +213,12 @@ def _visible_gpus() -> list[str]:
 def _claimed(task: Task) -> IO[str] | None:
     """The lock of a run, unless another process has it; what is stale is set aside."""
     while True:
-        make_folder(task.run.folder)
+        task.run.folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(task.run.folder / 'lock')
-        if lock is None or (moved := task.store.set_aside(task.run)) is None:
+        if lock is None:
+            return None
+        make_folder(task.run.folder)  # that of another process is not written to
+        if (moved := task.store.set_aside(task.run)) is None:
             return lock
         tqdm.write(f'{task.name} begins anew: {moved}')
         lock.close()  # it went with the folder, and the next folder has one of its own
