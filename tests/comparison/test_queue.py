@@ -68,6 +68,50 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
     assert 'dead-seed1 failed: killed by SIGKILL' in said
 
 
+def spoil_progress(folder: Path) -> None:
+    (folder / 'progress').write_text('')
+
+
+def spoil_log(folder: Path) -> None:
+    (folder / 'train.log').mkdir()
+
+
+def spoil_lock(folder: Path) -> None:
+    (folder / 'lock').mkdir()
+
+
+def lose_checkpoint(folder: Path) -> None:
+    (folder / 'run.json').write_text('{}')
+
+
+@pytest.mark.parametrize(
+    ('harm', 'said'),
+    [
+        (spoil_progress, None),
+        (spoil_log, 'train.log'),
+        (spoil_lock, 'lock'),
+        (lose_checkpoint, 'last_checkpoint'),
+    ],
+)
+def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said) -> None:
+    """Beside one that runs meanwhile, and one that would come later."""
+    path = spec('seeds = [1]', slow='train_cfg.kind=slow', good='')
+    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    folder.mkdir(parents=True)
+    harm(folder)
+    train = Path('tools/train.py').read_text()
+    Path('tools/train.py').write_text(f'import time; time.sleep(0.5)\n{train}')
+    line = says('run', path, '--jobs', '2')
+    others = {'slow-seed1.json', 'good-seed1.json'}
+    if said is None:
+        others |= {'dense-seed1.json'}
+    else:
+        assert line == 'error: 1 of 3 runs failed: dense-seed1'
+        shown = capsys.readouterr().out
+        assert f'{folder}/{said}' in shown.split('dense-seed1 failed: ')[1].splitlines()[0]
+    assert {path.name for path in ROWS.glob('*.json')} == others
+
+
 def test_jobs_run_at_the_same_time(spec, says) -> None:
     """Each of two waits until the other is there."""
     says('run', spec(both='train_cfg.kind=meets'), '--rows', 'both', '--jobs', '2')

@@ -220,6 +220,13 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
+        *(
+            (
+                f'rows = {{"dense": "dense", "{row}": "smoe"}}',
+                f'row={row!r} is not possible: a name',
+            )
+            for row in ('lr/2', 'lr/', '/')
+        ),
         ('seeds = [1, 2, 1]', 'seeds [1] are there twice'),
         ("reference = 'smoke'", 'row smoke does not exist; there are dense'),
         ("rows = dict(one='smoke')", "row 'smoke' does not exist"),

@@ -114,6 +114,8 @@ class Comparison:
         for option in self.options:
             check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
         for row, options in self.rows.items():
+            allowed = 'a name that a file can have'
+            check(Path(row).name == row and '\0' not in row, f'{where}row', row, allowed)
             self._check_starts(row, ' '.join(options))
 
     def _check_starts(self, row: str, line: str) -> None:
