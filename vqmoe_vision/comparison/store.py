@@ -84,7 +84,16 @@ class Store:
         with self._alone():
             if not self.read([run]).usable:
                 _save(self.path(run), content)
+                self._forget_refutation(run)
         return True
+
+    def _forget_refutation(self, run: Run) -> None:
+        # it is of the training before, which may have had the same losses: then it would stand
+        # against every training, however often the run is made anew
+        checks, _ = self._readable_checks()
+        if refutation(checks.get(run.name)):
+            del checks[run.name]
+            _save(self.folder / 'checks.json', checks)
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
         """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
