@@ -204,14 +204,34 @@ def test_a_list_of_commands_for_a_scheduler(spec, says) -> None:
     assert says('list', path) == ''
 
 
-def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(spec, says) -> None:
+@pytest.mark.parametrize(
+    ('left', 'resumed'), [('iter_1.pth', True), ('best_mIoU_iter_1.pth', False)]
+)
+def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(
+    spec, says, left: str, resumed: bool
+) -> None:
+    """As a queue resumes it: whether a pointer to it was written or not."""
     path = spec('seeds = [1]')
     folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
     folder.mkdir(parents=True)
-    (folder / 'last_checkpoint').write_text('/elsewhere/iter_1.pth')
+    (folder / left).touch()
     line = says('list', path).strip()
     subprocess.run(line.replace('python tools', f'{sys.executable} tools'), shell=True, check=True)
-    assert ' --resume --work-dir ' in f' {calls()[0]}'
+    assert (' --resume --work-dir ' in f' {calls()[0]}') is resumed
+
+
+@pytest.mark.parametrize('pointer', ['iter_2.pth', '/elsewhere/iter_2.pth'])
+def test_a_line_tests_what_is_trained_and_does_not_train_it_again(spec, says, pointer) -> None:
+    path = spec('seeds = [1]')
+    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    line = says('list', path).strip().replace('python tools', f'{sys.executable} tools')
+    subprocess.run(line, shell=True, check=True)
+    (folder / 'test.json').unlink()
+    (folder / 'last_checkpoint').write_text(pointer)
+    test = Path('tools/test.py').read_text()
+    Path('tools/test.py').write_text(f'{test}\nassert Path(checkpoint).is_file()\n')
+    subprocess.run(line, shell=True, check=True)
+    assert len(calls()) == 1 and (folder / 'test.json').is_file()
 
 
 def test_a_queue_that_waits_writes_nothing_into_the_folder(spec) -> None:

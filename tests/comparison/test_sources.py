@@ -145,6 +145,16 @@ def test_a_list_has_sources_first_and_says_what_waits_for_them(started, says, ca
     assert says('list', path) == ''
 
 
+def test_a_line_trains_again_where_the_checkpoint_is_gone(started, says) -> None:
+    path = started()
+    says('run', path, '--seeds', '1')
+    (ROWS / 'spec/started-seed1.json').unlink()
+    next((WORK / 'first').rglob('iter_2.pth')).unlink()
+    first, _ = says('list', path, '--seeds', '1').splitlines()
+    assert execute(first) == 0 and len(calls()) == 4
+    assert next((WORK / 'first').rglob('iter_2.pth')).is_file()
+
+
 def test_a_check_says_what_cannot_be_repeated_and_goes_on(started, says, capsys) -> None:
     path = started()
     says('run', path, '--seeds', '1')

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from vqmoe_vision.engine.checkpoint_files import last_checkpoint
+from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import flat, merge_options, parse_options
 from vqmoe_vision.models.moe_options import options_in_full
@@ -169,24 +169,30 @@ class Run:
         command = ['python', 'tools/test.py', self.comparison.config, checkpoint, *out]
         return [*command, '--cfg-options', *self.options]
 
-    def line(self, tested: bool = True) -> str:
+    def line(self, tested: bool = True, leaves: Path | None = None) -> str:
         """Training, resumed where there is a checkpoint, and test as one line for a shell.
 
-        It holds the lock by which a queue knows that the run is worked on.
+        It holds the lock by which a queue knows that the run is worked on, and does not train again
+        what is trained: the record would have the commit of today.
 
         Args:
             tested: Whether the test is wanted too.
+            leaves: Checkpoint that the training has to leave beside its record.
         """
         folder = self.folder
-        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / 'last_checkpoint'))
+        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / POINTER))
+        ends = [folder / 'run.json', *([] if leaves is None else [leaves])]
+        trained = ' && '.join(f'test -e {shlex.quote(str(file))}' for file in ends)
         train = shlex.join(self.train(folder))
-        resume = f'$(test -e {last} && echo --resume)'
+        # as `candidates`: whatever ended the run may have done so before the pointer was written
+        resume = f"$(ls {quoted} | grep '[.]pth$' | grep -qv '^{BEST}' && echo --resume)"
         # before the options, which take all that follows them
         train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
-        work = f'OMP_NUM_THREADS=1 {train}'
+        work = f'{{ {trained} || OMP_NUM_THREADS=1 {train}; }}'
         if tested:
             test = shlex.join(self._test(folder, 'CHECKPOINT'))
-            test = test.replace(' CHECKPOINT ', f' {quoted}/"$(cat {last})" ', 1)
+            name = f'"$(basename "$(cat {last})")"'  # as `last_checkpoint`
+            test = test.replace(' CHECKPOINT ', f' {quoted}/{name} ', 1)
             work += f' && OMP_NUM_THREADS=1 {test}'
         busy = f'echo {quoted} is worked on already >&2; exit 1'
         return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'

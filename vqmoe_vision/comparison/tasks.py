@@ -69,7 +69,7 @@ class Task:
 
     def line(self) -> str:
         """Its commands as one line for a shell."""
-        return self.run.line(tested=self.tested)
+        return self.run.line(self.tested, self.leaves)
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
