@@ -13,6 +13,7 @@ from PIL import Image
 
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
+from vqmoe_vision.comparison.rows import FEATURE_ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.statistics import differences
@@ -154,6 +155,15 @@ def test_unequal_compute_is_marked(fill, says) -> None:
     assert '* does not have the compute of dense' in shown
     # a bare percent sign would comment the rest of the caption out
     assert r'differ by more than 5\%.' in (TABLES / 'spec.tex').read_text()
+
+
+@pytest.mark.parametrize('path', ['cifar10_upcycled', 'camvid_pretrained'])
+def test_a_network_beside_the_parameters_is_named(path: str) -> None:
+    """In every row whose method has one, and in no other."""
+    shown = (CONFIGS.parent / f'docs/results/tables/{path}.md').read_text()
+    (line,) = [line for line in shown.splitlines() if ': the frozen network whose' in line]
+    rows = {row for row in re.findall(r'\n\| (\w+)', shown) if row.split('_')[0] in FEATURE_ROWS}
+    assert rows and rows == set(line.removeprefix('- ').split(':')[0].split(', '))
 
 
 def test_times_of_different_machines_are_not_compared(fill, says) -> None:

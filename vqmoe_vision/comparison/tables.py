@@ -8,6 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe import METHODS
+
 from . import cells
 from .outcome import Outcome
 from .shifts import shifted_layers
@@ -157,6 +160,11 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
             f'{_MARK} does not have the compute of {comparison.reference}: its '
             f'multiply-accumulates differ by more than {UNEQUAL:.0%}.'
         )
+    if beside := [row for row, contents in outcome.by_row.items() if _needs_features(contents[0])]:
+        lines.append(
+            f'{", ".join(beside)}: the frozen network whose features decide is in the '
+            'multiply-accumulates, and its weights are not in the parameters.'
+        )
     machines = outcome.machines
     if len(machines) > 1:
         lines.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
@@ -175,6 +183,12 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
             f'{", ".join(modified)}.'
         )
     return lines
+
+
+def _needs_features(content: dict[str, Any]) -> bool:
+    model = content['config']['model']
+    options = options_in_full(model.get('backbone', model))
+    return bool(options) and METHODS[options['method']].needs_features
 
 
 def _also(names: Sequence[str], contents: list[dict[str, Any]]) -> dict[str, Any]:
