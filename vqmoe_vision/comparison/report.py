@@ -184,7 +184,8 @@ def _commits(frame: pd.DataFrame) -> str:
 
 
 def _list(lines: Sequence[str]) -> str:
-    return '\n'.join(f'- {line}' for line in lines)
+    # a star at the beginning of a line would begin a list in the list
+    return '\n'.join('- ' + (f'\\{line}' if line.startswith('*') else line) for line in lines)
 
 
 def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
