@@ -311,6 +311,17 @@ def test_curves_are_means_with_bands(fill) -> None:
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
 
 
+def test_curves_without_a_validation_at_the_iterations_of_the_reference(fill) -> None:
+    """Such as those of another batch size, which have no difference to draw."""
+    other = {'held_out': [[3, {'mIoU': 1.0}], [4, {'mIoU': 2.0}]]}
+    comparison = read_comparison(fill(SCORES, better=other))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    names = [[line.get_label() for line in axes.get_lines()] for axes in figure.axes]
+    everyone = ['dense (3)', 'better (3)', 'same (3)']
+    assert names == [everyone, everyone, ['dense (3)', 'same (3)'], everyone]
+
+
 def test_names_of_many_rows_are_inside_the_figure(fill) -> None:
     names = ['dense', *(f'smoe_frozen_started_{n}' for n in range(16))]
     comparison = read_comparison(fill({name: [1.0, 2.0] for name in names}))

@@ -57,8 +57,9 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
             ],
         )
         for panel, of_panel in zip(axes, curves, strict=True):
-            if of_panel:
-                _draw(panel, row, style, of_panel)
+            # without those that have no validation at the iterations of the reference
+            if drawn := [curve for curve in of_panel if curve]:
+                _draw(panel, row, style, drawn)
     for panel, (title, label) in zip(axes, titles.items(), strict=True):
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
