@@ -67,6 +67,14 @@ def test_measurements_side_by_side_lose_nothing(finished, monkeypatch) -> None:
         assert (row(run)['routing'], row(run)['shifts']) == ({}, {'fog': {'a': 1.0}})
 
 
+@pytest.mark.parametrize('gone', ['iter_2.pth', 'last_checkpoint'])
+def test_a_checkpoint_that_was_deleted_stops_no_other(finished, gone: str, monkeypatch) -> None:
+    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    (finished[0].folder / gone).unlink()
+    assert routing.measure_routing(finished, Store(ROWS)) == [finished[0].name]
+    assert ['routing' in row(run) for run in finished] == [False, True]
+
+
 def test_many_writers_at_the_same_moment(finished) -> None:
     run, store = finished[0], Store(ROWS)
     losses, names = row(run)['first_losses'], [str(number) for number in range(16)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER, write_atomically
+from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.record import BEGUN
 
 from .results import Results, Usable
@@ -170,7 +170,7 @@ class Store:
         """
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
-        absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
+        absent = [run.name for run in finished if not _has_checkpoint(run.folder)]
         return usable, [run for run in finished if run.name not in absent], absent
 
     def stale(self, run: Run) -> str | None:
@@ -257,6 +257,10 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'{path} is damaged: it holds no object')
     return content
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / POINTER).is_file() and last_checkpoint(folder).is_file()
 
 
 def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
