@@ -185,6 +185,17 @@ def test_a_router_that_does_not_beat_a_control_is_named(fill, says, reference: s
     assert len(found) == 4 and all('not finished: 3 of 4 seeds' in line for line in found)
 
 
+def test_a_router_that_differs_from_a_control_by_the_same_at_all_seeds(fill, says) -> None:
+    scores = {**CONTROLLED, 'smoe': [6.0, 7.0, 8.0], 'vqmoe': [5.0, 6.0, 7.0]}
+    says('table', fill(scores, PLAN))
+    said = json.loads((TABLES / 'spec.json').read_text())['sentences']
+    assert [line for line in said if 'the control' in line] == [
+        f'{row} and the control {control} differ by exactly {by} at each of 3 seeds.'
+        for control in ('smoe_frozen', 'hashmoe')
+        for row, by in (('smoe', '+1.00'), ('vqmoe', '+0.00'))
+    ]
+
+
 def test_a_control_is_there_for_rows_that_begin_as_it_does(spec) -> None:
     spec()
     Path('first.py').write_text(Path('spec.py').read_text())
