@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -141,6 +142,32 @@ def test_further_numbers_are_columns(fill, says) -> None:
     with (TABLES / 'spec.csv').open() as file:
         rows = {line['row']: line for line in csv.DictReader(file)}
     assert float(rows['same']['aAcc_std']) == pytest.approx(9)
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+@pytest.mark.parametrize(
+    ('layer', 'value', 'listed', 'cell'),
+    [
+        (1, None, [0, 1], '0 / 1'),
+        (3, None, [0, 1], '0 / 1'),
+        (3, math.nan, [0, None], '0 / -'),
+        (3, math.inf, [0, None], '0 / inf'),
+    ],
+)
+def test_a_statistic_that_a_run_lacks_moves_no_layer(
+    fill, says, seed: int, layer: int, value: float | None, listed: list, cell: str
+) -> None:
+    path = fill(SCORES)
+    row = ROWS / f'same-seed{seed}.json'
+    content = json.loads(row.read_text())
+    test = {**content['test'], f'blocks.{layer}.mlp/load_unused': value}
+    content['test'] = {name: number for name, number in test.items() if number is not None}
+    row.write_text(json.dumps(content))
+    says('table', path)
+    assert json.loads((TABLES / 'spec.json').read_text())['rows'][2]['unused_experts'] == listed
+    shown = (TABLES / 'spec.md').read_text()
+    cells = [each.strip() for each in shown.split('\n| same')[1].split('\n')[0].split('|')]
+    assert cells[-3] == cell
 
 
 def test_a_further_number_that_no_test_has(fill, says) -> None:

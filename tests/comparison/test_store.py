@@ -21,6 +21,8 @@ from vqmoe_vision.engine.checkpoint_files import SaveError
 pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
+RANKS = {'effective_rank_before': 1.0, 'effective_rank_after': 1.0}
+ROUTING = {'layers': {'a': RANKS}, 'shifts': {'flip': {}}, 'changes': [], 'convergence': {}}
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 
@@ -137,6 +139,10 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
         ('first_losses', []),
         ('config', {}),
         ('routing', {'layers': {}}),
+        ('routing', {**ROUTING, 'layers': {'a': {**RANKS, 'router/load_entropy': 1.0}}}),
+        ('routing', {**ROUTING, 'layers': {'a': {'effective_rank_after': 1.0}}}),
+        ('routing', {**ROUTING, 'convergence': {'a.router': {}}}),
+        ('starting_weights', {'model.absent': 'digest'}),
         ('shifts', {'fog': 3.0}),
     ],
 )
@@ -147,6 +153,14 @@ def test_a_field_with_half_of_its_content(fill, says, field: str, value: Any) ->
     says('table', path)
     shown = Path('docs/results/tables/spec.md').read_text()
     assert f'`same-seed1.json`: it is damaged: {field}' in shown and '| 24.50 ' in shown
+
+
+def test_a_routing_with_all_of_its_content_counts(fill, says) -> None:
+    path = fill(SCORES)
+    file = ROWS / 'same-seed1.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'routing': ROUTING}))
+    says('table', path)
+    assert 'damaged' not in Path('docs/results/tables/spec.md').read_text()
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"dense-seed1": 3}', '{"dense-seed1": {"equal": 1}}'])

@@ -189,9 +189,12 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Lines of the frame, where JSON has no nan."""
+    """Lines of the frame; JSON has neither nan nor infinity."""
     lines = frame.reset_index(names='row').to_dict(orient='records')
-    return [
-        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
-        for line in lines
-    ]
+    return [{name: _finite(value) for name, value in line.items()} for line in lines]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
@@ -24,7 +23,7 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.statistics import summarize
 
-from .results import Results, Usable
+from .results import Results, Usable, layer_means
 from .runs import Run
 from .spec import Comparison
 from .store import Store
@@ -92,17 +91,16 @@ def shifted_layers(
         results: What is there of it.
         statistic: What stands after the layer's name.
     """
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for (row, _), content in results.usable.items():
         kept = content.get('shift_routing', {})
         for shift in filter(kept.__contains__, mean_scores(comparison, content.get('shifts', {}))):
-            layers = [v for k, v in kept[shift].items() if k.rpartition('/')[2] == statistic]
-            if layers:
-                found.setdefault(shift, {}).setdefault(row, []).append(layers)
-    return {
-        shift: {row: np.mean(layers, axis=0).tolist() for row, layers in by_row.items()}
+            found.setdefault(shift, {}).setdefault(row, []).append(kept[shift])
+    means = {
+        shift: {row: layer_means(numbers, statistic) for row, numbers in by_row.items()}
         for shift, by_row in found.items()
     }
+    return {shift: by_row for shift, by_row in means.items() if any(by_row.values())}
 
 
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:

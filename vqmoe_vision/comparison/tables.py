@@ -13,6 +13,7 @@ from vqmoe_vision.moe import METHODS
 
 from . import cells
 from .outcome import Outcome
+from .results import layer_means
 from .shifts import shifted_layers
 
 UNEQUAL = 0.05  # share of the reference's multiply-accumulates
@@ -54,20 +55,6 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
         macs = frame.macs / frame.macs[comparison.reference]
         frame['unequal_compute'] = (macs - 1).abs() > UNEQUAL
     return frame
-
-
-def layer_means(contents: list[dict[str, Any]], name: str) -> list[float]:
-    """A statistic of each layer, in the order of layers, as mean over runs.
-
-    Args:
-        contents: Of files of one row.
-        name: What stands after the layer's name.
-    """
-    found = {}
-    for metric in contents[0]['test']:
-        if metric.rpartition('/')[2] == name:
-            found[metric] = sum(content['test'][metric] for content in contents) / len(contents)
-    return list(found.values())
 
 
 def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +116,7 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
             if errors:  # of a row without codes, or from before it was measured, a dash
                 measured = errors.get(name, {}).get(row, [])
                 same = [c for c in outcome.by_row[row] if name in c.get('shift_routing', {})]
-                trained = layer_means(same, 'quantization_error') if measured else []
+                trained = layer_means(_tests(same), 'quantization_error') if measured else []
                 lines[-1]['quantization error'] = cells.layers(measured)
                 lines[-1]['as trained'] = cells.layers(trained)
     return pd.DataFrame(lines)
@@ -197,7 +184,7 @@ def _also(names: Sequence[str], contents: list[dict[str, Any]]) -> dict[str, Any
     for name in names:
         values = pd.Series([c['test'][name] for c in contents if name in c['test']], dtype=float)
         if values.empty:
-            found[name] = layer_means(contents, name)
+            found[name] = layer_means(_tests(contents), name)
         else:
             found |= {name: values.mean(), f'{name}_std': values.std()}
     return found
@@ -216,13 +203,17 @@ def _line(contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str,
         'active_params': first['active_params'],
         'macs': first['macs'],
         'minutes': minutes if len(machines) == 1 else math.nan,
-        'unused_experts': layer_means(contents, 'load_unused'),
-        'code_perplexity': layer_means(contents, 'code_usage_perplexity'),
+        'unused_experts': layer_means(_tests(contents), 'load_unused'),
+        'code_perplexity': layer_means(_tests(contents), 'code_usage_perplexity'),
         'device': ', '.join(sorted({content['device'] for content in contents})),
         'hardware': ', '.join(machines),
         'commits': ', '.join(sorted({content['commit'] for content in contents})),
         'command': first['command'],
     }
+
+
+def _tests(contents: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [content['test'] for content in contents]
 
 
 def _mean(value: float | list[float], deviation: float) -> str:
