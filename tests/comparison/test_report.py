@@ -291,11 +291,12 @@ def test_damaged_rows_and_those_of_another_version(fill, says, change, said: str
 
 
 def test_nothing_is_finished_yet(spec, says) -> None:
-    path = spec()
+    path = spec("images = {'curves': 'curves'}")
     untrained = (
         'error: no run of spec can be used: none is finished, tools/compare.py run trains them'
     )
     assert says('table', path) == untrained
+    assert says('table', path, '--images', '.') == untrained
     assert says('check', path) == 'error: no run of spec can be checked: none is finished'
     assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
@@ -377,6 +378,14 @@ def test_noise_by_hand(fill, says) -> None:
     said = says('noise', fill(SCORES))
     # both rows' differences have standard deviation 1; five pairs detect 1.68 of those
     assert '5 paired seeds detect a difference of 1.68 in mIoU' in said
+
+
+@pytest.mark.parametrize('part', [['--rows', 'better'], ['--rows', 'better', '--seeds', '1', '3']])
+def test_noise_of_a_part_is_that_of_its_differences_to_the_reference(fill, says, part) -> None:
+    said = says('noise', fill({**SCORES, 'wild': [90.0, 2.0, 7.0]}), *part)
+    assert '| better ' in said and '| dense ' in said and '| same ' not in said
+    # those of seeds 1 and 3 are 1 and 3: a deviation of 1.41
+    assert f'detect a difference of {"2.38" if "--seeds" in part else "1.68"} in mIoU' in said
 
 
 def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:

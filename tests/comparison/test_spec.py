@@ -220,6 +220,11 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
+        ("seeds = ['1', '2']", "seeds=('1', '2') is not possible: whole numbers"),
+        ('seeds = 5', 'seeds=5 is not possible: a list'),
+        ("also = 'mAcc'", "also='mAcc' is not possible: a list"),
+        ("options = 'model.depth=2'", "options='model.depth=2' is not possible: a list"),
+        ("controls = 'dense'", "controls='dense' is not possible: a list"),
         *(
             (
                 f'rows = {{"dense": "dense", "{row}": "smoe"}}',

@@ -255,8 +255,9 @@ def _require_sources(one: Run) -> None:
 
 
 def _noise(args: argparse.Namespace) -> None:
-    work = _Work(args)
-    frame, budget = noise_of(work.comparison, work.read())
+    work = _Work(args, whole=True)  # differences are to the reference, whatever is shown
+    outcome = Outcome(work.comparison, work.read(), args.rows, args.seeds)
+    frame, budget = noise_of(work.comparison, outcome.results)
     known = frame.astype(object).where(frame.notna(), None)
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
     print(

@@ -114,13 +114,15 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
         letters.
 
     Raises:
-        ValueError: A part is shown, no image is named, or there is no such figure.
+        ValueError: A part is shown, no image is named, there is no such figure, or no run can be
+            used.
     """
     comparison = outcome.comparison
     if outcome.partial:
         raise ValueError('--images is not possible with a part: documents show all rows and seeds')
     if not comparison.images:
         raise ValueError(f'--images: {comparison.name} names no images')
+    frame_of(outcome)  # says so where there is nothing to draw
     figures, written = _figures(outcome), []
     for figure, name in comparison.images.items():
         if figure not in figures:

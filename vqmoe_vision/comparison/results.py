@@ -65,7 +65,6 @@ def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
         In the order of layers, as the run has them that has most.
     """
     of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]
-
     of_runs.sort(key=len, reverse=True)
     layers = dict.fromkeys(layer for run in of_runs for layer in run)
     found = [[run[layer] for run in of_runs if layer in run] for layer in layers]

@@ -40,6 +40,7 @@ _ROWS = {
     },  # a dense model of another width is no start
 }
 
+_LISTS = {'also', 'controls', 'options', 'seeds'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
@@ -96,16 +97,18 @@ class Comparison:
     stage: str = 'test'
 
     def __post_init__(self) -> None:
+        where = f'comparison {self.name}: '
         for name in ('seeds', 'rows'):
             if not getattr(self, name):
                 raise ValueError(f'comparison {self.name}: {name} is empty')
+        allowed = 'whole numbers'
+        check(all(type(n) is int for n in self.seeds), f'{where}seeds', self.seeds, allowed)
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         if self.metric in self.also:
             raise ValueError(
                 f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
             )
-        where = f'comparison {self.name}: '
         check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
@@ -179,6 +182,10 @@ def read_comparison(path: str) -> Comparison:
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
+    for listed in sorted(_LISTS & given.keys()):
+        value = given[listed]
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        check(several, f'{path}: {listed}', value, 'a list')
     config = given.pop('config')
     model, size = _model_of(load_config(config, import_modules=False))
     rows = {
