@@ -297,7 +297,7 @@ def test_nothing_is_finished_yet(spec, says) -> None:
     )
     assert says('table', path) == untrained
     assert says('table', path, '--images', '.') == untrained
-    assert says('check', path) == 'error: no run of spec can be checked: none is finished'
+    assert says('check', path) == 'error: no run of spec can be checked: it has no row that counts'
     assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
 
+from vqmoe_vision.comparison import routing, shifts
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -76,6 +78,24 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
     assert calls() == ['first/dense-seed2', 'spec/started-seed2']
     assert collected('first') == {'dense-seed2'} and collected('spec') == {'started-seed2'}
     assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
+
+
+@pytest.mark.parametrize('action', ['check', 'routing', 'shifts'])
+def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypatch, action) -> None:
+    """Its row dense is this one's too, and is looked at with that comparison."""
+    path = started('dense')
+    with Path(path).open('a') as file:
+        file.write("\nshifts = {'fog': 'model.fog=1'}\n")
+    says('run', path, '--seeds', '1')
+    monkeypatch.setattr(shifts, '_is_measured', lambda *which: True)
+    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    with suppress(SystemExit):
+        compare([action, path, '--rows', 'dense', '--seeds', '1'])
+    said = capsys.readouterr().err
+    line = '1 rows are those of first, with which this has to be done for them: dense-seed1\n'
+    assert said.startswith(line)
+    compare([action, path, '--rows', 'started', '--seeds', '1'])
+    assert 'are those of' not in capsys.readouterr().err
 
 
 def test_rows_that_need_no_checkpoint_need_no_source(started, says) -> None:

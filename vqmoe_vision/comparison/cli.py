@@ -103,6 +103,18 @@ class _Work:
             print(f'left out: {name}: {reason}', file=sys.stderr)
         return results, stored
 
+    def own(self) -> Store:
+        """Its rows, with a line for those that count and are of the comparison it starts from."""
+        missing = self.store.read(self.runs).missing
+        for other in self._others:
+            if names := [f'{row}-seed{seed}' for row, seed in other.read(missing).usable]:
+                print(
+                    f'{len(names)} rows are those of {other.folder.name}, with which this has to '
+                    f'be done for them: {", ".join(names)}',
+                    file=sys.stderr,
+                )
+        return self.store
+
     def current(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
         tasks: list[Task] = []
@@ -193,14 +205,14 @@ def _shifts(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    _say_absent(measure_shifts(work.runs, work.store))
+    _say_absent(measure_shifts(work.runs, work.own()))
 
 
 def _routing(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
-    _say_absent(measure_routing(work.runs, work.store))
+    _say_absent(measure_routing(work.runs, work.own()))
 
 
 def _say_absent(names: list[str]) -> None:
@@ -211,9 +223,9 @@ def _say_absent(names: list[str]) -> None:
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
     work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
-    usable = work.store.read(work.runs, checked=False).usable
+    usable = work.own().read(work.runs, checked=False).usable
     if not usable:
-        raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')
+        raise ValueError(f'no run of {work.comparison.name} can be checked: it has no row that counts')
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
