@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
 from vqmoe_vision.comparison.controls import challengers
+from vqmoe_vision.comparison.curves import _styles
 from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -37,6 +38,12 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
         with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
+
+
+@pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
+def test_curves_of_no_two_rows_look_alike(path: Path, root: None) -> None:
+    looks = _styles(read_comparison(str(path)).rows).values()
+    assert len({(look['color'], str(look['linestyle'])) for look in looks}) == len(looks)
 
 
 def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:

@@ -225,7 +225,9 @@ def _check(args: argparse.Namespace) -> None:
     work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
     usable = work.own().read(work.runs, checked=False).usable
     if not usable:
-        raise ValueError(f'no run of {work.comparison.name} can be checked: it has no row that counts')
+        raise ValueError(
+            f'no run of {work.comparison.name} can be checked: it has no row that counts'
+        )
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
