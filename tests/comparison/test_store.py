@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
 RANKS = {'effective_rank_before': 1.0, 'effective_rank_after': 1.0}
-ROUTING = {'layers': {'a': RANKS}, 'shifts': {'flip': {}}, 'changes': [], 'convergence': {}}
+# of slots, which have no expert that could change
+LAYERS = {'a': {**RANKS, 'slots/load_entropy': 1.0}}
+ROUTING = {'layers': LAYERS, 'shifts': {'flip': {}, 'fog 3': {}}, 'changes': [], 'convergence': {}}
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 
@@ -139,7 +141,8 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
         ('first_losses', []),
         ('config', {}),
         ('routing', {'layers': {}}),
-        ('routing', {**ROUTING, 'layers': {'a': {**RANKS, 'router/load_entropy': 1.0}}}),
+        ('routing', {**ROUTING, 'shifts': {'flip': {'a.router': 0.5}}}),
+        ('routing', {**ROUTING, 'changes': [{'a.router': 0.5}]}),
         ('routing', {**ROUTING, 'layers': {'a': {'effective_rank_after': 1.0}}}),
         ('routing', {**ROUTING, 'convergence': {'a.router': {}}}),
         ('starting_weights', {'model.absent': 'digest'}),

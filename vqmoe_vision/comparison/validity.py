@@ -52,12 +52,18 @@ _NUMBERS_BY_NAME = _holds(_holds(_is_number))
 
 
 def _is_layer(value: Any) -> bool:
-    """What is measured of a layer, and of each that decides in it."""
-    if not _holds(_is_number)(value):
-        return False
-    deciders = {name.rpartition('/')[0] for name in value if '/' in name}
-    needed = {f'{decider}/changed_by_chance' for decider in deciders}
-    return {'effective_rank_before', 'effective_rank_after', *needed} <= value.keys()
+    ranks = {'effective_rank_before', 'effective_rank_after'}
+    return _holds(_is_number)(value) and ranks <= value.keys()
+
+
+def _knows_chance(layers: dict[str, Any], changes: dict[str, float]) -> bool:
+    """Of all whose experts may change; slots take every token, and have none that could."""
+    return all(
+        f'{decided.removeprefix(f"{name}.")}/changed_by_chance' in numbers
+        for name, numbers in layers.items()
+        for decided in changes
+        if decided.startswith(f'{name}.')
+    )
 
 
 def _is_way(value: Any) -> bool:
@@ -74,6 +80,10 @@ def _is_routing(value: Any) -> bool:
         and isinstance(value.get('changes'), list)
         and all(map(_holds(_is_number), value['changes']))
         and _holds(_is_way)(value.get('convergence'))
+        and all(
+            _knows_chance(value['layers'], changes)
+            for changes in (*value['shifts'].values(), *value['changes'])
+        )
     )
 
 
