@@ -50,6 +50,22 @@ def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monk
     assert '--resume' not in Path('calls').read_text()
 
 
+def test_a_refuted_row_that_comes_out_again_is_trained_anew_once(spec, says, monkeypatch) -> None:
+    """It was checked on a machine that rounds otherwise."""
+    path = spec()
+    says('run', path)
+    says('check', path, '--seeds', '1')
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv('DRIFT', '0.01')
+        says('check', path, '--seeds', '2')
+    Path('calls').unlink()
+    says('run', path)
+    assert len(Path('calls').read_text().splitlines()) == 1
+    says('table', path)
+    assert 'stale' not in table() and 'Not checked: dense (2).' in table()
+    assert '2 of 2 runs are there already' in says('run', path)
+
+
 def test_only_run_sets_refuted_runs_aside(spec, says, monkeypatch, capsys) -> None:
     path = spec()
     says('run', path)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from vqmoe_vision.comparison.controls import challengers
+from vqmoe_vision.comparison.outcome import Outcome
 from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
+from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.sentences import verdict
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.statistics import Difference, paired_difference, pairs_needed
+from vqmoe_vision.comparison.store import Store
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
 TABLES = Path('docs/results/tables')
@@ -79,6 +82,35 @@ def test_rows_that_are_not_finished_count_for_the_correction_and_get_no_verdict(
     line = next(line for line in shown.splitlines() if line.startswith('| sure'))
     cells = [cell.strip() for cell in line.split('|')]
     assert cells[4] == '3 of 4' and cells[5].startswith('+2.00 (') and cells[6] == '-'
+
+
+def test_an_early_p_makes_that_of_no_finished_row_smaller(fill, says) -> None:
+    """Two pairs that nearly agree have a tiny p, which the end need not keep."""
+    dense, near = [10.0, 20.0, 30.0, 40.0, 50.0], [11.0, 21.3, 30.5, 41.9, 50.2]
+    path = fill({'dense': dense, 'near': near, 'early': [11.0, 21.0001]})
+    says('table', path)
+    found = json.loads((TABLES / 'spec.json').read_text())
+    rows = {row['row']: row for row in found['rows']}
+    assert rows['early']['p'] < 1e-3 and rows['early']['p_holm'] is None
+    assert rows['near']['p_holm'] == pytest.approx(2 * rows['near']['p'])
+    assert 'near and dense cannot be told apart' in found['sentences'][0]
+
+
+def test_an_early_p_against_a_control_counts_for_no_finished_row(fill) -> None:
+    plan = (
+        "rows = {row: f'smoe train_cfg.row={row}' for row in ('near', 'early')}\n"
+        "rows['dense'] = 'smoe_frozen'\ncontrols = ['dense']"
+    )
+    path = fill({'dense': [10.0, 20.0, 30.0], 'near': [11.0, 21.1, 31.3], 'early': [1.0]}, plan)
+    comparison = read_comparison(path)
+    runs = [Run(comparison, *which, Path('work')) for which in comparison.selected()]
+    results = Store(Path('docs/results/rows/spec')).read(runs)
+    early = {**results.usable['dense', 1], 'row': 'early'}
+    for seed, score in ((1, 11.0), (2, 21.0001)):
+        results.usable['early', seed] = {**early, 'seed': seed, 'test': {'mIoU': score}}
+    found, corrected = Outcome(comparison, results).against('dense')
+    assert found['early'].p < found['near'].p and math.isnan(corrected['early'])
+    assert corrected['near'] == pytest.approx(2 * found['near'].p)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +183,17 @@ def test_a_router_that_does_not_beat_a_control_is_named(fill, says, reference: s
     said = json.loads((TABLES / 'spec.json').read_text())['sentences']
     found = [line for line in said if 'the control' in line]
     assert len(found) == 4 and all('not finished: 3 of 4 seeds' in line for line in found)
+
+
+def test_a_router_that_differs_from_a_control_by_the_same_at_all_seeds(fill, says) -> None:
+    scores = {**CONTROLLED, 'smoe': [6.0, 7.0, 8.0], 'vqmoe': [5.0, 6.0, 7.0]}
+    says('table', fill(scores, PLAN))
+    said = json.loads((TABLES / 'spec.json').read_text())['sentences']
+    assert [line for line in said if 'the control' in line] == [
+        f'{row} and the control {control} differ by exactly {by} at each of 3 seeds.'
+        for control in ('smoe_frozen', 'hashmoe')
+        for row, by in (('smoe', '+1.00'), ('vqmoe', '+0.00'))
+    ]
 
 
 def test_a_control_is_there_for_rows_that_begin_as_it_does(spec) -> None:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_vision.comparison.queue import _lock
+from vqmoe_vision.comparison.queue import _claimed, _lock
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.store import Store
+from vqmoe_vision.comparison.tasks import Task
+from vqmoe_vision.engine.cli import make_folder
 
 ROWS = Path('docs/results/rows/spec')
 QUEUE = "from vqmoe_vision.comparison.cli import compare; compare(['run', 'spec.py'])"
@@ -63,6 +66,50 @@ def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, c
     said = capsys.readouterr().out
     assert 'bad-seed1 failed: error: there is no memory left (work_dirs/' in said
     assert 'dead-seed1 failed: killed by SIGKILL' in said
+
+
+def spoil_progress(folder: Path) -> None:
+    (folder / 'progress').write_text('')
+
+
+def spoil_log(folder: Path) -> None:
+    (folder / 'train.log').mkdir()
+
+
+def spoil_lock(folder: Path) -> None:
+    (folder / 'lock').mkdir()
+
+
+def lose_checkpoint(folder: Path) -> None:
+    (folder / 'run.json').write_text('{}')
+
+
+@pytest.mark.parametrize(
+    ('harm', 'said'),
+    [
+        (spoil_progress, None),
+        (spoil_log, 'train.log'),
+        (spoil_lock, 'lock'),
+        (lose_checkpoint, 'last_checkpoint'),
+    ],
+)
+def test_files_that_cannot_be_used_lose_no_other_run(spec, says, capsys, harm, said) -> None:
+    """Beside one that runs meanwhile, and one that would come later."""
+    path = spec('seeds = [1]', slow='train_cfg.kind=slow', good='')
+    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    folder.mkdir(parents=True)
+    harm(folder)
+    train = Path('tools/train.py').read_text()
+    Path('tools/train.py').write_text(f'import time; time.sleep(0.5)\n{train}')
+    line = says('run', path, '--jobs', '2')
+    others = {'slow-seed1.json', 'good-seed1.json'}
+    if said is None:
+        others |= {'dense-seed1.json'}
+    else:
+        assert line == 'error: 1 of 3 runs failed: dense-seed1'
+        shown = capsys.readouterr().out
+        assert f'{folder}/{said}' in shown.split('dense-seed1 failed: ')[1].splitlines()[0]
+    assert {path.name for path in ROWS.glob('*.json')} == others
 
 
 def test_jobs_run_at_the_same_time(spec, says) -> None:
@@ -157,14 +204,58 @@ def test_a_list_of_commands_for_a_scheduler(spec, says) -> None:
     assert says('list', path) == ''
 
 
-def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(spec, says) -> None:
+@pytest.mark.parametrize(
+    ('left', 'resumed'), [('iter_1.pth', True), ('best_mIoU_iter_1.pth', False)]
+)
+def test_a_run_from_which_a_checkpoint_is_left_is_resumed_by_its_line(
+    spec, says, left: str, resumed: bool
+) -> None:
+    """As a queue resumes it: whether a pointer to it was written or not."""
     path = spec('seeds = [1]')
     folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
     folder.mkdir(parents=True)
-    (folder / 'last_checkpoint').write_text('/elsewhere/iter_1.pth')
+    (folder / left).touch()
     line = says('list', path).strip()
     subprocess.run(line.replace('python tools', f'{sys.executable} tools'), shell=True, check=True)
-    assert ' --resume --work-dir ' in f' {calls()[0]}'
+    assert (' --resume --work-dir ' in f' {calls()[0]}') is resumed
+
+
+@pytest.mark.parametrize('pointer', ['iter_2.pth', '/elsewhere/iter_2.pth'])
+def test_a_line_tests_what_is_trained_and_does_not_train_it_again(spec, says, pointer) -> None:
+    path = spec('seeds = [1]')
+    folder = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons')).folder
+    line = says('list', path).strip().replace('python tools', f'{sys.executable} tools')
+    subprocess.run(line, shell=True, check=True)
+    (folder / 'test.json').unlink()
+    (folder / 'last_checkpoint').write_text(pointer)
+    test = Path('tools/test.py').read_text()
+    Path('tools/test.py').write_text(f'{test}\nassert Path(checkpoint).is_file()\n')
+    subprocess.run(line, shell=True, check=True)
+    assert len(calls()) == 1 and (folder / 'test.json').is_file()
+
+
+def test_a_queue_that_waits_writes_nothing_into_the_folder(spec) -> None:
+    """Two that wait for one run would remove each other's files."""
+    run = Run(read_comparison(spec('seeds = [1]')), 'dense', 1, Path('work_dirs/comparisons'))
+    run.folder.mkdir(parents=True)
+    other = _lock(run.folder / 'lock')
+    before = run.folder.stat().st_mtime_ns
+    assert _claimed(Task(run, Store(ROWS))) is None
+    assert run.folder.stat().st_mtime_ns == before
+    other.close()
+
+
+def test_two_processes_make_the_same_folder(tmp_path: Path, monkeypatch) -> None:
+    unlink = Path.unlink
+
+    def after_the_other(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.undo()
+        make_folder(tmp_path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, 'unlink', after_the_other)
+    make_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_and_a_queue_do_not_work_on_the_same_run(spec, says) -> None:

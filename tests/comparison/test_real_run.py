@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from imagecorruptions import get_corruption_names
 
 from vqmoe_vision.comparison import routing
 from vqmoe_vision.comparison.cli import compare
@@ -90,5 +91,7 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_corruption_stands_for_all_fifteen() -> None:
     tests = expanded('test_dataloader.dataset.transform.shift={corruption}_3')
+    names = get_corruption_names('common')
+    assert tests == [f'test_dataloader.dataset.transform.shift={name}_3' for name in names]
     assert len(set(tests)) == 15 and 'test_dataloader.dataset.transform.shift=fog_3' in tests
     assert expanded('model.img_size=64') == ['model.img_size=64']

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
+from vqmoe_vision.comparison.rows import FEATURE_ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.statistics import differences
@@ -49,6 +53,20 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path
     says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
     made = (tmp_path / f'tables/{rows.name}.md').read_text()
     assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+
+
+def test_corruptions_that_were_measured_are_shown_without_their_library(tmp_path) -> None:
+    """The extra `compare` has none."""
+    rows = CONFIGS.parent / 'docs/results/rows'
+    (tmp_path / 'rows').symlink_to(rows)
+    spec = 'configs/comparisons/cifar10_budget.py'
+    program = (
+        "import sys; sys.modules['imagecorruptions'] = None\n"
+        'from vqmoe_vision.comparison import cli; cli.draw_figures = lambda *made: []\n'
+        f"cli.compare(['table', {spec!r}, '--results', {str(tmp_path)!r}, '--debug'])"
+    )
+    subprocess.run([sys.executable, '-c', program], cwd=CONFIGS.parent, check=True)
+    assert '| corruptions 3 ' in (tmp_path / 'tables/cifar10_budget.md').read_text()
 
 
 IMAGES = [
@@ -126,6 +144,32 @@ def test_further_numbers_are_columns(fill, says) -> None:
     assert float(rows['same']['aAcc_std']) == pytest.approx(9)
 
 
+@pytest.mark.parametrize('seed', [1, 2])
+@pytest.mark.parametrize(
+    ('layer', 'value', 'listed', 'cell'),
+    [
+        (1, None, [0, 1], '0 / 1'),
+        (3, None, [0, 1], '0 / 1'),
+        (3, math.nan, [0, None], '0 / -'),
+        (3, math.inf, [0, None], '0 / inf'),
+    ],
+)
+def test_a_statistic_that_a_run_lacks_moves_no_layer(
+    fill, says, seed: int, layer: int, value: float | None, listed: list, cell: str
+) -> None:
+    path = fill(SCORES)
+    row = ROWS / f'same-seed{seed}.json'
+    content = json.loads(row.read_text())
+    test = {**content['test'], f'blocks.{layer}.mlp/load_unused': value}
+    content['test'] = {name: number for name, number in test.items() if number is not None}
+    row.write_text(json.dumps(content))
+    says('table', path)
+    assert json.loads((TABLES / 'spec.json').read_text())['rows'][2]['unused_experts'] == listed
+    shown = (TABLES / 'spec.md').read_text()
+    cells = [each.strip() for each in shown.split('\n| same')[1].split('\n')[0].split('|')]
+    assert cells[-3] == cell
+
+
 def test_a_further_number_that_no_test_has(fill, says) -> None:
     line = says('table', fill(SCORES, "also = ['mIuO']"))
     assert line.startswith("error: also: 'mIuO' is no number of the tests; those are blocks.1.mlp/")
@@ -135,9 +179,19 @@ def test_unequal_compute_is_marked(fill, says) -> None:
     says('table', fill(SCORES, better={'macs': 10_400_000}, same={'macs': 10_600_000}))
     shown = (TABLES / 'spec.md').read_text()
     assert '| same* ' in shown and '| better ' in shown
-    assert '* does not have the compute of dense' in shown
+    assert '\n- \\* does not have the compute of dense' in shown  # no list in the list
     # a bare percent sign would comment the rest of the caption out
-    assert r'differ by more than 5\%.' in (TABLES / 'spec.tex').read_text()
+    tex = (TABLES / 'spec.tex').read_text()
+    assert r'differ by more than 5\%.' in tex and ' * does not' in tex
+
+
+@pytest.mark.parametrize('path', ['cifar10_upcycled', 'camvid_pretrained'])
+def test_a_network_beside_the_parameters_is_named(path: str) -> None:
+    """In every row whose method has one, and in no other."""
+    shown = (CONFIGS.parent / f'docs/results/tables/{path}.md').read_text()
+    (line,) = [line for line in shown.splitlines() if ': the frozen network whose' in line]
+    rows = {row for row in re.findall(r'\n\| (\w+)', shown) if row.split('_')[0] in FEATURE_ROWS}
+    assert rows and rows == set(line.removeprefix('- ').split(':')[0].split(', '))
 
 
 def test_times_of_different_machines_are_not_compared(fill, says) -> None:
@@ -237,12 +291,13 @@ def test_damaged_rows_and_those_of_another_version(fill, says, change, said: str
 
 
 def test_nothing_is_finished_yet(spec, says) -> None:
-    path = spec()
+    path = spec("images = {'curves': 'curves'}")
     untrained = (
         'error: no run of spec can be used: none is finished, tools/compare.py run trains them'
     )
     assert says('table', path) == untrained
-    assert says('check', path) == 'error: no run of spec can be checked: none is finished'
+    assert says('table', path, '--images', '.') == untrained
+    assert says('check', path) == 'error: no run of spec can be checked: it has no row that counts'
     assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
 
@@ -284,6 +339,17 @@ def test_curves_are_means_with_bands(fill) -> None:
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
 
 
+def test_curves_without_a_validation_at_the_iterations_of_the_reference(fill) -> None:
+    """Such as those of another batch size, which have no difference to draw."""
+    other = {'held_out': [[3, {'mIoU': 1.0}], [4, {'mIoU': 2.0}]]}
+    comparison = read_comparison(fill(SCORES, better=other))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    names = [[line.get_label() for line in axes.get_lines()] for axes in figure.axes]
+    everyone = ['dense (3)', 'better (3)', 'same (3)']
+    assert names == [everyone, everyone, ['dense (3)', 'same (3)'], everyone]
+
+
 def test_names_of_many_rows_are_inside_the_figure(fill) -> None:
     names = ['dense', *(f'smoe_frozen_started_{n}' for n in range(16))]
     comparison = read_comparison(fill({name: [1.0, 2.0] for name in names}))
@@ -312,6 +378,14 @@ def test_noise_by_hand(fill, says) -> None:
     said = says('noise', fill(SCORES))
     # both rows' differences have standard deviation 1; five pairs detect 1.68 of those
     assert '5 paired seeds detect a difference of 1.68 in mIoU' in said
+
+
+@pytest.mark.parametrize('part', [['--rows', 'better'], ['--rows', 'better', '--seeds', '1', '3']])
+def test_noise_of_a_part_is_that_of_its_differences_to_the_reference(fill, says, part) -> None:
+    said = says('noise', fill({**SCORES, 'wild': [90.0, 2.0, 7.0]}), *part)
+    assert '| better ' in said and '| dense ' in said and '| same ' not in said
+    # those of seeds 1 and 3 are 1 and 3: a deviation of 1.41
+    assert f'detect a difference of {"2.38" if "--seeds" in part else "1.68"} in mIoU' in said
 
 
 def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:

@@ -48,6 +48,26 @@ def test_a_run_with_one_checkpoint_and_one_expert() -> None:
     assert math.isnan(kept(routing, 'router', routing['shifts']['flip']))
 
 
+def test_points_and_lines_of_no_two_rows_look_alike(spec) -> None:
+    rows = [f'row{number}' for number in range(25)]
+    comparison = read_comparison(spec(**dict.fromkeys(rows, 'smoe')))
+    usable = {(row, 1): {'routing': measured()} for row in rows}
+    figures = plot_routing(comparison, Results(usable, {}, []))
+    training, shifted = figures['inconsistency'].axes
+    (parts,) = figures['convergence'].axes
+    for axes in (training, parts):
+        lines = [
+            line for line in axes.lines if line.get_linestyle() != 'None'
+        ]  # and no ends of bars
+        drawn = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+        assert len(drawn) == len(lines) == len(rows)
+    drawn = {
+        (points.get_facecolor().tobytes(), points.get_paths()[0].vertices.tobytes())
+        for points in shifted.collections
+    }
+    assert len(drawn) == len(rows)
+
+
 def test_table_and_picture_have_a_line_per_row_and_decider(spec) -> None:
     comparison = read_comparison(spec(one='smoe'))
     usable = {

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
 
+from vqmoe_vision.comparison import routing, shifts
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -64,6 +66,11 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     assert len(calls()) == 6
 
 
+def test_a_folder_whose_name_would_divide_an_option(started, says) -> None:
+    line = says('list', started(), '--work-dir', 'a,b')
+    assert line.startswith("error: {start}='a,b/first/dense-seed1-") and 'without a comma' in line
+
+
 def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
     path = started('dense')  # as the row dense of the other
     said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')
@@ -71,6 +78,24 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
     assert calls() == ['first/dense-seed2', 'spec/started-seed2']
     assert collected('first') == {'dense-seed2'} and collected('spec') == {'started-seed2'}
     assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
+
+
+@pytest.mark.parametrize('action', ['check', 'routing', 'shifts'])
+def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypatch, action) -> None:
+    """Its row dense is this one's too, and is looked at with that comparison."""
+    path = started('dense')
+    with Path(path).open('a') as file:
+        file.write("\nshifts = {'fog': 'model.fog=1'}\n")
+    says('run', path, '--seeds', '1')
+    monkeypatch.setattr(shifts, '_is_measured', lambda *which: True)
+    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    with suppress(SystemExit):
+        compare([action, path, '--rows', 'dense', '--seeds', '1'])
+    said = capsys.readouterr().err
+    line = '1 rows are those of first, with which this has to be done for them: dense-seed1\n'
+    assert said.startswith(line)
+    compare([action, path, '--rows', 'started', '--seeds', '1'])
+    assert 'are those of' not in capsys.readouterr().err
 
 
 def test_rows_that_need_no_checkpoint_need_no_source(started, says) -> None:
@@ -138,6 +163,16 @@ def test_a_list_has_sources_first_and_says_what_waits_for_them(started, says, ca
     assert says('collect', path) == '4 runs collected, 0 are not finished\n'
     assert collected('first') == {'dense-seed1', 'dense-seed2'}
     assert says('list', path) == ''
+
+
+def test_a_line_trains_again_where_the_checkpoint_is_gone(started, says) -> None:
+    path = started()
+    says('run', path, '--seeds', '1')
+    (ROWS / 'spec/started-seed1.json').unlink()
+    next((WORK / 'first').rglob('iter_2.pth')).unlink()
+    first, _ = says('list', path, '--seeds', '1').splitlines()
+    assert execute(first) == 0 and len(calls()) == 4
+    assert next((WORK / 'first').rglob('iter_2.pth')).is_file()
 
 
 def test_a_check_says_what_cannot_be_repeated_and_goes_on(started, says, capsys) -> None:

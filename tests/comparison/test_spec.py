@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
 from vqmoe_vision.comparison.controls import challengers
+from vqmoe_vision.comparison.curves import _styles
 from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -37,6 +38,12 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
         with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
+
+
+@pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
+def test_curves_of_no_two_rows_look_alike(path: Path, root: None) -> None:
+    looks = _styles(read_comparison(str(path)).rows).values()
+    assert len({(look['color'], str(look['linestyle'])) for look in looks}) == len(looks)
 
 
 def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:
@@ -137,14 +144,35 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     }
     first = Run(read_comparison('first.py'), 'dense', 2, Path('work')).folder
     run = Run(comparison, 'smoe_started', 2, Path('work'))
-    assert run.resolved['model']['checkpoint'] == str(first / 'iter_2.pth') == str(run.source[1])
-    assert Run(comparison, 'dense', 2, Path('work')).source is None
+    assert (
+        run.resolved['model']['checkpoint']
+        == str(first / 'iter_2.pth')
+        == str(run.sources['{start}'][1])
+    )
+    assert Run(comparison, 'dense', 2, Path('work')).sources == {}
     path = spec("start = 'first.py dense iter_2.pth'", a='smoe model.checkpoint={start:other}')
     assert says('run', path).startswith('error: comparison spec: {start:other}: row other does not')
     Path('first.py').write_text(Path(spec(other='smoe')).read_text())
     path = spec("start = 'first.py dense iter_2.pth'", a='smoe model.checkpoint={start:other}')
-    source, _ = Run(read_comparison(path), 'a', 2, Path('work')).source
+    source, _ = Run(read_comparison(path), 'a', 2, Path('work')).sources['{start:other}']
     assert source == Run(read_comparison('first.py'), 'other', 2, Path('work'))
+
+
+def test_a_row_that_starts_from_two_runs_has_the_checkpoint_of_each(spec, says) -> None:
+    other = 'smoe-wide'  # a name as any other
+    Path('first.py').write_text(Path(spec(f"rows['{other}'] = 'smoe'")).read_text())
+    both = 'smoe model.features={start} model.checkpoint={start:smoe-wide}'
+    path = spec("start = 'first.py dense iter_2.pth'", both=both)
+    work, first = Path('work_dirs/comparisons'), read_comparison('first.py')
+    run = Run(read_comparison(path), 'both', 1, work)
+    dense, wide = (Run(first, row, 1, work).folder / 'iter_2.pth' for row in ('dense', other))
+    model = run.resolved['model']
+    assert (model['features'], model['checkpoint']) == (str(dense), str(wide))
+    elsewhere = Run(read_comparison(path), 'both', 1, Path('elsewhere'))
+    assert elsewhere.folder.name == run.folder.name
+    said = says('run', path, '--rows', 'both', '--seeds', '1')
+    assert f'2 runs that others start from come first: first/dense-seed1, first/{other}' in said
+    assert Path('docs/results/rows/spec/both-seed1.json').is_file()
 
 
 def test_rows_trained_alike_for_the_comparison_that_others_start_from_count_too(fill, says) -> None:
@@ -181,8 +209,36 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
             "rows = dict(dense='dense', a='smoe model.checkpoint={start}')",
             'a needs the field start',
         ),
+        (
+            "start = 'first.py dense a.pth'\noptions = ['model.checkpoint={start}']",
+            "options='model.checkpoint={start}' is not possible: {start} in rows alone",
+        ),
+        (
+            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start:b-c}')",
+            '{start:b-c}: row b-c does not exist; there are dense',
+        ),
+        (
+            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start:}')",
+            '{start:}: row  does not exist; there are dense',
+        ),
+        (
+            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start :dense}')",
+            "a={start :dense}' is not possible: {start} or '{start:ROW}'",
+        ),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
+        ("seeds = ['1', '2']", "seeds=('1', '2') is not possible: whole numbers"),
+        ('seeds = 5', 'seeds=5 is not possible: a list'),
+        ("also = 'mAcc'", "also='mAcc' is not possible: a list"),
+        ("options = 'model.depth=2'", "options='model.depth=2' is not possible: a list"),
+        ("controls = 'dense'", "controls='dense' is not possible: a list"),
+        *(
+            (
+                f'rows = {{"dense": "dense", "{row}": "smoe"}}',
+                f'row={row!r} is not possible: a name',
+            )
+            for row in ('lr/2', 'lr/', '/')
+        ),
         ('seeds = [1, 2, 1]', 'seeds [1] are there twice'),
         ("reference = 'smoke'", 'row smoke does not exist; there are dense'),
         ("rows = dict(one='smoke')", "row 'smoke' does not exist"),
@@ -197,6 +253,7 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
     ],
 )
 def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
+    Path('first.py').write_text(Path(spec()).read_text())
     line = says('list', spec(more))
     assert line.startswith('error: ') and said in line and '\n' not in line
 

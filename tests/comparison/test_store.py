@@ -21,6 +21,10 @@ from vqmoe_vision.engine.checkpoint_files import SaveError
 pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
 WORK = Path('work_dirs/comparisons')
+RANKS = {'effective_rank_before': 1.0, 'effective_rank_after': 1.0}
+# of slots, which have no expert that could change
+LAYERS = {'a': {**RANKS, 'slots/load_entropy': 1.0}}
+ROUTING = {'layers': LAYERS, 'shifts': {'flip': {}, 'fog 3': {}}, 'changes': [], 'convergence': {}}
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 
@@ -65,6 +69,14 @@ def test_measurements_side_by_side_lose_nothing(finished, monkeypatch) -> None:
     assert routing.measure_routing(finished, store) == []
     for run in finished:
         assert (row(run)['routing'], row(run)['shifts']) == ({}, {'fog': {'a': 1.0}})
+
+
+@pytest.mark.parametrize('gone', ['iter_2.pth', 'last_checkpoint'])
+def test_a_checkpoint_that_was_deleted_stops_no_other(finished, gone: str, monkeypatch) -> None:
+    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    (finished[0].folder / gone).unlink()
+    assert routing.measure_routing(finished, Store(ROWS)) == [finished[0].name]
+    assert ['routing' in row(run) for run in finished] == [False, True]
 
 
 def test_many_writers_at_the_same_moment(finished) -> None:
@@ -129,6 +141,11 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
         ('first_losses', []),
         ('config', {}),
         ('routing', {'layers': {}}),
+        ('routing', {**ROUTING, 'shifts': {'flip': {'a.router': 0.5}}}),
+        ('routing', {**ROUTING, 'changes': [{'a.router': 0.5}]}),
+        ('routing', {**ROUTING, 'layers': {'a': {'effective_rank_after': 1.0}}}),
+        ('routing', {**ROUTING, 'convergence': {'a.router': {}}}),
+        ('starting_weights', {'model.absent': 'digest'}),
         ('shifts', {'fog': 3.0}),
     ],
 )
@@ -139,6 +156,14 @@ def test_a_field_with_half_of_its_content(fill, says, field: str, value: Any) ->
     says('table', path)
     shown = Path('docs/results/tables/spec.md').read_text()
     assert f'`same-seed1.json`: it is damaged: {field}' in shown and '| 24.50 ' in shown
+
+
+def test_a_routing_with_all_of_its_content_counts(fill, says) -> None:
+    path = fill(SCORES)
+    file = ROWS / 'same-seed1.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), 'routing': ROUTING}))
+    says('table', path)
+    assert 'damaged' not in Path('docs/results/tables/spec.md').read_text()
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"dense-seed1": 3}', '{"dense-seed1": {"equal": 1}}'])

@@ -114,7 +114,7 @@ def test_where_the_runs_lie_that_rows_start_from_does_not_count(started, says) -
     assert row['config']['model']['checkpoint'].startswith(
         'work_dirs/comparisons/spec/dense-seed1-'
     )
-    for folder in ('work_dirs/comparisons', 'elsewhere', str(Path('far').absolute())):
+    for folder in ('work_dirs/comparisons', 'elsewhere', '.', str(Path('far').absolute())):
         assert says('list', started, '--work-dir', folder) == ''
     says('table', started, '--work-dir', 'elsewhere')
     assert 'stale' not in Path('docs/results/tables/started.md').read_text()

@@ -64,6 +64,6 @@ def layers(values: Sequence[float]) -> str:
     """A number of each layer.
 
     Args:
-        values: In the order of layers; a dash stands for none.
+        values: In the order of layers; a dash stands for nan, and for none.
     """
-    return ' / '.join(f'{value:.2f}'.rstrip('0').rstrip('.') for value in values) or '-'
+    return ' / '.join(number(value).rstrip('0').rstrip('.') for value in values) or '-'

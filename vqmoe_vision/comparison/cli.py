@@ -103,17 +103,29 @@ class _Work:
             print(f'left out: {name}: {reason}', file=sys.stderr)
         return results, stored
 
+    def own(self) -> Store:
+        """Its rows, with a line for those that count and are of the comparison it starts from."""
+        missing = self.store.read(self.runs).missing
+        for other in self._others:
+            if names := [f'{row}-seed{seed}' for row, seed in other.read(missing).usable]:
+                print(
+                    f'{len(names)} rows are those of {other.folder.name}, with which this has to '
+                    f'be done for them: {", ".join(names)}',
+                    file=sys.stderr,
+                )
+        return self.store
+
     def current(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
         tasks: list[Task] = []
         left: set[Path] = set()
         for task in tasks_of(self.unfinished(), self.store):  # first what others start from
-            source = task.run.source
+            sources = [first for first, _ in task.run.sources.values() if first.folder in left]
             reason = task.store.stale(task.run)
             if reason is not None:
                 what = f'what {task.run.folder} holds is {reason}'
-            elif source is not None and source[0].folder in left:
-                what = f'it starts from {source[0].name}, which is left out'
+            elif sources:
+                what = f'it starts from {sources[0].name}, which is left out'
             else:
                 tasks.append(task)
                 continue
@@ -150,7 +162,11 @@ def _list(args: argparse.Namespace) -> None:
     tasks = _Work(args).current()
     for task in tasks:
         print(task.line())
-    held = [t.name for t in tasks if t.run.source is not None and not t.run.source[1].is_file()]
+    held = [
+        task.name
+        for task in tasks
+        if not all(file.is_file() for _, file in task.run.sources.values())
+    ]
     if held:
         count = sum(task.leaves is not None for task in tasks)
         print(
@@ -189,14 +205,14 @@ def _shifts(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    _say_absent(measure_shifts(work.runs, work.store))
+    _say_absent(measure_shifts(work.runs, work.own()))
 
 
 def _routing(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
-    _say_absent(measure_routing(work.runs, work.store))
+    _say_absent(measure_routing(work.runs, work.own()))
 
 
 def _say_absent(names: list[str]) -> None:
@@ -207,16 +223,18 @@ def _say_absent(names: list[str]) -> None:
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
     work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
-    usable = work.store.read(work.runs, checked=False).usable
+    usable = work.own().read(work.runs, checked=False).usable
     if not usable:
-        raise ValueError(f'no run of {work.comparison.name} can be checked: none is finished')
+        raise ValueError(
+            f'no run of {work.comparison.name} can be checked: it has no row that counts'
+        )
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
     wrong, unknown = [], []
     for one in tqdm(runs, unit='row', disable=None):
         try:
-            _require_source(one)
+            _require_sources(one)
             finding = repeat(one, usable[one.row, one.seed])
         except ValueError as error:
             unknown.append(one.name)
@@ -239,9 +257,10 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _require_source(one: Run) -> None:
-    if one.source is not None and not one.source[1].is_file():
-        first, checkpoint = one.source
+def _require_sources(one: Run) -> None:
+    for first, checkpoint in one.sources.values():
+        if checkpoint.is_file():
+            continue
         train = shlex.join(first.train(first.folder))
         raise ValueError(
             f'{one.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
@@ -250,8 +269,9 @@ def _require_source(one: Run) -> None:
 
 
 def _noise(args: argparse.Namespace) -> None:
-    work = _Work(args)
-    frame, budget = noise_of(work.comparison, work.read())
+    work = _Work(args, whole=True)  # differences are to the reference, whatever is shown
+    outcome = Outcome(work.comparison, work.read(), args.rows, args.seeds)
+    frame, budget = noise_of(work.comparison, outcome.results)
     known = frame.astype(object).where(frame.notna(), None)
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
     print(

@@ -16,7 +16,12 @@ from .statistics import mean_and_deviation
 
 Curve = list[list[float]]  # iterations and values
 # Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
-_STYLES = (('-', '--'), (':', '-.'), ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))))
+_STYLES = (
+    ('-', '--'),
+    (':', '-.'),
+    ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))),
+    ((0, (12, 3)), (0, (12, 3, 1, 3))),
+)
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
@@ -57,8 +62,9 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
             ],
         )
         for panel, of_panel in zip(axes, curves, strict=True):
-            if of_panel:
-                _draw(panel, row, style, of_panel)
+            # without those that have no validation at the iterations of the reference
+            if drawn := [curve for curve in of_panel if curve]:
+                _draw(panel, row, style, drawn)
     for panel, (title, label) in zip(axes, titles.items(), strict=True):
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
@@ -88,6 +94,17 @@ def _minus(curve: Curve, other: Curve) -> Curve:
 def colour_of(number: int) -> tuple[float, float, float]:
     """Colour of the curve with that number."""
     return _COLOURS[number % len(_COLOURS)]
+
+
+def marker_of(number: int, first: str = 'o') -> str:
+    """Marker of the points with that number, which tells them from others of their colour.
+
+    Args:
+        number: From 0 on.
+        first: Marker of those that have the colours first.
+    """
+    markers = (first, 's', '^', 'D')
+    return markers[number // len(_COLOURS) % len(markers)]
 
 
 def _styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:

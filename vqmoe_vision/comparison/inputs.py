@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.options import flat
-
 from .results import Results
 from .spec import STARTS, Comparison
+from .validity import named_weights
 
 SPLITS = ('train', 'val', 'test')
 # What was given to a run, and how its config names that.
@@ -117,8 +116,7 @@ def _data(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _weights(content: dict[str, Any]) -> Iterator[tuple[Place, str]]:
-    config = content['config']
-    named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
+    named = named_weights(content['config'])
     for option, digest in content.get('starting_weights', {}).items():
         # by the comparison, the row and the seed that its folders are named by
         file = '/'.join(Path(named[option]).parts[-3:])

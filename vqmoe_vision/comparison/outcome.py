@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -89,8 +90,8 @@ class Outcome:
 
     @cached_property
     def corrected(self) -> dict[str, float]:
-        """Their p, corrected for the rows that are planned."""
-        return holm({row: found.p for row, found in self.differences.items()}, self.planned)
+        """Their p, corrected for the rows that are planned; nan before a row is finished."""
+        return self._corrected(self.differences, self.planned)
 
     @cached_property
     def shifted(self) -> dict[str, dict[str, dict[int, float]]]:
@@ -112,7 +113,7 @@ class Outcome:
         rows = challengers(self.comparison, control)
         base = self.scores.get(control, {})
         found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
-        return found, holm({row: each.p for row, each in found.items()}, len(rows))
+        return found, self._corrected(found, len(rows))
 
     def finished(self, difference: Difference) -> bool:
         """Whether it is one over all seeds of the comparison: a verdict on less is a look ahead.
@@ -121,6 +122,11 @@ class Outcome:
             difference: Of two rows.
         """
         return difference.pairs == len(self.comparison.seeds)
+
+    def _corrected(self, found: dict[str, Difference], planned: int) -> dict[str, float]:
+        # an early p may be small by chance, and then the finished rows would get smaller factors
+        p = {row: each.p if self.finished(each) else math.nan for row, each in found.items()}
+        return holm(p, planned)
 
     def _restricted(self, results: Results, rows: Sequence[str]) -> Results:
         shown = {(row, seed) for row in rows for seed in self.seeds}

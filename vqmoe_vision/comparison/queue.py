@@ -88,7 +88,8 @@ class Queue:
                     self._hold_while_paused()
                     self._start()
                     for job in list(self._jobs):
-                        self._advance(job)
+                        with self._losing_no_other(job):
+                            self._advance(job)
                     begun = sum(_share(job) for job in self._jobs)
                     bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
                     bar.set_postfix_str(', '.join(job.task.name for job in self._jobs), False)
@@ -107,7 +108,7 @@ class Queue:
                 continue
             try:
                 lock = _claimed(task)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 self._waiting.remove(task)
                 self._say(task, str(error))
                 continue
@@ -116,20 +117,19 @@ class Queue:
             self._waiting.remove(task)
             job = _Job(task, task.run.folder, free[0], lock, testing=task.tested and task.trained)
             self._jobs.append(job)
-            if not self._collect(job):
-                self._launch(job)
+            with self._losing_no_other(job):
+                if not self._collect(job):
+                    self._launch(job)
 
     def _is_held(self, task: Task) -> bool:
         """Whether it cannot start: what it starts from is not there yet, or never will be."""
-        if task.run.source is None:
-            return False
-        first, checkpoint = task.run.source
-        if any(other.run.folder == first.folder for other in self._unfinished()):
-            return True
-        if not checkpoint.is_file():
-            self._waiting.remove(task)
-            self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
-            return True
+        for first, checkpoint in task.run.sources.values():
+            if any(other.run.folder == first.folder for other in self._unfinished()):
+                return True
+            if not checkpoint.is_file():
+                self._waiting.remove(task)
+                self._say(task, f'{first.comparison.name}/{first.name} has left no {checkpoint}')
+                return True
         return False
 
     def _unfinished(self) -> list[Task]:
@@ -169,15 +169,20 @@ class Queue:
             self._finish(job, f'its commands left no {missing} in {job.folder}')
 
     def _collect(self, job: _Job) -> bool:
-        """Whether nothing is left to do for a run: it is finished, or its files cannot be read."""
-        try:
-            finished = job.task.collect()
-        except ValueError as error:
-            self._finish(job, str(error))
-            return True
-        if finished:
+        """Whether nothing is left to do for a run."""
+        if finished := job.task.collect():
             self._finish(job)
         return finished
+
+    @contextmanager
+    def _losing_no_other(self, job: _Job) -> Iterator[None]:
+        """A run whose files are damaged, or can be neither read nor written, ends alone."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if job not in self._jobs:  # its end could not be said: nor could that of another
+                raise
+            self._finish(job, str(error))
 
     def _finish(self, job: _Job, error: str | None = None) -> None:
         self._jobs.remove(job)
@@ -215,9 +220,12 @@ def _visible_gpus() -> list[str]:
 def _claimed(task: Task) -> IO[str] | None:
     """The lock of a run, unless another process has it; what is stale is set aside."""
     while True:
-        make_folder(task.run.folder)
+        task.run.folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(task.run.folder / 'lock')
-        if lock is None or (moved := task.store.set_aside(task.run)) is None:
+        if lock is None:
+            return None
+        make_folder(task.run.folder)  # that of another process is not written to
+        if (moved := task.store.set_aside(task.run)) is None:
             return lock
         tqdm.write(f'{task.name} begins anew: {moved}')
         lock.close()  # it went with the folder, and the next folder has one of its own
@@ -236,10 +244,10 @@ def _lock(path: Path) -> IO[str] | None:
 def _share(job: _Job) -> float:
     """How much of a run is done."""
     try:
-        done, total = (job.folder / 'progress').read_text().split()
-    except FileNotFoundError:
+        done, total = map(int, (job.folder / 'progress').read_text().split())
+        return done / total
+    except (OSError, ValueError, ZeroDivisionError):  # not there yet, or written in half
         return 0.0
-    return int(done) / int(total)
 
 
 def _last_line(job: _Job) -> str:

@@ -114,13 +114,15 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
         letters.
 
     Raises:
-        ValueError: A part is shown, no image is named, or there is no such figure.
+        ValueError: A part is shown, no image is named, there is no such figure, or no run can be
+            used.
     """
     comparison = outcome.comparison
     if outcome.partial:
         raise ValueError('--images is not possible with a part: documents show all rows and seeds')
     if not comparison.images:
         raise ValueError(f'--images: {comparison.name} names no images')
+    frame_of(outcome)  # says so where there is nothing to draw
     figures, written = _figures(outcome), []
     for figure, name in comparison.images.items():
         if figure not in figures:
@@ -184,13 +186,17 @@ def _commits(frame: pd.DataFrame) -> str:
 
 
 def _list(lines: Sequence[str]) -> str:
-    return '\n'.join(f'- {line}' for line in lines)
+    # a star at the beginning of a line would begin a list in the list
+    return '\n'.join('- ' + (f'\\{line}' if line.startswith('*') else line) for line in lines)
 
 
 def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Lines of the frame, where JSON has no nan."""
+    """Lines of the frame; JSON has neither nan nor infinity."""
     lines = frame.reset_index(names='row').to_dict(orient='records')
-    return [
-        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
-        for line in lines
-    ]
+    return [{name: _finite(value) for name, value in line.items()} for line in lines]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

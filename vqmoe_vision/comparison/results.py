@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,3 +52,20 @@ class Results:
         missing = [run for run in self.missing if (run.row, run.seed) not in more.usable]
         usable, checked = {**self.usable, **more.usable}, {**self.checked, **more.checked}
         return Results(usable, self.left_out, missing, checked)
+
+
+def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
+    """A statistic of each layer, as mean over the runs that have it.
+
+    Args:
+        numbers: Of each run, by the layer and the name of the statistic.
+        name: What stands after the layer's name.
+
+    Returns:
+        In the order of layers, as the run has them that has most.
+    """
+    of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]
+    of_runs.sort(key=len, reverse=True)
+    layers = dict.fromkeys(layer for run in of_runs for layer in run)
+    found = [[run[layer] for run in of_runs if layer in run] for layer in layers]
+    return [sum(values) / len(values) for values in found]

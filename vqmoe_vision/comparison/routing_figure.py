@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .curves import colour_of
+from .curves import colour_of, marker_of
 from .results import Results
 from .routing import by_decider, kept
 from .spec import Comparison
@@ -77,7 +77,7 @@ def _training(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
         line = axes.errorbar(
             steps, mean, deviation, label=label, color=colour_of(number), capsize=2
         )
-        line[0].set_marker('o')
+        line[0].set_marker(marker_of(number))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         title='experts that stay from one checkpoint to the next (mean and deviation)',
@@ -93,7 +93,8 @@ def _shifted(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
             pair = numbers['kept when mirrored'], numbers['kept when corrupted']
             values.setdefault(f'{row}, {decider}', []).append(pair)
     for number, (label, pairs) in enumerate(values.items()):
-        axes.scatter(*zip(*pairs, strict=True), label=label, color=colour_of(number))
+        look: dict[str, Any] = {'color': colour_of(number), 'marker': marker_of(number)}
+        axes.scatter(*zip(*pairs, strict=True), label=label, **look)
     axes.set(
         title='experts that stay when the picture changes, a point per seed',
         xlabel='mirrored: share beyond chance',
@@ -127,13 +128,14 @@ def _parts(axes: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
         for part, layers in by_part.items():
             curves.setdefault(f'{row}, {part}', []).append(np.mean(layers, axis=0).tolist())
     styles = {'experts': '-', 'router': '--', 'quantizer': ':'}
-    colours: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
     for label, values in curves.items():
         row, _, part = label.rpartition(', ')
         mean = np.mean(_of_equal_length(values), axis=0)
         if part in styles and mean[0] > 0:  # a part that is frozen has no way
-            colour = colours.setdefault(row, colour_of(len(colours)))
-            axes.plot(range(1, len(mean) + 1), mean, styles[part], label=label, color=colour)
+            number = numbers.setdefault(row, len(numbers))
+            look: dict[str, Any] = {'color': colour_of(number), 'marker': marker_of(number, '')}
+            axes.plot(range(1, len(mean) + 1), mean, linestyle=styles[part], label=label, **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         title='way that is left to the last checkpoint, mean over seeds',

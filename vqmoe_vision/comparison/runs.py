@@ -13,10 +13,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from vqmoe_vision.engine.checkpoint_files import last_checkpoint
+from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import flat, merge_options, parse_options
 from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe.config import check
 
 from .spec import STARTS, Comparison
 
@@ -63,20 +64,28 @@ class Run:
     def options(self) -> list[str]:
         """All of `--cfg-options`."""
         given = [*self.comparison.options, *self.comparison.rows[self.row]]
-        if self.source is not None:
-            file = str(self.source[1])
-            given = [STARTS.sub(lambda _: file, option) for option in given]
+        files = {text: str(file) for text, (_, file) in self.sources.items()}
+        given = [STARTS.sub(lambda found: files[found[0]], option) for option in given]
         return [*given, f'randomness.seed={self.seed}', RECORD]
 
     @cached_property
-    def source(self) -> tuple[Run, Path] | None:
-        """The run that leaves the checkpoint that this one starts from, and where."""
+    def sources(self) -> dict[str, tuple[Run, Path]]:
+        """The runs that leave what this one starts from, and where, by what options say for it.
+
+        Raises:
+            ValueError: The path of a checkpoint is none that an option can have.
+        """
         start = self.comparison.start
-        found = STARTS.search(' '.join(self.comparison.rows[self.row]))
-        if start is None or found is None:
-            return None
-        run = Run(start.comparison, found[1] or start.row, self.seed, self.root)
-        return run, run.folder / start.file
+        if start is None:  # no row of the comparison says such a thing
+            return {}
+        sources = {}
+        for found in STARTS.finditer(' '.join(self.comparison.rows[self.row])):
+            run = Run(start.comparison, found[1] or start.row, self.seed, self.root)
+            file = run.folder / start.file
+            allowed = 'a path without a comma, at which --cfg-options divide a value'
+            check(',' not in str(file), found[0], str(file), allowed)
+            sources[found[0]] = run, file
+        return sources
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -123,15 +132,12 @@ class Run:
             Values by dotted name.
         """
         values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
-        if self.source is None:
-            return values
-        inside = self.source[1].relative_to(self.root).as_posix()
-        return {
-            name: str(WORK_DIR / inside)
-            if isinstance(value, str) and value.endswith(f'/{inside}')
-            else value
-            for name, value in values.items()
-        }
+        for _, file in self.sources.values():
+            inside = file.relative_to(self.root).as_posix()
+            for name, value in values.items():
+                if isinstance(value, str) and f'/{value}'.endswith(f'/{inside}'):
+                    values[name] = str(WORK_DIR / inside)
+        return values
 
     @cached_property
     def folder(self) -> Path:
@@ -163,24 +169,30 @@ class Run:
         command = ['python', 'tools/test.py', self.comparison.config, checkpoint, *out]
         return [*command, '--cfg-options', *self.options]
 
-    def line(self, tested: bool = True) -> str:
+    def line(self, tested: bool = True, leaves: Path | None = None) -> str:
         """Training, resumed where there is a checkpoint, and test as one line for a shell.
 
-        It holds the lock by which a queue knows that the run is worked on.
+        It holds the lock by which a queue knows that the run is worked on, and does not train again
+        what is trained: the record would have the commit of today.
 
         Args:
             tested: Whether the test is wanted too.
+            leaves: Checkpoint that the training has to leave beside its record.
         """
         folder = self.folder
-        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / 'last_checkpoint'))
+        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / POINTER))
+        ends = [folder / 'run.json', *([] if leaves is None else [leaves])]
+        trained = ' && '.join(f'test -e {shlex.quote(str(file))}' for file in ends)
         train = shlex.join(self.train(folder))
-        resume = f'$(test -e {last} && echo --resume)'
+        # as `candidates`: whatever ended the run may have done so before the pointer was written
+        resume = f"$(ls {quoted} | grep '[.]pth$' | grep -qv '^{BEST}' && echo --resume)"
         # before the options, which take all that follows them
         train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
-        work = f'OMP_NUM_THREADS=1 {train}'
+        work = f'{{ {trained} || OMP_NUM_THREADS=1 {train}; }}'
         if tested:
             test = shlex.join(self._test(folder, 'CHECKPOINT'))
-            test = test.replace(' CHECKPOINT ', f' {quoted}/"$(cat {last})" ', 1)
+            name = f'"$(basename "$(cat {last})")"'  # as `last_checkpoint`
+            test = test.replace(' CHECKPOINT ', f' {quoted}/{name} ', 1)
             work += f' && OMP_NUM_THREADS=1 {test}'
         busy = f'echo {quoted} is worked on already >&2; exit 1'
         return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'

@@ -48,7 +48,7 @@ def verdict(
     if pairs < seeds:
         return _unfinished(f'{row} and {reference}', difference, seeds)
     if difference.std == 0:
-        return f'{row} and {reference} differ by exactly {d:+.2f} at each of {pairs} seeds.'
+        return _exactly(f'{row} and {reference}', difference)
     interval = f'{d:+.2f}, 95 % interval {cells.ends(difference)}'
     if corrected_p < LEVEL:
         better = 'better' if d > 0 else 'worse'
@@ -76,6 +76,11 @@ def _unfinished(pair: str, difference: Difference, seeds: int) -> str:
     )
 
 
+def _exactly(pair: str, difference: Difference) -> str:
+    pairs = difference.pairs
+    return f'{pair} differ by exactly {difference.mean:+.2f} at each of {pairs} seeds.'
+
+
 def _against_control(outcome: Outcome, control: str) -> list[str]:
     differences, corrected = outcome.against(control)
     seeds = len(outcome.comparison.seeds)
@@ -83,8 +88,11 @@ def _against_control(outcome: Outcome, control: str) -> list[str]:
     for row, difference in differences.items():
         if row not in outcome.rows or difference.pairs < 2:
             continue
+        pair = f'{row} and the control {control}'
         if not outcome.finished(difference):
-            said.append(_unfinished(f'{row} and the control {control}', difference, seeds))
+            said.append(_unfinished(pair, difference, seeds))
+        elif difference.std == 0:  # of which there is no p
+            said.append(_exactly(pair, difference))
         elif not (corrected[row] < LEVEL and difference.mean > 0):
             said.append(
                 f'{row} does not beat the control {control}: {difference.mean:+.2f}, 95 % interval '

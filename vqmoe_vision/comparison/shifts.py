@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
@@ -24,12 +23,19 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.statistics import summarize
 
-from .results import Results, Usable
+from .results import Results, Usable, layer_means
 from .runs import Run
 from .spec import Comparison
 from .store import Store
 
 PLACE = '{corruption}'
+# As imagecorruptions lists them. It is in the extra `analyze`, which whoever makes tables of what
+# was measured need not have.
+CORRUPTIONS = (
+    'gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
+    'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
+    'jpeg_compression',
+)  # fmt: skip
 Shifts = dict[str, dict[str, float]]  # by name, and by the options of a test
 
 
@@ -41,9 +47,7 @@ def expanded(line: str) -> list[str]:
     """
     if PLACE not in line:
         return [line]
-    from imagecorruptions import get_corruption_names  # with numba: seconds, and in extra `analyze`
-
-    return [line.replace(PLACE, name) for name in get_corruption_names('common')]
+    return [line.replace(PLACE, name) for name in CORRUPTIONS]
 
 
 def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
@@ -54,7 +58,6 @@ def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
         found: Of a run.
     """
     scores = {}
-    # what was not measured asks for no list of corruptions, and so not for their library
     for name in filter(found.__contains__, comparison.shifts):
         values = found[name]
         if values.keys() == set(expanded(comparison.shifts[name])):
@@ -88,17 +91,16 @@ def shifted_layers(
         results: What is there of it.
         statistic: What stands after the layer's name.
     """
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for (row, _), content in results.usable.items():
         kept = content.get('shift_routing', {})
         for shift in filter(kept.__contains__, mean_scores(comparison, content.get('shifts', {}))):
-            layers = [v for k, v in kept[shift].items() if k.rpartition('/')[2] == statistic]
-            if layers:
-                found.setdefault(shift, {}).setdefault(row, []).append(layers)
-    return {
-        shift: {row: np.mean(layers, axis=0).tolist() for row, layers in by_row.items()}
+            found.setdefault(shift, {}).setdefault(row, []).append(kept[shift])
+    means = {
+        shift: {row: layer_means(numbers, statistic) for row, numbers in by_row.items()}
         for shift, by_row in found.items()
     }
+    return {shift: by_row for shift, by_row in means.items() if any(by_row.values())}
 
 
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:

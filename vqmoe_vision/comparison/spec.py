@@ -25,7 +25,7 @@ START = '{start}'
 STARTED = '_started'
 # What the numbers of a comparison are of. Choices are made on what no final table uses.
 STAGES = ('test', 'dev')
-STARTS = re.compile(r'\{start(?::(\w+))?\}')
+STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
     'all_methods': {
@@ -40,6 +40,7 @@ _ROWS = {
     },  # a dense model of another width is no start
 }
 
+_LISTS = {'also', 'controls', 'options', 'seeds'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
@@ -96,29 +97,38 @@ class Comparison:
     stage: str = 'test'
 
     def __post_init__(self) -> None:
+        where = f'comparison {self.name}: '
         for name in ('seeds', 'rows'):
             if not getattr(self, name):
                 raise ValueError(f'comparison {self.name}: {name} is empty')
+        allowed = 'whole numbers'
+        check(all(type(n) is int for n in self.seeds), f'{where}seeds', self.seeds, allowed)
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         if self.metric in self.also:
             raise ValueError(
                 f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
             )
-        where = f'comparison {self.name}: '
         check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         for row in (self.reference, *self.controls):
             _choose(f'comparison {self.name}: row', [row], self.rows)
+        for option in self.options:
+            check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
         for row, options in self.rows.items():
-            for found in STARTS.finditer(' '.join(options)):
-                if self.start is None:
-                    raise ValueError(f'comparison {self.name}: row {row} needs the field start')
-                other = found[1] or self.start.row
-                _choose(
-                    f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows
-                )
+            allowed = 'a name that a file can have'
+            check(Path(row).name == row and '\0' not in row, f'{where}row', row, allowed)
+            self._check_starts(row, ' '.join(options))
+
+    def _check_starts(self, row: str, line: str) -> None:
+        for found in STARTS.finditer(line):
+            if self.start is None:
+                raise ValueError(f'comparison {self.name}: row {row} needs the field start')
+            other = self.start.row if found[1] is None else found[1]
+            _choose(f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows)
+        left = '{start' not in STARTS.sub('', line)
+        check(left, f'comparison {self.name}: rows.{row}', line, f"{START} or '{{start:ROW}}'")
 
     @property
     def tested(self) -> bool:
@@ -172,6 +182,10 @@ def read_comparison(path: str) -> Comparison:
     missing = {'config', 'seeds', 'metric'} - given.keys()
     if wrong := sorted((given.keys() - known) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
+    for listed in sorted(_LISTS & given.keys()):
+        value = given[listed]
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        check(several, f'{path}: {listed}', value, 'a list')
     config = given.pop('config')
     model, size = _model_of(load_config(config, import_modules=False))
     rows = {

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER, write_atomically
+from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.record import BEGUN
 
 from .results import Results, Usable
@@ -84,7 +84,16 @@ class Store:
         with self._alone():
             if not self.read([run]).usable:
                 _save(self.path(run), content)
+                self._forget_refutation(run)
         return True
+
+    def _forget_refutation(self, run: Run) -> None:
+        # it is of the training before, which may have had the same losses: then it would stand
+        # against every training, however often the run is made anew
+        checks, _ = self._readable_checks()
+        if refutation(checks.get(run.name)):
+            del checks[run.name]
+            _save(self.folder / 'checks.json', checks)
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
         """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
@@ -161,7 +170,7 @@ class Store:
         """
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
-        absent = [run.name for run in finished if not (run.folder / POINTER).is_file()]
+        absent = [run.name for run in finished if not _has_checkpoint(run.folder)]
         return usable, [run for run in finished if run.name not in absent], absent
 
     def stale(self, run: Run) -> str | None:
@@ -248,6 +257,10 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'{path} is damaged: it holds no object')
     return content
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return (folder / POINTER).is_file() and last_checkpoint(folder).is_file()
 
 
 def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.moe import METHODS
+
 from . import cells
 from .outcome import Outcome
+from .results import layer_means
 from .shifts import shifted_layers
 
 UNEQUAL = 0.05  # share of the reference's multiply-accumulates
@@ -53,20 +57,6 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
     return frame
 
 
-def layer_means(contents: list[dict[str, Any]], name: str) -> list[float]:
-    """A statistic of each layer, in the order of layers, as mean over runs.
-
-    Args:
-        contents: Of files of one row.
-        name: What stands after the layer's name.
-    """
-    found = {}
-    for metric in contents[0]['test']:
-        if metric.rpartition('/')[2] == name:
-            found[metric] = sum(content['test'][metric] for content in contents) / len(contents)
-    return list(found.values())
-
-
 def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as a reader sees it, rounded and with units.
 
@@ -83,8 +73,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         'std': frame['std'].map(cells.number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in frame.seeds],
         f'difference to {comparison.reference} (95 % interval)': map(cells.interval, differences),
-        # what a look before the end would decide is no decision
-        'p (Holm)': frame.p_holm.where(frame.pairs == planned).map(cells.p_value),
+        'p (Holm)': frame.p_holm.map(cells.p_value),
         'parameters, M: all / active': frame.apply(
             lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
         ),
@@ -127,7 +116,7 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
             if errors:  # of a row without codes, or from before it was measured, a dash
                 measured = errors.get(name, {}).get(row, [])
                 same = [c for c in outcome.by_row[row] if name in c.get('shift_routing', {})]
-                trained = layer_means(same, 'quantization_error') if measured else []
+                trained = layer_means(_tests(same), 'quantization_error') if measured else []
                 lines[-1]['quantization error'] = cells.layers(measured)
                 lines[-1]['as trained'] = cells.layers(trained)
     return pd.DataFrame(lines)
@@ -158,6 +147,11 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
             f'{_MARK} does not have the compute of {comparison.reference}: its '
             f'multiply-accumulates differ by more than {UNEQUAL:.0%}.'
         )
+    if beside := [row for row, contents in outcome.by_row.items() if _needs_features(contents[0])]:
+        lines.append(
+            f'{", ".join(beside)}: the frozen network whose features decide is in the '
+            'multiply-accumulates, and its weights are not in the parameters.'
+        )
     machines = outcome.machines
     if len(machines) > 1:
         lines.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
@@ -178,13 +172,19 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
     return lines
 
 
+def _needs_features(content: dict[str, Any]) -> bool:
+    model = content['config']['model']
+    options = options_in_full(model.get('backbone', model))
+    return bool(options) and METHODS[options['method']].needs_features
+
+
 def _also(names: Sequence[str], contents: list[dict[str, Any]]) -> dict[str, Any]:
     """Further numbers of a row: mean and standard deviation, or means by layer."""
     found: dict[str, Any] = {}
     for name in names:
         values = pd.Series([c['test'][name] for c in contents if name in c['test']], dtype=float)
         if values.empty:
-            found[name] = layer_means(contents, name)
+            found[name] = layer_means(_tests(contents), name)
         else:
             found |= {name: values.mean(), f'{name}_std': values.std()}
     return found
@@ -203,13 +203,17 @@ def _line(contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str,
         'active_params': first['active_params'],
         'macs': first['macs'],
         'minutes': minutes if len(machines) == 1 else math.nan,
-        'unused_experts': layer_means(contents, 'load_unused'),
-        'code_perplexity': layer_means(contents, 'code_usage_perplexity'),
+        'unused_experts': layer_means(_tests(contents), 'load_unused'),
+        'code_perplexity': layer_means(_tests(contents), 'code_usage_perplexity'),
         'device': ', '.join(sorted({content['device'] for content in contents})),
         'hardware': ', '.join(machines),
         'commits': ', '.join(sorted({content['commit'] for content in contents})),
         'command': first['command'],
     }
+
+
+def _tests(contents: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [content['test'] for content in contents]
 
 
 def _mean(value: float | list[float], deviation: float) -> str:

@@ -69,7 +69,7 @@ class Task:
 
     def line(self) -> str:
         """Its commands as one line for a shell."""
-        return self.run.line(tested=self.tested)
+        return self.run.line(self.tested, self.leaves)
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
@@ -93,10 +93,9 @@ def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
 def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
     """The runs that runs start from, as far as they are due, by their checkpoints."""
     found: dict[Path, Task] = {}
-    for run in runs:
-        if run.source is None or run.source[1] in found:
+    for first, checkpoint in (source for run in runs for source in run.sources.values()):
+        if checkpoint in found:
             continue
-        first, checkpoint = run.source
         store = Store(rows / first.comparison.name)
         task = Task(first, store, checkpoint, row=not store.read([first]).usable)
         if not task.trained and not checkpoint.is_file():

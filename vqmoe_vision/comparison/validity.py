@@ -51,16 +51,39 @@ _IS_OBJECT = _holds(lambda _: True)
 _NUMBERS_BY_NAME = _holds(_holds(_is_number))
 
 
+def _is_layer(value: Any) -> bool:
+    ranks = {'effective_rank_before', 'effective_rank_after'}
+    return _holds(_is_number)(value) and ranks <= value.keys()
+
+
+def _knows_chance(layers: dict[str, Any], changes: dict[str, float]) -> bool:
+    """Of all whose experts may change; slots take every token, and have none that could."""
+    return all(
+        f'{decided.removeprefix(f"{name}.")}/changed_by_chance' in numbers
+        for name, numbers in layers.items()
+        for decided in changes
+        if decided.startswith(f'{name}.')
+    )
+
+
+def _is_way(value: Any) -> bool:
+    return isinstance(value, dict) and _are_losses(value.get('distance'))
+
+
 def _is_routing(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return value == {}  # of a dense model
     return (
-        _NUMBERS_BY_NAME(value.get('layers'))
+        _holds(_is_layer)(value.get('layers'))
         and _NUMBERS_BY_NAME(value.get('shifts'))
         and 'flip' in value['shifts']
         and isinstance(value.get('changes'), list)
         and all(map(_holds(_is_number), value['changes']))
-        and _holds(_IS_OBJECT)(value.get('convergence'))
+        and _holds(_is_way)(value.get('convergence'))
+        and all(
+            _knows_chance(value['layers'], changes)
+            for changes in (*value['shifts'].values(), *value['changes'])
+        )
     )
 
 
@@ -121,9 +144,22 @@ def damage(content: dict[str, Any], run: Run) -> str | None:
     # before there were two, all were tested
     if (then := content.get('stage', 'test')) != (stage := run.comparison.stage):
         return f'its numbers are of stage={then!r}, not of {stage!r}'
+    named = named_weights(content['config'])
+    if unknown := sorted(content.get('starting_weights', {}).keys() - named.keys()):
+        return f'it is damaged: starting_weights of {unknown}, which its config does not name'
     if not _is_finite(content['test'].get(metric)):
         return f'it is damaged: test has no number for {metric!r}'
     return None
+
+
+def named_weights(config: dict[str, Any]) -> dict[str, str]:
+    """What a run may have started from, by the options that name it.
+
+    Args:
+        config: Of a row.
+    """
+    named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
+    return {option: path for option, path in named.items() if _is_text(path)}
 
 
 def damage_of_check(check: Any) -> str | None:

@@ -110,7 +110,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / '.writable').open('w'):
             pass
-        (folder / '.writable').unlink()
+        (folder / '.writable').unlink(missing_ok=True)  # others may try the same folder meanwhile
     except OSError as error:
         raise ValueError(f'folder {folder} cannot be written: {error.strerror}') from error
 
