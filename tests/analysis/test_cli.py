@@ -77,6 +77,12 @@ def image(path: Path, height: int, width: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def test_a_device_that_is_not_there(untrained: Callable[..., tuple[str, str]]) -> None:
+    assert says(*untrained(), '--device', 'nothing').startswith(
+        "error: device='nothing' is not pos"
+    )
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_of_a_classifier(method: str, untrained, report) -> None:
     (survey,) = report(*untrained(model_name=f'vit_tiny_{method}'))['surveys']

@@ -27,9 +27,9 @@ def frames(survey: Survey) -> Iterator[Picture]:
             maps = [example.experts[decider] for example in examples]
             yield _frame(examples, maps, layer.num_experts, decider, 'expert')
         for decider in _of_layer(name, examples, 'codes'):
+            assert layer.codebook is not None
             maps = [example.codes[decider] for example in examples]
-            codes = len(layer.codebook.usage) if layer.codebook else int(max(map(torch.max, maps)))
-            yield _frame(examples, maps, codes, decider, 'code')
+            yield _frame(examples, maps, len(layer.codebook.usage), decider, 'code')
 
 
 def _of_layer(layer: str, examples: Sequence[Example], kind: str) -> list[str]:

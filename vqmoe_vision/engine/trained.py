@@ -50,8 +50,10 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
         device: Where to; a GPU if there is one.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or does not fit the config.
+        ValueError: There is no such device, or the checkpoint cannot be read or does not fit the
+            config.
     """
+    _check_device(device)
     with scope_of(config):
         model = MODELS.build(without_sources(config.model))
     state = read_state(checkpoint)
@@ -62,3 +64,12 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')
     load_state_dict(model, state, strict=True)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+
+
+def _check_device(device: str | None) -> None:
+    """Finds out before the weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, a GPU that is not there
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'device={device!r} is not possible: {reason}') from error

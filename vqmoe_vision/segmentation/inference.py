@@ -101,7 +101,6 @@ class Predictor:
         for name in ('model', 'test_dataloader'):
             if settings.get(name) is None:
                 raise ValueError(f'{config!r} has no {name}, without which nothing is predicted')
-        _check_device(device)
         init_default_scope(settings.get('default_scope', 'mmseg'))
         first, *others = innermost(settings.test_dataloader.dataset)
         self.classes, palette = _classes(config, first)
@@ -157,15 +156,6 @@ class Predictor:
     def _overlay(self, pixels: np.ndarray, labels: np.ndarray, opacity: float) -> np.ndarray:
         mixed = in_bgr(pixels) * (1 - opacity) + self.palette[labels] * opacity
         return mixed.round().astype(np.uint8)
-
-
-def _check_device(device: str | None) -> None:
-    """Finds out before the weights are read."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch without CUDA, a GPU that is not there
-        reason = str(error).partition('\n')[0]
-        raise ValueError(f'device={device!r} is not possible: {reason}') from error
 
 
 def _steps(dataset: Any) -> list[Any]:
