@@ -281,6 +281,22 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     assert (tmp_path / 'w/last_checkpoint').read_text() == 'epoch_2.pth'
 
 
+# what refers to itself is not deleted when the process ends
+AT_WORK = """
+from multiprocessing import active_children
+from torch.utils.data import DataLoader
+from vqmoe_vision.engine.stop import keep_workers
+
+if __name__ == '__main__':
+    loader = DataLoader(range(9), num_workers=1, multiprocessing_context='METHOD')
+    keep_workers(loader)
+    batches = iter(loader)
+    batches.itself = batches
+    next(batches)
+    print(*(child.pid for child in active_children()))
+"""
+
+
 class SlowSamples(Dataset):
     """Each of which takes a moment, and says whether its worker began as it should."""
 
@@ -296,6 +312,22 @@ class SlowSamples(Dataset):
 
 def begin(worker_id: int) -> None:
     SlowSamples.begun = True
+
+
+@pytest.mark.parametrize('method', ['fork', pytest.param('spawn', marks=pytest.mark.long)])
+def test_a_process_ends_whose_loader_is_still_at_work(method: str, tmp_path: Path) -> None:
+    path = tmp_path / 'at_work.py'
+    path.write_text(AT_WORK.replace('METHOD', method))
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, '')
+    (worker,) = done.stdout.split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
 
 
 def test_a_signal_to_all_processes_leaves_the_workers_of_a_loader_at_work() -> None:

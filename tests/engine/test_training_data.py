@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
-from vqmoe_vision.classification.datasets import class_folder
+from vqmoe_vision.classification.class_folder import class_folder
 from vqmoe_vision.classification.image_classification import ImageClassification
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.training_data import _check_held_out

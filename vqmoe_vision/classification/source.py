@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 from vqmoe_vision.models.normalization import Normalization
 
-from .datasets import load_image
+from .class_folder import load_image
 from .image_classification import ImageClassification
 from .transforms import normalization_of, normalized_as
 

@@ -1,10 +1,13 @@
 """What becomes of SIGTERM and Ctrl-C while a training runs."""
 
+import atexit
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -107,6 +110,24 @@ def keep_workers(loader: DataLoader) -> None:
         loader: Before it starts its workers.
     """
     loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # what is registered last comes first
+
+
+def _end_workers() -> None:
+    """Before multiprocessing ends its children, by a SIGTERM after which it waits for ever.
+
+    A data loader that is still at work when its process ends has not ended its workers.
+    """
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch, an error that a worker has ended
+    for child in children:
+        child.terminate()
+    patience = time.monotonic() + 1
+    for child in children:
+        child.join(max(patience - time.monotonic(), 0))
+        if child.is_alive():
+            child.kill()
 
 
 def _ignore_signals(own: Callable[[int], None] | None, worker_id: int) -> None:
