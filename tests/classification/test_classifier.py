@@ -91,13 +91,14 @@ def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
 def test_mixup_wants_even_batches() -> None:
     model = Classifier('vit_tiny_patch16_224', mixup={}, **SMALL)
     with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 is .*: an even'):
-        model.check_batches(loader(5, drop_last=True))
+        model.check_batches(loader(5, drop_last=True), 2)
     with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False .* has 3 images'):
-        model.check_batches(loader(4))
-    model.check_batches(loader(4, drop_last=True))
-    model.check_batches(loader(4, sampler=InfiniteSampler(range(11))))  # has no last batch
-    model.check_batches(loader(4, sampler=range(6)))
-    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5))
+        model.check_batches(loader(4), 3)
+    model.check_batches(loader(4), 2)  # a run by iterations that ends before
+    model.check_batches(loader(4, drop_last=True), 2)
+    model.check_batches(loader(4, sampler=InfiniteSampler(range(11))), 9)  # has no last batch
+    model.check_batches(loader(4, sampler=range(6)), 2)
+    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5), 3)
 
 
 @pytest.mark.parametrize('name', ['num_classes', 'label_smoothing'])

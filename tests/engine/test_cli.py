@@ -181,10 +181,16 @@ def test_codebook_moves_between_epochs(trained: Path) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in codes)
 
 
-def test_test_writes_metrics_and_routing(trained: Path, config: str, tmp_path: Path) -> None:
-    out = tmp_path / 'new' / 'metrics.json'
+@pytest.mark.parametrize('linked', [False, True])
+def test_test_writes_metrics_and_routing(
+    linked: bool, trained: Path, config: str, tmp_path: Path
+) -> None:
+    out = tmp_path / ('link.json' if linked else 'new/metrics.json')
     work = str(tmp_path / 'run')
+    if linked:  # as /dev/stdout is one
+        out.symlink_to(tmp_path / 'target.json')
     cli.test([config, str(trained / 'epoch_2.pth'), '--out', str(out), '--work-dir', work])
+    assert out.is_symlink() == linked
     metrics = json.loads(out.read_text())
     assert 0 <= metrics['accuracy/top1'] <= metrics['accuracy/top5'] <= 100
     assert metrics['blocks.1.mlp/load_unused'] in (0, 1)

@@ -228,3 +228,4 @@ def test_another_task_may_start_from_weights() -> None:
     hook = ClassCountHook()
     load(hook, ('dog', 'cat'), OURS, resume=False)
     hook.before_train(runner_for(2))
+    hook.before_test(runner_for(2))  # of what it has become

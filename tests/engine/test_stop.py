@@ -283,17 +283,21 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 
 # what refers to itself is not deleted when the process ends
 AT_WORK = """
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from torch.utils.data import DataLoader
 from vqmoe_vision.engine.stop import keep_workers
 
-if __name__ == '__main__':
+def work():
     loader = DataLoader(range(9), num_workers=1, multiprocessing_context='METHOD')
+    keep_workers(loader)
     keep_workers(loader)
     batches = iter(loader)
     batches.itself = batches
     next(batches)
-    print(*(child.pid for child in active_children()))
+    print(*(child.pid for child in active_children()), flush=True)
+
+if __name__ == '__main__':
+    INSIDE
 """
 
 
@@ -315,9 +319,14 @@ def begin(worker_id: int) -> None:
 
 
 @pytest.mark.parametrize('method', ['fork', pytest.param('spawn', marks=pytest.mark.long)])
-def test_a_process_ends_whose_loader_is_still_at_work(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'inside', ['work()', "p = get_context('METHOD').Process(target=work); p.start(); p.join()"]
+)
+def test_a_process_ends_whose_loader_is_still_at_work(
+    inside: str, method: str, tmp_path: Path
+) -> None:
     path = tmp_path / 'at_work.py'
-    path.write_text(AT_WORK.replace('METHOD', method))
+    path.write_text(AT_WORK.replace('INSIDE', inside).replace('METHOD', method))
     done = subprocess.run(
         [sys.executable, str(path)],
         capture_output=True,

@@ -52,8 +52,9 @@ def class_folder(
         targets = source.targets if folder == train else _image_folder(train).targets
         counts = train_counts(targets, dev_size, imbalance)
     if folder == train:
-        part = TrainingPart((str(train.resolve()),), split, dev_size)
-        chosen = split_indices(source.targets, split, dev_size, imbalance)
+        named = split if dev_size else 'train'  # a path may say that in other ways
+        part = TrainingPart((str(train.resolve()),), named, dev_size)
+        chosen = split_indices(source.targets, named, dev_size, imbalance)
         source.samples = [source.samples[i] for i in chosen]
     start = len(f'{folder}/')  # a `Path` of each would take seconds of ImageNet
     names = [path[start:] for path, _ in source.samples]

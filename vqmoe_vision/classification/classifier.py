@@ -134,14 +134,15 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 self.normalize_as(dataset.normalization)
                 owner = f'{field}.transform'
 
-    def check_batches(self, loader: DataLoader) -> None:
+    def check_batches(self, loader: DataLoader, num_iters: int) -> None:
         """As `MoeTrainingMixin`: mixup wants pairs of images."""
         size = loader.batch_size
         if self.mixup is None or size is None:
             return
         allowed = 'an even number, as model.mixup mixes pairs of images'
         check(size % 2 == 0, 'train_dataloader.batch_size', size, allowed)
-        if loader.drop_last or isinstance(loader.sampler, InfiniteSampler):
+        endless = isinstance(loader.sampler, InfiniteSampler) or num_iters < len(loader)
+        if loader.drop_last or endless:
             return
         last = len(loader.sampler) % size  # type: ignore[arg-type]
         allowed = f'True, as the last batch of an epoch has {last} images, no pairs for model.mixup'

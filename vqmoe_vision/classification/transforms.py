@@ -16,7 +16,7 @@ from torchvision.transforms import functional
 
 from vqmoe_vision.engine.normalization import must_change
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.moe.config import check, check_type
+from vqmoe_vision.moe.config import check
 
 Numbers = Sequence[float]
 # Options of a test that `pretrained_cfg` of timm can say, and those that it needs not.
@@ -81,8 +81,10 @@ def crop_flip(
     """
     numbers = _numbers(from_scratch, mean, std)
     for name in ('mean', 'std'):
-        check(name in numbers, name, None, 'a number per channel, or from_scratch with them')
-        check_type(name, tuple[float, float, float], numbers[name])
+        value: Any = numbers.get(name)
+        listed = isinstance(value, list | tuple) and len(value) == 3
+        numeric = listed and all(isinstance(number, int | float) for number in value)
+        check(numeric, name, value, 'a number per channel, or from_scratch with them')
     steps = [
         transforms.Resize(input_size),
         transforms.RandomCrop(input_size, padding),

@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 _OURS = 'vqmoe_vision'
 
 
-def check_names(meta: Any, classes: Iterable[Any], where: str) -> None:
+def check_class_names(meta: Any, classes: Iterable[Any], where: str) -> None:
     """Compares names of classes, by which a label is a class, with those of a checkpoint.
 
     Others may spell the classes of one data set otherwise: of their checkpoints, names that differ

@@ -226,7 +226,8 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     if args.out is not None and processes.rank == 0:  # before the work
         check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
-        make_folder(args.out.parent)
+        if not _passed_on(args.out):
+            make_folder(args.out.parent)
     config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
         if processes.size > 1:
@@ -243,7 +244,16 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
-        write_atomically(args.out, f'{json.dumps(metrics, indent=2, default=float)}\n'.encode())
+        content = f'{json.dumps(metrics, indent=2, default=float)}\n'
+        if _passed_on(args.out):
+            args.out.write_text(content)
+        else:
+            write_atomically(args.out, content.encode())
+
+
+def _passed_on(path: Path) -> bool:
+    """Whether what is written goes elsewhere, as into a pipe, /dev/stdout or what a link names."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:

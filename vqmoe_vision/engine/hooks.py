@@ -14,7 +14,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
-from .class_names import check_names
+from .class_names import check_class_names
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
@@ -224,8 +224,10 @@ class ClassCountHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Checks the training set, and that validation numbers the classes in the same way."""
         seen = self._check(runner, 'train')
-        if self._resumed:  # else another task may start from the weights
-            check_names(self._meta, seen, 'train_dataloader.dataset')
+        if not self._resumed:  # another task may start from the weights
+            self._meta = None
+        else:
+            check_class_names(self._meta, seen, 'train_dataloader.dataset')
         if runner.val_loop is not None:
             held_out = self._check(runner, 'val')
             if seen != held_out:
@@ -240,7 +242,7 @@ class ClassCountHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Checks the test set, and that it numbers the classes as the training did."""
         classes = self._check(runner, 'test')
-        check_names(self._meta, classes, 'test_dataloader.dataset')
+        check_class_names(self._meta, classes, 'test_dataloader.dataset')
 
     @staticmethod
     def _check(runner: Runner, split: str) -> tuple[str, ...]:

@@ -114,11 +114,12 @@ class MoeTrainingMixin(TakesOtherNames):
         """
         raise NotImplementedError
 
-    def check_batches(self, loader: DataLoader) -> None:
+    def check_batches(self, loader: DataLoader, num_iters: int) -> None:
         """Refuses batches of training that the model cannot take.
 
         Args:
             loader: Of training.
+            num_iters: How many batches the training takes.
 
         Raises:
             ValueError: Names the field of the config.

@@ -1,6 +1,5 @@
 """What becomes of SIGTERM and Ctrl-C while a training runs."""
 
-import atexit
 import multiprocessing
 import os
 import shlex
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -18,6 +18,8 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from .processes import current
+
+_ending: Finalize | None = None
 
 
 class StopSignals:
@@ -110,8 +112,11 @@ def keep_workers(loader: DataLoader) -> None:
         loader: Before it starts its workers.
     """
     loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # what is registered last comes first
+    global _ending
+    if _ending is not None:
+        _ending.cancel()
+    # with a priority it comes before children are waited for, in a process that is a child too
+    _ending = Finalize(None, _end_workers, exitpriority=100)
 
 
 def _end_workers() -> None:

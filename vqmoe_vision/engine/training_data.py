@@ -36,7 +36,7 @@ def check_training_data(runner: Runner) -> None:
     """
     _check_held_out(runner)
     if isinstance(model := unwrapped(runner), MoeTrainingMixin):
-        model.check_batches(runner.train_dataloader)
+        model.check_batches(runner.train_dataloader, runner.max_iters)
 
 
 def _check_held_out(runner: Runner) -> None:

@@ -15,7 +15,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.class_names import check_names
+from vqmoe_vision.engine.class_names import check_class_names
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.engine.wrapped_data import innermost
@@ -122,7 +122,7 @@ class Predictor:
         check(count == len(self.classes), 'model.decode_head.num_classes', count, allowed)
         content = read_content(checkpoint, verify=False)
         meta = content.get('meta') if isinstance(content, dict) else None
-        check_names(meta, self.classes, field)
+        check_class_names(meta, self.classes, field)
 
     @torch.inference_mode()
     def __call__(
