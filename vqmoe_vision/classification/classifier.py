@@ -135,7 +135,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 owner = f'{field}.transform'
 
     def check_batches(self, loader: DataLoader, num_iters: int) -> None:
-        """As `MoeTrainingMixin`: mixup wants pairs of images."""
+        """As `MoeTrainingMixin`: mixup wants pairs of images.
+
+        Args:
+            loader: As there.
+            num_iters: As there.
+        """
         size = loader.batch_size
         if self.mixup is None or size is None:
             return
