@@ -20,7 +20,7 @@ from ..moe.methods import METHODS
 from .arguments import check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
-from .layers import build_layer, scale_fresh_experts
+from .layers import build_layer, host_of, scale_fresh_experts
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
@@ -140,14 +140,13 @@ def _put_layers(
 
 def _host(dense: Any, method: str, config: MoeConfig) -> Host:
     """What layers may know of the model, and what reads its images for them."""
-    stem, prefix_tokens = dense.patch_embed, dense.num_prefix_tokens
+    weight = dense.patch_embed.proj.weight
     if METHODS[method].read_patches is not None:
         _check_patches(dense, method)
-    factory = {'device': stem.proj.weight.device, 'dtype': stem.proj.weight.dtype}
+    factory = {'device': weight.device, 'dtype': weight.dtype}
     # what the model was becomes what reads its images
     reader = METHODS[method].reader(config, lambda: features_of(dense), **factory)
-    num_tokens = stem.num_patches + prefix_tokens
-    return Host(num_tokens, prefix_tokens, stem.proj.in_channels, RawPatches(reader))
+    return host_of(dense, RawPatches(reader))
 
 
 def _checked_config(model: nn.Module, method: str, options: dict[str, Any]) -> MoeConfig:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import Host
+from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 
@@ -41,6 +41,18 @@ def output_scale(block: int) -> float:
         block: Which.
     """
     return float((2.0 * (block + 1)) ** 0.5)
+
+
+def host_of(model: Any, raw_patches: RawPatches) -> Host:
+    """What a layer may know of the model that it is built for.
+
+    Args:
+        model: Of timm, with patches and prefix tokens.
+        raw_patches: Where its layers find what was made of the images.
+    """
+    stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
+    num_tokens = stem.num_patches + prefix_tokens
+    return Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
 
 
 def build_layer(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import MoeConfig
-from ..moe.host import Host
+from ..moe.host import Host, RawPatches
 from ..moe.methods import METHODS
-from .layers import build_layer
+from .layers import build_layer, host_of
 from .state_dicts import StateDict, part_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -105,12 +105,8 @@ class _Search:
             theirs: Shapes of one of the checkpoint.
         """
         _, hidden, width = ours['experts.fc1.weight']
-        prefix = model.num_prefix_tokens
-        host = Host(
-            model.patch_embed.num_patches + prefix, prefix, model.patch_embed.proj.in_channels
-        )
         ratio = mlp_ratio_of(hidden, width) or hidden / width
-        return cls(host, width, ratio, 'experts.fc1.bias' in ours, theirs)
+        return cls(host_of(model, RawPatches()), width, ratio, 'experts.fc1.bias' in ours, theirs)
 
     def options(self, method: str, config: MoeConfig) -> list[Options]:
         """Changes of options, of which each alone makes a layer that fits; empty if nothing does.

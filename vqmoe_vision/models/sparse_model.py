@@ -13,7 +13,7 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import Host, RawPatches
+from ..moe.host import RawPatches
 from ..moe.methods import METHODS
 from .arguments import (
     check_experts,
@@ -27,7 +27,7 @@ from .arguments import (
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
 from .hosts import method_of
-from .layers import build_layer, output_scale, set_draw
+from .layers import build_layer, host_of, output_scale, set_draw
 from .other_experts import kept_by_another
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
@@ -203,11 +203,10 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         """Put a MoE layer in the place of a block's MLP, built by the arguments that made that."""
         block_fn = kwargs.get('block_fn')
         check(hasattr(block, 'mlp'), 'block_fn', block_fn, 'a block with an `mlp` to replace')
-        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         block.mlp = build_layer(
             self.method,
             self.moe_config,
-            Host(num_tokens, self.num_prefix_tokens, self.in_chans, raw_patches),
+            host_of(self, raw_patches),
             self.embed_dim,
             kwargs.get('mlp_ratio', 4.0),
             act_layer=get_act_layer(kwargs.get('act_layer')) or nn.GELU,
