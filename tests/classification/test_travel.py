@@ -88,6 +88,8 @@ def test_the_run_as_a_folder_of_timm(
     assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
     files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
     assert sorted(path.name for path in out.iterdir()) == files
+    (out.parent / 'mine').touch()  # as the umask says
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out.parent / 'mine').stat().st_mode}
 
     model: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
     config = load_config(str(trained / 'tiny.py'))

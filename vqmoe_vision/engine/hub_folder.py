@@ -111,7 +111,17 @@ def written_whole(target: Path) -> Iterator[Path]:
         folder = Path(scratch) / target.name
         folder.mkdir()
         yield folder
+        _open_to_others(folder)
         os.replace(folder, target)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives files the rights that the umask says: safetensors writes for its owner alone."""
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    for path in folder.rglob('*'):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _write_model(
