@@ -26,7 +26,7 @@ from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, merge_options
+from .options import add_config_options, expand_config, merge_options
 from .processes import Processes, together
 from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
@@ -76,6 +76,8 @@ def load_config(
 ) -> Config:
     """Reads a config file and merges the options of the command line into it.
 
+    `~` is the user's folder in all of its paths.
+
     Args:
         path: Config file, or name of one that comes with the package, as `find_config`.
         options: Values by dotted name.
@@ -95,6 +97,7 @@ def load_config(
         base = os.path.normpath(error.filename)
         raise missing_config(base, f', on which {path!r} builds,') from error
     merge_options(config, options or {})
+    expand_config(config)
     return config
 
 

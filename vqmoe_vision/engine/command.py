@@ -17,6 +17,7 @@ from vqmoe_vision.moe.config import did_you_mean
 
 from .checkpoint_files import SaveError
 from .finite import NonFiniteError
+from .options import expanded
 from .rank_errors import LostError, RankError
 from .stop import end_by
 
@@ -59,7 +60,7 @@ def run(
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
-        action(args)
+        action(argparse.Namespace(**expanded(vars(args))))
     except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
         if '--debug' in arguments:
             raise
