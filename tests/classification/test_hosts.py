@@ -136,6 +136,32 @@ def test_a_training_starts_from_one_place(
         model.init_weights()
 
 
+@pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path'])
+@pytest.mark.parametrize(
+    ('host', 'method'), [(HOSTS[0], None), *PAIRS[:1], ('vit_tiny_smoe', None)]
+)
+def test_what_is_stated_of_weights_is_before_what_they_say(
+    host: str, method: str | None, way: str, tmp_path: Path
+) -> None:
+    state: Any = timm.create_model(HOSTS[0] if method else host, **SIZES).state_dict()
+    bare, run = str(tmp_path / 'bare.pth'), str(tmp_path / 'run.pth')
+    torch.save(state, bare)
+    own = {f'model.{name}': value for name, value in state.items()}
+    torch.save({'state_dict': {**own, 'normalization': torch.full((2, 3), 0.25)}}, run)
+    numbers = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    for file in (bare, run):
+        model = build(host, method, **{way: file}, pretrained_cfg_overlay=numbers)
+        model.init_weights()
+        torch.testing.assert_close(
+            model.state_dict()['normalization'], torch.tensor([*numbers.values()])
+        )
+    half = build(host, method, **{way: bare})
+    half._arguments['pretrained_cfg_overlay'] = dict(std=numbers['std'])
+    message = r'^pretrained_cfg_overlay\.std=.* is not possible: beside .*overlay\.mean'
+    with pytest.raises(ValueError, match=message):
+        half.init_weights()
+
+
 def test_experts_of_a_checkpoint_can_be_shaken(tmp_path: Path) -> None:
     saved(DINOV3, tmp_path / 'dense.pth')
     for way in ('checkpoint', 'checkpoint_path'):

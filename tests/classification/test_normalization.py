@@ -115,15 +115,24 @@ def test_from_scratch_the_config_says_it_and_timm_would_save_it(
     same(Normalization.of(runner.model.model.pretrained_cfg), SCRATCH)
 
 
+@pytest.mark.parametrize('stated', [False, True])
 def test_weights_of_which_nothing_is_known_change_nothing(
-    config: str, imagenet: Path, tmp_path: Path
+    stated: bool, config: str, imagenet: Path, tmp_path: Path
 ) -> None:
     model = load_trained(load_config(config), str(imagenet), 'cpu').model
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
-    runner = runner_of(config, tmp_path / 'w', {'model.upcycle': str(tmp_path / 'bare.pth')})
+    options = {'model.upcycle': str(tmp_path / 'bare.pth')}
+    expected = IMAGENET if stated else SCRATCH
+    runner = runner_of(
+        config, tmp_path / 'w', options | (stating(IMAGENET, 'train') if stated else {})
+    )
     runner.train()
-    same(fed(runner, 'train'), SCRATCH)
-    same(Normalization.of(runner.model.model.pretrained_cfg), SCRATCH)
+    for split in ('train', 'val'):
+        same(fed(runner, split), expected)
+    same(Normalization.of(runner.model.model.pretrained_cfg), expected)
+    (log,) = (tmp_path / 'w').glob('*/*.log')
+    told = 'and std [0.229,0.224,0.225], as train_dataloader.dataset.transform had them'
+    assert log.read_text().count(told) == stated and 'as the weights' not in log.read_text()
 
 
 @pytest.mark.parametrize('split', SPLITS)
@@ -131,7 +140,8 @@ def test_a_data_set_that_contradicts_is_refused(
     config: str, imagenet: Path, tmp_path: Path, split: str
 ) -> None:
     field = f'{split}_dataloader.dataset.transform'
-    options = [f'{field}.std=[0.35,0.35,0.35]', f'experiment_name={tmp_path}']
+    stated = [f'{field}.mean=[0.485,0.456,0.406]', f'{field}.std=[0.35,0.35,0.35]']
+    options = [*stated, f'experiment_name={tmp_path}']
     message = (
         rf'^error: {field}\.std=\[0\.35,0\.35,0\.35\] contradicts the weights, whose images had '
         rf'std=\[0\.229,0\.224,0\.225\]: write --cfg-options {field}\.mean=\[0\.485,0\.456,0\.406\]'
@@ -166,9 +176,8 @@ def test_transforms_follow(name: str) -> None:
     config = ConfigDict(type=name, input_size=8, from_scratch=vars(SCRATCH))
     same(normalization_of(normalized_as(config, None, 'a')), SCRATCH)
     same(normalization_of(normalized_as(config, IMAGENET, 'a')), IMAGENET)
-    # half of it is stated, and the weights agree
-    half = ConfigDict(**config, std=IMAGENET.std)
-    same(normalization_of(normalized_as(half, IMAGENET, 'a')), IMAGENET)
+    # it is stated, and the weights agree
+    same(normalization_of(normalized_as(config | vars(IMAGENET), IMAGENET, 'a')), IMAGENET)
 
 
 def test_a_transform_of_a_user_cannot_follow() -> None:
@@ -180,7 +189,7 @@ def test_a_transform_of_a_user_cannot_follow() -> None:
 
 
 def test_a_transform_that_says_nothing() -> None:
-    with pytest.raises(ValueError, match=r'^mean=None is not possible: .* from_scratch'):
+    with pytest.raises(ValueError, match=r'^transform\.mean=None is not possible: .* from_scratch'):
         TRANSFORMS.build(dict(type='crop_flip', input_size=8))
 
 

@@ -1,3 +1,6 @@
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -48,12 +51,15 @@ def test_crop_flip_normalises() -> None:
 
 
 @pytest.mark.parametrize('name', ['timm', 'crop_flip'])
-def test_a_mean_that_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None:
+def test_what_is_left_open_is_that_of_a_training_from_scratch(name: str) -> None:
     scratch = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
-    transform = TRANSFORMS.build(
-        dict(type=name, input_size=8, mean=None, std=(0.5,) * 3, from_scratch=scratch)
-    )
-    assert normalization_of(transform) == Normalization((0.5,) * 3, (0.5,) * 3)
+    config = dict(type=name, input_size=8, mean=None, from_scratch=scratch)
+    found = normalization_of(TRANSFORMS.build(dict(**config, std=None)))
+    assert found == Normalization((0.5,) * 3, (0.25,) * 3)
+    # that of another training is no half of the pair
+    message = r'^transform\.std=\(0\.5, .*\) is not possible: beside transform\.mean, mean'
+    with pytest.raises(ValueError, match=message):
+        TRANSFORMS.build(dict(**config, std=(0.5,) * 3))
 
 
 def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
@@ -64,11 +70,28 @@ def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
     assert normalization_of(stated) == normalization_of(left_out)
 
 
+@pytest.mark.parametrize('place', ['transform', 'transform.from_scratch'])
+@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
 @pytest.mark.parametrize('field', ['mean', 'std'])
-@pytest.mark.parametrize('value', [(0.5,), (0.5,) * 4, 0.5, ('0.5',) * 3])
-def test_crop_flip_wants_a_number_per_channel(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf'^{field}=.* is not possible: a number per channel'):
-        TRANSFORMS.build(dict(type='crop_flip', input_size=8, **{**ZERO, field: value}))
+@pytest.mark.parametrize(
+    ('value', 'allowed'),
+    [
+        *(((0.5,) * n, 'a number from 0 to 1 for each of 3 channels') for n in (1, 4)),
+        (0.5, 'a number from 0 to 1 for each of 3 channels'),
+        ('abc', 'a number from 0 to 1 for each of 3 channels'),
+        (('0.5',) * 3, 'one number, or one for each channel of 3'),
+        ((127.5,) * 3, 'from 0 to 1, what a white pixel is'),
+    ],
+)
+def test_numbers_that_no_images_have_are_refused(
+    place: str, name: str, field: str, value: object, allowed: str
+) -> None:
+    numbers: dict[str, Any] = {**ZERO, field: value}
+    if place == 'transform.from_scratch':
+        numbers = dict(from_scratch=numbers)
+    message = re.escape(f'{place}.{field}={value!r} is not possible: {allowed}')
+    with pytest.raises(ValueError, match=f'^{message}'):
+        TRANSFORMS.build(dict(type=name, input_size=8, **numbers))
 
 
 def test_strongest_step_of_the_recipes_augmentation_works_with_this_pillow() -> None:

@@ -88,6 +88,8 @@ def test_the_run_as_a_folder_of_timm(
     assert sorted(path.name for path in out.parent.iterdir()) == ['my-model']
     files = ['README.md', 'config.json', 'model.safetensors', 'tiny.py']
     assert sorted(path.name for path in out.iterdir()) == files
+    (out.parent / 'mine').touch()  # as the umask says
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out.parent / 'mine').stat().st_mode}
 
     model: Any = timm.create_model(f'local-dir:{out}', pretrained=True)
     config = load_config(str(trained / 'tiny.py'))
@@ -105,6 +107,7 @@ def test_the_run_as_a_folder_of_timm(
         for result in card.data.eval_results
     }
     assert {metric for _, metric in found} == {'accuracy/top1', 'accuracy/top5'}
+    # of epoch_1.pth, which has the weights of the best
     assert found['test', 'accuracy/top1'] == scores['accuracy/top1']
     assert 'dev' in {split for split, _ in found}
     assert (card.data.license, card.data.library_name) == ('cc0-1.0', 'timm')
@@ -186,6 +189,20 @@ def test_every_row_of_a_comparison(row: str, tmp_path: Path) -> None:
         equal(value, run.model.get_parameter(name))
 
 
+def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / 'run'
+    shutil.copytree(trained, run)
+    (best,) = run.glob('best_*.pth')
+    content = torch.load(best, weights_only=True)
+    content['state_dict']['model.head.bias'] += 1e-6
+    torch.save(content, best)
+    numbers = ['--numbers', str(trained.parent / 'numbers.json')]
+    with pytest.raises(SystemExit, match=r'^error: numbers=.*again with --out, or name the che'):
+        publish([str(run), str(tmp_path / 'out'), *numbers])
+    assert not (tmp_path / 'out').exists()
+    publish([str(run), str(tmp_path / 'out'), *numbers, '--checkpoint', str(run / 'epoch_1.pth')])
+
+
 def test_the_config_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     leave_run(tmp_path / 'run', DIGITS, OPTIONS, 'abcdefghij')
     path = tmp_path / 'run/epoch_1.pth'
@@ -237,6 +254,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (full / 'mine').touch()
     bad = tmp_path / 'bad.json'
     bad.write_text('["accuracy"]')
+    old, others = tmp_path / 'old.json', tmp_path / 'others.json'
+    old.write_text('{"accuracy/top1": 50.0}')
+    others.write_text('{"accuracy/top1": 50.0, "weights": "0123456789abcdef"}')
     (tmp_path / 'damaged.pth').write_bytes((run / 'epoch_1.pth').read_bytes()[:-300])
     state = torch.load(run / 'epoch_1.pth', weights_only=True)['state_dict']
     torch.save(state, tmp_path / 'bare.pth')
@@ -271,6 +291,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([run, '/proc/nowhere/out'], 'folder /proc/nowhere cannot be written'),
         ([run, out, '--license', 'My Own'], "license='My Own' is not possible: a name of the hub"),
         ([run, out, '--numbers', bad], r'numbers=.*bad\.json. is not possible: a file that tools'),
+        ([run, out, '--numbers', old], r"old\.json' is not possible: .* test those of epoch_1\."),
+        ([run, out, '--numbers', others], 'weights [0-9a-f]{16}, and these are of 0123456789'),
         ([run, out, '--numbers', full], r"numbers='.*full' cannot be read"),
         ([run, out, '--checkpoint', tmp_path / 'none.pth'], r"none\.pth' does not exist"),
         ([run, out, '--checkpoint', tmp_path / 'bare.pth'], r"bare\.pth' has no 'meta' of a train"),

@@ -123,7 +123,7 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
                     'held_out': [[1, {'mIoU': value / 2}], [2, {'mIoU': value}]],
                     **changes.get(row, {}),
                 }
-                test = {'mIoU': value}
+                test = {'mIoU': value, 'weights': '0123456789abcdef'}
                 for layer, unused in (('blocks.1.mlp', 0.0), ('blocks.3.mlp', 1.0)):
                     test[f'{layer}/load_unused'] = unused
                     test[f'{layer}/code_usage_perplexity'] = 4.25

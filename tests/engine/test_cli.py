@@ -302,6 +302,10 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
         (['train_cfg.max_epoch=1'], 'max_epoch'),
         (
+            ['default_hooks.logger.type=LoggerHook', 'default_hooks.ema.type=EMA'],
+            "default_hooks.ema.type='EMA' is not possible: no hook has this name; did you mean EMA",
+        ),
+        (
             ['train_dataloader.dataset.type=class_folder', 'train_dataloader.dataset.data_root=no'],
             'no/train does not exist; expected no/train/<class name>/<image>.jpg',
         ),

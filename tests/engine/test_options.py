@@ -1,5 +1,6 @@
 """`--cfg-options`, also as docs/commands.md writes them."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.options import flat, parse_options
+from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.options import add_config_options, flat, parse_options
 from vqmoe_vision.engine.trained import scope_of
 
 from .test_cli import DIGITS
@@ -48,6 +50,46 @@ def test_what_is_no_element_of_a_list_is_one_line(element: str) -> None:
     said = rf'^--cfg-options {name}: param_scheduler is a list of 2, .* has no {element!r}$'
     with pytest.raises(ValueError, match=said):
         load_config(str(DIGITS), {name: 1})
+
+
+PLACES = {
+    'model.checkpoint': '~/x.pth',
+    'model.upcycle': 'local-dir:~/folder',
+    'model.pretrained_cfg_overlay.file': '~/y.pth',
+    'load_from': '~/z.pth',
+    'train_dataloader.dataset.data_root': '~',
+    'custom_hooks': [{'type': 'a~b', 'path': '~/w'}],
+}
+
+
+def test_the_folder_of_the_user_is_known_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    expected = {
+        name: value if value == 'a~b' else value.replace('~', str(tmp_path))
+        for name, value in flat(PLACES).items()
+    }
+    # in a file of the user, and among options
+    own = tmp_path / 'own.py'
+    load_config(str(DIGITS), PLACES).dump(own)
+    own.write_text(own.read_text().replace(str(tmp_path), '~'))
+    for config in (load_config(str(own)), load_config(str(DIGITS), PLACES)):
+        found = flat(config.to_dict())
+        assert {name: found[name] for name in expected} == expected
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument('files', nargs='+')
+    parser.add_argument('--out', type=Path)
+    add_config_options(parser)
+    seen: list[Any] = []
+    run(
+        parser, ['~/a.pth', 'local-dir:~/b', '--out=~/c.json', '--cfg-options', 'upcycle=~/d'],
+        lambda args: seen.append((args.files, args.out, args.cfg_options)),
+    )  # fmt: skip
+    home = str(tmp_path)
+    files = [f'{home}/a.pth', f'local-dir:{home}/b']
+    assert seen == [(files, tmp_path / 'c.json', {'upcycle': f'{home}/d'})]
 
 
 @pytest.mark.parametrize('options', DOCUMENTED)

@@ -217,6 +217,33 @@ def test_numbers_that_contradict_are_refused_with_the_line_to_write(
         cli.test([*arguments, '--cfg-options', *wrong, name])
 
 
+@pytest.mark.parametrize('place', ['', '.from_scratch'])
+@pytest.mark.parametrize(
+    ('numbers', 'message'),
+    [
+        (dict(mean=[0.485, 0.456, 0.406], std=[58.395, 57.12, 57.375]), 'mean=.* in levels of 0'),
+        (dict(mean=[123.675, 116.28, 103.53], std=[0.229, 0.224, 0.225]), 'std=.* in levels of 0'),
+        (dict(mean=[256.0] * 3, std=[1.0] * 3), 'mean=.* from 0 to 255'),
+        (dict(mean='abc', std=[1.0] * 3), "mean='abc' is not possible: a list with a number from"),
+        (dict(mean=[127.5] * 3), r'mean=.*: beside model\.data_preprocessor{}\.std, mean'),
+        (dict(std=[127.5] * 3), r'std=.*: beside model\.data_preprocessor{}\.mean, mean'),
+    ],
+)
+def test_numbers_that_no_images_have_are_refused(
+    place: str, numbers: dict[str, Any], message: str
+) -> None:
+    config = numbers if place == '' else dict(from_scratch=numbers)
+    field = r'^model\.data_preprocessor' + place.replace('.', r'\.')
+    with pytest.raises(ValueError, match=rf'{field}\.{message.format(place)}'):
+        tiny_segmentor(data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 32), **config))
+
+
+def test_images_that_are_not_normalised_are_no_mistake() -> None:
+    for numbers in (dict(mean=[0.0] * 3, std=[1.0] * 3), dict(mean=[0, 0, 0], std=[255, 255, 255])):
+        preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), **numbers)
+        assert levels(tiny_segmentor(data_preprocessor=preprocessor)) == tuple(numbers.values())
+
+
 def test_a_preprocessor_of_mmseg_that_does_not_normalise_contradicts(
     classifier: Path, trained: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -241,6 +268,20 @@ def test_weights_of_which_nothing_is_known_change_nothing(
     model = load_trained(load_config(config), str(tmp_path / 'w/iter_1.pth'), 'cpu')
     assert levels(model) == SCENES
     same(model.backbone.model.pretrained_cfg['mean'], [0.3] * 3)
+
+
+@pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path'])
+def test_what_is_stated_of_a_bare_file_is_obeyed(way: str, tmp_path: Path) -> None:
+    torch.save(tiny_segmentor().backbone.model.state_dict(), tmp_path / 'bare.pth')
+    numbers = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    backbone = {way: str(tmp_path / 'bare.pth'), 'pretrained_cfg_overlay': numbers}
+    scratch = dict(mean=SCENES[0], std=SCENES[1])
+    preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), from_scratch=scratch)
+    model = tiny_segmentor(backbone=backbone, data_preprocessor=preprocessor)
+    model.init_weights()
+    model.normalize_inputs({})
+    same(model.state_dict()[KEY].tolist(), [*numbers.values()])
+    same(levels(model), ([25.5, 51, 76.5], [102, 127.5, 153]))
 
 
 def test_weights_of_timm_are_followed(trained: tuple[str, Path], tmp_path: Path) -> None:

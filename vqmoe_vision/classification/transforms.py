@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from vqmoe_vision.engine.normalization import must_change
-from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 
 Numbers = Sequence[float]
@@ -26,6 +26,7 @@ _SAID = frozenset(
         'from_scratch', 'is_training',
     }
 )  # fmt: skip
+_PER_CHANNEL = 'a number from 0 to 1 for each of 3 channels, or from_scratch with them'
 # Of the transforms below, which normalise with `mean` and `std` if these are given.
 _FOLLOW = ('timm', 'crop_flip')
 
@@ -43,7 +44,7 @@ def timm_transform(
         **kwargs: Of `timm.data.create_transform`; `mean` and `std` may be None.
 
     Raises:
-        ValueError: There is no such corruption.
+        ValueError: There is no such corruption, or no images can be normalised so.
     """
     numbers = _numbers(from_scratch, kwargs.pop('mean', None), kwargs.pop('std', None))
     transform = create_transform(**{**kwargs, **numbers})
@@ -71,20 +72,17 @@ def crop_flip(
     Args:
         input_size: Height and width of the result, in pixels.
         mean: Subtracted from each channel; channels are in [0, 1]. None for that of the weights.
-        std: Divides each channel. None for that of the weights.
+        std: Divides each channel. None for that of the weights, as for `mean`.
         padding: Black pixels added on each side before the crop.
         hflip: Probability of a horizontal flip.
         from_scratch: As in `timm_transform`.
 
     Raises:
-        ValueError: Neither says how to normalise, or not with a number for each channel.
+        ValueError: Neither says how to normalise, or one of both alone, or not with a number from 0
+            to 1 for each channel.
     """
     numbers = _numbers(from_scratch, mean, std)
-    for name in ('mean', 'std'):
-        value: Any = numbers.get(name)
-        listed = isinstance(value, list | tuple) and len(value) == 3
-        numeric = listed and all(isinstance(number, int | float) for number in value)
-        check(numeric, name, value, 'a number per channel, or from_scratch with them')
+    check(bool(numbers), 'transform.mean', None, _PER_CHANNEL)
     steps = [
         transforms.Resize(input_size),
         transforms.RandomCrop(input_size, padding),
@@ -97,8 +95,16 @@ def crop_flip(
 def _numbers(
     from_scratch: dict[str, Numbers] | None, mean: Numbers | None, std: Numbers | None
 ) -> dict[str, Numbers]:
-    given = {'mean': mean, 'std': std}
-    return {**(from_scratch or {}), **{k: v for k, v in given.items() if v is not None}}
+    """What a transform normalises with at first; empty where nobody says it."""
+    own: dict[str, Any] = {'mean': mean, 'std': std}
+    for field, pair in (('transform', own), ('transform.from_scratch', from_scratch or {})):
+        stated = {name: value for name, value in pair.items() if value is not None}
+        for name, value in stated.items():
+            listed = isinstance(value, list | tuple) and len(value) == 3
+            check(listed, f'{field}.{name}', value, _PER_CHANNEL)
+        if stated_normalization(stated, field) is not None:
+            return stated
+    return {}
 
 
 class NormalizedTensor(transforms.Normalize):
@@ -156,7 +162,7 @@ def normalized_as(
     found = normalization_of(transform)
     if weights is None or found is None:
         return transform
-    numbers = {'mean': weights.mean, 'std': weights.std}
+    numbers = vars(weights)
     follows = config.get('type') in _FOLLOW
     stated = [name for name in numbers if not follows or config.get(name) is not None]
     if not must_change(found, weights, stated, field, owner=owner):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
+from vqmoe_vision.engine.numbers import WEIGHTS
 from vqmoe_vision.engine.record import BEGUN
 
 from .results import Results, Usable
@@ -60,6 +61,7 @@ class Store:
             return False
         record, *tests = map(_load, files)
         test = tests[0] if tests else _last_validation(record, run)
+        test.pop(WEIGHTS, None)  # a row has numbers alone, and one checkpoint
         tested = folder / 'test' / 'data.json'
         if tests and tested.is_file():
             record['data'] = {**record.get('data', {}), **_load(tested)}

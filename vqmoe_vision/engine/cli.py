@@ -1,7 +1,6 @@
 """What `tools/train.py` and `tools/test.py` do, for every task."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +17,16 @@ from mmengine.runner import Runner
 from vqmoe_vision.moe.config import check
 
 from .alike import check_configs, check_datasets
-from .checkpoint_files import newest_checkpoint, newest_time, write_atomically
+from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .launchers import LAUNCHERS
 from .loops import check_batches
+from .model import unwrapped
+from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, merge_options
+from .options import add_config_options, expand_config, merge_options
 from .processes import Processes, together
 from .required_hooks import check_hooks
 from .sharded import fill_in_parallel
@@ -75,6 +76,8 @@ def load_config(
 ) -> Config:
     """Reads a config file and merges the options of the command line into it.
 
+    `~` is the user's folder in all of its paths.
+
     Args:
         path: Config file, or name of one that comes with the package, as `find_config`.
         options: Values by dotted name.
@@ -94,6 +97,7 @@ def load_config(
         base = os.path.normpath(error.filename)
         raise missing_config(base, f', on which {path!r} builds,') from error
     merge_options(config, options or {})
+    expand_config(config)
     return config
 
 
@@ -226,7 +230,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     if args.out is not None and processes.rank == 0:  # before the work
         check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
-        if not _passed_on(args.out):
+        if not passed_on(args.out):
             make_folder(args.out.parent)
     config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
@@ -244,16 +248,7 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:
-        content = f'{json.dumps(metrics, indent=2, default=float)}\n'
-        if _passed_on(args.out):
-            args.out.write_text(content)
-        else:
-            write_atomically(args.out, content.encode())
-
-
-def _passed_on(path: Path) -> bool:
-    """Whether what is written goes elsewhere, as into a pipe, /dev/stdout or what a link names."""
-    return path.is_symlink() or (path.exists() and not path.is_file())
+        write_numbers(args.out, metrics, unwrapped(runner))
 
 
 def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:

@@ -6,12 +6,18 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pickle import UnpicklingError
 from typing import Any
 
+from mmengine import registry
+from mmengine.registry import Registry
+
+from vqmoe_vision.moe.config import did_you_mean
+
 from .checkpoint_files import SaveError
 from .finite import NonFiniteError
+from .options import expanded
 from .rank_errors import LostError, RankError
 from .stop import end_by
 
@@ -24,6 +30,8 @@ _USER_ERRORS = (
     SaveError,
     LostError,
 )
+# What mmengine says of a type that it does not know, before advice about its manual.
+_UNREGISTERED = re.compile(r'(\S+) is not in the \S+::(.+?) registry\. ')
 # Of what cannot be written any more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,7 +60,7 @@ def run(
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
-        action(args)
+        action(argparse.Namespace(**expanded(vars(args))))
     except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
         if '--debug' in arguments:
             raise
@@ -67,13 +75,20 @@ def run(
         sys.exit(f'error: {where}{_as_typed(one_line(cause), options)}')
 
 
-def _as_typed(message: str, options: Iterable[str]) -> str:
+def _as_typed(message: str, options: Mapping[str, Any]) -> str:
     """Names the field that a message begins with as the command line did: model.moe.top_k."""
     field = message.partition('=')[0]
-    for name in options:
-        if name.endswith(f'.{field}'):
-            return message.replace(field, name, 1)
-    return message
+    names = [name for name in options if name.endswith(f'.{field}')]
+    # of several fields of this name that with the value in question
+    names.sort(key=lambda name: not message.startswith(f'{field}={options[name]!r} '))
+    return message.replace(field, names[0], 1) if names else message
+
+
+def _of_registry(name: str, kind: str) -> str:
+    """What is wrong with a `type` of a config."""
+    roots = [r for r in vars(registry).values() if isinstance(r, Registry) and r.name == kind]
+    known = {n for r in roots for part in (r, *r.children.values()) for n in part.module_dict}
+    return f'type={name!r} is not possible: no {kind} has this name{did_you_mean(name, known)}'
 
 
 def one_line(error: BaseException) -> str:
@@ -94,6 +109,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return 'the checkpoint is damaged, or holds more than weights and is not loaded'
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, KeyError) and (unknown := _UNREGISTERED.match(message)):
+        return _of_registry(*unknown.groups())
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
         return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])

@@ -1,6 +1,5 @@
 """A run's model as the folder that timm reads and the Hugging Face hub takes."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from .checkpoint import read_content
 from .checkpoint_files import BEST, POINTER, last_checkpoint
 from .cli import load_config, make_folder
 from .model_card import Score, write_card
+from .numbers import read_numbers
 from .trained import load_trained
 
 # What mmengine logs beside the metrics of a validation.
@@ -42,20 +42,20 @@ def publish_folder(
         out: Folder that does not exist yet, or is empty.
         checkpoint: File of the run; None for the best, or else the last.
         license_id: The hub's name for the licence of the weights, such as 'apache-2.0'.
-        numbers: What `tools/test.py --out` wrote.
+        numbers: What `tools/test.py --out` wrote of the same weights.
 
     Returns:
         The folder that was written.
 
     Raises:
         ValueError: The folder cannot be written, the work dir has no config, several, or no
-            checkpoint, a file cannot be read, or timm's files cannot say what the model is.
+            checkpoint, a file cannot be read, the numbers are of other weights, or timm's files
+            cannot say what the model is.
     """
     target, run = free_folder(out), Path(work_dir)
     valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
     allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
     check(bool(valid), 'license', license_id, allowed)
-    tested = _tested(numbers) if numbers else {}
     config_file = config_of(run)
     how = 'choose one with --checkpoint'
     file = chosen_checkpoint(run, how) if checkpoint is None else Path(checkpoint)
@@ -64,6 +64,7 @@ def publish_folder(
     content = read_content(str(file), verify=False)
     if not isinstance(content, dict) or not isinstance(content.get('meta'), dict):
         raise ValueError(f"checkpoint {str(file)!r} has no 'meta' of a training")
+    tested = read_numbers(numbers, model, file) if numbers else {}
     with written_whole(target) as folder:
         arguments = _write_model(model, config, content, folder, license_id)
         shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
@@ -110,7 +111,17 @@ def written_whole(target: Path) -> Iterator[Path]:
         folder = Path(scratch) / target.name
         folder.mkdir()
         yield folder
+        _open_to_others(folder)
         os.replace(folder, target)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives files the rights that the umask says: safetensors writes for its owner alone."""
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    for path in folder.rglob('*'):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _write_model(
@@ -189,13 +200,3 @@ def _validated(content: dict[str, Any]) -> dict[str, float]:
     logged = (content.get('message_hub') or {}).get('log_scalars') or {}
     values = {n.removeprefix('val/'): v for n, v in logged.items() if n.startswith('val/')}
     return {n: float(v.current()) for n, v in values.items() if n not in _NO_METRICS}
-
-
-def _tested(path: str) -> dict[str, float]:
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:  # not there, no text or no JSON
-        raise ValueError(f'numbers={path!r} cannot be read: {error}') from error
-    numeric = isinstance(values, dict) and all(type(v) in (int, float) for v in values.values())
-    check(numeric, 'numbers', path, 'a file that tools/test.py --out wrote: numbers by name')
-    return dict(values)

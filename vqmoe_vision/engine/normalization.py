@@ -11,7 +11,12 @@ from mmengine.logging import print_log
 from torch import nn
 
 from vqmoe_vision.models.described import describe
-from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
+from vqmoe_vision.models.normalization import (
+    KEY,
+    Normalization,
+    of_buffer,
+    stated_normalization,
+)
 from vqmoe_vision.models.run_config import assigned, fields_of
 from vqmoe_vision.models.sources import file_of, source_of
 
@@ -29,6 +34,9 @@ def weights_normalization(
 ) -> Normalization | None:
     """How images were normalised for the weights that a training starts from; logs it.
 
+    What `pretrained_cfg_overlay` states is before all that weights say of themselves; it stands for
+    those of `load_from` too, which come later and may say nothing.
+
     Args:
         model: Built by timm.
         checkpoint: File that it has been started from, as `start_from`.
@@ -36,13 +44,22 @@ def weights_normalization(
             `pretrained_cfg` and `pretrained_cfg_overlay` say which weights it had before.
 
     Returns:
-        None if there are no weights, or if nobody says how.
+        None if nobody says how.
+
+    Raises:
+        ValueError: As `stated_normalization`, of the overlay.
     """
     checkpoint = checkpoint or arguments.get('checkpoint_path')
     upcycle = arguments.get('upcycle')
+    overlay = arguments.get('pretrained_cfg_overlay') or {}
+    found = stated_normalization(overlay, 'pretrained_cfg_overlay')
     if not has_weights(checkpoint, arguments):
-        return None
-    found = _of_timms(model, arguments) if checkpoint is None else read_normalization(checkpoint)
+        if found is not None:
+            told = f'pretrained_cfg_overlay: images are normalised with {in_words(found)}'
+            print_log(told, logger='current')
+        return found
+    if found is None:
+        found = read_normalization(checkpoint) if checkpoint else _of_timms(model, arguments)
     source = checkpoint or upcycle or source_of(_pretrained_cfg(model))
     if found is None:
         said = 'how images were normalised for it is not known, they are as the config says'
@@ -69,15 +86,17 @@ def _pretrained_cfg(model: Any) -> dict[str, Any]:
 
 
 def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
-    """Of weights that timm has loaded, whose configuration it keeps beside the model."""
+    """Of weights that timm has loaded, whose configuration it keeps beside the model.
+
+    The overlay says nothing of it.
+    """
     config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
     given = arguments.get('pretrained_cfg')
     # what it leaves out timm fills with the numbers of ImageNet, of any weights
-    described = given if isinstance(given, dict) else {}
+    described = given if isinstance(given, dict) and not upcycle else {}
     overlay = arguments.get('pretrained_cfg_overlay') or {}
-    stated = overlay if upcycle else {**described, **overlay}
-    numbers = {'mean', 'std'} <= stated.keys()
-    file = file_of(upcycle) or stated.get('file')
+    numbers = {'mean', 'std'} <= described.keys()
+    file = file_of(upcycle) or {**described, **overlay}.get('file')
     if file and not numbers and (found := read_normalization(str(file))):
         return found
     # a model of this package without weights of its own has a configuration if others brought one
@@ -163,7 +182,7 @@ def must_change(
                 f'{field}.std={_listed(weights.std, white)}'
             )
     if differing:
-        print_log(f'{field}: {in_words(weights, white)}, as the weights want it', logger='current')
+        print_log(f'{field}: {in_words(weights, white)}, as {owner} had them', logger='current')
     return bool(differing)
 
 

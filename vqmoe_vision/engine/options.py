@@ -3,7 +3,9 @@
 import argparse
 import ast
 import inspect
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -137,6 +139,34 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
             inside = value.get(part, {}) if isinstance(value, dict) else value[int(part)]
             value = options.get(owner, inside)
     config.merge_from_dict(options)
+
+
+def expanded(value: Any) -> Any:
+    """Paths with the user's folder in the place of `~`, which a shell replaces in some words only.
+
+    Args:
+        value: A path or any other word, perhaps behind 'local-dir:'; or a dictionary or a list with
+            such; all else stays as it is.
+    """
+    if isinstance(value, dict):
+        return {name: expanded(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(map(expanded, value))
+    if not isinstance(value, str | Path):
+        return value
+    scheme, colon, path = str(value).rpartition('local-dir:')
+    return type(value)(scheme + colon + os.path.expanduser(path))
+
+
+def expand_config(config: Config) -> None:
+    """As `expanded`, of all paths of a config.
+
+    Args:
+        config: It is changed.
+    """
+    found = {name: (value, expanded(value)) for name, value in flat(config.to_dict()).items()}
+    config.merge_from_dict({name: new for name, (old, new) in found.items() if new != old})
 
 
 def flat(value: Any, name: str = '') -> dict[str, Any]:

@@ -40,7 +40,7 @@ def starting_weights(model: ConfigDict, load_from: str | None = None) -> dict[st
         ValueError: A file is damaged, or holds more than weights.
     """
     named = {**flat(model.to_dict(), 'model'), 'load_from': load_from}
-    return {name: _digest(read_state(path)) for name, path in _weights(named)}
+    return {name: digest_of(read_state(path)) for name, path in _weights(named)}
 
 
 def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -56,7 +56,12 @@ def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, path
 
 
-def _digest(state: StateDict) -> str:
+def digest_of(state: StateDict) -> str:
+    """What tells weights from others: 16 digits of the sha256 of their names and values.
+
+    Args:
+        state: Tensors by name, on any device.
+    """
     digest = sha256()
     for name, value in sorted(state.items()):
         digest.update(f'{name} {value.dtype} {list(value.shape)}\n'.encode())

@@ -23,7 +23,7 @@ from ..moe.methods import METHODS
 from .arguments import moe_options
 from .described import Described
 from .hosts import MOE_HOST, Transformer
-from .normalization import Normalization, check_normalization
+from .normalization import check_normalization, stated_normalization
 from .sources import check_one_source, fit_pretrained, known_weights, place_of, source_of
 from .sparse_model import MoeVisionTransformer
 from .upcycle import read_upcycling, refuse_unused
@@ -157,12 +157,10 @@ def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Fi
 def _overlay(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`pretrained_cfg_overlay` of a call, with a mean and a deviation for each channel."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if 'mean' not in overlay:
-        return overlay
     channels = kwargs.get('in_chans')
     channels = channels if type(channels) is int and channels > 0 else 3  # refused by the model
-    numbers = Normalization.of(overlay, channels=channels, prefix='pretrained_cfg_overlay.')
-    return {**overlay, 'mean': numbers.mean, 'std': numbers.std}
+    numbers = stated_normalization(overlay, 'pretrained_cfg_overlay', channels=channels)
+    return overlay if numbers is None else {**overlay, **vars(numbers)}
 
 
 def tagged(name: str, config: Any) -> str:
@@ -241,8 +239,5 @@ def check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
     check(isinstance(config, kinds), 'pretrained_cfg', config, 'a dictionary, or a tag')
     fits = overlay is None or isinstance(overlay, dict)
     check(fits, 'pretrained_cfg_overlay', overlay, 'a dictionary')
-    both = {'mean', 'std'} & (overlay or {}).keys()
-    allowed = 'mean and std, or neither of them'
-    check(len(both) != 1, 'pretrained_cfg_overlay', ', '.join(both), allowed)
     if isinstance(config, dict):
         check_normalization(config, 'pretrained_cfg.')

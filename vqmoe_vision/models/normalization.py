@@ -98,6 +98,32 @@ def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
         Normalization.of(config, channels=channels, prefix=prefix)
 
 
+def stated_normalization(
+    config: Mapping[str, Any], field: str, scale: float = 1.0, channels: int = 3
+) -> Normalization | None:
+    """What somebody states, who has to state both numbers: half of a pair has no other half.
+
+    Args:
+        config: What is stated, perhaps 'mean' and 'std'.
+        field: What the user calls all of it.
+        scale: As `Normalization.of`.
+        channels: As `Normalization.of`.
+
+    Returns:
+        None if neither is stated.
+
+    Raises:
+        ValueError: One is stated alone, or it has numbers that no images can have.
+    """
+    given = [name for name in ('mean', 'std') if name in config]
+    if not given:
+        return None
+    other = 'std' if given[0] == 'mean' else 'mean'
+    allowed = f'beside {field}.{other}, mean and std or neither of them'
+    check(len(given) == 2, f'{field}.{given[0]}', config[given[0]], allowed)
+    return Normalization.of(config, scale, channels, f'{field}.')
+
+
 def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[float, ...]:
     """A number for each channel, in parts of a white pixel."""
     numbers = list(value) if isinstance(value, list | tuple) else [value]
@@ -108,6 +134,9 @@ def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[f
     # the other way to write them, in levels of 255, is the likely mistake
     inside = all(0 <= part <= 1 for part in parts)
     check(inside, field, value, f'from 0 to {scale:g}, what a white pixel is')
+    # a whole level of 255 is less than any images have, unless they are black
+    in_parts = scale > 1 and 0 < max(numbers) < 1
+    check(not in_parts, field, value, f'in levels of 0 to {scale:g}, as these would be of 0 to 1')
     return tuple(parts * (channels // len(parts)))
 
 

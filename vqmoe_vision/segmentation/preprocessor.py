@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from mmengine.model import ImgDataPreprocessor
+from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.normalization import must_change
-from vqmoe_vision.models.normalization import Normalization
+from vqmoe_vision.models.normalization import Normalization, stated_normalization
+from vqmoe_vision.moe.config import check
 
 _WHITE = 255.0
+_FIELD = 'model.data_preprocessor'
+_PER_CHANNEL = 'a list with a number from 0 to 255 for each channel'
 
 
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -19,10 +23,19 @@ def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         config: Of mmseg's, or with `from_scratch=dict(mean=..., std=...)`, which stands for what is
             left out where a training starts from no weights, or from weights of which it is not
             known. Without it, what is left out states that images are not normalised.
+
+    Raises:
+        ValueError: It states one of both alone, or numbers that are none of 0 to 255.
     """
     config = dict(config)
     scratch = config.pop('from_scratch', None)
     given = {name: config[name] for name in ('mean', 'std') if config.get(name) is not None}
+    kind = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
+    if isinstance(kind, type) and issubclass(kind, ImgDataPreprocessor):
+        for field, pair in ((_FIELD, given), (f'{_FIELD}.from_scratch', scratch or {})):
+            for name, value in pair.items():
+                check(isinstance(value, list | tuple), f'{field}.{name}', value, _PER_CHANNEL)
+            stated_normalization(pair, field, _WHITE)
     if scratch is None:
         return config, ('mean', 'std')
     return {**config, **scratch, **given}, tuple(given)
@@ -56,7 +69,7 @@ def follow(preprocessor: Any, weights: Normalization, stated: Collection[str]) -
     found = normalization_of(preprocessor)
     if found is None:
         return
-    if must_change(found, weights, stated, 'model.data_preprocessor', _WHITE):
+    if must_change(found, weights, stated, _FIELD, _WHITE):
         for name in ('mean', 'std'):
             levels = [value * _WHITE for value in getattr(weights, name)]
             values = torch.tensor(levels, device=preprocessor.mean.device)
