@@ -257,8 +257,16 @@ def test_a_format_without_checksums_is_said(old: bool, tmp_path: Path, caplog: A
         ('a.pth', b'', r'is empty \(0 bytes\)'),
         ('a.safetensors', b'', r'is empty \(0 bytes\)'),
         ('a.pth', b'<!DOCTYPE html><html>404', r'is a page of the web \(HTML\)'),
-        ('a.safetensors', b'version https://git-lfs.github.com/spec/v1\n', 'a pointer of Git LFS'),
-        ('a.pth', save({'a': torch.ones(2)}), 'of safetensors by another name: .* in .safetensors'),
+        (
+            'a.safetensors',
+            b'version https://git-lfs.github.com/spec/v1\n',
+            'is a pointer of Git LFS',
+        ),
+        (
+            'a.pth',
+            save({'a': torch.ones(2)}),
+            r'is a file of safetensors by another name: .* in \.safetensors',
+        ),
     ],
     ids=str,
 )
@@ -359,7 +367,7 @@ def test_values_that_are_no_weights(name: str, change: Any, message: str, tmp_pa
 @pytest.mark.parametrize('way', ['upcycle', 'checkpoint_path', 'start_from', 'load_from'])
 @pytest.mark.parametrize(
     ('change', 'said'),
-    [(lambda v: v.to_sparse(), 'has sparse weights, '), (lambda v: v.to('meta'), 'without values')],
+    [(lambda v: v.to_sparse(), 'sparse weights, '), (lambda v: v.to('meta'), 'without values')],
     ids=['sparse', 'meta'],
 )
 def test_tensors_without_values_in_a_file_are_one_line(
