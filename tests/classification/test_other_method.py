@@ -56,6 +56,36 @@ def test_a_checkpoint_of_the_discrete_form_is_told_of_it() -> None:
     assert discrete.misfit(full.state_dict()) == full.misfit(full.state_dict()) == ''
 
 
+DENSE = dict(model_name='vit_tiny_patch16_224', moe=None)
+
+
+@pytest.mark.parametrize(
+    ('theirs', 'fits', 'said'),
+    [
+        (dict(depth=3), dict(depth=3), ''),
+        (dict(embed_dim=24), dict(embed_dim=24), 'and the num_heads of the checkpoint'),
+        (dict(num_classes=3, depth=3), dict(depth=3, num_classes=3), ''),
+        (dict(num_classes=3), dict(num_classes=3), ''),
+        (dict(img_size=16), dict(img_size=16), 'positions are resized for a training that'),
+        (DENSE, {}, 'it is of a dense model: model.checkpoint=FILE makes experts of its MLPs'),
+    ],
+    ids=str,
+)
+def test_what_would_fit_weights_of_a_run_is_said(
+    theirs: dict[str, Any], fits: dict[str, Any], said: str
+) -> None:
+    config = load_config(DIGITS, {f'model.{name}': value for name, value in SMALL.items()})
+    config.model.moe = SMALL['moe']
+    with scope_of(config):
+        model = MODELS.build(config.model)
+        source = MODELS.build({**config.model, **theirs})
+    line = model.misfit(source.state_dict())
+    assert said in line and all(f'{name}={value}' in line for name, value in fits.items())
+    if fits:
+        with scope_of(config):
+            assert MODELS.build({**config.model, **fits}).misfit(source.state_dict()) == ''
+
+
 @pytest.mark.parametrize('place', ['run', 'folder'])
 def test_a_trained_model_of_another_method_is_refused(
     place: str, left: Path, tmp_path: Path

@@ -35,9 +35,14 @@ def test_the_folder_is_what_create_model_makes(dense: str, tmp_path: Path, capsy
     config = json.loads((out / 'config.json').read_text())['pretrained_cfg']
     kept = {name: config[name] for name in ('mean', 'std', 'input_size')}
     assert kept == dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4], input_size=[3, 32, 32])
-    report = (out / 'upcycling.txt').read_text()
+    report, _, each = (out / 'upcycling.txt').read_text().partition('\n\n')
     assert 'made of dense MLPs: blocks.1.mlp.experts.fc1.weight' in report
-    assert capsys.readouterr().out.endswith(f'{report}wrote {out}\n')
+    assert capsys.readouterr().out.endswith(f'{report}\nwrote {out}\n')
+    lines = each.splitlines()
+    assert {line.partition(': ')[0] for line in lines} == expected.state_dict().keys()
+    assert 'cls_token: loaded' in lines and len(lines) == len(expected.state_dict())
+    assert 'blocks.1.mlp.experts.fc1.bias: made of blocks.1.mlp.fc1.bias' in lines
+    assert 'blocks.1.mlp.router.weight: as initialised' in lines
 
 
 @pytest.mark.parametrize('classes', [5, 4])

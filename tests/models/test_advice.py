@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
+from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.transfer import fit_state, transfer
 
@@ -123,3 +125,131 @@ def test_positions_tell_whether_registers_have_one(no_embed_class: bool, class_t
     assert str(caught.value).endswith(said)
     given = dict(reg_tokens=3, no_embed_class=no_embed_class)
     fit_state(make('smoe', **pool, **given), source.state_dict(), 'a.pth')
+
+
+def refused(model: Any, state: dict[str, torch.Tensor]) -> str:
+    with pytest.raises(ValueError, match=r"^checkpoint 'f\.pth' ") as caught:
+        fit_state(model, state, 'f.pth')
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+SEVERAL: dict[str, Any] = dict(depth=5, mlp_ratio=2.0, init_values=1e-05, qkv_bias=False)
+
+
+@pytest.mark.parametrize(
+    ('name', 'theirs', 'said'),
+    [
+        (DENSE, dict(SEVERAL, reg_tokens=2, no_embed_class=True), {}),
+        (DENSE, dict(ALONE, fc_norm=False, **SEVERAL), {}),
+        (DENSE, dict(embed_dim=48, norm_layer='rmsnorm', qk_norm=True, num_heads=3), {}),
+        ('vit_tiny_smoe', dict(depth=5, mlp_ratio=2.0, num_experts=3), {}),
+        ('vit_tiny_smoe', dict(depth=5, num_experts=3), {}),
+        (
+            'vit_tiny_smoe',
+            dict(embed_dim=64, num_heads=4, mlp_ratio=2.0, num_experts=3),
+            dict(num_heads=4),
+        ),
+        ('test_vit4', {}, {}),
+    ],
+    ids=str,
+)
+def test_all_that_differs_is_said_at_once(
+    name: str, theirs: dict[str, Any], said: dict[str, Any]
+) -> None:
+    state = dense(name, **theirs).state_dict()
+    line = refused(make('smoe'), state)
+    found = re.search(r'; ([^;]*?)( and the num_heads of the checkpoint, .*)? would fit$', line)
+    assert found is not None and bool(found[2]) == bool(said)
+    options = eval(f'dict({found[1]})')
+    assert options.items() >= {k: v for k, v in theirs.items() if k not in said}.items()
+    fit_state(make('smoe', **options, **said), state, 'f.pth')
+
+
+@pytest.mark.parametrize(
+    ('lacking', 'options'),
+    [
+        ('blocks.2.', {}),
+        ('blocks.2.', dict(depth=3)),
+        ('blocks.2.attn.qkv.bias', {}),
+        ('blocks.2.attn.qkv.bias', dict(qkv_bias=False)),
+        ('blocks.0.mlp.', {}),
+        ('patch_embed.proj.bias', {}),
+    ],
+)
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', DENSE])
+def test_an_incomplete_file_is_called_so(lacking: str, options: dict[str, Any], name: str) -> None:
+    whole = dense().state_dict()
+    state = {k: v for k, v in whole.items() if not k.startswith(lacking)}
+    line = refused(dense(name, **options), state)
+    first = next(k for k in whole if k.startswith(lacking))
+    assert (
+        f'; the checkpoint is incomplete, of the network that the rest is of it lacks {first}'
+        in line
+    )
+    assert line.endswith(': whole weights would fit') and '=' not in line.partition('f.pth')[2]
+
+
+HYBRID = dict(img_size=64, patch_size=8)
+# networks of which no experts can be made, and why
+NONE = [
+    (
+        'eva02_tiny_patch14_224',
+        {},
+        r"blocks\.\d\.mlp='GluMlp' .* gated MLPs \(SwiGLU\) have",
+    ),
+    ('vit_giant_patch14_dinov2', {}, r"blocks\.\d\.mlp='GluMlp' .* gated MLPs \(SwiGLU\) have"),
+    ('aimv2_large_patch14_224', {}, r"blocks\.\d\.mlp='SwiGLU' .* gated MLPs \(SwiGLU\) have"),
+    ('vit_small_patch16_18x2_224', {}, r"blocks\.\d='ParallelThingsBlock' .* a block with one MLP"),
+    ('vit_pwee_patch16_reg1_gap_256', {}, r"blocks\.\d='ParallelScalingBlock' .* a block with one"),
+    ('vit_tiny_r_s16_p8_224', HYBRID, ''),
+    (DINO, {}, ''),
+]
+
+
+def known_file(name: str, folder: Path, **options: Any) -> str:
+    """Weights beside which timm says what they are of."""
+    source = dense(name, **options)
+    save_for_hf(source, folder, model_args={**TINY, **options}, safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+@pytest.mark.parametrize(('name', 'options', 'why'), NONE)
+def test_a_network_is_said_to_become_experts_where_it_does(
+    name: str, options: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r'^checkpoint .* does not fit the model: ') as caught:
+        make('smoe', upcycle=known_file(name, tmp_path, **options))
+    line, source = str(caught.value), dense(name, **options)
+    if why:
+        assert re.search(rf'; no experts can be made of it: {why}', line)
+        assert 'would fit' not in line and 'moe=dict' not in line
+        with pytest.raises(ValueError, match=why):
+            convert_to_moe(source, 'smoe')
+        return
+    assert f"; model_name='{name}' with moe=dict(method='smoe') is that network with" in line
+    convert_to_moe(source, 'smoe')
+    create_model(name, SMOE, **{**TINY, **options})
+
+
+@pytest.mark.parametrize(('name', 'options', 'why'), NONE[:4])
+def test_files_of_networks_without_experts_have_no_option(
+    name: str, options: dict[str, Any], why: str
+) -> None:
+    line = refused(make('smoe'), dense(name, **options).state_dict())
+    assert 'would fit' not in line
+    assert 'is a gated MLP (SwiGLU)' in line or 'GLU' not in why
+
+
+def test_a_hybrid_is_known_by_its_stem() -> None:
+    state = dense('vit_tiny_r_s16_p8_224', **HYBRID).state_dict()
+    line = refused(make('smoe'), state)
+    assert 'has patch_embed.backbone.conv.weight and 2 more, as hybrids' in line
+    assert 'in_chans' not in line
+    fit_state(create_model('vit_tiny_r_s16_p8_224', SMOE, **{**TINY, **HYBRID}), state, 'f.pth')
+
+
+def test_norms_that_compute_otherwise_are_named(tmp_path: Path) -> None:
+    source = known_file('test_vit4', tmp_path)
+    with pytest.raises(ValueError, match=r'norms are RmsNorm, for LayerNorm; .*=1e-06\) would'):
+        make('smoe', upcycle=source)

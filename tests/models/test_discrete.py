@@ -1,5 +1,6 @@
 """The full form of VQMoE in, its discrete form out."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vqmoe_vision import collect_losses
 from vqmoe_vision.models import to_discrete
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.state_dicts import misfit_of
+from vqmoe_vision.models.transfer import fit_state
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, Make, make
@@ -89,6 +91,23 @@ def test_strict_loading_is_strict_in_all_else() -> None:
         continuous.load_state_dict(full().state_dict())
 
 
+@pytest.mark.parametrize(
+    'change',
+    [('gate.weight', 'router.extra'), ('gate.weight', ''), ('router.weight', ''), ('', 'gate.x')],
+)
+def test_only_a_whole_full_layer_is_taken_for_one(change: tuple[str, str]) -> None:
+    lacking, more = change
+    model: Any = make('vqmoe', form='discrete')
+    state, layer = full().state_dict(), 'blocks.1.mlp.'
+    state.pop(layer + lacking, None)
+    if more:
+        state[layer + more] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.(router|gate)'):
+        model.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"'f\.pth' .*blocks\.1\.mlp\.(router|gate)"):
+        fit_state(model, state, 'f.pth')
+
+
 def test_a_discrete_model_learns_and_is_built_again(tmp_path: Path, images: torch.Tensor) -> None:
     model = to_discrete(full(balance_weight=0.1, num_experts=4))
     model.train()
@@ -160,8 +179,11 @@ def test_models_without_a_discrete_branch_are_refused(tiny_variant: Make) -> Non
     if form in ('full', 'discrete'):
         to_discrete(model)
         return
-    with pytest.raises(ValueError, match='has no discrete branch to keep'):
+    with pytest.raises(ValueError, match='has no discrete branch to keep; a model of') as caught:
         to_discrete(model)
+    fits = re.search(r'; a model of (\w+) with form=.full. would fit$', str(caught.value))
+    assert fits is not None
+    to_discrete(make(fits[1], form='full'))
     assert model.state_dict().keys() == before
 
 
@@ -176,6 +198,13 @@ def test_a_discrete_file_behind_checkpoint_path_names_its_form(tmp_path: Path) -
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(ValueError, match="model='VisionTransformer' is not possible: a model with"):
         to_discrete(make('patch16_224'))
+
+
+def test_what_is_no_model_is_named() -> None:
+    for value in ('a.pth', make('vqmoe').state_dict()):
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=f"model='{kind}' is not possible: a model with MoE"):
+            to_discrete(value)  # type: ignore[arg-type]
 
 
 def test_some_method_has_a_discrete_branch() -> None:

@@ -230,15 +230,22 @@ def test_a_bias_of_a_layer_that_is_missing_is_no_option() -> None:
 
 
 @pytest.mark.parametrize(
-    'source', [dict(embed_dim=66), dict(embed_dim=64, mlp_ratio=2), dict(embed_dim=64, img_size=64)]
+    ('source', 'said'),
+    [
+        (dict(embed_dim=66), 'embed_dim=66 and the num_heads of the checkpoint'),
+        (
+            dict(embed_dim=64, mlp_ratio=2),
+            'embed_dim=64, mlp_ratio=2.0 and the num_heads of the checkpoint, probably 8,',
+        ),
+        (  # positions are resized
+            dict(embed_dim=64, img_size=64),
+            'embed_dim=64 and the num_heads of the checkpoint, probably 8,',
+        ),
+    ],
 )
-def test_a_width_that_is_not_all_is_not_said_to_fit(source: dict[str, Any]) -> None:
+def test_a_width_that_is_not_all_is_said_with_the_rest(source: dict[str, Any], said: str) -> None:
     line = refusal(make('smoe', num_heads=4), dense(**{'num_heads': 2, **source}).state_dict())
-    if 'img_size' in source:  # positions are resized
-        said = 'embed_dim=64 and the num_heads of the checkpoint, probably 8, would fit'
-        assert line.endswith(f'; {said}')
-    else:
-        assert line.endswith(' more') and 'another size' in line
+    assert line.endswith(f'; {said} would fit')
 
 
 def test_experts_in_other_blocks_are_no_other_method(tiny: Make) -> None:
@@ -307,11 +314,16 @@ def test_a_last_norm_that_is_missing_is_a_warning(
     assert not any('norm' in line for line in report.lines())
 
 
-@pytest.mark.parametrize('norms', [('rmsnorm', None), (None, 'rmsnorm')])
-def test_norms_that_lack_a_part_are_no_other_depth(norms: tuple[str | None, str | None]) -> None:
-    ours, theirs = norms
-    line = refusal(make('smoe', norm_layer=ours), dense(norm_layer=theirs).state_dict())
-    assert 'blocks.0.norm1.bias' in line and 'would fit' not in line
+@pytest.mark.parametrize(
+    ('ours', 'theirs', 'fits'), [('rmsnorm', None, 'layernorm'), (None, 'rmsnorm', 'rmsnorm')]
+)
+def test_norms_that_lack_a_part_are_no_other_depth(
+    ours: str | None, theirs: str | None, fits: str
+) -> None:
+    state = dense(norm_layer=theirs).state_dict()
+    line = refusal(make('smoe', norm_layer=ours), state)
+    assert 'blocks.0.norm1.bias' in line and line.endswith(f'; norm_layer={fits!r} would fit')
+    fit_state(make('smoe', norm_layer=fits), state, 'f.pth')
 
 
 def test_a_distilled_model_is_known_by_its_token() -> None:

@@ -9,11 +9,12 @@ import timm
 import torch
 from timm.models import save_for_hf
 
+from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.upcycle import Upcycling, upcycle
 from vqmoe_vision.moe.experts import Experts
 
-from .conftest import DENSE, TINY, make, shaken
+from .conftest import DENSE, TINY, dense, make, shaken
 from .test_saved import RECORDS
 
 
@@ -117,6 +118,27 @@ def test_experts_that_split_an_mlp_answer_as_it_does_together() -> None:
     answers = torch.einsum('eth,edh->etd', mlp.act(hidden), weights['fc2.weight'])
     torch.testing.assert_close(answers.mean(dim=0), mlp(x), rtol=1e-4, atol=1e-5)
     assert not torch.equal(weights['fc1.weight'][0], weights['fc1.weight'][2])  # shuffled anew
+
+
+@pytest.mark.parametrize(('number', 'top_k'), [(2, 1), (4, 1), (5, 2)])
+def test_units_that_no_expert_has_are_in_the_report(
+    number: int, top_k: int, saved: tuple[Any, str]
+) -> None:
+    options: dict[str, Any] = dict(
+        expert_mlp_ratio=1.0, num_experts=number, top_k=top_k, upcycling={'split': True}
+    )
+    converted = dense()
+    for report in (
+        make('smoe', upcycle=saved[1], **options).weights_report,
+        convert_to_moe(converted, 'smoe', **options),
+    ):
+        said = [line for line in report.lines() if 'are in none of the' in line]
+        if number >= 4:  # 4 experts of 32 units have all 128
+            assert not said and not report.warnings
+            continue
+        text = '64 of the 128 hidden units of an MLP are in none of the 2 experts of 32'
+        said_alone = f'{text} that split it: num_experts=4 would keep all'
+        assert said == list(report.warnings) == [said_alone]
 
 
 def test_split_experts_go_through_timm(saved: tuple[Any, str], images: torch.Tensor) -> None:

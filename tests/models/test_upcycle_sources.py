@@ -205,7 +205,7 @@ def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(dense(init_values=0.1).state_dict(), path)
     backbone = dict(num_classes=0, global_pool='', depth=2)
-    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-5 would fit'):
+    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-05 would fit'):
         make('smoe', upcycle=path, **backbone)
     model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
     assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused

@@ -1,5 +1,6 @@
 """Files that are damaged or of another kind are one line; what is beside others is followed."""
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import load_checkpoint, save_for_hf, vision_transformer
 
-from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.engine.checkpoint import load_from_local, start_from
 from vqmoe_vision.models.create import create_model, create_saved
 
 from .conftest import DENSE, TINY, dense, distance, make
@@ -232,8 +233,48 @@ def test_other_files_are_no_weights(kind: str, suffix: str, tmp_path: Path) -> N
         path.write_text('this is no checkpoint')
     else:
         torch.save({'state_dict': {}, 'code': Harm()} if kind == 'code' else [1, 2], path)
-    message = rf"checkpoint '.*a\{suffix}' is damaged, or holds more than weights and is not loaded"
+    said = 'is damaged, or holds more than weights and is not loaded'
+    if suffix == '.safetensors' and kind != 'text':
+        said = r'is a file of torch\.save by another name: let it end in \.pth'
+    elif kind == 'code':
+        said = r'holds more than weights \(.*\) and is not loaded, .* save its state_dict\(\) alone'
+    message = rf"checkpoint '.*a\{suffix}' {said}"
     refused(message, make, 'smoe', upcycle=str(path))
+
+
+@pytest.mark.parametrize('old', [True, False])
+def test_a_format_without_checksums_is_said(old: bool, tmp_path: Path, caplog: Any) -> None:
+    path, source = tmp_path / 'a.pth', dense()
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=not old)
+    make('smoe', upcycle=str(path))
+    found = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    assert any('which has no checksums' in line for line in found) == old
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'said'),
+    [
+        ('a.pth', b'', r'is empty \(0 bytes\)'),
+        ('a.safetensors', b'', r'is empty \(0 bytes\)'),
+        ('a.pth', b'<!DOCTYPE html><html>404', r'is a page of the web \(HTML\)'),
+        (
+            'a.safetensors',
+            b'version https://git-lfs.github.com/spec/v1\n',
+            'is a pointer of Git LFS',
+        ),
+        (
+            'a.pth',
+            save({'a': torch.ones(2)}),
+            r'is a file of safetensors by another name: .* in \.safetensors',
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_file_is_by_its_bytes(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = rf"^checkpoint '.*{re.escape(name)}' {said}"
+    refused(message, make, 'smoe', upcycle=str(tmp_path / name))
+    refused(message, start_from, make('smoe'), str(tmp_path / name))
 
 
 NO_MEMORY = [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory")]
@@ -321,6 +362,36 @@ def test_values_that_are_no_weights(name: str, change: Any, message: str, tmp_pa
     state, path = dense().state_dict(), str(tmp_path / 'a.pth')
     torch.save({**state, name: change(state[name])}, path)
     refused(message, make, 'smoe', upcycle=path)
+
+
+@pytest.mark.parametrize('way', ['upcycle', 'checkpoint_path', 'start_from', 'load_from'])
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [(lambda v: v.to_sparse(), 'sparse weights, '), (lambda v: v.to('meta'), 'without values')],
+    ids=['sparse', 'meta'],
+)
+def test_tensors_without_values_in_a_file_are_one_line(
+    way: str, change: Any, said: str, tmp_path: Path
+) -> None:
+    path, name = str(tmp_path / 'a.pth'), 'head.weight'
+    state = (dense() if way == 'upcycle' else make('smoe')).state_dict()
+    torch.save({**state, name: change(state[name])}, path)
+    ways: dict[str, Any] = {
+        'upcycle': lambda: make('smoe', upcycle=path),
+        'checkpoint_path': lambda: create_model('vit_tiny_smoe', checkpoint_path=path, **TINY),
+        'start_from': lambda: start_from(make('smoe'), path),
+        'load_from': lambda: load_from_local(path, 'cpu'),
+    }
+    with pytest.raises(ValueError, match=rf'^checkpoint .*a\.pth. has .*{said}.*head') as caught:
+        ways[way]()
+    assert '\n' not in str(caught.value)
+
+
+def test_a_file_of_nothing_is_called_empty(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / 'a.pth')
+    for name in (DENSE, 'vit_tiny_smoe'):
+        with pytest.raises(ValueError, match=r"a\.pth' is empty: it has no weights$"):
+            start_from(timm.create_model(name, **TINY), str(tmp_path / 'a.pth'))
 
 
 def test_what_the_model_has_no_place_for_may_be_anything(tmp_path: Path) -> None:

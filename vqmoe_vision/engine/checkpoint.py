@@ -30,7 +30,7 @@ from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
-from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.state_dicts import StateDict, refuse_without_values
 from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
@@ -102,6 +102,7 @@ def read_state(path: str) -> StateDict:
     file = weights_in(path)
     with _reading(file):
         state = load_state_dict(file, weights_only=True)
+    refuse_without_values(state, file)
     if lacks_tensors(state):
         return _in_one_piece(_load(file), file, 'state_dict')['state_dict']
     return state
@@ -198,9 +199,12 @@ def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any
 
 
 def _check_tensors(content: Any, file: str) -> None:
-    """Refuses weights that were taken out of a checkpoint in parts without its parts."""
+    """Refuses weights without values, or taken out of a checkpoint in parts without its parts."""
     found = [content, *content.values()] if isinstance(content, dict) else []
-    if any(lacks_tensors(state) for state in found if isinstance(state, dict)):
+    states = [state for state in found if isinstance(state, dict)]
+    for state in states:
+        refuse_without_values(state, file)
+    if any(map(lacks_tensors, states)):
         raise ValueError(
             f'checkpoint {file!r} lacks tensors, and does not say which parts they are made of: '
             'tools/publish.py makes one file of the checkpoint that it was taken from'

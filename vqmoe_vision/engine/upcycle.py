@@ -61,7 +61,8 @@ def _upcycle(args: argparse.Namespace) -> None:
         model: Any = create_model(args.model, **options)
         save(model, folder, _preprocessing(model, options), *_kept(model, args.source))
         report = '\n'.join(model.weights_report.lines())
-        (folder / REPORT).write_text(report + '\n')
+        each = '\n'.join(model.weights_report.listed())
+        (folder / REPORT).write_text(f'{report}\n\n{each}\n')
     print(report, f'wrote {args.out}', sep='\n')
 
 

@@ -24,7 +24,7 @@ from .layers import build_layer, host_of, scale_fresh_experts
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
-from .upcycle import Upcycling, read_upcycling, upcycle
+from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
 _SPARSE: dict[type[nn.Module], Any] = {
@@ -65,9 +65,9 @@ def convert_to_moe(
         TypeError: The method has no such option.
     """
     how = read_upcycling(upcycling)
-    copied = _put_layers(model, method, moe_layers, options, how, made_of_mlps=True)
+    copied, lost = _put_layers(model, method, moe_layers, options, how, made_of_mlps=True)
     assert isinstance(model, SparseModel)
-    model.weights_report = _report(model, copied)
+    model.weights_report = _report(model, copied, lost)
     _record(model, {'method': method, 'moe_layers': moe_layers, **options})
     return model.weights_report
 
@@ -104,8 +104,8 @@ def _put_layers(
     options: dict[str, Any],
     how: Upcycling,
     made_of_mlps: bool,
-) -> dict[str, str]:
-    """Changes the model; returns which tensors of experts were made of which of its MLPs."""
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Changes the model; returns which tensors were made of which of its MLPs, and losses."""
     config = _checked_config(model, method, options)
     dense: Any = model
     blocks = dense.blocks
@@ -116,11 +116,13 @@ def _put_layers(
     }
     built: dict[int, MoeLayer] = {}
     copied: dict[str, str] = {}
+    lost: dict[str, None] = {}
     for i in resolve_moe_layers(moe_layers, len(blocks)):
         name = f'blocks.{i}.mlp'
         built[i] = _layer_like(blocks[i], name, method, config, host, of_model)
         if made_of_mlps:
             made = _take_over(built[i], blocks[i].mlp, how, name)
+            lost |= dict.fromkeys(units_left_out(blocks[i].mlp.state_dict(), built[i].experts))
             copied |= {f'{name}.experts.{key}': f'{name}.{key}' for key in made}
     reader = host.raw_patches.read
     if isinstance(reader, ImageReader):
@@ -135,7 +137,7 @@ def _put_layers(
     assert isinstance(model, SparseModel)
     model.describe(method, config, how)
     model._model_args = given
-    return copied
+    return copied, tuple(lost)
 
 
 def _host(dense: Any, method: str, config: MoeConfig) -> Host:
@@ -191,9 +193,11 @@ def _layer_like(
 def _plain_mlp(block: nn.Module, name: str) -> Any:
     """The MLP of a block, of which experts can be made; any other is refused."""
     mlp: Any = getattr(block, 'mlp', None)
-    kind = type(block if mlp is None else mlp).__name__
-    allowed = "timm's Mlp, whose layout experts have; gated MLPs (SwiGLU) have another"
-    check(type(mlp) is Mlp, name, kind, allowed)
+    allowed = 'a block with one MLP apart from its attention, in whose place experts stand'
+    check(mlp is not None, name.removesuffix('.mlp'), type(block).__name__, allowed)
+    kind = type(mlp).__name__
+    other = '; gated MLPs (SwiGLU) have another' if 'GLU' in kind.upper() else ''
+    check(type(mlp) is Mlp, name, kind, f"timm's Mlp, whose layout experts have{other}")
     plain = isinstance(mlp.norm, nn.Identity)
     check(plain, name, kind, 'one without a norm between its layers')
     for part, linear in (('fc1', mlp.fc1), ('fc2', mlp.fc2)):
@@ -267,7 +271,7 @@ def _show_patches(model: Any, raw_patches: RawPatches) -> None:
     model.grad_checkpointing = False
 
 
-def _report(model: nn.Module, copied: dict[str, str]) -> Report:
+def _report(model: nn.Module, copied: dict[str, str], lost: tuple[str, ...]) -> Report:
     """Of what was there before: all but what the new layers and a reader of images have."""
     new = (READER, *(f'{name}.' for name in layers_of(model)))
     names = list(model.state_dict())
@@ -275,6 +279,8 @@ def _report(model: nn.Module, copied: dict[str, str]) -> Report:
         loaded=tuple(name for name in names if not name.startswith(new)),
         copied=copied,
         initialised=tuple(k for k in names if k.startswith(new) and k not in copied),
+        remarks=lost,
+        warnings=lost,
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..moe import moe_layers as layers_of
 from ..moe.config import check
 from ..moe.layer import MoeLayer
+from ..moe.methods import METHODS
 from .sparse_model import SparseModel
 
 
@@ -21,9 +22,12 @@ def changeable_layers(model: nn.Module) -> list[MoeLayer]:
         model: Any model.
 
     Raises:
-        ValueError: There is no MoE layer, or the model is wrapped in `DistributedDataParallel`,
-            which would wait for gradients of what is gone.
+        ValueError: It is no model, as a file or a state dict; there is no MoE layer; or the model
+            is wrapped in `DistributedDataParallel`, which would wait for gradients of what is
+            gone.
     """
+    is_model = isinstance(model, nn.Module)
+    check(is_model, 'model', type(model).__name__, 'a model with MoE layers and its weights')
     layers = list(layers_of(model).values())
     check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
     for module in model.modules():
@@ -52,7 +56,12 @@ def to_discrete(model: nn.Module) -> nn.Module:
     """
     layers = changeable_layers(model)
     for layer in layers:
-        layer.check_discrete()
+        try:
+            layer.check_discrete()
+        except ValueError as error:
+            with_forms = [k for k, m in METHODS.items() if 'form' in m.config.option_names()]
+            fits = f"a model of {' or '.join(with_forms)} with form='full' would fit"
+            raise ValueError(f'{error}; {fits}') from error
     # nothing is refused from here on
     changed: dict[str, Any] = {}
     for layer in layers:

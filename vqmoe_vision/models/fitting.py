@@ -39,6 +39,8 @@ def strip_names(
     Raises:
         ValueError: Nothing in it belongs to the model.
     """
+    if not state_dict:
+        raise ValueError(f'checkpoint {path!r} is empty: it has no weights')
     for prefix in _PREFIXES:
         state = part_of(state_dict, prefix)
         if is_of_mmseg(state):

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import timm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ..moe.methods import METHODS
 
@@ -30,3 +31,13 @@ def method_of(model_name: str) -> str | None:
         return None
     method = model_name.partition('.')[0].rpartition('_')[2]
     return method if method in METHODS else None
+
+
+def timms_class(module: nn.Module) -> type:
+    """The class of timm that a module is, or that one of ours builds on.
+
+    Args:
+        module: Any; one that builds on none has its own.
+    """
+    mro = type(module).__mro__
+    return next((kind for kind in mro if kind.__module__.startswith('timm.')), mro[0])

@@ -21,6 +21,7 @@ from ..moe.host import Host, RawPatches
 from ..moe.methods import METHODS
 from .layers import build_layer, host_of
 from .state_dicts import StateDict, part_of
+from .would_fit import in_words
 
 Shapes = dict[str, tuple[int, ...]]
 Options = dict[str, Any]
@@ -35,10 +36,12 @@ class Fitting:
     Attributes:
         options: Of the method of the model, as they are written; empty if none do.
         methods: Models of other methods; empty if none do.
+        fits: Whether the method of the model does, with these options or without a change.
     """
 
     options: str = ''
     methods: str = ''
+    fits: bool = False
 
     def __str__(self) -> str:
         """All of them, for the end of a line; empty if there are none."""
@@ -46,12 +49,16 @@ class Fitting:
         return f'; {found} would fit' if found else ''
 
 
-def experts_that_fit(model: nn.Module, state: StateDict) -> Fitting:
+def experts_that_fit(
+    model: nn.Module, state: StateDict, width: int | None = None, mlp_ratio: float | None = None
+) -> Fitting:
     """Which experts a model would have to have for those of a checkpoint.
 
     Args:
         model: Of this package, or one around such a model.
         state: Of the checkpoint, by the names of `model`.
+        width: Of the tokens of the network that they are for; None for that of the model.
+        mlp_ratio: Of its MLPs; None for that of the model.
 
     Returns:
         Nothing for a model that has no method or that fits, for experts of tokens of another width,
@@ -62,11 +69,13 @@ def experts_that_fit(model: nn.Module, state: StateDict) -> Fitting:
     theirs = _shapes_of_all([part_of(state, f'{name}.') for name in layers])
     ours = _shapes_of_all([layer.state_dict() for layer in layers.values()])
     first = 'experts.fc1.weight'
-    if sparse is None or ours == theirs or theirs.get(first, ())[2:] != ours.get(first, (0, 0))[2:]:
+    given = theirs.get(first, ())[2:]
+    if sparse is None or ours == theirs or given != ((width,) if width else ours[first][2:]):
         return Fitting()
     search = _Search.of(sparse, ours, theirs)
     if search.distance(sparse.method, sparse.moe_config, ours) > 0:
         return Fitting()  # something was made of the layers since they were built
+    search = replace(search, width=width or search.width, mlp_ratio=mlp_ratio or search.mlp_ratio)
     own = search.options(sparse.method, sparse.moe_config)
     shared = {field.name: getattr(sparse.moe_config, field.name) for field in fields(MoeConfig)}
     others = {
@@ -74,7 +83,7 @@ def experts_that_fit(model: nn.Module, state: StateDict) -> Fitting:
         for name, method in METHODS.items()
         if name != sparse.method
     }
-    return Fitting(' or '.join(map(_words, own)), _models(others))
+    return Fitting(' or '.join(map(in_words, own)), _models(others), fits=bool(own))
 
 
 @dataclass(frozen=True)
@@ -220,13 +229,9 @@ def _shapes_of_all(layers: Sequence[Mapping[str, Tensor]]) -> Shapes:
     return first if all(shapes == first for shapes in others) else {}
 
 
-def _words(options: Options) -> str:
-    return ', '.join(f'{name}={value!r}' for name, value in options.items())
-
-
 def _models(others: Mapping[str, Sequence[Options]]) -> str:
     """Models of other methods; those come first that need no other options."""
-    known = {name: ' or '.join(map(_words, found)) for name, found in others.items() if found}
+    known = {name: ' or '.join(map(in_words, found)) for name, found in others.items() if found}
     names = [
         f'of {name} with {options}' if options else f'of {name}'
         for name, options in sorted(known.items(), key=lambda item: bool(item[1]))

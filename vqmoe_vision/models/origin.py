@@ -7,6 +7,7 @@ is built without memory and compared.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Mlp
 from timm.layers.create_act import _ACT_LAYER_DEFAULT
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ATTN_LAYERS, VisionTransformer
 from torch import nn
 
 from .arguments import FAILURES
+from .convert import convert_to_moe
 from .described import Described
+from .hosts import timms_class
 
 _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.
@@ -93,7 +97,7 @@ def refuse_other_function(model: nn.Module, origin: Origin, path: str) -> None:
     Raises:
         ValueError: It does; names in what, and what would fit.
     """
-    ours, theirs = _timms_class(model), _timms_class(origin.model)
+    ours, theirs = timms_class(model), timms_class(origin.model)
     differences: list[tuple[str, str]] = []
     if ours is not theirs:
         rotary = ', whose positions are rotary' if theirs is Eva else ''
@@ -115,10 +119,12 @@ def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
     attention = _attention_option(model, origin.model)
     if options.count('') == 1 and attention:
         options = [option or attention for option in options]
+    if timms_class(origin.model) not in (VisionTransformer, Eva):
+        return "; experts are for timm's VisionTransformer and Eva alone"
+    if hasattr(model, 'method') and _no_experts_of(origin.model, model.method):
+        return with_experts(origin, model.method)  # whatever options the model has
     if all(options):
         return f'; {", ".join(options)} would fit'
-    if _timms_class(origin.model) not in (VisionTransformer, Eva):
-        return "; experts are for timm's VisionTransformer and Eva alone"
     if hasattr(origin.model, 'method'):  # it has experts
         return ''
     with torch.device('meta'):
@@ -127,19 +133,43 @@ def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
     changed = [option for _, option in _differences(named, origin.model)]
     if not all(option.startswith('num_heads=') for option in changed):
         return ''
-    by_name = f'; model_name={origin.name!r}'
     if not hasattr(model, 'method'):
-        return f'{by_name} is that network'
-    experts = f'with moe=dict(method={model.method!r}) is that network with experts'
-    return f'{by_name} {experts}, and so is what convert_to_moe makes of it'
+        return f'; model_name={origin.name!r} is that network'
+    return with_experts(origin, model.method)
+
+
+def with_experts(origin: Origin, method: str) -> str:
+    """What makes experts of a network, or why nothing does, for the end of a line.
+
+    Args:
+        origin: The network.
+        method: Key of `METHODS`.
+    """
+    if reason := _no_experts_of(origin.model, method):
+        return f'; no experts can be made of it: {reason}'
+    return (
+        f'; model_name={origin.name!r} with moe=dict(method={method!r}) is that network with '
+        'experts, and so is what convert_to_moe makes of it'
+    )
+
+
+def _no_experts_of(dense: nn.Module, method: str) -> str:
+    """Why `convert_to_moe` refuses a network; empty if it does not, or has nothing to do."""
+    if hasattr(dense, 'method'):
+        return ''
+    try:
+        convert_to_moe(copy.deepcopy(dense), method, moe_layers=[0])
+    except ValueError as error:
+        return str(error)
+    return ''
 
 
 def _attention_option(model: Any, origin: Any) -> str:
     """The option of an attention that timm has a name for, where it differs in equal blocks."""
     ours, theirs = model.blocks[0], origin.blocks[0]
-    if _timms_class(ours) is not _timms_class(theirs):
+    if timms_class(ours) is not timms_class(theirs):
         return ''
-    mine, other = (_timms_class(_attention(block)) for block in (ours, theirs))
+    mine, other = (timms_class(_attention(block)) for block in (ours, theirs))
     names = [name for name, layer in ATTN_LAYERS.items() if layer is other and name]
     return f'attn_layer={names[0]!r}' if names and mine is not other else ''
 
@@ -167,24 +197,23 @@ def _norm_after(model: Any) -> bool:
     return not isinstance(getattr(model, 'fc_norm', None), nn.Identity | None)
 
 
-def _timms_class(module: nn.Module) -> type:
-    """The class of timm that a module is, or that one of ours builds on."""
-    mro = type(module).__mro__
-    return next((kind for kind in mro if kind.__module__.startswith('timm.')), mro[0])
-
-
 def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
     """In what the blocks compute otherwise, in words, and the options that would fit."""
     ours, theirs = model.blocks[0], origin.blocks[0]
-    mine, other = _timms_class(ours), _timms_class(theirs)
+    mine, other = (timms_class(network.patch_embed) for network in (model, origin))
+    found = [] if mine is other else [(f'whose stem is {other.__name__}, for {mine.__name__}', '')]
+    mine, other = timms_class(ours), timms_class(theirs)
     if mine is not other:
         option = (
             f'block_fn={other.__name__} of {other.__module__}' if hasattr(theirs, 'mlp') else ''
         )
-        return [(f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
-    found = []
+        return [*found, (f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
+    mine, other = _mlp_class(model), _mlp_class(origin)
+    if mine is not other:
+        gated = ', gated ones (SwiGLU)' if 'GLU' in other.__name__.upper() else ''
+        found.append((f'whose MLPs are {other.__name__}{gated}, for {mine.__name__}', ''))
     attn, given_attn = _attention(ours), _attention(theirs)
-    mine, other = _timms_class(attn), _timms_class(given_attn)
+    mine, other = timms_class(attn), timms_class(given_attn)
     if mine is not other:
         found.append((f'whose attention is {other.__name__}, for {mine.__name__}', ''))
     # an attention of one's own may have none to compare
@@ -199,12 +228,28 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         option = f'act_layer={name!r}' if name else ''
         kinds = [type(layer).__name__ for layer in (given_act, act)]
         found.append((f'whose activation is {kinds[0]}, for {kinds[1]}', option))
-    norms = (_named(block, 'norm1', 'in_norm', 'norm') for block in (ours, theirs))
+    norms = [_named(block, 'norm1', 'in_norm', 'norm') for block in (ours, theirs)]
     eps, given_eps = (getattr(norm, 'eps', None) for norm in norms)
-    if eps != given_eps:
-        option = f'norm_layer=partial(LayerNorm, eps={given_eps})'
+    kinds = [_norm_kind(norm) for norm in norms]
+    option = f'norm_layer=partial({type(norms[1]).__name__}, eps={given_eps})'
+    if '' not in kinds and kinds[0] != kinds[1]:
+        found.append((f'whose norms are {kinds[1]}, for {kinds[0]}', option))
+    elif eps != given_eps:
         found.append((f'whose norms have eps={given_eps}, for {eps}', option))
     return found + _rotary_differences(getattr(model, 'rope', None), getattr(origin, 'rope', None))
+
+
+def _mlp_class(network: Any) -> type:
+    """Of the MLPs that are dense, which experts are like."""
+    mlps = (getattr(block, 'mlp', None) for block in network.blocks)
+    return next((timms_class(mlp) for mlp in mlps if mlp and not hasattr(mlp, 'experts')), Mlp)
+
+
+def _norm_kind(norm: Any) -> str:
+    """What a norm computes, by the name that timm has for it; empty if that is not known."""
+    if isinstance(norm, nn.LayerNorm):
+        return 'LayerNorm'
+    return next((n for n in ('RmsNorm', 'SimpleNorm') if type(norm).__name__.startswith(n)), '')
 
 
 def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:

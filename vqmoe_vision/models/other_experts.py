@@ -7,29 +7,9 @@ import re
 from torch import nn
 
 from .options_that_fit import experts_that_fit
-from .state_dicts import StateDict, shorten
+from .state_dicts import StateDict, layer_of, shorten
 
 _SEPARATE = re.compile(r'\.experts\.fc[12]\.\d+\.')
-
-
-def layer_of(name: str) -> str:
-    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP.
-
-    Args:
-        name: Of a tensor.
-    """
-    layer, found, _ = name.partition('.mlp.')
-    return f'{layer}.mlp' if found else ''
-
-
-def block_of(name: str) -> str:
-    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block.
-
-    Args:
-        name: Of a tensor.
-    """
-    match = re.match(r'blocks\.\d+\.', name)
-    return match[0] if match else ''
 
 
 def refuse_other_experts(

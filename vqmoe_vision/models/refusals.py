@@ -6,16 +6,24 @@ All functions take state dicts in timm's names.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .other_experts import block_of, layer_of, refuse_other_experts
-from .other_sizes import Model, sizes_that_fit
-from .state_dicts import HEADS, StateDict, other_shapes, shorten
-from .would_fit import NORMS, VIT, Arguments, only_one_has
+from .fitting import in_names_of
+from .networks_that_fit import Model, network_that_fits
+from .other_experts import refuse_other_experts
+from .other_sizes import sizes_that_fit
+from .state_dicts import HEADS, StateDict, block_of, layer_of, other_shapes, shorten
+from .would_fit import NORMS, VIT
 
 # What timm's `Eva` and files of DINOv3's authors have, whose positions are rotary.
 _ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
+# What gated MLPs have, in timm and in files of others.
+_GATED = r'^blocks\.\d+\.mlp\.(fc1_g|w12|w1)\.weight$'
+# The network of convolutions before the patches of a hybrid.
+_HYBRID = 'patch_embed.backbone.'
 # What the files of Perception Encoders have together, which are an `Eva` with rotary positions
 # beside absolute ones, and no `VisionTransformer` of timm's has by its name.
 _OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
@@ -23,16 +31,14 @@ _OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
 _OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
 
 
-def refuse_other_tokens(
-    state: StateDict, expected: StateDict, path: str, arguments: Arguments
-) -> None:
+def refuse_other_tokens(state: StateDict, expected: StateDict, path: str, model: Model) -> None:
     """Refuse a token of its own or a position embedding that only one of both has.
 
     Args:
         state: Of the checkpoint.
         expected: Of the model.
         path: What the checkpoint is called, for messages.
-        arguments: Of the model's class.
+        model: What names and shapes of the model do not tell.
 
     Raises:
         ValueError: There is one, or the positions of the checkpoint are rotary or relative.
@@ -42,8 +48,16 @@ def refuse_other_tokens(
             f'checkpoint {path!r} does not fit the model: it has {shorten(others, 1)}, and is of '
             "another network than timm's VisionTransformer and Eva, which no option makes of them"
         )
+    stem = [name for name in state if name.startswith(_HYBRID)]
+    if stem and not any(name.startswith(_HYBRID) for name in expected):
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: it has {shorten(stem, 1)}, as hybrids '
+            'whose patches come from a network of convolutions, which no option makes; the '
+            "model_name of that hybrid with moe=dict(method='smoe'), or convert_to_moe, makes a "
+            'model that fits'
+        )
     rotary = 'pos_embed' not in state and any(re.search(_ROTARY, name) for name in state)
-    if rotary and arguments is VIT:
+    if rotary and model.arguments is VIT:
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: it has the names of an Eva, such as '
             'DINOv3, whose positions are rotary; the model_name of an Eva with '
@@ -60,11 +74,29 @@ def refuse_other_tokens(
     for name in ('cls_token', 'pos_embed', 'reg_token', 'dist_token'):
         if (name in state) != (name in expected):
             owner = 'checkpoint' if name in state else 'model'
-            raise ValueError(only_one_has(path, [name], owner, state, arguments, ()))
+            raise ValueError(_only_one_has(path, [name], owner, _network(state, model, path)))
+
+
+def _only_one_has(path: str, names: Sequence[str], owner: str, fits: str) -> str:
+    return (
+        f'checkpoint {path!r} does not fit the model: only the {owner} has {shorten(names)}{fits}'
+    )
+
+
+def _network(state: StateDict, model: Model, path: str) -> str:
+    """What would fit a checkpoint that timm's filter has not seen, for the end of a line."""
+    network: Any = model.network
+    given = state.get('pos_embed')
+    own = {} if given is None or network.pos_embed is None else {'pos_embed': network.pos_embed}
+    try:  # without the positions, which the filter could not resize
+        named = in_names_of(network, {**state, **own}, path)
+    except ValueError:
+        return ''
+    return str(network_that_fits(model, named, None if given is None else given.shape[1]))
 
 
 def perhaps_rotary(
-    state: StateDict, expected: StateDict, path: str, arguments: Arguments
+    state: StateDict, expected: StateDict, path: str, model: Model
 ) -> tuple[str, ...]:
     """Of a bare file: refuse what would be led into a network without its rotary positions.
 
@@ -72,7 +104,7 @@ def perhaps_rotary(
         state: Of the checkpoint.
         expected: Of the model.
         path: What the checkpoint is called, for messages.
-        arguments: Of the model's class.
+        model: What names and shapes of the model do not tell.
 
     Returns:
         A warning where the model has what the checkpoint shows of itself.
@@ -80,7 +112,7 @@ def perhaps_rotary(
     Raises:
         ValueError: The model has not.
     """
-    if arguments is not VIT or not state.keys() >= _OF_PE:
+    if model.arguments is not VIT or not state.keys() >= _OF_PE:
         return ()
     sign = (
         'norm_pre and attn_pool, as an Eva such as Perception Encoder, whose positions are rotary'
@@ -121,30 +153,41 @@ def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
 
 
 def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
-    """Refuse packed SwiGLU: the names of a plain MLP, and twice the features after fc1.
+    """Refuse gated MLPs (SwiGLU), also by the names of a plain one, with twice the features.
 
     Args:
         expected: Of the model.
-        state: Of the checkpoint.
+        state: Of the checkpoint, before or after timm's filter.
         path: What the checkpoint is called, for messages.
 
     Raises:
-        ValueError: The model has a plain MLP in its place.
+        ValueError: The model has plain MLPs in their place.
     """
+    gated = _first_gated(state)
+    if not gated or _first_gated(expected):
+        return
+    layer, sign = gated
+    experts = any('.mlp.experts.' in name for name in expected)
+    plain = 'experts are plain MLPs' if experts else 'the model has plain MLPs'
+    raise ValueError(
+        f'checkpoint {path!r} does not fit the model: {layer} is a gated MLP (SwiGLU), {sign}; '
+        f'{plain}'
+    )
+
+
+def _first_gated(state: StateDict) -> tuple[str, str] | None:
+    """The first gated MLP and its sign; None without one."""
     for name, weight in state.items():
         layer = layer_of(name)
-        if name != f'{layer}.fc1.weight' or f'{layer}.fc2.weight' not in state:
-            continue
-        second = f'{layer}.fc2.weight'
-        if not weight.ndim == state[second].ndim == 2:
+        if re.search(_GATED, name):
+            return layer, f'it has {name.removeprefix(layer + ".")}'
+        second = state.get(f'{layer}.fc2.weight')
+        if name != f'{layer}.fc1.weight' or second is None or not weight.ndim == second.ndim == 2:
             continue  # no MLP at all
-        given, taken = weight.shape[0], state[second].shape[1]
-        plain = name not in expected or expected[name].shape[0] == expected[second].shape[1]
-        if plain and given != taken:
-            raise ValueError(
-                f'checkpoint {path!r} does not fit the model: {layer} is a gated MLP (SwiGLU), fc1 '
-                f'gives {given} features and fc2 takes {taken}; experts are plain MLPs'
-            )
+        given, taken = weight.shape[0], second.shape[1]
+        if given != taken:
+            return layer, f'fc1 gives {given} features and fc2 takes {taken}'
+    return None
 
 
 def refuse_misfits(
@@ -170,9 +213,7 @@ def refuse_misfits(
         raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}{hint}')
 
 
-def refuse_other_parts(
-    expected: StateDict, fitted: StateDict, path: str, whole: bool, arguments: Arguments
-) -> None:
+def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, model: Model) -> None:
     """Refuse tensors of the network that only one of both has: it would be another function.
 
     What may differ: final norms and heads; experts in the place of an MLP; and a backbone may end
@@ -182,8 +223,7 @@ def refuse_other_parts(
         expected: Of the model.
         fitted: Of the checkpoint.
         path: What the checkpoint is called, for messages.
-        whole: Whether the model is more than a backbone.
-        arguments: Of the model's class.
+        model: What names and shapes of the model do not tell.
 
     Raises:
         ValueError: There are some; names arguments with which the model would fit.
@@ -193,9 +233,10 @@ def refuse_other_parts(
 
     def matters(name: str) -> bool:
         free = name.startswith((*HEADS, *NORMS)) or layer_of(name) in layers
-        return not free and (whole or block_of(name) in blocks)
+        return not free and (model.whole or block_of(name) in blocks)
 
     for owner, part, other in (('checkpoint', fitted, expected), ('model', expected, fitted)):
         names = [name for name in part if name not in other and matters(name)]
         if names:
-            raise ValueError(only_one_has(path, names, owner, fitted, arguments, other))
+            fits = str(network_that_fits(model, fitted))
+            raise ValueError(_only_one_has(path, names, owner, fits))

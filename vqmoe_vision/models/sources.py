@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.layers import to_2tuple
 from timm.models import (
     get_arch_name,
@@ -26,7 +27,7 @@ from ..moe.config import check, did_you_mean
 from .described import Described, describe, describe_folder
 from .hosts import MODULES, VIT_MODULES
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of
+from .origin import Origin, origin_of, with_experts
 from .sparse_model import SparseModel
 from .state_dicts import StateDict
 from .stated_experts import experts_of_file
@@ -103,11 +104,10 @@ def upcycle_source(
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
     allowed = "one of timm's VisionTransformers, whose blocks ours have"
-    if timm.models.is_model_in_modules(upcycle, MODULES):
-        allowed += (
-            f"; model_name={upcycle!r} with moe=dict(method='smoe') is that network with experts, "
-            'and so is what convert_to_moe makes of it'
-        )
+    if not fits and timm.models.is_model_in_modules(upcycle, MODULES):
+        with torch.device('meta'):
+            network = timm.create_model(get_arch_name(upcycle))
+        allowed += with_experts(Origin(upcycle, network), 'smoe')
     check(fits, 'upcycle', upcycle, allowed)
     if not timm.models.is_model_pretrained(upcycle):
         check(False, 'upcycle', upcycle, _with_weights(upcycle))

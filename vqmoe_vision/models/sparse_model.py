@@ -28,7 +28,9 @@ from .complexity import count_params, describe_params
 from .feature_network import feature_network
 from .hosts import method_of
 from .layers import build_layer, host_of, output_scale, set_draw
+from .networks_that_fit import Model
 from .other_experts import kept_by_another
+from .other_sizes import sizes_that_fit
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
 from .upcycle import BEGINNING, Upcycling, read_upcycling
@@ -99,7 +101,9 @@ class SparseModel:
             # one whose class was called by hand has none
             config = getattr(model, 'pretrained_cfg', None) or {}
             upcycles = method_of(str(config.get('architecture'))) is not None
-            fits = kept_by_another(model, state_dict, upcycles)
+            fits = kept_by_another(model, state_dict, upcycles) or sizes_that_fit(
+                model.state_dict(), state_dict, Model.of(model)
+            )
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
     @torch.jit.ignore

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..moe import moe_layers
@@ -118,6 +120,16 @@ class Report:
             notes.append(f'not in the model, unused: {", ".join(self.unused)}')
         return notes
 
+    def listed(self) -> list[str]:
+        """Every tensor, with what became of it."""
+        return [
+            *(f'{name}: loaded' for name in self.loaded),
+            *(f'{name}: resized from {old} to {new}' for name, (old, new) in self.resized.items()),
+            *(f'{name}: made of {source}' for name, source in self.copied.items()),
+            *(f'{name}: as initialised' for name in self.initialised),
+            *(f'{name} of the source: unused' for name in (*self.unused, *self.outside)),
+        ]
+
 
 def part_of(state: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     """What has names under a prefix, by the rest of its names.
@@ -184,8 +196,9 @@ def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> Stat
         path: What the checkpoint is called, for messages.
 
     Raises:
-        ValueError: A weight is no tensor.
+        ValueError: A weight is no tensor, or as `refuse_without_values`.
     """
+    refuse_without_values(state, path)
     for name, value in state.items():
         if name in expected and not isinstance(value, Tensor):
             kind = f'{type(value).__module__}.{type(value).__qualname__}'
@@ -194,6 +207,32 @@ def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> Stat
                 'tensors; torch.from_numpy makes one of an array'
             )
     return {name: value.float() if _is_small(value) else value for name, value in state.items()}
+
+
+def refuse_without_values(state: Mapping[str, Any], path: str) -> None:
+    """Refuse tensors that are sparse, or of the meta device, which no parameter can take.
+
+    Args:
+        state: Of a checkpoint.
+        path: What the checkpoint is called, for messages.
+
+    Raises:
+        ValueError: There is one; names it.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout is not torch.strided:
+            raise ValueError(
+                f'checkpoint {path!r} has sparse weights, which are not loaded: {name} is of '
+                f'{value.layout}; to_dense() makes a tensor of it, and torch.save writes the file '
+                'again'
+            )
+        if value.is_meta:
+            raise ValueError(
+                f'checkpoint {path!r} has tensors without values: {name} was saved on the meta '
+                'device; the model has to be on another one when it is saved'
+            )
 
 
 def _is_small(value: Any) -> bool:
@@ -213,6 +252,26 @@ def other_shapes(expected: StateDict, state: StateDict) -> list[str]:
         for name, value in expected.items()
         if name in state and state[name].shape != value.shape
     ]
+
+
+def layer_of(name: str) -> str:
+    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP.
+
+    Args:
+        name: Of a tensor.
+    """
+    layer, found, _ = name.partition('.mlp.')
+    return f'{layer}.mlp' if found else ''
+
+
+def block_of(name: str) -> str:
+    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block.
+
+    Args:
+        name: Of a tensor.
+    """
+    match = re.match(r'blocks\.\d+\.', name)
+    return match[0] if match else ''
 
 
 def is_square(count: int) -> bool:

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.image_reader import ImageReader, image_reader, reader_of
-from .feature_network import NETWORK, READER, FeatureViT
+from .feature_network import NETWORK, READER
 from .fitting import (
     Size,
     fit_head,
@@ -28,8 +27,8 @@ from .fitting import (
     strip_names,
 )
 from .hosts import Transformer
+from .networks_that_fit import Model
 from .origin import Origin, other_pooling, refuse_other_function
-from .other_sizes import Model
 from .refusals import (
     perhaps_rotary,
     refuse_gated,
@@ -38,10 +37,10 @@ from .refusals import (
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import CLASSIFIERS, Report, StateDict, as_tensors, other_shapes, part_of, shorten
+from .state_dicts import Report, StateDict, as_tensors, other_shapes, part_of, shorten
 from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
-from .upcycle import Upcycling, upcycle
-from .would_fit import EVA, VIT, pooled_otherwise, without_norm
+from .upcycle import Upcycling, units_left_out, upcycle
+from .would_fit import pooled_otherwise, without_norm
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,12 @@ def _fit_network(
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     path, origin = how.path, how.origin
-    arguments = EVA if isinstance(model, Eva) else VIT
-    refuse_other_tokens(state, expected, path, arguments)
-    doubts = perhaps_rotary(state, expected, path, arguments) if origin is None else ()
+    # a known network has been refused before if its heads are others
+    sized = Model.of(model, same_heads=origin is not None, options=how.options)
+    arguments = sized.arguments
+    refuse_gated(expected, state, path)
+    refuse_other_tokens(state, expected, path, sized)
+    doubts = perhaps_rotary(state, expected, path, sized) if origin is None else ()
     pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(
         expected, state, arguments
     )
@@ -196,13 +198,13 @@ def _fit_network(
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
-    refuse_gated(network, filtered, path)
-    sized = _sized(model, expected, origin, how.options)
     refuse_misfits(network, filtered, fitted, path, sized)
-    refuse_other_parts(network, fitted, path, sized.whole, arguments)
+    refuse_other_parts(network, fitted, path, sized)
     refuse_values(network, filtered, path)
     norm = without_norm(network, fitted, arguments)
-    made, copied = _upcycled(model, fitted, path, how.upcycling) if how.upcycling else ({}, {})
+    made, copied, lost = (
+        _upcycled(model, fitted, path, how.upcycling) if how.upcycling else ({}, {}, ())
+    )
     result = {name: value for name, value in fitted.items() if name in network} | made
     used = {*result, *copied.values()}
     return result, Report.of_result(
@@ -212,8 +214,8 @@ def _fit_network(
         copied,
         unused=(*(k for k in filtered if k not in used), *dropped_by_timm),
         outside=(*outside, *dropped),
-        remarks=(*doubts, *remarks, *head, *norm),
-        warnings=(*doubts, *warnings, *norm),
+        remarks=(*doubts, *remarks, *head, *norm, *lost),
+        warnings=(*doubts, *warnings, *norm, *lost),
     )
 
 
@@ -226,16 +228,6 @@ def _resized(
         for name, value in result.items()
         if name in state and _is_fitted(name, state[name], value)
     }
-
-
-def _sized(model: Transformer, expected: StateDict, origin: Origin | None, options: str) -> Model:
-    """What the messages about weights that do not fit have to know of a model."""
-    block: Any = model.blocks[0]
-    heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
-    # features of fewer blocks would be others
-    whole = isinstance(model, FeatureViT) or any(name.startswith(CLASSIFIERS) for name in expected)
-    # a known network has been refused before if its heads are others
-    return Model(model, heads, same_heads=origin is not None, whole=whole, options=options)
 
 
 def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
@@ -274,10 +266,11 @@ def _fit_reader(
 
 def _upcycled(
     model: Transformer, state: StateDict, path: str, how: Upcycling
-) -> tuple[StateDict, dict[str, str]]:
-    """Experts made of the dense MLPs in their place, and which tensor each was made of."""
+) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
+    """Experts made of the dense MLPs in their place, which tensor each was made of, and losses."""
     made: StateDict = {}
     sources: dict[str, str] = {}
+    lost: dict[str, None] = {}
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
         part = part_of(state, prefix)
@@ -288,8 +281,9 @@ def _upcycled(
             )
         if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
+            lost |= dict.fromkeys(units_left_out(part, layer.experts))
             made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
             sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
     allowed = f'its defaults, checkpoint {path!r} has no dense MLP to make experts of'
     check(bool(made) or how == Upcycling(), 'upcycling', how, allowed)
-    return made, sources
+    return made, sources, tuple(lost)

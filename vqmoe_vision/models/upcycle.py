@@ -134,6 +134,23 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
     return result | {part: value.clone() for part, value in mlp.items() if part not in _PARTS}
 
 
+def units_left_out(mlp: StateDict, experts: Experts) -> tuple[str, ...]:
+    """What to say of hidden units of a dense MLP that no expert has, where experts split it.
+
+    Args:
+        mlp: As `upcycle`.
+        experts: As `upcycle`.
+    """
+    dense, (number, hidden, _) = mlp['fc1.weight'].shape[0], experts.fc1.weight.shape
+    lost = dense - number * hidden
+    if lost <= 0:
+        return ()
+    return (
+        f'{lost} of the {dense} hidden units of an MLP are in none of the {number} experts of '
+        f'{hidden} that split it: num_experts={-(-dense // hidden)} would keep all',
+    )
+
+
 def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> None:
     if isinstance(experts.fc1, SeparateLinear):
         raise ValueError(

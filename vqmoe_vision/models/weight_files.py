@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from ..moe.config import check
 from .hub import hub_in_reach
 from .run_files import logs_passed_over
 from .state_dicts import shorten
+from .unreadable import found_in
 
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 SUFFIXES = (*_OF_TORCH, '.safetensors')
@@ -31,6 +33,12 @@ IN_PARTS = 'in the folder beside this file'
 # Errors that say themselves, in a line, what is wrong.
 _SAID = (ValueError, TypeError, AssertionError)
 Result = TypeVar('Result')
+# What begins a file of torch before 1.6, in a pickle.
+_OF_OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
+_NO_CHECKSUMS = (
+    '%s: it is of the format of torch before 1.6, which has no checksums: a flipped bit goes unseen'
+)
+_logger = logging.getLogger(__name__)
 
 
 class _Elsewhere(Exception):
@@ -169,7 +177,8 @@ def unreadable(path: str) -> str:
             f'timm.create_model(DENSE, checkpoint_path={path!r}): save its state dict with '
             'torch.save for upcycle=FILE or checkpoint=FILE, or call convert_to_moe with the model'
         )
-    return f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded'
+    found = found_in(path) or 'is damaged, or holds more than weights and is not loaded'
+    return f'checkpoint {path!r} {found}'
 
 
 def lacks_tensors(state: Mapping[str, Any]) -> bool:
@@ -254,8 +263,11 @@ def check_file(path: str) -> None:
     check_whole(path)
     try:
         with open(path, 'rb') as file:
-            if file.read(4) != b'PK\x03\x04':  # older formats have no checksums
-                return
+            start = file.read(32)
+        if not start.startswith(b'PK\x03\x04'):
+            if _OF_OLD in start:
+                _logger.warning(_NO_CHECKSUMS, path)
+            return
         with zipfile.ZipFile(path) as archive:
             spoilt = archive.testzip()
     except Exception as error:  # a flipped bit can make it fail in any way

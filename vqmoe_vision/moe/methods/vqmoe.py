@@ -57,6 +57,9 @@ from ._continuous_router import ContinuousRouter
 from ._quantizer import Quantizer
 from ._vqmoe_config import VQMoEConfig
 
+# What the full form has and the discrete one has not.
+_OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
+
 
 class VQMoEMlp(MoeLayer):
     """Drop-in for timm's `Mlp`, VQMoE (4) and (5).
@@ -161,12 +164,14 @@ class VQMoEMlp(MoeLayer):
         return (self.router is not None) + (self.quantizer is not None)
 
     def omitted(self, names: Iterable[str]) -> set[str]:
-        """The discrete form of a layer that was trained in full has no router and no gate."""
+        """The discrete form of a layer that was trained in full has no router and no gate.
+
+        A part of them, or more, is of no such layer.
+        """
         names = set(names)
         full = any(name.startswith('quantizer.') for name in names)
-        if self.router is not None or not full:
-            return set()
-        return {name for name in names if name.startswith(('router.', 'gate.'))}
+        found = {name for name in names if name.startswith(('router.', 'gate.'))}
+        return found if self.router is None and full and found == _OF_FULL else set()
 
     def check_discrete(self) -> None:
         """The continuous form has none."""
