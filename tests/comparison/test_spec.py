@@ -228,6 +228,28 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
         ("seeds = ['1', '2']", "seeds=('1', '2') is not possible: whole numbers"),
+        ('seeds = [-1]', 'seeds=(-1,) is not possible: whole numbers from 0 to 4294967295'),
+        ('seeds = [2**40]', 'is not possible: whole numbers from 0 to 4294967295'),
+        ("rows = ['dense']", "spec.py: rows=['dense'] is not possible: texts by name"),
+        ("rows = {1: 'dense'}", "spec.py: rows={1: 'dense'} is not possible: texts by name"),
+        ("shifts = ['fog']", "spec.py: shifts=['fog'] is not possible: texts by name"),
+        ("shifts = dict(fog='fog')", "shifts.fog='fog' is not possible: --cfg-options fog: write"),
+        (
+            "shifts = dict(fog='a.b=1')",
+            "shifts.fog='a.b=1' is not possible: --cfg-options a.b: 'a'",
+        ),
+        ("rows = dict(one='dense a=\\'1')", 'rows.one="dense a=\'1" is not possible: No closing'),
+        ('rows = dict(', "spec.py, line 5: '(' was never closed"),
+        ('metric = 3', 'spec.py: metric=3 is not possible: a text'),
+        (
+            "rows['one'] = 'smoe model.moe.absent=1'",
+            'comparison spec: row one: model.moe.absent=1 is not possible: the options of vit_tiny',
+        ),
+        (
+            "rows['one'] = 'vqmoe model.moe.ema_decay=2.0'",
+            'row one: model.moe.ema_decay=2.0 is not possible: at least 0 and below 1',
+        ),
+        ("rows['one'] = 'dense model.embed_dim=-1'", 'comparison spec: row one: '),
         ('seeds = 5', 'seeds=5 is not possible: a list'),
         ("also = 'mAcc'", "also='mAcc' is not possible: a list"),
         ("options = 'model.depth=2'", "options='model.depth=2' is not possible: a list"),
@@ -256,6 +278,32 @@ def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
     Path('first.py').write_text(Path(spec()).read_text())
     line = says('list', spec(more))
     assert line.startswith('error: ') and said in line and '\n' not in line
+
+
+def test_no_run_starts_where_one_could_not(spec, says) -> None:
+    path = spec(wrong='smoe model.moe.absent=1')
+    assert 'row wrong: model.moe.absent=1 is not possible' in says('run', path)
+    assert not Path('calls').exists()
+    assert says('run', path, '--rows', 'dense').startswith('0 of 2 runs are there already')
+
+
+@pytest.mark.parametrize(('stage', 'split'), [('test', 'test'), ('dev', 'val')])
+def test_a_metric_that_no_evaluator_reports(spec, says, stage: str, split: str) -> None:
+    with Path('config.py').open('a') as config:
+        config.write(f"{split}_evaluator = dict(type='Accuracy', topk=(1, 2))\n")
+    more = f'stage = {stage!r}\nmetric = '
+    names = 'accuracy/balanced, accuracy/head, accuracy/medium, accuracy/tail, '
+    assert says('run', spec(f"{more}'accuracy/top-1'")) == (
+        "error: comparison spec: metric='accuracy/top-1' is not possible: what "
+        f'{split}_evaluator reports, which is {names}accuracy/top1, accuracy/top2'
+    )
+    assert not Path('calls').exists()
+    assert len(says('list', spec(f"{more}'accuracy/top2'")).splitlines()) == 2
+
+
+def test_a_folder_is_no_comparison(repository, says) -> None:
+    Path('spec.py').mkdir()
+    assert says('list', 'spec.py') == "error: config 'spec.py' is a folder"
 
 
 def test_a_comparison_that_is_not_there(repository, says) -> None:
