@@ -1,6 +1,7 @@
 """What a comparison may say of itself, and that those of the repository can be built."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, 
     for control in CONTROLS:
         faced = [rows[own] for own in (control, f'{control}_started') if own in rows]
         assert set().union(*faced) == learned
+
+
+def test_methods_that_are_screened_have_as_many_trials(root: None) -> None:
+    rows = read_comparison('configs/comparisons/cifar10_screening.py').rows
+    trials = Counter(row.partition('_')[0] for row in rows if '_' in row)
+    assert len(trials) > 1 and len(set(trials.values())) == 1
+
+
+def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
+    page = (CONFIGS.parent / 'docs/methods.md').read_text()
+    lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
+    options = METHODS['vqmoe'].config.option_names() - {'preset'}
+    assert [name for name in sorted(options) if f'`{name}' not in lines] == []
 
 
 @pytest.mark.parametrize('leaf', PAPER)
