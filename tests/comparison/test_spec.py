@@ -2,10 +2,13 @@
 
 import re
 from collections import Counter
+from io import StringIO
+from logging import StreamHandler
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
@@ -313,6 +316,19 @@ def test_a_metric_that_no_evaluator_reports(spec, says, stage: str, split: str) 
     )
     assert not Path('calls').exists()
     assert len(says('list', spec(f"{more}'accuracy/top2'")).splitlines()) == 2
+
+
+def test_nothing_is_logged_between_the_lines_of_list(spec, says) -> None:
+    with Path('config.py').open('a') as config:
+        config.write("val_evaluator = dict(type='mmseg.IoUMetric')\n")
+    logger, logged = MMLogger.get_current_instance(), StringIO()
+    handler, level = StreamHandler(logged), logger.level
+    logger.addHandler(handler)
+    try:
+        assert len(says('list', spec()).splitlines()) == 2
+    finally:
+        logger.removeHandler(handler)
+    assert logged.getvalue() == '' and logger.level == level
 
 
 def test_a_folder_is_no_comparison(repository, says) -> None:

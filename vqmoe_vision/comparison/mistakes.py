@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.cli import load_config
@@ -27,14 +30,29 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
     Raises:
         ValueError: A model cannot be built, or the evaluator reports no such metric.
     """
-    first = {(run.comparison.name, run.row): run for run in reversed(runs)}
+    first: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        first.setdefault((run.comparison.name, run.row), run)
     for config in dict.fromkeys(run.comparison.config for run in runs):
         load_config(config)  # imports the modules that it names
     for run in first.values():
         config = run.merged()
-        with DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine')):
+        scope = config.get('default_scope', 'mmengine')
+        with DefaultScope.overwrite_default_scope(scope), _without_warnings():
             _build(run, config)
             _check_metric(run, config)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """As mmengine writes them between the lines of `list`; each run has them in its own log."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _build(run: Run, config: Config) -> None:
