@@ -1,6 +1,6 @@
 # Which options are worth five fresh seeds: two seeds that no table has, on the 5,000 images that
 # are held out of CIFAR-10's training set. Each trial changes one thing of the row of its method.
-# VQMoE has fourteen trials, and so has SMoE, with which it is compared. Other methods have none:
+# VQMoE has seventeen trials, and so has SMoE, with which it is compared. Other methods have none:
 # what is found here is said of these two. docs/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
@@ -26,6 +26,10 @@ rows = dict(
     vqmoe_router_scale='vqmoe model.moe.routed_scaling_factor=2.75',
     vqmoe_diversity_10='vqmoe model.moe.diversity_weight=0.1',
     vqmoe_balance_10='vqmoe model.moe.balance_weight=0.1',
+    vqmoe_vq_weight_1='vqmoe model.moe.vq_weight=1.0',
+    # a router that is frozen has no balance to learn, and takes no loss of it
+    vqmoe_frozen_router='vqmoe model.moe.train_router=False model.moe.balance_weight=0.0',
+    vqmoe_16_experts='vqmoe model.moe.num_experts=16',
     smoe_top_1='smoe model.moe.top_k=1',
     smoe_renormalize='smoe model.moe.renormalize=True',
     smoe_bias='smoe model.moe.router_bias=True',
@@ -43,4 +47,7 @@ rows = dict(
     smoe_capacity='smoe model.moe.capacity_factor=1.25',
     smoe_prioritized='smoe model.moe.capacity_factor=1.25 model.moe.batch_prioritized=True',
     smoe_layers_23='smoe model.moe.moe_layers="(2, 3)"',
+    smoe_noise_50='smoe model.moe.router_noise=0.5',
+    smoe_start_300='smoe model.moe.router_init_scale=3.0',
+    smoe_16_experts='smoe model.moe.num_experts=16',
 )

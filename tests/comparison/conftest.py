@@ -63,7 +63,11 @@ assert Path(checkpoint).name == 'iter_2.pth'
 out.write_text(json.dumps({'mIoU': 3.0, 'blocks.1.mlp/load_unused': 0.0}))
 """
 CONFIG = """
-model = dict(type='Model', model_name='vit_tiny_smoe', preset='paper')
+custom_imports = dict(imports=['vqmoe_vision.classification'])
+model = dict(
+    type='Classifier', model_name='vit_tiny_smoe', moe=dict(preset='paper'), num_classes=2,
+    img_size=32, embed_dim=8, depth=2, num_heads=1,
+)
 train_cfg = dict(max_iters=2)
 """
 SPEC = "config = 'config.py'\nmetric = 'mIoU'\nseeds = [1, 2]\nrows = dict({rows})\n"

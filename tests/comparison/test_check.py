@@ -34,6 +34,12 @@ def test_first_losses_come_out_again_within_a_thousandth(
     assert 'only_first=True' in Path('calls').read_text().splitlines()[-1]
 
 
+@pytest.mark.parametrize('number', ['0', '-1'])
+def test_a_sample_has_a_row_at_least(fill, says, number: str) -> None:
+    path = fill({'dense': [1.0]})
+    assert says('check', path, '--sample', number) == f'error: --sample {number} must be at least 1'
+
+
 def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monkeypatch) -> None:
     path = spec()
     says('run', path)

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.curves import plot_curves
 from vqmoe_vision.comparison.difference_figure import plot_differences
 from vqmoe_vision.comparison.rows import FEATURE_ROWS
@@ -94,7 +95,7 @@ def test_images_of_documents_that_cannot_be_made(fill, says) -> None:
     drawn = "error: images: 'shifts' is not drawn; drawn are curves, differences"
     assert says('table', path, '--images', '.') == drawn
     assert 'with a part' in says('table', path, '--images', '.', '--rows', 'same')
-    Path(path).write_text(Path(path).read_text().replace('images =', 'shifts ='))
+    Path(path).write_text(Path(path).read_text().replace("images = {'shifts': 'fog'}", ''))
     assert says('table', path, '--images', '.') == 'error: --images: spec names no images'
 
 
@@ -183,6 +184,28 @@ def test_unequal_compute_is_marked(fill, says) -> None:
     # a bare percent sign would comment the rest of the caption out
     tex = (TABLES / 'spec.tex').read_text()
     assert r'differ by more than 5\%.' in tex and ' * does not' in tex
+
+
+@pytest.mark.parametrize(
+    ('changes', 'starred', 'seen'),
+    [
+        ({'iterations': 4}, True, 'dense 6, same 12.'),
+        ({'iterations': 4, 'macs': 5_000_000}, False, 'dense 6, same 12.'),
+        ({'macs': 20_000_000}, True, None),
+    ],
+)
+def test_compute_is_that_of_the_whole_training(
+    fill, says, changes: dict[str, int], starred: bool, seen: str | None
+) -> None:
+    with Path('config.py').open('a') as config:
+        config.write('train_dataloader = dict(batch_size=3)\n')
+    says('table', fill(SCORES, same=changes))
+    shown = (TABLES / 'spec.md').read_text()
+    assert ('| same* ' in shown) == starred and '| better ' in shown
+    whole = 'multiply-accumulates of an image times images seen in training differ by more than 5%'
+    assert (whole in shown) == (starred and seen is not None)
+    told = re.findall('- Images seen in training, repeated ones too: (.*)', shown)
+    assert told == ([seen] if seen else [])
 
 
 @pytest.mark.parametrize('path', ['cifar10_upcycled', 'camvid_pretrained'])
@@ -291,15 +314,37 @@ def test_damaged_rows_and_those_of_another_version(fill, says, change, said: str
 
 
 def test_nothing_is_finished_yet(spec, says) -> None:
-    path = spec("images = {'curves': 'curves'}")
+    path = spec("images = {'curves': 'curves'}\nshifts = {'fog': 'model.fog=1'}")
     untrained = (
         'error: no run of spec can be used: none is finished, tools/compare.py run trains them'
     )
     assert says('table', path) == untrained
     assert says('table', path, '--images', '.') == untrained
-    assert says('check', path) == 'error: no run of spec can be checked: it has no row that counts'
+    for action, done in {'check': 'checked', 'shifts': 'tested', 'routing': 'measured'}.items():
+        assert says(action, path) == untrained.replace('used', done)
     assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
+
+
+@pytest.mark.parametrize('name', ['spec.md', 'spec-curves.png', 'curves.png'])
+def test_a_folder_in_place_of_a_table_or_figure(fill, says, name: str) -> None:
+    path = fill({'dense': [1.0]}, "images = {'curves': 'curves'}")
+    (TABLES / name).mkdir(parents=True)
+    line = says('table', path, '--images', str(TABLES))
+    assert line == f"error: file='{TABLES / name}' is not possible: it is a folder; move it away"
+
+
+def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys) -> None:
+    path = fill(SCORES)
+    for name in ('hello-seed1.json', 'dense-seed9.json'):
+        (ROWS / name).write_text('{}')
+    line = 'dense-seed9.json, hello-seed1.json: the comparison names no such row or seed'
+    for action in ('list', 'run'):
+        says(action, path)
+    compare(['table', path])
+    assert f'left out: {line}\n' in capsys.readouterr().err
+    shown = (TABLES / 'spec.md').read_text()
+    assert f'- `{line.replace(": ", "`: ")}\n' in shown
 
 
 def test_differences_are_points_and_an_interval(fill) -> None:
@@ -333,7 +378,7 @@ def test_curves_are_means_with_bands(fill) -> None:
     assert differences['better (3)'] == [[1, 1.0], [2, 2.0]]
     assert differences['dense (3)'] == [[1, 0.0], [2, 0.0]]
     over_compute = figure.axes[3].get_lines()[1].get_xydata().tolist()
-    assert over_compute == [[0.01, 11.0], [0.02, 22.0]]  # ten million each
+    assert over_compute == [[1e-5, 11.0], [2e-5, 22.0]]  # ten million each, an image at a time
     (band,) = held_out.collections[1].get_paths()
     # standard deviations 5.5 and 11
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}

@@ -1,10 +1,14 @@
 """What a comparison may say of itself, and that those of the repository can be built."""
 
 import re
+from collections import Counter
+from io import StringIO
+from logging import StreamHandler
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
@@ -64,6 +68,19 @@ def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, 
     for control in CONTROLS:
         faced = [rows[own] for own in (control, f'{control}_started') if own in rows]
         assert set().union(*faced) == learned
+
+
+def test_methods_that_are_screened_have_as_many_trials(root: None) -> None:
+    rows = read_comparison('configs/comparisons/cifar10_screening.py').rows
+    trials = Counter(row.partition('_')[0] for row in rows if '_' in row)
+    assert len(trials) > 1 and len(set(trials.values())) == 1
+
+
+def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
+    page = (CONFIGS.parent / 'docs/methods.md').read_text()
+    lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
+    options = METHODS['vqmoe'].config.option_names() - {'preset'}
+    assert [name for name in sorted(options) if f'`{name}' not in lines] == []
 
 
 @pytest.mark.parametrize('leaf', PAPER)
@@ -228,6 +245,28 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
         ('seeds = []', 'seeds is empty'),
         ("seeds = ['1', '2']", "seeds=('1', '2') is not possible: whole numbers"),
+        ('seeds = [-1]', 'seeds=(-1,) is not possible: whole numbers from 0 to 4294967295'),
+        ('seeds = [2**40]', 'is not possible: whole numbers from 0 to 4294967295'),
+        ("rows = ['dense']", "spec.py: rows=['dense'] is not possible: texts by name"),
+        ("rows = {1: 'dense'}", "spec.py: rows={1: 'dense'} is not possible: texts by name"),
+        ("shifts = ['fog']", "spec.py: shifts=['fog'] is not possible: texts by name"),
+        ("shifts = dict(fog='fog')", "shifts.fog='fog' is not possible: --cfg-options fog: write"),
+        (
+            "shifts = dict(fog='a.b=1')",
+            "shifts.fog='a.b=1' is not possible: --cfg-options a.b: 'a'",
+        ),
+        ("rows = dict(one='dense a=\\'1')", 'rows.one="dense a=\'1" is not possible: No closing'),
+        ('rows = dict(', "spec.py, line 5: '(' was never closed"),
+        ('metric = 3', 'spec.py: metric=3 is not possible: a text'),
+        (
+            "rows['one'] = 'smoe model.moe.absent=1'",
+            'comparison spec: row one: model.moe.absent=1 is not possible: the options of vit_tiny',
+        ),
+        (
+            "rows['one'] = 'vqmoe model.moe.ema_decay=2.0'",
+            'row one: model.moe.ema_decay=2.0 is not possible: at least 0 and below 1',
+        ),
+        ("rows['one'] = 'dense model.embed_dim=-1'", 'comparison spec: row one: '),
         ('seeds = 5', 'seeds=5 is not possible: a list'),
         ("also = 'mAcc'", "also='mAcc' is not possible: a list"),
         ("options = 'model.depth=2'", "options='model.depth=2' is not possible: a list"),
@@ -256,6 +295,45 @@ def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
     Path('first.py').write_text(Path(spec()).read_text())
     line = says('list', spec(more))
     assert line.startswith('error: ') and said in line and '\n' not in line
+
+
+def test_no_run_starts_where_one_could_not(spec, says) -> None:
+    path = spec(wrong='smoe model.moe.absent=1')
+    assert 'row wrong: model.moe.absent=1 is not possible' in says('run', path)
+    assert not Path('calls').exists()
+    assert says('run', path, '--rows', 'dense').startswith('0 of 2 runs are there already')
+
+
+@pytest.mark.parametrize(('stage', 'split'), [('test', 'test'), ('dev', 'val')])
+def test_a_metric_that_no_evaluator_reports(spec, says, stage: str, split: str) -> None:
+    with Path('config.py').open('a') as config:
+        config.write(f"{split}_evaluator = dict(type='Accuracy', topk=(1, 2))\n")
+    more = f'stage = {stage!r}\nmetric = '
+    names = 'accuracy/balanced, accuracy/head, accuracy/medium, accuracy/tail, '
+    assert says('run', spec(f"{more}'accuracy/top-1'")) == (
+        "error: comparison spec: metric='accuracy/top-1' is not possible: what "
+        f'{split}_evaluator reports, which is {names}accuracy/top1, accuracy/top2'
+    )
+    assert not Path('calls').exists()
+    assert len(says('list', spec(f"{more}'accuracy/top2'")).splitlines()) == 2
+
+
+def test_nothing_is_logged_between_the_lines_of_list(spec, says) -> None:
+    with Path('config.py').open('a') as config:
+        config.write("val_evaluator = dict(type='mmseg.IoUMetric')\n")
+    logger, logged = MMLogger.get_current_instance(), StringIO()
+    handler, level = StreamHandler(logged), logger.level
+    logger.addHandler(handler)
+    try:
+        assert len(says('list', spec()).splitlines()) == 2
+    finally:
+        logger.removeHandler(handler)
+    assert logged.getvalue() == '' and logger.level == level
+
+
+def test_a_folder_is_no_comparison(repository, says) -> None:
+    Path('spec.py').mkdir()
+    assert says('list', 'spec.py') == "error: config 'spec.py' is a folder"
 
 
 def test_a_comparison_that_is_not_there(repository, says) -> None:

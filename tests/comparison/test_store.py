@@ -135,7 +135,12 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
         ('test', {'mIoU': None}),
         ('test', {'mIoU': float('nan')}),
         ('test', {'mAcc': 3.0}),
+        ('test', {'mIoU': 10**400}),
         ('macs', float('inf')),
+        ('macs', 0),
+        ('params', -5),
+        ('iterations', 0),
+        ('minutes', -1.0),
         ('held_out', [[1, None]]),
         ('training_loss', [[1]]),
         ('first_losses', []),
@@ -156,6 +161,35 @@ def test_a_field_with_half_of_its_content(fill, says, field: str, value: Any) ->
     says('table', path)
     shown = Path('docs/results/tables/spec.md').read_text()
     assert f'`same-seed1.json`: it is damaged: {field}' in shown and '| 24.50 ' in shown
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to('gone.json')
+
+
+@pytest.mark.parametrize(
+    ('harm', 'said'),
+    [
+        (lambda path: path.write_text('[' * 100_000), 'maximum recursion depth exceeded'),
+        (make_folder, 'is damaged: it cannot be read (Is a directory)'),
+        (dangle, 'is damaged: it cannot be read (No such file or directory)'),
+    ],
+    ids=['deep', 'folder', 'link'],
+)
+def test_what_is_no_row_at_all_is_left_out_alone(fill, says, harm: Any, said: str) -> None:
+    path = fill(SCORES)
+    harm(ROWS / 'same-seed1.json')
+    says('table', path)
+    shown = Path('docs/results/tables/spec.md').read_text()
+    (line,) = [line for line in shown.splitlines() if line.startswith('- `same-seed1.json`: ')]
+    assert said in line and 'Not run' not in shown
+    assert '| 24.50 ' in shown
 
 
 def test_a_routing_with_all_of_its_content_counts(fill, says) -> None:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from mmseg.registry import METRICS
 
+from vqmoe_vision.engine.reported import reported
+
 CLASSES = 5
 
 
@@ -42,7 +44,8 @@ def test_metrics_are_those_of_the_definition(seed: int) -> None:
             rng.random(size) < 0.6, np.minimum(labels, 3), rng.integers(0, 4, size)
         )
         pairs.append((predicted, labels))
-    metric = METRICS.build(dict(type='IoUMetric', iou_metrics=['mIoU']))
+    metric_config = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    metric = METRICS.build(metric_config)
     metric.dataset_meta = {'classes': [str(i) for i in range(CLASSES)]}
     samples = [
         {
@@ -53,6 +56,7 @@ def test_metrics_are_those_of_the_definition(seed: int) -> None:
     ]
     metric.process({}, samples)
     found = metric.evaluate(len(pairs))
+    assert reported(metric_config) == found.keys()
     expected = by_definition(pairs)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

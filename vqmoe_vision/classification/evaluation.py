@@ -8,6 +8,8 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
+from vqmoe_vision.engine.reported import names_of
+
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
@@ -65,6 +67,11 @@ class Accuracy(BaseMetric):
             if tested := [of_class[c] for c in classes if c in of_class]:
                 found[name] = float(np.mean(tested))
         return found
+
+
+@names_of.register
+def _names(metric: Accuracy) -> list[str]:
+    return [*(f'top{k}' for k in metric.topk), 'balanced', *thirds(())]
 
 
 def thirds(counts: Sequence[int]) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,10 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         options of MoE layers and which weights to start from it was made.
 
     Raises:
-        ValueError: The training fails, or starts from other weights than the row did.
+        ValueError: What it starts from is not here, the training fails, or it starts from other
+            weights than the row did.
     """
+    _require_sources(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = run.train(folder, 'default_hooks.record.only_first=True')
@@ -57,6 +60,17 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         'moe_options': record['moe_options'],
         'starting_weights': weights,
     }
+
+
+def _require_sources(run: Run) -> None:
+    for first, checkpoint in run.sources.values():
+        if checkpoint.is_file():
+            continue
+        train = shlex.join(first.train(first.folder))
+        raise ValueError(
+            f'{run.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
+            f'first: {train}'
+        )
 
 
 def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,15 @@ from vqmoe_vision.engine.command import run
 
 from .check import repeat
 from .inputs import without_other_inputs
+from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
 from .queue import Queue
 from .report import draw_figures, write_images, write_tables
-from .results import Results
+from .results import Results, Usable
 from .routing import measure_routing
 from .runs import WORK_DIR, Run
-from .shifts import measure_shifts
+from .shifts import check_shifts, measure_shifts
 from .spec import read_comparison
 from .store import Store
 from .tasks import Task, tasks_of
@@ -73,6 +73,7 @@ class _Work:
         self.runs = [one for one in self._all if (one.row, one.seed) in self._chosen]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
+        check_shifts(self._all[0])
         self.folder = args.work_dir / name
         rows = args.results / 'rows'
         self.store = Store(rows / name)
@@ -94,6 +95,8 @@ class _Work:
     def _read(self) -> tuple[Results, set[tuple[str, int]]]:
         """What counts, and which rows are there, those of other inputs among them."""
         results = self.store.read(self._all)  # what most were given is a matter of the whole
+        if others := self.store.unnamed(self._all):
+            results.left_out[', '.join(others)] = 'the comparison names no such row or seed'
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
             results = results.completed(other.read(results.missing))
@@ -103,8 +106,18 @@ class _Work:
             print(f'left out: {name}: {reason}', file=sys.stderr)
         return results, stored
 
-    def own(self) -> Store:
-        """Its rows, with a line for those that count and are of the comparison it starts from."""
+    def own(self, what: str, checked: bool = True) -> tuple[Store, Usable]:
+        """Its rows and what counts of them, which is to be done something with.
+
+        A line says which rows count and are of the comparison it starts from.
+
+        Args:
+            what: The end of a sentence that says that nothing can be, such as 'checked'.
+            checked: Leave out what a check has found to be stale.
+
+        Raises:
+            ValueError: None counts.
+        """
         missing = self.store.read(self.runs).missing
         for other in self._others:
             if names := [f'{row}-seed{seed}' for row, seed in other.read(missing).usable]:
@@ -113,7 +126,11 @@ class _Work:
                     f'be done for them: {", ".join(names)}',
                     file=sys.stderr,
                 )
-        return self.store
+        results = self.store.read(self.runs, checked)
+        if not results.usable:
+            name = self.comparison.name
+            raise ValueError(f'no run of {name} can be {what}{results.why_none}')
+        return self.store, results.usable
 
     def current(self) -> list[Task]:
         """What is left to do for those, but where a work dir holds what may not be gone on with."""
@@ -138,13 +155,18 @@ class _Work:
         return tasks
 
 
+def _require_positive(option: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError(f'{option} {number} must be at least 1')
+
+
 def _run(args: argparse.Namespace) -> None:
-    if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f'--jobs {args.jobs} must be at least 1')
+    _require_positive('--jobs', args.jobs)
     work = _Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
+    refuse_mistakes([task.run for task in tasks])
     if sources := [task.name for task in tasks if task.leaves is not None]:
         print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
     # a seed of all rows before the next; in it what others start from is the first
@@ -160,6 +182,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     tasks = _Work(args).current()
+    refuse_mistakes([task.run for task in tasks])
     for task in tasks:
         print(task.line())
     held = [
@@ -205,14 +228,16 @@ def _shifts(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    _say_absent(measure_shifts(work.runs, work.own()))
+    store, _ = work.own('tested')
+    _say_absent(measure_shifts(work.runs, store))
 
 
 def _routing(args: argparse.Namespace) -> None:
     work = _Work(args)
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
-    _say_absent(measure_routing(work.runs, work.own()))
+    store, _ = work.own('measured')
+    _say_absent(measure_routing(work.runs, store))
 
 
 def _say_absent(names: list[str]) -> None:
@@ -222,19 +247,15 @@ def _say_absent(names: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     work = _Work(args)
+    _require_positive('--sample', args.sample)
     work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
-    usable = work.own().read(work.runs, checked=False).usable
-    if not usable:
-        raise ValueError(
-            f'no run of {work.comparison.name} can be checked: it has no row that counts'
-        )
+    _, usable = work.own('checked', checked=False)
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
     wrong, unknown = [], []
     for one in tqdm(runs, unit='row', disable=None):
         try:
-            _require_sources(one)
             finding = repeat(one, usable[one.row, one.seed])
         except ValueError as error:
             unknown.append(one.name)
@@ -254,17 +275,6 @@ def _check(args: argparse.Namespace) -> None:
                 for what, names in found.items()
                 if names
             )
-        )
-
-
-def _require_sources(one: Run) -> None:
-    for first, checkpoint in one.sources.values():
-        if checkpoint.is_file():
-            continue
-        train = shlex.join(first.train(first.folder))
-        raise ValueError(
-            f'{one.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
-            f'first: {train}'
         )
 
 

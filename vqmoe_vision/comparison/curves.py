@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import Usable
+from .results import Usable, images_seen
 from .spec import STARTED, Comparison
 from .statistics import mean_and_deviation
 
@@ -28,7 +28,8 @@ _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     """Draws training loss, metric on held-out images, and its paired difference to the reference.
 
-    The metric stands over the compute of the run too: multiply-accumulates of its forward passes.
+    The metric stands over the compute of the run too: multiply-accumulates of its forward passes in
+    training.
 
     A line is the mean over the seeds of a row, its band one standard deviation to both sides.
 
@@ -42,7 +43,7 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         'training loss, auxiliary losses included': 'iteration',
         f'{metric}, held out': 'iteration',
         f'the same, difference to {reference}': 'iteration',
-        'the same over the compute of the run': 'iterations times GMACs per image',
+        'the same over the compute of the run': 'images seen times MACs per image, in 1e12',
     }
     axes = list(figure.subplots(2, 2).flat)
     styles = _styles(comparison.rows)
@@ -57,7 +58,10 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
                 if (reference, seed) in usable
             ],
             [
-                [[step * content['macs'] / 1e9, value] for step, value in content['held_out']]
+                [
+                    [images_seen(content, step) * content['macs'] / 1e12, value]
+                    for step, value in content['held_out']
+                ]
                 for content in of_row.values()
             ],
         )

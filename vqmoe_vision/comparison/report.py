@@ -12,6 +12,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from vqmoe_vision.engine.cli import make_folder
+from vqmoe_vision.moe.config import check
+
 from .checked import said_of_checks
 from .curves import plot_curves
 from .difference_figure import plot_differences
@@ -48,7 +51,7 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: No run can be used.
+        ValueError: No run can be used, or a file cannot be written.
     """
     frame = frame_of(outcome)
     table = shown(outcome, frame)
@@ -73,10 +76,10 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
             allow_nan=False,
         ),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = []
     for kind, text in texts.items():
-        written.append(folder / f'{outcome.name}.{kind}')
+        written.append(_file(folder / f'{outcome.name}.{kind}'))
         written[-1].write_text(text.rstrip() + '\n')
     return written
 
@@ -92,12 +95,15 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        ValueError: One of them is a folder.
     """
     written = []
     for name, figure in _figures(outcome).items():
         # without the time and the version of matplotlib
         for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-            written.append(folder / f'{outcome.name}-{name}.{kind}')
+            written.append(_file(folder / f'{outcome.name}-{name}.{kind}'))
             figure.savefig(written[-1], metadata=metadata, dpi=_DPI)
     return written
 
@@ -127,10 +133,16 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
     for figure, name in comparison.images.items():
         if figure not in figures:
             raise ValueError(f'images: {figure!r} is not drawn; drawn are {", ".join(figures)}')
-        written.append(folder / f'{name}.png')
+        written.append(_file(folder / f'{name}.png'))
         drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
         figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
     return written
+
+
+def _file(path: Path) -> Path:
+    """What a table or figure is written to."""
+    check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')
+    return path
 
 
 def _figures(outcome: Outcome) -> dict[str, Figure]:

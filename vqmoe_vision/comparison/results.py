@@ -28,6 +28,12 @@ class Results:
     missing: list[Run]
     checked: dict[tuple[str, int], str] = field(default_factory=dict)
 
+    @property
+    def why_none(self) -> str:
+        """How a sentence ends that says that none counts."""
+        kept = '; '.join(f'{name}: {why}' for name, why in self.left_out.items())
+        return f' ({kept})' if kept else ': none is finished, tools/compare.py run trains them'
+
     def restricted(self, shown: set[tuple[str, int]], every: Iterable[tuple[str, int]]) -> Results:
         """What of these belongs to some runs, and what is said of no single one.
 
@@ -52,6 +58,18 @@ class Results:
         missing = [run for run in self.missing if (run.row, run.seed) not in more.usable]
         usable, checked = {**self.usable, **more.usable}, {**self.checked, **more.checked}
         return Results(usable, self.left_out, missing, checked)
+
+
+def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
+    """How many images a run has been trained on, those that it saw again counted again.
+
+    Args:
+        content: Of its file.
+        iterations: After how many; None for all of its training.
+    """
+    loader = content['config'].get('train_dataloader') or {}
+    batch = loader.get('batch_size', 1)  # as torch has it
+    return batch * (content['iterations'] if iterations is None else iterations)
 
 
 def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:

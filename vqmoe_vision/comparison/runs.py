@@ -94,9 +94,20 @@ class Run:
         Raises:
             ValueError: The config does not take an option.
         """
-        config = deepcopy(self.comparison.base)  # read once for all runs, which are hundreds
-        merge_options(config, parse_options(self.options))
-        return json.loads(json.dumps(config.to_dict(), default=str))
+        return json.loads(json.dumps(self.merged().to_dict(), default=str))
+
+    def merged(self, *more: str) -> Config:
+        """As `config`, of a file that is read once for all runs, without the modules that it names.
+
+        Args:
+            *more: Further options.
+
+        Raises:
+            ValueError: The config does not take an option.
+        """
+        config = deepcopy(self.comparison.base)
+        merge_options(config, parse_options([*self.options, *more]))
+        return config
 
     def config(self, *more: str) -> Config:
         """The config with all options merged in.

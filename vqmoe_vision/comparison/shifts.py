@@ -23,6 +23,7 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.statistics import summarize
 
+from .fields import words_of
 from .results import Results, Usable, layer_means
 from .runs import Run
 from .spec import Comparison
@@ -48,6 +49,23 @@ def expanded(line: str) -> list[str]:
     if PLACE not in line:
         return [line]
     return [line.replace(PLACE, name) for name in CORRUPTIONS]
+
+
+def check_shifts(run: Run) -> None:
+    """Refuses shifts whose options no config takes, before anything is trained.
+
+    Args:
+        run: Any of the comparison.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, line in run.comparison.shifts.items():
+        words = words_of(f'shifts.{name}', expanded(line)[0])
+        try:
+            run.merged(*words)
+        except ValueError as error:
+            raise ValueError(f'shifts.{name}={line!r} is not possible: {error}') from error
 
 
 def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -16,6 +15,7 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
 from vqmoe_vision.moe.config import check
 
+from .fields import check_fields, read_fields, words_of
 from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
@@ -23,6 +23,7 @@ from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
 START = '{start}'
 # How the name of a row ends that is another one from that checkpoint.
 STARTED = '_started'
+_LARGEST_SEED = 2**32 - 1  # which numpy takes
 # What the numbers of a comparison are of. Choices are made on what no final table uses.
 STAGES = ('test', 'dev')
 STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
@@ -40,7 +41,6 @@ _ROWS = {
     },  # a dense model of another width is no start
 }
 
-_LISTS = {'also', 'controls', 'options', 'seeds'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
@@ -101,8 +101,9 @@ class Comparison:
         for name in ('seeds', 'rows'):
             if not getattr(self, name):
                 raise ValueError(f'comparison {self.name}: {name} is empty')
-        allowed = 'whole numbers'
-        check(all(type(n) is int for n in self.seeds), f'{where}seeds', self.seeds, allowed)
+        allowed = f'whole numbers from 0 to {_LARGEST_SEED}'
+        valid = all(type(n) is int and 0 <= n <= _LARGEST_SEED for n in self.seeds)
+        check(valid, f'{where}seeds', self.seeds, allowed)
         if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
         if self.metric in self.also:
@@ -175,17 +176,11 @@ def read_comparison(path: str) -> Comparison:
     """
     path = find_config(path)
     name = Path(path).stem
-    given = Config.fromfile(path, import_custom_modules=False).to_dict()
+    given = read_fields(path)
     if 'model' in given:
         return _of_config(path)
     known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
-    missing = {'config', 'seeds', 'metric'} - given.keys()
-    if wrong := sorted((given.keys() - known) | missing):
-        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
-    for listed in sorted(_LISTS & given.keys()):
-        value = given[listed]
-        several = isinstance(value, Sequence) and not isinstance(value, str)
-        check(several, f'{path}: {listed}', value, 'a list')
+    check_fields(path, given, known)
     config = given.pop('config')
     model, size = _model_of(load_config(config, import_modules=False))
     rows = {
@@ -249,9 +244,7 @@ def _model_of(config: Config) -> tuple[str, str]:
 
 
 def _options(row: str, line: str, size: str, model: str) -> list[str]:
-    if not isinstance(line, str):
-        raise ValueError(f'rows.{row}={line!r} is not possible: write options in one string')
-    words = shlex.split(line)
+    words = words_of(f'rows.{row}', line)
     if words and '=' not in words[0]:
         return [*row_options(words[0], size, model), *words[1:]]
     return words

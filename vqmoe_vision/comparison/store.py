@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
+from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint
 from vqmoe_vision.engine.numbers import WEIGHTS
 from vqmoe_vision.engine.record import BEGUN
 
+from .json_files import is_there, load, save
 from .results import Results, Usable
 from .runs import Run
 from .validity import (
@@ -59,12 +59,12 @@ class Store:
         files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
         if not all(file.is_file() for file in files):
             return False
-        record, *tests = map(_load, files)
+        record, *tests = map(load, files)
         test = tests[0] if tests else _last_validation(record, run)
         test.pop(WEIGHTS, None)  # a row has numbers alone, and one checkpoint
         tested = folder / 'test' / 'data.json'
         if tests and tested.is_file():
-            record['data'] = {**record.get('data', {}), **_load(tested)}
+            record['data'] = {**record.get('data', {}), **load(tested)}
         metric = run.comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
@@ -85,7 +85,7 @@ class Store:
             raise ValueError(f'results in {folder} cannot be used: {reason}')
         with self._alone():
             if not self.read([run]).usable:
-                _save(self.path(run), content)
+                save(self.path(run), content)
                 self._forget_refutation(run)
         return True
 
@@ -95,7 +95,7 @@ class Store:
         checks, _ = self._readable_checks()
         if refutation(checks.get(run.name)):
             del checks[run.name]
-            _save(self.folder / 'checks.json', checks)
+            save(self.folder / 'checks.json', checks)
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
         """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
@@ -105,15 +105,14 @@ class Store:
             measured: What 'routing', 'shifts' or 'shift_routing' get beside what they have.
 
         Raises:
-            ValueError: The file is damaged by now.
-            FileNotFoundError: It is gone.
+            ValueError: The file is damaged or gone by now.
         """
         path = self.path(run)
         with self._alone():
-            content = _load(path)
+            content = load(path)
             for field, more in measured.items():
                 content[field] = {**content.get(field, {}), **more}
-            _save(path, content)
+            save(path, content)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -139,11 +138,11 @@ class Store:
             left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
         for run in runs:
             path = self.path(run)
-            if not path.is_file():
+            if not is_there(path):
                 missing.append(run)
                 continue
             try:
-                content = _load(path)
+                content = load(path)
                 reason = damage(content, run) or other_config(content, run)
                 check = _check_of(content, run, checks)
                 reason = reason or other_options(content, run, check)
@@ -159,6 +158,15 @@ class Store:
             else:
                 left_out[path.name] = reason
         return Results(usable, left_out, missing, right)
+
+    def unnamed(self, runs: Sequence[Run]) -> list[str]:
+        """Names of rows that are no run's: the comparison has had such a row or seed, or another.
+
+        Args:
+            runs: All of the comparison.
+        """
+        named = {self.path(run) for run in runs}
+        return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
 
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
         """Finished runs that can be looked at again.
@@ -188,7 +196,7 @@ class Store:
         if path is None:
             return None
         try:
-            record = _load(path)
+            record = load(path)
         except ValueError:
             return None
         check = _check_of(record, run, self._readable_checks()[0])
@@ -217,7 +225,7 @@ class Store:
             ValueError: The file is damaged.
         """
         path = self.folder / 'checks.json'
-        checks = _load(path) if path.is_file() else {}
+        checks = load(path) if is_there(path) else {}
         for name, check in checks.items():
             if reason := damage_of_check(check):
                 raise ValueError(f'{path} is damaged: {name}: {reason}')
@@ -242,23 +250,7 @@ class Store:
         """
         with self._alone():
             checks = dict(sorted({**self.checks(), run.name: finding}.items()))
-            _save(self.folder / 'checks.json', checks)
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    # a line for each field, so that a difference of two versions can be read
-    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
-    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: it holds no object')
-    return content
+            save(self.folder / 'checks.json', checks)
 
 
 def _has_checkpoint(folder: Path) -> bool:

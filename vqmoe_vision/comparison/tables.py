@@ -13,10 +13,10 @@ from vqmoe_vision.moe import METHODS
 
 from . import cells
 from .outcome import Outcome
-from .results import layer_means
+from .results import images_seen, layer_means
 from .shifts import shifted_layers
 
-UNEQUAL = 0.05  # share of the reference's multiply-accumulates
+UNEQUAL = 0.05  # share of the reference's compute
 _MARK = '*'
 
 
@@ -32,11 +32,7 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
     """
     comparison, by_row = outcome.comparison, outcome.by_row
     if not by_row.keys() & outcome.wanted:  # the reference alone would be no answer
-        kept = '; '.join(f'{name}: {why}' for name, why in outcome.results.left_out.items())
-        raise ValueError(
-            f'no run of {comparison.name} can be used'
-            + (f' ({kept})' if kept else ': none is finished, tools/compare.py run trains them')
-        )
+        raise ValueError(f'no run of {comparison.name} can be used{outcome.results.why_none}')
     rows, differences = list(by_row), outcome.differences
     lines = [
         _line(contents, outcome.scores[row]) | _also(comparison.also, contents)
@@ -52,8 +48,9 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
             known = ', '.join(sorted(by_row[rows[0]][0]['test']))
             raise ValueError(f'also: {name!r} is no number of the tests; those are {known}')
     if comparison.reference in rows:
-        macs = frame.macs / frame.macs[comparison.reference]
-        frame['unequal_compute'] = (macs - 1).abs() > UNEQUAL
+        compute = frame.macs * frame.images
+        compute /= compute[comparison.reference]
+        frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
     return frame
 
 
@@ -142,11 +139,7 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
         '"tell" a difference that they would find with 80 % power at the 5 % level after that '
         f'correction. Unused experts and code perplexity are those of the {of} pass, by layer.'
     ]
-    if frame.get('unequal_compute', pd.Series(False)).any():
-        lines.append(
-            f'{_MARK} does not have the compute of {comparison.reference}: its '
-            f'multiply-accumulates differ by more than {UNEQUAL:.0%}.'
-        )
+    lines += _said_of_compute(comparison.reference, frame)
     if beside := [row for row, contents in outcome.by_row.items() if _needs_features(contents[0])]:
         lines.append(
             f'{", ".join(beside)}: the frozen network whose features decide is in the '
@@ -169,6 +162,25 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
             'Trained by a checkout whose files differed from their commit, which + marks: '
             f'{", ".join(modified)}.'
         )
+    return lines
+
+
+def _said_of_compute(reference: str, frame: pd.DataFrame) -> list[str]:
+    """What a star marks, and which rows are trained on more or fewer images than the reference."""
+    if reference not in frame.index:
+        return []
+    lines, images = [], frame.images[reference]
+    others = frame.images[frame.images != images]
+    if frame.unequal_compute.any():
+        what = 'its multiply-accumulates differ'
+        if not others.empty:
+            what = 'multiply-accumulates of an image times images seen in training differ'
+        lines.append(
+            f'{_MARK} does not have the compute of {reference}: {what} by more than {UNEQUAL:.0%}.'
+        )
+    if not others.empty:
+        seen = ', '.join(f'{row} {count:,}' for row, count in others.items())
+        lines.append(f'Images seen in training, repeated ones too: {reference} {images:,}, {seen}.')
     return lines
 
 
@@ -202,6 +214,7 @@ def _line(contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str,
         'params': first['params'],
         'active_params': first['active_params'],
         'macs': first['macs'],
+        'images': images_seen(first),
         'minutes': minutes if len(machines) == 1 else math.nan,
         'unused_experts': layer_means(_tests(contents), 'load_unused'),
         'code_perplexity': layer_means(_tests(contents), 'code_usage_perplexity'),

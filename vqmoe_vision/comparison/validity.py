@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,21 @@ Check = dict[str, Any]  # what `check` has found of a run
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON has whole numbers that are too large to compute with
+    few = isinstance(value, int) and abs(value) <= sys.float_info.max
+    return isinstance(value, float) or (few and not isinstance(value, bool))
 
 
 def _is_finite(value: Any) -> bool:
     return _is_number(value) and math.isfinite(value)
+
+
+def _is_time(value: Any) -> bool:
+    return _is_finite(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
 def _is_text(value: Any) -> bool:
@@ -99,11 +110,12 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     'commit': _is_text,
     'device': _is_text,
     'hardware': _is_text,
-    'minutes': _is_finite,
-    'cpu_minutes': _is_finite,
-    'params': _is_finite,
-    'active_params': _is_finite,
-    'macs': _is_finite,
+    'minutes': _is_time,
+    'cpu_minutes': _is_time,
+    'iterations': _is_count,
+    'params': _is_count,
+    'active_params': _is_count,
+    'macs': _is_count,
     'first_losses': _are_losses,
     'training_loss': _is_curve,
     'held_out': _is_curve,

@@ -72,11 +72,16 @@ def run(
         where, cause = '', error
         if isinstance(error, RankError):
             where, cause = f'rank {error.rank}: ', error.error
-        sys.exit(f'error: {where}{_as_typed(one_line(cause), options)}')
+        sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
 
 
-def _as_typed(message: str, options: Mapping[str, Any]) -> str:
-    """Names the field that a message begins with as the command line did: model.moe.top_k."""
+def as_typed(message: str, options: Mapping[str, Any]) -> str:
+    """Names the field that a message begins with as the command line did: model.moe.top_k.
+
+    Args:
+        message: What went wrong, in one line.
+        options: All `--cfg-options`, by name.
+    """
     field = message.partition('=')[0]
     names = [name for name in options if name.endswith(f'.{field}')]
     # of several fields of this name that with the value in question

@@ -22,8 +22,11 @@ def find_config(path: str, where: str = '') -> str:
 
     Raises:
         FileNotFoundError: It does not exist.
+        ValueError: It is a folder.
     """
     file = config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
+    if Path(file).is_dir():
+        raise ValueError(f'config {path!r}{where} is a folder')
     if not Path(file).is_file():
         raise missing_config(path, where)
     return file

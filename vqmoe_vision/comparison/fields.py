@@ -1,0 +1,77 @@
+"""The fields of a comparison's file, as far as each can be judged alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mmengine.config import Config
+
+from vqmoe_vision.moe.config import check
+
+_NEEDED = {'config', 'seeds', 'metric'}
+_LISTS = {'also', 'controls', 'options', 'seeds'}
+_TEXTS = {'config', 'metric', 'reference', 'stage'}
+_BY_NAME = {'images', 'rows', 'shifts'}
+
+
+def read_fields(path: str) -> dict[str, Any]:
+    """What a file assigns, by name.
+
+    Args:
+        path: Of a comparison or of a config that trains.
+
+    Raises:
+        ValueError: It is no Python.
+    """
+    try:
+        return Config.fromfile(path, import_custom_modules=False).to_dict()
+    except SyntaxError as error:
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from error
+
+
+def check_fields(path: str, given: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuses fields of a comparison that are missing, not known, or of another type.
+
+    Args:
+        path: Its file.
+        given: As `read_fields`.
+        known: Names that there are.
+
+    Raises:
+        ValueError: There is one.
+    """
+    missing = _NEEDED - given.keys()
+    if wrong := sorted((given.keys() - {*known}) | missing):
+        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
+    for name in sorted(_TEXTS & given.keys()):
+        check(isinstance(given[name], str), f'{path}: {name}', given[name], 'a text')
+    for listed in sorted(_LISTS & given.keys()):
+        value = given[listed]
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        check(several, f'{path}: {listed}', value, 'a list')
+    for named in sorted(_BY_NAME & given.keys()):
+        value = given[named]
+        allowed = f"texts by name, {named} = dict(NAME='TEXT')"
+        valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        check(valid, f'{path}: {named}', value, allowed)
+        for name, text in value.items():
+            where = f'{path}: {named}.{name}'
+            check(isinstance(text, str), where, text, 'write it in one string')
+
+
+def words_of(field: str, line: str) -> list[str]:
+    """What a shell makes of a line of options.
+
+    Args:
+        field: What holds it.
+        line: As on a command line.
+
+    Raises:
+        ValueError: A quotation has no end.
+    """
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f'{field}={line!r} is not possible: {error}') from error

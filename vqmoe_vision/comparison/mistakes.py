@@ -1,0 +1,77 @@
+"""Mistakes that a comparison shows before its first run: each would end all runs of a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.command import as_typed, one_line
+from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.reported import reported
+from vqmoe_vision.engine.trained import without_sources
+from vqmoe_vision.moe.config import check
+
+from .runs import Run
+
+
+def refuse_mistakes(runs: Sequence[Run]) -> None:
+    """Builds the model of each row, without memory for it, and looks whether there is the metric.
+
+    Args:
+        runs: Of any comparisons; those of one row differ in the seed alone.
+
+    Raises:
+        ValueError: A model cannot be built, or the evaluator reports no such metric.
+    """
+    first: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        first.setdefault((run.comparison.name, run.row), run)
+    for config in dict.fromkeys(run.comparison.config for run in runs):
+        load_config(config)  # imports the modules that it names
+    for run in first.values():
+        config = run.merged()
+        scope = config.get('default_scope', 'mmengine')
+        with DefaultScope.overwrite_default_scope(scope), _without_warnings():
+            _build(run, config)
+            _check_metric(run, config)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """As mmengine writes them between the lines of `list`; each run has them in its own log."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _build(run: Run, config: Config) -> None:
+    """Of a segmentor the backbone, which rows differ in."""
+    model = config.model.get('backbone', config.model)
+    try:
+        with torch.device('meta'):
+            MODELS.build(without_sources(model))
+    except Exception as error:  # whatever timm makes of a value
+        said = as_typed(one_line(error), parse_options(run.options))
+        raise ValueError(f'comparison {run.comparison.name}: row {run.row}: {said}') from error
+
+
+def _check_metric(run: Run, config: Config) -> None:
+    metric = run.comparison.metric
+    for name in ('val_evaluator', 'test_evaluator')[: 1 + run.comparison.tested]:
+        if config.get(name) is None:
+            continue
+        names = reported(config[name])
+        allowed = f'what {name} reports, which is {", ".join(sorted(names or ()))}'
+        known = names is None or metric in names
+        check(known, f'comparison {run.comparison.name}: metric', metric, allowed)
