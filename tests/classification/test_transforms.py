@@ -70,15 +70,30 @@ def test_timm_normalises_as_it_does_where_nothing_is_stated() -> None:
     assert normalization_of(stated) == normalization_of(left_out)
 
 
+EACH = 'a number from 0 to 1, or one for each of 3 channels'
+
+
+@pytest.mark.parametrize('name', ['timm', 'crop_flip'])
+def test_one_number_is_that_of_every_channel(name: str) -> None:
+    torch.manual_seed(0)
+    image = Image.effect_noise((8, 8), 50).convert('RGB')
+    one, three = (
+        TRANSFORMS.build(
+            dict(type=name, input_size=8, mean=(0.4,) * count, std=[0.2] * count)
+            | (dict(crop_pct=1.0) if name == 'timm' else dict(padding=0, hflip=0.0))
+        )(image)
+        for count in (1, 3)
+    )
+    assert one.equal(three)
+
+
 @pytest.mark.parametrize('place', ['transform', 'transform.from_scratch'])
 @pytest.mark.parametrize('name', ['timm', 'crop_flip'])
 @pytest.mark.parametrize('field', ['mean', 'std'])
 @pytest.mark.parametrize(
     ('value', 'allowed'),
     [
-        *(((0.5,) * n, 'a number from 0 to 1 for each of 3 channels') for n in (1, 4)),
-        (0.5, 'a number from 0 to 1 for each of 3 channels'),
-        ('abc', 'a number from 0 to 1 for each of 3 channels'),
+        *((value, EACH) for value in ((0.5,) * 2, (0.5,) * 4, 0.5, 'abc')),
         (('0.5',) * 3, 'one number, or one for each channel of 3'),
         ((127.5,) * 3, 'from 0 to 1, what a white pixel is'),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from vqmoe_vision.comparison.controls import challengers
 from vqmoe_vision.comparison.outcome import Outcome
+from vqmoe_vision.comparison.results import images_seen
 from vqmoe_vision.comparison.rows import FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.sentences import verdict
@@ -22,6 +23,23 @@ SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11
 
 def files() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in TABLES.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ('by_epoch', 'drop_last', 'iterations', 'images'),
+    [
+        # ten images in batches of four, of which the third holds two: 4 + 4 + 2, 4
+        (True, False, 4, 14),
+        (True, False, 6, 20),
+        (True, True, 6, 24),  # 4 + 4 an epoch
+        (False, False, 6, 24),  # a sampler that goes on fills the batch
+    ],
+)
+def test_images_seen(by_epoch: bool, drop_last: bool, iterations: int, images: int) -> None:
+    loader = dict(batch_size=4, drop_last=drop_last)
+    config = dict(train_cfg=dict(by_epoch=by_epoch), train_dataloader=loader)
+    content = dict(config=config, iterations=iterations, data=dict(train=dict(samples=10)))
+    assert images_seen(content) == images == images_seen({**content, 'iterations': 9}, iterations)
 
 
 def difference(*each: float) -> Difference:

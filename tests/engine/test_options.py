@@ -6,13 +6,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
-from vqmoe_vision.engine.options import add_config_options, flat, parse_options
+from vqmoe_vision.engine.options import (
+    add_config_options,
+    expand_config,
+    flat,
+    parse_options,
+)
 from vqmoe_vision.engine.trained import scope_of
 
 from .test_cli import DIGITS
@@ -50,6 +57,24 @@ def test_what_is_no_element_of_a_list_is_one_line(element: str) -> None:
     said = rf'^--cfg-options {name}: param_scheduler is a list of 2, .* has no {element!r}$'
     with pytest.raises(ValueError, match=said):
         load_config(str(DIGITS), {name: 1})
+
+
+def test_paths_are_found_wherever_a_config_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HOME', '/h')
+    pair, array = (1, 2), np.zeros(2)
+    config = Config(
+        dict(
+            a=['~/a', 'b'], b=('~/a', pair), c=[['~/a'], [dict(d=('~/a',))]],
+            d={'.norm': dict(p='~/a'), 'x.y': 1}, e=dict(f={0: '~/a'}), g=array, h=pair, i=[],
+        )
+    )  # fmt: skip
+    as_they_are = config.g, config.h
+    expand_config(config)
+    assert config.a == ['/h/a', 'b'] and config.b == ('/h/a', pair)
+    assert config.c == [['/h/a'], [dict(d=('/h/a',))]] and config.c[1][0].d == ('/h/a',)
+    assert config.d == {'.norm': dict(p='/h/a'), 'x.y': 1} and config.e == dict(f={0: '/h/a'})
+    assert all(a is b for a, b in zip((config.g, config.h), as_they_are, strict=True))
+    assert config.i == []
 
 
 PLACES = {

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from mmengine.hooks import EarlyStoppingHook, EMAHook
+from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import HOOKS
 
 import vqmoe_vision.engine  # noqa: F401  puts the hooks in the place of mmengine's
@@ -31,6 +32,23 @@ def test_an_impossible_option_is_named(config: dict[str, Any], message: str) -> 
     with pytest.raises(ValueError) as caught:
         HOOKS.build(config)
     assert str(caught.value).startswith(config['type']) and message in str(caught.value)
+
+
+class Own(ExponentialMovingAverage):
+    """Hands on what it does not know."""
+
+    def __init__(self, *args: Any, power: int = 1, **others: Any) -> None:
+        super().__init__(*args, **others)
+
+
+def test_a_class_of_averages_may_be_a_user_s_own_and_named_with_its_scope() -> None:
+    for kind in ('mmengine.ExponentialMovingAverage', ExponentialMovingAverage, Own):
+        assert isinstance(HOOKS.build(EMA | dict(ema_type=kind, momentum=0.1)), EMAHook)
+    assert isinstance(HOOKS.build(EMA | dict(ema_type=Own, power=2)), EMAHook)
+    with pytest.raises(ValueError, match="EMAHook='others' is not possible"):
+        HOOKS.build(EMA | dict(ema_type=Own, others=2))
+    with pytest.raises(ValueError, match='ema_type=<class'):
+        HOOKS.build(EMA | dict(ema_type=dict))
 
 
 def test_options_of_mmengine_are_taken() -> None:

@@ -167,6 +167,55 @@ def test_all_that_differs_is_said_at_once(
 
 
 @pytest.mark.parametrize(
+    'odd',
+    [
+        {'reg_token': torch.zeros(5)},
+        {'cls_token': torch.zeros(5)},
+        {'patch_embed.proj.weight': torch.zeros(0, 3, 8, 8)},
+    ],
+    ids=lambda odd: '-'.join(odd),
+)
+def test_tensors_of_impossible_shapes_have_no_advice(odd: dict[str, torch.Tensor]) -> None:
+    model, name = make('smoe'), next(iter(odd))
+    lines = [refused(model, {**dense().state_dict(), **odd})]
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict({**model.state_dict(), **odd})
+    for line in (*lines, str(caught.value)):
+        assert name in line and 'Error' not in line
+
+
+def test_a_stray_tensor_does_not_make_a_file_incomplete() -> None:
+    state = {**dense().state_dict(), 'blocks.0.attn.q_norm.weight': torch.ones(4)}
+    assert 'incomplete' not in refused(make('smoe'), state)
+
+
+class OwnStem(torch.nn.Module):
+    """With the tensors of timm's and none of its classes."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any):
+        super().__init__()
+        stem = timm.layers.PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.proj, self.norm = stem.proj, stem.norm
+        self.num_patches, self.grid_size = stem.num_patches, stem.grid_size
+        self.patch_size, self.img_size = stem.patch_size, stem.img_size
+
+    def feat_ratio(self) -> int:
+        """Pixels of a side of a patch."""
+        return self.patch_size[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def test_a_stem_of_a_user_takes_what_has_its_tensors(tmp_path: Path) -> None:
+    source = dense()
+    save_for_hf(source, tmp_path / 'a', model_args=dict(TINY))
+    model = make('smoe', upcycle=f'local-dir:{tmp_path}/a', embed_layer=OwnStem)
+    assert model.patch_embed.proj.weight.equal(source.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
     ('lacking', 'options'),
     [
         ('blocks.2.', {}),

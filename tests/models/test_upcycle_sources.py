@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, http_backoff
 from mmengine.config import ConfigDict
 from safetensors.torch import save_file
@@ -78,6 +78,30 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     assert 'etry' not in ''.join(capfd.readouterr())
     session = get_session()
     assert session.request.__func__ is type(session).request  # what others ask is as it was
+
+
+def test_another_host_is_asked_when_one_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def request(self: Any, method: str, url: str, **_: Any) -> str:
+        asked.append(url)
+        if 'dead' in url:
+            raise ConnectTimeout(url)
+        return 'answer'
+
+    monkeypatch.setattr(type(get_session()), 'request', request)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    dead, live = 'https://dead.org/a', 'https://live.org/a'
+    with hub_in_reach():
+        for _ in range(2):
+            with pytest.raises(OfflineModeIsEnabled, match='cannot be reached: https://dead'):
+                get_session().request('GET', dead)
+        assert get_session().request(method='GET', url=live) == 'answer'
+    assert asked == [dead, dead, dead, live]
+
+
+class ConnectTimeout(Exception):
+    """As the libraries below the client call it."""
 
 
 def test_a_hub_that_answers_late_is_waited_for_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

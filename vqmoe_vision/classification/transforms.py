@@ -26,7 +26,7 @@ _SAID = frozenset(
         'from_scratch', 'is_training',
     }
 )  # fmt: skip
-_PER_CHANNEL = 'a number from 0 to 1 for each of 3 channels, or from_scratch with them'
+_PER_CHANNEL = 'a number from 0 to 1, or one for each of 3 channels, or from_scratch with them'
 # Of the transforms below, which normalise with `mean` and `std` if these are given.
 _FOLLOW = ('timm', 'crop_flip')
 
@@ -100,10 +100,10 @@ def _numbers(
     for field, pair in (('transform', own), ('transform.from_scratch', from_scratch or {})):
         stated = {name: value for name, value in pair.items() if value is not None}
         for name, value in stated.items():
-            listed = isinstance(value, list | tuple) and len(value) == 3
+            listed = isinstance(value, list | tuple) and len(value) in (1, 3)
             check(listed, f'{field}.{name}', value, _PER_CHANNEL)
         if stated_normalization(stated, field) is not None:
-            return stated
+            return {name: tuple(value) * (3 // len(value)) for name, value in stated.items()}
     return {}
 
 

@@ -55,15 +55,21 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _said_of(run: Run) -> Iterator[None]:
+    """Names comparison and row in what is wrong with a config."""
+    try:
+        yield
+    except Exception as error:  # whatever a library makes of a value
+        said = as_typed(one_line(error), parse_options(run.options))
+        raise ValueError(f'comparison {run.comparison.name}: row {run.row}: {said}') from error
+
+
 def _build(run: Run, config: Config) -> None:
     """Of a segmentor the backbone, which rows differ in."""
     model = config.model.get('backbone', config.model)
-    try:
-        with torch.device('meta'):
-            MODELS.build(without_sources(model))
-    except Exception as error:  # whatever timm makes of a value
-        said = as_typed(one_line(error), parse_options(run.options))
-        raise ValueError(f'comparison {run.comparison.name}: row {run.row}: {said}') from error
+    with _said_of(run), torch.device('meta'):
+        MODELS.build(without_sources(model))
 
 
 def _check_metric(run: Run, config: Config) -> None:
@@ -71,7 +77,8 @@ def _check_metric(run: Run, config: Config) -> None:
     for name in ('val_evaluator', 'test_evaluator')[: 1 + run.comparison.tested]:
         if config.get(name) is None:
             continue
-        names = reported(config[name])
+        with _said_of(run):
+            names = reported(config[name])
         allowed = f'what {name} reports, which is {", ".join(sorted(names or ()))}'
         known = names is None or metric in names
         check(known, f'comparison {run.comparison.name}: metric', metric, allowed)

@@ -69,7 +69,13 @@ def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
     """
     loader = content['config'].get('train_dataloader') or {}
     batch = loader.get('batch_size', 1)  # as torch has it
-    return batch * (content['iterations'] if iterations is None else iterations)
+    done = content['iterations'] if iterations is None else iterations
+    samples = content.get('data', {}).get('train', {}).get('samples')
+    in_epochs = (content['config'].get('train_cfg') or {}).get('by_epoch')
+    if not (samples and in_epochs) or loader.get('drop_last'):
+        return batch * done
+    epochs, rest = divmod(done, -(-samples // batch))  # the last batch of each is smaller
+    return samples * epochs + batch * rest
 
 
 def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:

@@ -4,7 +4,7 @@ import argparse
 import ast
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,22 @@ def expanded(value: Any) -> Any:
     Args:
         value: A path or any other word, perhaps behind 'local-dir:'; or a dictionary or a list with
             such; all else stays as it is.
+
+    Returns:
+        The value itself if it has no such path.
     """
     if isinstance(value, dict):
-        return {name: expanded(inner) for name, inner in value.items()}
+        inside = {name: expanded(inner) for name, inner in value.items()}
+        return inside if any(inside[name] is not value[name] for name in value) else value
     if isinstance(value, list | tuple):
-        kind = tuple if isinstance(value, tuple) else list
-        return kind(map(expanded, value))
+        parts = [expanded(inner) for inner in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else tuple(parts) if isinstance(value, tuple) else parts
     if not isinstance(value, str | Path):
         return value
     scheme, colon, path = str(value).rpartition('local-dir:')
-    return type(value)(scheme + colon + os.path.expanduser(path))
+    found = os.path.expanduser(path)
+    return value if found == path else type(value)(scheme + colon + found)
 
 
 def expand_config(config: Config) -> None:
@@ -165,8 +171,19 @@ def expand_config(config: Config) -> None:
     Args:
         config: It is changed.
     """
-    found = {name: (value, expanded(value)) for name, value in flat(config.to_dict()).items()}
-    config.merge_from_dict({name: new for name, (old, new) in found.items() if new != old})
+    _expand(config, list(config))
+
+
+def _expand(holder: Any, keys: Iterable[Any]) -> None:
+    """In place, so that a config that is built lazily stays so."""
+    for key in keys:
+        inner = holder[key]
+        if isinstance(inner, dict):
+            _expand(inner, list(inner))
+        elif isinstance(inner, list):
+            _expand(inner, range(len(inner)))
+        elif (new := expanded(inner)) is not inner:
+            holder[key] = new
 
 
 def flat(value: Any, name: str = '') -> dict[str, Any]:

@@ -21,6 +21,37 @@ def _check_names(hook: str, options: Iterable[str], known: Iterable[str]) -> Non
         check(name in known, hook, name, allowed)
 
 
+def _averages(ema_type: Any) -> type[BaseAveragedModel]:
+    """The class that mmengine would build."""
+    kind = ema_type
+    if isinstance(ema_type, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(ema_type)
+    kinds = [
+        name
+        for name, known in MODELS.module_dict.items()
+        if isinstance(known, type) and issubclass(known, BaseAveragedModel)
+    ]
+    allowed = f'one of {", ".join(sorted(kinds))}{did_you_mean(str(ema_type), kinds)}'
+    possible = isinstance(kind, type) and issubclass(kind, BaseAveragedModel)
+    check(possible, f'{_OF_AVERAGES}.ema_type', ema_type, allowed)
+    return kind
+
+
+def _options_of(kind: type) -> set[str]:
+    """Those that a class names, and of the next class if it hands others on to that."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if '__init__' not in base.__dict__:
+            continue
+        parameters = inspect.signature(base.__dict__['__init__']).parameters.values()
+        others = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found |= {p.name for p in parameters if p not in others}
+        if not any(p.kind is p.VAR_KEYWORD for p in others):
+            break
+    return found - {'self'}
+
+
 @HOOKS.register_module(_OF_AVERAGES, force=True)
 class CheckedEMAHook(EMAHook):
     """mmengine's hook, which ends in Python's words where an option is impossible.
@@ -28,24 +59,16 @@ class CheckedEMAHook(EMAHook):
     It takes the name of mmengine's, so that every config that imports this package has it.
 
     Args:
-        ema_type: Name of a class of averages.
+        ema_type: Name of a class of averages, or the class.
         **options: As mmengine's, and those of the class.
 
     Raises:
         ValueError: An option is unknown or impossible.
     """
 
-    def __init__(self, ema_type: str = 'ExponentialMovingAverage', **options: Any) -> None:
-        kinds = {
-            name: kind
-            for name, kind in MODELS.module_dict.items()
-            if isinstance(kind, type) and issubclass(kind, BaseAveragedModel)
-        }
-        allowed = f'one of {", ".join(sorted(kinds))}{did_you_mean(str(ema_type), kinds)}'
-        check(ema_type in kinds, f'{_OF_AVERAGES}.ema_type', ema_type, allowed)
-        kind = kinds[ema_type]
-        owners = [inspect.signature(owner).parameters for owner in (EMAHook, kind)]
-        known = {name for owner in owners for name in owner} - {'model', 'kwargs'}
+    def __init__(self, ema_type: Any = 'ExponentialMovingAverage', **options: Any) -> None:
+        kind = _averages(ema_type)
+        known = (_options_of(EMAHook) | _options_of(kind)) - {'model'}
         _check_names(_OF_AVERAGES, options, known)
         if issubclass(kind, ExponentialMovingAverage) and 'momentum' in options:
             momentum = options['momentum']

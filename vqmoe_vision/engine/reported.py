@@ -29,7 +29,8 @@ def reported(evaluator: Any) -> set[str] | None:
     found: set[str] = set()
     for each in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         metric = METRICS.build(each)
-        names = names_of(metric)
+        # a class derived of a known one may report more
+        names = names_of(metric) if type(metric) in names_of.registry else None
         if names is None:
             return None
         found |= {f'{metric.prefix}/{name}' if metric.prefix else name for name in names}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
@@ -16,7 +17,7 @@ from huggingface_hub.utils import get_session
 _WAITS = (1.0, 2.0)
 # What the libraries below the hub's client, which differ by its version, call a connection that
 # does not come about. An answer that is late or an error of the server is none of them.
-_UNREACHED = frozenset({'ConnectError', 'ConnectTimeout'})
+_UNREACHED = frozenset({'ConnectError', 'ConnectTimeout', 'ConnectionError'})
 
 
 @contextmanager
@@ -26,24 +27,37 @@ def hub_in_reach() -> Iterator[None]:
     The client then takes files that it has kept, or says in one error that there are none.
     """
     session = get_session()
-    own = session.request
-    session.request = partial(_reaching, own, [])  # type: ignore[method-assign]
+    own, nested = session.request, 'request' in vars(session)
+    session.request = partial(_reaching, own, {})  # type: ignore[method-assign]
     try:
         yield
     finally:
-        session.request = own  # type: ignore[method-assign]
+        del session.request
+        if nested:
+            session.request = own  # type: ignore[method-assign]
 
 
-def _reaching(request: Callable[..., Any], failed: list[Exception], *args: Any, **kw: Any) -> Any:
-    """A request of the client, which retries by itself all that is raised but this."""
-    for wait in (*_WAITS, None) if not failed else ():
+def _reaching(
+    request: Callable[..., Any], failed: dict[str, Exception], *args: Any, **kw: Any
+) -> Any:
+    """A request of the client, which retries by itself all that is raised but this.
+
+    Args:
+        request: That of the client.
+        failed: By host what happened where no attempt reached it; it is changed.
+        *args: Of the request: its method and its URL.
+        **kw: Of the request.
+    """
+    host = urlsplit(str(kw.get('url', args[-1] if args else ''))).netloc
+    for wait in (*_WAITS, None) if host not in failed else ():
         try:
             return request(*args, **kw)
         except Exception as error:
             if not _UNREACHED & {kind.__name__ for kind in type(error).__mro__}:
                 raise
             if wait is None:
-                failed.append(error)
+                failed[host] = error
             else:
                 time.sleep(wait)
-    raise OfflineModeIsEnabled(f'the hub cannot be reached: {failed[0]}') from failed[0]
+    cause = failed[host]
+    raise OfflineModeIsEnabled(f'the hub cannot be reached: {cause}') from cause

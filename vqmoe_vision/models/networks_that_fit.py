@@ -8,6 +8,7 @@ are left out, and so are experts, of which `options_that_fit` knows.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +136,9 @@ def network_that_fits(model: Model, state: StateDict, positions: int | None = No
 
 def _told(state: StateDict, kind: Arguments, positions: int | None = None) -> dict[str, Any]:
     """Arguments that names and shapes tell; empty if the width of tokens is not among them."""
-    if STEM not in state or state[STEM].ndim != 4:
+    tokens = [state[name] for name in ('cls_token', 'reg_token', 'pos_embed') if name in state]
+    odd = any(value.ndim != 3 for value in tokens) or any(0 in v.shape for v in state.values())
+    if odd or STEM not in state or state[STEM].ndim != 4:
         return {}
     width = state[STEM].shape[0]
     blocks = {int(name.split('.')[1]) for name in state if block_of(name)}
@@ -214,9 +217,10 @@ def _of_network(shapes: Shapes, routed: set[str]) -> Shapes:
 
 
 def _is_torn(lacking: Iterable[str], found: Iterable[str]) -> bool:
-    """Whether other blocks have what one lacks; what none has may be of another network."""
-    there = {_in_block(name) for name in found}
-    return any(not block_of(name) or _in_block(name) in there for name in lacking)
+    """Whether most blocks have what some lack; what few have may be of another network."""
+    there = Counter(map(_in_block, found))
+    absent = Counter(map(_in_block, lacking))
+    return any(not block_of(n) or there[_in_block(n)] >= absent[_in_block(n)] for n in lacking)
 
 
 def _in_block(name: str) -> str:

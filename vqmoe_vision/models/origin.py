@@ -201,7 +201,9 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
     """In what the blocks compute otherwise, in words, and the options that would fit."""
     ours, theirs = model.blocks[0], origin.blocks[0]
     mine, other = (timms_class(network.patch_embed) for network in (model, origin))
-    found = [] if mine is other else [(f'whose stem is {other.__name__}, for {mine.__name__}', '')]
+    found = []
+    if _are_two_of_timm(mine, other):
+        found.append((f'whose stem is {other.__name__}, for {mine.__name__}', ''))
     mine, other = timms_class(ours), timms_class(theirs)
     if mine is not other:
         option = (
@@ -209,7 +211,7 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
         )
         return [*found, (f'whose blocks are {other.__name__}, for {mine.__name__}', option)]
     mine, other = _mlp_class(model), _mlp_class(origin)
-    if mine is not other:
+    if _are_two_of_timm(mine, other):
         gated = ', gated ones (SwiGLU)' if 'GLU' in other.__name__.upper() else ''
         found.append((f'whose MLPs are {other.__name__}{gated}, for {mine.__name__}', ''))
     attn, given_attn = _attention(ours), _attention(theirs)
@@ -237,6 +239,11 @@ def _differences(model: Any, origin: Any) -> list[tuple[str, str]]:
     elif eps != given_eps:
         found.append((f'whose norms have eps={given_eps}, for {eps}', option))
     return found + _rotary_differences(getattr(model, 'rope', None), getattr(origin, 'rope', None))
+
+
+def _are_two_of_timm(mine: type, other: type) -> bool:
+    """Whether classes are known to compute otherwise; what one of a user's own does is not."""
+    return mine is not other and all(k.__module__.startswith('timm.') for k in (mine, other))
 
 
 def _mlp_class(network: Any) -> type:
