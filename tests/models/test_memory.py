@@ -8,7 +8,7 @@ the short form and 700 MB in the long one. malloc's own keeping comes to one or 
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from resource import getpagesize
 
@@ -67,11 +67,9 @@ def stepper(model: nn.Module, training: bool, collects: bool) -> Callable[[], No
 
 
 @pytest.fixture(autouse=True)
-def _new_objects_only() -> Iterator[None]:
+def _new_objects_only() -> None:
     """What was there before is not counted, which saves most of the time."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def check_flat(method: str, training: bool, collects: bool, num_steps: int) -> None:
