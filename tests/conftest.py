@@ -46,9 +46,13 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-def pytest_collection_finish() -> None:
-    """mmengine collects garbage for each data set that it builds, and all tests with what they
-    import would be looked through each time, which takes longer than most of them."""
+@pytest.fixture(autouse=True, scope='module')
+def _collected() -> None:
+    """Nothing older than a file of tests is looked through for garbage.
+
+    mmengine collects it for each data set that it builds: with all tests and what they import in
+    memory that takes longer than most tests.
+    """
     gc.collect()
     gc.freeze()
 
