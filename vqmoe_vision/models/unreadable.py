@@ -10,7 +10,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from .run_files import logs_passed_over
 from .state_dicts import shorten
 
-_ZIP = b'PK\x03\x04'
+# How the archives begin that torch writes.
+ZIP = b'PK\x03\x04'
 _POINTER = b'version https://git-lfs'
 _PAGES = (b'<!doctype', b'<html')
 
@@ -33,11 +34,11 @@ def found_in(path: str) -> str:
         return 'is a pointer of Git LFS to its weights: git lfs pull downloads them'
     if start.lstrip().lower().startswith(_PAGES):
         return 'is a page of the web (HTML) and has no weights: download the file itself'
-    if named_safe and start.startswith(_ZIP):
+    if named_safe and start.startswith(ZIP):
         return 'is a file of torch.save by another name: let it end in .pth'
     if not named_safe and start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < 1 << 30:
         return 'is a file of safetensors by another name: let it end in .safetensors'
-    code = _code_in(path) if start.startswith(_ZIP) else []
+    code = _code_in(path) if start.startswith(ZIP) else []
     if code:
         return (
             f'holds more than weights ({shorten(code)}) and is not loaded, which could run code: '

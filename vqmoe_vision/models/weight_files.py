@@ -16,7 +16,7 @@ from ..moe.config import check
 from .hub import hub_in_reach
 from .run_files import logs_passed_over
 from .state_dicts import shorten
-from .unreadable import found_in
+from .unreadable import ZIP, found_in
 
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 SUFFIXES = (*_OF_TORCH, '.safetensors')
@@ -264,7 +264,7 @@ def check_file(path: str) -> None:
     try:
         with open(path, 'rb') as file:
             start = file.read(32)
-        if not start.startswith(b'PK\x03\x04'):
+        if not start.startswith(ZIP):
             if _OF_OLD in start:
                 _logger.warning(_NO_CHECKSUMS, path)
             return
