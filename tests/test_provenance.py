@@ -6,12 +6,23 @@ from pathlib import Path
 import pytest
 
 from vqmoe_vision import provenance
-from vqmoe_vision.provenance import commit, installed
+from vqmoe_vision.provenance import commit, installed, processor
 
 
 def test_absent_packages_have_no_version() -> None:
     assert installed('torch') is not None
     assert installed('no-such-package-anywhere') is None
+
+
+def test_what_chooses_the_kernels_of_a_processor_stands_beside_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv('LD_PRELOAD', raising=False)
+    monkeypatch.delenv('MKL_CBWR', raising=False)
+    name = processor()
+    monkeypatch.setenv('LD_PRELOAD', '/tmp/mkl_as_on_intel.so')
+    monkeypatch.setenv('MKL_CBWR', '')  # as MKL, which takes that for not set
+    assert processor() == f'{name}, LD_PRELOAD=/tmp/mkl_as_on_intel.so'
 
 
 def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

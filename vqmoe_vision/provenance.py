@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
+
+# Variables that let a processor compute with other kernels than it would by itself, so that sums
+# round otherwise and take another time: docs/notes/one-run-on-two-processors.md.
+_CHOOSE_KERNELS = ('ATEN_CPU_CAPABILITY', 'LD_PRELOAD', 'MKL_CBWR', 'ONEDNN_MAX_CPU_ISA')
 
 
 def commit() -> str | None:
@@ -33,11 +38,13 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Name of the processor, and what is set that chooses its kernels."""
     cpu = Path('/proc/cpuinfo')
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return models[0] if models else platform.processor() or platform.machine()
+    name = models[0] if models else platform.processor() or platform.machine()
+    chosen = [f'{v}={os.environ[v]}' for v in _CHOOSE_KERNELS if os.environ.get(v)]
+    return ', '.join([name, *chosen])
 
 
 def installed(package: str) -> str | None:
