@@ -8,7 +8,7 @@ start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
 all_started = True
 all_methods = True
 # for the rows from scratch, and for those that start from the dense model
-controls = ['smoe_frozen', 'hashmoe', 'smoe_frozen_started', 'hashmoe_started']
+controls = ['smoe_frozen', 'hashmoe', 'smoe_frozen_started', 'hashmoe_started', 'dense_longer']
 rows = dict(
     smoe_frozen='smoe_frozen',
     smoe_frozen_started='smoe_frozen model.checkpoint={start}',
@@ -26,3 +26,15 @@ rows = dict(
 )
 # what docs/results.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-upcycled-curves'}
+highlighted = [
+    'dense',
+    'dense_started',
+    'dense_longer',
+    'hashmoe',
+    'hashmoe_started',
+    'smoe',
+    'smoe_started',
+    'vqmoe',
+    'vqmoe_started',
+    'smoe_frozen_started',
+]

@@ -395,6 +395,23 @@ def test_curves_without_a_validation_at_the_iterations_of_the_reference(fill) ->
     assert names == [everyone, everyone, ['dense (3)', 'same (3)'], everyone]
 
 
+def test_rows_that_are_not_highlighted_are_grey_and_have_no_band(fill) -> None:
+    path = Path(fill(SCORES))
+    path.write_text(f"{path.read_text()}\nhighlighted = ['better', 'dense']\n")
+    comparison = read_comparison(str(path))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    figure = plot_curves(comparison, Store(ROWS).read(runs).usable)
+    for axes in figure.axes:
+        same, better, dense = axes.get_lines()  # what is behind is drawn first
+        assert str(same.get_label()).startswith('_') and same.get_color() == '0.8'
+        assert [better.get_label(), dense.get_label()] == ['better (3)', 'dense (3)']
+        assert len({better.get_color(), dense.get_color(), '0.8'}) == 3
+        assert len(axes.collections) == 2
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ['better (3)', 'dense (3)', 'other rows: 1']
+
+
 def test_names_of_many_rows_are_inside_the_figure(fill) -> None:
     names = ['dense', *(f'smoe_frozen_started_{n}' for n in range(16))]
     comparison = read_comparison(fill({name: [1.0, 2.0] for name in names}))

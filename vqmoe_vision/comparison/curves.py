@@ -22,6 +22,7 @@ _STYLES = (
     ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))),
     ((0, (12, 3)), (0, (12, 3, 1, 3))),
 )
+_OTHERS: dict[str, Any] = {'color': '0.8', 'linestyle': '-', 'linewidth': 0.8}
 _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
@@ -31,7 +32,8 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     The metric stands over the compute of the run too: multiply-accumulates of its forward passes in
     training.
 
-    A line is the mean over the seeds of a row, its band one standard deviation to both sides.
+    A line is the mean over the seeds of a row, its band one standard deviation to both sides. Where
+    rows are `Comparison.highlighted`, the others are grey lines without band or name, behind them.
 
     Args:
         comparison: What was compared.
@@ -46,8 +48,9 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         'the same over the compute of the run': 'images seen times MACs per image, in 1e12',
     }
     axes = list(figure.subplots(2, 2).flat)
-    styles = _styles(comparison.rows)
-    for row, style in styles.items():
+    styles = _styles(comparison.highlighted or comparison.rows)
+    others = dict.fromkeys([row for row in comparison.rows if row not in styles], _OTHERS)
+    for row, style in (others | styles).items():
         of_row = {seed: content for (name, seed), content in usable.items() if name == row}
         curves: tuple[list[Curve], ...] = (
             [content['training_loss'] for content in of_row.values()],
@@ -73,12 +76,20 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
     _scale_losses(axes[0])
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = _legend(axes[0])
     # inches of a name: 0.08 for a letter, and 0.6 for its line and the gaps
     columns = int(figure.get_figwidth() / (0.08 * max(map(len, labels)) + 0.6))
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Lines and their names; one name for all that are not highlighted, behind the others."""
+    handles, labels = axes.get_legend_handles_labels()
+    if grey := [line for line in axes.get_lines() if line.get_color() == _OTHERS['color']]:
+        handles, labels = [*handles, grey[0]], [*labels, f'other rows: {len(grey)}']
+    return handles, labels
 
 
 def _scale_losses(axes: Axes) -> None:
@@ -132,6 +143,9 @@ def _draw(axes: Axes, row: str, style: dict[str, Any], curves: Iterable[Curve]) 
     mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
     seeds = len(points[steps[-1]])
     marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
+    if style is _OTHERS:
+        axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **style)
+        return  # matplotlib's legend leaves out what begins with an underscore
     axes.plot(steps, mean, label=f'{row} ({seeds})', marker=marker, markersize=3, **style)
     ends = mean - deviation, mean + deviation
     axes.fill_between(steps, *ends, color=style['color'], alpha=0.15, lw=0)

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from vqmoe_vision.moe.config import check
 
 _NEEDED = {'config', 'seeds', 'metric'}
-_LISTS = {'also', 'controls', 'options', 'seeds'}
+_LISTS = {'also', 'controls', 'highlighted', 'options', 'seeds'}
 _TEXTS = {'config', 'metric', 'reference', 'stage'}
 _BY_NAME = {'images', 'rows', 'shifts'}
 

@@ -78,6 +78,7 @@ class Comparison:
         shifts: Further tests of finished runs, by name: options of the test, of which
             `{corruption}` stands for each of ImageNet-C's.
         images: Names of the images that documents show, by figure, such as 'curves'.
+        highlighted: Rows whose learning curves have colours and names; all of them if none is.
         stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
             validation at the end of training, on images that were held out of it.
     """
@@ -94,6 +95,7 @@ class Comparison:
     start: Start | None = None
     shifts: dict[str, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
+    highlighted: tuple[str, ...] = ()
     stage: str = 'test'
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class Comparison:
         check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
-        for row in (self.reference, *self.controls):
+        for row in (self.reference, *self.controls, *self.highlighted):
             _choose(f'comparison {self.name}: row', [row], self.rows)
         for option in self.options:
             check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
@@ -207,6 +209,7 @@ def read_comparison(path: str) -> Comparison:
         start=_start(path, given['start']) if 'start' in given else None,
         shifts=given.get('shifts', {}),
         images=given.get('images', {}),
+        highlighted=tuple(given.get('highlighted', ())),
         stage=given.get('stage', 'test'),
     )
 
