@@ -17,12 +17,13 @@ def test_absent_packages_have_no_version() -> None:
 def test_what_chooses_the_kernels_of_a_processor_stands_beside_its_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv('LD_PRELOAD', raising=False)
-    monkeypatch.delenv('MKL_CBWR', raising=False)
+    for variable in provenance._CHOOSE_KERNELS:
+        monkeypatch.delenv(variable, raising=False)
     name = processor()
-    monkeypatch.setenv('LD_PRELOAD', '/tmp/mkl_as_on_intel.so')
+    monkeypatch.setenv('LD_PRELOAD', '/home/one/a.so:/tmp/b.so')
     monkeypatch.setenv('MKL_CBWR', '')  # as MKL, which takes that for not set
-    assert processor() == f'{name}, LD_PRELOAD=/tmp/mkl_as_on_intel.so'
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
+    assert processor() == f'{name}, LD_PRELOAD=a.so:b.so, ONEDNN_MAX_CPU_ISA=AVX2'
 
 
 def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 # Variables that let a processor compute with other kernels than it would by itself, so that sums
-# round otherwise and take another time: docs/notes/one-run-on-two-processors.md.
-_CHOOSE_KERNELS = ('ATEN_CPU_CAPABILITY', 'LD_PRELOAD', 'MKL_CBWR', 'ONEDNN_MAX_CPU_ISA')
+# round otherwise and take another time: docs/notes/one-run-on-two-processors.md. What is preloaded
+# may be something else, such as an allocator, which nobody can tell by its name.
+_CHOOSE_KERNELS = (
+    'ATEN_CPU_CAPABILITY',
+    'DNNL_MAX_CPU_ISA',
+    'LD_PRELOAD',
+    'MKL_CBWR',
+    'MKL_ENABLE_INSTRUCTIONS',
+    'ONEDNN_DEFAULT_FPMATH_MODE',
+    'ONEDNN_MAX_CPU_ISA',
+)
 
 
 def commit() -> str | None:
@@ -38,13 +48,16 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processor() -> str:
-    """Name of the processor, and what is set that chooses its kernels."""
+    """Name of the processor, and what is set that chooses its kernels; files without folders."""
     cpu = Path('/proc/cpuinfo')
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     name = models[0] if models else platform.processor() or platform.machine()
-    chosen = [f'{v}={os.environ[v]}' for v in _CHOOSE_KERNELS if os.environ.get(v)]
-    return ', '.join([name, *chosen])
+    given = {v: os.environ[v] for v in _CHOOSE_KERNELS if os.environ.get(v)}
+    if 'LD_PRELOAD' in given:  # what is private, and no other machine where it lies elsewhere
+        files = re.split('[ :]', given['LD_PRELOAD'])
+        given['LD_PRELOAD'] = ':'.join(Path(file).name for file in files)
+    return ', '.join([name, *(f'{v}={value}' for v, value in given.items())])
 
 
 def installed(package: str) -> str | None:

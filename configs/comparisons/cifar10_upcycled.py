@@ -37,4 +37,5 @@ highlighted = [
     'vqmoe',
     'vqmoe_started',
     'smoe_frozen_started',
+    'mocle',
 ]

@@ -104,7 +104,9 @@ def fill(spec: Callable[..., str]) -> Callable[..., str]:
 
     def write(scores: dict[str, list[float]], more: str = '', **changes: Any) -> str:
         seeds = list(range(1, 1 + max(map(len, scores.values()))))
-        path = spec(f'seeds = {seeds}\n{more}', **{row: f'train_cfg.row={row}' for row in scores})
+        rows = {row: f'train_cfg.row={row}' for row in scores}
+        rows |= {row: f'{rows[row]} model.checkpoint=a.pth' for row in rows if '_started' in row}
+        path = spec(f'seeds = {seeds}\n{more}', **rows)
         comparison = read_comparison(path)
         store = Store(Path('docs/results/rows/spec'))
         for row, values in scores.items():

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from io import StringIO
 from logging import StreamHandler
 from pathlib import Path
@@ -46,8 +47,12 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
 
 @pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
 def test_curves_of_no_two_rows_look_alike(path: Path, root: None) -> None:
-    looks = _styles(read_comparison(str(path)).rows).values()
-    assert len({(look['color'], str(look['linestyle'])) for look in looks}) == len(looks)
+    comparison = read_comparison(str(path))
+    for shown in (comparison, replace(comparison, highlighted=())):
+        styles = _styles(shown)
+        assert [*styles] == list(shown.highlighted or shown.rows)
+        looks = [(look['color'], str(look['linestyle'])) for look in styles.values()]
+        assert len({*looks}) == len(looks)
 
 
 def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:
@@ -66,6 +71,8 @@ def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, 
     assert {control.removesuffix('_started') for control in routed} == set(CONTROLS)
     learned = set().union(*rows.values())
     assert learned
+    for dense in rows.keys() - {*routed}:  # for the same compute, made of the same checkpoint
+        assert rows[dense] == rows['smoe_frozen_started'] != set()
     for control in CONTROLS:
         faced = [rows[own] for own in (control, f'{control}_started') if own in rows]
         assert set().union(*faced) == learned

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .results import Usable, images_seen
-from .spec import STARTED, Comparison
+from .spec import STARTED, Comparison, begins_trained
 from .statistics import mean_and_deviation
 
 Curve = list[list[float]]  # iterations and values
@@ -48,9 +49,9 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         'the same over the compute of the run': 'images seen times MACs per image, in 1e12',
     }
     axes = list(figure.subplots(2, 2).flat)
-    styles = _styles(comparison.highlighted or comparison.rows)
-    others = dict.fromkeys([row for row in comparison.rows if row not in styles], _OTHERS)
-    for row, style in (others | styles).items():
+    styles = _styles(comparison)
+    others = [row for row in comparison.rows if row not in styles]
+    for row in (*others, *styles):
         of_row = {seed: content for (name, seed), content in usable.items() if name == row}
         curves: tuple[list[Curve], ...] = (
             [content['training_loss'] for content in of_row.values()],
@@ -70,26 +71,25 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
         )
         for panel, of_panel in zip(axes, curves, strict=True):
             # without those that have no validation at the iterations of the reference
-            if drawn := [curve for curve in of_panel if curve]:
-                _draw(panel, row, style, drawn)
+            if not (drawn := [curve for curve in of_panel if curve]):
+                continue
+            if row in styles:
+                _draw(panel, row, styles[row], drawn)
+            else:
+                _draw_behind(panel, row, drawn)
     for panel, (title, label) in zip(axes, titles.items(), strict=True):
         panel.set(title=title, xlabel=label)
         panel.grid(alpha=0.3)
     _scale_losses(axes[0])
-    handles, labels = _legend(axes[0])
+    handles, labels = axes[0].get_legend_handles_labels()
+    if others:
+        handles.append(Line2D([], [], **_OTHERS))
+        labels.append(f'other rows: {len(others)}')
     # inches of a name: 0.08 for a letter, and 0.6 for its line and the gaps
     columns = int(figure.get_figwidth() / (0.08 * max(map(len, labels)) + 0.6))
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
-
-
-def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
-    """Lines and their names; one name for all that are not highlighted, behind the others."""
-    handles, labels = axes.get_legend_handles_labels()
-    if grey := [line for line in axes.get_lines() if line.get_color() == _OTHERS['color']]:
-        handles, labels = [*handles, grey[0]], [*labels, f'other rows: {len(grey)}']
-    return handles, labels
 
 
 def _scale_losses(axes: Axes) -> None:
@@ -122,30 +122,46 @@ def marker_of(number: int, first: str = 'o') -> str:
     return markers[number // len(_COLOURS) % len(markers)]
 
 
-def _styles(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and line of each row; one that starts from a checkpoint has the colour of its own."""
+def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Colour and line of each row that has them.
+
+    A row whose name is that of another one from a checkpoint has the colour of that one.
+    """
     names: dict[str, int] = {}
     styles = {}
-    for row in rows:
+    for row in comparison.highlighted or comparison.rows:
         number = names.setdefault(row.removesuffix(STARTED), len(names))
         of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        style = of_ten[row.endswith(STARTED)]
+        style = of_ten[begins_trained(comparison.rows[row])]
         styles[row] = {'color': colour_of(number), 'linestyle': style}
     return styles
 
 
 def _draw(axes: Axes, row: str, style: dict[str, Any], curves: Iterable[Curve]) -> None:
+    steps, mean, deviation, seeds = _mean(curves)
+    label = f'{row} ({seeds})'
+    axes.plot(steps, mean, label=label, marker=_marker(steps), markersize=3, **style)
+    axes.fill_between(
+        steps, mean - deviation, mean + deviation, color=style['color'], alpha=0.15, lw=0
+    )
+
+
+def _draw_behind(axes: Axes, row: str, curves: Iterable[Curve]) -> None:
+    steps, mean, _, _ = _mean(curves)
+    # matplotlib's legend leaves out what begins with an underscore
+    axes.plot(steps, mean, label=f'_{row}', marker=_marker(steps), markersize=1.5, **_OTHERS)
+
+
+def _mean(curves: Iterable[Curve]) -> tuple[list[float], np.ndarray, np.ndarray, int]:
+    """Iterations, mean and deviation at each, and how many curves reach the last."""
     points: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve:
             points.setdefault(step, []).append(value)
     steps = sorted(points)
     mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
-    seeds = len(points[steps[-1]])
-    marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
-    if style is _OTHERS:
-        axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **style)
-        return  # matplotlib's legend leaves out what begins with an underscore
-    axes.plot(steps, mean, label=f'{row} ({seeds})', marker=marker, markersize=3, **style)
-    ends = mean - deviation, mean + deviation
-    axes.fill_between(steps, *ends, color=style['color'], alpha=0.15, lw=0)
+    return steps, mean, deviation, len(points[steps[-1]])
+
+
+def _marker(steps: Sequence[float]) -> str | None:
+    return 'o' if len(steps) < 15 else None  # a point alone would be invisible
