@@ -397,7 +397,8 @@ def test_curves_without_a_validation_at_the_iterations_of_the_reference(fill) ->
 
 def test_rows_that_are_not_highlighted_are_grey_and_have_no_band(fill) -> None:
     path = Path(fill(SCORES))
-    path.write_text(f"{path.read_text()}\nhighlighted = ['better', 'dense']\n")
+    more = "highlighted = ['better', 'dense']\nrows['not run'] = 'train_cfg.row=none'"
+    path.write_text(f'{path.read_text()}\n{more}\n')
     comparison = read_comparison(str(path))
     runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
     figure = plot_curves(comparison, Store(ROWS).read(runs).usable)

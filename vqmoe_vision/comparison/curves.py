@@ -50,7 +50,8 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     }
     axes = list(figure.subplots(2, 2).flat)
     styles = _styles(comparison)
-    others = [row for row in comparison.rows if row not in styles]
+    finished = {row for row, _ in usable}
+    others = [row for row in comparison.rows if row in finished and row not in styles]
     for row in (*others, *styles):
         of_row = {seed: content for (name, seed), content in usable.items() if name == row}
         curves: tuple[list[Curve], ...] = (
