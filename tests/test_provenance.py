@@ -20,7 +20,7 @@ def test_what_chooses_the_kernels_of_a_processor_stands_beside_its_name(
     for variable in provenance._CHOOSE_KERNELS:
         monkeypatch.delenv(variable, raising=False)
     name = processor()
-    monkeypatch.setenv('LD_PRELOAD', '/home/one/a.so:/tmp/b.so')
+    monkeypatch.setenv('LD_PRELOAD', '/home/one/a.so: /tmp/b.so ')
     monkeypatch.setenv('MKL_CBWR', '')  # as MKL, which takes that for not set
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
     assert processor() == f'{name}, LD_PRELOAD=a.so:b.so, ONEDNN_MAX_CPU_ISA=AVX2'

@@ -55,7 +55,7 @@ def processor() -> str:
     name = models[0] if models else platform.processor() or platform.machine()
     given = {v: os.environ[v] for v in _CHOOSE_KERNELS if os.environ.get(v)}
     if 'LD_PRELOAD' in given:  # what is private, and no other machine where it lies elsewhere
-        files = re.split('[ :]', given['LD_PRELOAD'])
+        files = re.findall('[^ :]+', given['LD_PRELOAD'])
         given['LD_PRELOAD'] = ':'.join(Path(file).name for file in files)
     return ', '.join([name, *(f'{v}={value}' for v, value in given.items())])
 
