@@ -1,4 +1,4 @@
-"""Which rows a control is there for."""
+"""Which rows a control is there for: those that learn to route and begin as it does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def challengers(comparison: Comparison, control: str) -> list[str]:
         comparison: What is compared.
         control: One of its controls.
     """
-    started = _is_started(_model(comparison, control))
+    started = is_started(comparison, control)
     models = {row: _model(comparison, row) for row in comparison.rows}
     return [
         row
@@ -31,6 +31,16 @@ def challengers(comparison: Comparison, control: str) -> list[str]:
         and _learns_routing(model)
         and _is_started(model) == started
     ]
+
+
+def is_started(comparison: Comparison, row: str) -> bool:
+    """Whether a row begins with trained weights, of another run or of anywhere else.
+
+    Args:
+        comparison: What is compared.
+        row: One of its rows.
+    """
+    return _is_started(_model(comparison, row))
 
 
 def _model(comparison: Comparison, row: str) -> dict[str, Any]:

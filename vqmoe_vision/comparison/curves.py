@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .controls import is_started
 from .results import Usable, images_seen
-from .spec import STARTED, Comparison, begins_trained
+from .spec import STARTED, Comparison
 from .statistics import mean_and_deviation
 
 Curve = list[list[float]]  # iterations and values
@@ -53,23 +54,7 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     finished = {row for row, _ in usable}
     others = [row for row in comparison.rows if row in finished and row not in styles]
     for row in (*others, *styles):
-        of_row = {seed: content for (name, seed), content in usable.items() if name == row}
-        curves: tuple[list[Curve], ...] = (
-            [content['training_loss'] for content in of_row.values()],
-            [content['held_out'] for content in of_row.values()],
-            [
-                _minus(content['held_out'], usable[reference, seed]['held_out'])
-                for seed, content in of_row.items()
-                if (reference, seed) in usable
-            ],
-            [
-                [
-                    [images_seen(content, step) * content['macs'] / 1e12, value]
-                    for step, value in content['held_out']
-                ]
-                for content in of_row.values()
-            ],
-        )
+        curves = _curves(row, reference, usable)
         for panel, of_panel in zip(axes, curves, strict=True):
             # without those that have no validation at the iterations of the reference
             if not (drawn := [curve for curve in of_panel if curve]):
@@ -91,6 +76,27 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
     figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
     return figure
+
+
+def _curves(row: str, reference: str, usable: Usable) -> tuple[list[Curve], ...]:
+    """Of each seed, for the panels in their order."""
+    of_row = {seed: content for (name, seed), content in usable.items() if name == row}
+    return (
+        [content['training_loss'] for content in of_row.values()],
+        [content['held_out'] for content in of_row.values()],
+        [
+            _minus(content['held_out'], usable[reference, seed]['held_out'])
+            for seed, content in of_row.items()
+            if (reference, seed) in usable
+        ],
+        [
+            [
+                [images_seen(content, step) * content['macs'] / 1e12, value]
+                for step, value in content['held_out']
+            ]
+            for content in of_row.values()
+        ],
+    )
 
 
 def _scale_losses(axes: Axes) -> None:
@@ -133,7 +139,7 @@ def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     for row in comparison.highlighted or comparison.rows:
         number = names.setdefault(row.removesuffix(STARTED), len(names))
         of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        style = of_ten[begins_trained(comparison.rows[row])]
+        style = of_ten[is_started(comparison, row)]
         styles[row] = {'color': colour_of(number), 'linestyle': style}
     return styles
 

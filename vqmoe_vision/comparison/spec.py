@@ -13,7 +13,6 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
-from vqmoe_vision.models import moe_options
 from vqmoe_vision.moe.config import check
 
 from .fields import check_fields, read_fields, words_of
@@ -252,19 +251,6 @@ def _options(row: str, line: str, size: str, model: str) -> list[str]:
     if words and '=' not in words[0]:
         return [*row_options(words[0], size, model), *words[1:]]
     return words
-
-
-def begins_trained(options: Iterable[str]) -> bool:
-    """Whether a row begins with trained weights, of another run or of anywhere else.
-
-    Args:
-        options: Of the row, as `Comparison.rows`.
-    """
-    given = [option.partition('=') for option in options]
-    return any(
-        name.rpartition('.')[2] in moe_options.STARTS and value not in ('None', 'False', '')
-        for name, _, value in given
-    )
 
 
 def _choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
