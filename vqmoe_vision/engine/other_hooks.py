@@ -11,6 +11,8 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check, did_you_mean
 
+from .class_arguments import arguments_of
+
 _OF_AVERAGES = 'EMAHook'
 _OF_STOPPING = 'EarlyStoppingHook'
 
@@ -38,20 +40,6 @@ def _averages(ema_type: Any) -> type[BaseAveragedModel]:
     return kind
 
 
-def _options_of(kind: type) -> set[str]:
-    """Those that a class names, and of the next class if it hands others on to that."""
-    found: set[str] = set()
-    for base in kind.__mro__:
-        if '__init__' not in base.__dict__:
-            continue
-        parameters = inspect.signature(base.__dict__['__init__']).parameters.values()
-        others = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        found |= {p.name for p in parameters if p not in others}
-        if not any(p.kind is p.VAR_KEYWORD for p in others):
-            break
-    return found - {'self'}
-
-
 @HOOKS.register_module(_OF_AVERAGES, force=True)
 class CheckedEMAHook(EMAHook):
     """mmengine's hook, which ends in Python's words where an option is impossible.
@@ -68,7 +56,7 @@ class CheckedEMAHook(EMAHook):
 
     def __init__(self, ema_type: Any = 'ExponentialMovingAverage', **options: Any) -> None:
         kind = _averages(ema_type)
-        known = (_options_of(EMAHook) | _options_of(kind)) - {'model'}
+        known = {**arguments_of(EMAHook), **arguments_of(kind)}.keys() - {'model'}
         _check_names(_OF_AVERAGES, options, known)
         if issubclass(kind, ExponentialMovingAverage) and 'momentum' in options:
             momentum = options['momentum']

@@ -26,6 +26,7 @@ from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
 from .export import SegmentorGraph
+from .heads import check_decode_head, completed_head, completed_neck
 from .preprocessor import completed, follow, normalization_of
 from .published import in_our_names
 from .source import source
@@ -76,20 +77,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
                 f"backbone.type={found!r} must be 'TimmViT'; mmseg's EncoderDecoder takes others"
             )
         if self._neck is not None:
-            width = self.backbone.model.embed_dim
-            levels = [width] * len(self.backbone.out_indices)
-            self.neck = MODELS.build(
-                _completed(self._neck, in_channels=levels, out_channels=width, embed_dim=width)
-            )
-        if not isinstance(decode_head, dict):
-            types = [head.get('type') for head in decode_head]
-            allowed = (
-                'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
-            )
-            check(False, 'model.decode_head', types, allowed)
-        allowed = 'a head of feature maps; this one reads a class token beside each of them'
-        check(decode_head.get('type') != 'DPTHead', 'model.decode_head.type', 'DPTHead', allowed)
-        head = _completed(self._fitted(decode_head), num_classes=None)
+            self.neck = MODELS.build(completed_neck(self._neck, self.backbone))
+        check_decode_head(decode_head)
+        head = self._fitted(decode_head, num_classes=None)
         if 'num_classes' in head and head['num_classes'] is None:
             raise ValueError(
                 "model.decode_head.num_classes=None must be the number of the data set's classes"
@@ -158,7 +148,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def _fitted_auxiliary(self, head: dict[str, Any]) -> dict[str, Any]:
         """As `_fitted`, with the classes of the decode head."""
-        head = _completed(self._fitted(head), num_classes=self.num_classes)
+        head = self._fitted(head, num_classes=self.num_classes)
         if head.get('num_classes', self.num_classes) != self.num_classes:
             raise ValueError(
                 f'model.auxiliary_head.num_classes={head["num_classes"]}, but '
@@ -166,18 +156,10 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
             )
         return head
 
-    def _fitted(self, head: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(self, head: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
         """A head's config with what follows from backbone and neck."""
-        model = self.backbone.model
-        width = getattr(self.neck if self.with_neck else None, 'out_channels', model.embed_dim)
-        index = head.get('in_index', -1)
-        return _completed(
-            head,
-            in_channels=width if isinstance(index, int) else [width] * len(index),
-            channels=width,
-            embed_dims=width,
-            num_heads=model.blocks[0].attn.num_heads,
-        )
+        neck = self.neck if self.with_neck else None
+        return completed_head(head, self.backbone, neck, num_classes)
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'.
@@ -310,15 +292,3 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         """
         with self.collect():
             return super().predict(inputs, data_samples)
-
-
-def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """A config with those of `values` that it lacks and its class cannot be built without."""
-    found = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
-    if found is None:  # the registry says what is wrong
-        return config
-    # a class hands its **kwargs to the next one
-    inits = [base.__dict__['__init__'] for base in found.__mro__ if '__init__' in base.__dict__]
-    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
-    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
-    return {**{name: value for name, value in values.items() if name in needed}, **config}

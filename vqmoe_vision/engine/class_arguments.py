@@ -1,0 +1,26 @@
+"""Which arguments the classes of others take, for configs that name those classes."""
+
+import inspect
+
+
+def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
+    """What a class can be built with, also what it hands on to the next class by `**kwargs`.
+
+    Args:
+        kind: Any class.
+
+    Returns:
+        Each parameter by its name, the nearest class first; none of `self`, `*args`, `**kwargs`.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if '__init__' not in base.__dict__:
+            continue
+        parameters = inspect.signature(base.__dict__['__init__']).parameters.values()
+        others = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for parameter in parameters:
+            if parameter not in others and parameter.name != 'self':
+                found.setdefault(parameter.name, parameter)
+        if not any(p.kind is p.VAR_KEYWORD for p in others):
+            break
+    return found
