@@ -170,6 +170,26 @@ def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
     assert all(name.startswith('spec-part') for name in files())
 
 
+def test_two_seeds_are_tested_with_the_noise_of_all_rows(fill, says) -> None:
+    """Each row alone would be hidden by its own two seeds, or agree by chance."""
+    scores = {'dense': [10, 20], 'far': [90, 99], 'agrees': [10.3, 20.3001], 'near': [12, 20]}
+    path = fill({row: [float(value) for value in values] for row, values in scores.items()})
+    says('table', path)
+    found = json.loads((TABLES / 'spec.json').read_text())
+    far, agrees, near = found['sentences']
+    assert far.startswith('far stands out above dense at this budget: +79.50') and 'p = ' in far
+    assert agrees.startswith('agrees and dense cannot be told apart')
+    assert near.startswith('near and dense cannot') and '2 seeds, by the noise of all rows' in near
+    assert 'with the noise of all rows together' in found['notes'][0]
+    # with a third seed to come nothing is decided, and later each has its own noise
+    with Path(path).open('a') as file:
+        file.write('\nseeds = [1, 2, 3]')
+    says('table', path)
+    found = json.loads((TABLES / 'spec.json').read_text())
+    assert all('not finished: 2 of 3 seeds' in said for said in found['sentences'])
+    assert 'those of the paired t-test' in found['notes'][0]
+
+
 CONTROLLED = {
     'dense': [1.0, 2.0, 3.0],
     'smoe_frozen': [5.0, 6.0, 7.0],
@@ -212,6 +232,14 @@ def test_a_router_that_differs_from_a_control_by_the_same_at_all_seeds(fill, say
         for control in ('smoe_frozen', 'hashmoe')
         for row, by in (('smoe', '+1.00'), ('vqmoe', '+0.00'))
     ]
+
+
+def test_two_seeds_against_a_control_are_tested_with_the_noise_of_all_rows(fill, says) -> None:
+    scores = {row: values[:2] for row, values in CONTROLLED.items()}
+    says('table', fill({**scores, 'smoe': [6.0, 7.001], 'vqmoe': [9.0, 8.0]}, PLAN))
+    said = json.loads((TABLES / 'spec.json').read_text())['sentences']
+    # less the control they are 1, 1.001 and 4, 2: smoe alone has p below 0.001
+    assert sum(line.startswith('smoe does not beat the control') for line in said) == 2
 
 
 def test_a_control_is_there_for_rows_that_begin_as_it_does(spec) -> None:

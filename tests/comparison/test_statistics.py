@@ -11,6 +11,7 @@ from vqmoe_vision.comparison.statistics import (
     mean_and_deviation,
     paired_difference,
     pairs_needed,
+    with_noise_of_all,
 )
 
 
@@ -71,6 +72,44 @@ def test_each_row_has_its_difference_to_one_of_them() -> None:
     found = differences({'a': {1: 3.0, 2: 5.0}, 'b': {2: 4.0}, 'c': {3: 1.0}}, 'a')
     assert {row: difference.each for row, difference in found.items()} == {'b': {2: -1.0}, 'c': {}}
     assert differences({'b': {1: 1.0}}, 'a')['b'].pairs == 0
+
+
+def test_noise_of_all_rows_by_hand() -> None:
+    scores = {'b': {1: 12.0, 2: 20.0}, 'a': {2: 23.0, 1: 11.0}, 'ref': {1: 10.0, 2: 20.0}}
+    found = with_noise_of_all(differences(scores, 'ref'))
+    # less the reference rows are 0 0, 1 3, 2 0; less the means of seeds, 1 1, and then of rows, -1
+    # 1 0, they are 0 0, -1 1, 1 -1: squares are 4, over (3 - 1)(2 - 1) they are 2, and a difference
+    # of two rows has twice that variance
+    a = found['a']
+    assert (a.noise, a.freedom, a.by_noise_of_all) == (pytest.approx(2), 2, True)
+    # a mean of 2 over 2 / sqrt(2) is t = sqrt(2), with the distribution of the first test
+    assert a.p == pytest.approx(1 - math.sqrt(2) / 2)
+    half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(2)
+    assert (a.low, a.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
+    assert found['b'].noise == a.noise and found['b'].mean == 1
+    assert a.std == pytest.approx(math.sqrt(2))  # its own stays
+
+
+def test_noise_of_one_row_is_its_own() -> None:
+    scores = {
+        'a': {1: 11.0, 2: 22.0},
+        'ref': {1: 10.0, 2: 20.0, 3: 5.0},
+        'same': {1: 10.0, 2: 20.0},
+    }
+    alone = differences(scores, 'ref')
+    found = with_noise_of_all(alone)
+    numbers = ('mean', 'std', 'low', 'high', 'p', 'noise', 'freedom')
+    for name in numbers:
+        assert getattr(found['a'], name) == pytest.approx(getattr(alone['a'], name))
+    assert not found['a'].by_noise_of_all and found['same'] is alone['same']
+    early = differences({'a': {1: 11.0}, 'ref': scores['ref']}, 'ref')
+    assert with_noise_of_all(early) == early
+
+
+def test_more_degrees_of_freedom_detect_less() -> None:
+    assert detectable(1.0, 2, 0.05, 1) == detectable(1.0, 2)
+    # normal: (1.96 + 0.84) / sqrt(2) = 1.98
+    assert detectable(1.0, 2, 0.05, 100_000) == pytest.approx(1.981, abs=2e-3)
 
 
 def test_mean_and_deviation_by_hand() -> None:

@@ -46,6 +46,6 @@ def plot_differences(
 def _difference(axes: Axes, place: int, found: Difference) -> None:
     points = list(found.each.values())
     axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
-    if len(points) > 2:  # the interval of two hides everything else
+    if found.freedom > 1:  # the interval of two alone hides everything else
         ends = [[found.mean - found.low], [found.high - found.mean]]
         axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)

@@ -11,7 +11,9 @@ from .controls import challengers
 from .results import Results
 from .shifts import shifted_scores
 from .spec import Comparison
-from .statistics import Difference, differences, holm, paired_difference
+from .statistics import Difference, differences, holm, paired_difference, with_noise_of_all
+
+_FEW = 2  # seeds, of which the noise of a single row cannot be known
 
 
 class Outcome:
@@ -64,6 +66,11 @@ class Outcome:
         return f'{self.comparison.name}-part' if self.partial else self.comparison.name
 
     @property
+    def screens(self) -> bool:
+        """Whether there are so few seeds that noise is known of all rows together alone."""
+        return len(self.comparison.seeds) <= _FEW
+
+    @property
     def planned(self) -> int:
         """How many comparisons with the reference there will be."""
         return len(self.comparison.rows) - 1
@@ -86,7 +93,7 @@ class Outcome:
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """Of all rows to the reference."""
-        return differences(self.scores, self.comparison.reference)
+        return self._with_noise(differences(self.scores, self.comparison.reference))
 
     @cached_property
     def corrected(self) -> dict[str, float]:
@@ -102,7 +109,10 @@ class Outcome:
     def shifted_differences(self) -> dict[str, dict[str, Difference]]:
         """Their differences to the reference, by shift and row."""
         reference = self.comparison.reference
-        return {shift: differences(scores, reference) for shift, scores in self.shifted.items()}
+        return {
+            shift: self._with_noise(differences(scores, reference))
+            for shift, scores in self.shifted.items()
+        }
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
         """The differences to a control of the rows that it is there for, and their corrected p.
@@ -112,7 +122,9 @@ class Outcome:
         """
         rows = challengers(self.comparison, control)
         base = self.scores.get(control, {})
-        found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
+        found = self._with_noise(
+            {row: paired_difference(self.scores[row], base) for row in rows if row in self.scores}
+        )
         return found, self._corrected(found, len(rows))
 
     def finished(self, difference: Difference) -> bool:
@@ -122,6 +134,9 @@ class Outcome:
             difference: Of two rows.
         """
         return difference.pairs == len(self.comparison.seeds)
+
+    def _with_noise(self, found: dict[str, Difference]) -> dict[str, Difference]:
+        return with_noise_of_all(found) if self.screens else found
 
     def _corrected(self, found: dict[str, Difference], planned: int) -> dict[str, float]:
         # an early p may be small by chance, and then the finished rows would get smaller factors

@@ -51,22 +51,30 @@ def verdict(
         return _exactly(f'{row} and {reference}', difference)
     interval = f'{d:+.2f}, 95 % interval {cells.ends(difference)}'
     if corrected_p < LEVEL:
-        better = 'better' if d > 0 else 'worse'
         return (
-            f'{row} is {better} than {reference} at this budget: {interval}, '
+            f'{row} {_told(difference)} {reference} at this budget: {interval}, '
             f'p = {corrected_p:.2g} after correction, {pairs} seeds.'
         )
     level = LEVEL / comparisons
-    needed = pairs_needed(difference.std, d, level)
+    needed = pairs_needed(difference.noise, d, level)
     if needed is None:
         more = f'more than a thousand would be needed for one of {abs(d):.2f}'
     else:
         # at 80 % power what was seen would have been significant: more are needed than there are
         more = f'about {needed - pairs} more would tell one of {abs(d):.2f}'
+    least = detectable(difference.noise, pairs, level, difference.freedom)
+    by = ', by the noise of all rows,' if difference.by_noise_of_all else ''
     return (
-        f'{row} and {reference} cannot be told apart at this budget ({interval}): {pairs} seeds '
-        f'tell a difference of {detectable(difference.std, pairs, level):.2f}, {more}.'
+        f'{row} and {reference} cannot be told apart at this budget ({interval}): {pairs} seeds'
+        f'{by} tell a difference of {least:.2f}, {more}.'
     )
+
+
+def _told(difference: Difference) -> str:
+    more = difference.mean > 0
+    if difference.by_noise_of_all:  # which is worth more seeds, and no verdict yet
+        return 'stands out above' if more else 'stands out below'
+    return 'is better than' if more else 'is worse than'
 
 
 def _unfinished(pair: str, difference: Difference, seeds: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -40,6 +40,9 @@ class Difference:
         high: Its upper end.
         p: Of the two-sided paired t-test; nan where it is not defined, because there are less than
             two pairs or all differences are equal.
+        noise: The standard deviation that interval and p are computed with: `std`, or that of
+            several rows together.
+        freedom: Its degrees of freedom.
     """
 
     each: Mapping[int, float]
@@ -48,11 +51,18 @@ class Difference:
     low: float
     high: float
     p: float
+    noise: float
+    freedom: int
 
     @property
     def pairs(self) -> int:
         """How many seeds both have."""
         return len(self.each)
+
+    @property
+    def by_noise_of_all(self) -> bool:
+        """Whether the noise that it is tested with is not its own alone."""
+        return self.freedom > self.pairs - 1
 
 
 def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
@@ -68,14 +78,15 @@ def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) 
     each = dict(zip(seeds, differences.tolist(), strict=True))
     mean = float(differences.mean()) if seeds else math.nan
     if len(seeds) < 2:
-        return Difference(each, mean, math.nan, math.nan, math.nan, math.nan)
+        return Difference(each, mean, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
     std = float(differences.std(ddof=1))
     # scipy divides by it; rounding leaves a little of differences that are equal
     if std <= 1e-12 * max(abs(a).max(), abs(b).max()):
-        return Difference(each, mean, 0.0, mean, mean, math.nan)
+        return Difference(each, mean, 0.0, mean, mean, math.nan, 0.0, len(seeds) - 1)
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(1 - LEVEL)
-    return Difference(each, mean, std, float(low), float(high), float(test.pvalue))
+    p = float(test.pvalue)
+    return Difference(each, mean, std, float(low), float(high), p, std, len(seeds) - 1)
 
 
 def differences(scores: Scores, reference: str) -> dict[str, Difference]:
@@ -87,6 +98,40 @@ def differences(scores: Scores, reference: str) -> dict[str, Difference]:
     """
     base = scores.get(reference, {})
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
+
+
+def with_noise_of_all(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The same differences, tested with the noise of all rows and the reference together.
+
+    Two pairs alone say next to nothing of their noise: most hide any effect behind an interval of
+    ten points, and some agree by chance. The noise is what is left of scores when each row and each
+    seed has a mean of its own, which is the t-test of the analysis of variance, by row and seed,
+    for planned comparisons. It takes all rows for equally noisy.
+
+    Args:
+        found: Differences of rows to one reference, over the same seeds or less. One that is the
+            same at all seeds, or has less than two pairs, stays, and says nothing of the noise.
+    """
+    known = {row: each for row, each in found.items() if each.std > 0}
+    if not known:
+        return dict(found)
+    seeds = max((each.each.keys() for each in known.values()), key=len)
+    rows = [[each.each[seed] for seed in seeds] for each in known.values()]
+    left = np.array([[0.0] * len(seeds), *rows])  # less the reference, which takes out each seed
+    left -= left.mean(0)
+    left -= left.mean(1, keepdims=True)
+    freedom = len(rows) * (len(seeds) - 1)
+    noise = math.sqrt(2 * (left**2).sum() / freedom)  # of two rows
+    return {
+        row: _tested(each, noise, freedom) if row in known else each for row, each in found.items()
+    }
+
+
+def _tested(found: Difference, noise: float, freedom: int) -> Difference:
+    spread = stats.t(freedom, found.mean, noise / math.sqrt(found.pairs))
+    low, high = map(float, spread.interval(1 - LEVEL))
+    p = 2 * float(min(spread.cdf(0), spread.sf(0)))
+    return replace(found, low=low, high=high, p=p, noise=noise, freedom=freedom)
 
 
 def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
@@ -107,18 +152,21 @@ def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
     return dict(zip(names, corrected.tolist(), strict=True))
 
 
-def detectable(std: float, pairs: int, level: float = LEVEL) -> float:
+def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None = None) -> float:
     """The smallest true difference that a paired t-test finds with `POWER`.
 
     Args:
         std: Of the differences of pairs.
         pairs: At least 2.
         level: Of the test.
+        freedom: Degrees of freedom of `std`; None if it is of these pairs alone.
     """
+    freedom = pairs - 1 if freedom is None else freedom
     most = 1.0  # scipy's power of an effect far beyond the answer does not converge
-    while _power(most, pairs, level) < POWER:
+    while _power(most, pairs, level, freedom) < POWER:
         most *= 2
-    return std * optimize.brentq(lambda effect: _power(effect, pairs, level) - POWER, 0, most)
+    missing = optimize.brentq(lambda d: _power(d, pairs, level, freedom) - POWER, 0, most)
+    return std * missing
 
 
 def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | None:
@@ -133,19 +181,20 @@ def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | N
         None if that is more than a thousand.
     """
     effect = abs(difference) / std
-    enough = (n for n in range(2, _MOST_PAIRS + 1) if _power(effect, n, level) >= POWER)
+    enough = (n for n in range(2, _MOST_PAIRS + 1) if _power(effect, n, level, n - 1) >= POWER)
     return next(enough, None)
 
 
-def _power(effect: float, pairs: int, level: float) -> float:
+def _power(effect: float, pairs: int, level: float, freedom: int) -> float:
     """Of the two-sided paired t-test, from the noncentral t distribution.
 
     Args:
         effect: True difference over the standard deviation of differences.
         pairs: At least 2.
         level: Of the test.
+        freedom: Of the standard deviation.
     """
-    freedom, shift = pairs - 1, effect * math.sqrt(pairs)
+    shift = effect * math.sqrt(pairs)
     critical = stats.t.isf(level / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute
     with np.errstate(divide='ignore'):  # some versions of scipy divide by zero on their way

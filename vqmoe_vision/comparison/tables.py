@@ -133,7 +133,7 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
         of, images = 'validation', 'at the end of training on held-out data; no test data was seen'
     lines = [
         f'{comparison.metric} {images}. Differences are paired by '
-        'seed; intervals are those of the paired t-test for one comparison, without correction; p '
+        f'seed; intervals are those of {_test(outcome)} for one comparison, without correction; p '
         f'is corrected for all {outcome.planned} rows that are planned beside the reference, by '
         f'the method of Holm, and is given once a row has all {len(comparison.seeds)} seeds. Seeds '
         '"tell" a difference that they would find with 80 % power at the 5 % level after that '
@@ -163,6 +163,17 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
             f'{", ".join(modified)}.'
         )
     return lines
+
+
+def _test(outcome: Outcome) -> str:
+    shared = [each for each in outcome.differences.values() if each.by_noise_of_all]
+    if not shared:
+        return 'the paired t-test'
+    noise, freedom = shared[0].noise, shared[0].freedom
+    return (
+        f'a t-test with the noise of all rows together ({noise:.2f} a pair, {freedom} degrees of '
+        'freedom), because so few seeds do not tell that of one row,'
+    )
 
 
 def _said_of_compute(reference: str, frame: pd.DataFrame) -> list[str]:
