@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from ..moe import moe_layers
-from ..moe.config import MoeConfig
+from ..moe.config import MoeConfig, types_of
 from ..moe.host import Host, RawPatches
 from ..moe.methods import METHODS
 from .layers import build_layer, host_of
@@ -183,7 +183,7 @@ class _Search:
         """Values of an option: its default, those in tables of the method, and sizes of tensors."""
         default = kind.__dataclass_fields__[name].default
         values = [default, *(options[name] for options in _named(kind) if name in options)]
-        hint = get_type_hints(kind)[name]
+        hint = types_of(kind)[name]
         kinds = get_args(hint) or (hint,)
         if name == 'expert_mlp_ratio':
             values.append(mlp_ratio_of(*self.theirs['experts.fc1.weight'][1:]))

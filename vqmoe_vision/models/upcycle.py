@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..moe.config import check, check_type
+from ..moe.config import check, check_type, types_of
 from ..moe.experts import Experts, SeparateLinear
 from .state_dicts import StateDict, shorten
 
@@ -52,7 +52,7 @@ class Upcycling:
     split: bool = False
 
     def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
+        types = types_of(type(self))
         for field in fields(self):
             check_type(f'upcycling.{field.name}', types[field.name], getattr(self, field.name))
         valid = 0 <= self.noise < math.inf

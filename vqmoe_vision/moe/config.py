@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -24,6 +24,7 @@ from typing import (
     get_origin,
     get_type_hints,
 )
+from weakref import WeakKeyDictionary
 
 from .joint_losses import Loss, values_of
 
@@ -61,6 +62,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {nearest[0]}?' if nearest else ''
 
 
+# mypy takes a dataclass itself for not hashable, so that functools.cache has no types here
+_TYPES: WeakKeyDictionary[type, Mapping[str, Any]] = WeakKeyDictionary()
+
+
+def types_of(kind: type) -> Mapping[str, Any]:
+    """The types of the fields of a dataclass.
+
+    They are kept, because Python compiles the annotations of a class and its bases at each call,
+    which was a third of the time in which options are looked for that fit a checkpoint.
+
+    Args:
+        kind: Its class.
+    """
+    if kind not in _TYPES:
+        _TYPES[kind] = get_type_hints(kind)
+    return _TYPES[kind]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     """Options of every MoE layer.
@@ -91,7 +110,7 @@ class MoeConfig:
     expert_mlp_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
+        types = types_of(type(self))
         for field in fields(self):
             check_type(field.name, types[field.name], getattr(self, field.name))
         self.require('num_experts', self.num_experts >= 1, 'at least 1')
