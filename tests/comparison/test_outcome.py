@@ -170,17 +170,29 @@ def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
     assert all(name.startswith('spec-part') for name in files())
 
 
+# two seeds; the first row is the reference
+SCREENED = {
+    'dense': [10.0, 20.0],
+    'far': [90.0, 99.0],
+    'agrees': [10.3, 20.3],
+    'near': [12.0, 20.0],
+    'twin': [10.0, 20.0],
+}
+
+
 def test_two_seeds_are_tested_with_the_noise_of_all_rows(fill, says) -> None:
     """Each row alone would be hidden by its own two seeds, or agree by chance."""
-    scores = {'dense': [10, 20], 'far': [90, 99], 'agrees': [10.3, 20.3001], 'near': [12, 20]}
-    path = fill({row: [float(value) for value in values] for row, values in scores.items()})
+    path = fill(SCREENED)
     says('table', path)
     found = json.loads((TABLES / 'spec.json').read_text())
-    far, agrees, near = found['sentences']
+    far, agrees, near, twin = found['sentences']
     assert far.startswith('far stands out above dense at this budget: +79.50') and 'p = ' in far
-    assert agrees.startswith('agrees and dense cannot be told apart')
+    assert agrees.startswith('agrees and dense cannot be told apart at this budget (+0.30, 95 % ')
     assert near.startswith('near and dense cannot') and '2 seeds, by the noise of all rows' in near
-    assert 'with the noise of all rows together' in found['notes'][0]
+    assert twin == 'twin and dense differ by exactly +0.00 at each of 2 seeds.'
+    assert 'with the noise of all rows that are finished' in found['notes'][0]
+    assert {row['freedom'] for row in found['rows'][1:4]} == {3}  # of four that differ
+    assert len({row['noise'] for row in found['rows'][1:4]}) == 1
     # with a third seed to come nothing is decided, and later each has its own noise
     with Path(path).open('a') as file:
         file.write('\nseeds = [1, 2, 3]')
@@ -188,6 +200,32 @@ def test_two_seeds_are_tested_with_the_noise_of_all_rows(fill, says) -> None:
     found = json.loads((TABLES / 'spec.json').read_text())
     assert all('not finished: 2 of 3 seeds' in said for said in found['sentences'])
     assert 'those of the paired t-test' in found['notes'][0]
+
+
+def test_two_seeds_of_two_rows_have_no_verdict(fill, says) -> None:
+    says('table', fill({'dense': [10.0, 20.0], 'near': [11.0, 21.001], 'early': [3.0]}))
+    found = json.loads((TABLES / 'spec.json').read_text())
+    assert found['rows'][1]['p'] < 1e-3
+    assert found['sentences'][0].startswith('near and dense differ by +1.00 over 2 seeds')
+    assert found['sentences'][0].endswith('no other row tells their noise: no verdict.')
+    assert '1 degree of freedom' in found['notes'][0]
+
+
+def test_a_part_has_the_noise_of_the_whole(fill, says) -> None:
+    path = fill(SCREENED, "shifts = {'fog': 'model.fog=1'}")
+    for file in Path('docs/results/rows/spec').glob('*-seed?.json'):
+        content = json.loads(file.read_text())
+        content['shifts'] = {'fog': {'model.fog=1': 2 * content['test']['mIoU']}}
+        file.write_text(json.dumps(content))
+    says('table', path)
+    says('table', path, '--rows', 'near')
+    whole, part = ((TABLES / f'{name}.md').read_text() for name in ('spec', 'spec-part'))
+    shown = [line for line in part.splitlines() if line.startswith(('| near', '| fog'))]
+    assert len(shown) == 3  # of the part, and under fog the reference and the row
+    cells = [line.split('|') for line in whole.splitlines()]
+    kept = [[cell.strip() for cell in line] for line in cells]
+    for line in shown:
+        assert [cell.strip() for cell in line.split('|')] in kept
 
 
 CONTROLLED = {

@@ -18,7 +18,7 @@ from vqmoe_vision.comparison.difference_figure import plot_differences
 from vqmoe_vision.comparison.rows import FEATURE_ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.statistics import differences, with_noise_of_all
+from vqmoe_vision.comparison.statistics import differences, with_noise
 from vqmoe_vision.comparison.store import Store
 
 from ..rows import CONFIGS
@@ -363,7 +363,8 @@ def test_differences_are_points_and_an_interval(fill) -> None:
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     assert not second.collections  # nothing to pair it with
     two = differences({row: dict(enumerate(values[:2])) for row, values in SCORES.items()}, 'dense')
-    for tests, intervals in ((two, 0), (with_noise_of_all(two), 2)):
+    screened = {row: with_noise(each, 1.0, 2) for row, each in two.items()}
+    for tests, intervals in ((two, 0), (screened, 2)):
         drawn = plot_differences(comparison, {'as trained': tests})
         assert drawn is not None and len(drawn.axes[0].collections) == intervals
     assert plot_differences(comparison, {'fog': alone}) is None

@@ -9,9 +9,10 @@ from vqmoe_vision.comparison.statistics import (
     differences,
     holm,
     mean_and_deviation,
+    noise_of_all,
     paired_difference,
     pairs_needed,
-    with_noise_of_all,
+    with_noise,
 )
 
 
@@ -74,36 +75,50 @@ def test_each_row_has_its_difference_to_one_of_them() -> None:
     assert differences({'b': {1: 1.0}}, 'a')['b'].pairs == 0
 
 
+SCREENED = {'b': {1: 12.0, 2: 20.0}, 'a': {2: 23.0, 1: 11.0}, 'ref': {1: 10.0, 2: 20.0}}
+
+
 def test_noise_of_all_rows_by_hand() -> None:
-    scores = {'b': {1: 12.0, 2: 20.0}, 'a': {2: 23.0, 1: 11.0}, 'ref': {1: 10.0, 2: 20.0}}
-    found = with_noise_of_all(differences(scores, 'ref'))
-    # less the reference rows are 0 0, 1 3, 2 0; less the means of seeds, 1 1, and then of rows, -1
-    # 1 0, they are 0 0, -1 1, 1 -1: squares are 4, over (3 - 1)(2 - 1) they are 2, and a difference
-    # of two rows has twice that variance
-    a = found['a']
-    assert (a.noise, a.freedom, a.by_noise_of_all) == (pytest.approx(2), 2, True)
+    noise, freedom = noise_of_all(SCREENED, [1, 2])
+    # the means of seeds are 11 and 21: less them rows are 1 -1, 0 2, -1 -1; less their own means,
+    # 0 1 -1, they are 1 -1, -1 1, 0 0: squares are 4, over (3 - 1)(2 - 1) they are 2, and a
+    # difference of two rows has twice that variance
+    assert (noise, freedom) == (pytest.approx(2), 2)
+    found = differences(SCREENED, 'ref')
+    a = with_noise(found['a'], noise, freedom)
     # a mean of 2 over 2 / sqrt(2) is t = sqrt(2), with the distribution of the first test
     assert a.p == pytest.approx(1 - math.sqrt(2) / 2)
     half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(2)
     assert (a.low, a.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
-    assert found['b'].noise == a.noise and found['b'].mean == 1
-    assert a.std == pytest.approx(math.sqrt(2))  # its own stays
+    assert (a.each, a.mean, a.std) == (found['a'].each, 2, pytest.approx(math.sqrt(2)))
 
 
-def test_noise_of_one_row_is_its_own() -> None:
-    scores = {
-        'a': {1: 11.0, 2: 22.0},
-        'ref': {1: 10.0, 2: 20.0, 3: 5.0},
-        'same': {1: 10.0, 2: 20.0},
-    }
-    alone = differences(scores, 'ref')
-    found = with_noise_of_all(alone)
-    numbers = ('mean', 'std', 'low', 'high', 'p', 'noise', 'freedom')
-    for name in numbers:
-        assert getattr(found['a'], name) == pytest.approx(getattr(alone['a'], name))
-    assert not found['a'].by_noise_of_all and found['same'] is alone['same']
-    early = differences({'a': {1: 11.0}, 'ref': scores['ref']}, 'ref')
-    assert with_noise_of_all(early) == early
+def test_rows_that_lack_a_seed_or_repeat_another_tell_no_noise() -> None:
+    more = {'early': {1: 99.0}, 'twin of b': SCREENED['b'], 'other': {1: 0.0, 3: 7.0}}
+    assert noise_of_all({**SCREENED, **more}, [1, 2]) == noise_of_all(SCREENED, [1, 2])
+    noise, freedom = noise_of_all(more, [1, 2])
+    assert math.isnan(noise) and freedom == 0
+
+
+def test_noise_of_two_rows_is_that_of_their_difference() -> None:
+    two = {row: SCREENED[row] for row in ('a', 'ref')}
+    alone = differences(two, 'ref')['a']
+    found = with_noise(alone, *noise_of_all(two, [1, 2]))
+    for name in ('low', 'high', 'p', 'noise', 'freedom'):
+        assert getattr(found, name) == pytest.approx(getattr(alone, name))
+
+
+def test_differences_that_agree_by_chance_have_the_noise_of_others() -> None:
+    found = paired_difference({1: 12.0, 2: 22.0}, SCREENED['ref'])
+    assert math.isnan(found.p) and with_noise(found, 2.0, 2).p == pytest.approx(
+        1 - math.sqrt(2) / 2
+    )
+    for stays in (
+        paired_difference(SCREENED['ref'], SCREENED['ref']),  # one run under two names
+        paired_difference({1: 12.0}, SCREENED['ref']),
+    ):
+        assert with_noise(stays, 2.0, 2) is stays
+    assert with_noise(found, math.nan, 0) is found
 
 
 def test_more_degrees_of_freedom_detect_less() -> None:

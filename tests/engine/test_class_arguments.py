@@ -24,7 +24,7 @@ class _Inherits(_Own):
     pass
 
 
-def test_what_is_handed_on_is_of_the_next_class():
+def test_what_is_handed_on_is_of_the_next_class() -> None:
     found = arguments_of(_Handing)
     assert found.keys() == {'depth', 'width', 'hidden'}
     # depth has a default in the nearer class, so that the class can be built without it
@@ -32,6 +32,6 @@ def test_what_is_handed_on_is_of_the_next_class():
     assert needed == {'width'}
 
 
-def test_what_is_not_handed_on_is_not_taken():
+def test_what_is_not_handed_on_is_not_taken() -> None:
     assert arguments_of(_Own).keys() == {'size'}
     assert arguments_of(_Inherits).keys() == {'size'}

@@ -11,9 +11,15 @@ from .controls import challengers
 from .results import Results
 from .shifts import shifted_scores
 from .spec import Comparison
-from .statistics import Difference, differences, holm, paired_difference, with_noise_of_all
-
-_FEW = 2  # seeds, of which the noise of a single row cannot be known
+from .statistics import (
+    FEW_SEEDS,
+    Difference,
+    differences,
+    holm,
+    noise_of_all,
+    paired_difference,
+    with_noise,
+)
 
 
 class Outcome:
@@ -67,8 +73,16 @@ class Outcome:
 
     @property
     def screens(self) -> bool:
-        """Whether there are so few seeds that noise is known of all rows together alone."""
-        return len(self.comparison.seeds) <= _FEW
+        """Whether there are so few seeds that all rows together tell the noise of each.
+
+        Most intervals of two seeds alone are ten points wide, and some rows agree by chance.
+        """
+        return len(self.comparison.seeds) <= FEW_SEEDS
+
+    @cached_property
+    def noise(self) -> tuple[float, int]:
+        """Of a difference at one seed, from all rows together, and its degrees of freedom."""
+        return noise_of_all(self.scores, self.comparison.seeds)
 
     @property
     def planned(self) -> int:
@@ -93,7 +107,8 @@ class Outcome:
     @cached_property
     def differences(self) -> dict[str, Difference]:
         """Of all rows to the reference."""
-        return self._with_noise(differences(self.scores, self.comparison.reference))
+        found = differences(self.scores, self.comparison.reference)
+        return self._tested(found, self.noise)
 
     @cached_property
     def corrected(self) -> dict[str, float]:
@@ -108,11 +123,13 @@ class Outcome:
     @cached_property
     def shifted_differences(self) -> dict[str, dict[str, Difference]]:
         """Their differences to the reference, by shift and row."""
-        reference = self.comparison.reference
-        return {
-            shift: self._with_noise(differences(scores, reference))
-            for shift, scores in self.shifted.items()
-        }
+        found = {}
+        for shift, scores in shifted_scores(self.comparison, self._whole).items():
+            noise = noise_of_all(scores, self.comparison.seeds)
+            each = self._tested(differences(scores, self.comparison.reference), noise)
+            if shift in self.shifted:
+                found[shift] = {row: each[row] for row in self.rows if row in each}
+        return found
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
         """The differences to a control of the rows that it is there for, and their corrected p.
@@ -122,9 +139,8 @@ class Outcome:
         """
         rows = challengers(self.comparison, control)
         base = self.scores.get(control, {})
-        found = self._with_noise(
-            {row: paired_difference(self.scores[row], base) for row in rows if row in self.scores}
-        )
+        found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
+        found = self._tested(found, self.noise)
         return found, self._corrected(found, len(rows))
 
     def finished(self, difference: Difference) -> bool:
@@ -135,8 +151,13 @@ class Outcome:
         """
         return difference.pairs == len(self.comparison.seeds)
 
-    def _with_noise(self, found: dict[str, Difference]) -> dict[str, Difference]:
-        return with_noise_of_all(found) if self.screens else found
+    def _tested(
+        self, found: dict[str, Difference], noise: tuple[float, int]
+    ) -> dict[str, Difference]:
+        """With the noise of all rows, if each has so few seeds that its own is not known."""
+        if not self.screens:
+            return found
+        return {row: with_noise(each, *noise) for row, each in found.items()}
 
     def _corrected(self, found: dict[str, Difference], planned: int) -> dict[str, float]:
         # an early p may be small by chance, and then the finished rows would get smaller factors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import cells
 from .outcome import Outcome
-from .statistics import LEVEL, Difference, detectable, pairs_needed
+from .statistics import FEW_SEEDS, LEVEL, Difference, detectable, pairs_needed
 
 
 def sentences(outcome: Outcome) -> list[str]:
@@ -47,12 +47,12 @@ def verdict(
         return f'{row} and {reference} have {pairs} seeds in common: nothing can be said of them.'
     if pairs < seeds:
         return _unfinished(f'{row} and {reference}', difference, seeds)
-    if difference.std == 0:
-        return _exactly(f'{row} and {reference}', difference)
+    if said := _without_noise(f'{row} and {reference}', difference):
+        return said
     interval = f'{d:+.2f}, 95 % interval {cells.ends(difference)}'
     if corrected_p < LEVEL:
         return (
-            f'{row} {_told(difference)} {reference} at this budget: {interval}, '
+            f'{row} {_told(difference, seeds)} {reference} at this budget: {interval}, '
             f'p = {corrected_p:.2g} after correction, {pairs} seeds.'
         )
     level = LEVEL / comparisons
@@ -63,16 +63,16 @@ def verdict(
         # at 80 % power what was seen would have been significant: more are needed than there are
         more = f'about {needed - pairs} more would tell one of {abs(d):.2f}'
     least = detectable(difference.noise, pairs, level, difference.freedom)
-    by = ', by the noise of all rows,' if difference.by_noise_of_all else ''
+    by = ', by the noise of all rows,' if seeds <= FEW_SEEDS else ''
     return (
         f'{row} and {reference} cannot be told apart at this budget ({interval}): {pairs} seeds'
         f'{by} tell a difference of {least:.2f}, {more}.'
     )
 
 
-def _told(difference: Difference) -> str:
+def _told(difference: Difference, seeds: int) -> str:
     more = difference.mean > 0
-    if difference.by_noise_of_all:  # which is worth more seeds, and no verdict yet
+    if seeds <= FEW_SEEDS:  # which is worth more seeds, and no verdict yet
         return 'stands out above' if more else 'stands out below'
     return 'is better than' if more else 'is worse than'
 
@@ -84,9 +84,18 @@ def _unfinished(pair: str, difference: Difference, seeds: int) -> str:
     )
 
 
-def _exactly(pair: str, difference: Difference) -> str:
-    pairs = difference.pairs
-    return f'{pair} differ by exactly {difference.mean:+.2f} at each of {pairs} seeds.'
+def _without_noise(pair: str, difference: Difference) -> str | None:
+    """What is said instead of a verdict where the noise is not known."""
+    pairs, mean = difference.pairs, f'{difference.mean:+.2f}'
+    if difference.noise == 0:  # of which there is no p
+        return f'{pair} differ by exactly {mean} at each of {pairs} seeds.'
+    if difference.freedom < FEW_SEEDS:
+        ends = cells.ends(difference)
+        return (
+            f'{pair} differ by {mean} over {pairs} seeds (95 % interval {ends}), and no other row '
+            'tells their noise: no verdict.'
+        )
+    return None
 
 
 def _against_control(outcome: Outcome, control: str) -> list[str]:
@@ -99,8 +108,8 @@ def _against_control(outcome: Outcome, control: str) -> list[str]:
         pair = f'{row} and the control {control}'
         if not outcome.finished(difference):
             said.append(_unfinished(pair, difference, seeds))
-        elif difference.std == 0:  # of which there is no p
-            said.append(_exactly(pair, difference))
+        elif instead := _without_noise(pair, difference):
+            said.append(instead)
         elif not (corrected[row] < LEVEL and difference.mean > 0):
             said.append(
                 f'{row} does not beat the control {control}: {difference.mean:+.2f}, 95 % interval '

@@ -15,6 +15,7 @@ from scipy import optimize, stats
 
 LEVEL = 0.05
 POWER = 0.8
+FEW_SEEDS = 2  # of which a row alone says next to nothing of its noise
 _MOST_PAIRS = 1000
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 
@@ -38,8 +39,8 @@ class Difference:
         std: Of the differences, with one degree of freedom less; nan below two pairs.
         low: Lower end of the 95 % confidence interval of the mean; nan below two pairs.
         high: Its upper end.
-        p: Of the two-sided paired t-test; nan where it is not defined, because there are less than
-            two pairs or all differences are equal.
+        p: Of the two-sided paired t-test, or of that with the noise of all rows; nan where it is
+            not defined, because there are less than two pairs or all differences are equal.
         noise: The standard deviation that interval and p are computed with: `std`, or that of
             several rows together.
         freedom: Its degrees of freedom.
@@ -58,11 +59,6 @@ class Difference:
     def pairs(self) -> int:
         """How many seeds both have."""
         return len(self.each)
-
-    @property
-    def by_noise_of_all(self) -> bool:
-        """Whether the noise that it is tested with is not its own alone."""
-        return self.freedom > self.pairs - 1
 
 
 def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
@@ -100,34 +96,41 @@ def differences(scores: Scores, reference: str) -> dict[str, Difference]:
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
 
 
-def with_noise_of_all(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The same differences, tested with the noise of all rows and the reference together.
+def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
+    """How much two rows differ at a seed by chance, from all rows together.
 
-    Two pairs alone say next to nothing of their noise: most hide any effect behind an interval of
-    ten points, and some agree by chance. The noise is what is left of scores when each row and each
-    seed has a mean of its own, which is the t-test of the analysis of variance, by row and seed,
-    for planned comparisons. It takes all rows for equally noisy.
+    It is what is left of scores when each row and each seed has a mean of its own, as in the
+    analysis of variance by row and seed, and takes all rows for equally noisy and equally unlike.
 
     Args:
-        found: Differences of rows to one reference, over the same seeds or less. One that is the
-            same at all seeds, or has less than two pairs, stays, and says nothing of the noise.
+        scores: Of all rows. One that lacks a seed does not count, and what is equal at all seeds is
+            one run under several names, and counts once.
+        seeds: Of the comparison.
+
+    Returns:
+        The standard deviation of a difference of two rows, and its degrees of freedom; nan and 0
+        below two rows.
     """
-    known = {row: each for row, each in found.items() if each.std > 0}
-    if not known:
-        return dict(found)
-    seeds = max((each.each.keys() for each in known.values()), key=len)
-    rows = [[each.each[seed] for seed in seeds] for each in known.values()]
-    left = np.array([[0.0] * len(seeds), *rows])  # less the reference, which takes out each seed
+    whole = [[row[seed] for seed in seeds] for row in scores.values() if row.keys() >= set(seeds)]
+    left = np.array(list(dict.fromkeys(map(tuple, whole))))
+    if len(left) < 2:
+        return math.nan, 0
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
-    freedom = len(rows) * (len(seeds) - 1)
-    noise = math.sqrt(2 * (left**2).sum() / freedom)  # of two rows
-    return {
-        row: _tested(each, noise, freedom) if row in known else each for row, each in found.items()
-    }
+    freedom = (len(left) - 1) * (len(seeds) - 1)
+    return math.sqrt(2 * (left**2).sum() / freedom), freedom
 
 
-def _tested(found: Difference, noise: float, freedom: int) -> Difference:
+def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
+    """The same difference with another interval and p: for planned comparisons of two rows.
+
+    Args:
+        found: One without two pairs stays, as one of the same run under two names does.
+        noise: As `noise_of_all`.
+        freedom: Its degrees of freedom; at 0 nothing is known, and the difference stays.
+    """
+    if not freedom or found.pairs < 2 or not any(found.each.values()):
+        return found
     spread = stats.t(freedom, found.mean, noise / math.sqrt(found.pairs))
     low, high = map(float, spread.interval(1 - LEVEL))
     p = 2 * float(min(spread.cdf(0), spread.sf(0)))

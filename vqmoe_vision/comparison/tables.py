@@ -39,7 +39,7 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
         for row, contents in by_row.items()
     ]
     frame = pd.DataFrame(lines, index=rows)
-    for field in ('pairs', 'mean', 'low', 'high', 'p', 'std'):
+    for field in ('pairs', 'mean', 'low', 'high', 'p', 'std', 'noise', 'freedom'):
         name = {'mean': 'difference', 'std': 'difference_std'}.get(field, field)
         frame[name] = [getattr(differences.get(row), field, math.nan) for row in rows]
     frame['p_holm'] = [outcome.corrected.get(row, math.nan) for row in rows]
@@ -166,13 +166,13 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
 
 
 def _test(outcome: Outcome) -> str:
-    shared = [each for each in outcome.differences.values() if each.by_noise_of_all]
-    if not shared:
+    noise, freedom = outcome.noise
+    if not outcome.screens or not freedom:
         return 'the paired t-test'
-    noise, freedom = shared[0].noise, shared[0].freedom
+    degrees = 'degree' if freedom == 1 else 'degrees'
     return (
-        f'a t-test with the noise of all rows together ({noise:.2f} a pair, {freedom} degrees of '
-        'freedom), because so few seeds do not tell that of one row,'
+        f'a t-test with the noise of all rows that are finished ({noise:.2f} a pair, {freedom} '
+        f'{degrees} of freedom), because so few seeds do not tell that of one row,'
     )
 
 
