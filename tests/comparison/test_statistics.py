@@ -96,8 +96,9 @@ def test_noise_of_all_rows_by_hand() -> None:
 def test_rows_that_lack_a_seed_or_repeat_another_tell_no_noise() -> None:
     more = {'early': {1: 99.0}, 'twin of b': SCREENED['b'], 'other': {1: 0.0, 3: 7.0}}
     assert noise_of_all({**SCREENED, **more}, [1, 2]) == noise_of_all(SCREENED, [1, 2])
-    noise, freedom = noise_of_all(more, [1, 2])
-    assert math.isnan(noise) and freedom == 0
+    for scores, seeds in ((more, [1, 2]), (SCREENED, [1]), ({}, [1, 2])):
+        noise, freedom = noise_of_all(scores, seeds)
+        assert math.isnan(noise) and freedom == 0
 
 
 def test_noise_of_two_rows_is_that_of_their_difference() -> None:

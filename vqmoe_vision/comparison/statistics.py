@@ -109,15 +109,15 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
 
     Returns:
         The standard deviation of a difference of two rows, and its degrees of freedom; nan and 0
-        below two rows.
+        below two rows or two seeds.
     """
     whole = [[row[seed] for seed in seeds] for row in scores.values() if row.keys() >= set(seeds)]
     left = np.array(list(dict.fromkeys(map(tuple, whole))))
-    if len(left) < 2:
+    freedom = (len(left) - 1) * (len(seeds) - 1)
+    if freedom < 1:
         return math.nan, 0
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
-    freedom = (len(left) - 1) * (len(seeds) - 1)
     return math.sqrt(2 * (left**2).sum() / freedom), freedom
 
 
