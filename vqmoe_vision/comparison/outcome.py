@@ -75,7 +75,7 @@ class Outcome:
     def screens(self) -> bool:
         """Whether there are so few seeds that all rows together tell the noise of each.
 
-        Most intervals of two seeds alone are ten points wide, and some rows agree by chance.
+        By chance alone the interval of two seeds can be twenty points wide, or next to nothing.
         """
         return len(self.comparison.seeds) <= FEW_SEEDS
 
