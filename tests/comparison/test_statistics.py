@@ -122,6 +122,13 @@ def test_differences_that_agree_by_chance_have_the_noise_of_others() -> None:
     assert with_noise(found, math.nan, 0) is found
 
 
+def test_rows_that_all_agree_have_no_noise() -> None:
+    scores = {'a': {1: 0.3, 2: 0.7}, 'b': {1: 0.1, 2: 0.5}}  # 0.2 but for rounding
+    assert noise_of_all(scores, [1, 2]) == (0, 1)
+    found = differences(scores, 'b')['a']
+    assert with_noise(found, 0.0, 1) is found and found.low == found.high
+
+
 def test_more_degrees_of_freedom_detect_less() -> None:
     assert detectable(1.0, 2, 0.05, 1) == detectable(1.0, 2)
     # normal: (1.96 + 0.84) / sqrt(2) = 1.98

@@ -17,6 +17,7 @@ LEVEL = 0.05
 POWER = 0.8
 FEW_SEEDS = 2  # of which a row alone says next to nothing of its noise
 _MOST_PAIRS = 1000
+_ROUNDING = 1e-12  # of scores: what is left of differences that are equal
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 
 
@@ -77,7 +78,7 @@ def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) 
         return Difference(each, mean, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
     std = float(differences.std(ddof=1))
     # scipy divides by it; rounding leaves a little of differences that are equal
-    if std <= 1e-12 * max(abs(a).max(), abs(b).max()):
+    if std <= _ROUNDING * max(abs(a).max(), abs(b).max()):
         return Difference(each, mean, 0.0, mean, mean, math.nan, 0.0, len(seeds) - 1)
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(1 - LEVEL)
@@ -109,7 +110,7 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
 
     Returns:
         The standard deviation of a difference of two rows, and its degrees of freedom; nan and 0
-        below two rows or two seeds.
+        below two rows or two seeds; 0 where all differences are equal but for rounding.
     """
     whole = [[row[seed] for seed in seeds] for row in scores.values() if row.keys() >= set(seeds)]
     left = np.array(list(dict.fromkeys(map(tuple, whole))))
@@ -118,7 +119,8 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
         return math.nan, 0
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
-    return math.sqrt(2 * (left**2).sum() / freedom), freedom
+    noise = math.sqrt(2 * (left**2).sum() / freedom)
+    return (0.0 if noise <= _ROUNDING * np.abs(whole).max() else noise), freedom
 
 
 def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
@@ -126,10 +128,10 @@ def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
 
     Args:
         found: One without two pairs stays, as one of the same run under two names does.
-        noise: As `noise_of_all`.
+        noise: As `noise_of_all`; at 0 the difference stays, as there is nothing to test with.
         freedom: Its degrees of freedom; at 0 nothing is known, and the difference stays.
     """
-    if not freedom or found.pairs < 2 or not any(found.each.values()):
+    if not freedom or not noise or found.pairs < 2 or not any(found.each.values()):
         return found
     spread = stats.t(freedom, found.mean, noise / math.sqrt(found.pairs))
     low, high = map(float, spread.interval(1 - LEVEL))
