@@ -14,6 +14,7 @@ from .spec import Comparison
 from .statistics import (
     FEW_SEEDS,
     Difference,
+    Scores,
     differences,
     holm,
     noise_of_all,
@@ -108,7 +109,7 @@ class Outcome:
     def differences(self) -> dict[str, Difference]:
         """Of all rows to the reference."""
         found = differences(self.scores, self.comparison.reference)
-        return self._tested(found, self.noise)
+        return self._tested(found, self.scores)
 
     @cached_property
     def corrected(self) -> dict[str, float]:
@@ -123,12 +124,11 @@ class Outcome:
     @cached_property
     def shifted_differences(self) -> dict[str, dict[str, Difference]]:
         """Their differences to the reference, by shift and row."""
-        found = {}
-        for shift, scores in shifted_scores(self.comparison, self._whole).items():
-            noise = noise_of_all(scores, self.comparison.seeds)
-            each = self._tested(differences(scores, self.comparison.reference), noise)
-            if shift in self.shifted:
-                found[shift] = {row: each[row] for row in self.rows if row in each}
+        whole, found = shifted_scores(self.comparison, self._whole), {}
+        for shift in self.shifted:
+            each = differences(whole[shift], self.comparison.reference)
+            each = self._tested(each, whole[shift])
+            found[shift] = {row: each[row] for row in self.rows if row in each}
         return found
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
@@ -140,7 +140,7 @@ class Outcome:
         rows = challengers(self.comparison, control)
         base = self.scores.get(control, {})
         found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
-        found = self._tested(found, self.noise)
+        found = self._tested(found, self.scores)
         return found, self._corrected(found, len(rows))
 
     def finished(self, difference: Difference) -> bool:
@@ -151,12 +151,11 @@ class Outcome:
         """
         return difference.pairs == len(self.comparison.seeds)
 
-    def _tested(
-        self, found: dict[str, Difference], noise: tuple[float, int]
-    ) -> dict[str, Difference]:
+    def _tested(self, found: dict[str, Difference], scores: Scores) -> dict[str, Difference]:
         """With the noise of all rows, if each has so few seeds that its own is not known."""
         if not self.screens:
             return found
+        noise = noise_of_all(scores, self.comparison.seeds)
         return {row: with_noise(each, *noise) for row, each in found.items()}
 
     def _corrected(self, found: dict[str, Difference], planned: int) -> dict[str, float]:

@@ -89,7 +89,7 @@ def _without_noise(pair: str, difference: Difference) -> str | None:
     pairs, mean = difference.pairs, f'{difference.mean:+.2f}'
     if difference.noise == 0:  # of which there is no p
         return f'{pair} differ by exactly {mean} at each of {pairs} seeds.'
-    if difference.freedom < FEW_SEEDS:
+    if difference.freedom == 1:
         ends = cells.ends(difference)
         return (
             f'{pair} differ by {mean} over {pairs} seeds (95 % interval {ends}), and no other row '

@@ -1,6 +1,5 @@
 """mmengine's hooks for averages and for early stopping, whose options are checked in words."""
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -89,7 +88,7 @@ class CheckedEarlyStoppingHook(EarlyStoppingHook):
     def __init__(self, monitor: str | None = None, **options: Any) -> None:
         allowed = "a metric of the validation, such as 'accuracy/top1' or 'mIoU'"
         check(isinstance(monitor, str), f'{_OF_STOPPING}.monitor', monitor, allowed)
-        _check_names(_OF_STOPPING, options, inspect.signature(EarlyStoppingHook).parameters)
+        _check_names(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
         super().__init__(monitor, **options)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
