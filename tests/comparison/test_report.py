@@ -389,6 +389,19 @@ def test_curves_are_means_with_bands(fill) -> None:
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
 
 
+def test_a_curve_counts_once_where_it_has_a_point_twice(fill) -> None:
+    """As a run has that was resumed before saves said what was validated."""
+    comparison = read_comparison(fill(SCORES))
+    runs = [Run(comparison, row, seed, Path('work')) for row, seed in comparison.selected()]
+    usable = Store(ROWS).read(runs).usable
+    curve = usable['better', comparison.seeds[0]]['held_out']
+    curve.insert(0, list(curve[0]))
+    figure = plot_curves(comparison, usable)
+    panels = [{n.get_label(): n.get_ydata().tolist() for n in a.get_lines()} for a in figure.axes]
+    # of seeds with 5.5, 11 and 16.5 at first, where dense has 5, 10 and 15
+    assert [panel['better (3)'][0] for panel in panels[1:]] == [11.0, 1.0, 11.0]
+
+
 def test_curves_without_a_validation_at_the_iterations_of_the_reference(fill) -> None:
     """Such as those of another batch size, which have no difference to draw."""
     other = {'held_out': [[3, {'mIoU': 1.0}], [4, {'mIoU': 2.0}]]}

@@ -99,6 +99,8 @@ REPRESENTATIVES = {
     f'{CIFAR_10}/budget/_base_': (f'{CIFAR_10}_budget', ''),
     'segmentation/camvid/_base_': ('segmentation/camvid', ''),
     f'{ADE}/original_schedule/_base_': (f'{ADE}/segmenter_original_ade20k', ''),
+    'classification/digits/demo/_base_': (DEMO, ''),
+    'segmentation/digit_scenes/_base_': (SCENES, ''),
 }
 
 

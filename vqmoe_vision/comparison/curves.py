@@ -163,7 +163,8 @@ def _mean(curves: Iterable[Curve]) -> tuple[list[float], np.ndarray, np.ndarray,
     """Iterations, mean and deviation at each, and how many curves reach the last."""
     points: dict[float, list[float]] = {}
     for curve in curves:
-        for step, value in curve:
+        # once: runs that were resumed before saves said what was validated have a point twice
+        for step, value in {step: value for step, value in curve}.items():
             points.setdefault(step, []).append(value)
     steps = sorted(points)
     mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])

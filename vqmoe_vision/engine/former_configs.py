@@ -25,7 +25,7 @@ _READING = rf'(?P<reading>{"|".join(_READINGS)})'
 _ADE = 'segmentation/ade20k'
 _IMAGENET = 'classification/imagenet'
 _DEMO = 'classification/digits/demo'
-_SCENES = 'segmentation/digit_scenes/segmenter'
+_SCENES = 'segmentation/digit_scenes'
 # By names of before: the config that replaces them, and the model that it has without options.
 _TABLE = {
     rf'{_DATA}/(segmenter_)?{_NAME}_(?P=data)': ('{task}/{data}', 'tiny_vqmoe'),
@@ -38,7 +38,10 @@ _TABLE = {
         '{size}_dense',
     ),
     rf'{_DEMO}/{_NAME}_demo': (f'{_DEMO}/vit_tiny_vqmoe_demo', 'tiny_vqmoe'),
-    rf'{_SCENES}_{_NAME}_digit_scenes': (f'{_SCENES}_vit_tiny_vqmoe_digit_scenes', 'tiny_vqmoe'),
+    rf'{_SCENES}/segmenter_{_NAME}_digit_scenes': (
+        f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes',
+        'tiny_vqmoe',
+    ),
     rf'{_ADE}/segmenter_linear_{_NAME}_ade20k': (f'{_ADE}/segmenter_linear_ade20k', 'small_vqmoe'),
     rf'{_ADE}/upernet_{_NAME}_ade20k': (f'{_ADE}/upernet_ade20k', 'base_vqmoe'),
     rf'{_ADE}/original_schedule/segmenter_{_NAME}_ade20k_original': (
@@ -54,6 +57,8 @@ _TABLE = {
     rf'{_ADE}/original_schedule/_base_': (f'{_ADE}/segmenter_original_ade20k', ''),
     rf'{_DATA}/budget/_base_': ('{task}/{data}_budget', ''),
     rf'{_DATA}/_base_': ('{task}/{data}', ''),
+    rf'{_DEMO}/_base_': (f'{_DEMO}/vit_tiny_vqmoe_demo', ''),
+    rf'{_SCENES}/_base_': (f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes', ''),
 }
 
 

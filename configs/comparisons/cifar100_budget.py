@@ -1,0 +1,28 @@
+# Six epochs of CIFAR-100, as cifar10_budget: whether what it says holds for other classes.
+config = 'configs/classification/cifar10_budget.py'
+metric = 'accuracy/top1'
+also = ['accuracy/top5']
+reference = 'dense_wide'
+seeds = [1, 2, 3, 4, 5]
+controls = ['smoe_frozen', 'hashmoe']
+rows = dict(
+    dense='dense',
+    dense_wide='dense_wide',
+    smoe='smoe',
+    vqmoe='vqmoe',
+    smoe_frozen='smoe_frozen',
+    hashmoe='hashmoe',
+)
+options = [
+    'model.num_classes=100',
+    *(
+        f'{split}_dataloader.dataset.{field}'
+        for split in ('train', 'val', 'test')
+        for field in (
+            'type=cifar100',
+            'data_root=data/cifar100',
+            'transform.mean="(0.5071, 0.4865, 0.4409)"',
+            'transform.std="(0.2673, 0.2564, 0.2762)"',
+        )
+    ),
+]
