@@ -30,13 +30,20 @@ def gradients_of(model: nn.Module, batches: list[Tensor]) -> list[Tensor | None]
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
+def in_blocks(model: nn.Module) -> nn.Module:
+    model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))
+    return model
+
+
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('passes', [1, 2])
-def test_gradients_are_the_same_or_refused(make_tiny: Callable, method: str, passes: int) -> None:
+@pytest.mark.parametrize('checkpointed', [in_blocks, Checkpointed])
+def test_gradients_are_the_same_or_refused(
+    make_tiny: Callable, method: str, passes: int, checkpointed: Callable
+) -> None:
     batches = [torch.randn(4, 3, 32, 32) for _ in range(passes)]
     plain = make_tiny(method, depth=2).train()
-    own = copy.deepcopy(plain)
-    own.blocks = nn.Sequential(*map(Checkpointed, own.blocks))
+    own = checkpointed(copy.deepcopy(plain))
     if passes == 2 and METHODS[method].read_patches is not None:
         with pytest.raises(RuntimeError, match=r'use model\.set_grad_checkpointing\(\)'):
             gradients_of(own, batches)

@@ -5,6 +5,7 @@ Legend: B images, L patches, F raw features of a patch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .repeated import in_recomputation
+
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -20,23 +23,58 @@ class RawPatches:
     """Raw patches of the images that a model is looking at, handed from its stem to its layers.
 
     Holds plain data, never a graph: a decision by the raw image must not depend on anything learned
-    before it. Copies and pickles of a model start empty.
+    before it. Copies and pickles of a model start empty. Threads that use one model at a time see
+    their own images each, but for a stem that is compiled: its graph cannot tell threads apart.
 
     Args:
         read: Makes them of images (B, channels, height, width) and the grid of patches (rows,
             columns).
 
     Attributes:
-        value: (B, L, F), or what else a method makes of B images; None before the first pass.
         shown: How many batches of images were shown, but for those of a compiled stem.
-        restored: Whether `value` is, now, that of the pass which gradient checkpointing repeats.
     """
 
     def __init__(self, read: ReadPatches | None = None) -> None:
         self.read = read
-        self.value: Tensor | None = None
         self.shown = 0
-        self.restored = False
+        self._of_thread = _OfThread()
+        # autograd has threads of its own, which repeat layers and show nothing
+        self._last: Tensor | None = None
+        self._of_graph: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor | None:
+        """(B, L, F), or what else a method makes of B images; None before the first pass."""
+        if self._of_graph is not None:
+            return self._of_graph
+        own = None if torch.compiler.is_compiling() else self._of_thread.value
+        return self._last if own is None else own
+
+    @value.setter
+    def value(self, value: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._of_graph = value
+        else:
+            self._of_thread.value = self._last = value
+            self._of_graph = None
+
+    def current(self) -> Tensor:
+        """The `value` of a pass that is under way.
+
+        Raises:
+            RuntimeError: No stem has shown images.
+        """
+        if self.value is None:
+            raise RuntimeError(
+                'a layer that decides by the raw image was shown none: that does the stem of the '
+                'model which the layer was built in, so copy and use that model as a whole'
+            )
+        return self.value
+
+    @property
+    def restored(self) -> bool:
+        """Whether `value` is, now, that of the pass which gradient checkpointing repeats."""
+        return self._of_thread.restored
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
         """Read the patches of the images that the model looks at now.
@@ -46,7 +84,10 @@ class RawPatches:
             grid_size: Rows and columns of patches.
         """
         assert self.read is not None
-        self.value = self.read(images, grid_size)
+        value = self.read(images, grid_size)
+        if in_recomputation() and _equal(value, self.value):
+            return  # whoever checkpoints a whole model repeats its stem too
+        self.value = value
         if not torch.compiler.is_compiling():  # or every number would be compiled for
             self.shown += 1
 
@@ -57,14 +98,34 @@ class RawPatches:
         Args:
             value: The `value` of that pass.
         """
-        self.value, self.restored = value, True
+        now = self._of_thread
+        before, now.value, now.restored = now.value, value, True
         try:
             yield
         finally:
-            self.restored = False
+            now.value, now.restored = before, False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {'read': self.read, 'value': None, 'shown': 0, 'restored': False}
+        return {'read': self.read}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RawPatches.__init__(self, state['read'])
+
+
+class _OfThread(threading.local):
+    """What a thread of a program sees.
+
+    Attributes:
+        value: As `RawPatches.value`, None if this thread has shown no images.
+        restored: As `RawPatches.restored`.
+    """
+
+    value: Tensor | None = None
+    restored = False
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .host import RawPatches
 from .joint_losses import Loss
+
+if TYPE_CHECKING:
+    from .host import RawPatches
 
 _REENTRANT = (
     'gradient checkpointing with use_reentrant=True loses the auxiliary losses of MoE layers: use '

@@ -337,7 +337,7 @@ def test_prefix_tokens_come_first_and_are_learned():
 
 def test_without_raw_patches_routing_is_refused():
     router = StableRouter(D, StableMoEConfig(num_experts=E), Host(4, in_chans=1))
-    with pytest.raises(AssertionError, match='raw patches'):
+    with pytest.raises(RuntimeError, match=r'was shown none: .* as a whole'):
         router(torch.randn(3, D))
 
 

@@ -180,8 +180,7 @@ class ClusterRouter(Router):
 
     def forward(self, x: Tensor) -> Routing:
         """Route images (B, N, D) in float32."""
-        clusters = self.raw_patches.value
-        assert clusters is not None, 'the stem reads the images before any block runs'
+        clusters = self.raw_patches.current()
         num_tokens, config = x.shape[1], self.config
         with full_precision(x):
             embedded = self.cluster_embed.index_select(0, clusters).float()

@@ -147,8 +147,7 @@ class StableRouter(TopKRouter):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32 by the learned or the distilled router."""
-        patches = self.raw_patches.value
-        assert patches is not None, 'the stem reads the raw patches before any block runs'
+        patches = self.raw_patches.current()
         k = self.config.top_k
         with full_precision(x):
             scores = F.linear(x.float(), self.expert_embed.float())
