@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,25 @@ def accumulated(model: nn.Module, batches: list[Tensor]) -> dict[str, object]:
         'losses': collected.losses,
         'stats': collected.stats,
     }
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_dtype_is_that_of_a_model_that_was_cast(tiny, default_dtype: torch.dtype) -> None:
+    model, images = tiny(), torch.randn(4, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    found = accumulated(model, [images])
+    torch.set_default_dtype(torch.float32)
+    cast = tiny().to(default_dtype)
+    cast.load_state_dict(before)
+    expected = accumulated(cast, [images])
+    for name in ('loss', 'gradients', 'losses'):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,17 @@ def test_copies_are_watched_too(duplicate) -> None:
         optimizer.step()
 
 
+def test_the_experts_of_one_model_do_not_teach_those_of_another() -> None:
+    models = nn.ModuleList([StackedLinear(E, IN, OUT) for _ in range(2)])
+    optimizer = make(models, 'lamb')
+    for parameter in models.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    per_expert(optimizer, models[0])
+    with pytest.raises(ValueError, match='Lamb'):
+        optimizer.step()
+    per_expert(optimizer, models[1]).step()
+
+
 def test_dense_models_are_left_alone() -> None:
     model = nn.Linear(IN, OUT)
     optimizer = make(model, 'lamb')

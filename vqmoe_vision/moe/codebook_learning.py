@@ -88,7 +88,8 @@ class GradientCodebook(Codebook):
     def _create(self) -> None:
         super()._create()
         device = self.factory['device']
-        self.register_buffer('usage', torch.empty(self.num_codes, device=device))
+        usage = torch.empty(self.num_codes, device=device, dtype=torch.float32)
+        self.register_buffer('usage', usage)
         self.register_buffer('started', torch.empty((), dtype=torch.bool, device=device))
         self.register_buffer('updates', torch.empty((), dtype=torch.int64, device=device))
 

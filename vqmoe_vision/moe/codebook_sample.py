@@ -68,7 +68,7 @@ def code_shares(sample: Tensor, codes: Tensor, usable: Tensor) -> Tensor:
         codes: (M, D) float32.
         usable: (S,) bool, which rows count.
     """
-    counts = torch.zeros(len(codes), device=codes.device)
+    counts = torch.zeros(len(codes), device=codes.device, dtype=torch.float32)
     counts = counts.index_add(0, nearest_code(sample, codes), usable.float())
     return counts.clamp(min=1) / usable.sum().clamp(min=1)
 

@@ -115,8 +115,9 @@ def code_usage(
     x = x.masked_fill(~usable[:, None], 0)
     if cosine:
         x = F.normalize(x, dim=1, eps=NORM_EPS)
-    counts = torch.zeros(num_codes, device=x.device).index_add(0, indices, usable.float())
-    sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add(0, indices, x)
+    counts = torch.zeros(num_codes, device=x.device, dtype=torch.float32)
+    counts = counts.index_add(0, indices, usable.float())
+    sums = x.new_zeros(num_codes, x.shape[1]).index_add(0, indices, x)
     rows = joint_rows(x.shape[0], tokens_per_sample, x.device)
     draws = _random_draws(rows, updates, pass_number).masked_fill(~usable, SPOILT)
     return CodeUsage(counts, sums, *_smallest(draws, x), num_passes=int(x.shape[0] > 0))

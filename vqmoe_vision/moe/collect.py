@@ -107,7 +107,8 @@ class Collected:
         losses = list(self.losses.values())
         if losses:
             return torch.stack(losses).sum()
-        return torch.zeros((), device=None if self._like is None else self._like.device)
+        device = None if self._like is None else self._like.device
+        return torch.zeros((), device=device, dtype=torch.float32)
 
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `statistics.summarize`."""

@@ -271,7 +271,7 @@ class RoutedMlp(MoeLayer):
         if routing.kept is not None:
             stats['unrouted'] = 1 - token_mean(routing.kept.any(dim=-1).float())
         if routing.tokens is not None:
-            served = torch.zeros(num_tokens, device=routing.tokens.device)
+            served = torch.zeros(num_tokens, device=routing.tokens.device, dtype=torch.float32)
             served[routing.tokens] = 1
             stats['unrouted'] = 1 - token_mean(served)
         return {**stats, **routing.stats}

@@ -73,7 +73,7 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     Args:
         optimizer: Any optimizer over parameters of `model`; it is changed in place. Teach it before
             its state is loaded, a copy of it anew, and the one inside timm's `Lookahead`.
-        model: Holds the experts.
+        model: Holds the experts; those of other models stay refused.
 
     Returns:
         The same optimizer.
@@ -143,11 +143,12 @@ class _ExpertViews:
 
 def _refuse(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     """Stop an optimizer that would mix the experts, before its first step."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    taught = any(isinstance(getattr(hook, '__self__', None), _ExpertViews) for hook in hooks)
-    if taught or not mixes_experts(optimizer):
+    if not mixes_experts(optimizer):
         return
-    stacked = {p for module in _stacked_modules for p in module.parameters(False)}
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    views = [getattr(hook, '__self__', None) for hook in hooks]
+    taught = {p for each in views if isinstance(each, _ExpertViews) for p in each.views}
+    stacked = {p for module in _stacked_modules for p in module.parameters(False)} - taught
     if any(p in stacked for group in optimizer.param_groups for p in group['params']):
         raise ValueError(
             f'optimizer={type(optimizer).__name__} is not possible as it is: it would update all '

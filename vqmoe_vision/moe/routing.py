@@ -129,7 +129,7 @@ def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -
     """
     flat = indices.reshape(-1)
     ones = torch.ones_like(flat, dtype=torch.float32) if kept is None else kept.reshape(-1).float()
-    counts = torch.zeros(num_experts, device=flat.device).scatter_add(0, flat, ones)
+    counts = ones.new_zeros(num_experts).scatter_add(0, flat, ones)
     return counts / (max(flat.numel(), 1) if kept is None else counts.sum().clamp(min=1))
 
 
@@ -160,7 +160,7 @@ def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
         gain: Length of a row; 0.1 as StableMoE's code.
     """
     if weight.device.type != 'meta':
-        rows = nn.init.orthogonal_(torch.empty(weight.shape), gain=gain)
+        rows = nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), gain=gain)
         with torch.no_grad():
             weight.copy_(rows)
 
