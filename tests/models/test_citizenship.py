@@ -101,6 +101,15 @@ def test_set_input_size(tiny, kwargs: dict, size: tuple, grid: tuple) -> None:
     assert str(model)
 
 
+def test_a_size_that_would_lose_pixels_is_refused_before_anything_changes(tiny) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match=r'img_size=\(32, 33\) is not possible: .*patch_size=8x8'):
+        model.set_input_size((32, 33))
+    with pytest.raises(ValueError, match=r'img_size=\(32, 32\) is not possible: .*patch_size=5x5'):
+        model.set_input_size(patch_size=5)
+    assert model.patch_embed.grid_size == (4, 4)
+
+
 def test_a_dynamic_model_equals_one_set_to_the_size(tiny) -> None:
     dynamic = tiny(dynamic_img_size=True).eval()
     fixed = copy.deepcopy(dynamic)

@@ -154,6 +154,12 @@ AGAIN = {
 }
 
 
+def test_batches_of_something_else_than_images_are_refused(images: Tensor) -> None:
+    for batch in ([images, torch.arange(len(images))], images[0], None):
+        with pytest.raises(ValueError, match=r'batches=.* is not possible: images alone'):
+            fit_reader(make(METHOD, num_clusters=2), [batch])
+
+
 @pytest.mark.usefixtures('anew')
 @pytest.mark.parametrize('fitted', [True, False])
 @pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)

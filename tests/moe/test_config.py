@@ -8,7 +8,7 @@ import torch
 
 from vqmoe_vision.moe import METHODS, MoeConfig, collect_losses
 from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.config import TopKConfig
+from vqmoe_vision.moe.config import TopKConfig, check
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
 
@@ -155,3 +155,9 @@ def test_the_weight_of_a_loss_has_no_effect_where_the_loss_is_zero(
     zero = collected.losses['layer/vq'].item() == 0
     config = METHODS['vqmoe'].config
     assert (config.without_effect(vq_weight=0.5, **options) == {'vq_weight'}) == zero
+
+
+def test_a_value_is_shown_in_one_line_of_bearable_length() -> None:
+    with pytest.raises(ValueError, match='is not possible: a name') as refusal:
+        check(False, 'upcycle', {'weight': torch.zeros(100, 100)}, 'a name')
+    assert '\n' not in str(refusal.value) and len(str(refusal.value)) < 600

@@ -262,12 +262,26 @@ def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:
     size, patch = getattr(embed, 'img_size', None), getattr(embed, 'patch_size', None)
     if size is None or patch is None:
         return
-    (height, width), (rows, columns) = to_2tuple(size), to_2tuple(patch)
     padded = kwargs.get('dynamic_img_pad') and kwargs.get('dynamic_img_size')
+    check_whole_patches(kwargs.get('img_size', size), patch, bool(padded))
+
+
+def check_whole_patches(img_size: Any, patch_size: Any, padded: bool) -> None:
+    """Refuse a size whose last pixels timm would cut off.
+
+    Args:
+        img_size: Height and width, or one number for both.
+        patch_size: Likewise.
+        padded: Whether images are made larger until patches fit.
+
+    Raises:
+        ValueError: The image is no whole number of patches.
+    """
+    (height, width), (rows, columns) = to_2tuple(img_size), to_2tuple(patch_size)
     check(
-        bool(padded) or (height % rows == 0 and width % columns == 0),
+        padded or (height % rows == 0 and width % columns == 0),
         'img_size',
-        kwargs.get('img_size', size),
+        img_size,
         f'a multiple of patch_size={rows}x{columns}, or any with both '
         'dynamic_img_size=True and dynamic_img_pad=True',
     )

@@ -104,10 +104,15 @@ def fit_reader(model: nn.Module, batches: Iterable[Tensor]) -> str:
         What was found, in words.
 
     Raises:
-        ValueError: Nothing in the model has to be fitted, or there are too few images.
+        ValueError: Nothing in the model has to be fitted, there are too few images, or a batch is
+            something else.
     """
     reader = reader_of(model)
     device = reader.fitted.device
-    features = [reader.features(images.to(device)) for images in batches]
+    features = []
+    for images in batches:
+        of_images = isinstance(images, Tensor) and images.ndim == 4
+        check(of_images, 'batches', images, 'images alone, (B, channels, height, width)')
+        features.append(reader.features(images.to(device)))
     check(bool(features), 'batches', batches, 'at least one')
     return reader.fit(torch.cat(features))

@@ -21,6 +21,7 @@ from .arguments import (
     check_names,
     check_patches,
     check_vit_arguments,
+    check_whole_patches,
     named_failures,
     resolve_moe_layers,
 )
@@ -133,16 +134,26 @@ class SparseModel:
         return names
 
     @torch.jit.ignore
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
         """As timm's; layers that go by the number of tokens hear of it.
 
         Args:
-            *args: As timm's.
-            **kwargs: As timm's.
+            img_size: Height and width, or one number for both; None for those of now.
+            patch_size: Likewise.
+
+        Raises:
+            ValueError: The image is no whole number of patches.
         """
         timms: Any = super()
-        timms.set_input_size(*args, **kwargs)
         model: Any = self
+        embed = model.patch_embed
+        size, patch = img_size or embed.img_size, patch_size or embed.patch_size
+        check_whole_patches(size, patch, embed.dynamic_img_pad)
+        timms.set_input_size(img_size, patch_size)
         num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         for module in model.modules():
             if hasattr(module, 'set_num_tokens'):

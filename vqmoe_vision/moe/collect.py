@@ -26,7 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .config import check
+from .config import check, check_type
 from .joint_losses import Loss, averaged_over_ranks
 from .layer import MoeLayer
 from .statistics import summarize
@@ -190,8 +190,9 @@ def start_training(model: nn.Module, num_updates: int) -> None:
         num_updates: How often `update_state` will be called, or a block that updates be left.
 
     Raises:
-        ValueError: If `num_updates` is below 1.
+        ValueError: If `num_updates` is no whole number, or below 1.
     """
+    check_type('num_updates', int, num_updates)
     check(num_updates >= 1, 'num_updates', num_updates, 'at least 1')
     for layer in moe_layers(model).values():
         layer.start_training(num_updates)

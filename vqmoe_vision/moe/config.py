@@ -31,6 +31,8 @@ from .joint_losses import Loss, values_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LONGEST_VALUE = 500  # letters of it that a message has
+
 
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
     """Refuse a user's value in one line.
@@ -45,7 +47,10 @@ def check(valid: bool, field: str, value: object, allowed: str) -> None:
         ValueError: If `valid` is false; names the field, the value and what is allowed.
     """
     if not valid:
-        raise ValueError(f'{field}={value!r} is not possible: {allowed}')
+        shown = repr(value).replace('\n', ' ')
+        if len(shown) > LONGEST_VALUE:  # such as all weights of a model
+            shown = f'{shown[:LONGEST_VALUE]}...'
+        raise ValueError(f'{field}={shown} is not possible: {allowed}')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -187,8 +187,9 @@ def test_stage_1_is_a_tenth_of_the_training_that_is_announced(make_model):
     assert [layer.stage1_steps for layer in layers] == [5, 5]
     start_training(model, 3)
     assert [layer.stage1_steps for layer in layers] == [1, 1]
-    with pytest.raises(ValueError, match='num_updates=0 is not possible: at least 1'):
-        start_training(model, 0)
+    for updates in (0, 1.5, True, '50'):
+        with pytest.raises(ValueError, match=f'num_updates={updates!r} is not possible'):
+            start_training(model, updates)
 
 
 def test_a_fraction_of_the_users(make_model):
