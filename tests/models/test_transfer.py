@@ -8,7 +8,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from vqmoe_vision.models.state_dicts import misfit
 from vqmoe_vision.models.transfer import fit_state
 
-from .conftest import Make, make
+from .conftest import Make, make, shaken
 
 
 def model_of(method: str = 'vqmoe', **kwargs: Any) -> Any:
@@ -166,6 +166,26 @@ def test_slots_of_softmoe_are_resized(before: int, after: int) -> None:
     tokens = torch.randn(1, 16, 12)
     found, expected = (m.blocks[1].mlp(tokens) for m in (model, original))
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_weights_of_coloured_images_take_others(tiny: Make, channels: int, tmp_path: Path) -> None:
+    model, path = shaken(tiny(depth=2)), tmp_path / 'colour.pth'
+    torch.save(model.state_dict(), path)
+    numbers = (0.5,) * channels
+    overlay = dict(file=str(path), num_classes=10, mean=numbers, std=numbers)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    other = tiny(depth=2, in_chans=channels, **options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    if (
+        channels == 1
+    ):  # a sum over channels: a grey image is one in colour with three that are equal
+        images[:] = images[:, :1]
+        shown = images[:, :1]
+    else:  # red again, and all weights three quarters: so is a picture whose reds are alike
+        shown = torch.cat([images, images[:, :1]], dim=1)
+        images = 0.75 * torch.cat([2 * images[:, :1], images[:, 1:]], dim=1)
+    torch.testing.assert_close(other(shown), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_full_form_starts_the_discrete_form() -> None:

@@ -43,7 +43,7 @@ from ..host import Host, RawPatches
 from ..joint_losses import Loss
 from ..layer import RoutedMlp
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
-from ._distilled_router import DistilledRouter
+from ._distilled_router import CELLS, DistilledRouter
 from ._embedding_router import EmbeddingRouter
 
 DEFAULT_STAGE1_STEPS = 6000  # of the paper's language model, where nobody says how long training is
@@ -221,6 +221,26 @@ class StableMoEMlp(RoutedMlp):
         if self.training:
             self.router.distilled.steps += 1
         return False
+
+    def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The distilled router of images of three channels, for images of others.
+
+        As timm does it to the stem (`adapt_input_conv`): one channel has the sum of the weights,
+        and so the answer of an image that is grey in colour; more have them in turn, and scaled.
+        """
+        fitted = super().fit_state(state)
+        width, features = self.router.distilled.project.shape
+        in_chans = features // CELLS**2
+        for name in ('router.distilled.project', 'router.distilled.frozen_project'):
+            if name not in fitted or in_chans == 3 or fitted[name].shape != (width, 3 * CELLS**2):
+                continue
+            by_channel = fitted[name].view(width, 3, CELLS**2)
+            if in_chans == 1:
+                by_channel = by_channel.sum(dim=1)
+            else:
+                by_channel = by_channel[:, torch.arange(in_chans) % 3] * (3 / in_chans)
+            fitted[name] = by_channel.reshape(width, features)
+        return fitted
 
     def restart(self) -> str | None:
         """Back to the start of stage 1 with what was frozen."""
