@@ -154,6 +154,12 @@ AGAIN = {
 }
 
 
+def test_a_file_or_a_model_is_no_state() -> None:
+    for given in ('dense.pth', dense(), None):
+        with pytest.raises(ValueError, match=r'state_dict=.* is not possible: tensors by'):
+            load_features(make(METHOD, num_clusters=2), given, 'dense.pth')
+
+
 def test_batches_of_something_else_than_images_are_refused(images: Tensor) -> None:
     for batch in ([images, torch.arange(len(images))], images[0], None):
         with pytest.raises(ValueError, match=r'batches=.* is not possible: images alone'):

@@ -5,7 +5,7 @@ Everything here works on state dicts; `engine/checkpoint.py` reads the files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,10 +159,12 @@ def load_features(
         origin: As in `transfer`.
 
     Raises:
-        ValueError: The model reads no images, the state is of a model with experts, or as
+        ValueError: The model reads no images, the state is none or of a model with experts, or as
             `transfer`.
     """
     reader = reader_of(model)
+    allowed = 'tensors by their names, such as dense.state_dict()'
+    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
     network: Any = reader.network
