@@ -25,6 +25,7 @@ from .checkpoint_files import (
     remove_partial,
     write_atomically,
 )
+from .class_arguments import arguments_of, check_arguments
 from .loops import SEEN
 from .progress import VALIDATED, progress_of, validation_was_cut_off
 from .stop import StopSignals, keep_workers
@@ -48,13 +49,15 @@ class AtomicCheckpointHook(CheckpointHook):
         **options: As mmengine's, without those of another place for the files.
 
     Raises:
-        ValueError: An option names another place for the files, or names by which no run would
-            find them again.
+        ValueError: An option is unknown, or names another place for the files, or names by which no
+            run would find them again.
     """
 
     keep_ckpt_ids: deque[int]
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
+        # mmengine keeps what it does not know for the call that saves, which fails on it
+        check_arguments('default_hooks.checkpoint', options, arguments_of(CheckpointHook))
         for name in ('out_dir', 'backend_args', 'file_client_args'):
             if options.get(name) is not None:
                 raise ValueError(

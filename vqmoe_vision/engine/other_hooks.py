@@ -1,6 +1,5 @@
 """mmengine's hooks for averages and for early stopping, whose options are checked in words."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from mmengine.hooks import EarlyStoppingHook, EMAHook
@@ -10,16 +9,10 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check, did_you_mean
 
-from .class_arguments import arguments_of
+from .class_arguments import arguments_of, check_arguments
 
 _OF_AVERAGES = 'EMAHook'
 _OF_STOPPING = 'EarlyStoppingHook'
-
-
-def _check_names(hook: str, options: Iterable[str], known: Iterable[str]) -> None:
-    allowed = f'the options of {hook} are {", ".join(sorted(known))}'
-    for name in options:
-        check(name in known, hook, name, allowed)
 
 
 def _averages(ema_type: Any) -> type[BaseAveragedModel]:
@@ -56,7 +49,7 @@ class CheckedEMAHook(EMAHook):
     def __init__(self, ema_type: Any = 'ExponentialMovingAverage', **options: Any) -> None:
         kind = _averages(ema_type)
         known = {**arguments_of(EMAHook), **arguments_of(kind)}.keys() - {'model'}
-        _check_names(_OF_AVERAGES, options, known)
+        check_arguments(_OF_AVERAGES, options, known)
         if issubclass(kind, ExponentialMovingAverage) and 'momentum' in options:
             momentum = options['momentum']
             possible = isinstance(momentum, int | float) and 0 < momentum < 1
@@ -88,7 +81,7 @@ class CheckedEarlyStoppingHook(EarlyStoppingHook):
     def __init__(self, monitor: str | None = None, **options: Any) -> None:
         allowed = "a metric of the validation, such as 'accuracy/top1' or 'mIoU'"
         check(isinstance(monitor, str), f'{_OF_STOPPING}.monitor', monitor, allowed)
-        _check_names(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
+        check_arguments(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
         super().__init__(monitor, **options)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
