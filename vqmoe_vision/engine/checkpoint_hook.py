@@ -28,6 +28,7 @@ from .checkpoint_files import (
 from .class_arguments import arguments_of, check_arguments
 from .loops import SEEN
 from .progress import VALIDATED, progress_of, validation_was_cut_off
+from .reported import check_reported
 from .stop import StopSignals, keep_workers
 
 _OUTDATED = 'outdated_ckpts'
@@ -88,7 +89,14 @@ class AtomicCheckpointHook(CheckpointHook):
             restore_accumulated(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
+        """Finds the files that a checkpoint names in the work dir, wherever that is today.
+
+        Raises:
+            ValueError: No validation reports what the best is chosen by.
+        """
+        for key in self.key_indicators if self.save_best else ():
+            if key != 'auto':
+                check_reported(runner, 'save_best', key)
         hub, folder = runner.message_hub, Path(runner.work_dir)
         kept = hub.get_info('keep_ckpt_ids', [])
         kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.moe.config import check, did_you_mean
 
 from .class_arguments import arguments_of, check_arguments
+from .reported import check_reported
 
 _OF_AVERAGES = 'EMAHook'
 _OF_STOPPING = 'EarlyStoppingHook'
@@ -75,7 +76,7 @@ class CheckedEarlyStoppingHook(EarlyStoppingHook):
         **options: As mmengine's.
 
     Raises:
-        ValueError: There is no metric, or at the first validation not this one.
+        ValueError: There is no metric, or the validation has not this one.
     """
 
     def __init__(self, monitor: str | None = None, **options: Any) -> None:
@@ -83,6 +84,11 @@ class CheckedEarlyStoppingHook(EarlyStoppingHook):
         check(isinstance(monitor, str), f'{_OF_STOPPING}.monitor', monitor, allowed)
         check_arguments(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
         super().__init__(monitor, **options)
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks for the metric before there is a validation, as far as that is known."""
+        check_reported(runner, f'{_OF_STOPPING}.monitor', self.monitor)
+        super().before_train(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Decides whether the training ends."""
