@@ -218,9 +218,7 @@ def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> No
     reduced, kept = dict(reduce_zero_label=True), dict(reduce_zero_label=False)
     for trained, now in ((reduced, kept), (kept, reduced)):
         value, before = now['reduce_zero_label'], trained['reduce_zero_label']
-        said = (
-            rf'^{split}_dataloader\.dataset\.reduce_zero_label={value} is not .*: {before}, as'
-        )
+        said = rf'^{split}_dataloader\.dataset\.reduce_zero_label={value} is not .*: {before}, as'
         with pytest.raises(ValueError, match=said):
             run(trained, now)
         run(trained, trained)

@@ -23,6 +23,7 @@ from vqmoe_vision.moe.config import check
 
 from .loading import LOADING
 from .metainfo import coloured
+from .opencv import refused_image
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
 
@@ -151,13 +152,13 @@ class CheckedDataset(SeededDataset):
             idx: Index of the pair.
 
         Raises:
-            ValueError: The pipeline cannot resize the image; names it.
+            ValueError: A transform cannot take the image; names both, and says why.
         """
         try:
             return super().prepare_data(idx)
         except cv2.error as error:
             path = self.get_data_info(idx)['img_path']
-            raise ValueError(f'{path} has a size that the pipeline cannot resize') from error
+            raise refused_image(path, error) from error
 
 
 @DATASETS.register_module()
