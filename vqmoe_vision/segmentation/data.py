@@ -51,9 +51,9 @@ class CheckedDataset(SeededDataset):
         part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
             same.
         dev_size: Number of pairs of 'dev', which 'train' leaves out.
-        metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
-            colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
-            them.
+        metainfo: `classes`, a sequence of names or a file with one per line, whose blank lines at
+            the end are none, and `palette`, a colour (R, G, B) of 0..255 for each; of a data set
+            with classes of its own, some of them.
         **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
             is for images without label maps.
 
