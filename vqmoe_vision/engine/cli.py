@@ -28,7 +28,7 @@ from .numbers import passed_on, write_numbers
 from .optim import use_amp
 from .options import add_config_options, expand_config, merge_options
 from .processes import Processes, together
-from .required_hooks import check_hooks
+from .required_hooks import check_default_hooks, check_hooks
 from .required_imports import check_imports
 from .sharded import fill_in_parallel
 from .trained import without_sources
@@ -267,6 +267,7 @@ def _configure(args: argparse.Namespace) -> Config:
             f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
             'which tools/compare.py runs'
         )
+    check_default_hooks(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:
