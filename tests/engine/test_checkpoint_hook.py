@@ -19,6 +19,7 @@ from vqmoe_vision.engine import checkpoint_hook
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
+from vqmoe_vision.engine.class_arguments import arguments_of
 from vqmoe_vision.engine.cli import load_config, train
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,15 @@ def test_configs_of_mmengine_have_this_hook_and_loop() -> None:
 def test_other_places_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf'^{next(iter(option))}=.* is not supported'):
         AtomicCheckpointHook(interval=1, **option)
+
+
+def test_a_misspelt_option_is_refused_before_the_save_that_fails_on_it() -> None:
+    said = r'^default_hooks\.checkpoint\.max_kep_ckpts=3 .*; did you mean max_keep_ckpts\?$'
+    with pytest.raises(ValueError, match=said):
+        HOOKS.build(dict(type='CheckpointHook', interval=1, max_kep_ckpts=3))
+    taken = {name: p.default for name, p in arguments_of(CheckpointHook).items()}
+    assert taken.keys() > {'backend_args', 'published_keys', 'save_begin'}
+    HOOKS.build(dict(type='CheckpointHook', **taken))
 
 
 def test_files_name_each_other_without_folders(trained: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper
 from torch import nn
@@ -195,12 +196,43 @@ def test_validation_set_with_other_classes() -> None:
         ClassCountHook().before_train(training)
 
 
+def load_meta(hook: ClassCountHook, meta: dict[str, Any], resume: bool) -> None:
+    hook.after_load_checkpoint(SimpleNamespace(_resume=resume), {'meta': meta})
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> None:
+    def run(trained: Any, now: Any, kind: str = 'Scenes') -> None:
+        hook, runner = ClassCountHook(), runner_for(2)
+        seen, other = ({'classes': ('cat', 'dog'), **made} for made in (trained, now))
+        runner.val_loop = 'a loop' if split == 'val' else None
+        for name, metainfo in (('train', seen), (split, other)):
+            loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
+            setattr(runner, f'{name}_dataloader', loader)
+        wrapped = dict(type='RepeatDataset', times=2, dataset=dict(type='Scenes'))
+        loaders = {'train_dataloader': wrapped, f'{split}_dataloader': dict(type=kind)}
+        runner.cfg = Config({name: dict(dataset=dataset) for name, dataset in loaders.items()})
+        load_meta(hook, {'dataset_meta': seen}, resume=split == 'train')
+        hook.before_test(runner) if split == 'test' else hook.before_train(runner)
+
+    reduced, kept = dict(reduce_zero_label=True), dict(reduce_zero_label=False)
+    for trained, now in ((reduced, kept), (kept, reduced)):
+        value, before = now['reduce_zero_label'], trained['reduce_zero_label']
+        said = rf'^{split}_dataloader\.dataset\.reduce_zero_label={value} is not .*: {before}, as'
+        with pytest.raises(ValueError, match=said):
+            run(trained, now)
+        run(trained, trained)
+        if split != 'train':
+            run(trained, now, kind='CamVid')  # whose files may be written otherwise
+        run({}, now)  # of others, or of classification
+
+
 OURS = "custom_imports = dict(imports=['vqmoe_vision.classification'])"
 
 
 def load(hook: ClassCountHook, classes: Sequence[str] | None, cfg: str, resume: bool) -> None:
     meta = {'cfg': cfg, **({'dataset_meta': {'classes': classes}} if classes else {})}
-    hook.after_load_checkpoint(SimpleNamespace(_resume=resume), {'meta': meta})
+    load_meta(hook, meta, resume)
 
 
 @pytest.mark.parametrize(('stage', 'resume'), [('before_test', False), ('before_train', True)])

@@ -7,6 +7,7 @@ import pytest
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.logging import MessageHub
 from mmengine.registry import LOOPS
+from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner import runner as upstream
 from torch import nn
 from torch.utils.data import DataLoader
@@ -55,10 +56,23 @@ def test_what_an_epoch_has_seen_is_passed_over_once(kind: Any) -> None:
 @pytest.mark.parametrize('kind', [SeededSampler, SeededInfiniteSampler, InfiniteSampler])
 def test_a_batch_that_no_epoch_fills_is_refused_and_one_of_several_rounds_is_not(kind: Any) -> None:
     loader = DataLoader(range(4), batch_size=6, sampler=kind(range(4)), drop_last=True)
-    runner: Any = SimpleNamespace(train_dataloader=loader)
+    loop = object.__new__(IterBasedTrainLoop)
+    runner: Any = SimpleNamespace(train_dataloader=loader, train_loop=loop)
     if kind is SeededSampler:
         with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=6 must be at most 4'):
             check_batches(runner)
     else:
         check_batches(runner)
         assert len(next(iter(loader))) == 6
+
+
+@pytest.mark.parametrize('kind', [SeededInfiniteSampler, InfiniteSampler])
+def test_an_epoch_that_never_ends_is_refused(kind: Any) -> None:
+    loader = DataLoader(range(4), sampler=kind(range(4)))
+    loop = object.__new__(ResumableEpochLoop)
+    runner: Any = SimpleNamespace(train_dataloader=loader, train_loop=loop)
+    said = rf"^train_dataloader\.sampler\.type='{kind.__name__}' is not .* ends: SeededSampler for"
+    with pytest.raises(ValueError, match=said):
+        check_batches(runner)
+    runner.train_dataloader = DataLoader(range(4), sampler=SeededSampler(range(4)))
+    check_batches(runner)

@@ -2,9 +2,13 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import cv2
+import mmcv
 import numpy as np
 import pytest
+from mmcv.transforms import BaseTransform
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine import left_out
@@ -184,3 +188,35 @@ def test_ade20k_layout_with_mmsegs_conventions(tmp_path: Path) -> None:
     # 0 is no class; 1..150 become 0..149
     assert data[0]['gt_seg_map'].tolist() == [[255, 0], [1, 149]]
     assert len(data.metainfo['classes']) == 150
+
+
+class _Hue(BaseTransform):
+    """What PhotoMetricDistortion does to some images."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        results['img'] = mmcv.bgr2hsv(results['img'])
+        return results
+
+
+HUE, RESIZE = dict(type=_Hue), dict(type='Resize', scale_factor=0.01)
+
+
+@pytest.mark.parametrize(
+    ('color_type', 'kind', 'step', 'said'),
+    [
+        ('grayscale', np.uint8, HUE, 'is nothing that _Hue can change: OpenCV says .*channels'),
+        ('unchanged', np.uint16, HUE, 'is nothing that _Hue can change: OpenCV says .*depth'),
+        ('color', np.uint8, RESIZE, 'has a size that the pipeline cannot resize$'),
+    ],
+)
+def test_an_image_that_a_transform_cannot_take_is_named_with_the_reason(
+    color_type: str, kind: Any, step: dict, said: str, tmp_path: Path
+) -> None:
+    write_pair(tmp_path, 'images/train/a.png', 'annotations/train/a.png', np.zeros((8, 8)))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(kind)
+    assert cv2.imwrite(str(tmp_path / 'images/train/a.png'), pixels)
+    load = dict(type='LoadImageFromFile', color_type=color_type)
+    folders = dict(img_path='images/train', seg_map_path='annotations/train')
+    data = CamVid('.png', data_root=str(tmp_path), data_prefix=folders, pipeline=[load, step])
+    with pytest.raises(ValueError, match=rf'a\.png {said}'):
+        data[0]

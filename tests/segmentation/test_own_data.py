@@ -178,6 +178,8 @@ RED = [255, 0, 0]
         (dict(classes=('a',), palette=[[0, 0]]), r'palette\[0\]=\[0, 0\] must be three integers'),
         (dict(classes='leaf'), r"classes='leaf' must be a sequence of names, such as \('leaf',\)"),
         (dict(classes=('a', 'b', 'a')), r"classes has 'a' more than once"),
+        (dict(classes=('a', '', 'b')), 'classes has no name for label 1'),
+        (dict(classes=('a', ' ')), 'classes has no name for label 1'),
         (dict(classes=()), r'classes has 0 names; allowed are 1\.\.255'),
         (dict(classes=tuple(map(str, range(256)))), r'has 256 names; allowed are 1\.\.255'),
     ],
@@ -187,11 +189,16 @@ def test_classes_and_palette(metainfo: dict | None, message: str) -> None:
         CheckedDataset(metainfo=metainfo, lazy_init=True)
 
 
-def test_classes_in_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize('end', ['', '\n', '\n\n', '\n \n\n'])
+def test_classes_in_a_file(end: str, tmp_path: Path) -> None:
     names = tmp_path / 'names.txt'
-    names.write_text('leaf\nstem\n')
+    names.write_text(f'leaf\nstem{end}')
     data = CheckedDataset(metainfo=dict(classes=str(names)), lazy_init=True)
     assert data.metainfo['classes'] == ['leaf', 'stem'] and len(data.metainfo['palette']) == 2
+    assert data.metainfo == complete_metainfo(CheckedDataset, dict(classes=str(names)))
+    names.write_text(f'leaf\n\nstem{end}')
+    with pytest.raises(ValueError, match='classes has no name for label 1'):
+        CheckedDataset(metainfo=dict(classes=str(names)), lazy_init=True)
 
 
 def test_some_classes_of_a_known_data_set(tmp_path: Path) -> None:

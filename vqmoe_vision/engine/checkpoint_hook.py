@@ -25,8 +25,10 @@ from .checkpoint_files import (
     remove_partial,
     write_atomically,
 )
+from .class_arguments import arguments_of, check_arguments
 from .loops import SEEN
 from .progress import VALIDATED, progress_of, validation_was_cut_off
+from .reported import check_reported
 from .stop import StopSignals, keep_workers
 
 _OUTDATED = 'outdated_ckpts'
@@ -48,13 +50,15 @@ class AtomicCheckpointHook(CheckpointHook):
         **options: As mmengine's, without those of another place for the files.
 
     Raises:
-        ValueError: An option names another place for the files, or names by which no run would
-            find them again.
+        ValueError: An option is unknown, or names another place for the files, or names by which no
+            run would find them again.
     """
 
     keep_ckpt_ids: deque[int]
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
+        # mmengine keeps what it does not know for the call that saves, which fails on it
+        check_arguments('default_hooks.checkpoint', options, arguments_of(CheckpointHook))
         for name in ('out_dir', 'backend_args', 'file_client_args'):
             if options.get(name) is not None:
                 raise ValueError(
@@ -85,7 +89,14 @@ class AtomicCheckpointHook(CheckpointHook):
             restore_accumulated(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
+        """Finds the files that a checkpoint names in the work dir, wherever that is today.
+
+        Raises:
+            ValueError: No validation reports what the best is chosen by.
+        """
+        for key in self.key_indicators if self.save_best else ():
+            if key != 'auto':
+                check_reported(runner, 'save_best', key)
         hub, folder = runner.message_hub, Path(runner.work_dir)
         kept = hub.get_info('keep_ckpt_ids', [])
         kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []

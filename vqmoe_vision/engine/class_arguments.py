@@ -1,6 +1,10 @@
 """Which arguments the classes of others take, for configs that name those classes."""
 
 import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vqmoe_vision.moe.config import check, did_you_mean
 
 
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
@@ -24,3 +28,19 @@ def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
         if not any(p.kind is p.VAR_KEYWORD for p in others):
             break
     return found
+
+
+def check_arguments(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuses arguments that a class does not have, which it would ignore or fail on later.
+
+    Args:
+        owner: What takes them, as a config calls it.
+        given: Values by name.
+        known: Names of what it takes.
+
+    Raises:
+        ValueError: One of them is unknown; names the most similar one.
+    """
+    for name, value in given.items():
+        allowed = f'the options are {", ".join(sorted(known))}{did_you_mean(name, known)}'
+        check(name in known, f'{owner}.{name}', value, allowed)

@@ -5,10 +5,18 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from vqmoe_vision.moe.config import check
+
+from .wrapped_data import innermost
 
 # What the config of a run of this package imports, and that of a run of others does not.
 _OURS = 'vqmoe_vision'
+# Whether label 0 of the files is nothing that is learned, and label 1 the first class.
+_REDUCED = 'reduce_zero_label'
 
 
 def check_class_names(meta: Any, classes: Iterable[Any], where: str) -> None:
@@ -39,3 +47,35 @@ def check_class_names(meta: Any, classes: Iterable[Any], where: str) -> None:
     if _OURS in str(meta.get('cfg', '')):
         raise ValueError(f'{message}; give the classes the names of the training, in its order')
     print_log(f'{message}; are they spelled otherwise?', 'current', logging.WARNING)
+
+
+def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
+    """Compares from which label on data sets of one kind count their classes.
+
+    Every class would be another, and no name of a class says so. A data set of another kind than
+    that of the training may have its label maps written otherwise.
+
+    Args:
+        runner: About to run, with the data set of the split.
+        split: 'train' of a run that goes on, 'val' or 'test'.
+        trained: `metainfo` of the training's data set; None if that is not known.
+        whose: Where that is from, for messages.
+
+    Raises:
+        ValueError: The data set counts otherwise.
+    """
+    field = f'{split}_dataloader'
+    now = getattr(runner, field).dataset.metainfo.get(_REDUCED)
+    before = (trained or {}).get(_REDUCED)
+    if now is None or before is None or now == before:
+        return
+    kinds = _kinds(runner.cfg, 'train_dataloader')
+    allowed = f'{before}, as in {whose}, or every class would be that of another label'
+    same = kinds & _kinds(runner.cfg, field) or not kinds
+    check(not same, f'{field}.dataset.{_REDUCED}', now, allowed)
+
+
+def _kinds(config: Config, loader: str) -> set[str]:
+    dataset = (config.get(loader) or {}).get('dataset')
+    found = innermost(dataset) if isinstance(dataset, dict) else ()
+    return {str(inner.get('type')) for inner in found}

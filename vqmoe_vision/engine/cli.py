@@ -28,7 +28,8 @@ from .numbers import passed_on, write_numbers
 from .optim import use_amp
 from .options import add_config_options, expand_config, merge_options
 from .processes import Processes, together
-from .required_hooks import check_hooks
+from .required_hooks import check_default_hooks, check_hooks
+from .required_imports import check_imports
 from .sharded import fill_in_parallel
 from .trained import without_sources
 from .training_data import check_training_data
@@ -86,7 +87,8 @@ def load_config(
     Raises:
         FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
             config of before, or one with a similar name.
-        ValueError: An option changes what is no field of a config.
+        ValueError: An option changes what is no field of a config, or the imports of a base are
+            replaced.
     """
     file = find_config(path)
     try:
@@ -96,6 +98,8 @@ def load_config(
             raise
         base = os.path.normpath(error.filename)
         raise missing_config(base, f', on which {path!r} builds,') from error
+    if import_modules:
+        check_imports(config)
     merge_options(config, options or {})
     expand_config(config)
     return config
@@ -263,6 +267,7 @@ def _configure(args: argparse.Namespace) -> Config:
             f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
             'which tools/compare.py runs'
         )
+    check_default_hooks(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:

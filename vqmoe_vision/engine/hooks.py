@@ -14,7 +14,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe import start_training, update_state
 from vqmoe_vision.moe.statistics import summarize
 
-from .class_names import check_class_names
+from .class_names import check_class_names, check_zero_label
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
@@ -210,7 +210,7 @@ class ClassCountHook(Hook):
     Raises:
         ValueError: The model has another number of classes than a data set, or the training and
             validation sets, or the data and the run that is tested or resumed, have different
-            classes.
+            classes, or count them from another label on.
     """
 
     def __init__(self) -> None:
@@ -228,8 +228,11 @@ class ClassCountHook(Hook):
             self._meta = None
         else:
             check_class_names(self._meta, seen, 'train_dataloader.dataset')
+            self._check_zero_label(runner, 'train')
         if runner.val_loop is not None:
             held_out = self._check(runner, 'val')
+            metainfo = runner.train_dataloader.dataset.metainfo
+            check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
             if seen != held_out:
                 differ = sorted(set(seen) ^ set(held_out))
                 raise ValueError(
@@ -243,6 +246,11 @@ class ClassCountHook(Hook):
         """Checks the test set, and that it numbers the classes as the training did."""
         classes = self._check(runner, 'test')
         check_class_names(self._meta, classes, 'test_dataloader.dataset')
+        self._check_zero_label(runner, 'test')
+
+    def _check_zero_label(self, runner: Runner, split: str) -> None:
+        trained = self._meta.get('dataset_meta') if isinstance(self._meta, dict) else None
+        check_zero_label(runner, split, trained, 'the training of the checkpoint')
 
     @staticmethod
     def _check(runner: Runner, split: str) -> tuple[str, ...]:

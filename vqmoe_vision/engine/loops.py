@@ -9,6 +9,8 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner import runner as upstream
 
+from vqmoe_vision.moe.config import check
+
 SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
 PROCESSES = 'processes_in_epoch'
 
@@ -69,17 +71,25 @@ upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`
 
 
 def check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration.
+    """Names the options before mmengine fails on an epoch without an iteration, or without an end.
 
     Args:
         runner: About to train.
 
     Raises:
-        ValueError: An epoch has no batch.
+        ValueError: An epoch has no batch, or never ends.
     """
     loader = runner.train_dataloader
-    # an infinite one fills a batch with the images of several rounds
-    if len(loader) == 0 and not isinstance(loader.sampler, InfiniteSampler):
+    if isinstance(loader.sampler, InfiniteSampler):
+        # which fills a batch with the images of several rounds
+        own = getattr(type(runner.train_loop), 'run_epoch', None)
+        allowed = (
+            'an epoch of it never ends: SeededSampler for training by epochs, or '
+            "train_cfg.type='IterBasedTrainLoop' with max_iters"
+        )
+        ends = own is not ResumableEpochLoop.run_epoch
+        check(ends, 'train_dataloader.sampler.type', type(loader.sampler).__name__, allowed)
+    elif len(loader) == 0:
         size = get_world_size()
         of_each = f' for each of {size} processes' if size > 1 else ''
         raise ValueError(

@@ -1,6 +1,5 @@
 """mmengine's hooks for averages and for early stopping, whose options are checked in words."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from mmengine.hooks import EarlyStoppingHook, EMAHook
@@ -10,16 +9,11 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check, did_you_mean
 
-from .class_arguments import arguments_of
+from .class_arguments import arguments_of, check_arguments
+from .reported import check_reported
 
 _OF_AVERAGES = 'EMAHook'
 _OF_STOPPING = 'EarlyStoppingHook'
-
-
-def _check_names(hook: str, options: Iterable[str], known: Iterable[str]) -> None:
-    allowed = f'the options of {hook} are {", ".join(sorted(known))}'
-    for name in options:
-        check(name in known, hook, name, allowed)
 
 
 def _averages(ema_type: Any) -> type[BaseAveragedModel]:
@@ -56,7 +50,7 @@ class CheckedEMAHook(EMAHook):
     def __init__(self, ema_type: Any = 'ExponentialMovingAverage', **options: Any) -> None:
         kind = _averages(ema_type)
         known = {**arguments_of(EMAHook), **arguments_of(kind)}.keys() - {'model'}
-        _check_names(_OF_AVERAGES, options, known)
+        check_arguments(_OF_AVERAGES, options, known)
         if issubclass(kind, ExponentialMovingAverage) and 'momentum' in options:
             momentum = options['momentum']
             possible = isinstance(momentum, int | float) and 0 < momentum < 1
@@ -82,14 +76,19 @@ class CheckedEarlyStoppingHook(EarlyStoppingHook):
         **options: As mmengine's.
 
     Raises:
-        ValueError: There is no metric, or at the first validation not this one.
+        ValueError: There is no metric, or the validation has not this one.
     """
 
     def __init__(self, monitor: str | None = None, **options: Any) -> None:
         allowed = "a metric of the validation, such as 'accuracy/top1' or 'mIoU'"
         check(isinstance(monitor, str), f'{_OF_STOPPING}.monitor', monitor, allowed)
-        _check_names(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
+        check_arguments(_OF_STOPPING, options, arguments_of(EarlyStoppingHook))
         super().__init__(monitor, **options)
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks for the metric before there is a validation, as far as that is known."""
+        check_reported(runner, f'{_OF_STOPPING}.monitor', self.monitor)
+        super().before_train(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Decides whether the training ends."""

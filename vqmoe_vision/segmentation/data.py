@@ -23,6 +23,7 @@ from vqmoe_vision.moe.config import check
 
 from .loading import LOADING
 from .metainfo import coloured
+from .opencv import refused_image
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
 
@@ -50,9 +51,9 @@ class CheckedDataset(SeededDataset):
         part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
             same.
         dev_size: Number of pairs of 'dev', which 'train' leaves out.
-        metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
-            colour (R, G, B) of 0..255 for each; of a data set with classes of its own, some of
-            them.
+        metainfo: `classes`, a sequence of names or a file with one per line, whose blank lines at
+            the end are none, and `palette`, a colour (R, G, B) of 0..255 for each; of a data set
+            with classes of its own, some of them.
         **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
             is for images without label maps.
 
@@ -151,13 +152,13 @@ class CheckedDataset(SeededDataset):
             idx: Index of the pair.
 
         Raises:
-            ValueError: The pipeline cannot resize the image; names it.
+            ValueError: A transform cannot take the image; names both, and says why.
         """
         try:
             return super().prepare_data(idx)
         except cv2.error as error:
             path = self.get_data_info(idx)['img_path']
-            raise ValueError(f'{path} has a size that the pipeline cannot resize') from error
+            raise refused_image(path, error) from error
 
 
 @DATASETS.register_module()

@@ -23,6 +23,7 @@ from vqmoe_vision.moe.config import check
 
 from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
 from .metainfo import complete_metainfo
+from .opencv import refused_image
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,16 @@ class Predictor:
             opacity: Of the colours of the classes, 0..1.
 
         Raises:
-            ValueError: The image cannot be read, or the pipeline cannot resize it.
+            ValueError: The image cannot be read, or a transform cannot take it.
         """
         if isinstance(image, str | Path):
             name = Path(image).stem
         pixels = _read(image, self.load)
-        size = pixels.shape[:2]
         try:
             data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
         except cv2.error as error:
-            raise ValueError(
-                f'{name} has {size[1]}x{size[0]} pixels, which the pipeline cannot resize'
-            ) from error
+            height, width = pixels.shape[:2]
+            raise refused_image(f'{name}, of {width}x{height} pixels,', error) from error
         batch = {key: [value] for key, value in data.items()}
         (sample,) = self.model.test_step(batch)
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()

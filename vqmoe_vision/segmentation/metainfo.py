@@ -17,7 +17,8 @@ def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | 
     Args:
         dataset: Class of the data set; its `METAINFO` holds what `metainfo` may choose from.
         metainfo: Of a config: `classes`, a sequence of names or a file with one per line, and
-            `palette`, a colour (R, G, B) of 0..255 for each.
+            `palette`, a colour (R, G, B) of 0..255 for each. Blank lines at the end of the file are
+            no classes.
 
     Raises:
         ValueError: Names the field, what it has, and what is allowed.
@@ -62,7 +63,7 @@ def complete_metainfo(
 def coloured(
     dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The `metainfo` of a config, checked, with the data set's own colours of chosen classes.
+    """The `metainfo` of a config, checked, with names of a file and colours of chosen classes.
 
     mmseg gives the colours to all classes of a data set by position, in whichever order they are.
 
@@ -75,9 +76,11 @@ def coloured(
     """
     check_metainfo(dataset, metainfo)
     chosen, own = dict(metainfo or {}), dataset.METAINFO
+    if 'classes' in chosen:  # of a file, or mmseg would read it with its blank lines
+        chosen['classes'] = _names(chosen['classes'])
     if 'classes' in chosen and 'palette' not in chosen and {'classes', 'palette'} <= own.keys():
         colours = dict(zip(own['classes'], own['palette'], strict=True))
-        chosen['palette'] = [colours[name] for name in _names(chosen['classes'])]
+        chosen['palette'] = [colours[name] for name in chosen['classes']]
     return chosen or None
 
 
@@ -89,11 +92,15 @@ def _names(classes: Any) -> Sequence[str]:
                 f'({classes!r},), or a file with one name per line'
             )
         classes = list_from_file(classes)
+        while classes and not classes[-1].strip():
+            classes.pop()
     if not 1 <= len(classes) <= _MOST_CLASSES:
         raise ValueError(
             f'metainfo.classes has {len(classes)} names; allowed are 1..{_MOST_CLASSES}, '
             'as a label is 8 bits and 255 is ignored'
         )
+    if blank := [index for index, name in enumerate(classes) if not str(name).strip()]:
+        raise ValueError(f'metainfo.classes has no name for label {blank[0]}')
     twice = [name for name in classes if list(classes).count(name) > 1]
     if twice:
         raise ValueError(f'metainfo.classes has {twice[0]!r} more than once')

@@ -30,6 +30,7 @@ from .heads import check_decode_head, completed_head, completed_neck
 from .preprocessor import completed, follow, normalization_of
 from .published import in_our_names
 from .source import source
+from .windows import check_test_cfg
 
 
 @MODELS.register_module()
@@ -51,7 +52,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     Raises:
         ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes` or is one
-            that it cannot feed, an auxiliary head has another, or there is no such argument.
+            that it cannot feed, an auxiliary head has another, there is no such argument, or
+            `test_cfg` is as `check_test_cfg` refuses it.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
             allowed = f'fields of the timm model are those of the backbone, model.backbone.{name}'
             check(False, f'model.{name}', kwargs[name], allowed)
+        if kwargs.get('test_cfg') is not None:
+            check_test_cfg(kwargs['test_cfg'])
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
         if isinstance(data_preprocessor, dict):

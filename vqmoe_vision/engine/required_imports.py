@@ -1,0 +1,42 @@
+"""The modules that a config needs: a list in a config replaces that of its base."""
+
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+
+from vqmoe_vision.installed import config_path
+from vqmoe_vision.moe.config import check
+
+_FIELD = 'custom_imports.imports'
+
+
+def check_imports(config: Config) -> None:
+    """Refuses a config whose own imports have replaced those of a base of this package.
+
+    What they register would be called unknown, with advice to take something else.
+
+    Args:
+        config: Read from a file, and its modules imported; one that imports them in another way,
+            such as in a module of its own, has them.
+
+    Raises:
+        ValueError: A module of a base has not been imported; says what to write.
+    """
+    read = config.text.splitlines()  # the path of each file, bases too, stands above its text
+    listed = _imports(config)
+    for runtime in sorted(Path(config_path('_base_')).glob('*_runtime.py')):
+        if str(runtime) not in read:
+            continue
+        needed = _imports(Config.fromfile(runtime, import_custom_modules=False))
+        missing = [m for m in needed if m not in listed and m not in sys.modules]
+        allowed = (
+            f'it lacks {", ".join(map(repr, missing))} of configs/_base_/{runtime.name}, as a list '
+            f'replaces that of a base: custom_imports=dict(imports={[*missing, *listed]})'
+        )
+        check(not missing, _FIELD, listed, allowed)
+
+
+def _imports(config: Config) -> list[str]:
+    found = (config.get('custom_imports') or {}).get('imports') or []
+    return [found] if isinstance(found, str) else list(found)
