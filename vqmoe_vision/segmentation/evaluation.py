@@ -15,6 +15,9 @@ _NAME = 'IoUMetric'
 # What mmseg computes; it says so when it is asked for another, after the first validation.
 _KINDS = ('mIoU', 'mDice', 'mFscore')
 
+# What mmseg's own confusion_matrix.py passes on, which the metric has always ignored.
+_OF_TOOLS = frozenset({'keep_results'})
+
 
 @METRICS.register_module(_NAME, force=True)
 class CheckedIoUMetric(IoUMetric):
@@ -39,7 +42,7 @@ class CheckedIoUMetric(IoUMetric):
         output_dir: str | None = None,
         **options: Any,
     ) -> None:
-        check_arguments(_NAME, options, arguments_of(IoUMetric))
+        check_arguments(_NAME, options, arguments_of(IoUMetric).keys() | _OF_TOOLS)
         kinds = [iou_metrics] if isinstance(iou_metrics, str) else list(iou_metrics)
         possible = bool(kinds) and set(kinds) <= set(_KINDS)
         check(possible, f'{_NAME}.iou_metrics', kinds, f'some of {", ".join(_KINDS)}')
