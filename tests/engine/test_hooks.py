@@ -202,15 +202,16 @@ def load_meta(hook: ClassCountHook, meta: dict[str, Any], resume: bool) -> None:
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> None:
-    def run(trained: Any, now: Any, kind: str = 'Scenes') -> None:
+    def run(trained: Any, now: Any, **other_data: str) -> None:
         hook, runner = ClassCountHook(), runner_for(2)
         seen, other = ({'classes': ('cat', 'dog'), **made} for made in (trained, now))
         runner.val_loop = 'a loop' if split == 'val' else None
         for name, metainfo in (('train', seen), (split, other)):
             loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
             setattr(runner, f'{name}_dataloader', loader)
-        wrapped = dict(type='RepeatDataset', times=2, dataset=dict(type='Scenes'))
-        loaders = {'train_dataloader': wrapped, f'{split}_dataloader': dict(type=kind)}
+        scenes = dict(type='Scenes', data_root='data/scenes')
+        wrapped = dict(type='RepeatDataset', times=2, dataset=scenes)
+        loaders = {'train_dataloader': wrapped, f'{split}_dataloader': {**scenes, **other_data}}
         runner.cfg = Config({name: dict(dataset=dataset) for name, dataset in loaders.items()})
         load_meta(hook, {'dataset_meta': seen}, resume=split == 'train')
         hook.before_test(runner) if split == 'test' else hook.before_train(runner)
@@ -223,7 +224,8 @@ def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> No
             run(trained, now)
         run(trained, trained)
         if split != 'train':
-            run(trained, now, kind='CamVid')  # whose files may be written otherwise
+            run(trained, now, type='CamVid')  # whose files may be written otherwise
+            run(trained, now, data_root='data/others')
         run({}, now)  # of others, or of classification
 
 

@@ -7,7 +7,7 @@ import pytest
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, ValLoop
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.reported import check_reported
@@ -62,6 +62,12 @@ def test_what_may_be_reported_is_left_to_the_validation(runner: Runner) -> None:
     loop.evaluator = Own(evaluator.metrics)
     check_reported(runner, 'metric', ABSENT)
     loop.evaluator, runner._val_loop = evaluator, None
+    check_reported(runner, 'metric', ABSENT)
+
+    class OwnLoop(ValLoop):
+        """That adds names, perhaps."""
+
+    runner._val_loop = OwnLoop(runner, loop.dataloader, evaluator)
     check_reported(runner, 'metric', ABSENT)
     runner._val_loop = loop
     with pytest.raises(ValueError, match=ABSENT):

@@ -46,6 +46,8 @@ def test_the_model_looks_at_them() -> None:
         (dict(iou_metric='mDice'), "iou_metric='mDice' is not .*; did you mean iou_metrics"),
         (dict(iou_metrics=['mIou']), r"iou_metrics=\['mIou'\] is not possible: some of mIoU, mDi"),
         (dict(iou_metrics=[]), r'iou_metrics=\[\] is not possible'),
+        (dict(iou_metrics=[['mIoU']]), r"iou_metrics=\[\['mIoU'\]\] is not possible"),
+        (dict(collect_dir='a'), "collect_dir='a' is not possible"),
         (dict(format_only=True), 'output_dir=None is not possible: a folder, for the predictions'),
     ],
 )
@@ -61,6 +63,7 @@ def test_options_of_mmseg_are_taken(kind: str, tmp_path) -> None:
     options = dict(ignore_index=0, nan_to_num=0, beta=2, collect_device='cpu', prefix='x')
     known = reported(dict(type='IoUMetric', iou_metrics=kind, **options))
     assert known is not None and f'x/{kind}' in known
+    assert METRICS.get('IoUMetric')(0, [kind]).ignore_index == 0  # in mmseg's order
     written = dict(type='IoUMetric', format_only=True, output_dir=str(tmp_path))
     assert reported(written) == set()
 

@@ -53,7 +53,7 @@ def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> No
     """Compares from which label on data sets of one kind count their classes.
 
     Every class would be another, and no name of a class says so. A data set of another kind than
-    that of the training may have its label maps written otherwise.
+    that of the training, or in another folder, may have its label maps written otherwise.
 
     Args:
         runner: About to run, with the data set of the split.
@@ -71,11 +71,11 @@ def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> No
         return
     kinds = _kinds(runner.cfg, 'train_dataloader')
     allowed = f'{before}, as in {whose}, or every class would be that of another label'
-    same = kinds & _kinds(runner.cfg, field) or not kinds
+    same = not kinds or (len(kinds) == 1 and kinds == _kinds(runner.cfg, field))
     check(not same, f'{field}.dataset.{_REDUCED}', now, allowed)
 
 
-def _kinds(config: Config, loader: str) -> set[str]:
+def _kinds(config: Config, loader: str) -> set[tuple[str, str]]:
     dataset = (config.get(loader) or {}).get('dataset')
     found = innermost(dataset) if isinstance(dataset, dict) else ()
-    return {str(inner.get('type')) for inner in found}
+    return {(str(inner.get('type')), str(inner.get('data_root'))) for inner in found}

@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, ValLoop
 
 from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.config import check
@@ -60,7 +60,10 @@ def check_reported(runner: Runner, field: str, metric: str) -> None:
     Raises:
         ValueError: The validation does not report it; names what it reports.
     """
-    evaluator: Any = getattr(runner.val_loop, 'evaluator', None)
+    loop: Any = runner.val_loop
+    if type(loop) is not ValLoop:
+        return
+    evaluator = loop.evaluator
     if type(evaluator) is not Evaluator or any(map(_may_add, runner.hooks)):
         return
     model = unwrapped(runner)

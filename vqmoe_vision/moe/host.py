@@ -38,7 +38,6 @@ class RawPatches:
         self.read = read
         self.shown = 0
         self._of_thread = _OfThread()
-        # autograd has threads of its own, which repeat layers and show nothing
         self._last: Tensor | None = None
         self._of_graph: Tensor | None = None
 
@@ -47,8 +46,12 @@ class RawPatches:
         """(B, L, F), or what else a method makes of B images; None before the first pass."""
         if self._of_graph is not None:
             return self._of_graph
-        own = None if torch.compiler.is_compiling() else self._of_thread.value
-        return self._last if own is None else own
+        if torch.compiler.is_compiling():
+            return self._last
+        now = self._of_thread
+        # what is repeated was shown in the thread of its pass, and backward may run in another
+        elsewhere = now.value is None or (in_recomputation() and not now.restored)
+        return self._last if elsewhere else now.value
 
     @value.setter
     def value(self, value: Tensor | None) -> None:
@@ -99,11 +102,13 @@ class RawPatches:
             value: The `value` of that pass.
         """
         now = self._of_thread
-        before, now.value, now.restored = now.value, value, True
+        before = now.value, self._last, self._of_graph
+        self.value, now.restored = value, True
         try:
             yield
         finally:
-            now.value, now.restored = before, False
+            now.value, self._last, self._of_graph = before
+            now.restored = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {'read': self.read}

@@ -1,5 +1,6 @@
 """mmseg's metric: what it reports, and options that it would ignore or fail on at its end."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,13 @@ import torch
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
-from vqmoe_vision.engine.class_arguments import arguments_of, check_arguments
+from vqmoe_vision.engine.class_arguments import check_arguments
 from vqmoe_vision.engine.reported import names_of
 from vqmoe_vision.moe.config import check
 
 _NAME = 'IoUMetric'
 # What mmseg computes; it says so when it is asked for another, after the first validation.
 _KINDS = ('mIoU', 'mDice', 'mFscore')
-
 # What mmseg's own confusion_matrix.py passes on, which the metric has always ignored.
 _OF_TOOLS = frozenset({'keep_results'})
 
@@ -26,31 +26,26 @@ class CheckedIoUMetric(IoUMetric):
     It takes the name of mmseg's, so that every config that imports this package has it.
 
     Args:
-        iou_metrics: One or several of 'mIoU', 'mDice' and 'mFscore'.
-        format_only: Whether to write predictions and compare nothing, as of images without labels.
-        output_dir: Folder for predictions; `format_only` needs it.
-        **options: As mmseg's.
+        *args: As mmseg's.
+        **options: As mmseg's: `iou_metrics`, some of 'mIoU', 'mDice' and 'mFscore'; `format_only`,
+            which writes predictions to `output_dir` and compares nothing, as of images without
+            label maps; and others.
 
     Raises:
         ValueError: An option is unknown or impossible.
     """
 
-    def __init__(
-        self,
-        iou_metrics: str | Sequence[str] = ('mIoU',),
-        format_only: bool = False,
-        output_dir: str | None = None,
-        **options: Any,
-    ) -> None:
-        check_arguments(_NAME, options, arguments_of(IoUMetric).keys() | _OF_TOOLS)
-        kinds = [iou_metrics] if isinstance(iou_metrics, str) else list(iou_metrics)
-        possible = bool(kinds) and set(kinds) <= set(_KINDS)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # not those of its base, which it does not hand on
+        known = inspect.signature(IoUMetric).parameters.keys() - {'kwargs'}
+        check_arguments(_NAME, options, known | _OF_TOOLS)
+        super().__init__(*args, **options)
+        kinds = [self.metrics] if isinstance(self.metrics, str) else self.metrics
+        possible = bool(kinds) and all(kind in _KINDS for kind in kinds)
         check(possible, f'{_NAME}.iou_metrics', kinds, f'some of {", ".join(_KINDS)}')
         allowed = 'a folder, for the predictions that format_only=True writes'
-        check(bool(output_dir) or not format_only, f'{_NAME}.output_dir', output_dir, allowed)
-        super().__init__(
-            iou_metrics=kinds, format_only=format_only, output_dir=output_dir, **options
-        )
+        written = bool(self.output_dir) or not self.format_only
+        check(written, f'{_NAME}.output_dir', self.output_dir, allowed)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Takes a batch.

@@ -1,6 +1,7 @@
 """How a segmentor sees the images of a test: whole, or through windows that slide over them."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from vqmoe_vision.engine.class_arguments import check_arguments
@@ -38,4 +39,4 @@ def check_test_cfg(config: Mapping[str, Any]) -> None:
 
 def _is_size(sides: Any) -> bool:
     pair = isinstance(sides, tuple | list) and len(sides) == 2
-    return pair and all(type(side) is int and side > 0 for side in sides)
+    return pair and all(isinstance(side, Integral) and int(side) > 0 for side in sides)
