@@ -23,8 +23,8 @@ class RawPatches:
     """Raw patches of the images that a model is looking at, handed from its stem to its layers.
 
     Holds plain data, never a graph: a decision by the raw image must not depend on anything learned
-    before it. Copies and pickles of a model start empty. Threads that use one model at a time see
-    their own images each, but for a stem that is compiled: its graph cannot tell threads apart.
+    before it. Copies and pickles of a model start empty. Threads that share a model see their own
+    images each, but for parts that are compiled: a graph cannot tell threads apart.
 
     Args:
         read: Makes them of images (B, channels, height, width) and the grid of patches (rows,
