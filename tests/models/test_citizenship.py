@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,15 +380,3 @@ def test_state_dict_survives_a_file(tiny_variant, train_step, images: Tensor) ->
     twin = tiny_variant().eval()
     twin.load_state_dict(torch.load(file, weights_only=True))
     torch.testing.assert_close(twin(images), model(images), rtol=0, atol=0)
-
-
-@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:DeprecationWarning')
-@pytest.mark.filterwarnings('ignore:.torch.jit.*is deprecated:FutureWarning')
-# sizes of the image and of the network become numbers, which is what a trace is
-@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-def test_a_saved_trace_takes_any_batch(tiny, images: Tensor, tmp_path: Path) -> None:
-    model = tiny(depth=2).eval()
-    torch.jit.trace(model, images, check_trace=False).save(tmp_path / 'trace.pt')
-    saved = torch.jit.load(tmp_path / 'trace.pt')
-    for batch in (images, torch.randn(7, 3, 32, 32)):
-        torch.testing.assert_close(saved(batch), model(batch), **CLOSE)

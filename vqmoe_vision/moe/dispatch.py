@@ -78,7 +78,7 @@ def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
 
 def exporting() -> bool:
     """Whether a graph is made for other runtimes, in which this package's operators are unknown."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting()
 
 
 class Bags(NamedTuple):
