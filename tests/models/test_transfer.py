@@ -177,12 +177,12 @@ def test_weights_of_coloured_images_take_others(tiny: Make, channels: int, tmp_p
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay)
     other = tiny(depth=2, in_chans=channels, **options).eval()
     images = torch.randn(2, 3, 32, 32)
-    if (
-        channels == 1
-    ):  # a sum over channels: a grey image is one in colour with three that are equal
+    if channels == 1:
+        # its weights are sums over channels: a grey image is one in colour with three equal ones
         images[:] = images[:, :1]
         shown = images[:, :1]
-    else:  # red again, and all weights three quarters: so is a picture whose reds are alike
+    else:
+        # red comes again, and all weights are three quarters
         shown = torch.cat([images, images[:, :1]], dim=1)
         images = 0.75 * torch.cat([2 * images[:, :1], images[:, 1:]], dim=1)
     torch.testing.assert_close(other(shown), model(images), rtol=1e-5, atol=1e-5)
