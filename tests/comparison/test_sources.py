@@ -98,6 +98,30 @@ def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypat
     assert 'are those of' not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('damaged', ['dense-seed1.json', 'checks.json'])
+def test_what_does_not_count_of_the_other_comparison_is_left_out_with_its_reason(
+    started, says, damaged
+) -> None:
+    path = started('dense')
+    says('run', path)
+    (ROWS / 'first' / damaged).write_text('{')
+    says('table', path)
+    text = Path('docs/results/tables/spec.md').read_text()
+    said = text.split('Left out:')[1].split('The command')[0]
+    assert damaged in said and 'rows/first' in said and 'is damaged' in said
+    assert 'Not run' not in said
+
+
+def test_a_row_that_the_other_comparison_trains_otherwise_is_not_left_out(started, says) -> None:
+    path = started('train_cfg.row=1')
+    says('run', 'first.py')
+    says('run', path, '--seeds', '1')
+    (ROWS / 'first/dense-seed2.json').write_text('{')
+    says('table', path)
+    text = Path('docs/results/tables/spec.md').read_text()
+    assert 'Left out' not in text and '- dense-seed2, started-seed2' in text
+
+
 def test_rows_that_need_no_checkpoint_need_no_source(started, says) -> None:
     says('run', started(), '--rows', 'dense')
     assert calls() == ['spec/dense-seed1', 'spec/dense-seed2']

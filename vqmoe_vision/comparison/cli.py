@@ -22,6 +22,7 @@ from .report import draw_figures, write_images, write_tables
 from .results import Results, Usable
 from .routing import measure_routing
 from .runs import WORK_DIR, Run
+from .shared import completed
 from .shifts import check_shifts, measure_shifts
 from .spec import read_comparison
 from .store import Store
@@ -99,7 +100,7 @@ class _Work:
             results.left_out[', '.join(others)] = 'the comparison names no such row or seed'
         # what was trained in the same way for the comparison that rows start from counts here too
         for other in self._others:
-            results = results.completed(other.read(results.missing))
+            results = completed(results, other)
         stored = set(results.usable)
         results = without_other_inputs(results).restricted(self._chosen, self.comparison.selected())
         for name, reason in results.left_out.items():

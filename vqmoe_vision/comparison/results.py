@@ -49,16 +49,6 @@ class Results:
             {run: commit for run, commit in self.checked.items() if run in shown},
         )
 
-    def completed(self, more: Results) -> Results:
-        """These with rows of another comparison that were trained in the same way.
-
-        Args:
-            more: Some of what is missing.
-        """
-        missing = [run for run in self.missing if (run.row, run.seed) not in more.usable]
-        usable, checked = {**self.usable, **more.usable}, {**self.checked, **more.checked}
-        return Results(usable, self.left_out, missing, checked)
-
 
 def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
     """How many images a run has been trained on, those that it saw again counted again.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .runs import Run
+from .shared import counts_for
 from .store import Store
 
 
@@ -84,7 +85,7 @@ def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
     coming = {
         task.run.folder.name
         for task in sources
-        if task.row and any(_counts_for(task.run, run) for run in runs)
+        if task.row and any(counts_for(task.run, run) for run in runs)
     }
     own = [Task(run, store) for run in runs if run.folder.name not in coming]
     return [*sources, *own]
@@ -104,15 +105,3 @@ def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
             continue  # without a record it is a checkpoint that somebody has put there
         found[checkpoint] = task
     return found
-
-
-def _counts_for(source: Run, run: Run) -> bool:
-    """Whether the row of one is that of the other: the folder's name holds all that decides."""
-    start = run.comparison.start
-    return (
-        start is not None
-        and start.comparison.name == source.comparison.name
-        and source.comparison.metric == run.comparison.metric
-        and source.comparison.stage == run.comparison.stage
-        and source.folder.name == run.folder.name
-    )
