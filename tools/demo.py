@@ -18,7 +18,7 @@ try:
     from vqmoe_vision.engine.command import one_line
     from vqmoe_vision.engine.host_memory import keep_freed_memory
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; the demo needs: pip install 'vqmoe-vision[seg,analyze]'")
+    sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
 WORK_DIR = Path('work_dirs/demo')
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'

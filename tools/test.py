@@ -5,7 +5,7 @@ import sys
 try:
     from vqmoe_vision.engine.cli import test
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}; training and testing need: pip install 'vqmoe-vision[train]'")
+    sys.exit(f"error: {missing}; training and testing need: pip install '.[train]'")
 
 if __name__ == '__main__':
     test()

@@ -282,6 +282,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
         (['model.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
         (['model.num_experts=4'], 'num_experts=4 is not possible: moe.num_experts=2 is set'),
+        (["custom_hooks=[dict(type='EMAHook')]"], 'is not possible: each has a type, such as {'),
         (['model.moe.top_k=2'], 'moe.top_k=2 is not possible: the options of vit_tiny_vqmoe are'),
         (['model.moe.foo=1'], 'moe.foo=1 is not possible: the options of vit_tiny_vqmoe are'),
         (

@@ -166,6 +166,19 @@ def test_every_parameter_gets_a_gradient_from_the_loss(
     assert all(name.endswith('router.weight') for name in frozen)
 
 
+def test_blocks_refuse_tokens_that_are_not_those_of_the_images(tiny, images: Tensor) -> None:
+    """Where the method decides by the images; others take what tokens there are."""
+    model = tiny().eval()
+    tokens = model._pos_embed(model.patch_embed(images))
+    layer = next(iter(moe_layers(model).values()))
+    if layer.reads() is None:
+        assert model.blocks(tokens[:2]).shape == tokens[:2].shape
+        return
+    with pytest.raises(ValueError, match=r'is not possible: \d+, as those of the images'):
+        model.blocks(tokens[:2])
+    assert torch.equal(model.blocks(tokens), model.blocks(tokens))
+
+
 def compiled(model: nn.Module) -> Any:
     torch.compiler.reset()
     return torch.compile(model, fullgraph=True, backend='eager')

@@ -150,18 +150,23 @@ def test_what_cannot_be_converted_stays_as_it_is(
     'build', [dense, partial(dinov3, 'vit_small_patch16_dinov3')], ids=['vit', 'eva']
 )
 def test_patches_are_dropped_where_a_method_does_not_need_their_places(
-    method: str, build: Any
+    method: str, build: Any, images: torch.Tensor
 ) -> None:
     entry = METHODS[method]
-    anywhere = make(method).blocks[1].mlp.permutation_equivariant and entry.read_patches is None
+    anywhere = make(method).blocks[1].mlp.permutation_equivariant
     if entry.read_patches is not None and build is not dense:
         pytest.skip('no Eva has it')
-    for built in (
-        lambda: make(method, patch_drop_rate=0.5),
-        lambda: convert_to_moe(build(patch_drop_rate=0.5), method),
-    ):
+
+    def converted() -> Any:
+        model = build(patch_drop_rate=0.5)
+        convert_to_moe(model, method)
+        return model
+
+    for built in (partial(make, method, patch_drop_rate=0.5), converted):
         if anywhere:
-            built()
+            model = built()
+            with collect_losses(model.train()):
+                assert model(images).isfinite().all()
             continue
         with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5 is not possible: 0, '):
             built()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
@@ -235,12 +235,44 @@ def test_features_from_another_image_size_are_resized(images: Tensor) -> None:
     assert features(model, torch.randn(2, 3, 40, 24)).shape == (2, 32)
 
 
-def test_positions_of_patches_alone_are_resized_as_such() -> None:
-    state = dense(img_size=64, no_embed_class=True).state_dict()
-    network = image_reader(make(METHOD, no_embed_class=True)).network
-    network.load_state_dict(dict(state), strict=False)
-    expected = resample_abs_pos_embed(state['pos_embed'], [4, 4], num_prefix_tokens=0)
-    torch.testing.assert_close(network.pos_embed, expected, rtol=0, atol=0)
+def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> Any:
+    """A model of other sizes with the weights of one."""
+    if how == 'folder':
+        save_for_hf(model, folder, model_args={**TINY, **sizes}, safe_serialization=True)
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    again, state = make(METHOD, **sizes), model.state_dict()
+    if how == 'strict':
+        again.load_state_dict(state)
+    else:
+        again.load_state_dict(fit_state(again, state, 'f.pth')[0], strict=False)
+    return again
+
+
+@pytest.mark.parametrize('how', ['folder', 'strict', 'fitted'])
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        ({}, {'img_size': 48}),
+        ({'img_size': (32, 64)}, {'img_size': 32}),
+        ({}, {'patch_size': 4}),
+        ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
+        ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
+    ],
+)
+def test_a_network_keeps_the_size_that_clusters_were_fitted_at(
+    before: dict, after: dict, how: str, tmp_path: Path
+) -> None:
+    model, images = make(METHOD, **before), torch.randn(8, 3, 32, 64)
+    fit_reader(model, [images.repeat(8, 1, 1, 1) + torch.randn(64, 3, 32, 64)])
+    network, expected = image_reader(model).network, features(model, images)
+    model.set_input_size(**after)
+    assert torch.equal(features(model, images), expected)
+    again = moved(how, model, {**before, **after}, tmp_path / 'model')
+    reader = image_reader(again)
+    assert reader.network.sizes == network.sizes and list(reader.parameters()) == []
+    assert torch.equal(features(again, images), expected)
+    small = torch.randn(2, 3, *model.patch_embed.img_size)
+    assert torch.equal(again.eval()(small), model.eval()(small))
 
 
 @torch.no_grad()

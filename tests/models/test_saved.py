@@ -76,6 +76,27 @@ def test_every_method_with_all_its_options(
     torch.testing.assert_close(train_step(again, None, images, torch.arange(4)), loss)
 
 
+@pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        ({}, {'img_size': 48}),
+        ({'img_size': (32, 64)}, {'img_size': 32}),
+        ({'reg_tokens': 2}, {'patch_size': 4}),
+    ],
+)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_model_whose_images_have_another_size_by_now(
+    variant: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+) -> None:
+    method, options = VARIANTS[variant]
+    model: Any = make(method, **options, **before)
+    model.set_input_size(**after)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    same(model, again, torch.randn(2, 3, *model.patch_embed.img_size))
+
+
 @pytest.mark.parametrize('size', [(32, 48), (16, 64)])
 def test_images_that_are_not_square(method: str, size: tuple[int, int], tmp_path: Path) -> None:
     """The positions of the second are as many as those of a square image."""

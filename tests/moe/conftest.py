@@ -31,6 +31,14 @@ CASES = [
 ]
 
 
+class Pixels(nn.Sequential):
+    """A network for square images, whose features are their pixels, or what parts make of them."""
+
+    def __init__(self, side: int, *parts: nn.Module) -> None:
+        super().__init__(nn.Flatten(), *parts)
+        self.image_size = self.sizes = (side, side)
+
+
 class Patched(nn.Module):
     """Base: reads raw patches or images for the layers before anything else runs."""
 
@@ -49,7 +57,7 @@ class Patched(nn.Module):
         entry = METHODS[method]
         config = entry.config.from_options(num_experts=num_experts, **options)
         if entry.needs_features and self.reader is None:
-            self.reader = entry.reader(config, lambda: Features(nn.Flatten(), D, (1, 1)))
+            self.reader = entry.reader(config, lambda: Features(Pixels(1), D))
         experts = Experts(num_experts, D, H)
         # of ViT size the experts' answers would drown in rounding errors at this width
         for linear in (experts.fc1, experts.fc2):

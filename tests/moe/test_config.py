@@ -83,6 +83,7 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('smoe', {'preset': 'frozen', 'router_noise': 1.0, 'load_weight': 0.1}, 'load_weight'),
         ('smoe', {'preset': 'frozen', 'balance_weight': 0.1}, 'balance_weight'),
         ('smoe', {'preset': 'frozen', 'z_weight': 0.1}, 'z_weight'),
+        ('smoe', {'preset': ['frozen']}, 'preset'),
         ('xmoe', {'gate': 'tanh'}, 'gate'),
         ('xmoe', {'router_dim': 0}, 'router_dim'),
         ('xmoe', {'temperature': 0.0}, 'temperature'),

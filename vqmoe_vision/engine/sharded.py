@@ -54,7 +54,8 @@ def fill_in_parallel(config: Config, processes: int) -> None:
     forget_wrapper(config)
     hooks = config.get('custom_hooks') or []
     for hook in hooks:
-        check('type' in hook, 'custom_hooks', hook, "each has a type, such as {'type': 'EMAHook'}")
+        stated = isinstance(hook, dict) and 'type' in hook
+        check(stated, 'custom_hooks', hook, "each has a type, such as {'type': 'EMAHook'}")
     hooks = [hook for hook in hooks if hook['type'] != 'ShardingHook']
     options = config.get(FIELD)
     if options is None:

@@ -111,7 +111,7 @@ def require_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         needed = f'ONNX files need {", ".join(missing)}'
-        raise ModuleNotFoundError(f"{needed}: pip install 'vqmoe-vision[export]'")
+        raise ModuleNotFoundError(f"{needed}: pip install '.[export]'")
 
 
 def export_program(model: nn.Module | Exportable, batch: int | None = None) -> Any:

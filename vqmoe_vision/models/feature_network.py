@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -42,18 +40,26 @@ class FeatureViT(VisionTransformer):
         """Nothing: it has buffers alone."""
         return set()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # timm's loading resizes the positions of the model that this is a part of, not these
-        name, own = f'{prefix}pos_embed', self.pos_embed
-        if name in state_dict and own is not None and state_dict[name].shape != own.shape:
-            leading = 0 if self.no_embed_class else self.num_prefix_tokens
-            square = math.isqrt(state_dict[name].shape[1] - leading) ** 2
-            if square == state_dict[name].shape[1] - leading:
-                grid = list(self.patch_embed.grid_size)
-                state_dict[name] = resample_abs_pos_embed(
-                    state_dict[name], grid, num_prefix_tokens=leading
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Height and width of its images and of its patches, in pixels."""
+        stem: Any = self.patch_embed
+        return (*stem.img_size, *stem.patch_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in whole patches, as images of a model that pads them come."""
+        height, width, rows, columns = self.sizes
+        return -(-height // rows) * rows, -(-width // columns) * columns
+
+    def resize(self, sizes: tuple[int, ...]) -> None:
+        """Take images and patches of other sizes, with weights that fit them.
+
+        Args:
+            sizes: As `sizes`.
+        """
+        height, width, rows, columns = sizes
+        self.set_input_size((height, width), (rows, columns))
 
 
 def feature_network(kwargs: dict[str, Any]) -> Features:
@@ -81,11 +87,7 @@ def features_of(dense: VisionTransformer) -> Features:
 
 def _described(network: VisionTransformer) -> Features:
     network.attn_pool = None  # type: ignore[assignment]  # as timm sets it where there is none
-    stem: Any = network.patch_embed
-    (height, width), (rows, columns) = stem.img_size, stem.patch_size
-    # whole patches, as images of a model that pads them come
-    size = (-(-height // rows) * rows, -(-width // columns) * columns)
-    return Features(network, network.embed_dim, size)
+    return Features(network, network.embed_dim)
 
 
 @torch.no_grad()

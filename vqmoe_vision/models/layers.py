@@ -98,7 +98,7 @@ def build_layer(
         for linear in (experts.fc1, experts.fc2):
             linear.init_weights()
     layer = METHODS[method].build(width, config, experts, host, **factory)
-    anywhere = layer.permutation_equivariant and METHODS[method].read_patches is None
+    anywhere = layer.permutation_equivariant
     allowed = f'0, as {method} needs all patches of an image in their places'
     check(anywhere or patch_drop_rate == 0, 'patch_drop_rate', patch_drop_rate, allowed)
     # torch.fx, which timm's feature extraction uses, takes it as one operation

@@ -99,7 +99,7 @@ def require_torchao() -> None:
         ModuleNotFoundError: torchao, of the extra `export`, is missing.
     """
     if importlib.util.find_spec(_PACKAGE) is None:
-        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install 'vqmoe-vision[export]'")
+        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install '.[export]'")
 
 
 def separated(model: nn.Module) -> nn.Module:

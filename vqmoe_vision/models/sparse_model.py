@@ -14,6 +14,7 @@ from torch import nn
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
 from ..moe.host import RawPatches
+from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import (
     check_experts,
@@ -159,6 +160,8 @@ class SparseModel:
         for module in model.modules():
             if hasattr(module, 'set_num_tokens'):
                 module.set_num_tokens(num_tokens)
+            if isinstance(module, MoeLayer):  # as which the model is built again
+                self._model_args = {**self._model_args, **module.options_in_size(num_tokens)}
 
     def extra_repr(self) -> str:
         """Method and size, for print(model)."""

@@ -5,6 +5,7 @@ Everything here works on state dicts; `engine/checkpoint.py` reads the files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.image_reader import ImageReader, image_reader, reader_of
+from ..moe.image_reader import ImageReader, image_reader, reader_of, resize_network
 from .feature_network import NETWORK, READER
 from .fitting import (
     Size,
@@ -258,6 +259,8 @@ def _fit_reader(
     read = Report()
     if part or not any('.mlp.experts.' in name for name in rest):
         network: Any = reader.network
+        if 'sizes' in part:  # which it will have
+            network = resize_network(copy.deepcopy(network), part['sizes'])
         fitted, read = transfer(network, weights or rest, path, image_sizes)
         result |= {READER + NETWORK + k: v for k, v in fitted.items()}
     resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}

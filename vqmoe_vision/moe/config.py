@@ -163,7 +163,12 @@ class MoeConfig:
     def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
         if preset is None:
             return cls(**options)
-        check(preset in cls.PRESETS, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
+        check(
+            isinstance(preset, str) and preset in cls.PRESETS,
+            'preset',
+            preset,
+            f'one of {sorted(cls.PRESETS)}',
+        )
         return cls(**{**cls.PRESETS[preset], **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:

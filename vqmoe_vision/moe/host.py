@@ -74,6 +74,24 @@ class RawPatches:
             )
         return self.value
 
+    def check_number(self, name: str, found: int, shown: int) -> None:
+        """Refuse what cannot be of the images that were shown last; that it is, nobody can tell.
+
+        Args:
+            name: What is counted.
+            found: How many a layer was given.
+            shown: How many those images have.
+
+        Raises:
+            ValueError: They are not as many.
+        """
+        if torch.jit.is_tracing() or found == shown:  # traced sizes are tensors
+            return
+        raise ValueError(
+            f'{name}={found} is not possible: {shown}, as those of the images that the stem saw '
+            'last, by which the method decides; call the model as a whole'
+        )
+
     @property
     def restored(self) -> bool:
         """Whether `value` is, now, that of the pass which gradient checkpointing repeats."""

@@ -32,14 +32,14 @@ class Features:
     """A network that gives features of an image.
 
     Args:
-        network: Images (B, channels, height, width) to features (B, F).
+        network: Images (B, channels, height, width) to features (B, F). Its `image_size` is the
+            height and width of the images that it takes, `sizes` is what decides that, as numbers
+            that a file can hold, and `resize(sizes)` makes it one of others.
         width: F.
-        image_size: Height and width of the images that it takes.
     """
 
     network: nn.Module
     width: int
-    image_size: tuple[int, int]
 
 
 class ImageReader(nn.Module):
@@ -47,7 +47,9 @@ class ImageReader(nn.Module):
 
     Its network is frozen: weights are buffers, because nobody trains them, and a parameter that
     never gets a gradient is one that optimizers decay and data-parallel training waits for. It is
-    in eval mode whatever the model is in. A subclass implements `read`, `init_weights`, which calls
+    in eval mode whatever the model is in. What was fitted was so to the features of images of one
+    size, so that with loaded weights the network takes the size that it had, whatever size the
+    images of the model have now. A subclass implements `read`, `init_weights`, which calls
     `void`, and `take_over`.
 
     Whether it is fitted has to be known on the host, where a warning of a training asks in every
@@ -61,10 +63,12 @@ class ImageReader(nn.Module):
     Attributes:
         fitted: Whether `fit` has been called for these weights, () bool. Until then the model
             computes with what it was initialised with, and a training warns of it once.
+        sizes: Of the network, int64.
         lacks_weights: Whether a training that begins has no weights for the network.
     """
 
     fitted: Tensor
+    sizes: Tensor
     lacks_weights = False
     _fit_due = True  # what `fitted` says, as far as the host knows
 
@@ -72,8 +76,16 @@ class ImageReader(nn.Module):
         super().__init__()
         self.network = _frozen(features.network)
         self.network.eval()
-        self.width, self.image_size = features.width, features.image_size
+        self.width = features.width
         self.register_buffer('fitted', torch.empty((), dtype=torch.bool, device=device))
+        number = len(self.network.sizes)
+        self.register_buffer('sizes', torch.empty(number, dtype=torch.int64, device=device))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the network takes."""
+        size: tuple[int, int] = self.network.image_size
+        return size
 
     def train(self, mode: bool = True) -> Self:
         """As torch's, but for the network, which stays in eval mode."""
@@ -134,6 +146,7 @@ class ImageReader(nn.Module):
     def void(self) -> None:
         """Forget that it was fitted: it was to other features."""
         self.fitted.fill_(False)
+        self.sizes.copy_(torch.tensor(self.network.sizes))
         self._fit_due = True
 
     def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -164,6 +177,9 @@ class ImageReader(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        sizes = state_dict.get(f'{prefix}sizes')
+        if sizes is not None and sizes.shape == self.sizes.shape and not sizes.is_meta:
+            resize_network(self.network, sizes)  # before its weights come
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.fitted.is_meta:
             self._fit_due = not bool(self.fitted)
@@ -189,7 +205,22 @@ def reader_of(model: nn.Module) -> ImageReader:
     return reader
 
 
-def _frozen(network: nn.Module) -> nn.Module:
+@torch.no_grad()
+def resize_network(network: Any, sizes: Tensor) -> Any:
+    """The network of a reader for images of another size, changed in place.
+
+    Args:
+        network: As in `Features`.
+        sizes: As its `sizes`.
+    """
+    wanted = tuple(sizes.tolist())
+    if wanted != network.sizes:
+        network.resize(wanted)
+        _frozen(network)
+    return network
+
+
+def _frozen(network: Any) -> Any:
     """With buffers in the place of parameters, under their names."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):

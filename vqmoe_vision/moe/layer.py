@@ -183,6 +183,17 @@ class MoeLayer(StaysPython):
             del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
+        """Options that build a layer like this one in a model of another number of tokens.
+
+        Args:
+            num_tokens: N there; see `Host`.
+
+        Returns:
+            Those that the layer left to the number of tokens when it was built.
+        """
+        return {}
+
     def reads(self) -> RawPatches | None:
         """Where the layer finds the images that it decides by; None if it sees tokens alone."""
         return None

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -41,6 +42,8 @@ _WHOLE_TENSOR = frozenset(
         'soap',
     }
 )
+# What timm's `Lookahead` keeps of a parameter, in the state of the optimizer that it wraps.
+_SLOW = 'lookahead_slow_buff'
 _stacked_modules: WeakSet[nn.Module] = WeakSet()
 
 
@@ -71,8 +74,8 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     gradient scalers.
 
     Args:
-        optimizer: Any optimizer over parameters of `model`; it is changed in place. Teach it before
-            its state is loaded, a copy of it anew, and the one inside timm's `Lookahead`.
+        optimizer: Any optimizer over parameters of `model`; it is changed in place, of timm's
+            `Lookahead` the one inside. Teach it before its state is loaded, and a copy of it anew.
         model: Holds the experts; those of other models stay refused.
 
     Returns:
@@ -80,12 +83,13 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """
     stacked = [p for m in model.modules() if m in _stacked_modules for p in m.parameters(False)]
     views = _ExpertViews(stacked)
-    optimizer.register_step_pre_hook(views.before_step)
-    optimizer.register_step_post_hook(views.join)
-    optimizer.register_state_dict_pre_hook(views.split)
-    optimizer.register_state_dict_post_hook(views.join)
-    optimizer.register_load_state_dict_pre_hook(views.split)
-    optimizer.register_load_state_dict_post_hook(views.join)
+    inner: Optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+    inner.register_step_pre_hook(views.before_step)
+    inner.register_step_post_hook(views.join)
+    inner.register_state_dict_pre_hook(views.before_save)
+    inner.register_state_dict_post_hook(views.after_save)
+    inner.register_load_state_dict_pre_hook(views.split)
+    inner.register_load_state_dict_post_hook(views.after_load)
     return optimizer
 
 
@@ -96,6 +100,9 @@ class _ExpertViews:
         self.views: dict[Tensor, list[Tensor]] = {p: list(p.detach().unbind()) for p in stacked}
         self.owners = {views[0]: p for p, views in self.views.items()}
         self.others = {view for views in self.views.values() for view in views[1:]}
+        # states of parameters and of views, while a state dict is made
+        self._whole: dict[Tensor, dict[str, Any]] = {}
+        self._own: dict[Tensor, dict[str, Any]] = {}
 
     def before_step(
         self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]
@@ -129,6 +136,31 @@ class _ExpertViews:
         for views in self.views.values():
             for view in views:
                 view.grad = None  # or it would keep the gradient of the whole parameter alive
+
+    def before_save(self, optimizer: Optimizer) -> None:
+        """Split, what `Lookahead` keeps too: of its steps it knows the whole parameters alone."""
+        self.split(optimizer)
+        state = optimizer.state
+        for parameter, views in self.views.items():
+            if _SLOW not in state.get(parameter, {}):
+                continue
+            self._whole[parameter] = state.pop(parameter)
+            for view, slow in zip(views, self._whole[parameter][_SLOW], strict=True):
+                # a new dictionary: the saved state holds this one
+                self._own[view], state[view] = state[view], {**state[view], _SLOW: slow}
+
+    def after_save(self, optimizer: Optimizer, *_: Any) -> None:
+        optimizer.state.update({**self._whole, **self._own})
+        self._whole, self._own = {}, {}
+        self.join(optimizer)
+
+    def after_load(self, optimizer: Optimizer) -> None:
+        self.join(optimizer)
+        state = optimizer.state
+        for parameter, views in self.views.items():
+            if all(_SLOW in state.get(view, {}) for view in views):
+                slow = torch.stack([state[view].pop(_SLOW) for view in views])
+                state[parameter][_SLOW] = slow
 
     def _parts(self, parameter: Tensor) -> list[Tensor]:
         if parameter not in self.views:

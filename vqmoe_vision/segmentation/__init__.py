@@ -6,9 +6,7 @@ Importing this package registers everything that `configs/segmentation` names.
 try:
     import mmcv  # noqa: F401  without the extra, this comes first to what is missing
 except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(
-        f"{missing}; segmentation needs: pip install 'vqmoe-vision[seg]'"
-    ) from None
+    raise ModuleNotFoundError(f"{missing}; segmentation needs: pip install '.[seg]'") from None
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 

@@ -9,6 +9,8 @@ from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features
 from vqmoe_vision.moe.methods.mocle import ClusterRouter, Clusters, MoCLEConfig
 
+from ..conftest import Pixels
+
 D, E = 8, 4
 
 
@@ -117,7 +119,7 @@ def test_noise_is_a_tenth_in_the_logits_and_drawn_from_torchs_generator():
 
 def clusters_of(num_clusters, width=2):
     config = MoCLEConfig(num_clusters=num_clusters)
-    return Clusters(config, Features(nn.Flatten(), width, (1, 1)))
+    return Clusters(config, Features(Pixels(1), width))
 
 
 BLOBS = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
@@ -191,8 +193,8 @@ def test_training_moves_no_cluster(make_layer):
 
 
 def test_a_network_is_frozen_whatever_the_model_does():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Dropout(0.5))
-    reader = Clusters(MoCLEConfig(num_clusters=2), Features(network, 4, (2, 2))).train()
+    network = Pixels(2, nn.Linear(12, 4), nn.Dropout(0.5))
+    reader = Clusters(MoCLEConfig(num_clusters=2), Features(network, 4)).train()
     assert reader.training and not any(part.training for part in network.modules())
     assert list(reader.parameters()) == []
     assert set(network.state_dict()) == {'1.weight', '1.bias'}
@@ -204,7 +206,7 @@ def test_a_network_is_frozen_whatever_the_model_does():
 
 
 def test_images_of_another_size_are_resized_as_a_whole():
-    reader = Clusters(MoCLEConfig(num_clusters=2), Features(nn.Flatten(), 4, (2, 2)))
+    reader = Clusters(MoCLEConfig(num_clusters=2), Features(Pixels(2), 4))
     image = torch.arange(4.0).view(1, 1, 2, 2)
     large = image.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     expected = F.interpolate(large, (2, 2), mode='bilinear', antialias=True).flatten(1)

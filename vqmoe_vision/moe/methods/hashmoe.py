@@ -7,8 +7,8 @@ t = 1 .. N of one image:
 
 It is the control that a learned router has to beat: same experts, same compute, no decision. The
 paper hashes the identity of a word, and among others its position. A patch has no identity, so that
-its position is hashed here, and each of E consecutive positions has another expert, so that loads
-are even ('balanced hash').
+its position is hashed here: each block of E positions has every expert once as its first, so that
+loads of first experts differ by one token at most ('balanced hash'). Further ones are drawn freely.
 
 Where we differ: K experts per token are possible, different ones, whose answers are averaged; the
 paper's MultiHash cuts one expert into K pieces. Positions repeat after 4,096 tokens.

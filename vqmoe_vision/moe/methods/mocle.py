@@ -179,8 +179,13 @@ class ClusterRouter(Router):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route images (B, N, D) in float32."""
+        """Route images (B, N, D) in float32.
+
+        Raises:
+            ValueError: They are not as many as the stem was shown.
+        """
         clusters = self.raw_patches.current()
+        self.raw_patches.check_number('images', x.shape[0], clusters.shape[0])
         num_tokens, config = x.shape[1], self.config
         with full_precision(x):
             embedded = self.cluster_embed.index_select(0, clusters).float()

@@ -103,6 +103,7 @@ class SoftMoEMlp(MoeLayer):
         **factory: Any,
     ) -> None:
         super().__init__()
+        self.config, self.num_prefix_tokens = config, host.num_prefix_tokens
         self.slot_norm = config.slot_norm
         slots = float(host.num_tokens)
         if config.slots_per_token is not None:
@@ -163,6 +164,15 @@ class SoftMoEMlp(MoeLayer):
     def experts_per_token(self) -> float:
         """All: every expert answers for every image."""
         return self.experts.num_experts
+
+    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
+        """The slots that it has, said as its options say them."""
+        if self.config.slots_per_expert is not None:
+            return {}
+        if self.config.slots_per_token is None:
+            return {'slots_per_expert': self.slots_per_expert}
+        patches = num_tokens - self.num_prefix_tokens
+        return {'slots_per_token': self.num_slots / patches}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Slots of a layer that has another number of them per expert.

@@ -17,9 +17,11 @@ the distilled router, in both stages.
 Where we differ: the raw token of the paper is a word and D its embedding of width 50; here it is an
 image patch, averaged to 4 x 4 cells, and D one linear layer of width 50 (each MoE layer has its
 own); a prefix token has a learned D. Losses are means over tokens where the authors' code sums.
-`top_k` above 1 assigns the K best and distils all K as targets. Stage 1 lasts `stage1_steps`
-updates (the paper: the first tenth of training). The weights of both losses are the paper's; the
-authors' scripts give 0.3 to the distillation too. Dropless, the authors' code has a capacity of 2.
+`top_k` above 1 assigns the K best and distils all K as targets. Stage 1 is the paper's first tenth
+(`stage1_fraction`) of a training that announces its length by `start_training`; `stage1_steps` sets
+a number of updates instead, and without either it is the 6,000 of their language model. The weights
+of both losses are the paper's; the authors' scripts give 0.3 to the distillation too. Dropless, the
+authors' code has a capacity of 2.
 
 The 'group' preset is the method of that name in the tables published with VQMoE: a one-stage
 softmax router with normalised expert embeddings.
@@ -146,12 +148,17 @@ class StableRouter(TopKRouter):
         init_orthogonal(self.expert_embed)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D) in float32 by the learned or the distilled router."""
+        """Route tokens (T, D) in float32 by the learned or the distilled router.
+
+        Raises:
+            ValueError: They are not as many as those of the images that the stem was shown.
+        """
         patches = self.raw_patches.current()
         k = self.config.top_k
         with full_precision(x):
             scores = F.linear(x.float(), self.expert_embed.float())
             student_scores = self.distilled(patches)
+            self.raw_patches.check_number('tokens', x.shape[0], student_scores.shape[0])
             student = top_k_experts(student_scores, k)[1]
             teacher = top_k_experts(scores, k)[1]
             indices = student

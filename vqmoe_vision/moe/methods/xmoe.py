@@ -11,8 +11,9 @@ Where we differ: t_i is the share of assignments, so that (8) is 1 at even routi
 positive as exp(log_temperature); `top_k` above 1 selects by the same scores. Expert embeddings
 start with the length of 1.5 to which torchscale's code brings them in every forward pass; here only
 the start is so long. Their length changes no score, but how far a step of the optimizer turns them.
-In all else torchscale's X-MoE is another router (no token normalisation, no temperature): see the
-'group' preset.
+In all else torchscale's X-MoE is another router (no token normalisation, no temperature); the
+answers recorded of it in tests/moe name the options that equal it. The 'group' preset is a third
+one.
 
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
