@@ -275,6 +275,17 @@ def test_a_network_keeps_the_size_that_clusters_were_fitted_at(
     assert torch.equal(again.eval()(small), model.eval()(small))
 
 
+def test_a_file_that_does_not_say_the_size_of_the_network_loads(images: Tensor) -> None:
+    model = make(METHOD, img_size=48)
+    state = model.state_dict()
+    del state['patch_embed.reader.sizes']
+    again = make(METHOD, img_size=48)
+    again.load_state_dict(state)
+    assert torch.equal(features(again, images), features(model, images))
+    with pytest.raises(RuntimeError, match='do not fit the model'):
+        make(METHOD, img_size=64).load_state_dict(state)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('converted', [False, True])
 def test_images_that_the_model_pads_are_read_as_padded(converted: bool) -> None:

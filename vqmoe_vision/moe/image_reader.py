@@ -177,6 +177,9 @@ class ImageReader(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f'{prefix}fitted' in state_dict:
+            # files of before this was kept: the network had the size of the model that was built
+            state_dict.setdefault(f'{prefix}sizes', self.sizes)
         sizes = state_dict.get(f'{prefix}sizes')
         if sizes is not None and sizes.shape == self.sizes.shape and not sizes.is_meta:
             resize_network(self.network, sizes)  # before its weights come
