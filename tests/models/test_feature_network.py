@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from vqmoe_vision.models import complexity, convert_to_moe, fit_reader, load_features
+from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.models.transfer import fit_state, transfer
 from vqmoe_vision.moe import METHODS, said_once
 from vqmoe_vision.moe.image_reader import image_reader
@@ -241,19 +242,26 @@ def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> An
         save_for_hf(model, folder, model_args={**TINY, **sizes}, safe_serialization=True)
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
     again, state = make(METHOD, **sizes), model.state_dict()
-    if how == 'strict':
-        again.load_state_dict(state)
-    else:
-        again.load_state_dict(fit_state(again, state, 'f.pth')[0], strict=False)
+    if how == 'path':
+        torch.save(state, folder.with_suffix('.pth'))
+        return make(METHOD, checkpoint_path=str(folder.with_suffix('.pth')), **sizes)
+    if how == 'fitted':
+        assert misfit_of(again, state) == ''
+        sizes_of_images = [tuple(model.patch_embed.img_size)]
+        state = fit_state(again, state, 'f.pth', sizes_of_images)[0]
+    if how == 'cast':  # which averages and tools that cast whole files do
+        state = {name: value.float() for name, value in state.items()}
+    again.load_state_dict(state, assign=how == 'assigned')
     return again
 
 
-@pytest.mark.parametrize('how', ['folder', 'strict', 'fitted'])
+@pytest.mark.parametrize('how', ['folder', 'path', 'strict', 'assigned', 'cast', 'fitted'])
 @pytest.mark.parametrize(
     ('before', 'after'),
     [
         ({}, {'img_size': 48}),
         ({'img_size': (32, 64)}, {'img_size': 32}),
+        ({'img_size': (32, 64)}, {'img_size': (64, 32)}),  # as many positions
         ({}, {'patch_size': 4}),
         ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
         ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
@@ -269,10 +277,22 @@ def test_a_network_keeps_the_size_that_clusters_were_fitted_at(
     assert torch.equal(features(model, images), expected)
     again = moved(how, model, {**before, **after}, tmp_path / 'model')
     reader = image_reader(again)
-    assert reader.network.sizes == network.sizes and list(reader.parameters()) == []
+    assert reader.network.sizes == tuple(reader.sizes.tolist()) == network.sizes
+    assert list(reader.parameters()) == [] and reader.sizes.dtype == torch.int64
     assert torch.equal(features(again, images), expected)
     small = torch.randn(2, 3, *model.patch_embed.img_size)
     assert torch.equal(again.eval()(small), model.eval()(small))
+
+
+def test_sizes_that_were_rounded_are_those_of_the_model_or_refused() -> None:
+    model, name = make(METHOD, img_size=518, patch_size=14), 'patch_embed.reader.sizes'
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    assert state[name].tolist() == [520, 520, 14, 14]  # of eight bits
+    model.load_state_dict(state)
+    assert image_reader(model).sizes.tolist() == [518, 518, 14, 14]
+    state[name] = state[name] + torch.tensor([0.0, 0.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match=r'sizes=\[520\.0, .* whole numbers above 0'):
+        model.load_state_dict(state)
 
 
 def test_a_file_that_does_not_say_the_size_of_the_network_loads(images: Tensor) -> None:
@@ -280,8 +300,13 @@ def test_a_file_that_does_not_say_the_size_of_the_network_loads(images: Tensor) 
     state = model.state_dict()
     del state['patch_embed.reader.sizes']
     again = make(METHOD, img_size=48)
-    again.load_state_dict(state)
-    assert torch.equal(features(again, images), features(model, images))
+    assert misfit_of(again, state) == ''
+    with torch.device('meta'):
+        unset = make(METHOD, img_size=48)
+    for built, assign in ((again, False), (unset, True)):
+        built.load_state_dict(state, assign=assign)
+        assert torch.equal(features(built, images), features(model, images))
+        assert image_reader(built).sizes.tolist() == [48, 48, 8, 8]
     with pytest.raises(RuntimeError, match='do not fit the model'):
         make(METHOD, img_size=64).load_state_dict(state)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import moe_layers
+from ..moe.image_reader import ImageReader
 
 StateDict = dict[str, Tensor]
 CLASSIFIERS = ('head.', 'head_dist.')
@@ -168,7 +169,15 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
         prefix = f'{layer_name}.'
         for name in layer.omitted(list(part_of(state, prefix))):
             del state[prefix + name]
-    return misfit(model.state_dict(), state)
+    expected = model.state_dict()
+    for reader_name, reader in model.named_modules():
+        if isinstance(reader, ImageReader):
+            prefix = f'{reader_name}.'
+            for name in part_of(expected, prefix):
+                del expected[prefix + name]
+            own = reader.expected(part_of(state, prefix))
+            expected |= {prefix + name: value for name, value in own.items()}
+    return misfit(expected, state)
 
 
 def misfit(expected: StateDict, state_dict: StateDict) -> str:

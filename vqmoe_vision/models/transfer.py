@@ -5,7 +5,6 @@ Everything here works on state dicts; `engine/checkpoint.py` reads the files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.image_reader import ImageReader, image_reader, reader_of, resize_network
+from ..moe.image_reader import ImageReader, image_reader, reader_of
 from .feature_network import NETWORK, READER
 from .fitting import (
     Size,
@@ -258,10 +257,8 @@ def _fit_reader(
         raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
     read = Report()
     if part or not any('.mlp.experts.' in name for name in rest):
-        network: Any = reader.network
-        if 'sizes' in part:  # which it will have
-            network = resize_network(copy.deepcopy(network), part['sizes'])
-        fitted, read = transfer(network, weights or rest, path, image_sizes)
+        sizes = () if 'sizes' in part else image_sizes  # the network takes those of the file
+        fitted, read = transfer(reader.network_for(part), weights or rest, path, sizes)
         result |= {READER + NETWORK + k: v for k, v in fitted.items()}
     resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
     copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}

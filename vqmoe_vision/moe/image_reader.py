@@ -5,6 +5,8 @@ Legend: B images, F features of an image, S images that it is fitted to.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -176,13 +178,52 @@ class ImageReader(nn.Module):
         """
         raise NotImplementedError
 
+    def network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """The network that it will have once a state dict is loaded, with any weights.
+
+        Args:
+            state_dict: Of a reader; may be a part of one.
+        """
+        numbers = self._sizes_in(state_dict.get('sizes'))
+        if numbers is None or numbers == self.network.sizes:
+            return self.network
+        return _resized(copy.deepcopy(self.network), numbers)
+
+    def expected(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a state dict has to have in order to be loaded, with any values.
+
+        Args:
+            state_dict: Of a reader.
+        """
+        own, network = self.state_dict(), self.network_for(state_dict).state_dict()
+        own.update({f'network.{name}': value for name, value in network.items()})
+        if 'sizes' not in state_dict and 'fitted' in state_dict:
+            del own['sizes']  # as files of before it was kept
+        return own
+
+    def _sizes_in(self, given: Tensor | None) -> tuple[int, ...] | None:
+        """Sizes of the network as a state dict says them, whose numbers may have been rounded.
+
+        None if it says none. A file from before they were kept is of a model of the same size.
+        """
+        own: tuple[int, ...] = self.network.sizes
+        if given is None:
+            return own
+        if given.is_meta or given.shape != self.sizes.shape:
+            return None
+        if torch.equal(torch.tensor(own, device=given.device).to(given.dtype), given):
+            return own
+        numbers = [float(number) for number in given.tolist()]
+        whole = all(number.is_integer() and number > 0 for number in numbers)
+        check(whole, 'sizes', numbers, 'whole numbers above 0')
+        return tuple(map(int, numbers))
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f'{prefix}fitted' in state_dict:
-            # files of before this was kept: the network had the size of the model that was built
-            state_dict.setdefault(f'{prefix}sizes', self.sizes)
-        sizes = state_dict.get(f'{prefix}sizes')
-        if sizes is not None and sizes.shape == self.sizes.shape and not sizes.is_meta:
-            resize_network(self.network, sizes)  # before its weights come
+            numbers = self._sizes_in(state_dict.get(f'{prefix}sizes'))
+            if numbers is not None:
+                _resized(self.network, numbers)  # before its weights come
+                state_dict[f'{prefix}sizes'] = torch.tensor(numbers)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.fitted.is_meta:
             self._fit_due = not bool(self.fitted)
@@ -209,16 +250,15 @@ def reader_of(model: nn.Module) -> ImageReader:
 
 
 @torch.no_grad()
-def resize_network(network: Any, sizes: Tensor) -> Any:
+def _resized(network: Any, sizes: tuple[int, ...]) -> Any:
     """The network of a reader for images of another size, changed in place.
 
     Args:
         network: As in `Features`.
         sizes: As its `sizes`.
     """
-    wanted = tuple(sizes.tolist())
-    if wanted != network.sizes:
-        network.resize(wanted)
+    if sizes != network.sizes:
+        network.resize(sizes)
         _frozen(network)
     return network
 
