@@ -26,9 +26,10 @@ and its multiply-accumulates are counted with the model's. Its weights are buffe
 Why it is built so. Network and centroids are buffers of one module in the stem: a checkpoint has
 all that routes, a reloaded model routes alike, and clusters cannot move while anything learns. The
 network has the arguments of the model, so that nobody describes it twice, and a dense checkpoint
-that the model starts from is one for it too. It sees images resized to its own size: a crop or a
-window of a segmentation is an image of its own. A model that nobody has fitted runs, with random
-features and centroids; trainings by config refuse that in one line, and others warn of it once.
+that the model starts from is one for it too. It sees images resized to its own size, which stays
+what it was where the clusters were made: a crop or a window of a segmentation is an image of its
+own. A model that nobody has fitted runs, with random features and centroids; trainings by config
+refuse that in one line, and others warn of it once.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts with the universal one, K
 clusters, F features.
