@@ -284,6 +284,14 @@ def test_a_network_keeps_the_size_that_clusters_were_fitted_at(
     assert torch.equal(again.eval()(small), model.eval()(small))
 
 
+def test_a_part_of_a_state_resizes_the_network_too(images: Tensor) -> None:
+    model, again = make(METHOD), make(METHOD, img_size=48)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith('patch_embed.reader.')}
+    del state['patch_embed.reader.fitted']
+    again.load_state_dict(state, strict=False)
+    assert torch.equal(features(again, images), features(model, images))
+
+
 def test_sizes_that_were_rounded_are_those_of_the_model_or_refused() -> None:
     model, name = make(METHOD, img_size=518, patch_size=14), 'patch_embed.reader.sizes'
     state = {key: value.bfloat16() for key, value in model.state_dict().items()}
@@ -293,6 +301,9 @@ def test_sizes_that_were_rounded_are_those_of_the_model_or_refused() -> None:
     state[name] = state[name] + torch.tensor([0.0, 0.0, 0.5, 0.0])
     with pytest.raises(ValueError, match=r'sizes=\[520\.0, .* whole numbers above 0'):
         model.load_state_dict(state)
+    state[name] = torch.tensor([520, 520, 14, 14]).bfloat16()
+    with pytest.raises(ValueError, match=r'that torch\.bfloat16 has exactly'):
+        make(METHOD, img_size=224, patch_size=14).load_state_dict(state)
 
 
 def test_a_file_that_does_not_say_the_size_of_the_network_loads(images: Tensor) -> None:
@@ -303,6 +314,8 @@ def test_a_file_that_does_not_say_the_size_of_the_network_loads(images: Tensor) 
     assert misfit_of(again, state) == ''
     with torch.device('meta'):
         unset = make(METHOD, img_size=48)
+        unset.load_state_dict(model.state_dict(), assign=True)
+    assert not any(value.is_meta for value in unset.state_dict().values())
     for built, assign in ((again, False), (unset, True)):
         built.load_state_dict(state, assign=assign)
         assert torch.equal(features(built, images), features(model, images))

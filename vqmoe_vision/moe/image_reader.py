@@ -6,6 +6,7 @@ Legend: B images, F features of an image, S images that it is fitted to.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -214,16 +215,20 @@ class ImageReader(nn.Module):
         if torch.equal(torch.tensor(own, device=given.device).to(given.dtype), given):
             return own
         numbers = [float(number) for number in given.tolist()]
-        whole = all(number.is_integer() and number > 0 for number in numbers)
-        check(whole, 'sizes', numbers, 'whole numbers above 0')
+        # up to which a type has every whole number
+        most = 2 / torch.finfo(given.dtype).eps if given.is_floating_point() else math.inf
+        whole = all(number.is_integer() and 0 < number <= most for number in numbers)
+        allowed = f'whole numbers above 0 that {given.dtype} has exactly'
+        check(whole, 'sizes', numbers, allowed)
         return tuple(map(int, numbers))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f'{prefix}fitted' in state_dict:
-            numbers = self._sizes_in(state_dict.get(f'{prefix}sizes'))
-            if numbers is not None:
-                _resized(self.network, numbers)  # before its weights come
-                state_dict[f'{prefix}sizes'] = torch.tensor(numbers)
+        given, fitted = (state_dict.get(f'{prefix}{name}') for name in ('sizes', 'fitted'))
+        some = fitted if given is None else given
+        numbers = None if some is None else self._sizes_in(given)
+        if numbers is not None:
+            _resized(self.network, numbers)  # before its weights come
+            state_dict[f'{prefix}sizes'] = torch.tensor(numbers, device=some.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not self.fitted.is_meta:
             self._fit_due = not bool(self.fitted)
