@@ -101,8 +101,9 @@ def _build(
 
 def _mean_pixels(cell: Cell) -> Features:
     """In the place of a network that reads images: a layer is timed, not what is beside it."""
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Features(network, 3, (PATCH, PATCH * cell.tokens))
+    network: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.image_size = network.sizes = (PATCH, PATCH * cell.tokens)
+    return Features(network, 3)
 
 
 def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:
