@@ -163,12 +163,8 @@ class MoeConfig:
     def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
         if preset is None:
             return cls(**options)
-        check(
-            isinstance(preset, str) and preset in cls.PRESETS,
-            'preset',
-            preset,
-            f'one of {sorted(cls.PRESETS)}',
-        )
+        known = isinstance(preset, str) and preset in cls.PRESETS
+        check(known, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
         return cls(**{**cls.PRESETS[preset], **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
