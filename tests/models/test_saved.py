@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models import saved
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe import METHODS, moe_layers
 
 from ..variants import VARIANTS
 from .conftest import TINY, make
@@ -78,18 +78,17 @@ def test_every_method_with_all_its_options(
 
 @pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
 @pytest.mark.parametrize(
-    ('before', 'after'),
+    ('variant', 'before', 'after'),
     [
-        ({}, {'img_size': 48}),
-        ({'img_size': (32, 64)}, {'img_size': 32}),
-        ({'reg_tokens': 2}, {'patch_size': 4}),
+        *((variant, {'img_size': (32, 64)}, {'img_size': 32}) for variant in VARIANTS),
+        *((method, {}, {'img_size': 48}) for method in METHODS),
+        *((method, {'reg_tokens': 2}, {'patch_size': 4}) for method in METHODS),
     ],
 )
-@pytest.mark.parametrize('variant', VARIANTS)
 def test_a_model_whose_images_have_another_size_by_now(
     variant: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
 ) -> None:
-    method, options = VARIANTS[variant]
+    method, options = VARIANTS.get(variant, (variant, {}))
     model: Any = make(method, **options, **before)
     model.set_input_size(**after)
     save_for_hf(model, tmp_path, safe_serialization=True)
