@@ -45,9 +45,7 @@ def completed(results: Results, other: Store) -> Results:
 def _is_shared(run: Run) -> bool:
     """Whether the comparison that rows start from has the same run."""
     start = run.comparison.start
-    if start is None or run.row not in start.comparison.rows:
-        return False
-    if run.seed not in start.comparison.seeds:
+    if start is None or (run.row, run.seed) not in start.comparison.selected():
         return False
     return counts_for(Run(start.comparison, run.row, run.seed, run.root), run)
 

@@ -173,9 +173,8 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
     for reader_name, reader in model.named_modules():
         if isinstance(reader, ImageReader):
             prefix = f'{reader_name}.'
-            for name in part_of(expected, prefix):
-                del expected[prefix + name]
             own = reader.expected(part_of(state, prefix))
+            expected = {k: v for k, v in expected.items() if not k.startswith(prefix)}
             expected |= {prefix + name: value for name, value in own.items()}
     return misfit(expected, state)
 
