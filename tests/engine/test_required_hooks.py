@@ -1,12 +1,10 @@
 """A list of hooks replaces that of its base: whoever trains without VQMoE's is told."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mmengine.runner import Runner
 
-from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.cli import load_config, train
 from vqmoe_vision.engine.required_hooks import check_hooks
 from vqmoe_vision.moe import METHODS
@@ -87,19 +85,6 @@ def test_a_runner_without_the_hook_says_that_state_stands_still(
 def test_a_runner_with_the_hook_says_nothing(tmp_path: Path) -> None:
     runner_of(tmp_path, '').train()
     assert not [line for line in messages(tmp_path / 'run') if 'has no MoeStateHook' in line]
-
-
-@pytest.mark.parametrize('tool', [train, cli.test])
-def test_options_of_a_hook_that_there_is_not_name_the_one_that_is_like_it(
-    tool: Callable[[list[str]], None], tmp_path: Path
-) -> None:
-    files = [write(tmp_path)] if tool is train else [write(tmp_path), 'absent.pth']
-    with pytest.raises(SystemExit) as caught:
-        tool([*files, '--cfg-options', 'default_hooks.checkpont.interval=2'])
-    assert str(caught.value.code) == (
-        "error: default_hooks.checkpont={'interval': 2} is not possible: a hook of this name "
-        'needs a type; did you mean checkpoint?'
-    )
 
 
 @pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'ABOVE_NORMAL', 'NORMAL', 'LOW'])

@@ -172,6 +172,17 @@ def test_images_without_label_maps(prefix: dict[str, None], tmp_path: Path) -> N
         CamVid(data_root=str(tmp_path), data_prefix=dict(img_path=None))
 
 
+def test_names_that_nothing_would_read(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/a.png', np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"seg_map_pth='a' is .*; did you mean seg_map_path\?"):
+        CamVid(data_root=str(tmp_path), data_prefix={**CAMVID, 'seg_map_pth': 'a'}, pipeline=[])
+    kwargs: dict = dict(data_root=str(tmp_path), data_prefix=CAMVID, pipeline=[])
+    with pytest.raises(ValueError, match=r'metainfo\.clases=.* nothing reads it; did you mean cl'):
+        CamVid(**kwargs, metainfo={'clases': ('Sky', 'Road')})
+    # what is like neither is for readers of one's own
+    assert CamVid(**kwargs, metainfo={'city': 'Cambridge'}).metainfo['city'] == 'Cambridge'
+
+
 @pytest.mark.parametrize('name', ['ADE20K', 'Cityscapes', 'PascalContext59'])
 def test_other_data_sets_say_what_is_missing(name: str, tmp_path: Path) -> None:
     prefix = dict(img_path='images', seg_map_path='labels')

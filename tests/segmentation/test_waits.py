@@ -1,13 +1,11 @@
 import pytest
 import torch
 from mmengine.structures import PixelData
-from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.decode_heads import decode_head
 from mmseg.models.losses import accuracy as theirs
-from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from vqmoe_vision.segmentation.waits import UnwaitingPreProcessor, accuracy
+from vqmoe_vision.segmentation.waits import accuracy
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])  # the second has equal logits
@@ -20,22 +18,6 @@ def test_accuracy_is_mmsegs_to_the_bit(void: float, ignored: int, dtype: torch.d
     labels[torch.rand(labels.shape) < void] = ignored
     expected = theirs(logits, labels, ignore_index=ignored)
     assert torch.equal(accuracy(logits, labels, ignore_index=ignored), expected)
-
-
-@pytest.mark.parametrize('converts', [True, False])
-@pytest.mark.parametrize('training', [True, False])
-def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None:
-    options = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=converts)
-    ours = MODELS.build(dict(type='SegDataPreProcessor', size=(8, 8), **options))
-    assert type(ours) is UnwaitingPreProcessor and ours._non_blocking
-    images = [torch.randint(256, (3, 6, 6), dtype=torch.uint8) for _ in range(2)]
-    results = []
-    for preprocessor in (ours, SegDataPreProcessor(size=(8, 8), **options)):
-        samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.ones(1, 6, 6))) for _ in images]
-        data = {'inputs': list(images), 'data_samples': samples}
-        results.append(preprocessor(data, training)['inputs'])
-    assert torch.equal(*results)
-    assert ours._channel_conversion is converts
 
 
 def test_every_tensor_of_a_sample_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from .checkpoint_files import newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
+from .known_names import check_names
 from .launchers import LAUNCHERS
 from .loops import check_batches
 from .model import unwrapped
@@ -28,7 +29,7 @@ from .numbers import passed_on, write_numbers
 from .optim import use_amp
 from .options import add_config_options, expand_config, merge_options
 from .processes import Processes, together
-from .required_hooks import check_default_hooks, check_hooks
+from .required_hooks import check_hooks
 from .required_imports import check_imports
 from .sharded import fill_in_parallel
 from .trained import without_sources
@@ -267,7 +268,7 @@ def _configure(args: argparse.Namespace) -> Config:
             f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
             'which tools/compare.py runs'
         )
-    check_default_hooks(config)
+    check_names(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:

@@ -6,30 +6,12 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.installed import config_path
-from vqmoe_vision.moe.config import check, did_you_mean
+from vqmoe_vision.moe.config import check
 
 from .model import MoeTrainingMixin, unwrapped
 
 # Of both tasks.
 _RUNTIME = '_base_/default_runtime.py'
-
-
-def check_default_hooks(config: Config) -> None:
-    """Refuses options of a hook that there is not, such as one whose name is misspelt.
-
-    Args:
-        config: Of a run.
-
-    Raises:
-        ValueError: A hook has no type; names the most similar one that has.
-    """
-    hooks = config.get('default_hooks') or {}
-    untyped = [
-        name for name, hook in hooks.items() if isinstance(hook, dict) and 'type' not in hook
-    ]
-    for name in untyped:
-        allowed = f'a hook of this name needs a type{did_you_mean(name, hooks.keys() - untyped)}'
-        check(False, f'default_hooks.{name}', dict(hooks[name]), allowed)
 
 
 def check_hooks(runner: Runner) -> None:

@@ -10,7 +10,7 @@ except ModuleNotFoundError as missing:
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
-from . import _upstream, data, evaluation, transforms, visualization, waits  # noqa: F401  _upstream first
+from . import _upstream, batch, data, evaluation, transforms, visualization, waits  # noqa: F401  _upstream first
 from .backbone import TimmViT
 from .inference import Prediction, predict
 from .segmentor import MoeEncoderDecoder

@@ -7,6 +7,8 @@ from typing import Any
 from mmengine.fileio import list_from_file
 from mmseg.datasets import BaseSegDataset
 
+from vqmoe_vision.moe.config import check, did_you_mean
+
 # label maps have 8 bits, and 255 in them is no class
 _MOST_CLASSES = 255
 
@@ -18,12 +20,17 @@ def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | 
         dataset: Class of the data set; its `METAINFO` holds what `metainfo` may choose from.
         metainfo: Of a config: `classes`, a sequence of names or a file with one per line, and
             `palette`, a colour (R, G, B) of 0..255 for each. Blank lines at the end of the file are
-            no classes.
+            no classes. Anything else is for readers of one's own.
 
     Raises:
-        ValueError: Names the field, what it has, and what is allowed.
+        ValueError: Names the field, what it has, and what is allowed; also where a name is almost
+            one of these two.
     """
     chosen, own = metainfo or {}, dataset.METAINFO
+    names = ('classes', 'palette')
+    for name in chosen.keys() - names:
+        similar = did_you_mean(name, names)
+        check(not similar, f'metainfo.{name}', chosen[name], f'nothing reads it{similar}')
     if 'classes' not in {**own, **chosen}:
         raise ValueError(
             f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'

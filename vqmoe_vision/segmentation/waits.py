@@ -1,16 +1,12 @@
 """Where mmseg would wait for the device in every training step, and what does the same without.
 
 mmseg reads back how many pixels are labelled, to give its accuracy in the log, and copies label
-maps and the order of channels to the device from memory that the device cannot read by itself.
+maps to the device from memory that the device cannot read by itself.
 """
-
-from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement
-from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.decode_heads import decode_head as upstream
-from mmseg.registry import MODELS
 from torch import Tensor
 
 
@@ -35,42 +31,6 @@ def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 upstream.accuracy = accuracy  # of `BaseDecodeHead.loss_by_feat`
-
-
-@MODELS.register_module('SegDataPreProcessor', force=True)
-class UnwaitingPreProcessor(SegDataPreProcessor):
-    """mmseg's data preprocessor, which waits for no copy to the device.
-
-    It takes the name of mmseg's, so that every config that imports this package has it.
-
-    Args:
-        *args: As mmseg's.
-        **kwargs: As mmseg's.
-    """
-
-    _channel_conversion: bool
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._non_blocking = True
-
-    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
-        """As mmseg's.
-
-        Args:
-            data: `inputs`, a list of (3, H, W) images, and `data_samples`.
-            training: Whether all images get one size.
-        """
-        converts = self._channel_conversion
-        data = self.cast_data(data)
-        if converts:
-            # mmseg indexes with a list, which is copied to the device
-            data['inputs'] = [x.flip(0) if x.size(0) == 3 else x for x in data['inputs']]
-        self._channel_conversion = False
-        try:
-            return super().forward(data, training)
-        finally:
-            self._channel_conversion = converts
 
 
 def _pinned(self: BaseDataElement) -> BaseDataElement:

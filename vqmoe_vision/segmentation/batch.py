@@ -1,0 +1,64 @@
+"""How images of a batch get one size and go to the device.
+
+mmseg copies the order of channels there from memory that the device cannot read by itself, for
+which every training step would wait.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmseg.models.data_preprocessor import SegDataPreProcessor
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from vqmoe_vision.moe.config import check
+
+
+@MODELS.register_module('SegDataPreProcessor', force=True)
+class CheckedPreProcessor(SegDataPreProcessor):
+    """mmseg's data preprocessor, which waits for no copy and says which images have no common size.
+
+    It takes the name of mmseg's, so that every config that imports this package has it.
+
+    Args:
+        *args: As mmseg's.
+        **kwargs: As mmseg's.
+    """
+
+    _channel_conversion: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._non_blocking = True
+
+    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
+        """As mmseg's.
+
+        Args:
+            data: `inputs`, a list of (3, H, W) images, and `data_samples`.
+            training: Whether all images get one size.
+
+        Raises:
+            ValueError: They have several, of which one is larger than that.
+        """
+        if training and self.size is not None:
+            _check_sizes(data['inputs'], self.size)
+        converts = self._channel_conversion
+        data = self.cast_data(data)
+        if converts:
+            # mmseg indexes with a list, which is copied to the device
+            data['inputs'] = [x.flip(0) if x.size(0) == 3 else x for x in data['inputs']]
+        self._channel_conversion = False
+        try:
+            return super().forward(data, training)
+        finally:
+            self._channel_conversion = converts
+
+
+def _check_sizes(images: Sequence[Tensor], size: Sequence[int]) -> None:
+    """Mmseg pads to a size, leaves what is larger as it is, and fails where the two meet."""
+    shapes = {(image.shape[-2], image.shape[-1]) for image in images}
+    larger = sorted(shape for shape in shapes if shape[0] > size[-2] or shape[1] > size[-1])
+    if len(shapes) > 1 and larger:
+        allowed = 'that of every training image, such as the crop_size of the pipeline'
+        check(False, 'data_preprocessor.size', tuple(size), f'{allowed}; one here has {larger[-1]}')
