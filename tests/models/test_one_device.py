@@ -1,0 +1,93 @@
+"""All tensors of a model are on its device: shown on one that torch only pretends to have.
+
+On the CPU a tensor that was left behind is where all others are, and the meta device takes it in
+products and look-ups. Here every operator compares devices, as a GPU's do, and computes no numbers.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing import ProcessRaisedException
+from torch.utils import backend_registration
+
+from vqmoe_vision import collect_losses
+from vqmoe_vision.moe import METHODS, use_kernel
+
+from ..forked import spawn
+from ..variants import VARIANTS
+from .conftest import make
+
+SMALL = {'embed_dim': 16, 'depth': 1, 'moe_layers': [0], 'num_experts': 4}
+
+
+def pretended() -> torch.device:
+    """For the rest of the process, as torch cannot forget a kind of device."""
+    backend_registration._setup_privateuseone_for_python_backend('pretended')
+    module = torch.get_device_module('pretended')
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    return torch.device('pretended:0')
+
+
+def run(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Two steps: codebooks start in the first, and a stage of one step is over in the second."""
+    mode = FakeTensorMode()
+    model.to(dtype)._apply(lambda t: FakeTensor(mode, t.detach().to('meta'), device))
+    with mode:
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
+        images = torch.empty(4, 3, 32, 32, device=device, dtype=dtype)
+        targets = torch.zeros(4, device=device, dtype=torch.int64)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with collect_losses(model) as collected:
+                loss = F.cross_entropy(model(images).float(), targets) + collected.total()
+            loss.backward()
+            optimizer.step()
+            assert all(value.device == device for value in collected.stats.values())
+        with torch.no_grad():
+            assert model.eval()(images).device == device
+            model.set_input_size(img_size=48)
+            larger = torch.empty(2, 3, 48, 48, device=device, dtype=dtype)
+            assert model(larger).device == device
+    assert all(tensor.device == device for tensor in model.state_dict().values())
+
+
+def of_method(_rank: int, method: str) -> None:
+    device = pretended()
+    for name, (owner, options) in VARIANTS.items():
+        if owner == method:
+            # the second is that of GPUs, for bfloat16
+            for kernel, dtype in (('batched', torch.float32), ('grouped_mm', torch.bfloat16)):
+                try:
+                    with use_kernel(kernel):
+                        run(make(method, **options, **SMALL), device, dtype)
+                except Exception as error:
+                    raise AssertionError(f'{name} by {kernel}') from error
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_model_is_on_one_device(method: str) -> None:
+    spawn(of_method, (method,), 1)
+
+
+# --- the test sees what it is for
+
+
+def with_a_table_on_the_host(_rank: int) -> None:
+    device, table = pretended(), torch.eye(16)
+
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        return answer @ table
+
+    model: Any = make('vqmoe', **SMALL)
+    model.blocks[0].norm2.register_forward_hook(hook)
+    run(model, device)
+
+
+def test_a_tensor_on_the_host_is_seen() -> None:
+    with pytest.raises(ProcessRaisedException, match='pretended:0'):
+        spawn(with_a_table_on_the_host, (), 1)
