@@ -1,15 +1,19 @@
-"""Dictionaries of a config of which mmengine reads some names, and passes over all others."""
+"""Dictionaries of a config of which mmengine reads some names, and passes over all others.
+
+Others may be there for a runner, a data set or a metric of one's own. So only what is almost a name
+that is read is taken for a misspelt one.
+"""
 
 import inspect
-from typing import Any
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any, SupportsFloat
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from vqmoe_vision.moe.config import check, did_you_mean
-
-from .class_arguments import check_arguments
 
 # What mmengine's Runner reads in `scale_lr` and `setup_env`; no signature has the first two.
 _OF_SCALE = ('base_batch_size', 'enable')
@@ -18,48 +22,83 @@ _OF_WORKERS = inspect.signature(set_multi_processing).parameters.keys() - {'dist
 _OF_RANDOMNESS = inspect.signature(Runner.set_randomness).parameters.keys() - {'self'}
 # Hooks that it adds to every run, and leaves out where a config says None.
 _HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+# One letter of six is missing, doubled or another; `num_classes` and `class_names` are far below.
+_ALMOST = 0.85
+
+
+def check_spelling(field: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuses names that are almost one of those that are read, in letters of either case.
+
+    Args:
+        field: What holds them, as a config calls it.
+        given: Values by name; all other names are for readers of one's own.
+        known: Names that are read.
+
+    Raises:
+        ValueError: A name is almost one of these.
+    """
+    for name in given.keys() - known:
+        similar = get_close_matches(str(name).lower(), sorted(known), 1, _ALMOST)
+        meant = similar[0] if similar else None
+        check(meant is None, f'{field}.{name}', given[name], f'did you mean {meant}?')
 
 
 def check_names(config: Config) -> None:
-    """Refuses names that nothing would read, such as misspelt ones.
+    """Refuses names that mmengine would pass over and that seem to be meant for it.
 
     Args:
         config: Of a run. Hooks that are None are taken out of it: mmengine does that with its own
             and fails on others.
 
     Raises:
-        ValueError: A name is unknown, a hook has no type, or there is no batch size to scale the
-            learning rate by; names the most similar name that there is.
+        ValueError: A name is almost one that is read, a field has no names, a hook has no type, or
+            there is no batch size to scale the learning rate by.
     """
-    environment = _checked('env_cfg', config.get('env_cfg'), _OF_ENVIRONMENT)
-    _checked('env_cfg.mp_cfg', environment.get('mp_cfg'), _OF_WORKERS)
-    _checked('randomness', config.get('randomness'), _OF_RANDOMNESS)
-    scale = _checked('auto_scale_lr', config.get('auto_scale_lr'), _OF_SCALE)
-    base = scale.get('base_batch_size')
-    possible = not scale.get('enable') or (type(base) is int and base > 0)
-    allowed = 'the batch size that the learning rate is for, a whole number above 0'
-    check(possible, 'auto_scale_lr.base_batch_size', base, allowed)
-    _check_default_hooks(config.get('default_hooks') or {})
+    environment = _checked('env_cfg', config.get('env_cfg', {}), _OF_ENVIRONMENT)
+    _checked('env_cfg.mp_cfg', environment.get('mp_cfg', {}), _OF_WORKERS)
+    _checked('randomness', config.get('randomness', {}), _OF_RANDOMNESS)
+    if config.get('auto_scale_lr') is not None:
+        scale = _checked('auto_scale_lr', config.auto_scale_lr, _OF_SCALE)
+        base = scale.get('base_batch_size')
+        numeric = float(base) if isinstance(base, SupportsFloat) else 0.0
+        possible = numeric > 0 and type(base) is not bool
+        allowed = 'a number above 0, the batch size that the learning rate is for'
+        check(possible or not scale.get('enable'), 'auto_scale_lr.base_batch_size', base, allowed)
+    if config.get('default_hooks') is not None:
+        _check_default_hooks(config.default_hooks)
 
 
-def _checked(field: str, given: Any, known: Any) -> dict[str, Any]:
-    """What a config says there, which may be nothing."""
-    options = {} if given is None else given
+def check_left_out(config: Config, options: Mapping[str, Any]) -> None:
+    """Refuses to leave out a hook that there is not, which merged with a config cannot be seen.
+
+    Args:
+        config: That options are going to be merged into.
+        options: Values by dotted name, as those of the command line.
+
+    Raises:
+        ValueError: A hook is None that neither the config nor mmengine has; names the most similar
+            one.
+    """
+    known = {*(config.get('default_hooks') or {}), *_HOOKS}
+    left_out = [name.split('.') for name, value in options.items() if value is None]
+    for hook in [parts[1] for parts in left_out if parts[0] == 'default_hooks' and len(parts) == 2]:
+        allowed = f'there is no hook of this name to leave out{did_you_mean(hook, known)}'
+        check(hook in known, f'default_hooks.{hook}', None, allowed)
+
+
+def _checked(field: str, given: Any, known: Collection[str]) -> dict[str, Any]:
     allowed = f'a dictionary with some of {", ".join(sorted(known))}'
-    check(isinstance(options, dict), field, given, allowed)
-    check_arguments(field, options, known)
-    return options
+    check(isinstance(given, dict), field, given, allowed)
+    check_spelling(field, given, known)
+    return given
 
 
-def _check_default_hooks(hooks: dict[str, Any]) -> None:
+def _check_default_hooks(hooks: Any) -> None:
+    check(isinstance(hooks, dict), 'default_hooks', hooks, 'a dictionary of hooks by name')
     typed = {name for name, hook in hooks.items() if isinstance(hook, dict) and 'type' in hook}
     for name in hooks.keys() - typed:
-        hook = hooks[name]
-        if hook is not None:
+        if hooks[name] is not None:
             allowed = f'a hook of this name needs a type{did_you_mean(name, typed)}'
-            check(False, f'default_hooks.{name}', hook, allowed)
+            check(False, f'default_hooks.{name}', hooks[name], allowed)
         elif name not in _HOOKS:
-            similar = did_you_mean(name, typed.union(_HOOKS))
-            allowed = f'there is no hook of this name to leave out{similar}'
-            check(not similar, f'default_hooks.{name}', None, allowed)
             hooks.pop(name)

@@ -12,6 +12,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from ..moe.config import did_you_mean
+from .known_names import check_left_out
 
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # that of sharded.py, and those of tests with --tta.
@@ -116,7 +117,8 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
 
     Raises:
         ValueError: The first part of a name is not a field of a config, or another part is a field
-            of something that has none, or stands for no element of a list.
+            of something that has none, or stands for no element of a list; or a hook that is to be
+            left out is not there.
     """
     fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
     for name in options:
@@ -138,6 +140,7 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
             owner = f'{owner}.{part}'
             inside = value.get(part, {}) if isinstance(value, dict) else value[int(part)]
             value = options.get(owner, inside)
+    check_left_out(config, options)
     config.merge_from_dict(options)
 
 

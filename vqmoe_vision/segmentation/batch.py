@@ -39,7 +39,7 @@ class CheckedPreProcessor(SegDataPreProcessor):
             training: Whether all images get one size.
 
         Raises:
-            ValueError: They have several, of which one is larger than that.
+            ValueError: They are larger than that, and several sizes are left.
         """
         if training and self.size is not None:
             _check_sizes(data['inputs'], self.size)
@@ -56,9 +56,7 @@ class CheckedPreProcessor(SegDataPreProcessor):
 
 
 def _check_sizes(images: Sequence[Tensor], size: Sequence[int]) -> None:
-    """Mmseg pads to a size, leaves what is larger as it is, and fails where the two meet."""
-    shapes = {(image.shape[-2], image.shape[-1]) for image in images}
-    larger = sorted(shape for shape in shapes if shape[0] > size[-2] or shape[1] > size[-1])
-    if len(shapes) > 1 and larger:
-        allowed = 'that of every training image, such as the crop_size of the pipeline'
-        check(False, 'data_preprocessor.size', tuple(size), f'{allowed}; one here has {larger[-1]}')
+    """Images are padded to a size, and what is larger is left as it is."""
+    shapes = {(max(x.shape[-2], size[-2]), max(x.shape[-1], size[-1])) for x in images}
+    allowed = f'the crop_size of the training pipeline, whose images need {sorted(shapes)} here'
+    check(len(shapes) == 1, 'data_preprocessor.size', tuple(size), allowed)

@@ -15,8 +15,8 @@ from mmseg.datasets import (
 )
 from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.class_arguments import check_arguments
 from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.known_names import check_spelling
 from vqmoe_vision.engine.left_out import tell_left_out
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.engine.training_data import TrainingPart
@@ -62,8 +62,8 @@ class CheckedDataset(SeededDataset):
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, a name is unknown, the files are not complete,
-            several endings are given, or there is no such part.
+        ValueError: Classes and palette do not fit, a name is almost another, the files are not
+            complete, several endings are given, or there is no such part.
     """
 
     source = 'docs/own-data.md says how to lay out a data set'
@@ -80,10 +80,11 @@ class CheckedDataset(SeededDataset):
             suffix = kwargs.get(name, '')
             allowed = 'one ending, by which an image and its label map are found'
             check(isinstance(suffix, str), name, suffix, allowed)
-        if 'data_prefix' in kwargs:  # the command line cannot leave out what a config has
+        if 'data_prefix' in kwargs:
+            check_spelling('data_prefix', kwargs['data_prefix'], ('img_path', 'seg_map_path'))
+            # the command line cannot leave out what a config has
             named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
             check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
-            check_arguments('data_prefix', named, ('img_path', 'seg_map_path'))
             kwargs['data_prefix'] = named
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)

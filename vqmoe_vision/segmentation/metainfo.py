@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.fileio import list_from_file
 from mmseg.datasets import BaseSegDataset
 
-from vqmoe_vision.moe.config import check, did_you_mean
+from vqmoe_vision.engine.known_names import check_spelling
 
 # label maps have 8 bits, and 255 in them is no class
 _MOST_CLASSES = 255
@@ -27,10 +27,7 @@ def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | 
             one of these two.
     """
     chosen, own = metainfo or {}, dataset.METAINFO
-    names = ('classes', 'palette')
-    for name in chosen.keys() - names:
-        similar = did_you_mean(name, names)
-        check(not similar, f'metainfo.{name}', chosen[name], f'nothing reads it{similar}')
+    check_spelling('metainfo', chosen, {'classes', 'palette', *own})
     if 'classes' not in {**own, **chosen}:
         raise ValueError(
             f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'
