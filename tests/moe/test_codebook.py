@@ -114,6 +114,23 @@ def test_quantization_runs_in_float32_under_autocast(name):
     assert torch.equal(actual.loss, expected.loss)
 
 
+@every_codebook
+@pytest.mark.parametrize('started', [True, False], ids=['started', 'before the start'])
+def test_codes_learn_in_float32_under_autocast(name, started):
+    torch.manual_seed(0)
+    book = make(name) if started else CODEBOOKS[name](M, D)
+    other = copy.deepcopy(book)
+    for _ in range(2):
+        x = 3 * torch.randn(500, D) + 20  # a common mean, of which little is left in bfloat16
+        indices = book(x).indices
+        book.observe(x, indices)
+        book.update()
+        with torch.autocast('cpu', torch.bfloat16):
+            other.observe(x, indices)
+            other.update()
+    assert same(state(other), book.state_dict())
+
+
 # --- what changes when
 
 

@@ -16,6 +16,14 @@ from .conftest import D
 # --- tokens that are not finite
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_a_long_token_is_finite_under_autocast(dtype):
+    x = torch.full((16, D), 1e3)  # of the square, 8e6, float16 has 65504 at most
+    with torch.autocast('cpu', dtype):
+        usage = code_usage(x, torch.zeros(16, dtype=torch.int64), M, ZERO, 0)
+    assert usage.num_tokens == 16
+
+
 @pytest.mark.parametrize('name', ['ema', 'gradient', 'cvq'])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
 @pytest.mark.parametrize('started', [True, False], ids=['started', 'before the start'])

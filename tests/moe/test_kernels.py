@@ -6,7 +6,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
+from torch._dynamo.backends.common import aot_autograd
 
 from vqmoe_vision.moe import dispatch
 from vqmoe_vision.moe.kernels import KERNELS, choice, grouped_linear, make_plan, use_kernel
@@ -243,3 +245,44 @@ def test_one_graph_for_every_routing(kernel):
         compiled = torch.compile(run, backend='aot_eager', fullgraph=True)
         for case in (indices.contiguous(), torch.zeros(16, 2, dtype=torch.int64)):
             torch.testing.assert_close(compiled(case), run(case), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.long
+@needs_grouped_mm
+@pytest.mark.parametrize('tokens', [1, 9, 16])
+def test_inductor_hands_over_rows_of_any_number(tokens):
+    """Of which torch's operator takes a transposed product only by 16 bytes: 8 rows."""
+    torch._dynamo.reset()
+    experts, x, indices, weights = make_case(tokens, 4, 1, 8, 16, bias=True)
+    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
+    with use_kernel('grouped_mm'):
+        expected = run_and_backward(dispatch.run_experts, *case)
+        compiled = torch.compile(dispatch.run_experts, fullgraph=True)
+        found = run_and_backward(compiled, *case)
+    assert_same(found, expected, **TOLERANCES[torch.bfloat16])
+
+
+@needs_grouped_mm
+def test_a_compiler_chooses_no_strides_of_what_torchs_operator_takes():
+    torch._dynamo.reset()
+    experts, x, indices, weights = make_case(9, 4, 1, 8, 16, bias=True)
+    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
+    called = []
+
+    def compiler(graph, _inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    with use_kernel('grouped_mm'):
+        compiled = torch.compile(dispatch.run_experts, backend=aot_autograd(fw_compiler=compiler))
+        run_and_backward(compiled, *case)
+    # two layers, of each a product forward and three backward
+    assert sum('grouped_product' in name for name in called) == 2 * 4
+    assert not any('_grouped_mm' in name for name in called)
+
+
+def test_no_cuda_graph_records_what_reads_back():
+    # tagged so, the operator runs between two graphs of `mode='reduce-overhead'`
+    for operator in ('grouped_linear', 'grouped_linear_backward'):
+        tags = getattr(torch.ops.vqmoe_vision, operator).default.tags
+        assert torch.Tag.cudagraph_unsafe in tags

@@ -17,6 +17,7 @@ from .codebook import Codebook
 from .codebook_sample import code_shares, kmeans
 from .codebook_usage import CodeUsage, code_usage
 from .counted_random import random_integers
+from .routing import full_precision
 
 
 class GradientCodebook(Codebook):
@@ -159,7 +160,8 @@ class GradientCodebook(Codebook):
             return False
         # without a token nothing is learned, but every rank has taken part
         usage, self._pending = self._pending.over_ranks(), None
-        return self._learn(usage)
+        with full_precision(usage.tokens):
+            return self._learn(usage)
 
     def _learn(self, usage: CodeUsage) -> bool:
         learns = usage.num_tokens > 0

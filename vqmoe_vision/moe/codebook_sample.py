@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .codebook import NORM_EPS, nearest_code
 from .counted_random import random_choice
+from .routing import full_precision
 
 KMEANS_ITERATIONS = 10
 
@@ -37,6 +38,15 @@ def kmeans(
     """
     if usable is None:
         usable = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
+    codes = _spread(sample, num_codes, usable)
+    with full_precision(sample):
+        for _ in range(KMEANS_ITERATIONS):
+            codes = _means(sample, codes, cosine, usable)
+    return codes
+
+
+def _spread(sample: Tensor, num_codes: int, usable: Tensor) -> Tensor:
+    """The start of k-means++: tokens, each chosen in proportion to its squared distance."""
     chosen = [sample[:1]]
     nearest = torch.full_like(sample[:, 0], torch.inf)
     for number in range(1, num_codes):
@@ -46,16 +56,19 @@ def kmeans(
         weights = (nearest / nearest.max().clamp(min=1e-30)).square() + 1e-12
         pick = random_choice(weights.masked_fill(~usable, 0), number)
         chosen.append(sample.index_select(0, pick.view(1)))
-    codes, numbers = torch.cat(chosen), torch.arange(num_codes, device=sample.device)
-    for _ in range(KMEANS_ITERATIONS):
-        is_member = nearest_code(sample, codes)[:, None] == numbers
-        members = (is_member & usable[:, None]).to(sample.dtype)
-        counts = members.sum(dim=0)[:, None]
-        means = members.t() @ sample / counts.clamp(min=1)
-        if cosine:
-            means = F.normalize(means, dim=1, eps=NORM_EPS)
-        codes = torch.where(counts > 0, means, codes)
-    return codes
+    return torch.cat(chosen)
+
+
+def _means(sample: Tensor, codes: Tensor, cosine: bool, usable: Tensor) -> Tensor:
+    """An iteration of Lloyd: the mean of those that are nearest to each code."""
+    numbers = torch.arange(len(codes), device=sample.device)
+    is_member = nearest_code(sample, codes)[:, None] == numbers
+    members = (is_member & usable[:, None]).to(sample.dtype)
+    counts = members.sum(dim=0)[:, None]
+    means = members.t() @ sample / counts.clamp(min=1)
+    if cosine:
+        means = F.normalize(means, dim=1, eps=NORM_EPS)
+    return torch.where(counts > 0, means, codes)
 
 
 def code_shares(sample: Tensor, codes: Tensor, usable: Tensor) -> Tensor:

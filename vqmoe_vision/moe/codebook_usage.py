@@ -111,7 +111,7 @@ def code_usage(
         cosine: Of directions: tokens are made of length one.
         tokens_per_sample: N, see `joint_rows`.
     """
-    usable = torch.linalg.vecdot(x, x).isfinite()
+    usable = x.square().sum(dim=1).isfinite()  # autocast computes a product with itself in float16
     x = x.masked_fill(~usable[:, None], 0)
     if cosine:
         x = F.normalize(x, dim=1, eps=NORM_EPS)

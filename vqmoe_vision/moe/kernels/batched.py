@@ -27,8 +27,12 @@ def _make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
 
 
 # One opaque operator, so that torch.compile and torch.export see no data-dependent shape and
-# never recompile when the routing changes.
-@torch.library.custom_op('vqmoe_vision::grouped_linear', mutates_args=())
+# never recompile when the routing changes. On CUDA it reads back, which no CUDA graph can record:
+# `mode='reduce-overhead'` runs it between two of them.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op('vqmoe_vision::grouped_linear', mutates_args=(), tags=_TAGS)
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     ends = offsets.tolist()
@@ -66,7 +70,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
-@torch.library.custom_op('vqmoe_vision::grouped_linear_backward', mutates_args=())
+@torch.library.custom_op('vqmoe_vision::grouped_linear_backward', mutates_args=(), tags=_TAGS)
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,16 +58,41 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
     return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
 
 
-def _product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """`F.grouped_mm`, which is not asked for a product of no rows.
+def _product(
+    a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool = False, turn_b: bool = False
+) -> Tensor:
+    """`F.grouped_mm` of contiguous tensors, or of them with their last two dimensions exchanged."""
+    product = _opaque if torch.compiler.is_compiling() else _torchs
+    return product(a, b, offsets, turn_a, turn_b)
+
+
+def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    """It is not asked for a product of no rows.
 
     It refuses the strides of an expanded tensor, which `contiguous()` keeps where there are no
     numbers to copy, and nothing says what its kernel does with no rows.
     """
-    if a.numel() > 0:
-        return F.grouped_mm(a, b, offs=offsets)
-    rows = a.shape[:1] if b.ndim == 3 else (offsets.shape[0], a.shape[0])
-    return a.new_zeros(*rows, b.shape[-1])
+    if a.numel() == 0:
+        return a.new_zeros(_shape(a, b, offsets, turn_a, turn_b))
+    return F.grouped_mm(a.mT if turn_a else a, b.mT if turn_b else b, offs=offsets)
+
+
+# Inductor chooses strides for what it hands to torch's operator, and asks only that one of them is
+# 1: with 9 rows it stores transposed ones in rows of 18 bytes, which that operator refuses. What it
+# hands to an operator of ours is as it was written.
+@torch.library.custom_op('vqmoe_vision::grouped_product', mutates_args=())
+def _opaque(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    return _torchs(a, b, offsets, turn_a, turn_b)
+
+
+@_opaque.register_fake
+def _(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    return a.new_empty(_shape(a, b, offsets, turn_a, turn_b))
+
+
+def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> list[int]:
+    rows, columns = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
+    return [rows, columns] if b.ndim == 3 else [offsets.shape[0], rows, columns]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -82,7 +107,7 @@ class _GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         past = (experts == weight.shape[0])[:, None]
         ctx.save_for_backward(x, weight, offsets, past)
-        out = _product(x, weight.mT, offsets)
+        out = _product(x, weight, offsets, turn_b=True)
         if bias is not None:
             out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
         return out.masked_fill_(past, 0)
@@ -99,13 +124,13 @@ class _GroupedLinear(torch.autograd.Function):
         if wants_x:
             grad_x = _product(grad, weight, offsets).masked_fill_(past, 0)
         if wants_weight:
-            grad_weight = _product(grad.mT, x, offsets)
+            grad_weight = _product(grad, x, offsets, turn_a=True)
             grad_weight.masked_fill_(empty[:, None, None], 0)
         if wants_bias:
             # a product with ones sums each group alone, in float32 and in a fixed order, which
             # adding rows to their experts would not
             ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
-            sums = _product(ones.mT, grad, offsets)[:, 0]
+            sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
             grad_bias = sums.masked_fill(empty[:, None], 0)
         return grad_x, grad_weight, grad_bias, None, None
 
