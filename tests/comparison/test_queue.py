@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_vision.comparison.queue import _claimed, _lock
+from vqmoe_vision.comparison.queue import _claimed, _lock, visible_gpus
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import Store
@@ -291,3 +291,21 @@ def test_other_mistakes_are_one_line(spec, says, monkeypatch, tmp_path_factory) 
     assert says('run', path) == 'error: 1 of 1 runs failed: dense-seed1'
     Path('tools/train.py').unlink()
     assert says('run', path).startswith('error: tools/train.py is not here: start this at the root')
+
+
+@pytest.mark.parametrize(
+    ('named', 'count', 'gpus'),
+    [
+        (None, 0, []),
+        (None, 2, ['0', '1']),
+        ('', 0, []),  # hides all
+        ('3,1', 2, ['3', '1']),
+        ('0,1,5', 2, ['0', '1']),  # there is no GPU 5
+        ('0,-1,2', 1, ['0']),  # what follows is hidden
+        ('GPU-a1,GPU-b2', 2, ['GPU-a1', 'GPU-b2']),
+        ('MIG-a1,MIG-b2', 1, ['MIG-a1', 'MIG-b2']),  # of which a process opens one
+        ('MIG-a1', 0, []),
+    ],
+)
+def test_runs_get_the_gpus_that_cuda_sees(named: str | None, count: int, gpus: list[str]) -> None:
+    assert visible_gpus(named, count) == gpus

@@ -439,16 +439,17 @@ def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert used == [str(Path('work_dirs/tiny')), 'b', 'c']
 
 
-@pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, None)])
+@pytest.mark.parametrize('options', [{}, {'optim_wrapper.dtype': None}])
+@pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, 'float16')])
 def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
-    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str | None
+    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str, options: dict
 ) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
-    settings = load_config(config)
+    settings = load_config(config, options)
     use_amp(settings)
     assert settings.optim_wrapper.type == 'AmpOptimWrapper'
-    assert settings.optim_wrapper.get('dtype') == dtype
+    assert settings.optim_wrapper.dtype == dtype
     # a loss scale reads back at each step; float16 is lost without one
     assert settings.optim_wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 

@@ -15,7 +15,7 @@ from vqmoe_vision.engine.launchers import check_alone, place
 from vqmoe_vision.engine.process_group import (
     FilledInDataParallel,
     Unwrapped,
-    check_local_rank,
+    claim_gpu,
     group_options,
 )
 from vqmoe_vision.engine.processes import Processes
@@ -85,9 +85,11 @@ def test_the_device_decides_the_backend() -> None:
 
 
 def test_every_process_has_a_gpu() -> None:
-    check_local_rank(3, 4)
-    with pytest.raises(ValueError, match=r'LOCAL_RANK=4 has no GPU of its own: there are 4 on'):
-        check_local_rank(4, 4)
+    store = dist.HashStore()
+    claim_gpu(store, 'GPU-1', 0)
+    claim_gpu(store, 'GPU-2', 1)
+    with pytest.raises(ValueError, match=r'LOCAL_RANK=2 has no GPU of its own: .* has GPU-1'):
+        claim_gpu(store, 'GPU-1', 2)
 
 
 class BiasUnused(torch.nn.Linear):

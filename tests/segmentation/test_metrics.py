@@ -1,14 +1,29 @@
 """mmseg's metrics, on which every reported number rests, against their definitions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqmoe_vision.engine.reported import reported
 
 CLASSES = 5
+
+
+class Operators(TorchDispatchMode):
+    """Names of those that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def by_definition(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -62,6 +77,21 @@ def test_metrics_are_those_of_the_definition(seed: int) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=0.005)  # two decimals are kept
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # some beyond the classes, as of a data set with more of them
+    predicted, labels = torch.randint(-1, CLASSES + 2, (2, 30, 40), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    expected = IoUMetric.intersect_and_union(predicted, labels, CLASSES, 255)
+    with Operators() as called:
+        found = METRICS.get('IoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)
+    for area, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(area, theirs, rtol=0, atol=0)
+    # torch's list of what raises has `histc`, and `bincount` only of weights
+    assert 'aten::bincount' in called.names and 'aten::histc' not in called.names
 
 
 def test_a_metric_derived_of_a_known_one_may_report_more() -> None:

@@ -64,7 +64,7 @@ class Queue:
     def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
         if not Path('tools/train.py').is_file():
             raise ValueError('tools/train.py is not here: start this at the root of the repository')
-        self._gpus = _visible_gpus()
+        self._gpus = visible_gpus(os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.device_count())
         self._slots = list(range(jobs or max(len(self._gpus), 1)))
         self._waiting, self._pause = list(tasks), pause
         self._jobs: list[_Job] = []
@@ -210,11 +210,15 @@ class Queue:
                 process.send_signal(signal.SIGCONT)
 
 
-def _visible_gpus() -> list[str]:
-    named = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if not torch.cuda.is_available():
-        return []
-    return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
+def visible_gpus(named: str | None, count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES of one run after another is set to, a GPU each.
+
+    Args:
+        named: That variable; CUDA reads it up to the first name that it does not know.
+        count: How many GPUs CUDA finds; of parts of one (MIG) it opens a single one in a process.
+    """
+    names = named.split(',') if named else [str(index) for index in range(count)]
+    return names if named and count and 'MIG' in named else names[:count]
 
 
 def _claimed(task: Task) -> IO[str] | None:

@@ -55,10 +55,12 @@ def use_amp(config: Config) -> None:
         raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
     if torch.cuda.is_available():
         config.optim_wrapper.type = 'AmpOptimWrapper'
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            config.optim_wrapper.setdefault('dtype', 'bfloat16')
+        # None is float16, and the wrapper's default
+        if config.optim_wrapper.get('dtype') is None:
+            exact = torch.cuda.is_bf16_supported(including_emulation=False)
+            config.optim_wrapper.dtype = 'bfloat16' if exact else 'float16'
         # a loss scale reads back at each step, and only float16 has too small a range without one
-        scaled = config.optim_wrapper.get('dtype', 'float16') == 'float16'
+        scaled = config.optim_wrapper.dtype == 'float16'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
         return
     config.optim_wrapper.type = 'CpuAmpOptimWrapper'

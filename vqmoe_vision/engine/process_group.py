@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
@@ -55,20 +56,23 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
     return backend, float(timeout)
 
 
-def check_local_rank(local_rank: int, gpus: int) -> None:
-    """Refuses more processes on a machine than it has GPUs.
+def claim_gpu(store: dist.Store, name: str, local_rank: int) -> None:
+    """Refuses two processes on one GPU.
+
+    How many GPUs a process sees does not tell: Slurm may show each task its own alone.
 
     Args:
-        local_rank: Of a process, among those of this machine.
-        gpus: How many this machine has.
+        store: Of all processes of a run.
+        name: Of the GPU, the same for all who see it, as its UUID.
+        local_rank: Of this process, among those of its machine.
 
     Raises:
-        ValueError: The process has none of its own.
+        ValueError: Another process has it.
     """
-    if local_rank >= gpus:
+    if store.add(f'gpu {name}', 1) > 1:
         raise ValueError(
-            f'LOCAL_RANK={local_rank} has no GPU of its own: there are {gpus} on this machine, and '
-            'as many processes are possible'
+            f'LOCAL_RANK={local_rank} has no GPU of its own: another process of this run has '
+            f'{name}, and as many processes are possible as there are GPUs'
         )
 
 

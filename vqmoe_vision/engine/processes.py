@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .arrival import arrive, claim, is_complete, open_store
 from .launchers import check_alone, place
-from .process_group import TIMEOUT, check_local_rank, fill_in_wrapper, group_options
+from .process_group import TIMEOUT, claim_gpu, fill_in_wrapper, group_options
 from .rank_errors import RankError, plain_error
 
 _PULSE = 1.0  # seconds between two looks at the store
@@ -100,7 +100,7 @@ class Processes:
                 `model_wrapper_cfg` is filled in.
 
         Raises:
-            ValueError: The machine has no such device, or an option is none.
+            ValueError: Another process has the same GPU, or an option is none.
             LostError: One of them has not come.
         """
         if self._store is None:
@@ -109,11 +109,13 @@ class Processes:
         backend, self._timeout = group_options(
             config.get('env_cfg', {}).get('dist_cfg', {}), device
         )
+        index = self._local_rank
         if device == 'cuda':
-            check_local_rank(self._local_rank, torch.cuda.device_count())
-            torch.cuda.set_device(self._local_rank)
-        # where mmengine looks for it
-        os.environ['LOCAL_RANK'] = str(self._local_rank)
+            index %= torch.cuda.device_count()
+            claim_gpu(self._store, str(torch.cuda.get_device_properties(index).uuid), index)
+            torch.cuda.set_device(index)
+        # where mmengine looks for the GPU
+        os.environ['LOCAL_RANK'] = str(index)
         fill_in_wrapper(config, device)
         arrive(self._store, self.rank, self.size, self._timeout)
         dist.init_process_group(
