@@ -58,7 +58,7 @@ def test_any_error_of_a_step_is_its_row(error):
     def step(index):
         raise error
 
-    row = gpu_steps._row('step', lambda: step, CPU)
+    row = gpu_steps._row('step', lambda: step, CPU, False)
     assert not row['ok']
     assert re.fullmatch(rf'{type(error).__name__}: x \(test_gpu_steps\.py:\d+\)', row['result'])
 
@@ -72,7 +72,7 @@ def test_every_method_takes_steps_and_one_that_waits_is_found(card_that_waits):
         with pytest.raises(RuntimeError, match='synchronizing'):
             torch.ones(()).item()
     assert card_that_waits == []
-    row = gpu_steps._row('step', lambda: lambda index: torch.ones(()).item(), CPU)
+    row = gpu_steps._row('step', lambda: lambda index: torch.ones(()).item(), CPU, False)
     assert row['ok']  # the CPU has nothing to wait for
 
 
@@ -89,7 +89,12 @@ def test_where_a_step_waits_is_said(card_that_waits, backward):
             perplexity(torch.ones(2))
 
     object.__setattr__(settings := Settings(device='cpu'), 'device', 'cuda')
-    row = gpu_steps._row('step', lambda: step, settings)
+    row = gpu_steps._row('step', lambda: step, settings, may_wait=True)
+    assert (row['result'], row['ok']) == (
+        'runs; experts wait, as their kernel does on this card',
+        True,
+    )
+    row = gpu_steps._row('step', lambda: step, settings, may_wait=False)
     result, _, place = row['result'].rpartition(' (')
     assert (result, row['ok']) == ('RuntimeError: called a synchronizing CUDA operation', False)
     where = 'kernels/batched' if backward else 'routing'
