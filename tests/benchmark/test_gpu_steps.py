@@ -76,6 +76,16 @@ def test_every_method_takes_steps_and_one_that_waits_is_found(card_that_waits):
     assert row['ok']  # the CPU has nothing to wait for
 
 
+def test_only_what_has_experts_may_wait_where_their_kernel_does(monkeypatch):
+    assert not gpu_steps.experts_wait('cpu')
+    monkeypatch.setattr(gpu_steps, 'experts_wait', lambda device: True)
+    *sparse, dense = gpu_steps.check_methods(CPU, SIZES, 32)
+    assert {row['result'] for row in sparse} == {
+        'runs; experts wait, as their kernel does on this card'
+    }
+    assert dense['result'] == 'runs; cpu has no waits'
+
+
 @pytest.mark.parametrize('backward', [False, True])
 def test_where_a_step_waits_is_said(card_that_waits, backward):
     x, weight, ends = torch.ones(2, 4), torch.ones(2, 4, 4), torch.tensor([1, 2]).int()

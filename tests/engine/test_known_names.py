@@ -32,6 +32,10 @@ from .test_cli import TINY
             'out; did you mean checkpoint?',
         ),
         (
+            'default_hooks={"loger": None}',
+            'default_hooks.loger=None is not possible: did you mean logger?',
+        ),
+        (
             'default_hooks.checkpoint=2',
             'default_hooks.checkpoint=2 is not possible: a hook of this name needs a type',
         ),
@@ -95,14 +99,26 @@ def test_a_batch_size_that_mmengine_divides_by(base: Any) -> None:
     check_names(Config({'auto_scale_lr': {'enable': True, 'base_batch_size': base}}))
 
 
-@pytest.mark.parametrize('name', ['clases', 'Classes', 'CLASSES', 'classe', 'pallete'])
+@pytest.mark.parametrize(
+    'name', ['clases', 'Classes', 'CLASSES', 'classe', 'classess', 'pallete', 'palettes']
+)
 def test_almost_a_name(name: str) -> None:
     with pytest.raises(ValueError, match=rf'x\.{name}=1 is .* did you mean (classes|palette)\?'):
         check_spelling('x', {name: 1}, ('classes', 'palette'))
 
 
 @pytest.mark.parametrize(
-    'name', ['classes', 'class_names', 'num_classes', 'class_weights', 'thing_classes', 'city', '']
+    'name',
+    [
+        'classes',
+        'classes2',
+        'class_names',
+        'num_classes',
+        'thing_classes',
+        'palette_en',
+        'city',
+        '',
+    ],
 )
 def test_a_name_of_ones_own(name: str) -> None:
     check_spelling('x', {name: 1}, ('classes', 'palette'))

@@ -181,7 +181,7 @@ def test_names_that_are_almost_those_that_are_read(folder: str | None, tmp_path:
     with pytest.raises(ValueError, match=r'metainfo\.clases=.* did you mean classes\?'):
         CamVid(**kwargs, metainfo={'clases': ('Sky', 'Road')})
     # others are for readers of one's own, such as a class that is derived from this
-    own = {**CAMVID, 'depth_path': 'depth'}
+    own = {**CAMVID, 'depth_path': 'depth', 'img_path2': 'later'}
     assert CamVid(**{**kwargs, 'data_prefix': own}).data_prefix['depth_path'].endswith('depth')
     assert CamVid(**kwargs, metainfo={'class_weights': 1}).metainfo['class_weights'] == 1
 

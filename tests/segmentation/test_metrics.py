@@ -79,12 +79,18 @@ def test_metrics_are_those_of_the_definition(seed: int) -> None:
         assert found[name] == pytest.approx(value, abs=0.005)  # two decimals are kept
 
 
+@pytest.mark.parametrize(
+    'dtype', [torch.int64, torch.uint8, torch.float32, torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize('seed', range(3))
-def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(seed: int) -> None:
+def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(
+    seed: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     # some beyond the classes, as of a data set with more of them
     predicted, labels = torch.randint(-1, CLASSES + 2, (2, 30, 40), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    predicted, labels = predicted.clamp(min=0).to(dtype), labels.to(dtype)  # a sigmoid's are floats
     expected = IoUMetric.intersect_and_union(predicted, labels, CLASSES, 255)
     with Operators() as called:
         found = METRICS.get('IoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)

@@ -1,7 +1,8 @@
 """Dictionaries of a config of which mmengine reads some names, and passes over all others.
 
 Others may be there for a runner, a data set or a metric of one's own. So only what is almost a name
-that is read is taken for a misspelt one.
+that is read is taken for a misspelt one: a letter is missing, too many or another, or all are
+capitals. More in front or behind, or a number, makes another name.
 """
 
 import inspect
@@ -22,7 +23,6 @@ _OF_WORKERS = inspect.signature(set_multi_processing).parameters.keys() - {'dist
 _OF_RANDOMNESS = inspect.signature(Runner.set_randomness).parameters.keys() - {'self'}
 # Hooks that it adds to every run, and leaves out where a config says None.
 _HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
-# One letter of six is missing, doubled or another; `num_classes` and `class_names` are far below.
 _ALMOST = 0.85
 
 
@@ -38,9 +38,15 @@ def check_spelling(field: str, given: Mapping[str, Any], known: Collection[str])
         ValueError: A name is almost one of these.
     """
     for name in given.keys() - known:
-        similar = get_close_matches(str(name).lower(), sorted(known), 1, _ALMOST)
-        meant = similar[0] if similar else None
+        meant = _meant(str(name).lower(), known)
         check(meant is None, f'{field}.{name}', given[name], f'did you mean {meant}?')
+
+
+def _meant(name: str, known: Collection[str]) -> str | None:
+    for similar in get_close_matches(name, sorted(known), 1, _ALMOST):
+        more = name.replace(similar, '', 1) if similar in name else ''
+        return similar if not more or (len(more) == 1 and more.isalpha()) else None
+    return None
 
 
 def check_names(config: Config) -> None:
@@ -101,4 +107,5 @@ def _check_default_hooks(hooks: Any) -> None:
             allowed = f'a hook of this name needs a type{did_you_mean(name, typed)}'
             check(False, f'default_hooks.{name}', hooks[name], allowed)
         elif name not in _HOOKS:
+            check_spelling('default_hooks', {name: None}, typed.union(_HOOKS))
             hooks.pop(name)

@@ -60,7 +60,7 @@ def use_amp(config: Config) -> None:
             exact = torch.cuda.is_bf16_supported(including_emulation=False)
             config.optim_wrapper.dtype = 'bfloat16' if exact else 'float16'
         # a loss scale reads back at each step, and only float16 has too small a range without one
-        scaled = config.optim_wrapper.dtype == 'float16'
+        scaled = config.optim_wrapper.dtype in ('float16', torch.float16)
         config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
         return
     config.optim_wrapper.type = 'CpuAmpOptimWrapper'

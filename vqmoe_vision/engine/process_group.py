@@ -1,8 +1,10 @@
 """What a config says of the group of processes, and what it need not say."""
 
 import inspect
+import socket
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -56,6 +58,17 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
     return backend, float(timeout)
 
 
+def gpu_name(index: int) -> str:
+    """What a GPU is called by all who see it; on NVIDIA's also those for whom it has another number.
+
+    Args:
+        index: Of those that this process sees.
+    """
+    if torch.version.hip is not None:  # some of AMD's cards have no UUID of their own
+        return f'GPU {index} of {socket.gethostname()}'
+    return f'GPU {torch.cuda.get_device_properties(index).uuid}'
+
+
 def claim_gpu(store: dist.Store, name: str, local_rank: int) -> None:
     """Refuses two processes on one GPU.
 
@@ -63,7 +76,7 @@ def claim_gpu(store: dist.Store, name: str, local_rank: int) -> None:
 
     Args:
         store: Of all processes of a run.
-        name: Of the GPU, the same for all who see it, as its UUID.
+        name: Of the GPU, as `gpu_name`.
         local_rank: Of this process, among those of its machine.
 
     Raises:

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .arrival import arrive, claim, is_complete, open_store
 from .launchers import check_alone, place
-from .process_group import TIMEOUT, claim_gpu, fill_in_wrapper, group_options
+from .process_group import TIMEOUT, claim_gpu, fill_in_wrapper, gpu_name, group_options
 from .rank_errors import RankError, plain_error
 
 _PULSE = 1.0  # seconds between two looks at the store
@@ -112,7 +112,7 @@ class Processes:
         index = self._local_rank
         if device == 'cuda':
             index %= torch.cuda.device_count()
-            claim_gpu(self._store, str(torch.cuda.get_device_properties(index).uuid), index)
+            claim_gpu(self._store, gpu_name(index), self._local_rank)
             torch.cuda.set_device(index)
         # where mmengine looks for the GPU
         os.environ['LOCAL_RANK'] = str(index)

@@ -73,8 +73,10 @@ class CheckedIoUMetric(IoUMetric):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As mmseg's, whose histograms torch refuses on a GPU with `randomness.deterministic`.
 
+        Of a single class mmseg counts all pixels as its own, those of other labels too.
+
         Args:
-            pred_label: (H, W) classes that are predicted.
+            pred_label: (H, W) classes that are predicted; floating of a head with one channel.
             label: (H, W) classes; those that are none of 0..num_classes - 1 are in no area.
             num_classes: C.
             ignore_index: Of pixels without a label.
@@ -92,7 +94,7 @@ class CheckedIoUMetric(IoUMetric):
 
 def _area(classes: Tensor, num_classes: int) -> Tensor:
     known = classes[(classes >= 0) & (classes < num_classes)]
-    return known.bincount(minlength=num_classes).float().cpu()
+    return known.long().bincount(minlength=num_classes).float().cpu()
 
 
 @names_of.register(CheckedIoUMetric)

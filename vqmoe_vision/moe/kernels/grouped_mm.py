@@ -10,11 +10,13 @@ Legend: A assignments, R rows sorted by expert, E experts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .kernel import Kernel
 
@@ -88,6 +90,23 @@ def _opaque(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -
 @_opaque.register_fake
 def _(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
     return a.new_empty(_shape(a, b, offsets, turn_a, turn_b))
+
+
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_product)
+def _opaque_flops(
+    a: torch.Size, b: torch.Size, _: torch.Size, turn_a: bool, turn_b: bool, **__: Any
+) -> int:
+    return 2 * math.prod(a) * b[-2 if turn_b else -1]
+
+
+def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """From shapes: of (R, in) and (E, in, out), and of (out, R) and (R, in), all rows in groups."""
+    return 2 * math.prod(a) * b[-1]
+
+
+# torch 2.13 counts its own operator as nothing
+if torch.ops.aten._grouped_mm not in flop_registry:
+    register_flop_formula(torch.ops.aten._grouped_mm)(_flops)
 
 
 def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> list[int]:
