@@ -59,7 +59,7 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
 
 
 def gpu_name(index: int) -> str:
-    """What a GPU is called by all who see it; on NVIDIA's also those for whom it has another number.
+    """What a GPU is called by all who see it, on NVIDIA's whatever number it has for them.
 
     Args:
         index: Of those that this process sees.
