@@ -125,8 +125,8 @@ def test_sizes_of_a_network() -> None:
     model = build(TINY)
     network = sizes_of(model)
     assert network.params == sum(p.numel() for p in model.parameters())
-    # the router 4 * 32, the norm of codes 2 * 32, the gate 2 * 32 + 2
-    assert network.whole == 128 + 64 + 66
+    # the router 4 * 32, the gate 2 * 32 + 2; the norm of codes is spread
+    assert network.whole == 128 + 66
     # one layer, 4 patches and the class token, two experts each
     assert network.row_elements == 5 * 2 * 32
     assert network.codebooks == ((4, 32),)

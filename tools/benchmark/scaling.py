@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vqmoe_vision.models import complexity
+from vqmoe_vision.models.sharding import whole_parameters
 from vqmoe_vision.moe import MoeLayer
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.config import check
@@ -66,9 +67,9 @@ def sizes_of(model: Any) -> Network:
     """
     macs = complexity(model).macs
     layers = [m for m in model.modules() if isinstance(m, MoeLayer)]
+    whole = whole_parameters(model)
     experts = [m for m in model.modules() if isinstance(m, Experts)]
     of_experts = {p for m in experts for p in m.parameters()}
-    whole = {p for layer in layers for p in layer.parameters()} - of_experts
     blocks = []
     for block in model.blocks:
         own = set(block.parameters())

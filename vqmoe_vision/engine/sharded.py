@@ -27,7 +27,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
 from .optim import scales_loss
-from .process_group import Unwrapped, forget_wrapper
+from .process_group import Unwrapped, forget_wrapper, group_options
 from .processes import current
 from .routing import RoutingStatistics
 from .sharded_saves import SavesInParts, WholeSaves, whole, whole_state
@@ -90,7 +90,7 @@ def check_optim_wrapper(wrapper: Any) -> None:
     check(not mixes_experts(wrapper.optimizer), 'optim_wrapper.optimizer.type', name, allowed)
     by_norm = not wrapper.clip_grad_kwargs or wrapper.grad_name == 'grad_norm'
     check(by_norm, 'optim_wrapper.clip_grad.type', 'value', "'norm' beside parallel")
-    allowed = f"{FIELD} goes without: use optim_wrapper.dtype='bfloat16'"
+    allowed = f"{FIELD} goes without: use dtype='bfloat16' and loss_scale=dict(enabled=False)"
     check(not scales_loss(wrapper), 'optim_wrapper.loss_scale', 'a loss scale', allowed)
 
 
@@ -146,12 +146,15 @@ class ShardingHook(Hook):
         wrapper = runner.optim_wrapper
         check_optim_wrapper(wrapper)
         optimizer = wrapper.optimizer
-        self._whole = deepcopy(runner.model).cpu()
+        device = next(runner.model.parameters()).device
+        self._whole = deepcopy(runner.model.cpu())  # no second model on a GPU
+        runner.model.to(device)
         for name, value in vars(runner.model).items():
             if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
-        shard_model(runner.model, self.expert_processes, self.param_dtype)
+        timeout = group_options(runner.cfg.get('env_cfg', {}).get('dist_cfg', {}), device.type)[1]
+        shard_model(runner.model, self.expert_processes, self.param_dtype, timeout)
         self._sharded = runner.model
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
@@ -237,8 +240,8 @@ def _exchange(
     parts: dict[Tensor, nn.Parameter] = {p: now[name] for name, p in before.items()}
     for group in optimizer.param_groups:
         group['params'] = [parts[p] for p in group['params']]
-        # kernels for lists of tensors take one layout alone; torch leaves them unless it is told
-        group.update({name: False for name in ('foreach', 'fused') if group.get(name)})
+        # kernels for lists of tensors take one layout alone, and on CUDA torch takes them unasked
+        group.update({name: False for name in ('foreach', 'fused') if name in group})
     for p in [p for p in optimizer.state if p in parts]:
         known = optimizer.state.pop(p)
         optimizer.state[parts[p]] = {

@@ -10,12 +10,13 @@ spreads of an expert's parameters is spread over the groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -23,13 +24,17 @@ from ..moe import MoeLayer
 from ..moe.config import check
 from ..moe.expert_parallel import place_experts
 from ..moe.experts import Experts
+from ..moe.image_reader import image_reader
 
 # of timm and of mmseg's heads: what a network has many of, one after the other
 _BLOCK_LISTS = ('blocks', 'layers')
 
 
 def shard_model(
-    model: nn.Module, expert_processes: int = 1, param_dtype: torch.dtype | None = None
+    model: nn.Module,
+    expert_processes: int = 1,
+    param_dtype: torch.dtype | None = None,
+    timeout: float | None = None,
 ) -> nn.Module:
     """Spreads the parameters of a model over all processes, in place.
 
@@ -43,6 +48,8 @@ def shard_model(
         expert_processes: M, on how many processes one set of all experts lives.
         param_dtype: In which blocks compute, and parameters travel; gradients are reduced in
             float32. None for the dtype of the parameters.
+        timeout: Seconds after which processes that share experts wait no longer for each other;
+            None for torch's.
 
     Returns:
         The same model.
@@ -62,14 +69,18 @@ def shard_model(
     )
     device = next(model.parameters()).device.type
     everyone = init_device_mesh(device, (processes,))
+    whole = whole_parameters(model)
+    for parameter in whole:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average)
     options: dict[str, Any] = {
         'mp_policy': MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32),
-        'ignored_params': _whole_parameters(model),
+        'ignored_params': whole,
         'shard_placement_fn': _placement(processes),
     }
     if expert_processes > 1:
         shape = (processes // expert_processes, expert_processes)
-        groups = init_device_mesh(device, shape, mesh_dim_names=('groups', 'experts'))
+        groups = _groups(device, shape, timeout)
         place_experts(model, groups['experts'])
         in_groups = {**options, 'shard_placement_fn': _placement(shape[0])}
         for experts in [m for m in model.modules() if isinstance(m, Experts)]:
@@ -78,6 +89,21 @@ def shard_model(
         fully_shard(block, mesh=everyone, **options)
     fully_shard(model, mesh=everyone, **options)
     return model
+
+
+def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> DeviceMesh:
+    """Neighbours share a set of all experts; those of one place in all sets have the same experts.
+
+    Not by `init_device_mesh`, whose new groups have torch's own timeout.
+    """
+    wait = None if timeout is None else timedelta(seconds=timeout)
+    places = torch.arange(shape[0] * shape[1]).view(shape)
+    own: list[Any] = []
+    # all processes take part in making each group
+    for rows in (places.T, places):
+        made = {tuple(ranks): dist.new_group(ranks, wait) for ranks in rows.tolist()}
+        own.append(next(made[ranks] for ranks in made if dist.get_rank() in ranks))
+    return DeviceMesh.from_group(own, device, places, mesh_dim_names=('groups', 'experts'))
 
 
 def spread_dimension(shape: Sequence[int], processes: int) -> int:
@@ -111,8 +137,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         model: With timm's blocks, or layers of a head of mmseg, or without.
     """
     blocks: list[nn.Module] = []
+    reader = image_reader(model)  # has no parameters to gather, and its own dtype
+    apart = set() if reader is None else set(reader.modules())
     for name, module in model.named_modules():
-        inside = list(module.children())
+        inside = [block for block in module.children() if block not in apart]
         # mmcv calls the different parts of a feed-forward network layers as well
         alike = len({type(block) for block in inside}) == 1
         if name.rpartition('.')[2] in _BLOCK_LISTS and alike:
@@ -120,22 +148,26 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks[::-1]
 
 
-def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """What decides in MoE layers, and scalars: each process has them, and averages their gradients.
+def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all.
 
     They are small. Updates of codebooks and of StableMoE's stage read and write them between steps,
-    and decisions are made in their own dtype.
+    and decisions are made in their own dtype. Norms of what experts are fed decide nothing: they
+    are spread like all else, and compute in the dtype of the tokens.
+
+    Args:
+        model: Before it is spread.
     """
-    whole = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 does not take them
+    whole = {p for p in model.parameters() if p.ndim == 0}
     for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
-        whole |= set(layer.parameters()) - set(layer.experts.parameters())
-
-    def average(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
-
-    for parameter in whole:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(average)
+        norms = [norm for norm in layer.modules() if isinstance(norm, nn.LayerNorm)]
+        spread = {p for part in (layer.experts, *norms) for p in part.parameters()}
+        whole |= set(layer.parameters()) - spread
     return whole
+
+
+def _average(parameter: Tensor) -> None:
+    """Of a gradient that is complete: that over all processes."""
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()

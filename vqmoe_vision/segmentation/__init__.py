@@ -10,7 +10,16 @@ except ModuleNotFoundError as missing:
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
-from . import _upstream, batch, data, evaluation, transforms, visualization, waits  # noqa: F401  _upstream first
+from . import (  # noqa: F401  _upstream first
+    _upstream,
+    batch,
+    data,
+    evaluation,
+    precision,
+    transforms,
+    visualization,
+    waits,
+)
 from .backbone import TimmViT
 from .inference import Prediction, predict
 from .segmentor import MoeEncoderDecoder
