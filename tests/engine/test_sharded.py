@@ -12,11 +12,13 @@ from timm.optim import create_optimizer_v2
 from vqmoe_vision.engine.process_group import fill_in_wrapper
 from vqmoe_vision.engine.sharded import (
     ShardingHook,
+    _exchange,
     check_optim_wrapper,
     clip_grad_norm,
     fill_in_parallel,
     whole_state,
 )
+from vqmoe_vision.engine.sharded_saves import with_kernels
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,23 @@ def test_optimizers_that_see_wholes() -> None:
         with pytest.raises(ValueError, match=message):
             check_optim_wrapper(bad)
     check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
+    for kernel in ('foreach', 'fused'):
+        made = OptimWrapper(
+            torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], **{kernel: True})
+        )
+        with pytest.raises(ValueError, match=rf'optim_wrapper\.optimizer\.{kernel}=True is not'):
+            check_optim_wrapper(made)
+
+
+@pytest.mark.parametrize('kernels', [{}, {'foreach': True}, {'fused': True}, {'foreach': False}])
+def test_a_file_keeps_the_kernels_of_a_model_that_is_not_spread(kernels: dict[str, bool]) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), **kernels)
+    expected = optimizer.state_dict()
+    named = dict(model.named_parameters())
+    _exchange(optimizer, named, named)
+    assert not any(optimizer.param_groups[0][kernel] for kernel in ('foreach', 'fused'))
+    assert with_kernels(optimizer.state_dict(), optimizer) == expected
 
 
 @pytest.mark.parametrize(

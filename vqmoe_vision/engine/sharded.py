@@ -30,7 +30,13 @@ from .optim import scales_loss
 from .process_group import Unwrapped, forget_wrapper, group_options
 from .processes import current
 from .routing import RoutingStatistics
-from .sharded_saves import SavesInParts, WholeSaves, whole, whole_state
+from .sharded_saves import (
+    KERNELS_FOR_LISTS,
+    SavesInParts,
+    WholeSaves,
+    whole,
+    whole_state,
+)
 
 FIELD = 'parallel'
 _OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
@@ -88,6 +94,10 @@ def check_optim_wrapper(wrapper: Any) -> None:
     name = type(wrapper.optimizer).__name__
     allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
     check(not mixes_experts(wrapper.optimizer), 'optim_wrapper.optimizer.type', name, allowed)
+    for kernel in KERNELS_FOR_LISTS:
+        asked = wrapper.optimizer.defaults.get(kernel)
+        allowed = 'None beside parallel: its kernels take tensors of one layout'
+        check(not asked, f'optim_wrapper.optimizer.{kernel}', asked, allowed)
     by_norm = not wrapper.clip_grad_kwargs or wrapper.grad_name == 'grad_norm'
     check(by_norm, 'optim_wrapper.clip_grad.type', 'value', "'norm' beside parallel")
     allowed = f"{FIELD} goes without: use dtype='bfloat16' and loss_scale=dict(enabled=False)"
@@ -241,7 +251,7 @@ def _exchange(
     for group in optimizer.param_groups:
         group['params'] = [parts[p] for p in group['params']]
         # kernels for lists of tensors take one layout alone, and on CUDA torch takes them unasked
-        group.update({name: False for name in ('foreach', 'fused') if name in group})
+        group.update({name: False for name in KERNELS_FOR_LISTS if name in group})
     for p in [p for p in optimizer.state if p in parts]:
         known = optimizer.state.pop(p)
         optimizer.state[parts[p]] = {

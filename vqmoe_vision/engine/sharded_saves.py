@@ -11,6 +11,7 @@ from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.runner import Runner
@@ -25,6 +26,23 @@ from vqmoe_vision.models.weight_files import IN_PARTS
 from .checkpoint_files import SaveError, reason_of, remove_unnamed, sync_folder
 from .finite import check_own_parts, check_weights
 from .parts import KEY, Parts, checksum, delete_folder
+
+# Options of an optimizer for kernels that take lists of tensors of one layout.
+KERNELS_FOR_LISTS = ('foreach', 'fused')
+
+
+def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is saved of an optimizer, with the kernels that a model has which is not spread.
+
+    A run takes them from the file that it resumes from, whatever its config says.
+
+    Args:
+        state: Its `state_dict()`; is changed.
+        optimizer: That goes without them now.
+    """
+    for group in state['param_groups']:
+        group.update({n: optimizer.defaults[n] for n in KERNELS_FOR_LISTS if n in group})
+    return state
 
 
 class WholeSaves:
@@ -51,7 +69,8 @@ class WholeSaves:
         """Saves, as the runner's method does."""
         state: dict[str, Any] = {'state_dict': self._model.state_dict()}
         if save_optimizer:
-            state['optimizer'] = self._runner.optim_wrapper.state_dict()
+            wrapper = self._runner.optim_wrapper
+            state['optimizer'] = with_kernels(wrapper.state_dict(), wrapper.optimizer)
         # as mmengine counts without: in the middle of an iteration
         done = (options.get('meta') or {}).get('iter', self._runner.iter + 1)
         self._state = self._prepare(Path(out_dir) / filename, state, done)

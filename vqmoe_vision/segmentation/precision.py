@@ -1,7 +1,8 @@
-"""Losses of heads in float32, whatever their logits are.
+"""Losses of heads in float32, whatever their logits are, of all that take `BaseDecodeHead`'s.
 
 In a model of bfloat16, or one that computes in it because its parameters travel so (`parallel`),
-mmseg would compute softmax and losses in it too, with eight significant bits.
+mmseg would compute softmax and losses in it too, with eight significant bits. Heads with losses of
+their own, such as PIDNet's and DDRNet's, still do.
 """
 
 from typing import Any
@@ -15,10 +16,10 @@ _theirs = BaseDecodeHead.loss_by_feat
 
 
 def loss_by_feat(self: BaseDecodeHead, seg_logits: Tensor, batch_data_samples: Any) -> dict:
-    """As mmseg's. Autocast itself chooses float32 where it is needed.
+    """As mmseg's. Autocast chooses by itself, for cross-entropy float32.
 
     Args:
-        self: Any head.
+        self: A head.
         seg_logits: (B, C, H, W) of any dtype.
         batch_data_samples: mmseg's samples with the label maps.
     """
