@@ -86,6 +86,14 @@ def test_what_nothing_would_read_is_refused(
     assert str(caught.value.code) == f'error: {said}'
 
 
+@pytest.mark.parametrize('mode', ['reduce-overhead', 'max-autotune'])
+def test_cuda_graphs_overwrite_what_the_log_reads_later(mode: str) -> None:
+    with pytest.raises(ValueError, match=rf"compile\.mode='{mode}' is .*no-cudagraphs"):
+        check_names(Config({'compile': {'mode': mode}}))
+    for possible in (True, None, {}, {'mode': 'default'}, {'mode': f'{mode}-no-cudagraphs'}):
+        check_names(Config({'compile': possible}))
+
+
 @pytest.mark.parametrize('base', [0, -8, float('nan'), '64', True])
 def test_a_batch_size_that_no_rate_can_be_for(base: Any) -> None:
     scale = {'enable': True, 'base_batch_size': base}

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -140,3 +143,18 @@ def test_cpu_amp_runs_the_forward_pass_in_bfloat16_and_steps_in_float32() -> Non
     wrapper.update_params(out.sum())
     # d(sum of 4 rows)/dw = 4 for each weight
     torch.testing.assert_close(layer.weight.detach(), before - 4)
+
+
+def test_autocast_of_the_cpu_is_refused_on_a_gpu() -> None:
+    class OnGpu(torch.nn.Linear):
+        def parameters(self, recurse: bool = True) -> Any:
+            yield SimpleNamespace(device=torch.device('cuda:0'))
+
+    model = OnGpu(1, 1)
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    message = r"optim_wrapper\.type='CpuAmpOptimWrapper' is .*--amp .* the model is on cuda"
+    with (
+        pytest.raises(ValueError, match=message),
+        CpuAmpOptimWrapper(optimizer=optimizer).optim_context(model),
+    ):
+        pass

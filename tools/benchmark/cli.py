@@ -44,6 +44,7 @@ from .scaling import (
     predicted_tables,
 )
 from .scaling_costs import Cluster
+from .timing import use_device
 from .training import describe_training_machine, measure_training
 from .tune import run_tune
 
@@ -113,6 +114,7 @@ def _main(args: argparse.Namespace, restart: bool) -> bool:
     if restart:
         restart_prepared(settings.threads)
     torch.set_num_threads(settings.threads)
+    use_device(settings.device)
     run: dict[str, Any] = {'command': args.command, 'header': describe_machine(settings.device)}
     run['settings'] = vars(settings)
     for name, value in {**run['header'], **run['settings']}.items():

@@ -22,6 +22,7 @@ from .model_presets import MODEL_PRESETS
 from .presets import LAYER_PRESETS, Preset
 from .report import LIMIT_COLUMNS, table
 from .runs import run_layers, run_models
+from .timing import use_device
 
 
 def run_gpu(args: argparse.Namespace) -> bool:
@@ -35,6 +36,7 @@ def run_gpu(args: argparse.Namespace) -> bool:
     """
     layers, networks = LAYER_PRESETS['gpu'], MODEL_PRESETS['gpu']
     settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
+    use_device(settings.device)
     run: dict[str, Any] = {'command': 'gpu', 'header': describe_machine(settings.device)}
     print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
     stages: dict[str, dict[str, Part]] = {

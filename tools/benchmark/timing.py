@@ -52,6 +52,16 @@ class Clock:
 Step = Callable[[int], Mapping[str, float]]
 
 
+def use_device(device: str) -> None:
+    """Makes a card the one whose clocks and memory are read, which is the first one otherwise.
+
+    Args:
+        device: Such as 'cuda:1'; without a number it is the first one.
+    """
+    if device.startswith('cuda:'):
+        torch.cuda.set_device(device)
+
+
 def interleave(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Run all steps in every round, in a new order each time, so that drift meets all alike.
 

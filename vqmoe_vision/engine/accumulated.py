@@ -4,7 +4,8 @@ from typing import Any
 
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
-from torch import nn
+from mmengine.utils import apply_to
+from torch import Tensor, nn
 
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 
@@ -30,7 +31,9 @@ def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
     model = unwrapped(runner)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     observed = {name: codebook.observed for name, codebook in _codebooks(model).items()}
-    checkpoint[_KEY] = {'gradients': gradients, 'observed': observed}
+    # as mmengine keeps all else
+    kept = {'gradients': gradients, 'observed': observed}
+    checkpoint[_KEY] = apply_to(kept, lambda x: isinstance(x, Tensor), Tensor.cpu)
 
 
 def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:

@@ -58,7 +58,8 @@ def check_names(config: Config) -> None:
 
     Raises:
         ValueError: A name is almost one that is read, a field has no names, a hook has no type, or
-            there is no batch size to scale the learning rate by.
+            there is no batch size to scale the learning rate by; or CUDA graphs would overwrite
+            what the log reads.
     """
     environment = _checked('env_cfg', config.get('env_cfg', {}), _OF_ENVIRONMENT)
     _checked('env_cfg.mp_cfg', environment.get('mp_cfg', {}), _OF_WORKERS)
@@ -72,6 +73,14 @@ def check_names(config: Config) -> None:
         check(possible or not scale.get('enable'), 'auto_scale_lr.base_batch_size', base, allowed)
     if config.get('default_hooks') is not None:
         _check_default_hooks(config.default_hooks)
+    _check_compile(config.get('compile'))
+
+
+def _check_compile(options: Any) -> None:
+    """What is read for the log after some steps would be that of the last replay of a graph."""
+    mode = options.get('mode') if isinstance(options, dict) else None
+    allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
+    check(mode not in ('reduce-overhead', 'max-autotune'), 'compile.mode', mode, allowed)
 
 
 def check_left_out(config: Config, options: Mapping[str, Any]) -> None:

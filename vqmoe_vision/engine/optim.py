@@ -31,7 +31,13 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
         Args:
             model: The model in training.
+
+        Raises:
+            ValueError: It is on a GPU, where this autocast would change nothing.
         """
+        device = next(model.parameters()).device.type
+        allowed = f'--amp without it, or AmpOptimWrapper, as the model is on {device}'
+        check(device in ('cpu', 'meta'), 'optim_wrapper.type', type(self).__name__, allowed)
         with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
             yield
 

@@ -59,11 +59,11 @@ class RoutingStatistics:
         self._totals = {}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What was added so far, for a checkpoint."""
+        """What was added so far, for a checkpoint, on the CPU like all else in one."""
         sums, counts = self._by_name()
         return {
-            'sums': {name: value.clone() for name, value in sums.items()},
-            'counts': {name: value.clone() for name, value in counts.items()},
+            'sums': {name: value.to('cpu', copy=True) for name, value in sums.items()},
+            'counts': {name: value.to('cpu', copy=True) for name, value in counts.items()},
         }
 
     def load_state_dict(
