@@ -40,6 +40,7 @@ class Processes:
         rank: Of this process.
         size: How many there are.
         save_together: Whether all of them have to take part in a save, as the model is spread.
+        timeout: Seconds after which one no longer waits for another, as the config says.
 
     Raises:
         ValueError: The environment is not that of the launcher, or the place is taken.
@@ -52,7 +53,7 @@ class Processes:
         self._left = threading.Event()
         self._watch: threading.Thread | None = None
         self._told: int | None = None
-        self._timeout = TIMEOUT
+        self.timeout = TIMEOUT
         self.save_together = False
         self._hosts_only: dist.ProcessGroup | None = None
         if launcher == 'none':
@@ -106,9 +107,7 @@ class Processes:
         if self._store is None:
             return
         device = get_device()
-        backend, self._timeout = group_options(
-            config.get('env_cfg', {}).get('dist_cfg', {}), device
-        )
+        backend, self.timeout = group_options(config.get('env_cfg', {}).get('dist_cfg', {}), device)
         index = self._local_rank
         if device == 'cuda':
             index %= torch.cuda.device_count()
@@ -117,13 +116,13 @@ class Processes:
         # where mmengine looks for the GPU
         os.environ['LOCAL_RANK'] = str(index)
         fill_in_wrapper(config, device)
-        arrive(self._store, self.rank, self.size, self._timeout)
+        arrive(self._store, self.rank, self.size, self.timeout)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore('group', self._store),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=self._timeout),
+            timeout=timedelta(seconds=self.timeout),
         )
 
     def leave(self) -> None:
@@ -176,7 +175,7 @@ class Processes:
         """Lets all processes take part in saves, also in that of a run which is told to stop."""
         self.save_together = True
         # what is agreed on must not wait for a GPU
-        self._hosts_only = dist.new_group(backend='gloo', timeout=timedelta(seconds=self._timeout))
+        self._hosts_only = dist.new_group(backend='gloo', timeout=timedelta(seconds=self.timeout))
 
     def agreed(self, number: int | None) -> int | None:
         """Signal that any of the processes has received; all have to ask.
@@ -202,7 +201,7 @@ class Processes:
         if not first:
             raise SystemExit(1) from error
         if isinstance(error, RuntimeError):
-            error = plain_error(error, self._timeout)
+            error = plain_error(error, self.timeout)
         if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # what torchrun shows in the end
             get_error_handler().record_exception(error)
         raise RankError(self.rank, error) from error

@@ -27,7 +27,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
 from .optim import scales_loss
-from .process_group import Unwrapped, forget_wrapper, group_options
+from .process_group import Unwrapped, forget_wrapper
 from .processes import current
 from .routing import RoutingStatistics
 from .sharded_saves import (
@@ -163,7 +163,8 @@ class ShardingHook(Hook):
             if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
-        timeout = group_options(runner.cfg.get('env_cfg', {}).get('dist_cfg', {}), device.type)[1]
+        processes = current()
+        timeout = None if processes is None else processes.timeout
         shard_model(runner.model, self.expert_processes, self.param_dtype, timeout)
         self._sharded = runner.model
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
@@ -171,7 +172,6 @@ class ShardingHook(Hook):
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
         runner.save_checkpoint = self._saves(runner, runner.model)
-        processes = current()
         if processes is not None:
             processes.share_saves()
 
