@@ -103,7 +103,8 @@ class MoeLayer(StaysPython):
 
     def begin(self) -> None:
         """Get ready for the passes of a block, which opens now."""
-        self.repetitions.state_changes += self.apply_begin()
+        if self.apply_begin():
+            self.repetitions.state_changed()
 
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
@@ -111,7 +112,8 @@ class MoeLayer(StaysPython):
 
     def update(self) -> None:
         """Apply what the last block collected for the state of this layer."""
-        self.repetitions.state_changes += self.apply_update()
+        if self.apply_update():
+            self.repetitions.state_changed()
 
     def apply_update(self) -> bool:
         """Change state that learns without gradients; returns whether it may have changed.

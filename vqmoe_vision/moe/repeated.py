@@ -53,9 +53,14 @@ class Repetitions:
     """
 
     def __init__(self) -> None:
-        self.state_changes = 0
+        self.state_changed()
         self._changed = _Meeting(_CHANGED)
         self._other_images = _Meeting(_OTHER_IMAGES)
+
+    def state_changed(self) -> None:
+        """Know that the layer answers otherwise from now on."""
+        # not a number: a compiled step would read it, and be compiled anew after each change
+        self._state = object()
 
     def begin(self, raw_patches: RawPatches | None) -> None:
         """Know that the layer is repeated now.
@@ -80,12 +85,12 @@ class Repetitions:
         left = answer if isinstance(answer, Tensor) else answer.means
         if left.requires_grad:
             shown = 0 if raw_patches is None else raw_patches.shown
-            left.register_hook(partial(self._arrived, self.state_changes, shown, raw_patches))
+            left.register_hook(partial(self._arrived, self._state, shown, raw_patches))
 
     def _arrived(
-        self, state_changes: int, shown: int, raw_patches: RawPatches | None, gradient: Tensor
+        self, state: object, shown: int, raw_patches: RawPatches | None, gradient: Tensor
     ) -> None:
-        if state_changes != self.state_changes:
+        if state is not self._state:
             self._changed.outdated()
         if raw_patches is not None and shown != raw_patches.shown:
             self._other_images.outdated()
