@@ -8,7 +8,6 @@ from logging import StreamHandler
 from pathlib import Path
 
 import pytest
-import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
@@ -20,6 +19,7 @@ from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS
@@ -40,7 +40,7 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
     for row in comparison.rows:
         run = Run(comparison, row, comparison.seeds[0], Path('work_dirs'))
         config = load_config(comparison.config, parse_options(run.options))
-        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
+        with structure_only(), DefaultScope.overwrite_default_scope(config.default_scope):
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
 

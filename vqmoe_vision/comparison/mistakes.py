@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
@@ -16,6 +15,7 @@ from vqmoe_vision.engine.command import as_typed, one_line
 from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.engine.reported import reported
 from vqmoe_vision.engine.trained import without_sources
+from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe.config import check
 
 from .runs import Run
@@ -68,7 +68,7 @@ def _said_of(run: Run) -> Iterator[None]:
 def _build(run: Run, config: Config) -> None:
     """Of a segmentor the backbone, which rows differ in."""
     model = config.model.get('backbone', config.model)
-    with _said_of(run), torch.device('meta'):
+    with _said_of(run), structure_only():
         MODELS.build(without_sources(model))
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from timm.layers import Mlp
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import Attention, Block
@@ -26,6 +25,7 @@ from .hosts import timms_class
 from .options_that_fit import mlp_ratio_of
 from .raw_patches import RawPatchBlock
 from .state_dicts import CLASSIFIERS, HEADS, StateDict, block_of, is_square, layer_of, shorten
+from .structure import structure_only
 from .would_fit import EVA, NORMS, STEM, VIT, Arguments, in_words, pooling_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -191,7 +191,7 @@ def _built(model: Model, expected: StateDict, told: dict[str, Any]) -> Shapes | 
         mlps = (type(b.mlp) for b in network.blocks if hasattr(b, 'mlp') and not _routed(b.mlp))
         base['mlp_layer'] = next(mlps, Mlp)
     try:
-        with torch.device('meta'):
+        with structure_only():
             made: nn.Module = timms_class(network)(**base | told)
     except FAILURES:
         return None

@@ -25,6 +25,7 @@ from .arguments import FAILURES
 from .convert import convert_to_moe
 from .described import Described
 from .hosts import timms_class
+from .structure import structure_only
 
 _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.
@@ -74,7 +75,7 @@ def origin_of(described: Described, source: str) -> Origin | None:
         _logger.warning(told, source, described.name)
         return None
     try:
-        with torch.device('meta'):
+        with structure_only():
             model = timm.create_model(described.name, **described.arguments)
     except FAILURES as error:
         raise ValueError(
@@ -127,7 +128,7 @@ def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
         return f'; {", ".join(options)} would fit'
     if hasattr(origin.model, 'method'):  # it has experts
         return ''
-    with torch.device('meta'):
+    with structure_only():
         named = timm.create_model(origin.name)
     # sizes are arguments of the model that takes the weights, others make it another network
     changed = [option for _, option in _differences(named, origin.model)]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.layers import to_2tuple
 from timm.models import (
     get_arch_name,
@@ -31,6 +30,7 @@ from .origin import Origin, origin_of, with_experts
 from .sparse_model import SparseModel
 from .state_dicts import StateDict
 from .stated_experts import experts_of_file
+from .structure import structure_only
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
@@ -105,7 +105,7 @@ def upcycle_source(
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
     allowed = "one of timm's VisionTransformers, whose blocks ours have"
     if not fits and timm.models.is_model_in_modules(upcycle, MODULES):
-        with torch.device('meta'):
+        with structure_only():
             network = timm.create_model(get_arch_name(upcycle))
         allowed += with_experts(Origin(upcycle, network), 'smoe')
     check(fits, 'upcycle', upcycle, allowed)
