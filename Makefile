@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 # of `make oldest`: the oldest Python that pyproject.toml allows
 OLDEST_PYTHON ?= python3.10
 TIMM_SIZES   ?= tiny small base large
+# of Sphinx: dummy checks all that html does and writes nothing, in half of the time
+DOCS_BUILDER ?= html
 # empty: all of the table of methods
 TIMM_METHODS ?=
 # of `make timm-scripts`: its scripts are on no package index
@@ -93,7 +95,8 @@ timm-scripts: $(VENV)/.dev ## put timm's train.py and its other scripts where th
 docs: $(VENV)/.docs ## build docs/ and the API reference into docs/_build; a broken link fails
 	$(BIN)/sphinx-apidoc -q --force --separate --module-first --remove-old \
 	    --doc-project 'API reference' --output-dir docs/api vqmoe_vision
-	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
+	$(BIN)/sphinx-build --builder $(DOCS_BUILDER) --quiet --fresh-env --fail-on-warning --keep-going \
+	    docs docs/_build
 	@echo "Open docs/_build/index.html"
 
 picture: ## draw the picture of the architecture from its text; needs Graphviz

@@ -7,6 +7,7 @@ or about what its imports print, run `python` itself.
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -50,7 +51,11 @@ def spawn(function: Callable[..., None], args: tuple, nprocs: int) -> None:
 
 
 def run_tool(
-    tool: str, *arguments: str, folder: Path, new_session: bool = False
+    tool: str,
+    *arguments: str,
+    folder: Path,
+    new_session: bool = False,
+    file_size: int = resource.RLIM_INFINITY,
 ) -> subprocess.CompletedProcess:
     """Runs a program of `tools/` as a shell would.
 
@@ -59,13 +64,14 @@ def run_tool(
         *arguments: Of its command line.
         folder: In which it runs, and may import modules.
         new_session: It leads a group of processes of its own.
+        file_size: Bytes that it may write into one file.
 
     Returns:
         Its status, negative for the number of a signal, and what it printed.
     """
     with tempfile.TemporaryDirectory() as place:
         files = [str(Path(place) / name) for name in ('out', 'err')]
-        options = (tool, arguments, folder, files, dict(os.environ), new_session)
+        options = (tool, arguments, folder, files, dict(os.environ), new_session, file_size)
         process = _CONTEXT.Process(target=_run, args=options)
         process.start()
         process.join()
@@ -81,9 +87,11 @@ def _run(
     files: list[str],
     environment: dict[str, str],
     new_session: bool,
+    file_size: int,
 ) -> None:
     if new_session:
         os.setsid()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     # a shell that runs the tests in the background has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, file in enumerate(files, start=1):

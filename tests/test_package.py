@@ -107,13 +107,11 @@ def test_every_part_has_a_layer() -> None:
 
 
 def test_base_import_needs_only_torch_and_timm() -> None:
-    listing = "import sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
-
-    def roots(imports: str) -> set[str]:
-        command = [sys.executable, '-c', f'{imports}; {listing}']
-        return set(subprocess.check_output(command, text=True).split())
-
-    added = roots('import torch, timm, vqmoe_vision') - roots('import torch, timm')
+    listing = "print(*{name.partition('.')[0] for name in sys.modules})"
+    program = f'import sys, torch, timm\n{listing}\nimport vqmoe_vision\n{listing}'
+    printed = subprocess.check_output([sys.executable, '-c', program], text=True)
+    before, after = (set(line.split()) for line in printed.splitlines())
+    added = after - before
     assert added - sys.stdlib_module_names <= {'vqmoe_vision'}
 
 

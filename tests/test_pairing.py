@@ -156,8 +156,12 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
         assert all(torch.equal(rows[0].start[k], row.start[k]) for k in experts)
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('row', (*ROWS, *FEATURE_ROWS))
+@pytest.mark.parametrize(
+    ('kind', 'row'),
+    # loaders know of no row: each is tried with one kind, and with each kind one that draws
+    [('timm', row) for row in (*ROWS, *FEATURE_ROWS)]
+    + [(kind, 'smoe') for kind in list(KINDS)[1:]],
+)
 def test_the_number_of_workers_changes_no_image(keep, kind: str, row: str) -> None:
     assert keep(kind, row, num_workers=2).images == keep(kind, 'dense').images
 

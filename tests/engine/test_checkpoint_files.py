@@ -1,13 +1,13 @@
 """Files of checkpoints under all that can happen to them."""
 
 import os
+import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from vqmoe_vision.engine.checkpoint_files import (
     SaveError,
@@ -19,6 +19,8 @@ from vqmoe_vision.engine.checkpoint_files import (
     remove_partial,
     write_atomically,
 )
+
+from ..forked import spawn
 
 
 def write(path: Path, iteration: int, saved_at: float | None) -> None:
@@ -43,20 +45,16 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
 
-# a limit of 1,000 bytes; with the default signal the kernel kills in the middle of the write
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from vqmoe_vision.engine.checkpoint_files import write_atomically
-if 'killed' in sys.argv:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_atomically(Path(sys.argv[1]), b'new' * 1000)
-except OSError as error:
-    sys.exit(str(error))
-"""
+def write_limited(_rank: int, path: Path, killed: bool) -> None:
+    """1,000 of 3,000 bytes; with the default signal the kernel kills in the middle of the write."""
+    if killed:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        write_atomically(path, b'new' * 1000)
+    finally:  # the error is told by a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 def test_bytes_reach_the_disk_before_their_name_does(
@@ -86,18 +84,17 @@ def test_bytes_reach_the_disk_before_their_name_does(
 def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_path: Path) -> None:
     path = tmp_path / 'a.pth'
     path.write_bytes(b'old')
-    command = [sys.executable, '-c', LIMITED, str(path), *['killed'] * killed]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)) as ended:
+        spawn(write_limited, (path, killed), nprocs=1)
     assert path.read_bytes() == b'old'
     if killed:
-        assert done.returncode == -signal.SIGXFSZ
+        assert getattr(ended.value, 'signal_name', None) == 'SIGXFSZ'
         partial = tmp_path / '.a.pth.part'
         assert partial.stat().st_size == 1000
         remove_partial(tmp_path)
     else:
-        assert done.stderr == (
-            f'{path} could not be written (File too large); what was saved before is intact\n'
-        )
+        said = f'{path} could not be written (File too large); what was saved before is intact'
+        assert str(ended.value).strip().endswith(f'SaveError: {said}')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
 

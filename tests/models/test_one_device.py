@@ -60,8 +60,10 @@ def of_method(_rank: int, method: str) -> None:
     device = pretended()
     for name, (owner, options) in VARIANTS.items():
         if owner == method:
-            # the second is that of GPUs, for bfloat16
-            for kernel, dtype in (('batched', torch.float32), ('grouped_mm', torch.bfloat16)):
+            kernels = {'grouped_mm': torch.bfloat16}  # that of GPUs
+            if not options:
+                kernels['batched'] = torch.float32
+            for kernel, dtype in kernels.items():
                 try:
                     with use_kernel(kernel):
                         run(make(method, **options, **SMALL), device, dtype)

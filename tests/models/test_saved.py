@@ -56,14 +56,14 @@ def test_every_method_with_all_its_options(
     if recorded and not RECORDS:
         pytest.skip('this timm does not record the arguments of a model')
     method, options = VARIANTS[variant]
-    model: Any = make(method, moe_layers=[0, 3], **options)
+    model: Any = make(method, depth=2, moe_layers=[0], **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # codebooks start, stages count
         train_step(model, optimizer, images, torch.arange(4))
     args = None
     if not recorded:
         model._model_args = {}
-        args = {**TINY, 'moe_layers': [0, 3], **options}
+        args = {**TINY, 'depth': 2, 'moe_layers': [0], **options}
     save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
     assert sorted(os.listdir(tmp_path)) == ['config.json', 'model.safetensors']
     again: Any = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
@@ -89,7 +89,7 @@ def test_a_model_whose_images_have_another_size_by_now(
     variant: str, before: dict[str, Any], after: dict[str, Any], tmp_path: Path
 ) -> None:
     method, options = VARIANTS.get(variant, (variant, {}))
-    model: Any = make(method, **options, **before)
+    model: Any = make(method, depth=2, **options, **before)
     model.set_input_size(**after)
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)

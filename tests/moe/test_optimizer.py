@@ -66,6 +66,7 @@ def assert_equal(stacked, separate) -> None:
 # torch warns of options that timm sets
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning')
 @pytest.mark.parametrize('name', OPTIMIZERS)
+@torch.compiler.set_stance('force_eager')  # Kron compiles its steps for half a minute
 def test_every_optimizer_of_timm_updates_an_expert_as_a_matrix_or_is_refused(name: str) -> None:
     case = pair(name)
     if mixes_experts(case[1]):

@@ -43,7 +43,8 @@ EVERY = [(leaf, size) for leaf in DATA_SETS for size in SIZES] + list(SMALL.item
 def run(config: Config, model: Any) -> None:
     """One image of the size of a crop."""
     size = config.model.data_preprocessor['size']
-    logits = model(torch.empty(1, 3, *size, device='meta'), mode='tensor')
+    with torch.inference_mode():
+        logits = model(torch.empty(1, 3, *size, device='meta'), mode='tensor')
     classes = DATASETS.get(dataset(config).type).METAINFO['classes']
     assert logits.shape[:2] == (1, len(classes)) == (1, model.num_classes)
     if not model.with_neck:

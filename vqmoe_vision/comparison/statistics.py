@@ -7,6 +7,7 @@ are less than another library. Tests hold both to tables and to answers by hand.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -186,8 +187,12 @@ def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | N
         None if that is more than a thousand.
     """
     effect = abs(difference) / std
-    enough = (n for n in range(2, _MOST_PAIRS + 1) if _power(effect, n, level, n - 1) >= POWER)
-    return next(enough, None)
+    most = 2
+    while _power(effect, most, level, most - 1) < POWER:  # doubled as in `detectable`
+        if most == _MOST_PAIRS:
+            return None
+        most = min(2 * most, _MOST_PAIRS)
+    return bisect_left(range(most), POWER, 2, key=lambda n: _power(effect, n, level, n - 1))
 
 
 def _power(effect: float, pairs: int, level: float, freedom: int) -> float:
