@@ -56,14 +56,12 @@ def run(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) ->
     assert all(tensor.device == device for tensor in model.state_dict().values())
 
 
-def of_method(_rank: int, method: str) -> None:
+def of_method(_rank: int, method: str, varied: bool) -> None:
     device = pretended()
     for name, (owner, options) in VARIANTS.items():
-        if owner == method:
-            kernels = {'grouped_mm': torch.bfloat16}  # that of GPUs
-            if not options:
-                kernels['batched'] = torch.float32
-            for kernel, dtype in kernels.items():
+        if owner == method and bool(options) == varied:
+            # the second is that of GPUs, for bfloat16
+            for kernel, dtype in (('batched', torch.float32), ('grouped_mm', torch.bfloat16)):
                 try:
                     with use_kernel(kernel):
                         run(make(method, **options, **SMALL), device, dtype)
@@ -71,9 +69,10 @@ def of_method(_rank: int, method: str) -> None:
                     raise AssertionError(f'{name} by {kernel}') from error
 
 
+@pytest.mark.parametrize('varied', [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize('method', METHODS)
-def test_a_model_is_on_one_device(method: str) -> None:
-    spawn(of_method, (method,), 1)
+def test_a_model_is_on_one_device(method: str, varied: bool) -> None:
+    spawn(of_method, (method, varied), 1)
 
 
 # --- the test sees what it is for

@@ -165,17 +165,15 @@ def test_training_goes_on_after_the_error(make_model):
 # --- compile
 
 
-# what dynamo sees is the layer's own; the other half of the time is torch's, and the defaults of
-# each method are compiled that far in models
+@pytest.mark.long  # methods with their defaults are compiled in models
 @every_case
-@pytest.mark.parametrize('backend', ['eager', pytest.param('aot_eager', marks=pytest.mark.long)])
 def test_compiled_layer_has_equal_losses_and_gradients_and_compiles_once(
-    make_layer, method, options, backend
+    make_layer, method, options
 ):
     plain = make_layer(method, **options)
     twin = copy.deepcopy(plain)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(twin, fullgraph=True, backend=counter)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (plain, twin)]
     for i in range(4):

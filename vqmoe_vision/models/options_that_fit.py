@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -129,16 +128,17 @@ class _Search:
             method: Key of `METHODS`.
             config: Options that are changed.
         """
-
-        @cache  # half of all changes lead where others have led
-        def left_by(changed: MoeConfig) -> int:
-            return self.distance(method, changed, self.theirs)
+        known: dict[str, int] = {}  # half of all changes lead where others have led
 
         def distance(changes: Options) -> float:
             try:
-                return left_by(replace(config, **changes))
+                changed = replace(config, **changes)
             except ValueError:  # impossible together
                 return math.inf
+            # an option of a user's method may have no hash
+            if (written := repr(changed)) not in known:
+                known[written] = self.distance(method, changed, self.theirs)
+            return known[written]
 
         found: Options = {}
         while (left := distance(found)) > 0:

@@ -22,7 +22,7 @@ class _Undrawn(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func in _OF_VALUES and args[0].is_meta:
+        if func in _OF_VALUES and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
