@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 # of `make oldest`: the oldest Python that pyproject.toml allows
 OLDEST_PYTHON ?= python3.10
 TIMM_SIZES   ?= tiny small base large
-# of Sphinx: dummy checks all that html does and writes nothing, in half of the time
+# of Sphinx: dummy reads all and follows all links as html does, but writes nothing, in half of the time
 DOCS_BUILDER ?= html
 # empty: all of the table of methods
 TIMM_METHODS ?=

@@ -55,7 +55,7 @@ def run_tool(
     *arguments: str,
     folder: Path,
     new_session: bool = False,
-    file_size: int = resource.RLIM_INFINITY,
+    file_size: int | None = None,
 ) -> subprocess.CompletedProcess:
     """Runs a program of `tools/` as a shell would.
 
@@ -64,7 +64,7 @@ def run_tool(
         *arguments: Of its command line.
         folder: In which it runs, and may import modules.
         new_session: It leads a group of processes of its own.
-        file_size: Bytes that it may write into one file.
+        file_size: Bytes that it may write into one file; None for as many as this process.
 
     Returns:
         Its status, negative for the number of a signal, and what it printed.
@@ -87,11 +87,13 @@ def _run(
     files: list[str],
     environment: dict[str, str],
     new_session: bool,
-    file_size: int,
+    file_size: int | None,
 ) -> None:
     if new_session:
         os.setsid()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+    if file_size is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, most))
     # a shell that runs the tests in the background has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, file in enumerate(files, start=1):

@@ -50,11 +50,12 @@ def write_limited(_rank: int, path: Path, killed: bool) -> None:
     if killed:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         write_atomically(path, b'new' * 1000)
     finally:  # the error is told by a file
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_bytes_reach_the_disk_before_their_name_does(
