@@ -188,7 +188,7 @@ def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | N
     """
     effect = abs(difference) / std
     most = 2
-    while not _power(effect, most, level, most - 1) >= POWER:  # nor where scipy has none
+    while not _power(effect, most, level, most - 1) >= POWER:  # not <: NaN is not enough
         if most == _MOST_PAIRS:
             return None
         most = min(2 * most, _MOST_PAIRS)

@@ -273,7 +273,7 @@ def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
     """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
     valid = isinstance(extra_mlps, int) and extra_mlps > 0
     check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
-    with structure_only():  # for depth and ratio only: no memory, no random numbers
+    with structure_only():  # for depth and ratio only
         model: Any = _untrained(model_name, **kwargs)
     blocks: Any = model.blocks if isinstance(model, Transformer) else []
     mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]
