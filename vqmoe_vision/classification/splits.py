@@ -6,7 +6,6 @@ Of the training images a long tail may be kept; dev and test are as they are.
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from vqmoe_vision.moe.config import check, check_type
 
@@ -50,6 +49,8 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
     indices = np.arange(len(targets))
     if split == 'trainval' or (split == 'train' and dev_size == 0):
         return indices[long_tail(targets, imbalance)].tolist()
+    from sklearn.model_selection import train_test_split  # here for the reason of `digit_scans`
+
     try:
         train, dev = train_test_split(indices, test_size=dev_size, stratify=targets, random_state=0)
     except ValueError as error:

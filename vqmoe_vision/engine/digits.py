@@ -1,8 +1,6 @@
 """The scans of handwritten digits that come with scikit-learn, split once for both tasks."""
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 SPLITS = ('train', 'dev', 'test')
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -20,15 +18,19 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: There is no such split.
     """
+    # here, because every tool reads this file, few the scans: a second of the eight to its start
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
+
+    def parted(indices: np.ndarray, size: int) -> list[np.ndarray]:
+        return train_test_split(indices, test_size=size, stratify=targets[indices], random_state=0)
+
     images, targets = load_digits(return_X_y=True)
-    rest, test = _parted(np.arange(len(targets)), targets, 360)
-    train, dev = _parted(rest, targets[rest], 180)
+    rest, test = parted(np.arange(len(targets)), 360)
+    train, dev = parted(rest, 180)
     chosen = {'train': train, 'dev': dev, 'test': test}[split]
     scans = np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     return scans, targets[chosen]
-
-
-def _parted(indices: np.ndarray, targets: np.ndarray, size: int) -> list[np.ndarray]:
-    return train_test_split(indices, test_size=size, stratify=targets, random_state=0)
