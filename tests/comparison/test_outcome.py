@@ -164,6 +164,51 @@ def test_all_rows_and_seeds_by_name_are_the_whole(fill, says) -> None:
     assert files().keys() == {f'spec.{kind}' for kind in ('md', 'tex', 'csv', 'json')}
 
 
+def test_another_reference_is_that_of_a_comparison_of_its_own(fill, says) -> None:
+    """And a second look, which a reader is told of, beside the files of the planned one."""
+    path = fill(SCORES)
+    says('table', path)
+    planned = files()
+    says('table', path, '--reference', 'same')
+    made = {name: content for name, content in files().items() if name not in planned}
+    assert all(name.startswith('spec-reference-same') for name in made)
+    assert files().items() >= planned.items()
+    shown = (TABLES / 'spec-reference-same.md').read_text()
+    assert shown.startswith('# spec, differences to same\n')
+    assert 'differences are to same, where dense is the reference that the comparison' in shown
+    found = json.loads((TABLES / 'spec-reference-same.json').read_text())
+    # better less same is 0, 2, 4, dense less same -1, 0, 1
+    differences = {row['row']: row['difference'] for row in found['rows']}
+    assert differences == {'dense': 0, 'better': 2, 'same': None}
+
+    with Path(path).open('a') as file:
+        file.write("reference = 'same'\n")
+    says('table', path)
+    own = json.loads((TABLES / 'spec.json').read_text())
+    assert {key: own[key] for key in ('rows', 'sentences')} == {
+        key: found[key] for key in ('rows', 'sentences')
+    }
+
+
+def test_the_own_reference_is_no_second_look(fill, says) -> None:
+    says('table', fill(SCORES))
+    first = files()
+    says('table', 'spec.py', '--reference', 'dense')
+    assert files() == first
+
+
+def test_a_reference_that_does_not_exist(fill, says) -> None:
+    said = says('table', fill(SCORES), '--reference', 'nobody')
+    assert said == 'error: --reference nobody does not exist; there are dense, better, same'
+
+
+def test_a_part_from_another_row(fill, says) -> None:
+    says('table', fill(SCORES), '--reference', 'same', '--rows', 'better')
+    shown = (TABLES / 'spec-reference-same-part.md').read_text()
+    assert shown.startswith('# spec, differences to same, a part\n')
+    assert 'A part of spec: rows better, same;' in shown
+
+
 def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
     says('table', fill(SCORES), '--rows', 'same')
     assert {'spec-part-curves.png', 'spec-part-differences.pdf'} < files().keys()

@@ -28,7 +28,12 @@ ROWS = Path('docs/results/rows/spec')
 TABLES = Path('docs/results/tables')
 # differences to dense by seed: 1, 2, 3; and 1, 0, -1
 SCORES = {'dense': [10.0, 20.0, 30.0], 'better': [11.0, 22.0, 33.0], 'same': [11.0, 20.0, 29.0]}
-CHECKED_IN = sorted((CONFIGS.parent / 'docs/results/rows').glob('*/'))
+RESULTS = CONFIGS.parent / 'docs/results'
+# of each comparison that has rows, and what else is looked at from another of its rows
+CHECKED_IN = sorted(
+    {rows.name for rows in (RESULTS / 'rows').glob('*/')}
+    | {table.stem for table in (RESULTS / 'tables').glob('*-reference-*.md')}
+)
 
 
 def files() -> dict[str, bytes]:
@@ -47,19 +52,20 @@ def test_every_table_and_figure_is_made_from_rows_again(fill, says) -> None:
     assert files() == first
 
 
-@pytest.mark.parametrize('rows', CHECKED_IN, ids=lambda rows: rows.name)
-def test_tables_that_are_checked_in_are_those_of_their_rows(rows, says, tmp_path, monkeypatch):
+@pytest.mark.parametrize('table', CHECKED_IN)
+def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    (tmp_path / 'rows').symlink_to(rows.parent)
-    says('table', f'configs/comparisons/{rows.name}.py', '--results', str(tmp_path))
-    made = (tmp_path / f'tables/{rows.name}.md').read_text()
-    assert made == (rows.parents[1] / f'tables/{rows.name}.md').read_text()
+    (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
+    name, _, row = table.partition('-reference-')
+    reference = ['--reference', row] if row else []
+    says('table', f'configs/comparisons/{name}.py', '--results', str(tmp_path), *reference)
+    made = (tmp_path / f'tables/{table}.md').read_text()
+    assert made == (RESULTS / f'tables/{table}.md').read_text()
 
 
 def test_corruptions_that_were_measured_are_shown_without_their_library(tmp_path) -> None:
     """The extra `compare` has none."""
-    rows = CONFIGS.parent / 'docs/results/rows'
-    (tmp_path / 'rows').symlink_to(rows)
+    (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
     spec = 'configs/comparisons/cifar10_budget.py'
     program = (
         "import sys; sys.modules['imagecorruptions'] = None\n"
@@ -78,7 +84,7 @@ IMAGES = [
 @pytest.mark.parametrize('path', IMAGES, ids=lambda path: path.stem)
 def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
-    (tmp_path / 'rows').symlink_to(CONFIGS.parent / 'docs/results/rows')
+    (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
     options = '--results', str(tmp_path), '--images', str(tmp_path)
     says('table', f'configs/comparisons/{path.name}', *options)
     names = read_comparison(str(path)).images.values()
@@ -95,6 +101,8 @@ def test_images_of_documents_that_cannot_be_made(fill, says) -> None:
     drawn = "error: images: 'shifts' is not drawn; drawn are curves, differences"
     assert says('table', path, '--images', '.') == drawn
     assert 'with a part' in says('table', path, '--images', '.', '--rows', 'same')
+    turned = says('table', path, '--images', '.', '--reference', 'same')
+    assert turned.endswith('with --reference: documents show the differences to dense')
     Path(path).write_text(Path(path).read_text().replace("images = {'shifts': 'fog'}", ''))
     assert says('table', path, '--images', '.') == 'error: --images: spec names no images'
 
@@ -467,6 +475,13 @@ def test_noise_of_a_part_is_that_of_its_differences_to_the_reference(fill, says,
     assert '| better ' in said and '| dense ' in said and '| same ' not in said
     # those of seeds 1 and 3 are 1 and 3: a deviation of 1.41
     assert f'detect a difference of {"2.38" if "--seeds" in part else "1.68"} in mIoU' in said
+
+
+def test_noise_of_differences_to_another_row(fill, says) -> None:
+    said = says('noise', fill(SCORES), '--reference', 'same')
+    # better less same is 0, 2, 4: a deviation of 2, and dense less same -1, 0, 1: one of 1;
+    # together sqrt((4 + 1) / 2) = 1.58, where differences to dense have 1 and detect 1.68
+    assert 'detect a difference of 2.66 in mIoU' in said  # 1.68 x 1.58
 
 
 def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:

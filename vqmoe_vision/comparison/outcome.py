@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from .controls import challengers
 from .results import Results
 from .shifts import shifted_scores
-from .spec import Comparison
+from .spec import Comparison, choose
 from .statistics import (
     FEW_SEEDS,
     Difference,
@@ -34,12 +35,15 @@ class Outcome:
         results: What is there of all its rows and seeds.
         rows: Those that are shown, the reference always among them; None for all.
         seeds: Those that count; None for all.
+        reference: Row that the others are compared with instead of the comparison's own; None for
+            that one.
 
     Attributes:
         wanted: The rows that were asked for.
         rows: Those that are shown.
         seeds: Those that count.
         results: What is there of these rows and seeds.
+        planned_reference: The comparison's own, from which differences are taken otherwise.
 
     Raises:
         ValueError: The comparison has no such row or seed.
@@ -51,7 +55,12 @@ class Outcome:
         results: Results,
         rows: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
+        reference: str | None = None,
     ) -> None:
+        self.planned_reference = comparison.reference
+        if reference is not None:
+            (reference,) = choose('--reference', [reference], comparison.rows)
+            comparison = replace(comparison, reference=reference)
         pairs = comparison.selected(rows, seeds)
         self.comparison = comparison
         self.wanted = {row for row, _ in pairs}
@@ -68,9 +77,17 @@ class Outcome:
         return len(self.rows) < len(whole.rows) or len(self.seeds) < len(whole.seeds)
 
     @property
+    def turned(self) -> bool:
+        """Whether differences are to another row than the comparison's own reference."""
+        return self.comparison.reference != self.planned_reference
+
+    @property
     def name(self) -> str:
-        """What its files begin with: a part never overwrites the whole."""
-        return f'{self.comparison.name}-part' if self.partial else self.comparison.name
+        """What its files begin with: neither a part nor another reference overwrites the whole."""
+        name = self.comparison.name
+        if self.turned:
+            name += f'-reference-{self.comparison.reference}'
+        return f'{name}-part' if self.partial else name
 
     @property
     def screens(self) -> bool:

@@ -45,7 +45,8 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
 
     Args:
         outcome: What is shown.
-        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`; of a part `<name>-part.md` and so on.
+        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`; of a part `<name>-part.md` and so on,
+            with another reference `<name>-reference-<row>.md`.
 
     Returns:
         The files.
@@ -120,12 +121,17 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
         letters.
 
     Raises:
-        ValueError: A part is shown, no image is named, there is no such figure, or no run can be
-            used.
+        ValueError: A part or another reference is shown, no image is named, there is no such
+            figure, or no run can be used.
     """
     comparison = outcome.comparison
     if outcome.partial:
         raise ValueError('--images is not possible with a part: documents show all rows and seeds')
+    if outcome.turned:
+        raise ValueError(
+            '--images is not possible with --reference: documents show the differences to '
+            f'{outcome.planned_reference}'
+        )
     if not comparison.images:
         raise ValueError(f'--images: {comparison.name} names no images')
     frame_of(outcome)  # says so where there is nothing to draw
@@ -159,11 +165,18 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
 
 
 def _which(outcome: Outcome) -> list[str]:
-    """Which part is shown, in a sentence; nothing of the whole."""
-    if not outcome.partial:
-        return []
-    rows, seeds = ', '.join(outcome.rows), ', '.join(map(str, outcome.seeds))
-    return [f'A part of {outcome.comparison.name}: rows {rows}; seeds {seeds}.']
+    """Which part is shown and from where it is looked at; nothing of the whole as it is planned."""
+    lines = []
+    if outcome.partial:
+        rows, seeds = ', '.join(outcome.rows), ', '.join(map(str, outcome.seeds))
+        lines.append(f'A part of {outcome.comparison.name}: rows {rows}; seeds {seeds}.')
+    if outcome.turned:
+        lines.append(
+            f'A second look at the same runs: differences are to {outcome.comparison.reference}, '
+            f'where {outcome.planned_reference} is the reference that the comparison plans. p is '
+            'corrected for the rows of this table, and not for those of the other as well.'
+        )
+    return lines
 
 
 def _markdown(
@@ -173,9 +186,13 @@ def _markdown(
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     missing = [', '.join(run.name for run in results.missing)] if results.missing else []
     commands = [frame.command[row] for row in frame.index]
+    option = f' --reference {comparison.reference}' if outcome.turned else ''
     parts = [
-        f'# {comparison.name}' + (', a part' if outcome.partial else ''),
-        f'Made from the rows by `python tools/compare.py table`; commits {_commits(frame)}.',
+        f'# {comparison.name}'
+        + (f', differences to {comparison.reference}' if outcome.turned else '')
+        + (', a part' if outcome.partial else ''),
+        f'Made from the rows by `python tools/compare.py table{option}`; commits '
+        f'{_commits(frame)}.',
         # numbers are strings already, with the digits that they deserve
         table.to_markdown(index=False, disable_numparse=True),
         _list([*lines, *said_of_inputs(comparison, results), said_of_checks(comparison, results)]),

@@ -116,7 +116,7 @@ class Comparison:
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
         for row in (self.reference, *self.controls, *self.highlighted):
-            _choose(f'comparison {self.name}: row', [row], self.rows)
+            choose(f'comparison {self.name}: row', [row], self.rows)
         for option in self.options:
             check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
         for row, options in self.rows.items():
@@ -129,7 +129,7 @@ class Comparison:
             if self.start is None:
                 raise ValueError(f'comparison {self.name}: row {row} needs the field start')
             other = self.start.row if found[1] is None else found[1]
-            _choose(f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows)
+            choose(f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows)
         left = '{start' not in STARTS.sub('', line)
         check(left, f'comparison {self.name}: rows.{row}', line, f"{START} or '{{start:ROW}}'")
 
@@ -155,8 +155,8 @@ class Comparison:
         Raises:
             ValueError: The comparison has no such row or seed.
         """
-        rows = _choose('--rows', rows, self.rows)
-        seeds = _choose('--seeds', seeds, self.seeds)
+        rows = choose('--rows', rows, self.rows)
+        seeds = choose('--seeds', seeds, self.seeds)
         return [(row, seed) for seed in seeds for row in rows]
 
 
@@ -219,7 +219,7 @@ def _start(path: str, line: str) -> Start:
     if len(words) != 3:
         raise ValueError(f"{path}: start={line!r} must be 'COMPARISON ROW CHECKPOINT'")
     comparison = read_comparison(words[0])
-    _choose(f'{path}: start: row', [words[1]], comparison.rows)
+    choose(f'{path}: start: row', [words[1]], comparison.rows)
     return Start(comparison, words[1], words[2])
 
 
@@ -253,7 +253,17 @@ def _options(row: str, line: str, size: str, model: str) -> list[str]:
     return words
 
 
-def _choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
+def choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
+    """What was asked for, each once.
+
+    Args:
+        field: Where it was asked for.
+        wanted: None for all.
+        known: What there is.
+
+    Raises:
+        ValueError: Something is not there; names it and what is.
+    """
     if wanted is None:
         return list(known)
     for name in wanted:

@@ -1,0 +1,127 @@
+"""What every action of `tools/compare.py` begins with: the runs that it is about."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .inputs import without_other_inputs
+from .results import Results, Usable
+from .runs import Run
+from .shared import completed
+from .shifts import check_shifts
+from .spec import read_comparison
+from .store import Store
+from .tasks import Task, tasks_of
+
+
+class Work:
+    """The rows and seeds that an action was asked for, and what is there of them.
+
+    Args:
+        args: The command line: spec, rows, seeds, work_dir and results.
+        whole: Take all rows and seeds, whatever was asked for.
+
+    Attributes:
+        comparison: What is compared.
+        runs: Those that were asked for.
+        folder: Of its runs.
+        store: Of its rows.
+
+    Raises:
+        ValueError: The comparison, a row, a seed or an option of a row is not possible.
+    """
+
+    def __init__(self, args: argparse.Namespace, whole: bool = False) -> None:
+        self.comparison = read_comparison(args.spec)
+        name = self.comparison.name
+        part = () if whole else (args.rows, args.seeds)
+        self._all = [
+            Run(self.comparison, row, seed, args.work_dir)
+            for row, seed in self.comparison.selected()
+        ]
+        self._chosen = set(self.comparison.selected(*part))
+        self.runs = [one for one in self._all if (one.row, one.seed) in self._chosen]
+        for one in self.runs:  # a mistake in any of them is found before the first starts
+            one.folder  # noqa: B018
+        check_shifts(self._all[0])
+        self.folder = args.work_dir / name
+        rows = args.results / 'rows'
+        self.store = Store(rows / name)
+        start = self.comparison.start
+        self._others = [] if start is None else [Store(rows / start.comparison.name)]
+
+    def read(self) -> Results:
+        """What is there, with a line for all that is left out."""
+        return self._read()[0]
+
+    def unfinished(self) -> list[Run]:
+        """The runs that have no results yet, or none that count.
+
+        One of other inputs is none of them: to repeat it with these would take hours at each call.
+        """
+        _, stored = self._read()
+        return [one for one in self.runs if (one.row, one.seed) not in stored]
+
+    def _read(self) -> tuple[Results, set[tuple[str, int]]]:
+        """What counts, and which rows are there, those of other inputs among them."""
+        results = self.store.read(self._all)  # what most were given is a matter of the whole
+        if others := self.store.unnamed(self._all):
+            results.left_out[', '.join(others)] = 'the comparison names no such row or seed'
+        # what was trained in the same way for the comparison that rows start from counts here too
+        for other in self._others:
+            results = completed(results, other)
+        stored = set(results.usable)
+        results = without_other_inputs(results).restricted(self._chosen, self.comparison.selected())
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
+        return results, stored
+
+    def own(self, what: str, checked: bool = True) -> tuple[Store, Usable]:
+        """Its rows and what counts of them, which is to be done something with.
+
+        A line says which rows count and are of the comparison it starts from.
+
+        Args:
+            what: The end of a sentence that says that nothing can be, such as 'checked'.
+            checked: Leave out what a check has found to be stale.
+
+        Raises:
+            ValueError: None counts.
+        """
+        missing = self.store.read(self.runs).missing
+        for other in self._others:
+            if names := [f'{row}-seed{seed}' for row, seed in other.read(missing).usable]:
+                print(
+                    f'{len(names)} rows are those of {other.folder.name}, with which this has to '
+                    f'be done for them: {", ".join(names)}',
+                    file=sys.stderr,
+                )
+        results = self.store.read(self.runs, checked)
+        if not results.usable:
+            name = self.comparison.name
+            raise ValueError(f'no run of {name} can be {what}{results.why_none}')
+        return self.store, results.usable
+
+    def current(self) -> list[Task]:
+        """What is left to do for those, but where a work dir holds what may not be gone on with."""
+        tasks: list[Task] = []
+        left: set[Path] = set()
+        for task in tasks_of(self.unfinished(), self.store):  # first what others start from
+            sources = [first for first, _ in task.run.sources.values() if first.folder in left]
+            reason = task.store.stale(task.run)
+            if reason is not None:
+                what = f'what {task.run.folder} holds is {reason}'
+            elif sources:
+                what = f'it starts from {sources[0].name}, which is left out'
+            else:
+                tasks.append(task)
+                continue
+            left.add(task.run.folder)
+            print(
+                f'left out: {task.name}: {what}; the action run sets aside what is stale and '
+                'begins anew',
+                file=sys.stderr,
+            )
+        return tasks
