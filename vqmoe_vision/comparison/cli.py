@@ -194,7 +194,8 @@ def _noise(args: argparse.Namespace) -> None:
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
     print(
         f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {comparison.metric} '
-        'with 80 % power at the 5 % level, if the noise is that of all rows together.'
+        'with 80 % power at the 5 % level, if the noise is that of all rows together. '
+        f'Differences are to {comparison.reference}.'
     )
 
 

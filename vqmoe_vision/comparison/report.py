@@ -92,7 +92,8 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
         outcome: What is shown; some run can be used.
         folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
             `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
-            `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on.
+            `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on,
+            with another reference `<name>-reference-<row>-curves`.
 
     Returns:
         The files.
@@ -174,7 +175,7 @@ def _which(outcome: Outcome) -> list[str]:
         lines.append(
             f'A second look at the same runs: differences are to {outcome.comparison.reference}, '
             f'where {outcome.planned_reference} is the reference that the comparison plans. p is '
-            'corrected for the rows of this table, and not for those of the other as well.'
+            'corrected for all rows beside this one, and not for those beside the other as well.'
         )
     return lines
 
