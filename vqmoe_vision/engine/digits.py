@@ -18,12 +18,11 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: There is no such split.
     """
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r} must be one of {SPLITS}')
     # here, because every tool reads this file, few the scans: a second of the eight to its start
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
-
-    if split not in SPLITS:
-        raise ValueError(f'split={split!r} must be one of {SPLITS}')
 
     def parted(indices: np.ndarray, size: int) -> list[np.ndarray]:
         return train_test_split(indices, test_size=size, stratify=targets[indices], random_state=0)
