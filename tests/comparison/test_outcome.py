@@ -176,6 +176,8 @@ def test_another_reference_is_that_of_a_comparison_of_its_own(fill, says) -> Non
     shown = (TABLES / 'spec-reference-same.md').read_text()
     assert shown.startswith('# spec, differences to same\n')
     assert 'differences are to same, where dense is the reference that the comparison' in shown
+    assert '```' not in shown  # commands, which the planned table has
+    assert shown.endswith('are the same for any reference: spec.md has them.\n')
     found = json.loads((TABLES / 'spec-reference-same.json').read_text())
     # better less same is 0, 2, 4, dense less same -1, 0, 1
     differences = {row['row']: row['difference'] for row in found['rows']}
@@ -213,6 +215,12 @@ def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
     says('table', fill(SCORES), '--rows', 'same')
     assert {'spec-part-curves.png', 'spec-part-differences.pdf'} < files().keys()
     assert all(name.startswith('spec-part') for name in files())
+
+
+def test_figures_that_depend_on_no_reference_are_drawn_once(fill, says) -> None:
+    says('table', fill(SCORES), '--reference', 'same')
+    figures = {name for name in files() if name.endswith('.png')}
+    assert figures == {'spec-reference-same-differences.png'}
 
 
 # two seeds; the first row is the reference
@@ -304,6 +312,15 @@ def test_a_router_that_does_not_beat_a_control_is_named(fill, says, reference: s
     said = json.loads((TABLES / 'spec.json').read_text())['sentences']
     found = [line for line in said if 'the control' in line]
     assert len(found) == 4 and all('not finished: 3 of 4 seeds' in line for line in found)
+
+
+def test_a_control_that_is_the_reference_is_spoken_of_once(fill, says) -> None:
+    says('table', fill(CONTROLLED, PLAN), '--reference', 'hashmoe')
+    said = json.loads((TABLES / 'spec-reference-hashmoe.json').read_text())['sentences']
+    assert sum(line.startswith('smoe ') and 'hashmoe' in line for line in said) == 1
+    assert [line for line in said if 'the control' in line] == [
+        'smoe does not beat the control smoe_frozen: +0.03, 95 % interval -0.11 to +0.18, 3 seeds.'
+    ]
 
 
 def test_a_router_that_differs_from_a_control_by_the_same_at_all_seeds(fill, says) -> None:

@@ -93,7 +93,7 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
         folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
             `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
             `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on,
-            with another reference `<name>-reference-<row>-curves`.
+            with another reference `<name>-reference-<row>-differences` and `-shifts` alone.
 
     Returns:
         The files.
@@ -156,11 +156,13 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
     """By name, those that there is something to draw of."""
     comparison, differences = outcome.comparison, outcome.differences
     as_trained = {row: differences[row] for row in outcome.rows if row in differences}
+    # curves and routing are the same, whatever is the reference
+    turned = outcome.turned
     figures = {
-        'curves': plot_curves(comparison, outcome.results.usable),
+        **({} if turned else {'curves': plot_curves(comparison, outcome.results.usable)}),
         'differences': plot_differences(comparison, {'as in training': as_trained}),
         'shifts': plot_differences(comparison, outcome.shifted_differences),
-        **plot_routing(comparison, outcome.results),
+        **({} if turned else plot_routing(comparison, outcome.results)),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -186,7 +188,6 @@ def _markdown(
     comparison, results = outcome.comparison, outcome.results
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     missing = [', '.join(run.name for run in results.missing)] if results.missing else []
-    commands = [frame.command[row] for row in frame.index]
     option = f' --reference {comparison.reference}' if outcome.turned else ''
     parts = [
         f'# {comparison.name}'
@@ -198,13 +199,25 @@ def _markdown(
         table.to_markdown(index=False, disable_numparse=True),
         _list([*lines, *said_of_inputs(comparison, results), said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(outcome)),
-        *_told(_ROUTED, routing_table(comparison, results)),
+        *([] if outcome.turned else _told(_ROUTED, routing_table(comparison, results))),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),
-        'The command of each row, with its first seed:',
-        '```sh\n' + '\n'.join(f'OMP_NUM_THREADS=1 {command}' for command in commands) + '\n```',
+        *_commands_of(outcome, frame),
     ]
     return '\n\n'.join(parts)
+
+
+def _commands_of(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
+    if outcome.turned:
+        return [
+            'How the rows route, and the command of each, are the same for any reference: '
+            f'{outcome.comparison.name}.md has them.'
+        ]
+    commands = [f'OMP_NUM_THREADS=1 {frame.command[row]}' for row in frame.index]
+    return [
+        'The command of each row, with its first seed:',
+        '```sh\n' + '\n'.join(commands) + '\n```',
+    ]
 
 
 def _told(text: str, table: pd.DataFrame) -> list[str]:

@@ -10,6 +10,8 @@ from .statistics import FEW_SEEDS, LEVEL, Difference, detectable, pairs_needed
 def sentences(outcome: Outcome) -> list[str]:
     """One sentence for each row, and one for each control that a row does not beat.
 
+    A control that is the reference has been spoken of by then.
+
     Args:
         outcome: What there is to say it of.
     """
@@ -20,7 +22,8 @@ def sentences(outcome: Outcome) -> list[str]:
         if row in outcome.rows
     ]
     for control in outcome.comparison.controls:
-        said += _against_control(outcome, control)
+        if control != reference:
+            said += _against_control(outcome, control)
     return said
 
 
