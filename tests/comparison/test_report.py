@@ -125,8 +125,8 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     shown = (TABLES / 'spec.md').read_text()
     cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
     assert cells[1:-1] == [
-        '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '0.148', '2.00 / 1.00', '10.0', '1.5',
-        '0 / 1', '4.25 / 4.25',
+        '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '0.148', '+2.00 (-0.48 to +4.48)',
+        '2.00 / 1.00', '10.0', '1.5', '0 / 1', '4.25 / 4.25',
     ]  # fmt: skip
     data = json.loads((TABLES / 'spec.json').read_text())
     assert data['scores']['same'] == {'1': 11.0, '2': 20.0, '3': 29.0}
@@ -510,3 +510,25 @@ def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) ->
     }
     # means over seeds by layer: 0.5 and 1.0 are 0.75
     assert lines == {'dense': ['-', '-'], 'a': ['0.75 / 1', '0.25 / 0.25']}
+
+
+def test_differences_on_held_out_images_stand_beside_those_of_the_test(fill, says) -> None:
+    at_25, early = [[2, {'mIoU': 25.0}]], [[1, {'mIoU': 25.0}]]
+    says('table', fill(SCORES, better={'held_out': at_25}, same={'held_out': early}))
+    head, _, *rows = (
+        [cell.strip() for cell in line.split('|')]
+        for line in Path('docs/results/tables/spec.md').read_text().splitlines()
+        if line.startswith('|')
+    )
+    # dense has 10, 20 and 30 there as in the test: 15, 5 and -5, +- 4.303 * 10 / sqrt(3);
+    # the last validation of the third row was before its end
+    place = head.index('the same on held-out images')
+    assert [row[place] for row in rows] == ['-', '+5.00 (-19.84 to +29.84)', '-']
+    found = json.loads(Path('docs/results/tables/spec.json').read_text())['rows']
+    assert [row['held_out_difference'] for row in found] == [None, 5, None]
+
+
+def test_a_comparison_without_validations_at_the_end_has_no_column_of_them(fill, says) -> None:
+    early = {row: {'held_out': [[1, {'mIoU': 25.0}]]} for row in SCORES}
+    says('table', fill(SCORES, **early))
+    assert 'held-out images' not in Path('docs/results/tables/spec.md').read_text()

@@ -31,6 +31,7 @@ def test_the_score_is_that_of_the_last_validation(spec, says) -> None:
     shown = Path('docs/results/tables/spec.md').read_text()
     assert 'mIoU at the end of training on held-out data; no test data was seen.' in shown
     assert 'those of the validation pass' in shown and 'test pass' not in shown
+    assert 'the same on held-out images' not in shown  # they are these
     cells = [cell.strip() for cell in shown.split('\n| dense')[1].split('\n')[0].split('|')]
     assert cells[1:4] == ['2.00', '0.00', '2'] and cells[-3] == '1'
     assert 'on held-out data' in Path('docs/results/tables/spec.tex').read_text()

@@ -134,6 +134,24 @@ class Outcome:
         return self._corrected(self.differences, self.planned)
 
     @cached_property
+    def held_out(self) -> dict[str, dict[int, float]]:
+        """The metric of the same checkpoints on held-out images, of all rows that are tested.
+
+        Of a run that was not validated at its end there is none.
+        """
+        if not self.comparison.tested:  # `scores` are of these images
+            return {}
+        by_row = _by_row(self.comparison.rows, self._whole)
+        found = {row: dict(filter(None, map(_held_out, runs))) for row, runs in by_row.items()}
+        return {row: by_seed for row, by_seed in found.items() if by_seed}
+
+    @cached_property
+    def held_out_differences(self) -> dict[str, Difference]:
+        """Of all rows to the reference, on held-out images."""
+        found = differences(self.held_out, self.comparison.reference)
+        return self._tested(found, self.held_out)
+
+    @cached_property
     def shifted(self) -> dict[str, dict[str, dict[int, float]]]:
         """The scores under shifts, by shift, row and seed, of what is shown."""
         return shifted_scores(self.comparison, self.results)
@@ -196,6 +214,12 @@ def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, f
         row: {content['seed']: content['test'][comparison.metric] for content in contents}
         for row, contents in _by_row(comparison.rows, results).items()
     }
+
+
+def _held_out(content: dict[str, Any]) -> tuple[int, float] | None:
+    """Seed and metric of the last validation, if the checkpoint that is tested had one."""
+    iteration, score = content['held_out'][-1] if content['held_out'] else (None, math.nan)
+    return (content['seed'], score) if iteration == content['iterations'] else None
 
 
 def _by_row(rows: Iterable[str], results: Results) -> dict[str, list[dict[str, Any]]]:

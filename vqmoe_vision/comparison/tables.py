@@ -18,6 +18,7 @@ from .shifts import shifted_layers
 
 UNEQUAL = 0.05  # share of the reference's compute
 _MARK = '*'
+_HELD_OUT = 'the same on held-out images'
 
 
 def frame_of(outcome: Outcome) -> pd.DataFrame:
@@ -43,6 +44,10 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
         name = {'mean': 'difference', 'std': 'difference_std'}.get(field, field)
         frame[name] = [getattr(differences.get(row), field, math.nan) for row in rows]
     frame['p_holm'] = [outcome.corrected.get(row, math.nan) for row in rows]
+    if held_out := outcome.held_out_differences:
+        for field in ('mean', 'low', 'high'):
+            name = f'held_out_{"difference" if field == "mean" else field}'
+            frame[name] = [getattr(held_out.get(row), field, math.nan) for row in rows]
     for name in comparison.also:
         if all(isinstance(value, list) and not value for value in frame[name]):
             known = ', '.join(sorted(by_row[rows[0]][0]['test']))
@@ -64,6 +69,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
     comparison, planned = outcome.comparison, len(outcome.comparison.seeds)
     unequal = frame.get('unequal_compute', pd.Series(False, frame.index))
     differences = [outcome.differences.get(row) for row in frame.index]
+    held_out = [outcome.held_out_differences.get(row) for row in frame.index]
     columns = {
         'row': [f'{row}{_MARK if unequal[row] else ""}' for row in frame.index],
         comparison.metric: frame.score.map(cells.number),
@@ -71,6 +77,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in frame.seeds],
         f'difference to {comparison.reference} (95 % interval)': map(cells.interval, differences),
         'p (Holm)': frame.p_holm.map(cells.p_value),
+        _HELD_OUT: map(cells.interval, held_out),
         'parameters, M: all / active': frame.apply(
             lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
         ),
@@ -84,6 +91,8 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         columns[name] = map(_mean, frame[name], deviations)
     if len(outcome.machines) > 1:
         del columns['minutes']  # times of different machines are not compared
+    if not any(held_out):
+        del columns[_HELD_OUT]
     return pd.DataFrame({name: list(column) for name, column in columns.items()})
 
 
@@ -139,6 +148,11 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
         '"tell" a difference that they would find with 80 % power at the 5 % level after that '
         f'correction. Unused experts and code perplexity are those of the {of} pass, by layer.'
     ]
+    if outcome.held_out_differences:
+        lines.append(
+            f'{_HELD_OUT.capitalize()}: those that training validates on, and that choose no '
+            'checkpoint. What they do not show as well may be of the test images alone.'
+        )
     lines += _said_of_compute(comparison.reference, frame)
     if beside := [row for row, contents in outcome.by_row.items() if _needs_features(contents[0])]:
         lines.append(
