@@ -1,6 +1,7 @@
 # Twelve epochs of Imagenette, ten classes of ImageNet, at 160 pixels: photographs, and 64 tokens an
 # image where cifar10_budget has 16. Batches are half as large, as there are a fifth of the images;
-# crops move by up to an eighth, as there, so that a test looks at the scale of training.
+# crops move by up to an eighth, as there, so that a test looks at the scale of training. The data
+# are a copy of squares of 224 pixels: docs/data.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
@@ -28,7 +29,7 @@ options = [
         for split in ('train', 'val', 'test')
         for field in (
             'type=class_folder',
-            'data_root=data/imagenette2-160',
+            'data_root=data/imagenette-224',
             'dev_size=500',
             'transform.input_size=160',
             'transform.mean="(0.485, 0.456, 0.406)"',

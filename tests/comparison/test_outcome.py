@@ -151,7 +151,7 @@ def test_a_part_is_corrected_for_all_and_leaves_the_whole_alone(fill, says, part
     found = json.loads((TABLES / 'spec-part.json').read_text())
     if '--seeds' in part:
         assert 'p_holm' in found['rows'][1] and 'is better' not in shown
-        assert 'sure and dense, not finished: 2 of 3 seeds' in shown
+        assert 'sure and dense: +2.00 (95 %' in shown and 'by the 2 of 3 seeds shown' in shown
         return
     assert [row['row'] for row in found['rows']] == ['dense', 'near']
     assert found['scores'].keys() == {'dense', 'near'}
@@ -312,6 +312,17 @@ def test_a_router_that_does_not_beat_a_control_is_named(fill, says, reference: s
     said = json.loads((TABLES / 'spec.json').read_text())['sentences']
     found = [line for line in said if 'the control' in line]
     assert len(found) == 4 and all('not finished: 3 of 4 seeds' in line for line in found)
+
+
+def test_seeds_that_are_not_shown_are_not_called_unfinished(fill, says) -> None:
+    says('table', fill(CONTROLLED, PLAN), '--seeds', '1', '3')
+    said = json.loads((TABLES / 'spec-part.json').read_text())['sentences']
+    assert all('by the 2 of 3 seeds shown, no verdict.' in line for line in said)
+    next(Path('docs/results/rows/spec').glob('smoe-seed3.json')).unlink()
+    says('table', 'spec.py', '--seeds', '2', '3', '--rows', 'smoe', 'vqmoe')
+    said = json.loads((TABLES / 'spec-part.json').read_text())['sentences']
+    assert said[0].startswith('smoe and dense have 1 seeds in common')
+    assert said[1].startswith('vqmoe and dense: +7.05 (95 %')
 
 
 def test_a_control_that_is_the_reference_is_spoken_of_once(fill, says) -> None:

@@ -532,3 +532,24 @@ def test_a_comparison_without_validations_at_the_end_has_no_column_of_them(fill,
     early = {row: {'held_out': [[1, {'mIoU': 25.0}]]} for row in SCORES}
     says('table', fill(SCORES, **early))
     assert 'held-out images' not in Path('docs/results/tables/spec.md').read_text()
+
+
+def test_a_part_whose_rows_lack_a_column_has_a_dash(fill, says) -> None:
+    """Another row has it, which is not shown; a name that no test has is a mistake."""
+    path = fill(SCORES, "also = ['of_one']")
+    file = ROWS / 'same-seed2.json'
+    file.write_text(file.read_text().replace('"mIoU": 20.0,', '"mIoU": 20.0, "of_one": 5.0,'))
+    says('table', path, '--rows', 'better')
+    shown = (TABLES / 'spec-part.md').read_text()
+    lines = [line.split('|')[-2].strip() for line in shown.splitlines() if line.startswith('|')]
+    assert lines[0] == 'of_one' and lines[2:] == ['-', '-']
+    file.write_text(file.read_text().replace('"of_one": 5.0,', ''))
+    assert "also: 'of_one' is no number of the tests" in says('table', path)
+    file.unlink()  # which may still have it
+    says('table', path)
+
+
+def test_what_is_one_run_under_two_names_counts_once_for_the_noise(fill, says) -> None:
+    """As an option without effect, of which the reference here is the other name."""
+    said = says('noise', fill({**SCORES, 'again': SCORES['dense']}))
+    assert '5 paired seeds detect a difference of 1.68 in mIoU' in said  # as by hand above

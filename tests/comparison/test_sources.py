@@ -138,10 +138,10 @@ def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, 
 
 def test_a_checkpoint_that_no_training_leaves(started, says, capsys) -> None:
     path = Path(started())
-    path.write_text(path.read_text().replace('iter_2.pth', 'iter_9.pth'))
+    path.write_text(path.read_text().replace('iter_2.pth', 'iter_1.pth'))
     line = says('run', str(path), '--seeds', '1')
     assert line == 'error: 2 of 3 runs failed: first/dense-seed1, started-seed1'
-    assert 'its commands left no iter_9.pth in work_dirs/' in capsys.readouterr().out
+    assert 'its commands left no iter_1.pth in work_dirs/' in capsys.readouterr().out
 
 
 def test_runs_wait_while_their_source_is_trained(started, says) -> None:

@@ -12,6 +12,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
+from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.controls import challengers
 from vqmoe_vision.comparison.curves import _styles
 from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
@@ -19,8 +20,10 @@ from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.layer import MoeLayer
 
 from ..rows import CONFIGS
 
@@ -102,6 +105,34 @@ def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     field = 'model.backbone' if 'segmentation' in leaf else 'model'
     assert f'{field}.model_name=vit_{size}_smoe' in comparison.rows['smoe']
     assert comparison.metric == ('mIoU' if 'segmentation' in leaf else 'accuracy/top1')
+
+
+# models of timm, with weights
+KEPT = ('classification/finetune/imagenette.py', 'segmentation/ade20k/segmenter_upcycled_ade20k.py')
+
+
+@pytest.mark.parametrize('leaf', KEPT)
+def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> None:
+    comparison = read_comparison(f'configs/{leaf}')
+    assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_wide'}  # whose weights fit none
+    for row in comparison.rows:
+        run = Run(comparison, row, 1, Path('work_dirs'))
+        own, model = (c.model.get('backbone', c.model) for c in (comparison.base, run.merged()))
+        assert (model.model_name, model.pretrained) == (own.model_name, True)
+        if row == 'dense':
+            assert model.moe is None
+        else:
+            assert model.moe.method == row.partition('_')[0]
+        scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
+        with structure_only(), scope:
+            built = MODELS.build(without_sources(model))
+        assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense')
+
+
+def test_a_dense_config_has_no_rows_with_experts(says, root: None) -> None:
+    leaf = 'configs/classification/imagenet/vit_tiny_dense_imagenet.py'
+    said = says('list', leaf)
+    assert said.startswith(f'error: {leaf}: model.moe=None makes a dense model, and row ')
 
 
 def test_a_config_and_a_comparison_of_one_name_share_no_folder(root: None) -> None:
@@ -297,6 +328,18 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ("stage = 'val'", "stage='val' is not possible: one of ('test', 'dev')"),
         ("stage = 'dev'\nshifts = dict(a='model.b=1')", "none with stage='dev', which tests"),
         ("also = ['mIoU']", "also='mIoU' is the metric, which the table has"),
+        (
+            "start = 'first.py dense iter_3.pth'\nrows['a'] = 'smoe model.checkpoint={start}'",
+            "start='iter_3.pth' is not possible: one that first leaves, which ends with iter 2",
+        ),
+        ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
+        ("config = 'first.py'", 'first.py: model.model_name=None must be the name of a model'),
+        ("shifts = dict(a='train_cfg.max_iters=1')", "begins with 'test_' or 'model.'"),
+        ("all_methods = 'False'", "all_methods='False' is not possible: True or False"),
+        ('also = [3]', 'also=3 is not possible: a list of texts'),
+        ('options = [3]', 'options=3 is not possible: a list of texts'),
+        ("options = ['randomness.seed=3']", "options='randomness.seed=3' is not possible: left to"),
+        ("rows['one'] = 'smoe randomness.seed=3'", "rows.one='randomness.seed=3' is not possible"),
         ("budget = 'long'", "fields ['budget'] are missing or not known"),
         ("config = 'absent.py'", "config 'absent.py' does not exist"),
     ],
@@ -305,6 +348,12 @@ def test_mistakes_are_one_line(spec, says, more: str, said: str) -> None:
     Path('first.py').write_text(Path(spec()).read_text())
     line = says('list', spec(more))
     assert line.startswith('error: ') and said in line and '\n' not in line
+
+
+def test_an_unknown_argument_is_shown_no_option_that_there_is_not(spec, capsys) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        compare(['list', spec(), '--jobs', '2'])
+    assert capsys.readouterr().err.endswith('error: unrecognized arguments: --jobs 2\n')
 
 
 def test_no_run_starts_where_one_could_not(spec, says) -> None:

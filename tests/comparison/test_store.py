@@ -24,7 +24,8 @@ WORK = Path('work_dirs/comparisons')
 RANKS = {'effective_rank_before': 1.0, 'effective_rank_after': 1.0}
 # of slots, which have no expert that could change
 LAYERS = {'a': {**RANKS, 'slots/load_entropy': 1.0}}
-ROUTING = {'layers': LAYERS, 'shifts': {'flip': {}, 'fog 3': {}}, 'changes': [], 'convergence': {}}
+CHANGES = {'shifts': {'flip': {}, 'fog 3': {}}, 'changes': [], 'convergence': {}}
+ROUTING = {'images': 360, 'layers': LAYERS, **CHANGES}
 SCORES = {'dense': [10.0, 20.0, 30.0], 'same': [11.0, 20.0, 29.0]}
 
 
@@ -150,6 +151,7 @@ def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
         ('routing', {**ROUTING, 'changes': [{'a.router': 0.5}]}),
         ('routing', {**ROUTING, 'layers': {'a': {'effective_rank_after': 1.0}}}),
         ('routing', {**ROUTING, 'convergence': {'a.router': {}}}),
+        ('routing', {**ROUTING, 'images': None}),
         ('starting_weights', {'model.absent': 'digest'}),
         ('shifts', {'fog': 3.0}),
     ],
@@ -197,7 +199,8 @@ def test_a_routing_with_all_of_its_content_counts(fill, says) -> None:
     file = ROWS / 'same-seed1.json'
     file.write_text(json.dumps({**json.loads(file.read_text()), 'routing': ROUTING}))
     says('table', path)
-    assert 'damaged' not in Path('docs/results/tables/spec.md').read_text()
+    shown = Path('docs/results/tables/spec.md').read_text()
+    assert 'damaged' not in shown and 'last checkpoints is like on 360 test images;' in shown
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"dense-seed1": 3}', '{"dense-seed1": {"equal": 1}}'])

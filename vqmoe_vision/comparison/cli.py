@@ -192,9 +192,10 @@ def _noise(args: argparse.Namespace) -> None:
     frame, budget = noise_of(comparison, outcome.results)
     known = frame.astype(object).where(frame.notna(), None)
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
+    together = 'the rows and seeds above' if outcome.partial else 'all rows'
     print(
         f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {comparison.metric} '
-        'with 80 % power at the 5 % level, if the noise is that of all rows together. '
+        f'with 80 % power at the 5 % level, if the noise is that of {together} together. '
         f'Differences are to {comparison.reference}.'
     )
 

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from vqmoe_vision.moe.config import check
 
 _NEEDED = {'config', 'seeds', 'metric'}
+_FLAGS = {'all_methods', 'all_presets', 'all_started'}
 _LISTS = {'also', 'controls', 'highlighted', 'options', 'seeds'}
 _TEXTS = {'config', 'metric', 'reference', 'stage'}
 _BY_NAME = {'images', 'rows', 'shifts'}
@@ -51,6 +52,11 @@ def check_fields(path: str, given: dict[str, Any], known: Iterable[str]) -> None
         value = given[listed]
         several = isinstance(value, Sequence) and not isinstance(value, str)
         check(several, f'{path}: {listed}', value, 'a list')
+        if listed != 'seeds':
+            for each in value:
+                check(isinstance(each, str), f'{path}: {listed}', each, 'a list of texts')
+    for flag in sorted(_FLAGS & given.keys()):
+        check(isinstance(given[flag], bool), f'{path}: {flag}', given[flag], 'True or False')
     for named in sorted(_BY_NAME & given.keys()):
         value = given[named]
         allowed = f"texts by name, {named} = dict(NAME='TEXT')"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,7 +29,8 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
         runs: Of any comparisons; those of one row differ in the seed alone.
 
     Raises:
-        ValueError: A model cannot be built, or the evaluator reports no such metric.
+        ValueError: A model cannot be built, the evaluator reports no such metric, or a run that
+            others start from leaves no checkpoint of that name.
     """
     first: dict[tuple[str, str], Run] = {}
     for run in runs:
@@ -41,6 +43,8 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
         with DefaultScope.overwrite_default_scope(scope), _without_warnings():
             _build(run, config)
             _check_metric(run, config)
+            for source, checkpoint in run.sources.values():
+                _check_left(run, source, checkpoint.name)
 
 
 @contextmanager
@@ -70,6 +74,16 @@ def _build(run: Run, config: Config) -> None:
     model = config.model.get('backbone', config.model)
     with _said_of(run), structure_only():
         MODELS.build(without_sources(model))
+
+
+def _check_left(run: Run, source: Run, name: str) -> None:
+    """That a training goes on to the checkpoint that is wanted of it, as far as its name says."""
+    wanted = re.fullmatch(r'(epoch|iter)_(\d+)\.pth', name)
+    last = source.merged().train_cfg.get(f'max_{wanted[1]}s') if wanted else None
+    if wanted is not None and last is not None:
+        allowed = f'one that {source.comparison.name} leaves, which ends with {wanted[1]} {last}'
+        where = f'comparison {run.comparison.name}: start'
+        check(int(wanted[2]) <= last, where, name, allowed)
 
 
 def _check_metric(run: Run, config: Config) -> None:

@@ -24,7 +24,8 @@ def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, fl
     Returns:
         One line for each row: the standard deviation of its score, of its differences to the
         reference, and the smallest true difference that five pairs detect. And that for the
-        budget, from the variance of all rows' differences.
+        budget, from the variance of all rows' differences, of which what is one run under several
+        names counts once.
 
     Raises:
         ValueError: No row shares two seeds with the reference.
@@ -32,12 +33,15 @@ def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, fl
     scores = scores_of(comparison, results)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0
+    counted = [scores.get(comparison.reference)]
     for row, values in scores.items():
         line = {'seeds': len(values), 'std': pd.Series(values).std()}
         difference = found.get(row)
         if difference is not None and difference.pairs > 1:
-            squares += difference.std**2 * (difference.pairs - 1)
-            freedom += difference.pairs - 1
+            if values not in counted:
+                counted.append(values)
+                squares += difference.std**2 * (difference.pairs - 1)
+                freedom += difference.pairs - 1
             line |= {
                 'pairs': difference.pairs,
                 'std of differences': difference.std,

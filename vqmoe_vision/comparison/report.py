@@ -20,7 +20,7 @@ from .curves import plot_curves
 from .difference_figure import plot_differences
 from .inputs import said_of_inputs
 from .outcome import Outcome
-from .routing import NUM_IMAGES, SEVERITY, SHIFTED_IMAGES, routing_table
+from .routing import SEVERITY, SHIFTED_IMAGES, routed_images, routing_table
 from .routing_figure import plot_routing
 from .sentences import sentences
 from .tables import frame_of, notes, shift_table, shown
@@ -32,7 +32,7 @@ _SHIFTED = (
     'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
 )
 _ROUTED = (
-    f'What the routing of the last checkpoints is like on {NUM_IMAGES} test images; '
+    'What the routing of the last checkpoints is like on {images} test images; '
     'docs/routing-measures.md defines the measures. "Kept" is the share of tokens whose '
     'expert stays, beyond chance (1: all, 0: as if drawn from the load of the last), from the '
     f'checkpoint before to the last, and, on the first {SHIFTED_IMAGES} of the images, under '
@@ -189,6 +189,7 @@ def _markdown(
     left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
     missing = [', '.join(run.name for run in results.missing)] if results.missing else []
     option = f' --reference {comparison.reference}' if outcome.turned else ''
+    routed = _ROUTED.replace('{images}', routed_images(results))
     parts = [
         f'# {comparison.name}'
         + (f', differences to {comparison.reference}' if outcome.turned else '')
@@ -199,7 +200,7 @@ def _markdown(
         table.to_markdown(index=False, disable_numparse=True),
         _list([*lines, *said_of_inputs(comparison, results), said_of_checks(comparison, results)]),
         *_told(_SHIFTED, shift_table(outcome)),
-        *([] if outcome.turned else _told(_ROUTED, routing_table(comparison, results))),
+        *([] if outcome.turned else _told(routed, routing_table(comparison, results))),
         *(['Left out:', _list(left_out)] if left_out else []),
         *(['Not run:', _list(missing)] if missing else []),
         *_commands_of(outcome, frame),

@@ -130,6 +130,16 @@ def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
+def routed_images(results: Results) -> str:
+    """On how many images the routing of runs was looked at, as a sentence says it.
+
+    Args:
+        results: What is there of them.
+    """
+    routed = (content['routing'] for content in results.usable.values() if content.get('routing'))
+    return ' or '.join(map(str, sorted({routing['images'] for routing in routed})))
+
+
 def by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What the table says of each decider of a run; means over layers.
 

@@ -1,5 +1,11 @@
 """Rows by name: dense models, and all methods that have a form with the compute of the others."""
 
+from typing import NamedTuple
+
+from mmengine.config import Config
+
+from vqmoe_vision.models.hosts import method_of
+from vqmoe_vision.models.moe_options import STARTS
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
@@ -44,13 +50,14 @@ CONTROLS = (
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
 
-def row_options(row: str, size: str = 'tiny', model: str = 'model') -> list[str]:
+def row_options(row: str, size: str | None = 'tiny', model: str = 'model') -> list[str]:
     """The options that make a row of any config.
 
     Args:
         row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token, of
             `FEATURE_ROWS`, or of `PRESET_ROWS`.
-        size: Key of `SIZES`.
+        size: Key of `SIZES`; None if the config names a model of timm beside `moe.method`, which
+            stays, with its weights and its number of experts.
         model: Field that holds the timm model: 'model', or 'model.backbone'.
 
     Raises:
@@ -61,8 +68,70 @@ def row_options(row: str, size: str = 'tiny', model: str = 'model') -> list[str]
         raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
     method, preset = PRESET_ROWS.get(row, (row, None))
     if method in METHODS:
-        experts = f'{model}.moe.num_experts={NUM_EXPERTS[size]}'
-        options = [f'{model}.model_name=vit_{size}_{method}', experts]
+        options = [f'{model}.moe.method={method}']
+        if size is not None:
+            experts = f'{model}.moe.num_experts={NUM_EXPERTS[size]}'
+            options = [f'{model}.model_name=vit_{size}_{method}', experts]
         return options if preset is None else [*options, f'{model}.moe.preset={preset}']
+    name = [] if size is None else [f'{model}.model_name=vit_{size}_patch16_224']
     wider = [f'{model}.extra_mlps=2'] if row == 'dense_wide' else []
-    return [f'{model}.model_name=vit_{size}_patch16_224', f'{model}.moe=None', *wider]
+    return [*name, f'{model}.moe=None', *wider]
+
+
+class Backbone(NamedTuple):
+    """The model of a config, which rows make others of.
+
+    Args:
+        path: Of the config.
+        field: That holds the model.
+        size: Key of `SIZES`; None of a model of timm, which rows keep.
+        dense: Whether it has no experts.
+        started: Whether it starts from weights.
+    """
+
+    path: str
+    field: str
+    size: str | None
+    dense: bool
+    started: bool
+
+    def options(self, row: str) -> list[str]:
+        """The options that make a row of it.
+
+        Args:
+            row: As `row_options`.
+
+        Raises:
+            ValueError: There is no such row, or the config has no experts to make it of.
+        """
+        options = row_options(row, self.size, self.field)
+        if self.dense and row not in ('dense', 'dense_wide'):
+            raise ValueError(
+                f'{self.path}: {self.field}.moe=None makes a dense model, and row {row} cannot '
+                'be made of it; name a config with experts, of which dense can'
+            )
+        return options
+
+
+def backbone_of(path: str, config: Config) -> Backbone:
+    """The model of a config.
+
+    Args:
+        path: Of the config.
+        config: As it is.
+
+    Raises:
+        ValueError: It has no such model, or no method that there is.
+    """
+    model = config.get('model', {})
+    field = 'model.backbone' if 'backbone' in model else 'model'
+    model = model.get('backbone', model)
+    name, moe = model.get('model_name'), model.get('moe')
+    if not isinstance(name, str):
+        raise ValueError(f'{path}: {field}.model_name={name!r} must be the name of a model')
+    started = any(model.get(weights) for weights in STARTS)
+    if method_of(name) is not None:
+        return Backbone(path, field, name.split('_')[1], False, started)
+    if moe is not None and moe.get('method') not in METHODS:
+        raise ValueError(f'{path}: {field}.moe.method={moe.get("method")!r} must be {[*METHODS]}')
+    return Backbone(path, field, None, moe is None, started)

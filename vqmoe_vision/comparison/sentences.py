@@ -16,8 +16,9 @@ def sentences(outcome: Outcome) -> list[str]:
         outcome: What there is to say it of.
     """
     reference, seeds = outcome.comparison.reference, len(outcome.comparison.seeds)
+    hidden = seeds - len(outcome.seeds)
     said = [
-        verdict(row, reference, difference, outcome.corrected[row], outcome.planned, seeds)
+        verdict(row, reference, difference, outcome.corrected[row], outcome.planned, seeds, hidden)
         for row, difference in outcome.differences.items()
         if row in outcome.rows
     ]
@@ -34,6 +35,7 @@ def verdict(
     corrected_p: float,
     comparisons: int,
     seeds: int,
+    hidden: int = 0,
 ) -> str:
     """What may be said of a row and the reference.
 
@@ -44,12 +46,13 @@ def verdict(
         corrected_p: Its p after correction for the number of rows.
         comparisons: That number; power is that of a test which stands all of them.
         seeds: How many there will be; nothing is decided before, as every look is another chance.
+        hidden: How many of them are not shown, so that nothing is decided either.
     """
     pairs, d = difference.pairs, difference.mean
     if pairs < 2:
         return f'{row} and {reference} have {pairs} seeds in common: nothing can be said of them.'
     if pairs < seeds:
-        return _unfinished(f'{row} and {reference}', difference, seeds)
+        return _undecided(f'{row} and {reference}', difference, seeds, hidden)
     if said := _without_noise(f'{row} and {reference}', difference):
         return said
     interval = f'{d:+.2f}, 95 % interval {cells.ends(difference)}'
@@ -80,11 +83,11 @@ def _told(difference: Difference, seeds: int) -> str:
     return 'is better than' if more else 'is worse than'
 
 
-def _unfinished(pair: str, difference: Difference, seeds: int) -> str:
-    return (
-        f'{pair}, not finished: {difference.pairs} of {seeds} seeds; so far {difference.mean:+.2f} '
-        f'(95 % interval {cells.ends(difference)}), no verdict.'
-    )
+def _undecided(pair: str, difference: Difference, seeds: int, hidden: int) -> str:
+    found = f'{difference.mean:+.2f} (95 % interval {cells.ends(difference)})'
+    if difference.pairs + hidden == seeds:
+        return f'{pair}: {found} by the {difference.pairs} of {seeds} seeds shown, no verdict.'
+    return f'{pair}, not finished: {difference.pairs} of {seeds} seeds; so far {found}, no verdict.'
 
 
 def _without_noise(pair: str, difference: Difference) -> str | None:
@@ -104,13 +107,14 @@ def _without_noise(pair: str, difference: Difference) -> str | None:
 def _against_control(outcome: Outcome, control: str) -> list[str]:
     differences, corrected = outcome.against(control)
     seeds = len(outcome.comparison.seeds)
+    hidden = seeds - len(outcome.seeds)
     said = []
     for row, difference in differences.items():
         if row not in outcome.rows or difference.pairs < 2:
             continue
         pair = f'{row} and the control {control}'
         if not outcome.finished(difference):
-            said.append(_unfinished(pair, difference, seeds))
+            said.append(_undecided(pair, difference, seeds, hidden))
         elif instead := _without_noise(pair, difference):
             said.append(instead)
         elif not (corrected[row] < LEVEL and difference.mean > 0):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
 
 from .fields import words_of
@@ -30,6 +31,7 @@ from .spec import Comparison
 from .store import Store
 
 PLACE = '{corruption}'
+_OF_TESTS = ('test_', 'model.')  # all else of a config changes no test
 # As imagecorruptions lists them. It is in the extra `analyze`, which whoever makes tables of what
 # was measured need not have.
 CORRUPTIONS = (
@@ -66,6 +68,9 @@ def check_shifts(run: Run) -> None:
             run.merged(*words)
         except ValueError as error:
             raise ValueError(f'shifts.{name}={line!r} is not possible: {error}') from error
+        for word in words:
+            allowed = "an option of the test, which begins with 'test_' or 'model.'"
+            check(word.startswith(_OF_TESTS), f'shifts.{name}', word, allowed)
 
 
 def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:

@@ -16,7 +16,7 @@ from vqmoe_vision.engine.config_names import find_config
 from vqmoe_vision.moe.config import check
 
 from .fields import check_fields, read_fields, words_of
-from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, row_options
+from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, Backbone, backbone_of
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
 # colon that of this other row.
@@ -119,10 +119,13 @@ class Comparison:
             choose(f'comparison {self.name}: row', [row], self.rows)
         for option in self.options:
             check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
+            _check_no_seed(f'{where}options', option)
         for row, options in self.rows.items():
             allowed = 'a name that a file can have'
             check(Path(row).name == row and '\0' not in row, f'{where}row', row, allowed)
             self._check_starts(row, ' '.join(options))
+            for option in options:
+                _check_no_seed(f'{where}rows.{row}', option)
 
     def _check_starts(self, row: str, line: str) -> None:
         for found in STARTS.finditer(line):
@@ -160,7 +163,12 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
-def read_comparison(path: str) -> Comparison:
+def _check_no_seed(field: str, option: str) -> None:
+    ours = option.partition('=')[0] != 'randomness.seed'
+    check(ours, field, option, 'left to seeds, which give each run its own')
+
+
+def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     """Reads a comparison.
 
     Args:
@@ -170,13 +178,16 @@ def read_comparison(path: str) -> Comparison:
             which `FEATURE_ROWS` have the features of `start` and are left out without it;
             `all_started=True` for those that begin with the weights of `start`, which is written as
             'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` and `CONTROLS`
-            at five seeds, under the name of its folder and its own.
+            at five seeds, under the name of its folder and its own; without `dense_wide` if the
+            models have weights to start from, which fit no wider one.
+        within: Files of the comparisons that start from this one.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A field is missing, is not known, or has a value that is not possible.
     """
     path = find_config(path)
+    check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
     name = Path(path).stem
     given = read_fields(path)
     if 'model' in given:
@@ -184,9 +195,9 @@ def read_comparison(path: str) -> Comparison:
     known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
     check_fields(path, given, known)
     config = given.pop('config')
-    model, size = _model_of(load_config(config, import_modules=False))
+    backbone = backbone_of(config, load_config(config, import_modules=False))
     rows = {
-        row: line.replace('MODEL', model)
+        row: line.replace('MODEL', backbone.field)
         for field, lines in _ROWS.items()
         if given.pop(field, False)
         for row, line in lines.items()
@@ -199,14 +210,14 @@ def read_comparison(path: str) -> Comparison:
     return Comparison(
         name=name,
         config=config,
-        rows={row: _options(row, line, size, model) for row, line in rows.items()},
+        rows={row: _options(row, line, backbone) for row, line in rows.items()},
         seeds=tuple(given['seeds']),
         reference=given.get('reference', next(iter(rows), '')),
         metric=given['metric'],
         also=tuple(given.get('also', ())),
         options=tuple(given.get('options', ())),
         controls=tuple(given.get('controls', ())),
-        start=_start(path, given['start']) if 'start' in given else None,
+        start=_start(path, given['start'], within) if 'start' in given else None,
         shifts=given.get('shifts', {}),
         images=given.get('images', {}),
         highlighted=tuple(given.get('highlighted', ())),
@@ -214,11 +225,11 @@ def read_comparison(path: str) -> Comparison:
     )
 
 
-def _start(path: str, line: str) -> Start:
+def _start(path: str, line: str, within: tuple[str, ...]) -> Start:
     words = line.split() if isinstance(line, str) else []
     if len(words) != 3:
         raise ValueError(f"{path}: start={line!r} must be 'COMPARISON ROW CHECKPOINT'")
-    comparison = read_comparison(words[0])
+    comparison = read_comparison(words[0], (*within, path))
     choose(f'{path}: start: row', [words[1]], comparison.rows)
     return Start(comparison, words[1], words[2])
 
@@ -227,29 +238,21 @@ def _of_config(path: str) -> Comparison:
     # with its folder: a comparison of the same stem has rows and tables of its own
     name = f'{Path(path).absolute().parent.name}-{Path(path).stem}'
     config = load_config(path, import_modules=False)
-    metric = config.default_hooks.checkpoint.get('save_best')
+    backbone = backbone_of(path, config)
+    metric = config.get('default_hooks', {}).get('checkpoint', {}).get('save_best')
     if not isinstance(metric, str) or metric == 'auto':
         raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
-    model, size = _model_of(config)
-    rows = {row: row_options(row, size, model) for row in dict.fromkeys((*ROWS, *CONTROLS))}
+    rows = {row: backbone.options(row) for row in dict.fromkeys((*ROWS, *CONTROLS))}
+    if backbone.started:
+        del rows['dense_wide']
     also = _ALSO.get(metric, ())
     return Comparison(name, path, rows, (1, 2, 3, 4, 5), 'dense', metric, also, controls=CONTROLS)
 
 
-def _model_of(config: Config) -> tuple[str, str]:
-    """The field that holds the timm model, and its size."""
-    field = 'model.backbone' if 'backbone' in config.model else 'model'
-    name = (config.model.backbone if 'backbone' in config.model else config.model).model_name
-    match = re.match(r'vit_([a-z]+)_', name)
-    if match is None:
-        raise ValueError(f'{field}.model_name={name!r} is no vision transformer of this package')
-    return field, match[1]
-
-
-def _options(row: str, line: str, size: str, model: str) -> list[str]:
+def _options(row: str, line: str, backbone: Backbone) -> list[str]:
     words = words_of(f'rows.{row}', line)
     if words and '=' not in words[0]:
-        return [*row_options(words[0], size, model), *words[1:]]
+        return [*backbone.options(words[0]), *words[1:]]
     return words
 
 

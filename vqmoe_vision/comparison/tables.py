@@ -49,7 +49,7 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
             name = f'held_out_{"difference" if field == "mean" else field}'
             frame[name] = [getattr(held_out.get(row), field, math.nan) for row in rows]
     for name in comparison.also:
-        if all(isinstance(value, list) and not value for value in frame[name]):
+        if not outcome.may_have(name):
             known = ', '.join(sorted(by_row[rows[0]][0]['test']))
             raise ValueError(f'also: {name!r} is no number of the tests; those are {known}')
     if comparison.reference in rows:

@@ -85,7 +85,8 @@ def _is_routing(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return value == {}  # of a dense model
     return (
-        _holds(_is_layer)(value.get('layers'))
+        type(value.get('images')) is int
+        and _holds(_is_layer)(value.get('layers'))
         and _NUMBERS_BY_NAME(value.get('shifts'))
         and 'flip' in value['shifts']
         and isinstance(value.get('changes'), list)

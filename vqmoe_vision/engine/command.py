@@ -53,10 +53,10 @@ def run(
     try:
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
-            parser.error(
-                f'unrecognized arguments: {" ".join(unknown)}; fields of the config change with '
-                '--cfg-options, for example train_dataloader.batch_size=8'
-            )
+            advice = '; fields of the config change with --cfg-options, for example '
+            advice += 'train_dataloader.batch_size=8'
+            known = hasattr(args, 'cfg_options')
+            parser.error(f'unrecognized arguments: {" ".join(unknown)}{advice if known else ""}')
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
