@@ -11,7 +11,8 @@ import pytest
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
-import vqmoe_vision.segmentation  # noqa: F401  registers models of both tasks
+import vqmoe_vision.classification
+import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.controls import challengers
 from vqmoe_vision.comparison.curves import _styles
@@ -26,6 +27,7 @@ from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
 
 from ..rows import CONFIGS
+from .conftest import SPEC
 
 SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 # the paper's tables: docs/compare.md
@@ -127,6 +129,21 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> Non
         with structure_only(), scope:
             built = MODELS.build(without_sources(model))
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense')
+
+
+def test_pretrained_weights_fit_no_wider_model(says, root: None, tmp_path: Path) -> None:
+    path = tmp_path / 'wide.py'
+    config = 'configs/classification/finetune/imagenette.py'
+    path.write_text(SPEC.format(rows="wide='dense_wide'").replace('config.py', config))
+    assert says('list', str(path), '--work-dir', str(tmp_path)) == (
+        'error: comparison wide: row wide: model.extra_mlps=2 is not possible: '
+        '0 beside pretrained weights'
+    )
+
+
+def test_a_model_of_no_size_has_no_rows(says, root: None) -> None:
+    said = says('list', 'configs/classification/test_vit.py')
+    assert "model.model_name='test_vit_vqmoe' is of no size of" in said
 
 
 def test_a_dense_config_has_no_rows_with_experts(says, root: None) -> None:

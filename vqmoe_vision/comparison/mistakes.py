@@ -73,6 +73,8 @@ def _build(run: Run, config: Config) -> None:
     """Of a segmentor the backbone, which rows differ in."""
     model = config.model.get('backbone', config.model)
     with _said_of(run), structure_only():
+        fits = not (model.get('pretrained') and model.get('extra_mlps'))
+        check(fits, 'model.extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
         MODELS.build(without_sources(model))
 
 

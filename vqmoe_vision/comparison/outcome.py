@@ -152,14 +152,14 @@ class Outcome:
         return self._tested(found, self.held_out)
 
     def may_have(self, name: str) -> bool:
-        """Whether a test of the comparison has a number of that name, or one to come may have it.
+        """Whether a test has a number of that name, or may have it of a row that has none yet.
 
         Args:
             name: Of a number, or what stands after the name of a layer.
         """
         tests = (content['test'] for content in self._whole.usable.values())
         has = any(name in (key, key.rpartition('/')[2]) for test in tests for key in test)
-        return has or bool(self._whole.missing)
+        return has or self.scores.keys() != self.comparison.rows.keys()
 
     @cached_property
     def shifted(self) -> dict[str, dict[str, dict[int, float]]]:

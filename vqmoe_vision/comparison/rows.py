@@ -131,7 +131,10 @@ def backbone_of(path: str, config: Config) -> Backbone:
         raise ValueError(f'{path}: {field}.model_name={name!r} must be the name of a model')
     started = any(model.get(weights) for weights in STARTS)
     if method_of(name) is not None:
-        return Backbone(path, field, name.split('_')[1], False, started)
+        size = name.split('_')[1]
+        if size not in SIZES:
+            raise ValueError(f'{path}: {field}.model_name={name!r} is of no size of {[*SIZES]}')
+        return Backbone(path, field, size, False, started)
     if moe is not None and moe.get('method') not in METHODS:
         raise ValueError(f'{path}: {field}.moe.method={moe.get("method")!r} must be {[*METHODS]}')
     return Backbone(path, field, None, moe is None, started)

@@ -164,7 +164,7 @@ class Comparison:
 
 
 def _check_no_seed(field: str, option: str) -> None:
-    ours = option.partition('=')[0] != 'randomness.seed'
+    ours = option.partition('=')[0] not in ('randomness', 'randomness.seed')
     check(ours, field, option, 'left to seeds, which give each run its own')
 
 
