@@ -43,8 +43,12 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
         with DefaultScope.overwrite_default_scope(scope), _without_warnings():
             _build(run, config)
             _check_metric(run, config)
-            for source, checkpoint in run.sources.values():
-                _check_left(run, source, checkpoint.name)
+    # many rows start from one checkpoint
+    sources = {
+        file: (run, source) for run in first.values() for source, file in run.sources.values()
+    }
+    for file, (run, source) in sources.items():
+        _check_left(run, source, file.name)
 
 
 @contextmanager
@@ -74,18 +78,19 @@ def _build(run: Run, config: Config) -> None:
     model = config.model.get('backbone', config.model)
     with _said_of(run), structure_only():
         fits = not (model.get('pretrained') and model.get('extra_mlps'))
-        check(fits, 'model.extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
+        check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
         MODELS.build(without_sources(model))
 
 
 def _check_left(run: Run, source: Run, name: str) -> None:
     """That a training goes on to the checkpoint that is wanted of it, as far as its name says."""
     wanted = re.fullmatch(r'(epoch|iter)_(\d+)\.pth', name)
-    last = source.merged().train_cfg.get(f'max_{wanted[1]}s') if wanted else None
-    if wanted is not None and last is not None:
-        allowed = f'one that {source.comparison.name} leaves, which ends with {wanted[1]} {last}'
-        where = f'comparison {run.comparison.name}: start'
-        check(int(wanted[2]) <= last, where, name, allowed)
+    if wanted is None:
+        return
+    last = source.merged().train_cfg.get(f'max_{wanted[1]}s')
+    allowed = f'one that {source.comparison.name} leaves, which ends with {wanted[1]} {last}'
+    reached = last is None or int(wanted[2]) <= last
+    check(reached, f'comparison {run.comparison.name}: start', name, allowed)
 
 
 def _check_metric(run: Run, config: Config) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from .outcome import scores_of
 from .results import Results
 from .spec import Comparison
-from .statistics import detectable, differences
+from .statistics import detectable, differences, once_each
 
 PAIRS = 5
 
@@ -33,13 +33,12 @@ def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, fl
     scores = scores_of(comparison, results)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0
-    counted = [scores.get(comparison.reference)]
+    distinct = once_each({comparison.reference: scores.get(comparison.reference, {}), **scores})
     for row, values in scores.items():
         line = {'seeds': len(values), 'std': pd.Series(values).std()}
         difference = found.get(row)
         if difference is not None and difference.pairs > 1:
-            if values not in counted:
-                counted.append(values)
+            if row in distinct:
                 squares += difference.std**2 * (difference.pairs - 1)
                 freedom += difference.pairs - 1
             line |= {

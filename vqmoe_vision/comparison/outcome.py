@@ -103,6 +103,11 @@ class Outcome:
         return noise_of_all(self.scores, self.comparison.seeds)
 
     @property
+    def hidden(self) -> int:
+        """How many seeds of the comparison are not shown."""
+        return len(self.comparison.seeds) - len(self.seeds)
+
+    @property
     def planned(self) -> int:
         """How many comparisons with the reference there will be."""
         return len(self.comparison.rows) - 1

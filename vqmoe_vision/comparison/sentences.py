@@ -16,9 +16,16 @@ def sentences(outcome: Outcome) -> list[str]:
         outcome: What there is to say it of.
     """
     reference, seeds = outcome.comparison.reference, len(outcome.comparison.seeds)
-    hidden = seeds - len(outcome.seeds)
     said = [
-        verdict(row, reference, difference, outcome.corrected[row], outcome.planned, seeds, hidden)
+        verdict(
+            row,
+            reference,
+            difference,
+            outcome.corrected[row],
+            outcome.planned,
+            seeds,
+            outcome.hidden,
+        )
         for row, difference in outcome.differences.items()
         if row in outcome.rows
     ]
@@ -107,14 +114,13 @@ def _without_noise(pair: str, difference: Difference) -> str | None:
 def _against_control(outcome: Outcome, control: str) -> list[str]:
     differences, corrected = outcome.against(control)
     seeds = len(outcome.comparison.seeds)
-    hidden = seeds - len(outcome.seeds)
     said = []
     for row, difference in differences.items():
         if row not in outcome.rows or difference.pairs < 2:
             continue
         pair = f'{row} and the control {control}'
         if not outcome.finished(difference):
-            said.append(_undecided(pair, difference, seeds, hidden))
+            said.append(_undecided(pair, difference, seeds, outcome.hidden))
         elif instead := _without_noise(pair, difference):
             said.append(instead)
         elif not (corrected[row] < LEVEL and difference.mean > 0):

@@ -98,6 +98,18 @@ def differences(scores: Scores, reference: str) -> dict[str, Difference]:
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
 
 
+def once_each(scores: Scores) -> dict[str, Mapping[int, float]]:
+    """Rows without those that have all scores of an earlier one: one run under several names.
+
+    Args:
+        scores: Of all rows.
+    """
+    first: dict[tuple, str] = {}
+    for row, values in scores.items():
+        first.setdefault(tuple(sorted(values.items())), row)
+    return {row: scores[row] for row in first.values()}
+
+
 def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
     """How much two rows differ at a seed by chance, from all rows together.
 
@@ -113,8 +125,9 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
         The standard deviation of a difference of two rows, and its degrees of freedom; nan and 0
         below two rows or two seeds; 0 where all differences are equal but for rounding.
     """
-    whole = [[row[seed] for seed in seeds] for row in scores.values() if row.keys() >= set(seeds)]
-    left = np.array(list(dict.fromkeys(map(tuple, whole))))
+    distinct = once_each(scores).values()
+    whole = [[row[seed] for seed in seeds] for row in distinct if row.keys() >= set(seeds)]
+    left = np.array(whole)
     freedom = (len(left) - 1) * (len(seeds) - 1)
     if freedom < 1:
         return math.nan, 0

@@ -53,10 +53,13 @@ def run(
     try:
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
-            advice = '; fields of the config change with --cfg-options, for example '
-            advice += 'train_dataloader.batch_size=8'
-            known = hasattr(args, 'cfg_options')
-            parser.error(f'unrecognized arguments: {" ".join(unknown)}{advice if known else ""}')
+            said = f'unrecognized arguments: {" ".join(unknown)}'
+            if hasattr(args, 'cfg_options'):
+                said += (
+                    '; fields of the config change with --cfg-options, for example '
+                    'train_dataloader.batch_size=8'
+                )
+            parser.error(said)
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
