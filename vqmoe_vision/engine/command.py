@@ -1,9 +1,11 @@
-"""How every tool runs: a mistake is one line, and Ctrl-C is no trace."""
+"""How every tool runs: a mistake is one line; Ctrl-C and `| head` leave no trace."""
 
 import argparse
 import errno
 import logging
+import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -64,18 +66,31 @@ def run(
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
         action(argparse.Namespace(**expanded(vars(args))))
+        sys.stdout.flush()
     except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
         if '--debug' in arguments:
             raise
         print('SIGINT: stopped', file=sys.stderr)
         end_by(signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            _end_if_nobody_reads()
         if '--debug' in arguments:
             raise
         where, cause = '', error
         if isinstance(error, RankError):
             where, cause = f'rank {error.rank}: ', error.error
         sys.exit(f'error: {where}{as_typed(one_line(cause), options)}')
+
+
+def _end_if_nobody_reads() -> None:
+    """Ends like any program of a shell where `| head` has seen enough of what it prints."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # what ends a pipe is always told
+    if poll.poll(0):
+        # the interpreter would try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end_by(signal.SIGPIPE)
 
 
 def as_typed(message: str, options: Mapping[str, Any]) -> str:
