@@ -1,43 +1,49 @@
 """A tool whose output is a pipe."""
 
+import argparse
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
+from torch.multiprocessing import ProcessExitedException
 
-TOOL = """
-import argparse
 from vqmoe_vision.engine.command import run
 
-def action(args):
-    ACTION
-
-parser = argparse.ArgumentParser()
-parser.add_argument('--debug', action='store_true')
-run(parser, [], action)
-"""
+from ..forked import spawn
 
 
-def start(action: str, stdout: int) -> tuple[int, str]:
-    """The status and the errors of a tool."""
-    command = [sys.executable, '-c', TOOL.replace('ACTION', action)]
-    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
-    return done.returncode, done.stderr
+def prints(length: int, _: argparse.Namespace) -> None:
+    print('-' * length)
+
+
+def loses_another_pipe(_: argparse.Namespace) -> None:
+    raise BrokenPipeError(32, 'Broken pipe')
+
+
+def tool(_rank: int, action: Callable[[argparse.Namespace], None], errors: Path) -> None:
+    """What it prints goes where nobody reads any more."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--debug', action='store_true')
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    run(parser, [], action)
 
 
 @pytest.mark.parametrize('length', [1, 100_000], ids=['as_it_ends', 'as_it_prints'])
-def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length: int) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        assert start(f'print("-" * {length})', write) == (-signal.SIGPIPE, '')
-    finally:
-        os.close(write)
+def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length: int, tmp_path: Path) -> None:
+    with pytest.raises(ProcessExitedException) as ended:
+        spawn(tool, (partial(prints, length), tmp_path / 'errors'), 1)
+    assert ended.value.exit_code == -signal.SIGPIPE
+    assert (tmp_path / 'errors').read_text() == ''
 
 
+@pytest.mark.usefixtures('capfd')  # whose output is a file, as a shell's may be
 def test_another_broken_pipe_is_an_error() -> None:
-    status, said = start('raise BrokenPipeError(32, "Broken pipe")', subprocess.PIPE)
-    assert status == 1
-    assert said == 'error: BrokenPipeError: [Errno 32] Broken pipe\n'
+    with pytest.raises(SystemExit) as ended:
+        run(argparse.ArgumentParser(), [], loses_another_pipe)
+    assert ended.value.code == 'error: BrokenPipeError: [Errno 32] Broken pipe'

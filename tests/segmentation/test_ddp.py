@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_vision.moe import METHODS, update_state
 
+from ..forked import spawn
 from .conftest import tiny_segmentor, training_batch
 
 WORLD = 2
@@ -42,7 +43,7 @@ def worker(rank: int, folder: Path) -> None:
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp('ddp')
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+    spawn(worker, (folder,), nprocs=WORLD)
     return [torch.load(folder / f'rank{rank}.pth', weights_only=True) for rank in range(WORLD)]
 
 
