@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -174,12 +174,20 @@ class Outcome:
     @cached_property
     def shifted_differences(self) -> dict[str, dict[str, Difference]]:
         """Their differences to the reference, by shift and row."""
-        whole, found = shifted_scores(self.comparison, self._whole), {}
-        for shift in self.shifted:
-            each = differences(whole[shift], self.comparison.reference)
-            each = self._tested(each, whole[shift])
-            found[shift] = {row: each[row] for row in self.rows if row in each}
-        return found
+        return self._by_shift(shifted_scores(self.comparison, self._whole))
+
+    @cached_property
+    def left(self) -> dict[str, Scores]:
+        """What is left under shifts of a run's own score, in percent, of what is shown.
+
+        A run whose score is 0 has nothing to lose, and is left out.
+        """
+        return self._left(self.shifted)
+
+    @cached_property
+    def left_differences(self) -> dict[str, dict[str, Difference]]:
+        """Its differences to the reference, by shift and row."""
+        return self._by_shift(self._left(shifted_scores(self.comparison, self._whole)))
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
         """The differences to a control of the rows that it is there for, and their corrected p.
@@ -200,6 +208,27 @@ class Outcome:
             difference: Of two rows.
         """
         return difference.pairs == len(self.comparison.seeds)
+
+    def _left(self, shifted: Mapping[str, Scores]) -> dict[str, Scores]:
+        return {
+            shift: {
+                row: {
+                    seed: 100 * score / self.scores[row][seed]
+                    for seed, score in by_seed.items()
+                    if self.scores[row][seed]
+                }
+                for row, by_seed in by_row.items()
+            }
+            for shift, by_row in shifted.items()
+        }
+
+    def _by_shift(self, whole: Mapping[str, Scores]) -> dict[str, dict[str, Difference]]:
+        found = {}
+        for shift in self.shifted:
+            each = differences(whole[shift], self.comparison.reference)
+            each = self._tested(each, whole[shift])
+            found[shift] = {row: each[row] for row in self.rows if row in each}
+        return found
 
     def _tested(self, found: dict[str, Difference], scores: Scores) -> dict[str, Difference]:
         """With the noise of all rows, if each has so few seeds that its own is not known."""

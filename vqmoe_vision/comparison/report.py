@@ -29,7 +29,8 @@ _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves
 _DPI = 110
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
-    'fifteen of ImageNet-C at that severity. Intervals are those of single comparisons.'
+    'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
+    'on unchanged images. Intervals are those of single comparisons.'
 )
 _ROUTED = (
     'What the routing of the last checkpoints is like on {images} test images; '

@@ -104,9 +104,10 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
     """
     comparison, lines = outcome.comparison, []
     errors = shifted_layers(comparison, outcome.results, 'quantization_error')
+    to_reference = f'difference to {comparison.reference} (95 % interval)'
     for name, by_row in outcome.shifted.items():
         for row, values in by_row.items():
-            column, difference = pd.Series(values), outcome.shifted_differences[name].get(row)
+            column, left = pd.Series(values), pd.Series(outcome.left[name][row], dtype=float)
             lines.append(
                 {
                     'shift': name,
@@ -114,9 +115,9 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
                     comparison.metric: cells.number(column.mean()),
                     'std': cells.number(column.std()),
                     'seeds': str(len(column)),
-                    f'difference to {comparison.reference} (95 % interval)': cells.interval(
-                        difference
-                    ),
+                    to_reference: cells.interval(outcome.shifted_differences[name].get(row)),
+                    'left, %': cells.number(left.mean()),
+                    f'its {to_reference}': cells.interval(outcome.left_differences[name].get(row)),
                 }
             )
             if errors:  # of a row without codes, or from before it was measured, a dash
