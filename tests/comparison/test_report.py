@@ -515,22 +515,24 @@ def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) ->
 def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says) -> None:
     scores = {'dense': [10.0, 20.0, 40.0], 'a': [20.0, 40.0, 50.0], 'none': [0.0, 0.0, 1.0]}
     path = fill(scores, "shifts = {'fog': 'model.fog=1'}")
-    shifted = {'dense': [5.0, 12.0, 28.0], 'a': [12.0, 26.0, 40.0], 'none': [0.0, 0.0, 0.5]}
+    shifted = {'dense': {2: 12, 3: 28}, 'a': {1: 12, 2: 26, 3: 40}, 'none': {1: 0, 2: 0, 3: 0.5}}
     for row, values in shifted.items():
-        for seed, score in enumerate(values, start=1):
+        for seed, score in values.items():
             file = ROWS / f'{row}-seed{seed}.json'
-            content = json.loads(file.read_text()) | {'shifts': {'fog': {'model.fog=1': score}}}
+            content = json.loads(file.read_text()) | {
+                'shifts': {'fog': {'model.fog=1': float(score)}}
+            }
             file.write_text(json.dumps(content))
     says('table', path)
     shown = (TABLES / 'spec.md').read_text().split('| shift')[1].splitlines()
     cells = [[cell.strip() for cell in line.split('|')] for line in shown[2:5]]
-    # of dense 50, 60 and 70 %, of a 60, 65 and 80 %: +10, +5 and +10, whose standard deviation is
-    # 2.89, so that 4.303 * 2.89 / sqrt(3) is 7.17; of the third row only one run has a score
-    assert {line[2]: line[-3:-1] for line in cells} == {
-        'dense': ['60.00', '-'],
-        'a': ['68.33', '+8.33 (+1.16 to +15.50)'],
-        'none': ['50.00', '-20.00'],
-    }
+    # of dense 60 and 70 %, of a 60, 65 and 80 %: +5 and +10, whose standard deviation is 3.54, so
+    # that 12.706 * 3.54 / sqrt(2) is 31.77; of the third row only one run has a score
+    assert [[line[2], *line[-3:-1]] for line in cells] == [
+        ['dense', '65.00', '-'],
+        ['a', '68.33', '+7.50 (-24.27 to +39.27)'],
+        ['none', '50.00', '-20.00'],
+    ]
 
 
 def test_differences_on_held_out_images_stand_beside_those_of_the_test(fill, says) -> None:

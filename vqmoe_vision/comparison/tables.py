@@ -106,7 +106,8 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
     errors = shifted_layers(comparison, outcome.results, 'quantization_error')
     to_reference = f'difference to {comparison.reference} (95 % interval)'
     for name, by_row in outcome.shifted.items():
-        for row, values in by_row.items():
+        for row in filter(by_row.__contains__, outcome.rows):
+            values = by_row[row]
             column, left = pd.Series(values), pd.Series(outcome.left[name][row], dtype=float)
             lines.append(
                 {
