@@ -530,8 +530,8 @@ def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says) 
     # that 12.706 * 3.54 / sqrt(2) is 31.77; of the third row only one run has a score
     assert [[line[2], *line[-3:-1]] for line in cells] == [
         ['dense', '65.00', '-'],
-        ['a', '68.33', '+7.50 (-24.27 to +39.27)'],
-        ['none', '50.00', '-20.00'],
+        ['a', '68.33', '+7.50 (-24.27 to +39.27), 2 pairs'],
+        ['none', '50.00', '-20.00, 1 pair'],
     ]
 
 

@@ -1,6 +1,7 @@
 """A tool whose output is a pipe."""
 
 import argparse
+import io
 import os
 import signal
 from collections.abc import Callable
@@ -42,8 +43,18 @@ def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length: int, tmp_
     assert (tmp_path / 'errors').read_text() == ''
 
 
+def test_a_tool_without_an_output_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('sys.stdout', None)  # as the interpreter has it after a shell's >&-
+    done: list[argparse.Namespace] = []
+    run(argparse.ArgumentParser(), [], done.append)
+    assert len(done) == 1
+
+
 @pytest.mark.usefixtures('capfd')  # whose output is a file, as a shell's may be
-def test_another_broken_pipe_is_an_error() -> None:
+@pytest.mark.parametrize('output', ['file', None, io.StringIO()], ids=['file', 'none', 'text'])
+def test_another_broken_pipe_is_an_error(output: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    if output != 'file':
+        monkeypatch.setattr('sys.stdout', output)
     with pytest.raises(SystemExit) as ended:
         run(argparse.ArgumentParser(), [], loses_another_pipe)
     assert ended.value.code == 'error: BrokenPipeError: [Errno 32] Broken pipe'

@@ -38,17 +38,18 @@ def p_value(value: float) -> str:
     return '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
-def interval(difference: Difference | None) -> str:
-    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50)'.
+def interval(difference: Difference | None, seeds: int) -> str:
+    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50), 2 pairs'.
 
     Args:
         difference: A dash stands for none, or one without a pair.
+        seeds: That stand beside it; pairs are told where they are not as many.
     """
     if difference is None or math.isnan(difference.mean):
         return '-'
-    if math.isnan(difference.low):
-        return f'{difference.mean:+.2f}'
-    return f'{difference.mean:+.2f} ({ends(difference)})'
+    mean, pairs = f'{difference.mean:+.2f}', difference.pairs
+    told = '' if pairs == seeds else f', {pairs} {"pairs" if pairs > 1 else "pair"}'
+    return (mean if math.isnan(difference.low) else f'{mean} ({ends(difference)})') + told
 
 
 def ends(difference: Difference) -> str:

@@ -30,7 +30,8 @@ _DPI = 110
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
-    'on unchanged images. Intervals are those of single comparisons.'
+    'on unchanged images; one without any has none. Intervals are those of single comparisons, and '
+    'a difference says over how many pairs it is where the reference has other seeds.'
 )
 _ROUTED = (
     'What the routing of the last checkpoints is like on {images} test images; '

@@ -75,9 +75,11 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         comparison.metric: frame.score.map(cells.number),
         'std': frame['std'].map(cells.number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in frame.seeds],
-        f'difference to {comparison.reference} (95 % interval)': map(cells.interval, differences),
+        f'difference to {comparison.reference} (95 % interval)': map(
+            cells.interval, differences, frame.seeds
+        ),
         'p (Holm)': frame.p_holm.map(cells.p_value),
-        _HELD_OUT: map(cells.interval, held_out),
+        _HELD_OUT: map(cells.interval, held_out, frame.seeds),
         'parameters, M: all / active': frame.apply(
             lambda line: f'{line.params / 1e6:.2f} / {line.active_params / 1e6:.2f}', axis=1
         ),
@@ -107,8 +109,10 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
     to_reference = f'difference to {comparison.reference} (95 % interval)'
     for name, by_row in outcome.shifted.items():
         for row in filter(by_row.__contains__, outcome.rows):
-            values = by_row[row]
-            column, left = pd.Series(values), pd.Series(outcome.left[name][row], dtype=float)
+            column = pd.Series(by_row[row])
+            left = pd.Series(outcome.left[name][row], dtype=float)
+            found = outcome.shifted_differences, outcome.left_differences
+            intervals = [cells.interval(each[name].get(row), len(column)) for each in found]
             lines.append(
                 {
                     'shift': name,
@@ -116,9 +120,9 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
                     comparison.metric: cells.number(column.mean()),
                     'std': cells.number(column.std()),
                     'seeds': str(len(column)),
-                    to_reference: cells.interval(outcome.shifted_differences[name].get(row)),
+                    to_reference: intervals[0],
                     'left, %': cells.number(left.mean()),
-                    f'its {to_reference}': cells.interval(outcome.left_differences[name].get(row)),
+                    f'its {to_reference}': intervals[1],
                 }
             )
             if errors:  # of a row without codes, or from before it was measured, a dash

@@ -66,7 +66,8 @@ def run(
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
         action(argparse.Namespace(**expanded(vars(args))))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where a shell has closed it
+            sys.stdout.flush()
     except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
         if '--debug' in arguments:
             raise
@@ -85,11 +86,15 @@ def run(
 
 def _end_if_nobody_reads() -> None:
     """Ends like any program of a shell where `| head` has seen enough of what it prints."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is none, or it is no file
+        return
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # what ends a pipe is always told
+    poll.register(number, 0)  # what ends a pipe is always told
     if poll.poll(0):
         # the interpreter would try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         end_by(signal.SIGPIPE)
 
 

@@ -165,8 +165,8 @@ def end_by(number: int) -> NoReturn:
     Args:
         number: Of the signal.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
+        stream.flush()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     raise AssertionError('a default signal ends the process')
