@@ -321,7 +321,7 @@ def test_seeds_that_are_not_shown_are_not_called_unfinished(fill, says) -> None:
     next(Path('docs/results/rows/spec').glob('smoe-seed3.json')).unlink()
     says('table', 'spec.py', '--seeds', '2', '3', '--rows', 'smoe', 'vqmoe')
     said = json.loads((TABLES / 'spec-part.json').read_text())['sentences']
-    assert said[0].startswith('smoe and dense have 1 seeds in common')
+    assert said[0].startswith('smoe and dense have one seed in common')
     assert said[1].startswith('vqmoe and dense: +7.05 (95 %')
 
 

@@ -57,7 +57,8 @@ def verdict(
     """
     pairs, d = difference.pairs, difference.mean
     if pairs < 2:
-        return f'{row} and {reference} have {pairs} seeds in common: nothing can be said of them.'
+        common = 'one seed' if pairs else 'no seed'
+        return f'{row} and {reference} have {common} in common: nothing can be said of them.'
     if pairs < seeds:
         return _undecided(f'{row} and {reference}', difference, seeds, hidden)
     if said := _without_noise(f'{row} and {reference}', difference):
