@@ -174,7 +174,7 @@ class Outcome:
     @cached_property
     def shifted_differences(self) -> dict[str, dict[str, Difference]]:
         """Their differences to the reference, by shift and row."""
-        return self._by_shift(shifted_scores(self.comparison, self._whole))
+        return self._by_shift(self._shifted_of_all)
 
     @cached_property
     def left(self) -> dict[str, Scores]:
@@ -187,7 +187,7 @@ class Outcome:
     @cached_property
     def left_differences(self) -> dict[str, dict[str, Difference]]:
         """Its differences to the reference, by shift and row."""
-        return self._by_shift(self._left(shifted_scores(self.comparison, self._whole)))
+        return self._by_shift(self._left(self._shifted_of_all))
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
         """The differences to a control of the rows that it is there for, and their corrected p.
@@ -208,6 +208,10 @@ class Outcome:
             difference: Of two rows.
         """
         return difference.pairs == len(self.comparison.seeds)
+
+    @cached_property
+    def _shifted_of_all(self) -> Mapping[str, Scores]:
+        return shifted_scores(self.comparison, self._whole)
 
     def _left(self, shifted: Mapping[str, Scores]) -> dict[str, Scores]:
         return {

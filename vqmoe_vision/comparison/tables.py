@@ -107,12 +107,12 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
     comparison, lines = outcome.comparison, []
     errors = shifted_layers(comparison, outcome.results, 'quantization_error')
     to_reference = f'difference to {comparison.reference} (95 % interval)'
+    differences = outcome.shifted_differences, outcome.left_differences
     for name, by_row in outcome.shifted.items():
         for row in filter(by_row.__contains__, outcome.rows):
             column = pd.Series(by_row[row])
             left = pd.Series(outcome.left[name][row], dtype=float)
-            found = outcome.shifted_differences, outcome.left_differences
-            intervals = [cells.interval(each[name].get(row), len(column)) for each in found]
+            intervals = [cells.interval(each[name].get(row), len(column)) for each in differences]
             lines.append(
                 {
                     'shift': name,
