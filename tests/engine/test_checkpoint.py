@@ -15,9 +15,11 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from vqmoe_vision.engine import checkpoint
+from vqmoe_vision.engine import checkpoint, start
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
 from vqmoe_vision.engine.normalization import weights_normalization
+from vqmoe_vision.engine.start import start_model
+from vqmoe_vision.models.create import create_model
 
 from ..models.test_stated_experts import left_by_timm
 
@@ -256,10 +258,17 @@ def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:
         assert read.keys() == {'w'} and torch.equal(read['w'], state['w']), name
 
 
+@pytest.mark.parametrize('averages', [None, 'state_dict_ema', 'model_ema'])
 @pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
-def test_a_checkpoint_of_timms_script_is_read_by_every_way(field: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_timms_script_is_read_by_every_way(
+    field: str, averages: str | None, tmp_path: Path
+) -> None:
     source = tiny('vit_tiny_smoe')
     path = left_by_timm(source, tmp_path / 'out', 'vit_tiny_smoe', model_kwargs={})
+    if averages is not None:  # which count, before the weights of the last step
+        content = torch.load(path, weights_only=False)
+        last = {name: value + 1 for name, value in content['state_dict'].items()}
+        torch.save({**content, averages: content['state_dict'], 'state_dict': last}, path)
     overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
     ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
     model = tiny('vit_tiny_smoe', **ways.get(field, {}))
@@ -325,11 +334,13 @@ def test_the_size_that_timm_builds_a_network_for_counts_first(tmp_path: Path) ->
     assert model.weights_report.resized == {'pos_embed': ((1, 17, 12), (1, 17, 12))}
 
 
+@pytest.mark.parametrize('field', ['checkpoint', 'checkpoint_path', 'upcycle', 'file'])
 def test_layers_begin_a_new_training_and_the_log_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(checkpoint, 'print_log', lambda line, logger: lines.append(line))
+    for module in (checkpoint, start):
+        monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))
     finished = tiny('vit_tiny_stablemoe', num_experts=2)
     distilled = finished.blocks[1].mlp.router.distilled
     distilled.freeze(torch.tensor(True))
@@ -337,16 +348,26 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
         distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
     path = str(tmp_path / 'finished.pth')
     torch.save(finished.state_dict(), path)
-    model = tiny('vit_tiny_stablemoe', num_experts=2)
-    start_from(model, path)
+    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
+    ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
+    arguments = {**SIZES, 'num_experts': 2, **ways.get(field, {})}
+    model: Any = create_model('vit_tiny_stablemoe', **arguments).eval()
     loaded = model.blocks[1].mlp.router.distilled
+    assert loaded.frozen == (field != 'checkpoint')  # who builds a model to use it gets it as it is
+    named = path if field == 'checkpoint' else None
+    start_model(model, {'model_name': 'vit_tiny_stablemoe', **arguments}, named, features=None)
     assert not loaded.frozen and loaded.steps == 0
     # what the frozen router had learned is where learning begins
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(images), finished(images))
     number = len(finished.state_dict())
-    assert lines == [
+    loading = [
         f'{path}: the head is the one of the checkpoint',
         f'{path}: loaded {number} of the {number} tensors of the model',
-        f'{path}: 1 layers that were frozen learn to route again, in a first stage',
+    ]
+    if field == 'checkpoint_path':  # timm loads it, and tells nothing
+        loading = []
+    assert lines == [
+        *loading,
+        '1 layers that were frozen learn to route again, in a first stage',
     ]

@@ -40,11 +40,15 @@ from vqmoe_vision.models.weight_files import (
     unreadable,
     weights_in,
 )
-from vqmoe_vision.moe import restart
 
 from .as_data import as_data
 from .config_text import is_harmless
 from .parts import Parts
+
+# Where the weights of a file are, those that count first: as timm's `load_state_dict` has it, so
+# that what is tested is what a model that is built of the file has. mmengine's averages are in
+# none of these, and its hook for them knows when they count.
+_WEIGHTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
 def start_from(model: Transformer, path: str) -> None:
@@ -52,7 +56,7 @@ def start_from(model: Transformer, path: str) -> None:
 
     Args:
         model: Takes what the file has for it, and its experts are made of dense MLPs as its
-            `upcycling` says; then its MoE layers start as for a new training.
+            `upcycling` says.
         path: As `read_state`.
 
     Raises:
@@ -68,7 +72,7 @@ def start_from(model: Transformer, path: str) -> None:
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
-    _log([*report.lines(), *restart(model)], path)
+    _log(report.lines(), path)
 
 
 def log_weights(model: nn.Module, arguments: dict[str, Any]) -> None:
@@ -262,12 +266,13 @@ def _of_timm(path: str) -> dict[str, Any]:
 
 def _named_as_expected(content: Any) -> Any:
     """The weights where mmengine looks for them, or else takes everything for weights."""
-    if not isinstance(content, dict) or 'state_dict' in content:
+    if not isinstance(content, dict):
         return content
-    if not isinstance(content.get('model'), dict):
+    name = next((name for name in _WEIGHTS if isinstance(content.get(name), dict)), None)
+    if name is None:
         return content
-    others = {name: value for name, value in content.items() if name != 'model'}
-    return {**others, 'state_dict': content['model']}
+    others = {other: value for other, value in content.items() if other not in _WEIGHTS}
+    return {**others, 'state_dict': content[name]}
 
 
 def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
@@ -282,7 +287,7 @@ def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
         with as_data():
-            return _without_code(loader(filename, *args, **kwargs), filename)
+            return _named_as_expected(_without_code(loader(filename, *args, **kwargs), filename))
 
     return load
 
