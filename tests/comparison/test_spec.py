@@ -22,6 +22,7 @@ from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.engine.trained import without_sources
+from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.layer import MoeLayer
@@ -129,6 +130,40 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> Non
         with structure_only(), scope:
             built = MODELS.build(without_sources(model))
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense')
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'of_all_rows', 'moe_blocks'),
+    [
+        ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='last2')), [], 2),
+        ('vit_tiny_vqmoe', dict(moe=dict(moe_layers='every3')), [], 4),
+        ('vit_tiny_vqmoe', dict(moe=dict()), [], 6),  # every second block of twelve
+        ('vit_tiny_vqmoe', dict(moe=dict()), ['model.depth=6'], 3),
+        ('vit_tiny_vqmoe', dict(depth=4, moe=dict(moe_layers=[0])), [], 1),
+        ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe')), [], 6),
+        ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe', moe_layers=(1, 3, 4))), [], 3),
+    ],
+)
+def test_dense_wide_has_the_compute_of_two_experts_in_every_config(
+    name: str, options: dict, of_all_rows: list[str], moe_blocks: int, tmp_path: Path
+) -> None:
+    own = dict(type='Classifier', model_name=name, num_classes=10, img_size=32, patch_size=4)
+    own |= {**options, 'moe': {'preset': 'matched', **options['moe']}, '_delete_': True}
+    path, spec = tmp_path / 'own.py', tmp_path / 'compared.py'
+    path.write_text(f'_base_ = {str(CONFIGS / "classification/cifar10.py")!r}\nmodel = {own}\n')
+    rows = {row: row for row in ('dense', 'dense_wide', 'smoe')}
+    fields = f"config = {str(path)!r}\nmetric = 'accuracy/top1'\nseeds = [1]\nrows = {rows}\n"
+    spec.write_text(f'{fields}options = {of_all_rows}\n')
+    comparison = read_comparison(str(spec))
+    assert f'model.extra_mlps={moe_blocks}' in comparison.rows['dense_wide']
+    macs = {}
+    for row in ('dense', 'dense_wide', 'smoe'):
+        config = Run(comparison, row, 1, Path('work_dirs')).merged()
+        with structure_only(), DefaultScope.overwrite_default_scope(config.default_scope):
+            macs[row] = complexity(MODELS.build(config.model).model).macs
+    # a router has a product with 8 vectors, where an MLP of width 192 has 2 x 768
+    assert macs['smoe'] == pytest.approx(macs['dense_wide'], rel=0.01)
+    assert macs['dense_wide'] > 1.05 * macs['dense']
 
 
 def test_pretrained_weights_fit_no_wider_model(says, root: None, tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
 """Rows by name: dense models, and all methods that have a form with the compute of the others."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from vqmoe_vision.models.hosts import method_of
+from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.models.arguments import resolve_moe_layers
+from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.hosts import Transformer, method_of
 from vqmoe_vision.models.moe_options import STARTS
+from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe.config import check
 
 _MATCHED = [name for name, method in METHODS.items() if 'matched' in method.config.PRESETS]
 # Rows that need a dense checkpoint of the same training set, by whose features they decide.
@@ -50,15 +57,18 @@ CONTROLS = (
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
 
-def row_options(row: str, size: str | None = 'tiny', model: str = 'model') -> list[str]:
+def row_options(
+    row: str, size: str | None = 'tiny', model: str = 'model', moe_blocks: int = 2
+) -> list[str]:
     """The options that make a row of any config.
 
     Args:
-        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token, of
-            `FEATURE_ROWS`, or of `PRESET_ROWS`.
+        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token in each
+            of `moe_blocks`, of `FEATURE_ROWS`, or of `PRESET_ROWS`.
         size: Key of `SIZES`; None if the config names a model of timm beside `moe.method`, which
             stays, with its weights and its number of experts.
         model: Field that holds the timm model: 'model', or 'model.backbone'.
+        moe_blocks: How many blocks of the config have experts.
 
     Raises:
         ValueError: There is no such row.
@@ -74,7 +84,7 @@ def row_options(row: str, size: str | None = 'tiny', model: str = 'model') -> li
             options = [f'{model}.model_name=vit_{size}_{method}', experts]
         return options if preset is None else [*options, f'{model}.moe.preset={preset}']
     name = [] if size is None else [f'{model}.model_name=vit_{size}_patch16_224']
-    wider = [f'{model}.extra_mlps=2'] if row == 'dense_wide' else []
+    wider = [f'{model}.extra_mlps={moe_blocks}'] if row == 'dense_wide' else []
     return [*name, f'{model}.moe=None', *wider]
 
 
@@ -87,6 +97,7 @@ class Backbone(NamedTuple):
         size: Key of `SIZES`; None of a model of timm, which rows keep.
         dense: Whether it has no experts.
         started: Whether it starts from weights.
+        moe_blocks: How many blocks have experts; those of the configs here if it is dense.
     """
 
     path: str
@@ -94,6 +105,7 @@ class Backbone(NamedTuple):
     size: str | None
     dense: bool
     started: bool
+    moe_blocks: int = 2
 
     def options(self, row: str) -> list[str]:
         """The options that make a row of it.
@@ -104,7 +116,7 @@ class Backbone(NamedTuple):
         Raises:
             ValueError: There is no such row, or the config has no experts to make it of.
         """
-        options = row_options(row, self.size, self.field)
+        options = row_options(row, self.size, self.field, self.moe_blocks)
         if self.dense and row not in ('dense', 'dense_wide'):
             raise ValueError(
                 f'{self.path}: {self.field}.moe=None makes a dense model, and row {row} cannot '
@@ -113,15 +125,16 @@ class Backbone(NamedTuple):
         return options
 
 
-def backbone_of(path: str, config: Config) -> Backbone:
+def backbone_of(path: str, config: Config, options: Sequence[str] = ()) -> Backbone:
     """The model of a config.
 
     Args:
         path: Of the config.
         config: As it is.
+        options: Of all rows, which may say another depth.
 
     Raises:
-        ValueError: It has no such model, or no method that there is.
+        ValueError: It has no such model, no method that there is, or no such blocks.
     """
     model = config.get('model', {})
     field = 'model.backbone' if 'backbone' in model else 'model'
@@ -134,7 +147,30 @@ def backbone_of(path: str, config: Config) -> Backbone:
         size = name.split('_')[1]
         if size not in SIZES:
             raise ValueError(f'{path}: {field}.model_name={name!r} is of no size of {[*SIZES]}')
-        return Backbone(path, field, size, False, started)
-    if moe is not None and moe.get('method') not in METHODS:
+        moe_blocks = _moe_blocks(path, field, model, options)
+        return Backbone(path, field, size, False, started, moe_blocks)
+    if moe is None:
+        return Backbone(path, field, None, True, started)
+    if moe.get('method') not in METHODS:
         raise ValueError(f'{path}: {field}.moe.method={moe.get("method")!r} must be {[*METHODS]}')
-    return Backbone(path, field, None, moe is None, started)
+    moe_blocks = _moe_blocks(path, field, model, options)
+    return Backbone(path, field, None, False, started, moe_blocks)
+
+
+def _moe_blocks(path: str, field: str, model: dict[str, Any], options: Sequence[str]) -> int:
+    depth = parse_options(options).get(f'{field}.depth', model.get('depth'))
+    if depth is None:
+        depth = _depth(model['model_name'])
+    check(type(depth) is int and depth > 0, f'{path}: {field}.depth', depth, 'a whole number')
+    chosen = {**(model.get('moe') or {})}.get('moe_layers', 'every2')
+    return len(resolve_moe_layers(chosen, depth))
+
+
+@cache
+def _depth(model_name: str) -> int:
+    with structure_only():
+        model = create_model(model_name)
+    allowed = "one of timm's VisionTransformers or Evas"
+    check(isinstance(model, Transformer), 'model_name', model_name, allowed)
+    assert isinstance(model, Transformer)
+    return len(model.blocks)

@@ -195,7 +195,8 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
     check_fields(path, given, known)
     config = given.pop('config')
-    backbone = backbone_of(config, load_config(config, import_modules=False))
+    base = load_config(config, import_modules=False)
+    backbone = backbone_of(config, base, given.get('options', ()))
     rows = {
         row: line.replace('MODEL', backbone.field)
         for field, lines in _ROWS.items()
