@@ -299,6 +299,14 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         (['model.patch_size=5'], 'img_size=48 is not possible: a multiple of patch_size=5x5'),
         (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
         (['model.number_experts=2'], 'number_experts'),
+        (
+            ['activation_checkpointing=model.blocks'],
+            "activation_checkpointing='model.blocks' is not possible: modules without MoE layers",
+        ),
+        (
+            ["activation_checkpointing=['model.blocks.0','model.blocks.1.mlp.router']"],
+            "activation_checkpointing='model.blocks.1.mlp.router' is not possible: modules without",
+        ),
         (['trian_cfg.max_epochs=1'], 'an option can change; did you mean train_cfg? Those are'),
         (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
         (['train_cfg.max_epoch=1'], 'max_epoch'),

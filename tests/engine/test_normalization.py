@@ -1,5 +1,6 @@
 """What is known of how images were normalised for weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,6 @@ def test_weights_that_timm_loads(
     ('file', 'said', 'expected'),
     [
         ('bare.pth', {}, None),
-        ('bare.pth', {'mean': (0.5,) * 3}, None),  # timm fills in what it says not
         ('bare.pth', vars(GREY), GREY),
         ('hub/model.safetensors', {}, IMAGENET),
         ('hub/model.safetensors', vars(GREY), GREY),
@@ -83,6 +83,33 @@ def test_a_configuration_of_the_call_says_what_it_says(
     placed: dict[str, Any] = {'pretrained': True, 'pretrained_cfg': config}
     model = create_model(name, **{**SMALL, 'num_classes': 1000}, **placed)
     assert weights_normalization(model, None, placed) == expected
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_smoe', AUGREG])
+@pytest.mark.parametrize(('stated', 'missing'), [('mean', 'std'), ('std', 'mean')])
+def test_half_of_a_pair_is_refused_wherever_it_stands(
+    name: str, stated: str, missing: str, tmp_path: Path
+) -> None:
+    dense(tmp_path)
+    half = {stated: [0.5] * 3}
+    allowed = f'is not possible: beside .*{missing}, mean and std or neither of them'
+    placed = {'pretrained': True, 'pretrained_cfg': {'file': str(tmp_path / 'bare.pth'), **half}}
+    with pytest.raises(ValueError, match=rf'pretrained_cfg\.{stated}=\[0\.5.* {allowed}'):
+        create_model(name, **SMALL, **placed)
+    with pytest.raises(ValueError, match=rf'pretrained_cfg\.{stated}=\[0\.5.* {allowed}'):
+        create_model(name, **SMALL, pretrained_cfg=half)  # nor where it says nothing of weights
+    with pytest.raises(
+        ValueError, match=r'pretrained_cfg\.input_size=32 is .*: \(channels, height'
+    ):
+        create_model(name, **SMALL, pretrained_cfg={'input_size': 32})
+    described = tmp_path / 'hub' / 'config.json'
+    content = json.loads(described.read_text())
+    del content['pretrained_cfg'][missing]
+    content['pretrained_cfg'] |= half
+    described.write_text(json.dumps(content))
+    weights = str(tmp_path / 'hub' / 'model.safetensors')
+    with pytest.raises(ValueError, match=rf"config\.json': {stated}=\[0\.5.* {allowed}"):
+        create_model('vit_tiny_smoe', upcycle=weights, **SMALL)
 
 
 @pytest.mark.parametrize('way', ['upcycle', 'overlay', 'stated'])

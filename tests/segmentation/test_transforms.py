@@ -91,6 +91,10 @@ def test_image_without_labels_and_new_size() -> None:
         (dict(type='Cutout'), "type='Cutout' is not in albumentations"),
         (dict(type='Rotate', value=0), 'Rotate.value is not possible; it has limit'),
         (dict(type='OneOf', transforms=[dict(type='Rotate', mask_value=0)]), 'Rotate.mask_value'),
+        (
+            dict(type='GridElasticDeform', num_grid_xy=(4, 4), magnitude=10),
+            "type='GridElasticDeform' is not possible: another: its pixels from outside have",
+        ),
     ],
 )
 def test_what_albumentations_would_ignore_is_refused(config: dict, message: str) -> None:

@@ -102,7 +102,7 @@ def _numbers(
         for name, value in stated.items():
             listed = isinstance(value, list | tuple) and len(value) in (1, 3)
             check(listed, f'{field}.{name}', value, _PER_CHANNEL)
-        if stated_normalization(stated, field) is not None:
+        if stated_normalization(stated, f'{field}.') is not None:
             return {name: tuple(value) * (3 // len(value)) for name, value in stated.items()}
     return {}
 

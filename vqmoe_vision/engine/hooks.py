@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.normalization import KEY
-from vqmoe_vision.moe import start_training, update_state
+from vqmoe_vision.moe import moe_layers, start_training, update_state
+from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
 
 from .class_names import check_class_names, check_zero_label
@@ -25,6 +26,16 @@ from .routing import lines_of
 from .stated_experts import check_experts
 
 _ROUTING = 'routing_statistics'
+
+
+def _check_repeated(runner: Runner) -> None:
+    named = runner.cfg.get('activation_checkpointing') or ()
+    layers = moe_layers(unwrapped(runner))
+    allowed = 'modules without MoE layers, and none of their parts; grad_checkpointing takes those'
+    for name in [named] if isinstance(named, str) else named:
+        within = any(f'{layer}.'.startswith(f'{name}.') for layer in layers)
+        parts = any(f'{name}.'.startswith(f'{layer}.') for layer in layers)
+        check(not (within or parts), 'activation_checkpointing', name, allowed)
 
 
 @HOOKS.register_module()
@@ -55,8 +66,9 @@ class MoeStateHook(Hook):
         """Tells layers and model that a training begins.
 
         Raises:
-            ValueError: As `fit_features`.
+            ValueError: As `fit_features`, or mmengine repeats what has auxiliary losses.
         """
+        _check_repeated(runner)
         if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
             fit_features(runner)  # which is first told there how images are normalised
         unwrapped(runner).state_is_moved = True

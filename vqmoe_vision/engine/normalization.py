@@ -52,7 +52,7 @@ def weights_normalization(
     checkpoint = checkpoint or arguments.get('checkpoint_path')
     upcycle = arguments.get('upcycle')
     overlay = arguments.get('pretrained_cfg_overlay') or {}
-    found = stated_normalization(overlay, 'pretrained_cfg_overlay')
+    found = stated_normalization(overlay, 'pretrained_cfg_overlay.')
     if not has_weights(checkpoint, arguments):
         if found is not None:
             told = f'pretrained_cfg_overlay: images are normalised with {in_words(found)}'

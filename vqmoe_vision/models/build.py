@@ -159,7 +159,7 @@ def _overlay(kwargs: dict[str, Any]) -> dict[str, Any]:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     channels = kwargs.get('in_chans')
     channels = channels if type(channels) is int and channels > 0 else 3  # refused by the model
-    numbers = stated_normalization(overlay, 'pretrained_cfg_overlay', channels=channels)
+    numbers = stated_normalization(overlay, 'pretrained_cfg_overlay.', channels=channels)
     return overlay if numbers is None else {**overlay, **vars(numbers)}
 
 

@@ -21,6 +21,7 @@ from .arguments import (
 from .build import known_by_name, load_whole
 from .described import Described
 from .hosts import MODULES, MOE_HOST, Transformer, method_of
+from .normalization import check_normalization
 from .saved import record_arguments
 from .sources import (
     GIVEN,
@@ -70,6 +71,8 @@ def create_model(
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
     check_one_source(kwargs)
+    if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
+        check_normalization(stated, 'pretrained_cfg.')
     if path := kwargs.get('checkpoint_path'):
         kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
     sparse: dict[str, Any] = {}

@@ -83,29 +83,14 @@ class Normalization:
         return (pixels - mean) / std
 
 
-def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
-    """Refuse numbers of a configuration that no images can have.
-
-    Args:
-        config: timm's `pretrained_cfg`, which may say nothing of them.
-        prefix: As `Normalization.of`.
-
-    Raises:
-        ValueError: It has such numbers.
-    """
-    if {'mean', 'std'} <= config.keys():
-        channels = (config.get('input_size') or (3,))[0]
-        Normalization.of(config, channels=channels, prefix=prefix)
-
-
 def stated_normalization(
-    config: Mapping[str, Any], field: str, scale: float = 1.0, channels: int = 3
+    config: Mapping[str, Any], prefix: str, scale: float = 1.0, channels: int = 3
 ) -> Normalization | None:
     """What somebody states, who has to state both numbers: half of a pair has no other half.
 
     Args:
         config: What is stated, perhaps 'mean' and 'std'.
-        field: What the user calls all of it.
+        prefix: As `Normalization.of`.
         scale: As `Normalization.of`.
         channels: As `Normalization.of`.
 
@@ -119,9 +104,25 @@ def stated_normalization(
     if not given:
         return None
     other = 'std' if given[0] == 'mean' else 'mean'
-    allowed = f'beside {field}.{other}, mean and std or neither of them'
-    check(len(given) == 2, f'{field}.{given[0]}', config[given[0]], allowed)
-    return Normalization.of(config, scale, channels, f'{field}.')
+    allowed = f'beside {prefix}{other}, mean and std or neither of them'
+    check(len(given) == 2, f'{prefix}{given[0]}', config[given[0]], allowed)
+    return Normalization.of(config, scale, channels, prefix)
+
+
+def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a configuration of timm that no images can be prepared by.
+
+    Args:
+        config: timm's `pretrained_cfg`, which may say nothing of it.
+        prefix: As `Normalization.of`.
+
+    Raises:
+        ValueError: As `stated_normalization`, or its `input_size` is none.
+    """
+    size = config.get('input_size')
+    valid = size is None or (isinstance(size, list | tuple) and len(size) == 3)
+    check(valid, f'{prefix}input_size', size, '(channels, height, width)')
+    stated_normalization(config, prefix, channels=size[0] if size else 3)
 
 
 def _per_channel(value: Any, field: str, scale: float, channels: int) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         for field, pair in ((_FIELD, given), (f'{_FIELD}.from_scratch', scratch or {})):
             for name, value in pair.items():
                 check(isinstance(value, list | tuple), f'{field}.{name}', value, _PER_CHANNEL)
-            stated_normalization(pair, field, _WHITE)
+            stated_normalization(pair, f'{field}.', _WHITE)
     if scratch is None:
         return config, ('mean', 'std')
     return {**config, **scratch, **given}, tuple(given)

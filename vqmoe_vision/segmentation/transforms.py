@@ -33,7 +33,8 @@ class Albumentations(BaseTransform):
             them, such as `OneOf`, is a list of the same kind.
 
     Raises:
-        ValueError: albumentations does not know a type, or would ignore an argument.
+        ValueError: albumentations does not know a type, would ignore an argument, or gives class 0
+            to pixels from outside whatever it is told.
     """
 
     def __init__(self, transforms: list[dict[str, Any]]) -> None:
@@ -66,6 +67,8 @@ def _build(config: dict[str, Any]) -> Any:
     kind = getattr(albumentations, name, None)
     if kind is None:
         raise ValueError(f'type={name!r} is not in albumentations {albumentations.__version__}')
+    allowed = 'another: its pixels from outside have class 0; ElasticTransform is much the same'
+    check(name != 'GridElasticDeform', 'type', name, allowed)
     known = inspect.signature(kind).parameters
     for argument in arguments:
         if argument not in known:
