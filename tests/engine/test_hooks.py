@@ -73,6 +73,7 @@ def test_layers_hear_how_long_the_training_is() -> None:
     model_of_run = SimpleNamespace(routed_model=model)
     runner = SimpleNamespace(
         model=model_of_run,
+        cfg={},
         max_iters=250,
         optim_wrapper=sgd_wrapper(model),
         hooks=[CheckpointFitHook()],  # which fits what reads images
@@ -91,6 +92,7 @@ def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPa
     wrapper = sgd_wrapper(model, accumulate=2)
     wrapper.initialize_count_status(model, 0, 5)
     runner: Any = SimpleNamespace(model=SimpleNamespace(routed_model=model), max_iters=5)
+    runner.cfg = {}
     runner.optim_wrapper = wrapper
     runner.hooks = [CheckpointFitHook()]
     announced: list[int] = []

@@ -158,7 +158,8 @@ def backbone_of(path: str, config: Config, options: Sequence[str] = ()) -> Backb
 
 
 def _moe_blocks(path: str, field: str, model: dict[str, Any], options: Sequence[str]) -> int:
-    depth = parse_options(options).get(f'{field}.depth', model.get('depth'))
+    stated = [option for option in options if option.startswith(f'{field}.depth=')]
+    depth = parse_options(stated).get(f'{field}.depth', model.get('depth'))
     if depth is None:
         depth = _depth(model['model_name'])
     check(type(depth) is int and depth > 0, f'{path}: {field}.depth', depth, 'a whole number')

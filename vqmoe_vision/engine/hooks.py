@@ -29,7 +29,9 @@ _ROUTING = 'routing_statistics'
 
 
 def _check_repeated(runner: Runner) -> None:
-    named = runner.cfg.get('activation_checkpointing') or ()
+    named = runner.cfg.get('activation_checkpointing')
+    if not named:
+        return
     layers = moe_layers(unwrapped(runner))
     allowed = 'modules without MoE layers, and none of their parts; grad_checkpointing takes those'
     for name in [named] if isinstance(named, str) else named:
