@@ -146,8 +146,8 @@ $(VENV)/.seg,analyze $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench $(VENV)/.release:
 	@touch $@
 
 # uv takes the lower bound of everything that pyproject.toml names, and the newest of what that asks
-# for. opencv-python, which onedl-mmcv and others ask for, would put another version over the files of the
-# headless one.
+# for. opencv-python, which onedl-mmcv and others ask for, would put another version over the files
+# of the headless one.
 $(OLDEST)/.dev: pyproject.toml
 	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' || { \
 	    echo "make oldest needs Python 3.10: make oldest OLDEST_PYTHON=/path/to/python3.10"; exit 1; }

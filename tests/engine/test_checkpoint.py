@@ -258,6 +258,13 @@ def test_weights_of_a_run_and_of_others_are_read(tmp_path: Path) -> None:
         assert read.keys() == {'w'} and torch.equal(read['w'], state['w']), name
 
 
+def built_by(field: str, path: str) -> dict[str, Any]:
+    """Arguments by which a model has weights once it is built; none if they come later."""
+    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
+    ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
+    return ways.get(field, {})
+
+
 @pytest.mark.parametrize('averages', [None, 'state_dict_ema', 'model_ema'])
 @pytest.mark.parametrize('field', ['load_from', 'checkpoint', 'checkpoint_path', 'upcycle', 'file'])
 def test_a_checkpoint_of_timms_script_is_read_by_every_way(
@@ -269,15 +276,14 @@ def test_a_checkpoint_of_timms_script_is_read_by_every_way(
         content = torch.load(path, weights_only=False)
         last = {name: value + 1 for name, value in content['state_dict'].items()}
         torch.save({**content, averages: content['state_dict'], 'state_dict': last}, path)
-    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
-    ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
-    model = tiny('vit_tiny_smoe', **ways.get(field, {}))
+    model = tiny('vit_tiny_smoe', **built_by(field, path))
     if field == 'load_from':
         model.load_state_dict(_load_checkpoint(path, map_location='cpu')['state_dict'])
     elif field == 'checkpoint':
         start_from(model, path)
     torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
-    assert weights_normalization(model, None, ways.get(field, {'checkpoint_path': path})) is None
+    arguments = built_by(field, path) or {'checkpoint_path': path}
+    assert weights_normalization(model, None, arguments) is None
 
 
 def test_files_that_are_not_weights(tmp_path: Path) -> None:
@@ -348,9 +354,7 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
         distilled.project.mul_(-1)  # the parameter behind the frozen copy means nothing
     path = str(tmp_path / 'finished.pth')
     torch.save(finished.state_dict(), path)
-    overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
-    ways = {'upcycle': {field: path}, 'checkpoint_path': {field: path}, 'file': overlay}
-    arguments = {**SIZES, 'num_experts': 2, **ways.get(field, {})}
+    arguments = {**SIZES, 'num_experts': 2, **built_by(field, path)}
     model: Any = create_model('vit_tiny_stablemoe', **arguments).eval()
     loaded = model.blocks[1].mlp.router.distilled
     assert loaded.frozen == (field != 'checkpoint')  # who builds a model to use it gets it as it is

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from vqmoe_vision.engine.options import parse_options
-from vqmoe_vision.models.arguments import resolve_moe_layers
+from vqmoe_vision.models.arguments import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import Transformer, method_of
 from vqmoe_vision.models.moe_options import STARTS
@@ -147,28 +147,31 @@ def backbone_of(path: str, config: Config, options: Sequence[str] = ()) -> Backb
         size = name.split('_')[1]
         if size not in SIZES:
             raise ValueError(f'{path}: {field}.model_name={name!r} is of no size of {[*SIZES]}')
-        moe_blocks = _moe_blocks(path, field, model, options)
+        moe_blocks = _moe_blocks(path, field, model, SIZES[size]['depth'], options)
         return Backbone(path, field, size, False, started, moe_blocks)
     if moe is None:
         return Backbone(path, field, None, True, started)
     if moe.get('method') not in METHODS:
         raise ValueError(f'{path}: {field}.moe.method={moe.get("method")!r} must be {[*METHODS]}')
-    moe_blocks = _moe_blocks(path, field, model, options)
+    moe_blocks = _moe_blocks(path, field, model, _depth(name), options)
     return Backbone(path, field, None, False, started, moe_blocks)
 
 
-def _moe_blocks(path: str, field: str, model: dict[str, Any], options: Sequence[str]) -> int:
-    stated = [option for option in options if option.startswith(f'{field}.depth=')]
-    depth = parse_options(stated).get(f'{field}.depth', model.get('depth'))
-    if depth is None:
-        depth = _depth(model['model_name'])
-    check(type(depth) is int and depth > 0, f'{path}: {field}.depth', depth, 'a whole number')
-    chosen = {**(model.get('moe') or {})}.get('moe_layers', 'every2')
+def _moe_blocks(
+    path: str, field: str, model: dict[str, Any], depth: int, options: Sequence[str]
+) -> int:
+    option = f'{field}.depth'
+    of_all_rows = parse_options([each for each in options if each.startswith(f'{option}=')])
+    stated = of_all_rows.get(option, model.get('depth'))
+    depth = depth if stated is None else stated
+    check(type(depth) is int and depth > 0, f'{path}: {option}', depth, 'a whole number')
+    chosen = (model.get('moe') or {}).get('moe_layers', MOE_LAYERS)
     return len(resolve_moe_layers(chosen, depth))
 
 
 @cache
 def _depth(model_name: str) -> int:
+    """Of a model of timm, which alone knows it."""
     with structure_only():
         model = create_model(model_name)
     allowed = "one of timm's VisionTransformers or Evas"

@@ -37,6 +37,9 @@ FAILURES = (
     ValueError,
 )  # fmt: skip
 
+# Which blocks hold an MoE layer unless a model is told otherwise.
+MOE_LAYERS = 'every2'
+
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices of the blocks that hold an MoE layer.

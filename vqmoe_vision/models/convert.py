@@ -17,7 +17,7 @@ from ..moe.host import Host, RawPatches
 from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import check_method, moe_options, resolve_moe_layers
+from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .layers import build_layer, host_of, scale_fresh_experts
@@ -37,7 +37,7 @@ def convert_to_moe(
     model: nn.Module,
     method: str,
     *,
-    moe_layers: str | Sequence[int] = 'every2',
+    moe_layers: str | Sequence[int] = MOE_LAYERS,
     upcycling: Upcycling | dict[str, Any] | None = None,
     **options: Any,
 ) -> Report:
@@ -75,7 +75,7 @@ def convert_to_moe(
 def put_fresh_layers(
     model: nn.Module,
     method: str,
-    moe_layers: str | Sequence[int] = 'every2',
+    moe_layers: str | Sequence[int] = MOE_LAYERS,
     upcycling: Upcycling | dict[str, Any] | None = None,
     **options: Any,
 ) -> None:

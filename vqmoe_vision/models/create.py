@@ -71,6 +71,7 @@ def create_model(
     dense = method_of(model_name) is None
     _check_moe(model_name, moe, kwargs)
     check_one_source(kwargs)
+    # of a dense model without weights too, which `check_sources` does not see
     if isinstance(stated := kwargs.get('pretrained_cfg'), dict):
         check_normalization(stated, 'pretrained_cfg.')
     if path := kwargs.get('checkpoint_path'):

@@ -17,6 +17,7 @@ from ..moe.host import RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import (
+    MOE_LAYERS,
     check_experts,
     check_method,
     check_names,
@@ -189,7 +190,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         self,
         *,
         method: str,
-        moe_layers: str | Sequence[int] = 'every2',
+        moe_layers: str | Sequence[int] = MOE_LAYERS,
         fix_init: bool = False,
         upcycling: Upcycling | dict[str, Any] | None = None,
         **kwargs: Any,
