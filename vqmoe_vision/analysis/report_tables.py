@@ -14,6 +14,8 @@ MEANINGS = {
     'dead_experts': 'experts that received nothing from any image',
     'unrouted': 'share of tokens without any expert',
     'changed_by_chance': 'share of tokens that would change if experts were drawn from the load',
+    'tokens_per_slot': 'how many tokens a slot mixes; if all evenly, their mean',
+    'slots_per_token': 'of how many slots a token mixes the answers',
     'mutual_information': 'what the expert says about the class, in nats, 0 if nothing',
     'normalized_mutual_information': 'the same, from 0 to 1: one of them tells the other',
     'code_perplexity': 'how many codes are in use, weighted by how often',

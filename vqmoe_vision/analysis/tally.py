@@ -1,7 +1,7 @@
 """What is counted of one MoE layer over any number of images.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token,
-C classes, M codes.
+C classes, M codes, P slots per expert.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Seen:
 
 
 class ExpertTally:
-    """How one decider, or the slots of SoftMoE, use the experts.
+    """How one decider uses the experts.
 
     Args:
         num_experts: E.
@@ -76,15 +76,6 @@ class ExpertTally:
         )
         self._add(assigned, first[..., 1:], of_expert, weight, seen)
 
-    def add_shares(self, shares: Tensor, seen: Seen) -> None:
-        """Take a batch of a layer that gives every token a share of every expert.
-
-        Args:
-            shares: (B, N, E), sums to 1.
-            seen: The batch.
-        """
-        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
-
     def _add(
         self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
     ) -> None:
@@ -115,6 +106,40 @@ class ExpertTally:
             normalized = measures.normalized_mutual_information(self.by_class)
             numbers['normalized_mutual_information'] = normalized
         return numbers
+
+
+class SlotTally(ExpertTally):
+    """How the slots of SoftMoE use the experts: every token has a share of each.
+
+    Args:
+        num_experts: E.
+        num_classes: C, 0 without labels.
+    """
+
+    def __init__(self, num_experts: int, num_classes: int) -> None:
+        super().__init__(num_experts, num_classes)
+        self.mixed = {'tokens_per_slot': 0.0, 'slots_per_token': 0.0}
+        self.mixtures = dict.fromkeys(self.mixed, 0)
+
+    def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
+        """Take a batch.
+
+        Args:
+            dispatch: (B, N, E, P), sums to 1 over N.
+            combine: (B, N, E, P), sums to 1 over E and P.
+            seen: The batch.
+        """
+        shares = combine.sum(dim=-1)
+        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
+        tokens, slots = measures.mixed(dispatch, 1), measures.mixed(combine.flatten(2), 2)
+        for name, found in (('tokens_per_slot', tokens), ('slots_per_token', slots)):
+            self.mixed[name] += found.sum().item()
+            self.mixtures[name] += found.numel()
+
+    def numbers(self) -> dict[str, float]:
+        """The measures by name."""
+        means = {name: total / self.mixtures[name] for name, total in self.mixed.items()}
+        return {**super().numbers(), **means}
 
 
 class CodebookTally:
@@ -167,7 +192,8 @@ class LayerTally:
     """
 
     def __init__(self, name: str, layer: MoeLayer, num_classes: int) -> None:
-        self.name, self.layer, self.num_classes = name, layer, num_classes
+        self.name, self.layer = name, layer
+        self._sizes = layer.experts.num_experts, num_classes
         self.experts: dict[str, ExpertTally] = {}
         self.codebooks: dict[str, CodebookTally] = {}
         self.before, self.after = TokenMoments(), TokenMoments()
@@ -193,19 +219,18 @@ class LayerTally:
             # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
             scores[name] = -self.codebooks[name].add(record.inputs, codes)[..., None]
         for name, experts in record.experts.items():
-            self._tally(name).add(experts, record.weights[name], scores[name], seen)
-        if record.combine is not None:
-            self._tally('slots').add_shares(record.combine.sum(dim=-1), seen)
+            decider = self.experts.setdefault(name, ExpertTally(*self._sizes))
+            decider.add(experts, record.weights[name], scores[name], seen)
+        if record.dispatch is not None and record.combine is not None:
+            slots = self.experts.setdefault('slots', SlotTally(*self._sizes))
+            assert isinstance(slots, SlotTally)
+            slots.add_slots(record.dispatch, record.combine, seen)
         if record.gates is not None:
             gates = record.gates.double().sum((0, 1))
             self.gates = gates if self.gates is None else self.gates + gates
         # a layer has one codebook, or none
         codes = next(iter(record.codes.values()), torch.full(record.inputs.shape[:2], -1))
         self.sample.add(tokens, codes.flatten())
-
-    def _tally(self, name: str) -> ExpertTally:
-        num_experts = self.layer.experts.num_experts
-        return self.experts.setdefault(name, ExpertTally(num_experts, self.num_classes))
 
     def survey(self) -> LayerSurvey:
         """Everything seen so far.

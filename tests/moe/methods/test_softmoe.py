@@ -188,6 +188,29 @@ def test_large_logits_stay_in_float32(make_layer, preset, dtype):
     assert logits.dtype == getattr(torch, dtype)
 
 
+def test_the_scale_starts_where_it_is_told(make_layer):
+    torch.manual_seed(0)
+    paper, sharp = make_layer('softmoe').layer, make_layer('softmoe', init_scale=14.0).layer
+    sharp.slot_embed.data.copy_(paper.slot_embed.data)
+    x = torch.randn(2, 5, D)
+    torch.testing.assert_close(sharp.mixing_logits(x), 14 * paper.mixing_logits(x))
+    with torch.no_grad():
+        sharp.scale.fill_(3)
+    sharp.init_weights()
+    assert sharp.scale == 14
+
+
+@pytest.mark.parametrize('scale', [0.0, -1.0, float('inf'), float('nan')])
+def test_an_impossible_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=r'init_scale=.* is not possible: above 0 and finite'):
+        METHODS['softmoe'].config(init_scale=scale)
+
+
+def test_rms_norms_have_no_scale_to_start(make_layer):
+    with pytest.raises(ValueError, match=r"init_scale=.*slot_norm='rms'"):
+        make_layer('softmoe', preset='lucidrains', init_scale=2.0)
+
+
 def test_there_is_no_auxiliary_loss(layer):
     with collect_losses(layer) as collected:
         layer(torch.randn(2, 5, D))

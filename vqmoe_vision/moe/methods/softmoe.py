@@ -52,6 +52,8 @@ class SoftMoEConfig(MoeConfig):
         slots_per_token: Slots in all over the patches that the model has when it is built, in place
             of `slots_per_expert`; rounded to whole slots per expert.
         slot_norm: 'l2' as in the paper, or 'rms'.
+        init_scale: Where the learned scale of 'l2' starts, the paper's 1. Unit vectors of D numbers
+            have products of about D ** -0.5, so that mixtures are almost even until it has grown.
 
     Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
     comparisons has; 'lucidrains'.
@@ -63,12 +65,16 @@ class SoftMoEConfig(MoeConfig):
         'lucidrains': {'slot_norm': 'rms'},
     }
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'slots': {'slots_per_expert': 3}}
+    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
+        'slots': {'slots_per_expert': 3, 'init_scale': 8.0},
+    }
     # no EXACT_UPCYCLING: experts see mixtures of tokens, however equal they are
+    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'init_scale'})
 
     slots_per_expert: int | None = None
     slots_per_token: float | None = None
     slot_norm: str = 'l2'
+    init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +86,11 @@ class SoftMoEConfig(MoeConfig):
         together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
         self.require('slots_per_expert', slots is None or ratio is None, together)
         self.require('slot_norm', self.slot_norm in ('l2', 'rms'), "'l2' or 'rms'")
+        self.require('init_scale', 0 < self.init_scale < math.inf, 'above 0 and finite')
+
+    def unused(self) -> dict[str, str]:
+        """With RMS norms there is no scale."""
+        return {'init_scale': "slot_norm='rms'"} if self.slot_norm == 'rms' else {}
 
 
 class SoftMoEMlp(MoeLayer):
@@ -120,11 +131,12 @@ class SoftMoEMlp(MoeLayer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Slots with the paper's lecun normal (their length does not matter), scale one."""
+        """Slots with the paper's lecun normal (their length does not matter), gains one."""
         nn.init.normal_(self.slot_embed, std=self.slot_embed.shape[1] ** -0.5)
-        for gain in (self.scale, self.slot_gain):
-            if gain is not None:
-                nn.init.ones_(gain)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.config.init_scale)
+        if self.slot_gain is not None:
+            nn.init.ones_(self.slot_gain)
 
     def mixing_logits(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The one logits tensor behind both softmaxes; (B, N, D) -> (B, N, S).
