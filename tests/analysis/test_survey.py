@@ -121,8 +121,8 @@ def test_slots_mix_all_or_one(make_tiny, scale: float, tokens: int, slots: int) 
     model = make_tiny('softmoe', init_scale=scale)
     numbers = look(model, torch.rand(4, 3, 32, 32)).layers[NAME].numbers
     # of logits up to 0.001 shares are even but for a thousandth; those of 10,000 may have near ties
-    assert numbers['slots/tokens_per_slot'] == pytest.approx(tokens, rel=0.05)
-    assert numbers['slots/slots_per_token'] == pytest.approx(slots, rel=0.05)
+    assert numbers['slots/mixed_tokens'] == pytest.approx(tokens, rel=0.05)
+    assert numbers['slots/mixed_slots'] == pytest.approx(slots, rel=0.05)
 
 
 def test_what_slots_mix_is_a_mean_over_images_not_batches(make_tiny) -> None:
@@ -130,7 +130,7 @@ def test_what_slots_mix_is_a_mean_over_images_not_batches(make_tiny) -> None:
     record = recorded(model, images)[NAME]
     numbers = look(model, images[:4], images[4:]).layers[NAME].numbers
     of_slots, of_tokens = record.dispatch.flatten(2).movedim(1, 2), record.combine.flatten(2)
-    for name, shares in {'tokens_per_slot': of_slots, 'slots_per_token': of_tokens}.items():
+    for name, shares in {'mixed_tokens': of_slots, 'mixed_slots': of_tokens}.items():
         each = [2 ** -(p * p.log2()).sum().item() for p in shares.flatten(0, 1).double()]
         assert 2 < numbers[f'slots/{name}'] < 15
         assert numbers[f'slots/{name}'] == pytest.approx(sum(each) / len(each), rel=1e-4)

@@ -118,7 +118,7 @@ class SlotTally(ExpertTally):
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         super().__init__(num_experts, num_classes)
-        self.mixed = {'tokens_per_slot': 0.0, 'slots_per_token': 0.0}
+        self.mixed = {'mixed_tokens': 0.0, 'mixed_slots': 0.0}
         self.mixtures = dict.fromkeys(self.mixed, 0)
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
@@ -132,7 +132,7 @@ class SlotTally(ExpertTally):
         shares = combine.sum(dim=-1)
         self._add(shares.sum((0, 1)), shares, shares, shares, seen)
         tokens, slots = measures.mixed(dispatch, 1), measures.mixed(combine.flatten(2), 2)
-        for name, found in (('tokens_per_slot', tokens), ('slots_per_token', slots)):
+        for name, found in (('mixed_tokens', tokens), ('mixed_slots', slots)):
             self.mixed[name] += found.sum().item()
             self.mixtures[name] += found.numel()
 
