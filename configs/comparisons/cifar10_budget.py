@@ -13,7 +13,7 @@ rows = dict(
     vqmoe_discrete='vqmoe model.moe.form=discrete',
     vqmoe_continuous='vqmoe model.moe.form=continuous',
     vqmoe_32_codes='vqmoe model.moe.num_codes=32',
-    # its slots mix all tokens almost evenly to the end; at about the root of the width they need not
+    # its slots mix all tokens almost evenly to the end; from the root of the width they need not
     softmoe_scale_11='softmoe model.moe.init_scale=11.0',
 )
 # for tools/analyze.py: a checkpoint of every epoch, and what the routing did

@@ -107,6 +107,13 @@ def test_mixup_has_options_of_the_model(name: str) -> None:
         Classifier('vit_tiny_patch16_224', mixup={name: 0.1}, **SMALL)
 
 
+@pytest.mark.parametrize('value', [1.0, 10, -0.1, float('nan'), '0.1', True])
+@pytest.mark.parametrize('mixup', [None, {}])
+def test_an_impossible_label_smoothing_is_refused(value: Any, mixup: dict | None) -> None:
+    with pytest.raises(ValueError, match=r'^label_smoothing=.* is not possible: '):
+        Classifier('vit_tiny_patch16_224', mixup=mixup, label_smoothing=value, **SMALL)
+
+
 def test_label_smoothing_without_mixup() -> None:
     model = Classifier('vit_tiny_patch16_224', label_smoothing=0.2, **SMALL)
     with torch.no_grad():

@@ -111,6 +111,14 @@ def test_the_longest_custom_key_wins_as_in_mmengine() -> None:
             r"\['head'\]\.lr_mult='ten' is not possible: float",
         ),
         (
+            {'custom_keys': {'head': {'lr_mult': -1.0}}},
+            r"\['head'\]\.lr_mult=-1.0 is not possible: at least 0 and finite",
+        ),
+        (
+            {'custom_keys': {'head': {'lr_mult': float('nan')}}},
+            r"\['head'\]\.lr_mult=nan is not possible: at least 0 and finite",
+        ),
+        (
             {'custom_keys': {'hed': {'lr_mult': 2.0}}},
             r"\['hed'\] is in no name .* model\.cls_token",
         ),

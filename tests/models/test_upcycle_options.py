@@ -1,5 +1,6 @@
 """Noise, dropped units and splits: what they do to the experts, and where they have no effect."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,23 @@ def test_noise_is_relative_to_the_weights() -> None:
         assert (change.std() / original.std()).item() == pytest.approx(0.1, rel=0.05)
         assert not torch.equal(change[0], change[1])
         assert torch.equal(weights[f'{layer}.bias'][0], getattr(mlp, layer).bias)
+
+
+def test_a_small_share_drops_one_unit() -> None:
+    mlp = mlp_of(64, 256)
+    weights = made(mlp, 256, drop=1e-4)
+    for expert in range(4):
+        assert (weights['fc1.weight'][expert] == mlp.fc1.weight).all(dim=1).sum() == 255
+
+
+# 4 / 3 of a width, and 4,304 of 1,152 as a SigLIP has: six digits of either make one unit fewer
+@pytest.mark.parametrize(('width', 'hidden'), [(12, 16), (192, 256), (1152, 4304)])
+def test_the_ratio_that_is_told_fits(width: int, hidden: int) -> None:
+    with pytest.raises(ValueError, match='expert_mlp_ratio=') as caught:
+        upcycle(mlp_of(width, hidden).state_dict(), Experts(1, width, 8), Upcycling(), 'an MLP')
+    told = re.search(r'expert_mlp_ratio=([0-9.]+) fits', str(caught.value))
+    assert told is not None
+    assert int(width * float(told[1])) == hidden
 
 
 def test_dropped_units_are_drawn_like_those_they_replace() -> None:

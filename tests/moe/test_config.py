@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from vqmoe_vision.moe import METHODS, MoeConfig, collect_losses
 from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.config import TopKConfig, check
+from vqmoe_vision.moe.config import TopKConfig, check, types_of
 
 PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.config.PRESETS]
 
@@ -85,7 +86,7 @@ def test_a_router_that_cannot_learn_is_refused(method):
         ('smoe', {'preset': 'frozen', 'z_weight': 0.1}, 'z_weight'),
         ('smoe', {'preset': ['frozen']}, 'preset'),
         ('xmoe', {'gate': 'tanh'}, 'gate'),
-        ('xmoe', {'router_dim': 0}, 'router_dim'),
+        ('xmoe', {'router_dim': 1}, 'router_dim'),
         ('xmoe', {'temperature': 0.0}, 'temperature'),
         ('xmoe', {'balance_temperature': -1.0}, 'balance_temperature'),
         # all gates would be equal, with no gradient
@@ -142,6 +143,18 @@ def test_a_router_that_cannot_learn_is_refused(method):
 def test_impossible_options_of_a_method(method, options, field):
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
         METHODS[method].config.from_options(**options)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_numbers_that_no_tensor_holds_are_refused(method):
+    kind = METHODS[method].config
+    for name, hint in types_of(kind).items():
+        parts = get_args(hint) or (hint,)
+        sizes = {int: [2**31, 10**400], float: [1e-40, 1e40, 10**400]}
+        for value in (size for part in parts for size in sizes.get(part, [])):
+            with pytest.raises(ValueError, match=f'^{name}=.* is not possible: ') as refusal:
+                kind(**{name: value})
+            assert '\n' not in str(refusal.value)
 
 
 @pytest.mark.parametrize('codebook', CODEBOOKS)

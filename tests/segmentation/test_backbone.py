@@ -88,6 +88,8 @@ def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
             r'model\.backbone\.init_cfg=.*a\.pth.* is .*model\.backbone\.checkpoint=FILE',
         ),
         (dict(norm_eps=0.0), 'norm_eps=0.0 is not possible: above 0'),
+        (dict(norm_eps=1e6), 'norm_eps=1000000.0 is not possible: .* at most 0.01'),
+        (dict(norm_eps='1e-6'), "norm_eps='1e-6' is not possible: float is expected"),
         (dict(out_indices=(2,)), r'out_indices=\(2,\) must rise'),
         (dict(out_indices=-2), 'out_indices=-2 must rise'),
         (dict(model_name='eva02_tiny_patch14_224', moe=dict(method='smoe')), r'MLPs \(SwiGLU\)'),

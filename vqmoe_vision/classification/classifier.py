@@ -21,7 +21,7 @@ from vqmoe_vision.engine.start import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.config import check, check_type
 
 from .image_classification import ImageClassification
 from .source import source
@@ -39,7 +39,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         num_classes: Number of classes C.
         mixup: Keyword arguments of `timm.data.Mixup`, such as `mixup_alpha` and `cutmix_alpha`; it
             mixes pairs of images, and refuses a training with an odd batch.
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Share of the target that is spread over all classes, below 1.
         data_preprocessor: mmengine's; by default moves the batch to the device, without waiting.
         checkpoint: File for a vision transformer to start from, with any number of classes: of a
             classification or segmentation run of this package (.pth), of timm (.pth or
@@ -76,6 +76,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
             data_preprocessor = dict(type='BaseDataPreprocessor', non_blocking=True)
         super().__init__(data_preprocessor=data_preprocessor)
         self.num_classes = num_classes
+        check_type('label_smoothing', float, label_smoothing)
+        check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
         check(
             'backbone' not in model_kwargs,
             'model.backbone',

@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -169,6 +170,8 @@ def _checked(custom_keys: Any) -> dict[str, dict[str, float]]:
                     f'it takes {" and ".join(_MULTIPLIERS)}'
                 )
             check_type(f'{named}[{key!r}].{name}', float, value)
+            possible = value >= 0 and math.isfinite(value)
+            check(possible, f'{named}[{key!r}].{name}', value, 'at least 0 and finite')
     return custom_keys
 
 

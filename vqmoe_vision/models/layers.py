@@ -55,6 +55,18 @@ def host_of(model: Any, raw_patches: RawPatches) -> Host:
     return Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
 
 
+def mlp_ratio_of(features: int, width: int) -> float | None:
+    """Ratio by which timm gives an MLP as many hidden features; None if no ratio does.
+
+    Args:
+        features: Hidden ones.
+        width: Of tokens.
+    """
+    ratio = features / width
+    # timm rounds the product down
+    return next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
+
+
 def build_layer(
     method: str,
     config: MoeConfig,

@@ -22,7 +22,7 @@ from ..moe import moe_layers
 from .arguments import FAILURES
 from .feature_network import READER, FeatureViT
 from .hosts import timms_class
-from .options_that_fit import mlp_ratio_of
+from .layers import mlp_ratio_of
 from .raw_patches import RawPatchBlock
 from .state_dicts import CLASSIFIERS, HEADS, StateDict, block_of, is_square, layer_of, shorten
 from .structure import structure_only

@@ -19,7 +19,7 @@ from ..moe import moe_layers
 from ..moe.config import MoeConfig, types_of
 from ..moe.host import Host, RawPatches
 from ..moe.methods import METHODS
-from .layers import build_layer, host_of
+from .layers import build_layer, host_of, mlp_ratio_of
 from .state_dicts import StateDict, part_of
 from .structure import structure_only
 from .would_fit import in_words
@@ -197,18 +197,6 @@ class _Search:
         elif bool in kinds:
             values += [False, True]
         return list(dict.fromkeys(values))
-
-
-def mlp_ratio_of(features: int, width: int) -> float | None:
-    """Ratio by which timm gives an MLP as many hidden features; None if no ratio does.
-
-    Args:
-        features: Hidden ones.
-        width: Of tokens.
-    """
-    ratio = features / width
-    # timm rounds the product down
-    return next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
 
 
 def _named(kind: type[MoeConfig]) -> list[Options]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..moe.config import check, check_type, types_of
 from ..moe.experts import Experts, SeparateLinear
+from .layers import mlp_ratio_of
 from .state_dicts import StateDict, shorten
 
 # Arguments of a model that say what its weights began as; no model is built again with them.
@@ -36,9 +37,9 @@ class Upcycling:
     Args:
         noise: Gaussian noise on the weights of every expert, over the standard deviation of each
             weight matrix (a variant of arXiv 2212.05055, which found little in it).
-        drop: Share of the hidden units of every expert that are drawn anew, from a normal
-            distribution with mean and standard deviation of what they replace ("Drop-Upcycling",
-            Nakamura et al., ICLR 2025, arXiv 2502.19261, where it is 0.5).
+        drop: Share of the hidden units of every expert that are drawn anew, at least one, from a
+            normal distribution with mean and standard deviation of what they replace
+            ("Drop-Upcycling", Nakamura et al., ICLR 2025, arXiv 2502.19261, where it is 0.5).
         split: For experts narrower than the MLP: its hidden units are shuffled and dealt to the
             experts, as often as it takes (Qwen2, arXiv 2407.10671, section 2.2.2). The second
             layer is scaled by F / H, so that the mean over experts is the answer of the MLP.
@@ -185,9 +186,10 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         check(hidden < dense, 'upcycling.split', True, narrower)
     elif hidden != dense:
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
+        ratio = mlp_ratio_of(dense, width) or dense / width
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '
-            f'expert_mlp_ratio={dense / width:g} fits{cut}'
+            f'expert_mlp_ratio={ratio} fits{cut}'
         )
 
 
@@ -203,10 +205,10 @@ def _deal(number: int, hidden: int, dense: int) -> Tensor:
 def _redraw(expert: StateDict, share: float) -> None:
     """Draws hidden units of one expert anew, in place."""
     hidden = expert['fc1.weight'].shape[0]
-    chosen = torch.randperm(hidden)[: round(share * hidden)]
+    chosen = torch.randperm(hidden)[: max(round(share * hidden), 1)]
     # what belongs to a hidden unit: a row of the first layer, its bias, a column of the second
     for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
-        if part is not None and len(chosen):
+        if part is not None:
             old = part[chosen].float()
             spread = old.std(correction=0)
             part[chosen] = (old.mean() + spread * _normal(old)).to(part.dtype)

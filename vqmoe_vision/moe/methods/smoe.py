@@ -154,8 +154,9 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         )
         self.require(
             'router_init_scale',
-            0 < self.router_init_scale < math.inf,
-            'above 0 and finite: with 0 all tokens tie and take the same experts',
+            1e-4 <= self.router_init_scale <= 1e3,
+            'from 1e-4, below which tokens tie and take the same experts, to 1e3, above which the '
+            'router is too sure to learn',
         )
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
@@ -269,7 +270,8 @@ class SMoERouter(TopKRouter):
             return None
         # a tensor, as no file of torch.export holds math.ceil of a batch of any size
         assigned = torch.scalar_tensor(indices.numel(), dtype=torch.float64)
-        capacity = (assigned * factor / config.num_experts).ceil().long()
+        # of a factor beyond all bounds int64 would make a negative number
+        capacity = (assigned * factor / config.num_experts).ceil().minimum(assigned).long()
         priority = weights[:, 0] if config.batch_prioritized else None
         return within_capacity(indices, config.num_experts, capacity, priority)
 

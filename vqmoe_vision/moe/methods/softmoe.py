@@ -82,8 +82,8 @@ class SoftMoEConfig(MoeConfig):
         slots = self.slots_per_expert
         self.require('slots_per_expert', slots is None or slots >= 1, 'at least 1, or None')
         ratio = self.slots_per_token
-        valid = ratio is None or 0 < ratio < math.inf
-        self.require('slots_per_token', valid, 'above 0, or None')
+        valid = ratio is None or 0 < ratio <= 1000
+        self.require('slots_per_token', valid, 'above 0 and at most 1000, or None')
         together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
         self.require('slots_per_expert', slots is None or ratio is None, together)
         self.require('slot_norm', self.slot_norm in ('l2', 'rms'), "'l2' or 'rms'")

@@ -55,7 +55,8 @@ class XMoEConfig(BalancedConfig, TopKConfig):
     Args:
         top_k: Experts per token.
         gate: 'softmax' or 'sigmoid', the form of (6).
-        router_dim: R; None gives E / 2, at least 2.
+        router_dim: R; None gives E / 2, at least 2. Cosines of one number are 1 or -1, by which all
+            experts of a sign tie.
         temperature: Initial tau; None takes the paper's for the gate form.
         learn_temperature: Whether tau is learned.
         balance_temperature: tau_0; None takes the paper's for the gate form.
@@ -110,7 +111,7 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         check_renormalize(self.renormalize, self.top_k)
         check_weights(self, 'balance_weight')
         dim = self.router_dim
-        self.require('router_dim', dim is None or dim >= 1, 'at least 1, or None for E / 2')
+        self.require('router_dim', dim is None or dim >= 2, 'at least 2, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
             valid = value is None or 0 < value < math.inf
