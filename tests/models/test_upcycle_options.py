@@ -89,15 +89,16 @@ def test_noise_is_relative_to_the_weights() -> None:
         assert torch.equal(weights[f'{layer}.bias'][0], getattr(mlp, layer).bias)
 
 
-def test_a_small_share_drops_one_unit() -> None:
+def test_a_small_share_drops_two_units_whole() -> None:
     mlp = mlp_of(64, 256)
     weights = made(mlp, 256, drop=1e-4)
     for expert in range(4):
-        assert (weights['fc1.weight'][expert] == mlp.fc1.weight).all(dim=1).sum() == 255
+        assert (weights['fc1.weight'][expert] == mlp.fc1.weight).all(dim=1).sum() == 254
+        assert (weights['fc1.bias'][expert] == mlp.fc1.bias).sum() == 254
 
 
 # 4 / 3 of a width, and 4,304 of 1,152 as a SigLIP has: six digits of either make one unit fewer
-@pytest.mark.parametrize(('width', 'hidden'), [(12, 16), (192, 256), (1152, 4304)])
+@pytest.mark.parametrize(('width', 'hidden'), [(12, 16), (192, 256), (1152, 4304), (832, 960)])
 def test_the_ratio_that_is_told_fits(width: int, hidden: int) -> None:
     with pytest.raises(ValueError, match='expert_mlp_ratio=') as caught:
         upcycle(mlp_of(width, hidden).state_dict(), Experts(1, width, 8), Upcycling(), 'an MLP')

@@ -150,11 +150,19 @@ def test_numbers_that_no_tensor_holds_are_refused(method):
     kind = METHODS[method].config
     for name, hint in types_of(kind).items():
         parts = get_args(hint) or (hint,)
-        sizes = {int: [2**31, 10**400], float: [1e-40, 1e40, 10**400]}
+        sizes = {int: [2**31, 10**400], float: [1e-40, 1e40, 10**40, 10**400]}
         for value in (size for part in parts for size in sizes.get(part, [])):
             with pytest.raises(ValueError, match=f'^{name}=.* is not possible: ') as refusal:
-                kind(**{name: value})
+                kind.from_options(**{name: value})
             assert '\n' not in str(refusal.value)
+
+
+def test_a_number_that_an_option_bounds_closer_is_told_its_bounds():
+    kind = METHODS['softmoe'].config
+    for value in (10**10, 1e31):
+        with pytest.raises(ValueError, match=r'init_scale=.* is not possible: from 1e-4 to 1e4'):
+            kind.from_options(init_scale=value)
+    assert METHODS['smoe'].config.from_options(capacity_factor=10**10).capacity_factor == 10**10
 
 
 @pytest.mark.parametrize('codebook', CODEBOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,16 +56,17 @@ def host_of(model: Any, raw_patches: RawPatches) -> Host:
     return Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
 
 
-def mlp_ratio_of(features: int, width: int) -> float | None:
-    """Ratio by which timm gives an MLP as many hidden features; None if no ratio does.
+def mlp_ratio_of(features: int, width: int) -> float:
+    """Ratio by which timm gives an MLP as many hidden features.
 
     Args:
         features: Hidden ones.
         width: Of tokens.
     """
     ratio = features / width
-    # timm rounds the product down
-    return next((r for r in (round(ratio, 4), ratio) if int(width * r) == features), None)
+    # timm rounds the product down: the next number above the quotient is always enough
+    possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
+    return next(r for r in possible if int(width * r) == features)
 
 
 def build_layer(

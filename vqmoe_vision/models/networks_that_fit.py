@@ -148,7 +148,7 @@ def _told(state: StateDict, kind: Arguments, positions: int | None = None) -> di
     first = re.compile(r'blocks\.\d+\.mlp\.fc1(_g)?\.weight')
     mlp = next((v for name, v in state.items() if first.fullmatch(name) and v.ndim == 2), None)
     if mlp is not None:
-        told['mlp_ratio'] = mlp_ratio_of(mlp.shape[0], width) or mlp.shape[0] / width
+        told['mlp_ratio'] = mlp_ratio_of(mlp.shape[0], width)
     for pattern, present, absent in kind:
         there = any(re.search(pattern, name) for name in state)
         told |= present if there else absent if absent is not None else {}

@@ -115,7 +115,7 @@ class _Search:
             theirs: Shapes of one of the checkpoint.
         """
         _, hidden, width = ours['experts.fc1.weight']
-        ratio = mlp_ratio_of(hidden, width) or hidden / width
+        ratio = mlp_ratio_of(hidden, width)
         return cls(host_of(model, RawPatches()), width, ratio, 'experts.fc1.bias' in ours, theirs)
 
     def options(self, method: str, config: MoeConfig) -> list[Options]:

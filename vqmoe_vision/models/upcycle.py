@@ -10,7 +10,6 @@ Legend: E experts, D width, H hidden width of an expert, F hidden width of the d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,8 +36,8 @@ class Upcycling:
     Args:
         noise: Gaussian noise on the weights of every expert, over the standard deviation of each
             weight matrix (a variant of arXiv 2212.05055, which found little in it).
-        drop: Share of the hidden units of every expert that are drawn anew, at least one, from a
-            normal distribution with mean and standard deviation of what they replace
+        drop: Share of the hidden units of every expert that are drawn anew, none or at least two,
+            from a normal distribution with mean and standard deviation of what they replace
             ("Drop-Upcycling", Nakamura et al., ICLR 2025, arXiv 2502.19261, where it is 0.5).
         split: For experts narrower than the MLP: its hidden units are shuffled and dealt to the
             experts, as often as it takes (Qwen2, arXiv 2407.10671, section 2.2.2). The second
@@ -56,8 +55,7 @@ class Upcycling:
         types = types_of(type(self))
         for field in fields(self):
             check_type(f'upcycling.{field.name}', types[field.name], getattr(self, field.name))
-        valid = 0 <= self.noise < math.inf
-        check(valid, 'upcycling.noise', self.noise, 'at least 0 and finite')
+        check(0 <= self.noise <= 100, 'upcycling.noise', self.noise, 'from 0 to 100')
         check(0 <= self.drop <= 1, 'upcycling.drop', self.drop, 'from 0 to 1')
 
 
@@ -186,10 +184,9 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         check(hidden < dense, 'upcycling.split', True, narrower)
     elif hidden != dense:
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
-        ratio = mlp_ratio_of(dense, width) or dense / width
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '
-            f'expert_mlp_ratio={ratio} fits{cut}'
+            f'expert_mlp_ratio={mlp_ratio_of(dense, width)} fits{cut}'
         )
 
 
@@ -205,7 +202,8 @@ def _deal(number: int, hidden: int, dense: int) -> Tensor:
 def _redraw(expert: StateDict, share: float) -> None:
     """Draws hidden units of one expert anew, in place."""
     hidden = expert['fc1.weight'].shape[0]
-    chosen = torch.randperm(hidden)[: max(round(share * hidden), 1)]
+    # the biases of one unit have no spread from which another could be drawn
+    chosen = torch.randperm(hidden)[: max(round(share * hidden), 2)]
     # what belongs to a hidden unit: a row of the first layer, its bias, a column of the second
     for part in (expert['fc1.weight'], expert.get('fc1.bias'), expert['fc2.weight'].t()):
         if part is not None:

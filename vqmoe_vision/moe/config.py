@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -91,8 +92,8 @@ class MoeConfig:
 
     Args:
         num_experts: Number of experts E of a layer.
-        expert_mlp_ratio: Hidden width of an expert over the token width; None takes the
-            `mlp_ratio` of the dense blocks, so an expert has the size of the MLP it replaces.
+        expert_mlp_ratio: Hidden width of an expert over the token width, at most 1000; None takes
+            the `mlp_ratio` of the dense blocks, so an expert has the size of the MLP it replaces.
 
     Raises:
         ValueError: If a field holds an impossible value.
@@ -117,9 +118,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         types = types_of(type(self))
         for field in fields(self):
-            value = getattr(self, field.name)
-            check_type(field.name, types[field.name], value)
-            _check_size(field.name, value)
+            check_type(field.name, types[field.name], getattr(self, field.name))
         self.require('num_experts', self.num_experts >= 1, 'at least 1')
         ratio = self.expert_mlp_ratio
         possible = ratio is None or 0 < ratio <= 1000
@@ -144,6 +143,8 @@ class MoeConfig:
             TypeError: For an option that the method does not have.
         """
         config = cls._of_preset(preset, options)
+        for name, hint in types_of(cls).items():
+            _check_size(name, hint, getattr(config, name))
         for name, reason in config.unused().items():
             check(name not in options, name, options.get(name), f'it has no effect with {reason}')
         return config
@@ -281,12 +282,16 @@ def check_type(name: str, hint: Any, value: object) -> None:
     check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
 
 
-def _check_size(name: str, value: object) -> None:
-    """Refuse numbers that float32 or a shape cannot hold; what is not finite is the option's."""
-    if isinstance(value, Integral):
-        check(abs(int(value)) < 2**31, name, value, 'below 2**31')
-    elif isinstance(value, Real) and math.isfinite(size := abs(float(value))):
+def _check_size(name: str, hint: Any, value: Any) -> None:
+    """Refuse numbers that float32 or a shape cannot hold, of options that do not say it closer."""
+    kinds = get_args(hint) or (hint,)
+    if value is None:
+        return
+    if float in kinds:
+        size = abs(float(value))
         check(size == 0 or 1e-30 <= size <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
+    elif int in kinds:
+        check(value < 2**31, name, value, 'below 2**31')
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -302,6 +307,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return callable(value)
     # bool is an int to Python, but no number of experts
     confused = isinstance(value, bool) and hint is not bool
+    if hint is float and isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:
+        return False
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and not confused
 
 

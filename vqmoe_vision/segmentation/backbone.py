@@ -53,7 +53,7 @@ class TimmViT(BaseModule):
             Experts are made of the MLPs of a dense one. Read when training starts, not for tests.
         features: The same of a dense model of the same shape, for a method that decides by
             features of the image; None where the model starts from one.
-        norm_eps: Added to the variance in every LayerNorm; None for timm's.
+        norm_eps: Added to the variance in every LayerNorm, at most 0.01; None for timm's.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
@@ -62,7 +62,7 @@ class TimmViT(BaseModule):
 
     Raises:
         ValueError: The model or the blocks do not exist, the model is no vision transformer,
-            `norm_eps` is not positive, or an argument is one of mmseg's own backbones.
+            `norm_eps` is not above 0 or above 0.01, or an argument is one of mmseg's own backbones.
         TypeError: The model does not know one of `model_kwargs`.
     """
 

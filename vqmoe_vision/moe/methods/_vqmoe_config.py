@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -160,7 +159,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
         multiple = f'a positive multiple of num_experts={self.num_experts}'
         self.require('num_codes', valid, f'{multiple}, or None for one per expert')
         factor = self.routed_scaling_factor
-        self.require('routed_scaling_factor', 0 < factor < math.inf, 'above 0 and finite')
+        self.require('routed_scaling_factor', 0 < factor <= 1e6, 'above 0 and at most 1e6')
         valid = self.train_router or self.balance_weight == 0
         self.require('balance_weight', valid, '0 with train_router=False')
 

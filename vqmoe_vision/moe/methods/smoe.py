@@ -53,7 +53,8 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         top_k: Experts per token.
         renormalize: Let the weights of the selected experts sum to 1.
         router_bias: Bias in the router.
-        router_init_scale: Variance of the router's start times D; Switch (section 2.4) takes 0.1.
+        router_init_scale: Variance of the router's start times D, from 1e-6 to 1e4; Switch (section
+            2.4) takes 0.1.
         router_noise: Standard deviation of the router noise times E, training only.
         importance_weight: Weight of the importance loss.
         load_weight: Weight of the load loss; needs noise.
@@ -154,9 +155,8 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         )
         self.require(
             'router_init_scale',
-            1e-4 <= self.router_init_scale <= 1e3,
-            'from 1e-4, below which tokens tie and take the same experts, to 1e3, above which the '
-            'router is too sure to learn',
+            1e-6 <= self.router_init_scale <= 1e4,
+            'from 1e-6 to 1e4: with 0 all tokens tie, and with more a router is too sure to learn',
         )
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)

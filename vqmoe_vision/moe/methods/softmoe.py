@@ -52,9 +52,9 @@ class SoftMoEConfig(MoeConfig):
         slots_per_token: Slots in all over the patches that the model has when it is built, in place
             of `slots_per_expert`; rounded to whole slots per expert.
         slot_norm: 'l2' as in the paper, or 'rms'.
-        init_scale: Where the learned scale of 'l2' starts, the paper's 1; loaded weights have their
-            own. Unit vectors of D numbers have products of about D ** -0.5, so that mixtures are
-            almost even until it has grown.
+        init_scale: Where the learned scale of 'l2' starts, from 1e-4 to 1e4, the paper's 1; loaded
+            weights have their own. Unit vectors of D numbers have products of about D ** -0.5, so
+            that mixtures are almost even until it has grown.
 
     Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
     comparisons has; 'lucidrains'.

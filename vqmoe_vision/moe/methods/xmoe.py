@@ -55,8 +55,7 @@ class XMoEConfig(BalancedConfig, TopKConfig):
     Args:
         top_k: Experts per token.
         gate: 'softmax' or 'sigmoid', the form of (6).
-        router_dim: R; None gives E / 2, at least 2. Cosines of one number are 1 or -1, by which all
-            experts of a sign tie.
+        router_dim: R; None gives E / 2, at least 2. In one dimension all experts of a sign tie.
         temperature: Initial tau; None takes the paper's for the gate form.
         learn_temperature: Whether tau is learned.
         balance_temperature: tau_0; None takes the paper's for the gate form.
@@ -114,8 +113,8 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         self.require('router_dim', dim is None or dim >= 2, 'at least 2, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
             value = getattr(self, name)
-            valid = value is None or 0 < value < math.inf
-            self.require(name, valid, "above 0 and finite, or None for the paper's")
+            valid = value is None or 0 < value <= 1e6
+            self.require(name, valid, "above 0 and at most 1e6, or None for the paper's")
 
     def unused(self) -> dict[str, str]:
         """Without the balance loss, what belongs to it."""
