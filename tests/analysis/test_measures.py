@@ -55,13 +55,6 @@ def test_even_load_is_the_other_end() -> None:
     assert measures.usage_perplexity(EVEN) == pytest.approx(E)
 
 
-def test_of_how_many_a_mixture_is_one() -> None:
-    # -(1/2 log2 1/2 + 2/4 log2 1/4) = 1.5 bits; all of one, none of the others: 0 bits
-    shares = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
-    assert measures.mixed(shares, 1).tolist() == pytest.approx([2**1.5, 1])
-    assert measures.mixed(shares.T, 0).tolist() == pytest.approx([2**1.5, 1])
-
-
 def test_load_of_two_of_four_experts() -> None:
     # H(1/2, 1/2) / log 4 = log 2 / log 4 = 1/2; mean 1/4, std 1/4; two codes in even use
     load = torch.tensor([0.5, 0.0, 0.5, 0.0])

@@ -144,6 +144,13 @@ def test_perplexity_known_answers(shares, expected):
     assert routing.perplexity(torch.tensor(shares)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_perplexities_of_many_along_a_dimension():
+    # -(1/2 log2 1/2 + 2/4 log2 1/4) = 1.5 bits; all of one, none of the others: 0 bits
+    shares = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    assert routing.perplexities(shares, dim=1).tolist() == pytest.approx([2**1.5, 1])
+    assert routing.perplexities(shares.T, dim=0).tolist() == pytest.approx([2**1.5, 1])
+
+
 def test_init_orthogonal_has_orthogonal_rows_of_length_a_tenth():
     weight = torch.empty(4, 8)
     routing.init_orthogonal(weight)

@@ -62,21 +62,6 @@ def usage_perplexity(usage: Tensor) -> float:
     return perplexity(usage / usage.sum().clamp(min=1e-300))
 
 
-def mixed(shares: Tensor, dim: int) -> Tensor:
-    """exp(entropy) of the shares of every mixture: of how many it is one, weighted by how much.
-
-    As many as there are if it is even, 1 if one has all of it.
-
-    Args:
-        shares: Sum to 1 along `dim`, any shape.
-        dim: Of what is mixed.
-
-    Returns:
-        float64, without `dim`.
-    """
-    return torch.special.entr(shares.double()).sum(dim).exp()
-
-
 def mutual_information(counts: Tensor) -> float:
     """Mutual information of expert and class, H(expert) + H(class) - H(expert, class), in nats.
 

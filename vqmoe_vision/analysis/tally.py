@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
+from vqmoe_vision.moe.routing import perplexities
 
 from . import measures
 from .record import LayerRecord, on_patches
@@ -118,8 +119,8 @@ class SlotTally(ExpertTally):
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         super().__init__(num_experts, num_classes)
+        self.images = 0
         self.mixed = {'mixed_tokens': 0.0, 'mixed_slots': 0.0}
-        self.mixtures = dict.fromkeys(self.mixed, 0)
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
         """Take a batch.
@@ -131,14 +132,16 @@ class SlotTally(ExpertTally):
         """
         shares = combine.sum(dim=-1)
         self._add(shares.sum((0, 1)), shares, shares, shares, seen)
-        tokens, slots = measures.mixed(dispatch, 1), measures.mixed(combine.flatten(2), 2)
-        for name, found in (('mixed_tokens', tokens), ('mixed_slots', slots)):
-            self.mixed[name] += found.sum().item()
-            self.mixtures[name] += found.numel()
+        self.images += len(combine)
+        for name, found in {
+            'mixed_tokens': perplexities(dispatch, dim=1),
+            'mixed_slots': perplexities(combine.flatten(2), dim=2),
+        }.items():
+            self.mixed[name] += found.flatten(1).mean(dim=1).sum().item()
 
     def numbers(self) -> dict[str, float]:
         """The measures by name."""
-        means = {name: total / self.mixtures[name] for name, total in self.mixed.items()}
+        means = {name: total / self.images for name, total in self.mixed.items()}
         return {**super().numbers(), **means}
 
 

@@ -6,7 +6,6 @@ A assignments of a token to an expert (T * K where every token has K), C capacit
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -135,7 +134,20 @@ def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -
 
 def perplexity(shares: Tensor) -> float:
     """exp(entropy) of shares (M,): M if all are even, 1 if one takes everything."""
-    return math.exp(torch.special.entr(shares.double()).sum().item())
+    return perplexities(shares, dim=0).item()
+
+
+def perplexities(shares: Tensor, dim: int) -> Tensor:
+    """The same of many at once.
+
+    Args:
+        shares: Sum to 1 along `dim`, any shape.
+        dim: Of what has the shares.
+
+    Returns:
+        float64, without `dim`.
+    """
+    return torch.special.entr(shares.double()).sum(dim).exp()
 
 
 def init_lecun_normal(weight: Tensor, scale: float = 1.0) -> None:

@@ -62,7 +62,7 @@ class TimmViT(BaseModule):
 
     Raises:
         ValueError: The model or the blocks do not exist, the model is no vision transformer,
-            `norm_eps` is not above 0 or above 0.01, or an argument is one of mmseg's own backbones.
+            `norm_eps` is out of range, or an argument is one of mmseg's own backbones.
         TypeError: The model does not know one of `model_kwargs`.
     """
 
