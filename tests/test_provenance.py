@@ -26,6 +26,23 @@ def test_what_chooses_the_kernels_of_a_processor_stands_beside_its_name(
     assert processor() == f'{name}, LD_PRELOAD=a.so:b.so, ONEDNN_MAX_CPU_ISA=AVX2'
 
 
+def test_processors_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the machines that the rows of this repository come from are plain AMD EPYC."""
+    for variable in provenance._CHOOSE_KERNELS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(provenance, '_CPUINFO', tmp_path / 'cpuinfo')
+    without = processor()  # as outside Linux
+    for core in (0, 1):
+        with (tmp_path / 'cpuinfo').open('a') as file:
+            file.write(f'processor\t: {core}\ncpu family\t: 26\nmodel\t\t: {2 + core}\n')
+            file.write('model name\t: AMD EPYC\n\n')
+    assert processor() == 'AMD EPYC (family 26, model 2)'
+    (tmp_path / 'cpuinfo').write_text('processor\t: 0\nBogoMIPS\t: 50\n')  # as on ARM
+    assert processor() == without
+
+
 def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, '__file__', str(tmp_path / 'provenance.py'))
     assert commit() is None  # there is no checkout

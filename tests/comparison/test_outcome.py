@@ -217,6 +217,17 @@ def test_figures_of_a_part_have_names_of_their_own(fill, says) -> None:
     assert all(name.startswith('spec-part') for name in files())
 
 
+def test_a_figure_that_cannot_be_drawn_any_more_is_removed(fill, says) -> None:
+    """It would show rows that the new table leaves out."""
+    path = fill({'dense': [10.0, 20.0], 'better': [12.0, 21.0]})
+    says('table', path)
+    assert {'spec-differences.png', 'spec-differences.pdf', 'spec-curves.png'} <= files().keys()
+    for row in Path('docs/results/rows/spec').glob('better-*'):
+        row.write_text('damaged')
+    says('table', path)
+    assert not any('differences' in name for name in files()) and 'spec-curves.png' in files()
+
+
 def test_figures_that_depend_on_no_reference_are_drawn_once(fill, says) -> None:
     says('table', fill(SCORES), '--reference', 'same')
     figures = {name for name in files() if name.endswith('.png')}

@@ -89,12 +89,13 @@ IMAGES = [
 def test_images_of_documents_are_those_of_their_rows(path, says, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
-    options = '--results', str(tmp_path), '--images', str(tmp_path)
+    made_here = tmp_path / 'images'
+    options = '--results', str(tmp_path), '--images', str(made_here)
     says('table', f'configs/comparisons/{path.name}', *options)
     names = read_comparison(str(path)).images.values()
-    assert {made.stem for made in tmp_path.glob('*.png')} == set(names)
+    assert {made.stem for made in made_here.glob('*.png')} == set(names)
     for name in names:
-        made, kept = (Image.open(f / f'{name}.png') for f in (tmp_path, Path('docs/images')))
+        made, kept = (Image.open(f / f'{name}.png') for f in (made_here, Path('docs/images')))
         if made.info['Software'] != kept.info['Software']:
             pytest.skip(f'the image was drawn by {kept.info["Software"]}, whose letters differ')
         assert made.size == kept.size and made.tobytes() == kept.tobytes(), name

@@ -64,6 +64,12 @@ def test_a_name_like_no_other_gets_none() -> None:
         load_config('xyz/qqqq.py')
 
 
+def test_a_file_that_is_no_config_by_its_name(tmp_path: Path) -> None:
+    (path := tmp_path / 'results.md').touch()
+    with pytest.raises(ValueError, match=r"results\.md' must end in \.py, \.yml, \.yaml, \.json$"):
+        load_config(str(path))
+
+
 # mmengine leaves the copy of the config open that it was reading
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 def test_a_base_that_the_package_lacks(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .tables import frame_of, notes, shift_table, shown
 
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _DPI = 110
+_FIGURES = ('curves', 'differences', 'shifts', 'collapse', 'inconsistency', 'convergence')
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
@@ -95,7 +96,8 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
         folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
             `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
             `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on,
-            with another reference `<name>-reference-<row>-differences` and `-shifts` alone.
+            with another reference `<name>-reference-<row>-differences` and `-shifts` alone. Those
+            of before that cannot be drawn any more are removed.
 
     Returns:
         The files.
@@ -104,11 +106,16 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
         ValueError: One of them is a folder.
     """
     written = []
-    for name, figure in _figures(outcome).items():
+    figures = _figures(outcome)
+    for name in _FIGURES:
         # without the time and the version of matplotlib
         for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-            written.append(_file(folder / f'{outcome.name}-{name}.{kind}'))
-            figure.savefig(written[-1], metadata=metadata, dpi=_DPI)
+            file = _file(folder / f'{outcome.name}-{name}.{kind}')
+            if name not in figures:
+                file.unlink(missing_ok=True)
+                continue
+            figures[name].savefig(file, metadata=metadata, dpi=_DPI)
+            written.append(file)
     return written
 
 
@@ -117,7 +124,7 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
 
     Args:
         outcome: The whole comparison.
-        folder: Where documents look for them.
+        folder: Where documents look for them; made if it is not there.
 
     Returns:
         The files, which say what version of matplotlib has drawn them: another one draws other
@@ -125,7 +132,7 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
 
     Raises:
         ValueError: A part or another reference is shown, no image is named, there is no such
-            figure, or no run can be used.
+            figure, no run can be used, or the folder cannot be written.
     """
     comparison = outcome.comparison
     if outcome.partial:
@@ -138,6 +145,7 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
     if not comparison.images:
         raise ValueError(f'--images: {comparison.name} names no images')
     frame_of(outcome)  # says so where there is nothing to draw
+    make_folder(folder)
     figures, written = _figures(outcome), []
     for figure, name in comparison.images.items():
         if figure not in figures:
@@ -166,6 +174,7 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
         'shifts': plot_differences(comparison, outcome.shifted_differences),
         **({} if turned else plot_routing(comparison, outcome.results)),
     }
+    assert figures.keys() <= {*_FIGURES}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 

@@ -11,6 +11,7 @@ from vqmoe_vision.installed import config_path
 from .former_configs import replacement
 
 _PREFIX = 'vqmoe_vision::'
+_SUFFIXES = ('.py', '.yml', '.yaml', '.json')  # those that mmengine reads
 
 
 def find_config(path: str, where: str = '') -> str:
@@ -22,13 +23,15 @@ def find_config(path: str, where: str = '') -> str:
 
     Raises:
         FileNotFoundError: It does not exist.
-        ValueError: It is a folder.
+        ValueError: It is a folder, or no config by its name.
     """
     file = config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
     if Path(file).is_dir():
         raise ValueError(f'config {path!r}{where} is a folder')
     if not Path(file).is_file():
         raise missing_config(path, where)
+    if Path(file).suffix not in _SUFFIXES:
+        raise ValueError(f'config {path!r}{where} must end in {", ".join(_SUFFIXES)}')
     return file
 
 
