@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,27 +13,15 @@ import pytest
 from scipy.stats import t
 
 from vqmoe_vision.comparison.outcome import Outcome
-from vqmoe_vision.comparison.runs import WORK_DIR, Run
-from vqmoe_vision.comparison.shared import completed
-from vqmoe_vision.comparison.spec import read_comparison
+from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.statistics import Scores
-from vqmoe_vision.comparison.store import Store
+from vqmoe_vision.comparison.work import Work
 
 from ..rows import CONFIGS
 
 ROOT = CONFIGS.parent
 ROWS = ROOT / 'docs/results/rows'
-DOCUMENTS = [
-    ROOT / name
-    for name in (
-        'README.md',
-        'docs/compare.md',
-        'docs/findings.md',
-        'docs/methods.md',
-        'docs/results.md',
-        'docs/which-method.md',
-    )
-]
+DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # '-0.71 (-1.62 to +0.19' and '-0.71, -1.62 to +0.19'; in prose, 'by 0.71 (-1.62 to +0.19'
 INTERVAL = re.compile(
     r'([+-]?\d+\.\d+)(?: \(|, )(?:95 % interval )?([+-]\d+\.\d+) to ([+-]\d+\.\d+)'
@@ -50,12 +39,9 @@ Interval = tuple[float, float, float]
 
 def outcomes() -> Iterator[Outcome]:
     for folder in sorted(ROWS.iterdir()):
-        comparison = read_comparison(str(CONFIGS / f'comparisons/{folder.name}.py'))
-        runs = [Run(comparison, row, seed, WORK_DIR) for row, seed in comparison.selected()]
-        results = Store(folder).read(runs)
-        if comparison.start is not None:
-            results = completed(results, Store(ROWS / comparison.start.comparison.name))
-        yield Outcome(comparison, results)
+        spec = str(CONFIGS / f'comparisons/{folder.name}.py')
+        work = Work(Namespace(spec=spec, work_dir=WORK_DIR, results=ROWS.parent), whole=True)
+        yield Outcome(work.comparison, work.read())
 
 
 def sets_of_scores(outcome: Outcome) -> Iterator[Scores]:
