@@ -1,16 +1,15 @@
-"""Scores and intervals that documents print are those of the rows that are checked in."""
+"""Scores, intervals and p that documents print are those of the rows that are checked in."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from scipy.stats import t
+from scipy.stats import t, ttest_rel
 
 from vqmoe_vision.comparison.outcome import Outcome
 from vqmoe_vision.comparison.runs import WORK_DIR
@@ -26,6 +25,8 @@ DOCUMENTS = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 INTERVAL = re.compile(
     r'([+-]?\d+\.\d+)(?: \(|, )(?:95 % interval )?([+-]\d+\.\d+) to ([+-]\d+\.\d+)'
 )
+# and what follows: ', p = 0.04', ', p below 0.001', or ') | 0.040 |' in a table
+P = re.compile(INTERVAL.pattern + r'(?:\) \|(?: p)? |\)?,? p (?:= )?)(below |< )?([01]\.\d+|1)\b')
 # the scores of a row by seed, and their mean if the next cell has it
 SCORES = re.compile(r'\| (\d+\.\d\d(?:, \d+\.\d\d){2,}) \|(?: (\d+\.\d\d) \|)?')
 # what no score is of: differences of the shares of tokens that keep their expert, and of errors
@@ -34,7 +35,10 @@ OTHERS = {
     'findings.md': {(0.019, -0.009, 0.048), (0.004, -0.005, 0.013)},
     'results.md': {(0.056, 0.032, 0.08), (0.057, 0.034, 0.079)},
 }
+# p that is corrected for another number than the rows beside a reference, as its line says
+FAMILIES = {'results.md': {((0.25, -0.42, -0.08), 0.1)}}
 Interval = tuple[float, float, float]
+Known = Mapping[Interval, set[float]]
 
 
 def outcomes() -> Iterator[Outcome]:
@@ -71,29 +75,50 @@ def as_printed(mean: float, low: float, high: float, digits: int) -> Interval:
     return round(abs(mean), digits), round(low, digits) + 0.0, round(high, digits) + 0.0
 
 
-def intervals_of(outcome: Outcome) -> Iterator[Interval]:
+def holm(alone: Mapping[str, float], planned: int) -> dict[str, float]:
+    """Each p times the number of comparisons that are left with it, and never below one before."""
+    corrected, least = {}, 0.0
+    for rank, row in enumerate(sorted(alone, key=alone.__getitem__)):
+        least = max(least, min(1.0, alone[row] * (planned - rank)))
+        corrected[row] = least
+    return corrected
+
+
+def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
+    """Every interval that the rows give, and p of it alone and corrected for all rows."""
     if outcome.screens:  # with the noise of all rows
         for reference in outcome.scores:
             turned = Outcome(outcome.comparison, outcome.results, reference=reference)
-            for each in turned.differences.values():
-                yield each.mean, each.low, each.high
+            for row, each in turned.differences.items():
+                yield (each.mean, each.low, each.high), {each.p, turned.corrected[row]}
         return
     for scores in sets_of_scores(outcome):
-        for one, other in itertools.permutations(scores, 2):
-            seeds = sorted(scores[one].keys() & scores[other].keys())
-            if len(seeds) > 1:
-                yield interval([scores[one][seed] - scores[other][seed] for seed in seeds])
+        for reference in scores:
+            pairs = {}
+            for row in scores.keys() - {reference}:
+                seeds = scores[row].keys() & scores[reference].keys()
+                if len(seeds) > 1:
+                    pairs[row] = [[scores[each][s] for s in seeds] for each in (row, reference)]
+            # the same run under two names has no p
+            p = {r: float(ttest_rel(a, b).pvalue) for r, (a, b) in pairs.items() if a != b}
+            corrected = holm(p, len(outcome.comparison.rows) - 1)
+            for row, (a, b) in pairs.items():
+                found = interval([x - y for x, y in zip(a, b, strict=True)])
+                yield found, {p[row], corrected[row]} if row in p else set()
 
 
 @pytest.fixture(scope='module')
-def known() -> tuple[set[Interval], set[tuple[float, ...]]]:
-    """Every interval that rows give, with one digit and with two, and every row's scores."""
+def known() -> tuple[Known, set[tuple[float, ...]]]:
+    """Every interval that rows give, with one digit and with two, its p, and rows' scores."""
     patched = pytest.MonkeyPatch()
     patched.chdir(ROOT)
-    intervals, scores = set(), set()
+    intervals: dict[Interval, set[float]] = {}
+    scores = set()
     for outcome in outcomes():
-        for each in intervals_of(outcome):
-            intervals |= {as_printed(*each, digits) for digits in (1, 2)}
+        for (mean, low, high), p in differences_of(outcome):
+            for turned in ((mean, low, high), (-mean, -high, -low)):  # prose may turn a difference
+                for digits in (1, 2):
+                    intervals.setdefault(as_printed(*turned, digits), set()).update(p)
         for by_row in sets_of_scores(outcome):
             scores |= {tuple(round(of[s], 2) for s in sorted(of)) for of in by_row.values()}
     patched.undo()
@@ -110,6 +135,23 @@ def test_intervals_of_documents_are_those_of_rows(path: Path, known) -> None:
             if printed not in known[0] and printed not in OTHERS.get(path.name, ()):
                 wrong.append(f'{number}: {found[0]}')
     assert not wrong
+
+
+def test_p_of_documents_are_those_of_rows(known) -> None:
+    wrong, count = [], 0
+    for path in DOCUMENTS:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for found in P.finditer(line):
+                count += 1
+                mean, low, high = map(float, found.groups()[:3])
+                below, p = found.groups()[3:]
+                printed, digits = (abs(mean), low + 0.0, high + 0.0), len(p.partition('.')[2])
+                if (printed, float(p)) in FAMILIES.get(path.name, ()):
+                    continue
+                own = known[0].get(printed, set())
+                if not any(x < float(p) if below else round(x, digits) == float(p) for x in own):
+                    wrong.append(f'{path.name}:{number}: {found[0]}')
+    assert count and not wrong
 
 
 def test_scores_of_tables_are_those_of_rows(known) -> None:
