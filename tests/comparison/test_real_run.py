@@ -30,7 +30,9 @@ shifts = dict(
 """
 
 
-def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_every_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     (tmp_path / 'digits.py').write_text(SPEC)
     folders = ['--work-dir', str(tmp_path / 'work'), '--results', str(tmp_path)]
@@ -87,6 +89,12 @@ def test_a_run_leaves_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     assert (tmp_path / 'rows/digits/vqmoe-seed3.json').stat().st_mtime_ns == before
+    # trained again elsewhere it has another loss, and its checkpoint is not the row's
+    record['training_loss'][-1][1] += 1e-5
+    next((tmp_path / 'work').rglob('run.json')).write_text(json.dumps(record))
+    capsys.readouterr()
+    compare(['routing', str(tmp_path / 'digits.py'), *folders])
+    assert capsys.readouterr().out.strip().endswith('the training of: vqmoe-seed3')
 
 
 def test_a_corruption_stands_for_all_fifteen() -> None:

@@ -150,7 +150,7 @@ def _routing(args: argparse.Namespace) -> None:
 
 def _say_absent(names: list[str]) -> None:
     if names:
-        print(f'checkpoints are not here: {", ".join(names)}')
+        print(f'no checkpoint is here of the training of: {", ".join(names)}')
 
 
 def _check(args: argparse.Namespace) -> None:

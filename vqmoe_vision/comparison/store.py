@@ -177,10 +177,15 @@ class Store:
         Returns:
             Contents of the rows that count, their runs whose checkpoints are here, and the names of
             the others.
+
+        Raises:
+            ValueError: The record of a training is damaged.
         """
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
-        absent = [run.name for run in finished if not _has_checkpoint(run.folder)]
+        absent = [
+            run.name for run in finished if not _has_checkpoint(run, usable[run.row, run.seed])
+        ]
         return usable, [run for run in finished if run.name not in absent], absent
 
     def stale(self, run: Run) -> str | None:
@@ -253,8 +258,17 @@ class Store:
             save(self.folder / 'checks.json', checks)
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return (folder / POINTER).is_file() and last_checkpoint(folder).is_file()
+def _has_checkpoint(run: Run, content: dict[str, Any]) -> bool:
+    """Whether the checkpoint of a row is here, and not that of another training of its name.
+
+    The same seed on another machine is another training, and one of it may have been cut short.
+    """
+    folder, record = run.folder, run.folder / 'run.json'
+    if not (
+        record.is_file() and (folder / POINTER).is_file() and last_checkpoint(folder).is_file()
+    ):
+        return False
+    return load(record).get('training_loss') == content['training_loss']
 
 
 def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
