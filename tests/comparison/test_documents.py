@@ -125,42 +125,46 @@ def known() -> tuple[Known, set[tuple[float, ...]]]:
     return intervals, scores
 
 
+def found_in(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
+    """Every match of a line, and what to say of it: where it stands, and what is printed."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        for found in pattern.finditer(line):
+            yield f'{path.name}:{number}: {found[0]}', found
+
+
+def interval_of(found: re.Match[str]) -> Interval:
+    """What `INTERVAL` has matched, as the keys of what is known."""
+    mean, low, high = map(float, found.groups()[:3])
+    return abs(mean), low + 0.0, high + 0.0
+
+
 @pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
 def test_intervals_of_documents_are_those_of_rows(path: Path, known) -> None:
-    wrong = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        for found in INTERVAL.finditer(line):
-            mean, low, high = map(float, found.groups())
-            printed = abs(mean), low + 0.0, high + 0.0
-            if printed not in known[0] and printed not in OTHERS.get(path.name, ()):
-                wrong.append(f'{number}: {found[0]}')
-    assert not wrong
+    right = known[0].keys() | OTHERS.get(path.name, set())
+    assert not [said for said, found in found_in(path, INTERVAL) if interval_of(found) not in right]
 
 
 def test_p_of_documents_are_those_of_rows(known) -> None:
     wrong, count = [], 0
     for path in DOCUMENTS:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            for found in P.finditer(line):
-                count += 1
-                mean, low, high = map(float, found.groups()[:3])
-                below, p = found.groups()[3:]
-                printed, digits = (abs(mean), low + 0.0, high + 0.0), len(p.partition('.')[2])
-                if (printed, float(p)) in FAMILIES.get(path.name, ()):
-                    continue
-                own = known[0].get(printed, set())
-                if not any(x < float(p) if below else round(x, digits) == float(p) for x in own):
-                    wrong.append(f'{path.name}:{number}: {found[0]}')
+        for said, found in found_in(path, P):
+            count += 1
+            below, p = found.groups()[3:]
+            printed, digits = interval_of(found), len(p.partition('.')[2])
+            if (printed, float(p)) in FAMILIES.get(path.name, ()):
+                continue
+            own = known[0].get(printed, set())
+            if not any(x < float(p) if below else round(x, digits) == float(p) for x in own):
+                wrong.append(said)
     assert count and not wrong
 
 
 def test_scores_of_tables_are_those_of_rows(known) -> None:
     wrong, count = [], 0
-    for number, line in enumerate((ROOT / 'docs/results.md').read_text().splitlines(), 1):
-        for found in SCORES.finditer(line):
-            count += 1
-            scores = tuple(map(float, found[1].split(', ')))
-            mean = f'{sum(scores) / len(scores):.2f}'
-            if scores not in known[1] or found[2] not in (None, mean):
-                wrong.append(f'{number}: {found[0]}')
+    for said, found in found_in(ROOT / 'docs/results.md', SCORES):
+        count += 1
+        scores = tuple(map(float, found[1].split(', ')))
+        mean = f'{sum(scores) / len(scores):.2f}'
+        if scores not in known[1] or found[2] not in (None, mean):
+            wrong.append(said)
     assert count and not wrong
