@@ -21,6 +21,8 @@ from vqmoe_vision.engine.process_group import (
 from vqmoe_vision.engine.processes import Processes
 from vqmoe_vision.engine.rank_errors import plain_error
 
+from ..groups import alone
+
 SLURM = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID')
 
 
@@ -98,14 +100,11 @@ class BiasUnused(torch.nn.Linear):
 
 
 def test_parameters_without_a_gradient_are_one_line() -> None:
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with alone():
         model = DistributedDataParallel(BiasUnused(2, 2))
         model(torch.ones(2)).sum().backward()
         with pytest.raises(RuntimeError) as raised:
             model(torch.ones(2))
-    finally:
-        dist.destroy_process_group()
     error = plain_error(raised.value, 60)
     assert isinstance(error, ValueError)
     assert 'got no gradient' in str(error) and 'find_unused_parameters=True' in str(error)
@@ -119,12 +118,9 @@ def test_batch_norms_over_processes_are_those_of_each_on_a_cpu(
     monkeypatch.setattr(process_group, 'print_log', lambda line, logger: told.append(line))
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
     names = list(model.state_dict())
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with alone():
         wrapped = kind(module=model)
         wrapped(torch.randn(2, 3, 4, 4)).sum().backward()
-    finally:
-        dist.destroy_process_group()
     assert [line[:48] for line in told] == ['sync_bn needs GPUs: as sync_bn=None on a CPU, wh']
     assert list(getattr(wrapped, 'module', wrapped).state_dict()) == names
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
@@ -24,16 +23,16 @@ from vqmoe_vision.engine.checkpoint_files import (
 from vqmoe_vision.engine.sharded_saves import SavesInParts, whole_state, write_parts
 from vqmoe_vision.models.weight_files import IN_PARTS
 
+from ..groups import alone
 from ..soak.bits import same
 from .test_sharded_saves import first, folders, forge
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """A group of one process, whose tensors are spread all the same."""
-    dist.init_process_group('gloo', f'file://{tmp_path}/init', rank=0, world_size=1)
-    yield init_device_mesh('cpu', (1,))
-    dist.destroy_process_group()
+def mesh() -> Iterator[DeviceMesh]:
+    """One process, over which tensors are spread all the same."""
+    with alone():
+        yield init_device_mesh('cpu', (1,))
 
 
 def write(file: Path, content: dict) -> None:
@@ -58,10 +57,8 @@ class Writer:
 
 
 @pytest.mark.parametrize('name', ['iter_1.pth', 'iter_2.pth'])
-def test_parts_go_whose_file_cannot_be_written(
-    alone: DeviceMesh, tmp_path: Path, name: str
-) -> None:
-    model = distribute_module(nn.Linear(4, 2), alone)
+def test_parts_go_whose_file_cannot_be_written(mesh: DeviceMesh, tmp_path: Path, name: str) -> None:
+    model = distribute_module(nn.Linear(4, 2), mesh)
     save = Writer(model).saves
     save(str(tmp_path), 'iter_1.pth', save_optimizer=False)
     expected = read_content(str(tmp_path / 'iter_1.pth'))['state_dict']
@@ -77,8 +74,8 @@ def test_parts_go_whose_file_cannot_be_written(
     assert len(folders(tmp_path)) == (1 if name == 'iter_1.pth' else 2)
 
 
-def test_a_disk_that_is_full_amid_a_tensor(alone: DeviceMesh, tmp_path: Path) -> None:
-    spread = distribute_tensor(torch.ones(300_000), alone, [Shard(0)])
+def test_a_disk_that_is_full_amid_a_tensor(mesh: DeviceMesh, tmp_path: Path) -> None:
+    spread = distribute_tensor(torch.ones(300_000), mesh, [Shard(0)])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
     try:
@@ -98,9 +95,9 @@ def write_in_parts(mesh: DeviceMesh, file: Path, value: torch.Tensor) -> None:
 
 @pytest.mark.parametrize('name', ['best.pt', 'iter_1.pth.bak'])
 def test_a_checkpoint_under_another_name_keeps_its_folder(
-    alone: DeviceMesh, tmp_path: Path, name: str
+    mesh: DeviceMesh, tmp_path: Path, name: str
 ) -> None:
-    write_in_parts(alone, tmp_path / 'iter_1.pth', torch.ones(4))
+    write_in_parts(mesh, tmp_path / 'iter_1.pth', torch.ones(4))
     (tmp_path / 'iter_1.pth').rename(tmp_path / name)
     (tmp_path / 'iter_7.1.sharded').mkdir()
     with zipfile.ZipFile(tmp_path / 'notes', 'w') as archive:
@@ -114,8 +111,8 @@ def test_a_checkpoint_under_another_name_keeps_its_folder(
     assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
 
 
-def test_memory_that_does_not_suffice_is_no_damage(alone: DeviceMesh, tmp_path: Path) -> None:
-    write_in_parts(alone, tmp_path / 'iter_2.pth', torch.ones(4))
+def test_memory_that_does_not_suffice_is_no_damage(mesh: DeviceMesh, tmp_path: Path) -> None:
+    write_in_parts(mesh, tmp_path / 'iter_2.pth', torch.ones(4))
 
     def enlarge(said: dict) -> None:
         (chunk,) = first(said)['chunks']
@@ -136,12 +133,12 @@ def test_weights_without_their_parts(tmp_path: Path, under: str) -> None:
             read(str(tmp_path / 'mine.pth'))
 
 
-def test_a_file_that_is_written_again_stays_whole(alone: DeviceMesh, tmp_path: Path) -> None:
+def test_a_file_that_is_written_again_stays_whole(mesh: DeviceMesh, tmp_path: Path) -> None:
     """Until it is replaced: what is written meanwhile has another name."""
     file = tmp_path / 'iter_1.pth'
     old, new = torch.ones(4), torch.zeros(4)
     for value in (old, new):
-        state = {'state_dict': {'weight': distribute_tensor(value, alone, [Shard(0)])}}
+        state = {'state_dict': {'weight': distribute_tensor(value, mesh, [Shard(0)])}}
         content = write_parts(file, state)
         if value is new:
             assert same(read_content(str(file)), {'state_dict': {'weight': old}})

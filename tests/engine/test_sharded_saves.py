@@ -32,7 +32,8 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weight_files import IN_PARTS
 
 from ..forked import spawn
-from ..models.test_sharding import begin, make, train
+from ..groups import begin
+from ..models.test_sharding import make, train
 from ..soak.bits import same
 
 

@@ -19,6 +19,7 @@ from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.moe.experts import Experts
 
 from ..forked import spawn
+from ..groups import begin
 from ..variants import VARIANTS
 
 TINY = {'img_size': 16, 'patch_size': 8, 'depth': 2, 'embed_dim': 16, 'num_heads': 2}
@@ -37,12 +38,6 @@ class Mixtures(TorchDispatchMode):
         if len(dtypes) > 1 and 'copy' not in func.name():
             self.found.add(func.name())
         return func(*args, **(kwargs or {}))
-
-
-def begin(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    init = f'file://{folder}/init'
-    dist.init_process_group('gloo', init, rank=rank, world_size=world)
 
 
 def make(method: str, **options: Any) -> nn.Module:

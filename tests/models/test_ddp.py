@@ -27,6 +27,7 @@ from vqmoe_vision.moe import METHODS, losses, start_training
 from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
 
 from ..forked import spawn
+from ..groups import begin
 from ..variants import VARIANTS
 
 WORLD = 2
@@ -164,13 +165,8 @@ def after_three_steps(method: str, rank: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def join(rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=size)
-
-
 def worker(rank: int, folder: Path) -> None:
-    join(rank, WORLD, folder)
+    begin(rank, WORLD, folder)
     found: dict[str, Any] = {'losses': losses_of_tokens(rank, WORLD)}
     coarse = torch.tensor([1.0, 3.0][rank], dtype=torch.bfloat16)
     (found['coarse'],) = averaged_over_ranks([(coarse, [257, 1][rank])])
@@ -246,7 +242,7 @@ def sharing_variants() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def worker_of_variants(rank: int, folder: Path) -> None:
-    join(rank, 4, folder)
+    begin(rank, 4, folder)
     found = {
         name: three_steps(make(method, **options), 'accumulated and checkpointed')
         for name, (method, options) in sharing_variants().items()

@@ -16,6 +16,7 @@ from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.models.transfer import fit_state
 from vqmoe_vision.moe import METHODS
 
+from ..groups import alone
 from .conftest import TINY, Make, make
 from .test_saved import RECORDS
 
@@ -152,14 +153,10 @@ def test_all_layers_become_discrete_or_none() -> None:
     assert model.state_dict().keys() == names and model.moe_config.form == 'full'
 
 
-def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+def test_a_wrapped_model_is_refused() -> None:
     model: Any = full()
-    store = f'file://{tmp_path / "store"}'
-    torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)
-    try:
+    with alone():
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    finally:
-        torch.distributed.destroy_process_group()
     with pytest.raises(ValueError, match="model='DistributedDataParallel' is not possible: one"):
         to_discrete(wrapped)
     assert model.moe_config.form == 'full'

@@ -27,6 +27,7 @@ from vqmoe_vision.models.sharding import blocks_of, shard_model, spread_dimensio
 from vqmoe_vision.moe import METHODS, collect_losses, start_training, update_state
 
 from ..forked import spawn
+from ..groups import alone, begin
 
 
 def make(method: str, **options: Any) -> nn.Module:
@@ -58,11 +59,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-
-
-def begin(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
 
 
 def compare(rank: int, world: int, expert_processes: int, num_experts: int, folder: Path) -> None:
@@ -118,14 +114,11 @@ def test_blocks_inside_of_others_come_first() -> None:
 
 
 def test_a_number_of_processes_that_is_none() -> None:
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with alone():
         for wrong in ('x', 0, 2):
             message = f'expert_processes={wrong!r} is not possible: it must divide 1,'
             with pytest.raises(ValueError, match=message):
                 shard_model(nn.Linear(2, 2), wrong)  # type: ignore[arg-type]
-    finally:
-        dist.destroy_process_group()
 
 
 def own_bytes(tensors: list[Any]) -> int:

@@ -7,6 +7,7 @@ from vqmoe_vision.moe.codebook_usage import code_usage
 from vqmoe_vision.moe.codebooks import CODEBOOKS
 
 from ..forked import spawn
+from ..groups import begin
 from .codebooks import ZERO, M, same, state
 from .conftest import D
 
@@ -68,10 +69,7 @@ def images_of_all():
 
 
 def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/init', rank=rank, world_size=WORLD
-    )
+    begin(rank, WORLD, folder)
     images, codes = images_of_all()
     part, indices = images[rank::WORLD].flatten(0, 1), codes[rank::WORLD].flatten()
     usage = code_usage(part, indices, M, ZERO, 0, tokens_per_sample=TOKENS).over_ranks()

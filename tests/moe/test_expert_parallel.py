@@ -14,6 +14,7 @@ from vqmoe_vision.moe.expert_parallel import place_experts
 from vqmoe_vision.moe.experts import Experts
 
 from ..forked import spawn
+from ..groups import begin
 from .conftest import D, OneLayer
 
 
@@ -36,8 +37,7 @@ def step(layer: OneLayer, x: Tensor) -> dict[str, Tensor]:
 
 
 def compare(rank: int, world: int, folder: Path, batches: list[int]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
+    begin(rank, world, folder)
     mesh = init_device_mesh('cpu', (world,))
     found: dict[str, Any] = {}
     for method in METHODS:
@@ -69,8 +69,7 @@ def test_equals_all_experts_on_each_process(batches: list[int], tmp_path: Path) 
 
 
 def backward_twice(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=world)
+    begin(rank, world, folder)
     layer = make('smoe')
     place_experts(layer, init_device_mesh('cpu', (world,)))
     generator = torch.Generator().manual_seed(rank)

@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from vqmoe_vision.moe import METHODS, update_state
 
 from ..forked import spawn
+from ..groups import begin
 from .conftest import tiny_segmentor, training_batch
 
 WORLD = 2
 
 
 def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+    begin(rank, WORLD, folder)
     init_default_scope('mmseg')
-    dist.init_process_group('gloo', f'file://{folder}/init', rank=rank, world_size=WORLD)
     found = {}
     for method in METHODS:
         torch.manual_seed(0)
