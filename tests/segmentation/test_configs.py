@@ -198,7 +198,9 @@ def test_the_table_of_configs_says_what_they_have() -> None:
         found.add(f'segmentation/{leaf}.py')
         config = load_config(str(CONFIGS / f'segmentation/{leaf}.py'))
         if cells[3] != 'its own':
-            schedule = Config.fromfile(CONFIGS / '_base_/schedules' / cells[3].strip('`'))
+            file = Path(cells[3].strip('`'))
+            folder = '_base_/schedules' if file.name == str(file) else 'segmentation'
+            schedule = Config.fromfile(CONFIGS / folder / file)
             for name in ('optim_wrapper', 'param_scheduler'):
                 assert config[name] == schedule[name]
         optimizer, rate = cells[4].split(', ')
