@@ -1,4 +1,4 @@
-# Half of ADE20K's iterations, for data sets of a few thousand images.
+# mmsegmentation: SGD, and a polynomial that ends at a tenth. For data sets of some thousand images.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=1e-3, momentum=0.9, weight_decay=0.0),
