@@ -97,6 +97,18 @@ def test_model_and_pipelines(leaf: str) -> None:
         assert logits.shape == (2, config.model.num_classes)
 
 
+@pytest.mark.parametrize('leaf', [*DATA_SETS, BUDGET])
+def test_configs_choose_by_what_training_leaves_out(leaf: str) -> None:
+    config = load_config(str(CONFIGS / leaf))
+    train, val, test = (config[f'{n}_dataloader'].dataset for n in ('train', 'val', 'test'))
+    assert (train.split, val.split, test.split) == ('train', 'dev', 'test')
+    same = [
+        {k: v for k, v in data.items() if k not in ('split', 'transform')} for data in (train, val)
+    ]
+    assert same[0] == same[1]
+    assert val == {**test, 'split': 'dev'}
+
+
 @pytest.mark.parametrize(('leaf', 'size', 'row'), every_two(DATA_SETS))
 def test_every_data_set_takes_every_row_and_size(leaf: str, size: str, row: str) -> None:
     config = load_config(str(CONFIGS / leaf), row_options(row, size))
