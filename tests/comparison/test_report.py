@@ -127,7 +127,7 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
     assert cells[1:-1] == [
         '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '0.148', '+2.00 (-0.48 to +4.48)',
-        '2.00 / 1.00', '10.0', '1.5', '0 / 1', '4.25 / 4.25',
+        '2.00 / 1.00', '10.0', '1.5', '0 / 1', '-', '4.25 / 4.25',
     ]  # fmt: skip
     data = json.loads((TABLES / 'spec.json').read_text())
     assert data['scores']['same'] == {'1': 11.0, '2': 20.0, '3': 29.0}
@@ -181,7 +181,30 @@ def test_a_statistic_that_a_run_lacks_moves_no_layer(
     assert json.loads((TABLES / 'spec.json').read_text())['rows'][2]['unused_experts'] == listed
     shown = (TABLES / 'spec.md').read_text()
     cells = [each.strip() for each in shown.split('\n| same')[1].split('\n')[0].split('|')]
-    assert cells[-3] == cell
+    assert cells[-4] == cell
+
+
+def test_perplexities_are_means_over_seeds_by_layer(fill, says) -> None:
+    path = fill(SCORES)
+    for seed, load in ((1, 7.0), (2, 8.0), (3, 7.5)):
+        row = ROWS / f'same-seed{seed}.json'
+        content = json.loads(row.read_text())
+        content['test'] |= {
+            'blocks.1.mlp/load_perplexity': load,
+            'blocks.3.mlp/load_perplexity': 6.25,
+            'blocks.1.mlp/code_usage_perplexity': load - 1,
+            'blocks.3.mlp/code_usage_perplexity': 3.0,
+        }
+        row.write_text(json.dumps(content))
+    says('table', path)
+    lines = [
+        [each.strip() for each in line.split('|')]
+        for line in (TABLES / 'spec.md').read_text().splitlines()
+    ]
+    (line,) = (line for line in lines if line[1:2] == ['same'])
+    (names,) = (line for line in lines if line[1:2] == ['row'])
+    assert line[names.index('load perplexity')] == '7.5 / 6.25'
+    assert line[names.index('code perplexity')] == '6.5 / 3'
 
 
 def test_a_further_number_that_no_test_has(fill, says) -> None:

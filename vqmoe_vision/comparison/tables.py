@@ -86,6 +86,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
         'MACs, M': frame.macs.map(lambda macs: f'{macs / 1e6:.1f}'),
         'minutes': frame.minutes.map('{:.1f}'.format),
         'unused experts': frame.unused_experts.map(cells.layers),
+        'load perplexity': frame.load_perplexity.map(cells.layers),
         'code perplexity': frame.code_perplexity.map(cells.layers),
     }
     for name in comparison.also:
@@ -152,7 +153,8 @@ def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
         f'is corrected for all {outcome.planned} rows that are planned beside the reference, by '
         f'the method of Holm, and is given once a row has all {len(comparison.seeds)} seeds. Seeds '
         '"tell" a difference that they would find with 80 % power at the 5 % level after that '
-        f'correction. Unused experts and code perplexity are those of the {of} pass, by layer.'
+        'correction. Unused experts and perplexities of the load and of codes are those of the '
+        f'{of} pass, by layer.'
     ]
     if outcome.held_out_differences:
         lines.append(
@@ -248,6 +250,7 @@ def _line(contents: list[dict[str, Any]], scores: dict[int, float]) -> dict[str,
         'images': images_seen(first),
         'minutes': minutes if len(machines) == 1 else math.nan,
         'unused_experts': layer_means(_tests(contents), 'load_unused'),
+        'load_perplexity': layer_means(_tests(contents), 'load_perplexity'),
         'code_perplexity': layer_means(_tests(contents), 'code_usage_perplexity'),
         'device': ', '.join(sorted({content['device'] for content in contents})),
         'hardware': ', '.join(machines),
