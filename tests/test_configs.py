@@ -24,7 +24,7 @@ LEAVES = leaves('classification')
 DEMO = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
 BUDGET = 'classification/cifar10_budget.py'
 DATA_SETS = (
-    *(f'classification/{name}.py' for name in ('digits', 'cifar10', 'cifar100', 'stl10', 'svhn')),
+    *(f'classification/{name}.py' for name in ('cifar10', 'cifar100', 'stl10', 'svhn')),
     'classification/imagenet/vit_tiny_vqmoe_imagenet.py',
 )
 # rows that have a file of their own
@@ -97,7 +97,7 @@ def test_model_and_pipelines(leaf: str) -> None:
         assert logits.shape == (2, config.model.num_classes)
 
 
-@pytest.mark.parametrize('leaf', [*DATA_SETS, BUDGET])
+@pytest.mark.parametrize('leaf', [DEMO, BUDGET, *DATA_SETS])
 def test_configs_choose_by_what_training_leaves_out(leaf: str) -> None:
     config = load_config(str(CONFIGS / leaf))
     train, val, test = (config[f'{n}_dataloader'].dataset for n in ('train', 'val', 'test'))
@@ -139,7 +139,7 @@ def test_sizes_are_the_10m_and_110m_of_the_paper(size: str, row: str, millions: 
     assert complexity(model).params / 1e6 == pytest.approx(millions, rel=5e-3)
 
 
-@pytest.mark.parametrize('leaf', [DEMO, BUDGET, *DATA_SETS[1:4:2], DATA_SETS[-1]])
+@pytest.mark.parametrize('leaf', [DEMO, BUDGET, *DATA_SETS[:4:2], DATA_SETS[-1]])
 def test_rows_are_matched_in_active_compute(leaf: str) -> None:
     macs = {}
     for row in ROWS:

@@ -365,7 +365,7 @@ def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -
     with pytest.raises(SystemExit) as caught:
         train([str(config) if base else former])
     where = f', on which {str(config)!r} builds,' if base else ''
-    now = f'{DIGITS.parents[2]}/digits.py --cfg-options model.model_name=vit_base_xmoe'
+    now = f'{DIGITS} --cfg-options model.model_name=vit_base_xmoe'
     assert caught.value.code == (
         f'error: config {former!r}{where} does not exist; in its place: {now} '
         'model.moe.num_experts=4'

@@ -33,10 +33,7 @@ REPRESENTATIVES = {
         'classification/svhn',
         'model_name=vit_base_vqmoe moe.num_experts=4',
     ),
-    'classification/digits/vit_tiny_xmoe_digits': (
-        'classification/digits',
-        'model_name=vit_tiny_xmoe',
-    ),
+    'classification/digits/vit_tiny_xmoe_digits': (DEMO, 'model_name=vit_tiny_xmoe'),
     'classification/digits/demo/vit_tiny_stablemoe_demo': (DEMO, 'model_name=vit_tiny_stablemoe'),
     'classification/imagenet/vit_base_dense_wide_imagenet': (
         'classification/imagenet/vit_base_dense_imagenet',
@@ -100,6 +97,7 @@ REPRESENTATIVES = {
     'segmentation/camvid/_base_': ('segmentation/camvid', ''),
     f'{ADE}/original_schedule/_base_': (f'{ADE}/segmenter_original_ade20k', ''),
     'classification/digits/demo/_base_': (DEMO, ''),
+    'classification/digits': (DEMO, ''),
     'segmentation/digit_scenes/_base_': (SCENES, ''),
 }
 

@@ -436,11 +436,12 @@ def test_a_checkpoint_of_the_full_form_predicts_and_is_tested_in_the_discrete_on
 
 
 def test_prediction_needs_a_config_of_segmentation(trained: Path, tmp_path: Path) -> None:
-    digits = SCENES.parents[2] / 'classification/digits.py'
+    cifar10 = SCENES.parents[2] / 'classification/cifar10.py'
     image = tmp_path / 'a.png'
     cv2.imwrite(str(image), noise(8, 8))
-    with pytest.raises(SystemExit, match=r"digits\.py' is no config of segmentation: .* 'digits'"):
-        predict_cli([str(digits), str(trained / 'iter_2.pth'), str(image)])
+    said = r"cifar10\.py' is no config of segmentation: .* 'cifar10'"
+    with pytest.raises(SystemExit, match=said):
+        predict_cli([str(cifar10), str(trained / 'iter_2.pth'), str(image)])
 
 
 @pytest.mark.parametrize('tool', ['predict', 'demo', 'train'])
@@ -457,13 +458,13 @@ def test_without_mmsegmentation_it_says_what_to_install(
 
 
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
-    digits = SCENES.parents[2] / 'classification/digits.py'
+    cifar10 = SCENES.parents[2] / 'classification/cifar10.py'
     for option, message in (
         (['--show-dir', str(tmp_path)], 'needs a config with default_hooks.visualization'),
         (['--tta'], 'needs a config with tta_model'),
     ):
         with pytest.raises(SystemExit, match=message):
-            cli.test([str(digits), str(trained / 'iter_2.pth'), *option])
+            cli.test([str(cifar10), str(trained / 'iter_2.pth'), *option])
 
 
 def test_model_with_other_classes_than_the_data(config: str, tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ _READINGS = {
 }
 _DATA = (
     '(?P<task>classification|segmentation)/'
-    '(?P<data>cifar10|cifar100|stl10|svhn|digits|camvid|pascal_context|cityscapes)'
+    '(?P<data>cifar10|cifar100|stl10|svhn|camvid|pascal_context|cityscapes)'
 )
 _ROW = '(?P<row>dense_wide|[a-z]+)'
 _NAME = rf'vit_(?P<size>tiny|small|base|large)_{_ROW}'
 _READING = rf'(?P<reading>{"|".join(_READINGS)})'
 _ADE = 'segmentation/ade20k'
 _IMAGENET = 'classification/imagenet'
-_DEMO = 'classification/digits/demo'
+_DIGITS = 'classification/digits'
+_DEMO = f'{_DIGITS}/demo/vit_tiny_vqmoe_demo'
 _SCENES = 'segmentation/digit_scenes'
 # By names of before: the config that replaces them, and the model that it has without options.
 _TABLE = {
@@ -37,7 +38,7 @@ _TABLE = {
         f'{_IMAGENET}/vit_{{size}}_dense_imagenet',
         '{size}_dense',
     ),
-    rf'{_DEMO}/{_NAME}_demo': (f'{_DEMO}/vit_tiny_vqmoe_demo', 'tiny_vqmoe'),
+    rf'{_DIGITS}/(demo/)?{_NAME}_(demo|digits)': (_DEMO, 'tiny_vqmoe'),
     rf'{_SCENES}/segmenter_{_NAME}_digit_scenes': (
         f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes',
         'tiny_vqmoe',
@@ -57,7 +58,7 @@ _TABLE = {
     rf'{_ADE}/original_schedule/_base_': (f'{_ADE}/segmenter_original_ade20k', ''),
     rf'{_DATA}/budget/_base_': ('{task}/{data}_budget', ''),
     rf'{_DATA}/_base_': ('{task}/{data}', ''),
-    rf'{_DEMO}/_base_': (f'{_DEMO}/vit_tiny_vqmoe_demo', ''),
+    rf'{_DIGITS}(/demo/_base_|/_base_)?': (_DEMO, ''),
     rf'{_SCENES}/_base_': (f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes', ''),
 }
 
