@@ -1,8 +1,8 @@
 # Trials of cifar10_screening again, on street scenes: those that the suspects of VQMoE are about,
 # and as many of SMoE, the highest there among them, and narrower experts in more blocks. Two seeds
-# that no table has, on the 60 pairs that are held out of CamVid's training set. Rows of several
-# scales train at 0.4 to 1.25 of the size, where the others have 0.54 to 0.8, and are tested at 0.65
-# like all. docs/compare.md
+# that no table of CamVid has, on the 60 pairs that are held out of its training set. Rows of
+# several scales train at 0.4 to 1.25 of the size, where the others have 0.54 to 0.8, and are tested
+# at 0.65 like all. docs/compare.md
 config = 'configs/segmentation/camvid_budget.py'
 stage = 'dev'
 metric = 'mIoU'

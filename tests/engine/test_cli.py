@@ -359,13 +359,13 @@ def test_a_config_without_a_model(others: list[str], leaf: str) -> None:
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 @pytest.mark.parametrize('base', [False, True])
 def test_a_config_of_before_names_what_replaces_it(tmp_path: Path, base: bool) -> None:
-    former = f'{DIGITS.parents[1]}/vit_base_xmoe_digits.py'
+    former = f'{CONFIGS}/classification/svhn/vit_base_xmoe_svhn.py'
     config = tmp_path / 'mine.py'
     config.write_text(f'_base_ = {former!r}')
     with pytest.raises(SystemExit) as caught:
         train([str(config) if base else former])
     where = f', on which {str(config)!r} builds,' if base else ''
-    now = f'{DIGITS} --cfg-options model.model_name=vit_base_xmoe'
+    now = f'{CONFIGS}/classification/svhn.py --cfg-options model.model_name=vit_base_xmoe'
     assert caught.value.code == (
         f'error: config {former!r}{where} does not exist; in its place: {now} '
         'model.moe.num_experts=4'

@@ -33,7 +33,6 @@ REPRESENTATIVES = {
         'classification/svhn',
         'model_name=vit_base_vqmoe moe.num_experts=4',
     ),
-    'classification/digits/vit_tiny_xmoe_digits': (DEMO, 'model_name=vit_tiny_xmoe'),
     'classification/digits/demo/vit_tiny_stablemoe_demo': (DEMO, 'model_name=vit_tiny_stablemoe'),
     'classification/imagenet/vit_base_dense_wide_imagenet': (
         'classification/imagenet/vit_base_dense_imagenet',
@@ -97,7 +96,6 @@ REPRESENTATIVES = {
     'segmentation/camvid/_base_': ('segmentation/camvid', ''),
     f'{ADE}/original_schedule/_base_': (f'{ADE}/segmenter_original_ade20k', ''),
     'classification/digits/demo/_base_': (DEMO, ''),
-    'classification/digits': (DEMO, ''),
     'segmentation/digit_scenes/_base_': (SCENES, ''),
 }
 
@@ -125,6 +123,8 @@ def test_a_name_of_before(root: str, former: str) -> None:
         'configs/classification/cifar10/budget/vqmoe_nothing_budget.py',
         'configs/classification/imagenet/vit_small_smoe_imagenet.py',
         'vit_tiny_smoe_cifar10.py',
+        # the demo, which digits have alone, has another depth and width
+        'configs/classification/digits/vit_base_xmoe_digits.py',
     ],
 )
 def test_other_names(name: str) -> None:

@@ -24,8 +24,7 @@ _NAME = rf'vit_(?P<size>tiny|small|base|large)_{_ROW}'
 _READING = rf'(?P<reading>{"|".join(_READINGS)})'
 _ADE = 'segmentation/ade20k'
 _IMAGENET = 'classification/imagenet'
-_DIGITS = 'classification/digits'
-_DEMO = f'{_DIGITS}/demo/vit_tiny_vqmoe_demo'
+_DEMO = 'classification/digits/demo'
 _SCENES = 'segmentation/digit_scenes'
 # By names of before: the config that replaces them, and the model that it has without options.
 _TABLE = {
@@ -38,7 +37,7 @@ _TABLE = {
         f'{_IMAGENET}/vit_{{size}}_dense_imagenet',
         '{size}_dense',
     ),
-    rf'{_DIGITS}/(demo/)?{_NAME}_(demo|digits)': (_DEMO, 'tiny_vqmoe'),
+    rf'{_DEMO}/{_NAME}_demo': (f'{_DEMO}/vit_tiny_vqmoe_demo', 'tiny_vqmoe'),
     rf'{_SCENES}/segmenter_{_NAME}_digit_scenes': (
         f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes',
         'tiny_vqmoe',
@@ -58,7 +57,7 @@ _TABLE = {
     rf'{_ADE}/original_schedule/_base_': (f'{_ADE}/segmenter_original_ade20k', ''),
     rf'{_DATA}/budget/_base_': ('{task}/{data}_budget', ''),
     rf'{_DATA}/_base_': ('{task}/{data}', ''),
-    rf'{_DIGITS}(/demo/_base_|/_base_)?': (_DEMO, ''),
+    rf'{_DEMO}/_base_': (f'{_DEMO}/vit_tiny_vqmoe_demo', ''),
     rf'{_SCENES}/_base_': (f'{_SCENES}/segmenter_vit_tiny_vqmoe_digit_scenes', ''),
 }
 
