@@ -199,7 +199,7 @@ def test_a_transform_that_says_nothing() -> None:
         ('cifar10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         ('cifar10_budget', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         ('cifar100', (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        ('digits', SCRATCH.mean, SCRATCH.std),
+        ('digits/demo/vit_tiny_vqmoe_demo', SCRATCH.mean, SCRATCH.std),
         ('imagenet/vit_tiny_vqmoe_imagenet', IMAGENET.mean, IMAGENET.std),
         ('stl10', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         ('svhn', (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
