@@ -1,9 +1,9 @@
 # Trials of the methods that VQMoE's paper is compared with, beside those of SMoE in
 # cifar10_screening.py: on the same held-out images of CIFAR-10, at the same two seeds. Every option
 # that is a method's own is there, as far as one process has use for it and no other says the same
-# in another unit, and all three methods have twelve trials. What follows from an option goes with
-# it: half the experts are the width of XMoE's router, and temperatures that of its form. Expert
-# choice, hash routing and MoCLE have none. docs/compare.md
+# in another unit, and all three methods have twelve trials. What an option decides elsewhere goes
+# with it: XMoE's router is half as wide as there are experts, and each form of its gate has its own
+# temperatures. Expert choice, hash routing and MoCLE have none. docs/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
 metric = 'accuracy/top1'
@@ -48,5 +48,5 @@ rows = dict(
     softmoe_16_experts='softmoe model.moe.num_experts=16',
     softmoe_32_experts='softmoe model.moe.num_experts=32',
     softmoe_layers_23='softmoe model.moe.moe_layers="(2, 3)"',
-    softmoe_narrow=('softmoe model.moe.expert_mlp_ratio=3.0 model.moe.moe_layers=every1'),
+    softmoe_narrow='softmoe model.moe.expert_mlp_ratio=3.0 model.moe.moe_layers=every1',
 )
