@@ -135,6 +135,14 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     assert r'better & 22.00 & 11.00' in tex
 
 
+def test_latex_prints_less_than(fill, says) -> None:
+    """The fonts that LaTeX starts with have an upside-down exclamation mark in that place."""
+    # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
+    says('table', fill({'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02]}))
+    assert '| <0.001 ' in (TABLES / 'spec.md').read_text()
+    assert r' & \textless{}0.001 & ' in (TABLES / 'spec.tex').read_text()
+
+
 def test_further_numbers_are_columns(fill, says) -> None:
     path = fill(SCORES, "also = ['aAcc', 'load_unused', 'of_one']")
     for file in ROWS.glob('*.json'):

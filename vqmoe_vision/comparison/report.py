@@ -61,10 +61,9 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
     table = shown(outcome, frame)
     said = sentences(outcome)
     remarks = [*_which(outcome), *notes(outcome, frame)]
-    caption = ' '.join(remarks).translate(_LATEX)
     texts = {
         'md': _markdown(outcome, frame, table, [*remarks, *said]),
-        'tex': table.to_latex(index=False, escape=True, caption=caption),
+        'tex': _latex(table, ' '.join(remarks)),
         'csv': frame.to_csv(index_label='row'),
         'json': json.dumps(
             {
@@ -86,6 +85,12 @@ def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
         written.append(_file(folder / f'{outcome.name}.{kind}'))
         written[-1].write_text(text.rstrip() + '\n')
     return written
+
+
+def _latex(table: pd.DataFrame, caption: str) -> str:
+    text = table.to_latex(index=False, escape=True, caption=caption.translate(_LATEX))
+    # pandas leaves this sign, and the fonts that LaTeX starts with print another in its place
+    return text.replace('<', r'\textless{}')
 
 
 def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
