@@ -3,7 +3,8 @@
 # that is a method's own is there, as far as one process has use for it and no other says the same
 # in another unit, and all three methods have twelve trials. What an option decides elsewhere goes
 # with it: XMoE's router is half as wide as there are experts, and each form of its gate has its own
-# temperatures. Expert choice, hash routing and MoCLE have none. docs/compare.md
+# temperatures. Expert choice and hash routing have one option of their own each, and six and three
+# trials. MoCLE, which needs a dense model of these images, has none. docs/compare.md
 config = 'configs/classification/cifar10_budget.py'
 stage = 'dev'
 metric = 'accuracy/top1'
@@ -13,6 +14,8 @@ rows = dict(
     xmoe='xmoe',
     stablemoe='stablemoe',
     softmoe='softmoe',
+    ecmoe='ecmoe',
+    hashmoe='hashmoe',
     xmoe_top_1='xmoe model.moe.top_k=1',
     xmoe_renormalize='xmoe model.moe.renormalize=True',
     xmoe_sigmoid='xmoe model.moe.gate=sigmoid',
@@ -49,4 +52,13 @@ rows = dict(
     softmoe_32_experts='softmoe model.moe.num_experts=32',
     softmoe_layers_23='softmoe model.moe.moe_layers="(2, 3)"',
     softmoe_narrow='softmoe model.moe.expert_mlp_ratio=3.0 model.moe.moe_layers=every1',
+    ecmoe_capacity_1='ecmoe model.moe.capacity_factor=1.0',
+    ecmoe_capacity_4='ecmoe model.moe.capacity_factor=4.0',
+    ecmoe_16_experts='ecmoe model.moe.num_experts=16',
+    ecmoe_32_experts='ecmoe model.moe.num_experts=32',
+    ecmoe_layers_23='ecmoe model.moe.moe_layers="(2, 3)"',
+    ecmoe_narrow='ecmoe model.moe.expert_mlp_ratio=3.0 model.moe.moe_layers=every1',
+    hashmoe_top_1='hashmoe model.moe.top_k=1',
+    hashmoe_16_experts='hashmoe model.moe.num_experts=16',
+    hashmoe_layers_23='hashmoe model.moe.moe_layers="(2, 3)"',
 )
