@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
-from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import METHODS, collect_losses
 
 SMALL = dict(
     img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=4
@@ -69,6 +69,76 @@ def test_gradient_checkpointing_computes_blocks_again(enable: bool) -> None:
     total, _ = model.parse_losses(model(*batch(), mode='loss'))
     total.backward()
     assert len(calls) == 1 + enable
+
+
+STREAM = {'weight': 0.5, 'blocks': [1]}
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', *(f'vit_tiny_{m}' for m in METHODS)])
+def test_loss_of_the_stream_is_its_mean_square(name: str) -> None:
+    model = Classifier(name, stream_loss={'weight': 0.5, 'blocks': [1, 0]}, **SMALL)
+    inputs, targets = batch()
+    entries = model(inputs, targets, mode='loss')
+    # the stream before an MLP is what the block is given and what its attention adds
+    expected = torch.zeros(())
+    timms = model.model
+    with collect_losses(model, update_state=False):
+        tokens = timms._pos_embed(timms.patch_embed(inputs))
+        for block in timms.blocks:
+            stream = tokens + block.attn(block.norm1(tokens))
+            expected = expected + 0.5 * (stream**2).sum() / stream.numel()
+            tokens = stream + block.mlp(block.norm2(stream))
+    torch.testing.assert_close(entries['stream_loss'], expected)
+    total, _ = model.parse_losses(entries)
+    parts = [value for key, value in entries.items() if 'loss' in key]
+    torch.testing.assert_close(total, sum(parts))
+
+
+def test_gradients_of_the_loss_of_the_stream() -> None:
+    """Only what writes to the stream below the norm has any."""
+    model = Classifier('vit_tiny_patch16_224', stream_loss=STREAM, **SMALL)
+    model(*batch(), mode='loss')['stream_loss'].backward()
+    moved = {n.removeprefix('model.') for n, p in model.named_parameters() if p.grad is not None}
+    assert 'patch_embed.proj.weight' in moved
+    assert 'blocks.0.mlp.fc2.weight' in moved
+    assert 'blocks.1.attn.proj.weight' in moved
+    assert not any(n.startswith(('blocks.1.norm2', 'blocks.1.mlp', 'norm', 'head')) for n in moved)
+
+
+@pytest.mark.parametrize('mode', ['tensor', 'predict'])
+def test_only_training_watches_the_stream(mode: str) -> None:
+    model = Classifier('vit_tiny_patch16_224', stream_loss=STREAM, **SMALL)
+    model(*batch(), mode='loss')
+    model(*batch(), mode=mode)
+    assert not model.model.blocks[1].norm2._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'message'),
+    [
+        ('vit_tiny_patch16_224', {'weight': 0.0}, r'stream_loss\.weight=0\.0 .* above 0'),
+        ('vit_tiny_patch16_224', {'weight': float('nan')}, r'stream_loss\.weight=nan'),
+        ('vit_tiny_patch16_224', {'weight': '1'}, r"stream_loss\.weight='1'"),
+        ('vit_tiny_patch16_224', {'blocks': []}, r'stream_loss\.blocks=\[\] .* from 0 to 1'),
+        ('vit_tiny_patch16_224', {'blocks': [2]}, r'stream_loss\.blocks=\[2\]'),
+        ('vit_tiny_patch16_224', {'blocks': [-1]}, r'stream_loss\.blocks=\[-1\]'),
+        ('vit_tiny_patch16_224', {'blocks': [1, 1]}, r'stream_loss\.blocks=\[1, 1\]'),
+        ('vit_tiny_patch16_224', {'blocks': [True]}, r'stream_loss\.blocks=\[True\]'),
+        ('vit_tiny_patch16_224', {'blocks': 1}, r'stream_loss\.blocks=1 '),
+        ('vit_tiny_patch16_224', {'place': 1}, 'weight and blocks, and nothing else'),
+        ('resnet10t', {}, 'no blocks with a norm before the MLP'),
+        ('vit_base_patch16_xp_224', {}, 'no blocks with a norm before the MLP'),
+    ],
+)
+def test_an_impossible_loss_of_the_stream(name: str, change: dict, message: str) -> None:
+    shape = {} if name == 'resnet10t' else SMALL
+    with pytest.raises(ValueError, match=message):
+        Classifier(name, **{'num_classes': 4, **shape}, stream_loss={**STREAM, **change})
+
+
+def test_a_loss_of_the_stream_needs_blocks_that_are_stored() -> None:
+    with pytest.raises(ValueError, match='grad_checkpointing loses the gradients'):
+        Classifier('vit_tiny_vqmoe', stream_loss=STREAM, grad_checkpointing=True, **SMALL)
 
 
 def test_predict_gives_logits_and_counts_routing() -> None:

@@ -345,7 +345,7 @@ def test_missing_config() -> None:
         train(['none.py'])
 
 
-@pytest.mark.parametrize('leaf', ['_base_/datasets/digits.py', 'comparisons/cifar10_budget.py'])
+@pytest.mark.parametrize('leaf', ['_base_/datasets/recipe.py', 'comparisons/cifar10_budget.py'])
 @pytest.mark.parametrize('others', [[], ['none.pth']])
 def test_a_config_without_a_model(others: list[str], leaf: str) -> None:
     config = str(CONFIGS / leaf)

@@ -25,6 +25,7 @@ from vqmoe_vision.moe.config import check, check_type
 
 from .image_classification import ImageClassification
 from .source import source
+from .stream_loss import check_stream_loss, watch_stream
 from .transforms import preprocessing_of
 
 
@@ -48,6 +49,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
         features: The same of a dense model of the same shape, for a method that decides by
             features of the image; None where the model starts from one.
         grad_checkpointing: Compute blocks again in the backward pass instead of storing them.
+        stream_loss: `weight` of the mean square of the residual stream as one more loss, and the
+            `blocks` before whose MLPs it is taken, as `check_stream_loss`; None for no such loss.
         moe: Options of the MoE layers, as `create_model`; None for a dense model.
         extra_mlps: What a dense model is widened by, as `create_model`.
         **model_kwargs: Keyword arguments as `create_model`; `upcycling` is refused by a training
@@ -68,6 +71,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         checkpoint: str | None = None,
         features: str | None = None,
         grad_checkpointing: bool = False,
+        stream_loss: dict[str, Any] | None = None,
         moe: dict[str, Any] | None = None,
         extra_mlps: int = 0,
         **model_kwargs: Any,
@@ -89,6 +93,15 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if grad_checkpointing:
             timm_model: Any = self.model
             timm_model.set_grad_checkpointing()
+        self.stream_weight, self.stream_blocks = 0.0, list[int]()
+        if stream_loss is not None:
+            allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
+            check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
+            whole = isinstance(stream_loss, dict) and stream_loss.keys() == {'weight', 'blocks'}
+            check(whole, 'model.stream_loss', stream_loss, 'weight and blocks, and nothing else')
+            check_stream_loss(self.model, **stream_loss)
+            self.stream_weight = stream_loss['weight']
+            self.stream_blocks = stream_loss['blocks']
         self._arguments = {'model_name': model_name, **arguments}
         fits = checkpoint is None or isinstance(self.model, Transformer)
         allowed = f"None, {model_name} is not one of timm's VisionTransformers or Evas"
@@ -203,7 +216,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         raise ValueError(f"mode={mode!r} must be 'tensor', 'predict' or 'loss'")
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each auxiliary loss, then the task's, then the accuracy, which is only logged.
+        """Auxiliary losses, the task's, that of the stream, and the accuracy, only logged.
 
         Args:
             inputs: (B, 3, H, W) normalised images.
@@ -211,11 +224,14 @@ class Classifier(MoeTrainingMixin, BaseModel):
         """
         if self.mixup is not None:
             inputs, targets = self.mixup(inputs, targets)
-        with self.collect() as collected:
+        watched = watch_stream(self.model, self.stream_blocks)
+        with self.collect() as collected, watched as stream:
             logits = self.model(inputs)
             # which may be bfloat16: the loss is not
-            loss = self.criterion(logits.float(), targets)
-            collected.add({'cross_entropy': loss}, len(inputs))
+            losses = {'cross_entropy': self.criterion(logits.float(), targets)}
+            if stream:
+                losses['stream'] = self.stream_weight * torch.stack(stream).sum()
+            collected.add(losses, len(inputs))
             entries = loss_entries(collected)
         if self.mixup is None:  # a mixed image has no single right answer
             entries['top1'] = (logits.argmax(1) == targets).float().mean() * 100

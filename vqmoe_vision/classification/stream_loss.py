@@ -1,0 +1,81 @@
+"""A loss that keeps the residual stream of a vision transformer small.
+
+It is the activation regularization of recurrent networks (Merity, McCann and Socher, 2017,
+arXiv:1708.01009), a weight times the mean square of activations. There these are outputs of the
+last layer; here they are what the norm before an MLP is given. docs/results.md has what it is
+worth.
+
+Legend: B images, N tokens, D embed_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.moe.config import check, check_type
+
+
+def check_stream_loss(model: nn.Module, weight: object, blocks: object) -> None:
+    """Refuses a loss of the stream that cannot be.
+
+    Args:
+        model: Whose stream it is.
+        weight: What the sum over the blocks is multiplied by.
+        blocks: Indices of the blocks before whose MLPs the stream is seen, dense or of experts.
+
+    Raises:
+        ValueError: The model has no such blocks, or a value is impossible.
+    """
+    check_type('model.stream_loss.weight', float, weight)
+    above: Any = weight
+    allowed = 'above 0 and finite; without stream_loss there is no such loss'
+    check(0 < above < math.inf, 'model.stream_loss.weight', weight, allowed)
+    timms: Any = model
+    # other blocks have no such norm, or have it behind the MLP
+    known = isinstance(model, Transformer) and all(
+        isinstance(block, Block | EvaBlock) for block in timms.blocks
+    )
+    allowed = "left out: the model has no blocks with a norm before the MLP, as timm's ViTs have"
+    check(known, 'model.stream_loss', {'weight': weight, 'blocks': blocks}, allowed)
+    last = len(timms.blocks) - 1
+    allowed = f'a list of indices from 0 to {last}, each once, such as [{last}]'
+    fits = (
+        isinstance(blocks, list)
+        and {type(i) for i in blocks} == {int}
+        and len(set(blocks)) == len(blocks)
+        and set(blocks) <= set(range(last + 1))
+    )
+    check(fits, 'model.stream_loss.blocks', blocks, allowed)
+
+
+@contextmanager
+def watch_stream(model: nn.Module, blocks: list[int]) -> Iterator[list[Tensor]]:
+    """Reads the stream of every forward pass inside the block.
+
+    Args:
+        model: A model that `check_stream_loss` lets pass; any with no blocks.
+        blocks: Their indices.
+
+    Yields:
+        A list that gets the mean square before the MLP of each, 0-dim float32.
+    """
+    seen: list[Tensor] = []
+
+    def keep(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append(inputs[0].float().square().mean())  # (B, N, D), which may be bfloat16
+
+    timms: Any = model
+    hooks = [timms.blocks[i].norm2.register_forward_pre_hook(keep) for i in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
