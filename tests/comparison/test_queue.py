@@ -285,6 +285,18 @@ def test_a_folder_that_cannot_be_written(spec, says) -> None:
     assert calls() == []
 
 
+@pytest.mark.parametrize('action', ['collect', 'check', 'shifts', 'routing'])
+def test_rows_that_cannot_be_written_are_said_before_the_work(spec, says, action: str) -> None:
+    path = spec("shifts = {'fog': 'model.fog=1'}\nseeds = [1]")
+    if action != 'collect':
+        says('run', path)
+    rows = Path('docs/results/rows/spec')
+    (rows / '.writable').mkdir(parents=True)  # a file of this name is what is tried
+    line = says(action, path)
+    assert line.startswith(f'error: folder {rows} cannot be written: ')
+    assert len(calls()) == (action != 'collect')
+
+
 def test_other_mistakes_are_one_line(spec, says, monkeypatch, tmp_path_factory) -> None:
     path = str(Path(spec("metric = 'mAcc'\nseeds = [1]")).absolute())
     assert says('run', path, '--jobs', '0') == 'error: --jobs 0 must be at least 1'

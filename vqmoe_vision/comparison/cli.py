@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vqmoe_vision.engine.cli import make_folder
 from vqmoe_vision.engine.command import run
 
 from .check import repeat
@@ -106,6 +107,8 @@ def _list(args: argparse.Namespace) -> None:
 def _collect(args: argparse.Namespace) -> None:
     work = Work(args)
     waiting = [task for task in work.current() if task.row]
+    for folder in dict.fromkeys(task.store.folder for task in waiting):
+        make_folder(folder)
     found, damaged = 0, []
     for task in waiting:
         try:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vqmoe_vision.engine.cli import make_folder
+
 from .inputs import without_other_inputs
 from .results import Results, Usable
 from .runs import Run
@@ -88,7 +90,7 @@ class Work:
             checked: Leave out what a check has found to be stale.
 
         Raises:
-            ValueError: None counts.
+            ValueError: None counts, or what is found could not be written.
         """
         missing = self.store.read(self.runs).missing
         for other in self._others:
@@ -102,6 +104,7 @@ class Work:
         if not results.usable:
             name = self.comparison.name
             raise ValueError(f'no run of {name} can be {what}{results.why_none}')
+        make_folder(self.store.folder)
         return self.store, results.usable
 
     def current(self) -> list[Task]:
