@@ -115,6 +115,7 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
 
     It is what is left of scores when each row and each seed has a mean of its own, as in the
     analysis of variance by row and seed, and takes all rows for equally noisy and equally unlike.
+    Where scipy has such an analysis, as `f_oneway`, it knows one factor.
 
     Args:
         scores: Of all rows. One that lacks a seed does not count, and what is equal at all seeds is

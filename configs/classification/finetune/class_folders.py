@@ -1,4 +1,6 @@
 # Your own images: data/mine/{train,val}/CLASS/*.jpg. docs/own-data.md says what to change.
+# Without a third folder val is tested too, so that the best checkpoint is the best of these images:
+# report the last one, or let dev_size hold images out of train, as imagenette.py does.
 _base_ = ['_base_.py', '../../_base_/datasets/imagenet.py']
 model = dict(img_size=224, num_classes=3)
 data = dict(data_root='data/mine', dev_size=0)
