@@ -125,7 +125,7 @@ def test_only_training_watches_the_stream(mode: str) -> None:
         ('vit_tiny_patch16_224', {'blocks': [1, 1]}, r'stream_loss\.blocks=\[1, 1\]'),
         ('vit_tiny_patch16_224', {'blocks': [True]}, r'stream_loss\.blocks=\[True\]'),
         ('vit_tiny_patch16_224', {'blocks': 1}, r'stream_loss\.blocks=1 '),
-        ('vit_tiny_patch16_224', {'place': 1}, 'weight and blocks, and nothing else'),
+        ('vit_tiny_patch16_224', {'place': 1}, 'it takes weight and blocks, both'),
         ('resnet10t', {}, 'no blocks with a norm before the MLP'),
         ('vit_base_patch16_xp_224', {}, 'no blocks with a norm before the MLP'),
     ],

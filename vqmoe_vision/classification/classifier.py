@@ -98,7 +98,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
             check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
             whole = isinstance(stream_loss, dict) and stream_loss.keys() == {'weight', 'blocks'}
-            check(whole, 'model.stream_loss', stream_loss, 'weight and blocks, and nothing else')
+            check(whole, 'model.stream_loss', stream_loss, 'it takes weight and blocks, both')
             check_stream_loss(self.model, **stream_loss)
             self.stream_weight = stream_loss['weight']
             self.stream_blocks = stream_loss['blocks']

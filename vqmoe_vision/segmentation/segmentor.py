@@ -63,7 +63,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: Any,
     ) -> None:
         for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
-            allowed = f'fields of the timm model are those of the backbone, model.backbone.{name}'
+            allowed = (
+                f'a segmentor has no such field; of the timm model it is model.backbone.{name}'
+            )
             check(False, f'model.{name}', kwargs[name], allowed)
         if kwargs.get('test_cfg') is not None:
             check_test_cfg(kwargs['test_cfg'])
