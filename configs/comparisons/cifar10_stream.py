@@ -6,12 +6,7 @@ metric = 'accuracy/top1'
 reference = 'dense_wide'
 seeds = [1, 2, 3, 4, 5]
 controls = ['smoe_frozen', 'hashmoe']
-rows = dict(
-    dense='dense',
-    dense_wide='dense_wide',
-    smoe='smoe',
-    vqmoe='vqmoe',
-    smoe_frozen='smoe_frozen',
-    hashmoe='hashmoe',
-)
+names = ('dense', 'dense_wide', 'smoe', 'vqmoe', 'smoe_frozen', 'hashmoe')
+rows = {name: name for name in names}
+del names
 options = ['model.stream_loss.weight=0.02', 'model.stream_loss.blocks=[1,3]']
