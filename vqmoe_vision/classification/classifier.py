@@ -97,9 +97,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
         if stream_loss is not None:
             allowed = 'left out, model.grad_checkpointing loses the gradients of such a loss'
             check(not grad_checkpointing, 'model.stream_loss', stream_loss, allowed)
-            whole = isinstance(stream_loss, dict) and stream_loss.keys() == {'weight', 'blocks'}
-            check(whole, 'model.stream_loss', stream_loss, 'it takes weight and blocks, both')
-            check_stream_loss(self.model, **stream_loss)
+            check_stream_loss(self.model, stream_loss)
             self.stream_weight = stream_loss['weight']
             self.stream_blocks = stream_loss['blocks']
         self._arguments = {'model_name': model_name, **arguments}

@@ -23,28 +23,30 @@ from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
 
-def check_stream_loss(model: nn.Module, weight: object, blocks: object) -> None:
+def check_stream_loss(model: nn.Module, options: dict[str, Any]) -> None:
     """Refuses a loss of the stream that cannot be.
 
     Args:
         model: Whose stream it is.
-        weight: What the sum over the blocks is multiplied by.
-        blocks: Indices of the blocks before whose MLPs the stream is seen, dense or of experts.
+        options: `weight`, what the sum over the blocks is multiplied by, and `blocks`, the indices
+            of those before whose MLPs the stream is seen, dense or of experts.
 
     Raises:
-        ValueError: The model has no such blocks, or a value is impossible.
+        ValueError: The model has no such blocks, or an option is impossible or missing.
     """
+    whole = isinstance(options, dict) and options.keys() == {'weight', 'blocks'}
+    check(whole, 'model.stream_loss', options, 'it takes weight and blocks, both')
+    weight, blocks = options['weight'], options['blocks']
     check_type('model.stream_loss.weight', float, weight)
-    above: Any = weight
     allowed = 'above 0 and finite; without stream_loss there is no such loss'
-    check(0 < above < math.inf, 'model.stream_loss.weight', weight, allowed)
+    check(0 < weight < math.inf, 'model.stream_loss.weight', weight, allowed)
     timms: Any = model
     # other blocks have no such norm, or have it behind the MLP
     known = isinstance(model, Transformer) and all(
         isinstance(block, Block | EvaBlock) for block in timms.blocks
     )
     allowed = "left out: the model has no blocks with a norm before the MLP, as timm's ViTs have"
-    check(known, 'model.stream_loss', {'weight': weight, 'blocks': blocks}, allowed)
+    check(known, 'model.stream_loss', options, allowed)
     last = len(timms.blocks) - 1
     allowed = f'a list of indices from 0 to {last}, each once, such as [{last}]'
     fits = (
