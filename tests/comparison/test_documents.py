@@ -6,6 +6,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ OTHERS = {
 }
 # p that is corrected for another number than the rows beside a reference, as its line says
 FAMILIES = {'results.md': {((0.25, -0.42, -0.08), 0.1)}}
+# whose rows are rows of another comparison with one more option, at the same seeds
+ONCE_MORE = {'cifar10_stream': 'cifar10_budget'}
 Interval = tuple[float, float, float]
 Known = Mapping[Interval, set[float]]
 
@@ -48,17 +51,22 @@ def outcomes() -> Iterator[Outcome]:
         yield Outcome(work.comparison, work.read())
 
 
-def sets_of_scores(outcome: Outcome) -> Iterator[Scores]:
+def scores_of_images(outcome: Outcome) -> Iterator[Scores]:
+    """Of the test images, of those held out, and of both together."""
     yield outcome.scores
-    yield from outcome.shifted.values()
-    yield from outcome.left.values()
     if held := outcome.held_out:
         yield held
-        yield {  # both sets of images together
+        yield {
             row: {s: (of[s] + held[row][s]) / 2 for s in of.keys() & held[row].keys()}
             for row, of in outcome.scores.items()
             if row in held
         }
+
+
+def sets_of_scores(outcome: Outcome) -> Iterator[Scores]:
+    yield from scores_of_images(outcome)
+    yield from outcome.shifted.values()
+    yield from outcome.left.values()
 
 
 def interval(differences: list[float]) -> Interval:
@@ -94,17 +102,36 @@ def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
         return
     for scores in sets_of_scores(outcome):
         for reference in scores:
-            pairs = {}
-            for row in scores.keys() - {reference}:
-                seeds = scores[row].keys() & scores[reference].keys()
-                if len(seeds) > 1:
-                    pairs[row] = [[scores[each][s] for s in seeds] for each in (row, reference)]
-            # the same run under two names has no p
-            p = {r: float(ttest_rel(a, b).pvalue) for r, (a, b) in pairs.items() if a != b}
-            corrected = holm(p, len(outcome.comparison.rows) - 1)
-            for row, (a, b) in pairs.items():
-                found = interval([x - y for x, y in zip(a, b, strict=True)])
-                yield found, {p[row], corrected[row]} if row in p else set()
+            yield from paired(scores, reference, len(outcome.comparison.rows) - 1)
+
+
+def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Interval, set[float]]]:
+    """The interval of each other row less the reference, and p alone and corrected."""
+    pairs = {}
+    for row in scores.keys() - {reference}:
+        seeds = scores[row].keys() & scores[reference].keys()
+        if len(seeds) > 1:
+            pairs[row] = [[scores[each][s] for s in seeds] for each in (row, reference)]
+    # the same run under two names has no p
+    p = {r: float(ttest_rel(a, b).pvalue) for r, (a, b) in pairs.items() if a != b}
+    corrected = holm(p, planned)
+    for row, (a, b) in pairs.items():
+        found = interval([x - y for x, y in zip(a, b, strict=True)])
+        yield found, {p[row], corrected[row]} if row in p else set()
+
+
+def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval, set[float]]]:
+    """What one more option gives each row, corrected for all rows, and how rows differ in it."""
+    rows = more.comparison.rows.keys() & less.comparison.rows.keys()
+    for with_it, without in zip(scores_of_images(more), scores_of_images(less), strict=True):
+        gains: dict[str, dict[int, float]] = {
+            row: {s: with_it[row][s] - without[row][s] for s in with_it[row]}
+            for row in rows & with_it.keys()
+        }
+        for reference in gains:
+            yield from paired(gains, reference, len(rows) - 1)
+        nothing = {s: 0.0 for s in more.comparison.seeds}
+        yield from paired(gains | {'nothing': nothing}, 'nothing', len(rows))
 
 
 @pytest.fixture(scope='module')
@@ -114,11 +141,14 @@ def known() -> tuple[Known, set[tuple[float, ...]]]:
     patched.chdir(ROOT)
     intervals: dict[Interval, set[float]] = {}
     scores = set()
-    for outcome in outcomes():
-        for (mean, low, high), p in differences_of(outcome):
-            for turned in ((mean, low, high), (-mean, -high, -low)):  # prose may turn a difference
-                for digits in (1, 2):
-                    intervals.setdefault(as_printed(*turned, digits), set()).update(p)
+    of = {outcome.comparison.name: outcome for outcome in outcomes()}
+    found = [differences_of(outcome) for outcome in of.values()]
+    found += [differences_between(of[more], of[less]) for more, less in ONCE_MORE.items()]
+    for (mean, low, high), p in chain.from_iterable(found):
+        for turned in ((mean, low, high), (-mean, -high, -low)):  # prose may turn a difference
+            for digits in (1, 2):
+                intervals.setdefault(as_printed(*turned, digits), set()).update(p)
+    for outcome in of.values():
         for by_row in sets_of_scores(outcome):
             scores |= {tuple(round(of[s], 2) for s in sorted(of)) for of in by_row.values()}
     patched.undo()
