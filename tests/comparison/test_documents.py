@@ -6,11 +6,11 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
-from scipy.stats import t, ttest_rel
+from scipy.stats import t, ttest_1samp, ttest_rel
 
 from vqmoe_vision.comparison.outcome import Outcome
 from vqmoe_vision.comparison.runs import WORK_DIR
@@ -121,17 +121,24 @@ def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Inter
 
 
 def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval, set[float]]]:
-    """What one more option gives each row, corrected for all rows, and how rows differ in it."""
-    rows = more.comparison.rows.keys() & less.comparison.rows.keys()
+    """What one more option gives each row, and by how much more it gives one than another.
+
+    The first is corrected for all rows, the second for all pairs of them.
+    """
+    rows = [row for row in more.comparison.rows if row in less.comparison.rows]
     for with_it, without in zip(scores_of_images(more), scores_of_images(less), strict=True):
-        gains: dict[str, dict[int, float]] = {
-            row: {s: with_it[row][s] - without[row][s] for s in with_it[row]}
-            for row in rows & with_it.keys()
+        gains = {
+            row: [with_it[row][s] - without[row][s] for s in more.comparison.seeds] for row in rows
         }
-        for reference in gains:
-            yield from paired(gains, reference, len(rows) - 1)
-        nothing = {s: 0.0 for s in more.comparison.seeds}
-        yield from paired(gains | {'nothing': nothing}, 'nothing', len(rows))
+        pairs = {
+            f'{a} {b}': [x - y for x, y in zip(gains[a], gains[b], strict=True)]
+            for a, b in combinations(rows, 2)
+        }
+        for family in (gains, pairs):
+            p = {name: float(ttest_1samp(each, 0).pvalue) for name, each in family.items()}
+            corrected = holm(p, len(family))
+            for name, each in family.items():
+                yield interval(each), {p[name], corrected[name]}
 
 
 @pytest.fixture(scope='module')
