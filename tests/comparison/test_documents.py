@@ -99,12 +99,12 @@ def holm(alone: Mapping[str, float], planned: int) -> dict[str, float]:
 
 
 def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
-    """Every interval that the rows give, and p of it alone and corrected for all rows."""
+    """Every interval that the rows give, and p of it corrected for all rows."""
     if outcome.screens:  # with the noise of all rows
         for reference in outcome.scores:
             turned = Outcome(outcome.comparison, outcome.results, reference=reference)
             for row, each in turned.differences.items():
-                yield (each.mean, each.low, each.high), {each.p, turned.corrected[row]}
+                yield (each.mean, each.low, each.high), {turned.corrected[row]}
         return
     for scores in sets_of_scores(outcome):
         for reference in scores:
@@ -112,7 +112,7 @@ def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
 
 
 def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Interval, set[float]]]:
-    """The interval of each other row less the reference, and p alone and corrected."""
+    """The interval of each other row less the reference, and its corrected p."""
     pairs = {}
     for row in scores.keys() - {reference}:
         seeds = scores[row].keys() & scores[reference].keys()
@@ -123,7 +123,7 @@ def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Inter
     corrected = holm(p, planned)
     for row, (a, b) in pairs.items():
         found = interval([x - y for x, y in zip(a, b, strict=True)])
-        yield found, {p[row], corrected[row]} if row in p else set()
+        yield found, {corrected[row]} if row in p else set()
 
 
 def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval, set[float]]]:
@@ -146,7 +146,7 @@ def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval
             p = {name: float(ttest_1samp(each, 0).pvalue) for name, each in family.items()}
             corrected = holm(p, len(family))
             for name, each in family.items():
-                yield interval(each), {p[name], corrected[name]}
+                yield interval(each), {corrected[name]}
 
 
 @pytest.fixture(scope='module')
