@@ -142,9 +142,9 @@ def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval
             f'{a} {b}': [x - y for x, y in zip(gains[a], gains[b], strict=True)]
             for a, b in combinations(gains, 2)
         }
-        for family in (gains, pairs):
+        for family, planned in ((gains, len(rows)), (pairs, math.comb(len(rows), 2))):
             p = {name: float(ttest_1samp(each, 0).pvalue) for name, each in family.items()}
-            corrected = holm(p, len(family))
+            corrected = holm(p, planned)
             for name, each in family.items():
                 yield interval(each), {corrected[name]}
 
