@@ -11,6 +11,7 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.engine.trained import load_trained, scope_of
+from vqmoe_vision.models.stated_experts import STATED, state_experts
 
 from ..rows import CONFIGS
 from ..runs import NORMALIZATION
@@ -25,7 +26,7 @@ MESSAGE = 'is of another MoE method: its experts are those of smoe, the model ha
 
 @pytest.fixture
 def left(tmp_path: Path) -> Path:
-    """A work dir with a config and a checkpoint of random weights that has it too."""
+    """A work dir with a config and a checkpoint of random weights that says what they are of."""
     config = load_config(DIGITS, {f'model.{name}': value for name, value in SMALL.items()})
     config.model.moe = SMALL['moe']
     with scope_of(config):
@@ -36,7 +37,8 @@ def left(tmp_path: Path) -> Path:
     config.dump(run / 'run.py')
     meta = {'epoch': 1, 'iter': 2, 'seed': 7, 'dataset_meta': {'classes': tuple('0123456789')}}
     content = {'state_dict': model.state_dict(), 'message_hub': {}}
-    torch.save({**content, 'meta': {**meta, 'cfg': config.pretty_text}}, run / 'epoch_1.pth')
+    stated = state_experts(model.routed_model)
+    torch.save({**content, 'meta': {**meta, STATED: stated}}, run / 'epoch_1.pth')
     (run / 'last_checkpoint').write_text('epoch_1.pth')
     return run
 

@@ -19,7 +19,7 @@ from timm.data import create_transform, resolve_model_data_config
 from vqmoe_vision.classification import Classifier
 from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine import cli
-from vqmoe_vision.engine.checkpoint import load_from_local
+from vqmoe_vision.engine.checkpoint import load_from_local, read_state
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.model_card import _sources
 from vqmoe_vision.engine.publish import publish
@@ -201,6 +201,27 @@ def test_numbers_of_another_epoch_are_refused(trained: Path, tmp_path: Path) -> 
         publish([str(run), str(tmp_path / 'out'), *numbers])
     assert not (tmp_path / 'out').exists()
     publish([str(run), str(tmp_path / 'out'), *numbers, '--checkpoint', str(run / 'epoch_1.pth')])
+
+
+def test_a_flipped_bit_of_published_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+    publish([str(trained), str(tmp_path / 'out')])
+    weights = tmp_path / 'out/model.safetensors'
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    source = f'local-dir:{tmp_path / "out"}'
+    config = json.loads((tmp_path / 'out/config.json').read_text())
+    name, options = config['architecture'], config['model_args']
+    for load in (
+        lambda: timm.create_model(source, pretrained=True),
+        lambda: create_model(name, **options, upcycle=source),
+        lambda: create_model(name, **options, upcycle=str(weights)),
+        lambda: create_model(name, **options, checkpoint_path=str(weights)),
+        lambda: read_state(str(tmp_path / 'out')),
+        lambda: load_from_local(str(weights), 'cpu'),
+    ):
+        with pytest.raises(ValueError, match=r"safetensors' is damaged: .* weights_sha256"):
+            load()
 
 
 def test_the_config_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

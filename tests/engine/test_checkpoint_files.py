@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,30 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from vqmoe_vision.engine.checkpoint_files import (
+    RUN,
     SaveError,
     candidates,
     delete,
+    in_use,
     last_checkpoint,
     newest_checkpoint,
     newest_time,
     remove_partial,
     write_atomically,
 )
+from vqmoe_vision.engine.cli import train
 
-from ..forked import spawn
+from ..forked import METHOD, ROOT, spawn
+
+OWN = 'a run'
 
 
-def write(path: Path, iteration: int, saved_at: float | None) -> None:
+def write(path: Path, iteration: int, saved_at: float | None, size: int = 1000) -> None:
     meta = {'epoch': 0, 'iter': iteration}
     if saved_at is not None:
         meta['saved_at'] = saved_at
-    content = {'meta': meta, 'state_dict': {'w': torch.ones(1000)}, 'message_hub': {}}
+    hub = {'runtime_info': {RUN: OWN}}
+    content = {'meta': meta, 'state_dict': {'w': torch.ones(size)}, 'message_hub': hub}
     torch.save(content, path)
 
 
@@ -92,7 +100,7 @@ def test_a_write_that_ends_in_the_middle_leaves_the_old_file(killed: bool, tmp_p
         assert getattr(ended.value, 'signal_name', None) == 'SIGXFSZ'
         partial = tmp_path / '.a.pth.part'
         assert partial.stat().st_size == 1000
-        remove_partial(tmp_path)
+        remove_partial(tmp_path, OWN)
     else:
         said = f'{path} could not be written (File too large); what was saved before is intact'
         assert str(ended.value).strip().endswith(f'SaveError: {said}')
@@ -137,6 +145,17 @@ def test_the_newest_file_that_reads_completely_is_found(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path, said.append)
 
 
+def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        write(tmp_path / f'iter_{iteration}.pth', iteration, float(iteration), size=20_000)
+    content = (tmp_path / 'iter_2.pth').read_bytes()
+    # torch looks for the end of an archive in blocks of 4,096 bytes, in the last 64 KiB and more
+    assert len(content) > 4096 + 2 * 32_768
+    for length in [*range(0, len(content), 331), 4096, 4097, len(content) - 1]:
+        (tmp_path / 'iter_2.pth').write_bytes(content[:length])
+        assert newest_checkpoint(tmp_path, lambda _: None).name == 'iter_1.pth', length
+
+
 def test_files_without_a_time_are_as_old_as_their_folder_says(tmp_path: Path) -> None:
     for age, iteration in enumerate((4, 3)):
         write(tmp_path / f'iter_{iteration}.pth', iteration, None)
@@ -152,13 +171,35 @@ def test_a_time_that_is_no_time_is_the_oldest(tmp_path: Path) -> None:
     assert newest_time(tmp_path / 'none') == 0.0
 
 
+def hold(folder: Path) -> None:
+    with in_use(folder):
+        (folder / 'held').touch()
+        time.sleep(600)
+
+
+def test_a_work_dir_is_for_one_training_at_a_time(tmp_path: Path) -> None:
+    process = get_context(METHOD).Process(target=hold, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / 'held').exists():
+        time.sleep(0.01)
+    config = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
+    with pytest.raises(SystemExit, match=r'^error: --work-dir \S+ is in use by another training'):
+        train([str(config), '--work-dir', str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {'.lock', 'held'}  # nothing was touched
+    process.kill()
+    process.join()
+    with in_use(tmp_path):  # what a kill has left is in nobody's way
+        pass
+
+
 def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
     work, other = tmp_path / 'work', tmp_path / 'thesis.pth'
     work.mkdir()
     for path in (other, work / 'notes.txt', work / 'iter_1.pth'):
-        path.touch()
+        write(path, 1, 5.0)
     (work / 'folder.pth').mkdir()
-    delete(work, [str(other), '../thesis.pth', 'notes.txt', 'folder.pth', 'iter_1.pth', 'gone.pth'])
+    names = [str(other), '../thesis.pth', 'notes.txt', 'folder.pth', 'iter_1.pth', 'gone.pth']
+    delete(work, names, OWN)
     assert other.is_file()
     assert sorted(path.name for path in work.iterdir()) == ['folder.pth', 'notes.txt']
     (work / 'last_checkpoint').write_text(str(other))

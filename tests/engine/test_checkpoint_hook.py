@@ -18,10 +18,11 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from vqmoe_vision.engine import checkpoint_hook
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.checkpoint_files import newest_checkpoint
+from vqmoe_vision.engine.checkpoint_files import RUN, newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
 from vqmoe_vision.engine.class_arguments import arguments_of
 from vqmoe_vision.engine.cli import load_config, train
+from vqmoe_vision.models.stated_experts import STATED
 
 from ..forked import run_tool
 
@@ -80,7 +81,7 @@ def test_files_name_each_other_without_folders(trained: Path) -> None:
     assert (trained / 'last_checkpoint').read_text() == last
     info = read_content(str(trained / last))['message_hub']['runtime_info']
     assert (info['last_ckpt'], info['best_ckpt']) == (last, best)
-    assert info['keep_ckpt_ids'] == [2]
+    assert info['keep_ckpt_ids'] == [2] and info[RUN] == (trained / '.run_id').read_text()
     # as it stands, which the hook finds in the work dir
     assert find_latest_checkpoint(str(trained)) == last
 
@@ -113,6 +114,38 @@ def crafted(trained: Path, work: Path, **info: Any) -> None:
     content['message_hub']['runtime_info'] |= info
     content['message_hub']['resumed_keys'] |= dict.fromkeys(info, True)
     torch.save(content, work / 'epoch_2.pth')
+
+
+def test_a_checkpoint_says_as_values_what_its_weights_need(trained: Path) -> None:
+    stated = read_content(str(trained / 'epoch_2.pth'))['meta'][STATED]
+    assert stated['method'] == 'vqmoe' and stated['options']['num_experts'] == 2
+    assert stated['img_size'] == [48, 48] and list(stated['classes']) == list('0123456789')
+    state = read_content(str(trained / 'epoch_2.pth'))['state_dict']
+    assert [stated['mean'], stated['std']] == [
+        tuple(row) for row in state['normalization'].tolist()
+    ]
+
+
+def test_no_checkpoint_deletes_a_file_of_another_run(trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / 'work'
+    theirs = {'best_thesis.pth', 'epoch_1.pth', 'epoch_0.pth', 'thesis.pth'}
+    crafted(
+        trained,
+        work,
+        best_ckpt='best_thesis.pth',
+        best_score=-1.0,
+        keep_ckpt_ids=[0, 1, 2],
+        outdated_ckpts=['thesis.pth', 'best_thesis.pth'],
+        **{RUN: 32 * 'a'},
+    )
+    for name in theirs:  # of a run that the checkpoint does not know
+        shutil.copy(trained / 'epoch_2.pth', work / name)
+    parts = work / 'thesis.1.sharded'
+    parts.mkdir()
+    (parts / '__0_0.distcp').touch()
+    resumed(write_config(tmp_path), work)
+    assert theirs < {*names(work)} and (parts / '__0_0.distcp').is_file()
+    assert len(names(work)) == len(theirs) + 2  # with its own last and best
 
 
 def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_path: Path) -> None:
@@ -328,9 +361,9 @@ def test_a_place_that_cannot_be_written_is_one_line_in_a_training(
 def test_a_new_best_deletes_no_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
     hook = AtomicCheckpointHook(interval=3, save_best='mIoU')
     hook.out_dir = str(tmp_path)
-    names = {'iter_5.pth', 'best_mIoU_epoch_1.pth', 'epoch_3.pth'}
-    for name in names:
-        (tmp_path / name).touch()
+    hook._run = 'a run'
+    for name in ('iter_5.pth', 'best_mIoU_epoch_1.pth', 'epoch_3.pth'):
+        torch.save({'message_hub': {'runtime_info': {RUN: hook._run}}}, tmp_path / name)
     # a signal has saved iteration 5, between two checkpoints that are due
     hook._outdated = ['iter_5.pth', 'best_mIoU_epoch_1.pth']
     hook._delete_outdated()

@@ -7,11 +7,13 @@ from mmengine.logging import HistoryBuffer
 
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state
 from vqmoe_vision.engine.publish import publish, publish_checkpoint
+from vqmoe_vision.models.stated_experts import STATED
 
 
 def write(path: Path) -> str:
     meta = {
-        'cfg': 'model = dict(img_size=(32, 48))\n',
+        'cfg': 'model = dict()\n',
+        STATED: {'img_size': [32, 48]},
         'iter': 2,
         'dataset_meta': {'classes': 'ab'},
     }
@@ -36,7 +38,7 @@ def test_weights_config_and_classes_are_kept(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == f'wrote {file}\n'
     content = torch.load(file, weights_only=True)
     assert content.keys() == {'state_dict', 'meta'}
-    assert content['meta'].keys() == {'cfg', 'dataset_meta', 'iter'}
+    assert content['meta'].keys() == {'cfg', STATED, 'dataset_meta', 'iter'}
     # what starting from it reads
     assert read_state(str(file))['w'].tolist() == [1, 1]
     assert read_image_sizes(str(file)) == [(32, 48)]

@@ -2,9 +2,11 @@
 
 import io
 import resource
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
 from vqmoe_vision.engine.checkpoint_files import (
+    RUN,
     SaveError,
     delete,
     remove_partial,
@@ -25,7 +28,7 @@ from vqmoe_vision.models.weight_files import IN_PARTS
 
 from ..groups import alone
 from ..soak.bits import same
-from .test_sharded_saves import first, folders, forge
+from .test_sharded_saves import OWN, first, folders, forge
 
 
 @pytest.fixture
@@ -45,6 +48,7 @@ class Writer:
     """What a runner does at a save."""
 
     iter = 0
+    message_hub = SimpleNamespace(get_info={RUN: OWN}.get)
 
     def __init__(self, model: nn.Module) -> None:
         whole: Any = self
@@ -82,7 +86,7 @@ def test_a_disk_that_is_full_amid_a_tensor(mesh: DeviceMesh, tmp_path: Path) -> 
         with pytest.raises(
             SaveError, match=r'\(rank 0: the write was cut off, as by a full disk\)'
         ):
-            write_parts(tmp_path / 'iter_1.pth', {'state_dict': {'weight': spread}})
+            write_parts(tmp_path / 'iter_1.pth', {'state_dict': {'weight': spread}}, OWN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not folders(tmp_path)
@@ -90,7 +94,7 @@ def test_a_disk_that_is_full_amid_a_tensor(mesh: DeviceMesh, tmp_path: Path) -> 
 
 def write_in_parts(mesh: DeviceMesh, file: Path, value: torch.Tensor) -> None:
     weight = distribute_tensor(value, mesh, [Shard(0)])
-    write(file, write_parts(file, {'state_dict': {'weight': weight}}))
+    write(file, write_parts(file, {'state_dict': {'weight': weight}}, OWN))
 
 
 @pytest.mark.parametrize('name', ['best.pt', 'iter_1.pth.bak'])
@@ -99,14 +103,14 @@ def test_a_checkpoint_under_another_name_keeps_its_folder(
 ) -> None:
     write_in_parts(mesh, tmp_path / 'iter_1.pth', torch.ones(4))
     (tmp_path / 'iter_1.pth').rename(tmp_path / name)
-    (tmp_path / 'iter_7.1.sharded').mkdir()
+    shutil.copytree(tmp_path / 'iter_1.1.sharded', tmp_path / 'iter_7.1.sharded')
     with zipfile.ZipFile(tmp_path / 'notes', 'w') as archive:
         archive.writestr('of others', '')
-    remove_partial(tmp_path)
+    remove_partial(tmp_path, OWN)
     assert folders(tmp_path) == ['iter_1.1.sharded', 'iter_7.1.sharded']
     (tmp_path / 'notes').unlink()
-    delete(tmp_path, ['iter_1.pth'])
-    remove_partial(tmp_path)
+    delete(tmp_path, ['iter_1.pth'], OWN)
+    remove_partial(tmp_path, OWN)
     assert folders(tmp_path) == ['iter_1.1.sharded']
     assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
 
@@ -139,7 +143,7 @@ def test_a_file_that_is_written_again_stays_whole(mesh: DeviceMesh, tmp_path: Pa
     old, new = torch.ones(4), torch.zeros(4)
     for value in (old, new):
         state = {'state_dict': {'weight': distribute_tensor(value, mesh, [Shard(0)])}}
-        content = write_parts(file, state)
+        content = write_parts(file, state, OWN)
         if value is new:
             assert same(read_content(str(file)), {'state_dict': {'weight': old}})
         write(file, content)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
 from vqmoe_vision.engine.checkpoint_files import (
+    RUN,
     SaveError,
     delete,
     newest_checkpoint,
@@ -36,10 +37,12 @@ from ..groups import begin
 from ..models.test_sharding import make, train
 from ..soak.bits import same
 
+OWN = 'a run'
+
 
 def content_of(state: dict, iteration: int) -> dict[str, Any]:
     meta = {'epoch': 0, 'iter': iteration, 'saved_at': time.time()}
-    return {'meta': meta, 'message_hub': {}, **state}
+    return {'meta': meta, 'message_hub': {'runtime_info': {RUN: OWN}}, **state}
 
 
 def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
@@ -51,7 +54,7 @@ def save(rank: int, world: int, expert_processes: int, folder: Path) -> None:
         train(model, optimizer, steps=1)
         state = {'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict()}
         check_own_parts(model, iteration, state['state_dict'])
-        left = write_parts(folder / f'iter_{iteration}.pth', state)
+        left = write_parts(folder / f'iter_{iteration}.pth', state, OWN)
         whole = whole_state(state)
         if rank == 0:
             torch.save(content_of(left, iteration), folder / f'iter_{iteration}.pth')
@@ -72,14 +75,14 @@ def refuse(model: Any, state: dict, rank: int, folder: Path) -> None:
     # as on two machines whose work dirs have the same name
     own = folder / 'elsewhere' if rank == 1 else folder
     with pytest.raises(SaveError, match=r'__1_0.distcp as rank 1 .*: all processes have to see'):
-        write_parts(own / 'iter_3.pth', state)
+        write_parts(own / 'iter_3.pth', state, OWN)
     assert not [*own.glob('*iter_3*'), *own.glob('.*iter_3*')]
     dist.barrier()
     if rank == 1:
         own.rmdir()
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     with pytest.raises(SaveError, match=r'iter_3.pth could not be written \(rank 1: File too larg'):
-        write_parts(folder / 'iter_3.pth', state)
+        write_parts(folder / 'iter_3.pth', state, OWN)
 
 
 LAYOUTS = [
@@ -175,13 +178,18 @@ def test_what_a_kill_leaves_is_removed(work: Path) -> None:
     shutil.copytree(work / 'iter_2.1.sharded', work / '.iter_3.1.sharded.part')
     shutil.copytree(work / 'iter_2.1.sharded', work / 'iter_2.2.sharded')
     shutil.copytree(work / 'iter_2.1.sharded', work / 'iter_3.1.sharded')
-    remove_partial(work)
+    remove_partial(work, OWN)
     assert folders(work) == ['iter_1.1.sharded', 'iter_2.1.sharded']
     (work / 'iter_1.pth').write_bytes(b'damaged')
     (work / 'iter_2.pth').rename(work / 'mine.pth')
-    remove_partial(work)
+    remove_partial(work, OWN)
     assert folders(work) == ['iter_1.1.sharded', 'iter_2.1.sharded']
-    delete(work, ['iter_1.pth'])
+    delete(work, ['iter_1.pth'], OWN)  # damaged, it does not say whose it is
+    assert folders(work) == ['iter_1.1.sharded', 'iter_2.1.sharded']
+    (work / 'iter_1.pth').unlink()
+    remove_partial(work, 'of another run')
+    assert folders(work) == ['iter_1.1.sharded', 'iter_2.1.sharded']
+    remove_partial(work, OWN)
     assert folders(work) == ['iter_2.1.sharded']
     assert read_content(str(work / 'mine.pth'))
 
@@ -194,8 +202,8 @@ def test_what_is_of_others_is_not(work: Path, tmp_path: Path) -> None:
         (work / name).mkdir()
         (work / name / 'notes.txt').touch()
     kept = {*folders(work)}
-    remove_partial(work)
-    delete(work, ['../iter_4.pth', 'iter_4.pth', 'iter_5.pth', 'notes.pth', '.notes'])
+    remove_partial(work, OWN)
+    delete(work, ['../iter_4.pth', 'iter_4.pth', 'iter_5.pth', 'notes.pth', '.notes'], OWN)
     assert {*folders(work)} == kept
     assert len(list(outside.iterdir())) == len(list((work / 'iter_2.1.sharded').iterdir())) > 2
 

@@ -14,7 +14,13 @@ from timm.utils import CheckpointSaver
 
 from vqmoe_vision.engine.checkpoint import start_from
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.stated_experts import compare_experts, experts_of
+from vqmoe_vision.models.stated_experts import (
+    STATED,
+    compare_experts,
+    experts_of,
+    experts_of_file,
+    state_experts,
+)
 from vqmoe_vision.moe import METHODS
 
 from .conftest import TINY, distance, make, shaken
@@ -33,9 +39,9 @@ OPTIONS = {
 }
 
 
-def run_of(model: Any, path: Path, config: str) -> str:
+def run_of(model: Any, path: Path, stated: Any) -> str:
     """What a run leaves, as far as it says what its experts are."""
-    torch.save({'state_dict': model.state_dict(), 'meta': {'cfg': config}}, path)
+    torch.save({'state_dict': model.state_dict(), 'meta': {STATED: stated}}, path)
     return str(path)
 
 
@@ -73,17 +79,11 @@ def test_every_way_to_name_weights_compares_methods(way: str, folders: dict[str,
             create_model('vit_tiny_ecmoe', **{**TINY, 'depth': 2}, **ways[way])
 
 
-CONFIGS = {
-    'name': "model = dict(type='Classifier', model_name='vit_tiny_smoe', num_experts=8)",
-    'moe': "model = dict(backbone=dict(model_name='vit_tiny_smoe', moe=dict(renormalize=False)))",
-    'host': "model = {'model_name': 'vit_tiny_patch16_224', 'moe': {'method': 'smoe', 'top_k': 2}}",
-}
-
-
-@pytest.mark.parametrize('config', CONFIGS)
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
-def test_a_run_says_it_in_its_config(config: str, way: str, tmp_path: Path) -> None:
-    path = run_of(make('smoe'), tmp_path / 'a.pth', CONFIGS[config])
+def test_a_run_says_it_as_values(way: str, tmp_path: Path) -> None:
+    source = make('smoe', renormalize=True)
+    path = run_of(source, tmp_path / 'a.pth', state_experts(source))
+    assert experts_of_file(path) == experts_of(source)
 
     def load(method: str) -> None:
         if way == 'checkpoint':
@@ -97,14 +97,31 @@ def test_a_run_says_it_in_its_config(config: str, way: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    'config',
-    ['', 'no python (', 'model = build()', "model = dict(model_name='vit_of_tomorrow_smoe')",
-     "model = dict(model_name='vit_tiny_patch16_224', moe=None)"],
+    'stated',
+    [None, {}, 7, {'method': None, 'options': None}, {'method': 'moe_of_tomorrow'},
+     {'method': ['smoe']}, {'options': {'method': 'smoe'}}],
 )  # fmt: skip
-def test_what_says_nothing_is_not_refused(config: str, tmp_path: Path) -> None:
-    path = run_of(make('smoe'), tmp_path / 'a.pth', config)
+def test_what_says_nothing_is_not_refused(stated: Any, tmp_path: Path) -> None:
+    path = run_of(make('smoe'), tmp_path / 'a.pth', stated)
     model: Any = create_model('vit_tiny_ecmoe', **TINY, upcycle=path)
     assert not model.weights_report.warnings
+
+
+@pytest.mark.parametrize('options', [7, {'top_k': 'two'}, {'top_k': torch.ones(2)}, {1: 2}])
+def test_options_that_are_none_leave_the_method(options: Any, tmp_path: Path) -> None:
+    path = run_of(make('smoe'), tmp_path / 'a.pth', {'method': 'smoe', 'options': options})
+    make('smoe', upcycle=path)
+    with pytest.raises(ValueError, match='its experts are those of smoe'):
+        make('ecmoe', upcycle=path)
+
+
+def test_the_text_of_a_config_says_nothing(tmp_path: Path) -> None:
+    model = make('smoe')
+    path = tmp_path / 'a.pth'
+    config = "model = dict(model_name='vit_tiny_smoe', moe=dict(renormalize=True))"
+    torch.save({'state_dict': model.state_dict(), 'meta': {'cfg': config}}, path)
+    again: Any = make('ecmoe', upcycle=str(path))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('case', OPTIONS)
@@ -201,8 +218,7 @@ def test_a_layer_without_some_of_its_experts_is_not_said_to_have_other_options(
     state = source.state_dict()
     del state['blocks.1.mlp.experts.fc2.bias']
     path = tmp_path / 'a.pth'
-    cfg = "model = dict(model_name='vit_tiny_vqmoe', moe=dict(vq_weight=0.5))"
-    torch.save({'state_dict': state, 'meta': {'cfg': cfg}}, path)
+    torch.save({'state_dict': state, 'meta': {STATED: state_experts(source)}}, path)
     with pytest.raises(ValueError, match=r'only the model has blocks\.1\.mlp\.experts\.fc2\.bias$'):
         start_from(make('vqmoe'), str(path))
 
@@ -252,11 +268,3 @@ def test_the_architecture_beside_weights_is_a_name(tmp_path: Path) -> None:
     torch.save({'state_dict': make('ecmoe').state_dict(), 'arch': 'vit_tiny_ecmoe'}, path)
     with pytest.raises(ValueError, match='those of ecmoe, the model has those of smoe'):
         make('smoe', upcycle=str(path))
-
-
-@pytest.mark.parametrize('moe', ["dict(method=['a'])", 'dict(method=dict(a={[]: 1}))', '7'])
-def test_a_config_of_somebody_else_says_nothing(moe: str, tmp_path: Path) -> None:
-    model = make('smoe')
-    path = run_of(model, tmp_path / 'a.pth', f'model = dict(moe={moe}, x={{[]: 1}})')
-    again: Any = make('smoe', upcycle=path)
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -12,6 +12,7 @@ import matplotlib
 import mmseg
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
@@ -88,6 +89,36 @@ def test_inference_by_mmsegs_inferencer(
     assert (written == expected.labels).all()
     array = cv2.imread(str(image))
     assert len(inferencer([array, array], batch_size=2)['predictions']) == 2
+
+
+RUNNER = """
+default_scope = 'mmseg'
+model = dict(type='EncoderDecoder',
+    decode_head=dict(type='FCNHead', in_channels=3, channels=3, num_classes=2),
+    backbone=dict(
+        type='mmengine.runner.Runner', model=dict(type='mmengine.model.ImgDataPreprocessor'),
+        work_dir=THEIRS, experiment_name=THEIRS, default_hooks=None))
+"""
+INFERENCER = """
+default_scope = 'mmseg'
+model = dict(type='EncoderDecoder', backbone=dict(type='ResNet', depth=18), decode_head=dict(
+    type='mmseg.apis.MMSegInferencer', model=None, weights=OTHER))
+"""
+
+
+@pytest.mark.parametrize('where', ['meta', 'message_hub'])
+@pytest.mark.parametrize('kind', ['backbone', 'head'])
+def test_no_checkpoint_builds_what_its_config_names(kind: str, where: str, tmp_path: Path) -> None:
+    """A backbone that is a Runner writes into any folder, a head that is an inferencer runs it."""
+    theirs, other = tmp_path / 'theirs', str(tmp_path / 'other.pth')
+    for text, path in ((RUNNER, other), (INFERENCER, str(tmp_path / 'a.pth'))):
+        config = text.replace('THEIRS', repr(str(theirs))).replace('OTHER', repr(other))
+        said = {'cfg': config} if where == 'meta' else {'runtime_info': {'cfg': config}}
+        torch.save({'state_dict': {}, 'meta': {}, where: said}, path)
+    weights = other if kind == 'backbone' else str(tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='Cannot find the config in the checkpoint'):
+        MMSegInferencer(model=None, weights=weights, device='cpu')
+    assert not theirs.exists()
 
 
 @pytest.mark.parametrize('leaf', ['camvid.py', 'ade20k/segmenter_vit_tiny_vqmoe_ade20k.py'])

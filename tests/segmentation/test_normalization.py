@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
@@ -296,28 +296,6 @@ def test_weights_of_timm_are_followed(trained: tuple[str, Path], tmp_path: Path)
     train(config, tmp_path / 'w', *options)
     model = load_trained(load_config(config), str(tmp_path / 'w/iter_1.pth'), 'cpu')
     same(levels(model), ([127.5] * 3, [63.75] * 3))
-
-
-def test_a_run_of_before_goes_on_as_it_began(
-    classifier: Path, trained: tuple[str, Path], tmp_path: Path
-) -> None:
-    content = read_content(str(trained[1] / 'iter_2.pth'))
-    # as a run before there was a buffer, which its config had feed other images than its weights
-    del content['state_dict'][KEY]
-    former = Config.fromstring(content['meta']['cfg'], '.py')
-    former.model.data_preprocessor.pop('from_scratch')
-    former.model.data_preprocessor.update(mean=[127.5] * 3, std=[127.5] * 3)
-    content['meta']['cfg'] = former.pretty_text
-    work = tmp_path / 'w'
-    work.mkdir()
-    torch.save(content, work / 'iter_2.pth')
-    (work / 'last_checkpoint').write_text('iter_2.pth')
-    before = load_trained(load_config(trained[0]), str(work / 'iter_2.pth'), 'cpu')
-    assert levels(before) == ([127.5] * 3, [127.5] * 3)
-    options = [f'model.backbone.checkpoint={classifier}', 'train_cfg.max_iters=4']
-    train(trained[0], work, *options, resume=True)
-    model = load_trained(load_config(trained[0]), str(work / 'iter_4.pth'), 'cpu')
-    assert levels(model) == ([127.5] * 3, [127.5] * 3)
 
 
 @pytest.mark.parametrize('path', sorted((CONFIGS / 'segmentation').rglob('[!_]*.py')), ids=str)

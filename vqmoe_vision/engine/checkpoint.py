@@ -4,12 +4,12 @@
 onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are;
 where a file is refused it runs the code in it. Importing this module puts a loader in the place of
 those of mmengine: no file runs code, none changes what the process has in common, and a file whose
-checksums do not match is not used.
+checksums do not match is not used. The texts of configs in files, which mmengine's `resume` and its
+inferencers run, are left out.
 """
 
 import functools
 import os
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict, refuse_without_values
-from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run
+from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run, stated_in
 from vqmoe_vision.models.transfer import Size, transfer
 from vqmoe_vision.models.weight_files import (
     check_file,
@@ -42,7 +42,6 @@ from vqmoe_vision.models.weight_files import (
 )
 
 from .as_data import as_data
-from .config_text import is_harmless
 from .parts import Parts
 
 # Where the weights of a file are, those that count first: as timm's `load_state_dict` has it, so
@@ -113,7 +112,7 @@ def read_state(path: str) -> StateDict:
 
 
 def read_image_sizes(path: str) -> list[Size]:
-    """Image sizes in the config that mmengine or timm saves beside the weights of a run.
+    """Image sizes that a run or timm has left beside its weights.
 
     Args:
         path: As `read_state`, which has read it already.
@@ -127,13 +126,14 @@ def read_image_sizes(path: str) -> list[Size]:
     sizes = list(dict.fromkeys(to_2tuple(size) for size in stated if size))
     if sizes or path.endswith('.safetensors'):
         return sizes
-    config = str(read_content(path, verify=False).get('meta', {}).get('cfg', ''))
-    found = re.findall(r'\bimg_size=(?:[(\[]\s*(\d+),\s*(\d+),?\s*[)\]]|(\d+))', config)
-    return [(int(height or side), int(width or side)) for height, width, side in found]
+    match stated_in(read_content(path, verify=False)).get('img_size'):
+        case [int(height), int(width)]:
+            return [(height, width)]
+    return []
 
 
 def run_experts(path: str) -> StatedExperts | None:
-    """What the config in the checkpoint of a run says of its experts.
+    """What the checkpoint of a run says of its experts.
 
     Args:
         path: As `read_state`, which has read it already.
@@ -253,7 +253,7 @@ def load_from_local(filename: str, map_location: Any) -> Any:
     # what else torch takes for it says where a file's devices are, and parts were on the processor
     device = map_location if isinstance(map_location, str | torch.device) else None
     content = _in_one_piece(content, path, device=device)
-    return _named_as_expected(_without_code(content, path))
+    return _named_as_expected(_without_configs(content))
 
 
 def _of_timm(path: str) -> dict[str, Any]:
@@ -287,20 +287,19 @@ def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
         with as_data():
-            return _named_as_expected(_without_code(loader(filename, *args, **kwargs), filename))
+            return _named_as_expected(_without_configs(loader(filename, *args, **kwargs)))
 
     return load
 
 
-def _without_code(content: Any, path: str) -> Any:
-    """Leaves out a config that mmengine would run: its `resume` does so, and its inferencers."""
+def _without_configs(content: Any) -> Any:
+    """Takes out the texts that mmengine would run, whatever they say."""
     meta = content.get('meta') if isinstance(content, dict) else None
     hub = content.get('message_hub') if isinstance(content, dict) else None
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
     for holder, name in ((meta, 'config'), (meta, 'cfg'), (info, 'cfg')):
-        if isinstance(holder, dict) and name in holder and not is_harmless(holder[name]):
-            print_log(f'{path}: its config ({name}) may run code and is left out', 'current')
-            del holder[name]
+        if isinstance(holder, dict):
+            holder.pop(name, None)
     return content
 
 

@@ -1,20 +1,26 @@
 """Files of checkpoints: written whole or not at all, and found again whatever ended the run."""
 
+import fcntl
 import os
+import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mmengine.fileio import LocalBackend, register_backend
 
 from .checkpoint import check_content, read_content
-from .parts import Parts, delete_folder, owner_of
+from .parts import RUN_FILE, Parts, delete_folder, owner_of, run_of
 
 POINTER = 'last_checkpoint'
 BEST = 'best_'
+# In the message hub, the word of `identify`.
+RUN = 'run_id'
+_LOCK = '.lock'
 # of every checkpoint that a run can go on from
 _NEEDED = ('meta', 'state_dict', 'message_hub')
 
@@ -125,31 +131,81 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / Path((folder / POINTER).read_text().strip()).name
 
 
-def remove_partial(folder: Path) -> None:
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps a work dir for one training, until that ends or is killed.
+
+    Args:
+        folder: Work dir; is made.
+
+    Raises:
+        ValueError: Another training has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open('a') as file:
+        try:
+            # one that ends with the process, and that no worker of its data loaders inherits
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f'--work-dir {folder} is in use by another training: wait for its end, or name '
+                'another one'
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def identify(folder: Path, stated: Any) -> str:
+    """The word by which a run knows its files again, and nobody else's.
+
+    Args:
+        folder: Work dir, which keeps it for a run that begins anew after a kill in its first save.
+        stated: What the checkpoint says that the run goes on from.
+    """
+    file = folder / RUN_FILE
+    known = [stated, file.read_text() if file.is_file() else None, uuid4().hex]
+    run = next(str(word) for word in known if re.fullmatch('[0-9a-f]{32}', str(word)))
+    write_atomically(file, run.encode())
+    return run
+
+
+def _is_own(path: Path, run: str) -> bool:
+    """Whether a checkpoint says that the run has written it."""
+    try:
+        content = read_content(str(path), verify=False)
+        return bool(content['message_hub']['runtime_info'][RUN] == run)
+    except (KeyError, TypeError, ValueError):  # of others, or damaged
+        return False
+
+
+def remove_partial(folder: Path, run: str) -> None:
     """Removes what a run that was killed has written in part.
 
     Args:
         folder: Work dir, in which nothing else runs.
+        run: Of `identify`.
     """
     for path in folder.glob('.*.part'):
         if path.is_file():
             path.unlink()
-        elif owner_of(path.name[1:].removesuffix('.part')) and not path.is_symlink():
+        elif owner_of(path.name[1:].removesuffix('.part')) and run_of(path) == run:
             delete_folder(path)
-    remove_unnamed(folder)
+    remove_unnamed(folder, run)
 
 
-def remove_unnamed(folder: Path, of: Collection[str] | None = None) -> None:
-    """Removes folders of parts that no checkpoint beside them names.
+def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) -> None:
+    """Removes a run's folders of parts that no checkpoint beside them names.
 
     A file that cannot be read may be repaired, and the folders that may be its own stay: without
     the suffix .pth, that is all of them.
 
     Args:
         folder: Work dir, in which nothing else saves.
+        run: Of `identify`.
         of: Names of the checkpoints whose folders are meant; None is all.
     """
-    found = [p for p in folder.glob('*.sharded') if p.is_dir() and not p.is_symlink()]
+    found = [path for path in folder.glob('*.sharded') if run_of(path) == run]
     owners = {path: owner for path in found if (owner := owner_of(path.name))}
     suspects = [path for path, owner in owners.items() if of is None or owner in of]
     if not suspects:
@@ -173,18 +229,19 @@ def _may_name_parts(file: Path) -> bool:
     return file.is_file() and (file.suffix == '.pth' or zipfile.is_zipfile(file))
 
 
-def delete(folder: Path, names: Iterable[str]) -> None:
-    """Deletes checkpoints in a work dir, and nothing else whatever the names say.
+def delete(folder: Path, names: Iterable[str], run: str) -> None:
+    """Deletes checkpoints of a run in its work dir, and nothing else whatever the names say.
 
     Args:
         folder: Work dir.
         names: Of files, which may be gone.
+        run: Of `identify`.
     """
     paths = [folder / Path(name).name for name in names]
     for path in paths:
-        if path.suffix == '.pth' and path.is_file():
+        if path.suffix == '.pth' and path.is_file() and _is_own(path, run):
             path.unlink()
-    remove_unnamed(folder, {path.name for path in paths})
+    remove_unnamed(folder, run, {path.name for path in paths})
 
 
 def candidates(folder: Path) -> list[Path]:

@@ -17,9 +17,11 @@ from .accumulated import keep_accumulated, restore_accumulated
 from .checkpoint_files import (
     BEST,
     POINTER,
+    RUN,
     candidates,
     check_template,
     delete,
+    identify,
     newest_checkpoint,
     newest_time,
     remove_partial,
@@ -70,7 +72,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._outdated: list[str] = []
         self._former_best: dict[str, str | None] = {}
         self._saved_iter = -1
-        self._resumed_from = ''
+        self._resumed_from = self._run = ''
         self._saved_at = 0.0
         self._validating = False
         self._training = False
@@ -98,6 +100,9 @@ class AtomicCheckpointHook(CheckpointHook):
             if key != 'auto':
                 check_reported(runner, 'save_best', key)
         hub, folder = runner.message_hub, Path(runner.work_dir)
+        if is_main_process():
+            self._run = identify(folder, hub.get_info(RUN))
+            hub.update_info(RUN, self._run)
         kept = hub.get_info('keep_ckpt_ids', [])
         kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
         names = hub.get_info(_OUTDATED, [])
@@ -119,7 +124,7 @@ class AtomicCheckpointHook(CheckpointHook):
         broadcast_object_list(seen)
         self.last_ckpt = seen[0]
         if is_main_process():
-            remove_partial(folder)
+            remove_partial(folder, self._run)
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
         self._signals = StopSignals(lambda: self._save_now(runner))
@@ -305,5 +310,5 @@ class AtomicCheckpointHook(CheckpointHook):
         """Deletes outdated files, those that a run could go on from only after a newer one."""
         names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
         if is_main_process():
-            delete(Path(self.out_dir), [name for name in names if name != current])
+            delete(Path(self.out_dir), [name for name in names if name != current], self._run)
         self._outdated = [name for name in self._outdated if name not in names]

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.moe.config import check
 
 from .alike import check_configs, check_datasets
-from .checkpoint_files import newest_checkpoint, newest_time
+from .checkpoint_files import in_use, newest_checkpoint, newest_time
 from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
@@ -173,7 +173,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with _together(args) as processes:
+    with ExitStack() as alone, _together(args) as processes:
         config = _configure(args)
         if args.amp:
             use_amp(config)
@@ -181,6 +181,8 @@ def _train(args: argparse.Namespace) -> None:
         fill_in_parallel(config, processes.size)
         processes.join(config)
         check_configs(processes, asked)
+        if processes.rank == 0:
+            alone.enter_context(in_use(Path(config.work_dir)))
         latest = processes.decide(_latest(args, config, processes))
         if latest is not None:
             config.load_from, config.resume = latest, True

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.models.create import check_upcycled
-from vqmoe_vision.models.normalization import KEY
+from vqmoe_vision.models.stated_experts import STATED, state_experts
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
@@ -20,7 +20,6 @@ from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
 from .model import unwrapped
-from .normalization import of_run
 from .progress import saves_after_iteration
 from .routing import lines_of
 from .stated_experts import check_experts
@@ -182,13 +181,24 @@ class CheckpointFitHook(Hook):
                 what = 'has no averages of its weights, and these options have an EMAHook'
             raise ValueError(f'the run {what}: go on with the options that it began with')
         loaded = checkpoint.get('state_dict', checkpoint)
-        if (known := of_run(checkpoint)) is not None:
-            loaded.setdefault(KEY, known.values())  # a run of before has it in its config
         path = os.path.expanduser(str(runner._load_from))
         check_experts(unwrapped(runner).routed_model, path, checkpoint)
         problem = unwrapped(runner).misfit(loaded)
         if problem:
             raise ValueError(f'the checkpoint does not fit the model: {problem}')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Says as plain values what whoever loads the weights has to know of their run."""
+        model = unwrapped(runner)
+        network, known = model.routed_model, model.known_normalization
+        size = getattr(getattr(network, 'patch_embed', None), 'img_size', None)
+        checkpoint['meta'][STATED] = {
+            **state_experts(network),
+            'img_size': size and list(size),
+            'mean': known and known.mean,
+            'std': known and known.std,
+            'classes': runner.train_dataloader.dataset.metainfo.get('classes'),
+        }
 
     def before_train(self, runner: Runner) -> None:
         """Normalises images of training and validation, and fits what reads them.
@@ -228,20 +238,20 @@ class ClassCountHook(Hook):
     """
 
     def __init__(self) -> None:
-        self._meta: Any = None
+        self._content: dict[str, Any] = {}
         self._resumed = False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keeps what the checkpoint says of its classes."""
-        self._meta, self._resumed = checkpoint.get('meta'), runner._resume
+        self._content, self._resumed = {'meta': checkpoint.get('meta')}, runner._resume
 
     def before_train(self, runner: Runner) -> None:
         """Checks the training set, and that validation numbers the classes in the same way."""
         seen = self._check(runner, 'train')
         if not self._resumed:  # another task may start from the weights
-            self._meta = None
+            self._content = {}
         else:
-            check_class_names(self._meta, seen, 'train_dataloader.dataset')
+            check_class_names(self._content, seen, 'train_dataloader.dataset')
             self._check_zero_label(runner, 'train')
         if runner.val_loop is not None:
             held_out = self._check(runner, 'val')
@@ -259,11 +269,12 @@ class ClassCountHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Checks the test set, and that it numbers the classes as the training did."""
         classes = self._check(runner, 'test')
-        check_class_names(self._meta, classes, 'test_dataloader.dataset')
+        check_class_names(self._content, classes, 'test_dataloader.dataset')
         self._check_zero_label(runner, 'test')
 
     def _check_zero_label(self, runner: Runner, split: str) -> None:
-        trained = self._meta.get('dataset_meta') if isinstance(self._meta, dict) else None
+        meta = self._content.get('meta')
+        trained = meta.get('dataset_meta') if isinstance(meta, dict) else None
         check_zero_label(runner, split, trained, 'the training of the checkpoint')
 
     @staticmethod

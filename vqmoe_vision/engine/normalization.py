@@ -3,7 +3,6 @@
 A model keeps what it is fed with as a buffer, so that its checkpoints say it to whoever loads them.
 """
 
-import ast
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,16 +16,9 @@ from vqmoe_vision.models.normalization import (
     of_buffer,
     stated_normalization,
 )
-from vqmoe_vision.models.run_config import assigned, fields_of
 from vqmoe_vision.models.sources import file_of, source_of
 
 from .checkpoint import read_content
-
-# Where the config of a run has its normalisation, and what a white pixel is there.
-_IN_CONFIGS = {
-    ('model', 'data_preprocessor'): 255.0,
-    ('train_dataloader', 'dataset', 'transform'): 1.0,
-}
 
 
 def weights_normalization(
@@ -112,7 +104,7 @@ def read_normalization(path: str) -> Normalization | None:
         path: File or folder of timm, whose checksums somebody has compared.
 
     Returns:
-        None if it is no file of a run, or does not say.
+        None if it is no file of a run of this package.
 
     Raises:
         ValueError: The file is missing, damaged, or holds more than weights and a log.
@@ -120,34 +112,9 @@ def read_normalization(path: str) -> Normalization | None:
     config = describe(path).config
     if {'mean', 'std'} <= config.keys():
         return Normalization.of(config)
-    return None if path.endswith('.safetensors') else of_run(read_content(path, verify=False))
-
-
-def of_run(content: Any) -> Normalization | None:
-    """As `read_normalization`: what the model kept, or else what the config of the run says.
-
-    Args:
-        content: Of a checkpoint of ours, of mmseg or of others.
-    """
+    content = None if path.endswith('.safetensors') else read_content(path, verify=False)
     state = content.get('state_dict') if isinstance(content, dict) else None
-    kept = of_buffer(state.get(KEY)) if isinstance(state, dict) else None
-    return kept or _of_config(content)
-
-
-def _of_config(content: Any) -> Normalization | None:
-    """Of a config's text, which is not run."""
-    variables = assigned(content)
-    for (first, *others), white in _IN_CONFIGS.items():
-        node = variables.get(first)
-        for name in others:
-            node = dict(fields_of(node)).get(name)
-        fields = dict(fields_of(node))
-        try:
-            values = {name: ast.literal_eval(fields[name]) for name in ('mean', 'std')}
-            return Normalization.of(values, white)
-        except (KeyError, TypeError, ValueError):  # not given, or no numbers
-            continue
-    return None
+    return of_buffer(state.get(KEY)) if isinstance(state, dict) else None
 
 
 def must_change(

@@ -32,7 +32,9 @@ from vqmoe_vision.models.weight_files import IN_PARTS
 KEY = 'tensors_in_parts'
 # of a checkpoint's name without .pth, and a number: a file that is written again has another folder
 _FOLDER = re.compile(r'(?P<stem>[^/]+)\.\d+\.sharded')
-_FILES = re.compile(r'__\d+_\d+\.distcp|\.metadata')
+_FILES = re.compile(r'__\d+_\d+\.distcp|\.metadata|\.run_id')
+# In such a folder, and in the work dir: the run that has made it.
+RUN_FILE = '.run_id'
 _BLOCK = 1 << 20
 _Key = str | int
 
@@ -221,6 +223,16 @@ def owner_of(folder: str) -> str | None:
     """
     match = _FOLDER.fullmatch(folder)
     return f'{match["stem"]}.pth' if match else None
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that made a folder of parts; None if it does not say.
+
+    Args:
+        folder: Any path; a link is nobody's.
+    """
+    file = folder / RUN_FILE
+    return file.read_text() if file.is_file() and not folder.is_symlink() else None
 
 
 def delete_folder(folder: Path) -> None:

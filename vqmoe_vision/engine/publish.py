@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from vqmoe_vision.models.stated_experts import STATED
+
 from .checkpoint import read_content
 from .checkpoint_files import SaveError, reason_of
 from .command import run
 from .hub_folder import publish_folder
 
-# Of `meta`: what starting from the file, mmseg's functions, and a reader want to know.
-_META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
+# Of `meta`: what starting from the file and a reader want to know, and mmseg's functions elsewhere.
+_META = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
 
 
 def publish(argv: Sequence[str] | None = None) -> None:

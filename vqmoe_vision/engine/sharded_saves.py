@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
-from .checkpoint_files import SaveError, reason_of, remove_unnamed, sync_folder
+from .checkpoint_files import RUN, SaveError, reason_of, remove_unnamed, sync_folder
 from .finite import check_own_parts, check_weights
-from .parts import KEY, Parts, checksum, delete_folder
+from .parts import KEY, RUN_FILE, Parts, checksum, delete_folder
 
 # Options of an optimizer for kernels that take lists of tensors of one layout.
 KERNELS_FOR_LISTS = ('foreach', 'fused')
@@ -107,20 +107,24 @@ class SavesInParts(WholeSaves):
         finally:
             # the folder of a file that was written again, or of one that could not be written
             if is_main_process():
-                remove_unnamed(Path(out_dir), {filename})
+                remove_unnamed(Path(out_dir), self._run(), {filename})
 
     def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
         check_own_parts(self._model, done, state['state_dict'])
-        return write_parts(file, state)
+        return write_parts(file, state, self._run())
+
+    def _run(self) -> str:
+        return str(self._runner.message_hub.get_info(RUN))
 
 
-def write_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     """Writes the folder of a checkpoint, before its file; all processes have to call it.
 
     Args:
         file: The checkpoint. The name of the folder is a new one, so that a file which is there
             stays whole.
         state: Some of its tensors are spread.
+        run: Of `identify`, in the first process.
 
     Returns:
         What is to be in the file.
@@ -134,7 +138,7 @@ def write_parts(file: Path, state: dict[str, Any]) -> dict[str, Any]:
     left = _take_parts(state, (), places, tensors)
     name = _decided(_free_name(file) if is_main_process() else '')
     partial = file.with_name(f'.{name}.part')
-    metadata = _write(partial, tensors, file)
+    metadata = _write(partial, tensors, file, run)
     files = _name_folder(partial, file.with_name(name), file)
     return {**left, KEY: Parts(name, files, metadata, places).as_data()}
 
@@ -148,10 +152,10 @@ def _free_name(file: Path) -> str:
         number += 1
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
+def _write(folder: Path, tensors: dict[str, Tensor], file: Path, run: str) -> Metadata:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer = FileSystemWriter(folder)
-    writer.fs = _FileSystem()
+    writer.fs = _FileSystem(run)
     try:
         return save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as error:  # the same one on all processes, and no `Exception`
@@ -164,6 +168,14 @@ def _write(folder: Path, tensors: dict[str, Tensor], file: Path) -> Metadata:
 
 
 class _FileSystem(FileSystem):
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        super().mkdir(path)
+        if is_main_process():
+            (Path(path) / RUN_FILE).write_text(self._run)
+
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
         assert mode == 'wb'

@@ -58,7 +58,7 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
         model = MODELS.build(without_sources(config.model))
     state = read_state(checkpoint)
     if (known := read_normalization(checkpoint)) is not None:
-        state.setdefault(KEY, known.values())  # a run of before has it in its config
+        state.setdefault(KEY, known.values())  # a folder of timm has it beside its weights
     check_experts(model.routed_model, checkpoint)
     if problem := model.misfit(state):
         raise ValueError(f'checkpoint {checkpoint!r} does not fit the config: {problem}')

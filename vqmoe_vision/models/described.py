@@ -13,9 +13,8 @@ from timm.models._hub import load_model_config_from_path  # timm.models exports 
 from ..moe.config import check
 from .normalization import check_normalization
 from .upcycle import BEGINNING
-from .weight_files import OF_TIMM
+from .weight_files import CONFIG, OF_TIMM
 
-_CONFIG = 'config.json'
 # Of a configuration what says where weights are, and of which model; the format is that of a place.
 _PLACES = ('source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
 _OWN = ('architecture', 'tag')
@@ -57,7 +56,7 @@ def describe(source: str) -> Described:
     folder = path if path.is_dir() else path.parent
     if not source or not (path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM):
         return Described()
-    return _read(folder) if (folder / _CONFIG).is_file() else Described()
+    return _read(folder) if (folder / CONFIG).is_file() else Described()
 
 
 def describe_folder(folder: str, what: str) -> Described:
@@ -73,14 +72,14 @@ def describe_folder(folder: str, what: str) -> Described:
     found = describe(folder) if Path(folder).is_dir() else Described()
     if not found.name:
         raise ValueError(
-            f'{what}: {folder!r} has no {_CONFIG} of timm, which names the architecture'
+            f'{what}: {folder!r} has no {CONFIG} of timm, which names the architecture'
         )
     return found
 
 
 def _read(folder: Path) -> Described:
     """Of a folder with a config.json; that of another library says nothing."""
-    file = folder / _CONFIG
+    file = folder / CONFIG
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:  # no text, or no JSON

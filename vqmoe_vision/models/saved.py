@@ -20,6 +20,7 @@ from .hosts import Transformer
 from .sparse_model import SparseModel
 from .state_dicts import misfit
 from .upcycle import BEGINNING
+from .weight_files import CONFIG, DIGEST, OF_TIMM, digest_of
 
 # Arguments of timm's `create_model` that say where weights come from, or how to build for now.
 _OF_THE_CALL = frozenset(
@@ -111,7 +112,7 @@ def save(
     label_names: Sequence[str] = (),
     license_id: str | None = None,
 ) -> dict[str, Any]:
-    """Writes `model.safetensors` and `config.json`, and reads them back.
+    """Writes `model.safetensors` and `config.json` with its digest, and reads them back.
 
     Args:
         model: On the CPU. Its `pretrained_cfg` becomes that of these weights.
@@ -136,6 +137,9 @@ def save(
     timms.pretrained_cfg = timms.default_cfg = described
     names = {'label_names': list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), names, args, safe_serialization=True)
+    config = folder / CONFIG
+    described = json.loads(config.read_text()) | {DIGEST: digest_of(folder / OF_TIMM[0])}
+    config.write_text(f'{json.dumps(described, indent=2)}\n')
     _read_back(model, folder, preprocessing['input_size'])
     return args
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import nn
 from ..moe.config import MoeConfig
 from ..moe.methods import METHODS
 from .hosts import method_of
-from .run_config import assigned, fields_of, values_of
 from .run_files import logs_passed_over
 from .sparse_model import SparseModel
 from .weight_files import is_file_name
+
+# In `meta` of a checkpoint: what this package says of its run, as plain values.
+STATED = 'vqmoe_vision'
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,25 @@ def experts_of(model: Any) -> StatedExperts | None:
     return StatedExperts(model.method, model.moe_config) if isinstance(model, SparseModel) else None
 
 
+def state_experts(model: Any) -> dict[str, Any]:
+    """What `experts_of_run` reads again: method and options; neither without experts."""
+    own = experts_of(model)
+    if own is None or own.config is None:
+        return {'method': own and own.method, 'options': None}
+    unused = own.config.unused()
+    options = {name: value for name, value in asdict(own.config).items() if name not in unused}
+    return {'method': own.method, 'options': options}
+
+
+def stated_in(content: Any) -> dict[str, Any]:
+    """What a checkpoint of this package says of its run; {} of others, which are asked nothing."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    stated = meta.get(STATED) if isinstance(meta, dict) else None
+    return stated if isinstance(stated, dict) else {}
+
+
 def experts_of_run(content: Any) -> StatedExperts | None:
-    """What the checkpoint of a run says: its config, or what timm's train.py leaves in its own.
+    """What the checkpoint of a run says, or what timm's train.py leaves in its own.
 
     Args:
         content: Of a checkpoint.
@@ -55,12 +74,10 @@ def experts_of_run(content: Any) -> StatedExperts | None:
     Returns:
         None if it says nothing, or names no method of this package.
     """
-    model = assigned(content).get('model')
-    if model is None:
+    stated = stated_in(content)
+    if not stated:
         return _experts_of_script(content)
-    model = dict(fields_of(model)).get('backbone', model)
-    arguments, moe = values_of(model), values_of(dict(fields_of(model)).get('moe'))
-    return _stated(arguments.get('model_name'), {**arguments, **moe})
+    return _stated(stated.get('method'), stated.get('options'))
 
 
 def _experts_of_script(content: Any) -> StatedExperts | None:
@@ -69,17 +86,18 @@ def _experts_of_script(content: Any) -> StatedExperts | None:
         return None
     script = vars(content['args']) if isinstance(content.get('args'), Namespace) else {}
     options = script.get('model_kwargs')
-    known = options if isinstance(options, dict) else None
-    return _stated(script.get('model', content.get('arch')), known)
+    method = method_of(str(script.get('model', content.get('arch'))))
+    if method is None and isinstance(options, dict):
+        method = options.get('method')
+    return _stated(method, options)
 
 
-def _stated(model_name: Any, options: dict[str, Any] | None) -> StatedExperts | None:
-    """Of the name of a model and what it was built with, as far as that is known."""
-    method = method_of(str(model_name)) or (options or {}).get('method')
+def _stated(method: Any, options: Any) -> StatedExperts | None:
+    """Of a method and what it was built with, as far as a file says them."""
     if not isinstance(method, str) or method not in METHODS:
         return None
     kind = METHODS[method].config
-    if options is None:
+    if not isinstance(options, dict):
         return StatedExperts(method)
     try:
         own = {k: v for k, v in options.items() if k in kind.option_names()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import zipfile
@@ -26,6 +28,8 @@ _OF_FOLDERS = ('.safetensors', '.pth', '.pth.tar', '.bin')
 _OF_NUMPY = ('.npz', '.npy')
 # What timm's `save_for_hf` writes, in the order in which timm reads it.
 OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
+# timm's description beside them, in which `publish` leaves the digest of the first one.
+CONFIG, DIGEST = 'config.json', 'weights_sha256'
 # Names of the parts that other libraries split large weights into, with an index beside them.
 _PART = re.compile(r'-\d+-of-(?!0*1\.)\d+\.')
 # What a file has in the place of a tensor that lies in a folder beside it.
@@ -267,6 +271,7 @@ def check_file(path: str) -> None:
         if not start.startswith(ZIP):
             if _OF_OLD in start:
                 _logger.warning(_NO_CHECKSUMS, path)
+            _check_digest(Path(path))
             return
         with zipfile.ZipFile(path) as archive:
             spoilt = archive.testzip()
@@ -274,3 +279,19 @@ def check_file(path: str) -> None:
         raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
     if spoilt is not None:
         raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
+
+
+def _check_digest(path: Path) -> None:
+    """Compares a file with what the folder that it was published in says of it, if it does."""
+    config = path.with_name(CONFIG)
+    if path.name != OF_TIMM[0] or not config.is_file():
+        return
+    described = json.loads(config.read_bytes())
+    stated = described.get(DIGEST) if isinstance(described, dict) else None
+    if stated is not None and stated != digest_of(path):
+        raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

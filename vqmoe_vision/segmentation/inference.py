@@ -121,9 +121,7 @@ class Predictor:
         field, count = 'test_dataloader.dataset', self.model.num_classes
         allowed = f'{len(self.classes)}, as many classes as {field} has'
         check(count == len(self.classes), 'model.decode_head.num_classes', count, allowed)
-        content = read_content(checkpoint, verify=False)
-        meta = content.get('meta') if isinstance(content, dict) else None
-        check_class_names(meta, self.classes, field)
+        check_class_names(read_content(checkpoint, verify=False), self.classes, field)
 
     @torch.inference_mode()
     def __call__(
