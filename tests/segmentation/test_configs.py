@@ -212,6 +212,24 @@ def test_the_table_of_configs_says_what_they_have() -> None:
     assert found == {leaf for leaf in LEAVES if '_vit_' not in leaf or '_tiny_vqmoe_' in leaf}
 
 
+def test_the_page_says_which_configs_draw_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (CONFIGS.parent / 'docs/scaling.md').read_text()
+    (option,) = re.findall(r'scenes\s+of digits draw none with `(.*?)`', page)
+
+    def drawing(leaf: str, options: str = '') -> set[str]:
+        """Which parts of a model draw masks while it trains."""
+        config = load_config(str(CONFIGS / leaf), parse_options(options))
+        modules = build(config, monkeypatch).named_modules()
+        rates = {name: getattr(m, 'drop_prob', getattr(m, 'p', 0)) for name, m in modules}
+        return {name.split('.')[0] for name, rate in rates.items() if rate}
+
+    for leaf in (*DATA_SETS, *SMALL):
+        assert drawing(leaf)
+        if 'budget' in leaf or 'digit_scenes' in leaf:
+            # a default of mmseg's, of which their configs say nothing
+            assert drawing(leaf) == {'decode_head'} and not drawing(leaf, option)
+
+
 def test_albumentations_replace_flips_and_colours() -> None:
     other = flat('segmenter_albumentations_ade20k.py')
     (changed,) = changes(flat('segmenter_vit_small_vqmoe_ade20k.py'), other).items()
