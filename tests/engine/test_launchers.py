@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_vision.engine import process_group
-from vqmoe_vision.engine.launchers import check_alone, place
+from vqmoe_vision.engine.launchers import check_alone, multiplied_batch, place
 from vqmoe_vision.engine.process_group import (
     FilledInDataParallel,
     Unwrapped,
@@ -63,6 +64,14 @@ def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv('SLURM_NTASKS', 'many')
     with pytest.raises(ValueError, match='SLURM_NTASKS=many must be a whole number'):
         place('slurm')
+
+
+def test_a_batch_is_not_multiplied_in_silence() -> None:
+    config, name = Config({'train_dataloader': {'batch_size': 8}}), 'train_dataloader.batch_size'
+    said = multiplied_batch(config, 8, ())
+    # 8 x 8 = 64, and 8 / 8 = 1
+    assert said.startswith(f'{name}=8 ') and '64 images' in said and f'{name}=1 to hold 8' in said
+    assert multiplied_batch(config, 1, ()) == multiplied_batch(config, 8, {name: 8}) == ''
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,10 @@ def ranks(
 ) -> dict[str, Any]:
     """A run of a rank for each tuple in `more`, its own arguments."""
     size = str(len(more))
+    if tool == 'train' and len(more) > 1:  # several processes are asked for their batch
+        batch = 2 if Path(arguments[0]).stem == 's' else 200
+        stated = ('--cfg-options', f'train_dataloader.batch_size={batch}')
+        arguments = (arguments[0], *stated, *arguments[1:])
     return {
         'tool': tool,
         'ranks': [

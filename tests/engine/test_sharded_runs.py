@@ -37,7 +37,7 @@ def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
     assert 'accuracy/top1' in json.loads((tmp_path / 'scores.json').read_text())
     names = sorted(path.name for path in whole.glob('*.pth'))
     assert sorted(path.name for path in parts.glob('*.pth')) == names and 'epoch_2.pth' in names
-    assert len(list(parts.glob('*.sharded'))) == len(names) > 1 and not list(parts.glob('.*'))
+    assert len(list(parts.glob('*.sharded'))) == len(names) > 1 and not list(parts.glob('.*.part'))
     for name in names:
         expected, found = (read_content(str(work / name)) for work in (whole, parts))
         assert found.keys() == expected.keys()

@@ -22,7 +22,7 @@ from .command import run
 from .config_names import find_config, missing_config
 from .host_memory import keep_freed_memory
 from .known_names import check_names
-from .launchers import LAUNCHERS
+from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
@@ -175,6 +175,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     with ExitStack() as alone, _together(args) as processes:
         config = _configure(args)
+        if problem := multiplied_batch(config, processes.size, args.cfg_options):
+            processes.refuse(problem)
         if args.amp:
             use_amp(config)
         asked = deepcopy(config)

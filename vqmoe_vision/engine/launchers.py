@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
+
+from mmengine.config import Config
 
 # What each launcher calls the rank, the number of processes and the rank on the machine, and how
 # to start it.
@@ -62,6 +65,25 @@ def place(launcher: str) -> tuple[int, int, int]:
     if not 0 <= rank < size:
         raise ValueError(f'{names[0]}={rank} must be below {names[1]}={size}, counted from 0')
     return rank, size, local_rank
+
+
+def multiplied_batch(config: Config, size: int, options: Iterable[str]) -> str:
+    """Why a config trains otherwise on several processes than on one; empty if it does not.
+
+    Args:
+        config: Says the batch of one process.
+        size: Number of processes.
+        options: Names of what the command line states.
+    """
+    name = 'train_dataloader.batch_size'
+    batch = (config.get('train_dataloader') or {}).get('batch_size')
+    if size == 1 or batch is None or name in options:
+        return ''
+    return (
+        f'{name}={batch} counts one process, and {size} would train on {size * batch} images a '
+        f'step: write --cfg-options {name}={max(1, batch // size)} to hold {batch}, or '
+        f'{name}={batch} for {size * batch}'
+    )
 
 
 def _number(name: str) -> int:
