@@ -61,8 +61,9 @@ def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
 
 
 def _numbers(rows: Tensor, first: list[Tensor], others: list[int]) -> Tensor:
-    # as many counters as there are: zeros would stay zero, and be one stream however many they are
-    stream: Tensor | int = len(first) + len(others)
+    # as many counters as there are: zeros would stay zero, and be one stream however many they are;
+    # mixed, or one counter would be mixed as rows are, and row and counter could change places
+    stream: Tensor | int = _mix_(len(first) + len(others))
     for tensor in first:
         stream = _mix_(tensor + stream)
     for counter in others:
