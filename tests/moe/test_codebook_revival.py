@@ -38,6 +38,22 @@ def test_only_the_dead_code_is_replaced_by_a_token(name):
 
 
 @pytest.mark.parametrize('name', STARTED)
+def test_codes_that_are_replaced_together_take_tokens_in_turn(name):
+    book = make(name, num_codes=64)
+    dead = torch.arange(64) % 2 == 0
+    for counts in [20, 40, 60]:  # of tokens, one not usable: 32 codes take 19, and 13 of them again
+        with torch.no_grad():
+            book.usage.masked_fill_(dead, 0)
+        x = torch.randn(counts, D)
+        x[3] = torch.nan
+        book.observe(x, torch.arange(counts) % 32 * 2 + 1)
+        book.update()
+        revived, times = book.codes()[dead].unique(dim=0, return_counts=True)
+        assert (revived[:, None] == x).all(dim=-1).any(dim=1).all()
+        assert len(revived) == min(32, counts - 1) and times.max() <= 2
+
+
+@pytest.mark.parametrize('name', STARTED)
 def test_a_replaced_code_stays_when_tokens_take_it(name):
     book = make(name)
     x = clusters(60)[0]

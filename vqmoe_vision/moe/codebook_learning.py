@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .codebook import Codebook
 from .codebook_sample import code_shares, kmeans
 from .codebook_usage import CodeUsage, code_usage
-from .counted_random import random_integers
 from .routing import full_precision
 
 
@@ -216,8 +215,8 @@ class GradientCodebook(Codebook):
         if self.dead_code_threshold == 0:
             return False
         dead = self.usage * self.num_codes < self.dead_code_threshold
-        draws = random_integers(torch.arange(self.num_codes, device=dead.device), self.updates)
-        picks = draws % usage.usable.sum().clamp(min=1)  # the first rows of the sample are tokens
+        # in turn: the first rows of the sample are tokens, in random order
+        picks = (dead.cumsum(0) - 1) % usage.usable.sum().clamp(min=1)
         self._put(dead & learns, usage.tokens.index_select(0, picks))
         return True
 
