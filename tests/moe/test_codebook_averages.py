@@ -1,5 +1,7 @@
 """How much the averages of a codebook trust its start: even usage, or what k-means counted."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -203,3 +205,34 @@ def test_options_of_averages_that_nothing_reads(options: dict[str, object]) -> N
     *_, name = options
     with pytest.raises(ValueError, match=f'^{name}='):
         VQMoEConfig.from_options(**options)
+
+
+@pytest.mark.parametrize('name', AVERAGED)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_averages_stay_float32_in_a_model_that_is_cast(name: str, dtype: torch.dtype) -> None:
+    plain, built = CODEBOOKS[name](M, D), CODEBOOKS[name](M, D, dtype=dtype)
+    books = [plain, copy.deepcopy(plain).to(dtype), built]
+    for _ in range(300):
+        x = torch.randn(50, D) + 5
+        indices = plain(x).indices
+        for book in books:
+            book.observe(x, indices)
+            book.update()
+    # the same sums of the same tokens: every bit. In bfloat16 1 % of the way is below half of the
+    # last place, 2^-9 = 0.2 %, as soon as an average is within 20 % of its aim: it stays there
+    for book in books[1:]:
+        for key, value in plain.named_buffers():
+            assert torch.equal(book.get_buffer(key), value), key
+
+
+@pytest.mark.parametrize('name', AVERAGED)
+def test_averages_are_moved_and_become_no_less_exact(name: str) -> None:
+    book = CODEBOOKS[name](M, D)
+    learn(book, torch.randn(50, D))
+    before = state(book)
+    # 1 / 6 is no number of bfloat16: rounded on the way, it would come back as another
+    assert torch.equal(book.bfloat16().usage, before['usage'])
+    moved = copy.deepcopy(book).to('meta', torch.float16).usage
+    assert moved.is_meta and moved.dtype == torch.float32
+    assert copy.deepcopy(book).to('meta').to_empty(device='cpu').usage.dtype == torch.float32
+    assert book.double().usage.dtype == torch.float64

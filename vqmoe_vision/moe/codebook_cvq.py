@@ -45,7 +45,6 @@ class CVQCodebook(GradientCodebook):
         before = self.codes()
         probabilities = anchor_probabilities(before, usage.tokens, usage.usable)
         anchors = usage.tokens.index_select(0, random_choice(probabilities, self.updates))
-        # statistics of a model that is converted whole are coarser than its codes
         moved = before.lerp(anchors, rate[:, None].float()).to(self.embed.dtype)
         self.embed.copy_(torch.where(learns, moved, self.embed))
         return True

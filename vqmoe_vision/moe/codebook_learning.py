@@ -109,6 +109,15 @@ class GradientCodebook(Codebook):
         if not self.started.is_meta:
             self._start_due = not bool(self.started)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, but averages keep float32: in 16 bits their steps would be rounded away."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(*args, **kwargs)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.itemsize < 4:
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
         """Keep statistics of a forward pass for the next `update`, in memory that does not grow.
@@ -182,10 +191,9 @@ class GradientCodebook(Codebook):
         return starts or moves or replaces
 
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
-        """Move an average, in float32 at least, where there is something to learn."""
-        exact = average.to(torch.promote_types(average.dtype, torch.float32))
+        """Move an average where there is something to learn."""
         rate = learns * (1 - self._decay())
-        average.copy_(exact.lerp(value.to(exact.dtype), rate.to(exact.dtype)))
+        average.lerp_(value.to(average.dtype), rate.to(average.dtype))
 
     def _decay(self) -> Tensor | float:
         decay = self.ema_decay
@@ -245,9 +253,9 @@ class EmaCodebook(GradientCodebook):
     def _create(self) -> None:
         super()._create()
         del self.embed
-        shape = (self.num_codes, self.dim)
-        self.register_buffer('embed', torch.empty(shape, **self.factory))
-        self.register_buffer('token_sums', torch.empty(shape, **self.factory))
+        exact = {'device': self.factory['device'], 'dtype': torch.float32}
+        for name in ('embed', 'token_sums'):
+            self.register_buffer(name, torch.empty(self.num_codes, self.dim, **exact))
 
     def init_weights(self) -> None:
         """Random until the first update; token-sized, so that not all tokens take one code."""
