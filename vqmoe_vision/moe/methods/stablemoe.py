@@ -200,6 +200,7 @@ class StableMoEMlp(RoutedMlp):
 
     # assigns by the raw patch of a position, wherever the token in it comes from
     permutation_equivariant = False
+    _counted = True  # an update since the last block began, as far as the host knows
     router: StableRouter
 
     def __init__(self, router: StableRouter, experts: Experts) -> None:
@@ -217,16 +218,19 @@ class StableMoEMlp(RoutedMlp):
 
         Not at the end of its last block: `optimizer.step()` may come after the block.
         """
-        if self.training:
-            distilled = self.router.distilled
-            distilled.freeze(distilled.steps >= self.stage1_steps)
-        return self.training
+        if not self.training:
+            return False
+        distilled = self.router.distilled
+        distilled.freeze(distilled.steps >= self.stage1_steps)
+        counted, self._counted = self._counted, False
+        return counted
 
     def apply_update(self) -> bool:
         """Count an update, which changes no answer."""
         # statistics may be collected in eval mode, which is no step of training
         if self.training:
             self.router.distilled.steps += 1
+            self._counted = True
         return False
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
