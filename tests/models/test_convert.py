@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import SwiGLUPacked
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
+from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe import METHODS
 
 from .conftest import EXACT, check_complete, dense, make
@@ -106,6 +108,11 @@ def with_layer(part: str) -> Any:
     return model
 
 
+def undrawn(name: str) -> Any:
+    with structure_only():
+        return timm.create_model(name)
+
+
 @pytest.mark.parametrize(
     ('build', 'options', 'message'),
     [
@@ -118,6 +125,10 @@ def with_layer(part: str) -> Any:
             lambda: dense(mlp_layer=SwiGLUPacked),
             {},
             "blocks.1.mlp='GluMlp' is not possible: timm's",
+        ),
+        *(
+            (partial(undrawn, name), {}, "patch_embed.proj='Identity' is not possible: a convol")
+            for name in ('vitamin_small_224', 'vit_base_mci_224')
         ),
         (lambda: dense(scale_mlp_norm=True), {}, 'without a norm between its layers'),
         *(

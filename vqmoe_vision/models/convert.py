@@ -142,10 +142,12 @@ def _put_layers(
 
 def _host(dense: Any, method: str, config: MoeConfig) -> Host:
     """What layers may know of the model, and what reads its images for them."""
-    weight = dense.patch_embed.proj.weight
+    proj = dense.patch_embed.proj
+    allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
+    check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
     if METHODS[method].read_patches is not None:
         _check_patches(dense, method)
-    factory = {'device': weight.device, 'dtype': weight.dtype}
+    factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
     # what the model was becomes what reads its images
     reader = METHODS[method].reader(config, lambda: features_of(dense), **factory)
     return host_of(dense, RawPatches(reader))
