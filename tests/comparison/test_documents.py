@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -108,11 +108,13 @@ def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
         return
     for scores in sets_of_scores(outcome):
         for reference in scores:
-            yield from paired(scores, reference, len(outcome.comparison.rows) - 1)
+            yield from dict(paired(scores, reference, len(outcome.comparison.rows) - 1)).values()
 
 
-def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Interval, set[float]]]:
-    """The interval of each other row less the reference, and its corrected p."""
+def paired(
+    scores: Scores, reference: str, planned: int
+) -> Iterator[tuple[str, tuple[Interval, set[float]]]]:
+    """Each other row, the interval of it less the reference, and its corrected p."""
     pairs = {}
     for row in scores.keys() - {reference}:
         seeds = scores[row].keys() & scores[reference].keys()
@@ -123,7 +125,7 @@ def paired(scores: Scores, reference: str, planned: int) -> Iterator[tuple[Inter
     corrected = holm(p, planned)
     for row, (a, b) in pairs.items():
         found = interval([x - y for x, y in zip(a, b, strict=True)])
-        yield found, {corrected[row]} if row in p else set()
+        yield row, (found, {corrected[row]} if row in p else set())
 
 
 def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval, set[float]]]:
@@ -149,6 +151,19 @@ def differences_between(more: Outcome, less: Outcome) -> Iterator[tuple[Interval
                 yield interval(each), {corrected[name]}
 
 
+def pooled(of: Iterable[Outcome]) -> Iterator[tuple[Interval, set[float]]]:
+    """SMoE less its frozen router, over the pairs of all comparisons that have both."""
+    for kind in ('scores', 'held_out'):
+        differences = []
+        for outcome in (each for each in of if not each.screens):
+            rows = getattr(outcome, kind)
+            made = '_started' if 'smoe_started' in rows else ''  # of a dense checkpoint
+            smoe, frozen = (rows.get(f'{row}{made}', {}) for row in ('smoe', 'smoe_frozen'))
+            differences += [smoe[seed] - frozen[seed] for seed in smoe.keys() & frozen.keys()]
+        assert len(differences) == 38
+        yield interval(differences), set()
+
+
 @pytest.fixture(scope='module')
 def known() -> tuple[Known, set[tuple[float, ...]]]:
     """Every interval that rows give, with one digit and with two, its p, and rows' scores."""
@@ -159,6 +174,7 @@ def known() -> tuple[Known, set[tuple[float, ...]]]:
     of = {outcome.comparison.name: outcome for outcome in outcomes()}
     found = [differences_of(outcome) for outcome in of.values()]
     found += [differences_between(of[more], of[less]) for more, less in ONCE_MORE.items()]
+    found.append(pooled(of.values()))
     for (mean, low, high), p in chain.from_iterable(found):
         for turned in ((mean, low, high), (-mean, -high, -low)):  # prose may turn a difference
             for digits in (1, 2):
@@ -226,3 +242,37 @@ def test_scores_of_tables_are_those_of_rows(known) -> None:
         if scores not in known[1] or found[2] not in (None, mean):
             wrong.append(said)
     assert count and not wrong
+
+
+# of the README's table: comparisons by column, and rows by how a line begins
+COLUMNS = (
+    'cifar10_budget',
+    'cifar10_long',
+    'cifar100_budget',
+    'imagenette_budget',
+    'camvid_budget',
+)
+LINES = {
+    'dense-2x, the compute of two experts': 'dense_wide',
+    'SMoE': 'smoe',
+    'SMoE, router frozen at random': 'smoe_frozen',
+    'VQMoE': 'vqmoe',
+    'experts by position': 'hashmoe',
+}
+
+
+def test_the_table_of_the_readme_is_that_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = [line.strip('|').split('|') for line in (ROOT / 'README.md').read_text().splitlines()]
+    found = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+    of = {each.comparison.name: each for each in outcomes()}
+    for column, name in enumerate(COLUMNS):
+        scores, planned = of[name].scores, len(of[name].comparison.rows) - 1
+        compared = dict(paired(scores, 'dense_wide', planned))
+        for line, row in LINES.items():
+            expected = f'{sum(scores[row].values()) / len(scores[row]):.1f}'
+            if row in compared:
+                (mean, _, _), (p,) = compared[row]
+                word = 'n.s.' if p >= 0.05 else 'better' if mean > 0 else 'worse'
+                expected = f'{expected} {word}'
+            assert found[line][column] == expected, (line, name)

@@ -1,3 +1,4 @@
+# From scratch; model.backbone.pretrained=True with a model of timm starts from ImageNet weights.
 # UPerNet on four levels of a ViT, made a pyramid, trained and tested as mmsegmentation's. The norms
 # of its heads are over the batch, in a distributed run over that of all GPUs: one image alone has
 # no variance. A batch of 16: on 8 GPUs set train_dataloader.batch_size=2.
