@@ -1,5 +1,6 @@
 import json
 import random
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -68,14 +69,19 @@ def test_a_log_reaches_nothing_but_its_own_methods(
         torch.load(tmp_path / 'a.pth', weights_only=True)
 
 
-class Runs:
-    """Pickled as a call that leaves a file."""
+class Call:
+    """Pickled as a call."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> tuple:
-        return open, (self.path, 'w')
+        return self.call
+
+
+def leaves(path: Path) -> Call:
+    """Code that leaves a file."""
+    return Call(open, str(path), 'w')
 
 
 @pytest.mark.parametrize('variable', ['', 'FORCE_NO_WEIGHTS_ONLY', 'FORCE_WEIGHTS_ONLY', 'both'])
@@ -91,7 +97,7 @@ def test_no_loader_of_mmengine_runs_code(
     (hub / 'hub/checkpoints').mkdir(parents=True)
     (tmp_path / 'open_mmlab.json').write_text('{"theirs": "a.pth"}')
     names = [str(tmp_path / 'a.pth'), 'https://example.org/a.pth', 'open-mmlab://theirs']
-    for content, sound in (({'w': Runs(tmp_path / 'ran')}, False), ({'w': torch.ones(2)}, True)):
+    for content, sound in (({'w': leaves(tmp_path / 'ran')}, False), ({'w': torch.ones(2)}, True)):
         for path in (tmp_path / 'a.pth', hub / 'hub/checkpoints/a.pth'):
             torch.save(content, path)
         for name in names:
@@ -113,7 +119,7 @@ def test_a_loader_that_is_called_by_its_name_runs_no_code(
 ) -> None:
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
-    torch.save({'w': Runs(tmp_path / 'ran')}, tmp_path / 'hub/checkpoints/a.pth')
+    torch.save({'w': leaves(tmp_path / 'ran')}, tmp_path / 'hub/checkpoints/a.pth')
     with pytest.raises(Exception, match=r'[Ww]eights only'):
         upstream.load_from_http('https://example.org/a.pth')
     assert not (tmp_path / 'ran').exists()
@@ -133,7 +139,10 @@ def test_onedl_reads_data_alone_from_every_store(tmp_path: Path) -> None:
     load = getattr(upstream, '_safe_torch_load', None)
     if load is None:
         pytest.skip('mmengine has no such function')
-    for content in (Runs(tmp_path / 'ran'), Reaches(Reaches(HistoryBuffer, 'mean'), '__globals__')):
+    for content in (
+        leaves(tmp_path / 'ran'),
+        Reaches(Reaches(HistoryBuffer, 'mean'), '__globals__'),
+    ):
         torch.save({'w': content}, tmp_path / 'a.pth')
         with pytest.raises(UnpicklingError):
             load(str(tmp_path / 'a.pth'))
@@ -179,6 +188,26 @@ def test_no_text_of_a_config_is_seen(config: Any, tmp_path: Path) -> None:
     assert read['meta'] == {'iter': 3} and read['message_hub'] == {'runtime_info': {'iter': 3}}
 
 
+def test_no_text_of_a_config_hides_in_another_container(tmp_path: Path) -> None:
+    """In a record of numpy, which has names too, or behind a method that a file brings."""
+    names = Call(np.dtype, [('runtime_info', [('cfg', 'U5')]), ('cfg', 'U5')])
+    scalar = np.float32(0).__reduce__()[0]
+    info = Call(scalar, names, 2 * 'x = 1'.encode('utf-32-le'))
+    torch.save({'x': info}, tmp_path / 'a.pth')
+    read = _load_checkpoint(str(tmp_path / 'a.pth'))['x']
+    assert read['cfg'] == read['runtime_info']['cfg'] == 'x = 1'  # as a dictionary's
+    own = OrderedDict(meta={'cfg': 'x = 1', 'config': 'x = 1'}, state_dict={'w': torch.ones(2)})
+    own.get = own.pop = set  # type: ignore[method-assign, assignment]
+    for content in ({'message_hub': info, 'meta': info}, own):
+        torch.save(content, tmp_path / 'a.pth')
+        read = _load_checkpoint(str(tmp_path / 'a.pth'))
+        assert type(read) is dict and read['meta'] == {}
+        assert read.get('message_hub', {}) == {}
+    torch.save(info, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='is a void and no dictionary'):
+        _load_checkpoint(str(tmp_path / 'a.pth'))
+
+
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     path, content = tmp_path / 'a.pth', {'state_dict': {'w': torch.arange(500.0)}}
     torch.save(content, path)
@@ -198,6 +227,18 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
             continue
         torch.testing.assert_close(read, content, rtol=0, atol=0)
     assert found >= 100
+
+
+def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path: Path) -> None:
+    """torch leaves the memory of its tensor as it was, and no checksum sees it."""
+    path = tmp_path / 'a.pth'
+    torch.save({'w': torch.arange(500.0)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b'PK\x01\x02', 0, content.rindex(b'data/0'))
+    content[entry + 38] ^= 0x10  # of the attributes in the central directory
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='is damaged'):
+        read_state(str(path))
 
 
 @pytest.mark.parametrize('more', [0, 65_540, 65_550])

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -164,9 +165,9 @@ def test_files_without_a_time_are_as_old_as_their_folder_says(tmp_path: Path) ->
 
 
 def test_a_time_that_is_no_time_is_the_oldest(tmp_path: Path) -> None:
-    for iteration, saved_at in enumerate((float('nan'), float('inf'), 5.0)):
+    for iteration, saved_at in enumerate((float('nan'), float('inf'), sys.float_info.max, 5.0)):
         write(tmp_path / f'iter_{iteration}.pth', iteration, saved_at)
-    assert newest_checkpoint(tmp_path, print).name == 'iter_2.pth'
+    assert newest_checkpoint(tmp_path, print).name == 'iter_3.pth'
     assert newest_time(tmp_path) == 5.0
     assert newest_time(tmp_path / 'none') == 0.0
 

@@ -126,26 +126,32 @@ def test_a_checkpoint_says_as_values_what_its_weights_need(trained: Path) -> Non
     ]
 
 
-def test_no_checkpoint_deletes_a_file_of_another_run(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('run', [32 * 'a', None, 7])
+def test_no_checkpoint_deletes_a_file_of_another_run(
+    run: Any, trained: Path, tmp_path: Path
+) -> None:
     work = tmp_path / 'work'
-    theirs = {'best_thesis.pth', 'epoch_1.pth', 'epoch_0.pth', 'thesis.pth'}
+    theirs = ['best_thesis.pth', 'epoch_1.pth', 'epoch_0.pth', 'thesis.pth']
     crafted(
         trained,
         work,
         best_ckpt='best_thesis.pth',
         best_score=-1.0,
         keep_ckpt_ids=[0, 1, 2],
-        outdated_ckpts=['thesis.pth', 'best_thesis.pth'],
-        **{RUN: 32 * 'a'},
+        outdated_ckpts=['thesis.pth', 'best_thesis.pth', 5000 * 'n' + '.pth', 'other.pth'],
+        **{RUN: run},
     )
-    for name in theirs:  # of a run that the checkpoint does not know
+    for name in theirs:  # of the run that was here, of which the checkpoint is not
         shutil.copy(trained / 'epoch_2.pth', work / name)
+    shutil.copy(trained / '.run_id', work)
+    torch.save({'message_hub': torch.ones(2)}, work / 'other.pth')
+    (work / '.thesis.part').touch()
     parts = work / 'thesis.1.sharded'
     parts.mkdir()
     (parts / '__0_0.distcp').touch()
     resumed(write_config(tmp_path), work)
-    assert theirs < {*names(work)} and (parts / '__0_0.distcp').is_file()
-    assert len(names(work)) == len(theirs) + 2  # with its own last and best
+    assert {*theirs, 'other.pth', '.thesis.part'} < {*names(work)}
+    assert (parts / '__0_0.distcp').is_file()
 
 
 def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_path: Path) -> None:

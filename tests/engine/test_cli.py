@@ -439,6 +439,7 @@ def test_checkpoint_with_code_in_it_is_not_run(config: str, tmp_path: Path) -> N
 
 def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Runner, 'from_cfg', lambda c: used.append(c.work_dir))
     monkeypatch.setattr('sys.exit', lambda _: None)  # there is no runner to train
     train([config])

@@ -69,9 +69,11 @@ def test_slurm_names_the_first_machine(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_batch_is_not_multiplied_in_silence() -> None:
     config, name = Config({'train_dataloader': {'batch_size': 8}}), 'train_dataloader.batch_size'
     said = multiplied_batch(config, 8, ())
-    # 8 x 8 = 64, and 8 / 8 = 1
-    assert said.startswith(f'{name}=8 ') and '64 images' in said and f'{name}=1 to hold 8' in said
+    # 8 x 8 = 64, and 8 / 8 = 1; no batch of three processes is 8
+    assert said.startswith(f'{name}=8 ') and '64 images' in said and f'{name}=1 holds 8' in said
+    assert 'holds' not in multiplied_batch(config, 3, ())
     assert multiplied_batch(config, 1, ()) == multiplied_batch(config, 8, {name: 8}) == ''
+    assert multiplied_batch(config, 8, {'train_dataloader': {'batch_size': 8}}) == ''
 
 
 @pytest.mark.parametrize(

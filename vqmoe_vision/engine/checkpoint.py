@@ -48,6 +48,8 @@ from .parts import Parts
 # that what is tested is what a model that is built of the file has. mmengine's averages are in
 # none of these, and its hook for them knows when they count.
 _WEIGHTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+# Where mmengine looks for the text of a config, which it runs.
+_CONFIGS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
 
 
 def start_from(model: Transformer, path: str) -> None:
@@ -253,7 +255,7 @@ def load_from_local(filename: str, map_location: Any) -> Any:
     # what else torch takes for it says where a file's devices are, and parts were on the processor
     device = map_location if isinstance(map_location, str | torch.device) else None
     content = _in_one_piece(content, path, device=device)
-    return _named_as_expected(_without_configs(content))
+    return _named_as_expected(_without_configs(content, path))
 
 
 def _of_timm(path: str) -> dict[str, Any]:
@@ -264,10 +266,8 @@ def _of_timm(path: str) -> dict[str, Any]:
     return {'state_dict': state}
 
 
-def _named_as_expected(content: Any) -> Any:
+def _named_as_expected(content: dict) -> dict:
     """The weights where mmengine looks for them, or else takes everything for weights."""
-    if not isinstance(content, dict):
-        return content
     name = next((name for name in _WEIGHTS if isinstance(content.get(name), dict)), None)
     if name is None:
         return content
@@ -287,20 +287,32 @@ def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
         with as_data():
-            return _named_as_expected(_without_configs(loader(filename, *args, **kwargs)))
+            content = loader(filename, *args, **kwargs)
+            return _named_as_expected(_without_configs(content, filename))
 
     return load
 
 
-def _without_configs(content: Any) -> Any:
+def _without_configs(content: Any, path: str) -> dict:
     """Takes out the texts that mmengine would run, whatever they say."""
-    meta = content.get('meta') if isinstance(content, dict) else None
-    hub = content.get('message_hub') if isinstance(content, dict) else None
-    info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    for holder, name in ((meta, 'config'), (meta, 'cfg'), (info, 'cfg')):
-        if isinstance(holder, dict):
+    if not isinstance(content, dict):
+        raise ValueError(f'checkpoint {path!r} is a {type(content).__name__} and no dictionary')
+    content = _plain(content)
+    for *holders, name in _CONFIGS:
+        holder = content
+        for key in holders:
+            if key not in holder:
+                break
+            holder[key] = _plain(holder[key])
+            holder = holder[key]
+        else:
             holder.pop(name, None)
     return content
+
+
+def _plain(value: Any) -> dict:
+    """A dictionary without methods of its own, which a file can give it; {} of a numpy record."""
+    return {key: value[key] for key in value} if isinstance(value, dict) else {}
 
 
 for _prefix, _loader in list(CheckpointLoader._schemes.items()):

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from math import inf, isfinite
+from math import inf, isfinite, nextafter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -54,7 +54,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f'.{path.name}.part')
     try:
-        with partial.open('wb') as file:
+        partial.unlink(missing_ok=True)  # or a link would be followed
+        with partial.open('xb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename: a name may reach the disk before its bytes
@@ -136,12 +137,11 @@ def in_use(folder: Path) -> Iterator[None]:
     """Keeps a work dir for one training, until that ends or is killed.
 
     Args:
-        folder: Work dir; is made.
+        folder: Work dir.
 
     Raises:
         ValueError: Another training has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open('a') as file:
         try:
             # one that ends with the process, and that no worker of its data loaders inherits
@@ -156,16 +156,19 @@ def in_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def identify(folder: Path, stated: Any) -> str:
+def identify(folder: Path, resumed: bool, stated: Any) -> str:
     """The word by which a run knows its files again, and nobody else's.
 
     Args:
         folder: Work dir, which keeps it for a run that begins anew after a kill in its first save.
-        stated: What the checkpoint says that the run goes on from.
+        resumed: Whether the run goes on from a checkpoint.
+        stated: What that says; one that says nothing is not of a run that was here before.
     """
     file = folder / RUN_FILE
-    known = [stated, file.read_text() if file.is_file() else None, uuid4().hex]
-    run = next(str(word) for word in known if re.fullmatch('[0-9a-f]{32}', str(word)))
+    if not resumed:
+        stated = file.read_text(errors='replace') if file.is_file() else None
+    known = isinstance(stated, str) and re.fullmatch('[0-9a-f]{32}', stated)
+    run = stated if known else uuid4().hex
     write_atomically(file, run.encode())
     return run
 
@@ -175,7 +178,7 @@ def _is_own(path: Path, run: str) -> bool:
     try:
         content = read_content(str(path), verify=False)
         return bool(content['message_hub']['runtime_info'][RUN] == run)
-    except (KeyError, TypeError, ValueError):  # of others, or damaged
+    except Exception:  # what is of others, or damaged, can fail in any way
         return False
 
 
@@ -186,10 +189,12 @@ def remove_partial(folder: Path, run: str) -> None:
         folder: Work dir, in which nothing else runs.
         run: Of `identify`.
     """
-    for path in folder.glob('.*.part'):
-        if path.is_file():
-            path.unlink()
-        elif owner_of(path.name[1:].removesuffix('.part')) and run_of(path) == run:
+    for name in ('*.pth', POINTER, RUN_FILE):  # as `write_atomically` calls them
+        for path in folder.glob(f'.{name}.part'):
+            if path.is_file():
+                path.unlink()
+    for path in folder.glob('.*.sharded.part'):
+        if owner_of(path.name[1:].removesuffix('.part')) and run_of(path) == run:
             delete_folder(path)
     remove_unnamed(folder, run)
 
@@ -239,7 +244,7 @@ def delete(folder: Path, names: Iterable[str], run: str) -> None:
     """
     paths = [folder / Path(name).name for name in names]
     for path in paths:
-        if path.suffix == '.pth' and path.is_file() and _is_own(path, run):
+        if path.suffix == '.pth' and _is_own(path, run):
             path.unlink()
     remove_unnamed(folder, run, {path.name for path in paths})
 
@@ -309,11 +314,13 @@ def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[st
 def _age(path: Path) -> tuple[float, int]:
     """When a checkpoint was written, which its file knows better than the folder of a copy."""
     content: Any = read_content(str(path), verify=False)
-    if not isinstance(content, dict) or not all(name in content for name in _NEEDED):
+    found = content if isinstance(content, dict) else {}
+    if not all(isinstance(found.get(name), dict) for name in _NEEDED):
         raise ValueError(f'{str(path)!r} is no checkpoint of a run, which has {list(_NEEDED)}')
     meta = content['meta']
-    if not isinstance(meta, dict) or not all(type(meta.get(n)) is int for n in ('epoch', 'iter')):
+    if not all(type(meta.get(name)) is int for name in ('epoch', 'iter')):
         raise ValueError(f'{str(path)!r} does not say which epoch and iteration it is of')
     saved_at = meta.get('saved_at', path.stat().st_mtime)
-    is_time = isinstance(saved_at, float) and isfinite(saved_at)
+    # of the largest number no later one would be newer
+    is_time = isinstance(saved_at, float) and isfinite(nextafter(saved_at, inf))
     return (saved_at if is_time else 0.0), meta['iter']

@@ -101,7 +101,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 check_reported(runner, 'save_best', key)
         hub, folder = runner.message_hub, Path(runner.work_dir)
         if is_main_process():
-            self._run = identify(folder, hub.get_info(RUN))
+            self._run = identify(folder, runner._resume, hub.get_info(RUN))
             hub.update_info(RUN, self._run)
         kept = hub.get_info('keep_ckpt_ids', [])
         kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []

@@ -27,9 +27,11 @@ def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
     Raises:
         ValueError: The checkpoint is of a run of this package, which called a class otherwise.
     """
-    trained = stated_in(content).get('classes') or ()
-    for index, (before, now) in enumerate(zip_longest(trained, classes)):
-        if trained and before != now:
+    trained = stated_in(content).get('classes')
+    if not isinstance(trained, list | tuple):
+        return
+    for index, (before, now) in enumerate(zip_longest(map(str, trained), map(str, classes))):
+        if before != now:
             raise ValueError(
                 f'the checkpoint was trained with other classes: its class {index} is {before!r}, '
                 f'that of {where} is {now!r}; give the classes the names of the training, in its '

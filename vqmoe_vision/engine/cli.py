@@ -184,6 +184,7 @@ def _train(args: argparse.Namespace) -> None:
         processes.join(config)
         check_configs(processes, asked)
         if processes.rank == 0:
+            make_folder(Path(config.work_dir))
             alone.enter_context(in_use(Path(config.work_dir)))
         latest = processes.decide(_latest(args, config, processes))
         if latest is not None:

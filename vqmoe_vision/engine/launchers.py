@@ -77,12 +77,12 @@ def multiplied_batch(config: Config, size: int, options: Iterable[str]) -> str:
     """
     name = 'train_dataloader.batch_size'
     batch = (config.get('train_dataloader') or {}).get('batch_size')
-    if size == 1 or batch is None or name in options:
+    if size == 1 or batch is None or {name, 'train_dataloader'} & {*options}:
         return ''
+    held = f'{name}={batch // size} holds {batch}, and ' if batch % size == 0 else ''
     return (
         f'{name}={batch} counts one process, and {size} would train on {size * batch} images a '
-        f'step: write --cfg-options {name}={max(1, batch // size)} to hold {batch}, or '
-        f'{name}={batch} for {size * batch}'
+        f'step: write --cfg-options {name}=B; {held}{name}={batch} takes {size * batch}'
     )
 
 

@@ -232,7 +232,7 @@ def run_of(folder: Path) -> str | None:
         folder: Any path; a link is nobody's.
     """
     file = folder / RUN_FILE
-    return file.read_text() if file.is_file() and not folder.is_symlink() else None
+    return file.read_text(errors='replace') if file.is_file() and not folder.is_symlink() else None
 
 
 def delete_folder(folder: Path) -> None:

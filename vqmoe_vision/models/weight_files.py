@@ -274,7 +274,9 @@ def check_file(path: str) -> None:
             _check_digest(Path(path))
             return
         with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()
+            # torch reads nothing of what is marked as a folder
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            spoilt = archive.testzip() or next(iter(folders), None)
     except Exception as error:  # a flipped bit can make it fail in any way
         raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
     if spoilt is not None:
@@ -286,7 +288,10 @@ def _check_digest(path: Path) -> None:
     config = path.with_name(CONFIG)
     if path.name != OF_TIMM[0] or not config.is_file():
         return
-    described = json.loads(config.read_bytes())
+    try:
+        described = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise ValueError(f'{str(config)!r} beside it cannot be read: {error}') from error
     stated = described.get(DIGEST) if isinstance(described, dict) else None
     if stated is not None and stated != digest_of(path):
         raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')

@@ -110,7 +110,7 @@ class GradientCodebook(Codebook):
             self._start_due = not bool(self.started)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, but averages keep float32: in 16 bits their steps would be rounded away."""
+        """As torch's, but averages stay as exact as they are: 16 bits round their steps away."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(*args, **kwargs)
         for name, buffer in self.named_buffers(recurse=False):
