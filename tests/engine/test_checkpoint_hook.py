@@ -113,6 +113,7 @@ def crafted(trained: Path, work: Path, **info: Any) -> None:
     content = torch.load(trained / 'epoch_2.pth', weights_only=True)
     content['message_hub']['runtime_info'] |= info
     content['message_hub']['resumed_keys'] |= dict.fromkeys(info, True)
+    content['meta']['saved_at'] += 60  # newer than what lies beside it
     torch.save(content, work / 'epoch_2.pth')
 
 
@@ -151,6 +152,9 @@ def test_no_checkpoint_deletes_a_file_of_another_run(
     (parts / '__0_0.distcp').touch()
     resumed(write_config(tmp_path), work)
     assert {*theirs, 'other.pth', '.thesis.part'} < {*names(work)}
+    assert (work / 'epoch_2.pth').exists() == (
+        run != 32 * 'a'
+    )  # its own, once there is a newer one
     assert (parts / '__0_0.distcp').is_file()
 
 
