@@ -1,0 +1,161 @@
+"""Configs, command lines and tables of comparisons, as users see them.
+
+    python -m tests.golden.test_surfaces --write
+
+writes `data/configs.json` and `.json.gz`, `data/flags.json` and `data/tables.json`, and prints each
+difference to what was there; the tests read only what is checked in.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from . import probe
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(__file__).parent / 'data'
+COMPARISONS = sorted((ROOT / 'configs/comparisons').glob('*.py'))
+
+# Of a line of `docs/results/tables/*.csv`, which `tools/compare.py table` writes.
+FIELDS = ('seeds', 'score', 'std', 'pairs', 'difference', 'low', 'high', 'p', 'p_holm')
+FIELDS += ('held_out_difference', 'held_out_low', 'held_out_high')
+# Scores have few digits and differences lose three of sixteen; scipy's distributions of t, which
+# change with its versions, are exact to about ten digits where p is 1e-5.
+TOLERANCE = 1e-8
+
+
+def read(name: str) -> Any:
+    return json.loads((DATA / f'{name}.json').read_text())
+
+
+def read_configs() -> dict[str, dict[str, str]]:
+    return json.loads(gzip.decompress((DATA / 'configs.json.gz').read_bytes()))
+
+
+def digest(config: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def differences(found: Mapping, recorded: Mapping, place: str = '') -> Iterator[str]:
+    """A line for each value that is not as it was."""
+    for name in sorted(found.keys() | recorded.keys()):
+        if name not in found or name not in recorded:
+            yield f'{place}{name}: is {"new" if name in found else "gone"}'
+            continue
+        ours, theirs = found[name], recorded[name]
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(ours, theirs, f'{place}{name}: ')
+        elif ours != theirs and not close(ours, theirs):
+            yield f'{place}{name}: {theirs} -> {ours}'
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    both = isinstance(ours, float) and isinstance(theirs, float)
+    return both and math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=1e-10)
+
+
+def table(spec: Path) -> dict[str, dict[str, float]]:
+    """Numbers of a comparison's main table by its name and row, of the rows that are checked in."""
+
+    def draw(*_: Any, **__: Any) -> None:
+        raise probe.Taken(None)  # figures come after the tables, and take most of the time
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        patched.setattr(Figure, '__init__', draw)
+        (Path(folder) / 'rows').symlink_to(ROOT / 'docs/results/rows')
+        spec = spec.relative_to(ROOT)
+        probe.run('tools/compare.py', 'table', str(spec), '--results', folder)
+        with (Path(folder) / f'tables/{spec.stem}.csv').open() as file:
+            lines = list(csv.DictReader(file))
+    return {
+        f'{spec.stem}/{line["row"]}': {name: float(line[name]) for name in FIELDS if line.get(name)}
+        for line in lines
+    }
+
+
+def test_every_config_is_as_it_was() -> None:
+    """The digests say which is not, and what is stored beside them says where."""
+    configs = probe.configs(ROOT)
+    found = {name: digest(config) for name, config in configs.items()}
+    assert found == read('configs'), '\n'.join(differences(configs, read_configs()))
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'mine.py'
+
+
+def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to where the tool gives it to mmengine, with an option of the command line on top."""
+
+    def take(config: Config) -> None:
+        raise probe.Taken(config)
+
+    monkeypatch.setattr(Runner, 'from_cfg', take)
+    base = 'vqmoe_vision::classification/cifar10.py'
+    outside.write_text(f'_base_ = {base!r}\nmodel = dict(depth=3)\n')
+    tool = str(ROOT / 'tools/train.py')
+    config = probe.run(tool, str(outside), '--cfg-options', 'train_cfg.max_epochs=7')
+    found = probe.flat(config.to_dict(), ROOT)
+    expected = read_configs()['classification/cifar10.py']
+    expected |= {'model.depth': '3', 'train_cfg.max_epochs': '7'}
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_config_elsewhere_builds_on_one_of_the_package_by_path(outside: Path) -> None:
+    """As any program of mmengine or mmseg reads it."""
+    path = "__import__('vqmoe_vision').config_path('segmentation/camvid.py')"
+    outside.write_text(f'_base_ = {path}\nmodel = dict(backbone=dict(depth=3))\n')
+    found = probe.flat(Config.fromfile(outside).to_dict(), ROOT)
+    expected = read_configs()['segmentation/camvid.py'] | {'model.backbone.depth': '3'}
+    assert not list(differences(found, expected))
+
+
+def test_every_program_has_the_flags_it_had() -> None:
+    assert not list(differences(probe.flags(ROOT), read('flags')))
+
+
+@pytest.mark.parametrize('spec', COMPARISONS, ids=lambda spec: spec.stem)
+def test_numbers_of_tables_are_those_of_the_rows(spec: Path) -> None:
+    recorded = {
+        name: row for name, row in read('tables').items() if name.startswith(f'{spec.stem}/')
+    }
+    assert not list(differences(table(spec), recorded))
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    file = DATA / f'{name}.json'
+    print(*differences(content, read(name) if file.is_file() else {}, f'{name}: '), sep='\n')
+    probe.write(file, content)
+
+
+def write_all() -> None:
+    """Writes all data anew."""
+    configs, packed = probe.configs(ROOT), DATA / 'configs.json.gz'
+    print(*differences(configs, read_configs() if packed.is_file() else {}), sep='\n')
+    packed.write_bytes(gzip.compress(json.dumps(configs, sort_keys=True).encode(), mtime=0))
+    write('configs', {name: digest(config) for name, config in configs.items()})
+    write('flags', probe.flags(ROOT))
+    write('tables', {name: row for spec in COMPARISONS for name, row in table(spec).items()})
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] != ['--write']:
+        sys.exit(__doc__)
+    write_all()
