@@ -87,7 +87,7 @@ def watch_saves(folder: Path, step: Callable[[int, str], None]) -> None:
         elif event in EVENTS and str(args[0]).startswith(inside):
             file = Path(str(args[0]))
             of_a_save = file.suffix in SUFFIXES or file.name == POINTER
-            if of_a_save and (event != 'open' or 'w' in str(args[1])):
+            if of_a_save and (event != 'open' or set('wx') & set(str(args[1]))):
                 name = EVENTS[event]
                 if POINTER in file.name:
                     name = f'{name} pointer'
