@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from runpy import run_path
 
@@ -56,6 +56,7 @@ def run_tool(
     folder: Path,
     new_session: bool = False,
     file_size: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Runs a program of `tools/` as a shell would.
 
@@ -65,13 +66,15 @@ def run_tool(
         folder: In which it runs, and may import modules.
         new_session: It leads a group of processes of its own.
         file_size: Bytes that it may write into one file; None for as many as this process.
+        variables: Of its environment, beside those of this process.
 
     Returns:
         Its status, negative for the number of a signal, and what it printed.
     """
     with tempfile.TemporaryDirectory() as place:
         files = [str(Path(place) / name) for name in ('out', 'err')]
-        options = (tool, arguments, folder, files, dict(os.environ), new_session, file_size)
+        environment = {**os.environ, **(variables or {})}
+        options = (tool, arguments, folder, files, environment, new_session, file_size)
         process = _CONTEXT.Process(target=_run, args=options)
         process.start()
         process.join()

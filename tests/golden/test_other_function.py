@@ -1,0 +1,160 @@
+"""Weights of another function, whose tensors fit, are refused or told of in a line that names it.
+
+Fields are words, of which one must stand there: wordings may change.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from PIL import Image
+from timm.layers import LayerNorm
+from timm.models import save_for_hf
+
+import vqmoe_vision  # noqa: F401  registers the models
+
+from ..forked import run_tool
+from .runs import runs_in
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+EXPERTS = dict(num_experts=2, moe_layers=[1])
+OURS = 'vit_tiny_smoe'
+WITHOUT_POSITIONS = dict(
+    pos_embed='none', reg_tokens=4, no_embed_class=True, init_values=1e-5, qkv_bias=False
+)
+# what was saved, the model that takes it, and the words for the field
+FUNCTIONS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], str]] = {
+    'heads': (OURS, dict(num_heads=4), OURS, {}, 'num_heads'),
+    'activation': (OURS, dict(act_layer='quick_gelu'), OURS, {}, 'act_layer|activation'),
+    'epsilon': (OURS, {}, OURS, dict(norm_layer=partial(LayerNorm, eps=1e-3)), 'eps'),
+    'method': (OURS, {}, 'vit_tiny_ecmoe', {}, 'ecmoe'),
+    'option': (OURS, dict(top_k=1), OURS, {}, 'top_k'),
+    'heads of a dense model': ('vit_tiny_patch16_224', dict(num_heads=4), OURS, {}, 'num_heads'),
+    'quick GELU': (
+        *('vit_base_patch32_clip_quickgelu_224', {}, OURS, dict(pre_norm=True)),
+        'act_layer|activation',
+    ),
+    'rotary': ('vit_small_patch16_dinov3', {}, OURS, WITHOUT_POSITIONS, 'rotary|rope'),
+}
+# timm reads the file after it has built the model, and never looks beside it
+NOT_COMPARED = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="timm's own checkpoint_path tells nothing"
+)
+WAYS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    'folder': lambda folder: {'upcycle': f'local-dir:{folder}'},
+    'file': lambda folder: {'upcycle': f'{folder}/model.safetensors'},
+    'pretrained': lambda folder: {
+        'pretrained': True,
+        'pretrained_cfg_overlay': {'file': f'{folder}/model.safetensors'},
+    },
+    'checkpoint_path': lambda folder: {'checkpoint_path': f'{folder}/model.safetensors'},
+}
+
+
+def create(name: str, **options: Any) -> Any:
+    experts = EXPERTS if name.endswith('moe') else {}
+    return timm.create_model(name, **{**SMALL, **experts, **options})
+
+
+def names(words: str, line: str) -> bool:
+    return re.search(rf'(?<![\w-])({words})(?![\w-])', line) is not None
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs_in(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize(
+    ('case', 'way'),
+    [
+        pytest.param(case, way, marks=[NOT_COMPARED] * (way == 'checkpoint_path'))
+        for case, (theirs, *_) in FUNCTIONS.items()
+        for way in WAYS
+        # tensors of a dense model have other names than the experts, which is an error
+        if way != 'checkpoint_path' or theirs == OURS
+    ],
+)
+def test_weights_with_a_config_beside_them(
+    case: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs, saved, ours, given, words = FUNCTIONS[case]
+    model = create(theirs, **saved)
+    arguments = {**SMALL, **(EXPERTS if theirs == OURS else {}), **saved}
+    save_for_hf(model, tmp_path / 'saved', model_args=arguments, safe_serialization=True)
+    place = WAYS[way](tmp_path / 'saved')
+    told = ''
+    try:
+        with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
+            create(ours, **given, **place)
+    except (ValueError, UserWarning) as error:
+        told = str(error)
+    assert names(words, told or ''.join(caplog.messages[-1:])) and '\n' not in told
+
+
+# of digits, of which a checkpoint calls the first one 0
+FOLDERS = 'test_dataloader.dataset.type=class_folder test_dataloader.dataset.data_root=folders'
+CLASSES = ('1', '0', 'background', *'23456789')
+ORDER = (
+    f"_base_ = 'scenes.py'\ntest_dataloader = dict(dataset=dict(metainfo=dict(classes={CLASSES})))"
+)
+OTHER = 'mean=[0.5,0.5,0.5] {split}_dataloader.dataset.transform.std=[0.35,0.35,0.35]'
+MEAN = '{split}_dataloader.dataset.transform.' + OTHER
+PATH = 'model.checkpoint_path=c/epoch_1.pth'
+START = 'model.checkpoint=c/epoch_1.pth'
+DINOV3 = (
+    'model.model_name=vit_small_patch16_dinov3 model.moe.method=smoe model.use_rot_pos_emb=False '
+    'model.pretrained=True model.pretrained_cfg_overlay.file=dinov3/model.safetensors'
+)
+NOT_STATED = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason='a checkpoint of a run does not state it'
+)
+
+
+@pytest.mark.parametrize(
+    ('command', 'words'),
+    [
+        (f'train.py tiny.py {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+        ('test.py tiny.py c/epoch_1.pth model.moe.top_k=1', 'top_k'),
+        ('test.py tiny.py c/epoch_1.pth ' + MEAN.format(split='test'), 'mean'),
+        (f'train.py tiny.py {START} ' + MEAN.format(split='train'), 'mean'),
+        (f'test.py tiny.py c/epoch_1.pth {FOLDERS}', 'class|classes'),
+        ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
+        (f'train.py tiny.py {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+        (f'train.py tiny.py {DINOV3}', 'rotary|rope'),
+        pytest.param(
+            *('test.py tiny.py c/epoch_1.pth model.num_heads=4', 'num_heads'), marks=NOT_STATED
+        ),
+        pytest.param(
+            *(f'train.py tiny.py {START} model.num_heads=4', 'num_heads'), marks=NOT_STATED
+        ),
+    ],
+)
+def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) -> None:
+    for name in ('c', 's', 'tiny.py', 'scenes.py'):
+        (tmp_path / name).symlink_to(runs / name)
+    (tmp_path / 'order.py').write_text(ORDER)
+    for name in range(1, 11):
+        (tmp_path / f'folders/test/{name}').mkdir(parents=True)
+        Image.new('RGB', (48, 48)).save(tmp_path / f'folders/test/{name}/a.png')
+    if 'dinov3' in command:
+        saved = dict(img_size=48, patch_size=16, embed_dim=12, depth=2, num_heads=3, num_classes=10)
+        model = timm.create_model('vit_small_patch16_dinov3', **saved)
+        save_for_hf(model, tmp_path / 'dinov3', model_args=saved, safe_serialization=True)
+    tool, *words_of_it = command.split()
+    options = [word for word in words_of_it if '=' in word]
+    places = [word for word in words_of_it if '=' not in word]
+    given = [
+        '--out-dir' if tool == 'predict.py' else '--work-dir',
+        'w',
+        *(['--cfg-options', *options] if options else []),
+    ]
+    done = run_tool(tool, *places, *given, folder=tmp_path)
+    lines = (done.stdout + done.stderr).splitlines()
+    told = [line for line in lines if ' - WARNING - ' in line or line.startswith('error: ')]
+    assert any(names(words, line) for line in told), told
