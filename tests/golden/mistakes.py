@@ -10,28 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    """A command that must end with one line.
-
-    Args:
-        name: What is wrong.
-        command: What a shell would run, with NAME=VALUE in front for variables of its environment.
-        field: What the line has as a word: the option, the argument or the file to be changed.
-        file_size: Bytes that a file may have, which is how a disk is full here.
-    """
+    """A command that must end with one line."""
 
     name: str
-    command: str
-    field: str
-    file_size: int | None = None
+    command: str  # NAME=VALUE in front are variables of the environment
+    field: str  # what the line has as a word: the option, the argument or the file to be changed
+    file_size: int | None = None  # bytes that a file may have, which is how a disk is full here
 
 
 TRAIN = 'tools/train.py {tiny} --work-dir w --cfg-options'
 TEST = 'tools/test.py {tiny} {smoe} --work-dir w --cfg-options'
-CREATE = 'python -c "import timm, vqmoe_vision; timm.create_model({})"'
 
 
 def _create(arguments: str) -> str:
-    return CREATE.replace('{}', arguments)
+    return f'python -c "import timm, vqmoe_vision; timm.create_model({arguments})"'
 
 
 MISTAKES = [

@@ -84,10 +84,6 @@ def test_every_line_of_the_table_is_read() -> None:
     ('options', 'field'),
     [
         (dict(form='continuous', num_codes=16), 'num_codes'),
-        (
-            dict(codebook='ema', use_cosine_sim=False, rotation_trick=True, form='continuous'),
-            'code',
-        ),
         (dict(upcycling={'noise': 0.1}), 'upcycling'),
     ],
 )

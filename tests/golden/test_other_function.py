@@ -105,11 +105,13 @@ ORDER = (
 )
 OTHER = 'mean=[0.5,0.5,0.5] {split}_dataloader.dataset.transform.std=[0.35,0.35,0.35]'
 MEAN = '{split}_dataloader.dataset.transform.' + OTHER
+TRAIN, TEST = 'train.py tiny.py', 'test.py tiny.py c/epoch_1.pth'
 PATH = 'model.checkpoint_path=c/epoch_1.pth'
 START = 'model.checkpoint=c/epoch_1.pth'
 DINOV3 = (
     'model.model_name=vit_small_patch16_dinov3 model.moe.method=smoe model.use_rot_pos_emb=False '
-    'model.pretrained=True model.pretrained_cfg_overlay.file=dinov3/model.safetensors'
+    'model.class_token=True model.pretrained=True '
+    'model.pretrained_cfg_overlay.file=dinov3/model.safetensors'
 )
 NOT_STATED = pytest.mark.xfail(
     strict=True, raises=AssertionError, reason='a checkpoint of a run does not state it'
@@ -119,20 +121,15 @@ NOT_STATED = pytest.mark.xfail(
 @pytest.mark.parametrize(
     ('command', 'words'),
     [
-        (f'train.py tiny.py {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        ('test.py tiny.py c/epoch_1.pth model.moe.top_k=1', 'top_k'),
-        ('test.py tiny.py c/epoch_1.pth ' + MEAN.format(split='test'), 'mean'),
-        (f'train.py tiny.py {START} ' + MEAN.format(split='train'), 'mean'),
-        (f'test.py tiny.py c/epoch_1.pth {FOLDERS}', 'class|classes'),
+        (f'{TRAIN} {START} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+        (f'{TEST} model.moe.top_k=1', 'top_k'),
+        (f'{TEST} ' + MEAN.format(split='test'), 'mean'),
+        (f'{TRAIN} {START} ' + MEAN.format(split='train'), 'mean'),
+        (f'{TEST} {FOLDERS}', 'class|classes'),
         ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
-        (f'train.py tiny.py {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
-        (f'train.py tiny.py {DINOV3}', 'rotary|rope'),
-        pytest.param(
-            *('test.py tiny.py c/epoch_1.pth model.num_heads=4', 'num_heads'), marks=NOT_STATED
-        ),
-        pytest.param(
-            *(f'train.py tiny.py {START} model.num_heads=4', 'num_heads'), marks=NOT_STATED
-        ),
+        (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
+        (f'{TRAIN} {DINOV3}', 'rotary|rope'),
+        pytest.param(f'{TEST} model.num_heads=4', 'num_heads', marks=NOT_STATED),
     ],
 )
 def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) -> None:
@@ -147,14 +144,10 @@ def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) 
         model = timm.create_model('vit_small_patch16_dinov3', **saved)
         save_for_hf(model, tmp_path / 'dinov3', model_args=saved, safe_serialization=True)
     tool, *words_of_it = command.split()
-    options = [word for word in words_of_it if '=' in word]
     places = [word for word in words_of_it if '=' not in word]
-    given = [
-        '--out-dir' if tool == 'predict.py' else '--work-dir',
-        'w',
-        *(['--cfg-options', *options] if options else []),
-    ]
-    done = run_tool(tool, *places, *given, folder=tmp_path)
+    out = '--out-dir' if tool == 'predict.py' else '--work-dir'
+    options = ['--cfg-options', *words_of_it[len(places) :]] if '=' in command else []
+    done = run_tool(tool, *places, out, 'w', *options, folder=tmp_path)
     lines = (done.stdout + done.stderr).splitlines()
     told = [line for line in lines if ' - WARNING - ' in line or line.startswith('error: ')]
     assert any(names(words, line) for line in told), told
