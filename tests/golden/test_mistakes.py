@@ -48,12 +48,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.save({'state_dict': {}, 'code': image}, folder / 'code.pth')
     torch.save(timm.create_model('test_resnet').state_dict(), folder / 'resnet.pth')
     made = dict(tiny='tiny.py', smoe='c/epoch_1.pth', segmenter='s/iter_1.pth')
-    wrong = dict(photos='photos.py', folders='folders')
-    wrong |= dict(damaged='damaged.pth', code='code.pth', convolutions='resnet.pth')
-    places = {name: runs / file for name, file in made.items()}
-    return {name: str(place) for name, place in places.items()} | {
-        name: str(folder / file) for name, file in wrong.items()
-    }
+    wrong = dict(photos='photos.py', folders='folders', convolutions='resnet.pth')
+    wrong |= dict(damaged='damaged.pth', code='code.pth')
+    places = ((runs, made), (folder, wrong))
+    return {name: str(place / file) for place, files in places for name, file in files.items()}
 
 
 def last_line(mistake: Mistake, command: list[str], folder: Path) -> str:
