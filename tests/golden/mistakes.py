@@ -50,7 +50,7 @@ MISTAKES = [
     Mistake(
         'checkpoint of the other task',
         'tools/test.py {tiny} {segmenter} --work-dir w',
-        'checkpoint',
+        'backbone',
     ),
     Mistake('checkpoint damaged', 'tools/test.py {tiny} {damaged} --work-dir w', '{damaged}'),
     Mistake('checkpoint with code', 'tools/test.py {tiny} {code} --work-dir w', '{code}'),
