@@ -2,7 +2,7 @@
 
     python tests/golden/faults/run.py [--only NAME] [--room ROOM] [--jobs 2] [--clean]
 
-Exits with 1 if a fault cannot be applied, its tests cannot be run, or more than one in ten is not found.
+Exits with 1 if a fault cannot be applied, its tests cannot be run, or over a tenth is not found.
 """
 
 import argparse
