@@ -1,6 +1,6 @@
 import random
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +111,18 @@ def test_noise_is_drawn_anew_for_every_sample_epoch_and_seed() -> None:
     noise = [value for _, value in stream(0)]
     assert sorted(index for index, _ in stream(0)[:4]) == [0, 1, 2, 3]
     assert len({*noise, *(value for _, value in stream(0, seed=1))}) == 16
+
+
+def test_a_training_by_epochs_draws_anew_in_every_epoch() -> None:
+    def drawn(seed: int, epoch: int) -> list[float]:
+        sampler = SeededSampler(Seeded(), shuffle=False, seed=seed)
+        sampler.set_epoch(epoch)
+        return [float(Seeded()[index][1]) for index in sampler]
+
+    # two seeds with two epochs of four samples each
+    noise = [value for run in product((0, 1), (0, 1)) for value in drawn(*run)]
+    assert len(set(noise)) == 16
+    assert drawn(0, 1) == noise[4:8]
 
 
 @pytest.mark.parametrize('drop_last', [False, True])

@@ -109,8 +109,11 @@ def test_only_a_whole_full_layer_is_taken_for_one(change: tuple[str, str]) -> No
         fit_state(model, state, 'f.pth')
 
 
-def test_a_discrete_model_learns_and_is_built_again(tmp_path: Path, images: torch.Tensor) -> None:
-    model = to_discrete(full(balance_weight=0.1, num_experts=4))
+@pytest.mark.parametrize('said', [{}, {'form': 'full'}])
+def test_a_discrete_model_learns_and_is_built_again(
+    said: dict[str, str], tmp_path: Path, images: torch.Tensor
+) -> None:
+    model = to_discrete(full(balance_weight=0.1, num_experts=4, **said))
     model.train()
     with collect_losses(model) as collected:
         (model(images).sum() + collected.total()).backward()
