@@ -56,6 +56,16 @@ def test_an_option_that_came_later_makes_no_row_stale(fill, says) -> None:
     assert 'stale' not in table()
 
 
+def test_an_option_that_the_config_got_later_makes_rows_stale(fill, says) -> None:
+    """Unlike one of the code: who writes it into a config wants it."""
+    path = fill(SCORES)
+    spec = Path(path).read_text()
+    Path(path).write_text(spec.replace('row=other', 'row=other train_cfg.val_interval=5'))
+    says('table', path)
+    assert '`other-seed1.json`: stale: train_cfg.val_interval=None, today 5' in table()
+    assert 'dense-seed1.json' not in table()
+
+
 def test_a_check_says_what_the_defaults_of_a_row_of_before_were(spec, says, monkeypatch) -> None:
     path = spec(other='train_cfg.row=3')
     says('run', path)
