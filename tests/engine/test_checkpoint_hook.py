@@ -86,6 +86,16 @@ def test_files_name_each_other_without_folders(trained: Path) -> None:
     assert find_latest_checkpoint(str(trained)) == last
 
 
+def test_a_checkpoint_has_what_the_optimizer_knows_and_the_best_has_not(trained: Path) -> None:
+    best, last = (read_content(str(trained / name)) for name in names(trained))
+    groups, state = last['optimizer']['param_groups'], last['optimizer']['state']
+    # of AdamW both averages of every parameter, whose rate a schedule goes on with
+    assert state.keys() == {place for group in groups for place in group['params']}
+    assert all({'exp_avg', 'exp_avg_sq'} <= each.keys() for each in state.values())
+    assert last['param_schedulers']
+    assert not {'optimizer', 'param_schedulers'} & best.keys()
+
+
 def resumed(config: str, work: Path, epochs: int = 3) -> Runner:
     """As mmseg's own tools/train.py --resume, which knows nothing of this package's hook."""
     settings = load_config(config, {'train_cfg.max_epochs': epochs})
