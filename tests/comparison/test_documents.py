@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from argparse import Namespace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
+from vqmoe_vision.comparison.control import Score, table_of
 from vqmoe_vision.comparison.outcome import Outcome
 from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.statistics import Scores
@@ -242,6 +244,24 @@ def test_scores_of_tables_are_those_of_rows(known) -> None:
         if scores not in known[1] or found[2] not in (None, mean):
             wrong.append(said)
     assert count and not wrong
+
+
+CONTROL = {'faint, 1': 1.0, 'clear, 3': 3.0}  # separations by line of the README
+CONTROLLED = ('oracle', 'xmoe', 'smoe', 'vqmoe', 'dense_2x', 'frozen')
+
+
+def test_tables_of_the_control_are_of_its_record() -> None:
+    record = json.loads((ROOT / 'docs/results/control.json').read_text())
+    scores = [Score(**row) for row in record['rows']]
+    assert table_of(scores) in (ROOT / 'docs/compare.md').read_text()
+    readme = (ROOT / 'README.md').read_text()
+    for line, separation in CONTROL.items():
+        of = {
+            row: [x.accuracy for x in scores if (x.row, x.separation) == (row, separation)]
+            for row in CONTROLLED
+        }
+        means = ' | '.join(f'{sum(all_) / len(all_):.1f}' for all_ in of.values())
+        assert f'| {line} | {means} |' in readme
 
 
 # of the README's table: comparisons by column, and rows by how a line begins
