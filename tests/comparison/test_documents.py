@@ -246,7 +246,7 @@ def test_scores_of_tables_are_those_of_rows(known) -> None:
     assert count and not wrong
 
 
-CONTROL = {'faint, 1': 1.0, 'clear, 3': 3.0}  # separations by line of the README
+CONTROL = {'1, faint': 1.0, '3, clear': 3.0}  # separations by line of the README
 CONTROLLED = ('oracle', 'xmoe', 'smoe', 'vqmoe', 'dense_2x', 'frozen')
 
 
