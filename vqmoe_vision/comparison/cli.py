@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from vqmoe_vision.engine.cli import make_folder
 from vqmoe_vision.engine.command import run
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.provenance import commit, processor
 
 from .check import repeat
+from .control import (
+    QUICK_SEEDS,
+    QUICK_SEPARATIONS,
+    SEEDS,
+    SEPARATIONS,
+    Structure,
+    find_rows,
+    plot_control,
+    score,
+    table_of,
+)
+from .json_files import save
 from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
@@ -24,6 +44,8 @@ from .runs import WORK_DIR
 from .shifts import measure_shifts
 from .tasks import tasks_of
 from .work import Work
+
+FIGURE = Path('work_dirs/control/control.png')
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +79,22 @@ def compare(argv: Sequence[str] | None = None) -> None:
             )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
+    _add_control(actions)
     run(parser, argv, lambda args: args.function(args))
+
+
+def _add_control(actions: Any) -> None:
+    text = 'see which router finds which structure, in tokens with a known answer'
+    one = actions.add_parser('control', help=text, description=text)
+    one.set_defaults(function=_control)
+    one.add_argument('--quick', action='store_true', help='two separations and one seed')
+    one.add_argument('--separation', nargs='+', type=float, metavar='S', help='only these')
+    one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
+    text = "only these, with other options as in 'NAME top_k=1'"
+    one.add_argument('--methods', nargs='+', default=[], metavar='ROW', help=text)
+    one.add_argument('--out', type=Path, metavar='FILE.json', help='write the scores')
+    one.add_argument('--figure', type=Path, metavar='FILE.png', default=FIGURE, help='draw here')
+    one.add_argument('--debug', action='store_true', help='show the full trace of an error')
 
 
 def _require_positive(option: str, number: int | None) -> None:
@@ -201,6 +238,32 @@ def _noise(args: argparse.Namespace) -> None:
         f'with 80 % power at the 5 % level, if the noise is that of {together} together. '
         f'Differences are to {comparison.reference}.'
     )
+
+
+def _control(args: argparse.Namespace) -> None:
+    separations = args.separation or (QUICK_SEPARATIONS if args.quick else SEPARATIONS)
+    seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
+    for separation in separations:
+        check(0 < separation < math.inf, '--separation', separation, 'above 0 and finite')
+    for seed in seeds:
+        check(0 <= seed < 2**63, '--seeds', seed, 'at least 0 and below 2**63')
+    rows = find_rows(args.methods)
+    for path in filter(None, (args.out, args.figure)):
+        make_folder(path.parent)  # before the work
+    torch.set_num_threads(1)  # more would wait for one another in layers of this size
+    runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
+    scores = [
+        score(row, Structure(separation), seed)
+        for row, separation, seed in tqdm(runs, unit='run', disable=None)
+    ]
+    print(table_of(scores))
+    plot_control(rows, scores).savefig(args.figure, dpi=100)
+    print(args.figure)
+    if args.out is not None:
+        made = {'commit': commit(), 'processor': processor()}
+        made['core_minutes'] = f'{time.process_time() / 60:.1f}'
+        save(args.out, {**made, 'rows': [asdict(one) for one in scores]})
+        print(args.out)
 
 
 _ACTIONS = {
