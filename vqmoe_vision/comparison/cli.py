@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,18 +20,8 @@ from vqmoe_vision.engine.command import run
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
+from . import control
 from .check import repeat
-from .control import (
-    QUICK_SEEDS,
-    QUICK_SEPARATIONS,
-    SEEDS,
-    SEPARATIONS,
-    Structure,
-    find_rows,
-    plot_control,
-    score,
-    table_of,
-)
 from .json_files import save
 from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
@@ -79,11 +68,6 @@ def compare(argv: Sequence[str] | None = None) -> None:
             )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
-    _add_control(actions)
-    run(parser, argv, lambda args: args.function(args))
-
-
-def _add_control(actions: Any) -> None:
     text = 'see which router finds which structure, in tokens with a known answer'
     one = actions.add_parser('control', help=text, description=text)
     one.set_defaults(function=_control)
@@ -92,9 +76,9 @@ def _add_control(actions: Any) -> None:
     one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
     text = "only these, with other options as in 'NAME top_k=1'"
     one.add_argument('--methods', nargs='+', default=[], metavar='ROW', help=text)
-    one.add_argument('--out', type=Path, metavar='FILE.json', help='write the scores')
-    one.add_argument('--figure', type=Path, metavar='FILE.png', default=FIGURE, help='draw here')
+    one.add_argument('--out', type=Path, metavar='FILE.json', help='scores; the figure beside it')
     one.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    run(parser, argv, lambda args: args.function(args))
 
 
 def _require_positive(option: str, number: int | None) -> None:
@@ -241,29 +225,26 @@ def _noise(args: argparse.Namespace) -> None:
 
 
 def _control(args: argparse.Namespace) -> None:
-    separations = args.separation or (QUICK_SEPARATIONS if args.quick else SEPARATIONS)
-    seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
+    separations = args.separation or control.SEPARATIONS[args.quick]
+    seeds = args.seeds or control.SEEDS[args.quick]
     for separation in separations:
         check(0 < separation < math.inf, '--separation', separation, 'above 0 and finite')
     for seed in seeds:
         check(0 <= seed < 2**63, '--seeds', seed, 'at least 0 and below 2**63')
-    rows = find_rows(args.methods)
-    for path in filter(None, (args.out, args.figure)):
-        make_folder(path.parent)  # before the work
+    rows, out = control.find_rows(args.methods), args.out or FIGURE
+    make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
     runs = list(product(rows, dict.fromkeys(separations), dict.fromkeys(seeds)))
     scores = [
-        score(row, Structure(separation), seed)
+        control.score(row, control.Structure(separation, seed=seed))
         for row, separation, seed in tqdm(runs, unit='run', disable=None)
     ]
-    print(table_of(scores))
-    plot_control(rows, scores).savefig(args.figure, dpi=100)
-    print(args.figure)
+    print(control.table_of(scores))
+    control.plot_control(scores).savefig(out.with_suffix('.png'), dpi=100)
+    print(out.with_suffix('.png'))
     if args.out is not None:
-        made = {'commit': commit(), 'processor': processor()}
-        made['core_minutes'] = f'{time.process_time() / 60:.1f}'
-        save(args.out, {**made, 'rows': [asdict(one) for one in scores]})
-        print(args.out)
+        made = {'commit': commit(), 'processor': processor(), 'core_seconds': time.process_time()}
+        save(out, {**made, 'rows': [asdict(one) for one in scores]})
 
 
 _ACTIONS = {
