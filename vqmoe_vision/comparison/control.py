@@ -80,11 +80,12 @@ class Source:
     def __init__(self, structure: Structure) -> None:
         self.structure, clusters = structure, structure.clusters
         self.generator = torch.Generator().manual_seed(structure.seed)
-        basis = torch.linalg.qr(self._normal(WIDTH, WIDTH))[0].t()
+        self.normal = partial(torch.randn, generator=self.generator)
+        basis = torch.linalg.qr(self.normal(WIDTH, WIDTH))[0].t()
         cosines = torch.full((clusters, clusters), structure.correlation).fill_diagonal_(1)
         self.directions = torch.linalg.cholesky(cosines) @ basis[:clusters]  # (C, D)
         self.others = basis[clusters:]  # of the nuisance, (D - C, D)
-        matrices = self._normal(clusters, LABELS, INFORMATIVE)
+        matrices = self.normal(clusters, LABELS, INFORMATIVE)
         self.matrices = matrices - matrices.mean(dim=0)
         self.sizes = structure.imbalance ** -torch.linspace(0, 1, clusters)
 
@@ -93,7 +94,7 @@ class Source:
         of_token, of_image = self._clusters(TOKENS), self._clusters(1)
         alike = torch.rand(of_token.shape, generator=self.generator) < self.structure.alike
         clusters = torch.where(alike, of_image, of_token)
-        nuisance = self.structure.nuisance * self._normal(IMAGES, TOKENS, len(self.others))
+        nuisance = self.structure.nuisance * self.normal(IMAGES, TOKENS, len(self.others))
         tokens = self.structure.separation * self.directions[clusters] + nuisance @ self.others
         # what each cluster would answer, (B, N, C, L): cheaper than a matrix for each token
         answers = torch.einsum('bni,kli->bnkl', nuisance[..., :INFORMATIVE], self.matrices)
@@ -103,9 +104,6 @@ class Source:
     def _clusters(self, number: int) -> Tensor:
         drawn = self.sizes.multinomial(IMAGES * number, True, generator=self.generator)
         return drawn.view(IMAGES, number)
-
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
 
 
 @dataclass(frozen=True)
@@ -215,8 +213,9 @@ class Bed(nn.Module):
         host = Host(TOKENS, in_chans=WIDTH // PIXELS**2, raw_patches=self.raw_patches)
         self.layer: Any = method.build(WIDTH, config, experts, host)
 
-    def forward(self, tokens: Tensor, clusters: Tensor) -> Tensor:
-        """Scores of the labels, (B, N, L); clusters (B, N) are for the oracle alone."""
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Scores (B, N, L) of tokens (B, N, D); their clusters (B, N) are for the oracle alone."""
+        tokens, clusters = batch
         if self.reader is None:
             self.raw_patches.value = clusters
         else:
@@ -295,7 +294,7 @@ def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
             tokens, clusters, labels = source.draw()
             optimizer.zero_grad()
             with collect_losses(model) as collected:
-                loss = F.cross_entropy(model(tokens, clusters).flatten(0, 1), labels.flatten())
+                loss = F.cross_entropy(model((tokens, clusters)).flatten(0, 1), labels.flatten())
                 (loss + collected.total()).backward()
             optimizer.step()
             schedule.step()
@@ -303,7 +302,7 @@ def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
             tokens, clusters, labels = source.draw()
             recording: Any = record_layers(model) if moe_layers(model) else nullcontext({})
             with evaluating(model), recording as records:
-                right += (model(tokens, clusters).argmax(-1) == labels).float().mean().item()
+                right += (model((tokens, clusters)).argmax(-1) == labels).float().mean().item()
             for record in records.values():
                 for name, experts in record.experts.items():
                     # -1, of no expert, is the last row, which does not count
