@@ -352,7 +352,7 @@ def plot_control(scores: Sequence[Score]) -> Figure:
         lower.plot(of_row.index, of_row.information, **style)
     upper.axhline(100 / LABELS, label='chance', color='0.5', linewidth=1)
     lower.axhline(math.log(Structure.clusters), color='0.5', linewidth=1)
-    upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(None, 100))
+    upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(20, 100))
     lower.set(title='what a choice tells of the cluster, nats (line: all there is)')
     lower.set(xlabel='separation of clusters, over the deviation of the nuisance')
     lower.set_xticks(frame.separation.unique())
