@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
-from vqmoe_vision.comparison.control import Score, table_of
 from vqmoe_vision.comparison.outcome import Outcome
 from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.statistics import Scores
@@ -250,14 +249,12 @@ CONTROL = {'1, faint': 1.0, '3, clear': 3.0}  # separations by line of the READM
 CONTROLLED = ('oracle', 'xmoe', 'smoe', 'vqmoe', 'dense_2x', 'frozen')
 
 
-def test_tables_of_the_control_are_of_its_record() -> None:
-    record = json.loads((ROOT / 'docs/results/control.json').read_text())
-    scores = [Score(**row) for row in record['rows']]
-    assert table_of(scores) in (ROOT / 'docs/compare.md').read_text()
+def test_the_control_in_the_readme_is_its_record() -> None:
+    scores = json.loads((ROOT / 'docs/results/control.json').read_text())['rows']
     readme = (ROOT / 'README.md').read_text()
     for line, separation in CONTROL.items():
         of = {
-            row: [x.accuracy for x in scores if (x.row, x.separation) == (row, separation)]
+            row: [x['accuracy'] for x in scores if (x['row'], x['separation']) == (row, separation)]
             for row in CONTROLLED
         }
         means = ' | '.join(f'{sum(all_) / len(all_):.1f}' for all_ in of.values())
