@@ -1,7 +1,6 @@
 """What `tools/publish.py` does: a run's model as timm's folder, or a checkpoint of ours."""
 
 import argparse
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.weight_files import digest_of
 
 from .checkpoint import read_content
 from .checkpoint_files import SaveError, reason_of
@@ -96,7 +96,7 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
             torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
         except RuntimeError as error:  # of torch's writer
             raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
-        digits = hashlib.sha256(unnamed.read_bytes()).hexdigest()[:8]
+        digits = digest_of(unnamed)[:8]
         named = target.with_name(f'{target.stem}-{digits}.pth')
         os.replace(unnamed, named)
     finally:  # of a disk that is full
