@@ -184,6 +184,7 @@ def run(program: str, *arguments: str) -> Any:
     """Runs a file, or a module, as a program; returns what is raised as `Taken`."""
     folder = str(Path(program).parent)  # Python finds there what a script imports
     run_it = runpy.run_path if program.endswith('.py') else runpy.run_module
+    sys.modules.pop(program, None)  # runpy warns of a module that another test imported
     argv, path = [program, *arguments], [folder, *sys.path]
     with patch.object(sys, 'argv', argv), patch.object(sys, 'path', path):
         try:
