@@ -1,72 +1,88 @@
-"""Public functions say what their arguments are: shapes, units, what is allowed."""
+"""What is exported, registered or an option says what its arguments are."""
 
 import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+from mmengine import registry
+
+from vqmoe_vision.moe import MoeConfig, MoeLayer
 
 PACKAGE = Path(__file__).parents[1] / 'vqmoe_vision'
 MODULES = sorted(
-    '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
+    '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
     for path in PACKAGE.rglob('*.py')
-    if path.name != '__init__.py'
+    if path.name != '__main__.py'
 )
 FACTORY = {'device', 'dtype', 'factory'}  # as everywhere in torch.nn
 
 
-def undocumented(function: Callable, docstring: str, is_method: bool) -> list[str]:
-    """Arguments that the section `Args:` leaves out, of a function that has several."""
-    names = [
-        n for n in list(inspect.signature(function).parameters)[is_method:] if n not in FACTORY
-    ]
-    section = re.search(r'^Args:\n(.*?)(?=^\S|\Z)', docstring, re.MULTILINE | re.DOTALL)
+def exported() -> dict[str, Callable]:
+    """Functions and classes of ours by their full name."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    found = [getattr(module, name) for module in modules for name in getattr(module, '__all__', ())]
+    registries = [each for each in vars(registry).values() if isinstance(each, registry.Registry)]
+    for each in registries:
+        children = [each, *each.children.values()]
+        found += [value for child in children for value in child.module_dict.values()]
+    for module in modules:
+        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        found += [value for value in classes if issubclass(value, (MoeConfig, MoeLayer))]
+    return {
+        f'{value.__module__}.{value.__qualname__}': value
+        for value in found
+        if inspect.isclass(value) or inspect.isfunction(value)
+        if value.__module__.startswith('vqmoe_vision') and not timm.is_model(value.__name__)
+    }
+
+
+def documented(value: Any) -> Iterator[tuple[str, list[str], str]]:
+    """Name, arguments that a caller passes, and docstring: of a function, or of a class by part."""
+    if inspect.isfunction(value):
+        yield value.__name__, list(inspect.signature(value).parameters), value.__doc__ or ''
+        return
+    if is_dataclass(value):  # what it inherits stands in the base
+        own = inspect.get_annotations(value)
+        names = [field.name for field in fields(value) if field.name in own]
+        yield value.__name__, names, value.__doc__ or ''
+    elif '__init__' in vars(value):
+        yield value.__name__, list(inspect.signature(value).parameters), value.__doc__ or ''
+    for name, member in vars(value).items():
+        if inspect.isfunction(member) and not name.startswith('_') and not upstream(value, member):
+            names = list(inspect.signature(member).parameters)[1:]  # without `self`
+            yield f'{value.__name__}.{name}', names, member.__doc__ or ''
+
+
+def upstream(cls: type, function: Callable) -> bool:
+    """Whether a method has the arguments of the one of timm or mmengine that it overrides."""
+    parameters = list(inspect.signature(function).parameters)
+    return any(
+        list(inspect.signature(vars(base)[function.__name__]).parameters) == parameters
+        for base in cls.__mro__[1:]
+        if function.__name__ in vars(base) and not base.__module__.startswith('vqmoe_vision')
+    )
+
+
+def left_out(names: list[str], docstring: str) -> list[str]:
+    """Arguments that the section `Args:` leaves out, where there are several."""
+    names = [name for name in names if name not in FACTORY]
+    text = inspect.cleandoc(docstring)
+    section = re.search(r'^Args:\n(.*?)(?=^\S|\Z)', text, re.MULTILINE | re.DOTALL)
     named = re.findall(r'^    \*{0,2}(\w+):', section[1], re.MULTILINE) if section else []
     return sorted(set(names) - set(named)) if len(names) > 1 else []
 
 
-def public_functions(module: Any) -> Iterator[tuple[str, Callable, str, bool]]:
-    """Name, function, docstring and whether there is a `self` that nobody passes."""
-    for name, value in vars(module).items():
-        if name.startswith('_') or getattr(value, '__module__', None) != module.__name__:
-            continue
-        if inspect.isclass(value):
-            if '__init__' in vars(value) and not hasattr(value, '__dataclass_fields__'):
-                yield name, value.__init__, inspect.getdoc(value) or '', True
-            for method, member in vars(value).items():
-                ours = inspect.isfunction(member) and not documented_upstream(value, method, member)
-                if ours and not method.startswith('_'):
-                    yield f'{name}.{method}', member, inspect.getdoc(member) or '', True
-        elif inspect.isfunction(value) and not documented_together(module, name):
-            yield name, value, inspect.getdoc(value) or '', False
-
-
-def documented_upstream(cls: type, name: str, function: Callable) -> bool:
-    """Whether a method has the arguments of the one of timm or mmengine that it overrides."""
-    parameters = list(inspect.signature(function).parameters)
-    return any(
-        list(inspect.signature(vars(base)[name]).parameters) == parameters
-        for base in cls.__mro__[1:]
-        if name in vars(base) and not base.__module__.startswith('vqmoe_vision')
-    )
-
-
-def documented_together(module: Any, name: str) -> bool:
-    """Entry points, whose arguments are `timm.create_model`'s, and what `Method` documents."""
-    in_method = module.__name__.startswith('vqmoe_vision.moe.methods.')
-    return timm.is_model(name) or (in_method and name == 'build')
-
-
-@pytest.mark.parametrize('name', MODULES)
-def test_every_argument_is_documented(name: str) -> None:
-    module = importlib.import_module(name)
+@pytest.mark.parametrize('name', sorted(exported()))
+def test_every_argument_of_what_is_exported_is_documented(name: str) -> None:
     missing = {
-        function_name: names
-        for function_name, *function in public_functions(module)
-        if (names := undocumented(*function))
+        part: arguments
+        for part, names, docstring in documented(exported()[name])
+        if (arguments := left_out(names, docstring))
     }
     assert missing == {}

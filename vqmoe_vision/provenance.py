@@ -26,10 +26,7 @@ _CPUINFO = Path('/proc/cpuinfo')
 
 
 def commit() -> str | None:
-    """Commit of the checkout that runs, '+' if files differ; None outside git.
-
-    Files of `docs/results` are not asked: a queue writes rows there, and no training reads them.
-    """
+    """Commit of the checkout that runs, '+' if files differ; None outside git."""
     here = Path(__file__).resolve().parent
     rows = here.parent / 'docs' / 'results'
     # whatever a user has set for `git diff`
@@ -50,11 +47,7 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processor() -> str:
-    """Name of the processor, and what is set that chooses its kernels; files without folders.
-
-    A virtual machine may call several processors by one name, such as 'AMD EPYC'. Their family and
-    model, where Linux knows them, tell them apart: rows of both share no column of minutes.
-    """
+    """Name of the processor, and what is set that chooses its kernels; files without folders."""
     cpu = _cpuinfo()
     name = cpu.get('model name') or platform.processor() or platform.machine()
     if 'cpu family' in cpu:

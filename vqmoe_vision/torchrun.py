@@ -38,11 +38,7 @@ def main() -> None:
 
 
 def _check_processes(number: str) -> None:
-    """Refuses what torchrun answers with a trace.
-
-    Raises:
-        ValueError: It is no number of processes.
-    """
+    """Refuses what torchrun answers with a trace."""
     if number not in ('auto', 'cpu', 'gpu', 'xpu') and not (number.isdecimal() and int(number)):
         raise ValueError(f'{number} is no number of processes: GPUS must be 1, or 2, and so on')
 

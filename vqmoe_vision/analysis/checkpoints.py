@@ -17,22 +17,7 @@ from .record import recorded
 def routing_changes(
     before: nn.Module, after: nn.Module, batches: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Share of tokens whose first expert is another one at a later checkpoint.
-
-    Only for two checkpoints of one training: the experts of two trainings have nothing in common
-    but their numbers.
-
-    Args:
-        before: The model at a checkpoint; it is left as it was.
-        after: The model at a later one; it is left as it was.
-        batches: Images (B, C, H, W), normalised as in training.
-
-    Returns:
-        By decider, such as 'blocks.1.mlp.router'; {} if no layer sends tokens to experts.
-
-    Raises:
-        ValueError: If a model is dense, the models have other layers, or there is no image.
-    """
+    """Share of tokens whose first expert is another one at a later checkpoint."""
     changed: dict[str, float] = {}
     count = 0
     for images in batches:
@@ -58,11 +43,7 @@ def _first_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def layer_states(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the layers with experts, which is all that `convergence` looks at.
-
-    Args:
-        model: Keeps its own; these are copies.
-    """
+    """Parameters and buffers of the layers with experts, which is all that `convergence` looks at."""  # LONG
     layers = tuple(f'{name}.' for name in moe_layers(model))
     return {
         name: value.detach().cpu().clone()
@@ -74,21 +55,7 @@ def layer_states(model: nn.Module) -> dict[str, Tensor]:
 def convergence(
     checkpoints: Sequence[Mapping[str, Tensor]], layers: Iterable[str]
 ) -> dict[str, dict[str, list[float]]]:
-    """How near the parts of every layer are to what they will be: Theorem 4.1 as a measurement.
-
-    Args:
-        checkpoints: State dictionaries of one training, oldest first, with equal names and shapes.
-        layers: Names of MoE layers, such as 'blocks.1.mlp', or longer where the names in the
-            checkpoints are.
-
-    Returns:
-        By part, such as 'blocks.1.mlp.router', 'blocks.1.mlp.quantizer' and 'blocks.1.mlp.experts':
-        'similarity' and 'distance' at every checkpoint, see `measures.similarity_to_last` and
-        `measures.distance_to_last`.
-
-    Raises:
-        ValueError: If there are fewer than two checkpoints, or a later one lacks a parameter.
-    """
+    """How near the parts of every layer are to what they will be: Theorem 4.1 as a measurement."""
     if len(checkpoints) < 2:
         raise ValueError(f'checkpoints={len(checkpoints)} is not possible: at least 2')
     parts: dict[str, list[str]] = {}

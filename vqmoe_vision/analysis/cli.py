@@ -25,11 +25,7 @@ from .survey import Survey, survey
 
 
 def analyze(argv: Sequence[str] | None = None) -> None:
-    """Writes a report of the routing of trained models.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Writes a report of the routing of trained models."""
     parser = argparse.ArgumentParser(description='See what the experts of trained models do.')
     parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument(

@@ -17,13 +17,7 @@ NAMED = 32  # more numbers would lie on each other
 
 @styled
 def code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
-    """Tokens and codes on the two axes along which the tokens vary most (PCA).
-
-    Args:
-        name: Of the layer.
-        codebook: Its codes, and tokens around them.
-        num_experts: E; code j belongs to expert j mod E, which gives the colour.
-    """
+    """Tokens and codes on the two axes along which the tokens vary most (PCA)."""
     tokens, codes = codebook.tokens.double(), codebook.codes.double()
     mean, plane, shares = _plane(tokens)
     colours = expert_colours(num_experts)
@@ -71,11 +65,7 @@ def _draw_codes(axes: Axes, places: Tensor, usage: Tensor, colours: Tensor) -> N
 
 
 def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Mean (D,), first two principal axes (D, 2) and their shares of the variance.
-
-    Not scikit-learn's, which divides by the variance: tokens that are all the same have none, and a
-    collapsed model is what the picture is to show. Nor torch.pca_lowrank, which draws numbers.
-    """
+    """Mean (D,), first two principal axes (D, 2) and their shares of the variance."""
     mean = tokens.mean(dim=0)
     spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
     shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)

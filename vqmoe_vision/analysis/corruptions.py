@@ -24,36 +24,19 @@ SEEDED = ('impulse_noise', 'glass_blur')
 
 
 def corruptions(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
-    """Every common corruption at every severity.
-
-    Args:
-        severities: From 1 to 5.
-
-    Raises:
-        ValueError: If a severity does not exist. When it is used, if images are smaller than 32
-            pixels.
-    """
+    """Every common corruption at every severity."""
     for severity in severities:
         check(severity in range(1, 6), 'severities', severity, 'from 1 to 5')
     return [corruption(name, s) for name in get_corruption_names('common') for s in severities]
 
 
 def all_shifts(severities: Sequence[int] = (1, 3, 5)) -> list[Shift]:
-    """Mirrored, moved by a patch, with noise that is hardly seen, and every corruption.
-
-    Args:
-        severities: Of the corruptions, from 1 to 5.
-    """
+    """Mirrored, moved by a patch, with noise that is hardly seen, and every corruption."""
     return [flip(), crop(), noise(NOISE), *corruptions(severities)]
 
 
 def corruption(name: str, severity: int) -> Shift:
-    """One corruption, drawn anew for each image, but always the same for the same image.
-
-    Args:
-        name: As the library knows it, such as 'gaussian_noise'.
-        severity: From 1 to 5.
-    """
+    """One corruption, drawn anew for each image, but always the same for the same image."""
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
         bytes_ = (in_colour(pixels) * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -66,14 +49,7 @@ def corruption(name: str, severity: int) -> Shift:
 
 
 class Corruption:
-    """Corrupts images of a test, always alike for the same pixels.
-
-    Args:
-        shift: Name and severity, such as 'gaussian_noise_3'.
-
-    Raises:
-        ValueError: If there is no such corruption.
-    """
+    """Corrupts images of a test, always alike for the same pixels."""
 
     def __init__(self, shift: str) -> None:
         self.name, _, severity = shift.rpartition('_')

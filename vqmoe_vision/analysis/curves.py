@@ -35,13 +35,7 @@ PANELS = (
 
 
 def newest_scalars(work_dir: Path) -> Path:
-    """Finds the `scalars.json` of the last run that was started in `work_dir`.
-
-    A resumed run is a start of its own and holds the records since then.
-
-    Raises:
-        ValueError: If no run has left one.
-    """
+    """Finds the `scalars.json` of the last run that was started in `work_dir`."""
     # mmengine names the folder of a start by its time, so the names sort by time.
     found = sorted(work_dir.glob('*/vis_data/scalars.json'))
     if not found:
@@ -55,11 +49,7 @@ def read_scalars(path: Path) -> list[Record]:
 
 
 def curves(records: list[Record]) -> dict[str, Curve]:
-    """Collects each scalar's steps and values.
-
-    A validation record carries the epoch as its step, a training record the iteration. So that both
-    fit one axis, a validation record is placed at the last training iteration before it.
-    """
+    """Collects each scalar's steps and values."""
     collected: dict[str, Curve] = {}
     iteration = 0
     for record in records:
@@ -74,16 +64,7 @@ def curves(records: list[Record]) -> dict[str, Curve]:
 
 
 def plot_curves(records: list[Record], title: str, panels: tuple[Panel, ...] = PANELS) -> Figure:
-    """Draws one panel per kind of scalar that the run has.
-
-    Args:
-        records: What `read_scalars` found.
-        title: Heading of the figure.
-        panels: Which scalars stand together; a panel without any is left out.
-
-    Raises:
-        ValueError: If the records hold no scalar of any panel.
-    """
+    """Draws one panel per kind of scalar that the run has."""
     collected = curves(records)
     drawn = {
         panel.title: {n: c for n, c in collected.items() if re.fullmatch(panel.pattern, n)}

@@ -28,14 +28,7 @@ R = TypeVar('R')
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what a reader who does not see it has to know.
-
-    Args:
-        name: Of its file, without `.png`.
-        title: What it shows, in a few words.
-        alt: The same in numbers.
-        figure: The figure.
-    """
+    """A figure and what a reader who does not see it has to know."""
 
     name: str
     title: str
@@ -57,18 +50,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 def panels(
     count: int, width: float, height: float, room: float = 0.0, sharex: bool = False
 ) -> tuple[Figure, Any]:
-    """A figure of one column of panels or two, with one y axis for all.
-
-    Args:
-        count: How many are seen.
-        width: Of the figure, in inches.
-        height: Of a line of panels, in inches.
-        room: Inches below them.
-        sharex: Whether they have one x axis too.
-
-    Returns:
-        The figure, and its panels as an array (lines, columns).
-    """
+    """A figure of one column of panels or two, with one y axis for all."""
     columns = min(count, 2)
     lines = -(-count // columns)
     figure = Figure(figsize=(width, lines * height + room), layout='constrained')
@@ -98,12 +80,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def spread(shares: Tensor, word: str) -> str:
-    """How shares of experts or codes spread, in words.
-
-    Args:
-        shares: (E,) or (M,), they sum to 1.
-        word: 'expert' or 'code'.
-    """
+    """How shares of experts or codes spread, in words."""
     most, least = percent(shares.max().item()), percent(shares.min().item())
     if most == least:
         return f'all {len(shares)} {word}s take {most}'
@@ -116,15 +93,7 @@ def spread(shares: Tensor, word: str) -> str:
 def heat_map(
     axes: Axes, values: Tensor, limits: tuple[float, float], form: str, colours: str = 'viridis'
 ) -> None:
-    """Draws a matrix with its numbers in the cells, where there is room, and a colour bar.
-
-    Args:
-        axes: Are changed.
-        values: (rows, columns); nan stays empty.
-        limits: The values at the ends of the colours.
-        form: Format of a number in a cell, such as '.2f'.
-        colours: A colour map of matplotlib.
-    """
+    """Draws a matrix with its numbers in the cells, where there is room, and a colour bar."""
     shown = axes.imshow(values.numpy(), vmin=limits[0], vmax=limits[1], cmap=colours, aspect='auto')
     bar = axes.figure.colorbar(shown, ax=axes, pad=0.02)
     bar.outline.set_visible(False)

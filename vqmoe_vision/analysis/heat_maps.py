@@ -39,15 +39,7 @@ def load_map(survey: Survey) -> Picture | None:
 
 @styled
 def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: list[str]) -> Picture:
-    """How the tokens of a class go to experts; each row sums to 1.
-
-    Args:
-        name: Of the layer.
-        decider: In the layer.
-        counts: (E, C), tokens.
-        load: (E,), of all tokens.
-        classes: Names by index.
-    """
+    """How the tokens of a class go to experts; each row sums to 1."""
     shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
     seen = counts.sum(0) > 0
     apart = torch.where(seen, (shares - load).abs().sum(1), -1)
@@ -77,12 +69,7 @@ def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: li
 
 @styled
 def similarity_map(name: str, layer: LayerSurvey) -> Picture | None:
-    """Cosine similarity of the experts, a panel per kind; None without any.
-
-    Args:
-        name: Of the layer.
-        layer: What was seen of it.
-    """
+    """Cosine similarity of the experts, a panel per kind; None without any."""
     if not layer.similarity:
         return None
     size = (WIDTH / 2 * max(2, len(layer.similarity)), 4.2)

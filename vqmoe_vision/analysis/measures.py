@@ -23,13 +23,7 @@ def entropy(counts: Tensor) -> float:
 
 
 def load_entropy(load: Tensor) -> float:
-    """Entropy of the load over that of an even load, H(load) / log E, in [0, 1].
-
-    1 if all experts receive as much, 0 if one receives everything. Of a single expert, 1.
-
-    Args:
-        load: (E,), counts or shares.
-    """
+    """Entropy of the load over that of an even load, H(load) / log E, in [0, 1]."""
     num_experts = load.numel()
     if num_experts == 1:
         return 1.0
@@ -37,14 +31,7 @@ def load_entropy(load: Tensor) -> float:
 
 
 def load_variation(load: Tensor) -> float:
-    """Coefficient of variation of the load, std / mean, in [0, sqrt(E - 1)].
-
-    Shazeer et al. (arXiv 1701.06538) and V-MoE balance experts by the square of it. 0 if all
-    experts receive as much, sqrt(E - 1) if one receives everything.
-
-    Args:
-        load: (E,), counts or shares.
-    """
+    """Coefficient of variation of the load, std / mean, in [0, sqrt(E - 1)]."""
     return squared_variation(load.double()).sqrt().item()
 
 
@@ -54,80 +41,36 @@ def num_dead(usage: Tensor) -> int:
 
 
 def usage_perplexity(usage: Tensor) -> float:
-    """exp(entropy) of counts or shares (M,): how many codes are in use, weighted by how often.
-
-    M if all are used evenly, 1 if one takes everything (van den Oord et al., arXiv 1711.00937).
-    """
+    """exp(entropy) of counts or shares (M,): how many codes are in use, weighted by how often."""
     usage = usage.double()
     return perplexity(usage / usage.sum().clamp(min=1e-300))
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Mutual information of expert and class, H(expert) + H(class) - H(expert, class), in nats.
-
-    0 if they are independent; H(class) if the expert tells the class. With T tokens, routing that
-    has nothing to do with classes still gives about (E - 1)(C - 1) / 2T (Miller 1955).
-
-    Args:
-        counts: (E, C), how often they meet.
-    """
+    """Mutual information of expert and class, H(expert) + H(class) - H(expert, class), in nats."""
     shared = entropy(counts.sum(dim=1)) + entropy(counts.sum(dim=0)) - entropy(counts)
     return max(shared, 0.0)  # independence gives a rounding error of either sign
 
 
 def normalized_mutual_information(counts: Tensor) -> float:
-    """Mutual information over the most that it can be, min(H(expert), H(class)), in [0, 1].
-
-    1 if one of them tells the other. 0 if one expert takes everything, or there is one class only
-    (Vinh et al. 2010, NMI_min).
-
-    Args:
-        counts: (E, C), how often they meet.
-    """
+    """Mutual information over the most that it can be, min(H(expert), H(class)), in [0, 1]."""
     most = min(entropy(counts.sum(dim=1)), entropy(counts.sum(dim=0)))
     return mutual_information(counts) / most if most > 0 else 0.0
 
 
 def quantization_error(squared_distance: float, energy: float) -> float:
-    """Squared distance between tokens and their codes, over an energy of the tokens.
-
-    Over the energy `sum |x|^2`, a large mean that all tokens share hides the error: one code at the
-    mean gives a small value. Over the energy around their mean, `sum |x - mean|^2`, that code gives
-    1, and codes are worth something below 1.
-
-    Args:
-        squared_distance: `sum |x - v|^2` over tokens.
-        energy: One of the two, over the same tokens.
-    """
+    """Squared distance between tokens and their codes, over an energy of the tokens."""
     return squared_distance / max(energy, 1e-300)
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp(entropy) of the singular values of tokens, as shares of their sum, in [1, min(T, D)].
-
-    Roy and Vetterli, "The effective rank", EUSIPCO 2007; of representations, RankMe (arXiv
-    2210.02885). 1 if all tokens lie on one line through the origin; the mean is not taken off, so
-    that tokens that are all the same have 1.
-
-    Args:
-        gram: X^T X of the tokens X (T, D), (D, D) float64. It can be summed over batches; its
-            eigenvalues are the squares of the singular values.
-    """
+    """exp(entropy) of the singular values of tokens, as shares of their sum, in [1, min(T, D)]."""
     singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
     return usage_perplexity(singular)
 
 
 def weight_similarity(experts: Experts) -> Tensor:
-    """Cosine similarity of the experts' parameters, weights and biases in one vector each.
-
-    Experts that compute the same in another order of their hidden units are not similar by it.
-
-    Args:
-        experts: E of them.
-
-    Returns:
-        (E, E) float64 in [-1, 1], ones on the diagonal.
-    """
+    """Cosine similarity of the experts' parameters, weights and biases in one vector each."""
     flat = torch.cat([p.detach().double().flatten(1).cpu() for p in experts.parameters()], dim=1)
     unit = F.normalize(flat, dim=1)
     return unit @ unit.t()
@@ -135,15 +78,7 @@ def weight_similarity(experts: Experts) -> Tensor:
 
 @torch.no_grad()
 def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
-    """Every expert's answer to every token, wherever it is sent.
-
-    Args:
-        experts: E of them.
-        tokens: (T, D), on any device.
-
-    Returns:
-        (E, T, D), where the experts are.
-    """
+    """Every expert's answer to every token, wherever it is sent."""
     num_experts, num_tokens = experts.num_experts, len(tokens)
     tokens = tokens.to(next(experts.parameters()))
     ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
@@ -151,14 +86,7 @@ def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
-    """Cosine similarity of the experts' answers to the same tokens, averaged over tokens.
-
-    Args:
-        outputs: (E, T, D).
-
-    Returns:
-        (E, E) float64 in [-1, 1], ones on the diagonal.
-    """
+    """Cosine similarity of the experts' answers to the same tokens, averaged over tokens."""
     unit = F.normalize(outputs.double(), dim=-1)
     return torch.einsum('etd,ftd->ef', unit, unit) / outputs.shape[1]
 
@@ -173,19 +101,7 @@ def mean_similarity(similarity: Tensor) -> float:
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:
-    """Share of tokens whose first expert is another one in a second routing of the same tokens.
-
-    Between checkpoints of one run, or for one model that sees an image in two ways. Between two
-    trainings it means nothing, as there the numbers of the experts do not: two that route alike
-    under other numbers would seem to differ in everything.
-
-    Args:
-        before: First experts of tokens, any shape, int64, -1 for none.
-        after: The same after the change.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
+    """Share of tokens whose first expert is another one in a second routing of the same tokens."""
     if before.shape != after.shape:
         raise ValueError(
             f'after={tuple(after.shape)} is not possible: as many tokens as before, '
@@ -195,57 +111,23 @@ def changed_share(before: Tensor, after: Tensor) -> float:
 
 
 def chance_of_change(usage: Tensor) -> float:
-    """Share of tokens that would change if experts were drawn anew from the same load, 1 - sum p^2.
-
-    What `changed_share` has to be compared with: the less even a load, the less can change, and one
-    expert with all tokens never changes. 1 - changed_share / chance is Cohen's kappa (1960) of the
-    two routings if both have this load: 1 if nothing changes, 0 if agreement is that of chance.
-
-    Args:
-        usage: (E,) or one more for no expert: counts or shares of first experts.
-    """
+    """Share of tokens that would change if experts were drawn anew from the same load, 1 - sum p^2."""  # LONG
     shares = usage.double() / usage.sum().clamp(min=1e-300)
     return 1 - shares.square().sum().item()
 
 
 def kept_beyond_chance(changed: float, by_chance: float) -> float:
-    """What stays of choices beyond chance: Cohen's kappa, if the load stays.
-
-    Args:
-        changed: Share of tokens whose expert changes.
-        by_chance: The same if experts were drawn from the load, as `chance_of_change`; above 0.
-
-    Returns:
-        1 if nothing changes, 0 if as much changes as by chance.
-    """
+    """What stays of choices beyond chance: Cohen's kappa, if the load stays."""
     return 1 - changed / by_chance
 
 
 def similarity_to_last(checkpoints: Tensor) -> Tensor:
-    """Cosine similarity of parameters at every checkpoint with those at the last one.
-
-    Args:
-        checkpoints: (S, P), oldest first.
-
-    Returns:
-        (S,) float64, the last is 1.
-    """
+    """Cosine similarity of parameters at every checkpoint with those at the last one."""
     unit = F.normalize(checkpoints.double(), dim=1)
     return unit @ unit[-1]
 
 
 def distance_to_last(checkpoints: Tensor) -> Tensor:
-    """What is left of the way from the first checkpoint to the last, `|p_s - p_S| / |p_1 - p_S|`.
-
-    The paper's Theorem 4.1 (arXiv 2411.19402) says that the embeddings by which a router chooses
-    converge long before the experts do: their curve would fall earlier. Unlike the cosine it does
-    not depend on how long a parameter was at the start.
-
-    Args:
-        checkpoints: (S, P), oldest first.
-
-    Returns:
-        (S,) float64: 1 at the first, 0 at the last; all 0 if nothing moved.
-    """
+    """What is left of the way from the first checkpoint to the last, `|p_s - p_S| / |p_1 - p_S|`."""  # LONG
     left = (checkpoints.double() - checkpoints[-1].double()).norm(dim=1)
     return left / left[0].clamp(min=1e-300)

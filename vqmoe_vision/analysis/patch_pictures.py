@@ -68,13 +68,7 @@ def _frame(
 
 @styled
 def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
-    """The patches of each expert with the largest weights, a row per expert.
-
-    Args:
-        name: Of the layer.
-        decider: In the layer.
-        layer: What was seen of it.
-    """
+    """The patches of each expert with the largest weights, a row per expert."""
     sheet = layer.confident[decider]
     # as wide a sheet for an expert with few patches, or these would be huge
     figure, axes = _sheet(max(6, *map(len, sheet)), len(sheet), room=1.1)
@@ -98,13 +92,7 @@ def contact_sheet(name: str, decider: str, layer: LayerSurvey) -> Picture:
 
 
 def _sheet(columns: int, rows: int, room: float) -> tuple[Figure, Axes]:
-    """Axes for many small pictures: a pair of axes for each would take seconds to lay out.
-
-    Args:
-        columns: Of pictures.
-        rows: Of pictures.
-        room: Inches beside them, for names or a colour bar.
-    """
+    """Axes for many small pictures: a pair of axes for each would take seconds to lay out."""
     height = 0.9 + rows * (WIDTH - room) / columns
     figure = Figure(figsize=(WIDTH, height), layout='constrained')
     axes = figure.subplots()
@@ -143,12 +131,7 @@ def _surest(expert: int, patches: Sequence[Patch]) -> str:
 
 @styled
 def gate_map(name: str, examples: Sequence[Example]) -> Picture:
-    """The share of the continuous branch at each patch, and how often it has which value.
-
-    Args:
-        name: Of the layer.
-        examples: Pictures.
-    """
+    """The share of the continuous branch at each patch, and how often it has which value."""
     examples = examples[:4]
     figure = Figure(figsize=(WIDTH, 6), layout='constrained')
     grid = figure.add_gridspec(2, len(examples), height_ratios=(1, 1.2))
@@ -180,12 +163,7 @@ def gate_map(name: str, examples: Sequence[Example]) -> Picture:
 
 @styled
 def slot_map(name: str, examples: Sequence[Example]) -> Picture:
-    """What the slots of each expert mix: dispatch weights over the picture.
-
-    Args:
-        name: Of the layer.
-        examples: Pictures.
-    """
+    """What the slots of each expert mix: dispatch weights over the picture."""
     examples = examples[:3]
     num_experts = len(examples[0].slots[name])
     columns = min(num_experts, 8)

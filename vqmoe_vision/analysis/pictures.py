@@ -28,19 +28,7 @@ def expert_colours(num_experts: int) -> Tensor:
 
 
 def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """Colours every patch by its expert.
-
-    Args:
-        images: (B, C, H, W) in [0, 1], C 1 or 3.
-        experts: (B, rows, columns), the expert of every patch, -1 for none.
-        num_experts: How many experts there are.
-
-    Returns:
-        (B, 3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: If the image does not divide into the grid of patches.
-    """
+    """Colours every patch by its expert."""
     (height, width), (rows, columns) = images.shape[-2:], experts.shape[-2:]
     if height % rows or width % columns:
         raise ValueError(
@@ -56,15 +44,7 @@ def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
 def plot_experts(
     images: Tensor, experts: dict[str, Tensor], num_experts: int, title: str
 ) -> Figure:
-    """Draws a row of images, and below it one row per router with the expert of every patch.
-
-    Args:
-        images: (B, C, H, W) in [0, 1], C 1 or 3.
-        experts: By the name of the router: (B, rows, columns), the expert of every patch, -1 for
-            none.
-        num_experts: How many experts each layer has.
-        title: Stands above the picture.
-    """
+    """Draws a row of images, and below it one row per router with the expert of every patch."""
     rows = {'image': images.expand(-1, 3, -1, -1)}
     rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
     figure = rows_of_pictures(rows, title)
@@ -78,15 +58,7 @@ def plot_experts(
 def plot_segmentation(
     images: Tensor, labels: dict[str, Tensor], classes: Sequence[str], palette: Tensor, title: str
 ) -> Figure:
-    """Draws a row of images, and below it one row per kind of label map.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        labels: By the name of its row: (B, H, W), the class of every pixel.
-        classes: Names by index.
-        palette: (classes, 3), RGB in [0, 1].
-        title: Stands above the picture.
-    """
+    """Draws a row of images, and below it one row per kind of label map."""
     rows = {'image': images} | {name: palette[m].movedim(-1, 1) for name, m in labels.items()}
     figure = rows_of_pictures(rows, title)
     with_legend(figure, classes, palette)
@@ -96,13 +68,7 @@ def plot_segmentation(
 def rows_of_pictures(
     rows: Mapping[str, Tensor | Sequence[Tensor]], title: str, cell: float = 1.1
 ) -> Figure:
-    """Draws a grid of pictures with a name before each row.
-
-    Args:
-        rows: By name: (B, 3, H, W), or B pictures (3, H, W) of different sizes, in [0, 1].
-        title: Stands above the picture.
-        cell: Width of one, in inches.
-    """
+    """Draws a grid of pictures with a name before each row."""
     count = len(next(iter(rows.values())))
     size = (cell * count + 1.6, 1.05 * cell * len(rows) + 1.3)
     figure = Figure(figsize=size, layout='constrained')
@@ -117,13 +83,7 @@ def rows_of_pictures(
 
 
 def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
-    """Adds a legend below a figure.
-
-    Args:
-        figure: Is changed; its layout is 'constrained'.
-        names: Of the colours.
-        colours: (names, 3), RGB in [0, 1].
-    """
+    """Adds a legend below a figure."""
     figure.legend(
         handles=[
             Patch(color=tuple(colour.tolist()), label=name)

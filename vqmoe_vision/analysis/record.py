@@ -20,26 +20,7 @@ from vqmoe_vision.moe.routing import Routing
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One pass of one layer; all tensors are detached and on the CPU.
-
-    A decider is a module that chooses experts, by its name in the layer: 'router',
-    'quantizer.codebook'. SoftMoE has none, but slots.
-
-    Args:
-        num_experts: E.
-        inputs: What the layer was given, (B, N, D) float32.
-        outputs: Its answer, (B, N, D) float32.
-        experts: By decider: (B, N, K) int64, in its order, best first, -1 where a token has fewer
-            than others.
-        weights: By decider: (B, N, K) float32, the factors of these experts' answers in the output,
-            gates included; 0 where there is no expert.
-        codes: By decider: the code of every token, (B, N) int64.
-        gates: Shares of the continuous and the discrete branch, (B, N, 2) float32, or None.
-        dispatch: Share of every token in every slot, (B, N, E, P) float32, sums to 1 over N; None
-            without slots.
-        combine: Share of every slot in every token, (B, N, E, P) float32, sums to 1 over E and P;
-            None without slots.
-    """
+    """One pass of one layer; all tensors are detached and on the CPU."""
 
     num_experts: int
     inputs: Tensor
@@ -54,18 +35,7 @@ class LayerRecord:
 
 @contextmanager
 def record_layers(model: nn.Module) -> Iterator[dict[str, LayerRecord]]:
-    """Look at the MoE layers of a model while it runs.
-
-    Args:
-        model: Holds the MoE layers; its results are what they are without anybody looking.
-
-    Yields:
-        Layer name to the record of its last pass; empty before the first.
-
-    Raises:
-        ValueError: If the model has no MoE layer.
-        RuntimeError: If a block is already open for the model.
-    """
+    """Look at the MoE layers of a model while it runs."""
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
@@ -102,31 +72,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
-    """Runs a model in eval mode and returns what its layers decided; it is left as it was.
-
-    Args:
-        model: Holds the MoE layers.
-        images: (B, C, H, W), normalised as in training, on any device.
-
-    Raises:
-        ValueError: If the model has no MoE layer.
-    """
+    """Runs a model in eval mode and returns what its layers decided; it is left as it was."""
     with evaluating(model), record_layers(model) as records:
         model(images.to(next(model.parameters(), images).device))
     return records
 
 
 def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:
-    """Puts what is known of every token in the place of its patch.
-
-    Args:
-        model: Says how images are cut, and which tokens are of no patch.
-        images: (B, C, H, W), those that the model has seen.
-        of_tokens: (B, N, ...).
-
-    Returns:
-        (B, rows, columns, ...).
-    """
+    """Puts what is known of every token in the place of its patch."""
     height, width = images.shape[-2:]
     rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))

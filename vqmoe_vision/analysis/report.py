@@ -22,21 +22,7 @@ def write_report(
     changes: Sequence[Change] = (),
     convergence: Convergence | None = None,
 ) -> list[Path]:
-    """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`.
-
-    Args:
-        surveys: One per model or checkpoint; each has a column.
-        out: Folder; made if it is not there, and what it holds of an older report is replaced.
-        history: By the name of a run: lines of its `routing.jsonl`, oldest first.
-        changes: Between checkpoints.
-        convergence: Of the checkpoints of a run.
-
-    Returns:
-        The files, the page first.
-
-    Raises:
-        ValueError: If there is no survey, none has a layer, or two have the same title.
-    """
+    """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`."""
     titles = [survey.title for survey in surveys]
     if not any(survey.layers for survey in surveys):
         raise ValueError('surveys: none has a layer with experts, there is nothing to report')

@@ -24,13 +24,7 @@ from .surveyed import Survey
 
 @dataclass(frozen=True)
 class Experts:
-    """Sentences on the experts of a layer.
-
-    Args:
-        title: The layer.
-        summary: On the layer.
-        sentences: By expert.
-    """
+    """Sentences on the experts of a layer."""
 
     title: str
     summary: str
@@ -39,13 +33,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Column:
-    """What a section shows of one model.
-
-    Args:
-        title: Of the model.
-        pictures: Pictures.
-        experts: Sentences.
-    """
+    """What a section shows of one model."""
 
     title: str
     pictures: list[Shown] = field(default_factory=list)
@@ -54,16 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of the page and what stands below it.
-
-    Args:
-        id: Its anchor.
-        title: Heading.
-        text: How to read it.
-        columns: One per model that has something to show.
-        tables: Tables.
-        stepped: Whether a slider shows one picture after the other.
-    """
+    """A heading of the page and what stands below it."""
 
     id: str
     title: str
@@ -160,14 +139,7 @@ def sections_of(
     changes: Sequence[Change],
     convergence: Convergence | None,
 ) -> list[Section]:
-    """All sections that have something to show, in the order of the page.
-
-    Args:
-        surveys: One per model or checkpoint.
-        history: By the name of a run: lines of its `routing.jsonl`.
-        changes: Between checkpoints.
-        convergence: Of the checkpoints of a run.
-    """
+    """All sections that have something to show, in the order of the page."""
     return [
         *_experts(surveys),
         *_pictures(surveys),

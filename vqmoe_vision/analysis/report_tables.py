@@ -33,14 +33,7 @@ BY_CHANCE = 'by chance'
 
 @dataclass(frozen=True)
 class Change:
-    """How the routing of the same tokens differs between two checkpoints of a run.
-
-    Args:
-        before: Says which checkpoint.
-        after: Says which other one.
-        shares: By decider, such as 'blocks.1.mlp.router': share of tokens whose first expert is
-            another one.
-    """
+    """How the routing of the same tokens differs between two checkpoints of a run."""
 
     before: str
     after: str
@@ -49,13 +42,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How much of their way the parts of the layers have left at the checkpoints of a run.
-
-    Args:
-        checkpoints: Their titles, oldest first.
-        parts: What `checkpoints.convergence` finds: by part, such as 'blocks.1.mlp.router',
-            'similarity' and 'distance' at each.
-    """
+    """How much of their way the parts of the layers have left at the checkpoints of a run."""
 
     checkpoints: list[str]
     parts: dict[str, dict[str, list[float]]]
@@ -67,13 +54,7 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
-
-    Args:
-        name: Its head.
-        cells: As shown; '' where there is nothing.
-        meaning: Of the head, in a line.
-    """
+    """One line of a table."""
 
     name: str
     cells: list[str]
@@ -82,14 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page.
-
-    Args:
-        caption: What it is.
-        corner: Head of the first column.
-        heads: Of the other columns.
-        rows: Lines.
-    """
+    """A table of a page."""
 
     caption: str
     corner: str
@@ -98,11 +72,7 @@ class Table:
 
 
 def number_tables(surveys: Sequence[Survey]) -> list[Table]:
-    """A table per layer: its numbers, a column for each model.
-
-    Args:
-        surveys: At least one.
-    """
+    """A table per layer: its numbers, a column for each model."""
     layers = list(dict.fromkeys(name for survey in surveys for name in survey.layers))
     tables = []
     for layer in layers:
@@ -122,11 +92,7 @@ def number_tables(surveys: Sequence[Survey]) -> list[Table]:
 
 
 def shift_tables(surveys: Sequence[Survey]) -> list[Table]:
-    """A table per model: share of tokens whose expert changes, by shift and decider.
-
-    Args:
-        surveys: Those without shifts are left out.
-    """
+    """A table per model: share of tokens whose expert changes, by shift and decider."""
     said = 'share of tokens whose first expert changes'
     tables = []
     for survey in surveys:
@@ -149,12 +115,7 @@ def _by_chance(survey: Survey) -> dict[str, float]:
 
 
 def change_tables(changes: Sequence[Change], surveys: Sequence[Survey]) -> list[Table]:
-    """Share of tokens whose expert changes from one checkpoint to another, and what is kept.
-
-    Args:
-        changes: A line of the tables each.
-        surveys: One with the title of the last checkpoint says what would change by chance.
-    """
+    """Share of tokens whose expert changes from one checkpoint to another, and what is kept."""
     rows = {f'{change.before} to {change.after}': change.shares for change in changes}
     if not any(rows.values()):
         return []
@@ -165,11 +126,7 @@ def change_tables(changes: Sequence[Change], surveys: Sequence[Survey]) -> list[
 
 
 def convergence_table(convergence: Convergence) -> Table:
-    """What is left of the way to the last checkpoint, by checkpoint and part.
-
-    Args:
-        convergence: Of the checkpoints of a run.
-    """
+    """What is left of the way to the last checkpoint, by checkpoint and part."""
     rows = {
         title: {part: convergence.left(part)[number] for part in convergence.parts}
         for number, title in enumerate(convergence.checkpoints)

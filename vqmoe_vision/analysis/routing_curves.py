@@ -18,11 +18,7 @@ History = Sequence[dict[str, Any]]
 
 
 def curve_pictures(history: History) -> list[Picture]:
-    """Load of each expert, use of each code, and movement of weights, over the iterations.
-
-    Args:
-        history: Lines of `routing.jsonl`, oldest first.
-    """
+    """Load of each expert, use of each code, and movement of weights, over the iterations."""
     layers: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for line in history:
         for name, recorded in line['layers'].items():
@@ -45,11 +41,7 @@ def curve_pictures(history: History) -> list[Picture]:
 
 @styled
 def convergence_picture(convergence: Convergence) -> Picture:
-    """What is left of the way to the last checkpoint, a panel per layer and a line per part.
-
-    Args:
-        convergence: Of the checkpoints of a run.
-    """
+    """What is left of the way to the last checkpoint, a panel per layer and a line per part."""
     layers: dict[str, list[str]] = {}
     for part in convergence.parts:
         layers.setdefault(part.rpartition('.')[0], []).append(part)

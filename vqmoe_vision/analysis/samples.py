@@ -16,13 +16,7 @@ MOST_PATCHES = 8  # of an expert
 
 
 class TokenMoments:
-    """Sums over tokens from which their energy and their spectrum follow.
-
-    Attributes:
-        count: T.
-        total: Sum of the tokens, (D,) float64.
-        gram: X^T X, (D, D) float64.
-    """
+    """Sums over tokens from which their energy and their spectrum follow."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -48,15 +42,7 @@ class TokenMoments:
 
 
 class TokenSample:
-    """A uniform sample: the S tokens with the smallest of independent random keys.
-
-    Every token has the same chance, whatever batch it comes from; the sample of the same tokens in
-    the same order is the same.
-
-    Attributes:
-        tokens: (S, D) float32, fewer if there were fewer.
-        indices: (S,) int64, what came with them.
-    """
+    """A uniform sample: the S tokens with the smallest of independent random keys."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
@@ -65,12 +51,7 @@ class TokenSample:
         self.indices = torch.empty(0, dtype=torch.int64)
 
     def add(self, tokens: Tensor, indices: Tensor) -> None:
-        """Take further tokens into consideration.
-
-        Args:
-            tokens: (T, D).
-            indices: A number for each, (T,) int64.
-        """
+        """Take further tokens into consideration."""
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
         chosen = keys.argsort()[:MOST_TOKENS]
         self._keys = keys[chosen]
@@ -79,15 +60,7 @@ class TokenSample:
 
 
 def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
-    """Cuts images into what becomes tokens; what is missing below and to the right is black.
-
-    Args:
-        model: Says how.
-        pixels: (B, C, H, W).
-
-    Returns:
-        (B, rows, columns, C, h, w).
-    """
+    """Cuts images into what becomes tokens; what is missing below and to the right is black."""
     (height, width), (h, w) = pixels.shape[-2:], model.patch_embed.patch_size
     padded = F.pad(pixels, (0, -width % w, 0, -height % h))
     cut = padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))  # (B, C, rows, h, columns, w)
@@ -95,24 +68,13 @@ def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
 
 
 class ConfidentPatches:
-    """The patches that each expert takes with the highest scores.
-
-    Args:
-        num_experts: E.
-    """
+    """The patches that each expert takes with the highest scores."""
 
     def __init__(self, num_experts: int) -> None:
         self._found: list[list[tuple[float, Patch]]] = [[] for _ in range(num_experts)]
 
     def add(self, scores: Tensor, weights: Tensor, patches: Tensor, first_image: int) -> None:
-        """Take the patches of further images into consideration.
-
-        Args:
-            scores: (B, rows, columns, E), minus infinity where an expert does not take a patch.
-            weights: (B, rows, columns, E), the combine weights.
-            patches: (B, rows, columns, 3, h, w) in [0, 1].
-            first_image: Index of the first image.
-        """
+        """Take the patches of further images into consideration."""
         flat_scores, flat_weights = scores.flatten(0, 2), weights.flatten(0, 2)
         best = flat_scores.topk(min(MOST_PATCHES, len(flat_scores)), dim=0)
 

@@ -16,11 +16,7 @@ ENOUGH = 20  # tokens of a class with an expert
 
 
 def layer_sentence(layer: LayerSurvey) -> str:
-    """How the load of a layer spreads.
-
-    Args:
-        layer: What was seen of it.
-    """
+    """How the load of a layer spreads."""
     said = []
     for decider, load in layer.load.items():
         dead = int((load == 0).sum())
@@ -34,13 +30,7 @@ def layer_sentence(layer: LayerSurvey) -> str:
 
 
 def expert_sentence(layer: LayerSurvey, expert: int, classes: list[str] | None) -> str:
-    """What one expert takes, and which other one it is most like.
-
-    Args:
-        layer: What was seen of its layer.
-        expert: Its number.
-        classes: Names by index, None without labels.
-    """
+    """What one expert takes, and which other one it is most like."""
     if all(load[expert] == 0 for load in layer.load.values()):
         return 'takes no token: it is dead.'
     said = []
@@ -67,15 +57,7 @@ def expert_sentence(layer: LayerSurvey, expert: int, classes: list[str] | None) 
 
 
 def over_represented(counts: Tensor, expert: int) -> list[tuple[int, float]]:
-    """Classes that an expert takes clearly more often than all tokens have them, most so first.
-
-    Args:
-        counts: (E, C), tokens.
-        expert: Its number.
-
-    Returns:
-        Class, and its share among the expert's tokens over its share among all.
-    """
+    """Classes that an expert takes clearly more often than all tokens have them, most so first."""
     counts = counts.double()
     of_expert = counts[expert] / counts[expert].sum().clamp(min=1)
     of_all = counts.sum(0) / counts.sum().clamp(min=1)

@@ -29,16 +29,7 @@ def _in_place(before: Tensor, after: Tensor) -> Pair:
 
 @dataclass(frozen=True)
 class Shift:
-    """A way to change images.
-
-    Args:
-        name: With its severity, such as 'gaussian_noise 3'.
-        change: From pixels (B, C, H, W) in [0, 1], the index of the first image in the data set and
-            height and width of a patch, to pixels of the same shape. Equal arguments give equal
-            pixels.
-        align: From maps of patches (B, rows, columns) before and after, to what is the same patch
-            in both.
-    """
+    """A way to change images."""
 
     name: str
     change: Callable[[Tensor, int, tuple[int, int]], Tensor]
@@ -55,11 +46,7 @@ def flip() -> Shift:
 
 
 def crop() -> Shift:
-    """The upper row and the left column of patches are cut off, and the rest moves there.
-
-    What is missing below and to the right repeats the last pixels. The patches that remain have the
-    same pixels in another position.
-    """
+    """The upper row and the left column of patches are cut off, and the rest moves there."""
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
         (h, w), (height, width) = patch, pixels.shape[-2:]
@@ -70,14 +57,7 @@ def crop() -> Shift:
 
 
 def noise(std: float) -> Shift:
-    """Normal noise on every pixel; the weakest of ImageNet-C has a deviation of 0.08.
-
-    Args:
-        std: Its standard deviation, of pixels in [0, 1].
-
-    Raises:
-        ValueError: If it is not above 0.
-    """
+    """Normal noise on every pixel; the weakest of ImageNet-C has a deviation of 0.08."""
     check(std > 0, 'noise', std, 'above 0')
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
@@ -91,13 +71,7 @@ def noise(std: float) -> Shift:
 
 
 class ShiftTally:
-    """Counts changed experts over any number of images.
-
-    Args:
-        model: Holds the MoE layers.
-        normalization: Of the images it is given.
-        shifts: Ways to change them.
-    """
+    """Counts changed experts over any number of images."""
 
     def __init__(
         self, model: Transformer, normalization: Normalization, shifts: Sequence[Shift]
@@ -107,11 +81,7 @@ class ShiftTally:
         self._images = 0
 
     def add(self, images: Tensor) -> None:
-        """Take further images.
-
-        Args:
-            images: (B, C, H, W), normalised as in training.
-        """
+        """Take further images."""
         if not self._shifts or not len(images):
             return
         patch = self._model.patch_embed.patch_size

@@ -18,14 +18,7 @@ MOST_LETTERS = 100  # of a name; file systems end at 255
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture as the page and a file hold it.
-
-    Args:
-        file: Name of the file.
-        title: What it shows, in a few words.
-        alt: The same in numbers.
-        png: The file's bytes.
-    """
+    """A picture as the page and a file hold it."""
 
     file: str
     title: str
@@ -39,12 +32,7 @@ class Shown:
 
 
 def shown(pictures: Iterable[Picture | None], title: str) -> list[Shown]:
-    """Draws pictures.
-
-    Args:
-        pictures: None is left out.
-        title: Of the model, which begins the files' names.
-    """
+    """Draws pictures."""
     return [_png(picture, title) for picture in pictures if picture is not None]
 
 

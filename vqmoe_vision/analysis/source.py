@@ -22,13 +22,7 @@ _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
 
 class Sample(NamedTuple):
-    """One image.
-
-    Args:
-        image: (3, H, W), normalised as in training.
-        label: Class of the image, () int64, or of every pixel, (H, W) int64, 255 where there is
-            none; None without labels.
-    """
+    """One image."""
 
     image: Tensor
     label: Tensor | None
@@ -36,14 +30,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Images that are read when they are asked for.
-
-    Args:
-        samples: A `Sample` each.
-        names: Of the images.
-        classes: Names by index; None without labels.
-        normalization: How the images were normalised.
-    """
+    """Images that are read when they are asked for."""
 
     samples: Sequence[Sample]
     names: Sequence[str]
@@ -51,10 +38,7 @@ class Source:
     normalization: Normalization
 
     def drawn(self, count: int) -> 'Source':
-        """At most `count` of them in random order, the same every time.
-
-        In the order of their files the first pictures would be of one class.
-        """
+        """At most `count` of them in random order, the same every time."""
         own = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.samples), generator=own)[:count].tolist()
         samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset
@@ -62,11 +46,7 @@ class Source:
         return Source(samples, names, self.classes, self.normalization)
 
     def batches(self, batch_size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        """Neighbours of one size together, as `survey` takes them.
-
-        Args:
-            batch_size: Largest B.
-        """
+        """Neighbours of one size together, as `survey` takes them."""
         for start in range(0, len(self.samples), batch_size):
             stop = min(start + batch_size, len(self.samples))
             found = [self.samples[i] for i in range(start, stop)]
@@ -82,31 +62,14 @@ def images_of(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def source_of(model: Any, config: Config, count: int, folder: str | None = None) -> Source:
-    """Images of a config's test, at most `count` and always the same.
-
-    Args:
-        model: Of either task, which knows how its images are read.
-        config: Of the run.
-        count: How many at most.
-        folder: Images without labels in their place.
-
-    Raises:
-        ValueError: Images are missing or laid out otherwise.
-    """
+    """Images of a config's test, at most `count` and always the same."""
     with scope_of(config):
         source: Source = model.source(config.test_dataloader.dataset, folder)
     return source.drawn(count)
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The image files in a folder and the folders in it, by name.
-
-    Args:
-        folder: Where to look.
-
-    Raises:
-        ValueError: It is no folder, or holds no image.
-    """
+    """The image files in a folder and the folders in it, by name."""
     if not Path(folder).is_dir():
         raise ValueError(f'images: {folder} is not a folder')
     files = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in _SUFFIXES)

@@ -24,15 +24,7 @@ COMPARED_TOKENS = 256  # on which the answers of all experts are compared
 
 @dataclass(frozen=True)
 class Seen:
-    """A batch, as all layers see it.
-
-    Args:
-        model: Says how images are cut.
-        images: (B, C, height, width).
-        patches: (B, rows, columns, 3, h, w) in [0, 1].
-        classes: Class of every token, (B, N) int64, -1 for none; None without labels.
-        first_image: Index of the first image.
-    """
+    """A batch, as all layers see it."""
 
     model: Transformer
     images: Tensor
@@ -42,12 +34,7 @@ class Seen:
 
 
 class ExpertTally:
-    """How one decider uses the experts.
-
-    Args:
-        num_experts: E.
-        num_classes: C, 0 without labels.
-    """
+    """How one decider uses the experts."""
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         self.num_experts = num_experts
@@ -58,14 +45,7 @@ class ExpertTally:
         self.confident = ConfidentPatches(num_experts)
 
     def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
-        """Take what was decided for a batch.
-
-        Args:
-            experts: (B, N, K) int64, -1 for none.
-            weights: (B, N, K), combine weights.
-            scores: (B, N, K), how sure each assignment is, comparable within an expert.
-            seen: The batch.
-        """
+        """Take what was decided for a batch."""
         size = self.num_experts + 1  # index 0 is that of no expert
         first = nn.functional.one_hot(experts[..., 0] + 1, size)
         assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
@@ -110,12 +90,7 @@ class ExpertTally:
 
 
 class SlotTally(ExpertTally):
-    """How the slots of SoftMoE use the experts: every token has a share of each.
-
-    Args:
-        num_experts: E.
-        num_classes: C, 0 without labels.
-    """
+    """How the slots of SoftMoE use the experts: every token has a share of each."""
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         super().__init__(num_experts, num_classes)
@@ -123,13 +98,7 @@ class SlotTally(ExpertTally):
         self.mixed = {'mixed_tokens': 0.0, 'mixed_slots': 0.0}
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
-        """Take a batch.
-
-        Args:
-            dispatch: (B, N, E, P), sums to 1 over N.
-            combine: (B, N, E, P), sums to 1 over E and P.
-            seen: The batch.
-        """
+        """Take a batch."""
         shares = combine.sum(dim=-1)
         self._add(shares.sum((0, 1)), shares, shares, shares, seen)
         self.images += len(combine)
@@ -146,11 +115,7 @@ class SlotTally(ExpertTally):
 
 
 class CodebookTally:
-    """How tokens use a codebook.
-
-    Args:
-        codebook: The codebook.
-    """
+    """How tokens use a codebook."""
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
@@ -159,12 +124,7 @@ class CodebookTally:
         self.squared_distance = 0.0
 
     def add(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        """Take a batch; returns by how much each code is the nearest, a squared distance (B, N).
-
-        Args:
-            tokens: (B, N, D).
-            codes: (B, N) int64.
-        """
+        """Take a batch; returns by how much each code is the nearest, a squared distance (B, N)."""
         self.usage += codes.flatten().bincount(minlength=len(self.usage))
         chosen = self.codes[codes]
         quantized = self.codebook.as_long_as(tokens, chosen)
@@ -186,13 +146,7 @@ class CodebookTally:
 
 
 class LayerTally:
-    """All that is counted of one layer.
-
-    Args:
-        name: Of the layer.
-        layer: The layer.
-        num_classes: C, 0 without labels.
-    """
+    """All that is counted of one layer."""
 
     def __init__(self, name: str, layer: MoeLayer, num_classes: int) -> None:
         self.name, self.layer = name, layer
@@ -204,12 +158,7 @@ class LayerTally:
         self.gates: Tensor | None = None
 
     def add(self, record: LayerRecord, seen: Seen) -> None:
-        """Take a batch.
-
-        Args:
-            record: Of this layer.
-            seen: The batch.
-        """
+        """Take a batch."""
         tokens = record.inputs.flatten(0, 1)
         self.before.add(tokens)
         self.after.add(record.outputs.flatten(0, 1))
@@ -236,11 +185,7 @@ class LayerTally:
         self.sample.add(tokens, codes.flatten())
 
     def survey(self) -> LayerSurvey:
-        """Everything seen so far.
-
-        Raises:
-            ValueError: If tokens were not finite.
-        """
+        """Everything seen so far."""
         if not (self.before.gram.isfinite().all() and self.after.gram.isfinite().all()):
             raise ValueError(f'{self.name}: tokens are nan or infinite, the weights are of no use')
         similarity = self._similarity()

@@ -64,12 +64,7 @@ def class_folder(
 
 
 def folder_of(split: str, root: Path) -> str:
-    """The folder that holds the images of a part.
-
-    Args:
-        split: One of `splits.SPLITS`.
-        root: Folder with one folder per split.
-    """
+    """The folder that holds the images of a part."""
     if split != 'test':
         return 'train'
     return 'test' if (root / 'test').is_dir() else 'val'
@@ -99,26 +94,13 @@ def _image_folder(folder: Path) -> datasets.ImageFolder:
 
 
 def load_image(path: str) -> Image.Image:
-    """Reads an image file as RGB, the way it is meant to be seen.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: The file is not an image, is damaged or too large, or its pixels have no
-            meaning here, see `read_rgb`.
-    """
+    """Reads an image file as RGB, the way it is meant to be seen."""
     with opened(path, path) as image:
         return read_rgb(image, path)
 
 
 def missing(path: Path, expected: str) -> ValueError:
-    """What is raised where a data set is not.
-
-    Args:
-        path: Where it was looked for.
-        expected: What should be there.
-    """
+    """What is raised where a data set is not."""
     return ValueError(
         f'{path} does not exist; expected {expected}; docs/data.md says how to get it'
     )

@@ -74,15 +74,7 @@ def _part(
     transform: dict,
     imbalance: float,
 ) -> ImageClassification:
-    """A split of the training images, or all of the test images.
-
-    Args:
-        read: Reads the training images, or those of the test.
-        field: Of the data set, holds its class indices.
-        part: Named as one of `splits.SPLITS`.
-        transform: Config of the transform.
-        imbalance: As `splits.long_tail`.
-    """
+    """A split of the training images, or all of the test images."""
     _, split, dev_size = part
     source, counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names

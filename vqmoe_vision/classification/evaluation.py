@@ -75,17 +75,7 @@ def _names(metric: Accuracy) -> list[str]:
 
 
 def thirds(counts: Sequence[int]) -> dict[str, list[int]]:
-    """Classes by how often training sees them: a third is the head, a third the tail.
-
-    ImageNet-LT parts its classes at 100 and 20 images (Liu et al. 2019, arXiv 1904.05160). Of ten
-    classes with dozens of images none would be in its tail.
-
-    Args:
-        counts: Images of each class; of equals the first counts as more frequent.
-
-    Returns:
-        Classes of 'head', 'medium' and 'tail'; of 10 there are 3, 4 and 3.
-    """
+    """Classes by how often training sees them: a third is the head, a third the tail."""
     order = sorted(range(len(counts)), key=lambda label: -counts[label])
     third = round(len(counts) / 3)
     middle = len(counts) - third

@@ -18,16 +18,7 @@ class WrappedError(ValueError, AttributeError):
 
 
 class ImageClassification(Dataset):
-    """Pairs of a transformed image and its class index.
-
-    Args:
-        source: Pairs of an RGB PIL image and a class index.
-        classes: Names of the classes, by index.
-        transform: Config of a transform from a PIL image to a tensor (3, H, W).
-        counts: Images that training sees of each class, if it sees a long tail.
-        names: What each image is called, its class included, for the record of a run.
-        part: Which part of which training images these are; None if of no others.
-    """
+    """Pairs of a transformed image and its class index."""
 
     def __init__(
         self,
@@ -46,16 +37,7 @@ class ImageClassification(Dataset):
         self.transform: Callable = TRANSFORMS.build(transform)
 
     def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
-        """Lets the transform normalise images as the weights want it, if its config leaves it open.
-
-        Args:
-            weights: How images were normalised for them.
-            field: Of the config, for messages.
-            owner: As `must_change`.
-
-        Raises:
-            ValueError: The config of the transform states otherwise.
-        """
+        """Lets the transform normalise images as the weights want it, if its config leaves it open."""  # LONG
         found = self.normalization
         if found is not None and found.differing(weights):
             self.transform = normalized_as(self._config, weights, field, owner)
@@ -67,11 +49,7 @@ class ImageClassification(Dataset):
 
     @property
     def full_init(self) -> NoReturn:
-        """What mmengine's wrappers of data sets call first: this one stands in none.
-
-        Raises:
-            ValueError: Says what does the same.
-        """
+        """What mmengine's wrappers of data sets call first: this one stands in none."""
         # they would hide its transform from `normalize_as`, and ask for more than it has
         raise WrappedError(
             'dataset.type is a wrapper of data sets, and those of classification stand in none: '

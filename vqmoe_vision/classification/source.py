@@ -42,17 +42,7 @@ class _Files(Sequence):
 
 
 def source(dataset: ConfigDict, weights: Normalization | None, folder: str | None = None) -> Source:
-    """What a survey of a classifier looks at.
-
-    Args:
-        dataset: Config of the data set of its tests.
-        weights: How images were normalised for the classifier's; None if that is not known.
-        folder: Images without labels in its place, which its transform prepares.
-
-    Raises:
-        ValueError: Images are missing, laid out otherwise, or not normalised at the end, or
-            otherwise than for the weights.
-    """
+    """What a survey of a classifier looks at."""
     if folder is not None:
         files = image_files(folder)
         transform = normalized_as(dataset.transform, weights, _FIELD)

@@ -14,15 +14,7 @@ SPLITS = ('train', 'dev', 'trainval', 'test')
 
 
 def check_split(split: str, dev_size: int) -> None:
-    """Refuses what is not one of `SPLITS`, and a dev of no or of half an image.
-
-    Args:
-        split: Of a config.
-        dev_size: Number of images that are set aside, 0 for none.
-
-    Raises:
-        ValueError: Names the split and those that there are, or the size.
-    """
+    """Refuses what is not one of `SPLITS`, and a dev of no or of half an image."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
     check_type('dev_size', int, dev_size)
@@ -32,20 +24,7 @@ def check_split(split: str, dev_size: int) -> None:
 
 
 def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float = 1) -> list[int]:
-    """Which of the training images belong to a split; always the same, classes in proportion.
-
-    Args:
-        targets: Class index of every training image.
-        split: 'train', 'dev', or 'trainval' for both.
-        dev_size: Number of images that 'train' leaves to 'dev'; 0 leaves it all.
-        imbalance: Of 'train' and 'trainval', see `long_tail`.
-
-    Returns:
-        Their indices, in rising order.
-
-    Raises:
-        ValueError: The split would be empty, or lack a class.
-    """
+    """Which of the training images belong to a split; always the same, classes in proportion."""
     indices = np.arange(len(targets))
     if split == 'trainval' or (split == 'train' and dev_size == 0):
         return indices[long_tail(targets, imbalance)].tolist()
@@ -64,22 +43,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
 
 
 def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
-    """A long-tailed part of images; always the same, and part of that with a smaller imbalance.
-
-    Of C classes, class c keeps n * imbalance^(-c / (C - 1)) images, rounded down, or as many as it
-    has, where n is the size of the largest class: the first keeps `imbalance` times as many as the
-    last (Cui et al. 2019, arXiv 1901.05555, as Cao et al. 2019, arXiv 1906.07413, round it).
-
-    Args:
-        targets: Class index of every image.
-        imbalance: 1 keeps all images.
-
-    Returns:
-        Indices of the images, in rising order.
-
-    Raises:
-        ValueError: The imbalance is below 1, or leaves a class without an image.
-    """
+    """A long-tailed part of images; always the same, and part of that with a smaller imbalance."""
     check_type('imbalance', float, imbalance)
     valid = 1 <= imbalance < np.inf
     check(valid, 'imbalance', imbalance, 'at least 1, the largest class over the smallest')
@@ -99,12 +63,6 @@ def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
 
 
 def train_counts(targets: Targets, dev_size: int, imbalance: float) -> tuple[int, ...]:
-    """Images that training sees of each class.
-
-    Args:
-        targets: Class index of every training image.
-        dev_size: Number of images that are set aside, 0 for none.
-        imbalance: As `long_tail`.
-    """
+    """Images that training sees of each class."""
     chosen = split_indices(targets, 'train', dev_size, imbalance)
     return tuple(np.bincount(np.asarray(targets)[chosen]).tolist())

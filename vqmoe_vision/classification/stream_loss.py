@@ -24,16 +24,7 @@ from vqmoe_vision.moe.config import check, check_type
 
 
 def check_stream_loss(model: nn.Module, options: dict[str, Any]) -> None:
-    """Refuses a loss of the stream that cannot be.
-
-    Args:
-        model: Whose stream it is.
-        options: `weight`, what the sum over the blocks is multiplied by, and `blocks`, the indices
-            of those before whose MLPs the stream is seen, dense or of experts.
-
-    Raises:
-        ValueError: The model has no such blocks, or an option is impossible or missing.
-    """
+    """Refuses a loss of the stream that cannot be."""
     whole = isinstance(options, dict) and options.keys() == {'weight', 'blocks'}
     check(whole, 'model.stream_loss', options, 'it takes weight and blocks, both')
     weight, blocks = options['weight'], options['blocks']
@@ -60,15 +51,7 @@ def check_stream_loss(model: nn.Module, options: dict[str, Any]) -> None:
 
 @contextmanager
 def watch_stream(model: nn.Module, blocks: list[int]) -> Iterator[list[Tensor]]:
-    """Reads the stream of every forward pass inside the block.
-
-    Args:
-        model: A model that `check_stream_loss` lets pass; any with no blocks.
-        blocks: Their indices.
-
-    Yields:
-        A list that gets the mean square before the MLP of each, 0-dim float32.
-    """
+    """Reads the stream of every forward pass inside the block."""
     seen: list[Tensor] = []
 
     def keep(norm: nn.Module, inputs: tuple[Tensor]) -> None:

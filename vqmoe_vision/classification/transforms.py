@@ -108,15 +108,7 @@ def _numbers(
 
 
 class NormalizedTensor(transforms.Normalize):
-    """torchvision's `ToTensor` and `Normalize` to the bit, by a table of what each byte becomes.
-
-    On small images those two took longer than the other transforms together, and an eighth of the
-    training of a small model on a CPU.
-
-    Args:
-        mean: Of each channel, in [0, 1].
-        std: Of each channel.
-    """
+    """torchvision's `ToTensor` and `Normalize` to the bit, by a table of what each byte becomes."""
 
     def __init__(self, mean: Numbers, std: Numbers) -> None:
         super().__init__(mean, std)
@@ -132,11 +124,7 @@ class NormalizedTensor(transforms.Normalize):
 
 
 def normalization_of(transform: Any) -> Normalization | None:
-    """How a transform normalises images; None if no step is a `Normalize` of torchvision.
-
-    Args:
-        transform: A `Compose` of torchvision, or any other.
-    """
+    """How a transform normalises images; None if no step is a `Normalize` of torchvision."""
     for step in reversed(getattr(transform, 'transforms', [])):
         if isinstance(step, transforms.Normalize):
             values = (torch.as_tensor(value).flatten().tolist() for value in (step.mean, step.std))
@@ -147,17 +135,7 @@ def normalization_of(transform: Any) -> Normalization | None:
 def normalized_as(
     config: dict, weights: Normalization | None, field: str, owner: str = 'the weights'
 ) -> Callable:
-    """A transform that normalises images as the weights want it.
-
-    Args:
-        config: Of the transform. What it states stays.
-        weights: How images were normalised for them; None if that is not known.
-        field: Of the config, for messages.
-        owner: As `must_change`.
-
-    Raises:
-        ValueError: The config states otherwise, or the transform is one of others that does.
-    """
+    """A transform that normalises images as the weights want it."""
     transform: Callable = TRANSFORMS.build(config)
     found = normalization_of(transform)
     if weights is None or found is None:
@@ -171,15 +149,7 @@ def normalized_as(
 
 
 def preprocessing_of(config: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it.
-
-    Args:
-        config: Of the transform.
-        field: Of the config, for messages.
-
-    Raises:
-        ValueError: It is another than timm's, or has an option that `pretrained_cfg` cannot say.
-    """
+    """What the transform of a test does beside normalising, as timm's `pretrained_cfg` says it."""
     allowed = "'timm', whose options timm's pretrained_cfg has"
     check(config.get('type') == 'timm', f'{field}.type', config.get('type'), allowed)
     given = {name: value for name, value in config.items() if value is not None}

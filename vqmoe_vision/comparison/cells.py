@@ -9,42 +9,24 @@ from .statistics import Difference
 
 
 def number(value: float) -> str:
-    """Two digits.
-
-    Args:
-        value: A dash stands for nan.
-    """
+    """Two digits."""
     return '-' if math.isnan(value) else f'{value:.2f}'
 
 
 def spread(mean: float, deviation: float) -> str:
-    """A mean and how far single values are from it.
-
-    Args:
-        mean: A dash stands for nan.
-        deviation: The standard deviation; nan is left out.
-    """
+    """A mean and how far single values are from it."""
     return number(mean) + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
 
 
 def p_value(value: float) -> str:
-    """Three digits.
-
-    Args:
-        value: A dash stands for nan.
-    """
+    """Three digits."""
     if math.isnan(value):
         return '-'
     return '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
 def interval(difference: Difference | None, seeds: int) -> str:
-    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50), 2 pairs'.
-
-    Args:
-        difference: A dash stands for none, or one without a pair.
-        seeds: That stand beside it; pairs are told where they are not as many.
-    """
+    """A mean and its interval as a cell: '+1.00 (+0.50 to +1.50), 2 pairs'."""
     if difference is None or math.isnan(difference.mean):
         return '-'
     mean, pairs = f'{difference.mean:+.2f}', difference.pairs
@@ -53,18 +35,10 @@ def interval(difference: Difference | None, seeds: int) -> str:
 
 
 def ends(difference: Difference) -> str:
-    """The interval alone: '+0.50 to +1.50'.
-
-    Args:
-        difference: Of two pairs at least.
-    """
+    """The interval alone: '+0.50 to +1.50'."""
     return f'{difference.low:+.2f} to {difference.high:+.2f}'
 
 
 def layers(values: Sequence[float]) -> str:
-    """A number of each layer.
-
-    Args:
-        values: In the order of layers; a dash stands for nan, and for none.
-    """
+    """A number of each layer."""
     return ' / '.join(number(value).rstrip('0').rstrip('.') for value in values) or '-'

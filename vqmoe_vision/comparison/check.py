@@ -21,20 +21,7 @@ TOLERANCE = 1e-3  # relative: another processor rounds differently
 
 
 def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
-    """Trains for as many iterations as a row keeps losses of, and compares them.
-
-    Args:
-        run: Of the row.
-        content: Of its file.
-
-    Returns:
-        The finding: `equal`, the losses that it is about, where it comes from, and with which
-        options of MoE layers and which weights to start from it was made.
-
-    Raises:
-        ValueError: What it starts from is not here, the training fails, or it starts from other
-            weights than the row did.
-    """
+    """Trains for as many iterations as a row keeps losses of, and compares them."""
     _require_sources(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -74,16 +61,7 @@ def _require_sources(run: Run) -> None:
 
 
 def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:
-    """Whether losses came out again; those that are no number never did.
-
-    Args:
-        losses: Of today.
-        kept: Of the row.
-        name: Of the run, for messages.
-
-    Raises:
-        ValueError: They are not as many.
-    """
+    """Whether losses came out again; those that are no number never did."""
     if len(losses) != len(kept):
         raise ValueError(f'{name}: its row has {len(kept)} first losses, today has {len(losses)}')
     off = [_distance(now, then) for now, then in zip(losses, kept, strict=True)]

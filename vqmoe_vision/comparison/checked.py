@@ -10,12 +10,7 @@ from .spec import Comparison
 
 
 def said_of_checks(comparison: Comparison, results: Results) -> str:
-    """How many rows have been checked and where, and which have not.
-
-    Args:
-        comparison: Says in which order.
-        results: What is there of it.
-    """
+    """How many rows have been checked and where, and which have not."""
     total, right = len(results.usable), results.checked
     open_ = [key for key in results.usable if key not in right]
     at = ', '.join(f'{commit} ({n})' for commit, n in sorted(Counter(right.values()).items()))

@@ -38,11 +38,7 @@ FIGURE = Path('work_dirs/control/control.png')
 
 
 def compare(argv: Sequence[str] | None = None) -> None:
-    """Compares rows of options over seeds.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Compares rows of options over seeds."""
     parser = argparse.ArgumentParser(description='Compare models over seeds.')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
     for action, (function, text) in _ACTIONS.items():

@@ -139,10 +139,7 @@ class Score:
 
 
 def all_rows() -> dict[str, Row]:
-    """By name: every method in its usual form, its discrete one and its presets; and controls.
-
-    A form that learns nothing of where tokens go is a control, 'position' if it goes by that.
-    """
+    """By name: every method in its usual form, its discrete one and its presets; and controls."""
     found, controls = {'oracle': Row('oracle', _TITLES['oracle'], 'oracle', {})}, dict[str, Row]()
     for row in chain.from_iterable(map(_forms, METHODS)):
         if row.config.learns_routing:
@@ -156,14 +153,7 @@ def all_rows() -> dict[str, Row]:
 
 
 def find_rows(names: Sequence[str]) -> list[Row]:
-    """Rows by what a user calls them; all of them if there is no name.
-
-    Args:
-        names: Of rows, or of the forms behind them; options may follow, as in 'NAME top_k=1'.
-
-    Raises:
-        ValueError: There is no such row or option, or its value is impossible.
-    """
+    """Rows by what a user calls them; all of them if there is no name."""
     rows, found = all_rows(), dict[str, Row]()
     known = {row.form: row for row in rows.values() if row.form} | rows
     for text in names:
@@ -272,13 +262,7 @@ _TABLE = ChainMap(METHODS, _CONTROLS)
 
 
 def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
-    """Trains a row as a user's own loop would, and tests it on tokens that it has not seen.
-
-    Args:
-        row: The row.
-        structure: Of the tokens; its seed draws all, the caller's generators stay as they are.
-        steps: Batches of training.
-    """
+    """Trains a row as a user's own loop would, and tests it on tokens that it has not seen."""
     right, counts = 0.0, dict[str, Tensor]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(structure.seed)

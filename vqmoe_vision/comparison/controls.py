@@ -13,15 +13,7 @@ from .spec import Comparison
 
 
 def challengers(comparison: Comparison, control: str) -> list[str]:
-    """The rows that have to beat a control: all that learn to route and begin as it does.
-
-    A dense model routes nothing, and a model that starts from trained weights is ahead of every
-    control that starts from none.
-
-    Args:
-        comparison: What is compared.
-        control: One of its controls.
-    """
+    """The rows that have to beat a control: all that learn to route and begin as it does."""
     started = is_started(comparison, control)
     models = {row: _model(comparison, row) for row in comparison.rows}
     return [
@@ -34,12 +26,7 @@ def challengers(comparison: Comparison, control: str) -> list[str]:
 
 
 def is_started(comparison: Comparison, row: str) -> bool:
-    """Whether a row begins with trained weights, of another run or of anywhere else.
-
-    Args:
-        comparison: What is compared.
-        row: One of its rows.
-    """
+    """Whether a row begins with trained weights, of another run or of anywhere else."""
     return _is_started(_model(comparison, row))
 
 

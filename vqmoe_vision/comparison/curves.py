@@ -30,18 +30,7 @@ _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
-    """Draws training loss, metric on held-out images, and its paired difference to the reference.
-
-    The metric stands over the compute of the run too: multiply-accumulates of its forward passes in
-    training.
-
-    A line is the mean over the seeds of a row, its band one standard deviation to both sides. Where
-    rows are `Comparison.highlighted`, the others are grey lines without band or name, behind them.
-
-    Args:
-        comparison: What was compared.
-        usable: As `Results.usable`.
-    """
+    """Draws training loss, metric on held-out images, and its paired difference to the reference."""  # LONG
     figure = Figure(figsize=(15, 10), layout='constrained')
     metric, reference = comparison.metric, comparison.reference
     titles = {
@@ -120,21 +109,13 @@ def colour_of(number: int) -> tuple[float, float, float]:
 
 
 def marker_of(number: int, first: str = 'o') -> str:
-    """Marker of the points with that number, which tells them from others of their colour.
-
-    Args:
-        number: From 0 on.
-        first: Marker of those that have the colours first.
-    """
+    """Marker of the points with that number, which tells them from others of their colour."""
     markers = (first, 's', '^', 'D')
     return markers[number // len(_COLOURS) % len(markers)]
 
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Colour and line of each row that has them.
-
-    A row whose name is that of another one from a checkpoint has the colour of that one.
-    """
+    """Colour and line of each row that has them."""
     names: dict[str, int] = {}
     styles = {}
     for row in comparison.highlighted or comparison.rows:

@@ -16,15 +16,7 @@ from .statistics import Difference
 def plot_differences(
     comparison: Comparison, tests: Mapping[str, Mapping[str, Difference]]
 ) -> Figure | None:
-    """Draws each row's differences to the reference: a point per seed, and the mean's interval.
-
-    Args:
-        comparison: What was compared.
-        tests: By title: the differences of rows in a test.
-
-    Returns:
-        A panel per test; None if no row has a seed in common with the reference.
-    """
+    """Draws each row's differences to the reference: a point per seed, and the mean's interval."""
     found = {row for differences in tests.values() for row, d in differences.items() if d.pairs}
     rows = [row for row in comparison.rows if row in found]
     if not rows:

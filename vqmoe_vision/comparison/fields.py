@@ -18,14 +18,7 @@ _BY_NAME = {'images', 'rows', 'shifts'}
 
 
 def read_fields(path: str) -> dict[str, Any]:
-    """What a file assigns, by name.
-
-    Args:
-        path: Of a comparison or of a config that trains.
-
-    Raises:
-        ValueError: It is no Python.
-    """
+    """What a file assigns, by name."""
     try:
         return Config.fromfile(path, import_custom_modules=False).to_dict()
     except SyntaxError as error:
@@ -33,16 +26,7 @@ def read_fields(path: str) -> dict[str, Any]:
 
 
 def check_fields(path: str, given: dict[str, Any], known: Iterable[str]) -> None:
-    """Refuses fields of a comparison that are missing, not known, or of another type.
-
-    Args:
-        path: Its file.
-        given: As `read_fields`.
-        known: Names that there are.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuses fields of a comparison that are missing, not known, or of another type."""
     missing = _NEEDED - given.keys()
     if wrong := sorted((given.keys() - {*known}) | missing):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
@@ -68,15 +52,7 @@ def check_fields(path: str, given: dict[str, Any], known: Iterable[str]) -> None
 
 
 def words_of(field: str, line: str) -> list[str]:
-    """What a shell makes of a line of options.
-
-    Args:
-        field: What holds it.
-        line: As on a command line.
-
-    Raises:
-        ValueError: A quotation has no end.
-    """
+    """What a shell makes of a line of options."""
     try:
         return shlex.split(line)
     except ValueError as error:

@@ -25,16 +25,7 @@ _REMEDIES = {
 
 
 def without_other_inputs(results: Results) -> Results:
-    """Leaves out rows whose data or starting weights differ from those of most others.
-
-    Others are those that name the same: data by the same config, a checkpoint by the same path. A
-    checkpoint that was lost and trained again, on another make of processor, is another one; rows
-    that start from it stand beside none that started from the first. Where two are named as often,
-    neither counts. Rows from before this was recorded say nothing of it, and count.
-
-    Args:
-        results: Of a comparison.
-    """
+    """Leaves out rows whose data or starting weights differ from those of most others."""
     inputs = {run: _inputs(content) for run, content in results.usable.items()}
     seen: dict[Place, Counter[str]] = {}
     for of_run in inputs.values():
@@ -64,12 +55,7 @@ def _mixed(kind: str, given: str, seen: Counter[str]) -> str | None:
 
 
 def said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
-    """Which data the rows of a table have seen, and of which it is known what they started from.
-
-    Args:
-        comparison: Says which rows start from a checkpoint.
-        results: As `without_other_inputs` leaves them.
-    """
+    """Which data the rows of a table have seen, and of which it is known what they started from."""
     return [_said_of_data(results), *_said_of_starts(comparison, results)]
 
 

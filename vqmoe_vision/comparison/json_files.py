@@ -10,12 +10,7 @@ from vqmoe_vision.engine.checkpoint_files import write_atomically
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, of which others see the old content or the new one.
-
-    Args:
-        path: Its folder exists.
-        content: All of it.
-    """
+    """Writes a file, of which others see the old content or the new one."""
     # a line for each field, so that a difference of two versions can be read
     lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
     write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
@@ -27,11 +22,7 @@ def is_there(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a file.
-
-    Raises:
-        ValueError: It is gone, cannot be read, or is damaged; the path is named.
-    """
+    """The content of a file."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:

@@ -23,15 +23,7 @@ from .runs import Run
 
 
 def refuse_mistakes(runs: Sequence[Run]) -> None:
-    """Builds the model of each row, without memory for it, and looks whether there is the metric.
-
-    Args:
-        runs: Of any comparisons; those of one row differ in the seed alone.
-
-    Raises:
-        ValueError: A model cannot be built, the evaluator reports no such metric, or a run that
-            others start from leaves no checkpoint of that name.
-    """
+    """Builds the model of each row, without memory for it, and looks whether there is the metric."""  # LONG
     first: dict[tuple[str, str], Run] = {}
     for run in runs:
         first.setdefault((run.comparison.name, run.row), run)

@@ -15,21 +15,7 @@ PAIRS = 5
 
 
 def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, float]:
-    """Spread over seeds, and what five pairs of seeds would tell.
-
-    Args:
-        comparison: What was compared.
-        results: What is there of it.
-
-    Returns:
-        One line for each row: the standard deviation of its score, of its differences to the
-        reference, and the smallest true difference that five pairs detect. And that for the
-        budget, from the variance of all rows' differences, of which what is one run under several
-        names counts once.
-
-    Raises:
-        ValueError: No row shares two seeds with the reference.
-    """
+    """Spread over seeds, and what five pairs of seeds would tell."""
     scores = scores_of(comparison, results)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0

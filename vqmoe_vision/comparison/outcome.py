@@ -25,29 +25,7 @@ from .statistics import (
 
 
 class Outcome:
-    """Scores and differences of a comparison, or of a part of it that is shown.
-
-    A p is corrected for all rows of the comparison, whatever is shown and whatever is finished:
-    whoever looks at two rows of twenty has still had twenty to look at.
-
-    Args:
-        comparison: What was compared.
-        results: What is there of all its rows and seeds.
-        rows: Those that are shown, the reference always among them; None for all.
-        seeds: Those that count; None for all.
-        reference: Row that the others are compared with instead of the comparison's own; None for
-            that one.
-
-    Attributes:
-        wanted: The rows that were asked for.
-        rows: Those that are shown.
-        seeds: Those that count.
-        results: What is there of these rows and seeds.
-        planned_reference: The comparison's own, from which differences are taken otherwise.
-
-    Raises:
-        ValueError: The comparison has no such row or seed.
-    """
+    """Scores and differences of a comparison, or of a part of it that is shown."""
 
     def __init__(
         self,
@@ -91,10 +69,7 @@ class Outcome:
 
     @property
     def screens(self) -> bool:
-        """Whether there are so few seeds that all rows together tell the noise of each.
-
-        By chance alone the interval of two seeds can be twenty points wide, or next to nothing.
-        """
+        """Whether there are so few seeds that all rows together tell the noise of each."""
         return len(self.comparison.seeds) <= FEW_SEEDS
 
     @cached_property
@@ -140,10 +115,7 @@ class Outcome:
 
     @cached_property
     def held_out(self) -> dict[str, dict[int, float]]:
-        """The metric of the same checkpoints on held-out images, of all rows that are tested.
-
-        Of a run that was not validated at its end there is none.
-        """
+        """The metric of the same checkpoints on held-out images, of all rows that are tested."""
         if not self.comparison.tested:  # `scores` are of these images
             return {}
         by_row = _by_row(self.comparison.rows, self._whole)
@@ -157,11 +129,7 @@ class Outcome:
         return self._tested(found, self.held_out)
 
     def may_have(self, name: str) -> bool:
-        """Whether a test has a number of that name, or may have it of a row that has none yet.
-
-        Args:
-            name: Of a number, or what stands after the name of a layer.
-        """
+        """Whether a test has a number of that name, or may have it of a row that has none yet."""
         tests = (content['test'] for content in self._whole.usable.values())
         has = any(name in (key, key.rpartition('/')[2]) for test in tests for key in test)
         return has or self.scores.keys() != self.comparison.rows.keys()
@@ -178,10 +146,7 @@ class Outcome:
 
     @cached_property
     def left(self) -> dict[str, Scores]:
-        """What is left under shifts of a run's own score, in percent, of what is shown.
-
-        A run whose score is 0 has nothing to lose, and is left out.
-        """
+        """What is left under shifts of a run's own score, in percent, of what is shown."""
         return self._left(self.shifted)
 
     @cached_property
@@ -190,11 +155,7 @@ class Outcome:
         return self._by_shift(self._left(self._shifted_of_all))
 
     def against(self, control: str) -> tuple[dict[str, Difference], dict[str, float]]:
-        """The differences to a control of the rows that it is there for, and their corrected p.
-
-        Args:
-            control: A row.
-        """
+        """The differences to a control of the rows that it is there for, and their corrected p."""
         rows = challengers(self.comparison, control)
         base = self.scores.get(control, {})
         found = {r: paired_difference(self.scores[r], base) for r in rows if r in self.scores}
@@ -202,11 +163,7 @@ class Outcome:
         return found, self._corrected(found, len(rows))
 
     def finished(self, difference: Difference) -> bool:
-        """Whether it is one over all seeds of the comparison: a verdict on less is a look ahead.
-
-        Args:
-            difference: Of two rows.
-        """
+        """Whether it is one over all seeds of the comparison: a verdict on less is a look ahead."""
         return difference.pairs == len(self.comparison.seeds)
 
     @cached_property
@@ -252,12 +209,7 @@ class Outcome:
 
 
 def scores_of(comparison: Comparison, results: Results) -> dict[str, dict[int, float]]:
-    """The metric by row, in the order of the comparison, and seed.
-
-    Args:
-        comparison: Names the metric.
-        results: Its finished runs.
-    """
+    """The metric by row, in the order of the comparison, and seed."""
     return {
         row: {content['seed']: content['test'][comparison.metric] for content in contents}
         for row, contents in _by_row(comparison.rows, results).items()

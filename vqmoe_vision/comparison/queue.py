@@ -49,17 +49,7 @@ class _Job:
 
 
 class Queue:
-    """A queue of runs.
-
-    Args:
-        tasks: In this order, but for those that another queue works on: they come last. Those that
-            start from another run wait until that has ended.
-        jobs: Runs at a time; None is one for each GPU, or one on a CPU.
-        pause: While this file exists nothing starts, and what runs is stopped where it stands.
-
-    Raises:
-        ValueError: A folder cannot be written, or the commands are not here.
-    """
+    """A queue of runs."""
 
     def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
         if not Path('tools/train.py').is_file():
@@ -73,11 +63,7 @@ class Queue:
             make_folder(folder)
 
     def work(self) -> dict[str, str]:
-        """Works until nothing is left.
-
-        Returns:
-            The last line of what it said, by the name of a run that failed.
-        """
+        """Works until nothing is left."""
         total = len(self._waiting)
         with (
             _terminated_as_interrupted(),
@@ -211,12 +197,7 @@ class Queue:
 
 
 def visible_gpus(named: str | None, count: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES of one run after another is set to, a GPU each.
-
-    Args:
-        named: That variable; CUDA reads it up to the first name that it does not know.
-        count: How many GPUs CUDA finds; of parts of one (MIG) it opens a single one in a process.
-    """
+    """What CUDA_VISIBLE_DEVICES of one run after another is set to, a GPU each."""
     names = named.split(',') if named else [str(index) for index in range(count)]
     return names if named and count and 'MIG' in named else names[:count]
 

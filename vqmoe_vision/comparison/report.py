@@ -44,19 +44,7 @@ _ROUTED = (
 
 
 def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
-    """Writes the table of a comparison; the same rows give the same bytes.
-
-    Args:
-        outcome: What is shown.
-        folder: Gets `<name>.md`, `.tex`, `.csv` and `.json`; of a part `<name>-part.md` and so on,
-            with another reference `<name>-reference-<row>.md`.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: No run can be used, or a file cannot be written.
-    """
+    """Writes the table of a comparison; the same rows give the same bytes."""
     frame = frame_of(outcome)
     table = shown(outcome, frame)
     said = sentences(outcome)
@@ -94,22 +82,7 @@ def _latex(table: pd.DataFrame, caption: str) -> str:
 
 
 def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
-    """Draws the figures of a comparison; the same rows give the same bytes.
-
-    Args:
-        outcome: What is shown; some run can be used.
-        folder: Which exists. Gets a `.png` and a `.pdf` each: `<name>-curves`,
-            `<name>-differences`, and what was measured of `<name>-shifts`, `<name>-collapse`,
-            `<name>-inconsistency`, `<name>-convergence`; of a part `<name>-part-curves` and so on,
-            with another reference `<name>-reference-<row>-differences` and `-shifts` alone. Those
-            of before that cannot be drawn any more are removed.
-
-    Returns:
-        The files.
-
-    Raises:
-        ValueError: One of them is a folder.
-    """
+    """Draws the figures of a comparison; the same rows give the same bytes."""
     written = []
     figures = _figures(outcome)
     for name in _FIGURES:
@@ -125,20 +98,7 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def write_images(outcome: Outcome, folder: Path) -> list[Path]:
-    """Draws the figures that documents show, as `Comparison.images` names them.
-
-    Args:
-        outcome: The whole comparison.
-        folder: Where documents look for them; made if it is not there.
-
-    Returns:
-        The files, which say what version of matplotlib has drawn them: another one draws other
-        letters.
-
-    Raises:
-        ValueError: A part or another reference is shown, no image is named, there is no such
-            figure, no run can be used, or the folder cannot be written.
-    """
+    """Draws the figures that documents show, as `Comparison.images` names them."""
     comparison = outcome.comparison
     if outcome.partial:
         raise ValueError('--images is not possible with a part: documents show all rows and seeds')

@@ -13,15 +13,7 @@ Usable = dict[tuple[str, int], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Results:
-    """What is there of a comparison.
-
-    Args:
-        usable: Contents of the files that count, by row and seed.
-        left_out: Reasons by the name of a file that does not count.
-        missing: Runs without a file.
-        checked: Commits at which a check has found those that count to be right, by row and seed;
-            those that nobody has checked are not among them.
-    """
+    """What is there of a comparison."""
 
     usable: Usable
     left_out: dict[str, str]
@@ -35,12 +27,7 @@ class Results:
         return f' ({kept})' if kept else ': none is finished, tools/compare.py run trains them'
 
     def restricted(self, shown: set[tuple[str, int]], every: Iterable[tuple[str, int]]) -> Results:
-        """What of these belongs to some runs, and what is said of no single one.
-
-        Args:
-            shown: Rows and seeds that are kept.
-            every: Those of the whole comparison.
-        """
+        """What of these belongs to some runs, and what is said of no single one."""
         hidden = {f'{row}-seed{seed}.json' for row, seed in set(every) - shown}
         return Results(
             {run: content for run, content in self.usable.items() if run in shown},
@@ -51,12 +38,7 @@ class Results:
 
 
 def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
-    """How many images a run has been trained on, those that it saw again counted again.
-
-    Args:
-        content: Of its file.
-        iterations: After how many; None for all of its training.
-    """
+    """How many images a run has been trained on, those that it saw again counted again."""
     loader = content['config'].get('train_dataloader') or {}
     batch = loader.get('batch_size', 1)  # as torch has it
     done = content['iterations'] if iterations is None else iterations
@@ -69,15 +51,7 @@ def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
 
 
 def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
-    """A statistic of each layer, as mean over the runs that have it.
-
-    Args:
-        numbers: Of each run, by the layer and the name of the statistic.
-        name: What stands after the layer's name.
-
-    Returns:
-        In the order of layers, as the run has them that has most.
-    """
+    """A statistic of each layer, as mean over the runs that have it."""
     of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]
     of_runs.sort(key=len, reverse=True)
     layers = dict.fromkeys(layer for run in of_runs for layer in run)

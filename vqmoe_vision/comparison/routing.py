@@ -37,15 +37,7 @@ _BATCH = 50
 
 
 def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
-    """Surveys finished runs that have MoE layers and no such numbers, and adds them to their rows.
-
-    Args:
-        runs: Of one comparison; those without a row that counts are passed over.
-        store: Their rows.
-
-    Returns:
-        Names of the runs whose checkpoints are not on this machine.
-    """
+    """Surveys finished runs that have MoE layers and no such numbers, and adds them to their rows."""  # LONG
     usable, present, absent = store.with_checkpoints(runs)
     for run in tqdm(present, unit='run'):
         if 'routing' not in usable[run.row, run.seed]:
@@ -107,12 +99,7 @@ def _iteration(path: Path) -> int:
 
 
 def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
-    """Measures as means over layers, with the standard deviation over seeds; a line per decider.
-
-    Args:
-        comparison: What was compared.
-        results: What is there of it.
-    """
+    """Measures as means over layers, with the standard deviation over seeds; a line per decider."""
     lines = []
     for (row, _), content in results.usable.items():
         for decider, numbers in by_decider(content.get('routing') or {'layers': {}}).items():
@@ -131,21 +118,13 @@ def routing_table(comparison: Comparison, results: Results) -> pd.DataFrame:
 
 
 def routed_images(results: Results) -> str:
-    """On how many images the routing of runs was looked at, as a sentence says it.
-
-    Args:
-        results: What is there of them.
-    """
+    """On how many images the routing of runs was looked at, as a sentence says it."""
     routed = (content['routing'] for content in results.usable.values() if content.get('routing'))
     return ' or '.join(map(str, sorted({routing['images'] for routing in routed})))
 
 
 def by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What the table says of each decider of a run; means over layers.
-
-    Args:
-        routing: What `measure_routing` left in a row.
-    """
+    """What the table says of each decider of a run; means over layers."""
     deciders = dict.fromkeys(
         name.rpartition('/')[0]
         for numbers in routing['layers'].values()
@@ -156,13 +135,7 @@ def by_decider(routing: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def kept(routing: dict[str, Any], decider: str, changes: dict[str, float]) -> float:
-    """Share of tokens whose expert stays, beyond chance of the last load; mean over layers.
-
-    Args:
-        routing: What `measure_routing` left in a row.
-        decider: Such as 'router'.
-        changes: By layer and decider: share of tokens whose expert changes.
-    """
+    """Share of tokens whose expert stays, beyond chance of the last load; mean over layers."""
     found = [
         kept_beyond_chance(changes[f'{name}.{decider}'], numbers[f'{decider}/changed_by_chance'])
         for name, numbers in routing['layers'].items()

@@ -19,16 +19,7 @@ Points = dict[str, list[list[float]]]  # by label: of each seed, values over che
 
 
 def plot_routing(comparison: Comparison, results: Results) -> dict[str, Figure]:
-    """Draws what the paper claims of routing, a figure per claim.
-
-    Args:
-        comparison: What was compared.
-        results: What is there of it.
-
-    Returns:
-        'collapse', 'inconsistency' and 'convergence', of two panels or one; {} if no run was
-        measured.
-    """
+    """Draws what the paper claims of routing, a figure per claim."""
     found: list[tuple[str, dict[str, Any]]] = [
         (row, content['routing'])
         for row in comparison.rows

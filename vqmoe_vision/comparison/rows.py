@@ -60,19 +60,7 @@ NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 def row_options(
     row: str, size: str | None = 'tiny', model: str = 'model', moe_blocks: int = 2
 ) -> list[str]:
-    """The options that make a row of any config.
-
-    Args:
-        row: One of `ROWS`, of which `dense_wide` has the compute of two experts per token in each
-            of `moe_blocks`, of `FEATURE_ROWS`, or of `PRESET_ROWS`.
-        size: Key of `SIZES`; None if the config names a model of timm beside `moe.method`, which
-            stays, with its weights and its number of experts.
-        model: Field that holds the timm model: 'model', or 'model.backbone'.
-        moe_blocks: How many blocks of the config have experts.
-
-    Raises:
-        ValueError: There is no such row.
-    """
+    """The options that make a row of any config."""
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
     if row not in known:
         raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
@@ -89,16 +77,7 @@ def row_options(
 
 
 class Backbone(NamedTuple):
-    """The model of a config, which rows make others of.
-
-    Args:
-        path: Of the config.
-        field: That holds the model.
-        size: Key of `SIZES`; None of a model of timm, which rows keep.
-        dense: Whether it has no experts.
-        started: Whether it starts from weights.
-        moe_blocks: How many blocks have experts; those of the configs here if it is dense.
-    """
+    """The model of a config, which rows make others of."""
 
     path: str
     field: str
@@ -108,14 +87,7 @@ class Backbone(NamedTuple):
     moe_blocks: int = 2
 
     def options(self, row: str) -> list[str]:
-        """The options that make a row of it.
-
-        Args:
-            row: As `row_options`.
-
-        Raises:
-            ValueError: There is no such row, or the config has no experts to make it of.
-        """
+        """The options that make a row of it."""
         options = row_options(row, self.size, self.field, self.moe_blocks)
         if self.dense and row not in ('dense', 'dense_wide'):
             raise ValueError(
@@ -126,16 +98,7 @@ class Backbone(NamedTuple):
 
 
 def backbone_of(path: str, config: Config, options: Sequence[str] = ()) -> Backbone:
-    """The model of a config.
-
-    Args:
-        path: Of the config.
-        config: As it is.
-        options: Of all rows, which may say another depth.
-
-    Raises:
-        ValueError: It has no such model, no method that there is, or no such blocks.
-    """
+    """The model of a config."""
     model = config.get('model', {})
     field = 'model.backbone' if 'backbone' in model else 'model'
     model = model.get('backbone', model)

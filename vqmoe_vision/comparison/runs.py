@@ -41,14 +41,7 @@ RECORD = 'default_hooks.record.type=RunRecordHook'
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a comparison at one seed.
-
-    Args:
-        comparison: What it is part of.
-        row: Key of its rows.
-        seed: Of everything that is drawn.
-        root: Folder of all comparisons' runs.
-    """
+    """One row of a comparison at one seed."""
 
     comparison: Comparison
     row: str
@@ -70,11 +63,7 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, tuple[Run, Path]]:
-        """The runs that leave what this one starts from, and where, by what options say for it.
-
-        Raises:
-            ValueError: The path of a checkpoint is none that an option can have.
-        """
+        """The runs that leave what this one starts from, and where, by what options say for it."""
         start = self.comparison.start
         if start is None:  # no row of the comparison says such a thing
             return {}
@@ -89,59 +78,27 @@ class Run:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """The config with all options merged in, as JSON has it.
-
-        Raises:
-            ValueError: The config does not take an option.
-        """
+        """The config with all options merged in, as JSON has it."""
         return json.loads(json.dumps(self.merged().to_dict(), default=str))
 
     def merged(self, *more: str) -> Config:
-        """As `config`, of a file that is read once for all runs, without the modules that it names.
-
-        Args:
-            *more: Further options.
-
-        Raises:
-            ValueError: The config does not take an option.
-        """
+        """As `config`, of a file that is read once for all runs, without the modules that it names."""  # LONG
         config = deepcopy(self.comparison.base)
         merge_options(config, parse_options([*self.options, *more]))
         return config
 
     def config(self, *more: str) -> Config:
-        """The config with all options merged in.
-
-        Args:
-            *more: Further options.
-
-        Raises:
-            ValueError: The config does not take an option.
-        """
+        """The config with all options merged in."""
         return load_config(self.comparison.config, parse_options([*self.options, *more]))
 
     @cached_property
     def moe_options(self) -> dict[str, Any]:
-        """Options of its MoE layers in full, as JSON has them; a config leaves most to defaults.
-
-        Raises:
-            ValueError: One of them is not possible.
-        """
+        """Options of its MoE layers in full, as JSON has them; a config leaves most to defaults."""
         model = self.resolved['model']
         return json.loads(json.dumps(options_in_full(model.get('backbone', model))))
 
     def counting(self, config: dict[str, Any]) -> dict[str, Any]:
-        """All of a config that decides what this run gives.
-
-        The checkpoint that it starts from counts by the comparison, the row, the seed and what is
-        run that are in its path, wherever the folder of all runs is or was.
-
-        Args:
-            config: Resolved, of today or of before.
-
-        Returns:
-            Values by dotted name.
-        """
+        """All of a config that decides what this run gives."""
         values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
         for _, file in self.sources.values():
             inside = file.relative_to(self.root).as_posix()
@@ -158,21 +115,12 @@ class Run:
         return self.root / self.comparison.name / f'{self.name}-{digest}'
 
     def train(self, folder: Path, *more: str) -> list[str]:
-        """Command line of its training.
-
-        Args:
-            folder: Work dir.
-            *more: Further options of `--cfg-options`.
-        """
+        """Command line of its training."""
         options = ['--work-dir', str(folder), '--cfg-options', *self.options, *more]
         return ['python', 'tools/train.py', self.comparison.config, *options]
 
     def test(self, folder: Path) -> list[str]:
-        """Command line of the test of its last checkpoint, once that is there.
-
-        Args:
-            folder: Work dir of its training.
-        """
+        """Command line of the test of its last checkpoint, once that is there."""
         return self._test(folder, str(last_checkpoint(folder)))
 
     def _test(self, folder: Path, checkpoint: str) -> list[str]:
@@ -181,15 +129,7 @@ class Run:
         return [*command, '--cfg-options', *self.options]
 
     def line(self, tested: bool = True, leaves: Path | None = None) -> str:
-        """Training, resumed where there is a checkpoint, and test as one line for a shell.
-
-        It holds the lock by which a queue knows that the run is worked on, and does not train again
-        what is trained: the record would have the commit of today.
-
-        Args:
-            tested: Whether the test is wanted too.
-            leaves: Checkpoint that the training has to leave beside its record.
-        """
+        """Training, resumed where there is a checkpoint, and test as one line for a shell."""
         folder = self.folder
         quoted, last = (shlex.quote(str(path)) for path in (folder, folder / POINTER))
         ends = [folder / 'run.json', *([] if leaves is None else [leaves])]

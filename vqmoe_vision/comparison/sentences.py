@@ -8,13 +8,7 @@ from .statistics import FEW_SEEDS, LEVEL, Difference, detectable, pairs_needed
 
 
 def sentences(outcome: Outcome) -> list[str]:
-    """One sentence for each row, and one for each control that a row does not beat.
-
-    A control that is the reference has been spoken of by then.
-
-    Args:
-        outcome: What there is to say it of.
-    """
+    """One sentence for each row, and one for each control that a row does not beat."""
     reference, seeds = outcome.comparison.reference, len(outcome.comparison.seeds)
     said = [
         verdict(
@@ -44,17 +38,7 @@ def verdict(
     seeds: int,
     hidden: int = 0,
 ) -> str:
-    """What may be said of a row and the reference.
-
-    Args:
-        row: Its name.
-        reference: The other's.
-        difference: Row minus reference; more is better.
-        corrected_p: Its p after correction for the number of rows.
-        comparisons: That number; power is that of a test which stands all of them.
-        seeds: How many there will be; nothing is decided before, as every look is another chance.
-        hidden: How many of them are not shown, so that nothing is decided either.
-    """
+    """What may be said of a row and the reference."""
     pairs, d = difference.pairs, difference.mean
     if pairs < 2:
         common = 'one seed' if pairs else 'no seed'

@@ -8,15 +8,7 @@ from .store import Store
 
 
 def completed(results: Results, other: Store) -> Results:
-    """Results with what another comparison has trained in the same way.
-
-    Its rows that would count here and do not are left out with their reason. Those of the same name
-    that it trains otherwise on purpose are no matter of this comparison.
-
-    Args:
-        results: Of the comparison whose rows start from the other.
-        other: The rows of that one.
-    """
+    """Results with what another comparison has trained in the same way."""
     more = other.read(results.missing)
     waiting = {f'{run.name}.json': run for run in results.missing}
     refused = {
@@ -51,12 +43,7 @@ def _is_shared(run: Run) -> bool:
 
 
 def counts_for(source: Run, run: Run) -> bool:
-    """Whether the row of one is that of the other: the folder's name holds all that decides.
-
-    Args:
-        source: Of any comparison.
-        run: Of one whose rows may start from it.
-    """
+    """Whether the row of one is that of the other: the folder's name holds all that decides."""
     start = run.comparison.start
     return (
         start is not None

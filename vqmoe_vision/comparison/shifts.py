@@ -43,25 +43,14 @@ Shifts = dict[str, dict[str, float]]  # by name, and by the options of a test
 
 
 def expanded(line: str) -> list[str]:
-    """The options of each test that a shift stands for.
-
-    Args:
-        line: As on a command line; `{corruption}` stands for each of the fifteen of ImageNet-C.
-    """
+    """The options of each test that a shift stands for."""
     if PLACE not in line:
         return [line]
     return [line.replace(PLACE, name) for name in CORRUPTIONS]
 
 
 def check_shifts(run: Run) -> None:
-    """Refuses shifts whose options no config takes, before anything is trained.
-
-    Args:
-        run: Any of the comparison.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuses shifts whose options no config takes, before anything is trained."""
     for name, line in run.comparison.shifts.items():
         words = words_of(f'shifts.{name}', expanded(line)[0])
         try:
@@ -74,12 +63,7 @@ def check_shifts(run: Run) -> None:
 
 
 def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
-    """The score under each shift of which all tests were made as they are written today.
-
-    Args:
-        comparison: Says which shifts there are.
-        found: Of a run.
-    """
+    """The score under each shift of which all tests were made as they are written today."""
     scores = {}
     for name in filter(found.__contains__, comparison.shifts):
         values = found[name]
@@ -91,12 +75,7 @@ def mean_scores(comparison: Comparison, found: Shifts) -> dict[str, float]:
 def shifted_scores(
     comparison: Comparison, results: Results
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """The scores of all runs that were measured, by shift, row and seed.
-
-    Args:
-        comparison: Says which shifts there are.
-        results: What is there of it.
-    """
+    """The scores of all runs that were measured, by shift, row and seed."""
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for (row, seed), content in results.usable.items():
         for name, score in mean_scores(comparison, content.get('shifts', {})).items():
@@ -107,13 +86,7 @@ def shifted_scores(
 def shifted_layers(
     comparison: Comparison, results: Results, statistic: str
 ) -> dict[str, dict[str, list[float]]]:
-    """A statistic of each layer as mean over the seeds that have it, by shift and row.
-
-    Args:
-        comparison: Says which shifts there are.
-        results: What is there of it.
-        statistic: What stands after the layer's name.
-    """
+    """A statistic of each layer as mean over the seeds that have it, by shift and row."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for (row, _), content in results.usable.items():
         kept = content.get('shift_routing', {})
@@ -127,17 +100,7 @@ def shifted_layers(
 
 
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
-    """Tests finished runs under the shifts that they lack, and adds what is found to their rows.
-
-    A row from before routing was looked at here is tested once more.
-
-    Args:
-        runs: Of one comparison; those without a row that counts are passed over.
-        store: Their rows.
-
-    Returns:
-        Names of the runs whose checkpoints are not on this machine.
-    """
+    """Tests finished runs under the shifts that they lack, and adds what is found to their rows."""
     usable, present, absent = store.with_checkpoints(runs)
     for name, line in runs[0].comparison.shifts.items() if runs else ():
         due = [run for run in present if not _is_measured(name, run, usable)]

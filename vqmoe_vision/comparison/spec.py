@@ -47,13 +47,7 @@ _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
 @dataclass(frozen=True)
 class Start:
-    """The run that rows start from, at their own seed.
-
-    Args:
-        comparison: What it is part of.
-        row: Of that comparison.
-        file: Checkpoint in its work dir.
-    """
+    """The run that rows start from, at their own seed."""
 
     comparison: Comparison
     row: str
@@ -62,26 +56,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison, as a file in `configs/comparisons` gives it.
-
-    Args:
-        name: Names its folders and files.
-        config: Path of the config that all rows train.
-        rows: Options by the name of the row.
-        seeds: Each is a pair of any two rows.
-        reference: Row that the others are compared with.
-        metric: Name of the test metric.
-        also: Further numbers of the test for the table: names, or what stands after a layer's name.
-        options: The budget: options of all rows.
-        controls: Rows that a learned router has to beat, such as one that is frozen at random.
-        start: What rows start from that say `{start}`.
-        shifts: Further tests of finished runs, by name: options of the test, of which
-            `{corruption}` stands for each of ImageNet-C's.
-        images: Names of the images that documents show, by figure, such as 'curves'.
-        highlighted: Rows whose learning curves have colours and names; all of them if none is.
-        stage: 'test', or 'dev' for choices: nothing is tested, and all numbers are those of the
-            validation at the end of training, on images that were held out of it.
-    """
+    """A comparison, as a file in `configs/comparisons` gives it."""
 
     name: str
     config: str
@@ -149,15 +124,7 @@ class Comparison:
     def selected(
         self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None
     ) -> list[tuple[str, int]]:
-        """Rows by seeds, a seed of all rows before the next: the first pairs come first.
-
-        Args:
-            rows: None for all.
-            seeds: None for all.
-
-        Raises:
-            ValueError: The comparison has no such row or seed.
-        """
+        """Rows by seeds, a seed of all rows before the next: the first pairs come first."""
         rows = choose('--rows', rows, self.rows)
         seeds = choose('--seeds', seeds, self.seeds)
         return [(row, seed) for seed in seeds for row in rows]
@@ -169,23 +136,7 @@ def _check_no_seed(field: str, option: str) -> None:
 
 
 def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
-    """Reads a comparison.
-
-    Args:
-        path: A file with the fields of `Comparison` but for its name, where `rows` are written as
-            on a command line and may begin with the name of one of `ROWS`, `FEATURE_ROWS` or
-            `PRESET_ROWS`. `all_methods=True` and `all_presets=True` stand for all of those, of
-            which `FEATURE_ROWS` have the features of `start` and are left out without it;
-            `all_started=True` for those that begin with the weights of `start`, which is written as
-            'COMPARISON ROW CHECKPOINT'. Or a config that trains: then all of `ROWS` and `CONTROLS`
-            at five seeds, under the name of its folder and its own; without `dense_wide` if the
-            models have weights to start from, which fit no wider one.
-        within: Files of the comparisons that start from this one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A field is missing, is not known, or has a value that is not possible.
-    """
+    """Reads a comparison."""
     path = find_config(path)
     check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
     name = Path(path).stem
@@ -258,16 +209,7 @@ def _options(row: str, line: str, backbone: Backbone) -> list[str]:
 
 
 def choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> list[Any]:
-    """What was asked for, each once.
-
-    Args:
-        field: Where it was asked for.
-        wanted: None for all.
-        known: What there is.
-
-    Raises:
-        ValueError: Something is not there; names it and what is.
-    """
+    """What was asked for, each once."""
     if wanted is None:
         return list(known)
     for name in wanted:

@@ -23,30 +23,13 @@ Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Of what a line and its band show at one place; one value alone deviates by nothing.
-
-    Args:
-        values: At least one.
-    """
+    """Of what a line and its band show at one place; one value alone deviates by nothing."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a row to a reference, over the seeds that both have.
-
-    Args:
-        each: By seed.
-        mean: Of the differences; nan without a pair.
-        std: Of the differences, with one degree of freedom less; nan below two pairs.
-        low: Lower end of the 95 % confidence interval of the mean; nan below two pairs.
-        high: Its upper end.
-        p: Of the two-sided paired t-test, or of that with the noise of all rows; nan where it is
-            not defined, because there are less than two pairs or all differences are equal.
-        noise: The standard deviation that interval and p are computed with: `std`, or that of
-            several rows together.
-        freedom: Its degrees of freedom.
-    """
+    """Of a row to a reference, over the seeds that both have."""
 
     each: Mapping[int, float]
     mean: float
@@ -64,12 +47,7 @@ class Difference:
 
 
 def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
-    """Compares two rows by Student's t-test for pairs.
-
-    Args:
-        row: Values by seed.
-        reference: The same.
-    """
+    """Compares two rows by Student's t-test for pairs."""
     seeds = sorted(row.keys() & reference.keys())
     a, b = (np.array([values[seed] for seed in seeds]) for values in (row, reference))
     differences = a - b
@@ -88,22 +66,13 @@ def paired_difference(row: Mapping[int, float], reference: Mapping[int, float]) 
 
 
 def differences(scores: Scores, reference: str) -> dict[str, Difference]:
-    """The difference of every row to one of them.
-
-    Args:
-        scores: Of all rows.
-        reference: The one, which has none to itself; it may have no scores.
-    """
+    """The difference of every row to one of them."""
     base = scores.get(reference, {})
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
 
 
 def once_each(scores: Scores) -> dict[str, Mapping[int, float]]:
-    """Rows without those that have all scores of an earlier one: one run under several names.
-
-    Args:
-        scores: Of all rows.
-    """
+    """Rows without those that have all scores of an earlier one: one run under several names."""
     first: dict[tuple, str] = {}
     for row, values in scores.items():
         first.setdefault(tuple(sorted(values.items())), row)
@@ -111,21 +80,7 @@ def once_each(scores: Scores) -> dict[str, Mapping[int, float]]:
 
 
 def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
-    """How much two rows differ at a seed by chance, from all rows together.
-
-    It is what is left of scores when each row and each seed has a mean of its own, as in the
-    analysis of variance by row and seed, and takes all rows for equally noisy and equally unlike.
-    Where scipy has such an analysis, as `f_oneway`, it knows one factor.
-
-    Args:
-        scores: Of all rows. One that lacks a seed does not count, and what is equal at all seeds is
-            one run under several names, and counts once.
-        seeds: Of the comparison.
-
-    Returns:
-        The standard deviation of a difference of two rows, and its degrees of freedom; nan and 0
-        below two rows or two seeds; 0 where all differences are equal but for rounding.
-    """
+    """How much two rows differ at a seed by chance, from all rows together."""
     distinct = once_each(scores).values()
     whole = [[row[seed] for seed in seeds] for row in distinct if row.keys() >= set(seeds)]
     left = np.array(whole)
@@ -139,13 +94,7 @@ def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
 
 
 def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
-    """The same difference with another interval and p: for planned comparisons of two rows.
-
-    Args:
-        found: One without two pairs stays, as one of the same run under two names does.
-        noise: As `noise_of_all`; at 0 the difference stays, as there is nothing to test with.
-        freedom: Its degrees of freedom; at 0 nothing is known, and the difference stays.
-    """
+    """The same difference with another interval and p: for planned comparisons of two rows."""
     if not freedom or not noise or found.pairs < 2 or not any(found.each.values()):
         return found
     spread = stats.t(freedom, found.mean, noise / math.sqrt(found.pairs))
@@ -155,15 +104,7 @@ def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
 
 
 def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
-    """Corrects for the number of comparisons, by Holm's step-down method.
-
-    It is four lines, so that statsmodels is not installed for it; a test has it by hand.
-
-    Args:
-        p_values: Those that are nan stay so.
-        planned: How many comparisons there will be; a p that is not there yet, or is nan, counts as
-            1. So what is known early is not easier to pass than in the end.
-    """
+    """Corrects for the number of comparisons, by Holm's step-down method."""
     names = list(p_values)
     corrected = np.array([p_values[name] for name in names], dtype=float)
     order = [i for i in np.argsort(corrected, kind='stable') if not math.isnan(corrected[i])]
@@ -173,14 +114,7 @@ def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
 
 
 def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None = None) -> float:
-    """The smallest true difference that a paired t-test finds with `POWER`.
-
-    Args:
-        std: Of the differences of pairs.
-        pairs: At least 2.
-        level: Of the test.
-        freedom: Degrees of freedom of `std`; None if it is of these pairs alone.
-    """
+    """The smallest true difference that a paired t-test finds with `POWER`."""
     freedom = pairs - 1 if freedom is None else freedom
     most = 1.0  # scipy's power of an effect far beyond the answer does not converge
     while _power(most, pairs, level, freedom) < POWER:
@@ -190,16 +124,7 @@ def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None
 
 
 def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | None:
-    """How many pairs find a true difference with `POWER`.
-
-    Args:
-        std: Of the differences of pairs, above 0.
-        difference: In the same unit.
-        level: Of the test.
-
-    Returns:
-        None if that is more than a thousand.
-    """
+    """How many pairs find a true difference with `POWER`."""
     effect = abs(difference) / std
     most = 2
     while not _power(effect, most, level, most - 1) >= POWER:  # not <: NaN is not enough
@@ -210,14 +135,7 @@ def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | N
 
 
 def _power(effect: float, pairs: int, level: float, freedom: int) -> float:
-    """Of the two-sided paired t-test, from the noncentral t distribution.
-
-    Args:
-        effect: True difference over the standard deviation of differences.
-        pairs: At least 2.
-        level: Of the test.
-        freedom: Of the standard deviation.
-    """
+    """Of the two-sided paired t-test, from the noncentral t distribution."""
     shift = effect * math.sqrt(pairs)
     critical = stats.t.isf(level / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute

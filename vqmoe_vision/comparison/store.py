@@ -30,11 +30,7 @@ from .validity import (
 
 
 class Store:
-    """The folder of a comparison's rows.
-
-    Args:
-        folder: Holds `<row>-seed<n>.json` and `checks.json`.
-    """
+    """The folder of a comparison's rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,17 +40,7 @@ class Store:
         return self.folder / f'{run.name}.json'
 
     def collect(self, run: Run) -> bool:
-        """Writes the file of a run from its work dir, unless there is one that counts.
-
-        Such a one may hold what was measured after it was written.
-
-        Returns:
-            Whether the run is finished.
-
-        Raises:
-            ValueError: A file of the run is damaged, or its numbers have no such metric or, without
-                a test, are not of the end of the training.
-        """
+        """Writes the file of a run from its work dir, unless there is one that counts."""
         folder, comparison = run.folder, run.comparison
         files = [folder / 'run.json', *([folder / 'test.json'] if comparison.tested else [])]
         if not all(file.is_file() for file in files):
@@ -98,15 +84,7 @@ class Store:
             save(self.folder / 'checks.json', checks)
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
-        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now.
-
-        Args:
-            run: The run.
-            measured: What 'routing', 'shifts' or 'shift_routing' get beside what they have.
-
-        Raises:
-            ValueError: The file is damaged or gone by now.
-        """
+        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now."""  # LONG
         path = self.path(run)
         with self._alone():
             content = load(path)
@@ -126,12 +104,7 @@ class Store:
             os.close(descriptor)
 
     def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
-        """Reads what is there and sorts out what may not be mixed with today's.
-
-        Args:
-            runs: Of one comparison.
-            checked: Leave out what a check has found to be stale.
-        """
+        """Reads what is there and sorts out what may not be mixed with today's."""
         usable, left_out, missing, right = {}, {}, [], {}
         checks, unread = self._readable_checks()
         if unread is not None:
@@ -160,27 +133,12 @@ class Store:
         return Results(usable, left_out, missing, right)
 
     def unnamed(self, runs: Sequence[Run]) -> list[str]:
-        """Names of rows that are no run's: the comparison has had such a row or seed, or another.
-
-        Args:
-            runs: All of the comparison.
-        """
+        """Names of rows that are no run's: the comparison has had such a row or seed, or another."""  # LONG
         named = {self.path(run) for run in runs}
         return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
 
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
-        """Finished runs that can be looked at again.
-
-        Args:
-            runs: Of one comparison.
-
-        Returns:
-            Contents of the rows that count, their runs whose checkpoints are here, and the names of
-            the others.
-
-        Raises:
-            ValueError: The record of a training is damaged.
-        """
+        """Finished runs that can be looked at again."""
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
         absent = [
@@ -189,13 +147,7 @@ class Store:
         return usable, [run for run in finished if run.name not in absent], absent
 
     def stale(self, run: Run) -> str | None:
-        """Why what the work dir of a run holds may not be gone on with; None if it may.
-
-        A record that is damaged is none: whoever takes the run up or goes on with it says so.
-
-        Args:
-            run: The run, finished or not.
-        """
+        """Why what the work dir of a run holds may not be gone on with; None if it may."""
         records = [run.folder / name for name in ('run.json', BEGUN)]
         path = next(filter(Path.is_file, records), None)
         if path is None:
@@ -208,14 +160,7 @@ class Store:
         return refutation(check) or other_options(record, run, check)
 
     def set_aside(self, run: Run) -> str | None:
-        """Renames the work dir of a stale run, so that the next one starts from nothing.
-
-        Args:
-            run: The run, whose lock is held: the lock goes with the folder.
-
-        Returns:
-            Why and where to; None if it stays.
-        """
+        """Renames the work dir of a stale run, so that the next one starts from nothing."""
         if (reason := self.stale(run)) is None:
             return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
@@ -224,11 +169,7 @@ class Store:
         return f'{reason}; what it left is in {there}'
 
     def checks(self) -> dict[str, Check]:
-        """What `check` has found, by the name of the run.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
+        """What `check` has found, by the name of the run."""
         path = self.folder / 'checks.json'
         checks = load(path) if is_there(path) else {}
         for name, check in checks.items():
@@ -244,25 +185,14 @@ class Store:
             return {}, str(error)
 
     def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
-        """Writes down what `check` has found.
-
-        Args:
-            run: The run.
-            finding: Whether its first losses came out again, and what is to be said of it.
-
-        Raises:
-            ValueError: What is there already is damaged.
-        """
+        """Writes down what `check` has found."""
         with self._alone():
             checks = dict(sorted({**self.checks(), run.name: finding}.items()))
             save(self.folder / 'checks.json', checks)
 
 
 def _has_checkpoint(run: Run, content: dict[str, Any]) -> bool:
-    """Whether the checkpoint of a row is here, and not that of another training of its name.
-
-    The same seed on another machine is another training, and one of it may have been cut short.
-    """
+    """Whether the checkpoint of a row is here, and not that of another training of its name."""
     folder, record = run.folder, run.folder / 'run.json'
     if not (
         record.is_file() and (folder / POINTER).is_file() and last_checkpoint(folder).is_file()

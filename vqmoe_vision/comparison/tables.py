@@ -22,15 +22,7 @@ _HELD_OUT = 'the same on held-out images'
 
 
 def frame_of(outcome: Outcome) -> pd.DataFrame:
-    """One line for each row that has results, all numbers unrounded.
-
-    Args:
-        outcome: What is shown.
-
-    Raises:
-        ValueError: No run of the rows that were asked for is there, or none has a number that the
-            comparison names.
-    """
+    """One line for each row that has results, all numbers unrounded."""
     comparison, by_row = outcome.comparison, outcome.by_row
     if not by_row.keys() & outcome.wanted:  # the reference alone would be no answer
         raise ValueError(f'no run of {comparison.name} can be used{outcome.results.why_none}')
@@ -60,12 +52,7 @@ def frame_of(outcome: Outcome) -> pd.DataFrame:
 
 
 def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame as a reader sees it, rounded and with units.
-
-    Args:
-        outcome: What is shown.
-        frame: As `frame_of`.
-    """
+    """The frame as a reader sees it, rounded and with units."""
     comparison, planned = outcome.comparison, len(outcome.comparison.seeds)
     unequal = frame.get('unequal_compute', pd.Series(False, frame.index))
     differences = [outcome.differences.get(row) for row in frame.index]
@@ -100,11 +87,7 @@ def shown(outcome: Outcome, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shift_table(outcome: Outcome) -> pd.DataFrame:
-    """Scores under shifts, for each row and shift that was measured.
-
-    Args:
-        outcome: What is shown.
-    """
+    """Scores under shifts, for each row and shift that was measured."""
     comparison, lines = outcome.comparison, []
     errors = shifted_layers(comparison, outcome.results, 'quantization_error')
     to_reference = f'difference to {comparison.reference} (95 % interval)'
@@ -136,12 +119,7 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
 
 
 def notes(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
-    """What a reader of the table must know.
-
-    Args:
-        outcome: What is shown.
-        frame: As `frame_of`.
-    """
+    """What a reader of the table must know."""
     comparison = outcome.comparison
     if comparison.tested:
         of, images = 'test', 'of the last checkpoint on the test data'

@@ -13,14 +13,7 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Task:
-    """A run that has something left to do.
-
-    Args:
-        run: The run.
-        store: The rows of its comparison.
-        leaves: Checkpoint that others start from; None if none of those that wait does.
-        row: Whether its row is missing. Otherwise it is trained again for the checkpoint alone.
-    """
+    """A run that has something left to do."""
 
     run: Run
     store: Store
@@ -58,14 +51,7 @@ class Task:
         return [] if self.leaves is None else [self.leaves]
 
     def collect(self) -> bool:
-        """Writes its row, if that is missing, once all of its files are there.
-
-        Returns:
-            Whether nothing is left to do.
-
-        Raises:
-            ValueError: As `Store.collect`.
-        """
+        """Writes its row, if that is missing, once all of its files are there."""
         return not self.missing and (not self.row or self.store.collect(self.run))
 
     def line(self) -> str:
@@ -74,12 +60,7 @@ class Task:
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
-    """What is to be done for the rows of runs: first the runs that they start from, where due.
-
-    Args:
-        runs: Of one comparison; those without a row that counts.
-        store: The rows of that comparison.
-    """
+    """What is to be done for the rows of runs: first the runs that they start from, where due."""
     sources = list(_sources(runs, store.folder.parent).values())
     # a row that the comparison which others start from trains in the same way counts here too
     coming = {

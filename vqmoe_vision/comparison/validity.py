@@ -140,12 +140,7 @@ _OF_CHECK: dict[str, Callable[[Any], bool]] = {
 
 
 def damage(content: dict[str, Any], run: Run) -> str | None:
-    """Says why a row cannot be read.
-
-    Args:
-        content: Of its file.
-        run: Whose it should be.
-    """
+    """Says why a row cannot be read."""
     if content.get('version') != VERSION:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
     if reason := _wrong(content, FIELDS, _LATER):
@@ -166,21 +161,13 @@ def damage(content: dict[str, Any], run: Run) -> str | None:
 
 
 def named_weights(config: dict[str, Any]) -> dict[str, str]:
-    """What a run may have started from, by the options that name it.
-
-    Args:
-        config: Of a row.
-    """
+    """What a run may have started from, by the options that name it."""
     named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
     return {option: path for option, path in named.items() if _is_text(path)}
 
 
 def damage_of_check(check: Any) -> str | None:
-    """Says why what `check` has left of a run cannot be read.
-
-    Args:
-        check: Of the file.
-    """
+    """Says why what `check` has left of a run cannot be read."""
     return _wrong(check, _OF_CHECK, _LATER) if isinstance(check, dict) else 'it is no object'
 
 
@@ -198,12 +185,7 @@ def _wrong(
 
 
 def other_config(content: dict[str, Any], run: Run) -> str | None:
-    """Says where the config of a row differs from today's.
-
-    Args:
-        content: Of its file.
-        run: As it would be today.
-    """
+    """Says where the config of a row differs from today's."""
     then, now = run.counting(content['config']), run.counting(run.resolved)
     # how processes talk; a work dir has it in its name, by which others start from its checkpoint
     names = {name for name in then | now if not name.startswith('env_cfg.dist_cfg')}
@@ -211,16 +193,7 @@ def other_config(content: dict[str, Any], run: Run) -> str | None:
 
 
 def other_options(record: dict[str, Any], run: Run, check: Check | None) -> str | None:
-    """Says where the options of MoE layers differ from today's, defaults and presets included.
-
-    A row from before they were kept has those with which a check found it to be right. Without one
-    nothing can be said. An option that did not exist then is not compared: no row could say it.
-
-    Args:
-        record: A row, or what a run left.
-        run: As it would be today.
-        check: What a check has found of this very training, if there was one.
-    """
+    """Says where the options of MoE layers differ from today's, defaults and presets included."""
     options = record.get('moe_options', (check or {}).get('moe_options'))
     if not options:  # a dense model has none
         return None
@@ -229,11 +202,7 @@ def other_options(record: dict[str, Any], run: Run, check: Check | None) -> str 
 
 
 def refutation(check: Check | None) -> str | None:
-    """Says what a check has found against a row.
-
-    Args:
-        check: Of this very training, if there was one.
-    """
+    """Says what a check has found against a row."""
     return None if check is None or check['equal'] else f'stale: {check["finding"]}'
 
 

@@ -19,21 +19,7 @@ from .tasks import Task, tasks_of
 
 
 class Work:
-    """The rows and seeds that an action was asked for, and what is there of them.
-
-    Args:
-        args: The command line: spec, rows, seeds, work_dir and results.
-        whole: Take all rows and seeds, whatever was asked for.
-
-    Attributes:
-        comparison: What is compared.
-        runs: Those that were asked for.
-        folder: Of its runs.
-        store: Of its rows.
-
-    Raises:
-        ValueError: The comparison, a row, a seed or an option of a row is not possible.
-    """
+    """The rows and seeds that an action was asked for, and what is there of them."""
 
     def __init__(self, args: argparse.Namespace, whole: bool = False) -> None:
         self.comparison = read_comparison(args.spec)
@@ -59,10 +45,7 @@ class Work:
         return self._read()[0]
 
     def unfinished(self) -> list[Run]:
-        """The runs that have no results yet, or none that count.
-
-        One of other inputs is none of them: to repeat it with these would take hours at each call.
-        """
+        """The runs that have no results yet, or none that count."""
         _, stored = self._read()
         return [one for one in self.runs if (one.row, one.seed) not in stored]
 
@@ -81,17 +64,7 @@ class Work:
         return results, stored
 
     def own(self, what: str, checked: bool = True) -> tuple[Store, Usable]:
-        """Its rows and what counts of them, which is to be done something with.
-
-        A line says which rows count and are of the comparison it starts from.
-
-        Args:
-            what: The end of a sentence that says that nothing can be, such as 'checked'.
-            checked: Leave out what a check has found to be stale.
-
-        Raises:
-            ValueError: None counts, or what is found could not be written.
-        """
+        """Its rows and what counts of them, which is to be done something with."""
         missing = self.store.read(self.runs).missing
         for other in self._others:
             if names := [f'{row}-seed{seed}' for row, seed in other.read(missing).usable]:

@@ -15,15 +15,7 @@ _KEY = 'accumulated'
 
 
 def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
-    """Adds gradients, and what codebooks have seen, that no step has used yet to a checkpoint.
-
-    With several processes each has its own, and the checkpoint is that of the first: they are lost,
-    as in mmengine.
-
-    Args:
-        runner: Its optimizer may accumulate gradients over several batches.
-        checkpoint: Is changed.
-    """
+    """Adds gradients, and what codebooks have seen, that no step has used yet to a checkpoint."""
     if runner.optim_wrapper.should_update() or get_world_size() > 1:
         return
     if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
@@ -37,15 +29,7 @@ def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
-    """Puts what a checkpoint kept where the next batch adds to it.
-
-    Args:
-        runner: Resumes.
-        checkpoint: Of a training.
-
-    Raises:
-        ValueError: It does not fit the model.
-    """
+    """Puts what a checkpoint kept where the next batch adds to it."""
     if _KEY not in checkpoint:
         return
     model, kept = unwrapped(runner), checkpoint[_KEY]

@@ -16,29 +16,12 @@ _ADDRESS = re.compile(r' at 0x[0-9a-f]+')  # of a function in a config, in each 
 
 
 def check_configs(processes: Processes, config: Config) -> None:
-    """Compares the configs of all processes.
-
-    Args:
-        processes: After they have joined.
-        config: Of this one.
-
-    Raises:
-        ValueError: Names a field that differs, and the ranks.
-    """
+    """Compares the configs of all processes."""
     _compare(processes, 'configs', dict(_leaves(config.to_dict())))
 
 
 def check_datasets(processes: Processes, runner: Runner, splits: tuple[str, ...]) -> None:
-    """Compares the data sets of all processes.
-
-    Args:
-        processes: After they have joined.
-        runner: Of this one.
-        splits: 'train', 'val' or 'test'; one that the config has not is left out.
-
-    Raises:
-        ValueError: They have different numbers of samples, or different classes.
-    """
+    """Compares the data sets of all processes."""
     fields = {}
     for name in (f'{split}_dataloader' for split in splits):
         if runner.cfg.get(name) is not None:

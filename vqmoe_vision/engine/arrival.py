@@ -17,16 +17,7 @@ _COMPLETE = 'complete'
 
 
 def open_store(hosts: bool, rank: int) -> dist.TCPStore:
-    """The store at MASTER_ADDR and MASTER_PORT, in which processes leave notes for each other.
-
-    Args:
-        hosts: Whether this process keeps it; it waits for whoever does otherwise.
-        rank: Of this process.
-
-    Raises:
-        ValueError: MASTER_PORT is no port, or in use.
-        LostError: Nobody keeps a store there.
-    """
+    """The store at MASTER_ADDR and MASTER_PORT, in which processes leave notes for each other."""
     address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f'MASTER_PORT={port} must be the number of a port')
@@ -62,16 +53,7 @@ def _reach(address: str, port: int, rank: int) -> None:
 
 
 def claim(store: dist.Store, rank: int, size: int) -> None:
-    """Takes the place of a process in a run.
-
-    Args:
-        store: Of all of its processes.
-        rank: Of this process.
-        size: How many there are to be.
-
-    Raises:
-        ValueError: Another process has this rank, or knows of another number of processes.
-    """
+    """Takes the place of a process in a run."""
     number = int(store.compare_set('size', '', str(size)))
     if number != size:
         raise ValueError(
@@ -86,17 +68,7 @@ def claim(store: dist.Store, rank: int, size: int) -> None:
 
 
 def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
-    """Waits until all processes of a run are there; the first of those says for whom.
-
-    Args:
-        store: Of all of them.
-        rank: Of this process, which has been claimed.
-        size: How many there are to be.
-        timeout: Seconds after which it gives up.
-
-    Raises:
-        LostError: Somebody has not come.
-    """
+    """Waits until all processes of a run are there; the first of those says for whom."""
     started, silent, missing = time.monotonic(), True, list(range(size))
     while missing := [other for other in missing if not store.check([f'arrived {other}'])]:
         waited = time.monotonic() - started
@@ -111,9 +83,5 @@ def arrive(store: dist.Store, rank: int, size: int, timeout: float) -> None:
 
 
 def is_complete(store: dist.Store) -> bool:
-    """Whether all processes of a run have been there.
-
-    Args:
-        store: Of all of them.
-    """
+    """Whether all processes of a run have been there."""
     return store.check([_COMPLETE])

@@ -53,16 +53,7 @@ _CONFIGS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info',
 
 
 def start_from(model: Transformer, path: str) -> None:
-    """Loads weights from elsewhere for a new training, and logs what became of them.
-
-    Args:
-        model: Takes what the file has for it, and its experts are made of dense MLPs as its
-            `upcycling` says.
-        path: As `read_state`.
-
-    Raises:
-        ValueError: The file cannot be read or does not fit; names keys and shapes.
-    """
+    """Loads weights from elsewhere for a new training, and logs what became of them."""
     how = model.upcycling if isinstance(model, SparseModel) else None
     origin, state = origin_of(describe(path), path), read_state(path)
     # what the options say is tried last
@@ -77,12 +68,7 @@ def start_from(model: Transformer, path: str) -> None:
 
 
 def log_weights(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Logs what became of the weights that a model was built with, if there are some.
-
-    Args:
-        model: Built by `create_model`, which is silent: there is no log yet.
-        arguments: Its keyword arguments.
-    """
+    """Logs what became of the weights that a model was built with, if there are some."""
     report = getattr(model, 'weights_report', None)
     if report is not None:
         timms: Any = model
@@ -96,14 +82,7 @@ def _log(notes: Sequence[str], source: str) -> None:
 
 
 def read_state(path: str) -> StateDict:
-    """Reads the weights of a file without running any code that it may hold.
-
-    Args:
-        path: A .pth file of mmengine or timm, a .safetensors file, or a folder of timm.
-
-    Raises:
-        ValueError: The file is missing, damaged, or holds more than weights.
-    """
+    """Reads the weights of a file without running any code that it may hold."""
     file = weights_in(path)
     with _reading(file):
         state = load_state_dict(file, weights_only=True)
@@ -114,14 +93,7 @@ def read_state(path: str) -> StateDict:
 
 
 def read_image_sizes(path: str) -> list[Size]:
-    """Image sizes that a run or timm has left beside its weights.
-
-    Args:
-        path: As `read_state`, which has read it already.
-
-    Returns:
-        (height, width) each; empty for a file of others.
-    """
+    """Image sizes that a run or timm has left beside its weights."""
     described = describe(path)
     # what a network was built for counts before what it was tested with
     stated = (described.arguments.get('img_size'), described.config.get('input_size', ())[-2:])
@@ -135,14 +107,7 @@ def read_image_sizes(path: str) -> list[Size]:
 
 
 def run_experts(path: str) -> StatedExperts | None:
-    """What the checkpoint of a run says of its experts.
-
-    Args:
-        path: As `read_state`, which has read it already.
-
-    Returns:
-        None for a file or folder of timm, and for one that does not say.
-    """
+    """What the checkpoint of a run says of its experts."""
     file = weights_in(path)
     if file.endswith('.safetensors'):
         return None
@@ -150,16 +115,7 @@ def run_experts(path: str) -> StatedExperts | None:
 
 
 def read_content(path: str, verify: bool = True) -> Any:
-    """Reads all that a file holds, without running any code that it may hold.
-
-    Args:
-        path: A .pth file; or a file or folder of timm, which holds a 'state_dict' alone.
-        verify: Compare the checksums, for which the whole file is read; tensors are read when they
-            are used. Without it, what lies in a folder of parts beside the file is left there.
-
-    Raises:
-        ValueError: The file is missing, damaged, or holds more than weights and a log.
-    """
+    """Reads all that a file holds, without running any code that it may hold."""
     file = weights_in(path)
     if file.endswith('.safetensors'):
         return {'state_dict': read_state(file)}
@@ -168,14 +124,7 @@ def read_content(path: str, verify: bool = True) -> Any:
 
 
 def check_content(path: str) -> None:
-    """Compares all checksums of a checkpoint, also of the parts that lie beside it.
-
-    Args:
-        path: A .pth file.
-
-    Raises:
-        ValueError: The file is missing, damaged, or holds more than weights and a log.
-    """
+    """Compares all checksums of a checkpoint, also of the parts that lie beside it."""
     _checked_parts(_load(path), path)
 
 
@@ -235,16 +184,7 @@ def _reading(path: str, verify: bool = True) -> Iterator[None]:
 
 
 def load_from_local(filename: str, map_location: Any) -> Any:
-    """The loader of files that mmengine asks for, which reads them as data.
-
-    Args:
-        filename: A .pth file, or a file or folder of timm; `~` is the user's folder.
-        map_location: As in `torch.load`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds more than weights and a log.
-    """
+    """The loader of files that mmengine asks for, which reads them as data."""
     path = os.path.expanduser(filename)
     if not os.path.exists(path):
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')

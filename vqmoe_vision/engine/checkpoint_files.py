@@ -30,12 +30,7 @@ class SaveError(OSError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a write failed, in words.
-
-    Args:
-        error: Of the system, or of torch; it may have been sent between processes, which leaves
-            behind what caused it.
-    """
+    """Why a write failed, in words."""
     said = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
     # what torch's writer says in the place of the system's word
     cut_off = any(words in said for words in ('unexpected pos', 'PytorchStreamWriter'))
@@ -43,15 +38,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file, so that whatever happens meanwhile it is the old one or the new one.
-
-    Args:
-        path: Its folder exists.
-        content: All of the new file.
-
-    Raises:
-        SaveError: It cannot be written, for example because the disk is full.
-    """
+    """Replaces a file, so that whatever happens meanwhile it is the old one or the new one."""
     partial = path.with_name(f'.{path.name}.part')
     try:
         partial.unlink(missing_ok=True)  # or a link would be followed
@@ -71,11 +58,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names of a folder's files to the disk, where its file system can.
-
-    Args:
-        folder: Exists.
-    """
+    """Brings the names of a folder's files to the disk, where its file system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -89,24 +72,12 @@ class AtomicBackend(LocalBackend):
     """mmengine's files on this machine, written whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Writes a file.
-
-        Args:
-            obj: All that it holds.
-            filepath: Where to.
-        """
+        """Writes a file."""
         write_atomically(Path(filepath), obj)
 
 
 def check_template(name: Any) -> None:
-    """Refuses names of checkpoints by which no run would find them again.
-
-    Args:
-        name: What a config has as `filename_tmpl`: a name with `{}` in the place of the number.
-
-    Raises:
-        ValueError: It is none, or `candidates` would leave out such a file.
-    """
+    """Refuses names of checkpoints by which no run would find them again."""
     valid = isinstance(name, str) and name.endswith('.pth') and '/' not in name
     if not valid or name.startswith((BEST, '.')):
         raise ValueError(
@@ -123,25 +94,13 @@ def check_template(name: Any) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a run wrote last.
-
-    Args:
-        folder: Work dir with a pointer, which holds a name; former versions wrote a whole path,
-            wherever the folder was then.
-    """
+    """The checkpoint that a run wrote last."""
     return folder / Path((folder / POINTER).read_text().strip()).name
 
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Keeps a work dir for one training, until that ends or is killed.
-
-    Args:
-        folder: Work dir.
-
-    Raises:
-        ValueError: Another training has it.
-    """
+    """Keeps a work dir for one training, until that ends or is killed."""
     with (folder / _LOCK).open('a') as file:
         try:
             # one that ends with the process, and that no worker of its data loaders inherits
@@ -157,13 +116,7 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def identify(folder: Path, resumed: bool, stated: Any) -> str:
-    """The word by which a run knows its files again, and nobody else's.
-
-    Args:
-        folder: Work dir, which keeps it for a run that begins anew after a kill in its first save.
-        resumed: Whether the run goes on from a checkpoint.
-        stated: What that says; one that says nothing is not of a run that was here before.
-    """
+    """The word by which a run knows its files again, and nobody else's."""
     file = folder / RUN_FILE
     if not resumed:
         stated = file.read_text(errors='replace') if file.is_file() else None
@@ -183,12 +136,7 @@ def _is_own(path: Path, run: str) -> bool:
 
 
 def remove_partial(folder: Path, run: str) -> None:
-    """Removes what a run that was killed has written in part.
-
-    Args:
-        folder: Work dir, in which nothing else runs.
-        run: Of `identify`.
-    """
+    """Removes what a run that was killed has written in part."""
     for name in ('*.pth', POINTER, RUN_FILE):  # as `write_atomically` calls them
         for path in folder.glob(f'.{name}.part'):
             if path.is_file():
@@ -200,16 +148,7 @@ def remove_partial(folder: Path, run: str) -> None:
 
 
 def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) -> None:
-    """Removes a run's folders of parts that no checkpoint beside them names.
-
-    A file that cannot be read may be repaired, and the folders that may be its own stay: without
-    the suffix .pth, that is all of them.
-
-    Args:
-        folder: Work dir, in which nothing else saves.
-        run: Of `identify`.
-        of: Names of the checkpoints whose folders are meant; None is all.
-    """
+    """Removes a run's folders of parts that no checkpoint beside them names."""
     found = [path for path in folder.glob('*.sharded') if run_of(path) == run]
     owners = {path: owner for path in found if (owner := owner_of(path.name))}
     suspects = [path for path, owner in owners.items() if of is None or owner in of]
@@ -235,13 +174,7 @@ def _may_name_parts(file: Path) -> bool:
 
 
 def delete(folder: Path, names: Iterable[str], run: str) -> None:
-    """Deletes checkpoints of a run in its work dir, and nothing else whatever the names say.
-
-    Args:
-        folder: Work dir.
-        names: Of files, which may be gone.
-        run: Of `identify`.
-    """
+    """Deletes checkpoints of a run in its work dir, and nothing else whatever the names say."""
     paths = [folder / Path(name).name for name in names]
     for path in paths:
         if path.suffix == '.pth' and _is_own(path, run):
@@ -250,28 +183,12 @@ def delete(folder: Path, names: Iterable[str], run: str) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Files of a work dir that a run may go on from; the best ones hold no optimizer.
-
-    Args:
-        folder: Work dir, which need not exist.
-    """
+    """Files of a work dir that a run may go on from; the best ones hold no optimizer."""
     return sorted(path for path in folder.glob('*.pth') if not path.name.startswith(BEST))
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -inf) -> Path:
-    """The newest checkpoint of a run that reads completely, its checksums included.
-
-    It is looked for among the files themselves: whatever ends a run may do so before the pointer
-    is written.
-
-    Args:
-        folder: Work dir.
-        say: Takes a line for each file that is passed over.
-        after: Older ones do not count, in seconds since 1970.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
+    """The newest checkpoint of a run that reads completely, its checksums included."""
     found, passed_over = _by_age(folder)
     chosen = None
     for _, path in sorted((one for one in found if one[0][0] > after), reverse=True):
@@ -292,11 +209,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -
 
 
 def newest_time(folder: Path) -> float:
-    """When the newest checkpoint of a run was written, in seconds since 1970; 0 without one.
-
-    Args:
-        folder: Work dir, which need not exist.
-    """
+    """When the newest checkpoint of a run was written, in seconds since 1970; 0 without one."""
     return max((saved_at for (saved_at, _), _ in _by_age(folder)[0]), default=0.0)
 
 

@@ -214,11 +214,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 info[key] = Path(str(value)).name
 
     def _save_now(self, runner: Runner) -> int:
-        """Saves a run that is told to stop, whatever the interval.
-
-        Returns:
-            The number of iterations that are done.
-        """
+        """Saves a run that is told to stop, whatever the interval."""
         epoch, iteration = self._progress
         if self._validating:
             for hook in runner.hooks:

@@ -8,14 +8,7 @@ from vqmoe_vision.moe.config import check, did_you_mean
 
 
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
-    """What a class can be built with, also what it hands on to the next class by `**kwargs`.
-
-    Args:
-        kind: Any class.
-
-    Returns:
-        Each parameter by its name, the nearest class first; none of `self`, `*args`, `**kwargs`.
-    """
+    """What a class can be built with, also what it hands on to the next class by `**kwargs`."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if '__init__' not in base.__dict__:
@@ -31,16 +24,7 @@ def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def check_arguments(owner: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses arguments that a class does not have, which it would ignore or fail on later.
-
-    Args:
-        owner: What takes them, as a config calls it.
-        given: Values by name.
-        known: Names of what it takes.
-
-    Raises:
-        ValueError: One of them is unknown; names the most similar one.
-    """
+    """Refuses arguments that a class does not have, which it would ignore or fail on later."""
     for name, value in given.items():
         allowed = f'the options are {", ".join(sorted(known))}{did_you_mean(name, known)}'
         check(name in known, f'{owner}.{name}', value, allowed)

@@ -17,16 +17,7 @@ _REDUCED = 'reduce_zero_label'
 
 
 def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
-    """Compares names of classes, by which a label is a class, with those of a checkpoint.
-
-    Args:
-        content: The checkpoint; others may spell the same classes otherwise and are asked nothing.
-        classes: Names of the data set by index.
-        where: The data set, for messages.
-
-    Raises:
-        ValueError: The checkpoint is of a run of this package, which called a class otherwise.
-    """
+    """Compares names of classes, by which a label is a class, with those of a checkpoint."""
     trained = stated_in(content).get('classes')
     if not isinstance(trained, list | tuple):
         return
@@ -40,20 +31,7 @@ def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
 
 
 def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
-    """Compares from which label on data sets of one kind count their classes.
-
-    Every class would be another, and no name of a class says so. A data set of another kind than
-    that of the training, or in another folder, may have its label maps written otherwise.
-
-    Args:
-        runner: About to run, with the data set of the split.
-        split: 'train' of a run that goes on, 'val' or 'test'.
-        trained: `metainfo` of the training's data set; None if that is not known.
-        whose: Where that is from, for messages.
-
-    Raises:
-        ValueError: The data set counts otherwise.
-    """
+    """Compares from which label on data sets of one kind count their classes."""
     field = f'{split}_dataloader'
     now = getattr(runner, field).dataset.metainfo.get(_REDUCED)
     before = (trained or {}).get(_REDUCED)

@@ -42,11 +42,7 @@ CHECKPOINT_HELP = 'file written by tools/train.py, or the folder of timm that is
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Trains the model of a config.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Trains the model of a config."""
     parser = _parser('Train a model.')
     parser.add_argument(
         '--resume', action='store_true', help='go on from the latest checkpoint in the work dir'
@@ -58,11 +54,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 def test(argv: Sequence[str] | None = None) -> None:
-    """Tests a checkpoint of the model of a config.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Tests a checkpoint of the model of a config."""
     parser = _parser('Test a checkpoint.')
     parser.add_argument('checkpoint', help=CHECKPOINT_HELP)
     parser.add_argument('--out', type=Path, help='JSON file to write the metrics to')
@@ -76,21 +68,7 @@ def test(argv: Sequence[str] | None = None) -> None:
 def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
-    """Reads a config file and merges the options of the command line into it.
-
-    `~` is the user's folder in all of its paths.
-
-    Args:
-        path: Config file, or name of one that comes with the package, as `find_config`.
-        options: Values by dotted name.
-        import_modules: Import the modules that it names, as building anything of it needs.
-
-    Raises:
-        FileNotFoundError: There is no such file, or none that it builds on; names what replaces a
-            config of before, or one with a similar name.
-        ValueError: An option changes what is no field of a config, or the imports of a base are
-            replaced.
-    """
+    """Reads a config file and merges the options of the command line into it."""
     file = find_config(path)
     try:
         config = Config.fromfile(file, import_custom_modules=import_modules)
@@ -107,14 +85,7 @@ def load_config(
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, before the work whose results go there.
-
-    Args:
-        folder: May be there already.
-
-    Raises:
-        ValueError: It cannot be made, or not be written to.
-    """
+    """Makes a folder, before the work whose results go there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / '.writable').open('w'):
@@ -125,15 +96,7 @@ def make_folder(folder: Path) -> None:
 
 
 def show_predictions(config: Config, folder: str) -> None:
-    """Lets a config's visualization hook draw every prediction of a test.
-
-    Args:
-        config: Its hook and visualizer are changed.
-        folder: Where pictures go, under `vis_data/vis_image`.
-
-    Raises:
-        ValueError: The config has no such hook.
-    """
+    """Lets a config's visualization hook draw every prediction of a test."""
     hook = config.default_hooks.get('visualization')
     if hook is None:
         raise ValueError('--show-dir needs a config with default_hooks.visualization')
@@ -142,14 +105,7 @@ def show_predictions(config: Config, folder: str) -> None:
 
 
 def augment_test(config: Config) -> None:
-    """Lets a test predict several versions of each image and merge the predictions.
-
-    Args:
-        config: Its model and test data set are changed, of a wrapper all data sets inside.
-
-    Raises:
-        ValueError: The config does not say how.
-    """
+    """Lets a test predict several versions of each image and merge the predictions."""
     for name in ('tta_model', 'tta_pipeline'):
         if name not in config:
             raise ValueError(f'--tta needs a config with {name}')

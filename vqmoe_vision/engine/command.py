@@ -43,13 +43,7 @@ def run(
     argv: Sequence[str] | None,
     action: Callable[[argparse.Namespace], None],
 ) -> None:
-    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only.
-
-    Args:
-        parser: Parser with the arguments of the tool, `--debug` among them.
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-        action: What to do with the parsed arguments.
-    """
+    """Runs a tool so that a mistake is one line, and the trace comes with `--debug` only."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options: dict[str, Any] = {}
     try:
@@ -99,12 +93,7 @@ def _end_if_nobody_reads() -> None:
 
 
 def as_typed(message: str, options: Mapping[str, Any]) -> str:
-    """Names the field that a message begins with as the command line did: model.moe.top_k.
-
-    Args:
-        message: What went wrong, in one line.
-        options: All `--cfg-options`, by name.
-    """
+    """Names the field that a message begins with as the command line did: model.moe.top_k."""
     field = message.partition('=')[0]
     names = [name for name in options if name.endswith(f'.{field}')]
     # of several fields of this name that with the value in question
@@ -120,11 +109,7 @@ def _of_registry(name: str, kind: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong in one line, without the frames and prefixes that frameworks add.
-
-    Args:
-        error: What was raised.
-    """
+    """What went wrong in one line, without the frames and prefixes that frameworks add."""
     # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
     while isinstance(error, ImportError):
         hidden = error.__cause__ if error.__suppress_context__ else error.__context__

@@ -15,16 +15,7 @@ _SUFFIXES = ('.py', '.yml', '.yaml', '.json')  # those that mmengine reads
 
 
 def find_config(path: str, where: str = '') -> str:
-    """The file of a config.
-
-    Args:
-        path: A file, or `vqmoe_vision::` and the name of a config that comes with the package.
-        where: What named it, if not the command line.
-
-    Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is a folder, or no config by its name.
-    """
+    """The file of a config."""
     file = config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
     if Path(file).is_dir():
         raise ValueError(f'config {path!r}{where} is a folder')
@@ -36,12 +27,7 @@ def find_config(path: str, where: str = '') -> str:
 
 
 def missing_config(path: str, where: str = '') -> FileNotFoundError:
-    """The error for a config that does not exist; says what replaces it, or was meant.
-
-    Args:
-        path: Its name.
-        where: What named it, if not the command line.
-    """
+    """The error for a config that does not exist; says what replaces it, or was meant."""
     former, nearest = replacement(path), _nearest(path)
     hint = f'; did you mean {nearest}?' if nearest else ''
     hint = f'; in its place: {former}' if former else hint
@@ -64,11 +50,7 @@ def _nearest(path: str) -> str | None:
 
 
 def _base_path(base: str, filename: str) -> tuple[str, str | None]:
-    """File and scope of a `_base_`, which may also be one that comes with the package.
-
-    mmengine knows such names for OpenMMLab's packages alone, and gives what it reads the package
-    as scope of its registries; ours are mmengine's and mmseg's.
-    """
+    """File and scope of a `_base_`, which may also be one that comes with the package."""
     if base.startswith(_PREFIX):
         return find_config(base, f', on which {filename!r} builds,'), None
     return _mmengine_base_path(base, filename)

@@ -13,11 +13,7 @@ from .options import add_config_options
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
-    """Writes a V-MoE of JAX as a folder that timm reads.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Writes a V-MoE of JAX as a folder that timm reads."""
     parser = argparse.ArgumentParser(
         description='Write a released V-MoE of github.com/google-research/vmoe as a folder that '
         'timm reads.'

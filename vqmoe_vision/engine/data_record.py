@@ -11,18 +11,7 @@ from mmengine.dataset import BaseDataset
 
 
 def described(dataset: Any) -> dict[str, Any]:
-    """The number of samples, and a digest of what they are called, in their order.
-
-    Names are those of files inside their folder, with the class or the label map; of images that
-    are no files only the classes are known. The same names with other pixels, such as compressed
-    ones, are not seen to differ; the same images in another layout are.
-
-    Args:
-        dataset: Of a data loader.
-
-    Returns:
-        `samples`, and `digest`, which is None for a data set that names nothing.
-    """
+    """The number of samples, and a digest of what they are called, in their order."""
     names = _names(dataset)
     digest = None if names is None else sha256('\n'.join(names).encode()).hexdigest()[:16]
     return {'samples': len(dataset), 'digest': digest}

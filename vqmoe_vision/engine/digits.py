@@ -7,17 +7,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scans and what they show, always the same, every digit in proportion.
-
-    Args:
-        split: 'train' (1,257 scans), 'dev' (180 scans) or 'test' (360 scans).
-
-    Returns:
-        Scans (N, 8, 8), uint8, bright strokes on black; and the digits (N,).
-
-    Raises:
-        ValueError: There is no such split.
-    """
+    """Scans and what they show, always the same, every digit in proportion."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
     # here, because every tool reads this file, few the scans: a second of the eight to its start

@@ -38,11 +38,7 @@ _SAID_BY_FOLDER = ('source', 'pretrained_cfg')
 
 
 def export(argv: Sequence[str] | None = None) -> None:
-    """Writes a model as a file for others, and compares the file with the model.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Writes a model as a file for others, and compares the file with the model."""
     parser = argparse.ArgumentParser(
         description='Write a model as a file of ONNX or of torch.export, and compare the two.'
     )

@@ -34,22 +34,7 @@ _PREPARATIONS = ('transform', 'pipeline')
 def start_features(
     model: nn.Module, features: str | None, started: bool, weights: Normalization | None
 ) -> Normalization | None:
-    """Gives what reads images in a model its weights, for a new training.
-
-    Args:
-        model: Built by timm.
-        features: Checkpoint of a dense model of the same shape, any that `start_from` reads; what
-            reads images and is not given one `fit_features` refuses to fit.
-        started: Whether the model has weights already, of which a dense one's are these too.
-        weights: How images were normalised for those; None if that is not known.
-
-    Returns:
-        How images are to be normalised, as far as the weights of both say.
-
-    Raises:
-        ValueError: The model reads no images; the file cannot be read or does not fit; or it wants
-            images that are normalised otherwise.
-    """
+    """Gives what reads images in a model its weights, for a new training."""
     reader = image_reader(model)
     if reader is None:
         allowed = 'None, the model decides by no features of images'
@@ -70,18 +55,7 @@ def start_features(
 
 
 def fit_features(runner: Runner) -> None:
-    """Fits what reads images in the model of a run to its training set, unless it is fitted.
-
-    Images are prepared as those of validation are, without augmentation; of a segmentation it sees
-    the middle of each.
-
-    Args:
-        runner: About to train; its model knows how images are normalised.
-
-    Raises:
-        ValueError: Nobody has named weights for it, the config does not say how images are prepared
-            without augmentation, or there are too few images.
-    """
+    """Fits what reads images in the model of a run to its training set, unless it is fitted."""
     model = unwrapped(runner)
     reader = image_reader(model.routed_model)
     if reader is None or bool(reader.fitted):

@@ -17,16 +17,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_losses(values: Mapping[str, float], iteration: int) -> None:
-    """Stops at a total loss that is not finite.
-
-    Args:
-        values: Of one iteration by name: the total as `loss`, if it is known yet, and what it is
-            the sum of, with "loss" in the name.
-        iteration: Counted from 1.
-
-    Raises:
-        NonFiniteError: Names the iteration, and the first component that is not finite.
-    """
+    """Stops at a total loss that is not finite."""
     if math.isfinite(values.get('loss', 0.0)):
         return
     bad = {
@@ -44,11 +35,7 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
 
 
 def pass_over_infinite(model: nn.Module) -> None:
-    """Lets `check_weights` leave out buffers that are not finite by design, such as a mask of -inf.
-
-    Args:
-        model: As it was built, before it has the weights of a checkpoint.
-    """
+    """Lets `check_weights` leave out buffers that are not finite by design, such as a mask of -inf."""  # LONG
     found = (name for name, buffer in model.named_buffers() if not buffer.isfinite().all())
     setattr(model, _INFINITE, frozenset(found))
 
@@ -56,19 +43,7 @@ def pass_over_infinite(model: nn.Module) -> None:
 def check_weights(
     model: nn.Module, iteration: int, state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Stops at a parameter or buffer that is not finite.
-
-    Of a tensor that is spread over processes each looks at its own part: a look at the whole would
-    wait for the others, and the first process alone asks before it writes.
-
-    Args:
-        model: Codebooks that learn without gradients are buffers.
-        iteration: That is to blame, counted from 1.
-        state: What is written of the model; by default its state.
-
-    Raises:
-        NonFiniteError: Names the first one, and the iteration.
-    """
+    """Stops at a parameter or buffer that is not finite."""
     by_design: frozenset[str] = getattr(model, _INFINITE, frozenset())
     finite: dict[str, torch.Tensor] = {}
     of_devices = defaultdict(list)
@@ -90,16 +65,7 @@ def check_weights(
 
 
 def check_own_parts(model: nn.Module, iteration: int, state: dict[str, torch.Tensor]) -> None:
-    """As `check_weights`: each process looks at its parts, and all of them agree.
-
-    Args:
-        model: Of which each process has a part.
-        iteration: As `check_weights`.
-        state: Its state, in which some tensors are spread.
-
-    Raises:
-        NonFiniteError: On all processes, of the first that has found something.
-    """
+    """As `check_weights`: each process looks at its parts, and all of them agree."""
     problem = ''
     try:
         check_weights(model, iteration, state)

@@ -63,14 +63,7 @@ _TABLE = {
 
 
 def replacement(path: str) -> str | None:
-    """What to name in place of a config of before: another, and the options that go with it.
-
-    Args:
-        path: Name of a config that does not exist.
-
-    Returns:
-        A path and options, as on a command line; None if there was no such config.
-    """
+    """What to name in place of a config of before: another, and the options that go with it."""
     for pattern, (new, default) in _TABLE.items():
         match = re.fullmatch(
             rf'(?P<root>(.*/|vqmoe_vision::)?){pattern}\.py', PurePath(path).as_posix()

@@ -17,14 +17,7 @@ _FORMERLY = 32 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep what this process frees, for its own next blocks of up to 2 GiB.
-
-    Processes that it forks, such as data workers, do the same. What a user has set by glibc's
-    environment variables is left alone.
-
-    Returns:
-        Whether it does so: not without glibc, nor where a user has set something else.
-    """
+    """Lets glibc keep what this process frees, for its own next blocks of up to 2 GiB."""
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
     if mallopt is None or any(name in os.environ for name in _VARIABLES):
         return False

@@ -34,24 +34,7 @@ def publish_folder(
     license_id: str | None = None,
     numbers: str | None = None,
 ) -> Path:
-    """Writes weights, configuration and model card of a run.
-
-    Args:
-        work_dir: Folder of `tools/train.py`. The config in it is run, as every config is; the
-            checkpoint is read as data.
-        out: Folder that does not exist yet, or is empty.
-        checkpoint: File of the run; None for the best, or else the last.
-        license_id: The hub's name for the licence of the weights, such as 'apache-2.0'.
-        numbers: What `tools/test.py --out` wrote of the same weights.
-
-    Returns:
-        The folder that was written.
-
-    Raises:
-        ValueError: The folder cannot be written, the work dir has no config, several, or no
-            checkpoint, a file cannot be read, the numbers are of other weights, or timm's files
-            cannot say what the model is.
-    """
+    """Writes weights, configuration and model card of a run."""
     target, run = free_folder(out), Path(work_dir)
     valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
     allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
@@ -82,14 +65,7 @@ def publish_folder(
 
 
 def free_folder(out: str) -> Path:
-    """Where a folder is to be written.
-
-    Args:
-        out: Folder that does not exist yet, or is empty.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Where a folder is to be written."""
     target = Path(out).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
@@ -98,14 +74,7 @@ def free_folder(out: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name when all is in it, and is gone after an error.
-
-    Args:
-        target: Of `free_folder`.
-
-    Raises:
-        ValueError: Nothing can be written beside it.
-    """
+    """A folder to write to, which gets its name when all is in it, and is gone after an error."""
     make_folder(target.parent)
     with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
         folder = Path(scratch) / target.name
@@ -157,14 +126,7 @@ def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[Score]:
 
 
 def config_of(run: Path) -> Path:
-    """The config that a run left in its work dir.
-
-    Args:
-        run: The work dir.
-
-    Raises:
-        ValueError: There is none, or several.
-    """
+    """The config that a run left in its work dir."""
     found = sorted(run.glob('*.py'))
     if len(found) == 1:
         return found[0]
@@ -175,15 +137,7 @@ def config_of(run: Path) -> Path:
 
 
 def chosen_checkpoint(run: Path, how: str = 'name one of them after the work dir') -> Path:
-    """The best checkpoint of a work dir, or else the last.
-
-    Args:
-        run: The work dir.
-        how: What a user does where several are the best.
-
-    Raises:
-        ValueError: There is none, or several are the best.
-    """
+    """The best checkpoint of a work dir, or else the last."""
     best = sorted(run.glob(f'{BEST}*.pth'))
     if len(best) > 1:
         names = ', '.join(path.name for path in best)

@@ -18,15 +18,7 @@ from PIL import ExifTags, Image
 
 @contextmanager
 def opened(source: str | PathLike | IO[bytes], name: str) -> Iterator[Image.Image]:
-    """Opens an image file; its pixels are not read before they are asked for.
-
-    Args:
-        source: Path, or open file.
-        name: What errors call it.
-
-    Raises:
-        ValueError: The file is no image, is damaged, or has more pixels than Pillow allows.
-    """
+    """Opens an image file; its pixels are not read before they are asked for."""
     try:
         with Image.open(source) as image:
             yield image
@@ -48,15 +40,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns stored pixels as they are meant to be seen.
-
-    Args:
-        pixels: (H, W) or (H, W, channels).
-        orientation: Of EXIF, 1..8.
-
-    Returns:
-        A view of `pixels`; from 5 on height and width have changed places.
-    """
+    """Turns stored pixels as they are meant to be seen."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
@@ -65,32 +49,13 @@ def displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns displayed pixels back; the inverse of `displayed`.
-
-    Args:
-        pixels: (H, W) or (H, W, channels).
-        orientation: Of EXIF, 1..8.
-    """
+    """Turns displayed pixels back; the inverse of `displayed`."""
     # quarter turns undo each other, all others themselves
     return displayed(pixels, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def read_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Reads the pixels of an opened image, as they are displayed.
-
-    16 bits are cut to the upper 8, as OpenCV does; floating-point numbers lie in 0..1. Transparency
-    is ignored.
-
-    Args:
-        image: As `opened` gives it.
-        name: What errors call it.
-
-    Returns:
-        RGB, 8 bits a channel.
-
-    Raises:
-        ValueError: Floating-point numbers are outside 0..1, or the pixels are integers of 32 bits.
-    """
+    """Reads the pixels of an opened image, as they are displayed."""
     image.load()  # of a TIFF that turns the pixels; of a PNG what EXIF says may come after them
     # Pillow's exif_transpose writes all tags anew, and fails on a tag that is of another type
     turn = orientation(image)

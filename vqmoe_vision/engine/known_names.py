@@ -27,16 +27,7 @@ _ALMOST = 0.85
 
 
 def check_spelling(field: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses names that are almost one of those that are read, in letters of either case.
-
-    Args:
-        field: What holds them, as a config calls it.
-        given: Values by name; all other names are for readers of one's own.
-        known: Names that are read.
-
-    Raises:
-        ValueError: A name is almost one of these.
-    """
+    """Refuses names that are almost one of those that are read, in letters of either case."""
     for name in given.keys() - known:
         meant = _meant(str(name).lower(), known)
         check(meant is None, f'{field}.{name}', given[name], f'did you mean {meant}?')
@@ -50,17 +41,7 @@ def _meant(name: str, known: Collection[str]) -> str | None:
 
 
 def check_names(config: Config) -> None:
-    """Refuses names that mmengine would pass over and that seem to be meant for it.
-
-    Args:
-        config: Of a run. Hooks that are None are taken out of it: mmengine does that with its own
-            and fails on others.
-
-    Raises:
-        ValueError: A name is almost one that is read, a field has no names, a hook has no type, or
-            there is no batch size to scale the learning rate by; or CUDA graphs would overwrite
-            what the log reads.
-    """
+    """Refuses names that mmengine would pass over and that seem to be meant for it."""
     environment = _checked('env_cfg', config.get('env_cfg', {}), _OF_ENVIRONMENT)
     _checked('env_cfg.mp_cfg', environment.get('mp_cfg', {}), _OF_WORKERS)
     _checked('randomness', config.get('randomness', {}), _OF_RANDOMNESS)
@@ -84,16 +65,7 @@ def _check_compile(options: Any) -> None:
 
 
 def check_left_out(config: Config, options: Mapping[str, Any]) -> None:
-    """Refuses to leave out a hook that there is not, which merged with a config cannot be seen.
-
-    Args:
-        config: That options are going to be merged into.
-        options: Values by dotted name, as those of the command line.
-
-    Raises:
-        ValueError: A hook is None that neither the config nor mmengine has; names the most similar
-            one.
-    """
+    """Refuses to leave out a hook that there is not, which merged with a config cannot be seen."""
     known = {*(config.get('default_hooks') or {}), *_HOOKS}
     left_out = [name.split('.') for name, value in options.items() if value is None]
     for hook in [parts[1] for parts in left_out if parts[0] == 'default_hooks' and len(parts) == 2]:

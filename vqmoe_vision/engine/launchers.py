@@ -22,12 +22,7 @@ LAUNCHERS = ('none', *_LAUNCHERS)
 
 
 def check_alone() -> None:
-    """Refuses processes that do not know of each other, which would write the same files.
-
-    Raises:
-        ValueError: torchrun has started several; in the first one.
-        SystemExit: In the others.
-    """
+    """Refuses processes that do not know of each other, which would write the same files."""
     size = os.environ.get('WORLD_SIZE', '1')
     if 'TORCHELASTIC_RUN_ID' not in os.environ or size == '1':
         return
@@ -40,17 +35,7 @@ def check_alone() -> None:
 
 
 def place(launcher: str) -> tuple[int, int, int]:
-    """Reads the environment of a launcher, and puts MASTER_ADDR and MASTER_PORT into it.
-
-    Args:
-        launcher: One of `LAUNCHERS` but 'none'.
-
-    Returns:
-        Rank, number of processes, and rank on this machine.
-
-    Raises:
-        ValueError: The environment is not that of the launcher.
-    """
+    """Reads the environment of a launcher, and puts MASTER_ADDR and MASTER_PORT into it."""
     names, command = _LAUNCHERS[launcher]
     missing = [name for name in names if name not in os.environ]
     if missing:
@@ -68,13 +53,7 @@ def place(launcher: str) -> tuple[int, int, int]:
 
 
 def multiplied_batch(config: Config, size: int, options: Iterable[str]) -> str:
-    """Why a config trains otherwise on several processes than on one; empty if it does not.
-
-    Args:
-        config: Says the batch of one process.
-        size: Number of processes.
-        options: Names of what the command line states.
-    """
+    """Why a config trains otherwise on several processes than on one; empty if it does not."""
     name = 'train_dataloader.batch_size'
     batch = (config.get('train_dataloader') or {}).get('batch_size')
     if size == 1 or batch is None or {name, 'train_dataloader'} & {*options}:

@@ -12,13 +12,7 @@ _OF_PHONES = frozenset({'.heic', '.heif', '.avif'})
 
 
 def tell_left_out(folder: Path, files: Sequence[str], taken: Sequence[str]) -> None:
-    """Warns of files that look like images and are left out because of how their names end.
-
-    Args:
-        folder: Of the data set.
-        files: In it, that it does not take.
-        taken: Endings of those that it takes.
-    """
+    """Warns of files that look like images and are left out because of how their names end."""
     kinds = Image.registered_extensions()
     images = [
         file

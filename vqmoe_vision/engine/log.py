@@ -17,11 +17,7 @@ _PREFIX = len('MM/dd HH:mm:ss - mmengine - INFO - ')
 
 
 def wrapped(text: str) -> str:
-    """A message whose lines fit a terminal of 100 columns; the second and later ones are indented.
-
-    Args:
-        text: One line of parts with two or more spaces between them, and no digit after the spaces.
-    """
+    """A message whose lines fit a terminal of 100 columns; the second and later ones are indented."""  # LONG
     lines, room = [''], _COLUMNS - _PREFIX
     for part in re.split(r' {2,}(?!\d)', text.strip()):
         if lines[-1].strip() and len(lines[-1]) + 2 + len(part) > room:

@@ -41,11 +41,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def _seen(self) -> int:
-        """Batches of the epoch that a run which is resumed has seen.
-
-        Raises:
-            ValueError: Its batches had another size, or there were more processes, or fewer.
-        """
+        """Batches of the epoch that a run which is resumed has seen."""
         hub, size = self.runner.message_hub, self.dataloader.batch_size
         seen = hub.get_info(SEEN, 0)
         former = hub.get_info(SIZE, size)
@@ -71,14 +67,7 @@ upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`
 
 
 def check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration, or without an end.
-
-    Args:
-        runner: About to train.
-
-    Raises:
-        ValueError: An epoch has no batch, or never ends.
-    """
+    """Names the options before mmengine fails on an epoch without an iteration, or without an end."""  # LONG
     loader = runner.train_dataloader
     if isinstance(loader.sampler, InfiniteSampler):
         # which fills a batch with the images of several rounds

@@ -44,18 +44,7 @@ def unwrapped(runner: Runner) -> Any:
 
 
 def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
-    """What the losses are in the dictionary that a model's `loss` returns.
-
-    mmengine sums every entry with "loss" in its key, so `blocks.1.mlp/balance` becomes
-    `blocks.1.mlp/balance_loss`. Statistics are no entries: `MoeLogProcessor` fetches them when a
-    line is due.
-
-    Args:
-        collected: The losses (already weighted) of one forward pass.
-
-    Returns:
-        0-dim tensors by name.
-    """
+    """What the losses are in the dictionary that a model's `loss` returns."""
     return {
         name if 'loss' in name else f'{name}_loss': value
         for name, value in collected.losses.items()

@@ -21,13 +21,7 @@ _LOADERS = {'training': 'train', 'validation': 'val', 'test': 'test'}
 
 @dataclass(frozen=True)
 class Score:
-    """A number that a run has measured.
-
-    Args:
-        use: 'validation' or 'test'.
-        metric: Name.
-        value: As the run has logged it.
-    """
+    """A number that a run has measured."""
 
     use: str
     metric: str
@@ -43,18 +37,7 @@ def write_card(
     license_id: str | None,
     **values: Any,
 ) -> None:
-    """Writes `README.md`.
-
-    Args:
-        folder: Of the weights.
-        name: Of the model.
-        model: The timm model, with the `pretrained_cfg` of these weights.
-        config: Of the run.
-        scores: What is known; of a backbone alone they are those of the whole model.
-        license_id: The hub's name for the licence; None says that there is none.
-        **values: Of the template: `arguments`, `config_name`, `checkpoint`, `meta`, `commits` and
-            `chosen`.
-    """
+    """Writes `README.md`."""
     method = getattr(model, 'method', None)
     data = _data(config)
     results = _results(scores, data)

@@ -24,23 +24,7 @@ from .checkpoint import read_content
 def weights_normalization(
     model: nn.Module, checkpoint: str | None, arguments: dict[str, Any]
 ) -> Normalization | None:
-    """How images were normalised for the weights that a training starts from; logs it.
-
-    What `pretrained_cfg_overlay` states is before all that weights say of themselves; it stands for
-    those of `load_from` too, which come later and may say nothing.
-
-    Args:
-        model: Built by timm.
-        checkpoint: File that it has been started from, as `start_from`.
-        arguments: Of timm's `create_model`: `checkpoint_path`, `pretrained`, `upcycle`,
-            `pretrained_cfg` and `pretrained_cfg_overlay` say which weights it had before.
-
-    Returns:
-        None if nobody says how.
-
-    Raises:
-        ValueError: As `stated_normalization`, of the overlay.
-    """
+    """How images were normalised for the weights that a training starts from; logs it."""
     checkpoint = checkpoint or arguments.get('checkpoint_path')
     upcycle = arguments.get('upcycle')
     overlay = arguments.get('pretrained_cfg_overlay') or {}
@@ -62,12 +46,7 @@ def weights_normalization(
 
 
 def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
-    """Whether a training starts from weights.
-
-    Args:
-        checkpoint: As `weights_normalization`.
-        arguments: As `weights_normalization`.
-    """
+    """Whether a training starts from weights."""
     given = ('upcycle', 'pretrained', 'checkpoint_path')
     return bool(checkpoint is not None or any(arguments.get(name) for name in given))
 
@@ -78,10 +57,7 @@ def _pretrained_cfg(model: Any) -> dict[str, Any]:
 
 
 def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
-    """Of weights that timm has loaded, whose configuration it keeps beside the model.
-
-    The overlay says nothing of it.
-    """
+    """Of weights that timm has loaded, whose configuration it keeps beside the model."""
     config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
     given = arguments.get('pretrained_cfg')
     # what it leaves out timm fills with the numbers of ImageNet, of any weights
@@ -98,17 +74,7 @@ def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | No
 
 
 def read_normalization(path: str) -> Normalization | None:
-    """How images were normalised in the run that has left a file, or its folder for timm.
-
-    Args:
-        path: File or folder of timm, whose checksums somebody has compared.
-
-    Returns:
-        None if it is no file of a run of this package.
-
-    Raises:
-        ValueError: The file is missing, damaged, or holds more than weights and a log.
-    """
+    """How images were normalised in the run that has left a file, or its folder for timm."""
     config = describe(path).config
     if {'mean', 'std'} <= config.keys():
         return Normalization.of(config)
@@ -125,19 +91,7 @@ def must_change(
     white: float = 1.0,
     owner: str = 'the weights',
 ) -> bool:
-    """Whether images have to be normalised otherwise than they are.
-
-    Args:
-        found: How they are.
-        weights: How they were for the weights.
-        stated: Which of 'mean' and 'std' the config states, and are not to be changed.
-        field: Of the config that holds both.
-        white: What a white pixel is there.
-        owner: Whose images were normalised so; without weights it is another field of the config.
-
-    Raises:
-        ValueError: What the config states contradicts the weights.
-    """
+    """Whether images have to be normalised otherwise than they are."""
     differing = found.differing(weights)
     for name in differing:
         if name in stated:
@@ -154,12 +108,7 @@ def must_change(
 
 
 def in_words(normalization: Normalization, white: float = 1.0) -> str:
-    """Mean and standard deviation for a message.
-
-    Args:
-        normalization: Of pixels in [0, 1].
-        white: What a white pixel is instead.
-    """
+    """Mean and standard deviation for a message."""
     mean, std = (_listed(values, white) for values in (normalization.mean, normalization.std))
     return f'mean {mean} and std {std}'
 

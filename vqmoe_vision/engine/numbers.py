@@ -17,13 +17,7 @@ WEIGHTS = 'weights'
 
 
 def write_numbers(path: Path, metrics: dict[str, Any], model: nn.Module) -> None:
-    """Writes what a test has measured.
-
-    Args:
-        path: Written whole or not at all, unless it is `passed_on`.
-        metrics: Numbers by name.
-        model: That of the run, with the weights that were tested.
-    """
+    """Writes what a test has measured."""
     named = {**metrics, WEIGHTS: weights_digest(model)}
     content = f'{json.dumps(named, indent=2, default=float)}\n'
     if passed_on(path):
@@ -33,35 +27,17 @@ def write_numbers(path: Path, metrics: dict[str, Any], model: nn.Module) -> None
 
 
 def passed_on(path: Path) -> bool:
-    """Whether what is written goes elsewhere, as into a pipe, /dev/stdout or what a link names.
-
-    Args:
-        path: Which may not be there yet.
-    """
+    """Whether what is written goes elsewhere, as into a pipe, /dev/stdout or what a link names."""
     return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of a run's model, which all files with the same weights have in common.
-
-    Args:
-        model: On any device. How its images are normalised does not count: an old run keeps it in
-            its config, and the model learns it while it is tested.
-    """
+    """A digest of a run's model, which all files with the same weights have in common."""
     return digest_of({k: v for k, v in model.state_dict().items() if k != KEY})
 
 
 def read_numbers(path: str, model: nn.Module, checkpoint: Path) -> dict[str, float]:
-    """The scores of a model that `write_numbers` has written.
-
-    Args:
-        path: Of the file.
-        model: As `weights_digest`.
-        checkpoint: File of its weights, for messages.
-
-    Raises:
-        ValueError: It cannot be read, is another file, or is of other weights, as far as it says.
-    """
+    """The scores of a model that `write_numbers` has written."""
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:  # not there, no text or no JSON

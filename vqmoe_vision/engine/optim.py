@@ -44,18 +44,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
 
 def use_amp(config: Config) -> None:
-    """Turns on mixed precision in a config.
-
-    What the config says of it for a GPU is kept there. A processor has bfloat16 without a loss
-    scale, and a line says what of the config goes.
-
-    Args:
-        config: Its `optim_wrapper` is changed.
-
-    Raises:
-        ValueError: The config's optimizer wrapper is neither the plain one nor one for mixed
-            precision.
-    """
+    """Turns on mixed precision in a config."""
     known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
     wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
     if wrapper not in known:
@@ -81,11 +70,7 @@ def use_amp(config: Config) -> None:
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:
-    """Whether backward passes start from a loss that was multiplied by a scale.
-
-    Args:
-        wrapper: Of these, mmengine's `AmpOptimWrapper` may.
-    """
+    """Whether backward passes start from a loss that was multiplied by a scale."""
     scaler = getattr(wrapper, 'loss_scaler', None)
     return scaler is not None and scaler.is_enabled()
 
@@ -122,12 +107,7 @@ class TimmOptimWrapperConstructor:
         self.custom_keys = _checked(self.paramwise_cfg.get('custom_keys', {}))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a model, which may be wrapped for distributed training.
-
-        Raises:
-            ValueError: A key of `custom_keys` is the longest in no parameter's name, or multiplies
-                what the optimizer's config does not give.
-        """
+        """Builds the wrapper for a model, which may be wrapped for distributed training."""
         wrapper_cfg = dict(self.optim_wrapper_cfg)
         optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
         decay = optimizer_cfg.get('weight_decay', 0.0)
@@ -212,11 +192,7 @@ def _multiplied(
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:
-    """Full names of the parameters that some submodule lists in its `no_weight_decay()`.
-
-    Args:
-        model: Any module; timm models inside it may list names or patterns such as `*.codebook`.
-    """
+    """Full names of the parameters that some submodule lists in its `no_weight_decay()`."""
     names = [name for name, _ in model.named_parameters()]
     found: set[str] = set()
     for prefix, module in model.named_modules():

@@ -67,12 +67,7 @@ def add_config_options(
     purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
     'model.moe.top_k=1',
 ) -> None:
-    """Adds `--cfg-options` to a parser.
-
-    Args:
-        parser: Is changed; the values are `args.cfg_options`, as `load_config` takes them.
-        purpose: What they do, for the help.
-    """
+    """Adds `--cfg-options` to a parser."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -84,42 +79,21 @@ def add_config_options(
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """The values of options by dotted name.
-
-    Args:
-        options: As `--cfg-options` takes them, such as 'train_cfg.max_epochs=5'.
-
-    Raises:
-        ValueError: One of them is not NAME=VALUE.
-    """
+    """The values of options by dotted name."""
     parser = argparse.ArgumentParser()
     add_config_options(parser)
     return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
 
 
 def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as keyword arguments: what has a dotted name is in a dictionary.
-
-    Args:
-        options: Values by dotted name.
-    """
+    """Options as keyword arguments: what has a dotted name is in a dictionary."""
     nested = Config()
     nested.merge_from_dict(options)
     return dict(nested.to_dict())
 
 
 def merge_options(config: Config, options: dict[str, Any]) -> None:
-    """Merges options of the command line into a config, which has to be able to take them.
-
-    Args:
-        config: It is changed.
-        options: Values by dotted name.
-
-    Raises:
-        ValueError: The first part of a name is not a field of a config, or another part is a field
-            of something that has none, or stands for no element of a list; or a hook that is to be
-            left out is not there.
-    """
+    """Merges options of the command line into a config, which has to be able to take them."""
     fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
     for name in options:
         first, *others = name.split('.')
@@ -145,15 +119,7 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
 
 
 def expanded(value: Any) -> Any:
-    """Paths with the user's folder in the place of `~`, which a shell replaces in some words only.
-
-    Args:
-        value: A path or any other word, perhaps behind 'local-dir:'; or a dictionary or a list with
-            such; all else stays as it is.
-
-    Returns:
-        The value itself if it has no such path.
-    """
+    """Paths with the user's folder in the place of `~`, which a shell replaces in some words only."""  # LONG
     if isinstance(value, dict):
         inside = {name: expanded(inner) for name, inner in value.items()}
         return inside if any(inside[name] is not value[name] for name in value) else value
@@ -169,11 +135,7 @@ def expanded(value: Any) -> Any:
 
 
 def expand_config(config: Config) -> None:
-    """As `expanded`, of all paths of a config.
-
-    Args:
-        config: It is changed.
-    """
+    """As `expanded`, of all paths of a config."""
     _expand(config, list(config))
 
 
@@ -190,12 +152,7 @@ def _expand(holder: Any, keys: Iterable[Any]) -> None:
 
 
 def flat(value: Any, name: str = '') -> dict[str, Any]:
-    """Values by dotted name.
-
-    Args:
-        value: Dictionaries, lists and tuples, in one another.
-        name: What all of it is called.
-    """
+    """Values by dotted name."""
     if isinstance(value, list | tuple) and value:
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:

@@ -41,14 +41,7 @@ _Key = str | int
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint says of its folder.
-
-    Args:
-        folder: Its name.
-        files: Sizes in bytes and checksums (CRC-32) of its files.
-        metadata: Of torch, of tensors alone.
-        places: Keys under which a tensor belongs into the checkpoint, by its name in `metadata`.
-    """
+    """What a checkpoint says of its folder."""
 
     folder: str
     files: dict[str, tuple[int, int]]
@@ -79,15 +72,7 @@ class Parts:
 
     @classmethod
     def of(cls, content: Any) -> 'Parts | None':
-        """What a checkpoint says; None where it is in one piece.
-
-        Args:
-            content: All of its file.
-
-        Raises:
-            ValueError: It is not what `as_data` made. Others too, such as KeyError, as of a file
-                that is damaged.
-        """
+        """What a checkpoint says; None where it is in one piece."""
         if not isinstance(content, dict) or KEY not in content:
             return None
         data = content[KEY]
@@ -113,14 +98,7 @@ class Parts:
         return cls(data['folder'], files, Metadata(described, storage_data=stored), places)
 
     def check(self, file: str) -> None:
-        """Compares sizes and checksums of the files in the folder.
-
-        Args:
-            file: The checkpoint, beside which it is.
-
-        Raises:
-            ValueError: One is missing or damaged.
-        """
+        """Compares sizes and checksums of the files in the folder."""
         for name, expected in self.files.items():
             part = Path(file).parent / self.folder / name
             try:
@@ -136,20 +114,7 @@ class Parts:
                 )
 
     def put_together(self, file: str, content: dict, under: str | None = None) -> dict:
-        """Puts whole tensors into the checkpoint.
-
-        Args:
-            file: The checkpoint, whose parts have been checked.
-            content: All of it, which is changed.
-            under: Leave out what is not under this key; None is all.
-
-        Returns:
-            The content, as of a checkpoint in one piece, on the processor.
-
-        Raises:
-            ValueError: The parts are not those of this file. Others too, as of a file that is
-                damaged.
-        """
+        """Puts whole tensors into the checkpoint."""
         places = {n: p for n, p in self.places.items() if under is None or p[0] == under}
         wanted = {name: self.metadata.state_dict_metadata[name] for name in places}
         tensors = _read(Path(file).parent / self.folder, self.metadata, wanted)
@@ -161,12 +126,7 @@ class Parts:
         return content
 
     def move(self, content: dict, device: Any) -> None:
-        """Copies to a device, one after the other, what has been put together.
-
-        Args:
-            content: What `put_together` gave, which is changed.
-            device: As torch's.
-        """
+        """Copies to a device, one after the other, what has been put together."""
         for place in self.places.values():
             holder, key = _entry(content, place)
             holder[key] = holder[key].to(device)
@@ -200,14 +160,7 @@ def _require(true: Any) -> None:
 
 
 def checksum(path: Path) -> tuple[int, int]:
-    """Size of a file in bytes, and its CRC-32.
-
-    Args:
-        path: Of a file of any size, which is read in blocks.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Size of a file in bytes, and its CRC-32."""
     size = crc = 0
     with path.open('rb') as file:
         while block := file.read(_BLOCK):
@@ -216,31 +169,19 @@ def checksum(path: Path) -> tuple[int, int]:
 
 
 def owner_of(folder: str) -> str | None:
-    """The checkpoint that a folder was written for; None if it is no folder of parts.
-
-    Args:
-        folder: Its name.
-    """
+    """The checkpoint that a folder was written for; None if it is no folder of parts."""
     match = _FOLDER.fullmatch(folder)
     return f'{match["stem"]}.pth' if match else None
 
 
 def run_of(folder: Path) -> str | None:
-    """The run that made a folder of parts; None if it does not say.
-
-    Args:
-        folder: Any path; a link is nobody's.
-    """
+    """The run that made a folder of parts; None if it does not say."""
     file = folder / RUN_FILE
     return file.read_text(errors='replace') if file.is_file() and not folder.is_symlink() else None
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes a folder of parts, but nothing in it that is of others.
-
-    Args:
-        folder: Which may hold any part of what a save writes.
-    """
+    """Deletes a folder of parts, but nothing in it that is of others."""
     for path in folder.iterdir():
         if path.is_file() and _FILES.fullmatch(path.name.removesuffix('.tmp')):
             path.unlink()

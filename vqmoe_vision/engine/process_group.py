@@ -17,19 +17,7 @@ TIMEOUT = 1800.0  # seconds, unless env_cfg.dist_cfg says
 
 
 def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
-    """Reads `env_cfg.dist_cfg`.
-
-    Args:
-        options: It.
-        device: 'cuda' or 'cpu'.
-
-    Returns:
-        Backend, and seconds after which a process no longer waits for another.
-
-    Raises:
-        ValueError: An option is unknown, or not possible on this device. That there are no GPUs
-            for nccl is told.
-    """
+    """Reads `env_cfg.dist_cfg`."""
     allowed = {'cuda': ('nccl', 'gloo'), 'cpu': ('gloo',)}
     if device not in allowed:
         raise ValueError(
@@ -59,29 +47,14 @@ def group_options(options: dict[str, Any], device: str) -> tuple[str, float]:
 
 
 def gpu_name(index: int) -> str:
-    """What a GPU is called by all who see it, on NVIDIA's whatever number it has for them.
-
-    Args:
-        index: Of those that this process sees.
-    """
+    """What a GPU is called by all who see it, on NVIDIA's whatever number it has for them."""
     if torch.version.hip is not None:  # some of AMD's cards have no UUID of their own
         return f'GPU {index} of {socket.gethostname()}'
     return f'GPU {torch.cuda.get_device_properties(index).uuid}'
 
 
 def claim_gpu(store: dist.Store, name: str, local_rank: int) -> None:
-    """Refuses two processes on one GPU.
-
-    How many GPUs a process sees does not tell: Slurm may show each task its own alone.
-
-    Args:
-        store: Of all processes of a run.
-        name: Of the GPU, as `gpu_name`.
-        local_rank: Of this process, among those of its machine.
-
-    Raises:
-        ValueError: Another process has it.
-    """
+    """Refuses two processes on one GPU."""
     if store.add(f'gpu {name}', 1) > 1:
         raise ValueError(
             f'LOCAL_RANK={local_rank} has no GPU of its own: another process of this run has '
@@ -126,11 +99,7 @@ def _with_possible_norms(module: nn.Module) -> nn.Module:
 
 
 def forget_wrapper(config: Config) -> None:
-    """Removes the wrapper that a former run has filled in, unless it was changed since.
-
-    Args:
-        config: Its `model_wrapper_cfg` is changed.
-    """
+    """Removes the wrapper that a former run has filled in, unless it was changed since."""
     wrapper = dict(config.get('model_wrapper_cfg') or {})
     kind = wrapper.pop('type', None)
     unused = config.get('find_unused_parameters', False)
@@ -148,12 +117,7 @@ def _sync_option() -> str:
 
 
 def fill_in_wrapper(config: Config, device: str) -> None:
-    """Fills in how mmengine wraps the model, which takes every device for a GPU.
-
-    Args:
-        config: Its `model_wrapper_cfg` is changed.
-        device: 'cuda' or 'cpu'.
-    """
+    """Fills in how mmengine wraps the model, which takes every device for a GPU."""
     wrapper = config.get('model_wrapper_cfg')
     if wrapper is None:
         # codebooks and counts are the same on all ranks already, as their layers add them up

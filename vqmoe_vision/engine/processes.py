@@ -31,21 +31,7 @@ _ENDED, _TOLD, _BEFORE = 'ended', 'told', 'newest checkpoint before'
 
 
 class Processes:
-    """The processes of a run, seen from one of them.
-
-    Args:
-        launcher: One of `LAUNCHERS`; its variables are in the environment.
-
-    Attributes:
-        rank: Of this process.
-        size: How many there are.
-        save_together: Whether all of them have to take part in a save, as the model is spread.
-        timeout: Seconds after which one no longer waits for another, as the config says.
-
-    Raises:
-        ValueError: The environment is not that of the launcher, or the place is taken.
-        LostError: The first process is not there.
-    """
+    """The processes of a run, seen from one of them."""
 
     def __init__(self, launcher: str) -> None:
         self.rank, self.size, self._local_rank = 0, 1, 0
@@ -94,16 +80,7 @@ class Processes:
                 os._exit(1)
 
     def join(self, config: Config) -> None:
-        """Makes the process group that mmengine works with, and lets it wrap the model for it.
-
-        Args:
-            config: Its `env_cfg.dist_cfg` names a `backend` and a `timeout` in seconds; its
-                `model_wrapper_cfg` is filled in.
-
-        Raises:
-            ValueError: Another process has the same GPU, or an option is none.
-            LostError: One of them has not come.
-        """
+        """Makes the process group that mmengine works with, and lets it wrap the model for it."""
         if self._store is None:
             return
         device = get_device()
@@ -139,11 +116,7 @@ class Processes:
         return self._store is not None and self._store.check([_ENDED])
 
     def end(self) -> bool:
-        """Lets all other processes end.
-
-        Returns:
-            Whether this is the first one to do so, which says why.
-        """
+        """Lets all other processes end."""
         self._left.set()
         if self._store is None:
             return True
@@ -159,11 +132,7 @@ class Processes:
         return first
 
     def tell(self, number: int) -> None:
-        """Passes a signal on to the first process, which saves.
-
-        Args:
-            number: Of the signal.
-        """
+        """Passes a signal on to the first process, which saves."""
         assert self._store is not None
         self._store.set(_TOLD, str(number))
 
@@ -178,25 +147,13 @@ class Processes:
         self._hosts_only = dist.new_group(backend='gloo', timeout=timedelta(seconds=self.timeout))
 
     def agreed(self, number: int | None) -> int | None:
-        """Signal that any of the processes has received; all have to ask.
-
-        Args:
-            number: Of the signal that this one has received, if any.
-        """
+        """Signal that any of the processes has received; all have to ask."""
         greatest = torch.tensor(number or 0)
         dist.all_reduce(greatest, dist.ReduceOp.MAX, self._hosts_only)
         return int(greatest) or None
 
     def fail(self, error: Exception) -> NoReturn:
-        """Ends all processes because of an error.
-
-        Args:
-            error: What this one raised.
-
-        Raises:
-            RankError: Of the first process that failed.
-            SystemExit: Of all others.
-        """
+        """Ends all processes because of an error."""
         first = self.end()
         if not first:
             raise SystemExit(1) from error
@@ -207,37 +164,21 @@ class Processes:
         raise RankError(self.rank, error) from error
 
     def refuse(self, problem: str) -> NoReturn:
-        """Ends all processes because of what each of them has found.
-
-        Args:
-            problem: What is wrong.
-
-        Raises:
-            ValueError: In the first process.
-            SystemExit: In all others.
-        """
+        """Ends all processes because of what each of them has found."""
         if self.rank == 0:
             raise ValueError(problem)
         time.sleep(3 * _PULSE)
         raise SystemExit(1)
 
     def decide(self, of_first: Any) -> Any:
-        """What the first process has decided.
-
-        Args:
-            of_first: Its value, of which those of others are not used.
-        """
+        """What the first process has decided."""
         values = [of_first]
         if dist.is_initialized():
             dist.broadcast_object_list(values)
         return values[0]
 
     def newest_before(self, newest: float) -> float:
-        """When the newest checkpoint of a work dir was written before the first attempt of a run.
-
-        Args:
-            newest: When the newest one was written before this attempt, in seconds since 1970.
-        """
+        """When the newest checkpoint of a work dir was written before the first attempt of a run."""  # LONG
         if self._store is None or self._hosts:
             return newest
         # torchrun keeps it while it starts the processes again
@@ -254,18 +195,7 @@ def current() -> Processes | None:
 
 @contextmanager
 def together(launcher: str) -> Iterator[Processes]:
-    """Brings the processes of a run together, and ends all of them if one fails.
-
-    Args:
-        launcher: As `Processes`.
-
-    Yields:
-        The processes; they share nothing but a store until they `join`.
-
-    Raises:
-        RankError: In the process that failed first.
-        ValueError: As `Processes`.
-    """
+    """Brings the processes of a run together, and ends all of them if one fails."""
     global _current
     processes = Processes(launcher)
     if launcher == 'none':

@@ -9,11 +9,7 @@ VALIDATED = 'validated_iter'
 
 
 def progress_of(runner: Runner) -> tuple[int, int, str]:
-    """What is done, what there is to do, and the option of `train_cfg` that says so.
-
-    Args:
-        runner: Of a training.
-    """
+    """What is done, what there is to do, and the option of `train_cfg` that says so."""
     loop = runner.train_loop
     if isinstance(loop, EpochBasedTrainLoop):
         return loop.epoch, loop.max_epochs, 'max_epochs'
@@ -21,11 +17,7 @@ def progress_of(runner: Runner) -> tuple[int, int, str]:
 
 
 def validation_was_cut_off(runner: Runner) -> bool:
-    """Whether a run that resumes stands where one was due that its checkpoint knows nothing of.
-
-    Args:
-        runner: Before it trains.
-    """
+    """Whether a run that resumes stands where one was due that its checkpoint knows nothing of."""
     loop = runner.train_loop
     done, end, _ = progress_of(runner)
     loop._decide_current_val_interval()  # or it would be that of the start of the run
@@ -40,14 +32,7 @@ def validation_was_cut_off(runner: Runner) -> bool:
 
 
 def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
-    """Whether a hook writes a checkpoint after the iteration that is ending.
-
-    `before_save_checkpoint` would be too late to ask: mmengine removes the oldest checkpoint first.
-
-    Args:
-        hook: Of any kind.
-        runner: In `after_train_iter`.
-    """
+    """Whether a hook writes a checkpoint after the iteration that is ending."""
     if not isinstance(hook, CheckpointHook) or hook.by_epoch:
         return False
     due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)

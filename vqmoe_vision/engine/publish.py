@@ -20,11 +20,7 @@ _META = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
 
 
 def publish(argv: Sequence[str] | None = None) -> None:
-    """Writes a checkpoint for others.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Writes a checkpoint for others."""
     parser = argparse.ArgumentParser(
         description="Write a run's model as a folder that timm and the Hugging Face hub read, or a "
         'checkpoint with its weights, its config and its classes, without optimizer, schedulers '
@@ -67,21 +63,7 @@ def _publish(args: argparse.Namespace) -> Path:
 
 
 def publish_checkpoint(checkpoint: str, out: str) -> Path:
-    """Writes the weights, the config and the classes of a checkpoint.
-
-    Args:
-        checkpoint: File written by a training; read as data, code in it is not run.
-        out: Path that ends in .pth; the file's name also has the first eight digits of its sha256,
-            as `torch.hub` checks them.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        ValueError: `out` has another ending, or `checkpoint` cannot be read or is none of a
-            training.
-        SaveError: The disk is full, for example.
-    """
+    """Writes the weights, the config and the classes of a checkpoint."""
     target = Path(out)
     if target.suffix != '.pth':
         raise ValueError(f'out={out!r} must end in .pth')

@@ -12,12 +12,7 @@ class LostError(Exception):
 
 
 class RankError(Exception):
-    """What the rank that failed first raised.
-
-    Args:
-        rank: Of the process.
-        error: What it raised.
-    """
+    """What the rank that failed first raised."""
 
     def __init__(self, rank: int, error: Exception) -> None:
         super().__init__(f'rank {rank}: {error}')
@@ -25,12 +20,7 @@ class RankError(Exception):
 
 
 def plain_error(error: RuntimeError, timeout: float) -> Exception:
-    """An error of a collective operation in terms of a run; any other one as it is.
-
-    Args:
-        error: What torch raised.
-        timeout: In seconds, of the process group.
-    """
+    """An error of a collective operation in terms of a run; any other one as it is."""
     if 'Expected to have finished reduction' in str(error):
         return ValueError(
             'some parameters got no gradient: the processes wait for all of them unless the '

@@ -22,20 +22,12 @@ _KNOWN = ('mmengine', 'mmseg', 'vqmoe_vision')
 
 @singledispatch
 def names_of(metric: Any) -> Collection[str] | None:
-    """Names of what a metric can report, without its prefix; None if that is not known.
-
-    A task registers what its metrics say.
-    """
+    """Names of what a metric can report, without its prefix; None if that is not known."""
     return None
 
 
 def reported(evaluator: Any) -> set[str] | None:
-    """Names of what an evaluator can report; None if one of its metrics is of unknown kind.
-
-    Args:
-        evaluator: As in a config: a metric, several, or a dictionary with `metrics`; metrics that
-            have been built are as good.
-    """
+    """Names of what an evaluator can report; None if one of its metrics is of unknown kind."""
     if isinstance(evaluator, Mapping):
         evaluator = evaluator.get('metrics', evaluator)
     found: set[str] = set()
@@ -50,16 +42,7 @@ def reported(evaluator: Any) -> set[str] | None:
 
 
 def check_reported(runner: Runner, field: str, metric: str) -> None:
-    """Refuses a metric that the first validation would turn out not to have.
-
-    Args:
-        runner: About to train; with a validation of unknown kind nothing is said.
-        field: What names the metric.
-        metric: By name.
-
-    Raises:
-        ValueError: The validation does not report it; names what it reports.
-    """
+    """Refuses a metric that the first validation would turn out not to have."""
     loop: Any = runner.val_loop
     if type(loop) is not ValLoop:
         return

@@ -15,18 +15,7 @@ _RUNTIME = '_base_/default_runtime.py'
 
 
 def check_hooks(runner: Runner) -> None:
-    """Refuses a training without the hooks that every config of this package has.
-
-    Without them codebooks do not learn, images are not normalised as the weights want it, and
-    nothing is checked; and no error says so.
-
-    Args:
-        runner: About to train; one of another model needs none of them.
-
-    Raises:
-        ValueError: A hook is missing; names all of them. Or averages are taken at another moment
-            than between the move of codebooks and the save.
-    """
+    """Refuses a training without the hooks that every config of this package has."""
     if not isinstance(unwrapped(runner), MoeTrainingMixin):
         return
     runtime = Config.fromfile(config_path(_RUNTIME), import_custom_modules=False)

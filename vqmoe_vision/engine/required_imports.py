@@ -13,17 +13,7 @@ _FIELD = 'custom_imports.imports'
 
 
 def check_imports(config: Config) -> None:
-    """Refuses a config whose own imports have replaced those of a base of this package.
-
-    What they register would be called unknown, with advice to take something else.
-
-    Args:
-        config: Read from a file, and its modules imported; one that imports them in another way,
-            such as in a module of its own, has them.
-
-    Raises:
-        ValueError: A module of a base has not been imported; says what to write.
-    """
+    """Refuses a config whose own imports have replaced those of a base of this package."""
     read = config.text.splitlines()  # the path of each file, bases too, stands above its text
     listed = _imports(config)
     for runtime in sorted(Path(config_path('_base_')).glob('*_runtime.py')):

@@ -11,16 +11,7 @@ Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, i
 
 
 class Batch:
-    """The statistics of one batch as one tensor, so that many of them cost few operations.
-
-    Args:
-        stats: As `RoutingStatistics.add`; at least one.
-
-    Attributes:
-        layout: Which value stands where.
-        values: (N,) float64 of all, one after the other; zero where one is not finite.
-        finite: (S,) float64, 1 for each that is finite in every element, or else 0.
-    """
+    """The statistics of one batch as one tensor, so that many of them cost few operations."""
 
     def __init__(self, stats: dict[str, torch.Tensor]) -> None:
         self.layout: Layout = tuple((name, value.shape) for name, value in stats.items())
@@ -143,11 +134,7 @@ class RoutingStatistics:
 
 
 def lines_of(means: dict[str, torch.Tensor]) -> list[str]:
-    """One line per layer: `blocks.1.mlp  load 0.083..0.172 perplexity 7.71 unused 0/8`.
-
-    Args:
-        means: By name, as `RoutingStatistics.means`.
-    """
+    """One line per layer: `blocks.1.mlp load 0.083..0.172 perplexity 7.71 unused 0/8`."""
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in means.items():
         layer, _, kind = name.rpartition('/')

@@ -116,14 +116,7 @@ class RoutingHistoryHook(Hook):
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines that `RoutingHistoryHook` wrote, oldest first.
-
-    Args:
-        path: Of `routing.jsonl`. Its last line may be cut off, as a kill leaves it.
-
-    Raises:
-        ValueError: Another line is none of the hook's; names the file and the line.
-    """
+    """Reads the lines that `RoutingHistoryHook` wrote, oldest first."""
     *lines, _ = path.read_bytes().split(b'\n')
     return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
 

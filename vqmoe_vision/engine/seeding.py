@@ -17,13 +17,7 @@ from mmengine.runner import Runner
 
 
 def seed_generators(*parts: int) -> None:
-    """Seeds python, numpy and torch with a hash of integers.
-
-    Hashed, because seed 0 at iteration 1 must not be seed 1 at iteration 0.
-
-    Args:
-        *parts: At least 0, such as the run's seed and the iteration.
-    """
+    """Seeds python, numpy and torch with a hash of integers."""
     seed = _hash(*parts)
     _seed_processor(seed)
     if torch.accelerator.is_available():  # without one, half a millisecond for nothing
@@ -42,11 +36,7 @@ def _hash(*parts: int) -> int:
 
 @contextmanager
 def drawn_apart(part: int) -> Iterator[None]:
-    """Random numbers of torch that follow from the run's seed alone, and move no generator.
-
-    Args:
-        part: Tells what is drawn from what else is drawn in this way.
-    """
+    """Random numbers of torch that follow from the run's seed alone, and move no generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_hash(torch.initial_seed(), part))
         yield
@@ -81,15 +71,7 @@ _SAMPLES = 1  # tells the seeds of samples from those of iterations
 
 
 class SeededIndex(int):
-    """Index of a sample that brings the seed of its augmentation.
-
-    What is computed from it brings the same seed: a wrapper of data sets such as mmengine's
-    `RepeatDataset` hands `index % length` on, and that length may be NumPy's. Two rounds of a
-    sample have a seed each.
-
-    Attributes:
-        parts: What `seed_generators` takes.
-    """
+    """Index of a sample that brings the seed of its augmentation."""
 
     parts: tuple[int, ...]
 
@@ -120,26 +102,14 @@ def _seeded(index: int, *parts: int) -> SeededIndex:
 
 
 def with_seed_of(outer: int, inner: int) -> int:
-    """What a wrapper of data sets that looks indices up hands on.
-
-    Args:
-        outer: Index that the wrapper was given.
-        inner: Of the same sample in the data set inside.
-
-    Returns:
-        `inner`, with the seed of `outer`, if that brings one.
-    """
+    """What a wrapper of data sets that looks indices up hands on."""
     if not isinstance(outer, SeededIndex) or inner is NotImplemented:
         return inner
     return _seeded(inner, *outer.parts)
 
 
 def seed_sample(index: int) -> None:
-    """What a data set calls first for a sample, so that its augmentation is its own.
-
-    Args:
-        index: Of the sample; a plain integer leaves the random numbers as they are.
-    """
+    """What a data set calls first for a sample, so that its augmentation is its own."""
     if isinstance(index, SeededIndex):
         # images are augmented by the processor: `torch.manual_seed` also leaves a seed for every
         # other kind of device, with a trace of who called, which takes a hundred times as long

@@ -45,17 +45,7 @@ _SAVES = {'full': WholeSaves, 'sharded': SavesInParts}
 
 
 def fill_in_parallel(config: Config, processes: int) -> None:
-    """Lets a run spread its model, if its config has `parallel`.
-
-    Args:
-        config: Its `parallel` may have what `ShardingHook` takes. Its hooks are changed, and how
-            mmengine wraps the model.
-        processes: Of the run.
-
-    Raises:
-        ValueError: An option is unknown or does not fit, or the run has one process; or a hook has
-            no type.
-    """
+    """Lets a run spread its model, if its config has `parallel`."""
     # a config that a run has written has what was filled in for that run
     forget_wrapper(config)
     hooks = config.get('custom_hooks') or []
@@ -83,14 +73,7 @@ def fill_in_parallel(config: Config, processes: int) -> None:
 
 
 def check_optim_wrapper(wrapper: Any) -> None:
-    """Refuses what looks at gradients or weights as wholes.
-
-    Args:
-        wrapper: mmengine's.
-
-    Raises:
-        ValueError: Names the field.
-    """
+    """Refuses what looks at gradients or weights as wholes."""
     name = type(wrapper.optimizer).__name__
     allowed = 'one that treats all elements of a tensor alike, such as AdamW, beside parallel'
     check(not mixes_experts(wrapper.optimizer), 'optim_wrapper.optimizer.type', name, allowed)
@@ -204,21 +187,7 @@ def clip_grad_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, which takes parameters of one layout alone.
-
-    Args:
-        parameters: Some may be spread, over different processes.
-        max_norm: As torch's.
-        norm_type: As torch's.
-        error_if_nonfinite: As torch's.
-        foreach: As torch's.
-
-    Returns:
-        The norm of all gradients, the same on all processes.
-
-    Raises:
-        RuntimeError: As torch's, on all processes.
-    """
+    """As `torch.nn.utils.clip_grad_norm_`, which takes parameters of one layout alone."""
     layouts: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

@@ -32,26 +32,14 @@ KERNELS_FOR_LISTS = ('foreach', 'fused')
 
 
 def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What is saved of an optimizer, with the kernels that a model has which is not spread.
-
-    A run takes them from the file that it resumes from, whatever its config says.
-
-    Args:
-        state: Its `state_dict()`; is changed.
-        optimizer: That goes without them now.
-    """
+    """What is saved of an optimizer, with the kernels that a model has which is not spread."""
     for group in state['param_groups']:
         group.update({n: optimizer.defaults[n] for n in KERNELS_FOR_LISTS if n in group})
     return state
 
 
 class WholeSaves:
-    """A save before which all processes put their parts together, for a file of whole tensors.
-
-    Args:
-        runner: Whose method it takes the place of.
-        model: Of which each process has a part.
-    """
+    """A save before which all processes put their parts together, for a file of whole tensors."""
 
     def __init__(self, runner: Runner, model: nn.Module) -> None:
         self._runner, self._model = runner, model
@@ -80,14 +68,7 @@ class WholeSaves:
             self._state = {}
 
     def fill(self, checkpoint: dict) -> None:
-        """Puts what belongs to all processes in the place of what the first one has.
-
-        Args:
-            checkpoint: That is about to be written.
-
-        Raises:
-            NonFiniteError: A weight is nan or infinite.
-        """
+        """Puts what belongs to all processes in the place of what the first one has."""
         checkpoint.update(self._state)
 
     def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
@@ -118,21 +99,7 @@ class SavesInParts(WholeSaves):
 
 
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
-    """Writes the folder of a checkpoint, before its file; all processes have to call it.
-
-    Args:
-        file: The checkpoint. The name of the folder is a new one, so that a file which is there
-            stays whole.
-        state: Some of its tensors are spread.
-        run: Of `identify`, in the first process.
-
-    Returns:
-        What is to be in the file.
-
-    Raises:
-        SaveError: On all processes. One cannot write its part, for example because the disk is
-            full, or the first does not see what another has written.
-    """
+    """Writes the folder of a checkpoint, before its file; all processes have to call it."""
     places: dict[str, tuple] = {}
     tensors: dict[str, Tensor] = {}
     left = _take_parts(state, (), places, tensors)
@@ -184,11 +151,7 @@ class _FileSystem(FileSystem):
 
 
 class _Stream(BufferedWriter):
-    """A file that may be flushed once more when it is closed, which torch's writer does.
-
-    After a write that fails it lets go of the stream as late as that, and Python prints what a
-    finalizer raises, since 3.13 that of a stream too.
-    """
+    """A file that may be flushed once more when it is closed, which torch's writer does."""
 
     def flush(self) -> None:
         if not self.closed:
@@ -248,10 +211,7 @@ def _rename(partial: Path, folder: Path) -> str:
 
 
 def _discard(partial: Path) -> None:
-    """Deletes a folder, also where each process has its own.
-
-    All of them have ended to write, and a full disk needs the space.
-    """
+    """Deletes a folder, also where each process has its own."""
     with suppress(OSError):  # others may be faster
         delete_folder(partial)
 
@@ -279,25 +239,12 @@ def _decided(of_first: Any) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece, where it is spread over processes; all of them have to ask.
-
-    Args:
-        tensor: Of any kind.
-    """
+    """A tensor in one piece, where it is spread over processes; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(state: Any) -> Any:
-    """Whole tensors, on the processor, of a state in which some are spread.
-
-    All processes have to call it.
-
-    Args:
-        state: Tensors in dictionaries and lists.
-
-    Returns:
-        The same with plain tensors.
-    """
+    """Whole tensors, on the processor, of a state in which some are spread."""
     if isinstance(state, Tensor):
         return whole(state).detach().cpu()
     if isinstance(state, dict):

@@ -20,24 +20,7 @@ from .normalization import has_weights, weights_normalization
 def start_model(
     model: nn.Module, arguments: dict[str, Any], checkpoint: str | None, features: str | None
 ) -> Normalization | None:
-    """Starts a new training: as every row does at this seed, or from weights.
-
-    MoE layers begin anew with the weights, whichever option they came by.
-
-    Args:
-        model: As `create_model` built it, whole or pruned; a `Transformer` if there is a
-            checkpoint.
-        arguments: Of `create_model`, `model_name` among them.
-        checkpoint: As `start_from`; None to leave it.
-        features: As `start_features`.
-
-    Returns:
-        How images are to be normalised, as far as the weights say.
-
-    Raises:
-        ValueError: Weights are named twice, or a file cannot be read or does not fit; names keys
-            and shapes.
-    """
+    """Starts a new training: as every row does at this seed, or from weights."""
     check_one_source({**arguments, 'checkpoint': checkpoint})
     share_start(model, seed=torch.initial_seed(), **arguments)
     log_weights(model, arguments)

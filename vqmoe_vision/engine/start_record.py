@@ -22,23 +22,7 @@ _FOLDER = 'local-dir:'  # before a folder of timm
 
 
 def starting_weights(model: ConfigDict, load_from: str | None = None) -> dict[str, str]:
-    """Digests of all weights on this machine that the config of a run names.
-
-    A checkpoint also holds when and how it was made, which another training of the same model does
-    not repeat: the digest is of the names and values of its weights alone.
-
-    Args:
-        model: The entry `model` of a config, in which a file may be a checkpoint to start from, a
-            teacher, or a network whose features are taken.
-        load_from: What mmengine loads before the training, unless it resumes.
-
-    Returns:
-        Digest by dotted name of the option; empty for a training from nothing. Weights that a
-        library would fetch are not among them.
-
-    Raises:
-        ValueError: A file is damaged, or holds more than weights.
-    """
+    """Digests of all weights on this machine that the config of a run names."""
     named = {**flat(model.to_dict(), 'model'), 'load_from': load_from}
     return {name: digest_of(read_state(path)) for name, path in _weights(named)}
 
@@ -57,11 +41,7 @@ def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def digest_of(state: StateDict) -> str:
-    """What tells weights from others: 16 digits of the sha256 of their names and values.
-
-    Args:
-        state: Tensors by name, on any device.
-    """
+    """What tells weights from others: 16 digits of the sha256 of their names and values."""
     digest = sha256()
     for name, value in sorted(state.items()):
         digest.update(f'{name} {value.dtype} {list(value.shape)}\n'.encode())

@@ -20,16 +20,7 @@ from .checkpoint import run_experts
 
 
 def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
-    """Refuses weights of another method, and logs which options of the experts were others.
-
-    Args:
-        model: Built by timm, of the config.
-        path: Of the weights, an address or a file or folder of this machine.
-        content: What was read there; without it the file is read.
-
-    Raises:
-        ValueError: The method is another one.
-    """
+    """Refuses weights of another method, and logs which options of the experts were others."""
     for line in compare_experts(model, _stated(path, content), path):
         print_log(f'{path}: {line}', 'current', logging.WARNING)
 

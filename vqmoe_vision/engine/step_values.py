@@ -30,18 +30,7 @@ _TRAIN = 'train/'
 
 
 class StepBuffer(HistoryBuffer):
-    """mmengine's history of a scalar, which takes tensors and does not look at them.
-
-    In a checkpoint it is one of mmengine's. Values join the history together, when somebody reads
-    it: mmengine's copies all of a history for each value.
-
-    Args:
-        former: Whose history goes on.
-        read: Called before the history is looked at; puts numbers in the place of tensors.
-
-    Attributes:
-        waiting: Values, and how many each counts for, that are not in the history yet.
-    """
+    """mmengine's history of a scalar, which takes tensors and does not look at them."""
 
     def __init__(self, former: HistoryBuffer, read: Callable[[], None]) -> None:
         self.waiting: list[tuple[Any, int]] = []
@@ -49,12 +38,7 @@ class StepBuffer(HistoryBuffer):
         super().__init__(*former.data, former.max_length)
 
     def update(self, log_val: float | Tensor, count: int = 1) -> None:
-        """Takes a value.
-
-        Args:
-            log_val: A number, or a tensor of one element.
-            count: How many values it stands for.
-        """
+        """Takes a value."""
         self.waiting.append((log_val, count))
 
     def current(self) -> Any:
@@ -100,12 +84,7 @@ class StepBuffer(HistoryBuffer):
 
 
 class StepValues:
-    """The values of training steps that nobody has looked at yet.
-
-    Args:
-        hub: In whose histories they go.
-        check: Called with each iteration and its numbers by name, oldest first, when they are read.
-    """
+    """The values of training steps that nobody has looked at yet."""
 
     def __init__(self, hub: MessageHub, check: Callable[[int, dict[str, float]], None]) -> None:
         self._hub, self._check = hub, check
@@ -113,13 +92,7 @@ class StepValues:
         self._unread: list[tuple[int, str, Any]] = []
 
     def add(self, iteration: int, name: str, value: Tensor) -> None:
-        """Takes a value.
-
-        Args:
-            iteration: Counted from 1.
-            name: Such as 'loss'.
-            value: One element.
-        """
+        """Takes a value."""
         assert value.numel() == 1
         at_once = value.device.type in READ_AT_ONCE
         kept = value.item() if at_once else value.detach()  # or the graph of each step would stay
@@ -145,11 +118,7 @@ class StepValues:
         return bool(self._unread) and isinstance(self._unread[-1][2], Tensor)
 
     def read(self) -> None:
-        """Looks at all of them.
-
-        Raises:
-            Exception: As `check`.
-        """
+        """Looks at all of them."""
         unread, self._unread = self._unread, []
         tensors = [value for *_, value in unread if isinstance(value, Tensor)]
         numbers = dict(zip(map(id, tensors), _numbers(tensors), strict=True))

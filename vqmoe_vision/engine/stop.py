@@ -23,20 +23,7 @@ _ending: Finalize | None = None
 
 
 class StopSignals:
-    """Lets a training save before a signal ends it; a second signal ends it at once.
-
-    A signal that is ignored stays so, and so does one that somebody else handles. Signals are
-    taken from here on. Of several processes the first one saves and ends, whichever of them is told
-    to; the others go on until it has, for their parts of an iteration are needed. Where each has a
-    part of what is saved, they agree between two iterations that all of them save.
-
-    Args:
-        save: Called at a moment when all that a checkpoint holds belongs together; returns the
-            number of iterations that are saved.
-
-    Attributes:
-        at_once: Whether now is such a moment.
-    """
+    """Lets a training save before a signal ends it; a second signal ends it at once."""
 
     def __init__(self, save: Callable[[], int]) -> None:
         self._save = save
@@ -103,14 +90,7 @@ class StopSignals:
 
 
 def keep_workers(loader: DataLoader) -> None:
-    """Lets the workers of a data loader outlive a signal to all processes of a run.
-
-    torchrun passes a signal on to the workers too, and a training needs its batches until it has
-    saved. A worker whose training has ended ends by itself.
-
-    Args:
-        loader: Before it starts its workers.
-    """
+    """Lets the workers of a data loader outlive a signal to all processes of a run."""
     loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
     global _ending
     if _ending is not None:
@@ -120,10 +100,7 @@ def keep_workers(loader: DataLoader) -> None:
 
 
 def _end_workers() -> None:
-    """Before multiprocessing ends its children, by a SIGTERM after which it waits for ever.
-
-    A data loader that is still at work when its process ends has not ended its workers.
-    """
+    """Before multiprocessing ends its children, by a SIGTERM after which it waits for ever."""
     children = [child for child in multiprocessing.active_children() if child.daemon]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch, an error that a worker has ended
     for child in children:
@@ -160,11 +137,7 @@ def _resume() -> str:
 
 
 def end_by(number: int) -> NoReturn:
-    """Ends the process as a signal would have, for shells whose loops over trainings look at that.
-
-    Args:
-        number: Of the signal.
-    """
+    """Ends the process as a signal would have, for shells whose loops over trainings look at that."""  # LONG
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
         stream.flush()
     signal.signal(number, signal.SIG_DFL)

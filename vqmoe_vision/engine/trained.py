@@ -25,13 +25,7 @@ def scope_of(config: Config) -> AbstractContextManager:
 
 
 def without_sources(model: dict[str, Any]) -> ConfigDict:
-    """The model of a config whose weights are those of its run.
-
-    What the run has started from is not read again: it may be on another machine, or gone.
-
-    Args:
-        model: Of the config; it stays as it is.
-    """
+    """The model of a config whose weights are those of its run."""
     parts = {name: model.get(name) for name in _PARTS}
     inner = {name: without_sources(part) for name, part in parts.items() if isinstance(part, dict)}
     changed = {**model, **inner}
@@ -42,17 +36,7 @@ def without_sources(model: dict[str, Any]) -> ConfigDict:
 
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
-    """Builds the model of a config with the weights of a checkpoint, ready to predict.
-
-    Args:
-        config: Of the run.
-        checkpoint: File written by the run, or the folder or file of timm that is made of it.
-        device: Where to; a GPU if there is one.
-
-    Raises:
-        ValueError: There is no such device, or the checkpoint cannot be read or does not fit the
-            config.
-    """
+    """Builds the model of a config with the weights of a checkpoint, ready to predict."""
     _check_device(device)
     with scope_of(config):
         model = MODELS.build(without_sources(config.model))

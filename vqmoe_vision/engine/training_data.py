@@ -11,13 +11,7 @@ from .model import MoeTrainingMixin, unwrapped
 
 
 class TrainingPart(NamedTuple):
-    """A part of training images; a data set has it as `training_part`.
-
-    Attributes:
-        source: The images that are parted, equal for the parts of the same.
-        name: 'train', 'dev', or what holds both.
-        dev_size: Number of images that 'train' leaves to 'dev'.
-    """
+    """A part of training images; a data set has it as `training_part`."""
 
     source: tuple[str, ...]
     name: str
@@ -25,15 +19,7 @@ class TrainingPart(NamedTuple):
 
 
 def check_training_data(runner: Runner) -> None:
-    """Refuses data that a training would misuse, or stop at.
-
-    Args:
-        runner: About to train.
-
-    Raises:
-        ValueError: The data sets of training and validation have the parts 'train' and 'dev' of the
-            same images, with different `dev_size`; or the model cannot take the batches.
-    """
+    """Refuses data that a training would misuse, or stop at."""
     _check_held_out(runner)
     if isinstance(model := unwrapped(runner), MoeTrainingMixin):
         model.check_batches(runner.train_dataloader, runner.max_iters)

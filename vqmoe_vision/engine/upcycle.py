@@ -23,11 +23,7 @@ REPORT = 'upcycling.txt'
 
 
 def upcycle(argv: Sequence[str] | None = None) -> None:
-    """Writes a model with experts that are made of a dense one.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Writes a model with experts that are made of a dense one."""
     parser = argparse.ArgumentParser(
         description='Make a model with experts of a dense vision transformer, and write it as a '
         'folder that timm reads, with a report of every tensor.'

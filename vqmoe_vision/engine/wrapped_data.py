@@ -6,11 +6,7 @@ from mmengine.config import ConfigDict
 
 
 def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The data sets that are no wrappers, in order.
-
-    Args:
-        dataset: Config of a data set.
-    """
+    """The data sets that are no wrappers, in order."""
     found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
     wrapped = [inner for inner in found if isinstance(inner, dict)]
     if not wrapped:

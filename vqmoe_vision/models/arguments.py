@@ -42,16 +42,7 @@ MOE_LAYERS = 'every2'
 
 
 def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of the blocks that hold an MoE layer.
-
-    Args:
-        moe_layers: 'every2' for blocks 1, 3, 5, ... (V-MoE), 'everyN' in general; 'last2' for the
-            last two of every second block (V-MoE's 'Last 2'), 'lastN' in general; or indices.
-        depth: Number of blocks.
-
-    Raises:
-        ValueError: If the specification is not understood or selects no or missing blocks.
-    """
+    """Indices of the blocks that hold an MoE layer."""
     allowed = f"'everyN', 'lastN', or block indices, that select blocks of depth={depth}"
     chosen: Sequence[int]
     if isinstance(moe_layers, str):
@@ -72,15 +63,7 @@ def resolve_moe_layers(moe_layers: str | Sequence[int], depth: int) -> tuple[int
 
 
 def check_method(method: Any, field: str = 'method') -> None:
-    """Refuse a method that there is not.
-
-    Args:
-        method: What a user named.
-        field: What the user calls it.
-
-    Raises:
-        ValueError: It is no key of `METHODS`; lists them.
-    """
+    """Refuse a method that there is not."""
     named = isinstance(method, str)
     hint = did_you_mean(method, METHODS) if named else ''
     allowed = f'one of {", ".join(METHODS)}{hint}'
@@ -88,24 +71,12 @@ def check_method(method: Any, field: str = 'method') -> None:
 
 
 def moe_options(method: str) -> set[str]:
-    """Names of the arguments that a model of a method has beyond timm's.
-
-    Args:
-        method: Key of `METHODS`.
-    """
+    """Names of the arguments that a model of a method has beyond timm's."""
     return {'moe_layers', *METHODS[method].config.option_names()}
 
 
 def check_names(names: Iterable[str], method: str) -> None:
-    """Refuse an argument that neither timm's vision transformer nor the method has.
-
-    Args:
-        names: Names of the arguments that are no options of the method.
-        method: Key of `METHODS`.
-
-    Raises:
-        TypeError: As Python does for such an argument; lists the options.
-    """
+    """Refuse an argument that neither timm's vision transformer nor the method has."""
     known, options = inspect.signature(VisionTransformer).parameters, sorted(moe_options(method))
     for name in names:
         if name not in known:
@@ -117,16 +88,7 @@ def check_names(names: Iterable[str], method: str) -> None:
 
 
 def check_vit_arguments(kwargs: dict[str, Any]) -> None:
-    """Say in one line what timm would assert, ignore, cut off or leave to chance.
-
-    Types are those of timm's signature. Names of layers are tried, without memory.
-
-    Args:
-        kwargs: Arguments of timm's `VisionTransformer`; others are passed over.
-
-    Raises:
-        ValueError: For arguments that are impossible, or cannot work together.
-    """
+    """Say in one line what timm would assert, ignore, cut off or leave to chance."""
     for name, value in kwargs.items():
         if name in _TYPES and value is not None:
             check_type(name, _TYPES[name], value)
@@ -196,19 +158,7 @@ def _check_layer(name: str, layers: dict[str, Any], kwargs: dict[str, Any]) -> N
 def named_failures(
     build: Callable[..., nn.Module], kwargs: dict[str, Any], name: str
 ) -> Iterator[None]:
-    """Say which arguments are to blame when a model cannot be built.
-
-    The fewest of them that timm refuses are looked for, on a device without memory.
-
-    Args:
-        build: Builds the model.
-        kwargs: What it was given.
-        name: Of the model, which is to blame if it cannot be built without any of them.
-
-    Raises:
-        ValueError: In the place of what timm or torch raised.
-        TypeError: In the place of a `TypeError`.
-    """
+    """Say which arguments are to blame when a model cannot be built."""
     try:
         yield
     except FAILURES as error:
@@ -237,14 +187,7 @@ def _failure(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> Excepti
 
 
 def check_experts(kwargs: dict[str, Any]) -> None:
-    """Refuse what a dense MLP may be and an expert cannot.
-
-    Args:
-        kwargs: Arguments of timm's `VisionTransformer`.
-
-    Raises:
-        ValueError: For such an argument.
-    """
+    """Refuse what a dense MLP may be and an expert cannot."""
     for name, possible, allowed in (
         ('scale_mlp_norm', (None, False), 'False, experts have no norm between their layers'),
         ('mlp_layer', (None, Mlp), "timm's Mlp, whose layout experts have"),
@@ -253,15 +196,7 @@ def check_experts(kwargs: dict[str, Any]) -> None:
 
 
 def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse a size whose last pixels timm would cut off.
-
-    Args:
-        model: Any model; only timm's `patch_embed` is looked at.
-        kwargs: What it was built with.
-
-    Raises:
-        ValueError: The image is no whole number of patches.
-    """
+    """Refuse a size whose last pixels timm would cut off."""
     embed: Any = getattr(model, 'patch_embed', None)
     size, patch = getattr(embed, 'img_size', None), getattr(embed, 'patch_size', None)
     if size is None or patch is None:
@@ -271,16 +206,7 @@ def check_patches(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def check_whole_patches(img_size: Any, patch_size: Any, padded: bool) -> None:
-    """Refuse a size whose last pixels timm would cut off.
-
-    Args:
-        img_size: Height and width, or one number for both.
-        patch_size: Likewise.
-        padded: Whether images are made larger until patches fit.
-
-    Raises:
-        ValueError: The image is no whole number of patches.
-    """
+    """Refuse a size whose last pixels timm would cut off."""
     (height, width), (rows, columns) = to_2tuple(img_size), to_2tuple(patch_size)
     check(
         padded or (height % rows == 0 and width % columns == 0),

@@ -40,19 +40,7 @@ def build(
     upcycle: str | PathLike[str] | None = None,
     **kwargs: Any,
 ) -> MoeVisionTransformer:
-    """A model as timm builds it.
-
-    Args:
-        name: Of its entry point.
-        method: Key of `METHODS`.
-        size: Arguments that `kwargs` may change.
-        pretrained: Whether to load weights, which `pretrained_cfg_overlay` has to name.
-        upcycle: What to start from instead, see `upcycle_source`.
-        **kwargs: Of `MoeVisionTransformer` and of `build_model_with_cfg`.
-
-    Raises:
-        ValueError: An argument is impossible, or the weights cannot be read or do not fit.
-    """
+    """A model as timm builds it."""
     check_sources(name, pretrained, kwargs)
     check_one_source({'pretrained': pretrained, 'upcycle': upcycle})
     arguments = {**size, **kwargs, 'weights_of': tagged(name, kwargs.get('pretrained_cfg'))}
@@ -71,24 +59,7 @@ def build_sparse(
     weights_of: str = '',
     **kwargs: Any,
 ) -> Any:
-    """A model with experts of any class, and its weights, as timm builds it.
-
-    An option that saved weights had, and that the options of this call leave without effect, is
-    dropped: `form='discrete'` on top of those of a full model, or how its experts were made.
-
-    Args:
-        make: Builds it from `method`, its options, and arguments of timm's class.
-        name: Of its entry point.
-        method: Key of `METHODS`.
-        pretrained: Whether to load the weights that its configuration names.
-        upcycle: As `build`.
-        weights_of: The model by whose name timm knows the weights, see `tagged`; what they say of
-            themselves is before the rest of its configuration.
-        **kwargs: Of `make` and of `build_model_with_cfg`.
-
-    Raises:
-        ValueError: As `build`.
-    """
+    """A model with experts of any class, and its weights, as timm builds it."""
     saved = kwargs.get('pretrained_model_args') or {}  # what config.json says, since timm 1.0.31
     kwargs = _without_past(kwargs, saved, method)
     if not pretrained and upcycle is None:
@@ -136,15 +107,7 @@ def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) ->
 
 
 def known_by_name(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Filter]:
-    """As `known_weights`, for a dense model of timm.
-
-    Args:
-        name: Of the model, with or without tag.
-        kwargs: Of timm's `create_model`.
-
-    Raises:
-        ValueError: As `check_sources` and `known_weights`.
-    """
+    """As `known_weights`, for a dense model of timm."""
     check_sources(get_arch_name(name), kwargs['pretrained'], kwargs)
     config = kwargs.get('pretrained_cfg')
     weights_of = tagged(name, config)
@@ -164,23 +127,14 @@ def _overlay(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def tagged(name: str, config: Any) -> str:
-    """The name under which timm knows the weights of a model; empty if the call states others.
-
-    Args:
-        name: Of the model, with or without tag.
-        config: `pretrained_cfg` of the call, of which a tag is in the place of that in the name.
-    """
+    """The name under which timm knows the weights of a model; empty if the call states others."""
     if isinstance(config, str) and config:
         return f'{get_arch_name(name)}.{config}'
     return '' if config else name
 
 
 def config_of_name(name: str) -> PretrainedCfg:
-    """What timm knows of the weights of a model.
-
-    Args:
-        name: Of the model, with or without tag.
-    """
+    """What timm knows of the weights of a model."""
     found = get_pretrained_cfg(name)
     assert found is not None
     return found
@@ -191,19 +145,7 @@ def _place_by_name(name: str) -> dict[str, Any]:
 
 
 def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | None = None) -> None:
-    """The weights that timm's configuration of a model names, all that fit or none.
-
-    timm itself is no longer strict where the number of classes differs. Only the head may start
-    anew here, and `weights_report` says what became of each tensor.
-
-    Args:
-        model: As timm built it, without weights.
-        filter_fn: Of `known_by_name`.
-        cache_dir: As in timm's `create_model`.
-
-    Raises:
-        ValueError: There are none, or they cannot be read or do not fit.
-    """
+    """The weights that timm's configuration of a model names, all that fit or none."""
     timms: Any = model
     config = {**timms.pretrained_cfg, 'custom_load': False}
     source = source_of(config)
@@ -220,16 +162,7 @@ def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | No
 
 
 def check_sources(name: str, pretrained: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses what cannot say which weights a model begins with; timm fails in other ways.
-
-    Args:
-        name: Of the entry point.
-        pretrained: As `build`.
-        kwargs: As `build`.
-
-    Raises:
-        ValueError: For such an argument.
-    """
+    """Refuses what cannot say which weights a model begins with; timm fails in other ways."""
     check(isinstance(pretrained, bool), 'pretrained', pretrained, 'True or False')
     config, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')
     if isinstance(config, str) and config:

@@ -82,12 +82,7 @@ def count_params(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_params(params: int, active: int) -> str:
-    """Both counts in words.
-
-    Args:
-        params: Parameters in all.
-        active: Parameters that one token uses.
-    """
+    """Both counts in words."""
     return f'{params / 1e6:.2f}M parameters, {active / 1e6:.2f}M active'
 
 

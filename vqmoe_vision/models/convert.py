@@ -79,19 +79,7 @@ def put_fresh_layers(
     upcycling: Upcycling | dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """As `convert_to_moe`, but experts are drawn as routers are: for weights that come later.
-
-    Args:
-        model: As `convert_to_moe`.
-        method: As `convert_to_moe`.
-        moe_layers: As `convert_to_moe`.
-        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded.
-        **options: As `convert_to_moe`.
-
-    Raises:
-        ValueError: As `convert_to_moe`.
-        TypeError: As `convert_to_moe`.
-    """
+    """As `convert_to_moe`, but experts are drawn as routers are: for weights that come later."""
     how = read_upcycling(upcycling)
     _put_layers(model, method, moe_layers, options, how, made_of_mlps=False)
     scale_fresh_experts(model)

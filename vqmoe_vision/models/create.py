@@ -43,24 +43,7 @@ _ADAPTED = ('in_chans', 'features_only', 'out_indices', 'feature_cls')
 def create_model(
     model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> nn.Module:
-    """`timm.create_model`, with errors that name what was asked for.
-
-    Args:
-        model_name: Name of a timm model.
-        moe: Options of the MoE layers: `moe_layers`, and those of the method. None for a dense
-            model; one of timm's gets such layers as `moe_host` does if `method` is among them, with
-            experts that are made of the MLPs of its weights.
-        extra_mlps: Widens all MLPs of a dense model, by in all what so many further MLPs per token
-            would cost.
-        **kwargs: Its keyword arguments, and `upcycling` of `convert_to_moe`.
-
-    `weights_report` of a vision transformer says what became of the weights that it has loaded.
-
-    Raises:
-        ValueError: There is no such model, the arguments do not go together, such as two that name
-            weights, or weights do not fit.
-        TypeError: The model does not know one of the keyword arguments.
-    """
+    """`timm.create_model`, with errors that name what was asked for."""
     if not timm.is_model(model_name):
         hint = did_you_mean(model_name, timm.list_models()) or '; timm.list_models() lists them'
         raise ValueError(f'model_name={model_name!r} is not a timm model{hint}')
@@ -98,16 +81,7 @@ def create_model(
 
 
 def create_saved(source: str, **kwargs: Any) -> nn.Module:
-    """A model that timm has saved as a folder or on the hub, with its weights.
-
-    Args:
-        source: 'local-dir:' and a folder, or 'hf-hub:' and a name.
-        **kwargs: As `create_model`, in the place of what was saved.
-
-    Raises:
-        ValueError: It is no such source, or its weights are damaged or do not fit.
-        TypeError: As `create_model`.
-    """
+    """A model that timm has saved as a folder or on the hub, with its weights."""
     place, described = folder_source(source, 'source', kwargs.get('cache_dir'))
     name, arguments = described.name, {**described.arguments, **kwargs}
     if name == MOE_HOST or method_of(name) is not None:
@@ -122,11 +96,7 @@ def create_saved(source: str, **kwargs: Any) -> nn.Module:
 
 
 def _check_saved(source: str, file: str, described: Described, kwargs: dict[str, Any]) -> None:
-    """Refuses weights of networks other than transformers of which timm would load what fits.
-
-    What timm itself does with whole weights may be asked for: another number of channels, features,
-    or no head. All other options have to be those of the weights.
-    """
+    """Refuses weights of networks other than transformers of which timm would load what fits."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     allowed = f'entries that name no weights, {source!r} has its own'
     check(not source_of(overlay), 'pretrained_cfg_overlay', overlay, allowed)
@@ -151,21 +121,7 @@ def _check_saved(source: str, file: str, described: Described, kwargs: dict[str,
 def create_to_start(
     model_name: str, moe: dict[str, Any] | None = None, extra_mlps: int = 0, **kwargs: Any
 ) -> nn.Module:
-    """As `create_model`, of a model whose weights may come later.
-
-    `upcycling` then waits for dense weights. Whether any have come is known when a training begins,
-    see `check_upcycled`; a test or a training that resumes reads those of its run and needs none.
-
-    Args:
-        model_name: As `create_model`.
-        moe: As `create_model`.
-        extra_mlps: As `create_model`.
-        **kwargs: As `create_model`.
-
-    Raises:
-        ValueError: As `create_model`.
-        TypeError: As `create_model`.
-    """
+    """As `create_model`, of a model whose weights may come later."""
     own = method_of(model_name) is not None
     # a model of ours takes the weights of `checkpoint_path` as they are
     loads = ('pretrained', 'upcycle') if own else ('pretrained', 'checkpoint_path')
@@ -179,14 +135,7 @@ def create_to_start(
 
 
 def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a model all of whose weights come later: those that these name are not read.
-
-    What is said beside them of the network, such as its image size, stays as far as it can be read.
-    How images were normalised is kept in the weights that come.
-
-    Args:
-        arguments: Of `create_to_start`, with `model_name` and those of a task.
-    """
+    """Arguments of a model all of whose weights come later: those that these name are not read."""
     result = {name: GIVEN.get(name, value) for name, value in arguments.items()}
     named = arguments
     if method_of(arguments['model_name']) is None and arguments.get('moe'):
@@ -205,14 +154,7 @@ def without_weights(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_upcycled(model: nn.Module) -> None:
-    """Refuses a model that says how its experts are made of dense weights, and was given none.
-
-    Args:
-        model: Of `create_to_start`, with all weights that it begins with.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Refuses a model that says how its experts are made of dense weights, and was given none."""
     if isinstance(model, SparseModel) and model.weights_report is None:
         refuse_unused(model.upcycling, 'checkpoint=FILE or pretrained=True')
 

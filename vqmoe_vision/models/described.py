@@ -24,13 +24,7 @@ _CUT = 'label_offset'
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of weights beside their tensors.
-
-    Args:
-        config: Entries of timm's `pretrained_cfg`, such as `mean`, `std` and `input_size`.
-        name: Of the model of timm that they are of; empty if that is not known.
-        arguments: With which timm builds that model.
-    """
+    """What is known of weights beside their tensors."""
 
     config: dict[str, Any] = field(default_factory=dict)
     name: str = ''
@@ -44,14 +38,7 @@ class Described:
 
 
 def describe(source: str) -> Described:
-    """What timm's config.json says of weights.
-
-    Args:
-        source: Folder with it, or a file beside it in such a folder; anything else says nothing.
-
-    Raises:
-        ValueError: It cannot be read, or has what timm does not know.
-    """
+    """What timm's config.json says of weights."""
     path = Path(source)
     folder = path if path.is_dir() else path.parent
     if not source or not (path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM):
@@ -60,15 +47,7 @@ def describe(source: str) -> Described:
 
 
 def describe_folder(folder: str, what: str) -> Described:
-    """As `describe`, of a folder that has to be one of timm.
-
-    Args:
-        folder: Where the config.json and the weights are.
-        what: The field that names it, with its value.
-
-    Raises:
-        ValueError: It has no config.json of timm.
-    """
+    """As `describe`, of a folder that has to be one of timm."""
     found = describe(folder) if Path(folder).is_dir() else Described()
     if not found.name:
         raise ValueError(

@@ -16,16 +16,7 @@ from .sparse_model import SparseModel
 
 
 def changeable_layers(model: nn.Module) -> list[MoeLayer]:
-    """The MoE layers of a model whose parameters are about to change, or go.
-
-    Args:
-        model: Any model.
-
-    Raises:
-        ValueError: It is no model, as a file or a state dict; there is no MoE layer; or the model
-            is wrapped in `DistributedDataParallel`, which would wait for gradients of what is
-            gone.
-    """
+    """The MoE layers of a model whose parameters are about to change, or go."""
     is_model = isinstance(model, nn.Module)
     check(is_model, 'model', type(model).__name__, 'a model with MoE layers and its weights')
     layers = list(layers_of(model).values())

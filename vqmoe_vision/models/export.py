@@ -39,15 +39,7 @@ _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
 @dataclass(frozen=True)
 class Exportable:
-    """What becomes a graph.
-
-    Args:
-        network: From images (B, C, H, W) float32 to a tensor, or a tuple of them.
-        input_size: (C, H, W).
-        outputs: Names of the tensors.
-        about: What a user of the file has to know: values of JSON, which are written into it.
-            `channels` is their order, `mean` and `std` are of pixels in [0, 1], one per channel.
-    """
+    """What becomes a graph."""
 
     network: nn.Module
     input_size: tuple[int, int, int]
@@ -56,14 +48,7 @@ class Exportable:
 
     @classmethod
     def of(cls, model: nn.Module | Exportable) -> Exportable:
-        """That of a timm model: logits of images of the size it was built for, normalised.
-
-        Args:
-            model: A timm model; an `Exportable` stays what it is.
-
-        Raises:
-            ValueError: It does not say how large its images are, or gives features, not logits.
-        """
+        """That of a timm model: logits of images of the size it was built for, normalised."""
         if isinstance(model, Exportable):
             return model
         features = isinstance(getattr(model, 'feature_info', None), FeatureInfo)
@@ -87,12 +72,7 @@ class Exportable:
         return cls(model, (channels, size[0], size[1]), about=about)
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
-        """Images of noise, (batch, C, H, W).
-
-        Args:
-            batch: How many.
-            seed: The same images for the same seed.
-        """
+        """Images of noise, (batch, C, H, W)."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch, *self.input_size, generator=generator)
 
@@ -103,11 +83,7 @@ class Exportable:
 
 
 def require_packages() -> None:
-    """Says in one line what writing and running ONNX files lacks.
-
-    Raises:
-        ModuleNotFoundError: A package of the extra `export` is missing.
-    """
+    """Says in one line what writing and running ONNX files lacks."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         needed = f'ONNX files need {", ".join(missing)}'
@@ -115,19 +91,7 @@ def require_packages() -> None:
 
 
 def export_program(model: nn.Module | Exportable, batch: int | None = None) -> Any:
-    """A model in eval mode as a program of torch's operators alone.
-
-    Args:
-        model: A timm model in float32 and on the CPU, with MoE layers or without; or what an
-            `Exportable` says. It is not changed.
-        batch: Images per call; None for any number.
-
-    Returns:
-        A `torch.export.ExportedProgram` from images (B, C, H, W) to what the model returns.
-
-    Raises:
-        ValueError: The batch is not positive, or the model is on a GPU or of another dtype.
-    """
+    """A model in eval mode as a program of torch's operators alone."""
     valid = batch is None or (type(batch) is int and batch >= 1)
     check(valid, 'batch', batch, 'at least 1, or None for any number of images')
     exportable = Exportable.of(model)
@@ -152,26 +116,7 @@ def export_onnx(
     opset: int | None = None,
     int8: bool = False,
 ) -> Path:
-    """Writes a model as an ONNX file, by torch's exporter.
-
-    Its input is `images` (B, C, H, W) float32, its outputs are named as in `Exportable`, and its
-    metadata are `about`, each as JSON. Weights above 1.5 GiB are written into PATH.data.
-
-    Args:
-        model: As `export_program`.
-        path: Ends in .onnx.
-        batch: Images per call; None for any number.
-        opset: Version of ONNX's operators, 18 to 23; None for the default of torch.
-        int8: Let onnxruntime turn the weights of linear layers, experts included, into int8, and
-            what they multiply in every call.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        ModuleNotFoundError: The extra `export` is missing.
-        ValueError: As `export_program`, path or opset are not possible, or the model is int8.
-    """
+    """Writes a model as an ONNX file, by torch's exporter."""
     target = target_of(path, '.onnx')
     first, last = OPSETS
     valid = opset is None or (type(opset) is int and first <= opset <= last)
@@ -221,23 +166,7 @@ def save_program(
     batch: int | None = None,
     int8: bool = False,
 ) -> Path:
-    """Writes the program of a model, which `torch.export.load` reads without this package.
-
-    `about` is JSON in the extra file `about.json`.
-
-    Args:
-        model: As `export_program`.
-        path: Ends in .pt2.
-        batch: Images per call; None for any number.
-        int8: Write what `quantize_int8` makes of it.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        ModuleNotFoundError: int8 without the extra `export`.
-        ValueError: As `export_program`, or the path is not possible, or int8 is not.
-    """
+    """Writes the program of a model, which `torch.export.load` reads without this package."""
     target = target_of(path, '.pt2')
     exportable = Exportable.of(model)
     if int8:
@@ -261,24 +190,12 @@ def _for_inference(network: nn.Module) -> nn.Module:
 
 
 def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """What a network returned, one tensor per output.
-
-    Args:
-        outputs: One, or several.
-    """
+    """What a network returned, one tensor per output."""
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 def target_of(path: str | Path, *suffixes: str) -> Path:
-    """A path with one of some endings.
-
-    Args:
-        path: Of a file.
-        *suffixes: Such as '.onnx'.
-
-    Raises:
-        ValueError: It has another ending.
-    """
+    """A path with one of some endings."""
     target = Path(path)
     allowed = f'a name that ends in {" or ".join(suffixes)}'
     check(target.suffix in suffixes, 'path', str(path), allowed)

@@ -19,16 +19,7 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 def load_exported(path: str | Path, threads: int = 0) -> Run:
-    """A file of this module as a function, from images (B, C, H, W) to its outputs.
-
-    Args:
-        path: Ends in .onnx, which onnxruntime runs, or in .pt2.
-        threads: Of onnxruntime; 0 for as many as it likes.
-
-    Raises:
-        ModuleNotFoundError: The extra `export` is missing.
-        ValueError: It has another ending, or is not there.
-    """
+    """A file of this module as a function, from images (B, C, H, W) to its outputs."""
     target = target_of(path, *SUFFIXES)
     check(target.is_file(), 'path', str(path), 'a file that is there')
     if target.suffix == '.pt2':
@@ -47,17 +38,7 @@ def load_exported(path: str | Path, threads: int = 0) -> Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a file is from its model on some images.
-
-    Args:
-        output: Name of the tensor.
-        batch: Images.
-        largest: Of the absolute differences, nan if there is one; of labels, 1 if any differs.
-        differing: How many elements are not equal.
-        elements: How many there are.
-        predictions: Equal ones and all, where a prediction is the class of the largest logit; None
-            of labels, whole numbers that are predictions themselves.
-    """
+    """How far a file is from its model on some images."""
 
     output: str
     batch: int
@@ -77,16 +58,7 @@ class Difference:
 def differences(
     model: nn.Module | Exportable, run: Run, batches: Sequence[int] = (1, 4)
 ) -> list[Difference]:
-    """Compares a function with the model that it was exported of, on images of noise.
-
-    Args:
-        model: The model.
-        run: As `load_exported` returns it.
-        batches: How many images at a time.
-
-    Returns:
-        One per batch and output.
-    """
+    """Compares a function with the model that it was exported of, on images of noise."""
     exportable, found = Exportable.of(model), []
     for batch in batches:
         images = exportable.images(batch, seed=batch)

@@ -18,20 +18,10 @@ READER, NETWORK = 'patch_embed.reader.', 'network.'
 
 
 class FeatureViT(VisionTransformer):
-    """timm's `VisionTransformer` without a head, whose answer is the average over the patches.
-
-    That is so however the model of these arguments pools; an attention pool is left out. The last
-    norm is where that model has it: before the average, or after it if the model averages too.
-    """
+    """timm's `VisionTransformer` without a head, whose answer is the average over the patches."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Features of images, (B, D).
-
-        Args:
-            x: (B, channels, height, width).
-            *args: As timm's.
-            **kwargs: As timm's.
-        """
+        """Features of images, (B, D)."""
         tokens = self.forward_features(x, *args, **kwargs)
         features: Tensor = self.fc_norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
         return features
@@ -53,31 +43,19 @@ class FeatureViT(VisionTransformer):
         return -(-height // rows) * rows, -(-width // columns) * columns
 
     def resize(self, sizes: tuple[int, ...]) -> None:
-        """Take images and patches of other sizes, with weights that fit them.
-
-        Args:
-            sizes: As `sizes`.
-        """
+        """Take images and patches of other sizes, with weights that fit them."""
         height, width, rows, columns = sizes
         self.set_input_size((height, width), (rows, columns))
 
 
 def feature_network(kwargs: dict[str, Any]) -> Features:
-    """A network of the shape of a model, as initialised.
-
-    Args:
-        kwargs: Arguments of timm's `VisionTransformer`. It has a last norm, whatever they say.
-    """
+    """A network of the shape of a model, as initialised."""
     others = {name: value for name, value in kwargs.items() if name != 'final_norm'}
     return _described(FeatureViT(**{**others, 'num_classes': 0}))
 
 
 def features_of(dense: VisionTransformer) -> Features:
-    """A copy of a dense model that gives its features.
-
-    Args:
-        dense: timm's; unchanged.
-    """
+    """A copy of a dense model that gives its features."""
     network: Any = copy.deepcopy(dense)
     network.__class__ = FeatureViT
     network.reset_classifier(0)

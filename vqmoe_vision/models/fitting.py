@@ -29,16 +29,7 @@ _STEM = 'patch_embed.proj.weight'
 def strip_names(
     state_dict: StateDict, expected: StateDict, path: str
 ) -> tuple[StateDict, tuple[str, ...]]:
-    """Without the prefix of a run, and by timm's names; and what else there is in the run.
-
-    Args:
-        state_dict: Of a checkpoint.
-        expected: Of the model.
-        path: Of the checkpoint, for messages.
-
-    Raises:
-        ValueError: Nothing in it belongs to the model.
-    """
+    """Without the prefix of a run, and by timm's names; and what else there is in the run."""
     if not state_dict:
         raise ValueError(f'checkpoint {path!r} is empty: it has no weights')
     for prefix in _PREFIXES:
@@ -54,15 +45,7 @@ def strip_names(
 
 
 def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[str]]:
-    """A classifier that averages its features normalises them afterwards, others before.
-
-    Args:
-        state: Of a checkpoint, by timm's names.
-        expected: Of the model.
-
-    Returns:
-        The state by the model's names, and a remark if that changed it.
-    """
+    """A classifier that averages its features normalises them afterwards, others before."""
     for theirs, ours in (('fc_norm', 'norm'), ('norm', 'fc_norm')):
         name, other = f'{ours}.weight', f'{theirs}.weight'
         if name in expected and name not in state and other in state:
@@ -74,18 +57,7 @@ def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[
 def fit_head(
     state: StateDict, expected: StateDict, pooling: str
 ) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree.
-
-    Args:
-        state: Of a checkpoint, by timm's names.
-        expected: Of the model.
-        pooling: Options with which features would be pooled as the checkpoint's head wants them;
-            empty if they are.
-
-    Returns:
-        Both, what is left out of the first, remarks if the model is a classifier, and those of them
-        that nobody may have meant.
-    """
+    """Both without heads unless they agree."""
     head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
@@ -107,18 +79,7 @@ def fit_head(
 
 
 def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
-    """By timm's names for a class of models, in the sizes of the model as far as timm can do that.
-
-    Files of DINOv3 and DeiT III call LayerScale otherwise.
-
-    Args:
-        model: Says the names and sizes.
-        state: Of a checkpoint.
-        path: Of the checkpoint, for messages.
-
-    Raises:
-        ValueError: timm's filter fails, which says nothing about the file being damaged.
-    """
+    """By timm's names for a class of models, in the sizes of the model as far as timm can do that."""  # LONG
     try:
         if isinstance(model, Eva):
             return eva.checkpoint_filter_fn(state, model)
@@ -134,12 +95,7 @@ def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
 
 
 def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
-    """What timm's filter drops, such as the mask token of DINOv2.
-
-    Args:
-        state: Of a checkpoint.
-        filtered: The same by `in_names_of`, where a tensor of another name has the same memory.
-    """
+    """What timm's filter drops, such as the mask token of DINOv2."""
     renamed = {value.data_ptr() for name, value in filtered.items() if name not in state}
     return tuple(
         name
@@ -151,23 +107,7 @@ def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
 def resized_positions(
     state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:
-    """The position embedding for the model's grid, if an image size fits it.
-
-    Where none does, timm guesses the default size of the model, or else a square.
-
-    Args:
-        state: Of a checkpoint, by timm's names.
-        model: Says the grid.
-        path: Of the checkpoint, for messages.
-        image_sizes: Height and width in pixels, of which one may be that of its positions.
-
-    Returns:
-        `pos_embed`, or nothing.
-
-    Raises:
-        ValueError: The positions are those of no square, and no size fits, or DINOv2's registers
-            go with a class token without a position.
-    """
+    """The position embedding for the model's grid, if an image size fits it."""
     if not {'pos_embed', _STEM} <= state.keys():
         return {}
     if 'register_tokens' in state and not model.no_embed_class:
@@ -206,15 +146,7 @@ def resized_positions(
 
 
 def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
-    """The patch embedding for images of other channels than three, as timm makes it.
-
-    Args:
-        state: Of a checkpoint, by timm's names.
-        expected: Of the model.
-
-    Returns:
-        Its weight, or nothing.
-    """
+    """The patch embedding for images of other channels than three, as timm makes it."""
     if _STEM not in state or _STEM not in expected:
         return {}
     channels = expected[_STEM].shape[1]
@@ -224,12 +156,7 @@ def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
 
 
 def fit_layers(state: StateDict, model: Transformer) -> StateDict:
-    """What each MoE layer makes of its part, if that has experts like its own.
-
-    Args:
-        state: Of a checkpoint, by timm's names.
-        model: Has the layers.
-    """
+    """What each MoE layer makes of its part, if that has experts like its own."""
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
         part = part_of(state, prefix)

@@ -23,22 +23,12 @@ _FROM_MMSEG = (
 
 
 def is_of_mmseg(state: StateDict) -> bool:
-    """Whether tensors have the names of mmseg's `VisionTransformer`.
-
-    Args:
-        state: Of a vision transformer alone, without a prefix.
-    """
+    """Whether tensors have the names of mmseg's `VisionTransformer`."""
     return any(name.startswith('layers.0.') for name in state)
 
 
 def from_mmseg(state: StateDict) -> StateDict:
-    """The same tensors in timm's names; a stem without a bias gets one of zeros.
-
-    mmseg's stem had a bias when its Segmenters were released, and has none since version 1.2.
-
-    Args:
-        state: Of mmseg's `VisionTransformer`, without a prefix.
-    """
+    """The same tensors in timm's names; a stem without a bias gets one of zeros."""
     renamed = {replaced(name, _FROM_MMSEG): value for name, value in state.items()}
     if 'patch_embed.proj.weight' in renamed:
         stem = renamed['patch_embed.proj.weight']
@@ -47,12 +37,7 @@ def from_mmseg(state: StateDict) -> StateDict:
 
 
 def replaced(name: str, replacements: Sequence[tuple[str, str]]) -> str:
-    """A name after all replacements.
-
-    Args:
-        name: Of a tensor.
-        replacements: Regular expressions and what takes the place of what they match, in order.
-    """
+    """A name after all replacements."""
     for theirs, ours in replacements:
         name = re.sub(theirs, ours, name)
     return name

@@ -22,11 +22,7 @@ MOE_HOST = 'moe_host'
 
 
 def method_of(model_name: str) -> str | None:
-    """Key of `METHODS` of one of this package's models, None of any other.
-
-    Args:
-        model_name: Name of a timm model.
-    """
+    """Key of `METHODS` of one of this package's models, None of any other."""
     if not timm.models.is_model_in_modules(model_name, OWN_MODULES):
         return None
     method = model_name.partition('.')[0].rpartition('_')[2]
@@ -34,10 +30,6 @@ def method_of(model_name: str) -> str | None:
 
 
 def timms_class(module: nn.Module) -> type:
-    """The class of timm that a module is, or that one of ours builds on.
-
-    Args:
-        module: Any; one that builds on none has its own.
-    """
+    """The class of timm that a module is, or that one of ours builds on."""
     mro = type(module).__mro__
     return next((kind for kind in mro if kind.__module__.startswith('timm.')), mro[0])

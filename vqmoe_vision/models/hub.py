@@ -22,10 +22,7 @@ _UNREACHED = frozenset({'ConnectError', 'ConnectTimeout', 'ConnectionError'})
 
 @contextmanager
 def hub_in_reach() -> Iterator[None]:
-    """Within it, a hub that no attempt reaches is taken for one that is offline.
-
-    The client then takes files that it has kept, or says in one error that there are none.
-    """
+    """Within it, a hub that no attempt reaches is taken for one that is offline."""
     session = get_session()
     own, nested = session.request, 'request' in vars(session)
     session.request = partial(_reaching, own, {})  # type: ignore[method-assign]
@@ -40,14 +37,7 @@ def hub_in_reach() -> Iterator[None]:
 def _reaching(
     request: Callable[..., Any], failed: dict[str, Exception], *args: Any, **kw: Any
 ) -> Any:
-    """A request of the client, which retries by itself all that is raised but this.
-
-    Args:
-        request: That of the client.
-        failed: By host what happened where no attempt reached it; it is changed.
-        *args: Of the request: its method and its URL.
-        **kw: Of the request.
-    """
+    """A request of the client, which retries by itself all that is raised but this."""
     host = urlsplit(str(kw.get('url', args[-1] if args else ''))).netloc
     for wait in (*_WAITS, None) if host not in failed else ():
         try:

@@ -22,11 +22,7 @@ from ..moe.methods import METHODS
 
 @torch.no_grad()
 def scale_fresh_experts(model: nn.Module) -> None:
-    """Scale the output layers of experts that were just drawn, if timm does so with MLPs.
-
-    Args:
-        model: With MoE layers; experts are scaled by depth in an `Eva`, or with `fix_init`.
-    """
+    """Scale the output layers of experts that were just drawn, if timm does so with MLPs."""
     if not (isinstance(model, Eva) or getattr(model, 'fix_init', False)):
         return
     blocks: Any = model.blocks
@@ -36,33 +32,19 @@ def scale_fresh_experts(model: nn.Module) -> None:
 
 
 def output_scale(block: int) -> float:
-    """What timm divides the output layers of a block by when it scales them by depth.
-
-    Args:
-        block: Which.
-    """
+    """What timm divides the output layers of a block by when it scales them by depth."""
     return float((2.0 * (block + 1)) ** 0.5)
 
 
 def host_of(model: Any, raw_patches: RawPatches) -> Host:
-    """What a layer may know of the model that it is built for.
-
-    Args:
-        model: Of timm, with patches and prefix tokens.
-        raw_patches: Where its layers find what was made of the images.
-    """
+    """What a layer may know of the model that it is built for."""
     stem, prefix_tokens = model.patch_embed, model.num_prefix_tokens
     num_tokens = stem.num_patches + prefix_tokens
     return Host(num_tokens, prefix_tokens, stem.proj.in_channels, raw_patches)
 
 
 def mlp_ratio_of(features: int, width: int) -> float:
-    """Ratio by which timm gives an MLP as many hidden features.
-
-    Args:
-        features: Hidden ones.
-        width: Of tokens.
-    """
+    """Ratio by which timm gives an MLP as many hidden features."""
     ratio = features / width
     # timm rounds the product down: the next number above the quotient is always enough
     possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
@@ -83,26 +65,7 @@ def build_layer(
     patch_drop_rate: float,
     **factory: Any,
 ) -> MoeLayer:
-    """MoE layer of a method with experts that are like the MLPs of its model.
-
-    Args:
-        method: Key of `METHODS`.
-        config: Its options.
-        host: The model.
-        width: D, of its tokens.
-        mlp_ratio: Hidden width of its MLPs over D, which experts take unless the options say.
-        act_layer: As those of the MLPs.
-        bias: As those of the MLPs.
-        drop: As those of the MLPs.
-        weight_init: As timm's, of the MLPs.
-        patch_drop_rate: Of the model. What timm's PatchDropout leaves is in random order, so that
-            a layer no longer knows where a token lies.
-        **factory: `device` and `dtype`.
-
-    Raises:
-        ValueError: An expert would have no hidden feature, or the method needs all tokens of an
-            image in their places, and the model drops some.
-    """
+    """MoE layer of a method with experts that are like the MLPs of its model."""
     ratio = config.expert_mlp_ratio or mlp_ratio
     hidden = int(width * ratio)
     check(hidden >= 1, 'expert_mlp_ratio', ratio, 'wide enough for one hidden feature')
@@ -121,12 +84,7 @@ def build_layer(
 
 
 def set_draw(experts: Experts, weight_init: str) -> None:
-    """Lets experts be drawn as timm draws MLPs.
-
-    Args:
-        experts: Of a layer.
-        weight_init: As timm's, of the MLPs; empty is its default, which experts have already.
-    """
+    """Lets experts be drawn as timm draws MLPs."""
     # of which timm asks whether it is of an MLP
     draw = partial(get_init_weights_vit(weight_init), name='mlp') if weight_init else None
     experts.fc1.draw = experts.fc2.draw = draw

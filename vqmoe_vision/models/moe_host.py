@@ -29,19 +29,7 @@ __all__: list[str] = []  # register_model adds the entry point
 def moe_host(
     pretrained: bool = False, host: str | None = None, method: str | None = None, **kwargs: Any
 ) -> MoeVisionTransformer | MoeEva:
-    """A vision transformer of timm with MoE layers.
-
-    Args:
-        pretrained: Whether to load weights: those of the host, whose MLPs become experts, or those
-            that `pretrained_cfg` or `pretrained_cfg_overlay` names.
-        host: Name of a timm model that `convert_to_moe` takes, with or without tag.
-        method: Key of `METHODS`.
-        **kwargs: `moe_layers`, `upcycling` and options of the method, as `convert_to_moe`, and
-            arguments of the host.
-
-    Raises:
-        ValueError: A value is impossible, or weights cannot be read or do not fit.
-    """
+    """A vision transformer of timm with MoE layers."""
     known = isinstance(host, str) and timm.is_model(host) and get_arch_name(host) != MOE_HOST
     check(known, 'host', host, "the name of one of timm's VisionTransformers or Evas")
     check_method(method)

@@ -15,20 +15,7 @@ STARTS = ('checkpoint', 'checkpoint_path', 'pretrained', 'upcycle')
 
 
 def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the MoE layers of a config's model would be built with today.
-
-    Defaults and the meaning of presets are in it, options without effect are not. Which blocks have
-    such layers is not in it either, nor are the defaults of timm.
-
-    Args:
-        model: The field of a config that holds `model_name`.
-
-    Returns:
-        Plain values by name; {} of a model without such layers.
-
-    Raises:
-        ValueError: There is no such option, or a value is impossible.
-    """
+    """What the MoE layers of a config's model would be built with today."""
     moe, name = model.get('moe') or {}, model.get('model_name')
     own = method_of(name) if isinstance(name, str) else None
     # a model of this package takes the options of its method beside its own too

@@ -35,16 +35,7 @@ _DENSE = ('scale_mlp', 'swiglu_mlp')
 
 @dataclass(frozen=True)
 class Model:
-    """What the names and shapes of a model do not tell.
-
-    Args:
-        network: The model.
-        heads: Attention heads; 0 if that is not known.
-        same_heads: Whether the checkpoint is known to have as many.
-        whole: Whether it is more than a backbone, which may have fewer blocks than a checkpoint.
-        options: Of the experts of the checkpoint that the model has otherwise; empty if that is not
-            known, or if the method is another.
-    """
+    """What the names and shapes of a model do not tell."""
 
     network: nn.Module
     heads: int
@@ -54,13 +45,7 @@ class Model:
 
     @classmethod
     def of(cls, network: Any, same_heads: bool = False, options: str = '') -> Model:
-        """Of a vision transformer.
-
-        Args:
-            network: The model.
-            same_heads: As the attribute.
-            options: As the attribute.
-        """
+        """Of a vision transformer."""
         block = network.blocks[0]
         heads = getattr(getattr(block, 'attn', block), 'num_heads', 0)
         # features of fewer blocks would be others
@@ -76,13 +61,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a network for a checkpoint.
-
-    Attributes:
-        options: Arguments that the model would need otherwise; empty if none are known to do.
-        lacking: Tensors that the checkpoint lacks of the network that all others are of.
-        heads: What is to say of attention heads beside the options.
-    """
+    """What is known of a network for a checkpoint."""
 
     options: dict[str, Any] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
@@ -99,16 +78,7 @@ class Found:
 
 
 def network_that_fits(model: Model, state: StateDict, positions: int | None = None) -> Found:
-    """With which arguments a model would have the tensors of a checkpoint.
-
-    Args:
-        model: That has not.
-        state: Of the checkpoint, by the names of the model, and of no others.
-        positions: How many the checkpoint has, where `state` has been resized.
-
-    Returns:
-        Nothing if no arguments do, as far as names and shapes tell.
-    """
+    """With which arguments a model would have the tensors of a checkpoint."""
     expected, kind = model.network.state_dict(), model.arguments
     ours, theirs = _told(expected, kind), _told(state, kind, positions)
     own = _built(model, expected, ours) if ours and theirs else None
@@ -230,14 +200,7 @@ def _in_block(name: str) -> str:
 def _differing(
     model: Model, ours: dict[str, Any], theirs: dict[str, Any], pooling: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the model would need otherwise; None for what no argument does.
-
-    Args:
-        model: That needs it.
-        ours: What its names and shapes tell.
-        theirs: What those of the checkpoint tell.
-        pooling: How features are pooled for the head of the checkpoint.
-    """
+    """What the model would need otherwise; None for what no argument does."""
     absent = ours.keys() - theirs.keys() - {'mlp_ratio', 'in_chans', 'num_heads', 'no_embed_class'}
     options = {
         name: value

@@ -86,20 +86,7 @@ class Normalization:
 def stated_normalization(
     config: Mapping[str, Any], prefix: str, scale: float = 1.0, channels: int = 3
 ) -> Normalization | None:
-    """What somebody states, who has to state both numbers: half of a pair has no other half.
-
-    Args:
-        config: What is stated, perhaps 'mean' and 'std'.
-        prefix: As `Normalization.of`.
-        scale: As `Normalization.of`.
-        channels: As `Normalization.of`.
-
-    Returns:
-        None if neither is stated.
-
-    Raises:
-        ValueError: One is stated alone, or it has numbers that no images can have.
-    """
+    """What somebody states, who has to state both numbers: half of a pair has no other half."""
     given = [name for name in ('mean', 'std') if name in config]
     if not given:
         return None
@@ -110,15 +97,7 @@ def stated_normalization(
 
 
 def check_normalization(config: Mapping[str, Any], prefix: str) -> None:
-    """Refuse a configuration of timm that no images can be prepared by.
-
-    Args:
-        config: timm's `pretrained_cfg`, which may say nothing of it.
-        prefix: As `Normalization.of`.
-
-    Raises:
-        ValueError: As `stated_normalization`, or its `input_size` is none.
-    """
+    """Refuse a configuration of timm that no images can be prepared by."""
     size = config.get('input_size')
     valid = size is None or (isinstance(size, list | tuple) and len(size) == 3)
     check(valid, f'{prefix}input_size', size, '(channels, height, width)')
@@ -146,14 +125,7 @@ def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def of_buffer(values: Any) -> Normalization | None:
-    """What the buffer of a run's model says.
-
-    Args:
-        values: (2, 3), mean and standard deviation of pixels in [0, 1].
-
-    Returns:
-        None if it says nothing yet, or is no such buffer.
-    """
+    """What the buffer of a run's model says."""
     if not isinstance(values, Tensor) or values.shape != (2, 3):
         return None
     mean, std = (tuple(row) for row in values.tolist())

@@ -32,13 +32,7 @@ _LINEAR = re.compile(r'(experts\.fc[12])\.\d+\.(weight|bias)')
 
 @dataclass(frozen=True)
 class Fitting:
-    """Experts that a checkpoint would fit, in words.
-
-    Attributes:
-        options: Of the method of the model, as they are written; empty if none do.
-        methods: Models of other methods; empty if none do.
-        fits: Whether the method of the model does, with these options or without a change.
-    """
+    """Experts that a checkpoint would fit, in words."""
 
     options: str = ''
     methods: str = ''
@@ -53,18 +47,7 @@ class Fitting:
 def experts_that_fit(
     model: nn.Module, state: StateDict, width: int | None = None, mlp_ratio: float | None = None
 ) -> Fitting:
-    """Which experts a model would have to have for those of a checkpoint.
-
-    Args:
-        model: Of this package, or one around such a model.
-        state: Of the checkpoint, by the names of `model`.
-        width: Of the tokens of the network that they are for; None for that of the model.
-        mlp_ratio: Of its MLPs; None for that of the model.
-
-    Returns:
-        Nothing for a model that has no method or that fits, for experts of tokens of another width,
-        and if the layers of the checkpoint are not all of the same shapes.
-    """
+    """Which experts a model would have to have for those of a checkpoint."""
     sparse: Any = next((m for m in model.modules() if hasattr(m, 'moe_config')), None)
     layers = moe_layers(model)
     theirs = _shapes_of_all([part_of(state, f'{name}.') for name in layers])
@@ -89,15 +72,7 @@ def experts_that_fit(
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for options of a layer whose tensors have the shapes of a checkpoint.
-
-    Args:
-        host: As the layer was built for.
-        width: D, of its tokens.
-        mlp_ratio: Of the MLPs of its model.
-        bias: Whether its experts have biases.
-        theirs: The shapes.
-    """
+    """Looks for options of a layer whose tensors have the shapes of a checkpoint."""
 
     host: Host
     width: int
@@ -107,27 +82,13 @@ class _Search:
 
     @classmethod
     def of(cls, model: Any, ours: Shapes, theirs: Shapes) -> _Search:
-        """Of a model.
-
-        Args:
-            model: With such layers.
-            ours: Shapes of one of its layers.
-            theirs: Shapes of one of the checkpoint.
-        """
+        """Of a model."""
         _, hidden, width = ours['experts.fc1.weight']
         ratio = mlp_ratio_of(hidden, width)
         return cls(host_of(model, RawPatches()), width, ratio, 'experts.fc1.bias' in ours, theirs)
 
     def options(self, method: str, config: MoeConfig) -> list[Options]:
-        """Changes of options, of which each alone makes a layer that fits; empty if nothing does.
-
-        One step after another is taken that brings the layer nearest, and what no step needed is
-        left out. What other value of one of the options would do as well is an alternative.
-
-        Args:
-            method: Key of `METHODS`.
-            config: Options that are changed.
-        """
+        """Changes of options, of which each alone makes a layer that fits; empty if nothing does."""  # LONG
         known: dict[str, int] = {}  # half of all changes lead where others have led
 
         def distance(changes: Options) -> float:
@@ -157,13 +118,7 @@ class _Search:
         return [found, *(changes for changes in others if distance(changes) == 0)]
 
     def distance(self, method: str, config: MoeConfig, shapes: Shapes) -> int:
-        """How many tensors differ, in name or shape, between a layer with some options and others.
-
-        Args:
-            method: Key of `METHODS`.
-            config: The options.
-            shapes: Of the others.
-        """
+        """How many tensors differ, in name or shape, between a layer with some options and others."""  # LONG
         with structure_only():
             layer = build_layer(
                 method,

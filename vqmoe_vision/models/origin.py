@@ -44,30 +44,14 @@ _ROTARY = {
 
 @dataclass(frozen=True)
 class Origin:
-    """The network of a source.
-
-    Args:
-        name: Of the model of timm.
-        model: The same without memory.
-    """
+    """The network of a source."""
 
     name: str
     model: Any
 
 
 def origin_of(described: Described, source: str) -> Origin | None:
-    """The network that a source describes.
-
-    Args:
-        described: By its name and its configuration.
-        source: What it is called, for messages.
-
-    Returns:
-        None if it is not known.
-
-    Raises:
-        ValueError: timm cannot build it.
-    """
+    """The network that a source describes."""
     if not described.name:
         return None
     if not timm.is_model(described.name):
@@ -86,18 +70,7 @@ def origin_of(described: Described, source: str) -> Origin | None:
 
 
 def refuse_other_function(model: nn.Module, origin: Origin, path: str) -> None:
-    """Refuse weights whose network computes otherwise.
-
-    Pooling is left out: it belongs to the head, see `other_pooling`.
-
-    Args:
-        model: That takes the weights.
-        origin: That they are of.
-        path: What they are called, for messages.
-
-    Raises:
-        ValueError: It does; names in what, and what would fit.
-    """
+    """Refuse weights whose network computes otherwise."""
     ours, theirs = timms_class(model), timms_class(origin.model)
     differences: list[tuple[str, str]] = []
     if ours is not theirs:
@@ -140,12 +113,7 @@ def _remedy(model: Any, origin: Origin, options: Sequence[str]) -> str:
 
 
 def with_experts(origin: Origin, method: str) -> str:
-    """What makes experts of a network, or why nothing does, for the end of a line.
-
-    Args:
-        origin: The network.
-        method: Key of `METHODS`.
-    """
+    """What makes experts of a network, or why nothing does, for the end of a line."""
     if reason := _no_experts_of(origin.model, method):
         return f'; no experts can be made of it: {reason}'
     return (
@@ -176,12 +144,7 @@ def _attention_option(model: Any, origin: Any) -> str:
 
 
 def other_pooling(model: Any, origin: Origin) -> str:
-    """How the head of a source is fed otherwise than that of the model; empty if it is not.
-
-    Args:
-        model: That takes the weights.
-        origin: That they are of.
-    """
+    """How the head of a source is fed otherwise than that of the model; empty if it is not."""
     ours, theirs = _pooling(model), _pooling(origin.model)
     return '' if ours == theirs else theirs
 
@@ -277,10 +240,7 @@ def _rotary_differences(ours: Any, theirs: Any) -> list[tuple[str, str]]:
 
 
 def _attention(block: Any) -> Any:
-    """What has the heads: the block itself, where it computes the MLP beside them.
-
-    Without any, what stands where timm's blocks have their attention.
-    """
+    """What has the heads: the block itself, where it computes the MLP beside them."""
     with_heads = (module for module in block.modules() if hasattr(module, 'num_heads'))
     return next(with_heads, getattr(block, 'attn', block))
 

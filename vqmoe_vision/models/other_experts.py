@@ -20,22 +20,7 @@ def refuse_other_experts(
     model: nn.Module,
     options: str = '',
 ) -> None:
-    """Refuse experts where the model has others.
-
-    Weights of a dense model may start one with experts, but those of one method mean nothing to
-    another.
-
-    Args:
-        expected: Of the model.
-        filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
-        fitted: The same after each MoE layer has fitted its part.
-        path: What the checkpoint is called, for messages.
-        model: That takes the weights.
-        options: As in `Model`.
-
-    Raises:
-        ValueError: There are some; names what they are.
-    """
+    """Refuse experts where the model has others."""
     routed = _routed(filtered) & {layer_of(name) for name in expected}
     missing = [k for k in expected if layer_of(k) in routed and k not in fitted]
     unexpected = [k for k in filtered if layer_of(k) in routed and k not in expected]
@@ -53,14 +38,7 @@ def refuse_other_experts(
 
 
 def kept_by_another(model: nn.Module, state: StateDict, upcycles: bool) -> str:
-    """What would take weights that are no model's of these experts, for the end of a line.
-
-    Args:
-        model: That does not take them.
-        state: Of a dense model, or of other experts; of others nothing is known.
-        upcycles: Whether `upcycle` is an argument of the model, and not one of timm's own that has
-            got experts.
-    """
+    """What would take weights that are no model's of these experts, for the end of a line."""
     routed = _routed(model.state_dict())
     if routed and not _routed(state) and any('.mlp.fc1.' in name for name in state):
         overlay = 'pretrained=True with pretrained_cfg_overlay=dict(file=FILE)'

@@ -13,16 +13,7 @@ from .would_fit import in_words
 
 
 def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
-    """Arguments by which a model would have the sizes of a checkpoint, for the end of a line.
-
-    Args:
-        expected: Of the model.
-        fitted: Of the checkpoint, by the names of the model.
-        model: That has them.
-
-    Returns:
-        Empty if there are none that explain all that differs.
-    """
+    """Arguments by which a model would have the sizes of a checkpoint, for the end of a line."""
     pairs = {name: (fitted[name].shape, v.shape) for name, v in expected.items() if name in fitted}
     free = (*HEADS, 'pos_embed')  # positions are resized
     other = {k for k, (theirs, ours) in pairs.items() if theirs != ours and not k.startswith(free)}
@@ -46,16 +37,7 @@ def sizes_that_fit(expected: StateDict, fitted: StateDict, model: Model) -> str:
 
 
 def whole_that_fits(network: Transformer, state: StateDict, start: str) -> str:
-    """What would take weights that do not fit as a whole, for the end of a line.
-
-    Args:
-        network: That does not take them.
-        state: Of the checkpoint, by the names of the network.
-        start: Field of a config by which a training starts from such weights.
-
-    Returns:
-        Empty if nothing is known to.
-    """
+    """What would take weights that do not fit as a whole, for the end of a line."""
     expected = network.state_dict()
     ours, theirs = (any('.mlp.experts.' in name for name in x) for x in (expected, state))
     if ours and not theirs and any('.mlp.fc1.' in name for name in state):

@@ -93,30 +93,18 @@ def quantize_int8(model: nn.Module) -> nn.Module:
 
 
 def require_torchao() -> None:
-    """Says in one line what int8 lacks.
-
-    Raises:
-        ModuleNotFoundError: torchao, of the extra `export`, is missing.
-    """
+    """Says in one line what int8 lacks."""
     if importlib.util.find_spec(_PACKAGE) is None:
         raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install '.[export]'")
 
 
 def separated(model: nn.Module) -> nn.Module:
-    """As `experts_as_linear`, of any model.
-
-    Args:
-        model: With MoE layers or without.
-    """
+    """As `experts_as_linear`, of any model."""
     return experts_as_linear(model) if moe_layers(model) else model
 
 
 def decomposed(program: Any) -> Any:
-    """A program whose operators of torchao are those of torch, so that files load without it.
-
-    Args:
-        program: A `torch.export.ExportedProgram`; unchanged if it has none of these.
-    """
+    """A program whose operators of torchao are those of torch, so that files load without it."""
     found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
     foreign = {op for op in found if str(op).startswith('torchao.')}
     if not foreign:
@@ -128,17 +116,7 @@ def decomposed(program: Any) -> Any:
 
 
 def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: bool) -> None:
-    """Writes an ONNX program in int8: its products with the weights of linear layers.
-
-    Weights have 7 bits, as sums of products of 8 overflow in processors without VNNI, and a file
-    does not know where it will run.
-
-    Args:
-        program: What `torch.onnx.export` made of the network.
-        file: To write.
-        network: Its experts are linear layers.
-        external_data: Whether weights go into a file of their own.
-    """
+    """Writes an ONNX program in int8: its products with the weights of linear layers."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

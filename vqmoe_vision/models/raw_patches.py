@@ -21,29 +21,14 @@ from ..moe.scripting import StaysPython
 
 
 def hand_over(stem: nn.Module, raw_patches: RawPatches) -> None:
-    """Let a stem show images to the layers; what reads them becomes a part of it.
-
-    Not of the whole model, which TorchScript and torch.fx look into.
-
-    Args:
-        stem: A `RawPatchEmbed`.
-        raw_patches: Where the layers find what was read.
-    """
+    """Let a stem show images to the layers; what reads them becomes a part of it."""
     stem.raw_patches = raw_patches  # type: ignore[assignment]  # no module
     if isinstance(raw_patches.read, nn.Module):
         stem.reader = raw_patches.read
 
 
 def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Stem and blocks of a vision transformer whose layers look at raw patches.
-
-    Args:
-        raw_patches: Where the layers find them.
-        kwargs: Arguments of the vision transformer.
-
-    Raises:
-        ValueError: For arguments that would take the raw patches away from the layers.
-    """
+    """Stem and blocks of a vision transformer whose layers look at raw patches."""
     for name in ('embed_layer', 'block_fn'):
         allowed = 'not set, a method that looks at raw patches brings its own'
         check(name not in kwargs, name, kwargs.get(name), allowed)
@@ -55,12 +40,7 @@ def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str
 
 @register_notrace_module
 class RawPatchEmbed(StaysPython, PatchEmbed):
-    """timm's `PatchEmbed` that also hands the raw patches to the layers.
-
-    Args:
-        raw_patches: Where the layers look for them.
-        **kwargs: As `PatchEmbed`.
-    """
+    """timm's `PatchEmbed` that also hands the raw patches to the layers."""
 
     def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -77,15 +57,7 @@ class RawPatchEmbed(StaysPython, PatchEmbed):
 
 
 class RawPatchBlock(Block):
-    """timm's `Block` that checkpoints itself.
-
-    `checkpoint_seq` repeats a block with nothing but its input. By then the layers may look at the
-    patches of another batch, so the patches have to travel as an input of their own.
-
-    Args:
-        raw_patches: Where the layers look for them.
-        **kwargs: As `Block`.
-    """
+    """timm's `Block` that checkpoints itself."""
 
     __jit_ignored_attributes__: ClassVar[list[str]] = ['raw_patches']
 

@@ -32,17 +32,7 @@ _OTHERS = r'relative_position_bias_table|(^|[._])rel_pos|^embeds\.'
 
 
 def refuse_other_tokens(state: StateDict, expected: StateDict, path: str, model: Model) -> None:
-    """Refuse a token of its own or a position embedding that only one of both has.
-
-    Args:
-        state: Of the checkpoint.
-        expected: Of the model.
-        path: What the checkpoint is called, for messages.
-        model: What names and shapes of the model do not tell.
-
-    Raises:
-        ValueError: There is one, or the positions of the checkpoint are rotary or relative.
-    """
+    """Refuse a token of its own or a position embedding that only one of both has."""
     if others := [name for name in state if re.search(_OTHERS, name)]:
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: it has {shorten(others, 1)}, and is of '
@@ -98,20 +88,7 @@ def _network(state: StateDict, model: Model, path: str) -> str:
 def perhaps_rotary(
     state: StateDict, expected: StateDict, path: str, model: Model
 ) -> tuple[str, ...]:
-    """Of a bare file: refuse what would be led into a network without its rotary positions.
-
-    Args:
-        state: Of the checkpoint.
-        expected: Of the model.
-        path: What the checkpoint is called, for messages.
-        model: What names and shapes of the model do not tell.
-
-    Returns:
-        A warning where the model has what the checkpoint shows of itself.
-
-    Raises:
-        ValueError: The model has not.
-    """
+    """Of a bare file: refuse what would be led into a network without its rotary positions."""
     if model.arguments is not VIT or not state.keys() >= _OF_PE:
         return ()
     sign = (
@@ -127,16 +104,7 @@ def perhaps_rotary(
 
 
 def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
-    """Refuse weights that are no numbers, or whole numbers where the model has real ones.
-
-    Args:
-        expected: Of the model.
-        state: Of the checkpoint, of which what the model has no place for is passed over.
-        path: What the checkpoint is called, for messages.
-
-    Raises:
-        ValueError: There are some; names the first.
-    """
+    """Refuse weights that are no numbers, or whole numbers where the model has real ones."""
     layers = {layer_of(name) for name in expected} - {''}  # whose dense MLPs experts are made of
     for name, value in state.items():
         if name not in expected and layer_of(name) not in layers:
@@ -153,16 +121,7 @@ def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
 
 
 def refuse_gated(expected: StateDict, state: StateDict, path: str) -> None:
-    """Refuse gated MLPs (SwiGLU), also by the names of a plain one, with twice the features.
-
-    Args:
-        expected: Of the model.
-        state: Of the checkpoint, before or after timm's filter.
-        path: What the checkpoint is called, for messages.
-
-    Raises:
-        ValueError: The model has plain MLPs in their place.
-    """
+    """Refuse gated MLPs (SwiGLU), also by the names of a plain one, with twice the features."""
     gated = _first_gated(state)
     if not gated or _first_gated(expected):
         return
@@ -193,18 +152,7 @@ def _first_gated(state: StateDict) -> tuple[str, str] | None:
 def refuse_misfits(
     expected: StateDict, filtered: StateDict, fitted: StateDict, path: str, model: Model
 ) -> None:
-    """Refuse a checkpoint of another size or with other experts.
-
-    Args:
-        expected: Of the model.
-        filtered: Of the checkpoint, in the sizes of the model as far as timm can do that.
-        fitted: The same after each MoE layer has fitted its part.
-        path: What the checkpoint is called, for messages.
-        model: What names and shapes of the model do not tell.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Refuse a checkpoint of another size or with other experts."""
     # first, for sizes that fit would not do for another method
     refuse_other_experts(expected, filtered, fitted, path, model.network, model.options)
     shapes = other_shapes(expected, fitted)
@@ -214,20 +162,7 @@ def refuse_misfits(
 
 
 def refuse_other_parts(expected: StateDict, fitted: StateDict, path: str, model: Model) -> None:
-    """Refuse tensors of the network that only one of both has: it would be another function.
-
-    What may differ: final norms and heads; experts in the place of an MLP; and a backbone may end
-    before the last block of the checkpoint.
-
-    Args:
-        expected: Of the model.
-        fitted: Of the checkpoint.
-        path: What the checkpoint is called, for messages.
-        model: What names and shapes of the model do not tell.
-
-    Raises:
-        ValueError: There are some; names arguments with which the model would fit.
-    """
+    """Refuse tensors of the network that only one of both has: it would be another function."""
     layers = {layer_of(name) for name in expected if '.mlp.experts.' in name}
     blocks = {block_of(name) for name in expected}
 

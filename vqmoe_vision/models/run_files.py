@@ -37,14 +37,7 @@ class _NoLog:
 
 
 def beside_weights(log: type) -> list[Any]:
-    """All that may be there, for torch's list of what it may read.
-
-    timm's train.py and the authors of MAE and DeiT leave the arguments of their scripts, which are
-    values by name and no code.
-
-    Args:
-        log: Class in the place of mmengine's.
-    """
+    """All that may be there, for torch's list of what it may read."""
 
     def name_of(owner: object, name: str) -> None:
         """What a log calls to name its means and minima: those of the code that reads it."""

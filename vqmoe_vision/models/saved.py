@@ -41,30 +41,14 @@ _OF_THE_NETWORK = ('architecture', 'first_conv', 'classifier', 'pool_size')
 
 
 def record_arguments(model: nn.Module, given: dict[str, Any]) -> None:
-    """Keeps what a model was built from, where timm does not: 1.0.26 records nothing.
-
-    Args:
-        model: Built by timm's `create_model`.
-        given: Its keyword arguments.
-    """
+    """Keeps what a model was built from, where timm does not: 1.0.26 records nothing."""
     timms: Any = model
     if not getattr(model, '_model_args', None):
         timms._model_args = {k: v for k, v in given.items() if k not in _OF_THE_CALL}
 
 
 def arguments_of(model: nn.Module) -> dict[str, Any]:
-    """The keyword arguments with which timm builds a model again, as it is now.
-
-    Blocks and norms that a backbone was pruned by are said by `depth`, `moe_layers` and
-    `final_norm`. Rates of dropping are left out, as timm does: they are of a training.
-
-    Args:
-        model: Of this package's `create_model`.
-
-    Raises:
-        ValueError: An argument is no value of JSON, no MoE layer is left, or timm does not know the
-            model by a name.
-    """
+    """The keyword arguments with which timm builds a model again, as it is now."""
     timms: Any = model
     known = str((getattr(model, 'pretrained_cfg', None) or {}).get('architecture'))
     allowed = 'one that timm.create_model has built, by whose name it is built again'
@@ -97,11 +81,7 @@ def _pruned(model: Transformer) -> dict[str, Any]:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are prepared, of timm's `pretrained_cfg`, as `save` takes it.
-
-    Args:
-        config: Entries that are None or not there are left out.
-    """
+    """How images are prepared, of timm's `pretrained_cfg`, as `save` takes it."""
     return {name: config[name] for name in _PREPROCESSING if config.get(name) is not None}
 
 
@@ -112,22 +92,7 @@ def save(
     label_names: Sequence[str] = (),
     license_id: str | None = None,
 ) -> dict[str, Any]:
-    """Writes `model.safetensors` and `config.json` with its digest, and reads them back.
-
-    Args:
-        model: On the CPU. Its `pretrained_cfg` becomes that of these weights.
-        folder: Is made.
-        preprocessing: Entries of timm's `pretrained_cfg`, those of `preprocessing_of`, of which
-            `input_size` is (3, H, W).
-        label_names: Of the classes, by index.
-        license_id: The hub's name for the licence of the weights.
-
-    Returns:
-        The arguments that build the model again.
-
-    Raises:
-        ValueError: What is read back is another model, or an argument is no value of JSON.
-    """
+    """Writes `model.safetensors` and `config.json` with its digest, and reads them back."""
     timms: Any = model
     args = arguments_of(model)
     dynamic = args.get('dynamic_img_size') or args.get('strict_img_size') is False

@@ -36,27 +36,7 @@ def shard_model(
     param_dtype: torch.dtype | None = None,
     timeout: float | None = None,
 ) -> nn.Module:
-    """Spreads the parameters of a model over all processes, in place.
-
-    The loss of each process is to be a mean over its tokens; gradients are those of the mean over
-    all processes. Every process has to hold the same model before. Buffers stay whole, codebooks
-    that are buffers among them. `torch.distributed.checkpoint.state_dict` saves the model under the
-    names and shapes of the model on one process.
-
-    Args:
-        model: With timm's blocks or without.
-        expert_processes: M, on how many processes one set of all experts lives.
-        param_dtype: In which blocks compute, and parameters travel; gradients are reduced in
-            float32. None for the dtype of the parameters.
-        timeout: Seconds after which processes that share experts wait no longer for each other;
-            None for torch's.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: M does not divide the number of processes, or of experts.
-    """
+    """Spreads the parameters of a model over all processes, in place."""
     processes = dist.get_world_size()
     allowed = f'it must divide {processes}, the number of processes'
     check(
@@ -92,10 +72,7 @@ def shard_model(
 
 
 def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> DeviceMesh:
-    """Neighbours share a set of all experts; those of one place in all sets have the same experts.
-
-    Not by `init_device_mesh`, whose new groups have torch's own timeout.
-    """
+    """Neighbours share a set of all experts; those of one place in all sets have the same experts."""  # LONG
     wait = None if timeout is None else timedelta(seconds=timeout)
     places = torch.arange(shape[0] * shape[1]).view(shape)
     own: list[Any] = []
@@ -107,18 +84,7 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
 
 
 def spread_dimension(shape: Sequence[int], processes: int) -> int:
-    """The dimension of a tensor that FSDP2 is to cut, by default the first.
-
-    What does not divide evenly is filled up, and the filling travels: of eight experts on 256
-    processes each would send a whole one.
-
-    Args:
-        shape: Of at least one dimension.
-        processes: Among which it is cut.
-
-    Returns:
-        The first dimension that the processes divide, or 0.
-    """
+    """The dimension of a tensor that FSDP2 is to cut, by default the first."""
     return next((i for i, size in enumerate(shape) if size % processes == 0), 0)
 
 
@@ -131,11 +97,7 @@ def _placement(processes: int) -> Callable[[nn.Parameter], Shard]:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What FSDP2 gathers as a unit; blocks inside of others come first, as it asks.
-
-    Args:
-        model: With timm's blocks, or layers of a head of mmseg, or without.
-    """
+    """What FSDP2 gathers as a unit; blocks inside of others come first, as it asks."""
     blocks: list[nn.Module] = []
     reader = image_reader(model)  # has no parameters to gather, and its own dtype
     apart = set() if reader is None else set(reader.modules())
@@ -149,15 +111,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all.
-
-    They are small. Updates of codebooks and of StableMoE's stage read and write them between steps,
-    and decisions are made in their own dtype. Norms of what experts are fed decide nothing: they
-    are spread like all else, and compute in the dtype of the tokens.
-
-    Args:
-        model: Before it is spread.
-    """
+    """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all."""
     whole = {p for p in model.parameters() if p.ndim == 0}
     for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
         norms = [norm for norm in layer.modules() if isinstance(norm, nn.LayerNorm)]

@@ -23,15 +23,7 @@ from .sparse_model import SparseModel
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:
-    """Set a freshly built model to the start that all rows of its shape have at a seed.
-
-    Args:
-        model: As `timm.create_model` gave it, whole or pruned. It is changed.
-        model_name: Its name in timm.
-        seed: The same for all rows that are compared.
-        **kwargs: The arguments that it was built with. With `pretrained`, `checkpoint_path` or
-            `upcycle` it keeps its weights.
-    """
+    """Set a freshly built model to the start that all rows of its shape have at a seed."""
     if any(kwargs.get(name) for name in ('pretrained', 'checkpoint_path', 'upcycle')):
         return
     if isinstance(model, SparseModel):

@@ -57,14 +57,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_one_source(arguments: Mapping[str, Any]) -> None:
-    """Refuses weights from two places: one would replace the other, and the report tell of one.
-
-    Args:
-        arguments: Of a model or of a task; those that name no weights are passed over.
-
-    Raises:
-        ValueError: Two of them name weights; names both.
-    """
+    """Refuses weights from two places: one would replace the other, and the report tell of one."""
     names = [name for name in GIVEN if arguments.get(name)]
     if len(names) > 1:
         first, second = names[:2]
@@ -75,19 +68,7 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
 def upcycle_source(
     upcycle: str | PathLike[str], cache_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], Described]:
-    """Where timm finds the weights of a dense model that a model starts from, and what they are of.
-
-    Args:
-        upcycle: Name of a timm model, with or without tag; 'hf-hub:' and a name, 'local-dir:' and a
-            folder as timm saves it; or a file, as `file_of`.
-        cache_dir: Where to keep what comes from the hub, as in timm's `create_model`.
-
-    Returns:
-        Entries of timm's `pretrained_cfg` that say the place, and what is known of the weights.
-
-    Raises:
-        ValueError: It is none of these, or has no weights.
-    """
+    """Where timm finds the weights of a dense model that a model starts from, and what they are of."""  # LONG
     file = file_of(upcycle)
     check(isinstance(upcycle, str | PathLike) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
     upcycle = str(upcycle)
@@ -127,16 +108,7 @@ def _with_weights(name: str) -> str:
 def folder_source(
     source: str, field: str, cache_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], Described]:
-    """As `upcycle_source`, of what timm has saved as a folder or on the hub.
-
-    Args:
-        source: Begins with one of `FOLDERS`.
-        field: Which names it, for messages.
-        cache_dir: As `upcycle_source`.
-
-    Raises:
-        ValueError: It has no config.json, or one that is not timm's.
-    """
+    """As `upcycle_source`, of what timm has saved as a folder or on the hub."""
     scheme, _, rest = source.partition(':')
     if scheme == 'local-dir':
         found = (Path(rest) / 'config.json').is_file()
@@ -149,33 +121,21 @@ def folder_source(
 
 
 def file_of(upcycle: Any) -> str:
-    """The file that the source of `upcycle_source` is; empty if it is none.
-
-    Args:
-        upcycle: As given, perhaps a path object; `~` is the user's folder.
-    """
+    """The file that the source of `upcycle_source` is; empty if it is none."""
     source = str(upcycle) if isinstance(upcycle, PathLike) else upcycle
     named = isinstance(source, str) and not source.startswith(FOLDERS)
     return os.path.expanduser(source) if named and is_file_name(source) else ''
 
 
 def place_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights of a configuration are.
-
-    Args:
-        config: timm's `pretrained_cfg`.
-    """
+    """Where the weights of a configuration are."""
     names = ('source', 'hf_hub_filename', *_SOURCES)
     # the format of what the address leads to; the hub has timm's own
     return {k: config[k] for k in names if config.get(k)} | {'custom_load': False}
 
 
 def source_of(config: dict[str, Any]) -> str:
-    """What weights of a pretrained configuration are called in messages; empty if it has none.
-
-    Args:
-        config: timm's `pretrained_cfg`, or an overlay of it.
-    """
+    """What weights of a pretrained configuration are called in messages; empty if it has none."""
     name = next((name for name in _SOURCES if config.get(name)), '')
     return name if name == 'state_dict' else str(config.get(name, ''))
 
@@ -187,18 +147,7 @@ def said_of(
     own: Described,
     cache_dir: Any = None,
 ) -> tuple[dict[str, Any], Described]:
-    """Where the weights are that `upcycle` names, and what is known beside weights without them.
-
-    Args:
-        upcycle: As `known_weights`.
-        config: As `known_weights`.
-        overlay: As `known_weights`.
-        own: As `known_weights`.
-        cache_dir: As `known_weights`.
-
-    Raises:
-        ValueError: As `known_weights`.
-    """
+    """Where the weights are that `upcycle` names, and what is known beside weights without them."""
     stated = overlay if upcycle else {**config, **overlay}
     described = describe(source_of(stated))
     if upcycle is None:
@@ -223,22 +172,7 @@ def known_weights(
     own: Described,
     cache_dir: Any = None,
 ) -> tuple[dict[str, Any], Callable[..., StateDict]]:
-    """What timm has to know of the weights that a model begins with, and the filter for them.
-
-    Args:
-        upcycle: As `upcycle_source`; None for those that the configuration names.
-        config: timm's `pretrained_cfg`, as far as the call gives it.
-        overlay: `pretrained_cfg_overlay` of the call, which is before all others.
-        own: Of the weights of `config`, what is known where nothing beside them says it.
-        cache_dir: As `upcycle_source`.
-
-    Returns:
-        The overlay with the place of the weights and what belongs to them, such as normalisation,
-        image size and number of classes; and `fit_pretrained` for the network that they are of.
-
-    Raises:
-        ValueError: As `upcycle_source`, or the configuration beside the weights cannot be read.
-    """
+    """What timm has to know of the weights that a model begins with, and the filter for them."""
     stated = overlay if upcycle else {**config, **overlay}
     place, described = said_of(upcycle, config, overlay, own, cache_dir)
     known = {name: value for name, value in described.config.items() if name not in stated}
@@ -253,24 +187,7 @@ def known_weights(
 def fit_pretrained(
     state_dict: dict[str, Any], model: Any, origin: Origin | None = None, follow: bool = True
 ) -> StateDict:
-    """Filter function for timm's loading of models with experts: what `transfer` fits, upcycled.
-
-    It loads what fits itself. timm drops a head if the configuration of the weights has another
-    number of classes, whatever the file holds, and is no longer strict then; by that time all that
-    could be missing has been refused or reported.
-
-    Args:
-        state_dict: As in the source.
-        model: A `Transformer`. It gets the weights, and `weights_report`.
-        origin: The network that the source is of; None for what is beside the file, if anything is.
-        follow: Whether `pretrained_cfg` takes the normalisation that a run has kept in its weights.
-
-    Returns:
-        All of the model's state, in which timm has nothing left to miss.
-
-    Raises:
-        ValueError: As `transfer`.
-    """
+    """Filter function for timm's loading of models with experts: what `transfer` fits, upcycled."""
     state = state_dict.get('model', state_dict)
     state = state.get('state_dict', state)
     source = source_of(model.pretrained_cfg)

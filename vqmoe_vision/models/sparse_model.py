@@ -41,30 +41,13 @@ from .weight_files import is_of_numpy, unreadable
 
 
 class SparseModel:
-    """Mixin before a class of timm's; `describe` is called once.
-
-    No `nn.Module` itself: TorchScript would find the annotations of that class before timm's, which
-    say what is constant. Annotations of its own would hide them too.
-
-    Attributes:
-        method: Key of `METHODS`.
-        moe_config: Options of the method.
-        upcycling: How experts are made of the MLPs of a dense model whose weights are loaded.
-        weights_report: What became of each tensor when timm loaded weights, or when the model was
-            converted; None if there was neither.
-    """
+    """Mixin before a class of timm's; `describe` is called once."""
 
     # TorchScript would compile it
     __jit_unused_properties__ = ('_model_args',)
 
     def describe(self, method: str, config: MoeConfig, upcycling: Upcycling) -> None:
-        """Set what the model says of itself.
-
-        Args:
-            method: Key of `METHODS`.
-            config: Its options.
-            upcycling: How experts are made of dense MLPs.
-        """
+        """Set what the model says of itself."""
         self.method, self.moe_config, self.upcycling = method, config, upcycling
         self.weights_report: Report | None = None
 
@@ -83,16 +66,7 @@ class SparseModel:
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line.
-
-        Args:
-            state_dict: As torch's.
-            strict: As torch's.
-            assign: As torch's.
-
-        Raises:
-            RuntimeError: As torch's; says which way of loading, or which option, would fit.
-        """
+        """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line."""  # LONG
         model: Any = self
         load: Any = super().load_state_dict  # type: ignore[misc]
         try:
@@ -111,15 +85,7 @@ class SparseModel:
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """In the place of timm's, which reads NumPy's files and would stop at the first expert.
-
-        Args:
-            checkpoint_path: As timm's.
-            prefix: As timm's.
-
-        Raises:
-            ValueError: Always, before anything is changed; says how such a file starts the model.
-        """
+        """In the place of timm's, which reads NumPy's files and would stop at the first expert."""
         allowed = 'a file of NumPy, whose name ends so, for a dense model'
         check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
         raise ValueError(unreadable(checkpoint_path))
@@ -141,15 +107,7 @@ class SparseModel:
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """As timm's; layers that go by the number of tokens hear of it.
-
-        Args:
-            img_size: Height and width, or one number for both; None for those of now.
-            patch_size: Likewise.
-
-        Raises:
-            ValueError: The image is no whole number of patches.
-        """
+        """As timm's; layers that go by the number of tokens hear of it."""
         timms: Any = super()
         model: Any = self
         embed = model.patch_embed

@@ -22,25 +22,7 @@ Value = TypeVar('Value')
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each tensor of a model, and of each of a checkpoint.
-
-    Every tensor of the model is in one of the first four, every one of the checkpoint in `loaded`,
-    `resized`, the values of `copied`, or `unused` or `outside`.
-
-    Attributes:
-        loaded: Tensors of the model that are as in the checkpoint.
-        resized: Those that were fitted to other sizes: shapes before and after, which are equal for
-            positions of another grid of as many.
-        copied: Tensors of experts, and those of a dense MLP that they were made of; and those of a
-            frozen network that reads images, where it is a copy of a dense model.
-        initialised: What the checkpoint has nothing for.
-        unused: Tensors of the checkpoint, in the names of timm, that the model has no place for, or
-            that timm leaves out.
-        outside: Of those that the model's part does not include: heads that it does not take, and
-            what a run has beside its network.
-        remarks: What is to say of the checkpoint as a whole, a line each.
-        warnings: Those of the remarks that nobody may have meant.
-    """
+    """What became of each tensor of a model, and of each of a checkpoint."""
 
     loaded: tuple[str, ...] = ()
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -53,11 +35,7 @@ class Report:
 
     @classmethod
     def of_warnings(cls, lines: tuple[str, ...]) -> Report:
-        """A report of nothing but remarks that nobody may have meant.
-
-        Args:
-            lines: The remarks.
-        """
+        """A report of nothing but remarks that nobody may have meant."""
         return cls(remarks=lines, warnings=lines)
 
     @classmethod
@@ -69,15 +47,7 @@ class Report:
         copied: dict[str, str],
         **others: tuple[str, ...],
     ) -> Report:
-        """That of a state dict which a model loads.
-
-        Args:
-            result: The state dict.
-            expected: Names of all tensors of the model.
-            resized: As the attribute.
-            copied: As the attribute; others than these and the resized are as in the checkpoint.
-            **others: Further attributes.
-        """
+        """That of a state dict which a model loads."""
         return cls(
             loaded=tuple(k for k in result if k not in resized and k not in copied),
             resized=resized,
@@ -87,11 +57,7 @@ class Report:
         )
 
     def joined(self, other: Report) -> Report:
-        """Both reports as one, of two parts of a model.
-
-        Args:
-            other: Of the other part.
-        """
+        """Both reports as one, of two parts of a model."""
         parts: dict[str, Any] = {}
         for name, value in vars(self).items():
             more = vars(other)[name]
@@ -133,12 +99,7 @@ class Report:
 
 
 def part_of(state: Mapping[str, Value], prefix: str) -> dict[str, Value]:
-    """What has names under a prefix, by the rest of its names.
-
-    Args:
-        state: Of a whole.
-        prefix: Where the names of the part begin, with its dot; empty for all.
-    """
+    """What has names under a prefix, by the rest of its names."""
     return {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
 
 
@@ -146,22 +107,12 @@ class TakesOtherNames:
     """Mixin of a model that loads checkpoints of other code, and translates them itself."""
 
     def in_own_names(self, state: StateDict) -> StateDict:
-        """What it would load in the place of a checkpoint.
-
-        Args:
-            state: Of the checkpoint.
-        """
+        """What it would load in the place of a checkpoint."""
         raise NotImplementedError
 
 
 def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
-    """As `misfit`, of a model that is about to load a state dict.
-
-    Args:
-        model: Its MoE layers may do without what another form of theirs has, and it may translate
-            what is called otherwise.
-        state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
-    """
+    """As `misfit`, of a model that is about to load a state dict."""
     state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     if isinstance(model, TakesOtherNames):
         state = model.in_own_names(state)
@@ -180,12 +131,7 @@ def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
 
 
 def misfit(expected: StateDict, state_dict: StateDict) -> str:
-    """What keeps a state dict from being loaded, in words; empty if nothing does.
-
-    Args:
-        expected: State dict of the model.
-        state_dict: Of the checkpoint; a leading `module.` in its keys is ignored.
-    """
+    """What keeps a state dict from being loaded, in words; empty if nothing does."""
     state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     parts = {
         'missing keys': [name for name in expected if name not in state],
@@ -196,16 +142,7 @@ def misfit(expected: StateDict, state_dict: StateDict) -> str:
 
 
 def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> StateDict:
-    """Weights with which can be computed: those of eight bits as float32, which has all of them.
-
-    Args:
-        state: Of a checkpoint.
-        expected: Of the model, of which nothing else is looked at.
-        path: What the checkpoint is called, for messages.
-
-    Raises:
-        ValueError: A weight is no tensor, or as `refuse_without_values`.
-    """
+    """Weights with which can be computed: those of eight bits as float32, which has all of them."""
     refuse_without_values(state, path)
     for name, value in state.items():
         if name in expected and not isinstance(value, Tensor):
@@ -218,15 +155,7 @@ def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> Stat
 
 
 def refuse_without_values(state: Mapping[str, Any], path: str) -> None:
-    """Refuse tensors that are sparse, or of the meta device, which no parameter can take.
-
-    Args:
-        state: Of a checkpoint.
-        path: What the checkpoint is called, for messages.
-
-    Raises:
-        ValueError: There is one; names it.
-    """
+    """Refuse tensors that are sparse, or of the meta device, which no parameter can take."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             continue
@@ -249,12 +178,7 @@ def _is_small(value: Any) -> bool:
 
 
 def other_shapes(expected: StateDict, state: StateDict) -> list[str]:
-    """Tensors of the same name that differ in shape, and the shapes of both, in words.
-
-    Args:
-        expected: State dict of the model.
-        state: Of the checkpoint.
-    """
+    """Tensors of the same name that differ in shape, and the shapes of both, in words."""
     return [
         f'{name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}'
         for name, value in expected.items()
@@ -263,41 +187,24 @@ def other_shapes(expected: StateDict, state: StateDict) -> list[str]:
 
 
 def layer_of(name: str) -> str:
-    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP.
-
-    Args:
-        name: Of a tensor.
-    """
+    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP."""
     layer, found, _ = name.partition('.mlp.')
     return f'{layer}.mlp' if found else ''
 
 
 def block_of(name: str) -> str:
-    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block.
-
-    Args:
-        name: Of a tensor.
-    """
+    """'blocks.1.' of 'blocks.1.mlp.fc1.weight', and nothing of what is in no block."""
     match = re.match(r'blocks\.\d+\.', name)
     return match[0] if match else ''
 
 
 def is_square(count: int) -> bool:
-    """Whether so many positions may be those of a square image.
-
-    Args:
-        count: Without those of other tokens.
-    """
+    """Whether so many positions may be those of a square image."""
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, and how many more there are.
-
-    Args:
-        names: What to list.
-        limit: How many to write out.
-    """
+    """The first names, and how many more there are."""
     names = list(names)
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more

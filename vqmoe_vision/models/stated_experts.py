@@ -28,23 +28,14 @@ STATED = 'vqmoe_vision'
 
 @dataclass(frozen=True)
 class StatedExperts:
-    """What is known of experts.
-
-    Args:
-        method: Key of `METHODS`.
-        config: Its options; None if they are not known.
-    """
+    """What is known of experts."""
 
     method: str
     config: MoeConfig | None = None
 
 
 def experts_of(model: Any) -> StatedExperts | None:
-    """What a model says of its own.
-
-    Args:
-        model: Any; a dense one has none.
-    """
+    """What a model says of its own."""
     return StatedExperts(model.method, model.moe_config) if isinstance(model, SparseModel) else None
 
 
@@ -66,14 +57,7 @@ def stated_in(content: Any) -> dict[str, Any]:
 
 
 def experts_of_run(content: Any) -> StatedExperts | None:
-    """What the checkpoint of a run says, or what timm's train.py leaves in its own.
-
-    Args:
-        content: Of a checkpoint.
-
-    Returns:
-        None if it says nothing, or names no method of this package.
-    """
+    """What the checkpoint of a run says, or what timm's train.py leaves in its own."""
     stated = stated_in(content)
     if not stated:
         return _experts_of_script(content)
@@ -107,11 +91,7 @@ def _stated(method: Any, options: Any) -> StatedExperts | None:
 
 
 def experts_of_file(path: str) -> StatedExperts | None:
-    """As `experts_of_run`, of a file that has been read before.
-
-    Args:
-        path: Of a checkpoint whose checksums somebody has compared; any other place says nothing.
-    """
+    """As `experts_of_run`, of a file that has been read before."""
     of_torch = is_file_name(path) and not path.endswith('.safetensors')
     if not of_torch or not Path(path).is_file():
         return None
@@ -121,21 +101,7 @@ def experts_of_file(path: str) -> StatedExperts | None:
 
 
 def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -> tuple[str, ...]:
-    """Refuse experts of another method, and say which options were others.
-
-    Options may be others on purpose, such as for fine-tuning, so that they are not refused.
-
-    Args:
-        model: That takes the weights.
-        stated: What the source says; None says nothing.
-        path: What the weights are called, for messages.
-
-    Returns:
-        A line for each option that the answers follow.
-
-    Raises:
-        ValueError: The method is another one.
-    """
+    """Refuse experts of another method, and say which options were others."""
     own = experts_of(model)
     if own is None or stated is None:
         return ()
@@ -156,12 +122,7 @@ def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -
 
 
 def options_of(stated: StatedExperts | None, model: nn.Module) -> str:
-    """Options of a source that a model of the same method has otherwise, as they are written.
-
-    Args:
-        stated: What the source says; None says nothing.
-        model: That takes the weights.
-    """
+    """Options of a source that a model of the same method has otherwise, as they are written."""
     own = experts_of(model)
     if own is None or own.config is None or stated is None or stated.config is None:
         return ''

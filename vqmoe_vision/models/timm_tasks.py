@@ -19,18 +19,7 @@ from ..moe.config import check
 
 
 class TrainsExperts:
-    """Mixin before a task of timm's, whose `update_ema` a loop calls after each optimizer step.
-
-    That is where codebooks and stages move: after the step, as in our own training, and before the
-    moving average, which so follows the codebook too.
-
-    Args:
-        *args: As the task has them.
-        **kwargs: As the task has them.
-
-    Raises:
-        ValueError: timm is older than 1.0.27, whose tasks are the first with `update_ema`.
-    """
+    """Mixin before a task of timm's, whose `update_ema` a loop calls after each optimizer step."""
 
     trainable_module: nn.Module
 
@@ -39,15 +28,7 @@ class TrainsExperts:
         super().__init__(*args, **kwargs)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        """What timm's task returns, its loss with the auxiliary losses of the same pass.
-
-        Args:
-            input: (B, C, H, W) images.
-            target: As the task has it.
-
-        Returns:
-            Also `auxiliary_loss`, their sum, detached.
-        """
+        """What timm's task returns, its loss with the auxiliary losses of the same pass."""
         timms: Any = super()
         with collect_losses(self.trainable_module, update_state=False) as collected:
             result: dict[str, Any] = timms.forward(input, target)
@@ -56,11 +37,7 @@ class TrainsExperts:
         return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the state that learns without gradients, then timm's moving average if there is one.
-
-        Args:
-            step: As timm's.
-        """
+        """Move the state that learns without gradients, then timm's moving average if there is one."""  # LONG
         update_state(self.trainable_module)
         timms: Any = super()
         timms.update_ema(step)
@@ -71,10 +48,7 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 
 def install() -> None:
-    """Put tasks that train experts in the place of timm's, for scripts that import them by name.
-
-    Those of timm before 1.0.27 stay as they are: nothing tells them of a step.
-    """
+    """Put tasks that train experts in the place of timm's, for scripts that import them by name."""
     tasks = {
         name: task
         for name, task in vars(timm.task).items()

@@ -45,15 +45,7 @@ from .would_fit import pooled_otherwise, without_norm
 
 @dataclass(frozen=True)
 class _Transfer:
-    """What is known of a checkpoint beside its weights, and how experts are made of it.
-
-    Args:
-        path: As in `transfer`.
-        image_sizes: As in `transfer`.
-        upcycling: As in `transfer`.
-        origin: As in `transfer`.
-        options: Of the method, with which its experts would fit; as in `Model`.
-    """
+    """What is known of a checkpoint beside its weights, and how experts are made of it."""
 
     path: str
     image_sizes: Sequence[Size]
@@ -65,24 +57,7 @@ class _Transfer:
 def fit_state(
     model: Transformer, state_dict: StateDict, path: str, image_sizes: Sequence[Size] = ()
 ) -> tuple[StateDict, list[str]]:
-    """The part of a checkpoint that belongs into a model, resized where that can be done.
-
-    The experts of a layer stay as they are if the checkpoint has a dense MLP for them; `transfer`
-    makes them of it.
-
-    Args:
-        model: Position and patch embeddings are resized to its sizes; its MoE layers fit theirs.
-        state_dict: Of a segmentation or classification run, of timm, of mmseg, or of the authors
-            of Segmenter.
-        path: Where it came from, for messages.
-        image_sizes: Of which one may be the size of the images that its positions belong to.
-
-    Returns:
-        State dict to load, and lines for the log: what was loaded, resized, missing or unused.
-
-    Raises:
-        ValueError: Nothing matches, or the checkpoint is of another size or method.
-    """
+    """The part of a checkpoint that belongs into a model, resized where that can be done."""
     state, report = transfer(model, state_dict, path, image_sizes)
     return state, [f'{path}: {line}' for line in report.lines()]
 
@@ -96,29 +71,7 @@ def transfer(
     origin: Origin | None = None,
     stated: StatedExperts | None = None,
 ) -> tuple[StateDict, Report]:
-    """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
-
-    A classifier takes the checkpoint's head if it has the same classes by number and pools its
-    features alike, and keeps the one that it was initialised with otherwise. Nothing else may be
-    missing but what a dense model does not have: routers, codebooks, slots; a last norm is missing
-    with a warning.
-
-    Args:
-        model: As in `fit_state`. It is not changed.
-        state_dict: As in `fit_state`.
-        path: As in `fit_state`.
-        image_sizes: As in `fit_state`.
-        upcycling: How experts are made of a dense MLP; with None they stay as they are.
-        origin: The network that the checkpoint is of, if that is known.
-        stated: What else is known of its experts, where `origin` does not say it.
-
-    Returns:
-        State dict to load, without what stays as initialised, and the report.
-
-    Raises:
-        ValueError: Nothing matches, the checkpoint is of another size, method or architecture, or
-            has values that are none; names what does not fit and what would.
-    """
+    """The part of a checkpoint that belongs into a model, and what becomes of each tensor."""
     expected = model.state_dict()
     on_meta = any(value.is_meta for value in expected.values())
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
@@ -241,15 +194,7 @@ def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
 def _fit_reader(
     reader: ImageReader, part: StateDict, rest: StateDict, path: str, image_sizes: Sequence[Size]
 ) -> tuple[StateDict, Report]:
-    """What reads images as the checkpoint does, or with the weights of a dense one.
-
-    Args:
-        reader: Of the model.
-        part: Of the checkpoint, what reads images in it, by names in `reader`.
-        rest: Of the checkpoint.
-        path: As in `fit_state`.
-        image_sizes: As in `fit_state`.
-    """
+    """What reads images as the checkpoint does, or with the weights of a dense one."""
     weights = part_of(part, NETWORK)
     result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
     expected = {READER + k: v for k, v in reader.state_dict().items()}

@@ -16,11 +16,7 @@ _PAGES = (b'<!doctype', b'<html')
 
 
 def found_in(path: str) -> str:
-    """What is wrong with a file, and what to do; empty if its bytes do not tell.
-
-    Args:
-        path: Of a file that is not loaded.
-    """
+    """What is wrong with a file, and what to do; empty if its bytes do not tell."""
     file = Path(path)
     if not file.is_file():
         return ''

@@ -28,24 +28,7 @@ _PARTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """How experts differ from the dense MLP that they are made of; by default not at all.
-
-    Equal experts become different where they see different tokens. Each of these options gives up
-    that the model begins with the answers of the dense one.
-
-    Args:
-        noise: Gaussian noise on the weights of every expert, over the standard deviation of each
-            weight matrix (a variant of arXiv 2212.05055, which found little in it).
-        drop: Share of the hidden units of every expert that are drawn anew, none or at least two,
-            from a normal distribution with mean and standard deviation of what they replace
-            ("Drop-Upcycling", Nakamura et al., ICLR 2025, arXiv 2502.19261, where it is 0.5).
-        split: For experts narrower than the MLP: its hidden units are shuffled and dealt to the
-            experts, as often as it takes (Qwen2, arXiv 2407.10671, section 2.2.2). The second
-            layer is scaled by F / H, so that the mean over experts is the answer of the MLP.
-
-    Raises:
-        ValueError: If a value is impossible.
-    """
+    """How experts differ from the dense MLP that they are made of; by default not at all."""
 
     noise: float = 0.0
     drop: float = 0.0
@@ -60,14 +43,7 @@ class Upcycling:
 
 
 def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
-    """The options that a user gave, in any form.
-
-    Args:
-        value: Options, a dictionary of them, or None for the defaults.
-
-    Raises:
-        ValueError: There is no such option, or a value is impossible.
-    """
+    """The options that a user gave, in any form."""
     if isinstance(value, Upcycling):
         return value
     allowed = 'a dictionary of options, or None'
@@ -79,15 +55,7 @@ def read_upcycling(value: Upcycling | dict[str, Any] | None) -> Upcycling:
 
 
 def refuse_unused(how: Upcycling, ways: str) -> None:
-    """Refuse options of experts that are made of a dense MLP where none are.
-
-    Args:
-        how: The options; the defaults say nothing that could be missed.
-        ways: How a user names weights of a dense model here.
-
-    Raises:
-        ValueError: They are not the defaults.
-    """
+    """Refuse options of experts that are made of a dense MLP where none are."""
     allowed = (
         f'None, no dense weights are loaded to make experts of: {ways} would give it an effect'
     )
@@ -95,22 +63,7 @@ def refuse_unused(how: Upcycling, ways: str) -> None:
 
 
 def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
-    """Experts made of a dense MLP.
-
-    Random numbers are drawn from torch's global generator on the CPU.
-
-    Args:
-        mlp: State dict of timm's `Mlp`: fc1.weight (F, D), fc2.weight (D, F), and biases.
-        experts: For which they are; unchanged.
-        how: Options.
-        name: What the MLP is called, for messages.
-
-    Returns:
-        State dict of the experts: fc1.weight (E, H, D), fc2.weight (E, D, H), and biases.
-
-    Raises:
-        ValueError: The MLP is of another kind or size; names what would fit.
-    """
+    """Experts made of a dense MLP."""
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc1.weight'].shape[0]
     number, hidden, _ = experts.fc1.weight.shape
@@ -134,12 +87,7 @@ def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> Stat
 
 
 def units_left_out(mlp: StateDict, experts: Experts) -> tuple[str, ...]:
-    """What to say of hidden units of a dense MLP that no expert has, where experts split it.
-
-    Args:
-        mlp: As `upcycle`.
-        experts: As `upcycle`.
-    """
+    """What to say of hidden units of a dense MLP that no expert has, where experts split it."""
     dense, (number, hidden, _) = mlp['fc1.weight'].shape[0], experts.fc1.weight.shape
     lost = dense - number * hidden
     if lost <= 0:

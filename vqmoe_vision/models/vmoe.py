@@ -82,22 +82,7 @@ class _Sizes:
 
 
 def load_vmoe(checkpoint: str, head: bool = True, **options: Any) -> MoeVisionTransformer:
-    """A released V-MoE as a `vit_*_smoe`, in eval mode.
-
-    Its `pretrained_cfg` says how their evaluation prepares images: pixels in [-1, 1], and for those
-    of 224 pixels the middle of what was resized to 256, for others the whole image in that form.
-
-    Args:
-        checkpoint: Path of the files without endings, or that of the index.
-        head: Whether to take the classifier. Without it the answers are the features, (B, D).
-        **options: Of the method and of timm's `VisionTransformer`, for what no file says, such as
-            `top_k` (2 in all released models) and `eval_capacity_factor` (by default nothing is
-            dropped). What the tree says cannot be changed.
-
-    Raises:
-        ValueError: The files are missing or damaged, the tree is not that of a V-MoE, or an option
-            contradicts it; names what does not fit and what would.
-    """
+    """A released V-MoE as a `vit_*_smoe`, in eval mode."""
     tree = read_tree(checkpoint)
     if not head:
         tree = {name: value for name, value in tree.items() if not name.startswith(_HEADS)}
@@ -128,15 +113,7 @@ def _as_list(option: str, value: Any) -> Any:
 
 
 def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]:
-    """The entry point of a tree and the keyword arguments that it says.
-
-    Args:
-        tree: By path with slashes.
-        checkpoint: What it is called, for messages.
-
-    Raises:
-        ValueError: The tree is not that of a V-MoE of one size throughout.
-    """
+    """The entry point of a tree and the keyword arguments that it says."""
     sizes = _sizes(tree, checkpoint)
     _refuse_other_tree(tree, _layout(sizes), checkpoint)
     height, width = sizes.images
@@ -159,11 +136,7 @@ def arguments_of(tree: StateDict, checkpoint: str) -> tuple[str, dict[str, Any]]
 
 
 def in_our_names(tree: StateDict) -> StateDict:
-    """A tree of V-MoE in the names and layouts of `vit_*_smoe`.
-
-    Args:
-        tree: By path with slashes, with the heads that the model has.
-    """
+    """A tree of V-MoE in the names and layouts of `vit_*_smoe`."""
     state = {replaced(name, _NAMES): _moved(name, value) for name, value in tree.items()}
     for name in [name for name in state if '.attn.query.' in name]:
         parts = [state.pop(name.replace('query', part)) for part in ('query', 'key', 'value')]

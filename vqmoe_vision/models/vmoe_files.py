@@ -41,17 +41,7 @@ class _Leaf:
 
 
 def read_tree(checkpoint: str) -> StateDict:
-    """The weights of a checkpoint, by their path in the tree with slashes.
-
-    Args:
-        checkpoint: Path without endings, or that of the index.
-
-    Returns:
-        Such as `Encoder/encoderblock_1/Moe/Mlp/Dense_0/kernel`, in the types of the files.
-
-    Raises:
-        ValueError: A file is missing, truncated or damaged, or chunks of an array are missing.
-    """
+    """The weights of a checkpoint, by their path in the tree with slashes."""
     prefix = checkpoint.removesuffix('.index')
     count, leaves = _decoded(f'{prefix}.index', _index)
     wanted = _weights(leaves, checkpoint)

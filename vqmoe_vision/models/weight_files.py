@@ -50,32 +50,17 @@ class _Elsewhere(Exception):
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source is called as a file of weights is, wherever it lies.
-
-    Args:
-        source: A path, or the name of a model.
-    """
+    """Whether a source is called as a file of weights is, wherever it lies."""
     return source.endswith('.safetensors') or source.lower().endswith(_OF_TORCH)
 
 
 def is_of_numpy(path: str) -> bool:
-    """Whether a file is one of NumPy by its name.
-
-    Args:
-        path: Of the file.
-    """
+    """Whether a file is one of NumPy by its name."""
     return path.lower().endswith(_OF_NUMPY)
 
 
 def weights_in(source: str) -> str:
-    """The file of weights in a folder of timm.
-
-    Args:
-        source: The folder, or a file, which stays as it is.
-
-    Raises:
-        ValueError: There is no such file in it.
-    """
+    """The file of weights in a folder of timm."""
     folder = Path(source)
     if not folder.is_dir():
         return source
@@ -89,15 +74,7 @@ def weights_in(source: str) -> str:
 
 @contextmanager
 def named_source(source: str) -> Iterator[None]:
-    """Say in one line that weights cannot be read, whatever the file or the hub raises.
-
-    Args:
-        source: A file or a folder, whose checksums are compared, or anything else.
-
-    Raises:
-        ValueError: In the place of what was raised. One that says itself what is wrong stays, and
-            so does a lack of memory.
-    """
+    """Say in one line that weights cannot be read, whatever the file or the hub raises."""
     # torch reads a file of any name
     local = is_file_name(source) or Path(source).exists()
     if local:
@@ -122,12 +99,7 @@ def named_source(source: str) -> Iterator[None]:
 
 
 def no_reading(function: Callable[..., Result], what: str = '') -> Callable[..., Result]:
-    """The same function, whose errors `named_source` takes for none of the file.
-
-    Args:
-        function: That timm calls before it reads weights, or between reading and loading.
-        what: To say of one that does not say itself what is wrong; empty to leave it as it is.
-    """
+    """The same function, whose errors `named_source` takes for none of the file."""
 
     def call(*args: Any, **kwargs: Any) -> Result:
         try:
@@ -141,40 +113,24 @@ def no_reading(function: Callable[..., Result], what: str = '') -> Callable[...,
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in its first line, or its kind if it says nothing.
-
-    Args:
-        error: What was raised.
-    """
+    """What an error says in its first line, or its kind if it says nothing."""
     return next(iter(str(error).splitlines()), '') or type(error).__name__
 
 
 def named_reason(error: Exception) -> str:
-    """The kind of an error, and what it says in its first line.
-
-    Args:
-        error: What was raised.
-    """
+    """The kind of an error, and what it says in its first line."""
     return ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was missing, whatever was to be done with it.
-
-    Args:
-        error: What was raised.
-    """
+    """Whether memory was missing, whatever was to be done with it."""
     # what torch raises on the processor has no type of its own
     of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def unreadable(path: str) -> str:
-    """What to say of a file whose bytes are no weights of torch.
-
-    Args:
-        path: Of the file.
-    """
+    """What to say of a file whose bytes are no weights of torch."""
     if is_of_numpy(path):
         return (
             f'checkpoint {path!r} is of NumPy, which a dense model of timm alone reads, by '
@@ -186,24 +142,12 @@ def unreadable(path: str) -> str:
 
 
 def lacks_tensors(state: Mapping[str, Any]) -> bool:
-    """Whether a file has words in the place of some tensors.
-
-    Args:
-        state: What it has, by name.
-    """
+    """Whether a file has words in the place of some tensors."""
     return any(isinstance(value, str) and value == IN_PARTS for value in state.values())
 
 
 def check_in_one_piece(state: Mapping[str, Any], source: str) -> None:
-    """Refuse weights of which a run has written the parts of its processes.
-
-    Args:
-        state: What the file has.
-        source: Its path.
-
-    Raises:
-        ValueError: It is in parts.
-    """
+    """Refuse weights of which a run has written the parts of its processes."""
     if lacks_tensors(state):
         raise ValueError(
             f'checkpoint {source!r} is in parts, and timm reads whole files: '
@@ -212,14 +156,7 @@ def check_in_one_piece(state: Mapping[str, Any], source: str) -> None:
 
 
 def check_files(source: str) -> None:
-    """As `check_file`, for each file of weights in a folder.
-
-    Args:
-        source: A folder, or a file.
-
-    Raises:
-        ValueError: One is missing or damaged, or there are several and timm would choose one.
-    """
+    """As `check_file`, for each file of weights in a folder."""
     folder = Path(source)
     if not folder.is_dir():
         return check_file(source)
@@ -238,14 +175,7 @@ def check_files(source: str) -> None:
 
 
 def check_whole(path: str) -> None:
-    """Refuse a part of weights: the rest would be as initialised.
-
-    Args:
-        path: Of a file.
-
-    Raises:
-        ValueError: Its name is that of a part.
-    """
+    """Refuse a part of weights: the rest would be as initialised."""
     if _PART.search(Path(path).name):
         raise ValueError(
             f'checkpoint {path!r} is one of several parts of weights (shards), which are not read: '
@@ -254,14 +184,7 @@ def check_whole(path: str) -> None:
 
 
 def check_file(path: str) -> None:
-    """Refuse a file that is not there, or whose checksums do not match; torch ignores them.
-
-    Args:
-        path: A checkpoint. Formats without checksums are passed.
-
-    Raises:
-        ValueError: It is missing or damaged, or a part of weights.
-    """
+    """Refuse a file that is not there, or whose checksums do not match; torch ignores them."""
     if not Path(path).is_file():
         raise ValueError(f'checkpoint {path!r} does not exist')
     check_whole(path)

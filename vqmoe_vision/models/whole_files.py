@@ -27,16 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(model: nn.Module, path: str) -> None:
-    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is checked.
-
-    Args:
-        model: Built by timm, without weights.
-        path: Of a model of the same class and sizes; of NumPy (.npz) if the model reads that.
-
-    Raises:
-        ValueError: The file is missing, damaged or no file of weights, or the model is another, as
-            far as the file and what is beside it say.
-    """
+    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is checked."""
     if is_of_numpy(path):
         check_file(path)
         try:
@@ -58,16 +49,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
 
 
 def read_fitting(model: nn.Module, path: str, what: str) -> StateDict:
-    """A file of all of a model's weights, which are not loaded.
-
-    Args:
-        model: For which they have to be.
-        path: Of the file.
-        what: The field that names it, with its value.
-
-    Raises:
-        ValueError: The file is missing, damaged, no file of weights or of another model.
-    """
+    """A file of all of a model's weights, which are not loaded."""
     with named_source(path):
         state = load_state_dict(path)
     check_in_one_piece(state, path)

@@ -46,16 +46,7 @@ EVA: Arguments = (
 
 
 def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments) -> str:
-    """Arguments with which a head would be fed as that of a checkpoint, as far as names tell.
-
-    Args:
-        expected: Of the model.
-        state: Of the checkpoint.
-        arguments: Of the model's class.
-
-    Returns:
-        Empty if names do not tell that they differ.
-    """
+    """Arguments with which a head would be fed as that of a checkpoint, as far as names tell."""
     parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
     differ = any((name in expected) != (name in state) for name in parts)
     if not differ:
@@ -71,13 +62,7 @@ def pooled_otherwise(expected: StateDict, state: StateDict, arguments: Arguments
 
 
 def without_norm(expected: StateDict, fitted: StateDict, arguments: Arguments) -> tuple[str, ...]:
-    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may.
-
-    Args:
-        expected: Of the model.
-        fitted: Of the checkpoint, by the names of the model.
-        arguments: Of the model's class.
-    """
+    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may."""
     missing = [name for name in expected if name.startswith(NORMS) and name not in fitted]
     if not missing:
         return ()
@@ -88,12 +73,7 @@ def without_norm(expected: StateDict, fitted: StateDict, arguments: Arguments) -
 
 
 def pooling_of(state: StateDict, kind: Arguments) -> dict[str, Any]:
-    """Arguments of a model that most likely pools as a checkpoint.
-
-    Args:
-        state: Of the checkpoint.
-        kind: Of the model's class.
-    """
+    """Arguments of a model that most likely pools as a checkpoint."""
     if 'attn_pool.latent' in state:
         return {'global_pool': 'map'}
     behind, of_class = 'fc_norm.weight' in state, 'cls_token' in state
@@ -105,20 +85,12 @@ def pooling_of(state: StateDict, kind: Arguments) -> dict[str, Any]:
 
 
 def no_norm(kind: Arguments) -> dict[str, Any]:
-    """Arguments of a model without a last norm.
-
-    Args:
-        kind: Of the model's class.
-    """
+    """Arguments of a model without a last norm."""
     if kind is EVA:
         return {'use_post_transformer_norm': False, 'use_fc_norm': False}
     return {'final_norm': False}
 
 
 def in_words(arguments: Mapping[str, Any]) -> str:
-    """Arguments as a call has them.
-
-    Args:
-        arguments: By name.
-    """
+    """Arguments as a call has them."""
     return ', '.join(f'{name}={value!r}' for name, value in arguments.items())

@@ -19,13 +19,7 @@ from .routing import Routing, expert_load
 
 
 class Branch(NamedTuple):
-    """What one branch asks of the experts, for every token.
-
-    Args:
-        inputs: What its expert is fed, (T, D).
-        experts: Which one, (T,) int64 in [0, E).
-        weights: (T, 1) float32.
-    """
+    """What one branch asks of the experts, for every token."""
 
     inputs: Tensor
     experts: Tensor
@@ -38,17 +32,7 @@ def run_branches(
     gates: Tensor | None = None,
     last_norm: nn.Module | None = None,
 ) -> Tensor:
-    """Weighted sum of the branches' answers: one sort, and one pass over the experts' weights.
-
-    Args:
-        experts: The experts that all branches share.
-        branches: K of them.
-        gates: (T, K) float32, factors of the weights; None for a single branch.
-        last_norm: Applied to the answers of the last branch.
-
-    Returns:
-        (T, D) in the dtype that the experts compute in.
-    """
+    """Weighted sum of the branches' answers: one sort, and one pass over the experts' weights."""
     weights = torch.cat([branch.weights for branch in branches], dim=1)
     if gates is not None:
         weights = weights * gates
@@ -65,16 +49,7 @@ def run_branches(
 
 
 def branch_statistics(num_experts: int, branches: Sequence[Branch]) -> dict[str, Tensor]:
-    """The load of the experts by all branches, and how often two branches agree.
-
-    Args:
-        num_experts: E.
-        branches: One or two.
-
-    Returns:
-        `load` (E,), sums to 1; of two branches also `agreement`, the share of tokens for which both
-        take the same expert.
-    """
+    """The load of the experts by all branches, and how often two branches agree."""
     experts = torch.stack([branch.experts for branch in branches], dim=1)
     stats = {'load': expert_load(experts, num_experts)}
     if len(branches) == 2:

@@ -33,15 +33,7 @@ TEMPERATURE = 0.1  # of soft assignments
 
 @dataclass(frozen=True)
 class Quantized:
-    """Answer of a codebook.
-
-    Args:
-        codes: Nearest code of each token, (T, D) float32; as long as the token with
-            `use_cosine_sim`.
-        indices: Its index, (T,) int64 in [0, M).
-        loss: 0-dim float32 tensor, unweighted.
-        error: Mean squared distance of tokens and `codes` per channel, 0-dim without gradient.
-    """
+    """Answer of a codebook."""
 
     codes: Tensor
     indices: Tensor
@@ -50,15 +42,7 @@ class Quantized:
 
 
 def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code with the smallest Euclidean distance; the first of equals.
-
-    Args:
-        x: (T, D) float32.
-        codes: (M, D) float32.
-
-    Returns:
-        (T,) int64.
-    """
+    """Index of the code with the smallest Euclidean distance; the first of equals."""
     # not `no_grad`: where it ends a region without autocast, a saved program loads no more
     x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
@@ -66,16 +50,7 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """Plain codebook of VQ-VAE: uniform start in (-1 / M, 1 / M), learned by gradient.
-
-    It collapses easily: in transformers, whose tokens share a large mean, one code may win all.
-
-    Args:
-        num_codes: M.
-        dim: D.
-        commitment: Weight of the commitment term (beta).
-        use_cosine_sim: Compare tokens and codes by direction.
-    """
+    """Plain codebook of VQ-VAE: uniform start in (-1 / M, 1 / M), learned by gradient."""
 
     # arguments beside the sizes, which are options of a method
     OPTIONS: ClassVar[tuple[str, ...]] = ('commitment', 'use_cosine_sim')
@@ -115,11 +90,7 @@ class Codebook(nn.Module):
         return self.compared(self._learned())
 
     def compared(self, vectors: Tensor) -> Tensor:
-        """Tokens or codes as they are compared: of length one with `use_cosine_sim`.
-
-        Args:
-            vectors: (..., D) float32.
-        """
+        """Tokens or codes as they are compared: of length one with `use_cosine_sim`."""
         return F.normalize(vectors, dim=-1, eps=NORM_EPS) if self.use_cosine_sim else vectors
 
     def no_weight_decay(self) -> set[str]:
@@ -144,14 +115,7 @@ class Codebook(nn.Module):
         return Quantized(chosen, indices, loss, error.detach())
 
     def soft_assignment(self, x: Tensor) -> Tensor:
-        """Probabilities of codes, softmax(-distance^2 / TEMPERATURE) over them, (T, M) float32.
-
-        The squared distance is the mean over channels, or with `use_cosine_sim` the sum: between
-        tokens of a LayerNorm and of length one it is the same number.
-
-        Args:
-            x: (T, D) tokens.
-        """
+        """Probabilities of codes, softmax(-distance^2 / TEMPERATURE) over them, (T, M) float32."""
         with full_precision(x):
             # a copy: autograd keeps it, and an update may change codes before a later backward
             x, codes = self.compared(x.float()), self.codes().clone()
@@ -161,14 +125,7 @@ class Codebook(nn.Module):
             return (distance / -(channels * TEMPERATURE)).softmax(dim=-1)
 
     def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:
-        """What stands for tokens: their codes, with `use_cosine_sim` at the tokens' length.
-
-        A token has a direction and a length, of which the codebook quantizes the first.
-
-        Args:
-            x: (..., D) float32 tokens.
-            codes: (..., D) float32, the code of each.
-        """
+        """What stands for tokens: their codes, with `use_cosine_sim` at the tokens' length."""
         if not self.use_cosine_sim:
             return codes
         return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
@@ -180,17 +137,7 @@ class Codebook(nn.Module):
         return self
 
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor | None:
-        """Keep what the next `update` needs to know of a forward pass; here, nothing.
-
-        Args:
-            x: (T, D) tokens, of samples one after the other.
-            indices: (T,) their codes.
-            tokens_per_sample: Processes that share a batch take turns with samples of as many
-                tokens.
-
-        Returns:
-            How many tokens had to be left out, 0-dim, or None if none ever are.
-        """
+        """Keep what the next `update` needs to know of a forward pass; here, nothing."""
         return None
 
     def discard(self) -> None:

@@ -14,16 +14,7 @@ from .counted_random import random_choice
 
 
 class CVQCodebook(GradientCodebook):
-    """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors.
-
-    Usage starts at zero and is averaged with `ema_decay`. Code k moves by
-    alpha_k = exp(-10 usage_k M / (1 - ema_decay) - 0.001) towards an anchor, a token drawn with
-    probability softmax(-distance^2) ('probrandom'): fully if never used, not measurably if used.
-
-    Where we differ: tokens and codes are compared by Euclidean distance, as in all codebooks here;
-    the authors' code does so as an option. Its default is the cosine, but leaves codes and anchors
-    as long as they are, where `use_cosine_sim` makes them of length one.
-    """
+    """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors."""
 
     # no code is dead: what is not used moves, from the first update on
     OPTIONS = tuple(

@@ -20,38 +20,7 @@ from .routing import full_precision
 
 
 class GradientCodebook(Codebook):
-    """Codes learned by gradient, with a k-means start and replacement of dead codes.
-
-    Usage is a moving average; a dead code takes the place of a random token and starts again at
-    even usage, so that it is not replaced before it had a chance.
-
-    Whether k-means may still be due has to be known on the host: `_start_due` says so, which
-    initialisation, loading, copies and pickles set with the rest. Others write into buffers in
-    place, as averages of weights do. Where they bring a state that has started, k-means is computed
-    once more and not taken over, as `started` decides; a state that has not started is not one to
-    bring into a codebook that has, other than by `load_state_dict`.
-
-    An update without a usable token changes nothing. But if it is the first one with any token, it
-    is a start, on all ranks and after a resume: one of codes without usage, so that the next update
-    replaces those that its tokens do not take, if dead codes are replaced.
-
-    Args:
-        num_codes: M.
-        dim: D.
-        commitment: Weight of the commitment term (beta).
-        use_cosine_sim: Compare tokens and codes by direction.
-        ema_decay: Decay of all moving averages.
-        ema_decay_warmup: Let the n-th update, from 0, have min(ema_decay, (1 + n) / (10 + n)):
-            averages forget their start at once, and follow tokens that move fast at first. As
-            TensorFlow's ExponentialMovingAverage with `num_updates`.
-        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates, the start being the
-            first, as Adam (arXiv 1412.6980) and sonnet's VectorQuantizerEMA do: the start then
-            weighs as much as any update since.
-        dead_code_threshold: Share of even usage below which a code is dead; 0 for never.
-        usage_from_kmeans: Let a code start with the share of tokens that k-means gave it, as
-            vector-quantize-pytorch, and not at even usage: a code of few tokens then moves with
-            them from the first average on, where even usage outweighs them for long.
-    """
+    """Codes learned by gradient, with a k-means start and replacement of dead codes."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         *Codebook.OPTIONS,
@@ -120,19 +89,7 @@ class GradientCodebook(Codebook):
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
-        """Keep statistics of a forward pass for the next `update`, in memory that does not grow.
-
-        Tokens that are not finite, or too large to be squared, are left out: a single one would
-        spoil its code for ever.
-
-        Args:
-            x: (T, D) tokens, of samples one after the other.
-            indices: (T,) their codes.
-            tokens_per_sample: As `Codebook.observe`.
-
-        Returns:
-            How many tokens were left out, 0-dim float32.
-        """
+        """Keep statistics of a forward pass for the next `update`, in memory that does not grow."""
         before = self._pending
         number = 0 if before is None else before.num_passes
         x = x.detach().float()
@@ -238,13 +195,7 @@ class GradientCodebook(Codebook):
 
 
 class EmaCodebook(GradientCodebook):
-    """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1).
-
-    With counts n_k and token sums m_k of an update, both averaged with `ema_decay`:
-    v_k = m_k / n~_k, n~_k = (n_k + eps) / (sum n + M eps) * sum n, where eps = 1e-5 of a token. The
-    averages are kept as shares of the tokens, so that updates of different size count alike. There
-    is no codebook loss. Starts and replaces dead codes as `GradientCodebook` does.
-    """
+    """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1)."""
 
     codebook_scale = 0.0
     token_sums: Tensor

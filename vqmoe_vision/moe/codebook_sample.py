@@ -22,20 +22,7 @@ KMEANS_ITERATIONS = 10
 def kmeans(
     sample: Tensor, num_codes: int, cosine: bool = False, usable: Tensor | None = None
 ) -> Tensor:
-    """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample.
-
-    A cluster that loses all members keeps its mean. With fewer distinct tokens than codes some
-    codes repeat. Starting a codebook leaves the user's random stream alone.
-
-    Args:
-        sample: (S, D) float32.
-        num_codes: M.
-        cosine: Of directions: means are of length one, as the tokens of the sample.
-        usable: (S,) bool, which rows count, the first one among them; all of them by default.
-
-    Returns:
-        (M, D).
-    """
+    """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample."""
     if usable is None:
         usable = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
     codes = _spread(sample, num_codes, usable)
@@ -72,30 +59,13 @@ def _means(sample: Tensor, codes: Tensor, cosine: bool, usable: Tensor) -> Tenso
 
 
 def code_shares(sample: Tensor, codes: Tensor, usable: Tensor) -> Tensor:
-    """How many tokens of a sample take each code, as shares of it, (M,) float32.
-
-    A code that none takes counts as if one did: of no weight at all, it would have no place.
-
-    Args:
-        sample: (S, D) float32.
-        codes: (M, D) float32.
-        usable: (S,) bool, which rows count.
-    """
+    """How many tokens of a sample take each code, as shares of it, (M,) float32."""
     counts = torch.zeros(len(codes), device=codes.device, dtype=torch.float32)
     counts = counts.index_add(0, nearest_code(sample, codes), usable.float())
     return counts.clamp(min=1) / usable.sum().clamp(min=1)
 
 
 def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
-    """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2).
-
-    Args:
-        codes: (M, D) float32.
-        sample: (S, D) float32.
-        usable: (S,) bool, which rows count.
-
-    Returns:
-        (M, S), rows sum to 1; not a number where no row counts.
-    """
+    """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2)."""
     distances = torch.cdist(codes, sample).square()
     return distances.masked_fill(~usable, torch.inf).neg().softmax(dim=1)

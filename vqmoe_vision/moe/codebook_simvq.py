@@ -14,11 +14,7 @@ from .codebook import Codebook
 
 
 class SimVQCodebook(Codebook):
-    """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038).
-
-    Moving the layer for one selected code moves all codes, so that few are left behind. But it has
-    no data-dependent start: a large mean that all tokens share still lets one code win all.
-    """
+    """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038)."""
 
     frozen_embed: Tensor
 

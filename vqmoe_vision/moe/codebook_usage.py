@@ -23,22 +23,7 @@ NONE = 2**63 - 1  # the draw where there is no token
 
 @dataclass(frozen=True)
 class CodeUsage:
-    """Counts, sums and a uniform sample of the tokens of any number of forward passes.
-
-    The sample holds the S tokens with the smallest of independent random draws. So it can be merged
-    from the samples of passes and ranks, in memory that does not grow, and every token has the same
-    chance, whatever image and position it comes from. A draw is a function of counters and of the
-    token's place in the batch of all ranks: a run that resumes draws what it would have drawn, and
-    as many processes as there may be draw the sample of one, in its order.
-
-    Args:
-        counts: (M,) float32, tokens per code.
-        token_sums: (M, D) float32, sum of each code's tokens.
-        draws: (S,) int64, of the sample in rising order: below `SPOILT` of tokens, that of those
-            that cannot be used, and `NONE` where there is none.
-        tokens: (S, D) float32, the sample; zeros where the draw is not below `SPOILT`.
-        num_passes: How many forward passes with tokens are in it, on this rank.
-    """
+    """Counts, sums and a uniform sample of the tokens of any number of forward passes."""
 
     counts: Tensor
     token_sums: Tensor
@@ -100,17 +85,7 @@ def code_usage(
     cosine: bool = False,
     tokens_per_sample: int = 1,
 ) -> CodeUsage:
-    """Usage in one forward pass, by tokens whose square is finite.
-
-    Args:
-        x: (T, D) float32 tokens, of samples one after the other.
-        indices: (T,) int64, their codes.
-        num_codes: M.
-        updates: How often the codebook has learned, 0-dim int64.
-        pass_number: How many passes are in the usage that this one will be merged with.
-        cosine: Of directions: tokens are made of length one.
-        tokens_per_sample: N, see `joint_rows`.
-    """
+    """Usage in one forward pass, by tokens whose square is finite."""
     usable = x.square().sum(dim=1).isfinite()  # autocast computes a product with itself in float16
     x = x.masked_fill(~usable[:, None], 0)
     if cosine:

@@ -36,17 +36,7 @@ LONGEST_VALUE = 500  # letters of it that a message has
 
 
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
-    """Refuse a user's value in one line.
-
-    Args:
-        valid: Whether the value is possible.
-        field: What the user calls it.
-        value: What the user gave.
-        allowed: What is possible, in words.
-
-    Raises:
-        ValueError: If `valid` is false; names the field, the value and what is allowed.
-    """
+    """Refuse a user's value in one line."""
     if not valid:
         shown = repr(value).replace('\n', ' ')
         if len(shown) > LONGEST_VALUE:  # such as all weights of a model
@@ -55,15 +45,7 @@ def check(valid: bool, field: str, value: object, allowed: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like one of a user's, to be put behind what is wrong with it.
-
-    Args:
-        name: What the user wrote.
-        known: What there is.
-
-    Returns:
-        Empty if nothing is like it.
-    """
+    """The known name that is most like one of a user's, to be put behind what is wrong with it."""
     nearest = get_close_matches(name, sorted(known), 1)
     return f'; did you mean {nearest[0]}?' if nearest else ''
 
@@ -73,14 +55,7 @@ _TYPES: WeakKeyDictionary[type, Mapping[str, Any]] = WeakKeyDictionary()
 
 
 def types_of(kind: type) -> Mapping[str, Any]:
-    """The types of the fields of a dataclass.
-
-    They are kept, because Python compiles the annotations of a class and its bases at each call,
-    which was two fifths of the time in which options are looked for that fit a checkpoint.
-
-    Args:
-        kind: Its class.
-    """
+    """The types of the fields of a dataclass."""
     if kind not in _TYPES:
         _TYPES[kind] = get_type_hints(kind)
     return _TYPES[kind]
@@ -248,18 +223,7 @@ class BalancedConfig(MoeConfig):
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:
-    """Refuse the combination in which a router learns nothing.
-
-    With one expert a renormalised weight is identically 1, so the task loss has no gradient with
-    respect to the router (it stays a random projection).
-
-    Args:
-        renormalize: Whether the weights of a token's experts are made to sum to 1.
-        top_k: Experts per token.
-
-    Raises:
-        ValueError: If `renormalize` is set while `top_k` is 1.
-    """
+    """Refuse the combination in which a router learns nothing."""
     check(
         not (renormalize and top_k == 1),
         'renormalize',
@@ -269,16 +233,7 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
 
 
 def check_type(name: str, hint: Any, value: object) -> None:
-    """Refuse a value of another type than is declared.
-
-    Args:
-        name: What the user calls it.
-        hint: The declared type: numbers, `bool`, `str`, `Literal`, tuples, callables, unions.
-        value: What the user gave.
-
-    Raises:
-        ValueError: If the value is none of that type.
-    """
+    """Refuse a value of another type than is declared."""
     check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
 
 
@@ -313,15 +268,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def check_weights(config: MoeConfig, *names: str) -> None:
-    """Refuse loss weights that are negative or not finite.
-
-    Args:
-        config: Options of a method.
-        *names: Fields that hold the weights.
-
-    Raises:
-        ValueError: If one of the named fields is.
-    """
+    """Refuse loss weights that are negative or not finite."""
     for name in names:
         value = getattr(config, name)
         check(value >= 0 and math.isfinite(value), name, value, 'at least 0 and finite')

@@ -24,34 +24,14 @@ _MASK = 2**32 - 1
 
 
 def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
-    """Uniform integers from 0 up to 2^32.
-
-    Args:
-        rows: Which numbers of the stream, int64 of any shape, at least 0 and below 2^32.
-        *counters: Which stream: the order matters, and only 32 bits of each. Integers, of which the
-            first may be a 0-dim int64 tensor on the device of `rows`.
-
-    Returns:
-        int64, of the shape of `rows`.
-    """
+    """Uniform integers from 0 up to 2^32."""
     first = [counter for counter in counters[:1] if isinstance(counter, Tensor)]
     numbers: Tensor = _random_integers(rows, first, list(counters[len(first) :]))
     return numbers
 
 
 def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
-    """Of each row of weights the index of one, with a probability in proportion to it.
-
-    By exponential clocks: of clocks that ring at these rates, the first to ring. Unlike a search in
-    cumulated weights it sums nothing, and sums on a GPU may differ from one run to the next.
-
-    Args:
-        weights: (..., S) float32, at least 0 and finite; all zero gives any index.
-        *counters: As `random_integers`.
-
-    Returns:
-        (...) int64. An index of weight 0 only where all are.
-    """
+    """Of each row of weights the index of one, with a probability in proportion to it."""
     rows = torch.arange(weights.numel(), device=weights.device).view(weights.shape)
     # never 0, and fine near 0, where the first clocks ring
     uniform = (random_integers(rows, *counters).float() + 0.5) * 2.0**-32

@@ -28,19 +28,7 @@ _EXPORTED = 'in a graph that is exported, its operators are those of every runti
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the experts' answers for each token.
-
-    Args:
-        experts: The layer's experts.
-        x: Tokens (T, D); or inputs (T * K, D), where each of a token's K assignments has its own.
-        routing: Who goes where. Assignments that are not `kept` are not computed, and add nothing.
-
-    Returns:
-        (T, D) in the dtype that the experts compute in.
-
-    Raises:
-        ValueError: A kernel was named that does not run here.
-    """
+    """Weighted sum of the experts' answers for each token."""
     flat = routing.indices
     if routing.kept is not None:
         assert routing.tokens is None, 'an assignment that is not kept is left out instead'
@@ -56,18 +44,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
-    """Every expert on rows of its own, as many for each.
-
-    Args:
-        experts: The layer's experts.
-        rows: (E, S, D).
-
-    Returns:
-        (E, S, D).
-
-    Raises:
-        ValueError: As `run_experts`.
-    """
+    """Every expert on rows of its own, as many for each."""
     if exporting():
         refuse_named(_EXPORTED)
         return standard_operators.run_experts_evenly(experts, rows)
@@ -82,13 +59,7 @@ def exporting() -> bool:
 
 
 class Bags(NamedTuple):
-    """Rows and tokens of each other.
-
-    Args:
-        tokens: (R,) int64, token of each row.
-        rows: Rows of each token: (T, K), or (A,) with `starts`.
-        starts: (T,) int64, where the rows of a token begin in `rows`, or None.
-    """
+    """Rows and tokens of each other."""
 
     tokens: Tensor
     rows: Tensor
@@ -147,16 +118,7 @@ class _Combine(torch.autograd.Function):
 
 
 def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle.
-
-    Args:
-        experts: The layer's experts.
-        x: Tokens (T, D).
-        routing: Who goes where.
-
-    Returns:
-        (T, D) in the dtype of `x`.
-    """
+    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle."""
     indices, weights = routing.indices, routing.weights
     weights = weights if routing.kept is None else weights * routing.kept
     tokens = routing.tokens

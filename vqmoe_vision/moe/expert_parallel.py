@@ -29,23 +29,7 @@ from .kernels import make_plan
 
 
 def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves to each process of a mesh its part of the experts of every MoE layer, in place.
-
-    Process m keeps experts m L to (m + 1) L - 1. Their weights become `DTensor`s, which know the
-    whole: `torch.distributed.checkpoint` and its `get_model_state_dict` save them under the names
-    and shapes of the model on one process. Every process has to hold the same model before, and to
-    call it as often as the others after.
-
-    An expert gets its gradient from the tokens of all M processes: that of the mean of their
-    losses, as data-parallel training has it for other parameters.
-
-    Args:
-        model: Holds `Experts`, not converted by `experts_as_linear`.
-        mesh: Of one dimension and M processes.
-
-    Raises:
-        ValueError: A number of experts is not divisible by M.
-    """
+    """Leaves to each process of a mesh its part of the experts of every MoE layer, in place."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
     for name, experts in layers:
         check(
@@ -86,12 +70,7 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 
 class Exchange:
-    """Runs experts on the processes that hold them.
-
-    Args:
-        group: The processes that share the experts.
-        size: M.
-    """
+    """Runs experts on the processes that hold them."""
 
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
         self.group, self.size = group, size
@@ -99,16 +78,7 @@ class Exchange:
     def __call__(
         self, compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor
     ) -> Tensor:
-        """Run all experts on the rows of this process.
-
-        Args:
-            compute: Runs the experts of this process on rows (A, D) grouped by ends (L,).
-            rows: (R, D), grouped by expert, none of which only fills a group.
-            offsets: (E,) int32, ascending ends of the groups; rows past the last are of no expert.
-
-        Returns:
-            (R, D), of which rows past the last end are zero.
-        """
+        """Run all experts on the rows of this process."""
         counts = offsets.diff(prepend=offsets.new_zeros(1))
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
@@ -125,10 +95,7 @@ class Exchange:
 
 
 class _Travel(torch.autograd.Function):
-    """Rows (..., D) to the processes in their order, and theirs to this one; gradients back.
-
-    torch has this as a function too, which was public, is deprecated, and whose successor is not.
-    """
+    """Rows (..., D) to the processes in their order, and theirs to this one; gradients back."""
 
     @staticmethod
     def forward(

@@ -25,19 +25,7 @@ if TYPE_CHECKING:
 
 
 class StackedLinear(nn.Module):
-    """E linear layers, applied to consecutive groups of rows.
-
-    Args:
-        num_experts: E.
-        in_features: Input width.
-        out_features: Output width.
-        bias: Whether each linear layer has a bias.
-
-    Attributes:
-        own: Takes the experts of this process from a parameter that is spread over several; None
-            if all are here.
-        draw: Initialises one of the layers; None for the default of timm's ViT.
-    """
+    """E linear layers, applied to consecutive groups of rows."""
 
     own: Callable[[Tensor], Tensor] | None = None
     draw: Callable[[nn.Linear], None] | None = None
@@ -63,11 +51,7 @@ class StackedLinear(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as timm's ViT: truncated normal of 0.02, zero bias, unless `draw` is set.
-
-        Rules that look at the fan misread a stacked tensor (kaiming on (8, 384, 1536) comes out 20
-        times too small): `draw` is given one layer at a time.
-        """
+        """Initialise as timm's ViT: truncated normal of 0.02, zero bias, unless `draw` is set."""
         if self.draw is not None:
             for expert in range(len(self.weight)):
                 self.draw(self.layer(expert))
@@ -83,11 +67,7 @@ class StackedLinear(nn.Module):
         track_stacked(self)  # a copy, which no constructor made
 
     def layer(self, expert: int) -> nn.Linear:
-        """One of the layers, whose parameters are in the memory of these.
-
-        Args:
-            expert: Which.
-        """
+        """One of the layers, whose parameters are in the memory of these."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device='meta'
         )
@@ -101,15 +81,7 @@ class StackedLinear(nn.Module):
         return {'bias'} if self.bias is not None else set()
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Apply layer e to rows offsets[e - 1]:offsets[e].
-
-        Args:
-            rows: (R, in_features).
-            offsets: (E,) int32, ascending ends of the groups; rows past the last end give zero.
-
-        Returns:
-            (R, out_features).
-        """
+        """Apply layer e to rows offsets[e - 1]:offsets[e]."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.own is not None:
@@ -117,26 +89,11 @@ class StackedLinear(nn.Module):
         return grouped_linear(rows, weight, bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
-        """Apply one layer, in operators that every runtime has.
-
-        Args:
-            expert: Which.
-            rows: (R, in_features), of which there may be none.
-
-        Returns:
-            (R, out_features).
-        """
+        """Apply one layer, in operators that every runtime has."""
         return F.linear(rows, self.weight[expert], None if self.bias is None else self.bias[expert])
 
     def evenly(self, rows: Tensor) -> Tensor:
-        """Apply each layer to as many rows, in operators that every runtime has.
-
-        Args:
-            rows: (E, S, in_features).
-
-        Returns:
-            (E, S, out_features).
-        """
+        """Apply each layer to as many rows, in operators that every runtime has."""
         answers = torch.matmul(rows, self.weight.mT)
         return answers if self.bias is None else answers + self.bias[:, None]
 
@@ -146,13 +103,7 @@ class StackedLinear(nn.Module):
 
 
 class SeparateLinear(nn.ModuleList):
-    """The layers of a `StackedLinear` as E modules `nn.Linear`, which other tools look for.
-
-    A layer without rows is not called: kernels of int8 take none.
-
-    Args:
-        stacked: Their weights are copied.
-    """
+    """The layers of a `StackedLinear` as E modules `nn.Linear`, which other tools look for."""
 
     def __init__(self, stacked: StackedLinear) -> None:
         super().__init__()
@@ -161,15 +112,7 @@ class SeparateLinear(nn.ModuleList):
             self.append(copy.deepcopy(stacked.layer(expert)).train(stacked.training))
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """As that of `StackedLinear`.
-
-        Args:
-            rows: (R, in_features).
-            offsets: (E,) int32, ascending ends of the groups; rows past the last end give zero.
-
-        Raises:
-            ValueError: A kernel was named.
-        """
+        """As that of `StackedLinear`."""
         refuse_named('experts that are separate linear layers, each computes its own rows')
         ends = [0, *offsets.tolist(), len(rows)]
         *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
@@ -177,39 +120,18 @@ class SeparateLinear(nn.ModuleList):
         return torch.cat([*answers, rest.new_zeros(len(rest), self.out_features)])
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
-        """As that of `StackedLinear`.
-
-        Args:
-            expert: Which.
-            rows: (R, in_features), of which there may be none.
-        """
+        """As that of `StackedLinear`."""
         # how many rows there are is unknown to a graph, and torchao asks whether it is one
         padded = F.pad(rows, (0, 0, 0, 2))
         return self[expert](padded)[: rows.shape[0]]
 
     def evenly(self, rows: Tensor) -> Tensor:
-        """As that of `StackedLinear`.
-
-        Args:
-            rows: (E, S, in_features).
-        """
+        """As that of `StackedLinear`."""
         return torch.stack([layer(own) for layer, own in zip(self, rows, strict=True)])
 
 
 class Experts(nn.Module):
-    """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop.
-
-    Args:
-        num_experts: E.
-        in_features: D.
-        hidden_features: H.
-        act_layer: Builds the activation.
-        bias: Whether the linear layers have biases.
-        drop: Dropout rate after the activation and after the second layer.
-
-    Attributes:
-        exchange: How rows get to experts of other processes; None if all are here.
-    """
+    """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop."""
 
     exchange: Exchange | None = None
 
@@ -238,26 +160,13 @@ class Experts(nn.Module):
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
     def plan(self, indices: Tensor, dtype: torch.dtype) -> Plan:
-        """Rows for these experts, each assignment in one.
-
-        Args:
-            indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
-            dtype: In which the experts compute.
-        """
+        """Rows for these experts, each assignment in one."""
         if self.exchange is not None:  # rows that only fill a group need not travel
             return sorted_plan(indices, self.num_experts)
         return make_plan(indices, self.num_experts, dtype)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run expert e on rows offsets[e - 1]:offsets[e].
-
-        Args:
-            rows: (R, D), grouped by expert.
-            offsets: (E,) int32, ascending ends of the groups; rows past the last are of no expert.
-
-        Returns:
-            (R, D).
-        """
+        """Run expert e on rows offsets[e - 1]:offsets[e]."""
         if self.exchange is not None:
             return self.exchange(self._run, rows, offsets)
         return self._run(rows, offsets)
@@ -267,10 +176,7 @@ class Experts(nn.Module):
         return self.drop2(self.fc2(hidden, offsets))
 
     def separate(self) -> None:
-        """Hold an `nn.Linear` per expert and layer in place of the stacked weights.
-
-        The answers stay. Parameters are new, under the names `fc1.EXPERT.weight` and so on.
-        """
+        """Hold an `nn.Linear` per expert and layer in place of the stacked weights."""
         for name in ('fc1', 'fc2'):
             layer = getattr(self, name)
             if isinstance(layer, StackedLinear):

@@ -20,19 +20,7 @@ ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 class RawPatches:
-    """Raw patches of the images that a model is looking at, handed from its stem to its layers.
-
-    Holds plain data, never a graph: a decision by the raw image must not depend on anything learned
-    before it. Copies and pickles of a model start empty. Threads that share a model see their own
-    images each, but for parts that are compiled: a graph cannot tell threads apart.
-
-    Args:
-        read: Makes them of images (B, channels, height, width) and the grid of patches (rows,
-            columns).
-
-    Attributes:
-        shown: How many batches of images were shown, but for those of a compiled stem.
-    """
+    """Raw patches of the images that a model is looking at, handed from its stem to its layers."""
 
     def __init__(self, read: ReadPatches | None = None) -> None:
         self.read = read
@@ -62,11 +50,7 @@ class RawPatches:
             self._of_graph = None
 
     def current(self) -> Tensor:
-        """The `value` of a pass that is under way.
-
-        Raises:
-            RuntimeError: No stem has shown images.
-        """
+        """The `value` of a pass that is under way."""
         if self.value is None:
             raise RuntimeError(
                 'a layer that decides by the raw image was shown none: that does the stem of the '
@@ -75,16 +59,7 @@ class RawPatches:
         return self.value
 
     def check_number(self, name: str, found: int, shown: int) -> None:
-        """Refuse what cannot be of the images that were shown last; that it is, nobody can tell.
-
-        Args:
-            name: What is counted.
-            found: How many a layer was given.
-            shown: How many those images have.
-
-        Raises:
-            ValueError: They are not as many.
-        """
+        """Refuse what cannot be of the images that were shown last; that it is, nobody can tell."""
         if torch.jit.is_tracing() or found == shown:  # traced sizes are tensors
             return
         raise ValueError(
@@ -98,12 +73,7 @@ class RawPatches:
         return self._of_thread.restored
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
-        """Read the patches of the images that the model looks at now.
-
-        Args:
-            images: (B, channels, height, width).
-            grid_size: Rows and columns of patches.
-        """
+        """Read the patches of the images that the model looks at now."""
         assert self.read is not None
         value = self.read(images, grid_size)
         if in_recomputation() and _equal(value, self.value):
@@ -114,11 +84,7 @@ class RawPatches:
 
     @contextmanager
     def restoring(self, value: Tensor | None) -> Iterator[None]:
-        """Context in which a part of an earlier pass is repeated.
-
-        Args:
-            value: The `value` of that pass.
-        """
+        """Context in which a part of an earlier pass is repeated."""
         now = self._of_thread
         before = now.value, self._last, self._of_graph
         self.value, now.restored = value, True
@@ -136,12 +102,7 @@ class RawPatches:
 
 
 class _OfThread(threading.local):
-    """What a thread of a program sees.
-
-    Attributes:
-        value: As `RawPatches.value`, None if this thread has shown no images.
-        restored: As `RawPatches.restored`.
-    """
+    """What a thread of a program sees."""
 
     value: Tensor | None = None
     restored = False
@@ -153,15 +114,7 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Host:
-    """The model around a layer, as it is when the layer is built.
-
-    Args:
-        num_tokens: Tokens per image, prefix tokens included.
-        num_prefix_tokens: Tokens before the patches (class, registers).
-        in_chans: Image channels.
-        raw_patches: Where a method finds what its `read_patches` made of the images; empty for a
-            method without one.
-    """
+    """The model around a layer, as it is when the layer is built."""
 
     num_tokens: int
     num_prefix_tokens: int = 0

@@ -32,43 +32,14 @@ _UNFITTED = (
 
 @dataclass(frozen=True)
 class Features:
-    """A network that gives features of an image.
-
-    Args:
-        network: Images (B, channels, height, width) to features (B, F). Its `image_size` is the
-            height and width of the images that it takes, `sizes` is what decides that, as numbers
-            that a file can hold, and `resize(sizes)` makes it one of others.
-        width: F.
-    """
+    """A network that gives features of an image."""
 
     network: nn.Module
     width: int
 
 
 class ImageReader(nn.Module):
-    """Base of what reads images for the layers of a model, once per pass for all of them.
-
-    Its network is frozen: weights are buffers, because nobody trains them, and a parameter that
-    never gets a gradient is one that optimizers decay and data-parallel training waits for. It is
-    in eval mode whatever the model is in. What was fitted was so to the features of images of one
-    size, so that with loaded weights the network takes the size that it had, whatever size the
-    images of the model have now. A subclass implements `read`, `init_weights`, which calls
-    `void`, and `take_over`.
-
-    Whether it is fitted has to be known on the host, where a warning of a training asks in every
-    step: `_fit_due` says so, which initialisation, fitting, loading, copies and pickles set with
-    the rest.
-
-    Args:
-        features: The network; it is changed.
-        device: Of its other buffers.
-
-    Attributes:
-        fitted: Whether `fit` has been called for these weights, () bool. Until then the model
-            computes with what it was initialised with, and a training warns of it once.
-        sizes: Of the network, int64.
-        lacks_weights: Whether a training that begins has no weights for the network.
-    """
+    """Base of what reads images for the layers of a model, once per pass for all of them."""
 
     fitted: Tensor
     sizes: Tensor
@@ -98,15 +69,7 @@ class ImageReader(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features of images, without a graph and without autocast.
-
-        Args:
-            images: (B, channels, height, width), normalised; of another size than the network's
-                they are resized, each as a whole.
-
-        Returns:
-            (B, F) float32.
-        """
+        """Features of images, without a graph and without autocast."""
         with full_precision(images):
             if images.shape[-2:] != self.image_size:
                 images = F.interpolate(
@@ -117,29 +80,14 @@ class ImageReader(nn.Module):
         return found.float()
 
     def forward(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """What the layers find in `host.raw_patches`.
-
-        Args:
-            images: (B, channels, height, width), of any size.
-            grid_size: Rows and columns of patches.
-        """
+        """What the layers find in `host.raw_patches`."""
         if self.training and self._fit_due and torch.is_grad_enabled():
             warn_once(_UNFITTED)
         return self.read(images, grid_size)
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> str:
-        """Take over what features of a training set say; the same answer for the same features.
-
-        Args:
-            features: (S, F) float32, of `features`.
-
-        Returns:
-            What it found, in words, for a log.
-
-        Raises:
-            ValueError: There are too few of them.
-        """
+        """Take over what features of a training set say; the same answer for the same features."""
         found = self.take_over(features)
         self.fitted.fill_(True)
         self._fit_due = False
@@ -153,12 +101,7 @@ class ImageReader(nn.Module):
         self._fit_due = True
 
     def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """As `forward`, in training and else.
-
-        Args:
-            images: As `forward`.
-            grid_size: As `forward`.
-        """
+        """As `forward`, in training and else."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
@@ -166,36 +109,18 @@ class ImageReader(nn.Module):
         raise NotImplementedError
 
     def take_over(self, features: Tensor) -> str:
-        """As `fit`, which then knows that it was done.
-
-        Args:
-            features: As `fit`.
-
-        Returns:
-            As `fit`.
-
-        Raises:
-            ValueError: As `fit`.
-        """
+        """As `fit`, which then knows that it was done."""
         raise NotImplementedError
 
     def network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
-        """The network that it will have once a state dict is loaded, with any weights.
-
-        Args:
-            state_dict: Of a reader; may be a part of one.
-        """
+        """The network that it will have once a state dict is loaded, with any weights."""
         numbers = self._sizes_in(state_dict.get('sizes'))
         if numbers is None or numbers == self.network.sizes:
             return self.network
         return _resized(copy.deepcopy(self.network), numbers)
 
     def expected(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a state dict has to have in order to be loaded, with any values.
-
-        Args:
-            state_dict: Of a reader.
-        """
+        """What a state dict has to have in order to be loaded, with any values."""
         own, network = self.state_dict(), self.network_for(state_dict).state_dict()
         own.update({f'network.{name}': value for name, value in network.items()})
         if 'sizes' not in state_dict and 'fitted' in state_dict:
@@ -203,10 +128,7 @@ class ImageReader(nn.Module):
         return own
 
     def _sizes_in(self, given: Tensor | None) -> tuple[int, ...] | None:
-        """Sizes of the network as a state dict says them, whose numbers may have been rounded.
-
-        None if it says none. A file from before they were kept is of a model of the same size.
-        """
+        """Sizes of the network as a state dict says them, whose numbers may have been rounded."""
         own: tuple[int, ...] = self.network.sizes
         if given is None:
             return own
@@ -240,14 +162,7 @@ def image_reader(model: nn.Module) -> ImageReader | None:
 
 
 def reader_of(model: nn.Module) -> ImageReader:
-    """What reads images in a model.
-
-    Args:
-        model: Any model.
-
-    Raises:
-        ValueError: Nothing in it does.
-    """
+    """What reads images in a model."""
     reader = image_reader(model)
     check(reader is not None, 'model', type(model).__name__, 'a model that reads images')
     assert reader is not None
@@ -256,12 +171,7 @@ def reader_of(model: nn.Module) -> ImageReader:
 
 @torch.no_grad()
 def _resized(network: Any, sizes: tuple[int, ...]) -> Any:
-    """The network of a reader for images of another size, changed in place.
-
-    Args:
-        network: As in `Features`.
-        sizes: As its `sizes`.
-    """
+    """The network of a reader for images of another size, changed in place."""
     if sizes != network.sizes:
         network.resize(sizes)
         _frozen(network)

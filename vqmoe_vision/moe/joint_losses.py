@@ -22,16 +22,7 @@ from .ranks import rank_and_size, sum_over_ranks
 
 @dataclass(frozen=True)
 class BalanceLoss:
-    """A loss that is a function of means over the tokens of a batch, and no such mean itself.
-
-    The means come apart from the function, because processes that share a batch have to average
-    the means: the average of their values is another number.
-
-    Args:
-        means: Means over tokens, float32 of any shape.
-        function: From them to a 0-dim tensor.
-        weight: Factor of the value.
-    """
+    """A loss that is a function of means over the tokens of a batch, and no such mean itself."""
 
     means: Tensor
     function: Callable[[Tensor], Tensor]
@@ -53,11 +44,7 @@ Loss = Tensor | BalanceLoss
 
 
 def values_of(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
-    """Losses of the tokens of this process alone, 0-dim each.
-
-    Args:
-        losses: By name.
-    """
+    """Losses of the tokens of this process alone, 0-dim each."""
     return {name: _value(loss) for name, loss in losses.items()}
 
 
@@ -66,17 +53,7 @@ def _value(loss: Loss) -> Tensor:
 
 
 def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
-    """Values for the batch of all ranks, the same on each of them.
-
-    Every rank has to ask, with the same losses in the same order.
-
-    Args:
-        losses: Each with the number of tokens, or whatever its means are means over, by which it
-            counts; none at all does so if there are none on any rank.
-
-    Returns:
-        0-dim tensors, in their order.
-    """
+    """Values for the batch of all ranks, the same on each of them."""
     size = rank_and_size()[1]
     if size == 1 or not losses:
         return [_value(loss) for loss, _ in losses]

@@ -19,17 +19,7 @@ from .routing import expert_load
 
 
 def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:
-    """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4).
-
-    f_i, the share of assignments of expert i, has no gradient; P_i is its mean probability.
-
-    Args:
-        probs: (T, E) float32, rows sum to 1.
-        indices: (T, K) int64.
-
-    Returns:
-        Of f and P: 1 at even routing, E when every token surely takes one expert.
-    """
+    """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4)."""
     load = expert_load(indices, probs.shape[-1])
     return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
 
@@ -44,44 +34,17 @@ def token_mean(values: Tensor) -> Tensor:
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """Squared coefficient of variation, var / mean^2 with the population variance.
-
-    Not std^2 / mean^2: a standard deviation has no finite derivative at exact balance.
-
-    Args:
-        values: (E,).
-    """
+    """Squared coefficient of variation, var / mean^2 with the population variance."""
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
 def importance(probs: Tensor) -> BalanceLoss:
-    """Importance loss of V-MoE (arXiv 2106.05974, equation 6).
-
-    Args:
-        probs: (T, E) noise-free softmax probabilities.
-
-    Returns:
-        Of mean probabilities: 0 when all experts have the same.
-    """
+    """Importance loss of V-MoE (arXiv 2106.05974, equation 6)."""
     return BalanceLoss(token_mean(probs), squared_variation)
 
 
 def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> BalanceLoss:
-    """Load loss of V-MoE (arXiv 2106.05974, equations 7 to 9).
-
-    The load of an expert is the expected share of tokens that would select it if its noise were
-    drawn again: 1 - Phi((threshold - logit) / noise_std), the threshold being the K-th largest
-    noisy logit of the token.
-
-    Args:
-        logits: (T, E) before noise.
-        noisy_logits: (T, E) after noise.
-        noise_std: Standard deviation of the noise in logits, above 0.
-        top_k: K.
-
-    Returns:
-        Of expected loads: 0 if they are even.
-    """
+    """Load loss of V-MoE (arXiv 2106.05974, equations 7 to 9)."""
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
     probability = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
@@ -89,28 +52,12 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
 
 
 def router_z(logits: Tensor) -> Tensor:
-    """Router z-loss of ST-MoE (arXiv 2202.08906, equation 5): mean of logsumexp^2.
-
-    Args:
-        logits: (T, E).
-
-    Returns:
-        0-dim tensor; ln(E)^2 for zero logits.
-    """
+    """Router z-loss of ST-MoE (arXiv 2202.08906, equation 5): mean of logsumexp^2."""
     return token_mean(logits.logsumexp(dim=-1).square())
 
 
 def diversity(probs: Tensor) -> BalanceLoss:
-    """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H.
-
-    H is the entropy of mean probabilities. The paper's is -H / M, of the same gradient but for M.
-
-    Args:
-        probs: (T, M) of the codes, rows sum to 1.
-
-    Returns:
-        Of mean probabilities: 0 when all codes have the same, ln M when one has everything.
-    """
+    """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H."""
     return BalanceLoss(token_mean(probs), _missing_entropy)
 
 
@@ -120,20 +67,7 @@ def _missing_entropy(means: Tensor) -> Tensor:
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
-    """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens.
-
-    `sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i` with n = T * K / E. The counts carry no
-    gradient: an overloaded expert is pushed to smaller gates, an idle one to larger.
-
-    Args:
-        gates: (T, K) sigmoid gates of the assignments.
-        indices: (T, K) int64.
-        num_experts: E.
-
-    Returns:
-        Of the share of assignments and the mean gate of each expert: 0 at even counts; may be
-        negative.
-    """
+    """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens."""
     # not index_add, whose sums on a GPU may differ from one run to the next
     by_expert = gates.new_zeros(indices.shape[0], num_experts).scatter(1, indices, gates)
     load = expert_load(indices, num_experts)

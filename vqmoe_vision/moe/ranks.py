@@ -22,16 +22,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) -> Tensor:
-    """Places of the tokens of this rank among those of all ranks.
-
-    Args:
-        num_tokens: T, of samples one after the other.
-        tokens_per_sample: N, the same on all ranks.
-        device: Of the answer.
-
-    Returns:
-        (T,) int64 in rising order; 0 to T - 1 in a single process.
-    """
+    """Places of the tokens of this rank among those of all ranks."""
     rows = torch.arange(num_tokens, device=device)
     rank, size = rank_and_size()
     if size == 1:
@@ -42,11 +33,7 @@ def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) ->
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's tensor, without gradient; every rank has to ask.
-
-    Args:
-        values: Of the same shape on all ranks.
-    """
+    """The sum of every rank's tensor, without gradient; every rank has to ask."""
     total = values.detach().clone()
     if rank_and_size()[1] > 1:
         dist.all_reduce(total)

@@ -18,13 +18,7 @@ Watcher = Callable[[Decisions, Tensor, Tensor], None]
 
 
 class Recorder:
-    """Keeps what a layer reports while a `collect_losses` block is open.
-
-    Copies and pickles of a model start closed, empty and unwatched.
-
-    Attributes:
-        watcher: Who looks at what is decided for every token; nobody, as a rule.
-    """
+    """Keeps what a layer reports while a `collect_losses` block is open."""
 
     def __init__(self) -> None:
         self.active = False

@@ -44,13 +44,7 @@ def _backward_pass() -> int:
 
 
 class Repetitions:
-    """Refuses backward passes that repeat a layer which would not answer as it did.
-
-    A repetition does not know which forward pass it repeats, as the backward of several may be
-    still to come. A gradient does, which arrives where an answer left the layer: its hook was made
-    in that pass. Which of both comes first depends on what follows the layer in its block, but
-    they come in one backward pass.
-    """
+    """Refuses backward passes that repeat a layer which would not answer as it did."""
 
     def __init__(self) -> None:
         self.state_changed()
@@ -63,25 +57,13 @@ class Repetitions:
         self._state = object()
 
     def begin(self, raw_patches: RawPatches | None) -> None:
-        """Know that the layer is repeated now.
-
-        Args:
-            raw_patches: Where the layer finds the images that it decides by; None if it does not.
-
-        Raises:
-            RuntimeError: If it answers otherwise than in the pass of a gradient that has arrived.
-        """
+        """Know that the layer is repeated now."""
         self._changed.repeated()
         if raw_patches is not None and not raw_patches.restored:
             self._other_images.repeated()
 
     def watch(self, answer: Tensor | Loss, raw_patches: RawPatches | None) -> None:
-        """Remember how things stand, for the time when the gradient of an answer arrives.
-
-        Args:
-            answer: What leaves the layer in a forward pass, the first and no repetition.
-            raw_patches: As `begin`.
-        """
+        """Remember how things stand, for the time when the gradient of an answer arrives."""
         left = answer if isinstance(answer, Tensor) else answer.means
         if left.requires_grad:
             shown = 0 if raw_patches is None else raw_patches.shown
@@ -97,11 +79,7 @@ class Repetitions:
 
 
 class _Meeting:
-    """Refuses a backward pass that repeats a layer, and has a gradient of an outdated pass of it.
-
-    Args:
-        refusal: What is said then.
-    """
+    """Refuses a backward pass that repeats a layer, and has a gradient of an outdated pass of it."""  # LONG
 
     def __init__(self, refusal: str) -> None:
         self.refusal = refusal
@@ -121,11 +99,7 @@ class _Meeting:
 
 
 def refuse_reentrant(repeated_answer: Tensor) -> None:
-    """Refuse use_reentrant=True, which alone sends gradients through what was repeated.
-
-    Args:
-        repeated_answer: What left the layer in a repetition; its backward pass raises.
-    """
+    """Refuse use_reentrant=True, which alone sends gradients through what was repeated."""
     if repeated_answer.requires_grad:
         repeated_answer.register_hook(_raise_reentrant)
 

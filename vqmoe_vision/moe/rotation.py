@@ -15,19 +15,7 @@ _SHORTEST = 1e-6
 
 
 def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
-    """Codes, with the gradient of tokens that are turned and stretched onto them.
-
-    With directions x^ and v^, and w of the direction of x^ + v^ (arXiv 2410.06424, section 4.2):
-
-        v = s R x,  s = norm(v) / norm(x),  R = I - 2 w w^T + 2 v^ x^^T
-
-    where s and R are constants: a gradient keeps its angle to the code as its angle to the
-    token. Straight through, it would be the same for all tokens of a code.
-
-    Args:
-        x: (T, D) tokens; one without a length has its gradient straight through.
-        codes: (T, D), the code of each, without gradient.
-    """
+    """Codes, with the gradient of tokens that are turned and stretched onto them."""
     if not x.requires_grad:
         return codes
     with full_precision(x):

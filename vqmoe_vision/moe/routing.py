@@ -19,21 +19,7 @@ from .joint_losses import Loss
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens go to which experts, and with which weight.
-
-    Where every token has K experts, row t of `indices` and `weights` is that of token t. Where a
-    token may have any number of them, `tokens` says whose each assignment is, and all three are
-    (A,), in any order.
-
-    Args:
-        indices: Expert of each assignment, (T, K) or (A,), int64 in [0, E).
-        weights: Combine weight of each assignment, as `indices`, float32.
-        losses: Weighted auxiliary losses by name: a mean over tokens as a 0-dim float32 tensor, or
-            a `BalanceLoss`. Empty in eval mode.
-        stats: Detached tensors for the log.
-        kept: (T, K) bool, False for assignments dropped by a capacity; None if nothing can drop.
-        tokens: Token of each assignment, (A,) int64 in [0, T); None where every token has K.
-    """
+    """Which tokens go to which experts, and with which weight."""
 
     indices: Tensor
     weights: Tensor
@@ -44,16 +30,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Base of routers: tokens in, `Routing` out.
-
-    A router has no side effect; what it learns without gradients changes elsewhere. One whose
-    parameters should escape weight decay lists their names in a method `no_weight_decay`.
-
-    Attributes:
-        per_image: Whether it routes images (B, N, D), not tokens (T, D).
-        has_losses: Whether it may report losses while it trains, as its options are.
-        raw_patches: Where it finds the images that it decides by; None if it sees tokens alone.
-    """
+    """Base of routers: tokens in, `Routing` out."""
 
     per_image = False
     has_losses: bool = True
@@ -81,11 +58,7 @@ class TopKRouter(Router):
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """Context in which autocast leaves float32 alone.
-
-    Routers decide in float32: on CPU, top-1 experts of 0.4 % of tokens differ when logits are
-    bfloat16, of 6 % when probabilities are.
-    """
+    """Context in which autocast leaves float32 alone."""
     # the meta device knows no autocast, there is nothing to switch off
     if x.device.type == 'meta':
         return nullcontext()
@@ -93,15 +66,7 @@ def full_precision(x: Tensor) -> AbstractContextManager:
 
 
 def top_k_experts(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best `k` experts of each token, best first.
-
-    Args:
-        scores: (T, E).
-        k: K.
-
-    Returns:
-        Scores (T, K) with gradient, and indices (T, K) int64.
-    """
+    """Best `k` experts of each token, best first."""
     if k == 1:
         # max is several times faster than topk on CPU, and defines ties: the first expert wins
         values, indices = scores.max(dim=-1, keepdim=True)
@@ -116,16 +81,7 @@ def renormalized(weights: Tensor) -> Tensor:
 
 
 def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
-    """Share of assignments that each expert receives.
-
-    Args:
-        indices: (T, K) or (A,) int64.
-        num_experts: E.
-        kept: Which of them count, bool of the same shape; None for all.
-
-    Returns:
-        (E,) float32, sums to 1; all zero without tokens.
-    """
+    """Share of assignments that each expert receives."""
     flat = indices.reshape(-1)
     ones = torch.ones_like(flat, dtype=torch.float32) if kept is None else kept.reshape(-1).float()
     counts = ones.new_zeros(num_experts).scatter_add(0, flat, ones)
@@ -138,39 +94,19 @@ def perplexity(shares: Tensor) -> float:
 
 
 def perplexities(shares: Tensor, dim: int) -> Tensor:
-    """The same of many at once.
-
-    Args:
-        shares: Sum to 1 along `dim`, any shape.
-        dim: Of what has the shares.
-
-    Returns:
-        float64, without `dim`.
-    """
+    """The same of many at once."""
     return torch.special.entr(shares.double()).sum(dim).exp()
 
 
 def init_lecun_normal(weight: Tensor, scale: float = 1.0) -> None:
-    """Normal of variance s / D, cut off at two standard deviations: with s = 1 flax's default.
-
-    Args:
-        weight: (E, D), changed in place.
-        scale: s of Switch Transformers (arXiv 2101.03961, section 2.4).
-    """
+    """Normal of variance s / D, cut off at two standard deviations: with s = 1 flax's default."""
     # what the cut leaves has 0.87962566 of the spread of the uncut normal
     std = (scale / weight.shape[1]) ** 0.5 / 0.87962566
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
-    """Orthogonal: rows, or columns if there are fewer.
-
-    Drawn in float32 on the CPU. Not on the meta device, which has nothing to initialise and no QR.
-
-    Args:
-        weight: (rows, columns).
-        gain: Length of a row; 0.1 as StableMoE's code.
-    """
+    """Orthogonal: rows, or columns if there are fewer."""
     if weight.device.type != 'meta':
         rows = nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), gain=gain)
         with torch.no_grad():
@@ -180,20 +116,7 @@ def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
 def within_capacity(
     indices: Tensor, num_experts: int, capacity: int | Tensor, priority: Tensor | None = None
 ) -> Tensor:
-    """Which assignments find a free place when an expert takes at most `capacity`.
-
-    All first choices are served before any second choice (V-MoE, appendix C). Within one choice
-    tokens are served in order, or by descending `priority` (batch-prioritised routing).
-
-    Args:
-        indices: (T, K) int64.
-        num_experts: E.
-        capacity: C, places per expert; a tensor is 0-dim int64.
-        priority: (T,) or None.
-
-    Returns:
-        (T, K) bool, True where the assignment is kept.
-    """
+    """Which assignments find a free place when an expert takes at most `capacity`."""
     num_tokens, k = indices.shape
     by_token = indices
     if priority is not None:

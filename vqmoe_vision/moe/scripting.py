@@ -12,11 +12,7 @@ _scripted: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 class StaysPython(nn.Module):
-    """Base of modules with code that TorchScript cannot compile; subclasses implement `run`.
-
-    The compiled model calls back into Python, where it finds this very module by its handle. Such
-    a model runs, but does not serialise.
-    """
+    """Base of modules with code that TorchScript cannot compile; subclasses implement `run`."""
 
     __jit_unused_properties__: ClassVar[list[str]] = ['__jit_ignored_attributes__']
 

@@ -15,16 +15,7 @@ from .routing import Routing
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `dispatch.run_experts`, one expert after the other.
-
-    Args:
-        experts: The layer's experts.
-        x: Tokens (T, D); or inputs (T * K, D), where each of a token's K assignments has its own.
-        routing: Who goes where.
-
-    Returns:
-        (T, D) in the dtype of `x`.
-    """
+    """As `dispatch.run_experts`, one expert after the other."""
     chosen, weights = routing.indices.reshape(-1), routing.weights.reshape(-1, 1).to(x.dtype)
     if routing.kept is not None:
         chosen = chosen.masked_fill(~routing.kept.reshape(-1), experts.num_experts)
@@ -46,14 +37,6 @@ def _one_expert(experts: Experts, expert: int, rows: Tensor) -> Tensor:
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
-    """As `dispatch.run_experts_evenly`: stacked weights give two batched products.
-
-    Args:
-        experts: The layer's experts.
-        rows: (E, S, D).
-
-    Returns:
-        (E, S, D).
-    """
+    """As `dispatch.run_experts_evenly`: stacked weights give two batched products."""
     hidden = experts.drop1(experts.act(experts.fc1.evenly(rows)))
     return experts.drop2(experts.fc2.evenly(hidden))

@@ -15,16 +15,7 @@ from .routing import perplexity
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers of statistics, with one wait for their device.
-
-    Args:
-        stats: By name, such as 'blocks.1.mlp/load': 0-dim tensors, and shares (E,) or (M,) that sum
-            to 1.
-
-    Returns:
-        Scalars under their names, and of shares the extremes, how many members nothing reached, and
-        the perplexity (as many as there are if all are even, 1 if one takes everything).
-    """
+    """Numbers of statistics, with one wait for their device."""
     summary: dict[str, float] = {}
     if not stats:
         return summary
@@ -44,11 +35,7 @@ def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def describe(stats: Mapping[str, Tensor]) -> str:
-    """The same in words, for a line of a log; scalars that are zero are left out.
-
-    Args:
-        stats: As `summarize`, of one layer and without its name.
-    """
+    """The same in words, for a line of a log; scalars that are zero are left out."""
     numbers = summarize(stats)
     parts = []
     for name, value in stats.items():

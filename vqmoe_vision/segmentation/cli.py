@@ -16,11 +16,7 @@ from .inference import Predictor, list_images
 
 
 def predict(argv: Sequence[str] | None = None) -> None:
-    """Segments an image or a folder of images.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`.
-    """
+    """Segments an image or a folder of images."""
     parser = argparse.ArgumentParser(description='Segment images.')
     parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument('checkpoint', help=CHECKPOINT_HELP)

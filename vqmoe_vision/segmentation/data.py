@@ -33,11 +33,7 @@ class SeededDataset(BaseSegDataset):
     """A data set that augments with the seed that an index of `SeededInfiniteSampler` brings."""
 
     def __getitem__(self, idx: int) -> Any:
-        """Loads and augments a sample.
-
-        Args:
-            idx: Index of the sample; a plain integer leaves the random numbers as they are.
-        """
+        """Loads and augments a sample."""
         seed_sample(idx)
         return super().__getitem__(idx)
 

@@ -19,15 +19,7 @@ Window = tuple[slice, slice]
 
 
 class SegmentorGraph(nn.Module):
-    """What mmseg predicts of normalised images of one size, as tensors alone.
-
-    Args:
-        segmentor: With a ViT backbone of this package. It is shared, not changed.
-        size: (H, W) of the images, which are padded below and to the right as in a test.
-
-    Raises:
-        ValueError: A side of `size` is not positive, or larger than the size to which tests pad.
-    """
+    """What mmseg predicts of normalised images of one size, as tensors alone."""
 
     def __init__(self, segmentor: EncoderDecoder, size: tuple[int, int]) -> None:
         super().__init__()
@@ -39,14 +31,7 @@ class SegmentorGraph(nn.Module):
         self.windows = _windows(segmentor.test_cfg, (size[0] + below, size[1] + right))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Segments images.
-
-        Args:
-            images: (B, 3, H, W) float32, normalised, in the order of `channels`.
-
-        Returns:
-            Logits (B, C, H, W) float32 and labels (B, H, W) int64.
-        """
+        """Segments images."""
         right, below = self.padding
         padded = F.pad(images, (0, right, 0, below), value=self.pad_value)
         cut = torch.stack([padded[:, :, rows, columns] for rows, columns in self.windows])

@@ -13,14 +13,7 @@ from .backbone import TimmViT
 
 
 def check_decode_head(head: Any) -> None:
-    """Refuses what a segmentor of this package cannot feed.
-
-    Args:
-        head: Config of a decode head.
-
-    Raises:
-        ValueError: These are several heads, or one that reads more than feature maps.
-    """
+    """Refuses what a segmentor of this package cannot feed."""
     if not isinstance(head, dict):
         types = [one.get('type') for one in head]
         allowed = 'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
@@ -30,12 +23,7 @@ def check_decode_head(head: Any) -> None:
 
 
 def completed_neck(neck: dict[str, Any], backbone: TimmViT) -> dict[str, Any]:
-    """A neck's config with what follows from the backbone.
-
-    Args:
-        neck: Its config.
-        backbone: What it reads.
-    """
+    """A neck's config with what follows from the backbone."""
     width = backbone.model.embed_dim
     levels = [width] * len(backbone.out_indices)
     return _completed(neck, in_channels=levels, out_channels=width, embed_dim=width)
@@ -44,14 +32,7 @@ def completed_neck(neck: dict[str, Any], backbone: TimmViT) -> dict[str, Any]:
 def completed_head(
     head: dict[str, Any], backbone: TimmViT, neck: nn.Module | None, num_classes: int | None
 ) -> dict[str, Any]:
-    """A head's config with what follows from backbone and neck.
-
-    Args:
-        head: Its config.
-        backbone: What it reads, if there is no neck.
-        neck: Is between them.
-        num_classes: Of a head that has classes, and whose config does not say how many.
-    """
+    """A head's config with what follows from backbone and neck."""
     model: Any = backbone.model
     width = getattr(neck, 'out_channels', model.embed_dim)
     index = head.get('in_index', -1)

@@ -76,20 +76,7 @@ def predict(
 
 
 class Predictor:
-    """A trained model with the pipeline of its tests, and the options with which it reads images.
-
-    Args:
-        config: Config of a segmentation run.
-        checkpoint: File written by that run.
-        device: Where to run; a GPU if there is one.
-        options: Changes to the config by dotted name, those of the run.
-
-    Raises:
-        ValueError: The config is none of segmentation, or has no model or test, its test has data
-            sets that prepare images in different ways, there is no such device, or the checkpoint
-            does not fit the config or its classes.
-        FileNotFoundError: There is no such config.
-    """
+    """A trained model with the pipeline of its tests, and the options with which it reads images."""  # LONG
 
     def __init__(
         self,
@@ -127,16 +114,7 @@ class Predictor:
     def __call__(
         self, image: str | Path | np.ndarray, name: str = 'image', opacity: float = 0.5
     ) -> Prediction:
-        """Segments an image.
-
-        Args:
-            image: File, or array as in `predict`.
-            name: Of the prediction, if the image is an array.
-            opacity: Of the colours of the classes, 0..1.
-
-        Raises:
-            ValueError: The image cannot be read, or a transform cannot take it.
-        """
+        """Segments an image."""
         if isinstance(image, str | Path):
             name = Path(image).stem
         pixels = _read(image, self.load)
@@ -176,14 +154,7 @@ def _classes(config: str, dataset: Any) -> tuple[tuple[str, ...], list[Sequence[
 
 
 def list_images(images: Any) -> list[Any]:
-    """The files and arrays that `predict` was asked for.
-
-    Args:
-        images: As in `predict`.
-
-    Raises:
-        ValueError: A folder holds no image.
-    """
+    """The files and arrays that `predict` was asked for."""
     if isinstance(images, np.ndarray):
         return [images]
     if not isinstance(images, str | Path):

@@ -146,15 +146,7 @@ def _turned(image: Any) -> int:
 
 
 def image_loader(dataset: dict[str, Any], **defaults: Any) -> LoadImage:
-    """What reads the images of a data set, with the options that its pipeline gives.
-
-    Args:
-        dataset: Config of a data set, or of a wrapper.
-        **defaults: Options that the pipeline may leave out.
-
-    Raises:
-        ValueError: The data sets of a wrapper read images with different options.
-    """
+    """What reads the images of a data set, with the options that its pipeline gives."""
     steps = [step for inner in innermost(dataset) for step in inner.get('pipeline') or ()]
     options = [
         {name: value for name, value in step.items() if name != 'type'}
@@ -167,14 +159,7 @@ def image_loader(dataset: dict[str, Any], **defaults: Any) -> LoadImage:
 
 
 def in_bgr(pixels: np.ndarray) -> np.ndarray:
-    """The pixels that a `LoadImage` gives, for a picture.
-
-    Args:
-        pixels: (H, W), or (H, W, 3 or more), BGR.
-
-    Returns:
-        (H, W, 3).
-    """
+    """The pixels that a `LoadImage` gives, for a picture."""
     return mmcv.gray2bgr(pixels) if pixels.ndim == 2 else pixels[..., :3]
 
 
@@ -249,14 +234,7 @@ class LoadLabels(LoadAnnotations):
 
 
 class _MapFile(NamedTuple):
-    """What a file says of its label map.
-
-    Args:
-        turn: How the map will come turned.
-        shape: (H, W) as it will come.
-        bands: Numbers of each pixel.
-        beyond: Labels that are no uint8. mmseg would cast those in silence: 256 would be class 0.
-    """
+    """What a file says of its label map."""
 
     turn: int
     shape: tuple[int, int]
@@ -264,11 +242,7 @@ class _MapFile(NamedTuple):
     beyond: np.ndarray = np.empty(0)
 
     def restored(self, labels: np.ndarray, path: str) -> np.ndarray:
-        """The map (H, W) as it is stored, of what mmseg makes of the file.
-
-        Raises:
-            ValueError: There are several numbers of each pixel.
-        """
+        """The map (H, W) as it is stored, of what mmseg makes of the file."""
         if self.bands > 1 or labels.size != math.prod(self.shape):
             raise ValueError(f'{path} is a colour image; a label map has one class index per pixel')
         if labels.ndim < 2:  # squeeze() has taken away a side of one pixel

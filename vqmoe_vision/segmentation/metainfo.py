@@ -14,18 +14,7 @@ _MOST_CLASSES = 255
 
 
 def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None) -> None:
-    """Refuses classes and colours that do not fit each other, or the data set.
-
-    Args:
-        dataset: Class of the data set; its `METAINFO` holds what `metainfo` may choose from.
-        metainfo: Of a config: `classes`, a sequence of names or a file with one per line, and
-            `palette`, a colour (R, G, B) of 0..255 for each. Blank lines at the end of the file are
-            no classes. Anything else is for readers of one's own.
-
-    Raises:
-        ValueError: Names the field, what it has, and what is allowed; also where a name is almost
-            one of these two.
-    """
+    """Refuses classes and colours that do not fit each other, or the data set."""
     chosen, own = metainfo or {}, dataset.METAINFO
     check_spelling('metainfo', chosen, {'classes', 'palette', *own})
     if 'classes' not in {**own, **chosen}:
@@ -47,19 +36,7 @@ def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | 
 def complete_metainfo(
     dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The `metainfo` that a data set of a config has, without loading it.
-
-    Args:
-        dataset: Class of the data set.
-        metainfo: Of the config.
-
-    Returns:
-        Among others `classes`, and `palette` with as many colours: those that are given, or those
-        that mmseg generates, always the same.
-
-    Raises:
-        ValueError: As `check_metainfo`.
-    """
+    """The `metainfo` that a data set of a config has, without loading it."""
     empty = type('Empty', (BaseSegDataset,), {'METAINFO': dataset.METAINFO})
     return empty(metainfo=coloured(dataset, metainfo), lazy_init=True).metainfo
 
@@ -67,17 +44,7 @@ def complete_metainfo(
 def coloured(
     dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The `metainfo` of a config, checked, with names of a file and colours of chosen classes.
-
-    mmseg gives the colours to all classes of a data set by position, in whichever order they are.
-
-    Args:
-        dataset: Class of the data set.
-        metainfo: Of the config; with a `palette` it says itself which colours there are.
-
-    Raises:
-        ValueError: As `check_metainfo`.
-    """
+    """The `metainfo` of a config, checked, with names of a file and colours of chosen classes."""
     check_metainfo(dataset, metainfo)
     chosen, own = dict(metainfo or {}), dataset.METAINFO
     if 'classes' in chosen:  # of a file, or mmseg would read it with its blank lines

@@ -7,15 +7,7 @@ from mmcv.transforms import BaseTransform
 
 
 def refused_image(name: str, error: cv2.error) -> ValueError:
-    """An error that names the image, and the transform with OpenCV's reason.
-
-    Args:
-        name: What the image is called, in a message that goes on with its fault.
-        error: As it was caught, with its frames.
-
-    Returns:
-        To be raised from the error.
-    """
+    """An error that names the image, and the transform with OpenCV's reason."""
     text = getattr(error, 'err', None) or str(error)  # of arguments of a wrong type there is no err
     reason = ' '.join(line.lstrip('> ').rstrip() for line in text.splitlines())
     if getattr(error, 'func', None) == 'resize' and ('size' in reason or 'scale' in reason):

@@ -16,13 +16,7 @@ _theirs = BaseDecodeHead.loss_by_feat
 
 
 def loss_by_feat(self: BaseDecodeHead, seg_logits: Tensor, batch_data_samples: Any) -> dict:
-    """As mmseg's. Autocast chooses by itself, for cross-entropy float32.
-
-    Args:
-        self: A head.
-        seg_logits: (B, C, H, W) of any dtype.
-        batch_data_samples: mmseg's samples with the label maps.
-    """
+    """As mmseg's."""
     device = seg_logits.device.type
     chosen = device != 'meta' and torch.is_autocast_enabled(device)
     if seg_logits.dtype in _LOW and not chosen:

@@ -17,16 +17,7 @@ _PER_CHANNEL = 'a list with a number from 0 to 255 for each channel'
 
 
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A data preprocessor's config as mmseg takes it, and what it states of `mean` and `std`.
-
-    Args:
-        config: Of mmseg's, or with `from_scratch=dict(mean=..., std=...)`, which stands for what is
-            left out where a training starts from no weights, or from weights of which it is not
-            known. Without it, what is left out states that images are not normalised.
-
-    Raises:
-        ValueError: It states one of both alone, or numbers that are none of 0 to 255.
-    """
+    """A data preprocessor's config as mmseg takes it, and what it states of `mean` and `std`."""
     config = dict(config)
     scratch = config.pop('from_scratch', None)
     given = {name: config[name] for name in ('mean', 'std') if config.get(name) is not None}
@@ -42,11 +33,7 @@ def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def normalization_of(preprocessor: Any) -> Normalization | None:
-    """How a segmentor's data preprocessor normalises images; None if it is no affair of its.
-
-    Args:
-        preprocessor: Of any class.
-    """
+    """How a segmentor's data preprocessor normalises images; None if it is no affair of its."""
     if not isinstance(preprocessor, ImgDataPreprocessor):
         return None
     if not preprocessor._enable_normalize:
@@ -56,16 +43,7 @@ def normalization_of(preprocessor: Any) -> Normalization | None:
 
 
 def follow(preprocessor: Any, weights: Normalization, stated: Collection[str]) -> None:
-    """Lets a data preprocessor normalise images as the weights want it.
-
-    Args:
-        preprocessor: Is changed if its config leaves that open.
-        weights: How images were normalised for them.
-        stated: Which of 'mean' and 'std' its config states.
-
-    Raises:
-        ValueError: Its config states other numbers.
-    """
+    """Lets a data preprocessor normalise images as the weights want it."""
     found = normalization_of(preprocessor)
     if found is None:
         return

@@ -26,15 +26,7 @@ _DECODER = (
 
 
 def in_our_names(state: StateDict) -> tuple[StateDict, str]:
-    """The state of a segmentor as ours is called, and a line about it; our own stays as it is.
-
-    Args:
-        state: Of a `MoeEncoderDecoder`, of mmseg's `EncoderDecoder` with a `VisionTransformer`, or
-            of the authors' Segmenter, whose encoder's head for ImageNet is left out.
-
-    Returns:
-        The state, and what was done to it; empty if nothing was.
-    """
+    """The state of a segmentor as ours is called, and a line about it; our own stays as it is."""
     backbone = part_of(state, _THEIRS)
     if is_of_mmseg(backbone):
         renamed = {_OURS + name: value for name, value in from_mmseg(backbone).items()}

@@ -17,28 +17,14 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class DigitScene:
-    """A scene.
-
-    Args:
-        image: (H, W, 3) uint8, BGR.
-        labels: (H, W) uint8: 0 for background, d + 1 for the strokes of digit d.
-    """
+    """A scene."""
 
     image: np.ndarray
     labels: np.ndarray
 
 
 def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], DigitScene]:
-    """A function from an index to a scene, always the same for the same arguments.
-
-    Args:
-        split: 'train', 'dev' or 'test': which scans the scenes are made of.
-        size: Height and width in pixels.
-        seed: Seed of everything random.
-
-    Raises:
-        ValueError: There is no such split, or a digit does not fit the size.
-    """
+    """A function from an index to a scene, always the same for the same arguments."""
     scans, digits = digit_scans(split)
     if size < _SIDES[1]:
         raise ValueError(f'size={size} must be at least {_SIDES[1]}, the side of a large digit')

@@ -34,13 +34,7 @@ class _Files(Sequence):
 
 
 class _Crops(Sequence):
-    """Middles of images, normalised.
-
-    Args:
-        found: Gives an image as the pipeline leaves it.
-        preprocessor: mmseg's, which knows whether and how images are normalised.
-        crop_size: Largest height and width.
-    """
+    """Middles of images, normalised."""
 
     def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
         self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
@@ -72,18 +66,7 @@ class _Crops(Sequence):
 def source(
     dataset: ConfigDict, preprocessor: Any, crop_size: tuple[int, int], folder: str | None = None
 ) -> Source:
-    """What a survey of a segmentor looks at.
-
-    Args:
-        dataset: Config of the data set of its tests.
-        preprocessor: The segmentor's.
-        crop_size: Height and width of what the survey sees of an image.
-        folder: Images without labels in its place, which its pipeline prepares.
-
-    Raises:
-        ValueError: Images are missing or laid out otherwise, or nobody knows how the data
-            preprocessor normalises them.
-    """
+    """What a survey of a segmentor looks at."""
     normalization = normalization_of(preprocessor)
     if normalization is None:
         raise ValueError(

@@ -7,22 +7,7 @@ _BLOCK = 20
 
 
 def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
-    """Which pairs belong to a part, always the same.
-
-    Pairs are set aside in runs of twenty neighbours by name: frames of one video, which follow each
-    other and hardly differ, then stand on one side but for the ends of a run.
-
-    Args:
-        num_pairs: Number of pairs.
-        part: One of `PARTS`.
-        dev_size: Number of pairs that 'dev' has and 'train' has not.
-
-    Returns:
-        Indices in rising order.
-
-    Raises:
-        ValueError: There is no such part, or it would be empty.
-    """
+    """Which pairs belong to a part, always the same."""
     if part not in PARTS:
         raise ValueError(f'part={part!r} must be one of {PARTS}')
     if part == 'all':

@@ -11,16 +11,7 @@ from torch import Tensor
 
 
 def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Share of labelled pixels whose class has the largest logit, as `mmseg.models.accuracy`.
-
-    Args:
-        pred: (B, C, H, W) logits.
-        target: (B, H, W) classes.
-        ignore_index: Of pixels without a label.
-
-    Returns:
-        (1,) float32, in percent; 100 where no pixel is labelled.
-    """
+    """Share of labelled pixels whose class has the largest logit, as `mmseg.models.accuracy`."""
     labelled = target != ignore_index
     best = pred.topk(1, dim=1).indices.squeeze(1)  # of equal logits argmax may take another
     correct = (best == target) & labelled

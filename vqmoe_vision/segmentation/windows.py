@@ -12,15 +12,7 @@ _SIDES = ('crop_size', 'stride')
 
 
 def check_test_cfg(config: Mapping[str, Any]) -> None:
-    """Refuses what mmseg would fail on in the first validation, or ignore.
-
-    Args:
-        config: `test_cfg` of a segmentor.
-
-    Raises:
-        ValueError: A name is unknown, the mode is not possible, or its windows have no size, or
-            leave pixels out.
-    """
+    """Refuses what mmseg would fail on in the first validation, or ignore."""
     check_arguments(_FIELD, config, ('mode', *_SIDES))
     mode = config.get('mode')
     allowed = "'whole', or 'slide' with crop_size and stride"

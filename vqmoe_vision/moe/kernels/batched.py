@@ -47,11 +47,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
 
 
 def _even_runs(ends: list[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
-    """Neighbours with as many rows each, which one batched product runs.
-
-    Yields:
-        The experts, all their rows, and how many experts and rows per expert that are.
-    """
+    """Neighbours with as many rows each, which one batched product runs."""
     expert = row = 0
     for size, run in groupby(end - start for start, end in pairwise([0, *ends])):
         count = len(list(run))

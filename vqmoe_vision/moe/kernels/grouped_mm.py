@@ -38,12 +38,7 @@ def _misfit(x: Tensor, weight: Tensor) -> str | None:
 
 
 def is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is one kernel that reads nothing back.
-
-    Args:
-        x: (R, in).
-        weight: (E, out, in).
-    """
+    """Whether it is one kernel that reads nothing back."""
     is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
     return is_cuda and _misfit(x, weight) is None and _has_kernel(x.device.index or 0)
 
@@ -69,11 +64,7 @@ def _product(
 
 
 def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
-    """It is not asked for a product of no rows.
-
-    It refuses the strides of an expanded tensor, which `contiguous()` keeps where there are no
-    numbers to copy, and nothing says what its kernel does with no rows.
-    """
+    """It is not asked for a product of no rows."""
     if a.numel() == 0:
         return a.new_zeros(_shape(a, b, offsets, turn_a, turn_b))
     return F.grouped_mm(a.mT if turn_a else a, b.mT if turn_b else b, offs=offsets)
@@ -115,10 +106,7 @@ def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) ->
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """Rows past the last end torch leaves as they were.
-
-    Of the gradient of an expert without rows it promises nothing: a CPU fills it with zeros.
-    """
+    """Rows past the last end torch leaves as they were."""
 
     @staticmethod
     def forward(

@@ -42,13 +42,7 @@ _HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before t
 
 
 def padded_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
-    """Group assignments by expert, each group in the order of the assignments.
-
-    Args:
-        indices: (A,) int64 in [0, E] on the CPU; E marks an assignment that no expert computes.
-        num_experts: E.
-        dtype: In which the experts compute.
-    """
+    """Group assignments by expert, each group in the order of the assignments."""
     block, length = _row_block(dtype), 0
     if torch.compiler.is_compiling():
         # an argument, so that a graph that was cached by another version keeps its own length
@@ -102,10 +96,7 @@ def _group_sizes(loads: list[int], block: int) -> list[int]:
 
 
 def _whole_blocks(load: int, block: int) -> int:
-    """At least `load`, of few different sizes: blocks double with every octave of longer loads.
-
-    Kernels of a few hundred sizes are kept, of thousands they would be compiled again and again.
-    """
+    """At least `load`, of few different sizes: blocks double with every octave of longer loads."""
     while 1 < block < load / _MOST_BLOCKS:
         block *= 2
     return -(-load // block) * block

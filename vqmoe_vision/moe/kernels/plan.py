@@ -41,12 +41,7 @@ def sorted_plan(indices: Tensor, num_experts: int) -> Plan:
 
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert and assignment of every row, and the int32 ends of the experts' groups.
-
-    Args:
-        indices: As `sorted_plan`.
-        num_experts: E.
-    """
+    """Expert and assignment of every row, and the int32 ends of the experts' groups."""
     ranked, order = indices.sort(stable=True)
     experts = torch.arange(num_experts, device=indices.device)
     return ranked, order, torch.searchsorted(ranked, experts, right=True).to(torch.int32)

@@ -16,17 +16,7 @@ from ._distilled_router import read_patches
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
-
-    Args:
-        config: Class of its options.
-        build: Builds its layer from the width of tokens, the options, the experts, the `Host`, and
-            `device` and `dtype`.
-        read_patches: For a method that decides by the raw image: from images (B, channels, height,
-            width) and the grid of patches (rows, columns) to what its layers find in
-            `host.raw_patches`, (B, L, F). Or a class of `ImageReader` that does so with a frozen
-            network; it is built from the options, the network, and `device` and `dtype`.
-    """
+    """One method."""
 
     config: type[MoeConfig]
     build: Callable[..., MoeLayer]
@@ -40,13 +30,7 @@ class Method:
     def reader(
         self, config: MoeConfig, features: Callable[[], Features], **factory: Any
     ) -> ReadPatches | None:
-        """What reads images for the layers of one model; None if nothing does.
-
-        Args:
-            config: Options of the method.
-            features: Makes the network of an `ImageReader`, if there is to be one.
-            **factory: `device` and `dtype`.
-        """
+        """What reads images for the layers of one model; None if nothing does."""
         read: Any = self.read_patches
         return read(config, features(), **factory) if self.needs_features else read
 

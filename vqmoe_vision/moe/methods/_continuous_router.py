@@ -22,16 +22,7 @@ from .smoe import SMoEConfig, SMoERouter
 
 
 class ContinuousRouter(SMoERouter):
-    """SMoE's router with one expert and without noise; weight one if it is not trained.
-
-    Args:
-        in_features: D.
-        num_experts: E.
-        balance_weight: Weight of its balance loss.
-        global_balance: As `BalancedConfig`.
-        trained: False freezes the router at its random start.
-        scale: Factor of the weight of a trained router.
-    """
+    """SMoE's router with one expert and without noise; weight one if it is not trained."""
 
     def __init__(
         self,

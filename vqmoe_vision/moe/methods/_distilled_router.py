@@ -26,15 +26,7 @@ DISTILLED_WIDTH = 50  # of the paper
 
 
 def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Average every patch to 4 x 4 cells.
-
-    Args:
-        images: (B, channels, height, width), patches of equal size.
-        grid_size: Patches per column and row.
-
-    Returns:
-        (B, L, F), without a graph.
-    """
+    """Average every patch to 4 x 4 cells."""
     rows, columns = grid_size
     cells = F.adaptive_avg_pool2d(images.detach(), (rows * CELLS, columns * CELLS))
     # not pixel_unshuffle, which leaves an empty batch in the shape it came in
@@ -42,13 +34,7 @@ def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 class DistilledRouter(nn.Module):
-    """D and E^ of (6), with their frozen copy.
-
-    Args:
-        in_chans: Image channels.
-        num_experts: E.
-        num_prefix_tokens: G, tokens before the patches; each has a learned D.
-    """
+    """D and E^ of (6), with their frozen copy."""
 
     project: Tensor
     prefix: Tensor
@@ -102,11 +88,7 @@ class DistilledRouter(nn.Module):
 
     @torch.no_grad()
     def freeze(self, due: Tensor) -> None:
-        """Begin stage 2 if it is due and has not begun; nothing is read back.
-
-        Args:
-            due: 0-dim bool.
-        """
+        """Begin stage 2 if it is due and has not begun; nothing is read back."""
         begins = due & ~self.frozen
         for name in self.names:
             copy = getattr(self, f'frozen_{name}')

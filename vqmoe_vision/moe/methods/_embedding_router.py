@@ -19,12 +19,7 @@ from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_
 
 
 class EmbeddingRouter(TopKRouter):
-    """Softmax over the K best of E_i . x / |E_i|.
-
-    Args:
-        in_features: D.
-        config: Options.
-    """
+    """Softmax over the K best of E_i . x / |E_i|."""
 
     has_losses = False
 
@@ -35,11 +30,7 @@ class EmbeddingRouter(TopKRouter):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Orthogonal of gain 0.32, as the tables' code.
-
-        The length is no part of a score, but the longer an embedding is, the less a step of the
-        optimizer turns it.
-        """
+        """Orthogonal of gain 0.32, as the tables' code."""
         init_orthogonal(self.expert_embed, gain=0.32)
 
     def forward(self, x: Tensor) -> Routing:

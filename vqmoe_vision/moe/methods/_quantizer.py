@@ -29,15 +29,7 @@ FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
 
 
 class Quantizer(nn.Module):
-    """Tokens to their codes, and to what an expert is fed.
-
-    Args:
-        codebook: The codebook.
-        norm: Between code and expert.
-        reading: What the expert is fed, one of `EXPERT_INPUTS`.
-        code_share: c, where the reading leaves it open.
-        rotation_trick: Gradients by rotation in place of straight through.
-    """
+    """Tokens to their codes, and to what an expert is fed."""
 
     codebook: Codebook
 
@@ -57,25 +49,12 @@ class Quantizer(nn.Module):
         self.rotation_trick = rotation_trick
 
     def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
-        """Quantize tokens.
-
-        Args:
-            x: (T, D).
-            precise: The same in float32.
-
-        Returns:
-            What the expert is fed, (T, D), and the quantization.
-        """
+        """Quantize tokens."""
         quantized = self.codebook(precise)
         return self.norm(self.expert_input(x, quantized.codes.to(x.dtype))), quantized
 
     def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
-        """What the expert is fed, before the norm, (T, D).
-
-        Args:
-            x: Tokens (T, D).
-            code: The code of each, (T, D).
-        """
+        """What the expert is fed, before the norm, (T, D)."""
         share = self.code_share
         if share == 0:
             return x
@@ -91,17 +70,7 @@ class Quantizer(nn.Module):
     def observe(
         self, tokens: Tensor, quantized: Quantized, tokens_per_image: int
     ) -> dict[str, Tensor]:
-        """Let the codebook see tokens while it trains.
-
-        Args:
-            tokens: (T, D) float32.
-            quantized: Their codes.
-            tokens_per_image: N.
-
-        Returns:
-            `code_usage` (M,), `quantization_error` (of the tokens' energy), and how many tokens a
-            codebook that learns from them had to leave out, `nonfinite_tokens`.
-        """
+        """Let the codebook see tokens while it trains."""
         energy = torch.linalg.vector_norm(tokens.detach()).square()
         stats = {
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),

@@ -64,13 +64,7 @@ class ExpertChoiceConfig(MoeConfig):
 
 
 class ExpertChoiceRouter(Router):
-    """Chooses tokens for every expert, expert choice (1) and (2).
-
-    Args:
-        in_features: D.
-        config: Options.
-        num_tokens: N of the images that the model is built for.
-    """
+    """Chooses tokens for every expert, expert choice (1) and (2)."""
 
     per_image = True
 
@@ -87,11 +81,7 @@ class ExpertChoiceRouter(Router):
         init_lecun_normal(self.weight)
 
     def set_num_tokens(self, num_tokens: int) -> None:
-        """Hear of another size of images; what is computed goes by the tokens that come.
-
-        Args:
-            num_tokens: N.
-        """
+        """Hear of another size of images; what is computed goes by the tokens that come."""
         self.num_tokens = num_tokens
 
     def forward(self, x: Tensor) -> Routing:

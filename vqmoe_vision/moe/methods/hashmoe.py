@@ -54,14 +54,7 @@ class HashConfig(TopKConfig):
 
 
 class HashRouter(TopKRouter):
-    """Experts by position.
-
-    Args:
-        config: Options.
-
-    Attributes:
-        hash: Experts of every position, (4096, K) int64; another draw per layer.
-    """
+    """Experts by position."""
 
     per_image = True
     hash: Tensor

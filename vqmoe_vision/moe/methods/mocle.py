@@ -98,15 +98,7 @@ class MoCLEConfig(MoeConfig):
 
 
 class Clusters(ImageReader):
-    """Tells the cluster of an image: the nearest centroid of its features.
-
-    Args:
-        config: Options.
-        features: The frozen network.
-
-    Attributes:
-        centroids: (K, F); random until `fit`.
-    """
+    """Tells the cluster of an image: the nearest centroid of its features."""
 
     centroids: Tensor
 
@@ -136,12 +128,7 @@ class Clusters(ImageReader):
         )
 
     def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Cluster of each image, (B,) int64.
-
-        Args:
-            images: (B, channels, height, width), of any size.
-            grid_size: Ignored.
-        """
+        """Cluster of each image, (B,) int64."""
         features = self.features(images)
         with full_precision(features):
             return self._nearest(features)
@@ -151,13 +138,7 @@ class Clusters(ImageReader):
 
 
 class ClusterRouter(Router):
-    """Sends all tokens of an image to the expert of its cluster, and to the universal one.
-
-    Args:
-        in_features: D.
-        config: Options.
-        host: Where the clusters of the current images are found.
-    """
+    """Sends all tokens of an image to the expert of its cluster, and to the universal one."""
 
     per_image = True
     raw_patches: RawPatches
@@ -180,11 +161,7 @@ class ClusterRouter(Router):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route images (B, N, D) in float32.
-
-        Raises:
-            ValueError: They are not as many as the stem was shown.
-        """
+        """Route images (B, N, D) in float32."""
         clusters = self.raw_patches.current()
         self.raw_patches.check_number('images', x.shape[0], clusters.shape[0])
         num_tokens, config = x.shape[1], self.config

@@ -178,12 +178,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
 
 
 class SMoERouter(TopKRouter):
-    """Softmax top-k router, V-MoE (2).
-
-    Args:
-        in_features: D.
-        config: Options.
-    """
+    """Softmax top-k router, V-MoE (2)."""
 
     config: SMoEConfig
 

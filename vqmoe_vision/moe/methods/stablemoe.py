@@ -120,13 +120,7 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
 
 
 class StableRouter(TopKRouter):
-    """Two-stage router, StableMoE (1) to (9).
-
-    Args:
-        in_features: D.
-        config: Options.
-        host: Where the raw patches of the current images are found.
-    """
+    """Two-stage router, StableMoE (1) to (9)."""
 
     config: StableMoEConfig
     raw_patches: RawPatches
@@ -148,11 +142,7 @@ class StableRouter(TopKRouter):
         init_orthogonal(self.expert_embed)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route tokens (T, D) in float32 by the learned or the distilled router.
-
-        Raises:
-            ValueError: They are not as many as those of the images that the stem was shown.
-        """
+        """Route tokens (T, D) in float32 by the learned or the distilled router."""
         patches = self.raw_patches.current()
         k = self.config.top_k
         with full_precision(x):

@@ -123,12 +123,7 @@ class XMoEConfig(BalancedConfig, TopKConfig):
 
 
 class XMoERouter(TopKRouter):
-    """Cosine router, XMoE (5) to (8).
-
-    Args:
-        in_features: D.
-        config: Options.
-    """
+    """Cosine router, XMoE (5) to (8)."""
 
     config: XMoEConfig
 
