@@ -21,18 +21,18 @@ from .routing import Routing, expert_load
 class Branch(NamedTuple):
     """What one branch asks of the experts, for every token."""
 
-    inputs: Tensor
-    experts: Tensor
-    weights: Tensor
+    inputs: Tensor  # (T, D), what its expert is fed
+    experts: Tensor  # (T,) int64 in [0, E)
+    weights: Tensor  # (T, 1) float32
 
 
 def run_branches(
     experts: Experts,
     branches: Sequence[Branch],
-    gates: Tensor | None = None,
-    last_norm: nn.Module | None = None,
+    gates: Tensor | None = None,  # (T, K) float32, factors of the weights
+    last_norm: nn.Module | None = None,  # of the answers of the last branch
 ) -> Tensor:
-    """Weighted sum of the branches' answers: one sort, and one pass over the experts' weights."""
+    """Weighted sum (T, D) of branches: one sort, and one pass over the experts' weights."""
     weights = torch.cat([branch.weights for branch in branches], dim=1)
     if gates is not None:
         weights = weights * gates
@@ -49,7 +49,7 @@ def run_branches(
 
 
 def branch_statistics(num_experts: int, branches: Sequence[Branch]) -> dict[str, Tensor]:
-    """The load of the experts by all branches, and how often two branches agree."""
+    """`load` (E,) by all branches; of two also `agreement`, the share of tokens with one expert."""
     experts = torch.stack([branch.experts for branch in branches], dim=1)
     stats = {'load': expert_load(experts, num_experts)}
     if len(branches) == 2:

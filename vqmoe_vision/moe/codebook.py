@@ -1,18 +1,16 @@
 """Vector quantization: the nearest code of a token, and the plain codebook of VQ-VAE.
 
-Legend: T tokens, D width, M codes.
-
 Every codebook has, in float32 and with autocast off (VQ-VAE, arXiv 1711.00937):
 
     q = argmin_j |x - v_j|^2
     loss = codebook_scale * mean |sg[x] - v_q|^2 + commitment * mean |x - sg[v_q]|^2
 
-With `use_cosine_sim` x and v are of length one in all of this (ViT-VQGAN, arXiv 2110.04627): the
-nearest code is that of the largest cosine, and what is learned are directions.
+With `use_cosine_sim` x and v are of length one in all of this (ViT-VQGAN, arXiv 2110.04627).
 
-`forward` never changes a buffer: what a codebook learns without gradients it learns in `update`,
-from statistics of the forward passes before it. Learning inside forward would give wrong gradients,
-silently, under gradient checkpointing.
+What learns without gradients learns in `update`, never in `forward`: under gradient checkpointing
+the gradients would be wrong, silently.
+
+Legend: T tokens, D width, M codes.
 """
 
 from __future__ import annotations
@@ -35,14 +33,14 @@ TEMPERATURE = 0.1  # of soft assignments
 class Quantized:
     """Answer of a codebook."""
 
-    codes: Tensor
-    indices: Tensor
-    loss: Tensor
-    error: Tensor
+    codes: Tensor  # (T, D) float32, as long as the token with `use_cosine_sim`
+    indices: Tensor  # (T,) int64 in [0, M)
+    loss: Tensor  # 0-dim float32, unweighted
+    error: Tensor  # 0-dim, mean squared distance of tokens and `codes` per channel; no gradient
 
 
 def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code with the smallest Euclidean distance; the first of equals."""
+    """Index (T,) of the nearest of codes (M, D) to tokens (T, D), float32; the first of equals."""
     # not `no_grad`: where it ends a region without autocast, a saved program loads no more
     x, codes = x.detach(), codes.detach()
     # |x|^2 is the same for every code; leaving it out makes this one matrix product
@@ -61,7 +59,7 @@ class Codebook(nn.Module):
         self,
         num_codes: int,
         dim: int,
-        commitment: float = 0.25,
+        commitment: float = 0.25,  # beta
         use_cosine_sim: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,6 +77,7 @@ class Codebook(nn.Module):
 
     def init_weights(self) -> None:
         """The paper's uniform start."""
+        # collapses easily: tokens of transformers share a large mean, so that one code may win all
         nn.init.uniform_(self.embed, -1 / self.num_codes, 1 / self.num_codes)
 
     def _learned(self) -> Tensor:
@@ -90,7 +89,7 @@ class Codebook(nn.Module):
         return self.compared(self._learned())
 
     def compared(self, vectors: Tensor) -> Tensor:
-        """Tokens or codes as they are compared: of length one with `use_cosine_sim`."""
+        """Tokens or codes (..., D) as they are compared: of length one with `use_cosine_sim`."""
         return F.normalize(vectors, dim=-1, eps=NORM_EPS) if self.use_cosine_sim else vectors
 
     def no_weight_decay(self) -> set[str]:
@@ -121,11 +120,12 @@ class Codebook(nn.Module):
             x, codes = self.compared(x.float()), self.codes().clone()
             # as `nearest_code`: |x|^2 is the same for every code
             distance = codes.square().sum(dim=1) - 2 * F.linear(x, codes)
+            # mean over channels, of directions the sum: for LayerNorm's tokens the same number
             channels = 1 if self.use_cosine_sim else self.dim
             return (distance / -(channels * TEMPERATURE)).softmax(dim=-1)
 
     def as_long_as(self, x: Tensor, codes: Tensor) -> Tensor:
-        """What stands for tokens: their codes, with `use_cosine_sim` at the tokens' length."""
+        """What stands for tokens (..., D): their codes, with `use_cosine_sim` at their length."""
         if not self.use_cosine_sim:
             return codes
         return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
@@ -137,7 +137,7 @@ class Codebook(nn.Module):
         return self
 
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor | None:
-        """Keep what the next `update` needs to know of a forward pass; here, nothing."""
+        """Keep what `update` needs of tokens (T, D), codes (T,); returns how many are left out."""
         return None
 
     def discard(self) -> None:

@@ -1,4 +1,11 @@
-"""CVQ-VAE's codebook: codes that are not used move to tokens.
+"""CVQ-VAE's codebook (arXiv 2307.15139): codes that are not used move to tokens.
+
+Usage starts at zero and is averaged with `ema_decay`. Code k moves to an anchor by
+alpha_k = exp(-10 usage_k M / (1 - ema_decay) - 0.001): fully if never used, not measurably if used.
+An anchor is a token drawn with probability softmax(-distance^2) ('probrandom').
+
+Where we differ: distances are Euclidean, an option of the authors' code. Its default, the cosine,
+leaves codes and anchors as long as they are; `use_cosine_sim` makes them of length one.
 
 Legend: M codes.
 """
@@ -14,7 +21,7 @@ from .counted_random import random_choice
 
 
 class CVQCodebook(GradientCodebook):
-    """Online clustered codebook (CVQ-VAE, arXiv 2307.15139): unused codes move to anchors."""
+    """Online clustered codebook: unused codes move to anchors."""
 
     # no code is dead: what is not used moves, from the first update on
     OPTIONS = tuple(

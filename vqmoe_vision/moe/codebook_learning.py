@@ -1,7 +1,13 @@
 """Codebooks whose codes learn: by gradient, or as averages of their tokens.
 
-An update reads nothing back from the device of the codebook, so that a step on a GPU does not wait
-for it. What depends on numbers is therefore always computed, and chosen by `torch.where`.
+An update reads nothing back from the device, so that a step on a GPU does not wait for it. What
+depends on numbers is always computed, and chosen by `torch.where`.
+
+EMA (VQ-VAE, appendix A.1), of counts n_k and token sums m_k, both averaged with `ema_decay`:
+
+    v_k = m_k / n~_k,   n~_k = (n_k + eps) / (sum n + M eps) * sum n,   eps = 1e-5 of a token
+
+There is no codebook loss. Averages are shares of the tokens: updates of any size count alike.
 
 Legend: T tokens, D width, M codes.
 """
@@ -71,6 +77,8 @@ class GradientCodebook(Codebook):
         self.usage.fill_(share)
         self.started.fill_(False)
         self.updates.zero_()
+        # whether k-means may be due, as the host knows it: where averages of weights overwrite
+        # `started` in place, it is computed once more and not taken over
         self._start_due = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -89,7 +97,7 @@ class GradientCodebook(Codebook):
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
-        """Keep statistics of a forward pass for the next `update`, in memory that does not grow."""
+        """Keep statistics of tokens (T, D), codes (T,) for `update`; their memory does not grow."""
         before = self._pending
         number = 0 if before is None else before.num_passes
         x = x.detach().float()
@@ -133,11 +141,13 @@ class GradientCodebook(Codebook):
         self.updates += learns
         starts = self._start_due
         if starts:
+            # even without a usable token: `learns` decides on the device
             codes = kmeans(usage.tokens, self.num_codes, self.use_cosine_sim, usage.usable)
             begins = learns & ~self.started
             learns = self._start(codes, learns)
             if self.usage_from_kmeans:
                 self._weigh(begins, code_shares(usage.tokens, codes, usage.usable))
+            # only unusable tokens: codes start without usage, for the next update to replace
             self.usage.masked_fill_(usage.seen & ~self.started, 0)
             self.started |= usage.seen
             # a rank that has seen no token does not know whether another has
@@ -148,17 +158,17 @@ class GradientCodebook(Codebook):
         return starts or moves or replaces
 
     def _average(self, average: Tensor, value: Tensor, learns: Tensor) -> None:
-        """Move an average where there is something to learn."""
         rate = learns * (1 - self._decay())
         average.lerp_(value.to(average.dtype), rate.to(average.dtype))
 
     def _decay(self) -> Tensor | float:
         decay = self.ema_decay
         if self.ema_bias_correction:
-            # what takes the corrected average of t - 1 updates to that of t
+            # what takes the corrected average of t - 1 updates to that of t (Adam, sonnet's VQ)
             return (1 - (1 - decay) / (1 - decay**self.updates)).clamp(min=0)
         if not self.ema_decay_warmup:
             return decay
+        # TensorFlow's ExponentialMovingAverage with `num_updates`
         before = self.updates - 1
         return ((1 + before) / (10 + before)).clamp(max=decay)
 
@@ -188,6 +198,7 @@ class GradientCodebook(Codebook):
     def _put(self, where: Tensor, codes: Tensor) -> None:
         """Begin anew with these codes (M, D) at even usage, where (M,) or () is true."""
         self.embed.copy_(torch.where(where[..., None], codes.to(self.embed.dtype), self.embed))
+        # even usage: not dead before it had a chance
         self.usage.masked_fill_(where, 1 / self.num_codes)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +206,7 @@ class GradientCodebook(Codebook):
 
 
 class EmaCodebook(GradientCodebook):
-    """Codes that follow the moving average of their tokens (VQ-VAE, appendix A.1)."""
+    """Codes that follow the moving average of their tokens; start and dead codes as in its base."""
 
     codebook_scale = 0.0
     token_sums: Tensor

@@ -1,6 +1,7 @@
 """What a codebook makes of a sample of tokens: starting codes, and CVQ's anchors.
 
-Nothing here is read back from the device of the sample, and every rank finds the same.
+Nothing is read back from the device, every rank finds the same, and the user's random stream is
+left alone. `usable` (S,) bool says which rows of a sample count, the first one among them.
 
 Legend: D width, M codes, S sampled tokens.
 """
@@ -22,7 +23,7 @@ KMEANS_ITERATIONS = 10
 def kmeans(
     sample: Tensor, num_codes: int, cosine: bool = False, usable: Tensor | None = None
 ) -> Tensor:
-    """Codes from k-means++ and Lloyd iterations, the same on every rank for the same sample."""
+    """Codes (M, D) of a sample (S, D) by k-means++ and Lloyd, of length one if `cosine`."""
     if usable is None:
         usable = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
     codes = _spread(sample, num_codes, usable)
@@ -55,17 +56,18 @@ def _means(sample: Tensor, codes: Tensor, cosine: bool, usable: Tensor) -> Tenso
     means = members.t() @ sample / counts.clamp(min=1)
     if cosine:
         means = F.normalize(means, dim=1, eps=NORM_EPS)
-    return torch.where(counts > 0, means, codes)
+    return torch.where(counts > 0, means, codes)  # a code without members stays
 
 
 def code_shares(sample: Tensor, codes: Tensor, usable: Tensor) -> Tensor:
-    """How many tokens of a sample take each code, as shares of it, (M,) float32."""
+    """Share of a sample (S, D) that takes each code (M, D), (M,) float32."""
     counts = torch.zeros(len(codes), device=codes.device, dtype=torch.float32)
     counts = counts.index_add(0, nearest_code(sample, codes), usable.float())
+    # a code that none takes counts as if one did: of no weight at all, it would have no place
     return counts.clamp(min=1) / usable.sum().clamp(min=1)
 
 
 def anchor_probabilities(codes: Tensor, sample: Tensor, usable: Tensor) -> Tensor:
-    """How likely CVQ draws each token as the anchor of a code: softmax(-distance^2)."""
+    """How likely CVQ draws a token as a code's anchor, (M, S): softmax(-distance^2)."""
     distances = torch.cdist(codes, sample).square()
-    return distances.masked_fill(~usable, torch.inf).neg().softmax(dim=1)
+    return distances.masked_fill(~usable, torch.inf).neg().softmax(dim=1)  # nan if none is usable

@@ -1,4 +1,6 @@
-"""SimVQ's codebook: all codes move together.
+"""SimVQ's codebook: one learned layer moves all codes together, so that few are left behind.
+
+It has no start from data: a large mean that all tokens share still lets one code win all.
 
 Legend: D width, M codes.
 """

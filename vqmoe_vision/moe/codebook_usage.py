@@ -1,5 +1,9 @@
 """What a codebook learns from without gradients: how tokens use it, over passes and ranks.
 
+The sample holds the S tokens with the smallest of independent random draws. So samples of passes
+and ranks merge, and every token has the same chance. A draw is a function of counters and of the
+token's place in the batch of all ranks: resumed runs and other numbers of processes draw alike.
+
 Legend: T tokens, N tokens per sample, D width, M codes, S = SAMPLE_SIZE sampled tokens.
 """
 
@@ -25,11 +29,11 @@ NONE = 2**63 - 1  # the draw where there is no token
 class CodeUsage:
     """Counts, sums and a uniform sample of the tokens of any number of forward passes."""
 
-    counts: Tensor
-    token_sums: Tensor
-    draws: Tensor
-    tokens: Tensor
-    num_passes: int = 1
+    counts: Tensor  # (M,) float32, tokens per code
+    token_sums: Tensor  # (M, D) float32
+    draws: Tensor  # (S,) int64, rising; `SPOILT` if unusable, `NONE` without a token
+    tokens: Tensor  # (S, D) float32, zeros where the draw is not below `SPOILT`
+    num_passes: int = 1  # with tokens, on this rank
 
     @property
     def num_tokens(self) -> Tensor:
@@ -80,12 +84,13 @@ def code_usage(
     x: Tensor,
     indices: Tensor,
     num_codes: int,
-    updates: Tensor,
-    pass_number: int,
+    updates: Tensor,  # 0-dim int64, how often the codebook has learned
+    pass_number: int,  # passes in the usage that this one is merged with
     cosine: bool = False,
-    tokens_per_sample: int = 1,
+    tokens_per_sample: int = 1,  # N
 ) -> CodeUsage:
-    """Usage in one forward pass, by tokens whose square is finite."""
+    """Usage in one pass by tokens (T, D) float32, sample after sample, with codes (T,) int64."""
+    # a token that is not finite when squared would spoil its code for ever
     usable = x.square().sum(dim=1).isfinite()  # autocast computes a product with itself in float16
     x = x.masked_fill(~usable[:, None], 0)
     if cosine:

@@ -5,16 +5,12 @@
         loss.backward()
     optimizer.step()
 
-Layers compute their losses whenever they train and hand them to a recorder, which keeps them only
-inside the `with` block. Nothing is stored outside it, so models stay deep-copyable, picklable and
-compilable, and a loss is never counted twice when gradient checkpointing runs a layer again.
+A recorder keeps losses inside the `with` block only: models stay deep-copyable, picklable and
+compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
+changes once, in `update_state`, when the block is left.
 
-State that learns without gradients (an EMA codebook, StableMoE's stage) never changes in forward:
-`update_state` changes it, once, when the block is left.
-
-Where torch.distributed is initialised, losses are those of the batch of all ranks, with one sum
-over ranks for all layers, see `joint_losses.py`. Every rank then has to read them at the same
-places, or not at all before the end of the block.
+With torch.distributed losses are those of the batch of all ranks, see `joint_losses.py`. Every rank
+has to read them at the same places, or not at all before the end of the block.
 """
 
 from __future__ import annotations
@@ -51,11 +47,9 @@ class Collected:
     def add(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
         """Let other losses be averaged over ranks, and be part of the total.
 
-        A rank whose batch is smaller than that of another then counts for less, as it should.
-
         Args:
             losses: 0-dim means over the samples of this rank, by name.
-            num_samples: How many these are.
+            num_samples: How many these are; a rank that has fewer counts for less.
         """
         self._added.extend((name, loss, num_samples) for name, loss in losses.items())
 
@@ -63,7 +57,7 @@ class Collected:
     def losses(self) -> dict[str, Tensor]:
         """Weighted losses, 'blocks.1.mlp/balance' to 0-dim tensor, summed over forward passes.
 
-        What was added comes last.
+        Those of `add` come last.
         """
         if self._closed is not None:
             return self._closed[0]
@@ -100,7 +94,7 @@ class Collected:
         """Sum of all losses: a 0-dim tensor to add to the task loss, zero without losses.
 
         Raises:
-            RuntimeError: If the block has been left, as the losses have lost their graph.
+            RuntimeError: The block has been left, and the losses have lost their graph.
         """
         if self._closed is not None:
             raise RuntimeError('collected.total() has no gradient after its block: call it inside')
@@ -136,16 +130,15 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
     """Collect the auxiliary losses of every forward pass of `model` inside the block.
 
     Args:
-        model: A model, also one wrapped by DDP or torch.compile, or one that contains it.
+        model: A model, also wrapped by DDP or torch.compile, or one that contains it.
         update_state: Change gradient-free state when the block is left without an error. With
-            gradient checkpointing, backward() then belongs inside the block. A trainer that runs
-            backward() later passes False and calls `update_state(model)` after it.
+            gradient checkpointing call backward() inside then. False leaves it to `update_state`.
 
     Yields:
         A `Collected`.
 
     Raises:
-        RuntimeError: If a block is already open for the model.
+        RuntimeError: A block is already open for the model.
     """
     layers = moe_layers(model)
     if any(layer.recorder.active for layer in layers.values()):
@@ -172,25 +165,22 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
 def update_state(model: nn.Module) -> None:
     """Change the state that learns without gradients, from what the last blocks collected.
 
-    All-reduces over ranks where torch.distributed is initialised. Call it once per optimizer step,
-    after backward(), if `collect_losses(..., update_state=False)` was used.
+    With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
+    `collect_losses(..., update_state=False)` was used.
     """
     for layer in moe_layers(model).values():
         layer.update()
 
 
 def start_training(model: nn.Module, num_updates: int) -> None:
-    """Tell the layers how long a training will be, before it starts.
-
-    A loop of your own needs this only for a method whose schedule follows the length: StableMoE
-    freezes its router after a tenth, unless its options say after how many updates.
+    """Tell the layers how long a training will be; a loop of your own needs it for StableMoE alone.
 
     Args:
         model: Any model.
         num_updates: How often `update_state` will be called, or a block that updates be left.
 
     Raises:
-        ValueError: If `num_updates` is no whole number, or below 1.
+        ValueError: `num_updates` is no whole number, or below 1.
     """
     check_type('num_updates', int, num_updates)
     check(num_updates >= 1, 'num_updates', num_updates, 'at least 1')
@@ -199,13 +189,6 @@ def start_training(model: nn.Module, num_updates: int) -> None:
 
 
 def restart(model: nn.Module) -> list[str]:
-    """Let every layer begin a new training from the weights that it has.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        A line for the log per kind of change.
-    """
+    """Let every layer begin a new training from its weights; returns what changed, for a log."""
     notes = [layer.restart() for layer in moe_layers(model).values()]
     return [f'{count} layers {note}' for note, count in Counter(filter(None, notes)).items()]

@@ -1,8 +1,7 @@
 """Options that every mixture-of-experts method shares, and the checks behind them.
 
-A method declares its options as a frozen dataclass that extends `MoeConfig`; the dataclass fields
-are the keyword arguments a user may pass to `timm.create_model`. An option that a method does not
-have is therefore unknown (`TypeError`), never ignored.
+A method's options are a frozen dataclass, whose fields are keyword arguments of
+`timm.create_model`. One that a method does not have is unknown (`TypeError`), never ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ LONGEST_VALUE = 500  # letters of it that a message has
 
 
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
-    """Refuse a user's value in one line."""
+    """Refuse a user's value in one line: `ValueError` with field, value and what is allowed."""
     if not valid:
         shown = repr(value).replace('\n', ' ')
         if len(shown) > LONGEST_VALUE:  # such as all weights of a model
@@ -45,7 +44,7 @@ def check(valid: bool, field: str, value: object, allowed: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like one of a user's, to be put behind what is wrong with it."""
+    """What to put behind a user's unknown name: the known one most like it; empty if none is."""
     nearest = get_close_matches(name, sorted(known), 1)
     return f'; did you mean {nearest[0]}?' if nearest else ''
 
@@ -57,6 +56,7 @@ _TYPES: WeakKeyDictionary[type, Mapping[str, Any]] = WeakKeyDictionary()
 def types_of(kind: type) -> Mapping[str, Any]:
     """The types of the fields of a dataclass."""
     if kind not in _TYPES:
+        # kept: Python compiles all annotations at each call
         _TYPES[kind] = get_type_hints(kind)
     return _TYPES[kind]
 
@@ -66,12 +66,12 @@ class MoeConfig:
     """Options of every MoE layer.
 
     Args:
-        num_experts: Number of experts E of a layer.
-        expert_mlp_ratio: Hidden width of an expert over the token width, at most 1000; None takes
-            the `mlp_ratio` of the dense blocks, so an expert has the size of the MLP it replaces.
+        num_experts: E, at least 1.
+        expert_mlp_ratio: Hidden width of an expert over D, above 0 and at most 1000; None takes the
+            dense blocks' `mlp_ratio`.
 
     Raises:
-        ValueError: If a field holds an impossible value.
+        ValueError: A field holds an impossible value.
     """
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
@@ -109,13 +109,12 @@ class MoeConfig:
         """Build from a named preset with single options on top.
 
         Args:
-            preset: Key of `PRESETS`; 'paper' is the method's own paper. None has the defaults of
-                the fields, which are the paper's unless the method says otherwise.
-            **options: Fields of this dataclass; they win over the preset.
+            preset: Key of `PRESETS`; None has the defaults of the fields.
+            **options: Fields; they win over the preset.
 
         Raises:
-            ValueError: For an unknown preset, an impossible value, or an option without effect.
-            TypeError: For an option that the method does not have.
+            ValueError: Unknown preset, impossible value, or option without effect.
+            TypeError: An option that the method does not have.
         """
         config = cls._of_preset(preset, options)
         for name, hint in types_of(cls).items():
@@ -129,12 +128,12 @@ class MoeConfig:
         """Names of the options that `from_options` would refuse for having no effect.
 
         Args:
-            preset: As `from_options`.
-            **options: As `from_options`.
+            preset: Key of `PRESETS`, or None.
+            **options: Fields.
 
         Raises:
-            ValueError: As `from_options` otherwise.
-            TypeError: As `from_options`.
+            ValueError: Unknown preset, or impossible value.
+            TypeError: An option that the method does not have.
         """
         return cls._of_preset(preset, options).unused().keys() & options.keys()
 
@@ -147,23 +146,20 @@ class MoeConfig:
         return cls(**{**cls.PRESETS[preset], **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
-        """Refuse the value of a field in one line, see `check`.
+        """Refuse the value of a field in one line.
 
         Args:
-            name: Name of the field.
+            name: Of the field.
             valid: Whether its value is possible.
             allowed: What is possible, in words.
 
         Raises:
-            ValueError: If `valid` is false.
+            ValueError: It is not.
         """
         check(valid, name, getattr(self, name), allowed)
 
     def unused(self) -> dict[str, str]:
-        """Options that the others leave without effect, and the value that does so.
-
-        Whoever gives such an option gets an error, whatever the value.
-        """
+        """Options without effect, and the value that leaves them so; giving one is an error."""
         return {}
 
     @property
@@ -181,11 +177,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(MoeConfig):
-    """Options of methods that send a token to its `top_k` best experts.
-
-    Args:
-        top_k: Number of experts K of a token.
-    """
+    """Options of methods that send a token to its `top_k` best experts, from 1 to `num_experts`."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
 
@@ -204,9 +196,7 @@ class TopKConfig(MoeConfig):
 class BalancedConfig(MoeConfig):
     """Options of methods with a balance loss.
 
-    Args:
-        global_balance: Balance the tokens of all processes together. False lets every process
-            balance its own, and averages.
+    With `global_balance` it is over the tokens of all processes, without it the mean of each one's.
     """
 
     NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
@@ -214,16 +204,12 @@ class BalancedConfig(MoeConfig):
     global_balance: bool = True
 
     def balanced(self, terms: dict[str, Loss]) -> dict[str, Loss]:
-        """Losses over the tokens that the options say.
-
-        Args:
-            terms: By name, of which balance losses would be those of all processes together.
-        """
+        """Losses by name, of this process's tokens alone without `global_balance`."""
         return terms if self.global_balance else {**values_of(terms)}
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:
-    """Refuse the combination in which a router learns nothing."""
+    """Refuse the combination in which every weight is 1, so that a router learns nothing."""
     check(
         not (renormalize and top_k == 1),
         'renormalize',
@@ -233,7 +219,7 @@ def check_renormalize(renormalize: bool, top_k: int) -> None:
 
 
 def check_type(name: str, hint: Any, value: object) -> None:
-    """Refuse a value of another type than is declared."""
+    """Refuse a value of another type: numbers, `Literal`, tuples, callables or unions of these."""
     check(_has_type(value, hint), name, value, f'{inspect.formatannotation(hint)} is expected')
 
 

@@ -1,16 +1,14 @@
 """Random numbers that are a function of counters, on the device of the counters.
 
-A generator of torch needs its seed on the host, so that a seed which is the state of a model has to
-be waited for. Here the counters may be tensors. The same counters give the same numbers: in every
-process, after a resume, and compiled or not, as they are arithmetic of integers up to the last
-step, which is exact.
+torch's generators take their seed from the host, which would wait for one that is model state. The
+same counters give the same numbers in every process, after a resume, and compiled or not: this is
+integer arithmetic up to the last step, which is exact.
 
-The idea is that of "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., SC 2011). The
-mixing function of 32 bits is [16 21f0aaad 15 735a2d97 15] of "Prospecting for Hash Functions"
-(Wellons, github.com/skeeto/hash-prospector, issue 19), the one of least bias with two
-multiplications: 0.107 of 1000 is how far flipping a bit of the input is from flipping every bit of
-the output half of the time. torch has no arithmetic of uint32. In int64 no product here overflows,
-because the multipliers are below 2^31.
+After "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et al., SC 2011). The mixing function is
+[16 21f0aaad 15 735a2d97 15] of "Prospecting for Hash Functions" (Wellons, hash-prospector on
+GitHub, issue 19), the one of least bias with two multiplications: flipping an input bit is within
+0.107 of 1000 of flipping every output bit half of the time. torch has no arithmetic of uint32. In
+int64 no product overflows, as the multipliers are below 2^31.
 """
 
 from __future__ import annotations
@@ -24,19 +22,21 @@ _MASK = 2**32 - 1
 
 
 def random_integers(rows: Tensor, *counters: Tensor | int) -> Tensor:
-    """Uniform integers from 0 up to 2^32."""
+    """Uniform int64 in [0, 2^32) for rows in [0, 2^32) of any shape; counters name the stream."""
+    # the order of counters matters, and 32 bits of each; the first may be a 0-dim int64 tensor
     first = [counter for counter in counters[:1] if isinstance(counter, Tensor)]
     numbers: Tensor = _random_integers(rows, first, list(counters[len(first) :]))
     return numbers
 
 
 def random_choice(weights: Tensor, *counters: Tensor | int) -> Tensor:
-    """Of each row of weights the index of one, with a probability in proportion to it."""
+    """Index (...) of one in each row of weights (..., S), at least 0, in proportion to them."""
     rows = torch.arange(weights.numel(), device=weights.device).view(weights.shape)
     # never 0, and fine near 0, where the first clocks ring
     uniform = (random_integers(rows, *counters).float() + 0.5) * 2.0**-32
     # it may round to 1: such a clock rings last, but still before those that never do
     rates = torch.where(weights > 0, weights / -torch.log1p(-uniform), -1.0)
+    # exponential clocks, and the first to ring: no sums, which differ between runs on a GPU
     return rates.argmax(dim=-1)
 
 

@@ -1,14 +1,11 @@
-"""Sending tokens to experts and putting the answers together.
+"""Sending tokens to experts and putting the answers together: dropless and exact.
+
+A plan of the rows, a gather, two grouped linear layers, and a weighted sum. Each assignment has one
+row, so that backward passes gather as well: autograd would scatter, on CPU one thread's work and a
+tenth of a layer's time. Graphs that leave PyTorch take operators of all runtimes: see `exporting`.
 
 Legend: T tokens, K experts per token, A assignments (T * K, or as many as a routing names), R rows
 that stand together by expert, E experts, D width, S rows of each expert.
-
-Dropless and exact: a plan of the rows, a gather, two grouped linear layers, and a weighted sum.
-Each assignment has one row, so backward passes gather as well: autograd would scatter, which on CPU
-is one thread's work and took a tenth of a layer's time. Nothing here knows how a token was routed.
-`run_experts_loop` is the same computation as a plain loop: the oracle of the tests.
-
-What leaves PyTorch takes operators that other runtimes have: `exporting` decides that, here alone.
 """
 
 from __future__ import annotations
@@ -28,11 +25,11 @@ _EXPORTED = 'in a graph that is exported, its operators are those of every runti
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of the experts' answers for each token."""
+    """Weighted sum (T, D) of answers for tokens (T, D), or for inputs of assignments (T * K, D)."""
     flat = routing.indices
     if routing.kept is not None:
         assert routing.tokens is None, 'an assignment that is not kept is left out instead'
-        flat = flat.masked_fill(~routing.kept, experts.num_experts)
+        flat = flat.masked_fill(~routing.kept, experts.num_experts)  # no expert's
     dtype = compute_dtype(x)
     if exporting():
         refuse_named(_EXPORTED)
@@ -44,7 +41,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
-    """Every expert on rows of its own, as many for each."""
+    """Every expert on as many rows of its own, (E, S, D) -> (E, S, D)."""
     if exporting():
         refuse_named(_EXPORTED)
         return standard_operators.run_experts_evenly(experts, rows)
@@ -61,9 +58,9 @@ def exporting() -> bool:
 class Bags(NamedTuple):
     """Rows and tokens of each other."""
 
-    tokens: Tensor
-    rows: Tensor
-    starts: Tensor | None
+    tokens: Tensor  # (R,) int64, token of each row
+    rows: Tensor  # of each token: (T, K), or (A,) with `starts`
+    starts: Tensor | None  # (T,) int64, where a token's begin in `rows`
 
 
 def _sources_and_bags(plan: Plan, routing: Routing, num_inputs: int) -> tuple[Bags, Bags, Tensor]:

@@ -1,10 +1,12 @@
 """Experts that live on several processes: each holds some, and rows travel to them and back.
 
-GShard (arXiv 2006.16668), section 3.2, whose groups have a capacity; here they are of any size, as
-in MegaBlocks (arXiv 2211.15841), and the answer is that of all experts on one process. Routing and
-the weighted sum stay where the tokens are: what travels is the rows of the same plan, and their
-answers. How many rows go where is read back once per layer, because torch's all-to-all takes it
-from the host.
+GShard (arXiv 2006.16668), section 3.2, but with groups of any size, as in MegaBlocks (arXiv
+2211.15841): the answer is that of all experts on one process. Routing and the weighted sum stay
+where the tokens are. Sizes are read back once per layer: torch's all-to-all wants them on the host.
+
+Process m keeps experts m L to (m + 1) L - 1 as `DTensor`s, which torch.distributed.checkpoint saves
+under the names and shapes of one process. All processes hold the same model before `place_experts`,
+and call it as often as each other after.
 
 Legend: R rows sorted by expert, A rows that arrived, E experts, L = E / M of each of M processes,
 D width.
@@ -29,7 +31,7 @@ from .kernels import make_plan
 
 
 def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves to each process of a mesh its part of the experts of every MoE layer, in place."""
+    """Leave to each process of a mesh of one dimension its experts of every layer, in place."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
     for name, experts in layers:
         check(
@@ -66,6 +68,7 @@ class _MeanOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # of the mean of all losses, as data-parallel training has it for other parameters
         return grads[0] / ctx.size, None
 
 
@@ -78,7 +81,8 @@ class Exchange:
     def __call__(
         self, compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor
     ) -> Tensor:
-        """Run all experts on the rows of this process."""
+        """Run rows (R, D) with ends (E,) int32; `compute` takes own ones (A, D), with ends (L,)."""
+        # no row only fills a group
         counts = offsets.diff(prepend=offsets.new_zeros(1))
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.group)
@@ -87,13 +91,14 @@ class Exchange:
         arrived = self._travel(rows[: sum(sent)], sent, received)
         answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
         back = self._travel(answers, received, sent)
-        return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))
+        return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))  # past the last end
 
     def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         travelled: Tensor = _Travel.apply(rows, sent, received, self.group)
         return travelled
 
 
+# torch's own is deprecated, and its successor is not public
 class _Travel(torch.autograd.Function):
     """Rows (..., D) to the processes in their order, and theirs to this one; gradients back."""
 

@@ -1,6 +1,6 @@
 """Experts as one stacked parameter per weight.
 
-Legend: R rows sorted by expert, E experts, D width, H hidden width.
+Legend: A assignments, R rows sorted by expert, E experts, S rows of each, D width.
 
 Stacked, not a ModuleList: an expert that no token chose has a zero gradient instead of none, which
 data-parallel training and timm's test suite need.
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class StackedLinear(nn.Module):
     """E linear layers, applied to consecutive groups of rows."""
 
-    own: Callable[[Tensor], Tensor] | None = None
-    draw: Callable[[nn.Linear], None] | None = None
+    own: Callable[[Tensor], Tensor] | None = None  # takes this process's part
+    draw: Callable[[nn.Linear], None] | None = None  # initialises one layer
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class StackedLinear(nn.Module):
     def init_weights(self) -> None:
         """Initialise as timm's ViT: truncated normal of 0.02, zero bias, unless `draw` is set."""
         if self.draw is not None:
+            # one by one: kaiming misreads the fan of (8, 384, 1536), and is 20 times too small
             for expert in range(len(self.weight)):
                 self.draw(self.layer(expert))
             return
@@ -81,7 +82,7 @@ class StackedLinear(nn.Module):
         return {'bias'} if self.bias is not None else set()
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Apply layer e to rows offsets[e - 1]:offsets[e]."""
+        """Apply layer e to rows offsets[e - 1]:offsets[e]; rows past the last end give zero."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.own is not None:
@@ -89,11 +90,11 @@ class StackedLinear(nn.Module):
         return grouped_linear(rows, weight, bias, offsets)
 
     def one(self, expert: int, rows: Tensor) -> Tensor:
-        """Apply one layer, in operators that every runtime has."""
+        """Apply one layer to rows (R, in), maybe none, in operators that every runtime has."""
         return F.linear(rows, self.weight[expert], None if self.bias is None else self.bias[expert])
 
     def evenly(self, rows: Tensor) -> Tensor:
-        """Apply each layer to as many rows, in operators that every runtime has."""
+        """Apply each layer to its own rows (E, S, in), in operators that every runtime has."""
         answers = torch.matmul(rows, self.weight.mT)
         return answers if self.bias is None else answers + self.bias[:, None]
 
@@ -116,6 +117,7 @@ class SeparateLinear(nn.ModuleList):
         refuse_named('experts that are separate linear layers, each computes its own rows')
         ends = [0, *offsets.tolist(), len(rows)]
         *groups, rest = rows.split([end - start for start, end in pairwise(ends)])
+        # a layer without rows is not called: kernels of int8 take none
         answers = [layer(group) for layer, group in zip(self, groups, strict=True) if len(group)]
         return torch.cat([*answers, rest.new_zeros(len(rest), self.out_features)])
 
@@ -133,7 +135,7 @@ class SeparateLinear(nn.ModuleList):
 class Experts(nn.Module):
     """E two-layer perceptrons with timm `Mlp`'s layout: fc1, act, drop, fc2, drop."""
 
-    exchange: Exchange | None = None
+    exchange: Exchange | None = None  # how rows get to experts of other processes
 
     def __init__(
         self,
@@ -160,13 +162,13 @@ class Experts(nn.Module):
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
     def plan(self, indices: Tensor, dtype: torch.dtype) -> Plan:
-        """Rows for these experts, each assignment in one."""
+        """Rows for assignments (A,) int64 in [0, E], of which no expert computes E."""
         if self.exchange is not None:  # rows that only fill a group need not travel
             return sorted_plan(indices, self.num_experts)
         return make_plan(indices, self.num_experts, dtype)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run expert e on rows offsets[e - 1]:offsets[e]."""
+        """Run expert e on rows offsets[e - 1]:offsets[e] of (R, D)."""
         if self.exchange is not None:
             return self.exchange(self._run, rows, offsets)
         return self._run(rows, offsets)
@@ -176,7 +178,7 @@ class Experts(nn.Module):
         return self.drop2(self.fc2(hidden, offsets))
 
     def separate(self) -> None:
-        """Hold an `nn.Linear` per expert and layer in place of the stacked weights."""
+        """Hold copies in `nn.Linear`s, `fc1.EXPERT.weight`, in place of stacked weights."""
         for name in ('fc1', 'fc2'):
             layer = getattr(self, name)
             if isinstance(layer, StackedLinear):

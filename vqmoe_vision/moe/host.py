@@ -16,18 +16,19 @@ from torch import Tensor
 
 from .repeated import in_recomputation
 
+# images (B, channels, height, width), grid of patches (rows, columns) -> (B, L, F)
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 class RawPatches:
-    """Raw patches of the images that a model is looking at, handed from its stem to its layers."""
+    """Raw patches of a pass's images, from a model's stem to its layers: data, never a graph."""
 
     def __init__(self, read: ReadPatches | None = None) -> None:
         self.read = read
-        self.shown = 0
-        self._of_thread = _OfThread()
+        self.shown = 0  # batches, but for those of a compiled stem
+        self._of_thread = _OfThread()  # each sees the images of its own
         self._last: Tensor | None = None
-        self._of_graph: Tensor | None = None
+        self._of_graph: Tensor | None = None  # which cannot tell threads apart
 
     @property
     def value(self) -> Tensor | None:
@@ -59,7 +60,7 @@ class RawPatches:
         return self.value
 
     def check_number(self, name: str, found: int, shown: int) -> None:
-        """Refuse what cannot be of the images that were shown last; that it is, nobody can tell."""
+        """Refuse another number than of the images shown last: that it is them, nobody can tell."""
         if torch.jit.is_tracing() or found == shown:  # traced sizes are tensors
             return
         raise ValueError(
@@ -84,7 +85,7 @@ class RawPatches:
 
     @contextmanager
     def restoring(self, value: Tensor | None) -> Iterator[None]:
-        """Context in which a part of an earlier pass is repeated."""
+        """Context in which a part of an earlier pass, with this `value`, is repeated."""
         now = self._of_thread
         before = now.value, self._last, self._of_graph
         self.value, now.restored = value, True
@@ -102,8 +103,6 @@ class RawPatches:
 
 
 class _OfThread(threading.local):
-    """What a thread of a program sees."""
-
     value: Tensor | None = None
     restored = False
 
@@ -116,7 +115,8 @@ def _equal(one: Tensor, other: Tensor | None) -> bool:
 class Host:
     """The model around a layer, as it is when the layer is built."""
 
-    num_tokens: int
-    num_prefix_tokens: int = 0
+    num_tokens: int  # per image, prefix tokens included
+    num_prefix_tokens: int = 0  # class, registers
     in_chans: int = 3
+    # what a method's `read_patches` made of the images; empty without one
     raw_patches: RawPatches = field(default_factory=RawPatches)

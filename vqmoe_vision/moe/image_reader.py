@@ -1,5 +1,8 @@
 """A frozen network that looks at the whole image, for methods that decide by more than tokens.
 
+It was fitted to features of images of one size: with loaded weights the network takes the size that
+it had, whatever the model's is now.
+
 Legend: B images, F features of an image, S images that it is fitted to.
 """
 
@@ -32,18 +35,18 @@ _UNFITTED = (
 
 @dataclass(frozen=True)
 class Features:
-    """A network that gives features of an image."""
+    """Network from images (B, channels, height, width) to (B, F), of one `image_size`."""
 
-    network: nn.Module
-    width: int
+    network: nn.Module  # `sizes`, numbers, are what decides `image_size`; has `resize(sizes)`
+    width: int  # F
 
 
 class ImageReader(nn.Module):
     """Base of what reads images for the layers of a model, once per pass for all of them."""
 
-    fitted: Tensor
-    sizes: Tensor
-    lacks_weights = False
+    fitted: Tensor  # () bool, for these weights
+    sizes: Tensor  # of the network, int64
+    lacks_weights = False  # whether a training begins without any for the network
     _fit_due = True  # what `fitted` says, as far as the host knows
 
     def __init__(self, features: Features, device: torch.device | str | None = None) -> None:
@@ -69,7 +72,7 @@ class ImageReader(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features of images, without a graph and without autocast."""
+        """Features (B, F) float32 of normalised images, resized as a whole; without graph."""
         with full_precision(images):
             if images.shape[-2:] != self.image_size:
                 images = F.interpolate(
@@ -87,7 +90,7 @@ class ImageReader(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> str:
-        """Take over what features of a training set say; the same answer for the same features."""
+        """Take over what features (S, F) of a training set say; returns that in words."""
         found = self.take_over(features)
         self.fitted.fill_(True)
         self._fit_due = False
@@ -101,15 +104,15 @@ class ImageReader(nn.Module):
         self._fit_due = True
 
     def read(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """As `forward`, in training and else."""
+        """What `forward` gives, without its warning."""
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Draws what `fit` replaces."""
+        """Draw what `fit` replaces, and call `void`."""
         raise NotImplementedError
 
     def take_over(self, features: Tensor) -> str:
-        """As `fit`, which then knows that it was done."""
+        """What `fit` does, before it knows that it was done."""
         raise NotImplementedError
 
     def network_for(self, state_dict: Mapping[str, Tensor]) -> Any:
@@ -171,7 +174,6 @@ def reader_of(model: nn.Module) -> ImageReader:
 
 @torch.no_grad()
 def _resized(network: Any, sizes: tuple[int, ...]) -> Any:
-    """The network of a reader for images of another size, changed in place."""
     if sizes != network.sizes:
         network.resize(sizes)
         _frozen(network)
@@ -179,7 +181,7 @@ def _resized(network: Any, sizes: tuple[int, ...]) -> Any:
 
 
 def _frozen(network: Any) -> Any:
-    """With buffers in the place of parameters, under their names."""
+    # a parameter that never gets a gradient is decayed, and data-parallel training waits for it
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

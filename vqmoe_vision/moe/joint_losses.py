@@ -1,12 +1,12 @@
 """What a loss of a layer is made of, and its average over the processes that share a batch.
 
-The average is one sum over ranks for all losses of all layers. It is taken of numbers without a
-gradient, after the forward pass, so that backward has no sum of its own that could meet those of
-data-parallel training in another order on another rank, and gradient checkpointing repeats none.
+The average is one sum over ranks for all losses of all layers, of numbers without a gradient, after
+the forward pass. So backward has no sum of its own, which could meet those of data-parallel
+training in another order on another rank, and gradient checkpointing repeats none.
 
-The gradients are those of the whole batch once they are averaged over ranks, as
-DistributedDataParallel and FSDP do. With n_r of N tokens on rank r of S, a mean m = sum_r n_r/N m_r
-and a loss F(m), the gradient is sum_r n_r/N F'(m) dm_r. Here every rank has S n_r/N F'(m) dm_r.
+Gradients are those of the whole batch once they are averaged over ranks, as DDP and FSDP do. With
+n_r of N tokens on rank r of S, a mean m = sum_r n_r/N m_r and a loss F(m), the gradient is
+sum_r n_r/N F'(m) dm_r. Here every rank has S n_r/N F'(m) dm_r.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .ranks import rank_and_size, sum_over_ranks
 
 @dataclass(frozen=True)
 class BalanceLoss:
-    """A loss that is a function of means over the tokens of a batch, and no such mean itself."""
+    """A function of means over a batch's tokens: ranks average the means, not the values."""
 
-    means: Tensor
+    means: Tensor  # over tokens, float32 of any shape
     function: Callable[[Tensor], Tensor]
     weight: float = 1.0
 
@@ -53,10 +53,11 @@ def _value(loss: Loss) -> Tensor:
 
 
 def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
-    """Values for the batch of all ranks, the same on each of them."""
+    """Values, 0-dim, for the batch of all ranks, which ask with the same losses in one order."""
     size = rank_and_size()[1]
     if size == 1 or not losses:
         return [_value(loss) for loss, _ in losses]
+    # each counts by its number of tokens, or of whatever its means are means over
     parts = []
     for loss, number in losses:
         values = (loss.means if isinstance(loss, BalanceLoss) else loss).flatten()

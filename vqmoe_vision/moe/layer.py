@@ -31,19 +31,12 @@ UNCOLLECTED = (
 class MoeLayer(StaysPython):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
-    A subclass implements `run` ((B, N, D) -> (B, N, D), no buffer changes). In it, it calls
-    `record` once, if it has losses or statistics, and `show`. The other methods are there for
-    layers that need them.
-
-    Attributes:
-        needs_collecting: Whether the layer has losses, or state that learns without gradients.
-        permutation_equivariant: Whether a permutation of the tokens permutes the answer. False is
-            for methods that route by position.
-        experts: The experts.
+    A subclass implements `run`, without a change of buffers. There it calls `show` and, if it has
+    losses or statistics, once `record`. The other methods are for layers that need them.
     """
 
-    needs_collecting = True
-    permutation_equivariant = True
+    needs_collecting = True  # whether it has losses, or state that learns without gradients
+    permutation_equivariant = True  # not where tokens are routed by position
     experts: Experts
     # TorchScript would compile properties
     __jit_unused_properties__: ClassVar[list[str]] = [
@@ -75,8 +68,7 @@ class MoeLayer(StaysPython):
         Args:
             losses: Weighted losses by name: means over tokens, 0-dim float32, or balance losses.
             stats: Detached statistics by name: scalars, or shares (E,) that sum to 1.
-            num_tokens: Tokens of the pass, by which losses count where processes share a batch.
-
+            num_tokens: Of the pass, by which losses count where processes share a batch.
         """
         if self.listens:
             for loss in losses.values():
@@ -88,8 +80,8 @@ class MoeLayer(StaysPython):
         """Let whoever watches see what a pass decided; nothing is kept or computed for it here.
 
         Args:
-            decisions: By name: the routing of a router or the answer of a codebook, under the name
-                of that module in this layer; or a tensor that begins with (B, N), or (T,).
+            decisions: Routing or quantization by the module's name in the layer; or any tensor that
+                begins with (B, N), or (T,).
             inputs: What the layer was given, (B, N, D).
             outputs: Its answer, (B, N, D).
         """
@@ -116,10 +108,7 @@ class MoeLayer(StaysPython):
             self.repetitions.state_changed()
 
     def apply_update(self) -> bool:
-        """Change state that learns without gradients; returns whether it may have changed.
-
-        What the device alone knows is not waited for: it may have.
-        """
+        """Change state that learns without gradients; returns whether it changed, or may have."""
         return False
 
     def moves_state(self) -> bool:
@@ -137,45 +126,28 @@ class MoeLayer(StaysPython):
         return None
 
     def check_discrete(self) -> None:
-        """Refuse `to_discrete` where it is not possible.
-
-        Raises:
-            ValueError: The layer has no discrete branch.
-        """
+        """Refuse `to_discrete` with `ValueError` where the layer has no discrete branch."""
         raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
 
     def to_discrete(self) -> dict[str, Any]:
-        """Keep the discrete branch alone.
-
-        Returns:
-            The options in which the layer is now another one; empty if it was discrete already.
+        """Keep the discrete branch alone; returns the options that are now others.
 
         Raises:
-            ValueError: As `check_discrete`.
+            ValueError: The layer has no discrete branch.
         """
         self.check_discrete()
         return {}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the state of a layer of this method, but of other sizes or form, fit this one.
+        """Make the state of a layer of other sizes or form fit this one; names are relative to it.
 
-        Args:
-            state: Names relative to the layer.
-
-        Returns:
-            What fits is changed, what is of no use here left out; the rest stays as it is.
+        What fits is changed, what is of no use here left out; the rest stays as it is.
         """
         omitted = self.omitted(state)
         return {name: value for name, value in state.items() if name not in omitted}
 
     def omitted(self, names: Iterable[str]) -> set[str]:
-        """Names of the state of another form of this layer that it does without.
-
-        Every loading leaves them out, strict ones too.
-
-        Args:
-            names: Of the state, relative to the layer.
-        """
+        """Names of another form's state, relative to the layer, that every loading leaves out."""
         return set()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -188,11 +160,7 @@ class MoeLayer(StaysPython):
     def options_in_size(self, num_tokens: int) -> dict[str, Any]:
         """Options that build a layer like this one in a model of another number of tokens.
 
-        Args:
-            num_tokens: N there; see `Host`.
-
-        Returns:
-            Those that the layer left to the number of tokens when it was built.
+        They are those that the layer left to the number of tokens per image when it was built.
         """
         return {}
 
@@ -204,9 +172,8 @@ class MoeLayer(StaysPython):
         """`run`, which is not repeated where the answer, or what it is for, would be another one.
 
         Raises:
-            RuntimeError: If gradient checkpointing repeats a layer after its state changed, or
-                after the model looked at other images; then or in the backward pass that
-                follows, if it repeats a pass that ran without gradients (`use_reentrant=True`).
+            RuntimeError: Gradient checkpointing repeats a layer after its state changed or other
+                images were seen, or a pass that ran without gradients (`use_reentrant=True`).
         """
         collecting = self.training and self.needs_collecting
         if not in_recomputation():
@@ -235,9 +202,7 @@ class MoeLayer(StaysPython):
 
 
 class RoutedMlp(MoeLayer):
-    """Drop-in for timm's `Mlp` whose tokens are sent to experts by a router.
-
-    Prefix tokens (class, registers) are routed like all others.
+    """Drop-in for timm's `Mlp` whose tokens, prefix tokens too, go to experts by a router.
 
     Args:
         router: Tokens to `Routing`.
@@ -267,16 +232,14 @@ class RoutedMlp(MoeLayer):
         return out
 
     def statistics(self, routing: Routing, num_tokens: int) -> dict[str, Tensor]:
-        """Of a routing, if somebody listens.
+        """Of a routing, if somebody listens: what the router reports, `load`, and `unrouted`.
+
+        `load` (E,) is of the assignments that are kept. `unrouted` is the share of tokens without
+        an expert, where some can be.
 
         Args:
             routing: The routing.
             num_tokens: T.
-
-        Returns:
-            `load`, the share of assignments per expert (E,), of those that are kept; `unrouted`,
-            the share of tokens without an expert, where there can be some; and what the router
-            reports.
         """
         if not self.listens:
             return {}

@@ -1,10 +1,11 @@
 """Auxiliary losses of routers: pure functions, one equation each, value and gradient in float32.
 
-Legend: T tokens, E experts, K experts per token, M codes. Every balance term is 1 (or 0 where it is
-a coefficient of variation, an entropy or StableMoE's) at perfectly even routing, whatever K; papers
+A loss is a mean over tokens, which is a tensor, or a `BalanceLoss`. Every balance term is 1 at
+perfectly even routing, whatever K; coefficients of variation, entropy and StableMoE's are 0. Papers
 and libraries differ by factors (transformers' Mixtral gives K, the public VQMoE gates 1 / K).
 
-A loss is either a mean over tokens, which is a tensor, or a `BalanceLoss`.
+Legend: T tokens, E experts, K experts per token, M codes; scores and probabilities are (T, E) or
+(T, M), indices (T, K) int64.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .routing import expert_load
 
 def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:
     """Switch / GShard balance loss, E * sum_i f_i P_i (arXiv 2101.03961, equation 4)."""
+    # f, the shares of assignments, has no gradient; P is the mean probability
     load = expert_load(indices, probs.shape[-1])
     return BalanceLoss(torch.stack([load, token_mean(probs)]), _scaled_product)
 
@@ -35,11 +37,12 @@ def token_mean(values: Tensor) -> Tensor:
 
 def squared_variation(values: Tensor) -> Tensor:
     """Squared coefficient of variation, var / mean^2 with the population variance."""
+    # not std^2: a standard deviation has no finite derivative at exact balance
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
 def importance(probs: Tensor) -> BalanceLoss:
-    """Importance loss of V-MoE (arXiv 2106.05974, equation 6)."""
+    """Importance loss of V-MoE (arXiv 2106.05974, equation 6), of probabilities without noise."""
     return BalanceLoss(token_mean(probs), squared_variation)
 
 
@@ -47,6 +50,7 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, top_k: int) -> 
     """Load loss of V-MoE (arXiv 2106.05974, equations 7 to 9)."""
     assert noise_std > 0, 'the load loss is defined by the noise'
     threshold = noisy_logits.topk(top_k, dim=-1).values[:, -1:]
+    # 1 - Phi((threshold - logit) / noise_std): the chance to be chosen if its noise were drawn anew
     probability = 0.5 * (1 - torch.erf((threshold - logits) / (noise_std * math.sqrt(2))))
     return BalanceLoss(token_mean(probability), squared_variation)
 
@@ -58,6 +62,7 @@ def router_z(logits: Tensor) -> Tensor:
 
 def diversity(probs: Tensor) -> BalanceLoss:
     """Diversity of codes, wav2vec 2.0 (arXiv 2006.11477, equation 4) of one codebook: ln M - H."""
+    # H of mean probabilities; the paper's is -H / M, of the same gradient but for M
     return BalanceLoss(token_mean(probs), _missing_entropy)
 
 
@@ -67,7 +72,7 @@ def _missing_entropy(means: Tensor) -> Tensor:
 
 
 def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
-    """Balance loss of StableMoE (arXiv 2204.08396, equation 5), averaged over tokens."""
+    """Balance loss of StableMoE (arXiv 2204.08396, equation 5) over tokens; gates are (T, K)."""
     # not index_add, whose sums on a GPU may differ from one run to the next
     by_expert = gates.new_zeros(indices.shape[0], num_experts).scatter(1, indices, gates)
     load = expert_load(indices, num_experts)
@@ -75,5 +80,7 @@ def overload(gates: Tensor, indices: Tensor, num_experts: int) -> BalanceLoss:
 
 
 def _excess_product(means: Tensor) -> Tensor:
+    # sum_i (|A_i| - n) / n * sum_{t in A_i} gate_t,i with n = T K / E. Counts have no gradient: an
+    # overloaded expert is pushed to smaller gates, an idle one to larger.
     load, gates = means.unbind()
     return ((load * load.shape[0] - 1) * gates).sum()

@@ -1,10 +1,9 @@
 """Optimizers that look at a tensor as a whole, and experts that are stacked in one.
 
-AdamW and its like work element by element: a stacked weight (E, out, in) is no different from E
-matrices. LAMB and LARS take one norm per tensor, Muon one orthogonal factor, Shampoo and SOAP a
-matrix of correlations along every dimension, 'cautious' variants one mean: there the experts would
-share what each matrix of a dense model has for itself. Such an optimizer is refused at its first
-step, unless `per_expert` has taught it the experts.
+AdamW and its like work element by element: (E, out, in) is no different from E matrices. Others
+would let experts share what each matrix of a dense model has for itself: LAMB and LARS one norm,
+Muon one orthogonal factor, Shampoo and SOAP correlations along every dimension, 'cautious' variants
+one mean. They are refused at their first step, unless `per_expert` has taught them the experts.
 
 Legend: E experts.
 """
@@ -67,19 +66,15 @@ def mixes_experts(optimizer: Optimizer) -> bool:
 
 
 def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-    """Let an optimizer update each expert as it would the same matrix alone.
+    """Let an optimizer update each expert as it would the same matrix alone; returns it.
 
-    While it steps, saves or loads, a stacked parameter is replaced by views of its experts;
-    otherwise the parameter groups hold the parameters of the model, for schedulers, clipping and
-    gradient scalers.
+    While it steps, saves or loads, a stacked parameter is replaced by views of its experts.
+    Otherwise groups hold the model's parameters, for schedulers, clipping and gradient scalers.
 
     Args:
-        optimizer: Any optimizer over parameters of `model`; it is changed in place, of timm's
-            `Lookahead` the one inside. Teach it before its state is loaded, and a copy of it anew.
+        optimizer: Any over parameters of `model`, changed in place (inside timm's `Lookahead`).
+            Teach it before its state is loaded, and a copy of it anew.
         model: Holds the experts; those of other models stay refused.
-
-    Returns:
-        The same optimizer.
     """
     stacked = [p for m in model.modules() if m in _stacked_modules for p in m.parameters(False)]
     views = _ExpertViews(stacked)

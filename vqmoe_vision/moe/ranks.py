@@ -22,7 +22,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) -> Tensor:
-    """Places of the tokens of this rank among those of all ranks."""
+    """Places (T,) int64, rising, of this rank's tokens, sample after sample, among all ranks'."""
     rows = torch.arange(num_tokens, device=device)
     rank, size = rank_and_size()
     if size == 1:
@@ -33,7 +33,7 @@ def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) ->
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's tensor, without gradient; every rank has to ask."""
+    """The sum of every rank's tensor, of one shape, without gradient; every rank has to ask."""
     total = values.detach().clone()
     if rank_and_size()[1] > 1:
         dist.all_reduce(total)

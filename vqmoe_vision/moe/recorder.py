@@ -24,9 +24,10 @@ class Recorder:
         self.active = False
         self.losses: list[tuple[str, Loss, int]] = []  # the last is the number of tokens
         self.stats: list[tuple[str, Tensor]] = []
-        self.watcher: Watcher | None = None
+        self.watcher: Watcher | None = None  # of what is decided for every token
 
     def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles of a model start closed, empty and unwatched
         return {'active': False, 'losses': [], 'stats': [], 'watcher': None}
 
     def start(self) -> None:

@@ -1,4 +1,9 @@
-"""Layers that are repeated in the backward pass, as gradient checkpointing does it."""
+"""Layers that are repeated in the backward pass, as gradient checkpointing does it.
+
+A repetition does not know which forward pass it repeats: several may have their backward to come. A
+gradient does, by the hook that its pass made where an answer left the layer. Either may come first,
+but both come in one backward pass.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +62,13 @@ class Repetitions:
         self._state = object()
 
     def begin(self, raw_patches: RawPatches | None) -> None:
-        """Know that the layer is repeated now."""
+        """Know that the layer is repeated now; `raw_patches` if it decides by images."""
         self._changed.repeated()
         if raw_patches is not None and not raw_patches.restored:
             self._other_images.repeated()
 
     def watch(self, answer: Tensor | Loss, raw_patches: RawPatches | None) -> None:
-        """Remember how things stand, for the time when the gradient of an answer arrives."""
+        """Remember how things stand in a first pass, for the gradient of its answer."""
         left = answer if isinstance(answer, Tensor) else answer.means
         if left.requires_grad:
             shown = 0 if raw_patches is None else raw_patches.shown
@@ -79,7 +84,7 @@ class Repetitions:
 
 
 class _Meeting:
-    """Refuses a backward pass that repeats a layer, and has a gradient of an outdated pass of it."""  # LONG
+    """Refuses a backward pass that repeats a layer, and has a gradient of an outdated pass."""
 
     def __init__(self, refusal: str) -> None:
         self.refusal = refusal

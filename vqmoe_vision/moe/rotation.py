@@ -1,4 +1,11 @@
-"""The rotation trick: a gradient through vector quantization that knows where the code lies.
+"""The rotation trick (arXiv 2410.06424, section 4.2): a gradient that knows where the code lies.
+
+With directions x^ and v^, and w of the direction of x^ + v^:
+
+    v = s R x,  s = norm(v) / norm(x),  R = I - 2 w w^T + 2 v^ x^^T
+
+where s and R are constants: a gradient keeps its angle to the code as its angle to the token.
+Straight through, it would be the same for all tokens of a code. So it is for a token of no length.
 
 Legend: T tokens, D width.
 """
@@ -15,7 +22,7 @@ _SHORTEST = 1e-6
 
 
 def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
-    """Codes, with the gradient of tokens that are turned and stretched onto them."""
+    """Codes (T, D), with the gradient of tokens (T, D) that are turned and stretched onto them."""
     if not x.requires_grad:
         return codes
     with full_precision(x):

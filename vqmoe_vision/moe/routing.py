@@ -21,20 +21,20 @@ from .joint_losses import Loss
 class Routing:
     """Which tokens go to which experts, and with which weight."""
 
-    indices: Tensor
-    weights: Tensor
-    losses: dict[str, Loss] = field(default_factory=dict)
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    kept: Tensor | None = None
-    tokens: Tensor | None = None
+    indices: Tensor  # (T, K) or (A,) int64 in [0, E), expert of each assignment
+    weights: Tensor  # as `indices`, float32, of each answer in the sum
+    losses: dict[str, Loss] = field(default_factory=dict)  # weighted; none in eval mode
+    stats: dict[str, Tensor] = field(default_factory=dict)  # detached
+    kept: Tensor | None = None  # (T, K) bool, False if a capacity dropped it
+    tokens: Tensor | None = None  # (A,) int64 in [0, T), where tokens have any number
 
 
 class Router(nn.Module):
-    """Base of routers: tokens in, `Routing` out."""
+    """Base of routers, without side effects: tokens in, `Routing` out."""
 
-    per_image = False
-    has_losses: bool = True
-    raw_patches: RawPatches | None = None
+    per_image = False  # whether it routes images (B, N, D), not tokens (T, D)
+    has_losses: bool = True  # in training, as its options are
+    raw_patches: RawPatches | None = None  # of the images, if it decides by them
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D), or images (B, N, D) if `per_image`."""
@@ -59,6 +59,7 @@ class TopKRouter(Router):
 
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Context in which autocast leaves float32 alone."""
+    # in bfloat16, on CPU, 0.4 % of tokens get another expert by logits, 6 % by probabilities
     # the meta device knows no autocast, there is nothing to switch off
     if x.device.type == 'meta':
         return nullcontext()
@@ -66,7 +67,7 @@ def full_precision(x: Tensor) -> AbstractContextManager:
 
 
 def top_k_experts(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best `k` experts of each token, best first."""
+    """The `k` best of scores (T, E), best first: scores (T, K) with gradient, indices int64."""
     if k == 1:
         # max is several times faster than topk on CPU, and defines ties: the first expert wins
         values, indices = scores.max(dim=-1, keepdim=True)
@@ -81,7 +82,7 @@ def renormalized(weights: Tensor) -> Tensor:
 
 
 def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
-    """Share of assignments that each expert receives."""
+    """Share of assignments, those `kept`, of each expert: (E,) float32; zero without tokens."""
     flat = indices.reshape(-1)
     ones = torch.ones_like(flat, dtype=torch.float32) if kept is None else kept.reshape(-1).float()
     counts = ones.new_zeros(num_experts).scatter_add(0, flat, ones)
@@ -94,20 +95,22 @@ def perplexity(shares: Tensor) -> float:
 
 
 def perplexities(shares: Tensor, dim: int) -> Tensor:
-    """The same of many at once."""
+    """The same of many at once, float64: shares sum to 1 along `dim`, which goes."""
     return torch.special.entr(shares.double()).sum(dim).exp()
 
 
 def init_lecun_normal(weight: Tensor, scale: float = 1.0) -> None:
-    """Normal of variance s / D, cut off at two standard deviations: with s = 1 flax's default."""
+    """Normal of variance s / D for (E, D), cut off at two standard deviations: s = 1 is flax's."""
     # what the cut leaves has 0.87962566 of the spread of the uncut normal
+    # s of Switch Transformers (arXiv 2101.03961, section 2.4)
     std = (scale / weight.shape[1]) ** 0.5 / 0.87962566
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
-    """Orthogonal: rows, or columns if there are fewer."""
+    """Orthogonal rows, or columns if there are fewer, of length `gain`: 0.1 as StableMoE's code."""
     if weight.device.type != 'meta':
+        # in float32 on the CPU; the meta device has no QR
         rows = nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), gain=gain)
         with torch.no_grad():
             weight.copy_(rows)
@@ -116,7 +119,9 @@ def init_orthogonal(weight: Tensor, gain: float = 0.1) -> None:
 def within_capacity(
     indices: Tensor, num_experts: int, capacity: int | Tensor, priority: Tensor | None = None
 ) -> Tensor:
-    """Which assignments find a free place when an expert takes at most `capacity`."""
+    """Which assignments (T, K) find one of at most `capacity` places of their expert, bool."""
+    # first choices before second ones (V-MoE, appendix C), then in order of tokens or of descending
+    # `priority` (T,) (batch-prioritised routing)
     num_tokens, k = indices.shape
     by_token = indices
     if priority is not None:

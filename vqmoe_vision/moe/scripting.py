@@ -1,4 +1,4 @@
-"""Modules that stay Python inside a model compiled by torch.jit.script."""
+"""Modules that stay Python inside a model that torch.jit.script compiles, and cannot save."""
 
 # no `from __future__ import annotations`: TorchScript reads the annotations of `forward` as types
 

@@ -2,8 +2,6 @@
 
 Sparse as the dispatch of `dispatch.py`: an expert computes the rows that chose it, and no others.
 How many these are is a size inside the graph, so that any routing and any batch run on one graph.
-
-Legend: T tokens, K experts per token, A assignments, E experts, D width, S rows of each expert.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from .routing import Routing
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `dispatch.run_experts`, one expert after the other."""
+    """As `dispatch.run_experts`, one expert after the other, in the dtype of `x`."""
     chosen, weights = routing.indices.reshape(-1), routing.weights.reshape(-1, 1).to(x.dtype)
     if routing.kept is not None:
         chosen = chosen.masked_fill(~routing.kept.reshape(-1), experts.num_experts)

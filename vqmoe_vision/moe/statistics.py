@@ -15,7 +15,7 @@ from .routing import perplexity
 
 
 def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers of statistics, with one wait for their device."""
+    """Numbers of 0-dim tensors, and of shares (E,) or (M,), with one wait for their device."""
     summary: dict[str, float] = {}
     if not stats:
         return summary
