@@ -1,8 +1,6 @@
 """Neighbours with as many rows each are one batched product: the kernel of CPUs.
 
 It also runs what `grouped_mm` does not take on CUDA, where it waits for the ends of the groups.
-
-Legend: A assignments, R rows sorted by expert, E experts.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Ten
 
 
 def _even_runs(ends: list[int]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
-    """Neighbours with as many rows each, which one batched product runs."""
+    """Neighbours with as many rows each: experts, all their rows, and (experts, rows of each)."""
     expert = row = 0
     for size, run in groupby(end - start for start, end in pairwise([0, *ends])):
         count = len(list(run))

@@ -24,7 +24,7 @@ _named: str | None = None
 
 @contextmanager
 def use_kernel(name: str) -> Iterator[None]:
-    """Runs all experts by one kernel inside the block, in all threads; for tests and measurements.
+    """Run all experts by one kernel inside the block, in all threads; for tests and measurements.
 
     A backward pass is that of the kernel which ran forward, wherever it is called.
 
@@ -32,8 +32,8 @@ def use_kernel(name: str) -> Iterator[None]:
         name: Key of `KERNELS`.
 
     Raises:
-        ValueError: There is no such kernel. Experts that it cannot run raise one when they are
-            called, and so do those that no kernel runs: separate ones, and those of an export.
+        ValueError: There is no such kernel. Experts that it cannot run raise one when called, as do
+            separate ones and those of an export.
     """
     global _named
     check(name in tuple(KERNELS), 'kernel', name, f'one of {", ".join(KERNELS)}')
@@ -50,7 +50,7 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
     Args:
         indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
         num_experts: E.
-        dtype: In which the experts compute.
+        dtype: That experts compute in.
     """
     # without a name the batched kernel's suits all: on CUDA it is not padded
     kernel = BATCHED if _named is None else KERNELS[_named]
@@ -58,16 +58,13 @@ def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Linear layer e on rows offsets[e - 1]:offsets[e], autocast included.
+    """Linear layer e on rows offsets[e - 1]:offsets[e], autocast included; returns (R, out).
 
     Args:
         x: (R, in).
         weight: (E, out, in).
         bias: (E, out) or None.
         offsets: (E,) int32, ascending; rows past the last end give zero.
-
-    Returns:
-        (R, out).
 
     Raises:
         ValueError: The kernel that was named does not run here.
@@ -79,14 +76,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
 
 
 def refuse_named(where: str) -> None:
-    """Refuse a kernel by name where experts are computed by none.
-
-    Args:
-        where: That is, and by what they are computed, in words.
-
-    Raises:
-        ValueError: One was named.
-    """
+    """Raise `ValueError` if a kernel was named where none runs; `where` is that, in words."""
     check(_named is None, 'kernel', _named, f'leave use_kernel out, no kernel runs {where}')
 
 

@@ -5,7 +5,7 @@ bfloat16 on cards of compute capability 9 and 10 (H100, H200, B200) and loops ov
 elsewhere, reading their ends back. It takes no bias, no float64, and no rows that are not a
 multiple of 16 bytes.
 
-Legend: A assignments, R rows sorted by expert, E experts.
+Legend: R rows sorted by expert, E experts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _misfit(x: Tensor, weight: Tensor) -> str | None:
 
 
 def is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is one kernel that reads nothing back."""
+    """Whether it is one kernel for (R, in) and (E, out, in) that reads nothing back."""
     is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
     return is_cuda and _misfit(x, weight) is None and _has_kernel(x.device.index or 0)
 
@@ -64,7 +64,7 @@ def _product(
 
 
 def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
-    """It is not asked for a product of no rows."""
+    # without rows `contiguous()` keeps the strides of an expanded tensor, which it refuses
     if a.numel() == 0:
         return a.new_zeros(_shape(a, b, offsets, turn_a, turn_b))
     return F.grouped_mm(a.mT if turn_a else a, b.mT if turn_b else b, offs=offsets)
@@ -106,7 +106,7 @@ def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) ->
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """Rows past the last end torch leaves as they were."""
+    """Zeros what torch leaves open: rows past the last end, gradients of experts without rows."""
 
     @staticmethod
     def forward(

@@ -6,7 +6,7 @@ oneDNN compiles a kernel for each number of rows that it has not seen lately, te
 running it, and routing gives new numbers at every step. A row that fills a group repeats a row of
 that group, so that a token which is not finite spoils no expert that it was not sent to.
 
-Legend: A assignments, R rows, E experts.
+Legend: A assignments, E experts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HAS_AMX = torch.cpu._is_amx_tile_supported()  # nothing public says so before t
 
 
 def padded_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
-    """Group assignments by expert, each group in the order of the assignments."""
+    """Group assignments (A,) in [0, E] by expert, on the CPU, in the order of the assignments."""
     block, length = _row_block(dtype), 0
     if torch.compiler.is_compiling():
         # an argument, so that a graph that was cached by another version keeps its own length
@@ -97,6 +97,7 @@ def _group_sizes(loads: list[int], block: int) -> list[int]:
 
 def _whole_blocks(load: int, block: int) -> int:
     """At least `load`, of few different sizes: blocks double with every octave of longer loads."""
+    # kernels of a few hundred sizes are kept, of thousands they would be compiled again and again
     while 1 < block < load / _MOST_BLOCKS:
         block *= 2
     return -(-load // block) * block

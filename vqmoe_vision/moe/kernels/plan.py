@@ -16,11 +16,11 @@ class Plan:
     """Where each assignment goes.
 
     Args:
-        order: (R,) int64, the assignment that each row computes. A row that only fills a group
-            names an assignment of that group, but no assignment reads it.
+        order: (R,) int64, the assignment that each row computes; also of rows that only fill a
+            group, which no assignment reads.
         inverse: (A,) int64, row of each assignment.
-        offsets: (E,) int32, ends of the experts' groups. Rows past the last end are not computed:
-            those of assignments that were dropped.
+        offsets: (E,) int32, ends of the experts' groups. Rows past the last are those of dropped
+            assignments, and not computed.
     """
 
     order: Tensor
@@ -41,7 +41,7 @@ def sorted_plan(indices: Tensor, num_experts: int) -> Plan:
 
 
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert and assignment of every row, and the int32 ends of the experts' groups."""
+    """Expert and assignment of every row, (A,) each, and int32 ends (E,) of the experts' groups."""
     ranked, order = indices.sort(stable=True)
     experts = torch.arange(num_experts, device=indices.device)
     return ranked, order, torch.searchsorted(ranked, experts, right=True).to(torch.int32)

@@ -1,8 +1,6 @@
 """One expert after the other, in operators that autograd knows: what the others must equal.
 
 For tests and for a doubt: it is slow, and breaks the graph of torch.compile.
-
-Legend: A assignments, R rows sorted by expert, E experts.
 """
 
 from __future__ import annotations
