@@ -18,8 +18,10 @@ from ._distilled_router import read_patches
 class Method:
     """One method."""
 
-    config: type[MoeConfig]
+    config: type[MoeConfig]  # of its options
+    # from the width of tokens, the options, the experts, the `Host`, `device` and `dtype`
     build: Callable[..., MoeLayer]
+    # of a method that decides by the raw image: what its layers find in `host.raw_patches`
     read_patches: ReadPatches | type[ImageReader] | None = None
 
     @property

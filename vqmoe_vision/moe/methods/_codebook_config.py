@@ -19,19 +19,17 @@ class CodebookConfig(MoeConfig):
     """Options of a codebook; `use_cosine_sim` and `rotation_trick` as in vector-quantize-pytorch.
 
     Args:
-        codebook: 'ema', 'gradient' (both with a data-dependent start and replacement of dead
-            codes), 'plain' (VQ-VAE's), 'simvq' or 'cvq'.
-        commitment: beta, weight of the commitment term.
+        codebook: 'ema', 'gradient' (both start by k-means and replace dead codes), 'plain'
+            (VQ-VAE's), 'simvq' or 'cvq'.
+        commitment: beta, weight of the commitment term, at least 0.
         use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
-        ema_decay: Decay of the moving averages of 'ema', 'gradient' and 'cvq'.
-        ema_decay_warmup: Let the n-th update have min(ema_decay, (1 + n) / (10 + n)).
-        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates, as Adam does.
-        dead_code_threshold: Share of even usage below which 'ema' and 'gradient' replace a code; 0
-            for never.
-        usage_from_kmeans: Let codes of 'ema' and 'gradient' start with the shares of tokens that
-            k-means gave them, and not at even usage.
-        train_codebook: False keeps the codes as they are loaded or drawn, for fine-tuning; tokens
-            are still drawn to them.
+        ema_decay: Of the averages of 'ema', 'gradient' and 'cvq', at least 0 and below 1.
+        ema_decay_warmup: Let update n, from 0, have min(ema_decay, (1 + n) / (10 + n)).
+        ema_bias_correction: Divide averages by 1 - ema_decay^t after t updates; without warm-up.
+        dead_code_threshold: Share of even usage, from 0 (never) to below 1, under which 'ema' and
+            'gradient' replace a code.
+        usage_from_kmeans: Let codes of 'ema' and 'gradient' start with their shares in k-means.
+        train_codebook: False keeps the codes as they are; tokens are still drawn to them.
     """
 
     NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
@@ -88,7 +86,7 @@ class CodebookConfig(MoeConfig):
         return '' if learned_by_loss else f'codebook={self.codebook!r}'
 
     def build_codebook(self, num_codes: int, dim: int, **factory: Any) -> Codebook:
-        """The codebook.
+        """The codebook, of M codes of width D.
 
         Args:
             num_codes: M.

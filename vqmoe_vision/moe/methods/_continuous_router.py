@@ -1,10 +1,8 @@
 """The continuous branch of VQMoE (arXiv 2411.19402, equation 2): SMoE's router with one expert.
 
-The authors' code gives its expert the weight 1, which leaves the router at its random start.
-
 The weight of (2) is a probability, 0.36 of eight experts at the start where a code's expert has 1.
-`routed_scaling_factor` is what evens that, with its name in DeepSeek-V2 (arXiv 2405.04434), which
-does not renormalise either. Renormalised, one weight is 1, as if the router were not trained.
+`routed_scaling_factor` evens that, as in DeepSeek-V2 (arXiv 2405.04434), which does not renormalise
+either: renormalised, one weight is 1, as if the router were not trained.
 
 Legend: T tokens, D width, E experts.
 """

@@ -1,11 +1,9 @@
 """The distilled router of StableMoE (arXiv 2204.08396, equation 6): raw patches in, scores out.
 
-It has no bias, as the authors' code. Most of what tells raw patches apart is their brightness, so
-that the router learns that first.
+It has no bias, as the authors' code, and so learns first what tells most patches apart: brightness.
 
-The frozen router is a copy kept in buffers. Freezing the parameters themselves would not do:
-optimizers with momentum or weight decay move a parameter whose gradient is zero, and a parameter
-that stops to receive gradients breaks data-parallel training.
+The frozen router is a copy kept in buffers. Parameters themselves cannot be frozen: momentum and
+weight decay move one whose gradient is zero, and one without breaks data-parallel training.
 
 Legend: B images, L patches per image, F = 16 * channels raw features of a patch, W = 50 distilled
 width, G prefix tokens, E experts.
@@ -26,7 +24,7 @@ DISTILLED_WIDTH = 50  # of the paper
 
 
 def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Average every patch to 4 x 4 cells."""
+    """Average patches to 4 x 4 cells, (B, channels, height, width) -> (B, L, F) without a graph."""
     rows, columns = grid_size
     cells = F.adaptive_avg_pool2d(images.detach(), (rows * CELLS, columns * CELLS))
     # not pixel_unshuffle, which leaves an empty batch in the shape it came in
@@ -88,7 +86,7 @@ class DistilledRouter(nn.Module):
 
     @torch.no_grad()
     def freeze(self, due: Tensor) -> None:
-        """Begin stage 2 if it is due and has not begun; nothing is read back."""
+        """Begin stage 2 if it is due, 0-dim bool, and has not begun; nothing is read back."""
         begins = due & ~self.frozen
         for name in self.names:
             copy = getattr(self, f'frozen_{name}')

@@ -31,6 +31,7 @@ class EmbeddingRouter(TopKRouter):
 
     def init_weights(self) -> None:
         """Orthogonal of gain 0.32, as the tables' code."""
+        # no score depends on the length, but a step of the optimizer turns a longer embedding less
         init_orthogonal(self.expert_embed, gain=0.32)
 
     def forward(self, x: Tensor) -> Routing:

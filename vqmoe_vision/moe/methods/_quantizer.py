@@ -1,18 +1,17 @@
 """The discrete branch of VQMoE (arXiv 2411.19402, equation 3) up to its expert, and its readings.
 
 The paper feeds the code v itself to the expert. The authors' code feeds almost the token x, and
-lets the code decide only which expert. Both, and what lies between, are readings, with
-c = `code_share`:
+lets the code decide only which expert. `expert_input` has both and more, with c = `code_share`:
 
     'mix'       (1 - c) x + c v     gradient 1 with respect to x
     'ste'       v                   'mix' with c = 1: equation (3), straight through
     'token'     x                   'mix' with c = 0: the code is only an index
     'official'  (1 - 2c) x + c v    the value and gradient (1 - c) of the authors' code
 
-These gradients are straight through the code: as if v were x. With `rotation_trick` (arXiv
-2410.06424) v has the gradient of x turned onto it, see `moe/rotation.py`.
+Gradients are straight through the code: as if v were x. With `rotation_trick` v has the gradient of
+x turned onto it, see `moe/rotation.py`.
 
-Legend: T tokens, N tokens per image, D width, M codes.
+Legend: T tokens, D width.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ class Quantizer(nn.Module):
         self.rotation_trick = rotation_trick
 
     def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
-        """Quantize tokens."""
+        """Quantize tokens (T, D), and the same in float32; first comes what the expert is fed."""
         quantized = self.codebook(precise)
         return self.norm(self.expert_input(x, quantized.codes.to(x.dtype))), quantized
 
     def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
-        """What the expert is fed, before the norm, (T, D)."""
+        """What the expert is fed for tokens (T, D) and their codes (T, D), before the norm."""
         share = self.code_share
         if share == 0:
             return x
@@ -70,10 +69,11 @@ class Quantizer(nn.Module):
     def observe(
         self, tokens: Tensor, quantized: Quantized, tokens_per_image: int
     ) -> dict[str, Tensor]:
-        """Let the codebook see tokens while it trains."""
+        """Statistics of tokens (T, D) float32; a codebook in training sees them."""
         energy = torch.linalg.vector_norm(tokens.detach()).square()
         stats = {
             'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
+            # of the tokens' energy
             'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
         }
         learns = self.training and not self.codebook.frozen

@@ -15,32 +15,24 @@ _ROUTER = ('balance_weight', 'routed_scaling_factor', 'train_router')
 
 @dataclass(frozen=True, kw_only=True)
 class VQMoEConfig(BalancedConfig, CodebookConfig):
-    """Options of VQMoE, beside those of its codebook.
+    """Options of VQMoE, beside those of its codebook; docs/methods.md has what was measured.
 
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        vq_weight: alpha of (6).
+        vq_weight: alpha of (6), at least 0.
         expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
-        code_share: c of 'mix' and 'official'.
+        code_share: c of 'mix' and 'official', from 0 to 1.
         rotation_trick: Gradients through the code by rotation in place of straight through.
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
-        balance_weight: Weight of the router's balance loss.
-        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0's diversity,
-            vector-quantize-pytorch's `codebook_diversity_loss_weight`), which moves tokens, and
-            codes that learn by gradient.
+        balance_weight: Weight of the router's balance loss, at least 0.
+        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0), at least 0.
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Factor of the router's weight, as DeepSeek-V2's; 2.75 makes up for
-            the 0.36 with which eight experts start. It leaves the losses alone.
+        routed_scaling_factor: Of the router's weight, not of losses; above 0 and at most 1e6.
 
-    Presets: 'paper', equations (1) to (6) with nothing added: the code itself is fed to its expert
-    (3), straight through and without a norm, and is learned by both terms of (6), which has no
-    balance loss. Weights of (6) and the start of the codes, which the paper's text does not give,
-    are those of the released code. 'matched', the compute of two experts per token, as every row
-    of our comparisons has, one by router and one by code: the defaults, which differ from
-    the paper's in `expert_input`, `codebook`, `input_norm` and `balance_weight`; what was measured
-    of them, which is little, stands in docs/methods.md. 'official', the released code.
+    Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults;
+    'official', the released code.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -56,7 +48,7 @@ class VQMoEConfig(BalancedConfig, CodebookConfig):
             'rotation_trick': False,
             'input_norm': False,
             'output_norm': False,
-            # (6)
+            # (6), whose weights are those of the released code, as the text does not give them
             'codebook': 'plain',
             'train_codebook': True,
             'vq_weight': 0.08,

@@ -7,12 +7,12 @@ tokens X (N, D) of one image, numbered as there:
     (2)  S = softmax(X W_g) over experts,  G, I = TopK(S^T, k) over tokens
     (3)  y_t = sum over experts i that chose t of G_i,t f_i(x_t)
 
-Loads are even by construction, so that there is nothing to balance and no auxiliary loss. A token
-that no expert takes is left to the residual connection; this may be the class token.
+Loads are even by construction: there is no auxiliary loss. A token that no expert takes, maybe the
+class token, is left to the residual connection.
 
-Where we differ: the paper's groups are batches of sentences, here each image is a group of its own,
-so that an answer does not depend on the rest of the batch. k is rounded, and at least one token.
-The paper's limit on the experts of a token is not offered.
+Where we differ: each image is a group of its own, so that an answer does not depend on the rest of
+the batch; the paper's groups are batches of sentences. k is rounded, and at least one token. The
+paper's limit on the experts of a token is not offered.
 
 Legend: B images, N tokens per image, D width, E experts, C tokens per expert and image (k above).
 """
@@ -36,14 +36,7 @@ from ..routing import Router, Routing, full_precision, init_lecun_normal
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoiceConfig(MoeConfig):
-    """Options of expert choice.
-
-    Args:
-        capacity_factor: Experts per token, on average.
-
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has.
-    """
+    """Options of expert choice: `capacity_factor` experts per token on average, at most all."""
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'one': {'capacity_factor': 1.0}}
 

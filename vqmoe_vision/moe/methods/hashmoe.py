@@ -6,12 +6,12 @@ t = 1 .. N of one image:
     y_t = f_hash(t)(x_t)                                 no gate, no auxiliary loss
 
 It is the control that a learned router has to beat: same experts, same compute, no decision. The
-paper hashes the identity of a word, and among others its position. A patch has no identity, so that
-its position is hashed here: each block of E positions has every expert once as its first, so that
-loads of first experts differ by one token at most ('balanced hash'). Further ones are drawn freely.
+paper hashes words, and among others positions; a patch has no identity but its position. Each block
+of E positions has every expert once as its first, so that loads of first experts differ by one
+token at most ('balanced hash'). Further ones are drawn freely.
 
-Where we differ: K experts per token are possible, different ones, whose answers are averaged; the
-paper's MultiHash cuts one expert into K pieces. Positions repeat after 4,096 tokens.
+Where we differ: K experts per token, different ones, have their answers averaged; the paper's
+MultiHash cuts one expert into K pieces. Positions repeat after 4,096 tokens.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token.
 """
@@ -35,14 +35,7 @@ POSITIONS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class HashConfig(TopKConfig):
-    """Options of hash routing.
-
-    Args:
-        top_k: Experts per token.
-
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has.
-    """
+    """Options of hash routing."""
 
     # K equal answers are averaged
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
@@ -57,7 +50,7 @@ class HashRouter(TopKRouter):
     """Experts by position."""
 
     per_image = True
-    hash: Tensor
+    hash: Tensor  # (4096, K) int64, experts of every position; another draw per layer
 
     def __init__(self, config: HashConfig, device: torch.device | str | None = None) -> None:
         super().__init__()

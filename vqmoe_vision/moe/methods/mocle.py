@@ -8,28 +8,20 @@ any token x of it:
     G = softmax(logits / tau),  e = argmax G,  tau = 0.05
     y = G_e expert_e(x) + (1 - G_e) universal(x)
 
-Both weights sum to 1 and the paper has no balance loss, so there is none.
+Both weights sum to 1, and there is no balance loss.
 
-Where we differ: the paper's experts are LoRAs (rank 8) beside a frozen linear layer of a language
-model, here experts are whole MLPs, one of them the universal one, in the place of the dense MLP.
-The paper clusters instructions by sentence embeddings; here images are clustered by features of a
-dense vision transformer of the shape of this one, trained on the same training set, averaged over
-the patches after its last norm (MoCE, arXiv 2402.05382, clusters images by the features of an
-autoencoder). The paper's embedding is as wide as its features, ours as the tokens; every layer has
-its own, as in their code. The paper does not say how they start; here as their code does, so that
-the cluster decides from the first step on. Their code multiplies each expert by its weight twice,
-the paper and we once. The noise is drawn per image, as other routers draw theirs per token.
+Where we differ: experts are whole MLPs in the place of the dense one, one of them universal; the
+paper's are LoRAs (rank 8) beside a frozen linear layer of a language model. The paper clusters
+instructions by sentence embeddings. Here images are clustered by features of a dense vision
+transformer of this model's shape and training set, averaged over the patches after its last norm
+(MoCE, arXiv 2402.05382, takes an autoencoder's). The paper's embedding is as wide as its features,
+ours as the tokens. Every layer has its own, which starts as in their code (the paper does not say
+how), so that the cluster decides from the first step on. Their code multiplies each expert by its
+weight twice, the paper and we once. Noise is drawn per image.
 
-What it costs: the frozen network runs once per image, before the first block and for all layers,
-and its multiply-accumulates are counted with the model's. Its weights are buffers, no parameters.
-
-Why it is built so. Network and centroids are buffers of one module in the stem: a checkpoint has
-all that routes, a reloaded model routes alike, and clusters cannot move while anything learns. The
-network has the arguments of the model, so that nobody describes it twice, and a dense checkpoint
-that the model starts from is one for it too. It sees images resized to its own size, which stays
-what it was where the clusters were made: a crop or a window of a segmentation is an image of its
-own. A model that nobody has fitted runs, with random features and centroids; trainings by config
-refuse that in one line, and others warn of it once.
+The frozen network runs once per image, before the first block and for all layers. Network and
+centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
+cannot move while anything learns. docs/methods.md says how they come about.
 
 Legend: B images, N tokens per image, T = B * N, D width, E experts with the universal one, K
 clusters, F features.
@@ -58,16 +50,12 @@ from ..routing import Router, Routing, expert_load, full_precision
 
 @dataclass(frozen=True, kw_only=True)
 class MoCLEConfig(MoeConfig):
-    """Options of MoCLE.
+    """Options of MoCLE, whose last expert is the universal one; with two experts nothing is chosen.
 
     Args:
-        num_experts: Number of experts E, of which the last is the universal one. With two nothing
-            is chosen: the other one has a weight of 1.
-        num_clusters: Number of clusters K of images.
-        temperature: tau.
-        router_noise: Standard deviation of the noise in the logits, training only.
-
-    Presets: 'paper'; 'matched', which is the same: a token has two experts.
+        num_clusters: K, clusters of images, at least 1.
+        temperature: tau, above 0.
+        router_noise: Standard deviation of the noise in the logits, training only, at least 0.
     """
 
     TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -100,7 +88,7 @@ class MoCLEConfig(MoeConfig):
 class Clusters(ImageReader):
     """Tells the cluster of an image: the nearest centroid of its features."""
 
-    centroids: Tensor
+    centroids: Tensor  # (K, F), random until `fit`
 
     def __init__(self, config: MoCLEConfig, features: Features, **factory: Any) -> None:
         super().__init__(features, factory.get('device'))

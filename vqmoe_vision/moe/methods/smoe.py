@@ -6,14 +6,13 @@ V-MoE, "Scaling Vision with Sparse Mixture of Experts" (arXiv 2106.05974), numbe
     (2)  g(x) = TOP_k(softmax(W x + eps)),  eps ~ N(0, (noise / E)^2) while training
 
 TOP_k keeps the k largest and does not renormalise (`renormalize=True` gives GShard's and Mixtral's
-softmax over the selected logits). Auxiliary losses while training: importance (6) and load (9) of
-V-MoE, at 0.005 each as in its released configurations; the balance loss of Switch (arXiv
-2101.03961, 4) and the z-loss of ST-MoE (arXiv 2202.08906, 5) as options.
+softmax over the selected logits). Auxiliary losses: importance (6) and load (9), at 0.005 each as
+in its released configurations. Options are the balance loss of Switch (arXiv 2101.03961, 4) and the
+z-loss of ST-MoE (arXiv 2202.08906, 5).
 
-Where we differ: dropless unless `capacity_factor` is set (then capacity = ceil(k T C / E), without
-the released code's rounding up to a multiple of 4); the routing group is the batch on a device,
-and for losses the batch on all of them; experts start from different draws, the released code
-starts them equal.
+Where we differ: dropless unless `capacity_factor` is set, then capacity = ceil(k T C / E), not
+rounded up to a multiple of 4 as by the released code. The routing group is the batch on a device,
+for losses that on all devices. Experts start from different draws, in the released code equal.
 
 Legend: T tokens, D width, E experts, K experts per token, C capacity.
 """
@@ -47,11 +46,11 @@ from ..routing import (
 
 @dataclass(frozen=True, kw_only=True)
 class SMoEConfig(BalancedConfig, TopKConfig):
-    """Options of SMoE.
+    """Options of SMoE; weights of losses are at least 0.
 
     Args:
         top_k: Experts per token.
-        renormalize: Let the weights of the selected experts sum to 1.
+        renormalize: Let the weights of the selected experts sum to 1; not with one.
         router_bias: Bias in the router.
         router_init_scale: Variance of the router's start times D, from 1e-6 to 1e4; Switch (section
             2.4) takes 0.1.
@@ -65,10 +64,8 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         batch_prioritized: Serve tokens with large weights first when a capacity is set.
         train_router: False freezes the router at its random start, where it can have no loss.
 
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has; 'group', the router of the tables published with VQMoE: a bias, top-2,
-    softmax over the two, no noise, and no auxiliary loss (theirs is always zero); 'frozen', a
-    control that a learned router has to beat: a random router, top-2, without noise and losses.
+    Presets: 'group', the router of the tables published with VQMoE (their loss is always zero);
+    'frozen', a control that a learned router has to beat.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

@@ -7,14 +7,13 @@ numbered as there, per image X (N, D) with parameters Phi (D, S), S = E * P slot
     (1)  D = softmax of L over tokens,  X~ = D^T X      (X itself, not normalised)
     (2)  C = softmax of L over slots,   Y = C Y~,       Y~_s = expert_{s // P}(X~_s)
 
-There is nothing to balance and no auxiliary loss; an image never sees another.
+There is no auxiliary loss; an image never sees another.
 
-Where we differ: the paper uses 128 experts with one slot in the last half of the blocks; this
-package's default is eight experts and as many slots as tokens (the compute of the dense MLP).
-P is fixed when the layer is built, so it does not change with the resolution. The 'lucidrains'
-preset is the widespread PyTorch variant that published SoftMoE baselines may rest on: RMS norm with
-gain sqrt(D) on both sides instead of l2norm (logits about D times larger), and experts fed the
-normalised tokens.
+Where we differ: eight experts and as many slots as tokens (the compute of the dense MLP); the paper
+has 128 experts with one slot in the last half of the blocks. P is fixed when the layer is built,
+whatever the resolution. Preset 'lucidrains' is the PyTorch variant that published baselines may
+rest on: RMS norm with gain sqrt(D) on both sides instead of l2norm (logits about D times larger),
+and experts fed the normalised tokens.
 
 Norms and softmaxes are float32. The product of unit vectors L is computed as the experts are: in
 bfloat16 the layer's rounding error stays at 0.3 % (0.8 % instead of 0.4 % at a scale of 50, 3 % at
@@ -47,17 +46,13 @@ class SoftMoEConfig(MoeConfig):
     """Options of SoftMoE.
 
     Args:
-        slots_per_expert: P; None gives about as many slots in all as the model has tokens when it
-            is built.
-        slots_per_token: Slots in all over the patches that the model has when it is built, in place
-            of `slots_per_expert`; rounded to whole slots per expert.
-        slot_norm: 'l2' as in the paper, or 'rms'.
-        init_scale: Where the learned scale of 'l2' starts, from 1e-4 to 1e4, the paper's 1; loaded
-            weights have their own. Unit vectors of D numbers have products of about D ** -0.5, so
-            that mixtures are almost even until it has grown.
-
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has; 'lucidrains'.
+        slots_per_expert: P, at least 1; None gives about as many slots in all as the model has
+            tokens when it is built.
+        slots_per_token: Slots in all over the patches at that time, up to 1000, in place of
+            `slots_per_expert`; rounded to whole slots per expert.
+        slot_norm: 'l2' as in the paper, or 'rms' (preset 'lucidrains').
+        init_scale: Start of the learned scale of 'l2', from 1e-4 to 1e4. At the paper's 1 mixtures
+            start almost even: products of unit vectors of D numbers are about D ** -0.5.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -189,10 +184,10 @@ class SoftMoEMlp(MoeLayer):
         return {'slots_per_token': self.num_slots / patches}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Slots of a layer that has another number of them per expert.
+        """State of a layer of other slots per expert: thinned, or with copies.
 
-        Copies share the weight that their original had, so that as many copies of each leave the
-        layer's answer as it is. They differ by a hundredth: equal ones would stay equal for ever.
+        As many copies of each leave the answer as it is: they share the weight of their original.
+        They differ by a hundredth: equal ones would stay equal for ever.
         """
         slots = state.get('slot_embed')
         if slots is None or slots.shape == self.slot_embed.shape:

@@ -12,19 +12,18 @@ the raw input token:
     (9)  stage 2: a^ = argmax_i s^_i with D and E^ frozen, y = sigmoid(s_a^) expert_a^(h)
 
 E keeps learning in stage 2 through the gate; the two losses are gone. Eval mode always assigns by
-the distilled router, in both stages.
+the distilled router.
 
-Where we differ: the raw token of the paper is a word and D its embedding of width 50; here it is an
-image patch, averaged to 4 x 4 cells, and D one linear layer of width 50 (each MoE layer has its
-own); a prefix token has a learned D. Losses are means over tokens where the authors' code sums.
-`top_k` above 1 assigns the K best and distils all K as targets. Stage 1 is the paper's first tenth
-(`stage1_fraction`) of a training that announces its length by `start_training`; `stage1_steps` sets
-a number of updates instead, and without either it is the 6,000 of their language model. The weights
-of both losses are the paper's; the authors' scripts give 0.3 to the distillation too. Dropless, the
-authors' code has a capacity of 2.
+Where we differ: the paper's raw token is a word and D its embedding of width 50. Here it is an
+image patch, averaged to 4 x 4 cells, and D one linear layer of that width per MoE layer; a prefix
+token has a learned D. Losses are means over tokens where the authors' code sums. `top_k` above 1
+assigns the K best and distils all K. Stage 1 is the paper's first tenth of a training that
+announces its length by `start_training`, or `stage1_steps`, or the 6,000 updates of their language
+model. Weights of the losses are the paper's; the authors' scripts give 0.3 to the distillation too.
+Dropless, the authors' code has a capacity of 2.
 
-The 'group' preset is the method of that name in the tables published with VQMoE: a one-stage
-softmax router with normalised expert embeddings.
+Preset 'group' is what the tables published with VQMoE call StableMoE: a one-stage softmax router
+with normalised expert embeddings.
 
 Legend: B images, N tokens per image, T = B * N tokens, D width, E experts, K experts per token.
 """
@@ -56,16 +55,12 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
     """Options of StableMoE.
 
     Args:
-        top_k: Experts per token.
-        stage1_steps: Updates after which the distilled router is frozen; None takes the fraction.
-        stage1_fraction: Share of the training that `start_training` announces; 6000 updates where
-            it announces none.
-        balance_weight: Weight of (5), stage 1.
-        distill_weight: Weight of (7), stage 1.
+        stage1_steps: Updates after which the distilled router is frozen, at least 1; None takes
+            the fraction.
+        stage1_fraction: Share of an announced training, above 0 and at most 1.
+        balance_weight: Weight of (5), stage 1, at least 0.
+        distill_weight: Weight of (7), stage 1, at least 0.
         two_stage: False gives the simplified one-stage router of the 'group' preset.
-
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has; 'group'.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -204,13 +199,11 @@ class StableMoEMlp(RoutedMlp):
             self.stage1_steps = max(1, round(config.stage1_fraction * num_updates))
 
     def apply_begin(self) -> bool:
-        """Freeze the distilled router if stage 1 is over; the device alone knows whether it did.
-
-        Not at the end of its last block: `optimizer.step()` may come after the block.
-        """
+        """Freeze the distilled router if stage 1 is over; the device alone knows whether it did."""
         if not self.training:
             return False
         distilled = self.router.distilled
+        # not at the end of the last block: `optimizer.step()` may come after it
         distilled.freeze(distilled.steps >= self.stage1_steps)
         counted, self._counted = self._counted, False
         return counted
@@ -226,8 +219,8 @@ class StableMoEMlp(RoutedMlp):
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The distilled router of images of three channels, for images of others.
 
-        As timm does it to the stem (`adapt_input_conv`): one channel has the sum of the weights,
-        and so the answer of an image that is grey in colour; more have them in turn, and scaled.
+        As timm's `adapt_input_conv`: one channel has the sum of the weights, so that a grey image
+        has the answer that it has in colour; more channels have them in turn, and scaled.
         """
         fitted = super().fit_state(state)
         width, features = self.router.distilled.project.shape

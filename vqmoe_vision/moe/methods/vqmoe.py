@@ -14,24 +14,19 @@ For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
 One codebook; code q belongs to expert q mod E. The full form computes two experts per token, as a
 top-2 router does; the discrete form computes one.
 
-The paper feeds the code itself to the expert (3); with M = E every expert then maps its one code to
-one constant. That and other readings are values of `expert_input`, see `_quantizer.py`; what was
-measured of the default, which is little, stands in docs/methods.md.
+Where we differ: fed the code itself (3), with M = E every expert maps its one code to one constant;
+`expert_input` has other readings, see `_quantizer.py`. The paper's gate states no right-hand side
+for g_c + g_d; softmax is the authors' code. (6) uses means over tokens and channels, as their code
+does; a squared norm is D times larger. Their balance loss is always zero by mistake; ours has
+`balance_weight`. Their top-1 weight is always one, which leaves the router untrained; ours is the
+probability, as (2) says, and starts as SMoE's. The code vector passes a LayerNorm of its own before
+the expert (`input_norm`); their second norm, after the expert, is `output_norm`. The default
+codebook is an EMA codebook with a data-dependent start and replacement of dead codes: the paper's
+own (`codebook='plain'`) collapses on tokens with a common mean. `diversity_weight` is not theirs.
 
-Where we differ: the paper's gate states no right-hand side for g_c + g_d, we follow the authors'
-code (softmax). (6) uses means over tokens and channels, as their code does; a squared norm is D
-times larger. Their balance loss is always zero by mistake; ours is added with `balance_weight`, and
-their top-1 weight is always one, which leaves the router untrained; ours is the probability, as (2)
-says, and starts as SMoE's. The code vector passes a LayerNorm of its own before the expert
-(`input_norm`); their second norm, after the expert, is `output_norm`. The default codebook is an
-EMA codebook with a data-dependent start and replacement of dead codes, as the paper's own collapses
-on tokens with a common mean (`codebook='plain'`). `diversity_weight` adds a loss that evens the use
-of codes, which the paper does not have.
+Preset 'official' is the released code; docs/methods.md names what it lacks of it.
 
-Options are in `_vqmoe_config.py`. The 'official' preset is the released code; docs/methods.md names
-what it lacks of it.
-
-Legend: T tokens, D width, E experts, M codes.
+Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 """
 
 from __future__ import annotations
@@ -164,10 +159,7 @@ class VQMoEMlp(MoeLayer):
         return (self.router is not None) + (self.quantizer is not None)
 
     def omitted(self, names: Iterable[str]) -> set[str]:
-        """The discrete form of a layer that was trained in full has no router and no gate.
-
-        A part of them, or more, is of no such layer.
-        """
+        """Router and gate of a full form, all of them: the discrete form does without."""
         names = set(names)
         full = any(name.startswith('quantizer.') for name in names)
         found = {name for name in names if name.startswith(('router.', 'gate.'))}
@@ -179,10 +171,7 @@ class VQMoEMlp(MoeLayer):
             raise ValueError(f'form={self.config.form!r} has no discrete branch to keep')
 
     def to_discrete(self) -> dict[str, Any]:
-        """Form 'discrete' (5): the router and the gate go.
-
-        Equal to the full form (4) with g(x)_d = 1.
-        """
+        """Form 'discrete' (5), equal to the full form (4) with g(x)_d = 1: router and gate go."""
         self.check_discrete()
         changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)

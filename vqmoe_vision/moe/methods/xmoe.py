@@ -7,13 +7,12 @@
     (6)  g(x)_i = softmax(s / tau)_i, or sigmoid(s_i / tau); tau is learned
     (8)  balance = E * sum_i t_i mean_x softmax(s / tau_0)_i, tau_0 fixed, t_i the load share
 
-Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing; tau is kept
-positive as exp(log_temperature); `top_k` above 1 selects by the same scores. Expert embeddings
-start with the length of 1.5 to which torchscale's code brings them in every forward pass; here only
-the start is so long. Their length changes no score, but how far a step of the optimizer turns them.
-In all else torchscale's X-MoE is another router (no token normalisation, no temperature); the
-answers recorded of it in tests/moe name the options that equal it. The 'group' preset is a third
-one.
+Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing. tau is kept
+positive as exp(log_temperature). `top_k` above 1 selects by the same scores. Embeddings start with
+length 1.5, to which torchscale's code brings them in every forward pass: that changes no score, but
+how far a step of the optimizer turns them. In all else torchscale's X-MoE is another router (no
+token normalisation, no temperature); the answers recorded of it in tests/moe name the options that
+equal it.
 
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
@@ -53,19 +52,16 @@ class XMoEConfig(BalancedConfig, TopKConfig):
     """Options of XMoE.
 
     Args:
-        top_k: Experts per token.
         gate: 'softmax' or 'sigmoid', the form of (6).
-        router_dim: R; None gives E / 2, at least 2. In one dimension all experts of a sign tie.
-        temperature: Initial tau; None takes the paper's for the gate form.
+        router_dim: R, at least 2: in one dimension all experts of a sign tie. None gives E / 2.
+        temperature: Initial tau, above 0 and at most 1e6; None takes the paper's for the gate form.
         learn_temperature: Whether tau is learned.
-        balance_temperature: tau_0; None takes the paper's for the gate form.
+        balance_temperature: tau_0, fixed; its values as those of `temperature`.
         normalize_tokens: Put tokens on the hypersphere, not only experts.
-        renormalize: Let the weights of the selected experts sum to 1.
-        balance_weight: Weight of (8).
+        renormalize: Let the weights of the selected experts sum to 1; not with one.
+        balance_weight: Weight of (8), at least 0.
 
-    Presets: 'paper'; 'matched', the compute of two experts per token, as every row of our
-    comparisons has; 'group', the router of the tables published with VQMoE: width 8, experts but
-    not tokens normalised, no temperature, top-2, softmax over the two, no auxiliary loss.
+    Preset 'group' is the router of the tables published with VQMoE.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
