@@ -40,7 +40,8 @@ def _spread(sample: Tensor, num_codes: int, usable: Tensor) -> Tensor:
     for number in range(1, num_codes):
         distance = torch.linalg.vector_norm(sample - chosen[-1], dim=1)
         nearest = torch.minimum(nearest, distance).masked_fill(~usable, 0)
-        # over the largest: squares of large distances have no finite sum
+        # over the largest: squares of large distances have no finite sum; above 0: codes repeat
+        # where there are fewer distinct tokens
         weights = (nearest / nearest.max().clamp(min=1e-30)).square() + 1e-12
         pick = random_choice(weights.masked_fill(~usable, 0), number)
         chosen.append(sample.index_select(0, pick.view(1)))

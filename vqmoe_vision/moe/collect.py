@@ -7,7 +7,7 @@
 
 A recorder keeps losses inside the `with` block only: models stay deep-copyable, picklable and
 compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
-changes once, in `update_state`, when the block is left.
+never changes in forward, but once, in `update_state`, when the block is left.
 
 With torch.distributed losses are those of the batch of all ranks, see `joint_losses.py`. Every rank
 has to read them at the same places, or not at all before the end of the block.

@@ -1,8 +1,8 @@
 """What a loss of a layer is made of, and its average over the processes that share a batch.
 
 The average is one sum over ranks for all losses of all layers, of numbers without a gradient, after
-the forward pass. So backward has no sum of its own, which could meet those of data-parallel
-training in another order on another rank, and gradient checkpointing repeats none.
+the forward pass. In backward it could meet those of data-parallel training in another order on
+another rank, and gradient checkpointing would repeat it.
 
 Gradients are those of the whole batch once they are averaged over ranks, as DDP and FSDP do. With
 n_r of N tokens on rank r of S, a mean m = sum_r n_r/N m_r and a loss F(m), the gradient is

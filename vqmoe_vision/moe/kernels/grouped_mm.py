@@ -1,9 +1,8 @@
 """torch's own product of groups: the kernel of CUDA, which never waits for the host.
 
-The ends of the groups stay on the device, forward and backward. torch runs it as one kernel in
-bfloat16 on cards of compute capability 9 and 10 (H100, H200, B200) and loops over the groups
-elsewhere, reading their ends back. It takes no bias, no float64, and no rows that are not a
-multiple of 16 bytes.
+The ends of the groups stay on the device, forward and backward. It is one kernel in bfloat16 on
+compute capability 9 and 10 (H100, H200, B200). Elsewhere torch loops over the groups, and reads
+their ends back. It takes no bias, no float64, and no rows that are not a multiple of 16 bytes.
 
 Legend: R rows sorted by expert, E experts.
 """

@@ -2,9 +2,8 @@
 
 Neighbours of similar load get the size of the largest, and one batched product runs them: a product
 per expert is too small to keep two threads busy. Below float32 all groups get whole blocks of rows:
-oneDNN compiles a kernel for each number of rows that it has not seen lately, ten times the cost of
-running it, and routing gives new numbers at every step. A row that fills a group repeats a row of
-that group, so that a token which is not finite spoils no expert that it was not sent to.
+oneDNN compiles a kernel for each new number of rows, at ten times the cost of running it. A row
+that fills a group repeats a row of that group: a token that is not finite spoils no other expert.
 
 Legend: A assignments, E experts.
 """

@@ -12,12 +12,12 @@ Both weights sum to 1, and there is no balance loss.
 
 Where we differ: experts are whole MLPs in the place of the dense one, one of them universal; the
 paper's are LoRAs (rank 8) beside a frozen linear layer of a language model. The paper clusters
-instructions by sentence embeddings. Here images are clustered by features of a dense vision
-transformer of this model's shape and training set, averaged over the patches after its last norm
-(MoCE, arXiv 2402.05382, takes an autoencoder's). The paper's embedding is as wide as its features,
-ours as the tokens. Every layer has its own, which starts as in their code (the paper does not say
-how), so that the cluster decides from the first step on. Their code multiplies each expert by its
-weight twice, the paper and we once. Noise is drawn per image.
+instructions by sentence embeddings. Images are clustered by features of a dense vision transformer
+of this model's shape and training set: means of the patches after its last norm. MoCE (arXiv
+2402.05382) takes an autoencoder's. The paper's embedding is as wide as its features, ours as the
+tokens. Every layer has its own, which starts as in their code, as the paper does not say how: the
+cluster decides from the first step on. Their code multiplies each expert by its weight twice, the
+paper and we once. Noise is drawn per image.
 
 The frozen network runs once per image, before the first block and for all layers. Network and
 centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
