@@ -23,32 +23,17 @@ MLP_RATIO = 4  # hidden width over width, timm's ViT
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One configuration in which all contenders run.
-
-    Args:
-        tokens: N, per image.
-        batch: B, images.
-        width: D.
-        experts: E.
-        top_k: K.
-        dtype: Key of `DTYPES`, of parameters and tokens, or of autocast if `amp`.
-        amp: Keep parameters and tokens in float32 and compute under autocast.
-        skew: Load of the fullest expert over the mean load.
-        sweep: What varies, for plots; empty outside a sweep.
-
-    Raises:
-        ValueError: If no routing has this shape.
-    """
+    """One configuration in which all contenders run."""
 
     tokens: int = 197
     batch: int = 8
     width: int = 384
     experts: int = 8
     top_k: int = 1
-    dtype: str = 'float32'
+    dtype: str = 'float32'  # of parameters and tokens, or of autocast
     amp: bool = False
-    skew: float = 1.0
-    sweep: str = ''
+    skew: float = 1.0  # load of the fullest expert over the mean load
+    sweep: str = ''  # what varies, for plots
 
     def __post_init__(self) -> None:
         for name in ('tokens', 'batch', 'width', 'experts', 'top_k'):
@@ -104,25 +89,15 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run measures.
-
-    Args:
-        device: 'cpu', or a CUDA device.
-        threads: CPU threads.
-        clock: 'wall', or 'process' for the CPU time of all threads.
-        repeats: Measurements of each contender.
-        backward: Whether gradients are computed too.
-        compiled: Whether dense and our contenders also run through torch.compile.
-        capacity_factor: Of peers that have a capacity; None leaves them their own.
-    """
+    """How a run measures."""
 
     device: str = 'cpu'
     threads: int = 1
-    clock: str = 'wall'
+    clock: str = 'wall'  # or 'process', the CPU time of all threads
     repeats: int = 15
     backward: bool = True
     compiled: bool = False
-    capacity_factor: float | None = None
+    capacity_factor: float | None = None  # of peers that have one; None leaves their own
 
     def __post_init__(self) -> None:
         check(self.repeats >= 1, 'repeats', self.repeats, 'at least 1')

@@ -72,12 +72,7 @@ MODEL_GRID: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Benchmarks layers or models; a mistake is one line unless `--debug`.
-
-    Args:
-        argv: Command line without the program's name; None takes it from `sys.argv`, and then the
-            process restarts itself once to set up its allocator and threads.
-    """
+    """Benchmarks layers or models; a mistake is one line unless `--debug`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(arguments)
     try:

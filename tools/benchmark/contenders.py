@@ -22,31 +22,18 @@ class UnsuitableError(Exception):
 
 @dataclass
 class Contender:
-    """One implementation in one cell.
-
-    Args:
-        name: In tables.
-        module: Holds the parameters.
-        forward: From module and batch to the answer and, if it has one, a loss.
-        rows: Tokens that pass through an expert, counted once for each expert.
-        macs: Multiply-accumulates of a forward pass, all matrix products counted.
-        oracle: The same as a plain loop, if it is ours.
-        equal_to: Name of our contender that does equal work, if it is a peer.
-        note: How equal work was reached, and what else a reader must know.
-        drop_rate: Share of assignments that no expert computed.
-        load: Fullest expert over mean load, where the contender routes by itself.
-    """
+    """One implementation in one cell."""
 
     name: str
     module: nn.Module
     forward: Forward
-    rows: float
-    macs: int
-    oracle: Forward | None = None
-    equal_to: str | None = None
+    rows: float  # tokens that pass through an expert, once for each
+    macs: int  # of a forward pass
+    oracle: Forward | None = None  # the same as a plain loop, of ours
+    equal_to: str | None = None  # our contender that does a peer's work
     note: str = ''
-    drop_rate: float | None = None
-    load: float | None = None
+    drop_rate: float | None = None  # of assignments
+    load: float | None = None  # fullest expert over mean load
     _grad: Tensor | None = field(default=None, init=False)
 
     def step(self, batch: Batch, cell: Cell, settings: Settings) -> None:

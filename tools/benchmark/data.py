@@ -28,22 +28,13 @@ _OF_WORKERS = ('persistent_workers', 'prefetch_factor', 'worker_init_fn', 'pin_m
 
 
 class PartClock:
-    """Adds up the processor time of calls, by name.
-
-    Attributes:
-        seconds: By name, in the order in which they were first given a clock.
-    """
+    """Adds up the processor time of calls, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def timed(self, name: str, call: Callable) -> Callable:
-        """The same call, whose time is added up; a name that is taken gets a number.
-
-        Args:
-            name: Of the part.
-            call: Any.
-        """
+        """The same call, whose time is added up; a name that is taken gets a number."""
         same = sum(known.partition(' #')[0] == name for known in self.seconds)
         name = f'{name} #{same + 1}' if same else name
         self.seconds[name] = 0.0
@@ -71,13 +62,7 @@ class TimedSource(Sequence):
 
 
 def add_clocks(loader: Any, clock: PartClock) -> None:
-    """Puts a clock around what a data set and its loader do with an image.
-
-    Args:
-        loader: Its data set is changed: `source`, pairs of an image and a label, and the list of
-            transforms of `pipeline` (mmengine) or `transform` (torchvision), as far as there are.
-        clock: Adds up.
-    """
+    """Puts a clock around what a data set and its loader do with an image."""
     dataset = loader.dataset
     if hasattr(dataset, 'transform') and hasattr(dataset, 'source'):
         dataset.source = TimedSource(dataset.source, clock)
@@ -89,21 +74,7 @@ def add_clocks(loader: Any, clock: PartClock) -> None:
 
 
 def measure_data(config: str, options: Sequence[str], images: int) -> dict[str, Any]:
-    """Make training batches of a config in this process.
-
-    Args:
-        config: Config file.
-        options: 'name=value' each, as `--cfg-options` of tools/train.py.
-        images: How many to measure, or some more: whole batches, after one that does not count.
-
-    Returns:
-        The row of a run: `images` that were measured, `parts_ms`, the mean milliseconds of
-        processor time per image by part, and `images_per_s`.
-
-    Raises:
-        ValueError: If the data set has no whole batch, or an option has no value.
-        FileNotFoundError: If there is no such config.
-    """
+    """Make training batches of a config in this process."""
     check(images >= 1, '--images', images, 'at least 1')
     loader = _loader(settings_of(config, options))
     clock = PartClock()
@@ -164,11 +135,7 @@ def data_table(row: Mapping[str, Any]) -> str:
 
 
 def run_data(args: argparse.Namespace) -> None:
-    """Measures a config and prints where the time goes.
-
-    Args:
-        args: Of the command line.
-    """
+    """Measures a config and prints where the time goes."""
     row = measure_data(args.config, args.cfg_options, args.images)
     header = describe_machine('cpu')
     print(*(f'{name}: {value}' for name, value in header.items()), sep='\n')

@@ -35,13 +35,7 @@ _RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
 
 
 def restart_prepared(threads: int) -> None:
-    """Replace this process by itself with glibc's allocator and OpenMP set up, once.
-
-    Both read their variables when a process starts, so they cannot be set from within.
-
-    Args:
-        threads: CPU threads.
-    """
+    """Replace this process by itself with glibc's allocator and OpenMP set up, once."""
     wanted = {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
     wanted['KINETO_LOG_LEVEL'] = '99'  # the profiler, which reads memory, says nothing of itself
     if platform.libc_ver()[0] == 'glibc':
@@ -55,13 +49,7 @@ def restart_prepared(threads: int) -> None:
 
 
 def computes(dtype: str) -> bool:
-    """Whether this processor's matrix products have instructions for a dtype.
-
-    bfloat16 is emulated elsewhere, with AVX-512 four times as slow as float32, with AVX2 twenty.
-
-    Args:
-        dtype: A name in torch.
-    """
+    """Whether this processor's matrix products have instructions for a dtype."""
     if dtype == 'float32':
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

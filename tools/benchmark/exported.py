@@ -43,15 +43,7 @@ def default_models() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Exports:
-    """What runs side by side, on one thread.
-
-    Args:
-        models: timm names, with options, as of `benchmark.py model`.
-        baseline: What they are compared with.
-        batches: How many images at a time.
-        ways: Of `WAYS`; eager, which the others are held against, is always among them.
-        repeats: Measurements of each.
-    """
+    """What runs side by side, on one thread."""
 
     models: Sequence[str]
     baseline: str = BASELINE
@@ -68,16 +60,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 def measure_exports(exports: Exports) -> list[dict[str, Any]]:
-    """Exports networks and times them side by side by the processor's clock.
-
-    Args:
-        exports: The networks.
-
-    Returns:
-        One row per network and way, with the largest difference of its logits from those of eager
-        PyTorch, the share of images whose prediction is the same, the size of its file, and
-        milliseconds by batch.
-    """
+    """Exports networks and times them side by side by the processor's clock."""
     rows, calls, images = [], {}, {}
     specs = dict.fromkeys([exports.baseline, *exports.models])
     torch._dynamo.reset()

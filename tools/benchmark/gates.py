@@ -13,22 +13,14 @@ IDENTITY = ('tokens', 'batch', 'width', 'experts', 'top_k', 'dtype', 'amp', 'ske
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """Time of a contender over that of another, or of itself elsewhere, at most so much.
-
-    Args:
-        contender: Whose time.
-        against: Over whose.
-        at_most: The limit.
-        where: Fields that a row must have to be judged.
-        versus: Fields in which the row of `against` differs. Two configurations are measured one
-            after the other, and a machine's speed may differ by a third by then: each time is over
-            that of dense in its own rounds, whose work for a token is the same in both.
-    """
+    """Time of a contender over that of another, or of itself elsewhere, at most so much."""
 
     contender: str
     against: str
     at_most: float
-    where: Mapping[str, Any] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)  # fields of rows that are judged
+    # Fields in which the row of `against` differs. The machine may be a third slower by then, so
+    # that each time is over that of dense in its own rounds.
     versus: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -47,14 +39,7 @@ def not_slower_compiled(*contenders: str, **where: object) -> tuple[Gate, ...]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate in one configuration.
-
-    Args:
-        name: What is held, and where.
-        at_most: The limit.
-        ratio: What was measured; None if nothing could be judged.
-        reason: Why nothing could be.
-    """
+    """A gate in one configuration."""
 
     name: str
     at_most: float
@@ -82,12 +67,7 @@ class Verdict:
 
 
 def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Verdict]:
-    """Hold measured rows against gates, and every peer against ours at equal work.
-
-    Args:
-        gates: The gates; one that finds no row is broken, not met.
-        rows: Of `layers` or `networks`.
-    """
+    """Hold measured rows against gates, and every peer against ours at equal work."""
     verdicts = [verdict for gate in gates for verdict in _judge(gate, rows)]
     peers = [row for row in rows if row.get('ours_to_peer') is not None]
     for row in peers:

@@ -26,14 +26,7 @@ from .timing import use_device
 
 
 def run_gpu(args: argparse.Namespace) -> bool:
-    """Runs all of it.
-
-    Args:
-        args: The command line.
-
-    Returns:
-        Whether nothing failed, and with `--gate` no limit was missed.
-    """
+    """Runs all of it."""
     layers, networks = LAYER_PRESETS['gpu'], MODEL_PRESETS['gpu']
     settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
     use_device(settings.device)

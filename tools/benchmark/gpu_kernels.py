@@ -24,16 +24,7 @@ KERNEL_CELL = Cell(tokens=197, batch=2, width=384, top_k=2)
 
 
 def check_kernels(settings: Settings, cell: Cell = KERNEL_CELL) -> list[dict[str, Any]]:
-    """Every kernel in every dtype and case, in outputs and gradients.
-
-    Args:
-        settings: The device.
-        cell: Shape of the layer.
-
-    Returns:
-        A row each: `kernel`, `dtype`, `case`, as `result` 'equal', or why it is not or does not
-        run, and `ok`, whether nothing is wrong.
-    """
+    """Every kernel in every dtype and case, in outputs and gradients."""
     rows: list[dict[str, Any]] = []
     for shaped in _in_every_dtype(cell):
         with outcome('built', kernel='all', dtype=_dtype_of(shaped), case='all') as building:

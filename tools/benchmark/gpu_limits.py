@@ -12,14 +12,7 @@ OVER_DENSE = {384: 1.20, 768: 1.11, 1024: 1.09}
 
 
 def over_dense(ours: str, dense: str, at_most: float, **where: object) -> tuple[Gate, ...]:
-    """Ours over dense, eager and compiled.
-
-    Args:
-        ours: A contender.
-        dense: Another one.
-        at_most: The limit of both.
-        **where: Fields of the rows.
-    """
+    """Ours over dense, eager and compiled."""
     forms = ('', '+compiled')
     return tuple(limit(f'{ours}{form}', f'{dense}{form}', at_most, **where) for form in forms)
 

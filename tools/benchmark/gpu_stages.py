@@ -24,16 +24,7 @@ def run_stages(
     gates: Sequence[Gate],
     out: Path,
 ) -> None:
-    """Runs what a run consists of, and saves it after each part, whatever becomes of the next.
-
-    Args:
-        run: Gets the rows of each stage by its name; as `failed` those that are not `ok`, with a
-            row for a part that did not end; as `limits` what became of each gate; and the seconds
-            of each part.
-        stages: Parts by title: checks, and what times and prints.
-        gates: Limits on what is timed.
-        out: The JSON file.
-    """
+    """Runs what a run consists of, and saves it after each part, whatever becomes of the next."""
     run['failed'], run['seconds'] = [], {}
     for name, parts in stages.items():
         run[name] = []
@@ -54,12 +45,7 @@ def run_stages(
 
 @contextmanager
 def outcome(good: str, **names: str) -> Iterator[dict[str, Any]]:
-    """The row of what runs inside the block: any error is a result, and what follows runs too.
-
-    Args:
-        good: The result without an error.
-        **names: Begin the row.
-    """
+    """The row of what runs inside the block: any error is a result, and what follows runs too."""
     row: dict[str, Any] = {**names, 'result': good, 'ok': True}
     try:
         yield row

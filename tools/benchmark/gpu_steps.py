@@ -51,11 +51,7 @@ def waiting_forbidden(device: str) -> Iterator[None]:
 
 
 def experts_wait(device: str) -> bool:
-    """Whether experts in bfloat16 read back on this card, as the kernel does that it takes.
-
-    Args:
-        device: Such as 'cuda'.
-    """
+    """Whether experts in bfloat16 read back on this card, as the kernel does that it takes."""
     rows, weight = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((8, 64), (2, 64, 64)))
     return device.startswith('cuda') and not is_fast(rows.to(device), weight.to(device))
 
@@ -63,16 +59,7 @@ def experts_wait(device: str) -> bool:
 def check_methods(
     settings: Settings, sizes: Mapping[str, Any] | None = None, img_size: int = 224
 ) -> list[dict[str, Any]]:
-    """Training steps of every method and of a dense model, in bfloat16.
-
-    Args:
-        settings: The device.
-        sizes: Options of all models, such as `depth`; None for theirs.
-        img_size: Side in pixels.
-
-    Returns:
-        A row each: `step`, the model; as `result` that it waits for nothing, or what for; `ok`.
-    """
+    """Training steps of every method and of a dense model, in bfloat16."""
     waits = experts_wait(settings.device)
     options = [f'{name}={value}' for name, value in (sizes or {}).items()]
     names = {f'vit_tiny_{method}': waits for method in METHODS} | {'vit_tiny_patch16_224': False}
@@ -100,10 +87,7 @@ def _step_of(spec: str, comparison: Comparison, settings: Settings) -> Callable[
 
 
 def check_configs(settings: Settings) -> list[dict[str, Any]]:
-    """Iterations of a config of each task with all hooks, as `check_methods`.
-
-    That of segmentation runs with every method: `check_methods` classifies.
-    """
+    """Iterations of a config of each task with all hooks, as `check_methods`."""
     rows = [_config_row('classification', [], settings)]
     for method in METHODS:
         options = [f'model.backbone.model_name=vit_tiny_{method}', *SMALL_DATA]

@@ -20,14 +20,7 @@ PATCH = 8  # pixels of the patches behind the tokens, which stand in one row
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes on.
-
-    Args:
-        x: Tokens (B, N, D), a leaf.
-        indices: (T, K) int64 in [0, E).
-        weights: (T, K) float32, a leaf.
-        images: Pixels behind the tokens, (B, 3, PATCH, PATCH * N), for methods that look at them.
-    """
+    """What one step computes on."""
 
     x: Tensor
     indices: Tensor
@@ -45,18 +38,7 @@ class Batch:
 
 
 def skewed_routing(cell: Cell, generator: torch.Generator, full: int = 0) -> Tensor:
-    """Random choices of which one expert gets `skew` times the mean load, exactly up to rounding.
-
-    The others share what is left, evenly but for chance.
-
-    Args:
-        cell: The shape.
-        generator: On the CPU.
-        full: The fullest expert.
-
-    Returns:
-        (T, K) int64, no expert twice in a row.
-    """
+    """Choices (T, K) of which one expert gets `skew` times the mean load, the others the rest."""
     scores = torch.rand(cell.num_tokens, cell.experts, generator=generator)
     load = round(cell.skew * cell.num_rows / cell.experts)
     chosen = torch.randperm(cell.num_tokens, generator=generator)[:load]
@@ -66,12 +48,7 @@ def skewed_routing(cell: Cell, generator: torch.Generator, full: int = 0) -> Ten
 
 
 class Inputs:
-    """Makes the batches of a cell; the same round is always the same batch.
-
-    Args:
-        cell: The cell.
-        device: Where the batches are.
-    """
+    """Makes the batches of a cell; the same round is always the same batch."""
 
     def __init__(self, cell: Cell, device: str = 'cpu') -> None:
         self.cell, self.device = cell, device

@@ -51,14 +51,7 @@ CHECK_ROUND = 10**6  # a batch that is not timed
 
 
 def choose(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the contenders of a run, the floors always among them.
-
-    Args:
-        names: Keys of `CONTENDERS`; None takes all that are installed.
-
-    Raises:
-        ValueError: If a named one is unknown or not installed.
-    """
+    """Names of the contenders of a run, the floors always among them."""
     if names is None:
         return tuple(name for name in CONTENDERS if _available(name))
     for name in names:
@@ -75,19 +68,7 @@ def _available(name: str) -> bool:
 def measure_layer(
     cell: Cell, settings: Settings, names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time all contenders in one cell.
-
-    Args:
-        cell: The cell.
-        settings: The run.
-        names: Keys of `CONTENDERS`.
-
-    Returns:
-        One row per contender, and the reasons why others have none.
-
-    Raises:
-        WrongResultError: If one of ours is not equal to its oracle.
-    """
+    """Time all contenders in one cell."""
     inputs = Inputs(cell, settings.device)
     contenders, skipped = build(cell, settings, names, inputs)
     return time_contenders(contenders, skipped, inputs, settings), skipped
@@ -99,17 +80,7 @@ def time_contenders(
     inputs: Inputs,
     settings: Settings,
 ) -> list[dict[str, Any]]:
-    """One row per contender, of which some must be named as `FLOORS` are.
-
-    Args:
-        contenders: By name; those that fail are moved to `skipped`.
-        skipped: Reasons by name.
-        inputs: The cell's batches.
-        settings: The run.
-
-    Raises:
-        WrongResultError: If one of ours is not equal to its oracle.
-    """
+    """One row per contender, of which some must be named as `FLOORS` are."""
     cell = inputs.cell
     for contender in contenders.values():
         if contender.oracle is not None:
@@ -127,14 +98,7 @@ def time_contenders(
 def build(
     cell: Cell, settings: Settings, names: Sequence[str], inputs: Inputs
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Make contenders by name, and say why others cannot be.
-
-    Args:
-        cell: The cell.
-        settings: The run.
-        names: Keys of `CONTENDERS`.
-        inputs: The cell's batches.
-    """
+    """Make contenders by name, and say why others cannot be."""
     found: dict[str, Contender] = {}
     skipped: dict[str, str] = {}
     for name in names:
@@ -162,10 +126,7 @@ def build(
 
 
 def compiled(contender: Contender) -> Contender:
-    """The same through torch.compile, without a graph break.
-
-    Router noise is drawn by the same generator as in eager mode, else no oracle could repeat it.
-    """
+    """The same through torch.compile, without a graph break."""
     torch._inductor.config.fallback_random = True
     forward: Forward
     if contender.forward is ours.experts_grouped:
@@ -198,10 +159,7 @@ def try_out(
     inputs: Inputs,
     settings: Settings,
 ) -> dict[str, int]:
-    """Run every contender alone, twice, and read the peak memory of the second step.
-
-    A peer that fails is moved to `skipped`; an error of ours is an error.
-    """
+    """Run every contender alone, twice, and read the peak memory of the second step."""
     memory = {}
     for name, contender in list(contenders.items()):
         batch = inputs.batch(CHECK_ROUND)

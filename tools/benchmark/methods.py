@@ -34,12 +34,7 @@ LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}
 
 
 def matched_options(method: str, cell: Cell) -> dict[str, Any]:
-    """Options with which a layer of a method computes K experts per token.
-
-    Args:
-        method: Key of `METHODS`.
-        cell: Its K counts.
-    """
+    """Options with which a layer of a method computes K experts per token."""
     names = METHODS[method].config.option_names()
     values = {
         'top_k': cell.top_k,
@@ -53,19 +48,7 @@ def matched_options(method: str, cell: Cell) -> dict[str, Any]:
 def whole_layer(
     name: str, method: str, cell: Cell, settings: Settings, inputs: Inputs, **options: Any
 ) -> Contender:
-    """The layer of a method: routing in float32, losses, dispatch, experts.
-
-    Args:
-        name: Of the contender.
-        method: Key of `METHODS`.
-        cell: The cell.
-        settings: The run.
-        inputs: Batches on which load and drop rate are read.
-        **options: Of the method, over `matched_options`.
-
-    Raises:
-        UnsuitableError: If the method cannot compute K experts per token.
-    """
+    """The layer of a method: routing in float32, losses, dispatch, experts."""
     macs, rows = _cost(method, cell, options)
     # groups of whole rows per expert
     if abs(rows - cell.top_k * cell.tokens) >= cell.experts:
@@ -107,10 +90,7 @@ def _mean_pixels(cell: Cell) -> Features:
 
 
 def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:
-    """Multiply-accumulates of an image, and its rows that pass through experts.
-
-    By such rows the cost grows with the hidden width.
-    """
+    """Multiply-accumulates of an image, and its rows that pass through experts."""
     macs = []
     for hidden in (cell.hidden, 2 * cell.hidden):
         experts = Experts(cell.experts, cell.width, hidden, device='meta')
@@ -167,10 +147,7 @@ def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
 def collecting(
     module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
 ) -> Sequence[Tensor]:
-    """Call a layer, perhaps compiled, inside the collector of its module.
-
-    What learns without gradients stays as it is, or no oracle could repeat the pass.
-    """
+    """Call a layer, perhaps compiled, inside the collector of its module."""
     assert isinstance(module, MoeLayer)
     _show_images(module, batch.images)
     if not module.training or not module.needs_collecting:

@@ -35,17 +35,7 @@ MOST_CHECKED = 8  # images
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Networks that run side by side.
-
-    Args:
-        models: timm names, with options: 'vit_small_smoe,top_k=1'.
-        baseline: What the others are compared with.
-        batch: Images.
-        img_size: Side in pixels.
-        dtype: Of parameters and images, or of autocast if `amp`.
-        amp: Keep parameters in float32 and compute under autocast.
-        modes: Of `MODES`.
-    """
+    """Networks that run side by side."""
 
     models: tuple[str, ...]
     baseline: str = 'vit_small_patch16_224'
@@ -67,14 +57,7 @@ class Comparison:
 
 
 def parse_model(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split 'name,key=value,...' into a timm name and keyword arguments.
-
-    Args:
-        spec: Values are Python literals, or else strings.
-
-    Raises:
-        ValueError: If the name is unknown to timm or an option has no value.
-    """
+    """Split 'name,key=value,...' into a timm name and keyword arguments."""
     name, *options = spec.split(',')
     check(timm.is_model(name), 'models', name, 'a timm model, perhaps one of this package')
     keywords: dict[str, Any] = {}
@@ -94,13 +77,7 @@ def literal(text: str) -> Any:
 
 
 class Network:
-    """A model, its optimizer, and the images it sees.
-
-    Args:
-        spec: As in `Comparison.models`.
-        comparison: What runs side by side.
-        settings: The run.
-    """
+    """A model, its optimizer, and the images it sees."""
 
     def __init__(self, spec: str, comparison: Comparison, settings: Settings) -> None:
         name, options = parse_model(spec)
@@ -165,19 +142,7 @@ class Network:
 
 
 def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[str, Any]]:
-    """Time networks side by side.
-
-    Args:
-        comparison: The networks.
-        settings: The run; `backward` is not used, `comparison.modes` says what runs.
-
-    Returns:
-        One row per network and mode.
-
-    Raises:
-        WrongResultError: If a network differs from itself with its experts as plain loops.
-        ValueError: If there is no such model, or none whose work `complexity` can count.
-    """
+    """Time networks side by side."""
     specs = dict.fromkeys([comparison.baseline, *comparison.models])
     gc.collect()  # the networks of earlier comparisons, or a large one finds no room on a card
     if settings.compiled:
@@ -197,12 +162,8 @@ def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[st
 
 
 def check_against_loops(network: Network) -> None:
-    """Compare logits and gradients of a network with those of plain loops, in float32.
-
-    In float32 whatever is timed: rounded tokens of a deep layer go to other experts. Among very
-    many tokens the order of a sum moves one in float32 too: at most `MOST_CHECKED` images are
-    compared. Compiled networks are the same graph; tests hold them to the eager ones.
-    """
+    """Compare logits and gradients of a network with those of plain loops, in float32."""
+    # whatever is timed: rounded tokens of a deep layer go to other experts, as some of many do here
     found = copy.deepcopy(network.model).float().eval()
     plain = copy.deepcopy(found)
     for name, layer in moe_layers(plain).items():

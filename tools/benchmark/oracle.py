@@ -19,31 +19,15 @@ class WrongResultError(RuntimeError):
 def check_against_oracle(
     contender: Contender, batch: Batch, cell: Cell, settings: Settings
 ) -> None:
-    """Compare a contender with its oracle in the very configuration that is to be timed.
-
-    What is exact is the oracle in float64. A contender may be as far from it as the oracle in the
-    contender's own precision: four times as far, since sums in another order round differently.
-    Where the oracle happens to be exact, eight units in the last place of the largest value are
-    allowed, or 64 of float32: routers and losses are float32 in any dtype. A loss may be off by
-    1e-9 more: the variance of nearly equal numbers around 1 cancels most digits, and is about 1e-5
-    here. A row that went to a wrong expert is off
-    by about the values themselves, thirty times more even in bfloat16.
-
-    Args:
-        contender: One that has an oracle.
-        batch: On which to compare.
-        cell: The cell.
-        settings: The run.
-
-    Raises:
-        WrongResultError: If an output or gradient differs; names it.
-    """
+    """Compare a contender with its oracle in the very configuration that is to be timed."""
     assert contender.oracle is not None
     module = contender.module
     with autocast(cell, settings):
         found = results(module, contender.forward, batch, settings)
         plain = results(module, contender.oracle, batch, settings)
     exact = results(copy.deepcopy(module).double(), contender.oracle, batch.double(), settings)
+    # Four times the oracle's own distance in this precision: sums in another order round otherwise.
+    # Where that happens to be 0, some units of the last place; routers are float32 in any dtype.
     rounding = max(8 * torch.finfo(cell.compute_dtype).eps, 64 * torch.finfo(torch.float32).eps)
     if found.keys() != exact.keys():
         differing = sorted(exact.keys() ^ found.keys())
@@ -51,7 +35,7 @@ def check_against_oracle(
     for name, truth in exact.items():
         scale = truth.abs().max().item() if truth.numel() else 0.0
         allowed = 4 * _distance(plain[name], truth) + rounding * scale
-        if truth.ndim == 0:
+        if truth.ndim == 0:  # a loss, whose variance of nearly equal numbers cancels most digits
             allowed += 1e-9
         error = _distance(found[name], truth)
         if not error <= allowed:  # nan too
@@ -68,14 +52,7 @@ def _distance(value: Tensor, truth: Tensor) -> float:
 def results(
     module: nn.Module, forward: Forward, batch: Batch, settings: Settings
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, in float64.
-
-    Args:
-        module: Holds the parameters.
-        forward: What to run.
-        batch: Its leaves get gradients too.
-        settings: Without backward there are only outputs.
-    """
+    """Outputs and gradients by name, in float64."""
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     leaves = {'x': batch.x, 'weights': batch.weights, **learned}
     devices = [batch.x.device] if batch.x.is_cuda else []

@@ -21,19 +21,7 @@ from .training import WARM_UP, Finished, measured_of, running, settings_of
 
 
 class Pairs:
-    """Measures each iteration of a loop, and beside it the bare step of the same batch.
-
-    Args:
-        runner: mmengine's, whose training has been built.
-        iterations: How many pairs to measure, after `WARM_UP` that do not count.
-
-    Attributes:
-        seconds: Processor time of all threads of each iteration, and of its bare step.
-
-    Raises:
-        ValueError: An optimizer's step is of several iterations, or the loss has a scale: a bare
-            step would do other work.
-    """
+    """Measures each iteration of a loop, and beside it the bare step of the same batch."""
 
     def __init__(self, runner: Any, iterations: int) -> None:
         _check(runner.optim_wrapper)
@@ -88,21 +76,7 @@ def _named(data: Any) -> dict[str, Any]:
 
 
 def measure_overhead(config: str, options: Sequence[str], iterations: int) -> dict[str, Any]:
-    """Train a config for some iterations, each beside its bare step, in a folder that is removed.
-
-    Args:
-        config: Config file.
-        options: 'name=value' each, as `--cfg-options` of tools/train.py.
-        iterations: How many to measure.
-
-    Returns:
-        The row of a run, in milliseconds of processor time: `bare_ms`, the median of the bare
-        steps, and `added_ms`, the quartiles of the differences of pairs.
-
-    Raises:
-        ValueError: If training ends before that, an option has no value, or as `Pairs`.
-        FileNotFoundError: If there is no such config.
-    """
+    """Trains some iterations, each beside its bare step: `bare_ms`, and quartiles `added_ms`."""
     found: list[Pairs] = []
     with running(settings_of(config, options)) as runner:
         built = runner.call_hook

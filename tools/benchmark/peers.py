@@ -75,10 +75,7 @@ def _soft_peer(
 
 
 class EinsumSoftMoE(nn.Module):
-    """SoftMoE as MoE Jetpack (arXiv 2406.04801) computes it, products as einsums over all experts.
-
-    Tokens and slots are unit vectors in the logits; slots read the tokens as they are.
-    """
+    """SoftMoE as MoE Jetpack (arXiv 2406.04801) has it, products as einsums over all experts."""
 
     def __init__(self, cell: Cell, slots: int) -> None:
         super().__init__()

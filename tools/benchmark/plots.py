@@ -29,17 +29,7 @@ STYLES = {
 
 
 def draw(run: Mapping[str, Any], path: Path) -> None:
-    """Draw a run into a file.
-
-    Curves where sizes were swept, savings where full forms are the baselines, bars elsewhere.
-
-    Args:
-        run: As `report.read` returns it.
-        path: Its ending tells the format.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """Draw a run into a file."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:

@@ -15,18 +15,7 @@ from .networks import Comparison
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a preset runs, and how.
-
-    Args:
-        runs: Cells and the contenders in them; None takes all that are installed.
-        threads: CPU threads.
-        clock: See `Settings`.
-        repeats: See `Settings`.
-        gates: Limits.
-        always_gated: A broken gate fails the run without `--gate` too.
-        compiled: Dense and ours through torch.compile too.
-        notes: What it leaves out on this processor, and why.
-    """
+    """What a preset runs, and how."""
 
     runs: tuple[tuple[Cell, tuple[str, ...] | None], ...] = ()
     comparisons: tuple[Comparison, ...] = ()
@@ -76,12 +65,7 @@ _CI_GATES = (
 
 
 def ci_preset(bfloat16: bool) -> Preset:
-    """What holds the speed of a layer.
-
-    Args:
-        bfloat16: Whether this processor computes it. Where it is emulated, its products are all of
-            the time of every contender, so that a ratio says nothing of ours.
-    """
+    """What holds the speed of a layer."""
     chosen = [cell.dtype == 'float32' or bfloat16 for cell in _CI_CELLS]
     gates = [gate.where.get('dtype', 'float32') == 'float32' or bfloat16 for gate in _CI_GATES]
     note = 'bfloat16 is left out: this processor has no instructions for it'

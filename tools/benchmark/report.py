@@ -111,12 +111,7 @@ def write(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load a run that `write` saved.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no run.
-    """
+    """Load a run that `write` saved."""
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
     try:

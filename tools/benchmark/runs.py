@@ -12,15 +12,7 @@ from .report import layer_table, network_table
 
 
 def run_layers(preset: Preset, settings: Settings) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Layers, with their tables.
-
-    Args:
-        preset: Its cells.
-        settings: The run.
-
-    Returns:
-        Rows, and who has none in each cell and why.
-    """
+    """Layers, with their tables."""
     rows, skipped = [], []
     for cell, names in preset.runs:
         measured, absent = measure_layer(cell, settings, choose(names))

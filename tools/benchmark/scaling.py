@@ -43,28 +43,13 @@ _HALF = {'parameter_bytes': 2, 'row_bytes': 2}  # bfloat16, in which large model
 
 
 def build(spec: str) -> Any:
-    """A vision transformer by name and options, as of `benchmark.py model`.
-
-    Args:
-        spec: Its name and options.
-
-    Raises:
-        ValueError: If there is no such model.
-    """
+    """A vision transformer by name and options, as of `benchmark.py model`."""
     name, options = parse_model(spec)
     return timm.create_model(name, **options)
 
 
 def sizes_of(model: Any) -> Network:
-    """What of a network travels, is kept, or is computed.
-
-    Args:
-        model: A vision transformer of timm, dense or with MoE layers, on any device, all of whose
-            parameters and codebooks learn.
-
-    Raises:
-        ValueError: If it is another kind of model.
-    """
+    """What of a network travels, is kept, or is computed."""
     macs = complexity(model).macs
     layers = [m for m in model.modules() if isinstance(m, MoeLayer)]
     whole = whole_parameters(model)
@@ -98,24 +83,12 @@ def _shapes(module: nn.Module, chosen: set[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def way_name(placed: int) -> str:
-    """In words.
-
-    Args:
-        placed: M, or `DDP` or `FSDP2`.
-    """
+    """In words."""
     return {DDP: 'DDP', FSDP2: 'FSDP2'}.get(placed, f'experts on {placed}')
 
 
 def predict(images: int, cluster: Cluster) -> list[dict[str, Any]]:
-    """ViT-B and ViT-L on 8 to 256 GPUs, by formula.
-
-    Args:
-        images: Per GPU.
-        cluster: Assumptions about machines.
-
-    Returns:
-        One row per network, way and number of GPUs.
-    """
+    """ViT-B and ViT-L on 8 to 256 GPUs, by formula."""
     check(images >= 1, '--batch', images, 'at least 1')
     rows = []
     for name, spec in LARGE.items():
@@ -171,21 +144,7 @@ def _memory_cell(row: dict[str, Any]) -> str:
 
 
 def measure_scaling(spec: str, images: int, every: Sequence[int]) -> list[dict[str, Any]]:
-    """A step in each way with a few processes on the CPU, beside the formulas.
-
-    Args:
-        spec: A vision transformer, as of `benchmark.py model`.
-        images: Per process.
-        every: Numbers of processes.
-
-    Returns:
-        One row per number of processes and way, in bytes per process: `sent` and `memory` by
-        formula, `counted` and `kept` as measured, and `gloo`, by formula for gloo's algorithms,
-        with `sockets`, what went through the sockets; None where the system does not tell.
-
-    Raises:
-        ValueError: If a number is too small.
-    """
+    """A step in each way with a few processes on the CPU, beside the formulas."""
     check(images >= 1, '--batch', images, 'at least 1')
     check(min(every) >= 2, '--processes', list(every), 'at least 2 each')
     with torch.device('meta'):

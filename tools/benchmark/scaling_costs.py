@@ -50,16 +50,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What of a network travels, is kept, or is computed.
-
-    Args:
-        blocks: Its blocks.
-        rest: Shapes of what is spread outside of blocks.
-        whole: Number of parameters that each process has whole: routers, gates, norms of codes.
-        codebooks: Codes and width of each codebook that learns from all processes' tokens.
-        row_elements: Numbers in the rows that experts compute for an image, over all layers.
-        macs: Multiply-accumulates for an image.
-    """
+    """What of a network travels, is kept, or is computed."""
 
     blocks: tuple[Block, ...]
     rest: tuple[Shape, ...] = ()
@@ -76,13 +67,7 @@ class Network:
 
 
 class Transfer(NamedTuple):
-    """What one process sends in a step.
-
-    Args:
-        what: 'gradients', 'parameters', 'rows' or 'codebooks'.
-        among: 'all' processes, the 'groups' that have the same experts, or the 'experts' of one.
-        sent: Bytes.
-    """
+    """What one process sends in a step."""
 
     what: str
     among: str
@@ -124,17 +109,7 @@ def transfers(
     row_bytes: int = 4,
     reduce_scatters: float = 1,
 ) -> list[Transfer]:
-    """What one process sends in a step.
-
-    Args:
-        network: The network.
-        placed: M, or `DDP` or `FSDP2`.
-        processes: N.
-        images: Per process.
-        parameter_bytes: Of a number in which FSDP2 gathers parameters.
-        row_bytes: Of a number in which experts compute.
-        reduce_scatters: Factor of a reduce-scatter: 2 on gloo, which reduces all everywhere.
-    """
+    """What one process sends in a step."""
     found = [Transfer('codebooks', 'all', _codebooks(network, processes))]
     if placed == DDP:
         gradients = all_reduce(_FLOAT * network.params, processes)
@@ -163,16 +138,7 @@ def _codebooks(network: Network, processes: int) -> float:
 
 
 class Memory(NamedTuple):
-    """Bytes of one process, without activations.
-
-    Args:
-        parameters: As they are kept.
-        gradients: Of them.
-        state: AdamW's.
-        beside: While a step runs: DDP's buckets, which are a copy of all gradients unless they
-            share memory; or what FSDP2 has whole, two blocks and all outside of blocks, and the
-            gradient of a block.
-    """
+    """Bytes of one process, without activations."""
 
     parameters: int
     gradients: int
@@ -181,14 +147,7 @@ class Memory(NamedTuple):
 
 
 def memory(network: Network, placed: int, processes: int, parameter_bytes: int = 4) -> Memory:
-    """Bytes of the process that has most.
-
-    Args:
-        network: The network.
-        placed: M, or `DDP` or `FSDP2`.
-        processes: N.
-        parameter_bytes: As `transfers`.
-    """
+    """Bytes of the process that has most."""
     if placed == DDP:
         own, beside = network.params, _FLOAT * network.params
     else:
@@ -209,18 +168,7 @@ def memory(network: Network, placed: int, processes: int, parameter_bytes: int =
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Assumptions about machines; the defaults are figures of data sheets.
-
-    Args:
-        gpus: Of a machine.
-        inside: Bytes per second that a GPU sends to others of its machine: NVLink of an H100.
-        between: Bytes per second that a machine sends to others, for all its GPUs: 400 Gbit/s.
-        flops: Of a GPU at its best, per second: bfloat16 of an H100.
-        used: Share of that in a step that does not wait for others.
-
-    Raises:
-        ValueError: If one is not above zero.
-    """
+    """Assumptions about machines; the defaults are figures of data sheets."""
 
     gpus: int = 8
     inside: float = 450e9
@@ -236,17 +184,7 @@ class Cluster:
 def seconds(
     sent: Iterable[Transfer], placed: int, processes: int, cluster: Cluster
 ) -> tuple[float, float]:
-    """Time of transfers: of those that computing may hide, and of rows, which are waited for.
-
-    A ring over several machines is as fast as the link between two of them. Groups are rings side
-    by side, as many as there are sets of experts' parts on a machine, and share that link.
-
-    Args:
-        sent: What one process sends.
-        placed: M, or `DDP` or `FSDP2`.
-        processes: N.
-        cluster: Where they run.
-    """
+    """Time of transfers: of those that computing may hide, and of rows, which are waited for."""
     assert placed <= cluster.gpus, 'processes that share experts are on one machine'
     crosses = processes > cluster.gpus
     overlapping, waiting = 0.0, 0.0
@@ -269,20 +207,7 @@ def efficiency(
     parameter_bytes: int = 4,
     row_bytes: int = 4,
 ) -> tuple[float, float]:
-    """Share of a step in which a GPU computes: at worst and at best.
-
-    At worst nothing is sent while it computes, at best all but rows is. A multiply-accumulate is
-    two operations, and a backward pass costs two forward passes.
-
-    Args:
-        network: The network.
-        placed: M, or `DDP` or `FSDP2`.
-        processes: N.
-        images: Per process.
-        cluster: Where they run.
-        parameter_bytes: As `transfers`.
-        row_bytes: As `transfers`.
-    """
+    """Share of a step in which a GPU computes: at worst and at best."""
     sent = transfers(network, placed, processes, images, parameter_bytes, row_bytes)
     overlapping, waiting = seconds(sent, placed, processes, cluster)
     computing = 6 * network.macs * images / (cluster.used * cluster.flops)

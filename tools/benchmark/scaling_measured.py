@@ -37,13 +37,7 @@ WARM_UP = 2  # steps: codebooks start in the first, and DDP orders its buckets a
 
 
 class Measured(NamedTuple):
-    """One way.
-
-    Args:
-        counted: Bytes that a process sends in a step by operator, mean over processes.
-        sockets: The same, through its sockets; None where the system does not tell.
-        kept: Bytes of parameters, gradients and AdamW's state of the process with most of each.
-    """
+    """One way."""
 
     counted: dict[str, float]
     sockets: float | None
@@ -53,14 +47,7 @@ class Measured(NamedTuple):
 def measure(
     build: Callable[[], Any], ways: Sequence[int], processes: int, images: int
 ) -> list[Measured]:
-    """Take training steps in each way, on the CPU.
-
-    Args:
-        build: Makes the model; other processes import it.
-        ways: `DDP`, `FSDP2`, or on how many processes one set of experts is.
-        processes: How many start.
-        images: Per process.
-    """
+    """Take training steps in each way, on the CPU."""
     with TemporaryDirectory() as folder:
         mp.spawn(_run, (build, ways, processes, images, Path(folder)), nprocs=processes)
         ranks = [torch.load(Path(folder) / f'{rank}.pth') for rank in range(processes)]
@@ -130,13 +117,7 @@ def _own_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def train_step(call: nn.Module, model: Any, images: int) -> None:
-    """Forward, backward, and what learns without gradients, on random images.
-
-    Args:
-        call: The model, or what wraps it.
-        model: A vision transformer of timm.
-        images: Of this process.
-    """
+    """Forward, backward, and what learns without gradients, on random images."""
     size = model.patch_embed.img_size
     with collect_losses(model, update_state=False) as collected:
         logits = call(torch.randn(images, 3, *size))
@@ -146,11 +127,7 @@ def train_step(call: nn.Module, model: Any, images: int) -> None:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Adds up what this process sends in the collectives that run inside.
-
-    Attributes:
-        sent: Bytes by operator: of rings, and of rows that go to others.
-    """
+    """Adds up what this process sends in the collectives that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,10 +174,7 @@ _BYTES_SENT = 200
 
 
 def sent_by_sockets() -> int | None:
-    """Bytes that this process has sent through the TCP sockets that it has open.
-
-    None on systems that do not tell.
-    """
+    """Bytes that this process has sent through the TCP sockets that it has open."""
     if sys.platform != 'linux':
         return None
     total = 0

@@ -16,12 +16,7 @@ FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2 cache
 
 
 class Clock:
-    """Times calls.
-
-    Args:
-        kind: 'wall', or 'process' for the CPU time of all threads of this process.
-        device: On CUDA a call is timed by events, until its work is done.
-    """
+    """Times calls."""
 
     def __init__(self, kind: str, device: str) -> None:
         self.cuda = device.startswith('cuda')
@@ -53,25 +48,13 @@ Step = Callable[[int], Mapping[str, float]]
 
 
 def use_device(device: str) -> None:
-    """Makes a card the one whose clocks and memory are read, which is the first one otherwise.
-
-    Args:
-        device: Such as 'cuda:1'; without a number it is the first one.
-    """
+    """Makes a card the one whose clocks and memory are read, which is the first one otherwise."""
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)
 
 
 def interleave(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Run all steps in every round, in a new order each time, so that drift meets all alike.
-
-    Args:
-        steps: By name; called with the number of the round, they return milliseconds by part.
-        repeats: Rounds that count, after `WARM_UP` that do not.
-
-    Returns:
-        Name to part to one value per round.
-    """
+    """Run all steps in every round, in a new order each time, so that drift meets all alike."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
     order = random.Random(0)
     gc.collect()
@@ -98,11 +81,7 @@ def ratio(times: list[float], reference: list[float]) -> float:
 
 
 def peak_memory(step: Part, device: str) -> int:
-    """Bytes that one call allocates at its peak, over what was there before.
-
-    On the CPU from the profiler's record of torch's allocator: what oneDNN and OpenMP take for
-    themselves is not in it.
-    """
+    """Bytes that one call allocates at its peak, over what was there before."""
     if device.startswith('cuda'):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -31,12 +31,7 @@ class Finished(Exception):
 
 
 class StepClock:
-    """Adds up, per iteration, the time that a runner spends in some functions.
-
-    Args:
-        runner: mmengine's; its hooks, its model's step and its optimizer get clocks around them.
-        iterations: How many to measure, after `WARM_UP` that do not count.
-    """
+    """Adds up, per iteration, the time that a runner spends in some functions."""
 
     def __init__(self, runner: Any, iterations: int) -> None:
         self.iterations = iterations
@@ -97,21 +92,7 @@ def _now() -> float:
 
 
 def measure_training(config: str, options: Sequence[str], iterations: int) -> dict[str, Any]:
-    """Train a config for some iterations, in a folder that is removed.
-
-    Args:
-        config: Config file.
-        options: 'name=value' each, as `--cfg-options` of tools/train.py.
-        iterations: How many to measure.
-
-    Returns:
-        The row of a run: `parts_ms`, the median milliseconds of each of `PARTS`, `images` per
-        iteration, and what was run.
-
-    Raises:
-        ValueError: If training ends before that, or an option has no value.
-        FileNotFoundError: If there is no such config.
-    """
+    """Train a config for some iterations, in a folder that is removed."""
     settings = settings_of(config, options)
     with running(settings) as runner:
         clock = StepClock(runner, iterations)
@@ -123,16 +104,7 @@ def measure_training(config: str, options: Sequence[str], iterations: int) -> di
 
 
 def settings_of(config: str, options: Sequence[str]) -> Any:
-    """A config with options.
-
-    Args:
-        config: Config file.
-        options: 'name=value' each, as `--cfg-options` of tools/train.py.
-
-    Raises:
-        ValueError: If an option has no value.
-        FileNotFoundError: If there is no such config.
-    """
+    """A config with options."""
     from mmengine.config import DictAction
 
     from vqmoe_vision.engine.cli import load_config
@@ -147,11 +119,7 @@ def settings_of(config: str, options: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def running(settings: Any) -> Iterator[Any]:
-    """The runner of a config in a folder that is removed; `Finished` ends its training.
-
-    Args:
-        settings: The config; is changed.
-    """
+    """The runner of a config in a folder that is removed; `Finished` ends its training."""
     from mmengine.runner import Runner
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
@@ -165,15 +133,7 @@ Measured = TypeVar('Measured')
 
 
 def measured_of(every: Sequence[Measured], iterations: int) -> Sequence[Measured]:
-    """What counts of the iterations that ran.
-
-    Args:
-        every: One for each.
-        iterations: How many are wanted, after `WARM_UP` that do not count.
-
-    Raises:
-        ValueError: If training ended before that.
-    """
+    """What counts of the iterations that ran."""
     measured = every[WARM_UP:]
     check(len(measured) == iterations, 'iterations', iterations, f'at most {len(measured)} here')
     return measured

@@ -50,14 +50,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """A measured constant of `kernels/padded_plan.py`, and where it decides something.
-
-    Args:
-        values: What it is tried with, its own value among them.
-        cells: Where it matters.
-        amx: Whether below float32 it is of processors with AMX, or of those without; None for both.
-        threads: 'one' or 'several', where it decides nothing otherwise.
-    """
+    """A measured constant of `kernels/padded_plan.py`, and where it decides something."""
 
     values: tuple[Any, ...]
     cells: tuple[Cell, ...]
@@ -65,12 +58,7 @@ class Constant:
     threads: str | None = None
 
     def absent(self, cell: Cell, threads: int) -> str | None:
-        """Why it decides nothing here; None if it does.
-
-        Args:
-            cell: Of `cells`.
-            threads: CPU threads of the run.
-        """
+        """Why it decides nothing here; None if it does."""
         if self.threads is not None and (threads > 1) != (self.threads == 'several'):
             return f'needs --threads {"1" if threads > 1 else "2 or more"}'
         if cell.dtype == 'float32':  # AMX has no product of it
@@ -102,12 +90,7 @@ CONSTANTS = {
 
 @contextmanager
 def changed(name: str, value: Any) -> Iterator[None]:
-    """A constant has another value inside the block, in all threads.
-
-    Args:
-        name: Key of `CONSTANTS`.
-        value: Of `Constant.values`.
-    """
+    """A constant has another value inside the block, in all threads."""
     before = getattr(padded_plan, name)
     setattr(padded_plan, name, value)
     try:
@@ -117,15 +100,7 @@ def changed(name: str, value: Any) -> Iterator[None]:
 
 
 def deciding(name: str, cell: Cell, settings: Settings) -> list[Any]:
-    """Values with which the rows of some round stand otherwise than with the one in use.
-
-    Others would compute the same, and their times tell noise.
-
-    Args:
-        name: Key of `CONSTANTS`.
-        cell: The cell.
-        settings: The run, by whose rounds and threads.
-    """
+    """Values with which the rows of some round stand otherwise than with the one in use."""
     inputs, own = Inputs(cell, settings.device), getattr(padded_plan, name)
     routings = [inputs.batch(i).indices.flatten() for i in range(settings.repeats)]
 
@@ -141,21 +116,7 @@ def deciding(name: str, cell: Cell, settings: Settings) -> list[Any]:
 def measure_constant(
     name: str, cell: Cell, settings: Settings, values: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Time the dispatch and experts of one cell with its own value of a constant and others.
-
-    Args:
-        name: Key of `CONSTANTS`.
-        cell: The cell.
-        settings: The run.
-        values: The others.
-
-    Returns:
-        One row per value, as of `layers`, with `to_chosen`, the time over that of the constant's
-        own value, and `low` and `high`, the quartiles of that ratio over the rounds.
-
-    Raises:
-        WrongResultError: If an answer or gradient differs from the plain loop's.
-    """
+    """Time the dispatch and experts of one cell with its own value of a constant and others."""
     inputs = Inputs(cell, settings.device)
     torch.manual_seed(0)
     (dense,), (bound,) = ours.dense(cell, settings, inputs), ours.bound(cell, settings, inputs)
@@ -176,13 +137,7 @@ def measure_constant(
 
 
 def with_value(contender: Contender, name: str, value: Any) -> Contender:
-    """The same contender, planning its rows with another value of a constant.
-
-    Args:
-        contender: Whose forward pass makes the plan.
-        name: Key of `CONSTANTS`.
-        value: Of `Constant.values`.
-    """
+    """The same contender, planning its rows with another value of a constant."""
     run = contender.forward
 
     def forward(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
@@ -206,12 +161,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def run_tune(args: argparse.Namespace, restart: bool) -> None:
-    """Measures constants and prints a table for each cell.
-
-    Args:
-        args: Of the command line.
-        restart: Whether the process may restart itself to set up its allocator and threads.
-    """
+    """Measures constants and prints a table for each cell."""
     names = args.constants or list(CONSTANTS)
     for name in names:
         check(name in CONSTANTS, '--constants', name, f'one of {", ".join(CONSTANTS)}')

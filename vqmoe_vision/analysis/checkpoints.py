@@ -17,7 +17,7 @@ from .record import recorded
 def routing_changes(
     before: nn.Module, after: nn.Module, batches: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Share of tokens whose first expert is another one at a later checkpoint."""
+    """Share of tokens with another first expert later in one training, by decider."""
     changed: dict[str, float] = {}
     count = 0
     for images in batches:
@@ -43,7 +43,7 @@ def _first_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def layer_states(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the layers with experts, which is all that `convergence` looks at."""  # LONG
+    """Copies of what `convergence` looks at: parameters and buffers of layers with experts."""
     layers = tuple(f'{name}.' for name in moe_layers(model))
     return {
         name: value.detach().cpu().clone()
@@ -65,7 +65,7 @@ def convergence(
             if name.startswith(f'{layer}.') and value.is_floating_point():
                 part = name.removeprefix(f'{layer}.').split('.')[0]
                 parts.setdefault(f'{layer}.{part}', []).append(name)
-    found = {}
+    found = {}  # 'blocks.1.mlp.router': a number for each checkpoint, oldest first
     for part, names in parts.items():
         trajectory = torch.stack([_flat(state, names) for state in checkpoints])
         found[part] = {

@@ -124,7 +124,6 @@ def _check_order(paths: Sequence[str]) -> None:
 
 
 def _check_classes(path: str, model: Any, source: Source) -> None:
-    """Refuses labels that the model does not have."""
     count = getattr(model, 'num_classes', None)
     if source.classes is not None and count is not None and count != len(source.classes):
         raise ValueError(

@@ -66,6 +66,7 @@ def _draw_codes(axes: Axes, places: Tensor, usage: Tensor, colours: Tensor) -> N
 
 def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """Mean (D,), first two principal axes (D, 2) and their shares of the variance."""
+    # not scikit-learn's: tokens that are all the same have no variance to divide by
     mean = tokens.mean(dim=0)
     spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
     shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)

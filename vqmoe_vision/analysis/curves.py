@@ -53,7 +53,8 @@ def curves(records: list[Record]) -> dict[str, Curve]:
     collected: dict[str, Curve] = {}
     iteration = 0
     for record in records:
-        if 'iter' in record:  # only records of training iterations have it
+        # a validation has its epoch as step, and is placed at the iteration before it
+        if 'iter' in record:
             iteration = record['step']
         for name, value in record.items():
             if isinstance(value, (int, float)):

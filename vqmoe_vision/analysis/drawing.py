@@ -30,7 +30,7 @@ R = TypeVar('R')
 class Picture:
     """A figure and what a reader who does not see it has to know."""
 
-    name: str
+    name: str  # of its file
     title: str
     alt: str
     figure: Figure
@@ -50,7 +50,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 def panels(
     count: int, width: float, height: float, room: float = 0.0, sharex: bool = False
 ) -> tuple[Figure, Any]:
-    """A figure of one column of panels or two, with one y axis for all."""
+    """A figure of one column of panels or two, with one y axis for all; sizes in inches."""
     columns = min(count, 2)
     lines = -(-count // columns)
     figure = Figure(figsize=(width, lines * height + room), layout='constrained')

@@ -39,7 +39,7 @@ def load_map(survey: Survey) -> Picture | None:
 
 @styled
 def class_map(name: str, decider: str, counts: Tensor, load: Tensor, classes: list[str]) -> Picture:
-    """How the tokens of a class go to experts; each row sums to 1."""
+    """How the tokens of a class go to experts, from counts (E, C); each row sums to 1."""
     shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
     seen = counts.sum(0) > 0
     apart = torch.where(seen, (shares - load).abs().sum(1), -1)
@@ -92,7 +92,6 @@ def similarity_map(name: str, layer: LayerSurvey) -> Picture | None:
 
 
 def _pairs(cosine: Tensor) -> str:
-    """The pair that is most alike and the mean over pairs, in words."""
     if len(cosine) < 2:
         return 'a single expert'
     others = cosine.double().clone()

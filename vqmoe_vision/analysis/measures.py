@@ -23,7 +23,7 @@ def entropy(counts: Tensor) -> float:
 
 
 def load_entropy(load: Tensor) -> float:
-    """Entropy of the load over that of an even load, H(load) / log E, in [0, 1]."""
+    """H(load) / log E of counts or shares (E,): 1 if even, or of one expert; 0 if one takes all."""
     num_experts = load.numel()
     if num_experts == 1:
         return 1.0
@@ -31,7 +31,7 @@ def load_entropy(load: Tensor) -> float:
 
 
 def load_variation(load: Tensor) -> float:
-    """Coefficient of variation of the load, std / mean, in [0, sqrt(E - 1)]."""
+    """Coefficient of variation, std / mean, of counts or shares (E,), in [0, sqrt(E - 1)]."""
     return squared_variation(load.double()).sqrt().item()
 
 
@@ -47,30 +47,31 @@ def usage_perplexity(usage: Tensor) -> float:
 
 
 def mutual_information(counts: Tensor) -> float:
-    """Mutual information of expert and class, H(expert) + H(class) - H(expert, class), in nats."""
+    """H(expert) + H(class) - H(expert, class), in nats, of counts (E, C)."""
+    # without any connection T tokens still give about (E - 1)(C - 1) / 2T (Miller 1955)
     shared = entropy(counts.sum(dim=1)) + entropy(counts.sum(dim=0)) - entropy(counts)
     return max(shared, 0.0)  # independence gives a rounding error of either sign
 
 
 def normalized_mutual_information(counts: Tensor) -> float:
-    """Mutual information over the most that it can be, min(H(expert), H(class)), in [0, 1]."""
+    """The same over the most that it can be, min(H(expert), H(class)), in [0, 1]."""
     most = min(entropy(counts.sum(dim=1)), entropy(counts.sum(dim=0)))
     return mutual_information(counts) / most if most > 0 else 0.0
 
 
 def quantization_error(squared_distance: float, energy: float) -> float:
-    """Squared distance between tokens and their codes, over an energy of the tokens."""
+    """Squared distance of tokens to codes over `sum |x|^2`, or over that around their mean."""
     return squared_distance / max(energy, 1e-300)
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp(entropy) of the singular values of tokens, as shares of their sum, in [1, min(T, D)]."""
+    """exp(entropy) of tokens' singular values, in [1, min(T, D)], from their X^T X (D, D)."""
     singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
     return usage_perplexity(singular)
 
 
 def weight_similarity(experts: Experts) -> Tensor:
-    """Cosine similarity of the experts' parameters, weights and biases in one vector each."""
+    """Cosine similarity (E, E) of parameters, weights and biases of an expert in one vector."""
     flat = torch.cat([p.detach().double().flatten(1).cpu() for p in experts.parameters()], dim=1)
     unit = F.normalize(flat, dim=1)
     return unit @ unit.t()
@@ -78,7 +79,7 @@ def weight_similarity(experts: Experts) -> Tensor:
 
 @torch.no_grad()
 def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
-    """Every expert's answer to every token, wherever it is sent."""
+    """Every expert's answer (E, T, D) to every token (T, D), wherever it is sent."""
     num_experts, num_tokens = experts.num_experts, len(tokens)
     tokens = tokens.to(next(experts.parameters()))
     ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
@@ -86,7 +87,7 @@ def expert_outputs(experts: Experts, tokens: Tensor) -> Tensor:
 
 
 def output_similarity(outputs: Tensor) -> Tensor:
-    """Cosine similarity of the experts' answers to the same tokens, averaged over tokens."""
+    """Cosine similarity (E, E) of answers (E, T, D) to the same tokens, averaged over tokens."""
     unit = F.normalize(outputs.double(), dim=-1)
     return torch.einsum('etd,ftd->ef', unit, unit) / outputs.shape[1]
 
@@ -101,7 +102,7 @@ def mean_similarity(similarity: Tensor) -> float:
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:
-    """Share of tokens whose first expert is another one in a second routing of the same tokens."""
+    """Share of tokens with another first expert, -1 for none; between two trainings it is void."""
     if before.shape != after.shape:
         raise ValueError(
             f'after={tuple(after.shape)} is not possible: as many tokens as before, '
@@ -111,7 +112,7 @@ def changed_share(before: Tensor, after: Tensor) -> float:
 
 
 def chance_of_change(usage: Tensor) -> float:
-    """Share of tokens that would change if experts were drawn anew from the same load, 1 - sum p^2."""  # LONG
+    """What `changed_share` is if experts are drawn anew from the same load (E,): 1 - sum p^2."""
     shares = usage.double() / usage.sum().clamp(min=1e-300)
     return 1 - shares.square().sum().item()
 
@@ -122,12 +123,12 @@ def kept_beyond_chance(changed: float, by_chance: float) -> float:
 
 
 def similarity_to_last(checkpoints: Tensor) -> Tensor:
-    """Cosine similarity of parameters at every checkpoint with those at the last one."""
+    """Cosine similarity (S,) of parameters (S, P), oldest first, with those at the last."""
     unit = F.normalize(checkpoints.double(), dim=1)
     return unit @ unit[-1]
 
 
 def distance_to_last(checkpoints: Tensor) -> Tensor:
-    """What is left of the way from the first checkpoint to the last, `|p_s - p_S| / |p_1 - p_S|`."""  # LONG
+    """`|p_s - p_S| / |p_1 - p_S|`, (S,), of parameters (S, P): from 1 to 0; 0 if nothing moved."""
     left = (checkpoints.double() - checkpoints[-1].double()).norm(dim=1)
     return left / left[0].clamp(min=1e-300)

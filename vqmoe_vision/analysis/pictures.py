@@ -28,7 +28,7 @@ def expert_colours(num_experts: int) -> Tensor:
 
 
 def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """Colours every patch by its expert."""
+    """Images (B, C, H, W) in [0, 1] with each patch (B, rows, columns) in its expert's colour."""
     (height, width), (rows, columns) = images.shape[-2:], experts.shape[-2:]
     if height % rows or width % columns:
         raise ValueError(

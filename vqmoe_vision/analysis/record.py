@@ -23,19 +23,20 @@ class LayerRecord:
     """One pass of one layer; all tensors are detached and on the CPU."""
 
     num_experts: int
-    inputs: Tensor
-    outputs: Tensor
-    experts: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    codes: dict[str, Tensor] = field(default_factory=dict)
-    gates: Tensor | None = None
-    dispatch: Tensor | None = None
-    combine: Tensor | None = None
+    inputs: Tensor  # (B, N, D)
+    outputs: Tensor  # (B, N, D)
+    # by decider, the module that chooses, such as 'router' or 'quantizer.codebook'
+    experts: dict[str, Tensor] = field(default_factory=dict)  # (B, N, K), best first, -1 for none
+    weights: dict[str, Tensor] = field(default_factory=dict)  # (B, N, K), gates included
+    codes: dict[str, Tensor] = field(default_factory=dict)  # (B, N)
+    gates: Tensor | None = None  # (B, N, 2), continuous and discrete
+    dispatch: Tensor | None = None  # (B, N, E, P), sums to 1 over N
+    combine: Tensor | None = None  # (B, N, E, P), sums to 1 over E and P
 
 
 @contextmanager
 def record_layers(model: nn.Module) -> Iterator[dict[str, LayerRecord]]:
-    """Look at the MoE layers of a model while it runs."""
+    """Records the last pass of each MoE layer, by its name, while a model runs."""
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f'model: {type(model).__name__} is dense, it has no layer of experts')
@@ -79,7 +80,7 @@ def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
 
 
 def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:
-    """Puts what is known of every token in the place of its patch."""
+    """What is known of every token (B, N, ...) at its patch (B, rows, columns, ...)."""
     height, width = images.shape[-2:]
     rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     return of_tokens[:, model.num_prefix_tokens :].unflatten(1, (rows, columns))

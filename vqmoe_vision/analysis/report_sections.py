@@ -49,11 +49,10 @@ class Section:
     text: str
     columns: list[Column] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    stepped: bool = False
+    stepped: bool = False  # a slider shows one picture after the other
 
 
 def _seen(survey: Survey, kind: str) -> list[str]:
-    """Layers of which the examples hold maps of a kind."""
     maps = getattr(survey.examples[0], kind) if survey.examples else {}
     return [name for name in survey.layers if name in maps]
 

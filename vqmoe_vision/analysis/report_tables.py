@@ -37,15 +37,15 @@ class Change:
 
     before: str
     after: str
-    shares: dict[str, float]
+    shares: dict[str, float]  # of tokens with another first expert, by decider
 
 
 @dataclass(frozen=True)
 class Convergence:
     """How much of their way the parts of the layers have left at the checkpoints of a run."""
 
-    checkpoints: list[str]
-    parts: dict[str, dict[str, list[float]]]
+    checkpoints: list[str]  # titles, oldest first
+    parts: dict[str, dict[str, list[float]]]  # as `checkpoints.convergence`
 
     def left(self, part: str) -> list[float]:
         """What is left of a part's way to the last checkpoint, 1 at the first."""
@@ -137,7 +137,6 @@ def convergence_table(convergence: Convergence) -> Table:
 def _kept(
     corner: str, rows: dict[str, dict[str, float]], chance: dict[str, float], of: str = ''
 ) -> Table:
-    """What stays beyond chance, by which deciders compare."""
     caption = f'{of}{"kept" if of else "Kept"} beyond chance: 1 is all, 0 as if drawn anew'
     possible = [decider for decider, share in chance.items() if share > 0]
     lines = []

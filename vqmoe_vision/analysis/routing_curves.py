@@ -90,7 +90,6 @@ def _panels(count: int) -> tuple[Figure, Any]:
 
 
 def _legend(figure: Figure, grid: Any) -> None:
-    """One legend of all panels, if there is room for it."""
     names = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     if len(names) <= 20:
         figure.legend(

@@ -20,8 +20,8 @@ class TokenMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total = torch.zeros(())
-        self.gram = torch.zeros(())
+        self.total = torch.zeros(())  # (D,) float64
+        self.gram = torch.zeros(())  # X^T X, (D, D) float64
 
     def add(self, tokens: Tensor) -> None:
         """Take further tokens (T, D)."""
@@ -51,7 +51,7 @@ class TokenSample:
         self.indices = torch.empty(0, dtype=torch.int64)
 
     def add(self, tokens: Tensor, indices: Tensor) -> None:
-        """Take further tokens into consideration."""
+        """Take further tokens (T, D) into consideration, and a number (T,) for each."""
         keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
         chosen = keys.argsort()[:MOST_TOKENS]
         self._keys = keys[chosen]
@@ -60,7 +60,7 @@ class TokenSample:
 
 
 def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
-    """Cuts images into what becomes tokens; what is missing below and to the right is black."""
+    """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
     (height, width), (h, w) = pixels.shape[-2:], model.patch_embed.patch_size
     padded = F.pad(pixels, (0, -width % w, 0, -height % h))
     cut = padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))  # (B, C, rows, h, columns, w)
@@ -74,7 +74,7 @@ class ConfidentPatches:
         self._found: list[list[tuple[float, Patch]]] = [[] for _ in range(num_experts)]
 
     def add(self, scores: Tensor, weights: Tensor, patches: Tensor, first_image: int) -> None:
-        """Take the patches of further images into consideration."""
+        """Take patches (B, rows, columns, 3, h, w), scores and weights (B, rows, columns, E)."""
         flat_scores, flat_weights = scores.flatten(0, 2), weights.flatten(0, 2)
         best = flat_scores.topk(min(MOST_PATCHES, len(flat_scores)), dim=0)
 

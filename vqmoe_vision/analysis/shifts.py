@@ -31,8 +31,10 @@ def _in_place(before: Tensor, after: Tensor) -> Pair:
 class Shift:
     """A way to change images."""
 
-    name: str
+    name: str  # with its severity: 'gaussian_noise 3'
+    # pixels (B, C, H, W) in [0, 1], the index of the first image, and the size of a patch
     change: Callable[[Tensor, int, tuple[int, int]], Tensor]
+    # maps (B, rows, columns) before and after, to what is the same patch in both
     align: Callable[[Tensor, Tensor], Pair] = _in_place
 
 

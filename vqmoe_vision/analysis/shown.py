@@ -32,7 +32,7 @@ class Shown:
 
 
 def shown(pictures: Iterable[Picture | None], title: str) -> list[Shown]:
-    """Draws pictures."""
+    """Draws pictures; the title of their model begins the names of their files."""
     return [_png(picture, title) for picture in pictures if picture is not None]
 
 

@@ -24,8 +24,8 @@ _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 class Sample(NamedTuple):
     """One image."""
 
-    image: Tensor
-    label: Tensor | None
+    image: Tensor  # (3, H, W), normalised as in training
+    label: Tensor | None  # (), or (H, W) with 255 for none
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
     normalization: Normalization
 
     def drawn(self, count: int) -> 'Source':
-        """At most `count` of them in random order, the same every time."""
+        """At most `count`, drawn the same every time: the first files would be of one class."""
         own = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.samples), generator=own)[:count].tolist()
         samples: Any = Subset(self.samples, chosen)  # type: ignore[arg-type]  # needs no Dataset

@@ -130,8 +130,6 @@ def _example(
     name: str,
     records: dict[str, LayerRecord],
 ) -> Example:
-    """What every layer does with the patches of one image of a batch."""
-
     def grid(of_tokens: Tensor) -> Tensor:
         return on_patches(model, images, of_tokens[index : index + 1])[0].clone()
 

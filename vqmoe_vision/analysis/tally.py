@@ -27,10 +27,10 @@ class Seen:
     """A batch, as all layers see it."""
 
     model: Transformer
-    images: Tensor
-    patches: Tensor
-    classes: Tensor | None
-    first_image: int
+    images: Tensor  # (B, 3, H, W)
+    patches: Tensor  # (B, rows, columns, 3, h, w) in [0, 1]
+    classes: Tensor | None  # of every token, (B, N), -1 for none
+    first_image: int  # its index in the data set
 
 
 class ExpertTally:
@@ -45,7 +45,7 @@ class ExpertTally:
         self.confident = ConfidentPatches(num_experts)
 
     def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
-        """Take what was decided for a batch."""
+        """Take experts, their weights, and how sure each choice is, all (B, N, K)."""
         size = self.num_experts + 1  # index 0 is that of no expert
         first = nn.functional.one_hot(experts[..., 0] + 1, size)
         assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
@@ -98,7 +98,7 @@ class SlotTally(ExpertTally):
         self.mixed = {'mixed_tokens': 0.0, 'mixed_slots': 0.0}
 
     def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
-        """Take a batch."""
+        """Take a batch, both (B, N, E, P)."""
         shares = combine.sum(dim=-1)
         self._add(shares.sum((0, 1)), shares, shares, shares, seen)
         self.images += len(combine)

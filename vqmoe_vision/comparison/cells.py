@@ -9,17 +9,17 @@ from .statistics import Difference
 
 
 def number(value: float) -> str:
-    """Two digits."""
+    """Two digits; a dash for nan."""
     return '-' if math.isnan(value) else f'{value:.2f}'
 
 
 def spread(mean: float, deviation: float) -> str:
-    """A mean and how far single values are from it."""
+    """A mean and the standard deviation; nan of the latter is left out."""
     return number(mean) + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
 
 
 def p_value(value: float) -> str:
-    """Three digits."""
+    """Three digits; a dash for nan."""
     if math.isnan(value):
         return '-'
     return '<0.001' if value < 0.001 else f'{value:.3f}'
@@ -40,5 +40,5 @@ def ends(difference: Difference) -> str:
 
 
 def layers(values: Sequence[float]) -> str:
-    """A number of each layer."""
+    """A number of each layer, in their order; a dash for nan, and for none."""
     return ' / '.join(number(value).rstrip('0').rstrip('.') for value in values) or '-'

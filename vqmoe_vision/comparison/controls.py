@@ -31,7 +31,6 @@ def is_started(comparison: Comparison, row: str) -> bool:
 
 
 def _model(comparison: Comparison, row: str) -> dict[str, Any]:
-    """The timm model's part of the config."""
     model = Run(comparison, row, comparison.seeds[0], Path()).resolved['model']
     return model.get('backbone', model)
 

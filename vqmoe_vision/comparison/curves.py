@@ -30,7 +30,7 @@ _COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
 
 
 def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
-    """Draws training loss, metric on held-out images, and its paired difference to the reference."""  # LONG
+    """Draws loss, held-out metric and its paired difference: means and deviations over seeds."""
     figure = Figure(figsize=(15, 10), layout='constrained')
     metric, reference = comparison.metric, comparison.reference
     titles = {
@@ -115,7 +115,7 @@ def marker_of(number: int, first: str = 'o') -> str:
 
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Colour and line of each row that has them."""
+    """Colour and line of each row that has them; one from a checkpoint has its row's colour."""
     names: dict[str, int] = {}
     styles = {}
     for row in comparison.highlighted or comparison.rows:

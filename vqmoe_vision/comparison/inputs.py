@@ -45,7 +45,7 @@ def without_other_inputs(results: Results) -> Results:
 
 
 def _mixed(kind: str, given: str, seen: Counter[str]) -> str | None:
-    """What to say of a row, unless it was given what most of those were that name the same."""
+    """What to say of a row, unless most that name the same were given that; of two halves none."""
     others = {what: rows for what, rows in seen.items() if what != given}
     usual = max(others, key=others.__getitem__, default=None)
     if usual is None or seen[given] > others[usual]:

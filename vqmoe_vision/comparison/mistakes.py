@@ -23,7 +23,7 @@ from .runs import Run
 
 
 def refuse_mistakes(runs: Sequence[Run]) -> None:
-    """Builds the model of each row, without memory for it, and looks whether there is the metric."""  # LONG
+    """Builds the model of each row without memory for it, and looks for the metric."""
     first: dict[tuple[str, str], Run] = {}
     for run in runs:
         first.setdefault((run.comparison.name, run.row), run)
@@ -45,7 +45,7 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """As mmengine writes them between the lines of `list`; each run has them in its own log."""
+    # mmengine writes them between the lines of `list`; each run has them in its own log
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -57,7 +57,6 @@ def _without_warnings() -> Iterator[None]:
 
 @contextmanager
 def _said_of(run: Run) -> Iterator[None]:
-    """Names comparison and row in what is wrong with a config."""
     try:
         yield
     except Exception as error:  # whatever a library makes of a value
@@ -66,7 +65,7 @@ def _said_of(run: Run) -> Iterator[None]:
 
 
 def _build(run: Run, config: Config) -> None:
-    """Of a segmentor the backbone, which rows differ in."""
+    # of a segmentor the backbone alone, which rows differ in
     model = config.model.get('backbone', config.model)
     with _said_of(run), structure_only():
         fits = not (model.get('pretrained') and model.get('extra_mlps'))

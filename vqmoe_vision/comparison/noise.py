@@ -15,7 +15,7 @@ PAIRS = 5
 
 
 def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, float]:
-    """Spread over seeds, and what five pairs of seeds would tell."""
+    """Spread over seeds by row, and the difference that five pairs detect, by all rows."""
     scores = scores_of(comparison, results)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0

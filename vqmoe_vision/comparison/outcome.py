@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def screens(self) -> bool:
-        """Whether there are so few seeds that all rows together tell the noise of each."""
+        """Whether seeds are so few that one row's own noise says nothing, and all rows tell it."""
         return len(self.comparison.seeds) <= FEW_SEEDS
 
     @cached_property
@@ -84,7 +84,7 @@ class Outcome:
 
     @property
     def planned(self) -> int:
-        """How many comparisons with the reference there will be."""
+        """How many there will be: whoever looks at two rows of twenty had twenty to look at."""
         return len(self.comparison.rows) - 1
 
     @cached_property

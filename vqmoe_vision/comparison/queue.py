@@ -33,8 +33,6 @@ _POLL_SECONDS = 0.2
 
 @dataclass
 class _Job:
-    """A run that is being worked on."""
-
     task: Task
     folder: Path
     slot: int
@@ -49,7 +47,7 @@ class _Job:
 
 
 class Queue:
-    """A queue of runs."""
+    """Works through tasks in their order; a task waits for what it starts from."""
 
     def __init__(self, tasks: Sequence[Task], jobs: int | None, pause: Path) -> None:
         if not Path('tools/train.py').is_file():
@@ -63,7 +61,7 @@ class Queue:
             make_folder(folder)
 
     def work(self) -> dict[str, str]:
-        """Works until nothing is left."""
+        """Works until nothing is left; returns what failed runs said last."""
         total = len(self._waiting)
         with (
             _terminated_as_interrupted(),
@@ -155,7 +153,6 @@ class Queue:
             self._finish(job, f'its commands left no {missing} in {job.folder}')
 
     def _collect(self, job: _Job) -> bool:
-        """Whether nothing is left to do for a run."""
         if finished := job.task.collect():
             self._finish(job)
         return finished
@@ -176,7 +173,6 @@ class Queue:
         self._say(job.task, error)
 
     def _say(self, task: Task, error: str | None) -> None:
-        """Says how a run has ended."""
         if error is not None:
             self._failed[task.name] = error
         tqdm.write(f'{task.name} failed: {error}' if error else f'{task.name} is finished')
@@ -198,6 +194,7 @@ class Queue:
 
 def visible_gpus(named: str | None, count: int) -> list[str]:
     """What CUDA_VISIBLE_DEVICES of one run after another is set to, a GPU each."""
+    # CUDA reads names up to the first unknown one; of parts of a GPU (MIG) it opens a single one
     names = named.split(',') if named else [str(index) for index in range(count)]
     return names if named and count and 'MIG' in named else names[:count]
 
@@ -227,7 +224,6 @@ def _lock(path: Path) -> IO[str] | None:
 
 
 def _share(job: _Job) -> float:
-    """How much of a run is done."""
     try:
         done, total = map(int, (job.folder / 'progress').read_text().split())
         return done / total
@@ -253,8 +249,7 @@ def _end(process: subprocess.Popen | None) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Lets a queue that is told to end take its runs with it."""
-
+    # a queue that is told to end takes its runs with it
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 

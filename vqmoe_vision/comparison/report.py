@@ -122,7 +122,6 @@ def write_images(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def _file(path: Path) -> Path:
-    """What a table or figure is written to."""
     check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')
     return path
 

@@ -15,10 +15,10 @@ Usable = dict[tuple[str, int], dict[str, Any]]
 class Results:
     """What is there of a comparison."""
 
-    usable: Usable
-    left_out: dict[str, str]
+    usable: Usable  # rows that count
+    left_out: dict[str, str]  # reasons by file
     missing: list[Run]
-    checked: dict[tuple[str, int], str] = field(default_factory=dict)
+    checked: dict[tuple[str, int], str] = field(default_factory=dict)  # commits of right checks
 
     @property
     def why_none(self) -> str:
@@ -51,7 +51,7 @@ def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
 
 
 def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
-    """A statistic of each layer, as mean over the runs that have it."""
+    """A statistic of each layer, as mean over the runs that have it, in the order of layers."""
     of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]
     of_runs.sort(key=len, reverse=True)
     layers = dict.fromkeys(layer for run in of_runs for layer in run)

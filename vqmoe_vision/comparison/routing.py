@@ -37,7 +37,7 @@ _BATCH = 50
 
 
 def measure_routing(runs: Sequence[Run], store: Store) -> list[str]:
-    """Surveys finished runs that have MoE layers and no such numbers, and adds them to their rows."""  # LONG
+    """Surveys finished runs that have no such numbers yet; returns those without a checkpoint."""
     usable, present, absent = store.with_checkpoints(runs)
     for run in tqdm(present, unit='run'):
         if 'routing' not in usable[run.row, run.seed]:

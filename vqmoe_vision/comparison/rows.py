@@ -60,7 +60,7 @@ NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 def row_options(
     row: str, size: str | None = 'tiny', model: str = 'model', moe_blocks: int = 2
 ) -> list[str]:
-    """The options that make a row of any config."""
+    """The options that make a row of any config; without a size it keeps its model of timm."""
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
     if row not in known:
         raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
@@ -80,10 +80,10 @@ class Backbone(NamedTuple):
     """The model of a config, which rows make others of."""
 
     path: str
-    field: str
-    size: str | None
+    field: str  # that holds the model
+    size: str | None  # key of `SIZES`; None of a model of timm, which rows keep
     dense: bool
-    started: bool
+    started: bool  # from weights
     moe_blocks: int = 2
 
     def options(self, row: str) -> list[str]:
@@ -134,7 +134,6 @@ def _moe_blocks(
 
 @cache
 def _depth(model_name: str) -> int:
-    """Of a model of timm, which alone knows it."""
     with structure_only():
         model = create_model(model_name)
     allowed = "one of timm's VisionTransformers or Evas"

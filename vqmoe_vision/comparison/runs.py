@@ -45,8 +45,8 @@ class Run:
 
     comparison: Comparison
     row: str
-    seed: int
-    root: Path
+    seed: int  # of everything that is drawn
+    root: Path  # folder of all comparisons' runs
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Run:
         return json.loads(json.dumps(self.merged().to_dict(), default=str))
 
     def merged(self, *more: str) -> Config:
-        """As `config`, of a file that is read once for all runs, without the modules that it names."""  # LONG
+        """As `config`, without importing the modules that the file names."""
         config = deepcopy(self.comparison.base)
         merge_options(config, parse_options([*self.options, *more]))
         return config
@@ -100,6 +100,7 @@ class Run:
     def counting(self, config: dict[str, Any]) -> dict[str, Any]:
         """All of a config that decides what this run gives."""
         values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
+        # what it starts from counts by the end of its path, wherever the root is or was
         for _, file in self.sources.values():
             inside = file.relative_to(self.root).as_posix()
             for name, value in values.items():
@@ -132,6 +133,7 @@ class Run:
         """Training, resumed where there is a checkpoint, and test as one line for a shell."""
         folder = self.folder
         quoted, last = (shlex.quote(str(path)) for path in (folder, folder / POINTER))
+        # what is trained is not trained again: its record would have the commit of today
         ends = [folder / 'run.json', *([] if leaves is None else [leaves])]
         trained = ' && '.join(f'test -e {shlex.quote(str(file))}' for file in ends)
         train = shlex.join(self.train(folder))

@@ -34,9 +34,9 @@ def verdict(
     reference: str,
     difference: Difference,
     corrected_p: float,
-    comparisons: int,
-    seeds: int,
-    hidden: int = 0,
+    comparisons: int,  # that the p is corrected for
+    seeds: int,  # that there will be: every look before is another chance
+    hidden: int = 0,  # of them, not shown
 ) -> str:
     """What may be said of a row and the reference."""
     pairs, d = difference.pairs, difference.mean

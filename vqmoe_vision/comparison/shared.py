@@ -35,7 +35,6 @@ def completed(results: Results, other: Store) -> Results:
 
 
 def _is_shared(run: Run) -> bool:
-    """Whether the comparison that rows start from has the same run."""
     start = run.comparison.start
     if start is None or (run.row, run.seed) not in start.comparison.selected():
         return False

@@ -43,7 +43,7 @@ Shifts = dict[str, dict[str, float]]  # by name, and by the options of a test
 
 
 def expanded(line: str) -> list[str]:
-    """The options of each test that a shift stands for."""
+    """The options of each test that a shift stands for: of each corruption, if it names them."""
     if PLACE not in line:
         return [line]
     return [line.replace(PLACE, name) for name in CORRUPTIONS]
@@ -127,7 +127,7 @@ def _is_measured(name: str, run: Run, usable: Usable) -> bool:
 
 
 def _rounded(routing: dict[str, float]) -> dict[str, float]:
-    """A row is a few kilobytes: five digits of each number are enough."""
+    # a row is a few kilobytes
     return {name: float(f'{value:.5g}') for name, value in routing.items()}
 
 
@@ -136,7 +136,6 @@ def _load(run: Run, options: str) -> Any:
 
 
 def _test(runs: Sequence[Run], models: Sequence[Any], options: str) -> dict[str, float]:
-    """The metric of each run, by its name."""
     configs = [run.config(*shlex.split(options)) for run in runs]
     init_default_scope(configs[0].get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(configs[0].test_dataloader, seed=0)

@@ -51,7 +51,7 @@ class Start:
 
     comparison: Comparison
     row: str
-    file: str
+    file: str  # checkpoint in its work dir
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class Comparison:
 
     name: str
     config: str
-    rows: dict[str, list[str]]
+    rows: dict[str, list[str]]  # options
     seeds: tuple[int, ...]
-    reference: str
+    reference: str  # row that the others are compared with
     metric: str
-    also: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    controls: tuple[str, ...] = ()
-    start: Start | None = None
-    shifts: dict[str, str] = field(default_factory=dict)
-    images: dict[str, str] = field(default_factory=dict)
-    highlighted: tuple[str, ...] = ()
-    stage: str = 'test'
+    also: tuple[str, ...] = ()  # further numbers: names, or what stands after a layer's name
+    options: tuple[str, ...] = ()  # of all rows
+    controls: tuple[str, ...] = ()  # rows that a learned router has to beat
+    start: Start | None = None  # what rows start from that say `{start}`
+    shifts: dict[str, str] = field(default_factory=dict)  # options of further tests
+    images: dict[str, str] = field(default_factory=dict)  # names in documents, by figure
+    highlighted: tuple[str, ...] = ()  # rows whose curves have colours; all if none is named
+    stage: str = 'test'  # or 'dev', where nothing is tested
 
     def __post_init__(self) -> None:
         where = f'comparison {self.name}: '
@@ -136,7 +136,7 @@ def _check_no_seed(field: str, option: str) -> None:
 
 
 def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
-    """Reads a comparison."""
+    """Reads a comparison, or a config that trains: `ROWS` and `CONTROLS` at five seeds."""
     path = find_config(path)
     check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
     name = Path(path).stem

@@ -31,14 +31,14 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 class Difference:
     """Of a row to a reference, over the seeds that both have."""
 
-    each: Mapping[int, float]
-    mean: float
-    std: float
-    low: float
+    each: Mapping[int, float]  # by seed
+    mean: float  # nan without a pair, all below without two
+    std: float  # of the differences
+    low: float  # of the 95 % interval of the mean
     high: float
-    p: float
-    noise: float
-    freedom: int
+    p: float  # two-sided; nan where all differences are equal
+    noise: float  # deviation behind interval and p: `std`, or that of several rows together
+    freedom: int  # degrees of freedom of the noise
 
     @property
     def pairs(self) -> int:
@@ -80,13 +80,14 @@ def once_each(scores: Scores) -> dict[str, Mapping[int, float]]:
 
 
 def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
-    """How much two rows differ at a seed by chance, from all rows together."""
+    """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0."""
     distinct = once_each(scores).values()
     whole = [[row[seed] for seed in seeds] for row in distinct if row.keys() >= set(seeds)]
     left = np.array(whole)
     freedom = (len(left) - 1) * (len(seeds) - 1)
     if freedom < 1:
         return math.nan, 0
+    # what is left when each row and each seed has a mean of its own, as in analysis of variance
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
     noise = math.sqrt(2 * (left**2).sum() / freedom)
@@ -104,7 +105,7 @@ def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
 
 
 def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
-    """Corrects for the number of comparisons, by Holm's step-down method."""
+    """Corrects p by Holm's step-down method; those that are planned and not there count as 1."""
     names = list(p_values)
     corrected = np.array([p_values[name] for name in names], dtype=float)
     order = [i for i in np.argsort(corrected, kind='stable') if not math.isnan(corrected[i])]
@@ -124,7 +125,7 @@ def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None
 
 
 def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | None:
-    """How many pairs find a true difference with `POWER`."""
+    """How many pairs find a true difference with `POWER`; None above a thousand."""
     effect = abs(difference) / std
     most = 2
     while not _power(effect, most, level, most - 1) >= POWER:  # not <: NaN is not enough
@@ -135,7 +136,7 @@ def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | N
 
 
 def _power(effect: float, pairs: int, level: float, freedom: int) -> float:
-    """Of the two-sided paired t-test, from the noncentral t distribution."""
+    """Of the two-sided paired t-test, of an effect over the deviation of differences."""
     shift = effect * math.sqrt(pairs)
     critical = stats.t.isf(level / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute

@@ -30,7 +30,7 @@ from .validity import (
 
 
 class Store:
-    """The folder of a comparison's rows."""
+    """The folder of a comparison's rows: `<row>-seed<n>.json` each, and `checks.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class Store:
             save(self.folder / 'checks.json', checks)
 
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
-        """Adds to a row what was measured of its checkpoints, and leaves all else as it is by now."""  # LONG
+        """Adds to a row what was measured of its checkpoints, beside what it has by now."""
         path = self.path(run)
         with self._alone():
             content = load(path)
@@ -133,12 +133,12 @@ class Store:
         return Results(usable, left_out, missing, right)
 
     def unnamed(self, runs: Sequence[Run]) -> list[str]:
-        """Names of rows that are no run's: the comparison has had such a row or seed, or another."""  # LONG
+        """Names of rows that no run has, such as those of a seed that is not compared any more."""
         named = {self.path(run) for run in runs}
         return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
 
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
-        """Finished runs that can be looked at again."""
+        """Rows that count, their runs whose checkpoints are here, and the names of the others."""
         usable = self.read(runs).usable
         finished = [run for run in runs if (run.row, run.seed) in usable]
         absent = [
@@ -160,7 +160,7 @@ class Store:
         return refutation(check) or other_options(record, run, check)
 
     def set_aside(self, run: Run) -> str | None:
-        """Renames the work dir of a stale run, so that the next one starts from nothing."""
+        """Renames the work dir of a stale run, and its lock with it; says why and where to."""
         if (reason := self.stale(run)) is None:
             return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
@@ -214,7 +214,6 @@ def _add_start(content: dict[str, Any], check: Check) -> None:
 
 
 def _curve(points: Any, metric: str) -> list[list[float]] | None:
-    """The points of a record that one metric has; None if they are damaged."""
     try:
         return [[step, values[metric]] for step, values in points]
     except (KeyError, TypeError, ValueError):
@@ -222,7 +221,6 @@ def _curve(points: Any, metric: str) -> list[list[float]] | None:
 
 
 def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
-    """The numbers on held-out data of the model that the training ended with."""
     try:
         step, numbers = record['held_out'][-1]
     except (IndexError, KeyError, TypeError, ValueError):  # without one, or damaged

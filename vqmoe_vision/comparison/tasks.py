@@ -17,8 +17,8 @@ class Task:
 
     run: Run
     store: Store
-    leaves: Path | None = None
-    row: bool = True
+    leaves: Path | None = None  # checkpoint that others start from
+    row: bool = True  # is missing; otherwise it is trained again for the checkpoint alone
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Task:
         return [] if self.leaves is None else [self.leaves]
 
     def collect(self) -> bool:
-        """Writes its row, if that is missing, once all of its files are there."""
+        """Writes its row, if that is missing; returns whether nothing is left to do."""
         return not self.missing and (not self.row or self.store.collect(self.run))
 
     def line(self) -> str:

@@ -50,7 +50,6 @@ def _are_losses(value: Any) -> bool:
 
 
 def _holds(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """An object with such values."""
     return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
 
 

@@ -45,7 +45,7 @@ class Work:
         return self._read()[0]
 
     def unfinished(self) -> list[Run]:
-        """The runs that have no results yet, or none that count."""
+        """The runs without results; one of other inputs has some, and would end as it did."""
         _, stored = self._read()
         return [one for one in self.runs if (one.row, one.seed) not in stored]
 
