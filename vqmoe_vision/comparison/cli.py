@@ -22,7 +22,6 @@ from vqmoe_vision.provenance import commit, processor
 
 from . import control
 from .check import repeat
-from .json_files import save
 from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
 from .outcome import Outcome
@@ -31,6 +30,7 @@ from .report import draw_figures, write_images, write_tables
 from .routing import measure_routing
 from .runs import WORK_DIR
 from .shifts import measure_shifts
+from .store import save
 from .tasks import tasks_of
 from .work import Work
 

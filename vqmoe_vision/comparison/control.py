@@ -33,7 +33,7 @@ from vqmoe_vision.analysis.measures import mutual_information
 from vqmoe_vision.analysis.record import evaluating, record_layers
 from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
-from vqmoe_vision.moe.config import MoeConfig, check, did_you_mean
+from vqmoe_vision.moe.config import MoeConfig, check
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features, ImageReader
@@ -158,8 +158,7 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     known = {row.form: row for row in rows.values() if row.form} | rows
     for text in names:
         name, *words = text.split() or ['']
-        allowed = f'one of {", ".join(rows)}{did_you_mean(name, known)}'
-        check(name in known, '--methods', name, allowed)
+        check(name in known, '--methods', name, f'one of {", ".join(rows)}')
         row = known[name]
         if words:
             options = {**row.options, **parse_options(words)}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
 from vqmoe_vision.engine.options import parse_options
-from vqmoe_vision.engine.reported import reported
 from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe.config import check
@@ -23,7 +19,7 @@ from .runs import Run
 
 
 def refuse_mistakes(runs: Sequence[Run]) -> None:
-    """Builds the model of each row without memory for it, and looks for the metric."""
+    """Builds the model of each row, without memory for it."""
     first: dict[tuple[str, str], Run] = {}
     for run in runs:
         first.setdefault((run.comparison.name, run.row), run)
@@ -32,9 +28,8 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
     for run in first.values():
         config = run.merged()
         scope = config.get('default_scope', 'mmengine')
-        with DefaultScope.overwrite_default_scope(scope), _without_warnings():
+        with DefaultScope.overwrite_default_scope(scope):
             _build(run, config)
-            _check_metric(run, config)
     # many rows start from one checkpoint
     sources = {
         file: (run, source) for run in first.values() for source, file in run.sources.values()
@@ -43,34 +38,17 @@ def refuse_mistakes(runs: Sequence[Run]) -> None:
         _check_left(run, source, file.name)
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    # mmengine writes them between the lines of `list`; each run has them in its own log
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _said_of(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever a library makes of a value
-        said = as_typed(one_line(error), parse_options(run.options))
-        raise ValueError(f'comparison {run.comparison.name}: row {run.row}: {said}') from error
-
-
 def _build(run: Run, config: Config) -> None:
     # of a segmentor the backbone alone, which rows differ in
     model = config.model.get('backbone', config.model)
-    with _said_of(run), structure_only():
+    try:
         fits = not (model.get('pretrained') and model.get('extra_mlps'))
         check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
-        MODELS.build(without_sources(model))
+        with structure_only():
+            MODELS.build(without_sources(model))
+    except Exception as error:  # whatever a library makes of a value
+        said = as_typed(one_line(error), parse_options(run.options))
+        raise ValueError(f'comparison {run.comparison.name}: row {run.row}: {said}') from error
 
 
 def _check_left(run: Run, source: Run, name: str) -> None:
@@ -82,15 +60,3 @@ def _check_left(run: Run, source: Run, name: str) -> None:
     allowed = f'one that {source.comparison.name} leaves, which ends with {wanted[1]} {last}'
     reached = last is None or int(wanted[2]) <= last
     check(reached, f'comparison {run.comparison.name}: start', name, allowed)
-
-
-def _check_metric(run: Run, config: Config) -> None:
-    metric = run.comparison.metric
-    for name in ('val_evaluator', 'test_evaluator')[: 1 + run.comparison.tested]:
-        if config.get(name) is None:
-            continue
-        with _said_of(run):
-            names = reported(config[name])
-        allowed = f'what {name} reports, which is {", ".join(sorted(names or ()))}'
-        known = names is None or metric in names
-        check(known, f'comparison {run.comparison.name}: metric', metric, allowed)

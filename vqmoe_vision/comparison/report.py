@@ -15,14 +15,12 @@ from matplotlib.figure import Figure
 from vqmoe_vision.engine.cli import make_folder
 from vqmoe_vision.moe.config import check
 
-from .checked import said_of_checks
 from .curves import plot_curves
 from .difference_figure import plot_differences
-from .inputs import said_of_inputs
 from .outcome import Outcome
 from .routing import SEVERITY, SHIFTED_IMAGES, routed_images, routing_table
 from .routing_figure import plot_routing
-from .sentences import sentences
+from .sentences import said_of_checks, said_of_inputs, sentences
 from .tables import frame_of, notes, shift_table, shown
 
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is

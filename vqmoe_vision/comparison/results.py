@@ -50,6 +50,15 @@ def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
     return samples * epochs + batch * rest
 
 
+def rounded(value: Any) -> Any:
+    """Numbers to five digits, so that a row is a few kilobytes."""
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f'{value:.5g}') if isinstance(value, float) else value
+
+
 def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
     """A statistic of each layer, as mean over the runs that have it, in the order of layers."""
     of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]

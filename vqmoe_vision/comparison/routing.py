@@ -25,7 +25,7 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe import moe_layers
 
 from .cells import spread
-from .results import Results
+from .results import Results, rounded
 from .runs import Run
 from .spec import Comparison
 from .store import Store
@@ -81,16 +81,7 @@ def _routing(run: Run) -> dict[str, Any]:
         ],
         'convergence': convergence(states, names) if len(files) > 1 else {},
     }
-    return _rounded(found)
-
-
-def _rounded(value: Any) -> Any:
-    """A row is a few kilobytes: five digits of each number are enough."""
-    if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
-    return float(f'{value:.5g}') if isinstance(value, float) else value
+    return rounded(found)
 
 
 def _iteration(path: Path) -> int:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from . import cells
+from .inputs import SPLITS, data_of
 from .outcome import Outcome
+from .results import Results
+from .spec import STARTS, Comparison
 from .statistics import FEW_SEEDS, LEVEL, Difference, detectable, pairs_needed
 
 
@@ -114,3 +120,58 @@ def _against_control(outcome: Outcome, control: str) -> list[str]:
                 f'{cells.ends(difference)}, {difference.pairs} seeds.'
             )
     return said
+
+
+def said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
+    """Which data the rows of a table have seen, and of which it is known what they started from."""
+    return [_said_of_data(results), *_said_of_starts(comparison, results)]
+
+
+def _said_of_data(results: Results) -> str:
+    seen: dict[str, list[str]] = {split: [] for split in SPLITS}
+    unknown = len(results.usable)
+    for content in results.usable.values():
+        unknown -= 'data' in content
+        for split, _, data in data_of(content):
+            if data not in seen[split]:
+                seen[split].append(data)
+    parts = [f'{split} {" and ".join(found)}' for split, found in seen.items() if found]
+    if not parts:
+        return 'Which data the runs have seen is not recorded.'
+    line = f'Data: {"; ".join(parts)}.'
+    return line + (f' Not recorded of {unknown} of {len(results.usable)} runs.' if unknown else '')
+
+
+def _said_of_starts(comparison: Comparison, results: Results) -> list[str]:
+    started = [
+        bool(content.get('starting_weights'))
+        for (row, _), content in results.usable.items()
+        if STARTS.search(' '.join(comparison.rows[row]))
+    ]
+    if not started:
+        return []
+    known, total = sum(started), len(started)
+    same = '; where two name the same run, those were the same weights' if known > 1 else ''
+    return [f'Which weights it started from is recorded of {known} of {total} started runs{same}.']
+
+
+def said_of_checks(comparison: Comparison, results: Results) -> str:
+    """How many rows have been checked and where, and which have not."""
+    total, right = len(results.usable), results.checked
+    open_ = [key for key in results.usable if key not in right]
+    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(Counter(right.values()).items()))
+    found = f'The first losses of {len(right)} of {total} runs came out again when checked'
+    line = f'{found}, at {"commits" if len(set(right.values())) > 1 else "commit"} {at}.'
+    if not right:
+        line = f'None of the {total} runs has been checked: `tools/compare.py check` does so.'
+    elif open_:
+        line += f' Not checked: {_by_row(comparison, open_)}.'
+    return line
+
+
+def _by_row(comparison: Comparison, keys: Iterable[tuple[str, int]]) -> str:
+    seeds: dict[str, list[int]] = {}
+    for row, seed in keys:
+        seeds.setdefault(row, []).append(seed)
+    rows = filter(seeds.__contains__, comparison.rows)
+    return ', '.join(f'{row} ({", ".join(map(str, sorted(seeds[row])))})' for row in rows)

@@ -24,10 +24,9 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
 
-from .fields import words_of
-from .results import Results, Usable, layer_means
+from .results import Results, Usable, layer_means, rounded
 from .runs import Run
-from .spec import Comparison
+from .spec import Comparison, words_of
 from .store import Store
 
 PLACE = '{corruption}'
@@ -115,20 +114,13 @@ def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
                 found[run_name][options] = score
         for run, model in zip(due, models, strict=True):
             # of all tests of the shift together
-            routing = _rounded(summarize(model.routing_statistics.means()))
+            routing = rounded(summarize(model.routing_statistics.means()))
             store.add(run, shifts={name: found[run.name]}, shift_routing={name: routing})
     return absent
 
 
 def _is_measured(name: str, run: Run, usable: Usable) -> bool:
-    row = usable[run.row, run.seed]
-    scores = mean_scores(run.comparison, row.get('shifts', {}))
-    return name in scores and name in row.get('shift_routing', {})
-
-
-def _rounded(routing: dict[str, float]) -> dict[str, float]:
-    # a row is a few kilobytes
-    return {name: float(f'{value:.5g}') for name, value in routing.items()}
+    return name in mean_scores(run.comparison, usable[run.row, run.seed].get('shifts', {}))
 
 
 def _load(run: Run, options: str) -> Any:

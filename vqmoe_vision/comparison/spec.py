@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import find_config
 from vqmoe_vision.moe.config import check
 
-from .fields import check_fields, read_fields, words_of
 from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, Backbone, backbone_of
 
 # In an option: the checkpoint of `Comparison.start` at the seed of the run, or with a row behind a
@@ -41,6 +41,10 @@ _ROWS = {
     },  # a dense model of another width is no start
 }
 
+# What the fields of a file are: texts, lists of texts, and texts by name.
+_TEXTS = {'config', 'metric', 'reference', 'stage', 'start'}
+_LISTS = {'also', 'controls', 'highlighted', 'options', 'seeds'}
+_BY_NAME = {'images', 'rows', 'shifts'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 
@@ -140,11 +144,13 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     path = find_config(path)
     check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
     name = Path(path).stem
-    given = read_fields(path)
+    try:
+        given = Config.fromfile(path, import_custom_modules=False).to_dict()
+    except SyntaxError as error:
+        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from error
     if 'model' in given:
         return _of_config(path)
-    known = {each.name for each in fields(Comparison)} - {'name'} | _ROWS.keys()
-    check_fields(path, given, known)
+    _check_fields(path, given)
     config = given.pop('config')
     base = load_config(config, import_modules=False)
     backbone = backbone_of(config, base, given.get('options', ()))
@@ -177,8 +183,39 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     )
 
 
+def _check_fields(path: str, given: dict[str, Any]) -> None:
+    known = _TEXTS | _LISTS | _BY_NAME | _ROWS.keys()
+    if wrong := sorted((given.keys() - known) | ({'config', 'seeds', 'metric'} - given.keys())):
+        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
+    for name, value in given.items():
+        where = f'{path}: {name}'
+        if name in _TEXTS:
+            check(isinstance(value, str), where, value, 'a text')
+        elif name in _ROWS:
+            check(isinstance(value, bool), where, value, 'True or False')
+        elif name in _BY_NAME:
+            valid = isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+            check(valid, where, value, f"texts by name, {name} = dict(NAME='TEXT')")
+        else:
+            valid = isinstance(value, Sequence) and not isinstance(value, str)
+            check(valid, where, value, 'a list')
+            check(name == 'seeds' or all(map(_is_text, value)), where, value, 'a list of texts')
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def words_of(field: str, line: str) -> list[str]:
+    """What a shell makes of a line of options."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ValueError(f'{field}={line!r} is not possible: {error}') from error
+
+
 def _start(path: str, line: str, within: tuple[str, ...]) -> Start:
-    words = line.split() if isinstance(line, str) else []
+    words = line.split()
     if len(words) != 3:
         raise ValueError(f"{path}: start={line!r} must be 'COMPARISON ROW CHECKPOINT'")
     comparison = read_comparison(words[0], (*within, path))

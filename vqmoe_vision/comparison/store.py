@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -11,22 +12,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint
+from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 from vqmoe_vision.engine.numbers import WEIGHTS
 from vqmoe_vision.engine.record import BEGUN
 
-from .json_files import is_there, load, save
 from .results import Results, Usable
 from .runs import Run
 from .validity import (
     VERSION,
     Check,
     damage,
-    damage_of_check,
     other_config,
     other_options,
     refutation,
 )
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file, of which others see the old content or the new one."""
+    # a line for each field, so that a difference of two versions can be read
+    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
+    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The object of JSON in a file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is damaged: it holds no object')
+    return content
 
 
 class Store:
@@ -64,7 +81,7 @@ class Store:
             'metric': metric,
             'stage': comparison.stage,
             'test': test,
-            'held_out': _curve(record.get('held_out'), metric),
+            'held_out': _curve(record, metric),
             'config': run.resolved,
         }
         if reason := damage(content, run):
@@ -111,7 +128,7 @@ class Store:
             left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
         for run in runs:
             path = self.path(run)
-            if not is_there(path):
+            if not path.exists():
                 missing.append(run)
                 continue
             try:
@@ -171,11 +188,7 @@ class Store:
     def checks(self) -> dict[str, Check]:
         """What `check` has found, by the name of the run."""
         path = self.folder / 'checks.json'
-        checks = load(path) if is_there(path) else {}
-        for name, check in checks.items():
-            if reason := damage_of_check(check):
-                raise ValueError(f'{path} is damaged: {name}: {reason}')
-        return checks
+        return load(path) if path.exists() else {}
 
     def _readable_checks(self) -> tuple[dict[str, Check], str | None]:
         """The same, or none and why: a damaged file is no reason to stop."""
@@ -213,21 +226,62 @@ def _add_start(content: dict[str, Any], check: Check) -> None:
         content.setdefault('starting_weights', check['starting_weights'])
 
 
-def _curve(points: Any, metric: str) -> list[list[float]] | None:
-    try:
-        return [[step, values[metric]] for step, values in points]
-    except (KeyError, TypeError, ValueError):
-        return None
+def _curve(record: dict[str, Any], metric: str) -> list[list[float]]:
+    points = record.get('held_out') or []
+    return [[step, values[metric]] for step, values in points if metric in values]
 
 
 def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
-    try:
-        step, numbers = record['held_out'][-1]
-    except (IndexError, KeyError, TypeError, ValueError):  # without one, or damaged
-        step, numbers = 0, {}
+    step, numbers = (record.get('held_out') or [(0, {})])[-1]
     if step != record.get('iterations'):
         raise ValueError(
             f'{run.name} has no validation at its end, after {record.get("iterations")} '
             f"iterations, which stage='dev' needs; the last is after {step}"
         )
     return numbers
+
+
+def completed(results: Results, other: Store) -> Results:
+    """Results with what another comparison has trained in the same way."""
+    more = other.read(results.missing)
+    waiting = {f'{run.name}.json': run for run in results.missing}
+    refused = {
+        name: f'in {other.folder}: {reason}'
+        for name, reason in more.left_out.items()
+        if name in waiting and _is_shared(waiting[name])
+    }
+    of_no_run = {
+        f'{other.folder / name}': reason
+        for name, reason in more.left_out.items()
+        if name not in waiting
+    }
+    missing = [
+        run
+        for name, run in waiting.items()
+        if name not in refused and (run.row, run.seed) not in more.usable
+    ]
+    return Results(
+        {**results.usable, **more.usable},
+        {**results.left_out, **refused, **of_no_run},
+        missing,
+        {**results.checked, **more.checked},
+    )
+
+
+def _is_shared(run: Run) -> bool:
+    start = run.comparison.start
+    if start is None or (run.row, run.seed) not in start.comparison.selected():
+        return False
+    return counts_for(Run(start.comparison, run.row, run.seed, run.root), run)
+
+
+def counts_for(source: Run, run: Run) -> bool:
+    """Whether the row of one is that of the other: the folder's name holds all that decides."""
+    start = run.comparison.start
+    return (
+        start is not None
+        and start.comparison.name == source.comparison.name
+        and source.comparison.metric == run.comparison.metric
+        and source.comparison.stage == run.comparison.stage
+        and source.folder.name == run.folder.name
+    )

@@ -109,7 +109,7 @@ def shift_table(outcome: Outcome) -> pd.DataFrame:
                     f'its {to_reference}': intervals[1],
                 }
             )
-            if errors:  # of a row without codes, or from before it was measured, a dash
+            if errors:  # of a row without codes, a dash
                 measured = errors.get(name, {}).get(row, [])
                 same = [c for c in outcome.by_row[row] if name in c.get('shift_routing', {})]
                 trained = layer_means(_tests(same), 'quantization_error') if measured else []

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .runs import Run
-from .shared import counts_for
-from .store import Store
+from .store import Store, counts_for
 
 
 @dataclass(frozen=True)

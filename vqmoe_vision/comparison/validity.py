@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from vqmoe_vision.engine.options import flat
@@ -14,147 +11,30 @@ from .runs import Run
 
 VERSION = 1
 Check = dict[str, Any]  # what `check` has found of a run
-
-
-def _is_number(value: Any) -> bool:
-    # JSON has whole numbers that are too large to compute with
-    few = isinstance(value, int) and abs(value) <= sys.float_info.max
-    return isinstance(value, float) or (few and not isinstance(value, bool))
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
-
-
-def _is_time(value: Any) -> bool:
-    return _is_finite(value) and value >= 0
-
-
-def _is_count(value: Any) -> bool:
-    return _is_finite(value) and value > 0
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_curve(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(point, list) and len(point) == 2 and all(map(_is_number, point))
-        for point in value
-    )
-
-
-def _are_losses(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-
-
-def _holds(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
-
-
-def _is_data(value: Any) -> bool:
-    return isinstance(value, dict) and _is_number(value.get('samples')) and 'digest' in value
-
-
-_IS_OBJECT = _holds(lambda _: True)
-_NUMBERS_BY_NAME = _holds(_holds(_is_number))
-
-
-def _is_layer(value: Any) -> bool:
-    ranks = {'effective_rank_before', 'effective_rank_after'}
-    return _holds(_is_number)(value) and ranks <= value.keys()
-
-
-def _knows_chance(layers: dict[str, Any], changes: dict[str, float]) -> bool:
-    """Of all whose experts may change; slots take every token, and have none that could."""
-    return all(
-        f'{decided.removeprefix(f"{name}.")}/changed_by_chance' in numbers
-        for name, numbers in layers.items()
-        for decided in changes
-        if decided.startswith(f'{name}.')
-    )
-
-
-def _is_way(value: Any) -> bool:
-    return isinstance(value, dict) and _are_losses(value.get('distance'))
-
-
-def _is_routing(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return value == {}  # of a dense model
-    return (
-        type(value.get('images')) is int
-        and _holds(_is_layer)(value.get('layers'))
-        and _NUMBERS_BY_NAME(value.get('shifts'))
-        and 'flip' in value['shifts']
-        and isinstance(value.get('changes'), list)
-        and all(map(_holds(_is_number), value['changes']))
-        and _holds(_is_way)(value.get('convergence'))
-        and all(
-            _knows_chance(value['layers'], changes)
-            for changes in (*value['shifts'].values(), *value['changes'])
-        )
-    )
-
-
-# What tables, figures and commands use of a row, and whether a value can be that.
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    'config': lambda value: _IS_OBJECT(value) and _IS_OBJECT(value.get('model')),
-    'options': lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    'command': _is_text,
-    'row': _is_text,
-    'seed': lambda value: type(value) is int,
-    'metric': _is_text,
-    'test': _holds(_is_number),
-    'commit': _is_text,
-    'device': _is_text,
-    'hardware': _is_text,
-    'minutes': _is_time,
-    'cpu_minutes': _is_time,
-    'iterations': _is_count,
-    'params': _is_count,
-    'active_params': _is_count,
-    'macs': _is_count,
-    'first_losses': _are_losses,
-    'training_loss': _is_curve,
-    'held_out': _is_curve,
-}
-# What some rows have beside these: of a measurement, or since a later version.
-_LATER: dict[str, Callable[[Any], bool]] = {
-    'moe_options': _IS_OBJECT,
-    'data': _holds(_is_data),
-    'starting_weights': _holds(_is_text),
-    'routing': _is_routing,
-    'shifts': _NUMBERS_BY_NAME,
-    'shift_routing': _NUMBERS_BY_NAME,
-    'stage': _is_text,
-}
-_OF_CHECK: dict[str, Callable[[Any], bool]] = {
-    'equal': lambda value: isinstance(value, bool),
-    'finding': _is_text,
-    'losses': _are_losses,
-    'commit': lambda value: value is None or _is_text(value),
-}
+# What tables, figures and commands use of every row. Some have more: `data`, `stage`, `moe_options`
+# and `starting_weights`, which the first rows lack, and `routing`, `shifts` and `shift_routing`.
+FIELDS = (
+    'config', 'options', 'command', 'row', 'seed', 'metric', 'test', 'commit', 'device', 'hardware',
+    'minutes', 'cpu_minutes', 'iterations', 'params', 'active_params', 'macs', 'first_losses',
+    'training_loss', 'held_out',
+)  # fmt: skip
 
 
 def damage(content: dict[str, Any], run: Run) -> str | None:
     """Says why a row cannot be read."""
     if content.get('version') != VERSION:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
-    if reason := _wrong(content, FIELDS, _LATER):
-        return f'it is damaged: {reason}'
+    if missing := [name for name in FIELDS if content.get(name) is None]:
+        return f'it is damaged: {missing} are missing'
     if (content['row'], content['seed']) != (run.row, run.seed):
         return f'it is damaged: it holds {content["row"]}, seed {content["seed"]}'
     if content['metric'] != (metric := run.comparison.metric):
         return f'its curves are of {content["metric"]!r}, not of {metric!r}: collect it again'
-    # before there were two, all were tested
+    # the first rows, which do not say it, were all tested
     if (then := content.get('stage', 'test')) != (stage := run.comparison.stage):
         return f'its numbers are of stage={then!r}, not of {stage!r}'
-    named = named_weights(content['config'])
-    if unknown := sorted(content.get('starting_weights', {}).keys() - named.keys()):
-        return f'it is damaged: starting_weights of {unknown}, which its config does not name'
-    if not _is_finite(content['test'].get(metric)):
+    score = content['test'].get(metric)
+    if score is None or not math.isfinite(score):
         return f'it is damaged: test has no number for {metric!r}'
     return None
 
@@ -162,25 +42,7 @@ def damage(content: dict[str, Any], run: Run) -> str | None:
 def named_weights(config: dict[str, Any]) -> dict[str, str]:
     """What a run may have started from, by the options that name it."""
     named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
-    return {option: path for option, path in named.items() if _is_text(path)}
-
-
-def damage_of_check(check: Any) -> str | None:
-    """Says why what `check` has left of a run cannot be read."""
-    return _wrong(check, _OF_CHECK, _LATER) if isinstance(check, dict) else 'it is no object'
-
-
-def _wrong(
-    content: dict[str, Any],
-    needed: dict[str, Callable[[Any], bool]],
-    later: dict[str, Callable[[Any], bool]],
-) -> str | None:
-    if missing := sorted(needed.keys() - content.keys()):
-        return f'{missing} are missing'
-    for name, possible in {**needed, **later}.items():
-        if name in content and not possible(content[name]):
-            return f'{name}={json.dumps(content[name])[:60]} is not possible'
-    return None
+    return {option: path for option, path in named.items() if isinstance(path, str)}
 
 
 def other_config(content: dict[str, Any], run: Run) -> str | None:
@@ -193,11 +55,12 @@ def other_config(content: dict[str, Any], run: Run) -> str | None:
 
 def other_options(record: dict[str, Any], run: Run, check: Check | None) -> str | None:
     """Says where the options of MoE layers differ from today's, defaults and presets included."""
+    # a row that does not hold them has those with which a check found it to be right
     options = record.get('moe_options', (check or {}).get('moe_options'))
     if not options:  # a dense model has none
         return None
     then, now = flat(options, 'moe_options'), flat(run.moe_options, 'moe_options')
-    return _difference(then, now, set(then))
+    return _difference(then, now, set(then))  # no row could say an option that there was not
 
 
 def refutation(check: Check | None) -> str | None:

@@ -11,10 +11,9 @@ from vqmoe_vision.engine.cli import make_folder
 from .inputs import without_other_inputs
 from .results import Results, Usable
 from .runs import Run
-from .shared import completed
 from .shifts import check_shifts
 from .spec import read_comparison
-from .store import Store
+from .store import Store, completed
 from .tasks import Task, tasks_of
 
 
