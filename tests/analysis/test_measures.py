@@ -201,14 +201,12 @@ def test_cosine_of_outputs_is_averaged_over_tokens() -> None:
     assert measures.mean_similarity(similarity) == 0.5
 
 
-def test_changed_share_counts_tokens_and_refuses_other_tokens() -> None:
+def test_changed_share_counts_tokens() -> None:
     before = torch.tensor([[0, 1, 2, -1]])
     assert measures.changed_share(before, before) == 0
     assert measures.changed_share(before, torch.tensor([[0, 2, 2, 3]])) == 0.5
     # renumbered experts route alike, and yet all seem to change
     assert measures.changed_share(before, (before + 1) % 4) == 1
-    with pytest.raises(ValueError, match=r'after=\(1, 3\) is not possible'):
-        measures.changed_share(before, before[:, :3])
 
 
 def test_chance_of_change_is_the_change_of_a_routing_drawn_anew() -> None:

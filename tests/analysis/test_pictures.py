@@ -32,11 +32,6 @@ def test_patch_takes_the_colour_of_its_expert() -> None:
             torch.testing.assert_close(tinted[0, :, row, column], expected)
 
 
-def test_grid_that_does_not_divide_the_image_is_refused() -> None:
-    with pytest.raises(ValueError, match='experts: 3x2 patches do not divide images of 4x4'):
-        tint_patches(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, dtype=torch.long), 2)
-
-
 def test_picture_has_a_row_per_layer_and_a_legend_entry_per_expert() -> None:
     experts = {name: torch.zeros(3, 2, 2, dtype=torch.long) for name in ('blocks.1', 'blocks.3')}
     figure = plot_experts(torch.rand(3, 1, 4, 4), experts, num_experts=5, title='t')

@@ -11,13 +11,13 @@ import timm
 import torch
 from PIL import Image
 
-from vqmoe_vision.analysis.code_map import code_map
-from vqmoe_vision.analysis.normalization import Normalization
+from vqmoe_vision.analysis.patch_pictures import code_map
 from vqmoe_vision.analysis.report import write_report
 from vqmoe_vision.analysis.report_tables import Change, number_tables
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import survey as survey_of
 from vqmoe_vision.analysis.surveyed import Codes, Survey
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
 from .surveys import CLASSES, NAME, history, soft_survey, survey
@@ -149,13 +149,6 @@ def test_the_same_survey_gives_the_same_files(tmp_path: Path) -> None:
     first = write_report([soft_survey()], tmp_path / 'first')
     second = write_report([soft_survey()], tmp_path / 'second')
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-
-
-def test_without_layers_there_is_no_report(tmp_path: Path) -> None:
-    dense = Survey('dense', 10, CLASSES, {}, [], {})
-    with pytest.raises(ValueError, match='none has a layer with experts'):
-        write_report([dense], tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
 
 
 def test_a_dense_model_beside_another_has_its_line(tmp_path: Path) -> None:

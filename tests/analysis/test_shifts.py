@@ -5,8 +5,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vqmoe_vision.analysis.corruptions import corruption, corruptions
-from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.shifts import Shift, ShiftTally, crop, flip, noise
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.layer import RoutedMlp
@@ -111,18 +111,11 @@ def test_crop_of_a_single_patch_is_refused(make_tiny) -> None:
         shares(model, torch.rand(1, 3, 8, 8), crop())
 
 
-def test_noise_is_refused_without_strength() -> None:
-    with pytest.raises(ValueError, match='noise=0 is not possible: above 0'):
-        noise(0)
-
-
 def test_the_fifteen_corruptions_at_three_severities() -> None:
     names = [shift.name for shift in corruptions()]
     assert len(names) == len(set(names)) == 45
     assert {name.split()[1] for name in names} == {'1', '3', '5'}
     assert {'gaussian_noise 3', 'glass_blur 1', 'jpeg_compression 5'} <= set(names)
-    with pytest.raises(ValueError, match='severities=6 is not possible: from 1 to 5'):
-        corruptions([6])
 
 
 @pytest.mark.parametrize('shift', [*corruptions([3]), noise(0.1)], ids=lambda shift: shift.name)

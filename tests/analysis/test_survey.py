@@ -7,12 +7,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vqmoe_vision.analysis.normalization import Normalization
 from vqmoe_vision.analysis.record import record_layers, recorded
 from vqmoe_vision.analysis.samples import MOST_PATCHES, MOST_TOKENS, TokenMoments, TokenSample
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import LayerSurvey, Survey, survey
 from vqmoe_vision.models import convert_to_moe
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
 E, NAME, CLASSES = 4, 'blocks.1.mlp', ['a', 'b', 'c']

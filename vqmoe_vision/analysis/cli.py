@@ -15,6 +15,7 @@ from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import add_config_options
 from vqmoe_vision.engine.routing_history import FILE, read_history
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.moe.config import check
 
 from .checkpoints import convergence, layer_states, routing_changes
 from .report import write_report
@@ -66,8 +67,7 @@ def analyze(argv: Sequence[str] | None = None) -> None:
 def _analyze(args: argparse.Namespace) -> None:
     for name in ('num_images', 'batch_size'):
         value, option = getattr(args, name), name.replace('_', '-')
-        if value < 1:
-            raise ValueError(f'--{option} {value} must be at least 1')
+        check(value >= 1, f'--{option}', value, 'at least 1')
     own = load_config(args.config, args.cfg_options)
     files = [(own, checkpoint) for checkpoint in args.checkpoints]
     files += [(load_config(config), checkpoint) for config, checkpoint in args.beside]
@@ -81,7 +81,6 @@ def _analyze(args: argparse.Namespace) -> None:
     for number, (title, (config, path)) in enumerate(trained.items()):
         model = load_trained(config, path, args.device)
         source = source_of(model, config, args.num_images, args.images)
-        _check_classes(path, model, source)
         surveys.append(_survey(title, model, source, args))
         if before is not None and number < len(args.checkpoints):
             images = map(images_of, _progress(source, 'changes', args))
@@ -110,26 +109,11 @@ def _check_order(paths: Sequence[str]) -> None:
     metas = {path: read_content(path, verify=False).get('meta') or {} for path in paths}
     for earlier, later in pairwise(metas):
         seeds = [metas[path].get('seed') for path in (earlier, later)]
-        if None not in seeds and seeds[0] != seeds[1]:
-            raise ValueError(
-                f'{earlier} has seed {seeds[0]} and {later} has {seeds[1]}: checkpoints have to be '
-                'of one training; --beside takes another model'
-            )
+        same = None in seeds or seeds[0] == seeds[1]
+        check(same, f'{later}: seed', seeds[1], f'{seeds[0]}, as {earlier}, of one training')
         done: list[Any] = [metas[path].get('iter') for path in (earlier, later)]
-        if None not in done and done[0] >= done[1]:
-            raise ValueError(
-                f'{earlier} has {done[0]} iterations and {later} has {done[1]}: name the oldest '
-                'first'
-            )
-
-
-def _check_classes(path: str, model: Any, source: Source) -> None:
-    count = getattr(model, 'num_classes', None)
-    if source.classes is not None and count is not None and count != len(source.classes):
-        raise ValueError(
-            f'{path} has {count} classes and the images have {len(source.classes)}: labels do not '
-            'fit; --images DIR looks at images without labels'
-        )
+        after = None in done or done[0] < done[1]
+        check(after, f'{later}: iter', done[1], f'above {done[0]} of {earlier}, the oldest first')
 
 
 def _title(path: str, files: Sequence[tuple[Config, str]]) -> str:

@@ -30,10 +30,6 @@ def expert_colours(num_experts: int) -> Tensor:
 def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """Images (B, C, H, W) in [0, 1] with each patch (B, rows, columns) in its expert's colour."""
     (height, width), (rows, columns) = images.shape[-2:], experts.shape[-2:]
-    if height % rows or width % columns:
-        raise ValueError(
-            f'experts: {rows}x{columns} patches do not divide images of {height}x{width}'
-        )
     palette = torch.cat([expert_colours(num_experts), NO_EXPERT])  # where -1 is the last
     colours = palette.to(images)[experts].permute(0, 3, 1, 2)
     colours = colours.repeat_interleave(height // rows, -2).repeat_interleave(width // columns, -1)

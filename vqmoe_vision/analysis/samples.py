@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.moe.config import check
 
 from .surveyed import Patch
 
@@ -65,6 +66,13 @@ def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
     padded = F.pad(pixels, (0, -width % w, 0, -height % h))
     cut = padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))  # (B, C, rows, h, columns, w)
     return cut.permute(0, 2, 4, 1, 3, 5)
+
+
+def in_colour(pixels: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) of one or three channels as (B, 3, H, W)."""
+    channels = pixels.shape[1]
+    check(channels in (1, 3), 'channels', channels, '1 or 3, or nobody can look at them')
+    return pixels.expand(-1, 3, -1, -1)
 
 
 class ConfidentPatches:

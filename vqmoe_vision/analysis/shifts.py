@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
 from .measures import changed_share
-from .normalization import Normalization
 from .record import on_patches, recorded
 
 Pair = tuple[Tensor, Tensor]
@@ -60,7 +60,6 @@ def crop() -> Shift:
 
 def noise(std: float) -> Shift:
     """Normal noise on every pixel; the weakest of ImageNet-C has a deviation of 0.08."""
-    check(std > 0, 'noise', std, 'above 0')
 
     def change(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
         drawn = []

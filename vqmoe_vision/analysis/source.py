@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from vqmoe_vision.engine.trained import scope_of
-
-from .normalization import Normalization
+from vqmoe_vision.models.normalization import Normalization
 
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
-from .normalization import Normalization, in_colour
 from .record import LayerRecord, evaluating, on_patches, recorded
-from .samples import image_patches
+from .samples import image_patches, in_colour
 from .shifts import Shift, ShiftTally
 from .surveyed import Codes, Example, LayerSurvey, Patch, Survey
 from .tally import LayerTally, Seen
@@ -106,20 +106,14 @@ def _classes_of_tokens(
     known = labels[labels != IGNORED] if labels.ndim == 3 else labels
     for value in (known.amin().item(), known.amax().item()) if known.numel() else ():
         check(0 <= value < len(classes), 'labels', value, f'a class from 0 to {len(classes) - 1}')
-    num_tokens = model.num_prefix_tokens + _num_patches(model, images)
     if labels.ndim == 1:
-        return labels[:, None].expand(-1, num_tokens)
+        rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        return labels[:, None].expand(-1, model.num_prefix_tokens + rows * columns)
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
     of_patch = image_patches(model, ignored + 1).flatten(3).mode(dim=-1).values - 1
     prefix = of_patch.new_full((len(labels), model.num_prefix_tokens), -1)
     return torch.cat([prefix, of_patch.flatten(1)], dim=1)
-
-
-def _num_patches(model: Transformer, images: Tensor) -> int:
-    height, width = images.shape[-2:]
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    return rows * columns
 
 
 def _example(
