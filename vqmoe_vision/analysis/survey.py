@@ -107,7 +107,8 @@ def _classes_of_tokens(
     for value in (known.amin().item(), known.amax().item()) if known.numel() else ():
         check(0 <= value < len(classes), 'labels', value, f'a class from 0 to {len(classes) - 1}')
     if labels.ndim == 1:
-        rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        height, width = images.shape[-2:]
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return labels[:, None].expand(-1, model.num_prefix_tokens + rows * columns)
     ignored = labels.masked_fill(labels == IGNORED, -1)[:, None]
     # padding is shifted so that what it adds, zeros, is the class of pixels that have none
