@@ -16,7 +16,6 @@ try:
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config
     from vqmoe_vision.engine.command import one_line
-    from vqmoe_vision.engine.host_memory import keep_freed_memory
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
@@ -28,8 +27,6 @@ HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     try:
         told = classify_digits(WORK_DIR / 'classification')
         checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -16,8 +15,9 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.options import (
     add_config_options,
-    expand_config,
+    check_fields,
     flat,
+    merge_options,
     parse_options,
 )
 from vqmoe_vision.engine.trained import scope_of
@@ -45,36 +45,22 @@ def test_values(written: str, value: Any) -> None:
     assert parse_options([f'a.b={written}']) == {'a.b': value}
 
 
-@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}', '{1, 2}'])
+@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}'])
 def test_what_is_no_dictionary_is_one_line(written: str) -> None:
     with pytest.raises(ValueError, match=r'--cfg-options .* write a dictionary as in Python'):
         parse_options([f'a.b={written}'])
 
 
-@pytest.mark.parametrize('element', ['first', '2', '-1'])
-def test_what_is_no_element_of_a_list_is_one_line(element: str) -> None:
-    name = f'param_scheduler.{element}.end'
-    said = rf'^--cfg-options {name}: param_scheduler is a list of 2, .* has no {element!r}$'
-    with pytest.raises(ValueError, match=said):
-        load_config(str(DIGITS), {name: 1})
-
-
-def test_paths_are_found_wherever_a_config_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('HOME', '/h')
-    pair, array = (1, 2), np.zeros(2)
-    config = Config(
-        dict(
-            a=['~/a', 'b'], b=('~/a', pair), c=[['~/a'], [dict(d=('~/a',))]],
-            d={'.norm': dict(p='~/a'), 'x.y': 1}, e=dict(f={0: '~/a'}), g=array, h=pair, i=[],
-        )
-    )  # fmt: skip
-    as_they_are = config.g, config.h
-    expand_config(config)
-    assert config.a == ['/h/a', 'b'] and config.b == ('/h/a', pair)
-    assert config.c == [['/h/a'], [dict(d=('/h/a',))]] and config.c[1][0].d == ('/h/a',)
-    assert config.d == {'.norm': dict(p='/h/a'), 'x.y': 1} and config.e == dict(f={0: '/h/a'})
-    assert all(a is b for a, b in zip((config.g, config.h), as_they_are, strict=True))
-    assert config.i == []
+def test_only_a_hook_that_is_there_is_left_out() -> None:
+    hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'RuntimeInfoHook'}}
+    config = Config({'default_hooks': hooks})
+    merge_options(config, {'default_hooks.logger2': None, 'default_hooks.timer': None})
+    merge_options(config, {'default_hooks.runtime.priority': None})  # an option of a hook
+    with pytest.raises(ValueError, match=r'^default_hooks\.logger3=None is not possible'):
+        merge_options(config, {'default_hooks.logger3': None})
+    check_fields(config)
+    runtime = {'type': 'RuntimeInfoHook', 'priority': None}
+    assert config.default_hooks == {'runtime': runtime, 'timer': None}  # which mmengine pops
 
 
 PLACES = {

@@ -279,7 +279,7 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
         # as far as two layouts round differently
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
     for name, message in {
-        'missing': "config 'nothing.py' does not exist",
+        'missing': "No such file or directory: 'nothing.py'",
         'raises': 'rank 1: this rank has had enough',
         'late': 'another process has not answered within env_cfg.dist_cfg.timeout=10 seconds',
         'data': 'rank 0: the ranks have different data sets: len(train_dataloader.dataset) is 1257',

@@ -156,7 +156,7 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     config = tmp_path / 'mine.py'
     config.write_text("_base_ = ['nowhere/model.py']\n")
     missing = tmp_path / 'nowhere/model.py'
-    assert f"config '{missing}', on which '{config}' builds, does not exist" in refused(str(config))
+    assert str(missing) in refused(str(config))
     gc.collect()
 
 

@@ -6,10 +6,8 @@ from typing import Any
 from mmengine.registry import DATASETS
 from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vqmoe_vision.engine.images import opened, read_rgb
-from vqmoe_vision.engine.left_out import tell_left_out
 from vqmoe_vision.engine.training_data import TrainingPart
 
 from .image_classification import ImageClassification
@@ -74,23 +72,12 @@ def _image_folder(folder: Path) -> datasets.ImageFolder:
     expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
     if not folder.is_dir():
         raise missing(folder, expected)
-    left_out: list[str] = []
-
-    def takes(path: str) -> bool:
-        taken = path.lower().endswith(IMG_EXTENSIONS)
-        if not taken:
-            left_out.append(path)
-        return taken
-
     try:
-        found = datasets.ImageFolder(str(folder), loader=load_image, is_valid_file=takes)
+        return datasets.ImageFolder(str(folder), loader=load_image)
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise ValueError(
-            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; names of images '
-            f'end in {", ".join(IMG_EXTENSIONS)}; see docs/data.md'
+            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; see docs/data.md'
         ) from error
-    tell_left_out(folder, left_out, IMG_EXTENSIONS)
-    return found
 
 
 def load_image(path: str) -> Image.Image:

@@ -119,11 +119,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             self.criterion = nn.CrossEntropyLoss()
 
     def init_weights(self) -> None:
-        """Starts a new training: as every row does at this seed, or from weights.
-
-        Raises:
-            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training: as every row does at this seed, or from weights."""
         weights = start_model(self.model, self._arguments, self.checkpoint, self.features)
         if weights is not None:
             self.normalize_as(weights)

@@ -1,10 +1,6 @@
 """Data sets by name, for configs: images and class indices, through torchvision.
 
-A config's dataset is `dict(type='cifar10', data_root=..., split=..., transform=dict(...))`. Nothing
-is downloaded here; docs/data.md says how each folder is made.
-
-With `imbalance` training sees a long tail of its images (`splits.long_tail`). Dev and test keep all
-of theirs, and tell the metric how often training sees each class.
+Nothing is downloaded here; docs/data.md says how each folder is made.
 """
 
 from collections.abc import Callable

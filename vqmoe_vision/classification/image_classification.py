@@ -18,7 +18,7 @@ class WrappedError(ValueError, AttributeError):
 
 
 class ImageClassification(Dataset):
-    """Pairs of a transformed image and its class index."""
+    """Pairs of a transformed image (3, H, W) and its class index, of RGB PIL images in `source`."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ImageClassification(Dataset):
         self.transform: Callable = TRANSFORMS.build(transform)
 
     def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
-        """Lets the transform normalise images as the weights want it, if its config leaves it open."""  # LONG
+        """Normalises images as the weights want it, if the config of the transform allows it."""
         found = self.normalization
         if found is not None and found.differing(weights):
             self.transform = normalized_as(self._config, weights, field, owner)

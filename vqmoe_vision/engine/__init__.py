@@ -1,10 +1,6 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
-Importing this package registers the hooks, optimizer wrappers and the log processor, so that a
-config needs no more than `custom_imports`, puts a hook that saves safely, one that waits for no
-value of a step, a loop that resumes in the middle of an epoch, and loaders that run no code in the
-place of mmengine's, lets `_base_` name the configs of this package, and teaches mmengine's count of
-FLOPs the operators of these models.
+Importing this package registers it; docs/reliability.md says what takes the names of mmengine's.
 """
 
 from . import (
@@ -18,7 +14,6 @@ from . import (
     log,
     loops,
     optim,
-    other_hooks,
     record,
     routing_history,
     seeding,
@@ -43,7 +38,6 @@ __all__ = [
     'log',
     'loops',
     'optim',
-    'other_hooks',
     'record',
     'routing_history',
     'seeding',

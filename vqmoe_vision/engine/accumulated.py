@@ -16,7 +16,7 @@ _KEY = 'accumulated'
 
 def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
     """Adds gradients, and what codebooks have seen, that no step has used yet to a checkpoint."""
-    if runner.optim_wrapper.should_update() or get_world_size() > 1:
+    if runner.optim_wrapper.should_update() or get_world_size() > 1:  # of several they are lost
         return
     if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
         return

@@ -1,8 +1,4 @@
-"""What `torch.load` reads of a checkpoint beside weights, such as the log that mmengine leaves.
-
-`torch.load` refuses any type that it does not know. Of the packages named mmengine only the
-onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are.
-"""
+"""What `torch.load` reads of a checkpoint beside weights: the log that mmengine leaves."""
 
 import os
 import threading

@@ -1,11 +1,7 @@
-"""Checkpoints are read as data: weights, and the log that mmengine leaves beside them.
+"""Checkpoints are read as data, also by mmengine's own loaders.
 
-`torch.load` refuses any type that it does not know. Of the packages named mmengine only the
-onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are;
-where a file is refused it runs the code in it. Importing this module puts a loader in the place of
-those of mmengine: no file runs code, none changes what the process has in common, and a file whose
-checksums do not match is not used. The texts of configs in files, which mmengine's `resume` and its
-inferencers run, are left out.
+No file runs code, none that fails its checksums is used, and texts of configs, which mmengine's
+`resume` would run, are left out.
 """
 
 import functools

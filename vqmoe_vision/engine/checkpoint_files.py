@@ -158,7 +158,7 @@ def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) ->
     for file in filter(_may_name_parts, folder.iterdir()):
         try:
             parts = Parts.of(read_content(str(file), verify=False))
-        except Exception:  # bytes of another format can fail in any way
+        except Exception:  # of another format, or damaged, and perhaps repaired: its folders stay
             own = {path.name for path in suspects if owners[path] == file.name}
             named |= own if file.suffix == '.pth' else {path.name for path in suspects}
         else:
@@ -189,6 +189,7 @@ def candidates(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -inf) -> Path:
     """The newest checkpoint of a run that reads completely, its checksums included."""
+    # among the files: whatever ends a run may do so before the pointer is written
     found, passed_over = _by_age(folder)
     chosen = None
     for _, path in sorted((one for one in found if one[0][0] > after), reverse=True):

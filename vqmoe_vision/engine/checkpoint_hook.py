@@ -1,5 +1,6 @@
 """Saves that survive whatever ends a run."""
 
+import inspect
 import time
 from collections import deque
 from math import inf, nextafter
@@ -27,10 +28,8 @@ from .checkpoint_files import (
     remove_partial,
     write_atomically,
 )
-from .class_arguments import arguments_of, check_arguments
 from .loops import SEEN
 from .progress import VALIDATED, progress_of, validation_was_cut_off
-from .reported import check_reported
 from .stop import StopSignals, keep_workers
 
 _OUTDATED = 'outdated_ckpts'
@@ -60,7 +59,8 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
         # mmengine keeps what it does not know for the call that saves, which fails on it
-        check_arguments('default_hooks.checkpoint', options, arguments_of(CheckpointHook))
+        for name in options.keys() - inspect.signature(CheckpointHook).parameters:
+            check(False, f'default_hooks.checkpoint.{name}', options[name], 'left out: not known')
         for name in ('out_dir', 'backend_args', 'file_client_args'):
             if options.get(name) is not None:
                 raise ValueError(
@@ -91,14 +91,7 @@ class AtomicCheckpointHook(CheckpointHook):
             restore_accumulated(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the files that a checkpoint names in the work dir, wherever that is today.
-
-        Raises:
-            ValueError: No validation reports what the best is chosen by.
-        """
-        for key in self.key_indicators if self.save_best else ():
-            if key != 'auto':
-                check_reported(runner, 'save_best', key)
+        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
         hub, folder = runner.message_hub, Path(runner.work_dir)
         if is_main_process():
             self._run = identify(folder, runner._resume, hub.get_info(RUN))

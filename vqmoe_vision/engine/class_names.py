@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.models.stated_experts import stated_in
 from vqmoe_vision.moe.config import check
 
-from .wrapped_data import innermost
+from .config_names import innermost
 
 # Whether label 0 of the files is nothing that is learned, and label 1 the first class.
 _REDUCED = 'reduce_zero_label'

@@ -9,7 +9,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -19,22 +18,18 @@ from vqmoe_vision.moe.config import check
 from .alike import check_configs, check_datasets
 from .checkpoint_files import in_use, newest_checkpoint, newest_time
 from .command import run
-from .config_names import find_config, missing_config
-from .host_memory import keep_freed_memory
-from .known_names import check_names
+from .config_names import find_config, innermost
+from .hooks import check_hooks
 from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, expand_config, merge_options
+from .options import add_config_options, check_fields, expand, merge_options
 from .processes import Processes, together
-from .required_hooks import check_hooks
-from .required_imports import check_imports
 from .sharded import fill_in_parallel
 from .trained import without_sources
 from .training_data import check_training_data
-from .wrapped_data import innermost
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -69,18 +64,9 @@ def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    file = find_config(path)
-    try:
-        config = Config.fromfile(file, import_custom_modules=import_modules)
-    except FileNotFoundError as error:
-        if error.filename is None:
-            raise
-        base = os.path.normpath(error.filename)
-        raise missing_config(base, f', on which {path!r} builds,') from error
-    if import_modules:
-        check_imports(config)
+    config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
     merge_options(config, options or {})
-    expand_config(config)
+    expand(config)
     return config
 
 
@@ -145,8 +131,6 @@ def _train(args: argparse.Namespace) -> None:
         latest = processes.decide(_latest(args, config, processes))
         if latest is not None:
             config.load_from, config.resume = latest, True
-        if not torch.cuda.is_available():
-            keep_freed_memory()
         kind = _runner_class(config)
         runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
         if latest is not None:  # what it went on from is no part of what the run is
@@ -229,7 +213,7 @@ def _configure(args: argparse.Namespace) -> Config:
             f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
             'which tools/compare.py runs'
         )
-    check_names(config)
+    check_fields(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:

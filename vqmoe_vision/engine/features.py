@@ -1,8 +1,4 @@
-"""Trainings of models that read images by a frozen network: its weights, and what is fitted.
-
-Both happen once, before the first step of a new training, and are in its checkpoints: a run that
-resumes changes neither.
-"""
+"""Trainings of models that read images by a frozen network: its weights, and what is fitted."""
 
 from typing import Any
 

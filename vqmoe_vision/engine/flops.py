@@ -1,8 +1,4 @@
-"""What mmengine's `get_model_complexity_info`, and mmseg's get_flops.py with it, would not count.
-
-mmengine counts multiply-accumulates of the operators in a trace by the formulas of a table, and
-those that it lacks as zero. `models.complexity` counts the same without mmengine.
-"""
+"""Operators that mmengine's `get_model_complexity_info` would count as zero, also in mmseg."""
 
 import math
 from collections.abc import Sequence

@@ -5,10 +5,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.hooks import EMAHook, Hook
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.installed import config_path
 from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.stated_experts import STATED, state_experts
 from vqmoe_vision.moe import moe_layers, start_training, update_state
@@ -19,12 +21,13 @@ from .class_names import check_class_names, check_zero_label
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
-from .model import unwrapped
+from .model import MoeTrainingMixin, unwrapped
 from .progress import saves_after_iteration
 from .routing import lines_of
 from .stated_experts import check_experts
 
 _ROUTING = 'routing_statistics'
+_RUNTIME = '_base_/default_runtime.py'  # of both tasks
 
 
 def _check_repeated(runner: Runner) -> None:
@@ -53,7 +56,7 @@ class MoeStateHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the routing of an epoch that a run resumes in its middle."""
         model = unwrapped(runner)
-        if runner._resume and _ROUTING in checkpoint:  # a run of before has not kept it
+        if runner._resume and _ROUTING in checkpoint:  # a save after a validation has none
             device = next(model.parameters()).device
             model.routing_statistics.load_state_dict(checkpoint[_ROUTING], device)
 
@@ -64,11 +67,7 @@ class MoeStateHook(Hook):
             checkpoint[_ROUTING] = model.routing_statistics.state_dict()
 
     def before_train(self, runner: Runner) -> None:
-        """Tells layers and model that a training begins.
-
-        Raises:
-            ValueError: As `fit_features`, or mmengine repeats what has auxiliary losses.
-        """
+        """Tells layers and model that a training begins."""
         _check_repeated(runner)
         if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
             fit_features(runner)  # which is first told there how images are normalised
@@ -78,11 +77,7 @@ class MoeStateHook(Hook):
         start_training(unwrapped(runner).routed_model, updates)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Reports the routing of the iterations since the last validation.
-
-        A run that is counted in epochs has done so; one that is counted in iterations is a single
-        epoch.
-        """
+        """Reports the routing since the last validation; a run by iterations is a single epoch."""
         self._report(runner, 'train_epoch')
 
     def after_train_iter(
@@ -92,10 +87,7 @@ class MoeStateHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Moves codebooks and the like, after a step of the optimizer.
-
-        Where gradients accumulate, the batches of a step are one update.
-        """
+        """Moves codebooks and the like, once a step of the optimizer, however many its batches."""
         if runner.optim_wrapper.should_update():
             update_state(unwrapped(runner).routed_model)
 
@@ -168,12 +160,7 @@ class CheckpointFitHook(Hook):
     """
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares names and shapes, and experts with those that the checkpoint says it has.
-
-        Raises:
-            ValueError: Names the keys and shapes that do not fit, or another method; or the run
-                averages its weights, and what goes on does not, or the other way round.
-        """
+        """Compares names and shapes, and experts with those that the checkpoint says it has."""
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         if runner._resume and ('ema_state_dict' in checkpoint) != averages:
             what = 'has averages of its weights, and these options have no EMAHook'
@@ -201,12 +188,7 @@ class CheckpointFitHook(Hook):
         }
 
     def before_train(self, runner: Runner) -> None:
-        """Normalises images of training and validation, and fits what reads them.
-
-        Raises:
-            ValueError: The config states another normalisation than that of the weights, or how
-                experts are made of dense weights without naming such weights; or as `fit_features`.
-        """
+        """Normalises images of training and validation, and fits what reads them."""
         if not runner._resume:  # the weights of its run are all that it needs
             check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
@@ -291,3 +273,32 @@ class ClassCountHook(Hook):
                 f'classes ({", ".join(classes[:3])}, ...) in {loader}'
             )
         return classes
+
+
+def check_hooks(runner: Runner) -> None:
+    """Refuses a training without the hooks that every config of this package has."""
+    if not isinstance(unwrapped(runner), MoeTrainingMixin):
+        return
+    runtime = Config.fromfile(config_path(_RUNTIME), import_custom_modules=False)
+    missing = [
+        name
+        for name in (hook['type'] for hook in runtime.custom_hooks)
+        if not any(isinstance(hook, HOOKS.get(name)) for hook in runner.hooks)
+    ]
+    listed = [hook['type'] for hook in runner.cfg.get('custom_hooks') or []]
+    allowed = (
+        f'it lacks {", ".join(missing)} of configs/{_RUNTIME}, as a list replaces that of a base: '
+        'hooks of your own go under default_hooks.NAME'
+    )
+    check(not missing, 'custom_hooks', listed, allowed)
+    # hooks are in the order in which they are called
+    moved = max(at for at, hook in enumerate(runner.hooks) if isinstance(hook, MoeStateHook))
+    saved = [at for at, hook in enumerate(runner.hooks) if isinstance(hook, CheckpointHook)]
+    allowed = (
+        'after MoeStateHook, whose codebooks would be those of the update before, and before the '
+        "checkpoint hook, which would save other weights than are validated: leave it at 'NORMAL'"
+    )
+    for at, hook in enumerate(runner.hooks):
+        if isinstance(hook, EMAHook):
+            between = moved < at < min(saved, default=len(runner.hooks))
+            check(between, 'EMAHook.priority', hook.priority, allowed)

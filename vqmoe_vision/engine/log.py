@@ -17,7 +17,7 @@ _PREFIX = len('MM/dd HH:mm:ss - mmengine - INFO - ')
 
 
 def wrapped(text: str) -> str:
-    """A message whose lines fit a terminal of 100 columns; the second and later ones are indented."""  # LONG
+    """A message whose lines fit a terminal of 100 columns; all but the first are indented."""
     lines, room = [''], _COLUMNS - _PREFIX
     for part in re.split(r' {2,}(?!\d)', text.strip()):
         if lines[-1].strip() and len(lines[-1]) + 2 + len(part) > room:
@@ -38,18 +38,7 @@ class MoeLogProcessor(LogProcessor):
     """
 
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:
-        """As mmengine's, but for each `<layer>/<name>_loss` one `moe/<name>_loss` in the text.
-
-        The text is wrapped, and has `base_lr` only where groups of parameters have other rates.
-
-        Args:
-            runner: The runner.
-            batch_idx: Index of the batch in the epoch.
-            mode: 'train', 'val' or 'test'.
-
-        Returns:
-            Scalars by name, and the text.
-        """
+        """As mmengine's, but for each `<layer>/<name>_loss` one `moe/<name>_loss` in the text."""
         scalars, text = super().get_log_after_iter(runner, batch_idx, mode)
         sums: dict[str, float] = {}
         layers = moe_layers(getattr(unwrapped(runner), 'routed_model', nn.Identity()))

@@ -67,7 +67,7 @@ upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`
 
 
 def check_batches(runner: Runner) -> None:
-    """Names the options before mmengine fails on an epoch without an iteration, or without an end."""  # LONG
+    """Refuses an epoch without an iteration, or without an end."""
     loader = runner.train_dataloader
     if isinstance(loader.sampler, InfiniteSampler):
         # which fills a batch with the images of several rounds

@@ -30,11 +30,8 @@ class CpuAmpOptimWrapper(OptimWrapper):
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Runs the forward pass under autocast.
 
-        Args:
-            model: The model in training.
-
         Raises:
-            ValueError: It is on a GPU, where this autocast would change nothing.
+            ValueError: The model is on a GPU, where this autocast would change nothing.
         """
         device = next(model.parameters()).device.type
         allowed = f'--amp without it, or AmpOptimWrapper, as the model is on {device}'

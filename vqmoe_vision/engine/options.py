@@ -4,15 +4,14 @@ import argparse
 import ast
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from ..moe.config import did_you_mean
-from .known_names import check_left_out
+from ..moe.config import check
 
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # that of sharded.py, and those of tests with --tta.
@@ -30,6 +29,13 @@ _EXTRA_FIELDS = frozenset(
         'tta_pipeline',
     }
 )
+# Of these mmengine's Runner reads the named entries, and passes over all others.
+_READ = {
+    'env_cfg': ('cudnn_benchmark', 'dist_cfg', 'mp_cfg', 'resource_limit'),
+    'auto_scale_lr': ('base_batch_size', 'enable'),
+}
+# Hooks that it adds to every run, and leaves out where a config says None.
+_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 
 
 class _CfgOptions(DictAction):
@@ -40,26 +46,17 @@ class _CfgOptions(DictAction):
         """A value with a dictionary is written as in Python; mmengine would leave a string."""
         if not val.startswith(('{', '[', '(')) or '{' not in val:
             return DictAction._parse_iterable(val)
-        said = f"--cfg-options {val}: write a dictionary as in Python, such as {{'lr_mult': 0.1}}"
         try:
-            value = ast.literal_eval(val)
+            return ast.literal_eval(val)
         except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(said) from error
-        if isinstance(value, set):
-            raise ValueError(said)
-        return value
+            allowed = "a dictionary as in Python, such as {'lr_mult': 0.1}"
+            raise ValueError(f'--cfg-options {val}: write {allowed}') from error
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         for value in values:
             if '=' not in value:
                 raise ValueError(f'--cfg-options {value}: write it as name=value')
-        super().__call__(parser, namespace, values, option_string)
+        super().__call__(parser, namespace, values, option)
 
 
 def add_config_options(
@@ -93,62 +90,47 @@ def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge_options(config: Config, options: dict[str, Any]) -> None:
-    """Merges options of the command line into a config, which has to be able to take them."""
+    """Merges options of the command line into a config; refuses those that nothing would read."""
     fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
-    for name in options:
-        first, *others = name.split('.')
-        if first not in fields:
-            raise ValueError(
-                f'--cfg-options {name}: {first!r} is not a field that an option can change'
-                f'{did_you_mean(first, fields) or "."} Those are {", ".join(sorted(fields))}'
-            )
-        owner, value = first, options.get(first, config.get(first, {}))
-        for part in others:
-            if not isinstance(value, dict | list):
-                raise ValueError(f'--cfg-options {name}: {owner} is {value!r}, it has no {part!r}')
-            if isinstance(value, list) and not (part.isdecimal() and int(part) < len(value)):
-                raise ValueError(
-                    f'--cfg-options {name}: {owner} is a list of {len(value)}, counted from 0; it '
-                    f'has no {part!r}'
-                )
-            owner = f'{owner}.{part}'
-            inside = value.get(part, {}) if isinstance(value, dict) else value[int(part)]
-            value = options.get(owner, inside)
-    check_left_out(config, options)
-    config.merge_from_dict(options)
+    hooks = {*(config.get('default_hooks') or {}), *_HOOKS}
+    for name, value in options.items():
+        first, _, hook = name.partition('.')
+        check(first in fields, name, value, f'a field of {", ".join(sorted(fields))}')
+        left_out = first == 'default_hooks' and value is None and hook and '.' not in hook
+        allowed = f'left out is one of {", ".join(sorted(hooks))}'
+        check(not left_out or hook in hooks, name, value, allowed)
+    try:
+        config.merge_from_dict(options)
+    except (KeyError, TypeError) as error:  # of an element that a list lacks, or of what holds none
+        raise ValueError(f'--cfg-options {" ".join(options)}: {error}') from error
 
 
-def expanded(value: Any) -> Any:
-    """Paths with the user's folder in the place of `~`, which a shell replaces in some words only."""  # LONG
-    if isinstance(value, dict):
-        inside = {name: expanded(inner) for name, inner in value.items()}
-        return inside if any(inside[name] is not value[name] for name in value) else value
-    if isinstance(value, list | tuple):
-        parts = [expanded(inner) for inner in value]
-        same = all(new is old for new, old in zip(parts, value, strict=True))
-        return value if same else tuple(parts) if isinstance(value, tuple) else parts
-    if not isinstance(value, str | Path):
-        return value
-    scheme, colon, path = str(value).rpartition('local-dir:')
-    found = os.path.expanduser(path)
-    return value if found == path else type(value)(scheme + colon + found)
+def check_fields(config: Config) -> None:
+    """Refuses what mmengine would pass over in silence; drops other hooks that None leaves out."""
+    for field, known in _READ.items():
+        for name, value in (config.get(field) or {}).items():
+            check(name in known, f'{field}.{name}', value, f'it has {", ".join(known)}')
+    hooks = config.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if hook is None and name not in _HOOKS]:
+        hooks.pop(name)  # of any name but its own six mmengine wants a hook
+    # of a CUDA graph, what is read for the log after some steps would be that of the last replay
+    compiled = config.get('compile')
+    mode = compiled.get('mode') if isinstance(compiled, dict) else None
+    allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
+    check(mode not in ('reduce-overhead', 'max-autotune'), 'compile.mode', mode, allowed)
 
 
-def expand_config(config: Config) -> None:
-    """As `expanded`, of all paths of a config."""
-    _expand(config, list(config))
-
-
-def _expand(holder: Any, keys: Iterable[Any]) -> None:
-    """In place, so that a config that is built lazily stays so."""
-    for key in keys:
+def expand(holder: Any) -> None:
+    """Puts the user's folder in the place of `~` in all paths of a config, dictionary or list."""
+    # in place: a config that is built lazily stays so; a shell does it in some words only
+    for key in range(len(holder)) if isinstance(holder, list) else list(holder):
         inner = holder[key]
-        if isinstance(inner, dict):
-            _expand(inner, list(inner))
-        elif isinstance(inner, list):
-            _expand(inner, range(len(inner)))
-        elif (new := expanded(inner)) is not inner:
-            holder[key] = new
+        if isinstance(inner, dict | list):
+            expand(inner)
+        elif isinstance(inner, str | Path):
+            scheme, colon, path = str(inner).rpartition('local-dir:')
+            if (found := os.path.expanduser(path)) != path:
+                holder[key] = type(inner)(scheme + colon + found)
 
 
 def flat(value: Any, name: str = '') -> dict[str, Any]:

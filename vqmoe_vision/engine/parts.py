@@ -1,11 +1,6 @@
-"""Checkpoints in parts: a file, and a folder beside it that torch's distributed checkpoint wrote.
+"""Checkpoints in parts: a file, and a folder of torch's distributed checkpoint beside it.
 
-The folder has the tensors that were spread over processes, and the file has all else: in the place
-of each of them a word, and under `KEY` which bytes of which file of the folder it is made of, with
-size and checksum of each. torch describes the folder in its `.metadata` too, which is a pickle that
-`FileSystemReader.read_metadata` runs, and reads objects other than tensors with
-`weights_only=False`. Neither is done here: what the file says is data, it knows tensors alone, and
-torch reads them with `weights_only=True`.
+The folder's pickled `.metadata` is never read: the file says which bytes a tensor is made of.
 """
 
 import re

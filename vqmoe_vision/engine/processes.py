@@ -1,8 +1,6 @@
-"""Many processes as one run: how they find each other, and how all of them end when one does.
+"""Many processes as one run, which meet at a store before they read anything.
 
-mmengine's launcher asks for a GPU, and where one process fails the others wait for it in their next
-collective operation. Here the processes meet at a store of torch.distributed before they read
-anything. Whoever fails writes there, says why in one line, and all others end without a word.
+Where one fails it says why in one line, and all others end without a word.
 """
 
 import os
@@ -178,7 +176,7 @@ class Processes:
         return values[0]
 
     def newest_before(self, newest: float) -> float:
-        """When the newest checkpoint of a work dir was written before the first attempt of a run."""  # LONG
+        """When the newest checkpoint was written before the first attempt of a run, in seconds."""
         if self._store is None or self._hosts:
             return newest
         # torchrun keeps it while it starts the processes again

@@ -60,9 +60,7 @@ class RunRecordHook(Hook):
         self._resumed = runner._resume  # which a run that finds nothing to go on with has too
         if not self._resumed or 'run_record' not in checkpoint:
             return
-        # records of before did not say what the run began with
-        self._before, self._commits, self._held_out, *then = checkpoint['run_record']
-        self._then = then[0] if then else {}
+        self._before, self._commits, self._held_out, self._then = checkpoint['run_record']
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
@@ -82,7 +80,7 @@ class RunRecordHook(Hook):
             self._begun = _load(begun)
         else:
             self._begun = {'moe_options': options}
-            if not self._resumed:  # from before they were kept: today's may be others
+            if not self._resumed:  # or it began without this hook: today's may be others
                 weights = starting_weights(runner.cfg.model, runner._load_from)
                 self._begun['starting_weights'] = weights
             self._write(runner, BEGUN, json.dumps(self._begun))

@@ -31,6 +31,7 @@ def _seed_processor(seed: int) -> None:
 
 
 def _hash(*parts: int) -> int:
+    # or seed 0 at iteration 1 would be seed 1 at iteration 0
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -138,13 +139,9 @@ class SeededSampler(DefaultSampler):
     _passed_over = 0
 
     def pass_over(self, num_samples: int) -> None:
-        """Passes over the first samples of the next epoch.
+        """Passes over the first samples of the next epoch, of this process.
 
-        Not `skip`, as of `InfiniteSampler`: mmengine calls that with the samples of all epochs, and
-        as if each batch were full.
-
-        Args:
-            num_samples: Of this process.
+        Not `skip`: mmengine calls that with the samples of all epochs, as if each batch were full.
         """
         self._passed_over = num_samples
 
@@ -175,11 +172,7 @@ class SeededInfiniteSampler(InfiniteSampler):
 
 @FUNCTIONS.register_module()
 def keep_worker_seed(worker_id: int) -> None:
-    """A data loader's `worker_init_fn` that leaves the seeds PyTorch gave the worker.
+    """A `worker_init_fn` that leaves the seeds PyTorch gave the worker.
 
-    PyTorch seeds python, numpy and torch in each worker anew at each epoch. mmengine's default
-    overwrites that with the same seed in every epoch, and so repeats the augmentations.
-
-    Args:
-        worker_id: Ignored.
+    mmengine's default seeds it alike in every epoch, and so repeats the augmentations.
     """

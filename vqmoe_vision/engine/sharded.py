@@ -1,11 +1,6 @@
 """Runs whose model is spread over processes, as the config's `parallel` says.
 
-A run starts, resumes, is validated and saved as on one process: what its files are read as has
-whole tensors under the names of the model, so that any number of processes goes on from them, in
-any layout. Between these moments a process has its part of the parameters, of their gradients and
-of the optimizer's state. Validation runs on a whole copy, which is kept on the processor while the
-run trains: images of different size need different numbers of windows, and processes that share
-layers would wait for each other.
+Their files have whole tensors, so that any number of processes goes on from them.
 """
 
 import logging
@@ -120,11 +115,7 @@ class ShardingHook(Hook):
         self._saves = _SAVES[state_dict_type]
 
     def before_run(self, runner: Runner) -> None:
-        """Refuses what has no meaning for a part of a model.
-
-        Raises:
-            ValueError: Names it.
-        """
+        """Refuses what has no meaning for a part of a model."""
         options = runner.cfg[FIELD]
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         check(not averages, FIELD, options, 'it goes without EMAHook, which averages whole models')

@@ -1,8 +1,4 @@
-"""How the checkpoints of a spread model are written: in one piece, or in parts.
-
-Either takes the place of a runner's `save_checkpoint`, which asks the first process alone: here all
-of them take part.
-"""
+"""How all processes write the checkpoints of a spread model: in one piece, or in parts."""
 
 import os
 from collections.abc import Iterator

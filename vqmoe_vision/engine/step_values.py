@@ -1,8 +1,6 @@
-"""Losses and gradient norms of training steps, which stay on the device until somebody looks.
+"""Losses and gradient norms of steps, which stay on the device until somebody looks.
 
-Whoever reads a value waits until the device has computed it. mmengine reads each value at each
-step. Here a step leaves its values where they are; the first look at any of them, be it by a line
-of the log, a checkpoint or a hook, reads all of them at once, and stops at one that is not finite.
+The first look reads all of them at once, and stops at one that is not finite.
 """
 
 import math
@@ -206,12 +204,7 @@ class StepValuesHook(RuntimeInfoHook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Takes the values of the step, and looks at them where that is due.
-
-        Raises:
-            NonFiniteError: A loss, or a weight, is not finite; names the iteration at which it
-                became so.
-        """
+        """Takes the values of the step, and looks at them where that is due."""
         for name, value in (outputs or {}).items():
             if isinstance(value, Tensor):
                 self._values.add(runner.iter + 1, name, value)

@@ -137,7 +137,7 @@ def _resume() -> str:
 
 
 def end_by(number: int) -> NoReturn:
-    """Ends the process as a signal would have, for shells whose loops over trainings look at that."""  # LONG
+    """Ends the process as a signal would have, which loops of a shell look at."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
         stream.flush()
     signal.signal(number, signal.SIG_DFL)

@@ -1,8 +1,4 @@
-"""Imports mmsegmentation without the lines that it prints about packages nobody asked for.
-
-`Could not import OneDL` is written for debugging, to the screen; the warning is about an operator
-of mmcv that nothing here uses. Whatever else an import prints is printed.
-"""
+"""Imports mmsegmentation without the lines that it prints about other packages."""
 
 import contextlib
 import io

@@ -106,11 +106,7 @@ class TimmViT(BaseModule):
         self.weights_normalization: Normalization | None = None
 
     def init_weights(self) -> None:
-        """Starts a new training: as every row does at this seed, or from weights.
-
-        Raises:
-            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training: as every row does at this seed, or from weights."""
         self.weights_normalization = start_model(
             self.model, self._arguments, self.checkpoint, self.features
         )

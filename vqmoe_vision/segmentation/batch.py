@@ -1,8 +1,4 @@
-"""How images of a batch get one size and go to the device.
-
-mmseg copies the order of channels there from memory that the device cannot read by itself, for
-which every training step would wait.
-"""
+"""How images of a batch get one size and go to the device, without a wait of mmseg."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,10 +32,7 @@ class CheckedPreProcessor(SegDataPreProcessor):
 
         Args:
             data: `inputs`, a list of (3, H, W) images, and `data_samples`.
-            training: Whether all images get one size.
-
-        Raises:
-            ValueError: They are larger than that, and several sizes are left.
+            training: Whether all images get one size, and are refused where several are left.
         """
         if training and self.size is not None:
             _check_sizes(data['inputs'], self.size)

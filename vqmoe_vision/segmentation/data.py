@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
-from mmengine import fileio
 from mmengine.logging import print_log
 from mmseg.datasets import (
     ADE20KDataset,
@@ -16,15 +15,12 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import DIGITS
-from vqmoe_vision.engine.known_names import check_spelling
-from vqmoe_vision.engine.left_out import tell_left_out
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.moe.config import check
 
 from .loading import LOADING
 from .metainfo import coloured
-from .opencv import refused_image
 from .scenes import DigitScene, digit_scene_maker
 from .splits import part_indices
 
@@ -58,7 +54,7 @@ class CheckedDataset(SeededDataset):
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, a name is almost another, the files are not
+        ValueError: Classes and palette do not fit, the files are not
             complete, several endings are given, or there is no such part.
     """
 
@@ -77,7 +73,6 @@ class CheckedDataset(SeededDataset):
             allowed = 'one ending, by which an image and its label map are found'
             check(isinstance(suffix, str), name, suffix, allowed)
         if 'data_prefix' in kwargs:
-            check_spelling('data_prefix', kwargs['data_prefix'], ('img_path', 'seg_map_path'))
             # the command line cannot leave out what a config has
             named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
             check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
@@ -98,12 +93,7 @@ class CheckedDataset(SeededDataset):
         return TrainingPart(source, self.part, self.dev_size)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Finds the pairs, and tells `LoadAnnotations` how many classes there are.
-
-        Raises:
-            ValueError: A folder or the list of images is missing or empty, or an image has no label
-                map.
-        """
+        """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
         for kind in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(kind)
             if folder is not None and not Path(folder).is_dir():
@@ -126,38 +116,18 @@ class CheckedDataset(SeededDataset):
                 f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
                 f'needs {absent[0]["seg_map_path"]}; {self.source}'
             )
-        if not self.ann_file:
-            self._tell_left_out()
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
 
-    def _tell_left_out(self) -> None:
-        """Warns of images with another ending, of which mmseg says nothing."""
-        folder, labels = (self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path'))
-        names = fileio.list_dir_or_file(folder, list_dir=False, recursive=True)
-
-        def is_label_map(name: str) -> bool:
-            beside = labels and Path(folder, name).is_relative_to(labels)
-            return bool(beside and name.endswith(self.seg_map_suffix))
-
-        others = [n for n in names if not n.endswith(self.img_suffix) and not is_label_map(n)]
-        tell_left_out(Path(folder), sorted(others), [self.img_suffix])
-
     def prepare_data(self, idx: int) -> Any:
-        """Loads and augments a pair.
-
-        Args:
-            idx: Index of the pair.
-
-        Raises:
-            ValueError: A transform cannot take the image; names both, and says why.
-        """
+        """Loads and augments a pair; names an image that a transform cannot take."""
         try:
             return super().prepare_data(idx)
         except cv2.error as error:
             path = self.get_data_info(idx)['img_path']
-            raise refused_image(path, error) from error
+            said = ' '.join(str(error).split())
+            raise ValueError(f'{path} is nothing that the pipeline can change: {said}') from error
 
 
 @DATASETS.register_module()
@@ -281,19 +251,11 @@ class DigitScenes(SeededDataset):
         ]
 
     def scene(self, index: int) -> DigitScene:
-        """Composes a scene.
-
-        Args:
-            index: Of the scene.
-        """
+        """Composes a scene."""
         return self._make(index)
 
     def prepare_data(self, idx: int) -> Any:
-        """Composes a scene and runs the pipeline on it.
-
-        Args:
-            idx: Index of the scene.
-        """
+        """Composes a scene and runs the pipeline on it."""
         info = self.get_data_info(idx)
         scene = self.scene(idx)
         size = scene.labels.shape

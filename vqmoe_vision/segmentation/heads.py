@@ -6,7 +6,6 @@ from typing import Any
 from mmseg.registry import MODELS
 from torch import nn
 
-from vqmoe_vision.engine.class_arguments import arguments_of
 from vqmoe_vision.moe.config import check
 
 from .backbone import TimmViT
@@ -51,6 +50,11 @@ def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
     kind = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
     if kind is None:  # the registry says what is wrong
         return config
-    arguments = arguments_of(kind)
-    needed = {n for n, p in arguments.items() if p.default is inspect.Parameter.empty}
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:  # each hands on to the next what it has no name for
+        own = inspect.signature(base.__init__).parameters
+        parameters = {**own, **parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    needed = {n for n, p in parameters.items() if p.default is p.empty}
     return {**{name: value for name, value in values.items() if name in needed}, **config}

@@ -7,8 +7,6 @@ from typing import Any
 from mmengine.fileio import list_from_file
 from mmseg.datasets import BaseSegDataset
 
-from vqmoe_vision.engine.known_names import check_spelling
-
 # label maps have 8 bits, and 255 in them is no class
 _MOST_CLASSES = 255
 
@@ -16,7 +14,6 @@ _MOST_CLASSES = 255
 def check_metainfo(dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None) -> None:
     """Refuses classes and colours that do not fit each other, or the data set."""
     chosen, own = metainfo or {}, dataset.METAINFO
-    check_spelling('metainfo', chosen, {'classes', 'palette', *own})
     if 'classes' not in {**own, **chosen}:
         raise ValueError(
             f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'

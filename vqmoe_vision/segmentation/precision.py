@@ -1,8 +1,6 @@
-"""Losses of heads in float32, whatever their logits are, of all that take `BaseDecodeHead`'s.
+"""Losses of mmseg's heads in float32 where logits are bfloat16 without autocast.
 
-In a model of bfloat16, or one that computes in it because its parameters travel so (`parallel`),
-mmseg would compute softmax and losses in it too, with eight significant bits. Heads with losses of
-their own, such as PIDNet's and DDRNet's, still do.
+Heads with losses of their own, such as PIDNet's and DDRNet's, compute them as before.
 """
 
 from typing import Any
@@ -16,10 +14,10 @@ _theirs = BaseDecodeHead.loss_by_feat
 
 
 def loss_by_feat(self: BaseDecodeHead, seg_logits: Tensor, batch_data_samples: Any) -> dict:
-    """As mmseg's."""
+    """As mmseg's, of logits (B, C, H, W)."""
     device = seg_logits.device.type
     chosen = device != 'meta' and torch.is_autocast_enabled(device)
-    if seg_logits.dtype in _LOW and not chosen:
+    if seg_logits.dtype in _LOW and not chosen:  # autocast takes float32 by itself
         seg_logits = seg_logits.float()
     losses: dict = _theirs(self, seg_logits, batch_data_samples)
     return losses

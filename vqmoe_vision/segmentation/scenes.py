@@ -19,8 +19,8 @@ _ATTEMPTS = 20
 class DigitScene:
     """A scene."""
 
-    image: np.ndarray
-    labels: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8, BGR
+    labels: np.ndarray  # (H, W) uint8: 0 for background, d + 1 for the strokes of digit d
 
 
 def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], DigitScene]:

@@ -30,7 +30,6 @@ from .heads import check_decode_head, completed_head, completed_neck
 from .preprocessor import completed, follow, normalization_of
 from .published import in_our_names
 from .source import source
-from .windows import check_test_cfg
 
 
 @MODELS.register_module()
@@ -67,8 +66,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
                 f'a segmentor has no such field; of the timm model it is model.backbone.{name}'
             )
             check(False, f'model.{name}', kwargs[name], allowed)
-        if kwargs.get('test_cfg') is not None:
-            check_test_cfg(kwargs['test_cfg'])
+        for name, value in (kwargs.get('test_cfg') or {}).items():
+            known = ('mode', 'crop_size', 'stride')  # mmseg passes over all others
+            check(name in known, f'model.test_cfg.{name}', value, f'it has {", ".join(known)}')
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
         if isinstance(data_preprocessor, dict):
@@ -94,11 +94,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(2)
     def init_weights(self) -> None:
-        """Starts a new training; neck and heads start alike in all rows at one seed.
-
-        Raises:
-            ValueError: A checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training; neck and heads start alike in all rows at one seed."""
         self._check_pretrained()
         super().init_weights()
         weights = self.backbone.weights_normalization
@@ -125,14 +121,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
                 check(False, 'model.init_cfg.checkpoint', path, allowed)
 
     def normalize_as(self, normalization: Normalization) -> None:
-        """Takes over how images are normalised, and lets the data preprocessor do so.
-
-        Args:
-            normalization: Of the weights, or of the config if they have none.
-
-        Raises:
-            ValueError: The config states otherwise.
-        """
+        """Takes over how images are normalised, and lets the data preprocessor do so."""
         super().normalize_as(normalization)
         known = self.known_normalization  # as rounded in the buffer: tests are fed the same bits
         assert known is not None
@@ -168,11 +157,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return completed_head(head, self.backbone, neck, num_classes)
 
     def in_own_names(self, state: StateDict) -> StateDict:
-        """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'.
-
-        Args:
-            state: Of the checkpoint; one of this class stays as it is.
-        """
+        """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'."""
         return in_our_names(super().in_own_names(state))[0]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -199,11 +184,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         }
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
-        """As `MoeTrainingMixin`: logits and label maps of images of one size.
-
-        Args:
-            size: None for the window that slides, or else the size that the backbone was built for.
-        """
+        """As `MoeTrainingMixin`: logits and label maps of images of one size, or the window."""
         own = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
         height, width = size or own
         known = self.known_normalization or normalization_of(self.data_preprocessor)
@@ -225,10 +206,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return source(dataset, self.data_preprocessor, size, folder)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """As mmseg's, where a map covers more than the images too, as it does in the last patches.
-
-        mmseg would squeeze the whole map onto the images: here it is resized to what it covers, and
-        what is not of the images is cut off.
+        """As mmseg's, where a map covers more than the images too, as in the last patches.
 
         Args:
             inputs: (B, 3, H, W) normalised images.

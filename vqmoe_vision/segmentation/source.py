@@ -1,10 +1,4 @@
-"""Test images of a segmentation config, or those of a folder, for a survey of the routing.
-
-A survey looks at one crop from the middle of each image, of the size that the model is trained on,
-so that what is seen are the tokens that the model knows.
-
-Legend: H, W height and width.
-"""
+"""What a survey of segmentation looks at: the middle of each image, in the trained size."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -41,11 +41,7 @@ class Albumentations(BaseTransform):
         self.compose = albumentations.Compose([_build(config) for config in transforms])
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes.
-
-        Raises:
-            ValueError: The image is not uint8.
-        """
+        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes."""
         kind = str(results['img'].dtype)
         allowed = 'uint8, as LoadImageFromFile has it without to_float32; floats are cut to 0..1'
         check(kind == 'uint8', "results['img'].dtype", kind, allowed)

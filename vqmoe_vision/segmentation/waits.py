@@ -1,8 +1,4 @@
-"""Where mmseg would wait for the device in every training step, and what does the same without.
-
-mmseg reads back how many pixels are labelled, to give its accuracy in the log, and copies label
-maps to the device from memory that the device cannot read by itself.
-"""
+"""Where mmseg would wait for the device in every training step, and what does the same without."""
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -11,7 +7,7 @@ from torch import Tensor
 
 
 def accuracy(pred: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Share of labelled pixels whose class has the largest logit, as `mmseg.models.accuracy`."""
+    """As `mmseg.models.accuracy`, of logits (B, C, H, W) and classes (B, H, W)."""
     labelled = target != ignore_index
     best = pred.topk(1, dim=1).indices.squeeze(1)  # of equal logits argmax may take another
     correct = (best == target) & labelled
