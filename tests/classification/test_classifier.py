@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.classification import Classifier
-from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, collect_losses
 
 SMALL = dict(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vqmoe_vision.classification import Classifier
-from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.models import complexity, to_discrete
 from vqmoe_vision.moe import METHODS
 

@@ -377,15 +377,6 @@ def test_a_mistake_in_an_option_names_it_as_it_was_typed(
         train([config, '--work-dir', str(tmp_path), '--cfg-options', option])
 
 
-def test_an_unknown_argument_is_shown_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match='2'):
-        train(['none.py', '--batch-size', '8'])
-    assert capsys.readouterr().err.endswith(
-        'error: unrecognized arguments: --batch-size 8; fields of the config change with '
-        '--cfg-options, for example train_dataloader.batch_size=8\n'
-    )
-
-
 def test_launcher_without_torchrun(config: str) -> None:
     with pytest.raises(SystemExit, match=r'^error: --launcher pytorch is for .*torchrun'):
         train([config, '--launcher', 'pytorch'])

@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.normalization import weights_normalization
-from vqmoe_vision.engine.start_record import starting_weights
+from vqmoe_vision.engine.record import starting_weights
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hub import hub_in_reach
 

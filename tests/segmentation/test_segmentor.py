@@ -7,7 +7,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 
-from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, update_state
 
 from .conftest import tiny_segmentor, training_batch

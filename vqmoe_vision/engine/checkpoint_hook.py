@@ -37,22 +37,18 @@ _OUTDATED = 'outdated_ckpts'
 
 @HOOKS.register_module('CheckpointHook', force=True)
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's hook, whose files are whole at every moment, and that saves when a run is stopped.
+    """Saves that are whole at every moment, also of a run that is stopped; takes mmengine's name.
 
-    mmengine's deletes the old file, writes the new one in place and then the pointer; it follows
-    whatever path a checkpoint names, and a run that is stopped loses what it did since. Here a
-    file is written beside its place and renamed, old files are deleted after that, names in files
-    are relative to the work dir, and nothing outside it is touched. A run that resumes takes the
-    newest file that reads completely, and validates first where a validation was cut off. This
-    hook takes the name of mmengine's, so that every config that imports this package has it.
+    A file is written beside its place and renamed, old ones are deleted after that, and nothing
+    outside the work dir is touched. A run that resumes takes the newest file that reads completely,
+    and validates first where a validation was cut off.
 
     Args:
         interval: Epochs, or iterations, between checkpoints.
         **options: As mmengine's, without those of another place for the files.
 
     Raises:
-        ValueError: An option is unknown, or names another place for the files, or names by which no
-            run would find them again.
+        ValueError: An option is unknown, or names another place or files that no run would find.
     """
 
     keep_ckpt_ids: deque[int]

@@ -83,18 +83,12 @@ def make_folder(folder: Path) -> None:
 
 def show_predictions(config: Config, folder: str) -> None:
     """Lets a config's visualization hook draw every prediction of a test."""
-    hook = config.default_hooks.get('visualization')
-    if hook is None:
-        raise ValueError('--show-dir needs a config with default_hooks.visualization')
-    hook.draw = True
+    config.default_hooks.visualization.draw = True
     config.visualizer.save_dir = folder
 
 
 def augment_test(config: Config) -> None:
     """Lets a test predict several versions of each image and merge the predictions."""
-    for name in ('tta_model', 'tta_pipeline'):
-        if name not in config:
-            raise ValueError(f'--tta needs a config with {name}')
     for dataset in innermost(config.test_dataloader.dataset):
         dataset.pipeline = config.tta_pipeline
     config.model = dict(config.tta_model, module=config.model)

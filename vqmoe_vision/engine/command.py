@@ -40,15 +40,7 @@ def run(
     arguments = sys.argv[1:] if argv is None else list(argv)
     options: dict[str, Any] = {}
     try:
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            said = f'unrecognized arguments: {" ".join(unknown)}'
-            if hasattr(args, 'cfg_options'):
-                said += (
-                    '; fields of the config change with --cfg-options, for example '
-                    'train_dataloader.batch_size=8'
-                )
-            parser.error(said)
+        args = parser.parse_args(arguments)
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments

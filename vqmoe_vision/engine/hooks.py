@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from mmengine.config import Config
@@ -12,19 +13,19 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.installed import config_path
 from vqmoe_vision.models.create import check_upcycled
-from vqmoe_vision.models.stated_experts import STATED, state_experts
+from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
 
-from .class_names import check_class_names, check_zero_label
+from .config_names import innermost
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
 from .model import MoeTrainingMixin, unwrapped
 from .progress import saves_after_iteration
 from .routing import lines_of
-from .stated_experts import check_experts
+from .trained import check_experts
 
 _ROUTING = 'routing_statistics'
 _RUNTIME = '_base_/default_runtime.py'  # of both tasks
@@ -152,12 +153,7 @@ class NonFiniteGuardHook(Hook):
 
 @HOOKS.register_module()
 class CheckpointFitHook(Hook):
-    """Weights, the model that takes them and the images that it is fed with have to fit.
-
-    mmengine would warn of a checkpoint that does not fit the model, and go on. Images are
-    normalised as the weights want it, before the first of them is read; then what decides by images
-    is fitted to them.
-    """
+    """Refuses weights that do not fit the model, and normalises images as they want it."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares names and shapes, and experts with those that the checkpoint says it has."""
@@ -214,9 +210,7 @@ class ClassCountHook(Hook):
     """Compares the classes of the model, of the data sets and of a checkpoint before a run.
 
     Raises:
-        ValueError: The model has another number of classes than a data set, or the training and
-            validation sets, or the data and the run that is tested or resumed, have different
-            classes, or count them from another label on.
+        ValueError: Their number, names or order differ, or the label that they are counted from.
     """
 
     def __init__(self) -> None:
@@ -302,3 +296,40 @@ def check_hooks(runner: Runner) -> None:
         if isinstance(hook, EMAHook):
             between = moved < at < min(saved, default=len(runner.hooks))
             check(between, 'EMAHook.priority', hook.priority, allowed)
+
+
+# Whether label 0 of the files is nothing that is learned, and label 1 the first class.
+_REDUCED = 'reduce_zero_label'
+
+
+def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
+    """Compares names of classes, by which a label is a class, with those of a checkpoint."""
+    trained = stated_in(content).get('classes')
+    if not isinstance(trained, list | tuple):
+        return
+    for index, (before, now) in enumerate(zip_longest(map(str, trained), map(str, classes))):
+        if before != now:
+            raise ValueError(
+                f'the checkpoint was trained with other classes: its class {index} is {before!r}, '
+                f'that of {where} is {now!r}; give the classes the names of the training, in its '
+                'order'
+            )
+
+
+def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
+    """Compares from which label on data sets of one kind count their classes."""
+    field = f'{split}_dataloader'
+    now = getattr(runner, field).dataset.metainfo.get(_REDUCED)
+    before = (trained or {}).get(_REDUCED)
+    if now is None or before is None or now == before:
+        return
+    kinds = _kinds(runner.cfg, 'train_dataloader')
+    allowed = f'{before}, as in {whose}, or every class would be that of another label'
+    same = not kinds or (len(kinds) == 1 and kinds == _kinds(runner.cfg, field))
+    check(not same, f'{field}.dataset.{_REDUCED}', now, allowed)
+
+
+def _kinds(config: Config, loader: str) -> set[tuple[str, str]]:
+    dataset = (config.get(loader) or {}).get('dataset')
+    found = innermost(dataset) if isinstance(dataset, dict) else ()
+    return {(str(inner.get('type')), str(inner.get('data_root'))) for inner in found}

@@ -32,9 +32,7 @@ def wrapped(text: str) -> str:
 class MoeLogProcessor(LogProcessor):
     """Sums losses over layers in the lines of text, and fetches statistics of single layers.
 
-    Losses and statistics of layers go to TensorBoard and the JSON log at every logged iteration,
-    statistics as averages since the last one; a line of text per layer and epoch, or validation,
-    comes from `MoeStateHook`.
+    These go to TensorBoard and the JSON log at every logged iteration, as averages since the last.
     """
 
     def get_log_after_iter(self, runner: Any, batch_idx: int, mode: str) -> tuple[dict, str]:

@@ -10,7 +10,7 @@ from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.moe.config import check
 
 from .checkpoint_files import write_atomically
-from .start_record import digest_of
+from .record import digest_of
 
 # Name of the digest among the scores.
 WEIGHTS = 'weights'

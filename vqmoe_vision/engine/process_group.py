@@ -64,10 +64,7 @@ def claim_gpu(store: dist.Store, name: str, local_rank: int) -> None:
 
 @MODEL_WRAPPERS.register_module()
 class FilledInDataParallel(MMDistributedDataParallel):
-    """mmengine's, under another name.
-
-    A run writes its config with all that was filled in. By this name the next run that is started
-    from it knows that nobody has asked for a wrapper.
+    """mmengine's, by whose other name a next run knows that nobody has asked for a wrapper.
 
     Args:
         module: The model.

@@ -34,21 +34,13 @@ SAMPLED = 16_384
 class RoutingHistoryHook(Hook):
     """Writes `routing.jsonl` into the work dir while a model trains.
 
-    A line is a JSON object: `iteration`, and in `layers`, by the name of the layer, each share that
-    the layer reports (`load` (E,), `code_usage` (M,)) as its mean over the iterations since the
-    line before, and `change`: by part of the layer, how far its weights moved since the line
-    before, `|new - old| / |new|`. Parts are the children and parameters of the layer by name, such
-    as `router`, `experts` and `gate`, and `codebook`. Norms are estimated from `SAMPLED` entries of
-    a tensor.
-
-    A resumed run goes on with the file: what lies behind the checkpoint is replaced. The hook draws
-    from a generator of its own and changes nothing that training reads.
+    A line is a JSON object: `iteration`, and in `layers`, by name, the mean of each share (`load`
+    (E,), `code_usage` (M,)) since the line before, and `change`, `|new - old| / |new|` of the
+    weights by part of the layer, estimated from `SAMPLED` entries of a tensor. A resumed run
+    replaces what lies behind its checkpoint. The hook draws from a generator of its own.
 
     Args:
-        records: How many lines a whole run gives.
-
-    Raises:
-        ValueError: If `records` is no whole number, or below 1.
+        records: How many lines a whole run gives, at least 1.
     """
 
     priority = 'LOW'  # codebooks have moved by then, and the checkpoint is not yet written
@@ -118,18 +110,7 @@ class RoutingHistoryHook(Hook):
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Reads the lines that `RoutingHistoryHook` wrote, oldest first."""
     *lines, _ = path.read_bytes().split(b'\n')
-    return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        return {**record, 'iteration': int(record['iteration']), 'layers': dict(record['layers'])}
-    except (ValueError, TypeError, KeyError) as error:
-        remedy = 'remove that line, or the file, to go on'
-        raise ValueError(
-            f'{str(path)!r} is damaged in line {number}: {error!r}; {remedy}'
-        ) from error
+    return [json.loads(line) for line in lines]
 
 
 def _sample(layer: MoeLayer) -> dict[str, Tensor]:

@@ -130,10 +130,8 @@ class SeededClassBalancedDataset(ClassBalancedDataset):
 class SeededSampler(DefaultSampler):
     """mmengine's `DefaultSampler`, for epochs, whose indices bring the seed of their augmentation.
 
-    Without workers the model and the augmentation draw from one generator, and a method that draws
-    noise would see other images than one that does not. A sample that is seeded by the run's seed,
-    the epoch and its index is the same for all models and for every number of workers and
-    processes. The data set has to call `seed_sample`.
+    It follows from the run's seed, the epoch and the index, for all models and any number of
+    workers and processes. The data set has to call `seed_sample`.
     """
 
     _passed_over = 0
@@ -155,12 +153,10 @@ class SeededSampler(DefaultSampler):
 
 @DATA_SAMPLERS.register_module()
 class SeededInfiniteSampler(InfiniteSampler):
-    """mmengine's `InfiniteSampler`, whose indices know their position in the run.
+    """mmengine's `InfiniteSampler`, whose indices bring the seed of their augmentation.
 
-    A run that is counted in iterations resumes in the middle of a worker's stream of random
-    numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
-    run's seed and the position among the samples of all processes, is the same after a resume, and
-    for every number of workers and processes. The data set has to call `seed_sample`.
+    It follows from the run's seed and the position among the samples of all processes, also after a
+    resume in the middle of a worker's stream. The data set has to call `seed_sample`.
     """
 
     def _indices_of_rank(self) -> Iterator[int]:

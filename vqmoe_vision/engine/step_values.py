@@ -160,13 +160,10 @@ class _UnreadNorm:
 
 @HOOKS.register_module('RuntimeInfoHook', force=True)
 class StepValuesHook(RuntimeInfoHook):
-    """mmengine's hook, which leaves the values of a training step on the device.
+    """Leaves values of a training step, and the norm of gradients, on the device.
 
     It reads them where a line of the log or a checkpoint is due, at the end of an epoch, before a
-    validation, and after `LONGEST` iterations; on a CPU at each. It also keeps the norm of the
-    gradients from the optimizer's wrapper, which would read it, and lets the data loader put
-    batches where CUDA reads them while the program goes on. This hook takes the name of mmengine's,
-    so that every config that imports this package has it.
+    validation, and after `LONGEST` iterations; on a CPU at each. Batches are put in pinned memory.
     """
 
     def before_train(self, runner: Runner) -> None:

@@ -15,9 +15,9 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.class_names import check_class_names
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.config_names import innermost
+from vqmoe_vision.engine.hooks import check_class_names
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 
