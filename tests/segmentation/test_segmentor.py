@@ -333,18 +333,13 @@ def test_custom_keys_come_on_top_of_the_rate_of_the_layer() -> None:
 
 @pytest.mark.parametrize('wrong', [None, {}, {'layer_decay': 0.0}, {'layer_decay': 1.5}])
 def test_layer_decay_is_a_share(wrong: dict | None) -> None:
-    with pytest.raises(ValueError, match=r'must have layer_decay=x with 0 < x <= 1'):
+    with pytest.raises(ValueError, match=r'^paramwise_cfg\.layer_decay='):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
-
-
-def test_layer_decay_needs_a_rate() -> None:
-    with pytest.raises(ValueError, match=r'layer_decay=0.5 multiplies optimizer.lr, which is not'):
-        LayerDecayOptimWrapperConstructor({'optimizer': {'type': 'Adagrad'}}, {'layer_decay': 0.5})
 
 
 def test_layer_decay_refuses_other_settings() -> None:
     wrong = {'layer_decay': 0.5, 'norm_decay_mult': 0.0}
-    with pytest.raises(ValueError, match=r'norm_decay_mult .* takes layer_decay and custom_keys'):
+    with pytest.raises(ValueError, match=r'norm_decay_mult=.* layer_decay and custom_keys'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
 
 

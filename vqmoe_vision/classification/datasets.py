@@ -70,7 +70,6 @@ def _part(
     transform: dict,
     imbalance: float,
 ) -> ImageClassification:
-    """A split of the training images, or all of the test images."""
     _, split, dev_size = part
     source, counts = read(split != 'test'), None
     classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names

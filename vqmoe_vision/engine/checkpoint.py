@@ -138,7 +138,6 @@ def _checked_parts(content: Any, file: str) -> Parts | None:
 
 
 def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any = None) -> Any:
-    """A checkpoint whose tensors are whole, also where it was written in parts."""
     parts = _checked_parts(content, file)
     if parts is not None:
         with _reading(file, verify=False):

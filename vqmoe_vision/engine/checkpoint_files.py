@@ -127,7 +127,6 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
 
 
 def _is_own(path: Path, run: str) -> bool:
-    """Whether a checkpoint says that the run has written it."""
     try:
         content = read_content(str(path), verify=False)
         return bool(content['message_hub']['runtime_info'][RUN] == run)

@@ -232,7 +232,6 @@ class AtomicCheckpointHook(CheckpointHook):
         self._save(runner, self.filename_tmpl.format(step), meta)
 
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
-        """Writes a checkpoint and the pointer, and deletes then what they replace."""
         self._outdate_former_best()
         folder = Path(self.out_dir)
         self.last_ckpt = str(folder / name)

@@ -141,7 +141,6 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> str | None:
-    """The checkpoint to go on from, for the first process to find."""
     folder = Path(config.work_dir)
     if processes.rank:
         return None

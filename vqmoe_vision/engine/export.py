@@ -118,7 +118,6 @@ def _exportable(args: argparse.Namespace) -> Exportable:
 
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
-    """A model of timm's `create_model`, whose keyword arguments the options are."""
     model: Any
     folder = name.startswith(FOLDERS)
     for option in (*_SAID, *(_SAID_BY_FOLDER if folder else ())):

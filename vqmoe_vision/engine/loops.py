@@ -41,7 +41,6 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def _seen(self) -> int:
-        """Batches of the epoch that a run which is resumed has seen."""
         hub, size = self.runner.message_hub, self.dataloader.batch_size
         seen = hub.get_info(SEEN, 0)
         former = hub.get_info(SIZE, size)

@@ -173,7 +173,6 @@ class MoeTrainingMixin(TakesOtherNames):
         return whole_that_fits(network, part, field)
 
     def _place(self) -> str:
-        """Name of the timm model in this one."""
         modules = self.named_modules()  # type: ignore[attr-defined]
         return next(name for name, module in modules if module is self.routed_model)
 

@@ -108,7 +108,6 @@ def forget_wrapper(config: Config) -> None:
 
 
 def _sync_option() -> str:
-    """What torch calls whether buffers are sent around."""
     options = inspect.signature(DistributedDataParallel).parameters
     return 'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers'
 

@@ -129,7 +129,6 @@ def _trains(frame: FrameType | None) -> bool:
 
 
 def _resume() -> str:
-    """The command that goes on."""
     if get_world_size() > 1:  # this process does not know how it was launched
         return 'the same command, --resume'
     again = [] if '--resume' in sys.orig_argv else ['--resume']

@@ -43,7 +43,6 @@ def _check_held_out(runner: Runner) -> None:
 
 
 def _parts(dataset: Any) -> Iterator[TrainingPart]:
-    """Of a data set, and of all inside a wrapper of mmengine."""
     if (part := getattr(dataset, 'training_part', None)) is not None:
         yield part
     for inner in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or [])):

@@ -168,7 +168,6 @@ def list_images(images: Any) -> list[Any]:
 
 
 def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
-    """Pixels as the test reads those of its files."""
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')

@@ -142,7 +142,6 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         super()._init_auxiliary_head(auxiliary_head)
 
     def _fitted_auxiliary(self, head: dict[str, Any]) -> dict[str, Any]:
-        """As `_fitted`, with the classes of the decode head."""
         head = self._fitted(head, num_classes=self.num_classes)
         if head.get('num_classes', self.num_classes) != self.num_classes:
             raise ValueError(
@@ -152,7 +151,6 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return head
 
     def _fitted(self, head: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
-        """A head's config with what follows from backbone and neck."""
         neck = self.neck if self.with_neck else None
         return completed_head(head, self.backbone, neck, num_classes)
 

@@ -28,8 +28,6 @@ class _Files(Sequence):
 
 
 class _Crops(Sequence):
-    """Middles of images, normalised."""
-
     def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
         self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
 
