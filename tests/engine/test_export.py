@@ -169,7 +169,7 @@ HARMS = {
     'cut': r"L(/model\.safetensors)?' is damaged, or holds more than weights",
     'config': r"^error: source='local-dir:.*L' is not possible: a folder with the config\.json",
     'classes': 'num_classes=10|weights of .*L. have nothing for head.weight, head.bias',
-    'heads': 'which has 3 heads, for 4; num_heads=3 would fit',
+    'heads': 'num_heads=3, the model has num_heads=4',
 }
 # of a network without heads
 WRONG = [(kind, harm) for kind in MODELS for harm in HARMS if (kind, harm) != ('other', 'heads')]
@@ -200,7 +200,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(kind: str, harm: str, tmp_path:
     [
         (['num_classes=7'], "weights of 'NAME' have nothing for head.weight, head.bias, which wou"),
         (['upcycling.drop=0.5'], r'^error: upcycling.* has no dense MLP to make experts of'),
-        (['num_heads=4'], 'which has 3 heads, for 4; num_heads=3 would fit'),
+        (['num_heads=4'], 'num_heads=3, the model has num_heads=4'),
     ],
 )
 def test_options_that_weights_by_name_do_not_have(
@@ -226,7 +226,7 @@ def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
     model = leave_folder(tmp_path / 'L', 'dense', safe=True)
     file, out = str(tmp_path / 'L/model.safetensors'), str(tmp_path / 'OUT.pt2')
     options = ['--batch', '2', '--cfg-options', *SMALL]
-    with pytest.raises(SystemExit, match='which has 3 heads, for 6; num_heads=3 would fit'):
+    with pytest.raises(SystemExit, match='num_heads=3, the model has num_heads=6'):
         export([NAME, file, out, *options, 'num_heads=6'])
     export([NAME, file, out, *options])
     images = torch.randn(2, 3, 32, 32)

@@ -154,13 +154,9 @@ def test_other_networks_start_the_same_ones_and_no_others(
     save_file(source.state_dict(), path)
     model = make('smoe', upcycle=path, renormalize=True, **options).eval()
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
-    ):
+    with pytest.raises(ValueError, match='does not fit the model: '):
         make('smoe', upcycle=path)
-    with pytest.raises(
-        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
-    ):
+    with pytest.raises(ValueError, match='does not fit the model: '):
         plain = dense()
         torch.save(plain.state_dict(), tmp_path / 'plain.pth')
         make('smoe', upcycle=str(tmp_path / 'plain.pth'), **options)
@@ -204,13 +200,12 @@ def test_registers_that_only_one_has_are_named(theirs: str, tmp_path: Path) -> N
         state['mask_token'] = torch.zeros(1, 32)
     path, plain = str(tmp_path / 'a.pth'), str(tmp_path / 'plain.pth')
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r'only the checkpoint has reg_token; reg_tokens=2, no_em'):
+    with pytest.raises(ValueError, match='only the checkpoint has reg_token'):
         make('smoe', upcycle=path)
-    said = {'reg_token': 'no_embed_class=True would fit', 'register_tokens': '=True would fit'}
-    with pytest.raises(ValueError, match=said[theirs]):
+    with pytest.raises(ValueError, match='no_embed_class=False'):
         make('smoe', upcycle=path, reg_tokens=2)
     torch.save(dense(no_embed_class=True).state_dict(), plain)
-    with pytest.raises(ValueError, match=r'only the model has reg_token; reg_tokens=0 would fit'):
+    with pytest.raises(ValueError, match='only the model has reg_token'):
         make('smoe', upcycle=plain, reg_tokens=2, no_embed_class=True)
 
 
@@ -229,7 +224,7 @@ def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(dense(init_values=0.1).state_dict(), path)
     backbone = dict(num_classes=0, global_pool='', depth=2)
-    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-05 would fit'):
+    with pytest.raises(ValueError, match=r'unexpected keys: blocks\.0\.ls1\.gamma'):
         make('smoe', upcycle=path, **backbone)
     model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
     assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused

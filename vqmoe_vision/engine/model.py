@@ -14,10 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
-from vqmoe_vision.models.options_that_fit import experts_that_fit
-from vqmoe_vision.models.other_sizes import whole_that_fits
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of, part_of
 from vqmoe_vision.moe import Collected, collect_losses
 from vqmoe_vision.moe.collect import moe_layers
@@ -155,22 +152,13 @@ class MoeTrainingMixin(TakesOtherNames):
                 f'{problem}; it is a file of timm, without what a run has beside the timm model: '
                 'test the checkpoint, or the .pth that tools/publish.py makes of it'
             )
-        return f'{problem}{self._that_fits(own)}' if problem else ''
+        return problem
 
     def in_own_names(self, state: StateDict) -> StateDict:
         """The state of a file of timm in the names of a run, whose own stays as it is."""
         if not self._is_of_timm(state):
             return state
         return {k if k == KEY else f'{self._place()}.{k}': value for k, value in state.items()}
-
-    def _that_fits(self, state: StateDict) -> str:
-        """What would take weights of a run that do not fit, for the end of a line."""
-        place, network = self._place(), self.routed_model
-        part = part_of(self.in_own_names(state), f'{place}.')
-        if not isinstance(network, Transformer):
-            return str(experts_that_fit(network, part))
-        field = f'model.{place.removesuffix("model")}checkpoint'
-        return whole_that_fits(network, part, field)
 
     def _place(self) -> str:
         modules = self.named_modules()  # type: ignore[attr-defined]

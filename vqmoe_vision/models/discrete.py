@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..moe import moe_layers as layers_of
 from ..moe.config import check
 from ..moe.layer import MoeLayer
-from ..moe.methods import METHODS
 from .sparse_model import SparseModel
 
 
@@ -47,12 +46,7 @@ def to_discrete(model: nn.Module) -> nn.Module:
     """
     layers = changeable_layers(model)
     for layer in layers:
-        try:
-            layer.check_discrete()
-        except ValueError as error:
-            with_forms = [k for k, m in METHODS.items() if 'form' in m.config.option_names()]
-            fits = f"a model of {' or '.join(with_forms)} with form='full' would fit"
-            raise ValueError(f'{error}; {fits}') from error
+        layer.check_discrete()
     # nothing is refused from here on
     changed: dict[str, Any] = {}
     for layer in layers:

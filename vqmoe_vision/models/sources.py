@@ -24,13 +24,12 @@ from timm.models import (
 
 from ..moe.config import check, did_you_mean
 from .described import Described, describe, describe_folder
-from .hosts import MODULES, VIT_MODULES
+from .hosts import VIT_MODULES
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of, with_experts
+from .origin import Origin, origin_of
 from .sparse_model import SparseModel
 from .state_dicts import StateDict
 from .stated_experts import experts_of_file
-from .structure import structure_only
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
@@ -85,10 +84,6 @@ def upcycle_source(
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
     allowed = "one of timm's VisionTransformers, whose blocks ours have"
-    if not fits and timm.models.is_model_in_modules(upcycle, MODULES):
-        with structure_only():
-            network = timm.create_model(get_arch_name(upcycle))
-        allowed += with_experts(Origin(upcycle, network), 'smoe')
     check(fits, 'upcycle', upcycle, allowed)
     if not timm.models.is_model_pretrained(upcycle):
         check(False, 'upcycle', upcycle, _with_weights(upcycle))

@@ -29,13 +29,9 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .feature_network import feature_network
-from .hosts import method_of
 from .layers import build_layer, host_of, output_scale, set_draw
-from .networks_that_fit import Model
-from .other_experts import kept_by_another
-from .other_sizes import sizes_that_fit
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
-from .state_dicts import Report, misfit_of
+from .state_dicts import Report
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 from .weight_files import is_of_numpy, unreadable
 
@@ -63,25 +59,6 @@ class SparseModel:
         # option of a form that it was before
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
-
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line."""  # LONG
-        model: Any = self
-        load: Any = super().load_state_dict  # type: ignore[misc]
-        try:
-            return load(state_dict, strict, assign)
-        except RuntimeError as error:
-            problem = misfit_of(model, state_dict)
-            if not problem:
-                raise
-            # one whose class was called by hand has none
-            config = getattr(model, 'pretrained_cfg', None) or {}
-            upcycles = method_of(str(config.get('architecture'))) is not None
-            fits = kept_by_another(model, state_dict, upcycles) or sizes_that_fit(
-                model.state_dict(), state_dict, Model.of(model)
-            )
-            raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:

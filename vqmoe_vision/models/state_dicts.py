@@ -17,6 +17,8 @@ from ..moe.image_reader import ImageReader
 StateDict = dict[str, Tensor]
 CLASSIFIERS = ('head.', 'head_dist.')
 HEADS = (*CLASSIFIERS, 'attn_pool.')
+# Where timm has the last norm.
+NORMS = ('norm.', 'fc_norm.')
 Value = TypeVar('Value')
 
 

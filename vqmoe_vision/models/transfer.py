@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..moe import moe_layers
 from ..moe.config import check
 from ..moe.image_reader import ImageReader, image_reader, reader_of
-from .feature_network import NETWORK, READER
+from .feature_network import NETWORK, READER, FeatureViT
 from .fitting import (
     Size,
     fit_head,
@@ -22,25 +22,32 @@ from .fitting import (
     fitted_stem,
     in_names_of,
     left_out,
+    pooled_otherwise,
     rename_norm,
     resized_positions,
     strip_names,
+    without_norm,
 )
 from .hosts import Transformer
-from .networks_that_fit import Model
 from .origin import Origin, other_pooling, refuse_other_function
 from .refusals import (
     perhaps_rotary,
     refuse_gated,
     refuse_misfits,
-    refuse_other_parts,
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import Report, StateDict, as_tensors, other_shapes, part_of, shorten
-from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
+from .state_dicts import (
+    CLASSIFIERS,
+    Report,
+    StateDict,
+    as_tensors,
+    other_shapes,
+    part_of,
+    shorten,
+)
+from .stated_experts import StatedExperts, compare_experts, experts_of, saved_with
 from .upcycle import Upcycling, units_left_out, upcycle
-from .would_fit import pooled_otherwise, without_norm
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class _Transfer:
     image_sizes: Sequence[Size]
     upcycling: Upcycling | None
     origin: Origin | None
-    options: str
+    saved_with: str
 
 
 def fit_state(
@@ -79,7 +86,7 @@ def transfer(
         refuse_other_function(model, origin, path)
         stated = experts_of(origin.model)
     others = Report.of_warnings(compare_experts(model, stated, path))
-    how = _Transfer(path, image_sizes, upcycling, origin, options_of(stated, model))
+    how = _Transfer(path, image_sizes, upcycling, origin, saved_with(stated, model))
     state, outside = strip_names(state_dict, expected, path)
     state = as_tensors(state, expected, path)
     reader = image_reader(model)
@@ -136,15 +143,14 @@ def _fit_network(
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     path, origin = how.path, how.origin
-    # a known network has been refused before if its heads are others
-    sized = Model.of(model, same_heads=origin is not None, options=how.options)
-    arguments = sized.arguments
+    # features of fewer blocks would be others
+    whole = isinstance(model, FeatureViT) or any(k.startswith(CLASSIFIERS) for k in expected)
     refuse_gated(expected, state, path)
-    refuse_other_tokens(state, expected, path, sized)
-    doubts = perhaps_rotary(state, expected, path, sized) if origin is None else ()
-    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(
-        expected, state, arguments
-    )
+    refuse_other_tokens(state, expected, path, model)
+    doubts = perhaps_rotary(state, model) if origin is None else ()
+    pooling = other_pooling(model, origin) if origin is not None else ''
+    if not pooling and pooled_otherwise(expected, state):
+        pooling = 'its features are pooled otherwise'
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, how.image_sizes)
@@ -153,10 +159,9 @@ def _fit_network(
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
-    refuse_misfits(network, filtered, fitted, path, sized)
-    refuse_other_parts(network, fitted, path, sized)
+    refuse_misfits(network, fitted, path, whole, how.saved_with)
     refuse_values(network, filtered, path)
-    norm = without_norm(network, fitted, arguments)
+    norm = without_norm(network, fitted)
     made, copied, lost = (
         _upcycled(model, fitted, path, how.upcycling) if how.upcycling else ({}, {}, ())
     )
@@ -224,7 +229,7 @@ def _upcycled(
         if not part:
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
-                f'for {name}, and would leave them random; whole weights would fit'
+                f'for {name}, and would leave them random'
             )
         if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
