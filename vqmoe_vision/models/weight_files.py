@@ -8,14 +8,13 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..moe.config import check
-from .hub import hub_in_reach
 from .run_files import logs_passed_over
 from .state_dicts import shorten
 from .unreadable import ZIP, found_in
@@ -79,9 +78,8 @@ def named_source(source: str) -> Iterator[None]:
     local = is_file_name(source) or Path(source).exists()
     if local:
         check_files(source)
-    of_hub = not (local or '://' in source or source == 'state_dict')
     try:
-        with logs_passed_over(), hub_in_reach() if of_hub else nullcontext():
+        with logs_passed_over():
             yield
     except _Elsewhere as other:
         raise other.args[0] from other.args[0].__cause__
