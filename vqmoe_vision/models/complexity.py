@@ -1,7 +1,6 @@
 """Parameters and multiply-accumulates of a vision transformer.
 
-Counted by torch's own counter of operations in a forward pass on the meta device, which computes
-nothing; it knows the experts by the formula that `moe.kernels.batched` registers.
+Counted by torch in a forward pass on the meta device; `moe.kernels.batched` registers the experts.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ class Complexity:
     Args:
         params: Number of parameters.
         active_params: Parameters that one token uses.
-        macs: Multiply-accumulates per image at the model's input size. Matrix products only:
-            norms, activations and biases are left out, as is usual. What a capacity drops counts as
-            if it were computed.
+        macs: Multiply-accumulates per image at the model's input size, of matrix products. What a
+            capacity drops counts as if it were computed.
     """
 
     params: int
@@ -87,7 +85,6 @@ def describe_params(params: int, active: int) -> str:
 
 
 def _weightless(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the meta device, without the hooks of the original."""
     memo: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()
     }

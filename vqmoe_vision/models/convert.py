@@ -43,15 +43,12 @@ def convert_to_moe(
 ) -> Report:
     """Make a dense vision transformer a sparse one in place, with experts made of its MLPs.
 
-    Afterwards a `VisionTransformer` is a `MoeVisionTransformer`, and its state dict is that of an
-    entry point with the same sizes and options; an `Eva` is a `MoeEva`. Convert before an optimizer
-    takes the parameters. Experts are frozen where the parameters that they are made of were;
-    routers and codebooks are new, and train. A model that timm has built by name is saved as
-    `moe_host`, which builds it again.
+    Convert before an optimizer takes the parameters. Experts are frozen where the parameters that
+    they are made of were; routers and codebooks are new, and train.
 
     Args:
-        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs, without
-            hooks. It is changed, or left as it is if anything is refused.
+        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs. It is
+            changed, or left as it is if anything is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.
@@ -129,7 +126,6 @@ def _put_layers(
 
 
 def _host(dense: Any, method: str, config: MoeConfig) -> Host:
-    """What layers may know of the model, and what reads its images for them."""
     proj = dense.patch_embed.proj
     allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
     check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
@@ -161,7 +157,6 @@ def _layer_like(
     host: Host,
     of_model: dict[str, Any],
 ) -> MoeLayer:
-    """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
     weight = mlp.fc1.weight
     layer = build_layer(
@@ -214,7 +209,6 @@ def _rate(drop: nn.Module) -> float:
 
 
 def _hooks_of(module: Any) -> list[Any]:
-    """Its hooks of passes, by kind."""
     return [
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -39,10 +39,10 @@ _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
 @dataclass(frozen=True)
 class Exportable:
-    """What becomes a graph."""
+    """What becomes a graph, and in `about` what a user of the file has to know, as JSON."""
 
-    network: nn.Module
-    input_size: tuple[int, int, int]
+    network: nn.Module  # of images (B, C, H, W) float32
+    input_size: tuple[int, int, int]  # C, H, W
     outputs: tuple[str, ...] = ('logits',)
     about: dict[str, Any] = field(default_factory=dict)
 

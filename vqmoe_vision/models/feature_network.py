@@ -72,8 +72,7 @@ def _described(network: VisionTransformer) -> Features:
 def fit_reader(model: nn.Module, batches: Iterable[Tensor]) -> str:
     """Fit what reads images in a model, such as clusters, to the images of a training set.
 
-    Trainings by config do so themselves. The weights of its network come first: from the dense
-    model that the model starts from, or by `load_features` of a state dict.
+    The weights of its network come first. Trainings by config do all that themselves.
 
     Args:
         model: Any model whose method reads images by a frozen network; only that part is changed.

@@ -66,7 +66,7 @@ def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[
 def fit_head(
     state: StateDict, expected: StateDict, pooling: str
 ) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree."""
+    """Both without heads unless they agree; what is dropped, remarks, and which are warnings."""
     head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
@@ -101,7 +101,7 @@ def without_norm(expected: StateDict, fitted: StateDict) -> tuple[str, ...]:
 
 
 def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
-    """By timm's names for a class of models, in the sizes of the model as far as timm can do that."""  # LONG
+    """By timm's names, in the sizes of the model as far as timm's filter can do that."""
     try:
         if isinstance(model, Eva):
             return eva.checkpoint_filter_fn(state, model)

@@ -1,8 +1,7 @@
 """Models in int8 for serving: weights once and for all, what they multiply in every call.
 
-torch's and torchao's calls convert `nn.Linear` alone. Experts are stacked weights, so they become
-such modules first. What decides stays float: routers, gates, codebooks and what reads images are no
-`nn.Linear` that such calls convert, as a token that goes to another expert is a large error.
+torchao converts `nn.Linear` alone, which experts become first. What decides stays float, as a token
+that goes to another expert is a large error.
 """
 
 from __future__ import annotations
@@ -33,16 +32,11 @@ _PACKAGE = 'torchao'
 def experts_as_linear(model: nn.Module) -> nn.Module:
     """Hold every expert of every MoE layer in modules `nn.Linear`, in place.
 
-    The answers stay, and an expert computes the rows that chose it, as before. Parameters are new
-    and have other names (`fc1.weight` becomes `fc1.0.weight` and so on), so that weights are loaded
-    before and optimizers made after it. Training is faster with stacked experts.
+    Parameters are new and have other names (`fc1.0.weight` for `fc1.weight`), so that weights are
+    loaded before and optimizers made after it. Training is faster with stacked experts.
 
     Args:
-        model: Any model with MoE layers, such as a classifier, a segmentor or a timm model, before
-            it is distributed. Experts that are such modules already stay.
-
-    Returns:
-        The model.
+        model: Any model with MoE layers, before it is distributed; it is returned.
 
     Raises:
         ValueError: There is no MoE layer, or the model is wrapped in `DistributedDataParallel`.
@@ -59,11 +53,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     stem, norms, the product of attention, and all that decides which expert computes stay float.
 
     Args:
-        model: Any model in eval mode, in float32 or bfloat16, on a CPU or a CUDA device, with MoE
-            layers or without. It is changed, or left as it is if it is refused.
-
-    Returns:
-        The model.
+        model: Any model in eval mode, float32 or bfloat16, on a CPU or CUDA; it is returned.
 
     Raises:
         ModuleNotFoundError: torchao, of the extra `export`, is missing.
@@ -134,7 +124,7 @@ def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: b
             source,
             file,
             per_channel=True,
-            reduce_range=True,
+            reduce_range=True,  # as above: a file does not know where it will run
             weight_type=QuantType.QInt8,
             nodes_to_quantize=chosen,
             use_external_data_format=external_data,

@@ -59,6 +59,9 @@ class RawPatchEmbed(StaysPython, PatchEmbed):
 class RawPatchBlock(Block):
     """timm's `Block` that checkpoints itself."""
 
+    # `checkpoint_seq` repeats a block with its input alone, when the layers may look at the patches
+    # of another batch: patches travel as an input of their own
+
     __jit_ignored_attributes__: ClassVar[list[str]] = ['raw_patches']
 
     def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:

@@ -174,12 +174,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         )
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise as timm's of the mode, and experts as the MLPs in their place.
-
-        Args:
-            mode: A value of `weight_init`; empty for the one that the model was built with.
-            needs_reset: As timm's.
-        """
+        """As timm's; experts as the MLPs in their place. Without a mode, as the model was built."""
         for module in self.modules():
             if isinstance(module, Experts):
                 set_draw(module, mode or self.weight_init_mode)

@@ -1,7 +1,6 @@
 """What a source says of its experts beside their tensors, and the model that takes them.
 
-Methods whose tensors have the same names, and options without tensors, are told apart by nothing
-else.
+Methods of equal tensors, and options without tensors, are told apart by nothing else.
 """
 
 from __future__ import annotations

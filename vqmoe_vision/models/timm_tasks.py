@@ -1,8 +1,6 @@
 """Tasks of timm that train what MoE layers add: auxiliary losses, codebooks and stages.
 
-A task of `timm.task` computes the loss of a batch from its model, and timm's `train.py` has all
-that it trains from one: the gradients, the moving average, the checkpoints. The script takes its
-classes from `timm.task` by name, and `install` puts ours there.
+timm's `train.py` takes its classes from `timm.task` by name, and `install` puts ours there.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ class TrainsExperts:
         return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the state that learns without gradients, then timm's moving average if there is one."""  # LONG
+        """Move the state that learns without gradients, then timm's moving average."""
         update_state(self.trainable_module)
         timms: Any = super()
         timms.update_ema(step)

@@ -1,7 +1,4 @@
-"""Weights from elsewhere for a vision transformer: fitted, and nothing lost in silence.
-
-Everything here works on state dicts; `engine/checkpoint.py` reads the files.
-"""
+"""Weights from elsewhere for a vision transformer: fitted, and nothing lost in silence."""
 
 from __future__ import annotations
 
@@ -78,7 +75,11 @@ def transfer(
     origin: Origin | None = None,
     stated: StatedExperts | None = None,
 ) -> tuple[StateDict, Report]:
-    """The part of a checkpoint that belongs into a model, and what becomes of each tensor."""
+    """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
+
+    A head is taken if classes and pooling agree. Nothing else may be missing but what dense models
+    lack: routers, codebooks, slots; and the last norm, with a warning.
+    """
     expected = model.state_dict()
     on_meta = any(value.is_meta for value in expected.values())
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
@@ -113,10 +114,10 @@ def load_features(
 
     Args:
         model: Any model whose method reads images by a frozen network; only that part is changed.
-        state_dict: Of a dense model of the shape of that network, as in `fit_state`.
-        path: As in `fit_state`.
-        image_sizes: As in `fit_state`.
-        origin: As in `transfer`.
+        state_dict: Of a dense model of the shape of that network.
+        path: For messages.
+        image_sizes: (H, W), of which one may be that of its positions.
+        origin: The network that the weights are of, if that is known.
 
     Raises:
         ValueError: The model reads no images, the state is none or of a model with experts, or as
@@ -182,7 +183,6 @@ def _fit_network(
 def _resized(
     state: StateDict, result: StateDict
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes before and after, of what has been fitted to another size."""
     return {
         name: (tuple(state[name].shape), tuple(value.shape))
         for name, value in result.items()

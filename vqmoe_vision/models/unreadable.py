@@ -43,7 +43,6 @@ def found_in(path: str) -> str:
 
 
 def _code_in(path: str) -> list[str]:
-    """What a file would call of what is no data."""
     try:
         with logs_passed_over():
             return sorted(get_unsafe_globals_in_checkpoint(path))

@@ -61,8 +61,6 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a tree."""
-
     patch: Shape
     channels: int
     width: int
@@ -145,7 +143,6 @@ def in_our_names(tree: StateDict) -> StateDict:
 
 
 def _moved(name: str, value: Tensor) -> Tensor:
-    """A tensor with its output first."""
     if name == _STEM:
         return value.permute(3, 2, 0, 1)  # (P, P, C, D) -> (D, C, P, P)
     if '/SelfAttention/out/' not in name and '/SelfAttention/' in name:

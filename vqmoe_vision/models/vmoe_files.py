@@ -70,7 +70,6 @@ def _weights(leaves: list[tuple[str, _Leaf]], checkpoint: str) -> dict[int, str]
 
 
 def _joined(name: str, leaf: _Leaf, parts: list[tuple[Box, Tensor]], checkpoint: str) -> Tensor:
-    """An array of its chunks."""
     boxes = dict(parts)  # what several processes had is the same
     found, size = sum(chunk.numel() for chunk in boxes.values()), math.prod(leaf.shape)
     fits = all(
@@ -109,7 +108,6 @@ def _decoded(path: str, decode: Callable[[Any], Any]) -> Any:
 
 
 def _index(content: Any) -> tuple[int, list[tuple[str, _Leaf]]]:
-    """Number of shards, and all leaves in order."""
     count, tree, version = (content.get(key) for key in ('shard_count', 'index', 'version'))
     if type(count) is not int or not isinstance(tree, dict):
         raise ValueError(f"it has {shorten(map(str, content))}, for 'index' and 'shard_count'")
