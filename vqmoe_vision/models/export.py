@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..moe.config import check
 from .int8 import is_int8
-from .onnx_operators import translations
 from .quantization import decomposed, quantize_int8, quantize_onnx, separated
 from .quiet import quiet
 
@@ -152,7 +151,7 @@ def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) 
             input_names=[INPUT],
             output_names=list(exportable.outputs),
             opset_version=opset,
-            custom_translation_table=translations(),
+            custom_translation_table=_translations(),
             verbose=False,
         )
     for name, value in exportable.about.items():
@@ -177,6 +176,25 @@ def save_program(
     with quiet():
         _write(target, lambda file: torch.export.save(program, file, extra_files=extra))
     return target
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators of our models that torch's exporter cannot write as ONNX by itself."""
+    from onnxscript import opset18 as op
+
+    def sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        """ONNX's TopK puts the lower index first among equals, so that it is stable."""
+        size = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim)), [1])
+        return op.TopK(x, size, axis=dim, largest=descending, sorted=True)
+
+    def searchsorted(row: Any, values: Any, **options: Any) -> Any:
+        """Of one sorted row (N,) and values (M,), from the left: how many are smaller."""
+        assert not any(options.values())
+        smaller = op.Less(op.Unsqueeze(row, [0]), op.Unsqueeze(values, [1]))
+        return op.ReduceSum(op.Cast(smaller, to=7), [1], keepdims=0)  # 7: int64
+
+    aten = torch.ops.aten
+    return {aten.sort.stable: sort, aten.searchsorted.Tensor: searchsorted}
 
 
 def _for_inference(network: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ def shard_model(
     param_dtype: torch.dtype | None = None,
     timeout: float | None = None,
 ) -> nn.Module:
-    """Spread parameters over all processes, in place; the loss of each is a mean over its tokens."""
+    """Spread parameters over all processes, in place; the loss of each is a mean over tokens."""
     processes = dist.get_world_size()
     allowed = f'it must divide {processes}, the number of processes'
     check(
