@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import vqmoe_vision.classification
@@ -19,7 +20,6 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.models.complexity import complexity
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import MoeConfig
 from vqmoe_vision.moe.layer import MoeLayer
@@ -43,7 +43,7 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
     for row in comparison.rows:
         run = Run(comparison, row, comparison.seeds[0], Path('work_dirs'))
         config = load_config(comparison.config, parse_options(run.options))
-        with structure_only(), DefaultScope.overwrite_default_scope(config.default_scope):
+        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
             MODELS.build(config.model.get('backbone', config.model))
         assert config.default_hooks.record.type == 'RunRecordHook'
 
@@ -138,7 +138,7 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> Non
         else:
             assert model.moe.method == row.partition('_')[0]
         scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
-        with structure_only(), scope:
+        with torch.device('meta'), scope:
             built = MODELS.build(without_sources(model))
         assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense')
 
@@ -170,7 +170,7 @@ def test_dense_wide_has_the_compute_of_two_experts_in_every_config(
     macs = {}
     for row in ('dense', 'dense_wide', 'smoe'):
         config = Run(comparison, row, 1, Path('work_dirs')).merged()
-        with structure_only(), DefaultScope.overwrite_default_scope(config.default_scope):
+        with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
             macs[row] = complexity(MODELS.build(config.model).model).macs
     # a router has a product with 8 vectors, where an MLP of width 192 has 2 x 768
     assert macs['smoe'] == pytest.approx(macs['dense_wide'], rel=0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
@@ -12,7 +13,6 @@ from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
 from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.engine.trained import without_sources
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe.config import check
 
 from .runs import Run
@@ -44,7 +44,7 @@ def _build(run: Run, config: Config) -> None:
     try:
         fits = not (model.get('pretrained') and model.get('extra_mlps'))
         check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
-        with structure_only():
+        with torch.device('meta'):
             MODELS.build(without_sources(model))
     except Exception as error:  # whatever a library makes of a value
         said = as_typed(one_line(error), parse_options(run.options))

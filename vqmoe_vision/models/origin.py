@@ -20,7 +20,6 @@ from torch import nn
 from .arguments import FAILURES
 from .described import Described
 from .hosts import Transformer, timms_class
-from .structure import structure_only
 
 _logger = logging.getLogger(__name__)
 # Where activations are compared: of those that timm names, no two agree in all these points.
@@ -54,7 +53,7 @@ def origin_of(described: Described, source: str) -> Origin | None:
         _logger.warning(told, source, described.name)
         return None
     try:
-        with structure_only():
+        with torch.device('meta'):
             model = timm.create_model(described.name, **described.arguments)
     except FAILURES as error:
         raise ValueError(
