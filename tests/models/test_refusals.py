@@ -11,8 +11,8 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from vqmoe_vision.contrib.int8 import experts_as_linear
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.quantization import experts_as_linear
 from vqmoe_vision.models.transfer import fit_state, transfer
 from vqmoe_vision.models.upcycle import Upcycling
 from vqmoe_vision.moe import METHODS

@@ -10,8 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
+from vqmoe_vision.contrib.int8 import quantize_int8
 from vqmoe_vision.models.create import create_model, method_of
-from vqmoe_vision.models.quantization import quantize_int8
 from vqmoe_vision.models.shared_start import share_start
 
 NAMES = ('test_vit_vqmoe', 'test_vit_dense')

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 
+from vqmoe_vision.contrib.int8 import experts_as_linear
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models import experts_as_linear
 
 from .conftest import dense, make
 

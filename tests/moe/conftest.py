@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vqmoe_vision.moe import METHODS, MoeLayer, said_once
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.image_reader import Features, ImageReader
+from vqmoe_vision.moe.host import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.layer import UNCOLLECTED
 
 D, E, H = 8, 4, 16
@@ -34,9 +33,10 @@ CASES = [
 class Pixels(nn.Sequential):
     """A network for square images, whose features are their pixels, or what parts make of them."""
 
-    def __init__(self, side: int, *parts: nn.Module) -> None:
+    def __init__(self, side: int, width: int, *parts: nn.Module) -> None:
         super().__init__(nn.Flatten(), *parts)
         self.image_size = self.sizes = (side, side)
+        self.num_features = width
 
 
 class Patched(nn.Module):
@@ -57,7 +57,7 @@ class Patched(nn.Module):
         entry = METHODS[method]
         config = entry.config.from_options(num_experts=num_experts, **options)
         if entry.needs_features and self.reader is None:
-            self.reader = entry.reader(config, lambda: Features(Pixels(1), D))
+            self.reader = entry.reader(config, lambda: Pixels(1, D))
         experts = Experts(num_experts, D, H)
         # of ViT size the experts' answers would drown in rounding errors at this width
         for linear in (experts.fc1, experts.fc2):

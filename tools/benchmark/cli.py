@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from vqmoe_vision.models.export import require_packages
-from vqmoe_vision.models.quantization import require_torchao
 from vqmoe_vision.moe.config import check
 
 from .cells import Cell, Settings
@@ -213,8 +212,6 @@ def _run_training(args: argparse.Namespace, restart: bool) -> bool:
 def _run_exports(args: argparse.Namespace, restart: bool) -> bool:
     if any(way.startswith('onnxruntime') for way in args.ways):
         require_packages()
-    if 'int8' in args.ways:
-        require_torchao()
     models = args.models or default_models()
     exports = Exports(
         models=models,

@@ -14,9 +14,9 @@ import timm
 import torch
 from torch import Tensor
 
+from vqmoe_vision.contrib.int8 import export_int8, quantize_int8
 from vqmoe_vision.models.export import Exportable, export_onnx, save_program
 from vqmoe_vision.models.exported import load_exported
-from vqmoe_vision.models.quantization import quantize_int8
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.config import check
 
@@ -116,7 +116,7 @@ def _ways(
     for way, suffix, write in (
         ('program', '.pt2', save_program),
         ('onnxruntime', '.onnx', export_onnx),
-        ('onnxruntime-int8', '.onnx', partial(export_onnx, int8=True)),
+        ('onnxruntime-int8', '.onnx', export_int8),
     ):
         if way in ways:
             file = write(model, folder / f'model{suffix}')

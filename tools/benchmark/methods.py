@@ -19,7 +19,6 @@ from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
 from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.image_reader import Features
 from vqmoe_vision.moe.joint_losses import values_of
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.layer import RoutedMlp
@@ -82,11 +81,12 @@ def _build(
     return entry.build(cell.width, config, experts, host, **factory)
 
 
-def _mean_pixels(cell: Cell) -> Features:
+def _mean_pixels(cell: Cell) -> nn.Module:
     """In the place of a network that reads images: a layer is timed, not what is beside it."""
     network: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network.image_size = network.sizes = (PATCH, PATCH * cell.tokens)
-    return Features(network, 3)
+    network.num_features = 3
+    return network
 
 
 def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:

@@ -16,10 +16,10 @@ from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.host import image_reader
 from vqmoe_vision.moe.statistics import summarize
 
 from .config_names import innermost
-from .features import fit_features
 from .finite import check_weights, pass_over_infinite
 from .log import wrapped
 from .model import MoeTrainingMixin, unwrapped
@@ -41,6 +41,12 @@ def _check_repeated(runner: Runner) -> None:
         within = any(f'{layer}.'.startswith(f'{name}.') for layer in layers)
         parts = any(f'{name}.'.startswith(f'{layer}.') for layer in layers)
         check(not (within or parts), 'activation_checkpointing', name, allowed)
+
+
+def _fit_reader(runner: Runner) -> None:
+    reader = image_reader(unwrapped(runner).routed_model)
+    if reader is not None:
+        reader.before_training(runner)
 
 
 @HOOKS.register_module()
@@ -71,7 +77,7 @@ class MoeStateHook(Hook):
         """Tells layers and model that a training begins."""
         _check_repeated(runner)
         if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
-            fit_features(runner)  # which is first told there how images are normalised
+            _fit_reader(runner)  # which is first told there how images are normalised
         unwrapped(runner).state_is_moved = True
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)
@@ -188,7 +194,7 @@ class CheckpointFitHook(Hook):
         if not runner._resume:  # the weights of its run are all that it needs
             check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
-        fit_features(runner)
+        _fit_reader(runner)
 
     def before_val(self, runner: Runner) -> None:
         """As `before_train`, for a validation without a training."""

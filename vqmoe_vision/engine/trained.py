@@ -26,9 +26,10 @@ from vqmoe_vision.models.stated_experts import (
     experts_of_run,
 )
 from vqmoe_vision.moe import restart
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.host import image_reader
 
 from .checkpoint import log_weights, read_state, run_experts, start_from
-from .features import start_features
 from .normalization import has_weights, read_normalization, weights_normalization
 
 # Of a model where the timm model may be: of a segmentation, and of what augments a test.
@@ -78,7 +79,13 @@ def start_model(
     for note in restart(model):
         print_log(note, logger='current')
     weights = weights_normalization(model, checkpoint, arguments)
-    return start_features(model, features, has_weights(checkpoint, arguments), weights)
+    if (reader := image_reader(model)) is not None:
+        started = has_weights(checkpoint, arguments)
+        weights = reader.before_start(features, started, weights)
+    else:
+        allowed = 'None, the model decides by no features of images'
+        check(features is None, 'features', features, allowed)
+    return weights
 
 
 def check_experts(model: nn.Module, path: str, content: Any = None) -> None:

@@ -17,7 +17,6 @@ from ..moe import MoeLayer
 from ..moe.config import check
 from ..moe.experts import SeparateLinear
 from .hosts import Transformer
-from .int8 import is_int8
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def complexity(model: Transformer) -> Complexity:
 
     Raises:
         ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts
-            or layers in int8.
+            or quantized layers.
     """
     if not isinstance(model, Transformer):
         raise ValueError(
@@ -57,7 +56,7 @@ def complexity(model: Transformer) -> Complexity:
     # kernels of both need numbers, which the meta device has not
     separate = any(isinstance(module, SeparateLinear) for module in model.modules())
     for changed, kind, changed_by in (
-        (is_int8(model), 'in int8', 'quantize_int8'),
+        (not has_plain_weights(model), 'with quantized layers', 'what quantizes it'),
         (separate, 'of separate experts', 'experts_as_linear'),
     ):
         allowed = f'count the model before {changed_by} changes it'
@@ -77,6 +76,12 @@ def count_params(model: nn.Module) -> tuple[int, int]:
     params = sum(p.numel() for p in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, MoeLayer)]
     return params, params - sum(layer.idle_params() for layer in layers)
+
+
+def has_plain_weights(model: nn.Module) -> bool:
+    """Whether all linear layers have weights of torch's own class; quantized ones have others."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return all(type(linear.weight) in (nn.Parameter, torch.Tensor) for linear in linears)
 
 
 def describe_params(params: int, active: int) -> str:

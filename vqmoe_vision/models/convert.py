@@ -13,12 +13,10 @@ from torch import nn
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
-from ..moe.host import Host, RawPatches
-from ..moe.image_reader import ImageReader
+from ..moe.host import NETWORK, READER, Host, ImageReader, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
 from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
-from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .layers import build_layer, host_of, scale_fresh_experts
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
@@ -133,7 +131,7 @@ def _host(dense: Any, method: str, config: MoeConfig) -> Host:
         _check_patches(dense, method)
     factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
     # what the model was becomes what reads its images
-    reader = METHODS[method].reader(config, lambda: features_of(dense), **factory)
+    reader = METHODS[method].reader(config, lambda: copy.deepcopy(dense), **factory)
     return host_of(dense, RawPatches(reader))
 
 

@@ -21,7 +21,7 @@ from ..moe import MoeLayer
 from ..moe.config import check
 from ..moe.expert_parallel import place_experts
 from ..moe.experts import Experts
-from ..moe.image_reader import image_reader
+from ..moe.host import image_reader
 
 # of timm and of mmseg's heads: what a network has many of, one after the other
 _BLOCK_LISTS = ('blocks', 'layers')

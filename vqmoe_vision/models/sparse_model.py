@@ -28,7 +28,6 @@ from .arguments import (
     resolve_moe_layers,
 )
 from .complexity import count_params, describe_params
-from .feature_network import feature_network
 from .layers import build_layer, host_of, output_scale, set_draw
 from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report
@@ -145,7 +144,10 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         check_patches(self, kwargs)
         self.describe(method, entry.config.from_options(**options), how)
         factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
-        raw_patches.read = entry.reader(self.moe_config, lambda: feature_network(dense), **factory)
+        whole = {k: v for k, v in dense.items() if k != 'final_norm'} | {'num_classes': 0}
+        raw_patches.read = entry.reader(
+            self.moe_config, lambda: VisionTransformer(**whole), **factory
+        )
         if raw_patches.read is not None:
             hand_over(self.patch_embed, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.image_reader import ImageReader, image_reader, reader_of
-from .feature_network import NETWORK, READER, FeatureViT
+from ..moe.host import READER, image_reader
 from .fitting import (
     Size,
     fit_head,
@@ -39,9 +37,7 @@ from .state_dicts import (
     Report,
     StateDict,
     as_tensors,
-    other_shapes,
     part_of,
-    shorten,
 )
 from .stated_experts import StatedExperts, compare_experts, experts_of, saved_with
 from .upcycle import Upcycling, units_left_out, upcycle
@@ -56,6 +52,7 @@ class _Transfer:
     upcycling: Upcycling | None
     origin: Origin | None
     saved_with: str
+    whole: bool  # every block is needed: features of fewer would be others
 
 
 def fit_state(
@@ -74,6 +71,7 @@ def transfer(
     upcycling: Upcycling | None = None,
     origin: Origin | None = None,
     stated: StatedExperts | None = None,
+    whole: bool = False,
 ) -> tuple[StateDict, Report]:
     """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
 
@@ -87,7 +85,7 @@ def transfer(
         refuse_other_function(model, origin, path)
         stated = experts_of(origin.model)
     others = Report.of_warnings(compare_experts(model, stated, path))
-    how = _Transfer(path, image_sizes, upcycling, origin, saved_with(stated, model))
+    how = _Transfer(path, image_sizes, upcycling, origin, saved_with(stated, model), whole)
     state, outside = strip_names(state_dict, expected, path)
     state = as_tensors(state, expected, path)
     reader = image_reader(model)
@@ -99,40 +97,8 @@ def transfer(
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
     result, report = _fit_network(model, state, expected, outside, how)
-    read, more = _fit_reader(reader, part, state, path, image_sizes)
+    read, more = reader.adapted(part, state, path, image_sizes)
     return result | read, others.joined(report).joined(more)
-
-
-def load_features(
-    model: nn.Module,
-    state_dict: StateDict,
-    path: str,
-    image_sizes: Sequence[Size] = (),
-    origin: Origin | None = None,
-) -> Report:
-    """Loads what a model reads images with; whatever was fitted to other features is void.
-
-    Args:
-        model: Any model whose method reads images by a frozen network; only that part is changed.
-        state_dict: Of a dense model of the shape of that network.
-        path: For messages.
-        image_sizes: (H, W), of which one may be that of its positions.
-        origin: The network that the weights are of, if that is known.
-
-    Raises:
-        ValueError: The model reads no images, the state is none or of a model with experts, or as
-            `transfer`.
-    """
-    reader = reader_of(model)
-    allowed = 'tensors by their names, such as dense.state_dict()'
-    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
-    if any('.mlp.experts.' in name for name in state_dict):
-        raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
-    network: Any = reader.network
-    state, report = transfer(network, state_dict, path, image_sizes, origin=origin)
-    network.load_state_dict(state, strict=False)
-    reader.void()
-    return report
 
 
 def _fit_network(
@@ -144,8 +110,7 @@ def _fit_network(
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     path, origin = how.path, how.origin
-    # features of fewer blocks would be others
-    whole = isinstance(model, FeatureViT) or any(k.startswith(CLASSIFIERS) for k in expected)
+    whole = how.whole or any(k.startswith(CLASSIFIERS) for k in expected)
     refuse_gated(expected, state, path)
     refuse_other_tokens(state, expected, path, model)
     doubts = perhaps_rotary(state, model) if origin is None else ()
@@ -194,26 +159,6 @@ def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a tensor was resized; positions may be as many on another grid."""
     other = name == 'pos_embed' and before.shape == after.shape and not before.equal(after)
     return other or before.shape != after.shape
-
-
-def _fit_reader(
-    reader: ImageReader, part: StateDict, rest: StateDict, path: str, image_sizes: Sequence[Size]
-) -> tuple[StateDict, Report]:
-    """What reads images as the checkpoint does, or with the weights of a dense one."""
-    weights = part_of(part, NETWORK)
-    result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
-    expected = {READER + k: v for k, v in reader.state_dict().items()}
-    if shapes := other_shapes(expected, result):
-        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
-    read = Report()
-    if part or not any('.mlp.experts.' in name for name in rest):
-        sizes = () if 'sizes' in part else image_sizes  # the network takes those of the file
-        fitted, read = transfer(reader.network_for(part), weights or rest, path, sizes)
-        result |= {READER + NETWORK + k: v for k, v in fitted.items()}
-    resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
-    copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}
-    remarks = ('images are read by a frozen copy of it',) if copied else ()
-    return result, Report.of_result(result, expected, resized, copied, remarks=remarks)
 
 
 def _upcycled(

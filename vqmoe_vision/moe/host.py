@@ -1,4 +1,4 @@
-"""What a layer may know of the model it stands in.
+"""What a layer may know of the model it stands in, and what reads images for layers.
 
 Legend: B images, L patches, F raw features of a patch.
 """
@@ -6,18 +6,20 @@ Legend: B images, L patches, F raw features of a patch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .repeated import in_recomputation
 
 # images (B, channels, height, width), grid of patches (rows, columns) -> (B, L, F)
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
+# Where what reads images by a network stands in a model, and the network in that.
+READER, NETWORK = 'patch_embed.reader.', 'network.'
 
 
 class RawPatches:
@@ -120,3 +122,44 @@ class Host:
     in_chans: int = 3
     # what a method's `read_patches` made of the images; empty without one
     raw_patches: RawPatches = field(default_factory=RawPatches)
+
+
+class ImageReader(nn.Module):
+    """Base of `ReadPatches` by a frozen network, which somebody has to train before."""
+
+    network: Any  # buffers alone, as no training changes it
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, F) float32 of normalised images, without graph."""
+        raise NotImplementedError
+
+    def fit(self, features: Tensor) -> Any:
+        """Take over what features of a training set say."""
+        raise NotImplementedError
+
+    def expected(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What its part of a state dict has to have in order to be loaded, with any values."""
+        raise NotImplementedError
+
+    def adapted(
+        self,
+        own: dict[str, Tensor],
+        others: dict[str, Tensor],
+        path: str,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> tuple[dict[str, Tensor], Any]:
+        """What it loads of a checkpoint, of its own part or all others, and the report of it."""
+        raise NotImplementedError
+
+    def before_start(self, features: str | None, started: bool, weights: Any) -> Any:
+        """Reads a file for its network before a new training; gives how images are normalised."""
+        raise NotImplementedError
+
+    def before_training(self, runner: Any) -> None:
+        """Is fitted to the training set of a run."""
+        raise NotImplementedError
+
+
+def image_reader(model: nn.Module) -> ImageReader | None:
+    """What reads images by a network in a model; None if nothing does."""
+    return next((part for part in model.modules() if isinstance(part, ImageReader)), None)

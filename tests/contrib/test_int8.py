@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from vqmoe_vision.models import experts_as_linear, quantize_int8
-from vqmoe_vision.models.export import Exportable, export_onnx, save_program
+from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
+from vqmoe_vision.engine.export import export
+from vqmoe_vision.models.export import Exportable, export_onnx
 from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
+from ..models.conftest import TINY, make
+from ..models.elsewhere import IMAGES, run_elsewhere
 from ..variants import VARIANTS
-from .conftest import TINY, make
-from .elsewhere import IMAGES, run_elsewhere
 
 # Other kernels sum float32 in another order: a few 1e-7 of values near 1.
 CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
@@ -159,7 +160,7 @@ def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')
     before = copy.deepcopy(exportable.network.state_dict())
-    file = export_onnx(exportable, tmp_path / 'model.onnx', int8=True)
+    file = export_int8(exportable, tmp_path / 'model.onnx')
     torch.testing.assert_close(exportable.network.state_dict(), before, rtol=0, atol=0)
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
     graph = onnx.load(file)
@@ -194,7 +195,7 @@ def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
 def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
     pytest.importorskip('torchao')
     exportable = plain()
-    file = save_program(exportable, tmp_path / 'model.pt2', int8=True)
+    file = export_int8(exportable, tmp_path / 'model.pt2')
     program = torch.export.load(file)
     called = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
     assert 'aten._int_mm.default' in called and 'aten.linear.default' in called
@@ -211,7 +212,7 @@ def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
 def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_path: Path) -> None:
     pytest.importorskip('torchao')
     model = started('vqmoe', **SMALL)
-    file = save_program(model, tmp_path / 'model.pt2', int8=True)
+    file = export_int8(model, tmp_path / 'model.pt2')
     answers, dtypes = run_elsewhere(
         file,
         'print([program.module()(images[:n]).tolist() for n in (1, 3)])',
@@ -253,12 +254,12 @@ def test_int8_does_not_become_onnx(tmp_path: Path) -> None:
     for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(name)
     model = quantize_int8(make('smoe', **SMALL).eval())
-    with pytest.raises(ValueError, match=r'in int8.* not possible: one in float: .*int8=True'):
+    with pytest.raises(ValueError, match=r'model=.*quantized.* not possible: one in float'):
         export_onnx(model, tmp_path / 'model.onnx')
 
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.models.quantization._PACKAGE', 'torchao_of_nobody')
+    monkeypatch.setattr('vqmoe_vision.contrib.int8._PACKAGE', 'torchao_of_nobody')
     with pytest.raises(ModuleNotFoundError, match=r'needs torchao_of_nobody: pip .*\[export\]'):
         quantize_int8(make('smoe', depth=2).eval())
 
@@ -269,3 +270,21 @@ def test_a_dense_model() -> None:
     with pytest.raises(ValueError, match=r"model='VisionTransformer' .*a model with MoE layers"):
         experts_as_linear(model)
     assert is_int8(quantize_int8(model).head)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
+def test_the_tool_writes_and_compares_it(tmp_path: Path, capsys, suffix: str) -> None:
+    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    sizes = []
+    for options in ([], ['--int8']):
+        out = tmp_path / f'model{len(options)}{suffix}'
+        export(['test_vit_vqmoe', str(out), *options], int8=export_int8)
+        sizes.append(out.stat().st_size)
+    one, many = capsys.readouterr().out.splitlines()[-2:]
+    assert one.startswith('batch 1, logits: ') and many.startswith('batch 32, logits: ')
+    # between rounding in another order and rounding to 255 steps in several layers
+    assert all(1e-5 < float(line.split()[-1]) < 0.5 for line in (one, many))
+    # of a model this small most of a file of torch.export is the graph, which grows
+    assert suffix == '.pt2' or sizes[1] < sizes[0]

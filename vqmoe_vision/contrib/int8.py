@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import importlib.util
 from ast import literal_eval
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..models.discrete import changeable_layers
+from ..models.export import (
+    SUFFIXES,
+    Exportable,
+    export_onnx,
+    for_inference,
+    save_program,
+    target_of,
+    write_whole,
+)
+from ..models.quiet import quiet
 from ..moe.collect import moe_layers
 from ..moe.config import check
 from ..moe.experts import StackedLinear
-from ..moe.image_reader import ImageReader
-from .discrete import changeable_layers
-from .int8 import is_float
-from .quiet import quiet
+from ..moe.host import ImageReader
+
+__all__ = ['experts_as_linear', 'export_int8', 'quantize_int8']
 
 DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ('cpu', 'cuda')
@@ -59,7 +70,8 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         ModuleNotFoundError: torchao, of the extra `export`, is missing.
         ValueError: The model trains, is wrapped, or has a dtype or device without a kernel.
     """
-    require_torchao()
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install '.[export]'")
     check(not model.training, 'model.training', True, 'False: call model.eval() first')
     found = _layers(model)
     check(bool(found), 'model', type(model).__name__, 'one with linear layers in float')
@@ -71,7 +83,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     with quiet():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         from torchao.utils import should_reduce_range
-    separated(model)
+    _separated(model)
     chosen = set(_layers(model))
     # processors without VNNI add products of int8 in 16 bits, which would overflow
     reduce_range = any(should_reduce_range(layer.weight.device) for layer in found.values())
@@ -82,53 +94,63 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def require_torchao() -> None:
-    """Says in one line what int8 lacks."""
-    if importlib.util.find_spec(_PACKAGE) is None:
-        raise ModuleNotFoundError(f"int8 needs {_PACKAGE}: pip install '.[export]'")
+def export_int8(
+    model: nn.Module | Exportable,
+    path: str | Path,
+    batch: int | None = None,
+    opset: int | None = None,
+) -> Path:
+    """Writes a model in int8 as a file: NAME.pt2 by torchao, NAME.onnx by onnxruntime.
+
+    Args:
+        model: As of `export_onnx`, in float32 on a CPU; it is left as it is.
+        path: Of the file.
+        batch: Images per call; None for any number.
+        opset: Of ONNX; None for torch's default.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `export` is missing.
+        ValueError: As of `export_onnx`, `save_program` and `quantize_int8`.
+    """
+    target, exportable = target_of(path, *SUFFIXES), Exportable.of(model)
+    network = for_inference(exportable.network)
+    if target.suffix == '.pt2':
+        return save_program(replace(exportable, network=quantize_int8(network)), target, batch)
+    exportable = replace(exportable, network=_separated(network))
+    with TemporaryDirectory() as folder:
+        source = export_onnx(exportable, Path(folder) / target.name, batch, opset)
+        with quiet():
+            write_whole(target, lambda file: _quantize_onnx(source, file, network))
+    return target
 
 
-def separated(model: nn.Module) -> nn.Module:
-    """As `experts_as_linear`, of any model."""
+def _separated(model: nn.Module) -> nn.Module:
     return experts_as_linear(model) if moe_layers(model) else model
 
 
-def decomposed(program: Any) -> Any:
-    """A program whose operators of torchao are those of torch, so that files load without it."""
-    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
-    foreign = {op for op in found if str(op).startswith('torchao.')}
-    if not foreign:
-        return program
-    # where torchao puts what its operators consist of
-    from torch._inductor.decomposition import decompositions
-
-    return program.run_decompositions({op: decompositions[op] for op in foreign})
-
-
-def quantize_onnx(program: Any, file: Path, network: nn.Module, external_data: bool) -> None:
-    """Writes an ONNX program in int8: its products with the weights of linear layers."""
+def _quantize_onnx(source: Path, file: Path, network: nn.Module) -> None:
+    """Int8 for the products with the weights of linear layers."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    layers = _layers(network)
-    with TemporaryDirectory(dir=file.parent) as folder:
-        source = Path(folder) / file.name
-        program.save(source, external_data=external_data)
-        nodes = onnx.load(source, load_external_data=False).graph.node
-        # onnxruntime replaces a Gemm by a MatMul and an Add, before it looks at names
-        suffixes = {'MatMul': '', 'Gemm': '_MatMul'}
-        products = [node for node in nodes if node.op_type in suffixes]
-        chosen = [n.name + suffixes[n.op_type] for n in products if _module_of(n) in layers]
-        assert chosen, 'no layer is in the graph'
-        quantize_dynamic(
-            source,
-            file,
-            per_channel=True,
-            reduce_range=True,  # as above: a file does not know where it will run
-            weight_type=QuantType.QInt8,
-            nodes_to_quantize=chosen,
-            use_external_data_format=external_data,
-        )
+    layers, nodes = _layers(network), onnx.load(source, load_external_data=False).graph.node
+    # onnxruntime replaces a Gemm by a MatMul and an Add, before it looks at names
+    suffixes = {'MatMul': '', 'Gemm': '_MatMul'}
+    products = [node for node in nodes if node.op_type in suffixes]
+    chosen = [n.name + suffixes[n.op_type] for n in products if _module_of(n) in layers]
+    assert chosen, 'no layer is in the graph'
+    quantize_dynamic(
+        source,
+        file,
+        per_channel=True,
+        reduce_range=True,  # as above: a file does not know where it will run
+        weight_type=QuantType.QInt8,
+        nodes_to_quantize=chosen,
+        use_external_data_format=len(list(source.parent.iterdir())) > 1,  # as in float
+    )
 
 
 def _module_of(node: Any) -> str:
@@ -147,5 +169,5 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear | StackedLinear]:
         if isinstance(module, nn.Linear | StackedLinear)
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and module not in deciding
-        and is_float(module)
+        and type(module.weight) in (nn.Parameter, Tensor)  # weights in int8 are a type of torchao
     }

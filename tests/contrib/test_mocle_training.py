@@ -14,10 +14,9 @@ from timm.models import save_for_hf
 
 from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.cli import load_config, train
-from vqmoe_vision.engine.features import start_features
 from vqmoe_vision.engine.trained import scope_of
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.image_reader import image_reader
+from vqmoe_vision.moe.host import image_reader
 
 from ..soak.kinds import FOUR_SCENES, SCENES
 
@@ -204,13 +203,12 @@ def test_images_are_normalised_as_the_features_want_it(leave_dense, tmp_path: Pa
     settings = load_config(config)
     with scope_of(settings):
         model = MODELS.build(settings.model).model
-    found = start_features(model, file, False, None)
+    found = image_reader(model).before_start(file, False, None)
     assert found.std == (0.25,) * 3
-    assert start_features(model, file, True, found) == found
+    assert image_reader(model).before_start(file, True, found) == found
     other = type(found)(found.mean, (0.5,) * 3)
     with pytest.raises(ValueError, match=r'features=.* is not possible: weights for images with m'):
-        start_features(model, file, True, other)
-    assert image_reader(model) is not None
+        image_reader(model).before_start(file, True, other)
 
 
 @pytest.mark.parametrize('whole', [True, False])
@@ -221,7 +219,8 @@ def test_features_of_another_function_are_refused(whole: bool, tmp_path: Path) -
     save_for_hf(dense, tmp_path / 'L', model_args=args, safe_serialization=True)
     file = str(tmp_path / 'L' if whole else tmp_path / 'L/model.safetensors')
     with pytest.raises(ValueError, match='act_layer=relu, the model has act_layer=gelu'):
-        start_features(timm.create_model(f'vit_tiny_{METHOD}', **sizes), file, False, None)
+        other = timm.create_model(f'vit_tiny_{METHOD}', **sizes)
+        image_reader(other).before_start(file, False, None)
     model: Any = timm.create_model(f'vit_tiny_{METHOD}', act_layer='relu', **sizes)
-    start_features(model, file, False, None)
+    image_reader(model).before_start(file, False, None)
     assert torch.equal(image_reader(model).network.pos_embed, dense.pos_embed)

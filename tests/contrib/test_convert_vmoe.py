@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from vqmoe_vision.engine.convert_vmoe import convert_vmoe
+from vqmoe_vision.contrib.vmoe_checkpoints import convert_vmoe
 
-from ..vmoe import TINY, forward, make_tree, write_files
+from .vmoe import TINY, forward, make_tree, write_files
 
 
 def test_the_folder_is_the_model(tmp_path: Path, capsys) -> None:
