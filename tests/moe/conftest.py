@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from vqmoe_vision.moe import METHODS, MoeLayer, said_once
 from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features, ImageReader
 from vqmoe_vision.moe.layer import UNCOLLECTED
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id

@@ -18,7 +18,7 @@ from vqmoe_vision.moe import (
     update_state,
 )
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host
+from vqmoe_vision.moe.raw_patches import Host
 
 from .steps import D, every_case, step, tokens
 

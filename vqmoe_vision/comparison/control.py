@@ -35,10 +35,10 @@ from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
 from vqmoe_vision.moe.config import MoeConfig, check, did_you_mean
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features, ImageReader
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import Method
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 from vqmoe_vision.moe.routing import Router, Routing
 
 from .curves import colour_of, marker_of

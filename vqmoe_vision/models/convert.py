@@ -13,15 +13,14 @@ from torch import nn
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
-from ..moe.host import Host, RawPatches
 from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import Host, RawPatchBlock, RawPatchEmbed, RawPatches, hand_over
 from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .layers import build_layer, host_of, scale_fresh_experts
-from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle

@@ -19,11 +19,11 @@ from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
 from ..moe import moe_layers
+from ..moe.raw_patches import RawPatchBlock
 from .arguments import FAILURES
 from .feature_network import READER, FeatureViT
 from .hosts import timms_class
 from .layers import mlp_ratio_of
-from .raw_patches import RawPatchBlock
 from .state_dicts import CLASSIFIERS, HEADS, StateDict, block_of, is_square, layer_of, shorten
 from .structure import structure_only
 from .would_fit import EVA, NORMS, STEM, VIT, Arguments, in_words, pooling_of

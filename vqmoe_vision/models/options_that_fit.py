@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import MoeConfig, types_of
-from ..moe.host import Host, RawPatches
 from ..moe.methods import METHODS
+from ..moe.raw_patches import Host, RawPatches
 from .layers import build_layer, host_of, mlp_ratio_of
 from .state_dicts import StateDict, part_of
 from .structure import structure_only

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import RawPatchBlock, RawPatches, hand_over, raw_patch_parts
 from .arguments import (
     MOE_LAYERS,
     check_experts,
@@ -34,7 +34,6 @@ from .layers import build_layer, host_of, output_scale, set_draw
 from .networks_that_fit import Model
 from .other_experts import kept_by_another
 from .other_sizes import sizes_that_fit
-from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report, misfit_of
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 from .weight_files import is_of_numpy, unreadable
@@ -42,9 +41,6 @@ from .weight_files import is_of_numpy, unreadable
 
 class SparseModel:
     """Mixin before a class of timm's; `describe` is called once."""
-
-    # TorchScript would compile it
-    __jit_unused_properties__ = ('_model_args',)
 
     def describe(self, method: str, config: MoeConfig, upcycling: Upcycling) -> None:
         """Set what the model says of itself."""
@@ -64,7 +60,6 @@ class SparseModel:
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
 
-    @torch.jit.ignore
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line."""  # LONG
         model: Any = self
@@ -83,14 +78,12 @@ class SparseModel:
             )
             raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
 
-    @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """In the place of timm's, which reads NumPy's files and would stop at the first expert."""
         allowed = 'a file of NumPy, whose name ends so, for a dense model'
         check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
         raise ValueError(unreadable(checkpoint_path))
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not use weight decay."""
         timms: Any = super()
@@ -101,7 +94,6 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
-    @torch.jit.ignore
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -216,7 +208,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
                 layer.weight.div_(output_scale(i))
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):

@@ -6,21 +6,25 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dispatch import run_experts
 from .experts import Experts
-from .host import RawPatches
 from .joint_losses import Loss
 from .losses import token_mean
+from .raw_patches import (
+    RawPatches,
+    RecomputationGuard,
+    in_recomputation,
+    refuse_reentrant,
+    to_be_repeated,
+)
 from .recorder import Decisions, Recorder
-from .repeated import Repetitions, in_recomputation, refuse_reentrant, to_be_repeated
 from .routing import Router, Routing, expert_load
 from .said_once import warn_once
-from .scripting import StaysPython
 
 UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
@@ -28,7 +32,7 @@ UNCOLLECTED = (
 )
 
 
-class MoeLayer(StaysPython):
+class MoeLayer(nn.Module):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
     A subclass implements `run`, without a change of buffers. There it calls `show` and, if it has
@@ -38,17 +42,11 @@ class MoeLayer(StaysPython):
     needs_collecting = True  # whether it has losses, or state that learns without gradients
     permutation_equivariant = True  # not where tokens are routed by position
     experts: Experts
-    # TorchScript would compile properties
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *StaysPython.__jit_unused_properties__,
-        'experts_per_token',
-        'listens',
-    ]
 
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
-        self.repetitions = Repetitions()
+        self.guard = RecomputationGuard()
 
     @property
     def experts_per_token(self) -> float:
@@ -96,7 +94,7 @@ class MoeLayer(StaysPython):
     def begin(self) -> None:
         """Get ready for the passes of a block, which opens now."""
         if self.apply_begin():
-            self.repetitions.state_changed()
+            self.guard.state_changed()
 
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
@@ -105,7 +103,7 @@ class MoeLayer(StaysPython):
     def update(self) -> None:
         """Apply what the last block collected for the state of this layer."""
         if self.apply_update():
-            self.repetitions.state_changed()
+            self.guard.state_changed()
 
     def apply_update(self) -> bool:
         """Change state that learns without gradients; returns whether it changed, or may have."""
@@ -168,7 +166,16 @@ class MoeLayer(StaysPython):
         """Where the layer finds the images that it decides by; None if it sees tokens alone."""
         return None
 
-    def answer(self, x: Tensor) -> Tensor:
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            'torch.jit.script is not possible with MoE layers, and deprecated: use torch.export'
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the layer computes; (B, N, D) -> (B, N, D)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
         """`run`, which is not repeated where the answer, or what it is for, would be another one.
 
         Raises:
@@ -182,7 +189,7 @@ class MoeLayer(StaysPython):
             out = self.run(x)
             self._watch(out)
             return out
-        self.repetitions.begin(self.reads())
+        self.guard.repeated()
         out = self.run(x)
         if collecting:
             refuse_reentrant(out)
@@ -198,7 +205,7 @@ class MoeLayer(StaysPython):
             or kind.apply_begin is not MoeLayer.apply_begin
         )
         if (changes and self.training) or raw_patches is not None:
-            self.repetitions.watch(answer, raw_patches)
+            self.guard.watch(answer, raw_patches)
 
 
 class RoutedMlp(MoeLayer):

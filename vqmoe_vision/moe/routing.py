@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import TopKConfig
-from .host import RawPatches
 from .joint_losses import Loss
+from .raw_patches import RawPatches
 
 
 @dataclass(frozen=True)

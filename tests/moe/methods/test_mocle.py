@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.image_reader import Features
 from vqmoe_vision.moe.methods.mocle import ClusterRouter, Clusters, MoCLEConfig
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 from ..conftest import Pixels
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses, losses, restart, start_training
-from vqmoe_vision.moe.host import Host, RawPatches
 from vqmoe_vision.moe.methods._distilled_router import (
     DISTILLED_WIDTH,
     DistilledRouter,
@@ -17,6 +16,7 @@ from vqmoe_vision.moe.methods._distilled_router import (
 )
 from vqmoe_vision.moe.methods._embedding_router import EmbeddingRouter
 from vqmoe_vision.moe.methods.stablemoe import StableMoEConfig, StableRouter
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 D, E = 8, 4
 

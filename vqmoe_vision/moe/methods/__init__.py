@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MoeConfig
-from ..host import ReadPatches
 from ..image_reader import Features, ImageReader
 from ..layer import MoeLayer
+from ..raw_patches import ReadPatches
 from . import ecmoe, hashmoe, mocle, smoe, softmoe, stablemoe, vqmoe, xmoe
 from ._distilled_router import read_patches
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from ..config import MoeConfig
 from ..experts import Experts
-from ..host import Host
 from ..layer import RoutedMlp
+from ..raw_patches import Host
 from ..routing import Router, Routing, full_precision, init_lecun_normal
 
 

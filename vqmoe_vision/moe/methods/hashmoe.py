@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..config import TopKConfig
 from ..experts import Experts
-from ..host import Host
 from ..layer import RoutedMlp
+from ..raw_patches import Host
 from ..routing import Routing, TopKRouter
 
 POSITIONS = 4096

@@ -41,10 +41,10 @@ from ..codebook import nearest_code
 from ..codebook_sample import kmeans
 from ..config import MoeConfig, check, check_weights
 from ..experts import Experts
-from ..host import Host, RawPatches
 from ..image_reader import Features, ImageReader
 from ..layer import RoutedMlp
 from ..losses import token_mean
+from ..raw_patches import Host, RawPatches
 from ..routing import Router, Routing, expert_load, full_precision
 
 

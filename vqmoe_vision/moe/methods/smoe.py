@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
 from ..experts import Experts
-from ..host import Host
 from ..joint_losses import Loss
 from ..layer import RoutedMlp
+from ..raw_patches import Host
 from ..routing import (
     Routing,
     TopKRouter,

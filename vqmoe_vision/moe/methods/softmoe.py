@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from ..config import MoeConfig
 from ..dispatch import run_experts_evenly
 from ..experts import Experts
-from ..host import Host
 from ..kernels import compute_dtype
 from ..layer import MoeLayer
+from ..raw_patches import Host
 from ..routing import full_precision
 
 

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_weights
 from ..experts import Experts
-from ..host import Host, RawPatches
 from ..joint_losses import Loss
 from ..layer import RoutedMlp
+from ..raw_patches import Host, RawPatches
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
 from ._distilled_router import CELLS, DistilledRouter
 from ._embedding_router import EmbeddingRouter

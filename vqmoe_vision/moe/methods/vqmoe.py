@@ -43,10 +43,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..branches import Branch, branch_statistics, run_branches
 from ..codebook import Quantized
 from ..experts import Experts
-from ..host import Host
 from ..joint_losses import Loss
 from ..layer import Decisions, MoeLayer
 from ..losses import diversity, token_mean
+from ..raw_patches import Host
 from ..routing import full_precision
 from ._continuous_router import ContinuousRouter
 from ._quantizer import Quantizer
