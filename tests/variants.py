@@ -10,4 +10,4 @@ for _name, _method in METHODS.items():
     _config = _method.config
     VARIANTS[_name] = (_name, {})
     VARIANTS |= {f'{_name}-{p}': (_name, {'preset': p}) for p, o in _config.PRESETS.items() if o}
-    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.TRIALS.items()}
+    VARIANTS |= {f'{_name}-{trial}': (_name, options) for trial, options in _config.trials().items()}

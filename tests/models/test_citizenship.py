@@ -147,7 +147,7 @@ def test_eval_is_deterministic(tiny_variant, images: Tensor) -> None:
 def test_every_parameter_gets_a_gradient_from_the_output(tiny, images: Tensor) -> None:
     model = tiny(init_values=0.1).train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('vqmoe_vision.moe.said_once._said', {UNCOLLECTED})
+        patch.setattr('vqmoe_vision.moe.layer._said', {UNCOLLECTED})
         model(images[:2]).mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
@@ -185,7 +185,7 @@ def compiled(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize('wrap', [lambda model: model, compiled], ids=['eager', 'compiled'])
 def test_training_uncollected_is_said_once(tiny, images: Tensor, monkeypatch, wrap) -> None:
-    monkeypatch.setattr('vqmoe_vision.moe.said_once._said', set())
+    monkeypatch.setattr('vqmoe_vision.moe.layer._said', set())
     model = tiny().train()
     needed, model = model.blocks[1].mlp.needs_collecting, wrap(model)
     if not needed:  # and a warning would be an error here

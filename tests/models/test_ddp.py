@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vqmoe_vision
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask
 from vqmoe_vision.moe import METHODS, losses, start_training
-from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
+from vqmoe_vision.moe.losses import Loss, averaged_over_ranks
 
 from ..forked import spawn
 from ..groups import begin

@@ -165,7 +165,7 @@ def test_every_option_is_tried_with_another_value_than_its_default(method: str) 
     config = METHODS[method].config
     shared = {'num_experts', 'expert_mlp_ratio'}  # of every method, and tried below
     tried = [config.from_options(preset) for preset in config.PRESETS]
-    tried += [config.from_options(**options) for options in config.TRIALS.values()]
+    tried += [config.from_options(**options) for options in config.trials().values()]
     for field in fields(config):
         values = [getattr(each, field.name) for each in tried]
         assert field.name in shared or any(value != field.default for value in values), field.name

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from vqmoe_vision.moe import METHODS, collect_losses
-from vqmoe_vision.moe.joint_losses import BalanceLoss
+from vqmoe_vision.moe.losses import BalanceLoss
 
 from .conftest import CASES
 

@@ -172,7 +172,7 @@ def find_rows(names: Sequence[str]) -> list[Row]:
 def _forms(method: str) -> Iterator[Row]:
     presets = METHODS[method].config.PRESETS
     # modules of methods begin with the name and a colon
-    title = (sys.modules[METHODS[method].build.__module__].__doc__ or method).partition(':')[0]
+    title = (sys.modules[METHODS[method].config.__module__].__doc__ or method).partition(':')[0]
     usual = {'preset': 'matched'} if 'matched' in presets else {}
     first = Row(method, title, method, usual, usual=True, form=method)
     discrete = {}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.statistics import summarize
+from vqmoe_vision.moe.collect import summarize
 
 from .fields import words_of
 from .results import Results, Usable, layer_means

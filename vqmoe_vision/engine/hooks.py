@@ -13,7 +13,7 @@ from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.stated_experts import STATED, state_experts
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.statistics import summarize
+from vqmoe_vision.moe.collect import summarize
 
 from .class_names import check_class_names, check_zero_label
 from .features import fit_features

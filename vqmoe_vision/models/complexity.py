@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of a vision transformer.
 
 Counted by torch's own counter of operations in a forward pass on the meta device, which computes
-nothing; it knows the experts by the formula that `moe.kernels.batched` registers.
+nothing; it knows the experts by the formula that `moe.kernels.cpu` registers.
 """
 
 from __future__ import annotations

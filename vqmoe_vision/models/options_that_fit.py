@@ -156,7 +156,7 @@ class _Search:
 
 def _named(kind: type[MoeConfig]) -> list[Options]:
     """What a method gives names to: its presets, and what its tests try."""
-    tables = (kind.PRESETS, kind.TRIALS, kind.EXACT_UPCYCLING)
+    tables = (kind.PRESETS, kind.trials(), kind.EXACT_UPCYCLING)
     return [options for table in tables for options in table.values()]
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..moe import MoeLayer
 from ..moe.config import check
-from ..moe.expert_parallel import place_experts
+from ..moe.distributed import place_experts
 from ..moe.experts import Experts
 from ..moe.image_reader import image_reader
 

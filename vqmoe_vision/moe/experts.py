@@ -21,7 +21,7 @@ from .kernels import Plan, grouped_linear, make_plan, refuse_named, sorted_plan
 from .optimizer import track_stacked
 
 if TYPE_CHECKING:
-    from .expert_parallel import Exchange
+    from .distributed import Exchange
 
 
 class StackedLinear(nn.Module):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import check
+from .layer import warn_once
 from .routing import full_precision
-from .said_once import warn_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self

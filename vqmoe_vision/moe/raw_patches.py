@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import check
-from .joint_losses import Loss
+
+if TYPE_CHECKING:
+    from .losses import Loss
 
 # images (B, channels, height, width), grid of patches (rows, columns) -> (B, L, F)
 ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MoeConfig
+from ..experts import Experts
 from ..image_reader import Features, ImageReader
-from ..layer import MoeLayer
-from ..raw_patches import ReadPatches
+from ..layer import MoeLayer, RoutedMlp
+from ..raw_patches import Host, ReadPatches
+from ..routing import Router
 from . import ecmoe, hashmoe, mocle, smoe, softmoe, stablemoe, vqmoe, xmoe
-from ._distilled_router import read_patches
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,21 @@ class Method:
     """One method."""
 
     config: type[MoeConfig]  # of its options
-    # from the width of tokens, the options, the experts, the `Host`, `device` and `dtype`
-    build: Callable[..., MoeLayer]
+    # a router, from the width of tokens, the options, the `Host`, `device` and `dtype`; or what
+    # makes a layer, with the experts before the `Host`
+    parts: type[Router] | Callable[..., MoeLayer]
     # of a method that decides by the raw image: what its layers find in `host.raw_patches`
     read_patches: ReadPatches | type[ImageReader] | None = None
+
+    def build(
+        self, in_features: int, config: MoeConfig, experts: Experts, host: Host, **factory: Any
+    ) -> MoeLayer:
+        """A layer for tokens of width `in_features`."""
+        if isinstance(self.parts, type) and issubclass(self.parts, Router):
+            make: Any = self.parts
+            return RoutedMlp(make(in_features, config, host, **factory), experts)
+        layer: MoeLayer = self.parts(in_features, config, experts, host, **factory)
+        return layer
 
     @property
     def needs_features(self) -> bool:
@@ -38,12 +50,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    'smoe': Method(smoe.SMoEConfig, smoe.build),
-    'xmoe': Method(xmoe.XMoEConfig, xmoe.build),
-    'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, read_patches),
-    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
-    'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
-    'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.build),
-    'hashmoe': Method(hashmoe.HashConfig, hashmoe.build),
-    'mocle': Method(mocle.MoCLEConfig, mocle.build, mocle.Clusters),
+    'smoe': Method(smoe.SMoEConfig, smoe.SMoERouter),
+    'xmoe': Method(xmoe.XMoEConfig, xmoe.XMoERouter),
+    'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, stablemoe.read_patches),
+    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.SoftMoEMlp),
+    'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.VQMoEMlp),
+    'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
+    'hashmoe': Method(hashmoe.HashConfig, hashmoe.HashRouter),
+    'mocle': Method(mocle.MoCLEConfig, mocle.ClusterRouter, mocle.Clusters),
 }
