@@ -48,7 +48,7 @@ def quiet(method: str, **options: Any) -> dict[str, Any]:
     config = METHODS[method].config
     chosen = config.from_options(**options)
     options |= {name: value for name, value in OPTIONS.items() if getattr(chosen, name, 0)}
-    idle = config.without_effect(**options)
+    idle = config.of_preset(**options).unused()
     return {name: value for name, value in options.items() if name not in idle}
 
 

@@ -23,6 +23,7 @@ from vqmoe_vision.models.stated_experts import (
 )
 from vqmoe_vision.moe import METHODS
 
+from ..variants import trials
 from .conftest import TINY, distance, make, shaken
 
 # as a training of each method and form has them
@@ -34,7 +35,7 @@ PAIRS = [pair for pair in permutations(FORMS, 2) if FORMS[pair[0]][0] != FORMS[p
 OPTIONS = {
     f'{name}-{option}={value!r}': (name, {option: value})
     for name, method in METHODS.items()
-    for options in (*method.config.PRESETS.values(), *method.config.trials().values())
+    for options in (*method.config.PRESETS.values(), *trials(method.config).values())
     for option, value in options.items()
 }
 

@@ -20,6 +20,8 @@ from vqmoe_vision.moe.image_reader import Features, ImageReader
 from vqmoe_vision.moe.layer import UNCOLLECTED
 from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
+from ..variants import trials
+
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id
 CASES = [
@@ -27,7 +29,7 @@ CASES = [
     for name, method in METHODS.items()
     for label, options in [
         *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *method.config.trials().items(),
+        *trials(method.config).items(),
     ]
 ]
 

@@ -156,8 +156,9 @@ class _Search:
 
 def _named(kind: type[MoeConfig]) -> list[Options]:
     """What a method gives names to: its presets, and what its tests try."""
-    tables = (kind.PRESETS, kind.trials(), kind.EXACT_UPCYCLING)
-    return [options for table in tables for options in table.values()]
+    named = [*kind.PRESETS.values(), *kind.EXACT_UPCYCLING.values()]
+    tried = [(each.name, value) for each in fields(kind) for value in each.metadata['trials']]
+    return named + [v if isinstance(v, dict) else {name: v} for name, v in tried]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:

@@ -132,7 +132,7 @@ class MoeConfig:
             ValueError: Unknown preset, impossible value, or option without effect.
             TypeError: An option that the method does not have.
         """
-        config = cls._of_preset(preset, options)
+        config = cls.of_preset(preset, **options)
         for name, hint in types_of(cls).items():
             _check_size(name, hint, getattr(config, name))
         for name, reason in config.unused().items():
@@ -140,50 +140,18 @@ class MoeConfig:
         return config
 
     @classmethod
-    def without_effect(cls, preset: str | None = None, **options: Any) -> set[str]:
-        """Names of the options that `from_options` would refuse for having no effect.
+    def of_preset(cls, preset: str | None = None, **options: Any) -> Self:
+        """As `from_options`, and options without effect are passed over.
 
         Args:
-            preset: Key of `PRESETS`, or None.
-            **options: Fields.
-
-        Raises:
-            ValueError: Unknown preset, or impossible value.
-            TypeError: An option that the method does not have.
+            preset: As there.
+            **options: As there.
         """
-        return cls._of_preset(preset, options).unused().keys() & options.keys()
-
-    @classmethod
-    def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
         if preset is None:
             return cls(**options)
         known = isinstance(preset, str) and preset in cls.PRESETS
         check(known, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
         return cls(**{**cls.PRESETS[preset], **options})
-
-    @classmethod
-    def trials(cls) -> dict[str, dict[str, Any]]:
-        """Combinations that have every trial of every field, as few as are possible together."""
-        single = [(each.name, value) for each in fields(cls) for value in each.metadata['trials']]
-        combined = [value for _, value in single if isinstance(value, dict)]
-        packed: list[dict[str, Any]] = []
-        for name, value in single:
-            if isinstance(value, dict):
-                continue
-            free = (each for each in packed if name not in each)
-            fits = (each for each in free if cls._possible({**each, name: value}))
-            if (found := next(fits, None)) is None:
-                packed.append(found := {})
-            found[name] = value
-        return {f'trial-{number}': each for number, each in enumerate(packed + combined, 1)}
-
-    @classmethod
-    def _possible(cls, options: dict[str, Any]) -> bool:
-        try:
-            cls.from_options(**options)
-        except ValueError:
-            return False
-        return True
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
         """Refuse the value of a field in one line.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codebooks import Quantized
+from .codebooks.codebook import Quantized
 from .dispatch import run_experts
 from .distributed import sum_over_ranks
 from .experts import Experts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,21 @@ class Router(nn.Module):
     def update(self, observed: Tensor) -> bool:
         """Change state by these sums, once per step; returns whether it changed, or may have."""
         raise NotImplementedError
+
+
+class ExactBuffers(nn.Module):
+    """Base of modules of which some buffers stay as exact as they are when a model is cast."""
+
+    exact_buffers: tuple[str, ...] = ()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(*args, **kwargs)
+        for name in before.keys() & set(self.exact_buffers):
+            buffer = self.get_buffer(name)
+            if buffer.itemsize < 4:  # 16 bits round small steps away
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
 
 
 class TopKRouter(Router):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from .codebook import Codebook, Quantized, SimVQCodebook
+from .codebook import Codebook, SimVQCodebook
 from .ema import CVQCodebook, EmaCodebook
-
-__all__ = ['CODEBOOKS', 'Codebook', 'Quantized']
 
 CODEBOOKS: dict[str, type[Codebook]] = {
     'ema': EmaCodebook,

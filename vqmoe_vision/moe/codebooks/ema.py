@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..routing import full_precision
+from ..routing import ExactBuffers, full_precision
 from .codebook import Codebook
 from .usage import CodeUsage, anchor_probabilities, code_usage, kmeans, random_choice
 
 
-class UsageCodebook(Codebook):
+class UsageCodebook(ExactBuffers, Codebook):
     """Base of codebooks that learn from how tokens use them; a subclass implements `_learn`."""
 
     OPTIONS = (*Codebook.OPTIONS, 'ema_decay')
+    exact_buffers = ('usage', 'embed', 'token_sums')
     _pending: CodeUsage | None = None
     usage: Tensor
     started: Tensor
@@ -56,15 +57,6 @@ class UsageCodebook(Codebook):
         self.usage.fill_(share)
         self.started.fill_(False)
         self.updates.zero_()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, but averages stay as exact as they are: 16 bits round their steps away."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(*args, **kwargs)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.itemsize < 4:
-                self._buffers[name] = before[name].to(buffer.device)
-        return self
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:

@@ -28,7 +28,6 @@ __all__ = [
     'grouped_linear',
     'make_plan',
     'refuse_named',
-    'sorted_plan',
     'use_kernel',
 ]
 

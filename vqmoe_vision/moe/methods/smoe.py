@@ -8,7 +8,7 @@ V-MoE, "Scaling Vision with Sparse Mixture of Experts" (arXiv 2106.05974), numbe
 TOP_k keeps the k largest and does not renormalise (`renormalize=True` gives GShard's and Mixtral's
 softmax over the selected logits). Auxiliary losses: importance (6) and load (9), at 0.005 each as
 in its released configurations. Options are the balance loss of Switch (arXiv 2101.03961, 4) and the
-z-loss of ST-MoE (arXiv 2202.08906, 5).
+z-loss of ST-MoE (arXiv 2202.08906, 5), and a bias in the place of a loss, see `loss_free.py`.
 
 Where we differ: dropless unless `capacity_factor` is set, then capacity = ceil(k T C / E), not
 rounded up to a multiple of 4 as by the released code. The routing group is the batch on a device,
@@ -29,15 +29,14 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
 from ..routing import (
     Routing,
-    TopKRouter,
     full_precision,
     init_lecun_normal,
     renormalized,
-    top_k_experts,
     within_capacity,
 )
 
@@ -45,7 +44,7 @@ LOSS_WEIGHTS = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight'
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMoEConfig(BalancedConfig, TopKConfig):
+class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     """Options of SMoE; weights of losses are at least 0.
 
     Args:
@@ -115,8 +114,8 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(self, 'router_noise', *LOSS_WEIGHTS)
-        for name in LOSS_WEIGHTS:
+        check_weights(self, 'router_noise', 'bias_update_rate', *LOSS_WEIGHTS)
+        for name in (*LOSS_WEIGHTS, 'bias_update_rate'):
             valid = self.train_router or getattr(self, name) == 0
             self.require(name, valid, '0 with train_router=False')
         self.require(
@@ -141,7 +140,7 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         )
 
 
-class SMoERouter(TopKRouter):
+class SMoERouter(LossFreeRouter):
     """Softmax top-k router, V-MoE (2)."""
 
     config: SMoEConfig
@@ -149,7 +148,7 @@ class SMoERouter(TopKRouter):
     def __init__(
         self, in_features: int, config: SMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
         self.config = config
         self.has_losses = any(getattr(config, name) > 0 for name in LOSS_WEIGHTS)
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
@@ -161,6 +160,7 @@ class SMoERouter(TopKRouter):
 
     def init_weights(self) -> None:
         """V-MoE's lecun normal, or Switch's narrower one."""
+        super().init_weights()
         init_lecun_normal(self.weight, self.config.router_init_scale)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -177,7 +177,7 @@ class SMoERouter(TopKRouter):
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
-            indices = top_k_experts(noisy, config.top_k)[1]
+            indices = self.choose(noisy, probs)
             weights = probs.gather(1, indices)
             kept = self._within_capacity(indices, weights)
             if config.renormalize:

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import losses
-from ..codebooks import CODEBOOKS, Codebook, Quantized
-from ..codebooks.codebook import rotate_to
+from ..codebooks import CODEBOOKS
+from ..codebooks.codebook import Codebook, Quantized, rotate_to
 from ..config import BalancedConfig, check_weights, option
 from ..dispatch import Branch, run_branches
 from ..experts import Experts

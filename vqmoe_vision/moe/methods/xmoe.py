@@ -29,15 +29,14 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
 from ..routing import (
     Routing,
-    TopKRouter,
     full_precision,
     init_orthogonal,
     renormalized,
-    top_k_experts,
 )
 
 EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
@@ -46,7 +45,7 @@ _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class XMoEConfig(BalancedConfig, TopKConfig):
+class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     """Options of XMoE.
 
     Args:
@@ -96,7 +95,7 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         super().__post_init__()
         self.require('gate', self.gate in _TEMPERATURES, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(self, 'balance_weight')
+        check_weights(self, 'balance_weight', 'bias_update_rate')
         dim = self.router_dim
         self.require('router_dim', dim is None or dim >= 2, 'at least 2, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
@@ -105,7 +104,7 @@ class XMoEConfig(BalancedConfig, TopKConfig):
             self.require(name, valid, "above 0 and at most 1e6, or None for the paper's")
 
 
-class XMoERouter(TopKRouter):
+class XMoERouter(LossFreeRouter):
     """Cosine router, XMoE (5) to (8)."""
 
     config: XMoEConfig
@@ -113,7 +112,7 @@ class XMoERouter(TopKRouter):
     def __init__(
         self, in_features: int, config: XMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
         self.config = config
         self.has_losses = config.balance_weight > 0
         dim = config.router_dim or max(config.num_experts // 2, 2)
@@ -131,6 +130,7 @@ class XMoERouter(TopKRouter):
 
     def init_weights(self) -> None:
         """Projection as timm's linear layers, embeddings orthogonal, each of length 1.5."""
+        super().init_weights()
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.expert_embed)
         with torch.no_grad():
@@ -139,16 +139,17 @@ class XMoERouter(TopKRouter):
 
     reset_parameters = init_weights
 
-    def _weights(self, scaled: Tensor, indices: Tensor) -> Tensor:
-        """Gates of the chosen experts, (T, K), of cosines over the temperature (T, E)."""
-        if self.config.gate == 'softmax':
-            weights = scaled.softmax(dim=-1).gather(1, indices)
-            return renormalized(weights) if self.config.renormalize else weights
-        chosen = scaled.gather(1, indices)
-        if self.config.renormalize:
+    def _gates(self, scaled: Tensor) -> Tensor:
+        """Gates (6) of cosines over the temperature, (T, E)."""
+        return scaled.softmax(dim=-1) if self.config.gate == 'softmax' else scaled.sigmoid()
+
+    def _weights(self, scaled: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        """Gates of the chosen experts, (T, K)."""
+        if self.config.gate == 'sigmoid' and self.config.renormalize:
             # at a small temperature all gates of a token may round to 0, but not their ratios
-            return F.logsigmoid(chosen).softmax(dim=-1)
-        return chosen.sigmoid()
+            return F.logsigmoid(scaled.gather(1, indices)).softmax(dim=-1)
+        weights = gates.gather(1, indices)
+        return renormalized(weights) if self.config.renormalize else weights
 
     def scores(self, x: Tensor) -> Tensor:
         """Cosine (5) of tokens (T, D) with the experts, (T, E) float32 in [-1, 1]."""
@@ -165,8 +166,9 @@ class XMoERouter(TopKRouter):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
-            indices = top_k_experts(scores, config.top_k)[1]
-            weights = self._weights(scaled, indices)
+            gates = self._gates(scaled)
+            indices = self.choose(scores, gates)
+            weights = self._weights(scaled, gates, indices)
             terms: dict[str, Loss] = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
