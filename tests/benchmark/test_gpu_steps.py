@@ -107,7 +107,7 @@ def test_where_a_step_waits_is_said(card_that_waits, backward):
     row = gpu_steps._row('step', lambda: step, settings, may_wait=False)
     result, _, place = row['result'].rpartition(' (')
     assert (result, row['ok']) == ('RuntimeError: called a synchronizing CUDA operation', False)
-    where = 'kernels/batched' if backward else 'routing'
+    where = 'kernels/cpu' if backward else 'routing'
     file, line = place.rstrip(')').split(':')
     assert file == f'vqmoe_vision/moe/{where}.py'
     lines = (PACKAGE.parent / file).read_text().splitlines()

@@ -16,10 +16,10 @@ from benchmark.methods import whole_layer
 from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import METHODS, Method
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
+from vqmoe_vision.moe.raw_patches import Host
 from vqmoe_vision.moe.routing import Routing
 
 

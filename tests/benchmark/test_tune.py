@@ -13,21 +13,21 @@ from benchmark.cli import main
 from benchmark.contenders import Contender
 from benchmark.inputs import Inputs
 from benchmark.tune import CONSTANTS, changed, deciding, with_value
-from vqmoe_vision.moe.kernels import make_plan, padded_plan
+from vqmoe_vision.moe.kernels import cpu, make_plan
 
 # what they mean is no measurement
 FACTS = {'_HAS_AMX', '_ALL'}
 
 
 def test_every_constant_is_measured_beside_its_own_value() -> None:
-    names = {name for name in vars(padded_plan) if name.startswith('_') and name.isupper()}
+    names = {name for name in vars(cpu) if name.startswith('_') and name.isupper()}
     assert names - FACTS == CONSTANTS.keys()
     for name, constant in CONSTANTS.items():
-        assert getattr(padded_plan, name) in constant.values
+        assert getattr(cpu, name) in constant.values
 
 
 def test_a_constant_is_changed_inside_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padded_plan, '_HAS_AMX', False)
+    monkeypatch.setattr(cpu, '_HAS_AMX', False)
     indices = torch.tensor([0] * 9 + [1] * 20)
     with pytest.raises(KeyError), changed('_BLOCK', 4):
         # 9 and 20 rows in whole blocks of 4
@@ -50,7 +50,7 @@ def test_a_contender_plans_with_the_value_it_is_given(cell: Cell) -> None:
 def test_values_run_side_by_side(
     cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(padded_plan, '_HAS_AMX', False)
+    monkeypatch.setattr(cpu, '_HAS_AMX', False)
     small = dataclasses.replace(CONSTANTS['_SPARE_ALONE'], cells=(cell,))
     monkeypatch.setitem(CONSTANTS, '_SPARE_ALONE', small)
     out = tmp_path / 'run.json'
@@ -72,7 +72,7 @@ def test_values_run_side_by_side(
 
 
 def test_only_values_that_decide_something_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padded_plan, '_HAS_AMX', True)
+    monkeypatch.setattr(cpu, '_HAS_AMX', True)
     low = Cell(tokens=70, width=8, batch=4, experts=4, dtype='bfloat16')  # about 70 rows each
     settings = Settings(threads=2, repeats=3)
     # the longest group has 80, 96 and 128 rows with blocks of 16, 32 and 64
@@ -88,7 +88,7 @@ def test_every_constant_decides_something_in_one_of_its_cells(
     threads_before = torch.get_num_threads()
     try:
         for name, constant in CONSTANTS.items():
-            monkeypatch.setattr(padded_plan, '_HAS_AMX', bool(constant.amx))
+            monkeypatch.setattr(cpu, '_HAS_AMX', bool(constant.amx))
             threads = 1 if constant.threads == 'one' else 2
             torch.set_num_threads(threads)
             settings = Settings(threads=threads, repeats=5)
@@ -102,7 +102,7 @@ def test_amx_changes_nothing_for_a_constant_of_float32(monkeypatch: pytest.Monke
     single, low = Cell(tokens=8), Cell(tokens=8, dtype='bfloat16')
     monkeypatch.setattr('benchmark.tune.computes', lambda dtype: True)
     for amx in (False, True):
-        monkeypatch.setattr(padded_plan, '_HAS_AMX', amx)
+        monkeypatch.setattr(cpu, '_HAS_AMX', amx)
         assert CONSTANTS['_SPARE'].absent(single, 2) is None
         assert (CONSTANTS['_SPARE'].absent(low, 2) is None) is not amx
         assert (CONSTANTS['_AMX_SPARE'].absent(low, 2) is None) is amx

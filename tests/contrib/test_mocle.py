@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig
-from vqmoe_vision.moe.host import Host, RawPatches
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 from ..moe.conftest import OneLayer as make_layer
 from ..moe.conftest import Pixels

@@ -17,8 +17,9 @@ from vqmoe_vision.contrib.mocle import fit_reader, load_features
 from vqmoe_vision.models import complexity, convert_to_moe
 from vqmoe_vision.models.state_dicts import misfit_of
 from vqmoe_vision.models.transfer import fit_state, transfer
-from vqmoe_vision.moe import METHODS, said_once
-from vqmoe_vision.moe.host import image_reader
+from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe.raw_patches import image_reader
 
 from ..models.conftest import TINY, make
 
@@ -109,7 +110,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nothing had been warned of yet."""
-    monkeypatch.setattr(said_once, '_said', set())
+    monkeypatch.setattr(layer_module, '_said', set())
 
 
 def compiled(model: nn.Module) -> Any:

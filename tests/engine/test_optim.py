@@ -22,7 +22,7 @@ class Wrapped(nn.Module):
         super().__init__()
         self.model = timm.create_model(
             'vit_tiny_vqmoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3,
-            num_classes=2, num_experts=2, codebook='gradient',
+            num_classes=2, num_experts=2, codebook='cvq',
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from vqmoe_vision.models.stated_experts import (
 )
 from vqmoe_vision.moe import METHODS
 
+from ..variants import trials
 from .conftest import TINY, distance, make, shaken
 
 # as a training of each method and form has them
@@ -33,7 +34,7 @@ PAIRS = [pair for pair in permutations(FORMS, 2) if FORMS[pair[0]][0] != FORMS[p
 OPTIONS = {
     f'{name}-{option}={value!r}': (name, {option: value})
     for name, method in METHODS.items()
-    for options in (*method.config.PRESETS.values(), *method.config.TRIALS.values())
+    for options in (*method.config.PRESETS.values(), *trials(method.config).values())
     for option, value in options.items()
 }
 
@@ -163,7 +164,7 @@ def test_options_of_the_full_form_are_those_of_the_discrete_one(
 @pytest.mark.parametrize(
     ('theirs', 'ours', 'said'),
     [
-        (dict(codebook='gradient'), {}, "codebook='gradient', the model has codebook='ema'"),
+        (dict(codebook='cvq'), {}, "codebook='cvq', the model has codebook='ema'"),
         ({}, dict(codebook='simvq'), "codebook='ema', the model has codebook='simvq'"),
         (dict(input_norm=False), {}, 'input_norm=False, the model has input_norm=True'),
         (dict(form='continuous'), {}, "form='continuous', the model has form='full'"),

@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels.grouped_mm import is_fast
+from vqmoe_vision.moe.kernels.cuda import is_fast
 
 from .cells import Settings
 from .gpu_stages import outcome

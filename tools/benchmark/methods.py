@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
 from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.joint_losses import values_of
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.losses import values_of
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 from .cells import Cell, Settings
 from .contenders import Contender, UnsuitableError, place

@@ -18,7 +18,7 @@ from torch import nn
 from vqmoe_vision.models import complexity
 from vqmoe_vision.models.sharding import whole_parameters
 from vqmoe_vision.moe import MoeLayer
-from vqmoe_vision.moe.codebook_learning import GradientCodebook
+from vqmoe_vision.moe.codebooks.ema import UsageCodebook
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.experts import Experts
 
@@ -71,7 +71,7 @@ def sizes_of(model: Any) -> Network:
         rest=_shapes(model, set(model.parameters()) - in_blocks - whole),
         whole=sum(p.numel() for p in whole),
         codebooks=tuple(
-            (m.num_codes, m.dim) for m in model.modules() if isinstance(m, GradientCodebook)
+            (m.num_codes, m.dim) for m in model.modules() if isinstance(m, UsageCodebook)
         ),
         row_elements=sum(tokens * m.experts_per_token * model.embed_dim for m in layers),
         macs=macs,

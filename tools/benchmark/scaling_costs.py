@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vqmoe_vision.models.sharding import spread_dimension
-from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE
+from vqmoe_vision.moe.codebooks.usage import SAMPLE_SIZE
 from vqmoe_vision.moe.config import check
 
 Shape = tuple[int, ...]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.kernels import make_plan, padded_plan
+from vqmoe_vision.moe.kernels import cpu, make_plan
 
 from . import ours
 from .cells import Cell, Settings
@@ -28,7 +28,7 @@ from .inputs import Batch, Inputs
 from .layers import time_contenders
 from .report import table, write
 
-_ALL = padded_plan._ALL
+_ALL = cpu._ALL
 _FLOAT32 = (Cell(tokens=197), Cell(tokens=197, top_k=2))
 _BFLOAT16 = tuple(dataclasses.replace(cell, dtype='bfloat16') for cell in _FLOAT32)
 _FEW_ROWS = Cell(tokens=197, batch=1)
@@ -50,7 +50,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """A measured constant of `kernels/padded_plan.py`, and where it decides something."""
+    """A measured constant of `kernels/cpu.py`, and where it decides something."""
 
     values: tuple[Any, ...]
     cells: tuple[Cell, ...]
@@ -63,7 +63,7 @@ class Constant:
             return f'needs --threads {"1" if threads > 1 else "2 or more"}'
         if cell.dtype == 'float32':  # AMX has no product of it
             return None
-        if self.amx is not None and self.amx != padded_plan._HAS_AMX:
+        if self.amx is not None and self.amx != cpu._HAS_AMX:
             return f'of processors with{"" if self.amx else "out"} AMX'
         return None if computes(cell.dtype) else 'the processor has no instructions for it'
 
@@ -91,17 +91,17 @@ CONSTANTS = {
 @contextmanager
 def changed(name: str, value: Any) -> Iterator[None]:
     """A constant has another value inside the block, in all threads."""
-    before = getattr(padded_plan, name)
-    setattr(padded_plan, name, value)
+    before = getattr(cpu, name)
+    setattr(cpu, name, value)
     try:
         yield
     finally:
-        setattr(padded_plan, name, before)
+        setattr(cpu, name, before)
 
 
 def deciding(name: str, cell: Cell, settings: Settings) -> list[Any]:
     """Values with which the rows of some round stand otherwise than with the one in use."""
-    inputs, own = Inputs(cell, settings.device), getattr(padded_plan, name)
+    inputs, own = Inputs(cell, settings.device), getattr(cpu, name)
     routings = [inputs.batch(i).indices.flatten() for i in range(settings.repeats)]
 
     def ends(value: Any) -> list[list[int]]:
@@ -122,11 +122,11 @@ def measure_constant(
     (dense,), (bound,) = ours.dense(cell, settings, inputs), ours.bound(cell, settings, inputs)
     (chosen,) = ours.ours(cell, settings, inputs)
     contenders = {'dense': dense, 'bound': bound}
-    for value in (getattr(padded_plan, name), *values):
+    for value in (getattr(cpu, name), *values):
         contender = with_value(chosen, name, value)
         contenders[contender.name] = contender
     rows = time_contenders(contenders, {}, inputs, settings)
-    own = _label(name, getattr(padded_plan, name))
+    own = _label(name, getattr(cpu, name))
     reference = next(row for row in rows if row['contender'] == own)
     for row in rows:
         pairs = zip(row['times_ms'], reference['times_ms'], strict=True)
@@ -179,7 +179,7 @@ def run_tune(args: argparse.Namespace, restart: bool) -> None:
             if reason := CONSTANTS[name].absent(cell, settings.threads):
                 run['skipped'][f'{name} in {cell.dtype}'] = reason
                 continue
-            value = getattr(padded_plan, name)
+            value = getattr(cpu, name)
             own, others = _label(name, value), deciding(name, cell, settings)
             for same in CONSTANTS[name].values:
                 if same not in (value, *others):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebook import Quantized
+from vqmoe_vision.moe.codebooks.codebook import Quantized
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.codebooks.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.routing import perplexities
 

@@ -35,9 +35,9 @@ from vqmoe_vision.engine.options import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
 from vqmoe_vision.moe.config import MoeConfig, check
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import Method
+from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.routing import Router, Routing
 
 from .curves import colour_of, marker_of
@@ -170,7 +170,7 @@ def find_rows(names: Sequence[str]) -> list[Row]:
 def _forms(method: str) -> Iterator[Row]:
     presets = METHODS[method].config.PRESETS
     # modules of methods begin with the name and a colon
-    title = (sys.modules[METHODS[method].build.__module__].__doc__ or method).partition(':')[0]
+    title = (sys.modules[METHODS[method].config.__module__].__doc__ or method).partition(':')[0]
     usual = {'preset': 'matched'} if 'matched' in presets else {}
     first = Row(method, title, method, usual, usual=True, form=method)
     discrete = {}

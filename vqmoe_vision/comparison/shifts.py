@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
+from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.statistics import summarize
 
 from .results import Results, Usable, layer_means, rounded
 from .runs import Run

@@ -60,7 +60,8 @@ def other_options(record: dict[str, Any], run: Run, check: Check | None) -> str 
     if not options:  # a dense model has none
         return None
     then, now = flat(options, 'moe_options'), flat(run.moe_options, 'moe_options')
-    return _difference(then, now, set(then))  # no row could say an option that there was not
+    # what is no option any more is of the row's day
+    return _difference(then, now, then.keys() & now.keys())
 
 
 def refutation(check: Check | None) -> str | None:

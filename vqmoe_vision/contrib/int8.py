@@ -31,7 +31,7 @@ from ..models.quiet import quiet
 from ..moe.collect import moe_layers
 from ..moe.config import check
 from ..moe.experts import StackedLinear
-from ..moe.host import ImageReader
+from ..moe.raw_patches import ImageReader
 
 __all__ = ['experts_as_linear', 'export_int8', 'quantize_int8']
 

@@ -47,16 +47,14 @@ from ..models.normalization import Normalization
 from ..models.origin import Origin, origin_of
 from ..models.state_dicts import Report, StateDict, other_shapes, part_of, shorten
 from ..models.transfer import transfer
-from ..moe.codebook import nearest_code
-from ..moe.codebook_sample import kmeans
-from ..moe.config import MoeConfig, check, check_weights
-from ..moe.experts import Experts
-from ..moe.host import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
-from ..moe.layer import RoutedMlp
+from ..moe.codebooks.codebook import nearest_code
+from ..moe.codebooks.usage import kmeans
+from ..moe.config import MoeConfig, check, check_weights, option
+from ..moe.layer import warn_once
 from ..moe.losses import token_mean
 from ..moe.methods import Method
+from ..moe.raw_patches import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
 from ..moe.routing import Router, Routing, expert_load, full_precision
-from ..moe.said_once import warn_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,18 +83,12 @@ class MoCLEConfig(MoeConfig):
         router_noise: Standard deviation of the noise in the logits, training only, at least 0.
     """
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'soft': {'num_clusters': 8, 'temperature': 1.0, 'router_noise': 0.0},
-    }
-
     # both weights of a token sum to 1
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
 
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_clusters', 'router_noise'})
-
-    num_clusters: int = 64
-    temperature: float = 0.05
-    router_noise: float = 0.1
+    num_clusters: int = option(64, 8, of_weights=False, idle={'num_experts': 2})
+    temperature: float = option(0.05, 1.0, idle={'num_experts': 2})
+    router_noise: float = option(0.1, 0.0, of_weights=False, idle={'num_experts': 2})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,11 +97,6 @@ class MoCLEConfig(MoeConfig):
         self.require('num_clusters', self.num_clusters >= 1, 'at least 1')
         self.require('temperature', 0 < self.temperature < math.inf, 'above 0 and finite')
         check_weights(self, 'router_noise')
-
-    def unused(self) -> dict[str, str]:
-        """What a choice among one expert does not have."""
-        names = ('num_clusters', 'temperature', 'router_noise')
-        return dict.fromkeys(names, 'num_experts=2') if self.num_experts == 2 else {}
 
 
 class FeatureViT(VisionTransformer):
@@ -428,6 +415,7 @@ class ClusterRouter(Router):
     """Sends all tokens of an image to the expert of its cluster, and to the universal one."""
 
     per_image = True
+    has_losses = False
     raw_patches: RawPatches
 
     def __init__(self, in_features: int, config: MoCLEConfig, host: Host, **factory: Any) -> None:
@@ -482,17 +470,4 @@ class ClusterRouter(Router):
         return 2
 
 
-class ClusterMlp(RoutedMlp):
-    """`RoutedMlp` without losses or state."""
-
-    needs_collecting = False
-
-
-def build(
-    in_features: int, config: MoCLEConfig, experts: Experts, host: Host, **factory: Any
-) -> ClusterMlp:
-    """MoCLE layer for tokens of width `in_features`."""
-    return ClusterMlp(ClusterRouter(in_features, config, host, **factory), experts)
-
-
-METHOD = Method(MoCLEConfig, build, Clusters)
+METHOD = Method(MoCLEConfig, ClusterRouter, Clusters)

@@ -5,9 +5,9 @@ from typing import Any
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 from mmengine.utils import apply_to
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqmoe_vision.moe.codebook_learning import GradientCodebook
+from vqmoe_vision.moe import moe_layers
 
 from .model import unwrapped
 
@@ -15,14 +15,14 @@ _KEY = 'accumulated'
 
 
 def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
-    """Adds gradients, and what codebooks have seen, that no step has used yet to a checkpoint."""
+    """Adds gradients, and what layers have observed, that no step has used yet to a checkpoint."""
     if runner.optim_wrapper.should_update() or get_world_size() > 1:  # of several they are lost
         return
     if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
         return
     model = unwrapped(runner)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    observed = {name: codebook.observed for name, codebook in _codebooks(model).items()}
+    observed = {name: layer.observed for name, layer in moe_layers(model).items()}
     # as mmengine keeps all else
     kept = {'gradients': gradients, 'observed': observed}
     checkpoint[_KEY] = apply_to(kept, lambda x: isinstance(x, Tensor), Tensor.cpu)
@@ -33,18 +33,14 @@ def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
     if _KEY not in checkpoint:
         return
     model, kept = unwrapped(runner), checkpoint[_KEY]
-    parameters, codebooks = dict(model.named_parameters()), _codebooks(model)
+    parameters, layers = dict(model.named_parameters()), moe_layers(model)
     try:
         for name, gradient in kept['gradients'].items():
             parameter = parameters[name]
             parameter.grad = gradient.to(parameter.device).view_as(parameter)
-        for name, usage in kept['observed'].items():
-            codebooks[name].observed = usage
+        for name, observed in kept['observed'].items():
+            layers[name].observed = observed
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f'{_KEY!r} of the checkpoint does not fit the model: {error}') from error
     # mmengine warns that they are lost
     runner.logger.info('What waits for more batches is that of the checkpoint')
-
-
-def _codebooks(model: nn.Module) -> dict[str, GradientCodebook]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, GradientCodebook)}

@@ -15,9 +15,9 @@ from vqmoe_vision.installed import config_path
 from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
+from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.host import image_reader
-from vqmoe_vision.moe.statistics import summarize
+from vqmoe_vision.moe.raw_patches import image_reader
 
 from .config_names import innermost
 from .finite import check_weights, pass_over_infinite

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from mmengine.dist import all_gather_object, all_reduce
 
-from vqmoe_vision.moe.statistics import describe, summarize
+from vqmoe_vision.moe.collect import describe, summarize
 
 Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
 
@@ -124,7 +124,7 @@ class RoutingStatistics:
         }
 
     def summary(self) -> dict[str, float]:
-        """The averages as numbers: `<layer>/load_max` and so on, see `moe.statistics.summarize`."""
+        """The averages as numbers: `<layer>/load_max` and so on, see `moe.collect.summarize`."""
         return summarize(self.means())
 
 

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.codebooks.codebook import Codebook
 from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 

@@ -27,7 +27,7 @@ from vqmoe_vision.models.stated_experts import (
 )
 from vqmoe_vision.moe import restart
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.host import image_reader
+from vqmoe_vision.moe.raw_patches import image_reader
 
 from .checkpoint import log_weights, read_state, run_experts, start_from
 from .normalization import has_weights, read_normalization, weights_normalization

@@ -98,7 +98,7 @@ def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) ->
     if not saved:
         return kwargs
     options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-    without_effect = {'upcycling', *METHODS[method].config.without_effect(**options)}
+    without_effect = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
     return {
         name: value
         for name, value in kwargs.items()

@@ -1,6 +1,6 @@
 """Parameters and multiply-accumulates of a vision transformer.
 
-Counted by torch in a forward pass on the meta device; `moe.kernels.batched` registers the experts.
+Counted by torch in a forward pass on the meta device; `moe.kernels.cpu` registers the experts.
 """
 
 from __future__ import annotations

@@ -13,13 +13,21 @@ from torch import nn
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
-from ..moe.host import NETWORK, READER, Host, ImageReader, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import (
+    NETWORK,
+    READER,
+    Host,
+    ImageReader,
+    RawPatchBlock,
+    RawPatchEmbed,
+    RawPatches,
+    hand_over,
+)
 from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
 from .hosts import MOE_HOST
 from .layers import build_layer, host_of, scale_fresh_experts
-from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle

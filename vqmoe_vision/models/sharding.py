@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..moe import MoeLayer
 from ..moe.config import check
-from ..moe.expert_parallel import place_experts
+from ..moe.distributed import place_experts
 from ..moe.experts import Experts
-from ..moe.host import image_reader
+from ..moe.raw_patches import image_reader
 
 # of timm and of mmseg's heads: what a network has many of, one after the other
 _BLOCK_LISTS = ('blocks', 'layers')

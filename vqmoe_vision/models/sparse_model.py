@@ -13,9 +13,9 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import RawPatchBlock, RawPatches, hand_over, raw_patch_parts
 from .arguments import (
     MOE_LAYERS,
     check_experts,
@@ -29,7 +29,6 @@ from .arguments import (
 )
 from .complexity import count_params, describe_params
 from .layers import build_layer, host_of, output_scale, set_draw
-from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
 from .state_dicts import Report
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 from .weight_files import is_of_numpy, unreadable
@@ -37,9 +36,6 @@ from .weight_files import is_of_numpy, unreadable
 
 class SparseModel:
     """Mixin before a class of timm's; `describe` is called once."""
-
-    # TorchScript would compile it
-    __jit_unused_properties__ = ('_model_args',)
 
     def describe(self, method: str, config: MoeConfig, upcycling: Upcycling) -> None:
         """Set what the model says of itself."""
@@ -59,14 +55,12 @@ class SparseModel:
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
 
-    @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """In the place of timm's, which reads NumPy's files and would stop at the first expert."""
         allowed = 'a file of NumPy, whose name ends so, for a dense model'
         check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
         raise ValueError(unreadable(checkpoint_path))
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not use weight decay."""
         timms: Any = super()
@@ -77,7 +71,6 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
-    @torch.jit.ignore
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -190,7 +183,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
                 layer.weight.div_(output_scale(i))
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import moe_layers
-from ..moe.host import ImageReader
+from ..moe.raw_patches import ImageReader
 
 StateDict = dict[str, Tensor]
 CLASSIFIERS = ('head.', 'head_dist.')

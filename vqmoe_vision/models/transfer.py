@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.host import READER, image_reader
+from ..moe.raw_patches import READER, image_reader
 from .fitting import (
     Size,
     fit_head,

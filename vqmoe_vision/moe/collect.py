@@ -9,8 +9,11 @@ A recorder keeps losses inside the `with` block only: models stay deep-copyable,
 compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
 never changes in forward, but once, in `update_state`, when the block is left.
 
-With torch.distributed losses are those of the batch of all ranks, see `joint_losses.py`. Every rank
-has to read them at the same places, or not at all before the end of the block.
+With torch.distributed losses are those of the batch of all ranks, see `losses.py`. Every rank has
+to read them at the same places, or not at all before the end of the block.
+
+A statistic is a detached tensor under a name. A scalar keeps its name; a share per expert or code,
+such as `load`, becomes `load_min`, `load_max`, `load_unused` and `load_perplexity`.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import check, check_type
-from .joint_losses import Loss, averaged_over_ranks
 from .layer import MoeLayer
-from .statistics import summarize
+from .losses import Loss, averaged_over_ranks
+from .routing import perplexity
 
 
 class Collected:
@@ -105,7 +108,7 @@ class Collected:
         return torch.zeros((), device=device, dtype=torch.float32)
 
     def summary(self) -> dict[str, float]:
-        """One number per layer and statistic, for a log; see `statistics.summarize`."""
+        """One number per layer and statistic, for a log; see `summarize`."""
         return summarize(self.stats)
 
     def _close(self) -> None:
@@ -147,7 +150,7 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
     try:
         for layer in layers.values():
             layer.begin()
-            layer.recorder.start()
+            layer.recorder.active = True
         yield collected
         collected._close()
     except BaseException:
@@ -192,3 +195,39 @@ def restart(model: nn.Module) -> list[str]:
     """Let every layer begin a new training from its weights; returns what changed, for a log."""
     notes = [layer.restart() for layer in moe_layers(model).values()]
     return [f'{count} layers {note}' for note, count in Counter(filter(None, notes)).items()]
+
+
+def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers of 0-dim tensors, and of shares (E,) or (M,), with one wait for their device."""
+    summary: dict[str, float] = {}
+    if not stats:
+        return summary
+    flat = torch.cat([value.reshape(-1).double() for value in stats.values()]).cpu()
+    sizes = [value.numel() for value in stats.values()]
+    for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):
+        if value.ndim == 0:
+            summary[name] = numbers.item()
+            continue
+        summary |= {
+            f'{name}_min': numbers.min().item(),
+            f'{name}_max': numbers.max().item(),
+            f'{name}_unused': float((numbers == 0).sum()),
+            f'{name}_perplexity': perplexity(numbers),
+        }
+    return summary
+
+
+def describe(stats: Mapping[str, Tensor]) -> str:
+    """The same in words, for a line of a log; scalars that are zero are left out."""
+    numbers = summarize(stats)
+    parts = []
+    for name, value in stats.items():
+        if value.ndim > 0:
+            parts.append(
+                f'{name} {numbers[f"{name}_min"]:.3f}..{numbers[f"{name}_max"]:.3f}'
+                f' perplexity {numbers[f"{name}_perplexity"]:.2f}'
+                f' unused {numbers[f"{name}_unused"]:.0f}/{value.numel()}'
+            )
+        elif numbers[name]:
+            parts.append(f'{name} {numbers[name]:.3g}')
+    return '  '.join(parts)

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Plan, grouped_linear, make_plan, refuse_named, sorted_plan
+from .kernels import Plan, grouped_linear, make_plan, refuse_named
+from .kernels.cpu import sorted_plan
 from .optimizer import track_stacked
 
 if TYPE_CHECKING:
-    from .expert_parallel import Exchange
+    from .distributed import Exchange
 
 
 class StackedLinear(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses, losses
 from vqmoe_vision.moe.dispatch import run_experts_loop
-from vqmoe_vision.moe.joint_losses import values_of
+from vqmoe_vision.moe.losses import values_of
 from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
 from vqmoe_vision.moe.routing import renormalized
 

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..config import MoeConfig
-from ..host import ImageReader, ReadPatches
-from ..layer import MoeLayer
+from ..experts import Experts
+from ..layer import MoeLayer, RoutedMlp
+from ..raw_patches import Host, ImageReader, ReadPatches
+from ..routing import Router
 from . import ecmoe, hashmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
-from ._distilled_router import read_patches
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,22 @@ class Method:
     """One method."""
 
     config: type[MoeConfig]  # of its options
-    # from the width of tokens, the options, the experts, the `Host`, `device` and `dtype`
-    build: Callable[..., MoeLayer]
+    # a router, from the width of tokens, the options, the `Host`, `device` and `dtype`; or what
+    # makes a layer, with the experts before the `Host`
+    parts: type[Router] | Callable[..., MoeLayer]
     # of a method that decides by the raw image: what its layers find in `host.raw_patches`; a class
     # is called with the options and a dense model
     read_patches: ReadPatches | type[ImageReader] | None = None
+
+    def build(
+        self, in_features: int, config: MoeConfig, experts: Experts, host: Host, **factory: Any
+    ) -> MoeLayer:
+        """A layer for tokens of width `in_features`."""
+        if isinstance(self.parts, type) and issubclass(self.parts, Router):
+            make: Any = self.parts
+            return RoutedMlp(make(in_features, config, host, **factory), experts)
+        layer: MoeLayer = self.parts(in_features, config, experts, host, **factory)
+        return layer
 
     @property
     def needs_features(self) -> bool:
@@ -53,13 +65,13 @@ class _Methods(UserDict[str, Any]):
 
 METHODS = _Methods(
     {
-        'smoe': Method(smoe.SMoEConfig, smoe.build),
-        'xmoe': Method(xmoe.XMoEConfig, xmoe.build),
-        'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, read_patches),
-        'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
-        'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
-        'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.build),
-        'hashmoe': Method(hashmoe.HashConfig, hashmoe.build),
+        'smoe': Method(smoe.SMoEConfig, smoe.SMoERouter),
+        'xmoe': Method(xmoe.XMoEConfig, xmoe.XMoERouter),
+        'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, stablemoe.read_patches),
+        'softmoe': Method(softmoe.SoftMoEConfig, softmoe.SoftMoEMlp),
+        'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.VQMoEMlp),
+        'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
+        'hashmoe': Method(hashmoe.HashConfig, hashmoe.HashRouter),
         'mocle': 'vqmoe_vision.contrib.mocle:METHOD',
     }
 )

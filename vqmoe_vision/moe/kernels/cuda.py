@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .kernel import Kernel
-
 _SINCE = '2.10'  # before, `grouped_mm` was private
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes
 
 
-def _misfit(x: Tensor, weight: Tensor) -> str | None:
+def misfit(x: Tensor, weight: Tensor) -> str | None:
+    """Why it cannot compute rows (R, in) and weight (E, out, in); None if it can."""
     if not hasattr(F, 'grouped_mm'):
         return f'it needs torch {_SINCE}, this is {torch.__version__}'
     if x.dtype not in _DTYPES or (x.device.type == 'meta' and x.dtype != torch.bfloat16):
@@ -39,7 +38,7 @@ def _misfit(x: Tensor, weight: Tensor) -> str | None:
 def is_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether it is one kernel for (R, in) and (E, out, in) that reads nothing back."""
     is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
-    return is_cuda and _misfit(x, weight) is None and _has_kernel(x.device.index or 0)
+    return is_cuda and misfit(x, weight) is None and _has_kernel(x.device.index or 0)
 
 
 @torch.compiler.assume_constant_result
@@ -48,7 +47,8 @@ def _has_kernel(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """As `Kernel.grouped_linear`."""
     rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
     experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
     return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
@@ -139,6 +139,3 @@ class _GroupedLinear(torch.autograd.Function):
             sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
             grad_bias = sums.masked_fill(empty[:, None], 0)
         return grad_x, grad_weight, grad_bias, None, None
-
-
-GROUPED_MM = Kernel(_grouped_linear, _misfit)

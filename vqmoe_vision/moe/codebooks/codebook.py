@@ -1,4 +1,4 @@
-"""Vector quantization: the nearest code of a token, and the plain codebook of VQ-VAE.
+"""The nearest code of a token: the plain codebook of VQ-VAE, and SimVQ's.
 
 Every codebook has, in float32 and with autocast off (VQ-VAE, arXiv 1711.00937):
 
@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .routing import full_precision
+from ..routing import full_precision
 
 NORM_EPS = 1e-4  # shorter vectors have no direction, and would have a gradient without bound
-
 TEMPERATURE = 0.1  # of soft assignments
+_SHORTEST = 1e-6  # token that `rotate_to` can turn
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class Codebook(nn.Module):
             return codes
         return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
 
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What passes have left for the next `update`; {} if there is nothing."""
+        return {}
+
+    @observed.setter
+    def observed(self, kept: dict[str, Any]) -> None:
+        assert not kept
+
     def freeze(self) -> Codebook:
         """Keep the codes as they are; of the loss only the commitment is left."""
         self.requires_grad_(False)
@@ -160,3 +170,55 @@ class Codebook(nn.Module):
 def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
     """Mean over tokens and channels, zero without tokens."""
     return F.mse_loss(a, b, reduction='sum') / max(a.numel(), 1)
+
+
+class SimVQCodebook(Codebook):
+    """Frozen Gaussian codes seen through one learned linear layer (SimVQ, arXiv 2411.02038).
+
+    The layer moves all codes together, so that few are left behind. It has no start from data: a
+    large mean that all tokens share still lets one code win all.
+    """
+
+    frozen_embed: Tensor
+
+    def _create(self) -> None:
+        self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **self.factory))
+        # float when the rest is int8: it decides
+        self.project = NonDynamicallyQuantizableLinear(self.dim, self.dim, **self.factory)
+
+    def init_weights(self) -> None:
+        """Standard deviation D^-1/2 for the codes, torch's default for the layer."""
+        nn.init.normal_(self.frozen_embed, std=self.dim**-0.5)
+        self.project.reset_parameters()
+
+    def _learned(self) -> Tensor:
+        weight, bias = self.project.weight.float(), self.project.bias.float()
+        return F.linear(self.frozen_embed.float(), weight, bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """The projection: it is the codebook."""
+        return {'project.weight'}
+
+
+def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
+    """Codes (T, D), with the gradient of tokens (T, D) that are turned and stretched onto them.
+
+    The rotation trick (arXiv 2410.06424, section 4.2): with directions x^ and v^, and w of the
+    direction of x^ + v^, v = s R x, s = norm(v) / norm(x) and R = I - 2 w w^T + 2 v^ x^^T, where s
+    and R are constants. A gradient keeps its angle to the code as its angle to the token. Straight
+    through, it would be the same for all tokens of a code, as it is for a token of no length.
+    """
+    if not x.requires_grad:
+        return codes
+    with full_precision(x):
+        tokens, v = x.detach().float(), codes.float()
+        length = torch.linalg.vector_norm(tokens, dim=1, keepdim=True)
+        start, end = F.normalize(tokens, dim=1), F.normalize(v, dim=1)
+        middle = F.normalize(start + end, dim=1)
+        # zero: the value is the code itself, without the rounding errors of a rotation
+        zero = x.float() - tokens
+        across = torch.linalg.vecdot(zero, middle)[:, None] * middle
+        along = torch.linalg.vecdot(zero, start)[:, None] * end
+        stretch = torch.linalg.vector_norm(v, dim=1, keepdim=True) / length.clamp(min=_SHORTEST)
+        turned = stretch * (zero - 2 * across + 2 * along)
+        return (v + torch.where(length > _SHORTEST, turned, zero)).to(x.dtype)

@@ -1,37 +1,67 @@
-"""Experts that live on several processes: each holds some, and rows travel to them and back.
+"""Processes that share a batch, and experts that live on several of them.
 
-GShard (arXiv 2006.16668), section 3.2, but with groups of any size, as in MegaBlocks (arXiv
-2211.15841): the answer is that of all experts on one process. Routing and the weighted sum stay
-where the tokens are. Sizes are read back once per layer: torch's all-to-all wants them on the host.
+Ranks take turns with samples, as all samplers of torch, timm and mmengine deal them: of S ranks,
+rank r has the samples r, r + S, r + 2 S and so on of the joint batch. A last batch may be smaller
+on the later ranks.
 
+Where experts are shared out, rows travel to them and back: GShard (arXiv 2006.16668), section 3.2,
+but with groups of any size, as in MegaBlocks (arXiv 2211.15841). The answer is that of all experts
+on one process. Sizes are read back once per layer: torch's all-to-all wants them on the host.
 Process m keeps experts m L to (m + 1) L - 1 as `DTensor`s, which torch.distributed.checkpoint saves
-under the names and shapes of one process. All processes hold the same model before `place_experts`,
-and call it as often as each other after.
+under the names and shapes of one process.
 
-Legend: R rows sorted by expert, A rows that arrived, E experts, L = E / M of each of M processes,
-D width.
+Legend: T tokens of this rank, N tokens per sample, R rows sorted by expert, A rows that arrived, E
+experts, L = E / M of each of M processes, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .config import check
 from .experts import Experts, StackedLinear
 from .kernels import make_plan
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, and of how many; (0, 1) without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) -> Tensor:
+    """Places (T,) int64, rising, of this rank's tokens, sample after sample, among all ranks'."""
+    rows = torch.arange(num_tokens, device=device)
+    rank, size = rank_and_size()
+    if size == 1:
+        return rows
+    sample = torch.div(rows, tokens_per_sample, rounding_mode='floor')
+    # sample s of this rank is number s * size + rank of all
+    return rows + (sample * (size - 1) + rank) * tokens_per_sample
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's tensor, of one shape, without gradient; every rank has to ask."""
+    total = values.detach().clone()
+    if rank_and_size()[1] > 1:
+        dist.all_reduce(total)
+    return total
+
 
 def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leave to each process of a mesh of one dimension its experts of every layer, in place."""
+    # all processes hold the same model before, and call it as often as each other after
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
     for name, experts in layers:
         check(
@@ -48,14 +78,15 @@ def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     for name, whole in list(linear.named_parameters()):
         own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(own, whole.requires_grad))
     linear.own = partial(_own, mesh.size())
 
 
-def _own(size: int, parameter: Tensor) -> Tensor:
-    assert isinstance(parameter, DTensor)
+def _own(size: int, parameter: Any) -> Tensor:
     own: Tensor = _MeanOverProcesses.apply(parameter.to_local(), size)
     return own
 
