@@ -1,6 +1,7 @@
 """What a comparison may say of itself, and that those of the repository can be built."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
 from logging import StreamHandler
