@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
-from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.layer import RoutedMlp
@@ -26,7 +25,7 @@ from vqmoe_vision.moe.raw_patches import Host, RawPatches
 from .cells import Cell, Settings
 from .contenders import Contender, UnsuitableError, place
 from .inputs import PATCH, Batch, Inputs
-from .ours import PROBE_ROUNDS, make_experts, mean_load, with_loops
+from .ours import PROBE_ROUNDS, make_experts, mean_load, run_experts_loop, with_loops
 
 # methods by the name of their contender; SMoE's is 'layer', which limits and peers refer to
 LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}

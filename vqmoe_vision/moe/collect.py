@@ -149,7 +149,8 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
     collected = Collected(layers, next(model.parameters(), None))
     try:
         for layer in layers.values():
-            layer.begin()
+            if layer.apply_begin():
+                layer.guard.state_changed()
             layer.recorder.active = True
         yield collected
         collected._close()
@@ -161,8 +162,7 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
         for layer in layers.values():
             layer.recorder.stop()
     if update_state:
-        for layer in layers.values():
-            layer.update()
+        _update(layers)
 
 
 def update_state(model: nn.Module) -> None:
@@ -171,8 +171,13 @@ def update_state(model: nn.Module) -> None:
     With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
     `collect_losses(..., update_state=False)` was used.
     """
-    for layer in moe_layers(model).values():
-        layer.update()
+    _update(moe_layers(model))
+
+
+def _update(layers: dict[str, MoeLayer]) -> None:
+    for layer in layers.values():
+        if layer.apply_update():
+            layer.guard.state_changed()
 
 
 def start_training(model: nn.Module, num_updates: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import (
@@ -25,7 +26,6 @@ from typing import (
     get_origin,
     get_type_hints,
 )
-from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,16 +48,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {nearest[0]}?' if nearest else ''
 
 
-# mypy takes a dataclass itself for not hashable, so that functools.cache has no types here
-_TYPES: WeakKeyDictionary[type, Mapping[str, Any]] = WeakKeyDictionary()
-
-
-def types_of(kind: type) -> Mapping[str, Any]:
-    """The types of the fields of a dataclass."""
-    if kind not in _TYPES:
-        # kept: Python compiles all annotations at each call
-        _TYPES[kind] = get_type_hints(kind)
-    return _TYPES[kind]
+# Types of the fields of a dataclass, kept: Python compiles all annotations at each call.
+types_of: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 
 
 def option(
@@ -171,8 +163,8 @@ class MoeConfig:
         found: dict[str, str] = {}
         for each in fields(self):
             for name, idle in each.metadata['idle'].items():
-                value = getattr(self, name)
-                if idle(value) if callable(idle) else value in _several(idle):
+                value, several = getattr(self, name), isinstance(idle, tuple)
+                if idle(value) if callable(idle) else value in (idle if several else (idle,)):
                     found.setdefault(each.name, f'{name}={value!r}')
         return found
 
@@ -184,10 +176,6 @@ class MoeConfig:
     def of_weights(self) -> set[str]:
         """Options that say, beside tensors, what the answers of a model are."""
         return {each.name for each in fields(self) if each.metadata['of_weights']}
-
-
-def _several(idle: Any) -> tuple[Any, ...]:
-    return idle if isinstance(idle, tuple) else (idle,)
 
 
 @dataclass(frozen=True, kw_only=True)

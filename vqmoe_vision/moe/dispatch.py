@@ -160,23 +160,3 @@ class _Combine(torch.autograd.Function):
         # rows that only fill a group get no gradient: their weight is zero
         row_weights = weights.new_zeros(len(answers)).scatter(0, rows.flatten(), weights.flatten())
         return by_row.mul_(row_weights[:, None]), grad_weights, None, None, None
-
-
-def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle."""
-    indices, weights = routing.indices, routing.weights
-    weights = weights if routing.kept is None else weights * routing.kept
-    tokens = routing.tokens
-    if tokens is None:
-        tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(indices)
-    out = torch.zeros_like(x)
-    fc1, fc2 = experts.fc1, experts.fc2
-    for e in range(experts.num_experts):
-        chosen = indices == e
-        token = tokens[chosen]
-        hidden = F.linear(x[token], fc1.weight[e], None if fc1.bias is None else fc1.bias[e])
-        answer = F.linear(
-            experts.act(hidden), fc2.weight[e], None if fc2.bias is None else fc2.bias[e]
-        )
-        out.index_add_(0, token, answer * weights[chosen][:, None].to(answer.dtype))
-    return out

@@ -252,16 +252,6 @@ class MoeLayer(nn.Module):
         if (self.training and self.moves_state()) or raw_patches is not None:
             self.guard.watch(answer, raw_patches)
 
-    def begin(self) -> None:
-        """Get ready for the passes of a block, which opens now."""
-        if self.apply_begin():
-            self.guard.state_changed()
-
-    def update(self) -> None:
-        """Apply what the last block collected for the state of this layer."""
-        if self.apply_update():
-            self.guard.state_changed()
-
     def idle_params(self) -> int:
         """Parameters of the experts that a token does not use, on average."""
         idle = max(self.experts.num_experts - self.experts_per_token, 0)

@@ -22,25 +22,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 # Class names in timm, torch, apex, torch_optimizer and SOAP's repository, in small letters. The
 # tests hold every optimizer that timm lists against E separate matrices. apex's LARC is none: it
 # scales gradients before another optimizer steps, which nothing here sees.
-_WHOLE_TENSOR = frozenset(
-    {
-        'adafactor',
-        'adafactorbigvision',
-        'adamp',
-        'fusedlamb',
-        'fusednovograd',
-        'kron',
-        'lamb',
-        'lars',
-        'mars',
-        'muon',
-        'novograd',
-        'nvnovograd',
-        'sgdp',
-        'shampoo',
-        'soap',
-    }
-)
+_WHOLE_TENSOR = {
+    'adafactor', 'adafactorbigvision', 'adamp', 'fusedlamb', 'fusednovograd', 'kron', 'lamb',
+    'lars', 'mars', 'muon', 'novograd', 'nvnovograd', 'sgdp', 'shampoo', 'soap',
+}  # fmt: skip
 # What timm's `Lookahead` keeps of a parameter, in the state of the optimizer that it wraps.
 _SLOW = 'lookahead_slow_buff'
 _stacked_modules: WeakSet[nn.Module] = WeakSet()

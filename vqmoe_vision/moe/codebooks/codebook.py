@@ -150,9 +150,6 @@ class Codebook(nn.Module):
         """Keep what `update` needs of tokens (T, D), codes (T,); returns how many are left out."""
         return None
 
-    def discard(self) -> None:
-        """Forget the observed passes."""
-
     def moves(self) -> bool:
         """Whether `update` is what the codes learn by, or one of the ways."""
         return not self.frozen and type(self).update is not Codebook.update

@@ -71,10 +71,6 @@ class UsageCodebook(ExactBuffers, Codebook):
         self._pending = seen if before is None else before.merged(seen)
         return x.shape[0] - seen.num_tokens
 
-    def discard(self) -> None:
-        """Forget the observed passes."""
-        self._pending = None
-
     @property
     def observed(self) -> dict[str, Any]:
         """What passes have left for the next `update`, as `CodeUsage`; {} if there were none."""

@@ -21,16 +21,6 @@ from ..config import check
 from . import cpu, cuda
 from .cpu import Plan, sorted_plan
 
-__all__ = [
-    'KERNELS',
-    'Plan',
-    'compute_dtype',
-    'grouped_linear',
-    'make_plan',
-    'refuse_named',
-    'use_kernel',
-]
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -89,28 +79,15 @@ def use_kernel(name: str) -> Iterator[None]:
 
 
 def make_plan(indices: Tensor, num_experts: int, dtype: torch.dtype) -> Plan:
-    """Group assignments by expert, each group in the order of the assignments.
-
-    Args:
-        indices: (A,) int64 in [0, E]; E marks an assignment that no expert computes.
-        num_experts: E.
-        dtype: That experts compute in.
-    """
+    """Group assignments (A,) in [0, E], where none computes E, by expert and in their order."""
     # without a name the batched kernel's suits all: on CUDA it is not padded
     return KERNELS[_named or 'batched'].make_plan(indices, num_experts, dtype)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Linear layer e on rows offsets[e - 1]:offsets[e], autocast included; returns (R, out).
+    """Linear layer e of weight (E, out, in) on rows offsets[e - 1]:offsets[e] of (R, in).
 
-    Args:
-        x: (R, in).
-        weight: (E, out, in).
-        bias: (E, out) or None.
-        offsets: (E,) int32, ascending; rows past the last end give zero.
-
-    Raises:
-        ValueError: The kernel that was named does not run here.
+    Autocast included; rows past the last end give zero. Returns (R, out).
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)

@@ -34,10 +34,10 @@ class Method:
         self, in_features: int, config: MoeConfig, experts: Experts, host: Host, **factory: Any
     ) -> MoeLayer:
         """A layer for tokens of width `in_features`."""
-        if isinstance(self.parts, type) and issubclass(self.parts, Router):
-            make: Any = self.parts
+        make: Any = self.parts
+        if isinstance(make, type) and issubclass(make, Router):
             return RoutedMlp(make(in_features, config, host, **factory), experts)
-        layer: MoeLayer = self.parts(in_features, config, experts, host, **factory)
+        layer: MoeLayer = make(in_features, config, experts, host, **factory)
         return layer
 
     @property

@@ -118,26 +118,17 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
         for name in (*LOSS_WEIGHTS, 'bias_update_rate'):
             valid = self.train_router or getattr(self, name) == 0
             self.require(name, valid, '0 with train_router=False')
-        self.require(
-            'load_weight',
-            self.load_weight == 0 or self.router_noise > 0,
-            '0 when router_noise=0, as the load loss is defined by the noise',
-        )
-        self.require(
-            'router_init_scale',
-            1e-6 <= self.router_init_scale <= 1e4,
-            'from 1e-6 to 1e4: with 0 all tokens tie, and with more a router is too sure to learn',
-        )
+        valid = self.load_weight == 0 or self.router_noise > 0
+        self.require('load_weight', valid, '0 when router_noise=0, which defines the load loss')
+        allowed = 'from 1e-6 to 1e4: with 0 tokens tie, with more a router is too sure to learn'
+        self.require('router_init_scale', 1e-6 <= self.router_init_scale <= 1e4, allowed)
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
             possible = factor is None or 0 < factor < math.inf
             self.require(name, possible, 'above 0 and finite, or None for dropless')
         capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
-        self.require(
-            'batch_prioritized',
-            capped or not self.batch_prioritized,
-            'False unless a capacity_factor is set',
-        )
+        valid = capped or not self.batch_prioritized
+        self.require('batch_prioritized', valid, 'False unless a capacity_factor is set')
 
 
 class SMoERouter(LossFreeRouter):

@@ -244,7 +244,7 @@ class StableRouter(TopKRouter):
         # without gates it is zero
         gates = torch.where(stage1, gates, 0.0)
         balance = losses.overload(gates, indices, config.num_experts)
-        terms = {
+        terms: dict[str, Loss] = {
             'balance': config.balance_weight * balance,
             'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
         }

@@ -139,17 +139,16 @@ class XMoERouter(LossFreeRouter):
 
     reset_parameters = init_weights
 
-    def _gates(self, scaled: Tensor) -> Tensor:
-        """Gates (6) of cosines over the temperature, (T, E)."""
-        return scaled.softmax(dim=-1) if self.config.gate == 'softmax' else scaled.sigmoid()
-
-    def _weights(self, scaled: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
-        """Gates of the chosen experts, (T, K)."""
-        if self.config.gate == 'sigmoid' and self.config.renormalize:
+    def _weights(self, scaled: Tensor, indices: Tensor) -> Tensor:
+        """Gates of the chosen experts, (T, K), of cosines over the temperature (T, E)."""
+        if self.config.gate == 'softmax':
+            weights = scaled.softmax(dim=-1).gather(1, indices)
+            return renormalized(weights) if self.config.renormalize else weights
+        chosen = scaled.gather(1, indices)
+        if self.config.renormalize:
             # at a small temperature all gates of a token may round to 0, but not their ratios
-            return F.logsigmoid(scaled.gather(1, indices)).softmax(dim=-1)
-        weights = gates.gather(1, indices)
-        return renormalized(weights) if self.config.renormalize else weights
+            return F.logsigmoid(chosen).softmax(dim=-1)
+        return chosen.sigmoid()
 
     def scores(self, x: Tensor) -> Tensor:
         """Cosine (5) of tokens (T, D) with the experts, (T, E) float32 in [-1, 1]."""
@@ -166,9 +165,8 @@ class XMoERouter(LossFreeRouter):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
-            gates = self._gates(scaled)
-            indices = self.choose(scores, gates)
-            weights = self._weights(scaled, gates, indices)
+            indices = self.choose(scores, scores)
+            weights = self._weights(scaled, indices)
             terms: dict[str, Loss] = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
