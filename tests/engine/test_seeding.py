@@ -173,7 +173,7 @@ def wrapped(name: str) -> Any:
     arguments = {
         'ConcatDataset': dict(datasets=inner),
         'RepeatDataset': dict(dataset=inner[0], times=3),
-        'ClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
+        'SeededClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
     }
     return DATASETS.build(dict(type=name, **arguments[name]))
 

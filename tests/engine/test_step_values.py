@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.hooks import Hook, RuntimeInfoHook
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.engine import NonFiniteError, step_values
@@ -20,7 +19,6 @@ from vqmoe_vision.engine.step_values import StepBuffer
 
 from ..rows import CONFIGS
 
-HOOKS.register_module('RuntimeInfoHookOfMmengine', module=RuntimeInfoHook)
 # ten iterations in an epoch
 OPTIONS = {
     'model.model_name': 'vit_tiny_smoe',
@@ -70,7 +68,7 @@ def test_logs_and_checkpoints_are_those_of_mmengines_hook(tmp_path: Path) -> Non
         'optim_wrapper.accumulative_counts': 2,  # a norm at every second iteration
         'default_hooks.record.type': 'RunRecordHook',
     }
-    theirs = {'default_hooks.runtime_info.type': 'RuntimeInfoHookOfMmengine'}
+    theirs = {'default_hooks.runtime_info.type': 'RuntimeInfoHook'}
     for name, hook in (('ours', {}), ('theirs', theirs)):
         runner_of(tmp_path / name, **options, **hook).train()
     logged = lines(tmp_path / 'ours')

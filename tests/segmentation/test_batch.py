@@ -14,7 +14,7 @@ from vqmoe_vision.segmentation.batch import CheckedPreProcessor
 @pytest.mark.parametrize('training', [True, False])
 def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None:
     options = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=converts)
-    ours = MODELS.build(dict(type='SegDataPreProcessor', size=(8, 8), **options))
+    ours = MODELS.build(dict(type='CheckedPreProcessor', size=(8, 8), **options))
     assert type(ours) is CheckedPreProcessor and ours._non_blocking
     images = [torch.randint(256, (3, 6, 6), dtype=torch.uint8) for _ in range(2)]
     results = []

@@ -70,7 +70,7 @@ def test_a_void_label_map_passes_the_pipeline(reduce_zero_label: bool, tmp_path:
 
 
 def test_metrics_of_nothing_are_no_numbers() -> None:
-    metric = METRICS.build(dict(type='IoUMetric', iou_metrics=['mIoU']))
+    metric = METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=['mIoU']))
     metric.dataset_meta = {'classes': ['a', 'b']}
     labels = torch.full((1, 4, 4), VOID)
     sample = {'pred_sem_seg': {'data': torch.zeros(1, 4, 4)}, 'gt_sem_seg': {'data': labels}}

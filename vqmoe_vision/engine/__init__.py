@@ -1,6 +1,6 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
-Importing this package registers it; docs/reliability.md says what takes the names of mmengine's.
+Importing this package registers it, under names of its own.
 """
 
 from . import (
@@ -8,7 +8,6 @@ from . import (
     checkpoint_files,
     checkpoint_hook,
     config_names,
-    flops,
     hooks,
     log,
     loops,
@@ -31,7 +30,6 @@ __all__ = [
     'checkpoint_files',
     'checkpoint_hook',
     'config_names',
-    'flops',
     'hooks',
     'log',
     'loops',

@@ -18,7 +18,7 @@ from vqmoe_vision.moe.config import check
 from .alike import check_configs, check_datasets
 from .checkpoint_files import in_use, newest_checkpoint, newest_time
 from .command import run
-from .config_names import find_config, innermost
+from .config_names import bases_by_name, find_config, innermost
 from .hooks import check_hooks
 from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
@@ -28,6 +28,7 @@ from .optim import use_amp
 from .options import add_config_options, check_fields, expand, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
+from .stock import take_ours
 from .trained import without_sources
 from .training_data import check_training_data
 
@@ -64,7 +65,8 @@ def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
+    with bases_by_name():
+        config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
     merge_options(config, options or {})
     expand(config)
     return config
@@ -111,6 +113,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     with ExitStack() as alone, _together(args) as processes:
         config = _configure(args)
+        told = take_ours(config)
         if problem := multiplied_batch(config, processes.size, args.cfg_options):
             processes.refuse(problem)
         if args.amp:
@@ -127,6 +130,8 @@ def _train(args: argparse.Namespace) -> None:
             config.load_from, config.resume = latest, True
         kind = _runner_class(config)
         runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
+        if told:
+            runner.logger.info(told)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
@@ -169,6 +174,7 @@ def _test(args: argparse.Namespace) -> None:
 
 def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     config = _configure(args)
+    told = take_ours(config)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     if args.out is not None and processes.rank == 0:  # before the work
@@ -188,6 +194,8 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     processes.join(config)
     check_configs(processes, config)
     runner = _tester(_with_weights(_runner_class(config))).from_cfg(config)
+    if told:
+        runner.logger.info(told)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:

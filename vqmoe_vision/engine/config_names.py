@@ -1,6 +1,7 @@
 """Configs by name: `vqmoe_vision::classification/cifar10.py` comes with the package."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmengine.config import Config, ConfigDict
 
@@ -32,4 +33,13 @@ def _base_path(base: str, filename: str) -> tuple[str, str | None]:
 
 
 _mmengine_base_path = Config._get_cfg_path
-Config._get_cfg_path = staticmethod(_base_path)
+
+
+@contextmanager
+def bases_by_name() -> Iterator[None]:
+    """Lets a config that is read inside the block build on one of the package by name."""
+    Config._get_cfg_path = staticmethod(_base_path)
+    try:
+        yield
+    finally:
+        Config._get_cfg_path = staticmethod(_mmengine_base_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -16,6 +17,7 @@ from vqmoe_vision.models.create import check_upcycled
 from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.statistics import summarize
 
 from .config_names import innermost
@@ -53,6 +55,14 @@ class MoeStateHook(Hook):
 
     # before EMAHook, whose averages have copies of what has moved
     priority = 'ABOVE_NORMAL'
+
+    def before_run(self, runner: Runner) -> None:
+        """Teaches optimizers that look at a tensor as a whole, before their state is loaded."""
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        for one in wrapper.optim_wrappers.values() if several else [wrapper]:
+            if isinstance(one, OptimWrapper) and mixes_experts(one.optimizer):
+                per_expert(one.optimizer, unwrapped(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the routing of an epoch that a run resumes in its middle."""

@@ -17,7 +17,6 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from vqmoe_vision.moe.config import check, check_type
-from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -109,8 +108,6 @@ class TimmOptimWrapperConstructor:
         optimizer_cfg['params'] = groups
         wrapper_cfg.setdefault('type', 'OptimWrapper')
         optimizer = OPTIMIZERS.build(optimizer_cfg)
-        if mixes_experts(optimizer):
-            per_expert(optimizer, model)
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ class _UnreadNorm:
             self._keep(norm)
 
 
-@HOOKS.register_module('RuntimeInfoHook', force=True)
+@HOOKS.register_module()
 class StepValuesHook(RuntimeInfoHook):
     """Leaves values of a training step, and the norm of gradients, on the device.
 

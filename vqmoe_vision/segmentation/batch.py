@@ -10,11 +10,9 @@ from torch import Tensor
 from vqmoe_vision.moe.config import check
 
 
-@MODELS.register_module('SegDataPreProcessor', force=True)
+@MODELS.register_module()
 class CheckedPreProcessor(SegDataPreProcessor):
     """mmseg's data preprocessor, which waits for no copy and says which images have no common size.
-
-    It takes the name of mmseg's, so that every config that imports this package has it.
 
     Args:
         *args: As mmseg's.

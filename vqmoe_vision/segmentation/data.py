@@ -14,8 +14,10 @@ from mmseg.datasets import (
 )
 from mmseg.registry import DATASETS
 
+from vqmoe_vision.engine import stock
 from vqmoe_vision.engine.digits import DIGITS
 from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.stock import renamed
 from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.moe.config import check
 
@@ -77,6 +79,8 @@ class CheckedDataset(SeededDataset):
             named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
             check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
             kwargs['data_prefix'] = named
+        # a config has the stock names, for which mmseg's inference looks in a pipeline
+        kwargs['pipeline'] = renamed(kwargs.get('pipeline', []), stock.LOADING, set())
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
         if 'palette' not in {**self.METAINFO, **(metainfo or {})}:

@@ -24,6 +24,7 @@ from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.state_dicts import StateDict, part_of
 from vqmoe_vision.moe.config import check
 
+from . import mmseg_patches
 from .backbone import TimmViT
 from .export import SegmentorGraph
 from .heads import check_decode_head, completed_head, completed_neck
@@ -69,6 +70,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         for name, value in (kwargs.get('test_cfg') or {}).items():
             known = ('mode', 'crop_size', 'stride')  # mmseg passes over all others
             check(name in known, f'model.test_cfg.{name}', value, f'it has {", ".join(known)}')
+        mmseg_patches.apply()
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
         if isinstance(data_preprocessor, dict):
