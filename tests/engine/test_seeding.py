@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
+from vqmoe_vision.engine import stock
 from vqmoe_vision.engine.seeding import (
     ReseedHook,
     SeededInfiniteSampler,
@@ -21,6 +22,7 @@ from vqmoe_vision.engine.seeding import (
     seed_generators,
     seed_sample,
 )
+from vqmoe_vision.engine.stock import renamed
 
 
 class Noise(Dataset):
@@ -173,9 +175,10 @@ def wrapped(name: str) -> Any:
     arguments = {
         'ConcatDataset': dict(datasets=inner),
         'RepeatDataset': dict(dataset=inner[0], times=3),
-        'SeededClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
+        'ClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
     }
-    return DATASETS.build(dict(type=name, **arguments[name]))
+    kind = renamed(dict(type=name), stock.OURS, set())
+    return DATASETS.build(dict(**kind, **arguments[name]))
 
 
 WRAPPERS = [

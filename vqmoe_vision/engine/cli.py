@@ -29,6 +29,7 @@ from .options import add_config_options, check_fields, expand, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
 from .stock import take_ours
+from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
 from .training_data import check_training_data
 
@@ -106,6 +107,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--log', choices=CHOICES, help='a bar, as on a terminal, or all lines of the log'
+    )
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
@@ -129,9 +133,10 @@ def _train(args: argparse.Namespace) -> None:
         if latest is not None:
             config.load_from, config.resume = latest, True
         kind = _runner_class(config)
-        runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
+        runner = quiet(kind if latest is None else _with_weights(kind)).from_cfg(config)
+        terminal = follow(runner, args.log)
         if told:
-            runner.logger.info(told)
+            terminal.say(told)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
@@ -193,9 +198,10 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         augment_test(config)
     processes.join(config)
     check_configs(processes, config)
-    runner = _tester(_with_weights(_runner_class(config))).from_cfg(config)
+    runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
+    terminal = follow(runner, args.log)
     if told:
-        runner.logger.info(told)
+        terminal.say(told)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:

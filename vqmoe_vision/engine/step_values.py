@@ -45,6 +45,11 @@ class StepBuffer(HistoryBuffer):
             return self.waiting[-1][0]
         return super().current()
 
+    def known(self) -> float | None:
+        """The newest value that needs no wait."""
+        numbers = (v for v, _ in reversed(self.waiting) if not isinstance(v, Tensor))
+        return next(numbers, self._values[-1] if len(self._values) else None)
+
     @property
     def _log_history(self) -> np.ndarray:
         self._join()

@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, Registry
 
 # Ours do what mmengine's, mmcv's and mmseg's of the same options do.
 LOADING = {'LoadImageFromFile': 'LoadImage', 'LoadAnnotations': 'LoadLabels'}
-_OURS = {
+OURS = {
     'CheckpointHook': 'AtomicCheckpointHook',
     'ClassBalancedDataset': 'SeededClassBalancedDataset',
     'EpochBasedTrainLoop': 'ResumableEpochLoop',
@@ -26,7 +26,7 @@ _SEGMENTATION = 'vqmoe_vision.segmentation'
 
 def take_ours(config: Config) -> str:
     """Puts our types in the place of stock ones, and says which; '' where there were none."""
-    names, found = dict(_OURS), set[str]()
+    names, found = dict(OURS), set[str]()
     if config.get('default_scope') == 'mmseg':
         names |= LOADING | _OF_MMSEG
         import_module(f'{_SEGMENTATION}.mmseg_patches').apply()
@@ -47,7 +47,7 @@ def take_ours(config: Config) -> str:
                 config[field] = renamed(config[field], own, found, datasets)
     told = [f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found)]
     every = [*(config.get('custom_hooks') or []), *config.default_hooks.values()]
-    if not any(hook and hook.get('type') == 'ReseedHook' for hook in every):
+    if found and not any(hook and hook.get('type') == 'ReseedHook' for hook in every):
         config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='ReseedHook')]
         told.append('ReseedHook')
     return f'so that this run goes on to the bit, it has {", ".join(told)}' if told else ''
