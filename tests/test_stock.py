@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_state
-from vqmoe_vision.engine.stock import take_ours
+from vqmoe_vision.engine.config import take_ours
 
 from .logs import messages
 from .rows import CONFIGS

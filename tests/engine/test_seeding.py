@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
-from vqmoe_vision.engine import stock
+from vqmoe_vision.engine.config import OURS, renamed
 from vqmoe_vision.engine.seeding import (
     ReseedHook,
     SeededInfiniteSampler,
@@ -22,7 +22,6 @@ from vqmoe_vision.engine.seeding import (
     seed_generators,
     seed_sample,
 )
-from vqmoe_vision.engine.stock import renamed
 
 
 class Noise(Dataset):
@@ -177,7 +176,7 @@ def wrapped(name: str) -> Any:
         'RepeatDataset': dict(dataset=inner[0], times=3),
         'ClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
     }
-    kind = renamed(dict(type=name), stock.OURS, set())
+    kind = renamed(dict(type=name), OURS, set())
     return DATASETS.build(dict(**kind, **arguments[name]))
 
 

@@ -7,7 +7,7 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from vqmoe_vision.segmentation.batch import CheckedPreProcessor
+from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor
 
 
 @pytest.mark.parametrize('converts', [True, False])

@@ -8,7 +8,7 @@ import torch
 from mmseg.registry import METRICS
 
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.segmentation.data import CheckedDataset
+from vqmoe_vision.segmentation.datasets import CheckedDataset
 
 from .conftest import tiny_segmentor, training_batch, write_pair
 

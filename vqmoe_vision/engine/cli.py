@@ -18,17 +18,24 @@ from vqmoe_vision.moe.config import check
 from .alike import check_configs, check_datasets
 from .checkpoint_files import in_use, newest_checkpoint, newest_time
 from .command import run
-from .config_names import bases_by_name, find_config, innermost
+from .config import (
+    add_config_options,
+    bases_by_name,
+    check_fields,
+    expand,
+    find_config,
+    innermost,
+    merge_options,
+    take_ours,
+)
 from .hooks import check_hooks
 from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, check_fields, expand, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
-from .stock import take_ours
 from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
 from .training_data import check_training_data

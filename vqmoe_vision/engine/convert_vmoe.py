@@ -8,8 +8,8 @@ from vqmoe_vision.models.saved import preprocessing_of, save
 from vqmoe_vision.models.vmoe import load_vmoe
 
 from .command import run
+from .config import add_config_options
 from .hub_folder import free_folder, written_whole
-from .options import add_config_options
 
 
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:

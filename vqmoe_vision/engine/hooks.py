@@ -20,13 +20,13 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.statistics import summarize
 
-from .config_names import innermost
+from .config import innermost
 from .features import fit_features
 from .finite import check_weights, pass_over_infinite
-from .log import wrapped
 from .model import MoeTrainingMixin, unwrapped
 from .progress import saves_after_iteration
 from .routing import lines_of
+from .routing_log import wrapped
 from .trained import check_experts
 
 _ROUTING = 'routing_statistics'
@@ -295,17 +295,15 @@ def check_hooks(runner: Runner) -> None:
         'hooks of your own go under default_hooks.NAME'
     )
     check(not missing, 'custom_hooks', listed, allowed)
-    # hooks are in the order in which they are called
-    moved = max(at for at, hook in enumerate(runner.hooks) if isinstance(hook, MoeStateHook))
-    saved = [at for at, hook in enumerate(runner.hooks) if isinstance(hook, CheckpointHook)]
-    allowed = (
-        'after MoeStateHook, whose codebooks would be those of the update before, and before the '
-        "checkpoint hook, which would save other weights than are validated: leave it at 'NORMAL'"
-    )
-    for at, hook in enumerate(runner.hooks):
+    # in the order in which they are called: averages have copies of what has moved, and are saved
+    kinds = (MoeStateHook, EMAHook, CheckpointHook)
+    called = [
+        kinds.index(kind) for hook in runner.hooks for kind in kinds if isinstance(hook, kind)
+    ]
+    allowed = "after MoeStateHook and before the checkpoint hook: leave it at 'NORMAL'"
+    for hook in runner.hooks:
         if isinstance(hook, EMAHook):
-            between = moved < at < min(saved, default=len(runner.hooks))
-            check(between, 'EMAHook.priority', hook.priority, allowed)
+            check(called == sorted(called), 'EMAHook.priority', hook.priority, allowed)
 
 
 # Whether label 0 of the files is nothing that is learned, and label 1 the first class.

@@ -27,8 +27,8 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
 from .checkpoint import read_state
+from .config import flat
 from .model import unwrapped
-from .options import flat
 
 BEGUN = 'begun.json'
 FIRST_LOSSES = 20

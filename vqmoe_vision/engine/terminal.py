@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
-from .config_names import innermost
+from .config import innermost
 from .model import unwrapped
 from .progress import progress_of
 from .step_values import StepBuffer

@@ -19,7 +19,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
 
 import vqmoe_vision.engine  # noqa: F401  registers hooks and optimizer wrappers
 
-from . import batch, data, evaluation, transforms, visualization  # noqa: F401
+from . import datasets, evaluation, transforms, visualization  # noqa: F401
 from .backbone import TimmViT
 from .inference import Prediction, predict
 from .segmentor import MoeEncoderDecoder
@@ -28,7 +28,7 @@ __all__ = [
     'MoeEncoderDecoder',
     'Prediction',
     'TimmViT',
-    'data',
+    'datasets',
     'predict',
     'transforms',
     'visualization',

@@ -14,7 +14,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL.JpegImagePlugin import JpegImageFile
 
-from vqmoe_vision.engine.config_names import innermost
+from vqmoe_vision.engine.config import innermost
 from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
-from vqmoe_vision.engine.options import (
+from vqmoe_vision.engine.config import (
     add_config_options,
     check_fields,
     flat,
