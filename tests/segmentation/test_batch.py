@@ -1,7 +1,5 @@
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 from mmengine.structures import PixelData
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
@@ -24,23 +22,3 @@ def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None
         results.append(preprocessor(data, training)['inputs'])
     assert torch.equal(*results)
     assert ours._channel_conversion is converts
-
-
-# what is smaller than 8 is padded to it, and what is larger is left
-@pytest.mark.parametrize('size', [(8, 8), (4, 12)])
-@given(shapes=st.lists(st.tuples(st.integers(2, 14), st.integers(2, 14)), min_size=1, max_size=3))
-def test_images_that_mmseg_cannot_stack(
-    shapes: list[tuple[int, int]], size: tuple[int, int]
-) -> None:
-    def batch() -> dict:
-        samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.ones(1, *s))) for s in shapes]
-        return {'inputs': [torch.zeros(3, *s) for s in shapes], 'data_samples': samples}
-
-    ours = CheckedPreProcessor(size=size)
-    try:
-        expected = SegDataPreProcessor(size=size)(batch(), training=True)['inputs'].shape
-    except RuntimeError:
-        with pytest.raises(ValueError, match=rf'size=\({size[0]}, {size[1]}\) is .*crop_size'):
-            ours(batch(), training=True)
-    else:
-        assert ours(batch(), training=True)['inputs'].shape == expected

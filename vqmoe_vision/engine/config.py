@@ -55,8 +55,10 @@ OURS = {
 }
 _OF_MMSEG = {'IoUMetric': 'CheckedIoUMetric', 'SegDataPreProcessor': 'CheckedPreProcessor'}
 _SAMPLERS = {'DefaultSampler': 'SeededSampler', 'InfiniteSampler': 'SeededInfiniteSampler'}
-_FIELDS = ('default_hooks', 'train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader')
-_FIELDS += ('model', 'val_evaluator', 'test_evaluator')
+_FIELDS = (
+    'default_hooks', 'model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader',
+    'val_evaluator', 'test_evaluator',
+)  # fmt: skip
 # What mmengine adds to a config that does not say it.
 _ADDED = {'checkpoint': 'CheckpointHook', 'runtime_info': 'RuntimeInfoHook'}
 _SEGMENTATION = 'vqmoe_vision.segmentation'

@@ -12,7 +12,6 @@ from mmengine.runner import Runner
 from .config import innermost
 from .model import unwrapped
 from .progress import progress_of
-from .step_values import StepBuffer
 
 CHOICES = ('bar', 'plain')
 _WIDTH = 24  # of the bar, in columns
@@ -82,8 +81,8 @@ class TerminalHook(Hook):
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Moves the bar; the loss is the newest that somebody has read from the device."""
-        loss = runner.message_hub.log_scalars.get('train/loss')
-        known = loss.known() if isinstance(loss, StepBuffer) else None
+        losses = runner.message_hub.log_scalars.get('train/loss')
+        known = losses.current() if losses is not None and len(losses.data[0]) else None
         left = timedelta(seconds=int(runner.message_hub.get_info('eta', 0)))
         shown = ['' if known is None else f'loss {known:.4f}', self._score, f'{left} left']
         self._draw(runner.iter + 1, runner.max_iters, shown)

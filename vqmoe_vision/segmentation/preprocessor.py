@@ -1,13 +1,12 @@
 """Batches of images: one size, on the device, normalised as the weights want it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from mmengine.model import ImgDataPreprocessor
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
-from torch import Tensor
 
 from vqmoe_vision.engine.normalization import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
@@ -20,7 +19,7 @@ _PER_CHANNEL = 'a list with a number from 0 to 255 for each channel'
 
 @MODELS.register_module()
 class CheckedPreProcessor(SegDataPreProcessor):
-    """mmseg's data preprocessor, which waits for no copy and says which images have no common size.
+    """mmseg's data preprocessor, which waits for no copy to the device.
 
     Args:
         *args: As mmseg's.
@@ -38,10 +37,8 @@ class CheckedPreProcessor(SegDataPreProcessor):
 
         Args:
             data: `inputs`, a list of (3, H, W) images, and `data_samples`.
-            training: Whether all images get one size, and are refused where several are left.
+            training: Whether all images get one size.
         """
-        if training and self.size is not None:
-            _check_sizes(data['inputs'], self.size)
         converts = self._channel_conversion
         data = self.cast_data(data)
         if converts:
@@ -52,13 +49,6 @@ class CheckedPreProcessor(SegDataPreProcessor):
             return super().forward(data, training)
         finally:
             self._channel_conversion = converts
-
-
-def _check_sizes(images: Sequence[Tensor], size: Sequence[int]) -> None:
-    """Images are padded to a size, and what is larger is left as it is."""
-    shapes = {(max(x.shape[-2], size[-2]), max(x.shape[-1], size[-1])) for x in images}
-    allowed = f'the crop_size of the training pipeline, whose images need {sorted(shapes)} here'
-    check(len(shapes) == 1, 'data_preprocessor.size', tuple(size), allowed)
 
 
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
