@@ -9,6 +9,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import LoggerHook, RuntimeInfoHook
 from mmengine.logging import HistoryBuffer, MessageHub
@@ -39,8 +40,9 @@ class StepValues:
         at_once = value.device.type in READ_AT_ONCE
         kept = value.item() if at_once else value.detach()  # or the graph of each step would stay
         self._unread.append((iteration, name, kept))
-        # logs have scalars in the order in which they came
-        self._hub.log_scalars.setdefault(_TRAIN + name, HistoryBuffer())
+        if _TRAIN + name not in self._hub.log_scalars:  # logs have them in the order of coming
+            buffer = self._hub.log_scalars[_TRAIN + name] = HistoryBuffer()
+            buffer._count_history = np.array([], int)  # of floats it would be
 
     def waits_since(self) -> int | None:
         """The first iteration that nobody has looked at; None without one."""
