@@ -16,6 +16,7 @@ try:
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config
     from vqmoe_vision.engine.command import one_line
+    from vqmoe_vision.engine.terminal import follow, quiet
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
@@ -48,7 +49,8 @@ def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str
     settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
     started = time.monotonic()
-    runner = Runner.from_cfg(settings)
+    runner = quiet(Runner).from_cfg(settings)
+    follow(runner, None)
     runner.train()
     seconds = time.monotonic() - started
     last = {'seconds': seconds}

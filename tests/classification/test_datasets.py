@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vqmoe_vision.classification.image_classification import ImageClassification
+from vqmoe_vision.classification.datasets import ImageClassification
 from vqmoe_vision.classification.splits import SPLITS, split_indices
 from vqmoe_vision.engine.command import one_line
 

@@ -31,9 +31,10 @@ def test_a_config_outside_builds_on_it(base: str, tmp_path: Path) -> None:
     path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
     expected = load_config(NAME, {'model.num_classes': 7}).to_dict()
     assert load_config(str(path)).to_dict() == expected
-    # as mmengine reads it, and nothing tells registries to look for a package
-    assert Config.fromfile(path).to_dict() == expected
-    assert '_scope_' not in Config.fromfile(path).dump()
+    # nothing tells registries to look for a package
+    assert '_scope_' not in load_config(str(path)).dump()
+    if base.startswith('__import__'):  # as any program of mmengine reads it
+        assert Config.fromfile(path).to_dict() == expected
 
 
 @pytest.mark.parametrize('base', [False, True])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.routing_history import read_history
+from vqmoe_vision.engine.routing_log import read_history
 
 from ..soak.kinds import FOUR_SCENES, SCENES
 

@@ -15,9 +15,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.routing_history import SAMPLED, RoutingHistoryHook, _change, read_history
-from vqmoe_vision.engine.routing_history import _picked as picked
-from vqmoe_vision.engine.routing_history import _sample as sample
+from vqmoe_vision.engine.routing_log import SAMPLED, RoutingHistoryHook, _change, read_history
+from vqmoe_vision.engine.routing_log import _picked as picked
+from vqmoe_vision.engine.routing_log import _sample as sample
 from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS

@@ -33,7 +33,7 @@ def tiny_segmentor(model_name: str = 'vit_tiny_vqmoe', **kwargs: Any) -> Any:
     config = dict(
         type='MoeEncoderDecoder',
         data_preprocessor=dict(
-            type='SegDataPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True,
+            type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True,
             size=(32, 32), test_cfg=dict(size_divisor=8),
         ),
         backbone=tiny_backbone(model_name, **kwargs.pop('backbone', {})),

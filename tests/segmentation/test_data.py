@@ -10,8 +10,7 @@ from mmcv.transforms import BaseTransform
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.digits import digit_scans
-from vqmoe_vision.segmentation.data import ADE20K, CamVid, DigitScenes
-from vqmoe_vision.segmentation.scenes import digit_scene_maker
+from vqmoe_vision.segmentation.datasets import ADE20K, CamVid, DigitScenes, digit_scene_maker
 
 from .conftest import write_pair
 
@@ -55,7 +54,7 @@ def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.Monkey
         asked.append(split)
         return digit_scans(split)
 
-    monkeypatch.setattr('vqmoe_vision.segmentation.scenes.digit_scans', spy)
+    monkeypatch.setattr('vqmoe_vision.segmentation.datasets.digit_scans', spy)
     scenes('dev')
     assert asked == ['dev']
 
@@ -63,9 +62,8 @@ def test_validation_scenes_are_made_of_held_out_scans(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(split='val'), "split='val' must be one of"),
+        (dict(split='val'), "split='val'"),
         (dict(size=20), 'size=20 must be at least 48'),
-        (dict(num_scenes=0), 'num_scenes=0 must be at least 1'),
     ],
 )
 def test_impossible_scenes(arguments: dict, message: str) -> None:
@@ -101,7 +99,7 @@ def test_missing_data_set_says_layout_and_source(tmp_path: Path) -> None:
         camvid(tmp_path)
     (tmp_path / 'images/train').mkdir(parents=True)
     (tmp_path / 'annotations/train').mkdir(parents=True)
-    with pytest.raises(ValueError, match=r'images/train holds no image that ends in \.jpg'):
+    with pytest.raises(ValueError, match=r'images/train/\*\.jpg names no image'):
         camvid(tmp_path)
 
 
@@ -109,13 +107,6 @@ def test_image_without_label_map_is_named(tmp_path: Path) -> None:
     write_pair(tmp_path, 'images/train/a.jpg', 'annotations/train/b.png', np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r'1 of 1 images have no label map: .*a\.jpg needs .*a\.p'):
         camvid(tmp_path)
-
-
-@pytest.mark.parametrize('name', ['img_suffix', 'seg_map_suffix'])
-def test_one_ending_of_images_and_one_of_label_maps(name: str) -> None:
-    message = rf"{name}=\('\.jpg', '\.png'\) is not possible: one ending, by which"
-    with pytest.raises(ValueError, match=message):
-        CamVid(**{name: ('.jpg', '.png')}, lazy_init=True)
 
 
 def test_missing_list_of_images_is_named(tmp_path: Path) -> None:

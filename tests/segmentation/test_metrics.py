@@ -58,7 +58,7 @@ def test_metrics_are_those_of_the_definition(seed: int) -> None:
             rng.random(size) < 0.6, np.minimum(labels, 3), rng.integers(0, 4, size)
         )
         pairs.append((predicted, labels))
-    metric = METRICS.build(dict(type='IoUMetric', iou_metrics=['mIoU']))
+    metric = METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=['mIoU']))
     metric.dataset_meta = {'classes': [str(i) for i in range(CLASSES)]}
     samples = [
         {
@@ -89,7 +89,7 @@ def test_areas_are_mmsegs_and_allowed_on_a_gpu_that_is_to_be_deterministic(
     predicted, labels = predicted.clamp(min=0).to(dtype), labels.to(dtype)  # a sigmoid's are floats
     expected = IoUMetric.intersect_and_union(predicted, labels, CLASSES, 255)
     with Operators() as called:
-        found = METRICS.get('IoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)
+        found = METRICS.get('CheckedIoUMetric').intersect_and_union(predicted, labels, CLASSES, 255)
     for area, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(area, theirs, rtol=0, atol=0)
     # torch's list of what raises has `histc`, and `bincount` only of weights

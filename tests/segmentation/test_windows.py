@@ -28,22 +28,22 @@ def test_windows_that_mmseg_would_pass_over(name: str) -> None:
 def test_options_that_the_metric_would_ignore_or_fail_on(
     options: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf'^IoUMetric\.{said}'):
-        METRICS.build(dict(type='IoUMetric', **options))
+    with pytest.raises(ValueError, match=rf'^CheckedIoUMetric\.{said}'):
+        METRICS.build(dict(type='CheckedIoUMetric', **options))
 
 
 @pytest.mark.parametrize('kind', ['mIoU', 'mDice', 'mFscore'])
 def test_options_of_mmseg_are_taken(kind: str, tmp_path) -> None:
     options = dict(ignore_index=0, nan_to_num=0, beta=2, collect_device='cpu', prefix='x')
-    assert METRICS.build(dict(type='IoUMetric', iou_metrics=kind, **options)).prefix == 'x'
-    assert METRICS.get('IoUMetric')(0, [kind]).ignore_index == 0  # in mmseg's order
-    written = dict(type='IoUMetric', format_only=True, output_dir=str(tmp_path))
+    assert METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=kind, **options)).prefix == 'x'
+    assert METRICS.get('CheckedIoUMetric')(0, [kind]).ignore_index == 0  # in mmseg's order
+    written = dict(type='CheckedIoUMetric', format_only=True, output_dir=str(tmp_path))
     assert METRICS.build(written).output_dir == str(tmp_path)
 
 
 def test_images_without_label_maps_are_told_how_to_be_predicted() -> None:
-    said = r'^IoUMetric\.format_only=False is not possible: the images have no label maps: '
+    said = r'^CheckedIoUMetric\.format_only=False is not possible: the images have no label maps: '
     with pytest.raises(ValueError, match=said):
-        metric = METRICS.build(dict(type='IoUMetric'))
+        metric = METRICS.build(dict(type='CheckedIoUMetric'))
         metric.dataset_meta = {'classes': ('a', 'b')}
         metric.process({}, [{'pred_sem_seg': {}}])

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.drawing import styled
 from vqmoe_vision.analysis.measures import mutual_information
 from vqmoe_vision.analysis.record import evaluating, record_layers
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
 from vqmoe_vision.moe.config import MoeConfig, check
 from vqmoe_vision.moe.experts import Experts

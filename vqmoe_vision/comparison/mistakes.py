@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.moe.config import check
 

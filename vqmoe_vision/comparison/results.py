@@ -43,7 +43,7 @@ def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
     batch = loader.get('batch_size', 1)  # as torch has it
     done = content['iterations'] if iterations is None else iterations
     samples = content.get('data', {}).get('train', {}).get('samples')
-    in_epochs = (content['config'].get('train_cfg') or {}).get('by_epoch')
+    in_epochs = 'max_epochs' in (content['config'].get('train_cfg') or {})
     if not (samples and in_epochs) or loader.get('drop_last'):
         return batch * done
     epochs, rest = divmod(done, -(-samples // batch))  # the last batch of each is smaller

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config
 
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.models.arguments import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import Transformer, method_of

@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.options import flat, merge_options, parse_options
+from vqmoe_vision.engine.config import flat, merge_options, parse_options
 from vqmoe_vision.models.moe_options import options_in_full
 from vqmoe_vision.moe.config import check
 
@@ -30,6 +30,7 @@ _KEEPING = (
     'default_hooks.checkpoint.',
     'default_hooks.logger.',
     'default_hooks.routing_history.',
+    'default_hooks.runtime_info.',
     'default_hooks.visualization.',
     'log_processor.',
     'tta_model.',
@@ -37,6 +38,20 @@ _KEEPING = (
     'visualizer.',
 )
 RECORD = 'default_hooks.record.type=RunRecordHook'
+# Types of ours that compute what those of mmengine and mmseg do, by whose names the first rows and
+# the work dirs of their runs are known.
+_STOCK = {'CheckedIoUMetric': 'IoUMetric', 'CheckedPreProcessor': 'SegDataPreProcessor'}
+_EPOCHS = 'ResumableEpochLoop'
+
+
+def _as_stock(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_as_stock(inner) for inner in config]
+    if not isinstance(config, dict):
+        return _STOCK.get(config, config) if isinstance(config, str) else config
+    if config.get('type') == _EPOCHS:
+        config = {'by_epoch': True, **{n: v for n, v in config.items() if n != 'type'}}
+    return {name: _as_stock(inner) for name, inner in config.items()}
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class Run:
 
     def counting(self, config: dict[str, Any]) -> dict[str, Any]:
         """All of a config that decides what this run gives."""
+        config = _as_stock(config)
         values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
         # what it starts from counts by the end of its path, wherever the root is or was
         for _, file in self.sources.values():

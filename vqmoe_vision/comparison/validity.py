@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vqmoe_vision.engine.options import flat
+from vqmoe_vision.engine.config import flat
 
 from .runs import Run
 

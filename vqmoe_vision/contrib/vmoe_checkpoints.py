@@ -312,7 +312,7 @@ def _dtype(name: bytes) -> torch.dtype:
 def convert_vmoe(argv: Sequence[str] | None = None) -> None:
     """Writes a V-MoE of JAX as a folder that timm reads."""
     from ..engine.command import run
-    from ..engine.options import add_config_options
+    from ..engine.config import add_config_options
 
     parser = argparse.ArgumentParser(
         description='Write a released V-MoE of github.com/google-research/vmoe as a folder that '

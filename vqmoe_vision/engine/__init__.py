@@ -1,20 +1,18 @@
 """What classification and segmentation both hang into mmengine's Runner.
 
-Importing this package registers it; docs/reliability.md says what takes the names of mmengine's.
+Importing this package registers it, under names of its own.
 """
 
 from . import (
     checkpoint,
     checkpoint_files,
     checkpoint_hook,
-    config_names,
-    flops,
+    config,
     hooks,
-    log,
     loops,
     optim,
     record,
-    routing_history,
+    routing_log,
     seeding,
     step_values,
     stop,
@@ -30,14 +28,12 @@ __all__ = [
     'checkpoint',
     'checkpoint_files',
     'checkpoint_hook',
-    'config_names',
-    'flops',
+    'config',
     'hooks',
-    'log',
     'loops',
     'optim',
     'record',
-    'routing_history',
+    'routing_log',
     'seeding',
     'step_values',
     'stop',

@@ -35,9 +35,9 @@ from .stop import StopSignals, keep_workers
 _OUTDATED = 'outdated_ckpts'
 
 
-@HOOKS.register_module('CheckpointHook', force=True)
+@HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """Saves that are whole at every moment, also of a run that is stopped; takes mmengine's name.
+    """Saves that are whole at every moment, also of a run that is stopped.
 
     A file is written beside its place and renamed, old ones are deleted after that, and nothing
     outside the work dir is touched. A run that resumes takes the newest file that reads completely,

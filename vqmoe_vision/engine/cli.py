@@ -18,16 +18,25 @@ from vqmoe_vision.moe.config import check
 from .alike import check_configs, check_datasets
 from .checkpoint_files import in_use, newest_checkpoint, newest_time
 from .command import run
-from .config_names import find_config, innermost
+from .config import (
+    add_config_options,
+    bases_by_name,
+    check_fields,
+    expand,
+    find_config,
+    innermost,
+    merge_options,
+    take_ours,
+)
 from .hooks import check_hooks
 from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, check_fields, expand, merge_options
 from .processes import Processes, together
 from .sharded import fill_in_parallel
+from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
 from .training_data import check_training_data
 
@@ -64,7 +73,8 @@ def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
+    with bases_by_name():
+        config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
     merge_options(config, options or {})
     expand(config)
     return config
@@ -104,6 +114,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--log', choices=CHOICES, help='a bar, as on a terminal, or all lines of the log'
+    )
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
@@ -111,6 +124,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     with ExitStack() as alone, _together(args) as processes:
         config = _configure(args)
+        told = take_ours(config)
         if problem := multiplied_batch(config, processes.size, args.cfg_options):
             processes.refuse(problem)
         if args.amp:
@@ -126,7 +140,10 @@ def _train(args: argparse.Namespace) -> None:
         if latest is not None:
             config.load_from, config.resume = latest, True
         kind = _runner_class(config)
-        runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
+        runner = quiet(kind if latest is None else _with_weights(kind)).from_cfg(config)
+        terminal = follow(runner, args.log)
+        if told:
+            terminal.say(told)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
@@ -169,6 +186,7 @@ def _test(args: argparse.Namespace) -> None:
 
 def _test_together(args: argparse.Namespace, processes: Processes) -> None:
     config = _configure(args)
+    told = take_ours(config)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
     if args.out is not None and processes.rank == 0:  # before the work
@@ -187,7 +205,10 @@ def _test_together(args: argparse.Namespace, processes: Processes) -> None:
         augment_test(config)
     processes.join(config)
     check_configs(processes, config)
-    runner = _tester(_with_weights(_runner_class(config))).from_cfg(config)
+    runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
+    terminal = follow(runner, args.log)
+    if told:
+        terminal.say(told)
     check_datasets(processes, runner, ('test',))
     metrics = runner.test()
     if args.out is not None and processes.rank == 0:

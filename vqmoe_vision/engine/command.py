@@ -13,8 +13,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 from .checkpoint_files import SaveError
+from .config import expand
 from .finite import NonFiniteError
-from .options import expand
 from .rank_errors import LostError, RankError
 from .stop import end_by
 

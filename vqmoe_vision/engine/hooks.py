@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -17,14 +18,15 @@ from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.raw_patches import image_reader
 
-from .config_names import innermost
+from .config import innermost
 from .finite import check_weights, pass_over_infinite
-from .log import wrapped
 from .model import MoeTrainingMixin, unwrapped
 from .progress import saves_after_iteration
 from .routing import lines_of
+from .routing_log import wrapped
 from .trained import check_experts
 
 _ROUTING = 'routing_statistics'
@@ -59,6 +61,14 @@ class MoeStateHook(Hook):
 
     # before EMAHook, whose averages have copies of what has moved
     priority = 'ABOVE_NORMAL'
+
+    def before_run(self, runner: Runner) -> None:
+        """Teaches optimizers that look at a tensor as a whole, before their state is loaded."""
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        for one in wrapper.optim_wrappers.values() if several else [wrapper]:
+            if isinstance(one, OptimWrapper) and mixes_experts(one.optimizer):
+                per_expert(one.optimizer, unwrapped(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the routing of an epoch that a run resumes in its middle."""
@@ -291,17 +301,15 @@ def check_hooks(runner: Runner) -> None:
         'hooks of your own go under default_hooks.NAME'
     )
     check(not missing, 'custom_hooks', listed, allowed)
-    # hooks are in the order in which they are called
-    moved = max(at for at, hook in enumerate(runner.hooks) if isinstance(hook, MoeStateHook))
-    saved = [at for at, hook in enumerate(runner.hooks) if isinstance(hook, CheckpointHook)]
-    allowed = (
-        'after MoeStateHook, whose codebooks would be those of the update before, and before the '
-        "checkpoint hook, which would save other weights than are validated: leave it at 'NORMAL'"
-    )
-    for at, hook in enumerate(runner.hooks):
+    # in the order in which they are called: averages have copies of what has moved, and are saved
+    kinds = (MoeStateHook, EMAHook, CheckpointHook)
+    called = [
+        kinds.index(kind) for hook in runner.hooks for kind in kinds if isinstance(hook, kind)
+    ]
+    allowed = "after MoeStateHook and before the checkpoint hook: leave it at 'NORMAL'"
+    for hook in runner.hooks:
         if isinstance(hook, EMAHook):
-            between = moved < at < min(saved, default=len(runner.hooks))
-            check(between, 'EMAHook.priority', hook.priority, allowed)
+            check(called == sorted(called), 'EMAHook.priority', hook.priority, allowed)
 
 
 # Whether label 0 of the files is nothing that is learned, and label 1 the first class.

@@ -7,7 +7,6 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from mmengine.runner import runner as upstream
 
 from vqmoe_vision.moe.config import check
 
@@ -15,12 +14,11 @@ SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
 PROCESSES = 'processes_in_epoch'
 
 
-@LOOPS.register_module('EpochBasedTrainLoop', force=True)
+@LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):
     """mmengine's loop, which starts an epoch again when it resumes in the middle of it.
 
-    This one passes over the samples that the epoch has seen. It takes the name of mmengine's, so
-    that every config that imports this package has it.
+    This one passes over the samples that the epoch has seen.
     """
 
     def run_epoch(self) -> None:
@@ -60,9 +58,6 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         hub.update_info(SIZE, size)
         hub.update_info(PROCESSES, processes)
         return seen
-
-
-upstream.EpochBasedTrainLoop = ResumableEpochLoop  # of `train_cfg.by_epoch`
 
 
 def check_batches(runner: Runner) -> None:

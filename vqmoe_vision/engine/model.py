@@ -90,16 +90,8 @@ class MoeTrainingMixin(TakesOtherNames):
         """
         raise NotImplementedError
 
-    def check_batches(self, loader: DataLoader, num_iters: int) -> None:
-        """Refuses batches of training that the model cannot take.
-
-        Args:
-            loader: Of training.
-            num_iters: How many batches the training takes.
-
-        Raises:
-            ValueError: Names the field of the config.
-        """
+    def check_batches(self, loader: DataLoader) -> None:
+        """Refuses batches of training that the model cannot take."""
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """How images are prepared for tests, beside their normalisation.

@@ -27,8 +27,9 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
 from .checkpoint import read_state
+from .config import flat
 from .model import unwrapped
-from .options import flat
+from .step_values import read_now
 
 BEGUN = 'begun.json'
 FIRST_LOSSES = 20
@@ -115,6 +116,7 @@ class RunRecordHook(Hook):
         """Says how far the run is, a hundred times."""
         done = runner.iter + 1
         if self.only_first and done >= FIRST_LOSSES:
+            read_now(runner)
             self.after_train(runner)
             raise SystemExit(0)  # the loop over an epoch knows no other end
         if done % max(runner.max_iters // 100, 1) == 0:

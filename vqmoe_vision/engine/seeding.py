@@ -117,8 +117,7 @@ def seed_sample(index: int) -> None:
         _seed_processor(_hash(*index.parts))
 
 
-# Under the stock name, which configs have.
-@DATASETS.register_module(name='ClassBalancedDataset', force=True)
+@DATASETS.register_module()
 class SeededClassBalancedDataset(ClassBalancedDataset):
     """mmengine's `ClassBalancedDataset`, whose samples keep the seeds that their indices bring."""
 

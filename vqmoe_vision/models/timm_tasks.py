@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+import timm.optim
 import timm.task
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..moe import collect_losses, update_state
 from ..moe.config import check
+from ..moe.optimizer import mixes_experts, per_expert
 
 
 class TrainsExperts:
@@ -46,7 +50,7 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 
 def install() -> None:
-    """Put tasks that train experts in the place of timm's, for scripts that import them by name."""
+    """Put tasks and optimizers that know experts in the place of timm's, for scripts."""
     tasks = {
         name: task
         for name, task in vars(timm.task).items()
@@ -55,6 +59,15 @@ def install() -> None:
     for name, task in tasks.items():
         if _knows_steps(task) and not issubclass(task, TrainsExperts):
             setattr(timm.task, name, _training_experts(task))
+    timm.optim.create_optimizer_v2 = _taught
+
+
+def _taught(model_or_params: Any, *args: Any, **kwargs: Any) -> Optimizer:
+    """Timm's optimizer, which knows the experts."""
+    optimizer = create_optimizer_v2(model_or_params, *args, **kwargs)
+    if isinstance(model_or_params, nn.Module) and mixes_experts(optimizer):
+        per_expert(optimizer, model_or_params)
+    return optimizer
 
 
 def _knows_steps(task: type) -> bool:

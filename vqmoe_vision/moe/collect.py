@@ -1,6 +1,6 @@
 """How auxiliary losses leave a model whose forward returns a plain tensor, and how state changes.
 
-    with collect_losses(model) as collected:
+    with collect_losses(model, optimizer) as collected:
         loss = criterion(model(images), targets) + collected.total()
         loss.backward()
     optimizer.step()
@@ -24,10 +24,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .config import check, check_type
 from .layer import MoeLayer
 from .losses import Loss, averaged_over_ranks
+from .optimizer import check_optimizer
 from .routing import perplexity
 
 
@@ -129,11 +131,14 @@ def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
 
 
 @contextmanager
-def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Collected]:
+def collect_losses(
+    model: nn.Module, optimizer: Optimizer | None = None, update_state: bool = True
+) -> Iterator[Collected]:
     """Collect the auxiliary losses of every forward pass of `model` inside the block.
 
     Args:
         model: A model, also wrapped by DDP or torch.compile, or one that contains it.
+        optimizer: What steps after the block; looked at alone. None for a pass without a step.
         update_state: Change gradient-free state when the block is left without an error. With
             gradient checkpointing call backward() inside then. False leaves it to `update_state`.
 
@@ -141,8 +146,11 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
         A `Collected`.
 
     Raises:
+        ValueError: The optimizer would update all experts of a layer as one tensor.
         RuntimeError: A block is already open for the model.
     """
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
     layers = moe_layers(model)
     if any(layer.recorder.active for layer in layers.values()):
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')

@@ -10,18 +10,16 @@ from torch import Tensor
 
 from vqmoe_vision.moe.config import check
 
-_NAME = 'IoUMetric'
+_NAME = 'CheckedIoUMetric'
 # What mmseg computes; it says so when it is asked for another, after the first validation.
 _KINDS = ('mIoU', 'mDice', 'mFscore')
 # What mmseg's own confusion_matrix.py passes on, which the metric has always ignored.
 _OF_TOOLS = frozenset({'keep_results'})
 
 
-@METRICS.register_module(_NAME, force=True)
+@METRICS.register_module()
 class CheckedIoUMetric(IoUMetric):
     """mmseg's metric, which ignores options that it does not know.
-
-    It takes the name of mmseg's, so that every config that imports this package has it.
 
     Args:
         *args: As mmseg's.

@@ -16,13 +16,13 @@ from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config_names import innermost
+from vqmoe_vision.engine.config import innermost
 from vqmoe_vision.engine.hooks import check_class_names
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 
+from .datasets import complete_metainfo
 from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
-from .metainfo import complete_metainfo
 
 
 @dataclass(frozen=True)

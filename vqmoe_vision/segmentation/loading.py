@@ -14,8 +14,9 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL.JpegImagePlugin import JpegImageFile
 
-from vqmoe_vision.engine.config_names import innermost
+from vqmoe_vision.engine.config import innermost
 from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
+from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
 IGNORE = 255
@@ -29,8 +30,7 @@ LOADING = LOADING_LABELS | LOADING_IMAGES
 _UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
 
 
-# Under the stock names too: mmseg's inference and tools look for them in a pipeline.
-@TRANSFORMS.register_module(name=['LoadImageFromFile', 'LoadImage'], force=True)
+@TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
     """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file.
 
@@ -57,7 +57,8 @@ class LoadImage(LoadImageFromFile):
         check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Loads `img_path`."""
+        """Loads `img_path`, and seeds what augments it as the index of the sample says."""
+        seed_sample(results.get('sample_idx', 0))
         try:
             pixels = self.read(results['img_path'], results.get('seg_map_path'))
         except ValueError:
@@ -151,7 +152,7 @@ def in_bgr(pixels: np.ndarray) -> np.ndarray:
     return mmcv.gray2bgr(pixels) if pixels.ndim == 2 else pixels[..., :3]
 
 
-@TRANSFORMS.register_module(name=['LoadAnnotations', 'LoadLabels'], force=True)
+@TRANSFORMS.register_module()
 class LoadLabels(LoadAnnotations):
     """mmseg's `LoadAnnotations`, with checks that name the file.
 

@@ -4,10 +4,6 @@ import inspect
 import os
 from typing import Any
 
-# or its import asks pypi.org for a newer version
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
-
-import albumentations
 import mmcv
 import torch
 from mmcv.transforms import BaseTransform
@@ -38,6 +34,10 @@ class Albumentations(BaseTransform):
     """
 
     def __init__(self, transforms: list[dict[str, Any]]) -> None:
+        # or its import asks pypi.org for a newer version
+        os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+        import albumentations
+
         self.compose = albumentations.Compose([_build(config) for config in transforms])
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +58,8 @@ class Albumentations(BaseTransform):
 
 
 def _build(config: dict[str, Any]) -> Any:
+    import albumentations
+
     arguments = dict(config)
     name = arguments.pop('type')
     kind = getattr(albumentations, name, None)

@@ -304,7 +304,7 @@ FAULTS = (
         'sky-is-void',
         'segmentation',
         'Labels of CamVid are reduced by one: sky is ignored, and every class has another name.',
-        'vqmoe_vision/segmentation/data.py',
+        'vqmoe_vision/segmentation/datasets.py',
         'img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=False, **kw',
         'img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=True, **kw',
         'segmentation/test_data.py segmentation/test_own_data.py segmentation/test_configs.py',

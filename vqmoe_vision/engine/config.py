@@ -1,18 +1,27 @@
-"""`--cfg-options`: how they are written, and which ones a config takes."""
+"""What a config is: by which name, with which options, of which types.
+
+Our tools take our types for stock ones, so that any run goes on to the bit.
+"""
 
 import argparse
 import ast
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import DATASETS, Registry
 from mmengine.runner import Runner
+
+from vqmoe_vision.installed import config_path
 
 from ..moe.config import check
 
+_PREFIX = 'vqmoe_vision::'  # of configs that come with the package
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # that of sharded.py, and those of tests with --tta.
 _EXTRA_FIELDS = frozenset(
@@ -36,6 +45,58 @@ _READ = {
 }
 # Hooks that it adds to every run, and leaves out where a config says None.
 _HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+# Ours do what mmengine's, mmcv's and mmseg's of the same options do.
+STOCK_LOADING = {'LoadImageFromFile': 'LoadImage', 'LoadAnnotations': 'LoadLabels'}
+OURS = {
+    'CheckpointHook': 'AtomicCheckpointHook',
+    'ClassBalancedDataset': 'SeededClassBalancedDataset',
+    'EpochBasedTrainLoop': 'ResumableEpochLoop',
+    'RuntimeInfoHook': 'StepValuesHook',
+}
+_OF_MMSEG = {'IoUMetric': 'CheckedIoUMetric', 'SegDataPreProcessor': 'CheckedPreProcessor'}
+_SAMPLERS = {'DefaultSampler': 'SeededSampler', 'InfiniteSampler': 'SeededInfiniteSampler'}
+_FIELDS = (
+    'default_hooks', 'model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader',
+    'val_evaluator', 'test_evaluator',
+)  # fmt: skip
+# What mmengine adds to a config that does not say it.
+_ADDED = {'checkpoint': 'CheckpointHook', 'runtime_info': 'RuntimeInfoHook'}
+_SEGMENTATION = 'vqmoe_vision.segmentation'
+
+
+def find_config(path: str) -> str:
+    """The file of a config."""
+    return config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
+
+
+def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The data sets of a config that are no wrappers of others, in order."""
+    found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
+    wrapped = [inner for inner in found if isinstance(inner, dict)]
+    if not wrapped:
+        yield dataset
+    for inner in wrapped:
+        yield from innermost(inner)
+
+
+def _base_path(base: str, filename: str) -> tuple[str, str | None]:
+    """File and scope of a `_base_`, which may also be one that comes with the package."""
+    if base.startswith(_PREFIX):
+        return find_config(base), None
+    return _mmengine_base_path(base, filename)
+
+
+_mmengine_base_path = Config._get_cfg_path
+
+
+@contextmanager
+def bases_by_name() -> Iterator[None]:
+    """Lets a config that is read inside the block build on one of the package by name."""
+    Config._get_cfg_path = staticmethod(_base_path)
+    try:
+        yield
+    finally:
+        Config._get_cfg_path = staticmethod(_mmengine_base_path)
 
 
 class _CfgOptions(DictAction):
@@ -143,3 +204,54 @@ def flat(value: Any, name: str = '') -> dict[str, Any]:
     for key, inner in value.items():
         found |= flat(inner, f'{name}.{key}' if name else str(key))
     return found
+
+
+def take_ours(config: Config) -> str:
+    """Puts our types in the place of stock ones, and says which; '' where there were none."""
+    names, found = dict(OURS), set[str]()
+    if config.get('default_scope') == 'mmseg':
+        names |= STOCK_LOADING | _OF_MMSEG
+        import_module(f'{_SEGMENTATION}.mmseg_patches').apply()
+        # for whoever reads the config of the run
+        imports = list((config.get('custom_imports') or {}).get('imports') or [])
+        if _SEGMENTATION not in imports:
+            config.custom_imports = dict(imports=[*imports, _SEGMENTATION])
+    hooks = config.get('default_hooks') or {}
+    config.default_hooks = {**{n: dict(type=kind) for n, kind in _ADDED.items()}, **hooks}
+    loop = config.get('train_cfg') or {}
+    if loop.get('by_epoch') and 'type' not in loop:
+        del loop['by_epoch']
+        loop['type'] = 'EpochBasedTrainLoop'
+    for field in _FIELDS:
+        if config.get(field) is not None:
+            own = names | (_SAMPLERS if field == 'train_dataloader' else {})
+            with DATASETS.switch_scope_and_registry(config.get('default_scope')) as datasets:
+                config[field] = renamed(config[field], own, found, datasets)
+    told = [f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found)]
+    every = [*(config.get('custom_hooks') or []), *config.default_hooks.values()]
+    if found and not any(hook and hook.get('type') == 'ReseedHook' for hook in every):
+        config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='ReseedHook')]
+        told.append('ReseedHook')
+    return f'so that this run goes on to the bit, it has {", ".join(told)}' if told else ''
+
+
+def renamed(
+    node: Any, names: Mapping[str, str], found: set[str], datasets: Registry = DATASETS
+) -> Any:
+    """A part of a config with other types; a data set of ours reads its files as it likes."""
+    if isinstance(node, list | tuple):
+        return type(node)(renamed(inner, names, found, datasets) for inner in node)
+    if not isinstance(node, dict):
+        return node
+    kind = node.get('type')
+    if 'pipeline' in node and _is_ours(datasets.get(kind) if isinstance(kind, str) else kind):
+        names = {name: ours for name, ours in names.items() if name not in STOCK_LOADING}
+    changed = {name: renamed(inner, names, found, datasets) for name, inner in node.items()}
+    if isinstance(kind, str) and kind in names:
+        found.add(kind)
+        changed['type'] = names[kind]
+    return type(node)(changed)
+
+
+def _is_ours(kind: Any) -> bool:
+    return any(b.__module__.startswith('vqmoe_vision.') for b in getattr(kind, '__mro__', ()))

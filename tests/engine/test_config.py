@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
-from vqmoe_vision.engine.options import (
+from vqmoe_vision.engine.config import (
     add_config_options,
     check_fields,
     flat,
@@ -52,14 +52,14 @@ def test_what_is_no_dictionary_is_one_line(written: str) -> None:
 
 
 def test_only_a_hook_that_is_there_is_left_out() -> None:
-    hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'RuntimeInfoHook'}}
+    hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'StepValuesHook'}}
     config = Config({'default_hooks': hooks})
     merge_options(config, {'default_hooks.logger2': None, 'default_hooks.timer': None})
     merge_options(config, {'default_hooks.runtime.priority': None})  # an option of a hook
     with pytest.raises(ValueError, match=r'^default_hooks\.logger3=None is not possible'):
         merge_options(config, {'default_hooks.logger3': None})
     check_fields(config)
-    runtime = {'type': 'RuntimeInfoHook', 'priority': None}
+    runtime = {'type': 'StepValuesHook', 'priority': None}
     assert config.default_hooks == {'runtime': runtime, 'timer': None}  # which mmengine pops
 
 

@@ -1,11 +1,15 @@
 """Segmentation data sets that say what is missing, where it belongs and where to get it."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
-from mmengine.logging import print_log
+import numpy as np
 from mmseg.datasets import (
     ADE20KDataset,
     BaseSegDataset,
@@ -14,15 +18,65 @@ from mmseg.datasets import (
 )
 from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.digits import DIGITS
+from vqmoe_vision.engine.config import STOCK_LOADING, renamed
+from vqmoe_vision.engine.digits import DIGITS, digit_scans
 from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.moe.config import check
 
 from .loading import LOADING
-from .metainfo import coloured
-from .scenes import DigitScene, digit_scene_maker
-from .splits import part_indices
+
+PARTS = ('all', 'train', 'dev')
+_BLOCK = 20  # neighbours, such as frames of a video, are set aside together
+# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
+_SIDES = (40, 48)
+_DIGITS = (3, 6)  # per scene, the upper end excluded
+_ATTEMPTS = 20
+
+
+def complete_metainfo(
+    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The `metainfo` that a data set of a config has, without loading it."""
+    empty = type('Empty', (BaseSegDataset,), {'METAINFO': dataset.METAINFO})
+    return empty(metainfo=coloured(dataset, metainfo), lazy_init=True).metainfo
+
+
+def coloured(
+    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The `metainfo` of a config with names of a file, and with colours of chosen classes."""
+    chosen, own = dict(metainfo or {}), dataset.METAINFO
+    if 'classes' not in {**own, **chosen}:
+        raise ValueError(
+            f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'
+        )
+    if isinstance(names := chosen.get('classes'), str):
+        allowed = f'a sequence of names, such as ({names!r},), or a file with one per line'
+        check(Path(names).is_file(), 'metainfo.classes', names, allowed)
+        # mmseg would take blank lines at the end for classes
+        chosen['classes'] = Path(names).read_text().rstrip().splitlines()
+    classes = chosen.get('classes', own.get('classes'))
+    unique = len(classes) == len({*classes}) and all(str(name).strip() for name in classes)
+    check(unique, 'metainfo.classes', classes, 'names, each of one label')
+    if 'classes' in chosen and 'palette' not in chosen and {'classes', 'palette'} <= own.keys():
+        # mmseg gives those of another order the colours of the data set's order
+        colours = dict(zip(own['classes'], own['palette'], strict=True))
+        chosen['palette'] = [colours.get(name, [0, 0, 0]) for name in chosen['classes']]
+    return chosen or None
+
+
+def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
+    """Which pairs belong to a part, always the same."""
+    check(part in PARTS, 'part', part, f'one of {PARTS}')
+    if part == 'all':
+        return list(range(num_pairs))
+    allowed = f"between 1 and {num_pairs - 1}, there are {num_pairs} pairs; or train on part='all'"
+    check(0 < dev_size < num_pairs, 'dev_size', dev_size, allowed)
+    blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // _BLOCK))
+    order = np.random.default_rng(0).permutation(len(blocks))
+    dev = np.concatenate([blocks[i] for i in order])[:dev_size]
+    return sorted(dev.tolist() if part == 'dev' else set(range(num_pairs)) - set(dev.tolist()))
 
 
 class SeededDataset(BaseSegDataset):
@@ -44,9 +98,8 @@ class CheckedDataset(SeededDataset):
         part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
             same.
         dev_size: Number of pairs of 'dev', which 'train' leaves out.
-        metainfo: `classes`, a sequence of names or a file with one per line, whose blank lines at
-            the end are none, and `palette`, a colour (R, G, B) of 0..255 for each; of a data set
-            with classes of its own, some of them.
+        metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
+            colour (R, G, B) of 0..255 for each; of a data set with classes, some of them.
         **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
             is for images without label maps.
 
@@ -54,8 +107,8 @@ class CheckedDataset(SeededDataset):
         source: Where to get the data set, and how it is laid out; part of the messages.
 
     Raises:
-        ValueError: Classes and palette do not fit, the files are not
-            complete, several endings are given, or there is no such part.
+        ValueError: Classes and palette do not fit, the files are not complete, or there is no such
+            part.
     """
 
     source = 'docs/own-data.md says how to lay out a data set'
@@ -68,22 +121,15 @@ class CheckedDataset(SeededDataset):
         **kwargs: Any,
     ) -> None:
         metainfo = coloured(type(self), metainfo)
-        for name in ('img_suffix', 'seg_map_suffix'):
-            suffix = kwargs.get(name, '')
-            allowed = 'one ending, by which an image and its label map are found'
-            check(isinstance(suffix, str), name, suffix, allowed)
         if 'data_prefix' in kwargs:
             # the command line cannot leave out what a config has
             named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
             check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
             kwargs['data_prefix'] = named
+        # a config has the stock names, for which mmseg's inference looks in a pipeline
+        kwargs['pipeline'] = renamed(kwargs.get('pipeline', []), STOCK_LOADING, set())
         self.part, self.dev_size = part, dev_size
         super().__init__(metainfo=metainfo, **kwargs)
-        if 'palette' not in {**self.METAINFO, **(metainfo or {})}:
-            print_log(
-                f'{type(self).__name__}: metainfo has no palette, its colours are generated',
-                logger='current',
-            )
 
     @property
     def training_part(self) -> TrainingPart:
@@ -94,31 +140,27 @@ class CheckedDataset(SeededDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
-        for kind in ('img_path', 'seg_map_path'):
-            folder = self.data_prefix.get(kind)
-            if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f'{folder} does not exist; {self.source}')
-        if self.ann_file and not Path(self.ann_file).is_file():
-            raise ValueError(f'{self.ann_file} does not exist; {self.source}')
+        folders = [self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
+        for path in filter(None, [*folders, self.ann_file]):
+            self._expect(Path(path).exists(), f'{path} does not exist')
         pairs = super().load_data_list()
-        if self.ann_file and not pairs:
-            raise ValueError(f'{self.ann_file} names no image; {self.source}')
-        if not pairs:
-            folder, suffix = self.data_prefix['img_path'], self.img_suffix
-            raise ValueError(f'{folder} holds no image that ends in {suffix}; {self.source}')
-        absent = [
-            pair
-            for pair in pairs
-            if 'seg_map_path' in pair and not Path(pair['seg_map_path']).is_file()
-        ]
-        if absent:
-            raise ValueError(
-                f'{len(absent)} of {len(pairs)} images have no label map: {absent[0]["img_path"]} '
-                f'needs {absent[0]["seg_map_path"]}; {self.source}'
-            )
+        listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
+        self._expect(bool(pairs), f'{listed} names no image')
+        with_map = [pair for pair in pairs if 'seg_map_path' in pair]
+        absent = [pair for pair in with_map if not Path(pair['seg_map_path']).is_file()]
+        first = absent[0] if absent else {}
+        self._expect(
+            not absent,
+            f'{len(absent)} of {len(pairs)} images have no label map: {first.get("img_path")} '
+            f'needs {first.get("seg_map_path")}',
+        )
         chosen = part_indices(len(pairs), self.part, self.dev_size)
         num_classes = len(self.metainfo['classes'])
         return [dict(pairs[i], num_classes=num_classes) for i in chosen]
+
+    def _expect(self, found: bool, problem: str) -> None:
+        if not found:
+            raise ValueError(f'{problem}; {self.source}')
 
     def prepare_data(self, idx: int) -> Any:
         """Loads and augments a pair; names an image that a transform cannot take."""
@@ -210,7 +252,7 @@ class DigitScenes(SeededDataset):
             for what predicts files, such as mmseg's inferencer.
 
     Raises:
-        ValueError: There is no such split, or the size or number is not possible.
+        ValueError: There is no such split, or the size is not possible.
     """
 
     METAINFO: ClassVar = dict(
@@ -225,8 +267,6 @@ class DigitScenes(SeededDataset):
     def __init__(
         self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
     ) -> None:
-        if num_scenes < 1:
-            raise ValueError(f'num_scenes={num_scenes} must be at least 1')
         self.split = split
         self.num_scenes = num_scenes
         self._make = digit_scene_maker(split, size, seed)
@@ -261,3 +301,61 @@ class DigitScenes(SeededDataset):
         size = scene.labels.shape
         info.update(img=scene.image, gt_seg_map=scene.labels, img_shape=size, ori_shape=size)
         return self.pipeline(info)
+
+
+@dataclass(frozen=True)
+class DigitScene:
+    """Real strokes of scanned digits, with labels that are exact by construction."""
+
+    image: np.ndarray  # (H, W, 3) uint8, BGR
+    labels: np.ndarray  # (H, W) uint8: 0 for background, d + 1 for the strokes of digit d
+
+
+def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], DigitScene]:
+    """A function from an index to a scene, always the same for the same arguments."""
+    scans, digits = digit_scans(split)
+    if size < _SIDES[1]:
+        raise ValueError(f'size={size} must be at least {_SIDES[1]}, the side of a large digit')
+    own = ('train', 'test', 'dev').index(split)
+    # a partial and not a lambda: workers that are spawned get their data set pickled
+    return partial(_compose, scans=scans, digits=digits, size=size, seeds=(seed, own))
+
+
+def _compose(
+    index: int, scans: np.ndarray, digits: np.ndarray, size: int, seeds: tuple[int, int]
+) -> DigitScene:
+    rng = np.random.default_rng([*seeds, index])
+    image = _background(rng, size)
+    labels = np.zeros((size, size), np.uint8)
+    taken = np.zeros((size, size), bool)
+    for chosen in rng.integers(len(scans), size=rng.integers(*_DIGITS)):
+        side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
+        place = _free_place(rng, taken, side)
+        if place is None:
+            continue
+        taken[place] = True
+        scan = cv2.resize(scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
+        ink = scan.astype(np.float32)[..., None] / 255
+        colour = rng.uniform(150, 255, 3).astype(np.float32)
+        image[place] = image[place] * (1 - ink) + colour * ink
+        labels[place][scan >= 96] = digits[chosen] + 1
+    image += rng.normal(0, 4, image.shape)
+    return DigitScene(np.clip(image, 0, 255).round().astype(np.uint8), labels)
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth dark colours, (size, size, 3) float32 in 0..100."""
+    coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _free_place(
+    rng: np.random.Generator, taken: np.ndarray, side: int
+) -> tuple[slice, slice] | None:
+    """A square where nothing is yet, None if a number of attempts found none."""
+    for _ in range(_ATTEMPTS):
+        top, left = rng.integers(0, len(taken) - side + 1, 2)
+        place = slice(top, top + side), slice(left, left + side)
+        if not taken[place].any():
+            return place
+    return None
