@@ -97,6 +97,6 @@ def test_averages_are_taken_between_the_codebooks_and_the_save(
     if priority in ('NORMAL', 'LOW'):
         check_hooks(runner)
         return
-    said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook, "
+    said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook "
     with pytest.raises(ValueError, match=said):
         check_hooks(runner)
