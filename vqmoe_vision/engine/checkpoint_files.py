@@ -21,6 +21,7 @@ BEST = 'best_'
 # In the message hub, the word of `identify`.
 RUN = 'run_id'
 _LOCK = '.lock'
+_BEFORE = '.before_restarts'
 # of every checkpoint that a run can go on from
 _NEEDED = ('meta', 'state_dict', 'message_hub')
 
@@ -211,6 +212,20 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -
 def newest_time(folder: Path) -> float:
     """When the newest checkpoint of a run was written, in seconds since 1970; 0 without one."""
     return max((saved_at for (saved_at, _), _ in _by_age(folder)[0]), default=0.0)
+
+
+def newest_before(folder: Path) -> float | None:
+    """When the newest checkpoint was written before torchrun has begun; None without a later one.
+
+    Of processes that are started again: each attempt has the same torchrun for its parent.
+    """
+    torchrun, note, newest = str(os.getppid()), folder / _BEFORE, newest_time(folder)
+    known = note.read_text().split() if note.is_file() else []
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) and known[1:] == [torchrun]:
+        return before if (before := float(known[0])) < newest else None
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        note.write_text(f'{newest!r} {torchrun}')
+    return None
 
 
 def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[str]]:

@@ -29,6 +29,7 @@ from .checkpoint_files import (
     write_atomically,
 )
 from .loops import SEEN
+from .processes import timeout_of
 from .progress import VALIDATED, progress_of, validation_was_cut_off
 from .stop import StopSignals, keep_workers
 
@@ -116,7 +117,8 @@ class AtomicCheckpointHook(CheckpointHook):
             remove_partial(folder, self._run)
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
-        self._signals = StopSignals(lambda: self._save_now(runner))
+        spread = runner.cfg.get('parallel') is not None
+        self._signals = StopSignals(lambda: self._save_now(runner), timeout_of(runner.cfg), spread)
         self._training = True
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:

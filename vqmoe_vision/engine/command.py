@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint_files import SaveError
 from .finite import NonFiniteError
 from .options import expand
-from .rank_errors import LostError, RankError
+from .processes import LostError, RankError
 from .stop import end_by
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.

@@ -8,16 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NoReturn
 
-from mmengine.dist import get_world_size
+import torch
+import torch.distributed as dist
+from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
-
-from .processes import current
 
 _ending: Finalize | None = None
 
@@ -25,12 +26,16 @@ _ending: Finalize | None = None
 class StopSignals:
     """Lets a training save before a signal ends it; a second signal ends it at once."""
 
-    def __init__(self, save: Callable[[], int]) -> None:
-        self._save = save
+    def __init__(self, save: Callable[[], int], timeout: float, all_save: bool) -> None:
+        self._save, self._all_save = save, all_save
         self._received: int | None = None
         self._process = os.getpid()
         self._former: dict[int, Any] = {}
         self.at_once = False
+        # of several processes any may be told; gloo, as what is agreed on must not wait for a GPU
+        self._group = None
+        if get_world_size() > 1:
+            self._group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
         if threading.current_thread() is not threading.main_thread():
             return  # only there can a handler be set
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -48,24 +53,25 @@ class StopSignals:
             signal.signal(number, former)
 
     def obey(self) -> None:
-        """Saves and ends the process if a signal has come."""
-        processes, number = current(), self._received
-        if processes is not None:
-            number = number or processes.told()
-            if processes.save_together:
-                number = processes.agreed(number)
-            elif processes.rank or processes.ended():  # or for the error of another
-                return
-        if number is None:
+        """Saves and ends the process if a signal has come to any of the run."""
+        number = self._received or 0
+        if self._group is not None:
+            greatest = torch.tensor(number)
+            dist.all_reduce(greatest, dist.ReduceOp.MAX, self._group)
+            number = int(greatest)
+        if not number:
             return
-        saved = self._save()
-        if processes is not None and processes.rank:  # until the first one has ended
-            return
-        name = signal.Signals(number).name
-        print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
-        if processes is not None:
-            processes.end()
+        if self._all_save or get_rank() == 0:
+            self._save_and_say(number)
+        if self._group is not None:  # torchrun ends all processes as soon as one has ended
+            dist.barrier(self._group)
         end_by(number)
+
+    def _save_and_say(self, number: int) -> None:
+        saved = self._save()
+        if get_rank() == 0:
+            name = signal.Signals(number).name
+            print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
@@ -79,14 +85,12 @@ class StopSignals:
             signal.raise_signal(number)
             return
         self._received = number
-        processes = current()
-        if processes is not None and processes.rank:
-            processes.tell(number)
         # Workers may have got the same signal. PyTorch raises an error in the middle of an
         # iteration when it is told that one has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if self.at_once and not (processes is not None and processes.save_together):
-            self.obey()
+        if self.at_once and get_rank() == 0 and not self._all_save:
+            self._save_and_say(number)
+            end_by(number)
 
 
 def keep_workers(loader: DataLoader) -> None:
