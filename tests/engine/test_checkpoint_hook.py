@@ -155,13 +155,13 @@ def test_no_checkpoint_deletes_a_file_of_another_run(
     (work / '.thesis.part').touch()
     parts = work / 'thesis.1.sharded'
     parts.mkdir()
-    (parts / '__0_0.distcp').touch()
+    (parts / 'shard-00001-model-00001-of-00001.safetensors').touch()
     resumed(write_config(tmp_path), work)
     assert {*theirs, 'other.pth', '.thesis.part'} < {*names(work)}
     assert (work / 'epoch_2.pth').exists() == (
         run != 32 * 'a'
     )  # its own, once there is a newer one
-    assert (parts / '__0_0.distcp').is_file()
+    assert (parts / 'shard-00001-model-00001-of-00001.safetensors').is_file()
 
 
 def test_no_checkpoint_deletes_a_file_outside_the_work_dir(trained: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def read_state(path: str) -> StateDict:
         state = load_state_dict(file, weights_only=True)
     refuse_without_values(state, file)
     if lacks_tensors(state):
-        return _in_one_piece(_load(file), file, 'state_dict')['state_dict']
+        return _in_one_piece(_load(file), file, 'state_dict.')['state_dict']
     return state
 
 
@@ -137,14 +137,12 @@ def _checked_parts(content: Any, file: str) -> Parts | None:
     return parts
 
 
-def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any = None) -> Any:
+def _in_one_piece(content: Any, file: str, under: str = '', device: Any = None) -> Any:
     parts = _checked_parts(content, file)
     if parts is not None:
         with _reading(file, verify=False):
-            content = parts.put_together(file, content, under)
+            content = parts.put_together(file, content, under, device)
     _check_tensors(content, file, device)
-    if parts is not None and device is not None:
-        parts.move(content, device)
     return content
 
 

@@ -136,7 +136,7 @@ def join(launcher: str, config: Config) -> None:
     if launcher == 'none':
         return
     environment = config.get('env_cfg', {})
-    options = dict(environment.get('dist_cfg', {}))
+    options = {**environment.get('dist_cfg', {}), **_of_attempt()}
     if torch.cuda.is_available():
         set_multi_processing(**environment.get('mp_cfg', {}), distributed=True)
         init_dist(launcher, **options)
@@ -148,6 +148,21 @@ def join(launcher: str, config: Config) -> None:
         backend = 'gloo'
     options['timeout'] = timedelta(seconds=timeout_of(config))
     dist.init_process_group(backend, **options)
+
+
+def _of_attempt() -> dict[str, Any]:
+    """Where processes find each other that torchrun has started again."""
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if attempt == '0' or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}
+    # torch's own options lead to the addresses of processes of the attempt before
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
+    rank, size = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE'))
+    return {
+        'store': dist.PrefixStore(f'attempt {attempt}', store),
+        'rank': rank,
+        'world_size': size,
+    }
 
 
 def check_batch(config: Config, options: Iterable[str]) -> None:
