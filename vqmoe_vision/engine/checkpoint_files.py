@@ -70,7 +70,14 @@ def sync_folder(folder: Path) -> None:
 
 @register_backend('atomic')
 class AtomicBackend(LocalBackend):
-    """mmengine's files on this machine, written whole or not at all."""
+    """mmengine's files on this machine, written whole or not at all, and deleted later."""
+
+    def __init__(self) -> None:
+        self.outdated: list[str] = []
+
+    def remove(self, filepath: str | Path) -> None:
+        """Keeps the name: mmengine's hook deletes before it writes what takes the place."""
+        self.outdated.append(Path(filepath).name)
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Writes a file."""

@@ -67,7 +67,6 @@ class AtomicCheckpointHook(CheckpointHook):
         check_template(options.get('filename_tmpl') or '{}.pth')
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
-        self._former_best: dict[str, str | None] = {}
         self._saved_iter = -1
         self._resumed_from = self._run = ''
         self._saved_at = 0.0
@@ -93,16 +92,10 @@ class AtomicCheckpointHook(CheckpointHook):
         if is_main_process():
             self._run = identify(folder, runner._resume, hub.get_info(RUN))
             hub.update_info(RUN, self._run)
-        kept = hub.get_info('keep_ckpt_ids', [])
-        kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
-        names = hub.get_info(_OUTDATED, [])
-        self._outdated = [str(n) for n in names] if isinstance(names, list) else []
-        if self.max_keep_ckpts > 0:
-            surplus = kept[: -self.max_keep_ckpts]
-            self._outdated += [self.filename_tmpl.format(step) for step in surplus]
-            kept = kept[-self.max_keep_ckpts :]
-        hub.update_info('keep_ckpt_ids', kept)
         super().before_train(runner)
+        self._outdated = self.file_backend.outdated  # where mmengine's hook adds to them
+        names = hub.get_info(_OUTDATED, [])
+        self._outdated += [str(name) for name in names] if isinstance(names, list) else []
         for key, path in self._best().items():
             name = Path(str(path)).name
             known = name.startswith(BEST) and (folder / name).is_file()
@@ -189,7 +182,7 @@ class AtomicCheckpointHook(CheckpointHook):
         """Gives the signals back, and deletes what a kill after the last save has left."""
         self._signals.release()
         # whatever a checkpoint says, the one that the run went on from may be the last sound one
-        self._outdated = [name for name in self._outdated if name != self._resumed_from]
+        self._outdated[:] = [name for name in self._outdated if name != self._resumed_from]
         self._delete_outdated(Path(str(self.last_ckpt)).name)
         super().after_train(runner)
 
@@ -223,18 +216,14 @@ class AtomicCheckpointHook(CheckpointHook):
         return iteration
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        if self.max_keep_ckpts > 0:
-            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
-            names = [self.filename_tmpl.format(other) for other in kept]
-            surplus = len(kept) - min(len(kept), self.max_keep_ckpts)
-            self._outdated = [name for name in self._outdated if name not in names]
-            self._outdated += names[:surplus]
-            self.keep_ckpt_ids = deque(kept[surplus:], self.max_keep_ckpts)
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                self._outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids[0]))
+            self.keep_ckpt_ids.append(step)  # in the place of the oldest
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         self._save(runner, self.filename_tmpl.format(step), meta)
 
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
-        self._outdate_former_best()
         folder = Path(self.out_dir)
         self.last_ckpt = str(folder / name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -260,23 +249,8 @@ class AtomicCheckpointHook(CheckpointHook):
         for key in self.key_indicators:
             allowed = f'a metric of the validation, which are {", ".join(metrics)}'
             check(key in (*metrics, 'auto'), 'save_best', key, allowed)
-        # mmengine deletes the file that it knows of before it writes the new one
-        self._former_best = self._best()
-        for key in self._former_best:
-            self._set_best(key, None)
         super()._save_best_checkpoint(runner, metrics)
-        self._outdate_former_best()
         self._delete_outdated()  # of the best ones: a run goes on from the others
-
-    def _outdate_former_best(self) -> None:
-        """Sorts the former best files into those that are still the best and the others."""
-        now = self._best()
-        for key, former in self._former_best.items():
-            if now[key] is None:
-                self._set_best(key, former)
-            elif former is not None and former != now[key]:
-                self._outdated.append(Path(former).name)
-        self._former_best = {}
 
     def _best(self) -> dict[str, str | None]:
         """Paths of the best files by metric; of one metric by no name."""
@@ -295,6 +269,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def _delete_outdated(self, current: str | None = None) -> None:
         """Deletes outdated files, those that a run could go on from only after a newer one."""
         names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
+        kept = {current, *(Path(path).name for path in self._best().values() if path)}
         if is_main_process():
-            delete(Path(self.out_dir), [name for name in names if name != current], self._run)
-        self._outdated = [name for name in self._outdated if name not in names]
+            delete(Path(self.out_dir), [name for name in names if name not in kept], self._run)
+        self._outdated[:] = [name for name in self._outdated if name not in names]
