@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vqmoe_vision.engine.accumulated import keep_accumulated
+from vqmoe_vision.engine.loops import keep_accumulated
 
 
 def test_gradients_that_wait_are_kept_where_a_training_goes_on() -> None:

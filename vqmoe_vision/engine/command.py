@@ -13,10 +13,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 from .checkpoint_files import SaveError
+from .checkpoint_hook import end_by
 from .finite import NonFiniteError
 from .options import expand
 from .processes import LostError, RankError
-from .stop import end_by
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (

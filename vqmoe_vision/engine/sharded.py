@@ -26,16 +26,14 @@ from .processes import timeout_of
 from .routing import RoutingStatistics
 from .sharded_saves import (
     KERNELS_FOR_LISTS,
-    SavesInParts,
-    WholeSaves,
+    JointSaves,
     whole,
     whole_state,
 )
 
 FIELD = 'parallel'
 _OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
-# the words of Composer and Lightning
-_SAVES = {'full': WholeSaves, 'sharded': SavesInParts}
+_SAVES = ('full', 'sharded')  # the words of Composer and Lightning
 
 
 def check_parallel(config: Config) -> None:
@@ -103,9 +101,9 @@ class ShardingHook(Hook):
         allowed = "'bfloat16', 'float32' or None"
         check(param_dtype in list(dtypes), f'{FIELD}.param_dtype', param_dtype, allowed)
         allowed = ' or '.join(map(repr, _SAVES))
-        check(state_dict_type in list(_SAVES), f'{FIELD}.state_dict_type', state_dict_type, allowed)
+        check(state_dict_type in _SAVES, f'{FIELD}.state_dict_type', state_dict_type, allowed)
         self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
-        self._saves = _SAVES[state_dict_type]
+        self.in_parts = state_dict_type == 'sharded'
 
     def before_run(self, runner: Runner) -> None:
         """Refuses what has no meaning for a part of a model."""
@@ -130,14 +128,13 @@ class ShardingHook(Hook):
             if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
-        timeout = timeout_of(runner.cfg)
-        shard_model(runner.model, self.expert_processes, self.param_dtype, timeout)
+        shard_model(runner.model, self.expert_processes, self.param_dtype, timeout_of(runner.cfg))
         self._sharded = runner.model
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
-        runner.save_checkpoint = self._saves(runner, runner.model)
+        runner.save_checkpoint = JointSaves(runner, runner.model, self.in_parts)
 
     def before_val(self, runner: Runner) -> None:
         """Validates on a whole copy."""
@@ -154,11 +151,8 @@ class ShardingHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Puts what belongs to all in place of the parts of the first process."""
-        if not hasattr(self, '_sharded'):
-            return
-        saves = runner.save_checkpoint
-        assert isinstance(saves, WholeSaves)
-        saves.fill(checkpoint)
+        if isinstance(runner.save_checkpoint, JointSaves):
+            checkpoint.update(runner.save_checkpoint.state)
 
 
 def clip_grad_norm(

@@ -1,7 +1,7 @@
 """How all processes write the checkpoints of a spread model: in one piece, or in parts."""
 
 from contextlib import suppress
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from .parts import KEY, RUN_FILE, checksum, delete_folder
 
 # Options of an optimizer for kernels that take lists of tensors of one layout.
 KERNELS_FOR_LISTS = ('foreach', 'fused')
+# Bytes of whole tensors, of which each process writes its part.
+_FILE_SIZE = 1 << 28
 
 
 def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -31,13 +33,17 @@ def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     return state
 
 
-class WholeSaves:
-    """A save before which all processes put their parts together, for a file of whole tensors."""
+class JointSaves:
+    """A save in which all processes of a spread model take part.
 
-    def __init__(self, runner: Runner, model: nn.Module) -> None:
-        self._runner, self._model = runner, model
+    They put it together for the file that the first one writes, or each writes its parts first.
+    """
+
+    def __init__(self, runner: Runner, model: nn.Module, in_parts: bool) -> None:
+        self._runner, self._model, self._in_parts = runner, model, in_parts
         self._save = runner.save_checkpoint
-        self._state: dict[str, Any] = {}
+        # what belongs to all processes, for the place of what the first one has
+        self.state: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -54,41 +60,21 @@ class WholeSaves:
             state['optimizer'] = with_kernels(wrapper.state_dict(), wrapper.optimizer)
         # as mmengine counts without: in the middle of an iteration
         done = (options.get('meta') or {}).get('iter', self._runner.iter + 1)
-        self._state = self._prepare(Path(out_dir) / filename, state, done)
+        folder, run = Path(out_dir), str(self._runner.message_hub.get_info(RUN))
+        if self._in_parts:
+            check_own_parts(self._model, done, state['state_dict'])
+            self.state = write_parts(folder / filename, state, run)
+        else:
+            self.state = whole_state(state)
+            if is_main_process():
+                check_weights(self._model, done, self.state['state_dict'])
         try:
             self._save(out_dir, filename, file_client_args, save_optimizer, **options)
         finally:
-            self._state = {}
-
-    def fill(self, checkpoint: dict) -> None:
-        """Puts what belongs to all processes in the place of what the first one has."""
-        checkpoint.update(self._state)
-
-    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
-        state = whole_state(state)
-        if is_main_process():
-            check_weights(self._model, done, state['state_dict'])
-        return state
-
-
-class SavesInParts(WholeSaves):
-    """A save in which each process writes what it has, by torch's distributed checkpoint."""
-
-    def __call__(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
-        """Saves, as the runner's method does."""
-        try:
-            super().__call__(out_dir, filename, *args, **options)
-        finally:
+            self.state = {}
             # the folder of a file that was written again, or of one that could not be written
-            if is_main_process():
-                remove_unnamed(Path(out_dir), self._run(), {filename})
-
-    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
-        check_own_parts(self._model, done, state['state_dict'])
-        return write_parts(file, state, self._run())
-
-    def _run(self) -> str:
-        return str(self._runner.message_hub.get_info(RUN))
+            if self._in_parts and is_main_process():
+                remove_unnamed(folder, run, {filename})
 
 
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
@@ -98,7 +84,7 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     name = [_make_folder(file, run) if is_main_process() else '']
     broadcast_object_list(name)
     partial, rank = file.with_name(f'.{name[0]}.part'), dist.get_rank()
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(partial), _in_files(tensors), save_distributed=True)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         save(tensors, storage_writer=writer, planner=planner)
@@ -121,6 +107,12 @@ def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
         ) from error
     files = {name: list(numbers) for files in by_rank for name, numbers in files.items()}
     return {**left, KEY: {'folder': name[0], 'files': files}}
+
+
+def _in_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file for each tensor: torch has all that goes into one in memory twice."""
+    ends = accumulate(tensor.nbytes for tensor in tensors.values())
+    return {name: 1 + end // _FILE_SIZE for name, end in zip(tensors, ends, strict=True)}
 
 
 def _make_folder(file: Path, run: str) -> str:
