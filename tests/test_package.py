@@ -20,7 +20,6 @@ LAYERS = {
     'models': 1,
     'engine': 2,
     'script': 2,
-    'torchrun': 0,
     'analysis': 3,
     'classification': 4,
     'segmentation': 4,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vqmoe_vision import collect_losses, update_state
-from vqmoe_vision.engine.accumulated import keep_accumulated, restore_accumulated
+from vqmoe_vision.engine.loops import keep_accumulated, restore_accumulated
 
 
 def test_gradients_that_wait_are_kept_where_a_training_goes_on() -> None:

@@ -15,7 +15,6 @@ from . import (
     routing_log,
     seeding,
     step_values,
-    stop,
 )
 from .finite import NonFiniteError
 from .model import MoeTrainingMixin
@@ -36,5 +35,4 @@ __all__ = [
     'routing_log',
     'seeding',
     'step_values',
-    'stop',
 ]

@@ -1,22 +1,21 @@
 """What `tools/train.py` and `tools/test.py` do, for every task."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check
 
-from .alike import check_configs, check_datasets
-from .checkpoint_files import in_use, newest_checkpoint, newest_time
+from .checkpoint_files import in_use, newest_before, newest_checkpoint
 from .command import run
 from .config import (
     add_config_options,
@@ -29,13 +28,20 @@ from .config import (
     take_ours,
 )
 from .hooks import check_hooks
-from .launchers import LAUNCHERS, multiplied_batch
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .processes import Processes, together
-from .sharded import fill_in_parallel
+from .processes import (
+    LAUNCHERS,
+    check_batch,
+    check_configs,
+    check_datasets,
+    join,
+    together,
+    with_wrapper,
+)
+from .sharded import check_parallel, spread
 from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
 from .training_data import check_training_data
@@ -122,21 +128,22 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as alone, _together(args) as processes:
+    with ExitStack() as alone, together(args.launcher):
         config = _configure(args)
         told = take_ours(config)
-        if problem := multiplied_batch(config, processes.size, args.cfg_options):
-            processes.refuse(problem)
         if args.amp:
             use_amp(config)
+        join(args.launcher, config)
+        check_configs(config)
+        check_batch(config, args.cfg_options)
+        check_parallel(config)
         asked = deepcopy(config)
-        fill_in_parallel(config, processes.size)
-        processes.join(config)
-        check_configs(processes, asked)
-        if processes.rank == 0:
+        if get_rank() == 0:
             make_folder(Path(config.work_dir))
             alone.enter_context(in_use(Path(config.work_dir)))
-        latest = processes.decide(_latest(args, config, processes))
+        of_first = [_latest(args, Path(config.work_dir)) if get_rank() == 0 else None]
+        broadcast_object_list(of_first)
+        (latest,) = of_first
         if latest is not None:
             config.load_from, config.resume = latest, True
         kind = _runner_class(config)
@@ -149,28 +156,24 @@ def _train(args: argparse.Namespace) -> None:
                 runner.cfg.pop(name)
                 runner.cfg.update({name: asked[name]} if name in asked else {})
             runner.dump_config()
-        check_datasets(processes, runner, ('train', 'val'))
+        check_datasets(runner, ('train', 'val'))
         if isinstance(runner, Runner):
+            spread(runner)
             check_hooks(runner)
             check_batches(runner)
             check_training_data(runner)
         runner.train()
 
 
-def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> str | None:
-    folder = Path(config.work_dir)
-    if processes.rank:
-        return None
-
+def _latest(args: argparse.Namespace, folder: Path) -> str | None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
     if args.resume:
         return str(newest_checkpoint(folder, say))
     # whatever torchrun has started again goes on from its own
-    newest = newest_time(folder)
-    before = processes.newest_before(newest)
-    if newest <= before:
+    before = newest_before(folder)
+    if before is None:
         return None
     try:
         return str(newest_checkpoint(folder, say, before))
@@ -180,44 +183,36 @@ def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> s
 
 
 def _test(args: argparse.Namespace) -> None:
-    with _together(args) as processes:
-        _test_together(args, processes)
+    with together(args.launcher):
+        _test_together(args)
 
 
-def _test_together(args: argparse.Namespace, processes: Processes) -> None:
+def _test_together(args: argparse.Namespace) -> None:
     config = _configure(args)
     told = take_ours(config)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
-    if args.out is not None and processes.rank == 0:  # before the work
+    join(args.launcher, config)
+    check_configs(config)
+    if args.out is not None and get_rank() == 0:  # before the work
         check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
         if not passed_on(args.out):
             make_folder(args.out.parent)
     config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
-        if processes.size > 1:
-            raise ValueError(
-                f'--show-dir {args.show_dir} needs one process: of {processes.size} each sees a '
-                'part of the images'
-            )
+        allowed = f'one process shows predictions: of {get_world_size()} each sees a part of them'
+        check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
         show_predictions(config, args.show_dir)
     if args.tta:
         augment_test(config)
-    processes.join(config)
-    check_configs(processes, config)
     runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
     terminal = follow(runner, args.log)
     if told:
         terminal.say(told)
-    check_datasets(processes, runner, ('test',))
+    check_datasets(runner, ('test',))
     metrics = runner.test()
-    if args.out is not None and processes.rank == 0:
+    if args.out is not None and get_rank() == 0:
         write_numbers(args.out, metrics, unwrapped(runner))
-
-
-def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return together(args.launcher)
 
 
 def _configure(args: argparse.Namespace) -> Config:
@@ -239,11 +234,11 @@ def _configure(args: argparse.Namespace) -> Config:
 
 def _runner_class(config: Config) -> type[Runner]:
     if 'runner_type' not in config:
-        return Runner
+        return with_wrapper(Runner)
     found = RUNNERS.get(config.runner_type)
     allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
     check(found is not None, 'runner_type', config.runner_type, allowed)
-    return found
+    return with_wrapper(found)
 
 
 def _with_weights(runner: type[Runner]) -> type[Runner]:

@@ -13,10 +13,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 from .checkpoint_files import SaveError
+from .checkpoint_hook import end_by
 from .config import expand
 from .finite import NonFiniteError
-from .rank_errors import LostError, RankError
-from .stop import end_by
+from .processes import LostError, RankError
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (

@@ -23,8 +23,8 @@ from vqmoe_vision.moe.raw_patches import image_reader
 
 from .config import innermost
 from .finite import check_weights, pass_over_infinite
+from .loops import saves_after_iteration
 from .model import MoeTrainingMixin, unwrapped
-from .progress import saves_after_iteration
 from .routing import lines_of
 from .routing_log import wrapped
 from .trained import check_experts

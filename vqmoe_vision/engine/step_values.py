@@ -19,8 +19,8 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from .finite import check_losses, check_weights
+from .loops import saves_after_iteration
 from .model import unwrapped
-from .progress import saves_after_iteration
 
 READ_AT_ONCE = {'cpu'}  # kinds of devices whose values cost no wait
 LONGEST = 100  # iterations that a loss may wait for a look, however rarely lines are logged

@@ -10,8 +10,8 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
 from .config import innermost
+from .loops import progress_of
 from .model import unwrapped
-from .progress import progress_of
 
 CHOICES = ('bar', 'plain')
 _WIDTH = 24  # of the bar, in columns
