@@ -27,9 +27,6 @@ PACKAGES = (
     'st-moe-pytorch',
     'mixture-of-experts',
     'transformers',
-    'onnx',
-    'onnxscript',
-    'onnxruntime',
 )
 _RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
 

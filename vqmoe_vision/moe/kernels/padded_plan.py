@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .plan import Plan, sort_by_expert
 
-# Measured constants. `tools/benchmark.py tune` measures each of them again, and docs/performance.md
-# says on which processor each was chosen.
+# Measured constants. docs/performance.md says on which processor each was chosen.
 
 # Rows in a block below float32: AMX works on tiles of 16 rows, two at a time; AVX-512 on any.
 _AMX_BLOCK, _BLOCK = 32, 8
