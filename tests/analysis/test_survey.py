@@ -8,9 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vqmoe_vision.analysis.record import record_layers, recorded
-from vqmoe_vision.analysis.samples import MOST_PATCHES, MOST_TOKENS, TokenMoments, TokenSample
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import LayerSurvey, Survey, survey
+from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS, TokenMoments, TokenSample
 from vqmoe_vision.models import convert_to_moe
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
@@ -359,11 +359,11 @@ IMAGES = torch.rand(2, 3, 32, 32)
     [
         ([], {}, 'batches=0 is not possible: at least one image'),
         ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes=None is not possible: names'),
-        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, 'labels=3 .* from 0 to 2'),
-        ([(IMAGES, torch.tensor([0, -1]))], {'classes': CLASSES}, 'labels=-1 .* from 0 to 2'),
-        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, r'labels=.*\(1,\).* per image \(2,'),
+        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, r'labels=\[3\] .* from 0 to 2'),
+        ([(IMAGES, torch.tensor([0, -1]))], {'classes': CLASSES}, r'labels=\[-1\] .* from 0 to 2'),
+        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, r'labels=.*\(1,\).* per image'),
         ([(IMAGES, torch.rand(2))], {'classes': CLASSES}, 'labels=.*float32.*: integers'),
-        ([(IMAGES, torch.zeros(2, 4, 4).long())], {'classes': CLASSES}, r'per pixel \(2, 32, 32\)'),
+        ([(IMAGES, torch.zeros(2, 4, 4).long())], {'classes': CLASSES}, r'\(2, 32, 32\)'),
         ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan or infinite'),
     ],
 )
