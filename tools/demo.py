@@ -86,21 +86,14 @@ def draw_experts(runner: Runner, path: Path) -> None:
     model = runner.model.routed_model.cpu()
     experts = patch_experts(model, images)
     low, high = images.amin(), images.amax()
-    plot_experts(
-        (images - low) / (high - low),
-        experts,
-        model.moe_config.num_experts,
-        'Held-out digits, and the expert that each patch went to',
-    ).savefig(path)
+    images, title = (images - low) / (high - low), 'The expert that each patch went to'
+    plot_experts(images, experts, model.moe_config.num_experts, title).savefig(path)
 
 
 def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
     """Trains Segmenter on that classifier's backbone and draws scenes; says what was reached."""
-    runner, last, places = train(
-        SCENES,
-        work_dir,
-        {'model.backbone.checkpoint': checkpoint, **HISTORY},
-    )
+    options = {'model.backbone.checkpoint': checkpoint, **HISTORY}
+    runner, last, places = train(SCENES, work_dir, options)
     draw_scenes(runner, work_dir / 'scenes.png')
     return [
         '',

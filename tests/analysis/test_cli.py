@@ -13,7 +13,6 @@ from PIL import Image
 import vqmoe_vision.models
 from vqmoe_vision.analysis.cli import analyze
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.moe import METHODS
 
 from ..rows import CONFIGS
 
@@ -75,19 +74,6 @@ def image(path: Path, height: int, width: int) -> None:
     path.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-
-
-def test_a_device_that_is_not_there(untrained: Callable[..., tuple[str, str]]) -> None:
-    assert says(*untrained(), '--device', 'nothing').startswith(
-        "error: device='nothing' is not pos"
-    )
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_every_method_of_a_classifier(method: str, untrained, report) -> None:
-    (survey,) = report(*untrained(model_name=f'vit_tiny_{method}'))['surveys']
-    assert survey['images'] == 12 and survey['classes'][3] == '3'
-    assert survey['layers'].keys() == {'blocks.1.mlp'}
 
 
 def test_a_segmentor_beside_a_classifier(untrained, report) -> None:
@@ -214,10 +200,3 @@ def test_mistakes_are_one_line(untrained, tmp_path) -> None:
 def test_a_dense_model_has_nothing_to_show(untrained) -> None:
     dense = untrained(model_name='vit_tiny_patch16_224', moe=None)
     assert 'is dense, it has no layer of experts' in says(*dense)
-
-
-def test_labels_that_the_config_does_not_name(untrained, tmp_path) -> None:
-    config, checkpoint = untrained()
-    other = untrained(name='other', num_classes=7)[1]
-    assert 'does not fit the config' in says(config, other)
-    assert checkpoint

@@ -54,17 +54,6 @@ def test_a_row_of_the_class_map_sums_to_a_hundred() -> None:
     assert plain(picture.alt) == 'Most together: 100 % of the tokens of cat go to expert 0.'
 
 
-def test_of_many_classes_those_are_shown_that_differ_most() -> None:
-    counts = torch.full((2, 150), 10)
-    counts[0, 149], counts[1, 149], counts[:, 7] = 20, 0, 0  # no token is of class 7
-    classes = [f'class {i}' for i in range(150)]
-    load = {ROUTER: torch.tensor([0.5, 0.5])}
-    seen = of_layer(layer_survey(), classes, expert_by_class={ROUTER: counts}, load=load)
-    (picture,) = figures.class_maps(seen)
-    names = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
-    assert len(names) == 30 and names[-1] == 'class 149' and 'class 7' not in names
-
-
 def test_similarity_is_drawn_as_it_is() -> None:
     (picture, _) = figures.similarity_maps(survey())
     by_weights = torch.as_tensor(picture.figure.axes[0].get_images()[0].get_array())

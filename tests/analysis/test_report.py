@@ -15,11 +15,10 @@ from vqmoe_vision.analysis.checkpoints import Change
 from vqmoe_vision.analysis.report import number_tables, write_report
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import survey as survey_of
-from vqmoe_vision.analysis.surveyed import Survey
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
-from .surveys import CLASSES, NAME, history, soft_survey, survey
+from .surveys import NAME, history, soft_survey, survey
 
 CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
 VOID = {'meta', 'link', 'img', 'input', 'br'}
@@ -132,12 +131,6 @@ def test_the_same_survey_gives_the_same_files(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
-def test_a_dense_model_beside_another_has_its_line(tmp_path: Path) -> None:
-    dense = Survey('dense', 10, CLASSES, {}, [], {})
-    text = write_report([soft_survey(), dense], tmp_path)[0].read_text()
-    assert '<strong>dense</strong>: 0 layers with experts, seen over 10 images of 3 classes' in text
-
-
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='titles have to differ, these are a, a'):
         write_report([survey('a'), survey('a')], tmp_path)
@@ -149,14 +142,6 @@ def test_names_of_pictures_fit_a_file_system_and_do_not_meet(tmp_path: Path) -> 
     write_report([survey(title, layers=1) for title in titles], tmp_path)
     loads = [path.name for path in (tmp_path / 'pictures').glob('*-load.png')]
     assert len(loads) == len(titles)
-
-
-def test_settings_of_matplotlib_stay(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write_report([soft_survey()], tmp_path)
-    assert dict(matplotlib.rcParams) == before
 
 
 def test_models_as_they_are(tmp_path: Path) -> None:

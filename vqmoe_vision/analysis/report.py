@@ -9,7 +9,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,48 +45,43 @@ MEANINGS = {
     'effective_rank_after': "the same of the layer's answers",
     'gate_continuous': 'mean share of the continuous branch, the router; the rest is the codebook',
 }
+# how to read the sections
+PATCHES = """
+Every patch has the colour of its expert, or of its code. Gates and slots are bright where they have
+much weight."""
+LOAD = """
+An even row shares the work. A cell is brightest from four times an even load on; a row with one
+such cell and dark others has collapsed, unless most tokens are of one kind."""
+SUREST = """
+What an expert takes with the largest weights, these first; of a codebook what lies nearest to the
+code."""
+CODES = 'A token goes to its nearest code. Near on a plane may be far in the other directions.'
+CLASSES = """
+Each row is a class and sums to 100. Where all are alike experts do not follow classes."""
+SIMILARITY = """
+Of their parameters as they lie, and of their answers to the same tokens. Experts that are all alike
+do the work of one."""
+TRAINING = """
+The load of a layer with a router and a codebook is that of both together. A router or codebook that
+has come to rest before the experts has converged faster."""
+NUMBERS = 'One table per layer; docs/routing-measures.md defines them and names their sources.'
+SHIFTS = """
+The same tokens with the picture corrupted, cropped or mirrored. It says something only if much less
+changes than by chance: one expert that takes everything never changes."""
+CHANGES = """
+The same tokens, seen by two checkpoints of a run: a router that is still undecided late in training
+sends them elsewhere."""
+CONVERGENCE = """
+Theorem 4.1 of the paper says that routers settle long before the experts. A learning rate that goes
+to zero brings all to rest together: the early part of lines counts."""
 # In the order of the page: anchor, heading, how to read it, and what draws a model's pictures.
 PICTURES = (
-    (
-        'patches',
-        'Where the patches go',
-        'Every patch has the colour of its expert, or of its code. Gates and slots are bright '
-        'where they have much weight.',
-        figures.patch_maps,
-    ),
-    (
-        'load',
-        'Load of the experts',
-        'An even row shares the work. A cell is brightest from four times an even load on; a row '
-        'with one such cell and dark others has collapsed, unless most tokens are of one kind.',
-        figures.load_maps,
-    ),
-    (
-        'surest',
-        'The surest patches of each expert',
-        'What an expert takes with the largest weights, these first; of a codebook what lies '
-        'nearest to the code.',
-        figures.surest_patches,
-    ),
-    (
-        'codes',
-        'Codes among tokens',
-        'A token goes to its nearest code. Near on a plane may be far in the other directions.',
-        figures.code_maps,
-    ),
-    (
-        'classes',
-        'Experts and classes',
-        'Each row is a class and sums to 100. Where all are alike experts do not follow classes.',
-        figures.class_maps,
-    ),
-    (
-        'similarity',
-        'Similarity of the experts',
-        'Of their parameters as they lie, and of their answers to the same tokens. Experts that '
-        'are all alike do the work of one.',
-        figures.similarity_maps,
-    ),
+    ('patches', 'Where the patches go', PATCHES, figures.patch_maps),
+    ('load', 'Load of the experts', LOAD, figures.load_maps),
+    ('surest', 'The surest patches of each expert', SUREST, figures.surest_patches),
+    ('codes', 'Codes among tokens', CODES, figures.code_maps),
+    ('classes', 'Experts and classes', CLASSES, figures.class_maps),
+    ('similarity', 'Similarity of the experts', SIMILARITY, figures.similarity_maps),
 )
 
 
@@ -114,15 +108,14 @@ class Table(NamedTuple):
     rows: list[tuple[str, str, list[str]]]
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A heading of the page, and below it pictures by model, and tables."""
 
     id: str
     title: str
     text: str
-    columns: dict[str, list[Shown]] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
+    columns: dict[str, list[Shown]]
+    tables: Sequence[Table] = ()
 
 
 def write_report(
@@ -171,44 +164,27 @@ def _sections(
     convergence: Convergence | None,
 ) -> list[Section]:
     """All sections that have something to show, in the order of the page."""
-    sections = [
+    found = [
         Section(anchor, title, text, {s.title: _shown(draw(s), s.title) for s in surveys})
         for anchor, title, text, draw in PICTURES
     ]
-    text = (
-        'The load of a layer with a router and a codebook is that of both together. A router or '
-        'codebook that has come to rest before the experts has converged faster.'
-    )
     curves = {name: _shown(figures.training_curves(h), name) for name, h in history.items()}
-    sections.append(Section('training', 'Over training', text, curves))
-    text = 'One table per layer; docs/routing-measures.md defines them and names their sources.'
-    sections.append(Section('numbers', 'Numbers', text, tables=number_tables(surveys)))
-    text = (
-        'The same tokens with the picture corrupted, cropped or mirrored. It says something only '
-        'if much less changes than by chance: one expert that takes everything never changes.'
-    )
-    tables = shift_tables(surveys)
-    sections.append(Section('shifts', 'When the picture changes', text, tables=tables))
-    text = (
-        'The same tokens, seen by two checkpoints of a run: a router that is still undecided late '
-        'in training sends them elsewhere.'
-    )
-    tables = change_tables(changes, surveys)
-    sections.append(Section('changes', 'Changes between checkpoints', text, tables=tables))
+    shifts, changed = shift_tables(surveys), change_tables(changes, surveys)
+    found += [
+        Section('training', 'Over training', TRAINING, curves),
+        Section('numbers', 'Numbers', NUMBERS, {}, number_tables(surveys)),
+        Section('shifts', 'When the picture changes', SHIFTS, {}, shifts),
+        Section('changes', 'Changes between checkpoints', CHANGES, {}, changed),
+    ]
     if convergence is not None:
-        text = (
-            'Theorem 4.1 of the paper says that routers settle long before the experts. A learning '
-            'rate that goes to zero brings all to rest together: the early part of lines counts.'
-        )
         title = 'On the way to the last checkpoint'
-        columns = {title: _shown(figures.convergence_curves(convergence), 'checkpoints')}
-        sections.append(
-            Section('convergence', title, text, columns, [convergence_table(convergence)])
-        )
-    for section in sections:
+        curves = {title: _shown(figures.convergence_curves(convergence), 'checkpoints')}
+        tables = [convergence_table(convergence)]
+        found.append(Section('convergence', title, CONVERGENCE, curves, tables))
+    for section in found:
         for title in [title for title, pictures in section.columns.items() if not pictures]:
             del section.columns[title]
-    return [section for section in sections if section.columns or section.tables]
+    return [section for section in found if section.columns or section.tables]
 
 
 def _shown(pictures: Iterable[Picture], title: str) -> list[Shown]:

@@ -242,34 +242,31 @@ class LayerTally:
         for name, tally in self.experts.items():
             numbers |= {f'{name}/{measure}': v for measure, v in tally.numbers().items()}
         by_class = {name: tally.by_class for name, tally in self.experts.items()}
+        of_codes, codes = self._seen_codes()
         return LayerSurvey(
             num_experts=experts.num_experts,
-            numbers=numbers | self._of_codes(),
+            numbers=numbers | of_codes,
             load={name: tally.load.float() for name, tally in self.experts.items()},
             expert_by_class={name: counts for name, counts in by_class.items() if counts.any()},
             similarity={name: cosine.float() for name, cosine in similarity.items()},
             confident={name: tally.surest() for name, tally in self.experts.items()},
-            codebook=self._codes(),
+            codebook=codes,
         )
 
-    def _of_codes(self) -> dict[str, float]:
-        """Measures of the codebook; its error is relative to the tokens that came with codes."""
+    def _seen_codes(self) -> tuple[dict[str, float], Codes | None]:
+        """Measures of the codebook, errors relative to the tokens that came with its codes."""
         if not self.codebook:
-            return {}
+            return {}, None
         error, around_mean = (
             measures.quantization_error(self.squared_distance, energy)
             for energy in (self.before.energy, self.before.energy_around_mean)
         )
-        return {
+        numbers = {
             f'{self.codebook}/code_perplexity': measures.usage_perplexity(self.usage),
             f'{self.codebook}/dead_codes': float(measures.num_dead(self.usage)),
             f'{self.codebook}/quantization_error': error,
             f'{self.codebook}/quantization_error_around_mean': around_mean,
         }
-
-    def _codes(self) -> Codes | None:
-        if not self.codebook:
-            return None
         codebook, codes = self._codebook()
-        usage = (self.usage / self.usage.sum()).float()
-        return Codes(codes, usage, codebook.compared(self.sample.tokens), self.sample.indices)
+        tokens, usage = codebook.compared(self.sample.tokens), self.usage / self.usage.sum()
+        return numbers, Codes(codes, usage.float(), tokens, self.sample.indices)
