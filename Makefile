@@ -105,10 +105,9 @@ picture: ## draw the picture of the architecture from its text; needs Graphviz
 
 # Nothing else should run here, so threads may spin: OMP_WAIT_POLICY is what it is by default.
 bench: $(VENV)/.bench ## measure layers and models beside dense and other libraries (an idle machine, most of an hour)
-	@status=0; for run in "moe table --gate" "model table --gate" "moe compiled --gate" "model compiled --gate" \
-	        "moe peers --gate" "moe scaling"; do set -- $$run; \
-	    env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py $$1 --preset $$2 $$3 \
-	        --out work_dirs/benchmark/$$1-$$2.json --plot work_dirs/benchmark/$$1-$$2.png || status=1; \
+	@status=0; for run in "moe table" "model table" "moe compiled" "model compiled" "moe peers"; do set -- $$run; \
+	    env -u OMP_WAIT_POLICY $(BIN)/python tools/benchmark.py $$1 --preset $$2 --gate \
+	        --out work_dirs/benchmark/$$1-$$2.json || status=1; \
 	done; exit $$status
 
 bench-ci: $(VENV)/.dev ## hold the speed of a layer against limits, under two minutes

@@ -138,16 +138,12 @@ def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
     return torch.stack(counts), sum(kept) / len(kept)
 
 
-def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """A layer inside its collector, as a training step runs it."""
-    return collecting(module, module, batch)
-
-
-def collecting(
-    module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
+def run_layer(
+    module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
 ) -> Sequence[Tensor]:
-    """Call a layer, perhaps compiled, inside the collector of its module."""
+    """A layer, perhaps compiled, inside its collector, as a training step runs it."""
     assert isinstance(module, MoeLayer)
+    call = call or module
     _show_images(module, batch.images)
     if not module.training or not module.needs_collecting:
         return [call(batch.x)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,14 @@ def dense(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """One MLP of hidden width K * H on all tokens: the same active FLOPs."""
     module = place(Mlp(cell.width, cell.top_k * cell.hidden), cell, settings)
     macs = cell.num_rows * 2 * cell.width * cell.hidden
-    return [Contender('dense', module, _on_tokens, cell.num_rows, macs)]
+    return [Contender('dense', module, on_tokens, cell.num_rows, macs)]
 
 
-def _on_tokens(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    return [module(batch.x)]
+def on_tokens(
+    module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
+) -> Sequence[Tensor]:
+    """A module, perhaps compiled, that answers on tokens alone."""
+    return [(call or module)(batch.x)]
 
 
 class BatchedLinear(torch.autograd.Function):

@@ -379,7 +379,7 @@ FAULTS = (
         'vqmoe_vision/analysis/pictures.py',
         'palette = torch.cat([expert_colours(num_experts), NO_EXPERT])',
         'palette = torch.cat([NO_EXPERT, expert_colours(num_experts)])',
-        'analysis/test_pictures.py analysis/test_report_pictures.py',
+        'analysis/test_pictures.py analysis/test_figures.py',
     ),
     Fault(
         'mirror-not-turned-back',
