@@ -194,7 +194,7 @@ def test_an_error_as_a_block_opens_leaves_it_closed(monkeypatch):
         raise KeyError
 
     with monkeypatch.context() as patch:
-        patch.setattr(model[1], 'begin', fail)
+        patch.setattr(model[1], 'apply_begin', fail)
         with pytest.raises(KeyError), collect_losses(model):
             pass
     assert model[0].updates.item() == 0
