@@ -13,11 +13,10 @@ Both weights sum to 1, and there is no balance loss.
 Where we differ: experts are whole MLPs in the place of the dense one, one of them universal; the
 paper's are LoRAs (rank 8) beside a frozen linear layer of a language model. The paper clusters
 instructions by sentence embeddings. Images are clustered by features of a dense vision transformer
-of this model's shape and training set: means of the patches after its last norm. MoCE (arXiv
-2402.05382) takes an autoencoder's. The paper's embedding is as wide as its features, ours as the
-tokens. Every layer has its own, which starts as in their code, as the paper does not say how: the
-cluster decides from the first step on. Their code multiplies each expert by its weight twice, the
-paper and we once. Noise is drawn per image.
+of this model's shape and training set: means of the patches after its last norm. The paper's
+embedding is as wide as its features, ours as the tokens; every layer has its own, which starts as
+in their code. That multiplies each expert by its weight twice, the paper and we once. Noise is
+drawn per image.
 
 The frozen network runs once per image, before the first block and for all layers. Network and
 centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
@@ -34,7 +33,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +54,6 @@ from ..moe.losses import token_mean
 from ..moe.methods import Method
 from ..moe.raw_patches import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
 from ..moe.routing import Router, Routing, expert_load, full_precision
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ['fit_reader', 'load_features']
 
@@ -163,7 +159,7 @@ class Clusters(ImageReader):
         self.sizes.copy_(torch.tensor(self.network.sizes))
         self._fit_due = True
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Any:
         """As torch's, but for the network, which stays in eval mode."""
         super().train(mode)
         self.network.eval()
@@ -219,11 +215,9 @@ class Clusters(ImageReader):
         if torch.equal(torch.tensor(own, device=given.device).to(given.dtype), given):
             return own
         numbers = [float(number) for number in given.tolist()]
-        # up to which a type has every whole number
-        most = 2 / torch.finfo(given.dtype).eps if given.is_floating_point() else math.inf
-        whole = all(number.is_integer() and 0 < number <= most for number in numbers)
-        allowed = f'{len(own)} whole numbers above 0 that {given.dtype} has exactly'
-        check(whole and len(numbers) == len(own), 'sizes', numbers, allowed)
+        exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
+        allowed = f'{own}, or other whole numbers of a type that has them exactly: {given.dtype}'
+        check(exact, 'sizes', numbers, allowed)
         return tuple(map(int, numbers))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -32,7 +32,7 @@ INPUT = 'images'
 # Weights beyond it go into a file beside the graph, which torch's exporter does by itself: a file
 # of ONNX ends at 2 GiB.
 _ONE_FILE_BYTES = 1536 * 2**20
-_NAMESPACES = ('aten', 'prims', 'higher_order')  # of torch's operators
+_NAMESPACES = ('aten', 'prims', 'export', 'higher_order')  # of torch's operators
 _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
 
