@@ -29,9 +29,6 @@ shifts = {
 }
 # what docs/findings.md shows: tools/compare.py table --images docs/images
 images = {
-    'collapse': 'findings-collapse',
-    'inconsistency': 'findings-inconsistency',
-    'convergence': 'findings-convergence',
     'shifts': 'findings-shifts',
     'differences': 'findings-differences',
 }

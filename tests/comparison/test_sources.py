@@ -8,7 +8,7 @@ from shutil import rmtree
 
 import pytest
 
-from vqmoe_vision.comparison import routing, shifts
+from vqmoe_vision.comparison import measured
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -87,8 +87,8 @@ def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypat
     with Path(path).open('a') as file:
         file.write("\nshifts = {'fog': 'model.fog=1'}\n")
     says('run', path, '--seeds', '1')
-    monkeypatch.setattr(shifts, '_is_measured', lambda *which: True)
-    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    monkeypatch.setattr(measured, 'shift_scores', lambda *which: {'fog': 1.0})
+    monkeypatch.setattr(measured, '_routing', lambda run: {})
     with suppress(SystemExit):
         compare([action, path, '--rows', 'dense', '--seeds', '1'])
     said = capsys.readouterr().err

@@ -11,7 +11,7 @@ import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.controls import challengers
-from vqmoe_vision.comparison.curves import _styles
+from vqmoe_vision.comparison.figures import curve_styles
 from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -52,7 +52,7 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
 def test_curves_of_no_two_rows_look_alike(path: Path, root: None) -> None:
     comparison = read_comparison(str(path))
     for shown in (comparison, replace(comparison, highlighted=())):
-        styles = _styles(shown)
+        styles = curve_styles(shown)
         assert [*styles] == list(shown.highlighted or shown.rows)
         looks = [(look['color'], str(look['linestyle'])) for look in styles.values()]
         assert len({*looks}) == len(looks)

@@ -11,7 +11,6 @@ from vqmoe_vision.comparison.statistics import (
     mean_and_deviation,
     noise_of_all,
     paired_difference,
-    pairs_needed,
     with_noise,
 )
 
@@ -143,9 +142,4 @@ def test_mean_and_deviation_by_hand() -> None:
 @pytest.mark.parametrize(('effect', 'pairs'), [(0.5, 34), (0.8, 15), (1.0, 10)])
 def test_pairs_that_tables_of_power_give(effect: float, pairs: int) -> None:
     """Of the two-sided paired t-test at 5 % with 80 % power."""
-    assert pairs_needed(2.0, -2.0 * effect) == pairs
     assert detectable(2.0, pairs) <= 2.0 * effect < detectable(2.0, pairs - 1)
-
-
-def test_no_number_of_pairs_tells_nothing_apart() -> None:
-    assert pairs_needed(1.0, 0.0) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vqmoe_vision.comparison import cli, routing
+from vqmoe_vision.comparison import cli, measured
 from vqmoe_vision.comparison.queue import Queue
 from vqmoe_vision.comparison.report import draw_figures
 from vqmoe_vision.comparison.runs import Run
@@ -66,17 +66,17 @@ def test_measurements_side_by_side_lose_nothing(finished, monkeypatch) -> None:
         store.add(run, shifts={'fog': {'a': 1.0}})  # another process, while this one measures
         return {}
 
-    monkeypatch.setattr(routing, '_routing', measure)
-    assert routing.measure_routing(finished, store) == []
+    monkeypatch.setattr(measured, '_routing', measure)
+    assert measured.measure_routing(finished, store) == []
     for run in finished:
         assert (row(run)['routing'], row(run)['shifts']) == ({}, {'fog': {'a': 1.0}})
 
 
 @pytest.mark.parametrize('gone', ['iter_2.pth', 'last_checkpoint'])
 def test_a_checkpoint_that_was_deleted_stops_no_other(finished, gone: str, monkeypatch) -> None:
-    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    monkeypatch.setattr(measured, '_routing', lambda run: {})
     (finished[0].folder / gone).unlink()
-    assert routing.measure_routing(finished, Store(ROWS)) == [finished[0].name]
+    assert measured.measure_routing(finished, Store(ROWS)) == [finished[0].name]
     assert ['routing' in row(run) for run in finished] == [False, True]
 
 

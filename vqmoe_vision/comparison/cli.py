@@ -22,14 +22,12 @@ from vqmoe_vision.provenance import commit, processor
 
 from . import control
 from .check import repeat
+from .measured import measure_routing, measure_shifts
 from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
-from .outcome import Outcome
 from .queue import Queue
 from .report import draw_figures, write_images, write_tables
-from .routing import measure_routing
 from .runs import WORK_DIR
-from .shifts import measure_shifts
 from .store import save
 from .tasks import tasks_of
 from .work import Work
@@ -45,8 +43,11 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one = actions.add_parser(action, help=text, description=text)
         one.set_defaults(function=function)
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
-        one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
-        one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
+        if action in ('table', 'noise'):  # p is corrected for all rows, whatever is looked at
+            one.set_defaults(rows=None, seeds=None)
+        else:
+            one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
+            one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
         one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
         one.add_argument(
             '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
@@ -54,10 +55,6 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
         if action == 'run':
             one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
-        if action in ('table', 'noise'):
-            one.add_argument(
-                '--reference', metavar='ROW', help='take differences to this row, not the usual one'
-            )
         if action == 'table':
             one.add_argument(
                 '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
@@ -139,17 +136,14 @@ def _collect(args: argparse.Namespace) -> None:
         raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 
 
-def _outcome(args: argparse.Namespace) -> Outcome:
-    work = Work(args, whole=True)  # p is corrected for all rows, whatever is shown
-    return Outcome(work.comparison, work.read(), args.rows, args.seeds, args.reference)
-
-
 def _table(args: argparse.Namespace) -> None:
-    outcome = _outcome(args)
-    made = outcome, args.results / 'tables'
-    images = [] if args.images is None else write_images(outcome, args.images)
-    for path in [*write_tables(*made), *draw_figures(*made), *images]:
-        print(path)
+    work = Work(args)
+    made = work.comparison, work.read()
+    folder = args.results / 'tables'
+    written = [*write_tables(*made, folder), *draw_figures(*made, folder)]
+    if args.images is not None:
+        written += write_images(*made, args.images)
+    print(*written, sep='\n')
 
 
 def _shifts(args: argparse.Namespace) -> None:
@@ -207,15 +201,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _noise(args: argparse.Namespace) -> None:
-    outcome = _outcome(args)
-    comparison = outcome.comparison
-    frame, budget = noise_of(comparison, outcome.results)
+    work = Work(args)
+    comparison = work.comparison
+    frame, budget = noise_of(comparison, work.read())
     known = frame.astype(object).where(frame.notna(), None)
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
-    together = 'the rows and seeds above' if outcome.partial else 'all rows'
     print(
         f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {comparison.metric} '
-        f'with 80 % power at the 5 % level, if the noise is that of {together} together. '
+        'with 80 % power at the 5 % level, if the noise is that of all rows together. '
         f'Differences are to {comparison.reference}.'
     )
 

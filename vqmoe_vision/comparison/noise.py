@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from .outcome import scores_of
+from .frame import TEST, scores_of, tidy
 from .results import Results
 from .spec import Comparison
 from .statistics import detectable, differences, once_each
@@ -16,7 +16,7 @@ PAIRS = 5
 
 def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, float]:
     """Spread over seeds by row, and the difference that five pairs detect, by all rows."""
-    scores = scores_of(comparison, results)
+    scores = scores_of(tidy(comparison, results), TEST, comparison.metric)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0
     distinct = once_each({comparison.reference: scores.get(comparison.reference, {}), **scores})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,11 @@ class Results:
         )
 
 
-def images_seen(content: dict[str, Any], iterations: int | None = None) -> int:
+def images_seen(content: dict[str, Any]) -> int:
     """How many images a run has been trained on, those that it saw again counted again."""
     loader = content['config'].get('train_dataloader') or {}
     batch = loader.get('batch_size', 1)  # as torch has it
-    done = content['iterations'] if iterations is None else iterations
+    done = content['iterations']
     samples = content.get('data', {}).get('train', {}).get('samples')
     in_epochs = (content['config'].get('train_cfg') or {}).get('by_epoch')
     if not (samples and in_epochs) or loader.get('drop_last'):
@@ -57,12 +57,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(inner) for inner in value]
     return float(f'{value:.5g}') if isinstance(value, float) else value
-
-
-def layer_means(numbers: Sequence[dict[str, float]], name: str) -> list[float]:
-    """A statistic of each layer, as mean over the runs that have it, in the order of layers."""
-    of_runs = [{k: v for k, v in run.items() if k.rpartition('/')[2] == name} for run in numbers]
-    of_runs.sort(key=len, reverse=True)
-    layers = dict.fromkeys(layer for run in of_runs for layer in run)
-    found = [[run[layer] for run in of_runs if layer in run] for layer in layers]
-    return [sum(values) / len(values) for values in found]

@@ -206,6 +206,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def starts(options: Sequence[str]) -> bool:
+    """Whether a row with these options starts from the run of another comparison."""
+    return STARTS.search(' '.join(options)) is not None
+
+
 def words_of(field: str, line: str) -> list[str]:
     """What a shell makes of a line of options."""
     try:

@@ -9,9 +9,9 @@ from pathlib import Path
 from vqmoe_vision.engine.cli import make_folder
 
 from .inputs import without_other_inputs
+from .measured import check_shifts
 from .results import Results, Usable
 from .runs import Run
-from .shifts import check_shifts
 from .spec import read_comparison
 from .store import Store, completed
 from .tasks import Task, tasks_of
@@ -20,15 +20,14 @@ from .tasks import Task, tasks_of
 class Work:
     """The rows and seeds that an action was asked for, and what is there of them."""
 
-    def __init__(self, args: argparse.Namespace, whole: bool = False) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.comparison = read_comparison(args.spec)
         name = self.comparison.name
-        part = () if whole else (args.rows, args.seeds)
         self._all = [
             Run(self.comparison, row, seed, args.work_dir)
             for row, seed in self.comparison.selected()
         ]
-        self._chosen = set(self.comparison.selected(*part))
+        self._chosen = set(self.comparison.selected(args.rows, args.seeds))
         self.runs = [one for one in self._all if (one.row, one.seed) in self._chosen]
         for one in self.runs:  # a mistake in any of them is found before the first starts
             one.folder  # noqa: B018
