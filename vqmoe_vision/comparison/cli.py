@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vqmoe_vision.engine.cli import make_folder
+from vqmoe_vision.engine.cli import load_config, make_folder
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
@@ -23,13 +23,11 @@ from vqmoe_vision.provenance import commit, processor
 from . import control
 from .check import repeat
 from .measured import measure_routing, measure_shifts
-from .mistakes import refuse_mistakes
 from .noise import PAIRS, noise_of
-from .queue import Queue
+from .queue import Queue, tasks_of
 from .report import draw_figures, write_images, write_tables
-from .runs import WORK_DIR
+from .runs import WORK_DIR, Run
 from .store import save
-from .tasks import tasks_of
 from .work import Work
 
 FIGURE = Path('work_dirs/control/control.png')
@@ -79,13 +77,24 @@ def _require_positive(option: str, number: int | None) -> None:
         raise ValueError(f'{option} {number} must be at least 1')
 
 
+def _refuse_mistakes(runs: Sequence[Run]) -> None:
+    """Builds the model of each row, before the first run."""
+    first: dict[tuple[str, str], Run] = {}
+    for one in runs:
+        first.setdefault((one.comparison.name, one.row), one)
+    for config in dict.fromkeys(one.comparison.config for one in runs):
+        load_config(config)  # imports the modules that it names
+    for one in first.values():
+        one.build()
+
+
 def _run(args: argparse.Namespace) -> None:
     _require_positive('--jobs', args.jobs)
     work = Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
-    refuse_mistakes([task.run for task in tasks])
+    _refuse_mistakes([task.run for task in tasks])
     if sources := [task.name for task in tasks if task.leaves is not None]:
         print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
     # a seed of all rows before the next; in it what others start from is the first
@@ -101,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     tasks = Work(args).current()
-    refuse_mistakes([task.run for task in tasks])
+    _refuse_mistakes([task.run for task in tasks])
     for task in tasks:
         print(task.line())
     held = [
@@ -170,8 +179,7 @@ def _say_absent(names: list[str]) -> None:
 def _check(args: argparse.Namespace) -> None:
     work = Work(args)
     _require_positive('--sample', args.sample)
-    work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
-    _, usable = work.own('checked', checked=False)
+    _, usable = work.own('checked', refuted=True)
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
@@ -183,7 +191,7 @@ def _check(args: argparse.Namespace) -> None:
             unknown.append(one.name)
             tqdm.write(str(error))
             continue
-        work.store.keep_check(one, finding)
+        work.store.add(one, checked=finding)
         if not finding['equal']:
             wrong.append(one.name)
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')

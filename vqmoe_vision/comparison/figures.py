@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 
 from vqmoe_vision.models.moe_options import STARTS
 
-from .results import Usable, images_seen
 from .spec import STARTED, Comparison
 from .statistics import Difference, mean_and_deviation
+from .store import Usable
 
 Curve = list[list[float]]  # abscissa and value
 # Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
@@ -87,7 +87,7 @@ def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
     others = [row for row in comparison.rows if row in finished and row not in styles]
     for row in (*others, *styles):
         contents = [content for (name, _), content in usable.items() if name == row]
-        compute = [c['macs'] * images_seen(c) / c['iterations'] / 1e12 for c in contents]
+        compute = [c['macs'] * c['images'] / c['iterations'] / 1e12 for c in contents]
         curves = [c['held_out'] for c in contents]
         if not any(curves):
             continue

@@ -11,7 +11,6 @@ import pandas as pd
 from vqmoe_vision.moe.config import check
 
 from .measured import routing_numbers, shift_scores
-from .results import Results, images_seen
 from .spec import Comparison
 from .statistics import (
     FEW_SEEDS,
@@ -22,6 +21,7 @@ from .statistics import (
     noise_of_all,
     with_noise,
 )
+from .store import Results
 
 UNEQUAL = 0.05  # share of the reference's compute
 TEST, HELD_OUT, RUN, ROUTING = 'test', 'held out', 'run', 'routing'  # splits beside the shifts
@@ -51,9 +51,8 @@ def _numbers(comparison: Comparison, content: dict[str, Any]) -> Iterator[tuple[
     last, score = (content['held_out'] or [(None, math.nan)])[-1]
     if comparison.tested and last == content['iterations']:  # the checkpoint that is tested
         yield HELD_OUT, metric, score
-    for name in ('params', 'active_params', 'macs', 'minutes', 'cpu_minutes'):
+    for name in ('params', 'active_params', 'macs', 'images', 'minutes', 'cpu_minutes'):
         yield RUN, name, content[name]
-    yield RUN, 'images', images_seen(content)
     for shift, score in shift_scores(comparison, content).items():
         yield shift, metric, score
         if test[metric]:

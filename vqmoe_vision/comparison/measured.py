@@ -33,10 +33,9 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.statistics import summarize
 
-from .results import rounded
 from .runs import Run
 from .spec import Comparison, words_of
-from .store import Store
+from .store import Store, rounded
 
 NUM_IMAGES = 1000  # of the test
 SHIFTED_IMAGES = 100

@@ -7,9 +7,9 @@ import math
 import pandas as pd
 
 from .frame import TEST, scores_of, tidy
-from .results import Results
 from .spec import Comparison
 from .statistics import detectable, differences, once_each
+from .store import Results
 
 PAIRS = 5
 

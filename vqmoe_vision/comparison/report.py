@@ -33,9 +33,10 @@ from .frame import (
 )
 from .inputs import SPLITS, data_of
 from .measured import SEVERITY, SHIFTED_IMAGES
-from .results import Results
+from .runs import WORK_DIR, Run
 from .spec import Comparison, starts
 from .statistics import FEW_SEEDS, Difference
+from .store import Results
 
 _HELD_OUT = 'the same on held-out images'
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
@@ -192,8 +193,7 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         'on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
     )
     said += _said_of_compute(comparison.reference, frame)
-    first = {row: content for (row, _), content in results.usable.items()}
-    if beside := [row for row in frame.index if _needs_features(first[row])]:
+    if beside := [row for row in frame.index if _needs_features(comparison, row)]:
         said.append(
             f'{", ".join(beside)}: the frozen network whose features decide is in the '
             'multiply-accumulates, and its weights are not in the parameters.'
@@ -234,8 +234,8 @@ def _said_of_compute(reference: str, frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _needs_features(content: dict[str, Any]) -> bool:
-    model = content['config']['model']
+def _needs_features(comparison: Comparison, row: str) -> bool:
+    model = Run(comparison, row, comparison.seeds[0], WORK_DIR).resolved['model']
     options = options_in_full(model.get('backbone', model))
     return bool(options) and METHODS[options['method']].needs_features
 
@@ -244,7 +244,7 @@ def _said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
     """Which data the rows have seen, and of which it is known what they started from."""
     seen: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
     for content in results.usable.values():
-        for split, _, data in data_of(content):
+        for split, data in data_of(content):
             seen[split][data] = None
     parts = [f'{split} {" and ".join(found)}' for split, found in seen.items() if found]
     total, unknown = len(results.usable), sum('data' not in c for c in results.usable.values())
@@ -264,10 +264,12 @@ def _said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
 
 def _said_of_checks(results: Results) -> str:
     """How many rows have been checked and where, and which have not."""
-    right, usable = results.checked, results.usable
-    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(Counter(right.values()).items()))
+    usable = results.usable
+    right = {key: content['checked'] for key, content in usable.items() if 'checked' in content}
     if not right:
         return f'None of the {len(usable)} runs has been checked: `tools/compare.py check` does so.'
+    commits = Counter(check['commit'] or 'outside git' for check in right.values())
+    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(commits.items()))
     line = f'The first losses of {len(right)} of {len(usable)} runs came out again, at {at}.'
     open_ = ', '.join(f'{row}-seed{seed}' for row, seed in usable if (row, seed) not in right)
     return f'{line} Not checked: {open_}.' if open_ else line
