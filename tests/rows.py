@@ -8,7 +8,7 @@ from typing import Any
 
 from vqmoe_vision.comparison.rows import ROWS as ROWS
 from vqmoe_vision.comparison.rows import row_options as named_row_options
-from vqmoe_vision.engine.options import parse_options as parse
+from vqmoe_vision.engine.config import parse_options as parse
 from vqmoe_vision.models.vit_moe import SIZES
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

@@ -13,7 +13,6 @@ from PIL import Image
 import vqmoe_vision.classification
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.complexity import complexity
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 
@@ -81,7 +80,7 @@ def test_named_leaf_is_what_options_make_of_another(leaf: str) -> None:
 def test_model_and_pipelines(leaf: str) -> None:
     # weights of others are not fetched
     config = load_config(str(CONFIGS / leaf), {'model.pretrained': False})
-    with structure_only():
+    with torch.device('meta'):
         model = MODELS.build(config.model).eval()
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
@@ -109,7 +108,7 @@ def test_configs_choose_by_what_training_leaves_out(leaf: str) -> None:
 @pytest.mark.parametrize(('leaf', 'size', 'row'), every_two(DATA_SETS))
 def test_every_data_set_takes_every_row_and_size(leaf: str, size: str, row: str) -> None:
     config = load_config(str(CONFIGS / leaf), row_options(row, size))
-    with structure_only():
+    with torch.device('meta'):
         model = MODELS.build(config.model).model
     assert model.embed_dim == SIZES[size]['embed_dim']
     assert model.head.out_features == config.model.num_classes
@@ -133,7 +132,7 @@ def test_every_data_set_takes_every_row_and_size(leaf: str, size: str, row: str)
 )
 def test_sizes_are_the_10m_and_110m_of_the_paper(size: str, row: str, millions: float) -> None:
     config = load_config(str(CONFIGS / 'classification/cifar10.py'), row_options(row, size))
-    with structure_only():
+    with torch.device('meta'):
         model = MODELS.build(config.model).model
     # within half a percent: routers and codebooks are not in the arithmetic of the expectation
     assert complexity(model).params / 1e6 == pytest.approx(millions, rel=5e-3)
@@ -144,7 +143,7 @@ def test_rows_are_matched_in_active_compute(leaf: str) -> None:
     macs = {}
     for row in ROWS:
         options = row_options(row)
-        with structure_only():
+        with torch.device('meta'):
             model = MODELS.build(load_config(str(CONFIGS / leaf), options).model).model
         macs[row] = complexity(model).macs
     dense = macs.pop('dense')
@@ -164,7 +163,7 @@ def test_docs_name_configs_that_are_there() -> None:
 
 @pytest.mark.parametrize('line', result_options('model'))
 def test_rows_of_the_results_can_be_built(line: str) -> None:
-    with structure_only():
+    with torch.device('meta'):
         MODELS.build(load_config(str(CONFIGS / BUDGET), parse_options(line)).model)
 
 

@@ -11,8 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
-from vqmoe_vision.classification.datasets import digits
-from vqmoe_vision.classification.image_classification import ImageClassification
+from vqmoe_vision.classification.datasets import ImageClassification, digits
 from vqmoe_vision.comparison.rows import FEATURE_ROWS, PRESET_ROWS
 from vqmoe_vision.engine.cli import load_config
 

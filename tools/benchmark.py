@@ -1,4 +1,4 @@
-"""Benchmark layers, models, exports, steps: tools/benchmark.py moe|model|export|scaling -h."""
+"""Benchmark layers, models and cards: tools/benchmark.py moe|model|gpu -h."""
 
 from benchmark.cli import main
 

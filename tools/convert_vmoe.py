@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from vqmoe_vision.engine.convert_vmoe import convert_vmoe
+    from vqmoe_vision.contrib.vmoe_checkpoints import convert_vmoe
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; converting needs: pip install '.[train]'")
 

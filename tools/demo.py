@@ -11,12 +11,11 @@ try:
 
     from vqmoe_vision.analysis import patch_experts
     from vqmoe_vision.analysis.cli import analyze
-    from vqmoe_vision.analysis.curves import curves, newest_scalars, plot_curves, read_scalars
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config
     from vqmoe_vision.engine.command import one_line
-    from vqmoe_vision.engine.host_memory import keep_freed_memory
+    from vqmoe_vision.engine.terminal import follow, quiet
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
@@ -28,8 +27,6 @@ HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     try:
         told = classify_digits(WORK_DIR / 'classification')
         checkpoint = str(last_checkpoint(WORK_DIR / 'classification'))
@@ -47,24 +44,19 @@ def main() -> None:
 
 
 def train(config: str, work_dir: Path, options: dict) -> tuple[Runner, dict, str]:
-    """Trains and draws curves; returns last values by name too, and a line of what lies where."""
+    """Trains and tests; returns last values by name too, and a line of what lies where."""
     settings = load_config(f'vqmoe_vision::{config}', options)
     settings.work_dir = str(work_dir)
     started = time.monotonic()
-    runner = Runner.from_cfg(settings)
+    runner = quiet(Runner).from_cfg(settings)
+    follow(runner, None)
     runner.train()
     seconds = time.monotonic() - started
-    last = {'seconds': seconds}
-    records = read_scalars(newest_scalars(work_dir))
-    plot_curves(records, Path(config).stem).savefig(work_dir / 'curves.png')
-    last |= {scalar: values[-1] for scalar, (_, values) in curves(records).items()}
-    tested = runner.test()
-    last |= tested
-    last['dead'] = sum(n for name, n in tested.items() if name.endswith('/load_unused'))
+    last = {'seconds': seconds, **runner.test()}
+    last['dead'] = sum(n for name, n in last.items() if name.endswith('/load_unused'))
     places = (
         f'  checkpoint  {last_checkpoint(work_dir)}\n'
-        f'  log         {work_dir / runner.timestamp / runner.timestamp}.log\n'
-        f'  curves      {work_dir / "curves.png"}'
+        f'  log         {work_dir / runner.timestamp / runner.timestamp}.log'
     )
     return runner, last, places
 
@@ -93,21 +85,14 @@ def draw_experts(runner: Runner, path: Path) -> None:
     model = runner.model.routed_model.cpu()
     experts = patch_experts(model, images)
     low, high = images.amin(), images.amax()
-    plot_experts(
-        (images - low) / (high - low),
-        experts,
-        model.moe_config.num_experts,
-        'Held-out digits, and the expert that each patch went to',
-    ).savefig(path)
+    images, title = (images - low) / (high - low), 'The expert that each patch went to'
+    plot_experts(images, experts, model.moe_config.num_experts, title).savefig(path)
 
 
 def segment_scenes(work_dir: Path, checkpoint: str) -> list[str]:
     """Trains Segmenter on that classifier's backbone and draws scenes; says what was reached."""
-    runner, last, places = train(
-        SCENES,
-        work_dir,
-        {'model.backbone.checkpoint': checkpoint, **HISTORY},
-    )
+    options = {'model.backbone.checkpoint': checkpoint, **HISTORY}
+    runner, last, places = train(SCENES, work_dir, options)
     draw_scenes(runner, work_dir / 'scenes.png')
     return [
         '',

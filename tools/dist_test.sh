@@ -8,9 +8,9 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 tools=$(dirname "$0")
-# without lines of torch's sockets, which our own say in words
-export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec python -m vqmoe_vision.torchrun \
-    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$3" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
+where=(--standalone)  # on a free port
+if [ "${NNODES:-1}" != 1 ]; then
+    where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
+fi
+PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec torchrun "${where[@]}" --nproc_per_node="$3" \
     "$tools/test.py" "$1" "$2" --launcher pytorch "${@:4}"

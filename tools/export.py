@@ -3,9 +3,10 @@
 import sys
 
 try:
+    from vqmoe_vision.contrib.int8 import export_int8
     from vqmoe_vision.engine.export import export
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; exporting needs: pip install '.[train,export]'")
 
 if __name__ == '__main__':
-    export()
+    export(int8=export_int8)

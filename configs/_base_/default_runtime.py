@@ -13,7 +13,8 @@ custom_hooks = [
 ]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='auto'),
+    runtime_info=dict(type='StepValuesHook'),
+    checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=1, save_best='auto'),
 )
 log_processor = dict(type='MoeLogProcessor', window_size=10)
 visualizer = dict(

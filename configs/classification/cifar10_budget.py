@@ -19,7 +19,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-train_cfg = dict(by_epoch=True, max_epochs=6)
+train_cfg = dict(type='ResumableEpochLoop', max_epochs=6)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, end=1, convert_to_iter_based=True),
     dict(

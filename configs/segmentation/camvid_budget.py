@@ -8,7 +8,7 @@ model = dict(
     # mean and std are stated: all rows of a comparison are fed alike
     data_preprocessor=dict(
         _delete_=True,
-        type='SegDataPreProcessor',
+        type='CheckedPreProcessor',
         mean=[127.5, 127.5, 127.5],
         std=[127.5, 127.5, 127.5],
         bgr_to_rgb=True,

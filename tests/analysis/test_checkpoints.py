@@ -20,15 +20,6 @@ def test_changes_between_checkpoints_are_counted_over_all_images(make_tiny) -> N
     assert routing_changes(before, after, images.split(2)) == {f'{NAME}.router': 1}
 
 
-def test_both_deciders_are_compared_and_slots_have_none(make_tiny) -> None:
-    images = [torch.rand(1, 3, 32, 32)]
-    model = make_tiny('vqmoe')
-    changes = routing_changes(model, model, images)
-    assert changes == {f'{NAME}.router': 0, f'{NAME}.quantizer.codebook': 0}
-    slots = make_tiny('softmoe')
-    assert routing_changes(slots, slots, images) == {}
-
-
 def test_without_images_there_is_nothing_to_compare(make_tiny) -> None:
     full = make_tiny('vqmoe')
     with pytest.raises(ValueError, match='batches: empty'):

@@ -2,10 +2,13 @@ import pytest
 import torch
 
 from vqmoe_vision.analysis.pictures import (
+    CELL,
+    GAP,
     LIGHTEN,
     expert_colours,
     plot_experts,
     plot_segmentation,
+    rows_of_pictures,
     tint_patches,
 )
 
@@ -35,8 +38,8 @@ def test_patch_takes_the_colour_of_its_expert() -> None:
 def test_picture_has_a_row_per_layer_and_a_legend_entry_per_expert() -> None:
     experts = {name: torch.zeros(3, 2, 2, dtype=torch.long) for name in ('blocks.1', 'blocks.3')}
     figure = plot_experts(torch.rand(3, 1, 4, 4), experts, num_experts=5, title='t')
-    assert len(figure.axes) == 3 * 3  # (image, two layers) x three images
-    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ['image', 'blocks.1', 'blocks.3']
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ['image', 'blocks.1', 'blocks.3']
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == [f'expert {i}' for i in range(5)]
 
@@ -46,9 +49,15 @@ def test_label_maps_are_drawn_in_the_colours_of_the_legend() -> None:
     labels = torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]])
     rows = {'labels': labels, 'predictions': torch.zeros_like(labels)}
     figure = plot_segmentation(torch.rand(2, 3, 2, 2), rows, ('none', 'a', 'b'), palette, 't')
-    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ['image', 'labels', 'predictions']
-    drawn = figure.axes[2].images[0].get_array()
-    assert drawn.tolist() == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ['image', 'labels', 'predictions']
+    # the first label map, a pixel of each quarter
+    corner = figure.axes[0].images[0].get_array()[CELL + GAP :, :CELL]
+    quarters = corner[CELL // 4 : CELL : CELL // 2, CELL // 4 :: CELL // 2]
+    assert quarters.tolist() == [[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 0]]]
+    # pixels that are no square stand in the middle of their cell, on white
+    wide = rows_of_pictures({'wide': [torch.zeros(1, 2, 8)]}, 't').axes[0].images[0].get_array()
+    assert wide[0, CELL // 2].tolist() == [1, 1, 1] and wide[CELL // 2, 0].tolist() == [0, 0, 0]
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == ['none', 'a', 'b']
     assert [p.get_facecolor()[:3] for p in legend.get_patches()] == [

@@ -11,16 +11,14 @@ import timm
 import torch
 from PIL import Image
 
-from vqmoe_vision.analysis.patch_pictures import code_map
-from vqmoe_vision.analysis.report import write_report
-from vqmoe_vision.analysis.report_tables import Change, number_tables
+from vqmoe_vision.analysis.checkpoints import Change
+from vqmoe_vision.analysis.report import number_tables, write_report
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import survey as survey_of
-from vqmoe_vision.analysis.surveyed import Codes, Survey
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import METHODS
 
-from .surveys import CLASSES, NAME, history, soft_survey, survey
+from .surveys import NAME, history, soft_survey, survey
 
 CHANGES = [Change('epoch 1', 'epoch 2', {f'{NAME}.router': 0.25})]
 VOID = {'meta', 'link', 'img', 'input', 'br'}
@@ -73,9 +71,9 @@ def test_every_picture_is_in_the_page_and_a_file(written: list[Path], page: Page
     for path in files:
         with Image.open(path) as picture:
             assert picture.width > 800, path
-    # per layer of the first: experts of two deciders, codes, surest, code map, gates, classes,
-    # similarity; one map of loads. Of the second: load, slots, similarity. Three of training.
-    assert len(files) == len(set(files)) == 2 * 8 + 1 + 3 + 3
+    # per layer of the first: experts, codes, surest, code map, classes, similarity; one map of
+    # loads. Of the second: load, slots, similarity. Three of training.
+    assert len(files) == len(set(files)) == 2 * 6 + 1 + 3 + 3
 
 
 def test_nothing_is_fetched(written: list[Path], page: Page) -> None:
@@ -90,18 +88,12 @@ def test_contents_lead_to_the_sections_and_headings_leave_out_no_level(page: Pag
     sections = [h['id'] for h in page.all('h2') if h['id'] != 'contents']
     assert anchors == {f'#{anchor}' for anchor in sections}
     assert sections == [
-        'experts', 'patches', 'load', 'surest', 'codes', 'gates', 'slots', 'classes', 'similarity',
-        'training', 'numbers', 'shifts', 'changes',
+        'patches', 'load', 'surest', 'codes', 'classes', 'similarity', 'training', 'numbers',
+        'shifts', 'changes',
     ]  # fmt: skip
     levels = [int(tag[1]) for tag, _ in page.tags if tag in {'h1', 'h2', 'h3', 'h4'}]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
-
-
-def test_every_picture_says_in_numbers_what_it_shows(page: Page) -> None:
-    said = [image['alt'] or '' for image in page.all('img')]
-    assert all(any(letter.isdigit() for letter in alt) for alt in said)
-    assert len(set(said)) > 10
 
 
 def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
@@ -117,18 +109,6 @@ def test_numbers_are_those_of_the_surveys(written: list[Path]) -> None:
     assert numbers['surveys'][0] == json.loads(json.dumps(survey().numbers()))
     assert numbers['history'] == {'run': history()}
     assert numbers['changes'] == [vars(CHANGES[0])]
-
-
-def test_an_expert_in_words(page: Page) -> None:
-    items = [text.replace('\xa0', ' ') for tag, text in page.texts if tag == 'li']
-    # of the expert's 300 tokens 200 are of cats, of all 600 tokens 200: 2 / 3 over 1 / 3
-    assert (
-        'takes 50 % of the tokens by router; over-represented: the class cat (2.00 times its '
-        'share). It takes 25 % of the tokens by quantizer.codebook. Of the other experts, expert 1 '
-        'answers most like it (cosine 0.75).'
-    ) in items
-    assert any(text.startswith('takes none of the tokens by router.') for text in items)
-    assert any(text.startswith('gives 40 % of the answers, by its slots.') for text in items)
 
 
 def test_a_table_has_a_column_per_model(page: Page) -> None:
@@ -151,12 +131,6 @@ def test_the_same_survey_gives_the_same_files(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
 
 
-def test_a_dense_model_beside_another_has_its_line(tmp_path: Path) -> None:
-    dense = Survey('dense', 10, CLASSES, {}, [], {})
-    text = write_report([soft_survey(), dense], tmp_path)[0].read_text()
-    assert '<strong>dense</strong>: 0 layers with experts, seen over 10 images of 3 classes' in text
-
-
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='titles have to differ, these are a, a'):
         write_report([survey('a'), survey('a')], tmp_path)
@@ -168,14 +142,6 @@ def test_names_of_pictures_fit_a_file_system_and_do_not_meet(tmp_path: Path) -> 
     write_report([survey(title, layers=1) for title in titles], tmp_path)
     loads = [path.name for path in (tmp_path / 'pictures').glob('*-load.png')]
     assert len(loads) == len(titles)
-
-
-def test_settings_of_matplotlib_stay(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write_report([soft_survey()], tmp_path)
-    assert dict(matplotlib.rcParams) == before
 
 
 def test_models_as_they_are(tmp_path: Path) -> None:
@@ -195,31 +161,10 @@ def test_models_as_they_are(tmp_path: Path) -> None:
         surveys.append(seen)
     page = Page(write_report(surveys, tmp_path)[0].read_text())
     rows = [row for table in number_tables(surveys) for row in table.rows]
-    assert len(rows) > 10 and [row.name for row in rows if not row.meaning] == []
+    assert len(rows) > 10 and [name for name, meaning, _ in rows if not meaning] == []
     assert {h['id'] for h in page.all('h2')} == {
-        'contents', 'experts', 'patches', 'load', 'surest', 'codes', 'gates', 'slots', 'classes',
-        'similarity', 'numbers', 'shifts',
+        'contents', 'patches', 'load', 'surest', 'codes', 'classes', 'similarity', 'numbers',
+        'shifts',
     }  # fmt: skip
     titles = [text for tag, text in page.texts if tag == 'h3']
     assert all(titles.count(method) >= 4 for method in METHODS)
-
-
-def test_a_codebook_whose_tokens_are_all_the_same_is_drawn() -> None:
-    usage = torch.tensor([1.0, 0, 0, 0])
-    codes = Codes(torch.eye(4), usage, torch.ones(5, 4), torch.zeros(5).long())
-    picture = code_map(NAME, codes, num_experts=2)
-    assert picture.alt.replace('\xa0', ' ').startswith(
-        '4 codes among 5 tokens, on axes that hold 0 % of the variance. 1 codes are used; code 0'
-    )
-
-
-def test_axes_of_the_map_by_hand() -> None:
-    # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
-    tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5
-    codes = Codes(tokens[:2], torch.tensor([0.5, 0.5]), tokens, torch.tensor([0, 1, 0, 1]))
-    axes = code_map(NAME, codes, num_experts=2).figure.axes[0]
-    assert axes.get_xlabel().replace('\xa0', ' ') == 'first component, 90 % of the variance'
-    assert axes.get_ylabel().replace('\xa0', ' ') == 'second component, 10 %'
-    placed = axes.collections[1].get_offsets()
-    assert abs(placed[:, 0]).tolist() == pytest.approx([3, 3])
-    assert placed[:, 1].tolist() == pytest.approx([0, 0])

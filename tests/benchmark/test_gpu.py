@@ -7,9 +7,8 @@ import torch
 
 from benchmark import gpu
 from benchmark.cli import main
-from benchmark.model_presets import MODEL_PRESETS
 from benchmark.oracle import WrongResultError
-from benchmark.presets import LAYER_PRESETS
+from benchmark.presets import NETWORK_PRESETS
 
 # issue's figures for an H100: width to an MoE over dense, in the layer and in a whole ViT
 OVER_DENSE = {384: 1.20, 768: 1.11, 1024: 1.09}
@@ -31,22 +30,22 @@ def measured(monkeypatch):
             for name in (plain, f'{plain}+compiled')
         ]
 
-    def layers(preset, settings):
-        ((cell, names),) = preset.runs
+    def layers(runs, settings):
+        ((cell, names),) = runs
         assert settings.compiled and cell.num_tokens >= 25_000
         return rows(('dense', *names), **vars(cell), mode='fwdbwd'), []
 
-    def networks(preset, settings):
-        (run,) = preset.comparisons
+    def networks(comparisons, settings):
+        (run,) = comparisons
         assert settings.compiled and run.batch * 197 >= 25_000
         width = VITS[run.baseline.split('_')[1]]
         fields = dict(width=width, batch=run.batch, tokens=197, dtype=run.dtype, mode='training')
-        return rows((run.baseline, *run.models), **fields), []
+        return rows((run.baseline, *run.models), **fields)
 
     for name in ('check_kernels', 'check_methods', 'check_configs'):
         monkeypatch.setattr(gpu, name, lambda settings: [])
     monkeypatch.setattr(gpu, 'run_layers', layers)
-    monkeypatch.setattr(gpu, 'run_models', networks)
+    monkeypatch.setattr(gpu, 'run_networks', networks)
     return milliseconds
 
 
@@ -92,7 +91,7 @@ def test_an_moe_is_held_to_its_share_over_dense(measured, tmp_path, capsys, widt
 
 @pytest.mark.parametrize('width', WIDTHS)
 def test_compiled_is_held_to_eager(measured, tmp_path, width):
-    contenders = ['ours', 'layer', *MODEL_PRESETS['gpu'].comparisons[WIDTHS.index(width)].models]
+    contenders = ['ours', 'layer', *NETWORK_PRESETS['gpu'].comparisons[WIDTHS.index(width)].models]
     for name in contenders:
         measured.clear()
         # within 5 % of eager, and far below dense
@@ -102,18 +101,6 @@ def test_compiled_is_held_to_eager(measured, tmp_path, width):
         (limit,) = missed(check(tmp_path)[0])
         where = '' if name.startswith('vit') else f' width={width}'
         assert limit.startswith(f'{name}+compiled{where} over {name} at ')
-
-
-def test_every_limit_is_told_where_nothing_was_measured(measured, monkeypatch, tmp_path, capsys):
-    def fails(preset, settings):
-        raise torch.OutOfMemoryError('CUDA out of memory')
-
-    monkeypatch.setattr(gpu, 'run_models', fails)
-    run, status = check(tmp_path)
-    told = [row for row in run['limits'] if row['result'] == 'not measured']
-    assert len(told) == len(MODEL_PRESETS['gpu'].gates) and status == 1
-    assert all(row['ratio'] is None and 'vit_' in row['limit'] for row in told)
-    assert capsys.readouterr().out.count('\nnot measured') == len(told)
 
 
 def test_a_run_is_saved_after_each_part(measured, monkeypatch, tmp_path):
@@ -130,11 +117,11 @@ def test_a_run_is_saved_after_each_part(measured, monkeypatch, tmp_path):
         saved.append(json.loads(file.read_text()))
         return timed(preset, settings)
 
-    timed = gpu.run_models
+    timed = gpu.run_networks
     monkeypatch.setattr(gpu, 'check_kernels', lambda settings: [WRONG])
     monkeypatch.setattr(gpu, 'check_methods', methods)
     monkeypatch.setattr(gpu, 'run_layers', layers)
-    monkeypatch.setattr(gpu, 'run_models', networks)
+    monkeypatch.setattr(gpu, 'run_networks', networks)
     run, status = check(tmp_path)
     assert status == 1
     assert saved[0]['kernels'] == saved[0]['failed'] == [WRONG] and 'methods' not in saved[0]
@@ -148,14 +135,6 @@ def test_a_run_is_saved_after_each_part(measured, monkeypatch, tmp_path):
     judged = [sum(row['result'] == 'met' for row in after['limits']) for after in saves]
     assert judged == sorted(set(judged)) and judged[0] > 0
     assert list(run['seconds'])[:3] == ['kernels', 'methods', 'configs']
-
-
-def test_sizes_are_those_of_the_limits():
-    assert [cell.width for cell, _ in LAYER_PRESETS['gpu'].runs] == WIDTHS
-    runs = MODEL_PRESETS['gpu'].comparisons
-    assert [(run.models[0], run.baseline) for run in runs] == [vit(width) for width in WIDTHS]
-    assert all(run.dtype == 'bfloat16' and run.amp for run in runs)
-    assert all(cell.dtype == 'bfloat16' for cell, _ in LAYER_PRESETS['gpu'].runs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a card')

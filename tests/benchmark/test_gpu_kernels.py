@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 import torch.nn.functional as F
 
 from benchmark import gpu_kernels
@@ -84,7 +83,7 @@ def test_a_kernel_that_fails_in_one_case_is_found(monkeypatch, case, wrong):
     found = [row for row in failures() if row['case'] == case]
     # in every dtype, with autocast and without
     assert len(found) == len(DTYPES) + 2
-    place = r'vqmoe_vision/moe/kernels/choice\.py:\d+'
+    place = r'vqmoe_vision/moe/kernels/__init__\.py:\d+'
     for row in found:
         message = rf'RuntimeError: CUDA error: misaligned address \({place}\)'
         assert re.fullmatch(message, row['result'])
@@ -97,21 +96,3 @@ def test_a_value_error_of_a_kernel_is_no_refusal_of_a_dtype(monkeypatch, message
 
     replaced(monkeypatch, fails)
     assert len(failures()) == (len(DTYPES) + 2) * len(gpu_kernels.CASES)
-
-
-def test_a_kernel_that_is_wrong_under_autocast_alone_is_found(monkeypatch):
-    right = replaced(
-        monkeypatch,
-        lambda x, w, b, o: right(x, w.flip(0) if torch.is_autocast_enabled('cpu') else w, b, o),
-    )
-    assert {row['dtype'] for row in failures()} == {'bfloat16 amp', 'float16 amp'}
-
-
-def test_what_cannot_be_built_is_a_row_for_each_dtype(monkeypatch):
-    def fails(*args):
-        raise torch.OutOfMemoryError('CUDA out of memory')
-
-    monkeypatch.setattr(gpu_kernels, 'ours', fails)
-    rows = gpu_kernels.check_kernels(CPU, CELL)
-    assert [row['dtype'] for row in rows] == [*DTYPES, 'bfloat16 amp', 'float16 amp']
-    assert all(not row['ok'] and 'CUDA out of memory' in row['result'] for row in rows)

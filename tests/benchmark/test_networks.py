@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from benchmark.cells import Settings
-from benchmark.networks import MOST_CHECKED, Comparison, Network, check_against_loops
+from benchmark.networks import Comparison, Network, check_against_loops
 from benchmark.oracle import WrongResultError
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.experts import Experts
@@ -32,18 +31,6 @@ def test_a_wrong_backend_is_not_timed(method: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Experts, 'forward', wrong)
     with pytest.raises(WrongResultError, match='differs from the plain loop; not timed'):
         check_against_loops(network(method))
-
-
-def test_of_many_images_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, right = set(), VisionTransformer.forward
-
-    def forward(self: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
-        seen.add(len(x))
-        return right(self, x)
-
-    monkeypatch.setattr(VisionTransformer, 'forward', forward)
-    check_against_loops(network('smoe', MOST_CHECKED + 1))
-    assert seen == {MOST_CHECKED}
 
 
 def test_a_compiled_network_trains_the_weights_of_the_eager_one() -> None:

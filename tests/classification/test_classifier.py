@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.classification import Classifier
-from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, collect_losses
 
 SMALL = dict(
@@ -160,21 +160,13 @@ def loader(size: int, drop_last: bool = False, **kwargs: Any) -> DataLoader:
 
 def test_mixup_wants_even_batches() -> None:
     model = Classifier('vit_tiny_patch16_224', mixup={}, **SMALL)
-    with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 is .*: an even'):
-        model.check_batches(loader(5, drop_last=True), 2)
-    with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False .* has 3 images'):
-        model.check_batches(loader(4), 3)
-    model.check_batches(loader(4), 2)  # a run by iterations that ends before
-    model.check_batches(loader(4, drop_last=True), 2)
-    model.check_batches(loader(4, sampler=InfiniteSampler(range(11))), 9)  # has no last batch
-    model.check_batches(loader(4, sampler=range(6)), 2)
-    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5), 3)
-
-
-@pytest.mark.parametrize('name', ['num_classes', 'label_smoothing'])
-def test_mixup_has_options_of_the_model(name: str) -> None:
-    with pytest.raises(ValueError, match=rf'^model\.mixup\.{name}=0\.1 .* of model\.{name}$'):
-        Classifier('vit_tiny_patch16_224', mixup={name: 0.1}, **SMALL)
+    with pytest.raises(ValueError, match=r'^train_dataloader\.batch_size=5 '):
+        model.check_batches(loader(5, drop_last=True))
+    with pytest.raises(ValueError, match=r'^train_dataloader\.drop_last=False '):
+        model.check_batches(loader(4))
+    model.check_batches(loader(4, drop_last=True))
+    model.check_batches(loader(4, sampler=InfiniteSampler(range(11))))  # has no last batch
+    Classifier('vit_tiny_patch16_224', **SMALL).check_batches(loader(5))
 
 
 @pytest.mark.parametrize('value', [1.0, 10, -0.1, float('nan'), '0.1', True])

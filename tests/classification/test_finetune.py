@@ -19,6 +19,7 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.upcycle import upcycle
 
 from ..rows import CONFIGS, leaves
 
@@ -125,6 +126,35 @@ def test_weights_by_name_bring_their_normalisation(tmp_path: Path) -> None:
     assert 'dense.pth: loaded 54 of the 54 tensors of the backbone' in log(dense_row)
     found = content(dense_row)['state_dict']['model.blocks.1.mlp.fc1.weight']
     assert torch.equal(found, dense['blocks.1.mlp.fc1.weight'])
+
+
+def test_from_imagenet_weights_to_a_folder_of_my_classes(tmp_path: Path) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    sizes = dict(img_size=32, patch_size=8, **SIZES)
+    overlay = dict(mean=mean, std=std)
+    dense = timm.create_model('vit_small_patch16_224', pretrained_cfg_overlay=overlay, **sizes)
+    assert dense.num_classes == 1000
+    folders = [str(tmp_path / name) for name in ('dense', 'sparse', 'mine')]
+    save_for_hf(dense, folders[0], safe_serialization=True)
+    options = [f'{name}={value}' for name, value in sizes.items()]
+    options += ['num_experts=2', 'moe_layers=last2']
+    upcycle([f'local-dir:{folders[0]}', 'vit_small_vqmoe', folders[1], '--cfg-options', *options])
+    config = write_config(tmp_path, FOLDERS, checkpoint=folders[1], patch_size=8)
+    work = train(config, 'w')
+    assert f'{folders[1]}: loaded 74 of the 74 tensors of the backbone' in log(work)
+    top1 = score(config, work)
+    publish([str(work), folders[2], '--numbers', str(work / 'metrics.json')])
+    assert f'| test | accuracy/top1 | {top1:.4g} |' in (Path(folders[2]) / 'README.md').read_text()
+    model: Any = timm.create_model(f'local-dir:{folders[2]}', pretrained=True).eval()
+    assert model.pretrained_cfg['label_names'] == ['000', '001', '002']
+    assert [model.pretrained_cfg[name] for name in ('mean', 'std')] == [mean, std]
+    state = content(work)['state_dict']
+    assert all(torch.equal(v, state[f'model.{k}']) for k, v in model.state_dict().items())
+    # of the 1,000 classes the head is gone, and all else has learned a little from where it was
+    name = 'blocks.1.mlp.experts.fc1.weight'
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    moved = (state[f'model.{name}'] - dense.blocks[1].mlp.fc1.weight).norm()
+    assert 0 < moved < 0.1 * dense.blocks[1].mlp.fc1.weight.norm()
 
 
 def test_full_then_discrete(tmp_path: Path) -> None:

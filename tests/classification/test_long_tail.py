@@ -14,7 +14,6 @@ from PIL import Image
 from vqmoe_vision.classification.datasets import _part
 from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.splits import SPLITS, long_tail, split_indices
-from vqmoe_vision.engine.reported import reported
 from vqmoe_vision.engine.training_data import TrainingPart
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
@@ -160,7 +159,6 @@ def test_accuracies_by_frequency_by_hand() -> None:
     logits = torch.nn.functional.one_hot(chosen, 3).float()
     evaluator.process(data_samples=list(logits), data_batch=[None, targets])
     found = evaluator.evaluate(7)
-    assert reported([dict(type='Accuracy', topk=(3,))]) == found.keys()
     assert found == {
         'accuracy/top3': 100.0,  # the others are of the best one, whatever k is
         'accuracy/balanced': pytest.approx((25 + 0 + 100) / 3),

@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = dict(
     img_size=48, patch_size=16, depth=4, embed_dim=12, num_heads=3, class_token=False,
     global_pool='avg', num_classes=10, model_name='vit_tiny_smoe', moe=dict(num_experts=4),
 )  # fmt: skip
-MESSAGE = 'is of another MoE method: its experts are those of smoe, the model has those of ecmoe; '
+MESSAGE = "saved with method='smoe', the model has 'ecmoe'"
 
 
 @pytest.fixture
@@ -50,42 +50,10 @@ def test_a_checkpoint_of_the_discrete_form_is_told_of_it() -> None:
         full = MODELS.build(config.model)
         config.model.moe['form'] = 'discrete'
         discrete = MODELS.build(config.model)
-    fits = "; form='discrete' would fit"
     for alone in (discrete.state_dict(), discrete.routed_model.state_dict()):
-        said = full.misfit(alone)
-        assert said.startswith('missing keys: ') and said.endswith(fits)
+        assert full.misfit(alone).startswith('missing keys: ')
         assert discrete.misfit(alone) == ''
     assert discrete.misfit(full.state_dict()) == full.misfit(full.state_dict()) == ''
-
-
-DENSE = dict(model_name='vit_tiny_patch16_224', moe=None)
-
-
-@pytest.mark.parametrize(
-    ('theirs', 'fits', 'said'),
-    [
-        (dict(depth=3), dict(depth=3), ''),
-        (dict(embed_dim=24), dict(embed_dim=24), 'and the num_heads of the checkpoint'),
-        (dict(num_classes=3, depth=3), dict(depth=3, num_classes=3), ''),
-        (dict(num_classes=3), dict(num_classes=3), ''),
-        (dict(img_size=16), dict(img_size=16), 'positions are resized for a training that'),
-        (DENSE, {}, 'it is of a dense model: model.checkpoint=FILE makes experts of its MLPs'),
-    ],
-    ids=str,
-)
-def test_what_would_fit_weights_of_a_run_is_said(
-    theirs: dict[str, Any], fits: dict[str, Any], said: str
-) -> None:
-    config = load_config(DIGITS, {f'model.{name}': value for name, value in SMALL.items()})
-    config.model.moe = SMALL['moe']
-    with scope_of(config):
-        model = MODELS.build(config.model)
-        source = MODELS.build({**config.model, **theirs})
-    line = model.misfit(source.state_dict())
-    assert said in line and all(f'{name}={value}' in line for name, value in fits.items())
-    if fits:
-        with scope_of(config):
-            assert MODELS.build({**config.model, **fits}).misfit(source.state_dict()) == ''
 
 
 @pytest.mark.parametrize('place', ['run', 'folder'])

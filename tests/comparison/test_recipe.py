@@ -21,8 +21,8 @@ MODEL = {'type': 'Classifier', 'model_name': 'vit_tiny_vqmoe', 'moe': {'preset':
 # one that it loses into `recipe._REMOVED`. A default that changes makes another recipe, and all
 # rows that had it stale: then this line changes too.
 RECIPES = {
-    'smoe': '23d273a7295b3e53',
-    'xmoe': 'c7bd48377ca45880',
+    'smoe': '512ba48df4e4b278',
+    'xmoe': 'c77d062be8bb875b',
     'stablemoe': '466f7bbc6cff6f8b',
     'softmoe': '76971d7955890699',
     'vqmoe': '55751df684565036',

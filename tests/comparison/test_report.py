@@ -514,7 +514,7 @@ def test_what_is_one_run_under_two_names_counts_once_for_the_noise(fill, says) -
 )
 def test_images_seen(by_epoch: bool, drop_last: bool, iterations: int, images: int) -> None:
     loader = dict(batch_size=4, drop_last=drop_last)
-    config = dict(train_cfg=dict(by_epoch=by_epoch), train_dataloader=loader)
+    config = dict(train_cfg=dict(max_epochs=2) if by_epoch else {}, train_dataloader=loader)
     record = dict(iterations=iterations, data=dict(train=dict(samples=10)))
     assert images_seen(config, record) == images
 

@@ -8,8 +8,10 @@ Each rank writes what it prints beside it, and `ended.json` says how it ended.
 
 import json
 import os
+import signal
 import socket
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,9 @@ import torch
 
 from tests.formatting import format_once
 from vqmoe_vision.engine import cli
+
+# Seconds from SIGTERM to SIGKILL, of which torchrun has 30.
+GRACE = 10.0
 
 
 def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str]) -> int:
@@ -49,7 +54,7 @@ def free_port() -> int:
 
 
 def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
-    """Waits for all ranks of a run.
+    """Waits for all ranks of a run; as torchrun does, ends all as soon as one has failed.
 
     Returns:
         Their statuses, negative for the number of a signal.
@@ -60,7 +65,24 @@ def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
         (folder / str(number)).mkdir(parents=True)
         variables = {**where, **one['variables']}
         processes.append(rank(folder / str(number), tool, variables, one['arguments']))
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    ended: dict[int, int] = {}
+    told: float | None = None
+    while len(ended) < len(processes):
+        process, status = os.waitpid(-1, os.WNOHANG)
+        if process:
+            ended[process] = os.waitstatus_to_exitcode(status)
+        if any(ended.values()) and told is None:
+            told = time.monotonic()
+            end(set(processes) - ended.keys(), signal.SIGTERM)
+        if told is not None and time.monotonic() > told + GRACE:
+            end(set(processes) - ended.keys(), signal.SIGKILL)
+        time.sleep(0.1)
+    return [ended[process] for process in processes]
+
+
+def end(processes: set[int], number: int) -> None:
+    for process in processes:
+        os.kill(process, number)
 
 
 if __name__ == '__main__':

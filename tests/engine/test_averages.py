@@ -42,7 +42,7 @@ def test_the_saved_codebook_is_that_of_the_last_update(tmp_path: Path) -> None:
 
 
 def test_codes_that_are_weights_are_averaged_from_their_start_on(tmp_path: Path) -> None:
-    content = saved(run(tmp_path / 'run', 'model.moe.codebook=gradient'))
+    content = saved(run(tmp_path / 'run', 'model.moe.codebook=cvq'))
     averaged = codebook(content, 'state_dict')['embed']
     trained = codebook(content, 'ema_state_dict', 'module.')['embed']
     assert not torch.equal(averaged, trained)
@@ -50,7 +50,7 @@ def test_codes_that_are_weights_are_averaged_from_their_start_on(tmp_path: Path)
     assert (averaged - trained).norm() < 0.3 * trained.norm()
 
 
-@pytest.mark.parametrize('book', ['ema', 'gradient'])
+@pytest.mark.parametrize('book', ['ema', 'cvq'])
 def test_a_run_with_averages_resumes_exactly(book: str, tmp_path: Path) -> None:
     option = f'model.moe.codebook={book}'
     whole, resumed = run(tmp_path / 'whole', option), tmp_path / 'resumed'

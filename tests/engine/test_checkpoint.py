@@ -16,10 +16,10 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from vqmoe_vision.engine import checkpoint, start
+from vqmoe_vision.engine import checkpoint, trained
 from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
 from vqmoe_vision.engine.normalization import weights_normalization
-from vqmoe_vision.engine.start import start_model
+from vqmoe_vision.engine.trained import start_model
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.stated_experts import STATED
 
@@ -369,7 +369,7 @@ def test_layers_begin_a_new_training_and_the_log_says_so(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    for module in (checkpoint, start):
+    for module in (checkpoint, trained):
         monkeypatch.setattr(module, 'print_log', lambda line, logger: lines.append(line))
     finished = tiny('vit_tiny_stablemoe', num_experts=2)
     distilled = finished.blocks[1].mlp.router.distilled

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from vqmoe_vision.engine import checkpoint_files
 from vqmoe_vision.engine.checkpoint_files import (
     RUN,
     SaveError,
@@ -19,6 +20,7 @@ from vqmoe_vision.engine.checkpoint_files import (
     delete,
     in_use,
     last_checkpoint,
+    newest_before,
     newest_checkpoint,
     newest_time,
     remove_partial,
@@ -205,3 +207,28 @@ def test_names_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in work.iterdir()) == ['folder.pth', 'notes.txt']
     (work / 'last_checkpoint').write_text(str(other))
     assert last_checkpoint(work) == work / 'thesis.pth'
+
+
+def test_a_restart_knows_which_checkpoints_are_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[float | None] = []
+
+    def attempt(number: int, saved_at: float) -> None:
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(number))
+        monkeypatch.setattr(checkpoint_files, 'newest_time', lambda _: saved_at)
+        known.append(newest_before(tmp_path))
+
+    attempt(0, 5.0)  # of a process that nobody starts again
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    for number, saved_at in enumerate((5.0, 5.0, 7.0, 9.0)):
+        attempt(number, saved_at)
+    assert known == [None, None, None, 5.0, 5.0]  # what the first attempt has written is newer
+    attempt(0, 9.0)  # the next run
+    attempt(1, 9.0)
+    # one whose first attempt ended before it came here
+    monkeypatch.setattr(os, 'getppid', lambda: 1)
+    attempt(1, 11.0)
+    attempt(2, 12.0)
+    assert known[5:] == [None, None, None, 11.0]

@@ -6,9 +6,8 @@ from typing import Any
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
-from vqmoe_vision.classification.class_folder import class_folder
-from vqmoe_vision.classification.datasets import digits
-from vqmoe_vision.engine.data_record import described
+from vqmoe_vision.classification.datasets import class_folder, digits
+from vqmoe_vision.engine.record import described
 
 TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
 

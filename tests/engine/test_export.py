@@ -103,24 +103,6 @@ def test_a_name_of_timm_with_a_file(weights: str, tmp_path: Path, capsys) -> Non
     torch.testing.assert_close(found, model.eval()(images), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
-def test_int8(run: Path, tmp_path: Path, capsys, suffix: str) -> None:
-    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
-    sizes = []
-    for options in ([], ['--int8']):
-        out = tmp_path / f'model{len(options)}{suffix}'
-        export([str(run), str(out), *options])
-        sizes.append(out.stat().st_size)
-    one, many = capsys.readouterr().out.splitlines()[-2:]
-    assert one.startswith('batch 1, logits: ') and many.startswith('batch 32, logits: ')
-    # between rounding in another order and rounding to 255 steps in several layers
-    assert all(1e-5 < float(line.split()[-1]) < 0.5 for line in (one, many))
-    # of a model this small most of a file of torch.export is the graph, which grows
-    assert suffix == '.pt2' or sizes[1] < sizes[0]
-
-
 def test_a_name_whose_weights_come_with_the_package(tmp_path: Path) -> None:
     out = tmp_path / 'model.pt2'
     export(['test_vit_vqmoe', str(out), '--batch', '2', '--cfg-options', 'form=discrete'])
@@ -169,7 +151,7 @@ HARMS = {
     'cut': r"L(/model\.safetensors)?' is damaged, or holds more than weights",
     'config': r"^error: source='local-dir:.*L' is not possible: a folder with the config\.json",
     'classes': 'num_classes=10|weights of .*L. have nothing for head.weight, head.bias',
-    'heads': 'which has 3 heads, for 4; num_heads=3 would fit',
+    'heads': 'num_heads=3, the model has num_heads=4',
 }
 # of a network without heads
 WRONG = [(kind, harm) for kind in MODELS for harm in HARMS if (kind, harm) != ('other', 'heads')]
@@ -200,7 +182,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(kind: str, harm: str, tmp_path:
     [
         (['num_classes=7'], "weights of 'NAME' have nothing for head.weight, head.bias, which wou"),
         (['upcycling.drop=0.5'], r'^error: upcycling.* has no dense MLP to make experts of'),
-        (['num_heads=4'], 'which has 3 heads, for 4; num_heads=3 would fit'),
+        (['num_heads=4'], 'num_heads=3, the model has num_heads=4'),
     ],
 )
 def test_options_that_weights_by_name_do_not_have(
@@ -226,7 +208,7 @@ def test_a_file_is_compared_with_what_is_beside_it(tmp_path: Path) -> None:
     model = leave_folder(tmp_path / 'L', 'dense', safe=True)
     file, out = str(tmp_path / 'L/model.safetensors'), str(tmp_path / 'OUT.pt2')
     options = ['--batch', '2', '--cfg-options', *SMALL]
-    with pytest.raises(SystemExit, match='which has 3 heads, for 6; num_heads=3 would fit'):
+    with pytest.raises(SystemExit, match='num_heads=3, the model has num_heads=6'):
         export([NAME, file, out, *options, 'num_heads=6'])
     export([NAME, file, out, *options])
     images = torch.randn(2, 3, 32, 32)
@@ -315,7 +297,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path, caplog) -> None:
         ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'checkpoint_path=x'], '^error: checkpoint_path='),
         ([NAME, 'WEIGHTS', 'OUT.pt2', *CHANGED, 'model_name=x'], '^error: model_name=.*left out'),
         (['test_vit_vqmoe', 'OUT.pt2', *CHANGED, 'pretrained=False'], '^error: pretrained=False'),
-        (['no_such_model', 'WEIGHTS', 'OUT.pt2'], "'no_such_model' does not exist"),
+        (['no_such_model', 'WEIGHTS', 'OUT.pt2'], 'no_such_model'),
     ],
     ids=str,
 )

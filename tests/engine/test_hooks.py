@@ -7,7 +7,8 @@ import timm
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from timm.optim import Lamb
 from torch import nn
 
 from vqmoe_vision.engine import NonFiniteError, hooks
@@ -19,6 +20,25 @@ from vqmoe_vision.engine.hooks import (
 )
 from vqmoe_vision.engine.routing import RoutingStatistics
 from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.moe.optimizer import check_optimizer
+
+SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded(several: bool) -> None:
+    model = timm.create_model('vit_tiny_smoe', **SIZES)
+    optimizer = Lamb(model.parameters())
+    wrapper: Any = OptimWrapper(optimizer)
+    if several:
+        wrapper = OptimWrapperDict(experts=wrapper)
+    with pytest.raises(ValueError, match='Lamb'):
+        check_optimizer(optimizer, model)
+    for _ in range(2):  # a test after the training runs too
+        MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    check_optimizer(optimizer, model)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
 
 
 def stub_runner(hooks: Sequence[Hook] = ()) -> Any:

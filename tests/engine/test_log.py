@@ -1,4 +1,4 @@
-from vqmoe_vision.engine.log import wrapped
+from vqmoe_vision.engine.routing_log import wrapped
 
 PREFIX = '11/25 20:59:22 - mmengine - INFO - '
 

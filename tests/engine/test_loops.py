@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.logging import MessageHub
-from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
-from mmengine.runner import runner as upstream
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,11 +23,6 @@ class Recorded(ResumableEpochLoop):
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
         self.batches.append((idx, data_batch.tolist()))
-
-
-def test_configs_of_mmengine_have_this_loop() -> None:
-    assert LOOPS.get('EpochBasedTrainLoop') is ResumableEpochLoop
-    assert upstream.EpochBasedTrainLoop is ResumableEpochLoop
 
 
 @pytest.mark.parametrize('kind', [SeededSampler, DefaultSampler])

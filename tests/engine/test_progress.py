@@ -9,7 +9,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vqmoe_vision.engine.progress import progress_of, validation_was_cut_off
+from vqmoe_vision.engine.loops import progress_of, validation_was_cut_off
 
 
 class Epochs(EpochBasedTrainLoop):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import vqmoe_vision.engine  # noqa: F401  registers keep_worker_seed
+from vqmoe_vision.engine.config import OURS, renamed
 from vqmoe_vision.engine.seeding import (
     ReseedHook,
     SeededInfiniteSampler,
@@ -175,7 +176,8 @@ def wrapped(name: str) -> Any:
         'RepeatDataset': dict(dataset=inner[0], times=3),
         'ClassBalancedDataset': dict(dataset=inner[0], oversample_thr=1.0),
     }
-    return DATASETS.build(dict(type=name, **arguments[name]))
+    kind = renamed(dict(type=name), OURS, set())
+    return DATASETS.build(dict(**kind, **arguments[name]))
 
 
 WRAPPERS = [

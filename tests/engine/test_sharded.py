@@ -1,6 +1,7 @@
 """What a config may say of spreading a model, and gradients whose layouts differ."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from timm.optim import create_optimizer_v2
 
-from vqmoe_vision.engine.process_group import fill_in_wrapper
+from vqmoe_vision.engine import sharded
 from vqmoe_vision.engine.sharded import (
     ShardingHook,
     _exchange,
     check_optim_wrapper,
+    check_parallel,
     clip_grad_norm,
-    fill_in_parallel,
+    spread,
     whole_state,
 )
 from vqmoe_vision.engine.sharded_saves import with_kernels
@@ -38,51 +40,23 @@ from vqmoe_vision.engine.sharded_saves import with_kernels
         ),
     ],
 )
-def test_refused(fields: dict[str, Any], processes: int, message: str) -> None:
+def test_refused(
+    fields: dict[str, Any], processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, 'get_world_size', lambda: processes)
     with pytest.raises(ValueError, match=message):
-        fill_in_parallel(Config(fields), processes)
+        check_parallel(Config(fields))
 
 
-def test_a_hook_without_a_type_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^custom_hooks=\{'tpye': 'EMAHook'\} is not possible: "):
-        fill_in_parallel(Config({'custom_hooks': [{'tpye': 'EMAHook'}]}), 1)
-
-
-def test_a_config_that_a_run_has_written_has_one_hook() -> None:
-    config = Config({'parallel': {'expert_processes': 2}, 'custom_hooks': [{'type': 'Other'}]})
-    fill_in_parallel(config, 2)
-    fill_in_parallel(config, 2)
-    assert [hook['type'] for hook in config.custom_hooks] == ['Other', 'ShardingHook']
-    assert config.model_wrapper_cfg == {'type': 'Unwrapped'}
-
-
-@pytest.mark.parametrize('spread', [True, False])
-def test_a_config_that_a_run_has_written_can_be_changed(spread: bool) -> None:
-    asked = {'custom_hooks': [{'type': 'Other'}]}
-    config = Config({**asked, 'parallel': {}} if spread else asked)
-    fill_in_parallel(config, 2)
-    fill_in_wrapper(config, 'cpu')
-    assert config.model_wrapper_cfg.type == ('Unwrapped' if spread else 'FilledInDataParallel')
-    config.merge_from_dict({'parallel': None, 'find_unused_parameters': True})
-    fill_in_parallel(config, 1)
-    assert config.to_dict() == {**asked, 'find_unused_parameters': True}
-    fill_in_wrapper(config, 'cpu')
-    assert config.model_wrapper_cfg.find_unused_parameters
-    # but what somebody has put there stays
-    config.model_wrapper_cfg.gradient_as_bucket_view = True
-    fill_in_parallel(config, 2)
-    assert config.model_wrapper_cfg.gradient_as_bucket_view
-    del config.model_wrapper_cfg['gradient_as_bucket_view']
-    config.parallel = {'expert_processes': 2}
-    fill_in_parallel(config, 2)
-    assert config.model_wrapper_cfg == {'type': 'Unwrapped'}
-    assert [hook['type'] for hook in config.custom_hooks] == ['Other', 'ShardingHook']
-
-
-def test_no_field_changes_nothing() -> None:
-    config = Config({'model': {}})
-    fill_in_parallel(config, 1)
-    assert config.to_dict() == {'model': {}}
+def test_a_model_is_spread_where_the_config_says_so() -> None:
+    hooks: list[ShardingHook] = []
+    for options in ({}, {'parallel': None}, {'parallel': {'expert_processes': 2}}):
+        config = Config({'model': {}, **options})
+        runner: Any = SimpleNamespace(cfg=config, register_hook=hooks.append)
+        spread(runner)
+        assert config.to_dict() == {'model': {}, **options}  # which a next run may change
+    (hook,) = hooks
+    assert hook.expert_processes == 2
 
 
 @pytest.mark.parametrize('name', ['int8', 'float16', 'nn', ['float32']])

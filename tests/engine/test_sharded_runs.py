@@ -44,7 +44,7 @@ def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
         for part in {'state_dict', 'optimizer'} & found.keys():
             assert same(found[part], expected[part])
     # rank 1 was told, and all of them saved
-    assert ended['told'] == [-15, 1]
+    assert ended['told'] == [-15, -15]
     assert 'SIGTERM: saved iteration 4;' in ''.join(said(tmp_path, 'told'))
     assert read_content(str(tmp_path / 'stopped/iter_4.pth'))['meta']['iter'] == 4
     goes_on(tmp_path, parts)

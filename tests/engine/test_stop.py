@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import last_checkpoint
-from vqmoe_vision.engine.stop import keep_workers
+from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
 from ..forked import ROOT, run_tool
 from ..soak.kinds import FOUR_SCENES, SCENES
@@ -285,7 +285,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 AT_WORK = """
 from multiprocessing import active_children, get_context
 from torch.utils.data import DataLoader
-from vqmoe_vision.engine.stop import keep_workers
+from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
 def work():
     loader = DataLoader(range(9), num_workers=1, multiprocessing_context='METHOD')

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
-from vqmoe_vision.classification.class_folder import class_folder
-from vqmoe_vision.classification.image_classification import ImageClassification
+from vqmoe_vision.classification.datasets import ImageClassification, class_folder
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.training_data import _check_held_out
-from vqmoe_vision.segmentation.data import CheckedDataset
+from vqmoe_vision.segmentation.datasets import CheckedDataset
 
 from ..classification.test_own_data import write_config
 from ..segmentation.conftest import write_pair

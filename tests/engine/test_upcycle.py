@@ -80,7 +80,7 @@ def test_images_of_other_channels(
     ('arguments', 'message'),
     [
         (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS], 'how images were normalis'),
-        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'is of another size'),
+        (['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *NUMBERS], 'shapes: '),
         (
             ['DENSE', 'vit_tiny_smoe', 'OUT', '--cfg-options', *OPTIONS, 'in_chans=2'],
             r'how images of 2 channels were normalis.*overlay.mean=\[0.5,0.5\] pretrained_cfg',

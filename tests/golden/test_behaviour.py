@@ -43,7 +43,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch.multiprocessing.spawn import ProcessRaisedException
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import restart, start_training
@@ -139,8 +138,11 @@ import sys
 import timm, torch
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
+from vqmoe_vision import collect_losses
 model = timm.create_model('vit_tiny_smoe', **{SMALL}).train()
 optimizer = create_optimizer_v2(model, opt=sys.argv[1], lr=0.1)
+with collect_losses(model, optimizer):  # which refuses one that mixes experts
+    pass
 task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
 task(torch.randn(2, 3, 16, 16), torch.arange(2))['loss'].backward()
 optimizer.step()
@@ -152,13 +154,11 @@ def run_script(rank: int, script: str, optimizer: str) -> None:
     runpy.run_module('vqmoe_vision.script', run_name='__main__')
 
 
-def test_an_optimizer_that_mixes_experts_stops_timms_scripts(tmp_path: Path) -> None:
+def test_no_optimizer_mixes_experts_in_timms_scripts(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
-    spawn(run_script, (str(script), 'adamw'), nprocs=1)
-    for name in ('lamb', 'muon'):
-        with pytest.raises(ProcessRaisedException, match=rf'ValueError: .*(?i:{name}).*per_expert'):
-            spawn(run_script, (str(script), name), nprocs=1)
+    for name in ('adamw', 'lamb', 'muon'):
+        spawn(run_script, (str(script), name), nprocs=1)
 
 
 LAMB = """
@@ -186,14 +186,16 @@ def test_the_control_tells_routers_that_learn_from_a_frozen_one(tmp_path: Path) 
     assert len(learned) == 3 and min(learned) > frozen + 15
 
 
-@pytest.mark.parametrize('taught', [False, True])
-def test_an_optimizer_that_mixes_experts_stops_a_run(taught: bool, runs: Path) -> None:
+@pytest.mark.parametrize('ours', [False, True])
+def test_no_optimizer_mixes_experts_in_a_run(ours: bool, runs: Path) -> None:
     (runs / 'lamb.py').write_text(LAMB)
-    ours = "constructor='TimmOptimWrapperConstructor'" if taught else ''
-    (runs / 'mixes.py').write_text(MIXES.replace('CONSTRUCTOR', ours))
-    done = run_tool('train.py', 'mixes.py', '--work-dir', 'w', folder=runs)
-    assert (done.returncode == 0) == taught
-    assert taught or re.search(r'\bLamb\b.*per_expert', done.stderr.splitlines()[-1])
+    constructor = "constructor='TimmOptimWrapperConstructor'" if ours else ''
+    (runs / 'mixes.py').write_text(MIXES.replace('CONSTRUCTOR', constructor))
+    done = run_tool('train.py', 'mixes.py', '--work-dir', f'w{ours}', folder=runs)
+    assert done.returncode == 0, done.stderr
+    content = torch.load(runs / f'w{ours}/epoch_1.pth', weights_only=False)
+    experts = [s['exp_avg'] for s in content['optimizer']['state'].values()]
+    assert not [average for average in experts if average.ndim == 3 and len(average) == 2]
 
 
 # the kernel ends a process that writes more than it may, in the middle of a file

@@ -10,7 +10,8 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqmoe_vision.models import complexity, experts_as_linear, quantize_int8
+from vqmoe_vision.contrib.int8 import experts_as_linear, quantize_int8
+from vqmoe_vision.models import complexity
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 from vqmoe_vision.moe.kernels import grouped_linear
@@ -209,6 +210,6 @@ def test_what_is_served_in_int8_is_counted_before() -> None:
         complexity(experts_as_linear(model))
     pytest.importorskip('torchao')
     for other in (make('smoe'), timm.create_model('vit_tiny_patch16_224', **TINY)):
-        int8 = r"^model='.* in int8' .*" + said.format('quantize_int8')
+        int8 = r"^model='.* with quantized layers' .*" + said.format('what quantizes it')
         with pytest.raises(ValueError, match=int8):
             complexity(quantize_int8(other.eval()))

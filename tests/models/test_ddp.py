@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vqmoe_vision
 from vqmoe_vision.models.timm_tasks import MoeClassificationTask
 from vqmoe_vision.moe import METHODS, losses, start_training
-from vqmoe_vision.moe.joint_losses import Loss, averaged_over_ranks
+from vqmoe_vision.moe.losses import Loss, averaged_over_ranks
 
 from ..forked import spawn
 from ..groups import begin
@@ -48,7 +48,7 @@ def quiet(method: str, **options: Any) -> dict[str, Any]:
     config = METHODS[method].config
     chosen = config.from_options(**options)
     options |= {name: value for name, value in OPTIONS.items() if getattr(chosen, name, 0)}
-    idle = config.without_effect(**options)
+    idle = config.of_preset(**options).unused()
     return {name: value for name, value in options.items() if name not in idle}
 
 

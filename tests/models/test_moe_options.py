@@ -47,6 +47,9 @@ def test_a_model_without_such_layers_has_none() -> None:
     assert options_in_full({'type': 'SomebodysModel'}) == {}
 
 
-def test_an_option_that_a_method_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"moe: smoe has no options \['code_share'\]"):
-        options_in_full({'model_name': 'vit_tiny_smoe', 'moe': {'code_share': 0.1}})
+def test_what_a_finished_run_says_and_no_model_takes_any_more_is_of_its_day() -> None:
+    model = {'model_name': 'vit_tiny_vqmoe', 'moe': {'ema_decay_warmup': True}}
+    assert options_in_full(model) == options_in_full({**model, 'moe': {}})
+    model['moe'] = {'codebook': 'gradient', 'num_codes': 16}
+    expected = {'method': 'vqmoe', 'codebook': 'gradient', 'num_codes': 16}
+    assert options_in_full(model) == expected

@@ -34,58 +34,44 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
 
 @pytest.mark.parametrize('way', ['local-dir', 'file', 'pretrained'])
 @pytest.mark.parametrize(
-    ('name', 'options', 'target', 'message'),
+    ('name', 'options', 'target', 'theirs', 'ours'),
     [
         (
             'vit_small_patch16_dinov3',
             {},
             DINOV3,
-            'of vit_small_patch16_dinov3, an Eva, whose positions are rotary, for a VisionTransfor'
-            r"mer; model_name='vit_small_patch16_dinov3' with moe=dict\(method='smoe'\) .*convert",
+            ['rotary positions=RotaryEmbeddingDinoV3', 'model=Eva'],
+            ['rotary positions=none', 'model=VisionTransformer'],
         ),
         (
             'vit_base_patch16_rpn_224',
             OF_SIGLIP,
             OF_SIGLIP,
-            'whose blocks are ResPostBlock, for Block; block_fn=ResPostBlock of timm.* would fit',
+            ['block_fn=ResPostBlock'],
+            ['block_fn=Block'],
         ),
-        ('vit_tiny_patch16_224', dict(num_heads=4), {}, 'which has 4 heads, for 2; num_heads=4 wo'),
-        (
-            'vit_tiny_patch16_224',
-            dict(act_layer='relu'),
-            {},
-            "activation is ReLU, for GELU; act_layer='relu' would fit",
-        ),
+        ('vit_tiny_patch16_224', dict(num_heads=4), {}, ['num_heads=4'], ['num_heads=2']),
+        ('vit_tiny_patch16_224', dict(act_layer='relu'), {}, ['act_layer=relu'], ['=gelu']),
         (
             'vit_base_patch32_clip_quickgelu_224',
             {},
             dict(pre_norm=True),
-            "QuickGELU, for GELU; whose norms have eps=1e-05, for 1e-06; act_layer='quick_gelu', "
-            r'norm_layer=partial\(LayerNorm, eps=1e-05\) would fit',
-        ),
-        (
-            'vit_tiny_patch16_224',
-            dict(attn_layer='diff'),
-            {},
-            "whose attention is DiffAttention, for Attention; attn_layer='diff' would fit",
+            ['act_layer=quick_gelu', 'eps=1e-05'],
+            ['act_layer=gelu', 'eps=1e-06'],
         ),
         (
             'vit_tiny_patch16_224',
             dict(attn_layer='diff', num_heads=4),
             {},
-            "which has 4 heads, for 2; attn_layer='diff', num_heads=4 would fit",
+            ['attn_layer=DiffAttention', 'num_heads=4'],
+            ['attn_layer=Attention', 'num_heads=2'],
         ),
-        (
-            'vit_small_patch16_dinov3',
-            dict(attn_type='rope'),
-            DINOV3,
-            'an Eva, whose positions are rotary, for a VisionTransformer$',
-        ),
+        ('test_vit4', {}, {}, ['norm_layer=RmsNorm'], ['norm_layer=LayerNorm']),
     ],
 )
 def test_another_function_is_refused(
-    name: str, options: dict[str, Any], target: dict[str, Any], message: str, way: str,
-    tmp_path: Path,
+    name: str, options: dict[str, Any], target: dict[str, Any], theirs: list[str],
+    ours: list[str], way: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     _, folder = folder_of(tmp_path, name, **options)
     place: dict[str, Any] = {'upcycle': f'local-dir:{folder}'}
@@ -94,8 +80,10 @@ def test_another_function_is_refused(
     elif way == 'pretrained':
         overlay = {'file': f'{folder}/model.safetensors'}
         place = {'pretrained': True, 'pretrained_cfg_overlay': overlay}
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=f'of {name} does not fit the model: ') as caught:
         make('smoe', **place, **target)
+    saved, found, model = str(caught.value).partition(', the model has ')
+    assert found and all(fact in saved for fact in theirs) and all(fact in model for fact in ours)
     assert '\n' not in str(caught.value)
 
 
@@ -111,7 +99,7 @@ def test_another_function_is_refused(
         ('vit_base_patch16_siglip_gap_224', dict(fc_norm=False, **OF_SIGLIP)),
     ],
 )
-def test_what_is_said_to_fit_does(
+def test_the_same_function_answers_alike(
     name: str, options: dict[str, Any], tmp_path: Path, images: torch.Tensor
 ) -> None:
     saved = {k: v for k, v in options.items() if k != 'block_fn'}
@@ -119,13 +107,6 @@ def test_what_is_said_to_fit_does(
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', renormalize=True, **options).eval()
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
     assert 'head.weight' in model.weights_report.loaded
-
-
-# What a bare file leaves open where there is a class token.
-READINGS = {
-    f"global_pool='{kind}'": f"global_pool='{kind}', {norm} (or global_pool='{other}', {norm})"
-    for kind, other, norm in (('avg', 'token', 'fc_norm=True'), ('token', 'avg', 'fc_norm=False'))
-}
 
 
 @pytest.mark.parametrize('bare', [True, False])
@@ -144,7 +125,7 @@ READINGS = {
             'vit_base_patch16_siglip_gap_224',
             dict(fc_norm=False, **OF_SIGLIP),
             OF_SIGLIP,
-            "global_pool='avg', fc_norm=False",
+            'fc_norm=False',
         ),
     ],
 )
@@ -157,15 +138,14 @@ def test_a_head_behind_another_pooling_starts_anew(
     if bare:
         upcycle = str(tmp_path / 'bare.safetensors')
         save_file(source.state_dict(), upcycle)
-        hint = READINGS.get(hint, hint)
+        hint = 'its features are pooled otherwise'
     with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
         model: Any = make('smoe', upcycle=upcycle, **target)
     report = model.weights_report
     assert {'head.weight', 'head.bias'} < set(report.initialised)
     assert distance(model.head.weight, source.head.weight) > 0.5
     (line,) = caplog.messages
-    told = "the head is a fresh one, the checkpoint's has features that are pooled otherwise"
-    assert line.endswith(f'{told}: {hint} would fit')
+    assert 'the head is a fresh one, ' in line and hint in line
     # whoever asks for other classes knows
     caplog.clear()
     make('smoe', upcycle=upcycle, num_classes=3, **target)
@@ -175,7 +155,7 @@ def test_a_head_behind_another_pooling_starts_anew(
 def test_pooling_that_names_of_tensors_do_not_tell(tmp_path: Path) -> None:
     _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', global_pool='max')
     model: Any = make('smoe', upcycle=f'local-dir:{folder}', global_pool='avg')
-    assert "global_pool='max' would fit" in model.weights_report.remarks[0]
+    assert "global_pool='max', the model has global_pool='avg'" in model.weights_report.remarks[0]
 
 
 @pytest.mark.parametrize('options', [{}, DINOV3])
@@ -184,7 +164,7 @@ def test_a_bare_file_with_rotary_positions_is_not_said_to_have_none(
 ) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(dense('vit_small_patch16_dinov3').state_dict(), path)
-    with pytest.raises(ValueError, match=r'an Eva, such as DINOv3, .* rotary') as caught:
+    with pytest.raises(ValueError, match=r'names of an Eva .* rotary') as caught:
         make('smoe', upcycle=path, **options)
     assert 'pos_embed' not in str(caught.value)
 
@@ -195,7 +175,7 @@ def test_rotary_positions_beside_absolute_ones_are_suspected(
 ) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(dense(name).state_dict(), path)
-    with pytest.raises(ValueError, match=r'an Eva .* rotary too; .*; if it is of a Vis') as caught:
+    with pytest.raises(ValueError, match=r'unexpected keys: norm_pre') as caught:
         make('smoe', upcycle=path)
     assert '\n' not in str(caught.value)
     with caplog.at_level(logging.WARNING, 'vqmoe_vision'):
@@ -218,12 +198,6 @@ def test_what_names_its_network_is_not_suspected(bare: bool, tmp_path: Path) -> 
     assert bool(model.weights_report.warnings) == bare
 
 
-def test_a_width_where_the_heads_are_known_is_alone(tmp_path: Path) -> None:
-    _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', embed_dim=64)
-    with pytest.raises(ValueError, match=r'more; embed_dim=64 would fit$'):
-        make('smoe', upcycle=f'local-dir:{folder}')
-
-
 EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
 
 
@@ -235,38 +209,37 @@ EVA02 = dict(patch_size=8, swiglu_mlp=False, scale_mlp=False, qkv_fused=True)
             'vit_small_patch16_dinov3',
             {},
             dict(rope_temperature=50.0),
-            'rotary positions have temperature=100.0, for 50.0; rope_temperature=100.0 would fit',
+            'rope_temperature=100.0, the model has rope_temperature=50.0',
         ),
         (
             'vit_small_patch16_dinov3',
             {},
             dict(rope_rotate_half=False),
-            'have rotate_half=True, for False; rope_rotate_half=True would fit',
+            'rope_rotate_half=True, the model has rope_rotate_half=False',
         ),
         (
             'vit_small_patch16_dinov3',
             dict(rope_grid_offset=0.5, rope_grid_indexing='xy'),
             dict(rope_grid_offset=0.0, rope_grid_indexing='ij'),
-            "grid_offset=0.5, for 0.0; whose rotary positions have grid_indexing='xy', for 'ij'; "
-            "rope_grid_offset=0.5, rope_grid_indexing='xy' would fit",
+            "rope_grid_offset=0.5, rope_grid_indexing='xy', the model has rope_grid_offset=0.0",
         ),
         (
             'eva02_tiny_patch14_224',
             EVA02,
             dict(ref_feat_shape=(2, 2)),
-            'have ref_feat_shape=(16, 16), for (2, 2); ref_feat_shape=(16, 16) would fit',
+            'ref_feat_shape=(16, 16), the model has ref_feat_shape=(2, 2)',
         ),
         (
             'vit_small_patch16_dinov3',
             {},
             dict(rope_type='cat'),
-            'positions are RotaryEmbeddingDinoV3, for RotaryEmbeddingCat; model_name=',
+            'rotary positions=RotaryEmbeddingDinoV3',
         ),
         (
             'vit_small_patch16_dinov3',
             {},
             dict(use_rot_pos_emb=False),
-            'positions are RotaryEmbeddingDinoV3, for none; model_name=',
+            'rotary positions=RotaryEmbeddingDinoV3, the model has rotary positions=none',
         ),
     ],
 )
@@ -294,7 +267,7 @@ def test_sections_of_rotary_positions_that_were_saved_as_a_list(tmp_path: Path) 
     place = dict(pretrained=True, pretrained_cfg_overlay={'file': f'{folder}/model.safetensors'})
     model: Any = create_model(name, **TINY, **given, **place)
     assert 'head.weight' in model.weights_report.loaded
-    with pytest.raises(ValueError, match=re.escape('mrope_section=(2, 3, 3), for (4, 2, 2); rope')):
+    with pytest.raises(ValueError, match=re.escape('rope_mrope_section=(2, 3, 3), the model')):
         create_model(name, **TINY, **{**given, 'rope_mrope_section': (4, 2, 2)}, **place)
 
 
@@ -314,12 +287,9 @@ def test_blocks_that_do_several_things_side_by_side_are_compared(name: str, tmp_
     model: Any = create_model(name, **given)
     assert 'head.weight' in model.weights_report.loaded
     for options, message in (
-        (dict(num_heads=4), 'which has 2 heads, for 4; num_heads=2 would fit'),
-        (
-            dict(act_layer='relu'),
-            "whose activation is GELU, for ReLU; act_layer='gelu' would fit$",
-        ),
-        (dict(norm_layer=partial(LayerNorm, eps=1e-3)), 'whose norms have eps=1e-06, for 0.001'),
+        (dict(num_heads=4), 'num_heads=2, the model has num_heads=4$'),
+        (dict(act_layer='relu'), 'act_layer=gelu, the model has act_layer=relu$'),
+        (dict(norm_layer=partial(LayerNorm, eps=1e-3)), 'eps=1e-06, the model has eps=0.001$'),
     ):
         with pytest.raises(ValueError, match=message):
             create_model(name, **{**given, **options})
@@ -327,7 +297,7 @@ def test_blocks_that_do_several_things_side_by_side_are_compared(name: str, tmp_
 
 def test_a_checkpoint_of_a_run_is_compared_too(tmp_path: Path) -> None:
     _, folder = folder_of(tmp_path, 'vit_tiny_patch16_224', num_heads=4)
-    with pytest.raises(ValueError, match=r'which has 4 heads, for 2; num_heads=4 would fit'):
+    with pytest.raises(ValueError, match='num_heads=4, the model has num_heads=2'):
         start_from(make('smoe'), f'{folder}/model.safetensors')
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.moe import use_kernel
-from vqmoe_vision.moe.codebook_learning import GradientCodebook
 from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.counted_random import _numbers
+from vqmoe_vision.moe.codebooks.ema import EmaCodebook
+from vqmoe_vision.moe.codebooks.usage import _numbers
 
 from ..watch import RAISED, READS, Watch
 from .conftest import make
@@ -45,8 +45,7 @@ def test_a_training_step_reads_nothing_back(tiny_variant: Callable[..., nn.Modul
 @pytest.mark.parametrize('cosine', [False, True])
 @pytest.mark.parametrize('name', CODEBOOKS)
 def test_no_codebook_reads_back(name: str, cosine: bool) -> None:
-    options = {'ema_decay_warmup': True} if issubclass(CODEBOOKS[name], GradientCodebook) else {}
-    book = CODEBOOKS[name](4, 8, use_cosine_sim=cosine, device='meta', **options)
+    book = CODEBOOKS[name](4, 8, use_cosine_sim=cosine, device='meta')
     x = torch.empty(20, 8, device='meta')
     with Watch():
         for _ in range(2):
@@ -79,9 +78,9 @@ def test_a_single_read_is_seen(name: str, read: str) -> None:
 
 
 def test_a_read_in_an_update_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def average(codebook: GradientCodebook, _average: Tensor, value: Tensor, _: Tensor) -> None:
+    def average(codebook: EmaCodebook, _average: Tensor, value: Tensor, _: Tensor) -> None:
         codebook.usage.fill_(value.max().item())
 
-    monkeypatch.setattr(GradientCodebook, '_average', average)
+    monkeypatch.setattr(EmaCodebook, '_average', average)
     with pytest.raises(RAISED):
         train(make('vqmoe', **SMALL))

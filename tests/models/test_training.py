@@ -128,7 +128,7 @@ def test_gradient_checkpointing_repeats_every_moe_layer(tiny, images: Tensor) ->
     [
         ('vqmoe', {}),
         ('vqmoe', {'form': 'discrete'}),
-        ('vqmoe', {'codebook': 'gradient'}),
+        ('vqmoe', {'codebook': 'cvq'}),
         ('stablemoe', {'stage1_steps': 1}),
     ],
 )
@@ -249,7 +249,6 @@ def test_layer_decay_decays_no_more_than_plain_groups_do(tiny_variant) -> None:
         ('softmoe', {}, 'scale'),
         ('softmoe', {'slot_norm': 'rms'}, 'slot_gain'),
         ('vqmoe', {'codebook': 'plain'}, 'quantizer.codebook.embed'),
-        ('vqmoe', {'codebook': 'gradient'}, 'quantizer.codebook.embed'),
         ('vqmoe', {'codebook': 'cvq'}, 'quantizer.codebook.embed'),
         ('vqmoe', {'codebook': 'simvq'}, 'quantizer.codebook.project.weight'),
     ],

@@ -5,16 +5,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
 
+from vqmoe_vision.contrib.int8 import experts_as_linear
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models import convert_to_moe, experts_as_linear
 
-from .conftest import DENSE, TINY, dense, make
+from .conftest import dense, make
 
 
 @pytest.mark.parametrize(
@@ -52,9 +50,9 @@ def gated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ('change', 'options', 'message'),
     [
-        ({}, dict(depth=6), r'only the model has blocks\.4\.norm1.*; depth=4 would fit'),
-        ({}, dict(depth=2), r'only the checkpoint has blocks\.2\.norm1.*; depth=4 would fit'),
-        ({}, dict(embed_dim=64), r'of another size: cls_token is \(1, 1, 32\), the model has'),
+        ({}, dict(depth=6), r'missing keys: blocks\.4\.norm1'),
+        ({}, dict(depth=2), r'unexpected keys: blocks\.2\.norm1'),
+        ({}, dict(embed_dim=64), r'shapes: cls_token is \(1, 1, 32\), the model has'),
         (
             {},
             dict(expert_mlp_ratio=2.0),
@@ -79,8 +77,8 @@ def test_gated_mlps_are_refused(tmp_path: Path) -> None:
     packed = dense(mlp_layer=SwiGLUPacked)
     path = str(tmp_path / 'a.pth')
     for state, message in (
-        (packed.state_dict(), r'blocks.0.mlp is a gated MLP \(SwiGLU\), fc1 gives 128 .* takes 64'),
-        (gated(packed.state_dict()), r'blocks\.0\.mlp is a gated MLP \(SwiGLU\), it has w12'),
+        (packed.state_dict(), r'blocks\.0\.mlp is a gated MLP'),
+        (gated(packed.state_dict()), r'blocks\.0\.mlp is a gated MLP'),
     ):
         torch.save(state, path)
         with pytest.raises(ValueError, match=message):
@@ -103,10 +101,7 @@ def test_gated_mlps_are_refused(tmp_path: Path) -> None:
             'vit_small_patch16_224.augreg_in21k_ft_in1',
             r'a name that has weights: .*; did you mean vit_small_.*\.augreg_in21k_ft_in1k\?',
         ),
-        (
-            'vit_small_patch16_dinov3.lvd1689m',
-            r"have; model_name='vit_small_patch16_dinov3\.lvd1689m' with moe=dict\(method='smoe'\)",
-        ),
+        ('vit_small_patch16_dinov3.lvd1689m', "one of timm's VisionTransformers"),
     ],
 )
 def test_a_source_that_is_none_is_named(source: Any, message: str) -> None:
@@ -162,7 +157,7 @@ def test_a_layer_without_mlp_and_experts_is_refused(
     layers = tuple(f'blocks.{block}.mlp.' for block in missing)
     whole = (dense() if source == 'dense' else make('smoe')).state_dict()
     torch.save({k: v for k, v in whole.items() if not k.startswith(layers)}, path)
-    message = rf'neither an MLP nor experts for blocks\.{missing[0]}\.mlp, .* whole weights would'
+    message = rf'neither an MLP nor experts for blocks\.{missing[0]}\.mlp, '
     with pytest.raises(ValueError, match=message):
         make('smoe', upcycle=path)
     model = make('smoe')
@@ -175,45 +170,20 @@ def test_a_layer_without_mlp_and_experts_is_refused(
 def test_another_methods_checkpoint_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(make('smoe').state_dict(), path)
-    with pytest.raises(ValueError, match=r'is of another MoE method: only it has .*router'):
+    with pytest.raises(ValueError, match=r'unexpected keys: .*router'):
         make('softmoe', upcycle=path)
 
 
-def test_what_timm_itself_loads_is_refused_in_one_line_with_the_way_that_fits(
+def test_dense_weights_are_refused_where_timm_loads_them_as_they_are(
     saved: tuple[Any, str], method: str
 ) -> None:
     model = make(method)
-    message = (
-        r'^the weights do not fit .*; they are of a dense model: upcycle=FILE makes experts of'
-    )
-    with pytest.raises(RuntimeError, match=message) as caught:
+    with pytest.raises(RuntimeError, match=r'blocks\.1\.mlp\.experts\.fc1\.weight'):
         make(method, checkpoint_path=saved[1])
-    assert '\n' not in str(caught.value)
     make(method, upcycle=saved[1])
     found = model.load_state_dict(saved[0].state_dict(), strict=False)
     assert 'blocks.1.mlp.experts.fc1.weight' in found.missing_keys
     assert 'blocks.1.mlp.fc1.weight' in found.unexpected_keys
-
-
-@pytest.mark.parametrize('way', ['moe_host', 'convert_to_moe', 'by hand'])
-def test_a_model_of_timm_with_experts_is_told_of_its_own_ways(
-    way: str, saved: tuple[Any, str], method: str
-) -> None:
-    state, host = saved[0].state_dict(), dict(host=DENSE, method=method, **TINY)
-    made: Any = dense() if way == 'convert_to_moe' else VisionTransformer(**TINY)
-    if way == 'moe_host':
-        made = timm.create_model('moe_host', **host)
-    else:
-        convert_to_moe(made, method)
-    message = (
-        r'^the weights do not fit .*; they are of a dense model: pretrained=True with '
-        r'pretrained_cfg_overlay=dict\(file=FILE\), or convert_to_moe of the dense model, makes'
-    )
-    with pytest.raises(RuntimeError, match=message):
-        made.load_state_dict(state)
-    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=saved[1]))
-    again: Any = timm.create_model('moe_host', **host, **overlay)
-    assert torch.equal(again.head.weight, saved[0].head.weight)
 
 
 def test_an_activation_that_has_learned_is_copied(tmp_path: Path, images: torch.Tensor) -> None:

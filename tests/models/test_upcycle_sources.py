@@ -1,27 +1,20 @@
 """Networks, names, files and folders that dense weights come from, and what is read in them."""
 
 import json
-import socket
-import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session, http_backoff
 from mmengine.config import ConfigDict
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine.normalization import weights_normalization
-from vqmoe_vision.engine.start_record import starting_weights
+from vqmoe_vision.engine.record import starting_weights
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.hub import hub_in_reach
 
 from .conftest import DENSE, TINY, dense, make
 
@@ -54,76 +47,6 @@ def test_a_file_is_known_by_all_its_usual_names(
         assert found == starting_weights(ConfigDict(upcycle=str(path))) and found
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
-    asked: list[Any] = []
-    waited: list[float] = []
-
-    def nowhere(host: Any, *_: Any, **__: Any) -> Any:
-        asked.append(host)
-        raise socket.gaierror(-2, 'Name or service not known')
-
-    monkeypatch.setattr(socket, 'getaddrinfo', nowhere)
-    monkeypatch.setattr(time, 'sleep', waited.append)
-    name = 'deit_tiny_patch16_224.fb_in1k'
-    for source in (name, f'hf-hub:timm/{name}'):
-        asked.clear()
-        waited.clear()
-        with pytest.raises(ValueError, match=r'^weights of .* cannot be read: ') as caught:
-            make('smoe', upcycle=source, cache_dir=tmp_path)
-        assert '\n' not in str(caught.value)
-        # of all files together
-        assert len(asked) == 3 and sum(waited) == 3
-    assert 'etry' not in ''.join(capfd.readouterr())
-    session = get_session()
-    assert session.request.__func__ is type(session).request  # what others ask is as it was
-
-
-def test_another_host_is_asked_when_one_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def request(self: Any, method: str, url: str, **_: Any) -> str:
-        asked.append(url)
-        if 'dead' in url:
-            raise ConnectTimeout(url)
-        return 'answer'
-
-    monkeypatch.setattr(type(get_session()), 'request', request)
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    dead, live = 'https://dead.org/a', 'https://live.org/a'
-    with hub_in_reach():
-        for _ in range(2):
-            with pytest.raises(OfflineModeIsEnabled, match='cannot be reached: https://dead'):
-                get_session().request('GET', dead)
-        assert get_session().request(method='GET', url=live) == 'answer'
-    assert asked == [dead, dead, dead, live]
-
-
-class ConnectTimeout(Exception):
-    """As the libraries below the client call it."""
-
-
-def test_a_hub_that_answers_late_is_waited_for_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Busy(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            waited.append(0.0)
-            self.send_error(503)
-
-        def log_message(self, *_: Any) -> None:
-            """Says nothing of it."""
-
-    waited: list[float] = []
-    monkeypatch.setattr(time, 'sleep', waited.append)
-    with HTTPServer(('127.0.0.1', 0), Busy) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        with hub_in_reach(), pytest.raises(HfHubHTTPError, match='503'):
-            http_backoff('HEAD', f'http://127.0.0.1:{server.server_port}', base_wait_time=7)
-        server.shutdown()
-    # one request, and five more after the waits of the client
-    assert waited.count(0) == 6 and waited.count(7) + waited.count(8) == 5
-
-
 def test_a_name_with_a_tag_says_where_the_weights_are(
     saved: tuple[Any, str], images: torch.Tensor
 ) -> None:
@@ -154,13 +77,9 @@ def test_other_networks_start_the_same_ones_and_no_others(
     save_file(source.state_dict(), path)
     model = make('smoe', upcycle=path, renormalize=True, **options).eval()
     torch.testing.assert_close(model(images), source(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
-    ):
+    with pytest.raises(ValueError, match='does not fit the model: '):
         make('smoe', upcycle=path)
-    with pytest.raises(
-        ValueError, match=r'does not fit the model: .*(would fit|no_embed_class=\w+ is right)'
-    ):
+    with pytest.raises(ValueError, match='does not fit the model: '):
         plain = dense()
         torch.save(plain.state_dict(), tmp_path / 'plain.pth')
         make('smoe', upcycle=str(tmp_path / 'plain.pth'), **options)
@@ -204,13 +123,12 @@ def test_registers_that_only_one_has_are_named(theirs: str, tmp_path: Path) -> N
         state['mask_token'] = torch.zeros(1, 32)
     path, plain = str(tmp_path / 'a.pth'), str(tmp_path / 'plain.pth')
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r'only the checkpoint has reg_token; reg_tokens=2, no_em'):
+    with pytest.raises(ValueError, match='only the checkpoint has reg_token'):
         make('smoe', upcycle=path)
-    said = {'reg_token': 'no_embed_class=True would fit', 'register_tokens': '=True would fit'}
-    with pytest.raises(ValueError, match=said[theirs]):
+    with pytest.raises(ValueError, match='no_embed_class=False'):
         make('smoe', upcycle=path, reg_tokens=2)
     torch.save(dense(no_embed_class=True).state_dict(), plain)
-    with pytest.raises(ValueError, match=r'only the model has reg_token; reg_tokens=0 would fit'):
+    with pytest.raises(ValueError, match='only the model has reg_token'):
         make('smoe', upcycle=plain, reg_tokens=2, no_embed_class=True)
 
 
@@ -229,7 +147,7 @@ def test_a_backbone_may_end_early_and_nothing_else(tmp_path: Path) -> None:
     path = str(tmp_path / 'a.pth')
     torch.save(dense(init_values=0.1).state_dict(), path)
     backbone = dict(num_classes=0, global_pool='', depth=2)
-    with pytest.raises(ValueError, match=r'blocks\.0\.ls1\.gamma.*; init_values=1e-05 would fit'):
+    with pytest.raises(ValueError, match=r'unexpected keys: blocks\.0\.ls1\.gamma'):
         make('smoe', upcycle=path, **backbone)
     model: Any = make('smoe', upcycle=path, init_values=0.1, **backbone)
     assert 'blocks.2.mlp.fc1.weight' in model.weights_report.unused

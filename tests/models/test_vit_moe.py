@@ -14,10 +14,10 @@ from torch import nn
 
 from vqmoe_vision.models import MoeVisionTransformer, convert_to_moe
 from vqmoe_vision.models.arguments import resolve_moe_layers
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS, MoeLayer
 
+from ..variants import trials
 from .conftest import DENSE, TINY
 
 NAMES = timm.list_models(module='vit_moe')
@@ -120,7 +120,7 @@ def test_every_method_has_a_name_in_every_size() -> None:
 @pytest.mark.parametrize('name', NAMES)
 def test_default_size_and_placement(name: str) -> None:
     _, size, method = name.split('_')
-    with structure_only():
+    with torch.device('meta'):
         model: Any = timm.create_model(name)
         dense: Any = timm.create_model(f'vit_{size}_patch16_224')
 
@@ -165,7 +165,7 @@ def test_every_option_is_tried_with_another_value_than_its_default(method: str) 
     config = METHODS[method].config
     shared = {'num_experts', 'expert_mlp_ratio'}  # of every method, and tried below
     tried = [config.from_options(preset) for preset in config.PRESETS]
-    tried += [config.from_options(**options) for options in config.TRIALS.values()]
+    tried += [config.from_options(**options) for options in trials(config).values()]
     for field in fields(config):
         values = [getattr(each, field.name) for each in tried]
         assert field.name in shared or any(value != field.default for value in values), field.name

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_vision.moe import METHODS, MoeLayer, said_once
-from vqmoe_vision.moe.codebook_learning import GradientCodebook
+from vqmoe_vision.moe import METHODS, MoeLayer
+from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe.codebooks.ema import EmaCodebook
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.image_reader import Features, ImageReader
 from vqmoe_vision.moe.layer import UNCOLLECTED
+from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
+
+from ..variants import trials
 
 D, E, H = 8, 4, 16
 # every preset and trial of every method: its name, the options, and an id
@@ -26,7 +28,7 @@ CASES = [
     for name, method in METHODS.items()
     for label, options in [
         *((preset, {'preset': preset}) for preset in method.config.PRESETS),
-        *method.config.TRIALS.items(),
+        *trials(method.config).items(),
     ]
 ]
 
@@ -34,9 +36,10 @@ CASES = [
 class Pixels(nn.Sequential):
     """A network for square images, whose features are their pixels, or what parts make of them."""
 
-    def __init__(self, side: int, *parts: nn.Module) -> None:
+    def __init__(self, side: int, width: int, *parts: nn.Module) -> None:
         super().__init__(nn.Flatten(), *parts)
         self.image_size = self.sizes = (side, side)
+        self.num_features = width
 
 
 class Patched(nn.Module):
@@ -57,7 +60,7 @@ class Patched(nn.Module):
         entry = METHODS[method]
         config = entry.config.from_options(num_experts=num_experts, **options)
         if entry.needs_features and self.reader is None:
-            self.reader = entry.reader(config, lambda: Features(Pixels(1), D))
+            self.reader = entry.reader(config, lambda: Pixels(1, D))
         experts = Experts(num_experts, D, H)
         # of ViT size the experts' answers would drown in rounding errors at this width
         for linear in (experts.fc1, experts.fc2):
@@ -119,7 +122,7 @@ def spread(layer: MoeLayer) -> None:
         if not name.startswith('experts.') and parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.5)
     for module in layer.modules():
-        if isinstance(module, GradientCodebook):
+        if isinstance(module, EmaCodebook):
             module._start(torch.randn(module.num_codes, module.dim), torch.tensor(True))
 
 
@@ -166,4 +169,4 @@ def snapshot() -> Callable[[nn.Module], dict[str, Tensor]]:
 @pytest.fixture(autouse=True)
 def _warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests train single layers without a collector, knowingly."""
-    monkeypatch.setattr(said_once, '_said', {UNCOLLECTED})
+    monkeypatch.setattr(layer_module, '_said', {UNCOLLECTED})

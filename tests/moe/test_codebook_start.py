@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from vqmoe_vision.moe.codebook_sample import kmeans
 from vqmoe_vision.moe.codebooks import CODEBOOKS
+from vqmoe_vision.moe.codebooks.usage import kmeans
 
 from .codebooks import STARTED, M, clusters, learn, same, state
 from .conftest import D

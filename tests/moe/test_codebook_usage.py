@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vqmoe_vision.moe import collect_losses
-from vqmoe_vision.moe.codebook_usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.codebooks import CODEBOOKS
+from vqmoe_vision.moe.codebooks.usage import SAMPLE_SIZE, code_usage
 from vqmoe_vision.moe.routing import expert_load, perplexity
 
 from .codebooks import STARTED, ZERO, M, clusters, learn, make, same, state
@@ -24,7 +24,7 @@ def test_a_long_token_is_finite_under_autocast(dtype):
     assert usage.num_tokens == 16
 
 
-@pytest.mark.parametrize('name', ['ema', 'gradient', 'cvq'])
+@pytest.mark.parametrize('name', ['ema', 'cvq'])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
 @pytest.mark.parametrize('started', [True, False], ids=['started', 'before the start'])
 def test_a_token_that_is_not_finite_spoils_nothing(name, bad, started):

@@ -14,11 +14,11 @@ from vqmoe_vision.moe import (
     MoeLayer,
     collect_losses,
     moe_layers,
-    said_once,
     update_state,
 )
+from vqmoe_vision.moe import layer as layer_module
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host
+from vqmoe_vision.moe.raw_patches import Host
 
 from .steps import D, every_case, step, tokens
 
@@ -194,7 +194,7 @@ def test_an_error_as_a_block_opens_leaves_it_closed(monkeypatch):
         raise KeyError
 
     with monkeypatch.context() as patch:
-        patch.setattr(model[1], 'begin', fail)
+        patch.setattr(model[1], 'apply_begin', fail)
         with pytest.raises(KeyError), collect_losses(model):
             pass
     assert model[0].updates.item() == 0
@@ -215,7 +215,7 @@ def test_a_layer_needs_collecting_if_there_is_something_to_collect(make_model, m
 
 
 def test_training_without_a_collector_warns_once(make_model, monkeypatch):
-    monkeypatch.setattr(said_once, '_said', set())
+    monkeypatch.setattr(layer_module, '_said', set())
     model = make_model('smoe')
     with pytest.warns(UserWarning, match='training without collect_losses') as caught:
         model(tokens())
@@ -225,7 +225,7 @@ def test_training_without_a_collector_warns_once(make_model, monkeypatch):
 
 
 def test_no_warning_without_a_reason(make_model, monkeypatch):
-    monkeypatch.setattr(said_once, '_said', set())
+    monkeypatch.setattr(layer_module, '_said', set())
     model = make_model('smoe')
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqmoe_vision.moe.counted_random import random_choice, random_integers
+from vqmoe_vision.moe.codebooks.usage import random_choice, random_integers
 
 ROWS = torch.arange(2**16)
 

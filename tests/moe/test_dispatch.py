@@ -20,12 +20,11 @@ def is_padded(indices, num_experts, dtype):
     return len(make_plan(indices.flatten(), num_experts, dtype).order) > indices.numel()
 
 
-@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
 @pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-def test_float64_equals_the_naive_loops(shape, bias, function):
+def test_float64_equals_the_naive_loops(shape, bias):
     case = make_case(*shape, bias)
-    assert_same(run_and_backward(function, *case), run_and_backward(naive, *case))
+    assert_same(run_and_backward(dispatch.run_experts, *case), run_and_backward(naive, *case))
 
 
 @pytest.mark.parametrize('bias', [True, False], ids=['bias', 'no bias'])
@@ -111,13 +110,12 @@ def test_no_tokens(k):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in experts.parameters())
 
 
-@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
 @pytest.mark.parametrize('k', [1, 2])
-def test_dropped_assignments_contribute_nothing(k, function):
+def test_dropped_assignments_contribute_nothing(k):
     case = make_case(12, 4, k, 8, 16, bias=True)
     kept = torch.rand(12, k) < 0.5
     kept[0] = False  # a token that no expert serves
-    actual = run_and_backward(function, *case, kept)
+    actual = run_and_backward(dispatch.run_experts, *case, kept)
     assert_same(actual, run_and_backward(naive, *case, kept))
     assert torch.equal(actual['out'][0], torch.zeros(8, dtype=torch.float64))
     assert torch.equal(actual['weights'][~kept], torch.zeros_like(actual['weights'][~kept]))
@@ -208,13 +206,12 @@ def draw_assignments(num_tokens, num_experts, count, seed=0):
 
 
 @pytest.mark.usefixtures('two_threads')
-@pytest.mark.parametrize('function', [dispatch.run_experts, dispatch.run_experts_loop])
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 60), st.integers(0, 2**31))
-def test_tokens_with_any_number_of_experts(function, num_tokens, num_experts, count, seed):
+def test_tokens_with_any_number_of_experts(num_tokens, num_experts, count, seed):
     experts, x, _, _ = make_case(num_tokens, num_experts, 1, 5, 7, bias=True, seed=seed)
     tokens, indices, weights = draw_assignments(num_tokens, num_experts, count, seed)
-    actual = run_and_backward(function, experts, x, indices, weights, None, tokens)
+    actual = run_and_backward(dispatch.run_experts, experts, x, indices, weights, None, tokens)
     if count > 0:
         assert_same(actual, run_and_backward(naive, experts, x, indices, weights, None, tokens))
     alone = torch.bincount(tokens, minlength=num_tokens) == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from vqmoe_vision.moe import METHODS, collect_losses
-from vqmoe_vision.moe.expert_parallel import place_experts
+from vqmoe_vision.moe.distributed import place_experts
 from vqmoe_vision.moe.experts import Experts
 
 from ..forked import spawn

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch
-from vqmoe_vision.moe.kernels import KERNELS, choice, grouped_linear, make_plan, use_kernel
+from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, make_plan, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
@@ -167,7 +167,7 @@ def test_grouped_mm_reads_nothing_back(bias):
 @needs_grouped_mm
 def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     x, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16)
-    assert choice._chosen(x, weight) is KERNELS['batched']
+    assert _chosen(x, weight) is KERNELS['batched']
 
     class OnCard:  # as much of a tensor on a card as is looked at
         def __init__(self, tensor, kind='cuda'):
@@ -175,16 +175,16 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
             self.element_size = tensor.element_size
 
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['grouped_mm']
+    assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['grouped_mm']
     odd = torch.zeros(2, 12, 8, dtype=torch.bfloat16)
-    assert choice._chosen(OnCard(x), OnCard(odd)) is KERNELS['batched']
+    assert _chosen(OnCard(x), OnCard(odd)) is KERNELS['batched']
     for dtype in (torch.float32, torch.float16, torch.float64):
-        assert choice._chosen(OnCard(x.to(dtype)), OnCard(weight)) is KERNELS['batched']
+        assert _chosen(OnCard(x.to(dtype)), OnCard(weight)) is KERNELS['batched']
     monkeypatch.setattr(torch.version, 'hip', '6.4')  # its cards report the same capability
-    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
+    assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
     monkeypatch.setattr(torch.version, 'hip', None)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
-    assert choice._chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
+    assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
 
 
 def test_a_kernel_by_name_is_for_its_block_alone():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from vqmoe_vision.moe import METHODS, collect_losses
-from vqmoe_vision.moe.joint_losses import BalanceLoss
+from vqmoe_vision.moe.losses import BalanceLoss
 
 from .conftest import CASES
 
@@ -107,7 +107,10 @@ def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options)
 @pytest.mark.parametrize('joint', [True, False], ids=['joint', 'own'])
 def test_losses_balance_the_tokens_that_the_options_say(make_layer, method, options, joint):
     config, options = METHODS[method].config, {**options, 'global_balance': joint}
-    if 'global_balance' not in config.option_names() or config.without_effect(**options):
+    if (
+        'global_balance' not in config.option_names()
+        or 'global_balance' in config.of_preset(**options).unused()
+    ):
         pytest.skip('nothing is balanced')
     layer = make_layer(method, **options)
     with collect_losses(layer):
@@ -243,8 +246,8 @@ def test_any_size_is_finite_forward_and_backward(
 ):
     torch.manual_seed(seed)
     options = {'num_experts': num_experts, **options}
-    for name in METHODS[method].config.without_effect(**options):  # with so few experts
-        del options[name]
+    unused = METHODS[method].config.of_preset(**options).unused()  # with so few experts
+    options = {name: value for name, value in options.items() if name not in unused}
     layer = make_layer(method, **options)
     x = tokens(batch, num_tokens).requires_grad_()
     with collect_losses(layer) as collected:

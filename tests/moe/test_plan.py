@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from vqmoe_vision.moe.kernels import cpu as plan_module
 from vqmoe_vision.moe.kernels import make_plan
-from vqmoe_vision.moe.kernels import padded_plan as plan_module
 
 
 @given(

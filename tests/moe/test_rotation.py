@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.methods._quantizer import Quantizer
-from vqmoe_vision.moe.rotation import rotate_to
+from vqmoe_vision.moe.codebooks.codebook import rotate_to
+from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
 D, SHARE = 8, 0.3
 
@@ -81,9 +79,9 @@ def test_rotation_in_half_precision() -> None:
 def test_every_reading_has_the_values_as_before_and_turns_the_part_of_the_code(
     expert_input: str, of_token: float, of_code: float
 ) -> None:
-    book = CODEBOOKS['plain'](4, D)
+    options = {'expert_input': expert_input, 'code_share': SHARE}
     straight, turned = (
-        Quantizer(book, nn.Identity(), expert_input, SHARE, rotation_trick)
+        Quantizer(D, VQMoEConfig(rotation_trick=rotation_trick, **options))
         for rotation_trick in (False, True)
     )
     x, code, gradient = torch.randn(5, D, requires_grad=True), torch.randn(5, D), torch.randn(5, D)

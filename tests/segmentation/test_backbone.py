@@ -81,12 +81,6 @@ def test_building_inside_mmseg_leaves_the_weights_of_timm() -> None:
         (dict(model_name='vit_tiny_nothing'), "model_name='vit_tiny_nothing' is not a timm model"),
         (dict(model_name='resnet18'), "'resnet18' is not one of timm's VisionTransformers"),
         (dict(out_indices=(1, 0)), r'out_indices=\(1, 0\) must rise and lie in 0..1'),
-        (dict(with_cp=True), r'model\.backbone\.with_cp=True is .*grad_checkpointing=True'),
-        (dict(frozen_stages=1), r'model\.backbone\.frozen_stages=1 is .*commands\.md#freezing'),
-        (
-            dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth')),
-            r'model\.backbone\.init_cfg=.*a\.pth.* is .*model\.backbone\.checkpoint=FILE',
-        ),
         (dict(norm_eps=0.0), 'norm_eps=0.0 is not possible: above 0'),
         (dict(norm_eps=1e6), 'norm_eps=1000000.0 is not possible: .* at most 0.01'),
         (dict(norm_eps='1e-6'), "norm_eps='1e-6' is not possible: float is expected"),
@@ -193,7 +187,7 @@ def test_weights_by_name_are_not_half_loaded(moe: dict[str, Any] | None) -> None
     half = {name: value for name, value in state.items() if not name.startswith('blocks.3.')}
     for weights, fits in ((state, True), (half, False)):
         given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
-        match = r'only the model has blocks\.3\..*; depth=3 would fit'
+        match = r'missing keys: blocks\.3\.'
         with nullcontext() if fits else pytest.raises(ValueError, match=match):
             model = TimmViT('vit_tiny_patch16_224', moe=moe, **sizes, **given).model
     assert torch.equal(model.blocks[3].norm1.weight, state['blocks.3.norm1.weight'])

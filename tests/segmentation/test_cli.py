@@ -393,15 +393,6 @@ def test_prediction_needs_a_model_and_a_test(
         predict_cli([lacking, str(trained / 'iter_2.pth'), str(image)])
 
 
-@pytest.mark.parametrize('device', ['cuda:99', 'nothing'])
-def test_a_device_that_is_not_there(device: str, config: str, tmp_path: Path) -> None:
-    image = tmp_path / 'a.png'
-    cv2.imwrite(str(image), noise(8, 8))
-    with pytest.raises(SystemExit, match=f"error: device='{device}' is not possible: .") as caught:
-        predict_cli([config, 'none.pth', str(image), '--device', device])
-    assert '\n' not in str(caught.value)
-
-
 def test_prediction_takes_the_options_of_the_run(
     trained: Path, config: str, tmp_path: Path
 ) -> None:
@@ -460,8 +451,8 @@ def test_without_mmsegmentation_it_says_what_to_install(
 def test_options_that_a_config_lacks(trained: Path, tmp_path: Path) -> None:
     cifar10 = SCENES.parents[2] / 'classification/cifar10.py'
     for option, message in (
-        (['--show-dir', str(tmp_path)], 'needs a config with default_hooks.visualization'),
-        (['--tta'], 'needs a config with tta_model'),
+        (['--show-dir', str(tmp_path)], 'visualization'),
+        (['--tta'], 'tta_pipeline'),
     ):
         with pytest.raises(SystemExit, match=message):
             cli.test([str(cifar10), str(trained / 'iter_2.pth'), *option])

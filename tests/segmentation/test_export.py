@@ -8,7 +8,7 @@ import torch
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from vqmoe_vision.models import experts_as_linear, quantize_int8
+from vqmoe_vision.contrib.int8 import experts_as_linear, quantize_int8
 from vqmoe_vision.models.export import export_onnx
 from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.moe import moe_layers
@@ -60,7 +60,7 @@ def test_the_graph_predicts_what_a_test_does(test_cfg: dict, size: tuple[int, in
 def padding(**test_cfg: Any) -> dict[str, Any]:
     """A data preprocessor that pads images of a test with 2."""
     return dict(
-        type='SegDataPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
+        type='CheckedPreProcessor', mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True, pad_val=2.0,
         size=(32, 32), test_cfg=test_cfg,
     )  # fmt: skip
 

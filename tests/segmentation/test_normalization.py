@@ -137,7 +137,7 @@ def test_predictions_and_mmsegs_inference_are_fed_the_same(trained: tuple[str, P
 @pytest.mark.parametrize('stated', [False, True])
 def test_a_survey_sees_what_the_model_is_fed(stated: bool) -> None:
     numbers = dict(mean=[10.0, 20.0, 30.0], std=[40.0, 50.0, 60.0]) if stated else {}
-    preprocessor = dict(type='SegDataPreProcessor', bgr_to_rgb=True, size=(32, 32), **numbers)
+    preprocessor = dict(type='CheckedPreProcessor', bgr_to_rgb=True, size=(32, 32), **numbers)
     model = tiny_segmentor(data_preprocessor=preprocessor)
     steps = [dict(type='PackSegInputs')]
     dataset = dict(type='DigitScenes', split='dev', num_scenes=1, size=64, pipeline=steps)
@@ -235,12 +235,12 @@ def test_numbers_that_no_images_have_are_refused(
     config = numbers if place == '' else dict(from_scratch=numbers)
     field = r'^model\.data_preprocessor' + place.replace('.', r'\.')
     with pytest.raises(ValueError, match=rf'{field}\.{message.format(place)}'):
-        tiny_segmentor(data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 32), **config))
+        tiny_segmentor(data_preprocessor=dict(type='CheckedPreProcessor', size=(32, 32), **config))
 
 
 def test_images_that_are_not_normalised_are_no_mistake() -> None:
     for numbers in (dict(mean=[0.0] * 3, std=[1.0] * 3), dict(mean=[0, 0, 0], std=[255, 255, 255])):
-        preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), **numbers)
+        preprocessor = dict(type='CheckedPreProcessor', size=(32, 32), **numbers)
         assert levels(tiny_segmentor(data_preprocessor=preprocessor)) == tuple(numbers.values())
 
 
@@ -248,7 +248,7 @@ def test_a_preprocessor_of_mmseg_that_does_not_normalise_contradicts(
     classifier: Path, trained: tuple[str, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / 'bare.py'
-    plain = "dict(_delete_=True, type='SegDataPreProcessor', bgr_to_rgb=True, size=(48, 48))"
+    plain = "dict(_delete_=True, type='CheckedPreProcessor', bgr_to_rgb=True, size=(48, 48))"
     path.write_text(f'_base_ = {trained[0]!r}\nmodel = dict(data_preprocessor={plain})\n')
     message = r'model\.data_preprocessor\.mean=\[0,0,0\] contradicts the weights'
     with pytest.raises(SystemExit, match=message):
@@ -276,7 +276,7 @@ def test_what_is_stated_of_a_bare_file_is_obeyed(way: str, tmp_path: Path) -> No
     numbers = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
     backbone = {way: str(tmp_path / 'bare.pth'), 'pretrained_cfg_overlay': numbers}
     scratch = dict(mean=SCENES[0], std=SCENES[1])
-    preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), from_scratch=scratch)
+    preprocessor = dict(type='CheckedPreProcessor', size=(32, 32), from_scratch=scratch)
     model = tiny_segmentor(backbone=backbone, data_preprocessor=preprocessor)
     model.init_weights()
     model.normalize_inputs({})

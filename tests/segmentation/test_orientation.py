@@ -8,9 +8,9 @@ import pytest
 from mmseg.structures import SegDataSample
 from PIL import ExifTags, Image
 
-from vqmoe_vision.classification.class_folder import load_image
+from vqmoe_vision.classification.datasets import load_image
 from vqmoe_vision.engine.images import displayed
-from vqmoe_vision.segmentation.data import CheckedDataset
+from vqmoe_vision.segmentation.datasets import CheckedDataset
 from vqmoe_vision.segmentation.inference import _read
 from vqmoe_vision.segmentation.loading import LoadImage, LoadLabels
 from vqmoe_vision.segmentation.visualization import OverlayHook, OverlayVisualizer

@@ -7,7 +7,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 
-from vqmoe_vision.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from vqmoe_vision.engine.optim import LayerDecayOptimWrapperConstructor
 from vqmoe_vision.moe import METHODS, update_state
 
 from .conftest import tiny_segmentor, training_batch
@@ -147,7 +147,7 @@ def test_another_backbone_is_refused() -> None:
         backbone=dict(type='ResNet', depth=18),
         decode_head=dict(type='FCNHead', in_channels=512, channels=8, num_classes=4),
     )
-    with pytest.raises(ValueError, match=r"backbone\.type='ResNet' must be 'TimmViT'"):
+    with pytest.raises(ValueError, match=r"backbone\.type='ResNet' .* 'TimmViT'"):
         MODELS.build(config)
 
 
@@ -229,15 +229,8 @@ def test_auxiliary_heads_have_the_classes_of_the_decode_head() -> None:
     model = tiny_segmentor(auxiliary_head=auxiliary)
     assert model.auxiliary_head.num_classes == model.decode_head.num_classes == 4
     wrong = [auxiliary, dict(auxiliary, num_classes=5)]
-    with pytest.raises(ValueError, match=r'auxiliary_head\.num_classes=5, .*decode_head\..*=4$'):
+    with pytest.raises(ValueError, match=r'^model\.auxiliary_head\.num_classes=5 .* 4, as'):
         tiny_segmentor(auxiliary_head=wrong)
-
-
-def test_the_decode_head_needs_a_number_of_classes() -> None:
-    with pytest.raises(
-        ValueError, match=r'model\.decode_head\.num_classes=None must be the number'
-    ):
-        tiny_segmentor(decode_head={k: v for k, v in MASK.items() if k != 'num_classes'})
 
 
 def test_a_file_that_init_cfg_would_take_in_part_is_refused(tmp_path: Path) -> None:
@@ -259,27 +252,9 @@ def test_a_file_that_init_cfg_would_take_in_part_is_refused(tmp_path: Path) -> N
         tiny_segmentor(init_cfg=init_cfg).init_weights()
 
 
-@pytest.mark.parametrize(
-    ('head', 'message'),
-    [
-        (
-            [dict(type='FCNHead', num_classes=4), dict(type='OCRHead', num_classes=4)],
-            r"model\.decode_head=\['FCNHead', 'OCRHead'\] is not possible: one head",
-        ),
-        (
-            dict(type='DPTHead', num_classes=4, in_index=[0, 1]),
-            r"model\.decode_head\.type='DPTHead' is not possible: .* reads a class token",
-        ),
-    ],
-)
-def test_heads_that_cannot_be_fed_are_refused(head: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_segmentor(decode_head=head)
-
-
-def test_a_field_of_the_timm_model_is_sent_to_the_backbone() -> None:
-    with pytest.raises(ValueError, match=r'^model\.img_size=32 .* model\.backbone\.img_size$'):
-        tiny_segmentor(img_size=32)
+def test_there_are_no_cascades_of_heads() -> None:
+    with pytest.raises(ValueError, match=r'^model\.decode_head=.* one head'):
+        tiny_segmentor(decode_head=[dict(type='FCNHead', num_classes=4)] * 2)
 
 
 def test_an_unknown_head_is_named() -> None:
@@ -333,18 +308,13 @@ def test_custom_keys_come_on_top_of_the_rate_of_the_layer() -> None:
 
 @pytest.mark.parametrize('wrong', [None, {}, {'layer_decay': 0.0}, {'layer_decay': 1.5}])
 def test_layer_decay_is_a_share(wrong: dict | None) -> None:
-    with pytest.raises(ValueError, match=r'must have layer_decay=x with 0 < x <= 1'):
+    with pytest.raises(ValueError, match=r'^paramwise_cfg\.layer_decay='):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
-
-
-def test_layer_decay_needs_a_rate() -> None:
-    with pytest.raises(ValueError, match=r'layer_decay=0.5 multiplies optimizer.lr, which is not'):
-        LayerDecayOptimWrapperConstructor({'optimizer': {'type': 'Adagrad'}}, {'layer_decay': 0.5})
 
 
 def test_layer_decay_refuses_other_settings() -> None:
     wrong = {'layer_decay': 0.5, 'norm_decay_mult': 0.0}
-    with pytest.raises(ValueError, match=r'norm_decay_mult .* takes layer_decay and custom_keys'):
+    with pytest.raises(ValueError, match=r'norm_decay_mult=.* layer_decay and custom_keys'):
         LayerDecayOptimWrapperConstructor({'optimizer': {'lr': 1.0}}, wrong)
 
 

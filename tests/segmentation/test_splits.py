@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.segmentation.splits import part_indices
+from vqmoe_vision.segmentation.datasets import part_indices
 
 from ..rows import CONFIGS
 
@@ -23,12 +23,12 @@ def test_dev_is_set_aside_of_train_in_runs_of_neighbours() -> None:
 
 @pytest.mark.parametrize('dev_size', [0, 10, 11])
 def test_a_part_that_would_be_empty(dev_size: int) -> None:
-    with pytest.raises(ValueError, match=f'dev_size={dev_size} must lie between 1 and 9'):
+    with pytest.raises(ValueError, match=f'^dev_size={dev_size} .* between 1 and 9'):
         part_indices(10, 'train', dev_size)
 
 
 def test_an_unknown_part() -> None:
-    with pytest.raises(ValueError, match=r"part='val' must be one of"):
+    with pytest.raises(ValueError, match=r"^part='val' "):
         part_indices(10, 'val', 2)
 
 

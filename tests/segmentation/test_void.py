@@ -8,7 +8,7 @@ import torch
 from mmseg.registry import METRICS
 
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.segmentation.data import CheckedDataset
+from vqmoe_vision.segmentation.datasets import CheckedDataset
 
 from .conftest import tiny_segmentor, training_batch, write_pair
 
@@ -70,7 +70,7 @@ def test_a_void_label_map_passes_the_pipeline(reduce_zero_label: bool, tmp_path:
 
 
 def test_metrics_of_nothing_are_no_numbers() -> None:
-    metric = METRICS.build(dict(type='IoUMetric', iou_metrics=['mIoU']))
+    metric = METRICS.build(dict(type='CheckedIoUMetric', iou_metrics=['mIoU']))
     metric.dataset_meta = {'classes': ['a', 'b']}
     labels = torch.full((1, 4, 4), VOID)
     sample = {'pred_sem_seg': {'data': torch.zeros(1, 4, 4)}, 'gt_sem_seg': {'data': labels}}

@@ -66,7 +66,7 @@ class ReachedHook(Hook):
 
 
 # of the files of checkpoints, of their folders of parts, and of what is in these
-SUFFIXES = ('.pth', '.part', '.sharded', '.distcp', '.tmp', '.metadata')
+SUFFIXES = ('.pth', '.part', '.sharded', '.safetensors')
 EVENTS = {
     'open': 'create',
     'os.mkdir': 'create',

@@ -33,7 +33,6 @@ class Cell:
     dtype: str = 'float32'  # of parameters and tokens, or of autocast
     amp: bool = False
     skew: float = 1.0  # load of the fullest expert over the mean load
-    sweep: str = ''  # what varies, for plots
 
     def __post_init__(self) -> None:
         for name in ('tokens', 'batch', 'width', 'experts', 'top_k'):
@@ -41,18 +40,9 @@ class Cell:
         check(self.dtype in DTYPES, 'dtype', self.dtype, f'one of {sorted(DTYPES)}')
         check(self.top_k <= self.experts, 'top_k', self.top_k, f'at most experts={self.experts}')
         most = self.experts / self.top_k  # the fullest expert takes every token once
-        check(
-            1 <= self.skew <= most,
-            'skew',
-            self.skew,
-            f'from 1 to experts / top_k = {most:g}, where one expert has every token',
-        )
-        check(
-            not self.amp or self.dtype in ('bfloat16', 'float16'),
-            'amp',
-            self.amp,
-            'autocast needs --dtype bfloat16 or float16',
-        )
+        check(1 <= self.skew <= most, 'skew', self.skew, f'from 1 to experts / top_k = {most:g}')
+        low = self.dtype in ('bfloat16', 'float16')
+        check(low or not self.amp, 'amp', self.amp, 'autocast needs bfloat16 or float16')
 
     @property
     def hidden(self) -> int:
@@ -97,18 +87,11 @@ class Settings:
     repeats: int = 15
     backward: bool = True
     compiled: bool = False
-    capacity_factor: float | None = None  # of peers that have one; None leaves their own
 
     def __post_init__(self) -> None:
         check(self.repeats >= 1, 'repeats', self.repeats, 'at least 1')
         check(self.threads >= 1, 'threads', self.threads, 'at least 1')
-        factor = self.capacity_factor
-        check(factor is None or factor > 0, 'capacity_factor', factor, 'above 0')
-        check(
-            self.clock == 'wall' or not self.device.startswith('cuda'),
-            'clock',
-            self.clock,
-            "'wall' on a GPU, which works while the process waits",
-        )
-        available = not self.device.startswith('cuda') or torch.cuda.is_available()
-        check(available, 'device', self.device, "'cpu', as this machine has no usable CUDA device")
+        if self.device.startswith('cuda'):  # which works while the process waits
+            check(self.clock == 'wall', 'clock', self.clock, "'wall' on a GPU")
+            usable = "'cpu', as this machine has no usable CUDA device"
+            check(torch.cuda.is_available(), 'device', self.device, usable)

@@ -18,19 +18,8 @@ MALLOC = {
     'MALLOC_TRIM_THRESHOLD_': '8000000000',
     'MALLOC_TOP_PAD_': '268435456',
 }
-PACKAGES = (
-    'torch',
-    'timm',
-    'vqmoe-vision',
-    'soft-moe',
-    'soft-moe-pytorch',
-    'st-moe-pytorch',
-    'mixture-of-experts',
-    'transformers',
-    'onnx',
-    'onnxscript',
-    'onnxruntime',
-)
+PACKAGES = ['torch', 'timm', 'vqmoe-vision', 'transformers']
+PACKAGES += ['soft-moe', 'soft-moe-pytorch', 'st-moe-pytorch', 'mixture-of-experts']
 _RESTARTED = 'VQMOE_BENCHMARK_RESTARTED'
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 # what tells the configurations of two rows apart
-IDENTITY = ('tokens', 'batch', 'width', 'experts', 'top_k', 'dtype', 'amp', 'skew', 'mode', 'sweep')
+IDENTITY = ('tokens', 'batch', 'width', 'experts', 'top_k', 'dtype', 'amp', 'skew', 'mode')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,66 +32,51 @@ def limit(contender: str, against: str, at_most: float, **where: object) -> Gate
     return Gate(contender=contender, against=against, at_most=at_most, where=where)
 
 
+def elsewhere(at_most: float, **fields: Mapping[str, Any]) -> Gate:
+    """Ours over ours in other rows."""
+    return Gate(contender='ours', against='ours', at_most=at_most, **fields)
+
+
 def not_slower_compiled(*contenders: str, **where: object) -> tuple[Gate, ...]:
     """What torch.compile may cost each of some contenders."""
     return tuple(limit(f'{name}+compiled', name, 1.05, **where) for name in contenders)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A gate in one configuration."""
+def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Hold measured rows against gates, and every peer against ours at equal work.
 
-    name: str
-    at_most: float
-    ratio: float | None = None
-    reason: str = ''
-
-    @property
-    def broken(self) -> bool:
-        """Whether the limit is exceeded, or nothing could be judged."""
-        return self.ratio is None or not self.ratio <= self.at_most  # nan is broken too
-
-    @property
-    def text(self) -> str:
-        """One line."""
-        if self.ratio is None:
-            return f'{self.name}: {self.reason}'
-        told = 'BROKEN' if self.broken else 'met'
-        return f'{told}: {self.name}: {self.ratio:.2f}, at most {self.at_most:g}'
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """For JSON and for a table."""
-        told = self.reason or ('missed' if self.broken else 'met')
-        return {'limit': self.name, 'ratio': self.ratio, 'at_most': self.at_most, 'result': told}
+    One row per limit and configuration; its 'result' is 'met', 'missed', or why nothing was judged.
+    """
+    judged = [row for gate in gates for row in _judge(gate, rows)]
+    for row in rows:
+        if row.get('ours_to_peer') is not None:
+            name = f'{row["equal_to"]} over {row["contender"]} at {_configuration(row)}'
+            judged.append(_judged(name, 1.0, row['ours_to_peer']))
+    return judged
 
 
-def judge(gates: Sequence[Gate], rows: Sequence[Row]) -> list[Verdict]:
-    """Hold measured rows against gates, and every peer against ours at equal work."""
-    verdicts = [verdict for gate in gates for verdict in _judge(gate, rows)]
-    peers = [row for row in rows if row.get('ours_to_peer') is not None]
-    for row in peers:
-        name = f'{row["equal_to"]} over {row["contender"]} at {_configuration(row)}'
-        verdicts.append(Verdict(name, 1.0, row['ours_to_peer']))
-    return verdicts
+def _judged(name: str, at_most: float, ratio: float | None, reason: str = '') -> dict[str, Any]:
+    met = ratio is not None and ratio <= at_most  # nan is missed too
+    result = reason or ('met' if met else 'missed')
+    return {'limit': name, 'ratio': ratio, 'at_most': at_most, 'result': result}
 
 
-def _judge(gate: Gate, rows: Sequence[Row]) -> list[Verdict]:
+def _judge(gate: Gate, rows: Sequence[Row]) -> list[dict[str, Any]]:
     wanted = {'contender': gate.contender, **gate.where}
-    judged = [row for row in rows if _has(row, wanted)]
-    if not judged:
-        return [Verdict(str(gate), gate.at_most, reason='not measured')]
-    verdicts = []
-    for row in judged:
+    chosen = [row for row in rows if _has(row, wanted)]
+    if not chosen:
+        return [_judged(str(gate), gate.at_most, None, 'not measured')]
+    found = []
+    for row in chosen:
         same = {key: row[key] for key in IDENTITY if key in row}
         others = [r for r in rows if _has(r, {**same, 'contender': gate.against, **gate.versus})]
         name = f'{gate} at {_configuration(row)}'
         if not others:
-            verdicts.append(Verdict(name, gate.at_most, reason='nothing to compare with'))
+            found.append(_judged(name, gate.at_most, None, 'nothing to compare with'))
             continue
         spent = 'to_dense' if gate.versus else 'median_ms'
-        verdicts.append(Verdict(name, gate.at_most, row[spent] / others[0][spent]))
-    return verdicts
+        found.append(_judged(name, gate.at_most, row[spent] / others[0][spent]))
+    return found
 
 
 def _has(row: Row, fields: Mapping[str, Any]) -> bool:

@@ -8,60 +8,48 @@ timed and held against limits. The result is one row, which can be sent in.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from .cells import Settings
+from .cells import Cell, Settings
 from .environment import describe_machine
 from .gpu_kernels import check_kernels
 from .gpu_stages import Part, run_stages
 from .gpu_steps import check_configs, check_methods
-from .model_presets import MODEL_PRESETS
-from .presets import LAYER_PRESETS, Preset
+from .layers import run_layers
+from .networks import run_networks
+from .presets import LAYER_PRESETS, NETWORK_PRESETS
 from .report import LIMIT_COLUMNS, table
-from .runs import run_layers, run_models
 from .timing import use_device
 
 
 def run_gpu(args: argparse.Namespace) -> bool:
     """Runs all of it."""
-    layers, networks = LAYER_PRESETS['gpu'], MODEL_PRESETS['gpu']
+    layers, networks = LAYER_PRESETS['gpu'], NETWORK_PRESETS['gpu']
     settings = Settings(device=args.device, repeats=layers.repeats, compiled=True)
     use_device(settings.device)
     run: dict[str, Any] = {'command': 'gpu', 'header': describe_machine(settings.device)}
     print(*(f'{name}: {value}' for name, value in run['header'].items()), sep='\n')
-    stages: dict[str, dict[str, Part]] = {
-        'kernels': {'kernels': partial(check_kernels, settings)},
-        'methods': {'methods': partial(check_methods, settings)},
-        'configs': {'configs': partial(check_configs, settings)},
-        'layers': _layers(layers, settings),
-        'networks': _networks(networks, settings),
-    }
-    run_stages(run, stages, (*layers.gates, *networks.gates), args.out)
+    parts: list[tuple[str, str, Part]] = [
+        ('kernels', 'kernels', partial(check_kernels, settings)),
+        ('methods', 'methods', partial(check_methods, settings)),
+        ('configs', 'configs', partial(check_configs, settings)),
+    ]
+    for cell, names in layers.runs:
+        alone = partial(_rows_of_layers, cell, names, settings)
+        parts.append(('layers', f'layers of width {cell.width}', alone))
+    for one in networks.comparisons:
+        alone = partial(run_networks, [one], settings)
+        parts.append(('networks', f'networks over {one.baseline}', alone))
+    run_stages(run, parts, (*layers.gates, *networks.gates), args.out)
     return _tell(run, args)
 
 
-def _layers(preset: Preset, settings: Settings) -> dict[str, Part]:
-    alone = {f'layers of width {run[0].width}': replace(preset, runs=(run,)) for run in preset.runs}
-    return {title: partial(_rows, run_layers, one, settings) for title, one in alone.items()}
-
-
-def _networks(preset: Preset, settings: Settings) -> dict[str, Part]:
-    alone = {
-        f'networks over {comparison.baseline}': replace(preset, comparisons=(comparison,))
-        for comparison in preset.comparisons
-    }
-    return {title: partial(_rows, run_models, one, settings) for title, one in alone.items()}
-
-
-def _rows(
-    measure: Callable[[Preset, Settings], tuple[list[dict[str, Any]], list[Any]]],
-    preset: Preset,
-    settings: Settings,
+def _rows_of_layers(
+    cell: Cell, names: Sequence[str] | None, settings: Settings
 ) -> list[dict[str, Any]]:
-    return measure(preset, settings)[0]
+    return run_layers([(cell, names)], settings)[0]
 
 
 def _tell(run: Mapping[str, Any], args: argparse.Namespace) -> bool:

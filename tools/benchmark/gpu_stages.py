@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,25 @@ Part = Callable[[], list[dict[str, Any]]]
 
 def run_stages(
     run: dict[str, Any],
-    stages: Mapping[str, Mapping[str, Part]],
+    parts: Sequence[tuple[str, str, Part]],
     gates: Sequence[Gate],
     out: Path,
 ) -> None:
-    """Runs what a run consists of, and saves it after each part, whatever becomes of the next."""
-    run['failed'], run['seconds'] = [], {}
-    for name, parts in stages.items():
-        run[name] = []
-        for title, part in parts.items():
-            begin, rows = time.perf_counter(), []
-            with outcome('done', step=title) as done:
-                rows = part()
-            run['seconds'][title] = round(time.perf_counter() - begin, 1)
-            run[name] += rows
-            checked = [row for row in rows if 'ok' in row]
-            for row in checked:
-                print(*row.values(), sep='  ', flush=True)
-            run['failed'] += [row for row in (*checked, done) if not row['ok']]
-            timed = [row for stage in stages for row in run.get(stage, ()) if 'median_ms' in row]
-            run['limits'] = [verdict.row for verdict in judge(gates, timed)]
-            write(out, run)
+    """Runs parts (stage, title, part), and saves after each, whatever becomes of the next."""
+    run['failed'], run['seconds'], timed = [], {}, []
+    for stage, title, part in parts:
+        begin, rows = time.perf_counter(), []
+        with outcome('done', step=title) as done:
+            rows = part()
+        run['seconds'][title] = round(time.perf_counter() - begin, 1)
+        run.setdefault(stage, []).extend(rows)
+        checked = [row for row in rows if 'ok' in row]
+        for row in checked:
+            print(*row.values(), sep='  ', flush=True)
+        run['failed'] += [row for row in (*checked, done) if not row['ok']]
+        timed += [row for row in rows if 'median_ms' in row]
+        run['limits'] = judge(gates, timed)
+        write(out, run)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ a card has no kernel for groups, experts wait by design, and their steps may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
@@ -19,12 +19,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.kernels.grouped_mm import is_fast
+from vqmoe_vision.moe.kernels.cuda import is_fast
 
 from .cells import Settings
 from .gpu_stages import outcome
 from .networks import Comparison, Network
-from .training import Finished, running, settings_of
 
 ROOT = Path(__file__).parents[2]
 # a small config of each task, whose data come with a library
@@ -32,8 +31,12 @@ CONFIGS = {
     'classification': 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py',
     'segmentation': 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
 }
-SMALL_DATA = ('train_dataloader.dataset.num_scenes=512',)  # else clusters of 20,000 are sought
+SMALL_DATA = {'train_dataloader.dataset.num_scenes': 512}  # else clusters of 20,000 are sought
 STEPS = 4  # of which the first two may wait: an optimizer makes its state
+
+
+class Finished(Exception):
+    """Enough steps have run."""
 
 
 @contextmanager
@@ -88,31 +91,41 @@ def _step_of(spec: str, comparison: Comparison, settings: Settings) -> Callable[
 
 def check_configs(settings: Settings) -> list[dict[str, Any]]:
     """Iterations of a config of each task with all hooks, as `check_methods`."""
-    rows = [_config_row('classification', [], settings)]
+    rows = [_config_row('classification', {}, settings)]
     for method in METHODS:
-        options = [f'model.backbone.model_name=vit_tiny_{method}', *SMALL_DATA]
+        options = {'model.backbone.model_name': f'vit_tiny_{method}', **SMALL_DATA}
         rows.append(_config_row('segmentation', options, settings, METHODS[method].needs_features))
     return rows
 
 
 def _config_row(
-    task: str, options: Sequence[str], settings: Settings, needs_features: bool = False
+    task: str, options: dict[str, Any], settings: Settings, needs_features: bool = False
 ) -> dict[str, Any]:
-    step = ' '.join([f'{task}: {CONFIGS[task]}', *options])
+    step = ' '.join([f'{task}: {CONFIGS[task]}', *(f'{k}={v}' for k, v in options.items())])
     waits = experts_wait(settings.device)
     good = _nothing(settings.device, waits)
     with TemporaryDirectory() as folder, outcome(good, step=step) as row:
+        from vqmoe_vision.engine.cli import load_config
         from vqmoe_vision.engine.optim import use_amp
 
-        config = settings_of(str(ROOT / CONFIGS[task]), options)
+        config = load_config(str(ROOT / CONFIGS[task]), options)
         if needs_features:
             config.model.backbone.features = _untrained(config, Path(folder) / 'dense.pth')
         use_amp(config)
-        with running(config) as runner:
-            run_iter = runner.train_loop.run_iter
-            runner.train_loop.run_iter = _watched(run_iter, settings.device, waits)
-            runner.train()
+        config.work_dir, config.log_level = folder, 'WARNING'
+        # mmengine names runs by the second, and warns of a second one of that name in a process
+        config.experiment_name = Path(folder).name
+        _train(config, settings.device, waits)
     return row
+
+
+def _train(config: Any, device: str, waits: bool) -> None:
+    from mmengine.runner import Runner
+
+    runner = Runner.from_cfg(config)
+    runner.train_loop.run_iter = _watched(runner.train_loop.run_iter, device, waits)
+    with suppress(Finished):
+        runner.train()
 
 
 def _untrained(config: Any, file: Path) -> str:

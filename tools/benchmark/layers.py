@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import installed
@@ -18,7 +18,8 @@ from .cells import Cell, Settings
 from .contenders import Contender, Forward, UnsuitableError
 from .inputs import Batch, Inputs
 from .oracle import check_against_oracle
-from .timing import Clock, interleave, median, peak_memory, ratio
+from .report import layer_table
+from .timing import Clock, interleave, peak_memory, ratio
 
 Build = Callable[[Cell, Settings, Inputs], list[Contender]]
 
@@ -44,7 +45,6 @@ PEERS: dict[str, Build] = {
     'moe-jetpack': peers.moe_jetpack,
 }
 CONTENDERS = {**FLOORS, **OURS, **PEERS}
-DROPPING = frozenset({'st-moe-pytorch', 'mixture-of-experts'})  # peers with a capacity
 REFERENCES = ('moe-jetpack',)  # peers that are written here: nothing to install
 COMPILED = ('dense', 'ours', *methods.LAYERS)
 CHECK_ROUND = 10**6  # a batch that is not timed
@@ -65,23 +65,25 @@ def _available(name: str) -> bool:
     return name not in PEERS or name in REFERENCES or installed(name) is not None
 
 
+def run_layers(
+    runs: Sequence[tuple[Cell, Sequence[str] | None]], settings: Settings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures and prints cells; rows, and by cell why some are absent."""
+    rows, skipped = [], []
+    for cell, names in runs:
+        measured, absent = measure_layer(cell, settings, choose(names))
+        print(layer_table(str(cell), measured, absent), flush=True)
+        rows += measured
+        skipped.append({'cell': vars(cell), 'reasons': absent})
+    return rows, skipped
+
+
 def measure_layer(
     cell: Cell, settings: Settings, names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time all contenders in one cell."""
+    """Time all contenders in one cell: their rows, and why some are absent."""
     inputs = Inputs(cell, settings.device)
     contenders, skipped = build(cell, settings, names, inputs)
-    return time_contenders(contenders, skipped, inputs, settings), skipped
-
-
-def time_contenders(
-    contenders: dict[str, Contender],
-    skipped: dict[str, str],
-    inputs: Inputs,
-    settings: Settings,
-) -> list[dict[str, Any]]:
-    """One row per contender, of which some must be named as `FLOORS` are."""
-    cell = inputs.cell
     for contender in contenders.values():
         if contender.oracle is not None:
             check_against_oracle(contender, inputs.batch(CHECK_ROUND), cell, settings)
@@ -89,10 +91,8 @@ def time_contenders(
     memory = try_out(contenders, skipped, inputs, settings)
     times = interleave(_steps(contenders, inputs, settings), settings.repeats)
     flat = {name: parts['step'] for name, parts in times.items()}
-    return [
-        _row(contender, flat, memory[name], cell, settings)
-        for name, contender in contenders.items()
-    ]
+    rows = [_row(made, flat, memory[name], cell, settings) for name, made in contenders.items()]
+    return rows, skipped
 
 
 def build(
@@ -134,19 +134,8 @@ def compiled(contender: Contender) -> Contender:
     else:
         call = torch.compile(contender.module, fullgraph=True)
         routed = contender.forward is methods.run_layer
-        forward = partial(_run_compiled_layer if routed else _run_compiled, call)
+        forward = partial(methods.run_layer if routed else ours.on_tokens, call=call)
     return dataclasses.replace(contender, name=f'{contender.name}+compiled', forward=forward)
-
-
-Compiled = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _run_compiled(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
-    return [call(batch.x)]
-
-
-def _run_compiled_layer(call: Compiled, module: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
-    return methods.collecting(module, call, batch)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,18 +16,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import METHODS, MoeLayer, collect_losses
-from vqmoe_vision.moe.dispatch import run_experts_loop
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.image_reader import Features
-from vqmoe_vision.moe.joint_losses import values_of
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.losses import values_of
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 from .cells import Cell, Settings
 from .contenders import Contender, UnsuitableError, place
 from .inputs import PATCH, Batch, Inputs
-from .ours import PROBE_ROUNDS, make_experts, mean_load, with_loops
+from .ours import PROBE_ROUNDS, make_experts, mean_load, run_experts_loop, with_loops
 
 # methods by the name of their contender; SMoE's is 'layer', which limits and peers refer to
 LAYERS = {'layer' if method == 'smoe' else method: method for method in METHODS}
@@ -82,11 +80,12 @@ def _build(
     return entry.build(cell.width, config, experts, host, **factory)
 
 
-def _mean_pixels(cell: Cell) -> Features:
+def _mean_pixels(cell: Cell) -> nn.Module:
     """In the place of a network that reads images: a layer is timed, not what is beside it."""
     network: Any = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network.image_size = network.sizes = (PATCH, PATCH * cell.tokens)
-    return Features(network, 3)
+    network.num_features = 3
+    return network
 
 
 def _cost(method: str, cell: Cell, options: dict[str, Any]) -> tuple[int, int]:
@@ -139,16 +138,12 @@ def routing_counts(module: RoutedMlp, inputs: Inputs) -> tuple[Tensor, float]:
     return torch.stack(counts), sum(kept) / len(kept)
 
 
-def run_layer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    """A layer inside its collector, as a training step runs it."""
-    return collecting(module, module, batch)
-
-
-def collecting(
-    module: nn.Module, call: Callable[[Tensor], Tensor], batch: Batch
+def run_layer(
+    module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
 ) -> Sequence[Tensor]:
-    """Call a layer, perhaps compiled, inside the collector of its module."""
+    """A layer, perhaps compiled, inside its collector, as a training step runs it."""
     assert isinstance(module, MoeLayer)
+    call = call or module
     _show_images(module, batch.images)
     if not module.training or not module.needs_collecting:
         return [call(batch.x)]

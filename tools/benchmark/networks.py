@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from statistics import median
 from typing import Any, cast
 
 import timm
@@ -25,7 +26,8 @@ from vqmoe_vision.moe.config import check
 from .cells import DTYPES, Settings
 from .oracle import WrongResultError
 from .ours import with_loops
-from .timing import Clock, interleave, median, peak_memory, ratio
+from .report import network_table
+from .timing import Clock, interleave, peak_memory, ratio
 
 MODES = ('inference', 'training')
 NUM_BATCHES = 4  # different images, cycled
@@ -49,7 +51,7 @@ class Comparison:
         check(self.batch >= 1, 'batch', self.batch, 'at least 1')
         check(self.dtype in DTYPES, 'dtype', self.dtype, f'one of {sorted(DTYPES)}')
         low = self.dtype in ('bfloat16', 'float16')
-        check(low or not self.amp, 'amp', self.amp, 'autocast needs --dtype bfloat16 or float16')
+        check(low or not self.amp, 'amp', self.amp, 'autocast needs bfloat16 or float16')
 
     def __str__(self) -> str:
         amp = ' amp' if self.amp else ''
@@ -64,16 +66,11 @@ def parse_model(spec: str) -> tuple[str, dict[str, Any]]:
     for option in options:
         key, equals, value = option.partition('=')
         check(bool(key and equals and value), 'models', spec, 'options are key=value after a comma')
-        keywords[key] = literal(value)
+        try:
+            keywords[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            keywords[key] = value
     return name, keywords
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 class Network:
@@ -139,6 +136,16 @@ class Network:
         """Forward, backward, optimizer."""
         self.forward(index).backward()
         self.update()
+
+
+def run_networks(comparisons: Sequence[Comparison], settings: Settings) -> list[dict[str, Any]]:
+    """Measures and prints networks."""
+    rows = []
+    for comparison in comparisons:
+        measured = measure_networks(comparison, settings)
+        print(network_table(str(comparison), measured), flush=True)
+        rows += measured
+    return rows
 
 
 def measure_networks(comparison: Comparison, settings: Settings) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from vqmoe_vision.moe.dispatch import run_experts, run_experts_loop
+from vqmoe_vision.moe.dispatch import run_experts
 from vqmoe_vision.moe.experts import Experts, StackedLinear
 from vqmoe_vision.moe.kernels import compute_dtype
 from vqmoe_vision.moe.routing import Routing
@@ -32,11 +32,14 @@ def dense(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """One MLP of hidden width K * H on all tokens: the same active FLOPs."""
     module = place(Mlp(cell.width, cell.top_k * cell.hidden), cell, settings)
     macs = cell.num_rows * 2 * cell.width * cell.hidden
-    return [Contender('dense', module, _on_tokens, cell.num_rows, macs)]
+    return [Contender('dense', module, on_tokens, cell.num_rows, macs)]
 
 
-def _on_tokens(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    return [module(batch.x)]
+def on_tokens(
+    module: nn.Module, batch: Batch, call: Callable[[Tensor], Tensor] | None = None
+) -> Sequence[Tensor]:
+    """A module, perhaps compiled, that answers on tokens alone."""
+    return [(call or module)(batch.x)]
 
 
 class BatchedLinear(torch.autograd.Function):
@@ -132,6 +135,26 @@ def experts_grouped(
     assert isinstance(module, Experts)
     routing = Routing(batch.indices, batch.weights, kept=kept)
     return [run_experts(module, batch.x.flatten(0, 1), routing)]
+
+
+def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """As `run_experts` on tokens, one expert after the other: slow, plain, the oracle."""
+    indices, weights = routing.indices, routing.weights
+    weights = weights if routing.kept is None else weights * routing.kept
+    tokens = routing.tokens
+    if tokens is None:
+        tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(indices)
+    out = torch.zeros_like(x)
+    fc1, fc2 = experts.fc1, experts.fc2
+    for e in range(experts.num_experts):
+        chosen = indices == e
+        token = tokens[chosen]
+        hidden = F.linear(x[token], fc1.weight[e], None if fc1.bias is None else fc1.bias[e])
+        answer = F.linear(
+            experts.act(hidden), fc2.weight[e], None if fc2.bias is None else fc2.bias[e]
+        )
+        out.index_add_(0, token, answer * weights[chosen][:, None].to(answer.dtype))
+    return out
 
 
 def experts_loop(module: nn.Module, batch: Batch, kept: Tensor | None = None) -> Sequence[Tensor]:

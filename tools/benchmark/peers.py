@@ -30,7 +30,7 @@ from .cells import MLP_RATIO, Cell, Settings
 from .contenders import Contender, UnsuitableError, autocast, place
 from .inputs import Batch, Inputs
 from .methods import routing_counts, whole_layer
-from .ours import PROBE_ROUNDS
+from .ours import PROBE_ROUNDS, on_tokens
 
 GATHER_LIMIT = 2e9  # bytes; what `batched_mm` may copy out of the weights for one product
 
@@ -69,7 +69,7 @@ def _soft_peer(
 ) -> Contender:
     # the logits, both mixtures and the experts are the same products in both
     note = f'{slots_per_expert(cell)} slots per expert in both'
-    peer = Contender(name, place(module, cell, settings), _answer, equal.rows, equal.macs)
+    peer = Contender(name, place(module, cell, settings), on_tokens, equal.rows, equal.macs)
     peer.equal_to, peer.note = equal.name, note
     return peer
 
@@ -105,10 +105,6 @@ def moe_jetpack(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contende
     return [equal, _soft_peer('moe-jetpack', module, equal, cell, settings)]
 
 
-def _answer(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
-    return [module(batch.x)]
-
-
 def mixture_of_experts(cell: Cell, settings: Settings, inputs: Inputs) -> list[Contender]:
     """Top-2 with capacity by one-hot products; experts without biases."""
     from mixture_of_experts import MoE
@@ -116,7 +112,7 @@ def mixture_of_experts(cell: Cell, settings: Settings, inputs: Inputs) -> list[C
     if cell.top_k != 2:
         raise UnsuitableError('it routes to two experts, nothing else')
     sizes: dict[str, Any] = {'num_experts': cell.experts, 'hidden_dim': cell.hidden}
-    module = MoE(cell.width, activation=nn.GELU, **sizes, **_capacity(settings))
+    module = MoE(cell.width, activation=nn.GELU, **sizes)
     return _dropping_peer('mixture-of-experts', module, 2, _pair, cell, settings, inputs)
 
 
@@ -132,20 +128,13 @@ def st_moe_pytorch(cell: Cell, settings: Settings, inputs: Inputs) -> list[Conte
     if cell.top_k < 2:
         raise UnsuitableError('it routes to two experts or more')
     sizes: dict[str, Any] = {'num_experts': cell.experts, 'expert_hidden_mult': MLP_RATIO}
-    module = MoE(cell.width, gating_top_n=cell.top_k, **sizes, **_capacity(settings))
+    module = MoE(cell.width, gating_top_n=cell.top_k, **sizes)
     return _dropping_peer('st-moe-pytorch', module, 3, _tuple, cell, settings, inputs)
 
 
 def _tuple(module: nn.Module, batch: Batch) -> Sequence[Tensor]:
     result = module(batch.x)
     return [result.outputs, result.total_aux_loss] if module.training else [result.outputs]
-
-
-def _capacity(settings: Settings) -> dict[str, float]:
-    factor = settings.capacity_factor
-    if factor is None:
-        return {}
-    return {'capacity_factor_train': factor, 'capacity_factor_eval': factor}
 
 
 def _dropping_peer(

@@ -1,15 +1,18 @@
-"""Named sets of layers, with the ratios that they are held to."""
+"""Named sets of layers and of networks, with the ratios that they are held to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress, product
+from typing import Any
+
+from vqmoe_vision.models.vit_moe import SIZES
+from vqmoe_vision.moe import METHODS
 
 from .cells import Cell
 from .environment import computes
-from .gates import Gate, limit, not_slower_compiled
-from .gpu_limits import NUM_IMAGES, OVER_DENSE, layer_limits
-from .methods import LAYERS
+from .gates import Gate, elsewhere, limit, not_slower_compiled
+from .methods import LAYERS, matched_options
 from .networks import Comparison
 
 
@@ -54,13 +57,7 @@ _CI_GATES = (
     limit('ours', 'loop', 1.0),
     limit('layer', 'ours', 1.3, dtype='float32'),
     limit('layer', 'ours', 1.7, dtype='bfloat16'),
-    Gate(
-        contender='ours',
-        against='ours',
-        at_most=1.3,
-        where={'skew': 5.0},
-        versus={'skew': 1.0},
-    ),
+    elsewhere(1.3, where={'skew': 5.0}, versus={'skew': 1.0}),
 )
 
 
@@ -117,35 +114,34 @@ _TABLE_GATES = (
         limit('vqmoe', against, at_most, dtype='bfloat16', tokens=197, top_k=2, **_BALANCED)
         for against, at_most in (('dense', 1.30), ('layer', 1.10))
     ),
-    Gate(
-        contender='ours',
-        against='ours',
-        at_most=1.10,
-        where={'skew': 5.0},
-        versus={'skew': 1.0},
-    ),
-    Gate(
-        contender='ours',
-        against='ours',
-        at_most=1.10,
-        where={'experts': 64},
-        versus={'experts': 8, 'batch': 8},
-    ),
+    elsewhere(1.10, where={'skew': 5.0}, versus={'skew': 1.0}),
+    elsewhere(1.10, where={'experts': 64}, versus={'experts': 8, 'batch': 8}),
 )
 
-# --- scaling: one size at a time, the others as in the table ---
+# --- gpu: what an H100 shall reach in `benchmark.py gpu`, in bfloat16; not run ---
+
+NUM_IMAGES = 128  # of 197 tokens: 25,216
+# width: an MoE, as a layer and as a whole network, over dense
+OVER_DENSE = {384: 1.20, 768: 1.11, 1024: 1.09}
 
 
-def _sweep(dtype: str) -> tuple[Cell, ...]:
-    return (
-        *(
-            Cell(tokens=n, dtype=dtype, sweep='tokens')
-            for n in (64, 128, 256, 512, 1024, 2048, 4096)
-        ),
-        *(Cell(tokens=1024, experts=e, dtype=dtype, sweep='experts') for e in (4, 8, 16, 32, 64)),
-        *(Cell(batch=b, dtype=dtype, sweep='batch') for b in (1, 2, 4, 8, 16, 32, 64)),
-        *(Cell(width=d, dtype=dtype, sweep='width') for d in (96, 192, 384, 768, 1024)),
-    )
+def _over_dense(ours: str, dense: str, at_most: float, **where: object) -> tuple[Gate, ...]:
+    """Ours over dense, eager and compiled."""
+    forms = ('', '+compiled')
+    return tuple(limit(f'{ours}{form}', f'{dense}{form}', at_most, **where) for form in forms)
+
+
+def _layers_on_a_card() -> Preset:
+    """The experts alone, and the layer with its router."""
+    names = ('ours', 'layer')
+    cells = [Cell(tokens=197, batch=NUM_IMAGES, width=w, dtype='bfloat16') for w in OVER_DENSE]
+    gates: list[Gate] = []
+    for width, at_most in OVER_DENSE.items():
+        for name in names:
+            gates += _over_dense(name, 'dense', at_most, width=width)
+        gates += not_slower_compiled(*names, width=width)
+    runs = tuple((cell, names) for cell in cells)
+    return Preset(runs=runs, repeats=20, gates=tuple(gates), compiled=True)
 
 
 LAYER_PRESETS = {
@@ -170,18 +166,103 @@ LAYER_PRESETS = {
         runs=tuple((cell, None) for cell in (*_TABLE_CELLS, *_AMP_CELLS)),
         repeats=5,
     ),
-    'scaling': Preset(
-        runs=tuple((cell, _OURS) for dtype in ('float32', 'bfloat16') for cell in _sweep(dtype)),
-        repeats=7,
-    ),
-    # of `benchmark.py gpu`
-    'gpu': Preset(
-        runs=tuple(
-            (Cell(tokens=197, batch=NUM_IMAGES, width=width, dtype='bfloat16'), ('ours', 'layer'))
-            for width in OVER_DENSE
+    'gpu': _layers_on_a_card(),
+}
+
+# --- networks ---
+
+_PRECISIONS = (('float32', False), ('bfloat16', True))
+
+
+def _model(method: str, top_k: int = 2, size: str = 'small') -> str:
+    """A ViT of a method, 197 tokens and eight experts, with K experts per token."""
+    options = matched_options(method, Cell(tokens=197, experts=8, top_k=top_k))
+    return ','.join([f'vit_{size}_{method}', *(f'{key}={options[key]}' for key in options)])
+
+
+_SMOE_1, _SMOE_2, _VQMOE = _model('smoe', top_k=1), _model('smoe'), _model('vqmoe')
+_NETWORK_GATES = (
+    limit(_SMOE_1, 'vit_small_patch16_224', 1.07, dtype='float32', mode='training'),
+    limit(_SMOE_1, 'vit_small_patch16_224', 1.14, dtype='bfloat16', mode='training'),
+    limit(_VQMOE, _SMOE_2, 1.05, mode='training'),
+)
+
+# --- discrete: what the discrete form saves of the full one, by size and number of MoE blocks ---
+
+
+def _saving(*sizes: tuple[str, int]) -> Preset:
+    """Full, discrete and dense: prediction of one image, then of eight, and training."""
+    comparisons = []
+    for (size, experts), moe_layers in product(sizes, ('last2', 'every2', 'every1')):
+        full = f'vit_{size}_vqmoe,num_experts={experts},moe_layers={moe_layers}'
+        models = (f'{full},form=discrete', f'vit_{size}_patch16_224')
+        one = Comparison(models=models, baseline=full, batch=1, modes=('inference',))
+        comparisons += [one, Comparison(models=models, baseline=full, batch=8)]
+    return Preset(comparisons=tuple(comparisons), threads=1, clock='process', repeats=5)
+
+
+# --- serving: latency of one image and of eight, `--compiled` beside it ---
+
+_SERVING_LIMITS = {1: 1.25, 8: 1.10}  # images: the discrete form over dense
+
+
+def _serving(size: str, dtype: str) -> Preset:
+    """All in one dtype, weights too; CPU time of one thread, unless the command says otherwise."""
+    dense, served = f'vit_{size}_patch16_224', 'num_experts=8,moe_layers=every2'
+    full = f'vit_{size}_vqmoe,{served}'
+    discrete = f'{full},form=discrete'
+    models = (f'vit_{size}_smoe,{served},top_k=1', full, discrete)
+    comparisons, gates = [], []
+    for n, most in _SERVING_LIMITS.items():
+        kinds: dict[str, Any] = {'batch': n, 'dtype': dtype}
+        comparisons.append(Comparison(models=models, baseline=dense, modes=('inference',), **kinds))
+        gates.append(limit(discrete, dense, most, **kinds))
+    compared, gated = tuple(comparisons), tuple(gates)
+    return Preset(comparisons=compared, gates=gated, threads=1, clock='process', repeats=9)
+
+
+# --- gpu: of `benchmark.py gpu`, whose ten minutes compiling takes most of: training steps alone,
+# and methods beside SMoE in the smallest alone ---
+
+
+def _networks_on_a_card() -> Preset:
+    comparisons: list[Comparison] = []
+    gates: list[Gate] = []
+    in_training: dict[str, Any] = {'dtype': 'bfloat16', 'amp': True, 'modes': ('training',)}
+    in_training['batch'] = NUM_IMAGES
+    widths = {size: given['embed_dim'] for size, given in SIZES.items()}
+    for size in (size for size, width in widths.items() if width in OVER_DENSE):
+        smoe, dense = _model('smoe', 1, size), f'vit_{size}_patch16_224'
+        models = (_SMOE_1, _SMOE_2, _VQMOE) if smoe == _SMOE_1 else (smoe,)
+        comparisons.append(Comparison(models=models, baseline=dense, **in_training))
+        gates += _over_dense(smoe, dense, OVER_DENSE[widths[size]])
+        gates += not_slower_compiled(*models)
+    return Preset(comparisons=tuple(comparisons), repeats=20, gates=tuple(gates), compiled=True)
+
+
+NETWORK_PRESETS = {
+    **{
+        f'serving-{size}{suffix}': _serving(size, dtype)
+        for size in ('tiny', 'small', 'base')
+        for suffix, dtype in (('', 'float32'), ('-bfloat16', 'bfloat16'))
+    },
+    # the number of experts changes no work, and eight in all blocks of base would need 24 GB
+    'discrete': _saving(('tiny', 8), ('small', 8), ('base', 4)),
+    'table': Preset(
+        comparisons=tuple(
+            Comparison(models=(_SMOE_1, *map(_model, METHODS)), dtype=dtype, amp=amp)
+            for dtype, amp in _PRECISIONS
         ),
-        repeats=20,
-        gates=layer_limits(),
+        repeats=9,
+        gates=_NETWORK_GATES,
+    ),
+    'compiled': Preset(
+        comparisons=tuple(
+            Comparison(models=(_SMOE_1, _VQMOE), dtype=dtype, amp=amp) for dtype, amp in _PRECISIONS
+        ),
+        repeats=7,
+        gates=not_slower_compiled(_SMOE_1, _VQMOE),
         compiled=True,
     ),
+    'gpu': _networks_on_a_card(),
 }

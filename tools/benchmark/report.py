@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.moe.config import check
-
 Row = Mapping[str, Any]
 
 LAYER_COLUMNS = {
@@ -55,12 +53,6 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return '\n'.join(lines)
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a table of Markdown."""
-    rows = [head, ['---'] * len(head), *lines]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-
-
 def layer_table(title: str, rows: Sequence[Row], skipped: Mapping[str, str]) -> str:
     """One cell of `moe`: its table, what equal work means for its peers, and who is missing."""
     per_expert = rows[0]['tokens_per_expert']
@@ -85,40 +77,7 @@ def network_table(title: str, rows: Sequence[Row]) -> str:
     return '\n'.join(lines)
 
 
-def training_table(parts: Mapping[str, float], images: int) -> str:
-    """Where a step of `training` goes."""
-    whole = sum(parts.values())
-    lines = [
-        f'{part:<10}{ms:>9.1f} ms {ms / whole:>6.1%}'
-        for part, ms in (*parts.items(), ('step', whole))
-    ]
-    return '\n'.join([*lines, f'{images} images per step, {images / whole * 1e3:.1f} per second'])
-
-
-def overhead_line(row: Mapping[str, Any]) -> str:
-    """What the runner adds in `training --overhead`."""
-    low, middle, high = row['added_ms']
-    return (
-        f'the runner adds {middle:.2f} ms (quartiles {low:.2f} to {high:.2f}) of processor time to '
-        f'a bare step of {row["bare_ms"]:.1f} ms'
-    )
-
-
 def write(path: Path, run: Mapping[str, Any]) -> None:
     """Save a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + '\n')
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Load a run that `write` saved."""
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist')
-    try:
-        run = json.loads(path.read_text())
-    except ValueError:  # no JSON, or not even text
-        run = None
-    valid = isinstance(run, dict) and {'command', 'header', 'rows'} <= run.keys()
-    check(valid, '--from', str(path), 'a file that --out of this program wrote')
-    assert isinstance(run, dict)
-    return run

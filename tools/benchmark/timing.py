@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
+from statistics import median
 
 import torch
 
@@ -68,11 +68,6 @@ def interleave(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, l
     finally:
         gc.enable()
     return times
-
-
-def median(times: list[float]) -> float:
-    """Median of measured times."""
-    return statistics.median(times)
 
 
 def ratio(times: list[float], reference: list[float]) -> float:

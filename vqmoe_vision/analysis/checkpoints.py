@@ -4,6 +4,7 @@ Legend: B images, N tokens per image, S checkpoints, P parameters.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,24 @@ from torch import Tensor, nn
 from vqmoe_vision.moe import moe_layers
 
 from . import measures
-from .record import recorded
+from .record import decided
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the routing of the same tokens differs between two checkpoints of a run."""
+
+    before: str
+    after: str
+    shares: dict[str, float]  # of tokens with another first expert, by decider
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How much of their way the parts of the layers have left at the checkpoints of a run."""
+
+    checkpoints: list[str]  # titles, oldest first
+    parts: dict[str, dict[str, list[float]]]  # as `convergence`
 
 
 def routing_changes(
@@ -21,22 +39,14 @@ def routing_changes(
     changed: dict[str, float] = {}
     count = 0
     for images in batches:
-        old, new = (_first_experts(model, images) for model in (before, after))
+        old, new = (decided(model, images) for model in (before, after))
         for name, experts in old.items():
-            share = measures.changed_share(experts, new[name])
+            share = measures.changed_share(experts[..., 0], new[name][..., 0])
             changed[name] = changed.get(name, 0.0) + share * len(images)
         count += len(images)
     if not count:
         raise ValueError('batches: empty, there is nothing to look at')
     return {name: total / count for name, total in changed.items()}
-
-
-def _first_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    return {
-        f'{layer}.{decider}': experts[..., 0]
-        for layer, record in recorded(model, images).items()
-        for decider, experts in record.experts.items()
-    }
 
 
 def layer_states(model: nn.Module) -> dict[str, Tensor]:

@@ -6,20 +6,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from tqdm import tqdm
 
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import CONFIG_HELP, load_config, make_folder
 from vqmoe_vision.engine.command import run
-from vqmoe_vision.engine.options import add_config_options
-from vqmoe_vision.engine.routing_history import FILE, read_history
+from vqmoe_vision.engine.config import add_config_options
+from vqmoe_vision.engine.routing_log import FILE, read_history
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe.config import check
 
-from .checkpoints import convergence, layer_states, routing_changes
+from .checkpoints import Change, Convergence, convergence, layer_states, routing_changes
 from .report import write_report
-from .report_tables import Change, Convergence
 from .shifts import Shift
 from .source import Source, images_of, source_of
 from .survey import Survey, survey
@@ -28,39 +26,23 @@ from .survey import Survey, survey
 def analyze(argv: Sequence[str] | None = None) -> None:
     """Writes a report of the routing of trained models."""
     parser = argparse.ArgumentParser(description='See what the experts of trained models do.')
-    parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument(
-        'checkpoints',
-        nargs='+',
-        help='files written by tools/train.py; several of one run, oldest first',
-    )
-    parser.add_argument(
-        '--beside',
-        nargs=2,
-        action='append',
-        default=[],
-        metavar=('CONFIG', 'CHECKPOINT'),
-        help='another model to look at on the same images; may be repeated',
-    )
-    parser.add_argument('--images', help="folder of images, in place of the config's test images")
-    parser.add_argument(
-        '--num-images', type=int, default=1000, help='look at so many, drawn from all'
-    )
-    parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument(
-        '--shifts',
-        action='store_true',
-        help='also how many tokens change their expert under crops, flips, noise and corruptions',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/analysis'),
-        help='folder for report.html, numbers.json and pictures',
-    )
-    parser.add_argument('--device', help='where to run (default: a GPU if there is one)')
+    add = parser.add_argument
+    add('config', help=CONFIG_HELP)
+    text = 'files written by tools/train.py; several of one run, oldest first'
+    add('checkpoints', nargs='+', help=text)
+    text = 'another model to look at on the same images; may be repeated'
+    pair = ('CONFIG', 'CHECKPOINT')
+    add('--beside', nargs=2, action='append', default=[], metavar=pair, help=text)
+    add('--images', help="folder of images, in place of the config's test images")
+    add('--num-images', type=int, default=1000, help='look at so many, drawn from all')
+    add('--batch-size', type=int, default=32)
+    text = 'also how many tokens change their expert under crops, flips, noise and corruptions'
+    add('--shifts', action='store_true', help=text)
+    text = 'folder for report.html, numbers.json and pictures'
+    add('--out', type=Path, default=Path('work_dirs/analysis'), help=text)
+    add('--device', help='where to run (default: a GPU if there is one)')
     add_config_options(parser)
-    parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
+    add('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, _analyze)
 
 
@@ -71,9 +53,12 @@ def _analyze(args: argparse.Namespace) -> None:
     own = load_config(args.config, args.cfg_options)
     files = [(own, checkpoint) for checkpoint in args.checkpoints]
     files += [(load_config(config), checkpoint) for config, checkpoint in args.beside]
-    trained = {_title(path, files): (config, path) for config, path in files}
-    if len(trained) < len(files):
+    titles = ['/'.join(Path(path).with_suffix('').parts[-2:]) for _, path in files]
+    if len(set(titles)) < len(titles):
+        titles = [path for _, path in files]
+    if len(set(titles)) < len(titles):
         raise ValueError('a checkpoint is there twice')
+    trained = dict(zip(titles, files, strict=True))
     _check_order(args.checkpoints)
     make_folder(args.out)
     surveys, changes, states = [], [], []
@@ -106,21 +91,15 @@ def _check_order(paths: Sequence[str]) -> None:
     if len(paths) < 2:
         return
     # checksums are compared when the weights are loaded
-    metas = {path: read_content(path, verify=False).get('meta') or {} for path in paths}
-    for earlier, later in pairwise(metas):
-        seeds = [metas[path].get('seed') for path in (earlier, later)]
-        same = None in seeds or seeds[0] == seeds[1]
-        check(same, f'{later}: seed', seeds[1], f'{seeds[0]}, as {earlier}, of one training')
-        done: list[Any] = [metas[path].get('iter') for path in (earlier, later)]
-        after = None in done or done[0] < done[1]
-        check(after, f'{later}: iter', done[1], f'above {done[0]} of {earlier}, the oldest first')
-
-
-def _title(path: str, files: Sequence[tuple[Config, str]]) -> str:
-    """Folder and name of a file, or all of its path if others are called the same."""
-    short = ['/'.join(Path(other).with_suffix('').parts[-2:]) for _, other in files]
-    own = '/'.join(Path(path).with_suffix('').parts[-2:])
-    return own if short.count(own) == 1 else path
+    metas = [read_content(path, verify=False).get('meta') or {} for path in paths]
+    for (first, earlier), (path, later) in pairwise(zip(paths, metas, strict=True)):
+        allowed = f'of the training of {first} and after it, the oldest first'
+        if 'seed' in earlier and 'seed' in later:
+            same = earlier['seed'] == later['seed']
+            check(same, f'{path}: seed', later['seed'], f'{earlier["seed"]}, {allowed}')
+        if 'iter' in earlier and 'iter' in later:
+            after = earlier['iter'] < later['iter']
+            check(after, f'{path}: iter', later['iter'], f'above {earlier["iter"]}, {allowed}')
 
 
 def _survey(title: str, model: Any, source: Source, args: argparse.Namespace) -> Survey:

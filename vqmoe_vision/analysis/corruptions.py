@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vqmoe_vision.moe.config import check
 
-from .samples import in_colour
-from .shifts import Shift, crop, flip, noise
+from .shifts import Shift, crop, flip, in_colour, noise
 
 NOISE = 0.04  # half of the weakest of ImageNet-C
 SMALLEST = 32  # pixels; the library refuses what is smaller

@@ -1,13 +1,9 @@
-"""What the pictures of the report share: their size and letters, and the words that stand for them.
+"""What pictures share: their size and letters, and names that fit.
 
 Needs matplotlib (extra `train`).
 """
 
-import base64
-import io
-import re
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -15,11 +11,10 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 WIDTH = 8.6  # inches; the page shows a picture about as wide
-DPI = 110
-MOST_LETTERS = 100  # of a name; file systems end at 255
 ANNOTATED = 16  # more columns leave no room for numbers in the cells
 # Letters that can be read at half the size, on a background of their own: the page may be dark.
 STYLE: Any = {  # matplotlib's own type differs between its versions
@@ -34,7 +29,7 @@ R = TypeVar('R')
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what a reader who does not see it has to know."""
+    """A figure and a sentence with the number that a reader who does not see it needs most."""
 
     name: str  # of its file
     title: str
@@ -80,82 +75,19 @@ def short(name: str) -> str:
     return name.replace('.mlp', '').replace('quantizer.', '')
 
 
-def listed(names: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def spread(shares: Tensor, word: str) -> str:
-    """How shares of experts or codes spread, in words."""
-    most, least = percent(shares.max().item()), percent(shares.min().item())
-    if most == least:
-        return f'all {len(shares)} {word}s take {most}'
-    return (
-        f'{word} {int(shares.argmax())} takes most, {most}, '
-        f'{word} {int(shares.argmin())} least, {least}'
-    )
-
-
 def heat_map(
     axes: Axes, values: Tensor, limits: tuple[float, float], form: str, colours: str = 'viridis'
 ) -> None:
     """Draws a matrix with its numbers in the cells, where there is room, and a colour bar."""
     shown = axes.imshow(values.numpy(), vmin=limits[0], vmax=limits[1], cmap=colours, aspect='auto')
-    bar = axes.figure.colorbar(shown, ax=axes, pad=0.02)
-    bar.outline.set_visible(False)
+    axes.figure.colorbar(shown, ax=axes, pad=0.02)
     rows, columns = values.shape
     axes.set_xticks(range(0, columns, -(-columns // ANNOTATED)))
     if columns > ANNOTATED or rows > 2 * ANNOTATED:
         return
-    for row in range(rows):
-        for column in range(columns):
-            value = values[row, column].item()
-            if value == value:
-                place = (value - limits[0]) / ((limits[1] - limits[0]) or 1)
-                red, green, blue, _ = matplotlib.colormaps[colours](place)
-                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-                axes.text(
-                    column,
-                    row,
-                    f'{value:{form}}',
-                    ha='center',
-                    va='center',
-                    color='white' if dark else 'black',
-                    fontsize=11 if columns > 10 else 12,
-                )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A picture as the page and a file hold it."""
-
-    file: str
-    title: str
-    alt: str
-    png: bytes
-
-    @property
-    def uri(self) -> str:
-        """The picture as the address of an image."""
-        return 'data:image/png;base64,' + base64.b64encode(self.png).decode()
-
-
-def shown(pictures: Iterable[Picture | None], title: str) -> list[Shown]:
-    """Draws pictures; the title of their model begins the names of their files."""
-    return [_png(picture, title) for picture in pictures if picture is not None]
-
-
-def _png(picture: Picture, title: str) -> Shown:
-    data = io.BytesIO()
-    # without the version of matplotlib: the same survey gives the same file
-    picture.figure.savefig(data, format='png', dpi=DPI, metadata={'Software': None})
-    return Shown(
-        f'{_file_name(title)}-{picture.name}.png', picture.title, picture.alt, data.getvalue()
-    )
-
-
-def _file_name(title: str) -> str:
-    """A title as part of a file's name; long or odd ones are told apart by a checksum."""
-    words = title.replace('/', '--')
-    name = re.sub(r'[^\w.-]+', '_', words)[-MOST_LETTERS:]
-    return name if name == words else f'{name}-{zlib.crc32(title.encode()):08x}'
+    readable: Any = {'ha': 'center', 'va': 'center', 'fontsize': 11 if columns > 10 else 12}
+    readable['path_effects'] = [withStroke(linewidth=2.5, foreground='white')]  # on any colour
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            if value == value:  # no nan
+                axes.text(column, row, f'{value:{form}}', **readable)

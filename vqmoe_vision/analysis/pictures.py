@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from .drawing import WIDTH
+
 # How far the brightest pixel of a patch is lightened. A dark pixel keeps the colour of the legend.
 LIGHTEN = 0.7
 NO_EXPERT = torch.tensor([[0.2, 0.2, 0.2]])  # RGB of a patch that no expert takes
+CELL, GAP = 152, 8  # pixels of a picture in a row of them, and between two
+LEGEND = 20  # colours that can be told apart
 
 
 def expert_colours(num_experts: int) -> Tensor:
     """Gives every expert a colour: (E, 3), RGB in [0, 1]."""
-    if num_experts <= 20:  # lists of distinct colours, looked up by their index
+    if num_experts <= LEGEND:  # lists of distinct colours, looked up by their index
         listed = matplotlib.colormaps['tab10' if num_experts <= 10 else 'tab20']
         rgba = listed(range(num_experts))
     else:
@@ -38,16 +42,24 @@ def tint_patches(images: Tensor, experts: Tensor, num_experts: int) -> Tensor:
 
 
 def plot_experts(
-    images: Tensor, experts: dict[str, Tensor], num_experts: int, title: str
+    images: Sequence[Tensor] | Tensor,
+    experts: Mapping[str, Sequence[Tensor] | Tensor],
+    num_experts: int,
+    title: str,
+    kind: str = 'expert',
+    below: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Figure:
-    """Draws a row of images, and below it one row per router with the expert of every patch."""
-    rows = {'image': images.expand(-1, 3, -1, -1)}
-    rows |= {name: tint_patches(images, e, num_experts) for name, e in experts.items()}
-    figure = rows_of_pictures(rows, title)
-    names, colours = [f'expert {i}' for i in range(num_experts)], expert_colours(num_experts)
-    if any((each == -1).any() for each in experts.values()):
-        names, colours = [*names, 'no expert'], torch.cat([colours, NO_EXPERT])
-    with_legend(figure, names, colours)
+    """Draws a row of images, below it one per router with the expert of every patch, and others."""
+    rows = {'image': list(images)}
+    for name, maps in experts.items():
+        pairs = zip(images, maps, strict=True)
+        rows[name] = [tint_patches(x[None], each[None], num_experts)[0] for x, each in pairs]
+    figure = rows_of_pictures({**rows, **(below or {})}, title)
+    names, colours = [f'{kind} {i}' for i in range(num_experts)], expert_colours(num_experts)
+    if any((each == -1).any() for maps in experts.values() for each in maps):
+        names, colours = [*names, f'no {kind}'], torch.cat([colours, NO_EXPERT])
+    if experts and num_experts <= LEGEND:
+        with_legend(figure, names, colours)
     return figure
 
 
@@ -55,27 +67,43 @@ def plot_segmentation(
     images: Tensor, labels: dict[str, Tensor], classes: Sequence[str], palette: Tensor, title: str
 ) -> Figure:
     """Draws a row of images, and below it one row per kind of label map."""
-    rows = {'image': images} | {name: palette[m].movedim(-1, 1) for name, m in labels.items()}
-    figure = rows_of_pictures(rows, title)
+    rows = {name: list(palette[each].movedim(-1, 1)) for name, each in labels.items()}
+    figure = rows_of_pictures({'image': list(images), **rows}, title)
     with_legend(figure, classes, palette)
     return figure
 
 
-def rows_of_pictures(
-    rows: Mapping[str, Tensor | Sequence[Tensor]], title: str, cell: float = 1.1
-) -> Figure:
-    """Draws a grid of pictures with a name before each row."""
-    count = len(next(iter(rows.values())))
-    size = (cell * count + 1.6, 1.05 * cell * len(rows) + 1.3)
-    figure = Figure(figsize=size, layout='constrained')
+def rows_of_pictures(rows: Mapping[str, Sequence[Tensor]], title: str) -> Figure:
+    """Draws rows of pictures (1 or 3, h, w) in [0, 1] of any sizes, a name before each."""
+    columns = max(3, *map(len, rows.values()))
+    step = CELL + GAP
+    # one canvas: axes of their own for hundreds of pictures would take seconds to lay out
+    canvas = torch.ones(3, len(rows) * step, columns * step)
+    for row, pictures in enumerate(rows.values()):
+        for column, picture in enumerate(pictures):
+            fitted = _fitted(picture.float().cpu())
+            (height, width), (y, x) = fitted.shape[-2:], (row * step, column * step)
+            y, x = y + (CELL - height) // 2, x + (CELL - width) // 2
+            canvas[:, y : y + height, x : x + width] = fitted.clamp(0, 1)
+    inches = (WIDTH - 1.6) / columns * len(rows) + 1.4
+    figure = Figure(figsize=(WIDTH, inches), layout='constrained')
     figure.suptitle(title)
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    for (name, pictures), cells in zip(rows.items(), grid, strict=True):
-        label = name.replace('.mlp.', '\n')  # 'blocks.1.mlp.router' is too wide for one line
-        cells[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize='large')
-        for picture, axes in zip(pictures, cells, strict=True):
-            _show(axes, picture)
+    axes = figure.subplots()
+    axes.imshow(canvas[:, :-GAP, :-GAP].permute(1, 2, 0).numpy())
+    # 'blocks.1.mlp.router' is too wide for one line
+    names = [name.replace('.mlp.', '\n') for name in rows]
+    axes.set_yticks([row * step + CELL / 2 for row in range(len(rows))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
     return figure
+
+
+def _fitted(picture: Tensor) -> Tensor:
+    """As large as a cell has room; the borders of patches are to be seen, so no smoothing."""
+    scale = CELL / max(picture.shape[-2:])
+    size = [max(round(scale * length), 1) for length in picture.shape[-2:]]
+    return F.interpolate(picture[None], size, mode='area' if scale < 1 else 'nearest-exact')[0]
 
 
 def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
@@ -91,11 +119,3 @@ def with_legend(figure: Figure, names: Sequence[str], colours: Tensor) -> None:
         frameon=False,
         fontsize='large',
     )
-
-
-def _show(axes: Axes, picture: Tensor) -> None:
-    # Not imshow's smoothing: the borders of patches are what is to be seen.
-    axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)

@@ -7,13 +7,15 @@ K experts per token, P slots per expert.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import moe_layers
-from vqmoe_vision.moe.codebook import Quantized
+from vqmoe_vision.moe.codebooks.codebook import Quantized
 from vqmoe_vision.moe.layer import Decisions, MoeLayer
 from vqmoe_vision.moe.routing import Routing
 
@@ -44,14 +46,11 @@ def record_layers(model: nn.Module) -> Iterator[dict[str, LayerRecord]]:
         raise RuntimeError('record_layers is already open for this model: blocks do not nest')
     records: dict[str, LayerRecord] = {}
 
-    def keep(name: str, layer: MoeLayer) -> None:
-        def watcher(decisions: Decisions, inputs: Tensor, outputs: Tensor) -> None:
-            records[name] = _record(layer.experts.num_experts, decisions, inputs, outputs)
-
-        layer.recorder.watcher = watcher
+    def keep(name: str, layer: MoeLayer, *seen: Any) -> None:
+        records[name] = _record(layer.experts.num_experts, *seen)
 
     for name, layer in layers.items():
-        keep(name, layer)
+        layer.recorder.watcher = partial(keep, name, layer)
     try:
         yield records
     finally:
@@ -77,6 +76,15 @@ def recorded(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
     with evaluating(model), record_layers(model) as records:
         model(images.to(next(model.parameters(), images).device))
     return records
+
+
+def decided(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Experts (B, N, K) by 'blocks.1.mlp.router' and the like, best first, -1 for none."""
+    return {
+        f'{layer}.{decider}': experts
+        for layer, record in recorded(model, images).items()
+        for decider, experts in record.experts.items()
+    }
 
 
 def on_patches(model: Transformer, images: Tensor, of_tokens: Tensor) -> Tensor:

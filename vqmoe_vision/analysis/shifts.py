@@ -18,7 +18,7 @@ from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe.config import check
 
 from .measures import changed_share
-from .record import on_patches, recorded
+from .record import decided, on_patches
 
 Pair = tuple[Tensor, Tensor]
 
@@ -105,11 +105,15 @@ class ShiftTally:
 
     def _first_experts(self, pixels: Tensor) -> dict[str, Tensor]:
         images = self._normalization.normalized(pixels)
-        return {
-            f'{layer}.{decider}': on_patches(self._model, images, experts[..., 0])
-            for layer, record in recorded(self._model, images).items()
-            for decider, experts in record.experts.items()
-        }
+        found = decided(self._model, images)
+        return {name: on_patches(self._model, images, e[..., 0]) for name, e in found.items()}
+
+
+def in_colour(pixels: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) of one or three channels as (B, 3, H, W)."""
+    channels = pixels.shape[1]
+    check(channels in (1, 3), 'channels', channels, '1 or 3, or nobody can look at them')
+    return pixels.expand(-1, 3, -1, -1)
 
 
 def _whole_patches(pixels: Tensor, patch: tuple[int, int]) -> Tensor:

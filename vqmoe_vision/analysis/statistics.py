@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe import collect_losses
 
-from .record import evaluating, on_patches, recorded
+from .record import decided, evaluating, on_patches
 
 
 def mean_statistics(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -58,11 +58,7 @@ def token_experts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         ValueError: If no layer sends tokens to experts. SoftMoE does not: each of its experts sees
             mixtures of all tokens.
     """
-    found = {
-        f'{layer}.{decider}': experts
-        for layer, record in recorded(model, images).items()
-        for decider, experts in record.experts.items()
-    }
+    found = decided(model, images)
     if not found:
         raise ValueError('model: has no router that sends tokens to experts')
     return found

@@ -6,6 +6,7 @@ Legend: B images, N tokens per image, C channels, H height, W width, E experts, 
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_vision.models.hosts import Transformer
@@ -14,8 +15,7 @@ from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.moe.config import check
 
 from .record import LayerRecord, evaluating, on_patches, recorded
-from .samples import image_patches, in_colour
-from .shifts import Shift, ShiftTally
+from .shifts import Shift, ShiftTally, in_colour
 from .surveyed import Codes, Example, LayerSurvey, Patch, Survey
 from .tally import LayerTally, Seen
 
@@ -93,20 +93,15 @@ def _classes_of_tokens(
     if labels is None:
         return None
     check(bool(classes), 'classes', classes, 'names of the classes, as there are labels')
-    assert classes is not None
-    per_image, per_pixel = images.shape[:1], (*images.shape[:1], *images.shape[-2:])
-    fits = tuple(labels.shape) in (tuple(per_image), per_pixel) and not labels.is_floating_point()
-    check(
-        fits,
-        'labels',
-        f'{labels.dtype} {tuple(labels.shape)}',
-        f'integers, one per image {tuple(per_image)} or per pixel {per_pixel}',
-    )
+    allowed = [(len(images),), (len(images), *images.shape[-2:])]
+    fits = tuple(labels.shape) in allowed and not labels.is_floating_point()
+    given = f'{labels.dtype} {tuple(labels.shape)}'
+    check(fits, 'labels', given, f'integers, one per image or per pixel, {allowed}')
     labels = labels.detach().cpu().long()
-    known = labels[labels != IGNORED] if labels.ndim == 3 else labels
-    for value in (known.amin().item(), known.amax().item()) if known.numel() else ():
-        check(0 <= value < len(classes), 'labels', value, f'a class from 0 to {len(classes) - 1}')
-    if labels.ndim == 1:
+    of_image, most = labels.ndim == 1, len(classes or ()) - 1
+    wrong = (labels < 0) | (labels > most) & (of_image | (labels != IGNORED))
+    check(not wrong.any(), 'labels', labels[wrong][:1].tolist(), f'classes from 0 to {most}')
+    if of_image:
         height, width = images.shape[-2:]
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return labels[:, None].expand(-1, model.num_prefix_tokens + rows * columns)
@@ -115,6 +110,14 @@ def _classes_of_tokens(
     of_patch = image_patches(model, ignored + 1).flatten(3).mode(dim=-1).values - 1
     prefix = of_patch.new_full((len(labels), model.num_prefix_tokens), -1)
     return torch.cat([prefix, of_patch.flatten(1)], dim=1)
+
+
+def image_patches(model: Transformer, pixels: Tensor) -> Tensor:
+    """Images (B, C, H, W) as patches (B, rows, columns, C, h, w); what is missing is black."""
+    (height, width), (h, w) = pixels.shape[-2:], model.patch_embed.patch_size
+    padded = F.pad(pixels, (0, -width % w, 0, -height % h))
+    cut = padded.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))  # (B, C, rows, h, columns, w)
+    return cut.permute(0, 2, 4, 1, 3, 5)
 
 
 def _example(

@@ -4,13 +4,12 @@ Legend: E experts, C classes of the data set, M codes, D width, S sampled tokens
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """One patch that an expert took.
 
     Args:

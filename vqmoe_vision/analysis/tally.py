@@ -1,29 +1,30 @@
-"""What is counted of one MoE layer over any number of images.
+"""What is counted and kept of one MoE layer over any number of images, in memory that stays flat.
 
-Legend: B images, N tokens per image, T = B * N, D width, E experts, K experts per token,
-C classes, M codes, P slots per expert.
+Legend: B images, N tokens per image, T tokens, D width, E experts, K experts per token, C classes,
+M codes, P slots per expert, S sampled tokens.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.moe.codebook import Codebook
+from vqmoe_vision.moe.codebooks.codebook import Codebook
 from vqmoe_vision.moe.layer import MoeLayer
 from vqmoe_vision.moe.routing import perplexities
 
 from . import measures
 from .record import LayerRecord, on_patches
-from .samples import ConfidentPatches, TokenMoments, TokenSample
-from .surveyed import Codes, LayerSurvey
+from .surveyed import Codes, LayerSurvey, Patch
 
 COMPARED_TOKENS = 256  # on which the answers of all experts are compared
+MOST_TOKENS = 2000  # S, of a layer
+MOST_PATCHES = 8  # of an expert
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """A batch, as all layers see it."""
 
     model: Transformer
@@ -33,8 +34,52 @@ class Seen:
     first_image: int  # its index in the data set
 
 
+class TokenMoments:
+    """Sums over tokens from which their energy and their spectrum follow."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())  # (D,) float64
+        self.gram = torch.zeros(())  # X^T X, (D, D) float64
+
+    def add(self, tokens: Tensor) -> None:
+        """Take further tokens (T, D)."""
+        tokens = tokens.double()
+        self.count += len(tokens)
+        self.total = self.total + tokens.sum(dim=0)
+        self.gram = self.gram + tokens.t() @ tokens
+
+    @property
+    def energy(self) -> float:
+        """`sum |x|^2`."""
+        return self.gram.trace().item()
+
+    @property
+    def energy_around_mean(self) -> float:
+        """`sum |x - mean|^2`."""
+        return self.energy - (self.total.square().sum() / self.count).item()
+
+
+class TokenSample:
+    """A uniform sample: the S tokens with the smallest of independent random keys."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._keys = torch.empty(0)
+        self.tokens = torch.empty(0)
+        self.indices = torch.empty(0, dtype=torch.int64)
+
+    def add(self, tokens: Tensor, indices: Tensor) -> None:
+        """Take further tokens (T, D) into consideration, and a number (T,) for each."""
+        keys = torch.cat([self._keys, torch.rand(len(tokens), generator=self._generator)])
+        chosen = keys.argsort()[:MOST_TOKENS]
+        self._keys = keys[chosen]
+        self.tokens = torch.cat([self.tokens.view(-1, tokens.shape[1]), tokens])[chosen]
+        self.indices = torch.cat([self.indices, indices])[chosen]
+
+
 class ExpertTally:
-    """How one decider uses the experts."""
+    """How one decider uses the experts, or the slots of SoftMoE: a token has a share of each."""
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         self.num_experts = num_experts
@@ -42,12 +87,15 @@ class ExpertTally:
         self.by_class = torch.zeros(num_experts, num_classes, dtype=torch.float64)
         # of no expert, and of each
         self.first = torch.zeros(num_experts + 1, dtype=torch.float64)
-        self.confident = ConfidentPatches(num_experts)
+        self.images = 0
+        self.mixed: dict[str, float] = {}  # of slots, summed over images
+        # of the surest patches, at most `MOST_PATCHES` of each expert: score, weight, image, pixels
+        self._surest: list[Tensor] = []
 
     def add(self, experts: Tensor, weights: Tensor, scores: Tensor, seen: Seen) -> None:
         """Take experts, their weights, and how sure each choice is, all (B, N, K)."""
         size = self.num_experts + 1  # index 0 is that of no expert
-        first = nn.functional.one_hot(experts[..., 0] + 1, size)
+        first = F.one_hot(experts[..., 0] + 1, size)
         assigned = (experts.flatten() + 1).bincount(minlength=size)[1:]
         self.first += first.sum((0, 1))
         shape = (*experts.shape[:2], size)
@@ -57,15 +105,49 @@ class ExpertTally:
         )
         self._add(assigned, first[..., 1:], of_expert, weight, seen)
 
+    def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
+        """Take a batch, both (B, N, E, P)."""
+        shares = combine.sum(dim=-1)
+        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
+        for name, found in {
+            'mixed_tokens': perplexities(dispatch, dim=1),
+            'mixed_slots': perplexities(combine.flatten(2), dim=2),
+        }.items():
+            of_images = found.flatten(1).mean(dim=1).sum().item()
+            self.mixed[name] = self.mixed.get(name, 0.0) + of_images
+
     def _add(
         self, assigned: Tensor, first: Tensor, scores: Tensor, weights: Tensor, seen: Seen
     ) -> None:
         self.assigned += assigned
+        self.images += len(seen.images)
         if seen.classes is not None:
-            classes = nn.functional.one_hot(seen.classes + 1, self.by_class.shape[1] + 1)[..., 1:]
+            classes = F.one_hot(seen.classes + 1, self.by_class.shape[1] + 1)[..., 1:]
             self.by_class += torch.einsum('bne,bnc->ec', first.double(), classes.double())
-        scores, weights = (on_patches(seen.model, seen.images, v) for v in (scores, weights))
-        self.confident.add(scores, weights, seen.patches, seen.first_image)
+        scores, weights = (
+            on_patches(seen.model, seen.images, value).flatten(0, 2).t()  # (E, patches)
+            for value in (scores, weights)
+        )
+        places = scores.argsort(dim=1, descending=True, stable=True)[:, :MOST_PATCHES]
+        images = seen.first_image + places // (seen.patches.shape[1] * seen.patches.shape[2])
+        pixels = seen.patches.flatten(0, 2)[places]
+        found = [scores.gather(1, places), weights.gather(1, places), images, pixels]
+        if self._surest:
+            found = [torch.cat(both, dim=1) for both in zip(self._surest, found, strict=True)]
+        best = found[0].argsort(dim=1, descending=True, stable=True)[:, :MOST_PATCHES]
+        rows = torch.arange(self.num_experts)[:, None]
+        self._surest = [values[rows, best] for values in found]
+
+    def surest(self) -> list[list[Patch]]:
+        """The patches that each expert takes with the highest scores, these first."""
+        return [
+            [
+                Patch(pixels.clone(), weight.item(), int(image))
+                for score, weight, image, pixels in zip(*of_expert, strict=True)
+                if score > -torch.inf
+            ]
+            for of_expert in zip(*self._surest, strict=True)
+        ]
 
     @property
     def load(self) -> Tensor:
@@ -86,63 +168,7 @@ class ExpertTally:
             numbers['mutual_information'] = measures.mutual_information(self.by_class)
             normalized = measures.normalized_mutual_information(self.by_class)
             numbers['normalized_mutual_information'] = normalized
-        return numbers
-
-
-class SlotTally(ExpertTally):
-    """How the slots of SoftMoE use the experts: every token has a share of each."""
-
-    def __init__(self, num_experts: int, num_classes: int) -> None:
-        super().__init__(num_experts, num_classes)
-        self.images = 0
-        self.mixed = {'mixed_tokens': 0.0, 'mixed_slots': 0.0}
-
-    def add_slots(self, dispatch: Tensor, combine: Tensor, seen: Seen) -> None:
-        """Take a batch, both (B, N, E, P)."""
-        shares = combine.sum(dim=-1)
-        self._add(shares.sum((0, 1)), shares, shares, shares, seen)
-        self.images += len(combine)
-        for name, found in {
-            'mixed_tokens': perplexities(dispatch, dim=1),
-            'mixed_slots': perplexities(combine.flatten(2), dim=2),
-        }.items():
-            self.mixed[name] += found.flatten(1).mean(dim=1).sum().item()
-
-    def numbers(self) -> dict[str, float]:
-        """The measures by name."""
-        means = {name: total / self.images for name, total in self.mixed.items()}
-        return {**super().numbers(), **means}
-
-
-class CodebookTally:
-    """How tokens use a codebook."""
-
-    def __init__(self, codebook: Codebook) -> None:
-        self.codebook = codebook
-        self.codes = codebook.codes().detach().float().cpu()
-        self.usage = torch.zeros(len(self.codes), dtype=torch.float64)
-        self.squared_distance = 0.0
-
-    def add(self, tokens: Tensor, codes: Tensor) -> Tensor:
-        """Take a batch; returns by how much each code is the nearest, a squared distance (B, N)."""
-        self.usage += codes.flatten().bincount(minlength=len(self.usage))
-        chosen = self.codes[codes]
-        quantized = self.codebook.as_long_as(tokens, chosen)
-        self.squared_distance += (tokens - quantized).square().sum(dim=-1).double().sum().item()
-        return (self.codebook.compared(tokens) - chosen).square().sum(dim=-1)
-
-    def numbers(self, moments: TokenMoments) -> dict[str, float]:
-        """The measures by name, relative to the tokens that came with the codes."""
-        error, around_mean = (
-            measures.quantization_error(self.squared_distance, energy)
-            for energy in (moments.energy, moments.energy_around_mean)
-        )
-        return {
-            'code_perplexity': measures.usage_perplexity(self.usage),
-            'dead_codes': float(measures.num_dead(self.usage)),
-            'quantization_error': error,
-            'quantization_error_around_mean': around_mean,
-        }
+        return numbers | {name: total / self.images for name, total in self.mixed.items()}
 
 
 class LayerTally:
@@ -152,10 +178,13 @@ class LayerTally:
         self.name, self.layer = name, layer
         self._sizes = layer.experts.num_experts, num_classes
         self.experts: dict[str, ExpertTally] = {}
-        self.codebooks: dict[str, CodebookTally] = {}
         self.before, self.after = TokenMoments(), TokenMoments()
         self.sample = TokenSample()
         self.gates: Tensor | None = None
+        # of the codebook, if the layer has one
+        self.codebook = ''
+        self.usage = torch.zeros(())
+        self.squared_distance = 0.0
 
     def add(self, record: LayerRecord, seen: Seen) -> None:
         """Take a batch."""
@@ -164,31 +193,45 @@ class LayerTally:
         self.after.add(record.outputs.flatten(0, 1))
         scores = dict(record.weights)
         for name, codes in record.codes.items():
-            if name not in self.codebooks:
-                codebook = self.layer.get_submodule(name)
-                assert isinstance(codebook, Codebook)
-                self.codebooks[name] = CodebookTally(codebook)
             # the weight of a code's expert is 1, or the gate's: what is sure is a token near a code
-            scores[name] = -self.codebooks[name].add(record.inputs, codes)[..., None]
+            scores[name] = -self._add_codes(name, record.inputs, codes)[..., None]
         for name, experts in record.experts.items():
-            decider = self.experts.setdefault(name, ExpertTally(*self._sizes))
-            decider.add(experts, record.weights[name], scores[name], seen)
+            self._of(name).add(experts, record.weights[name], scores[name], seen)
         if record.dispatch is not None and record.combine is not None:
-            slots = self.experts.setdefault('slots', SlotTally(*self._sizes))
-            assert isinstance(slots, SlotTally)
-            slots.add_slots(record.dispatch, record.combine, seen)
+            self._of('slots').add_slots(record.dispatch, record.combine, seen)
         if record.gates is not None:
             gates = record.gates.double().sum((0, 1))
             self.gates = gates if self.gates is None else self.gates + gates
-        # a layer has one codebook, or none
         codes = next(iter(record.codes.values()), torch.full(record.inputs.shape[:2], -1))
         self.sample.add(tokens, codes.flatten())
+
+    def _of(self, name: str) -> ExpertTally:
+        return self.experts.setdefault(name, ExpertTally(*self._sizes))
+
+    def _codebook(self) -> tuple[Codebook, Tensor]:
+        codebook = self.layer.get_submodule(self.codebook)
+        assert isinstance(codebook, Codebook)
+        return codebook, codebook.codes().detach().float().cpu()
+
+    def _add_codes(self, name: str, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Squared distances (B, N) of tokens to their codes, as both are compared."""
+        self.codebook = name
+        codebook, codes = self._codebook()
+        self.usage = self.usage + chosen.flatten().bincount(minlength=len(codes)).double()
+        quantized = codebook.as_long_as(tokens, codes[chosen])
+        self.squared_distance += (tokens - quantized).square().sum(dim=-1).double().sum().item()
+        return (codebook.compared(tokens) - codes[chosen]).square().sum(dim=-1)
 
     def survey(self) -> LayerSurvey:
         """Everything seen so far."""
         if not (self.before.gram.isfinite().all() and self.after.gram.isfinite().all()):
             raise ValueError(f'{self.name}: tokens are nan or infinite, the weights are of no use')
-        similarity = self._similarity()
+        experts = self.layer.experts
+        outputs = measures.expert_outputs(experts, self.sample.tokens[:COMPARED_TOKENS])
+        similarity = {
+            'weights': measures.weight_similarity(experts),
+            'outputs': measures.output_similarity(outputs.float().cpu()),
+        }
         numbers = {
             'effective_rank_before': measures.effective_rank(self.before.gram),
             'effective_rank_after': measures.effective_rank(self.after.gram),
@@ -196,33 +239,34 @@ class LayerTally:
         }
         if self.gates is not None:
             numbers['gate_continuous'] = (self.gates[0] / self.gates.sum()).item()
-        for name, experts in self.experts.items():
-            numbers |= {f'{name}/{measure}': v for measure, v in experts.numbers().items()}
-        for name, codebook in self.codebooks.items():
-            of_codebook = codebook.numbers(self.before)
-            numbers |= {f'{name}/{measure}': v for measure, v in of_codebook.items()}
-        by_class = {name: experts.by_class for name, experts in self.experts.items()}
+        for name, tally in self.experts.items():
+            numbers |= {f'{name}/{measure}': v for measure, v in tally.numbers().items()}
+        by_class = {name: tally.by_class for name, tally in self.experts.items()}
+        of_codes, codes = self._seen_codes()
         return LayerSurvey(
-            num_experts=self.layer.experts.num_experts,
-            numbers=numbers,
-            load={name: experts.load.float() for name, experts in self.experts.items()},
+            num_experts=experts.num_experts,
+            numbers=numbers | of_codes,
+            load={name: tally.load.float() for name, tally in self.experts.items()},
             expert_by_class={name: counts for name, counts in by_class.items() if counts.any()},
             similarity={name: cosine.float() for name, cosine in similarity.items()},
-            confident={name: e.confident.by_expert() for name, e in self.experts.items()},
-            codebook=self._codes(),
+            confident={name: tally.surest() for name, tally in self.experts.items()},
+            codebook=codes,
         )
 
-    def _similarity(self) -> dict[str, Tensor]:
-        experts = self.layer.experts
-        outputs = measures.expert_outputs(experts, self.sample.tokens[:COMPARED_TOKENS])
-        return {
-            'weights': measures.weight_similarity(experts),
-            'outputs': measures.output_similarity(outputs.float().cpu()),
+    def _seen_codes(self) -> tuple[dict[str, float], Codes | None]:
+        """Measures of the codebook, errors relative to the tokens that came with its codes."""
+        if not self.codebook:
+            return {}, None
+        error, around_mean = (
+            measures.quantization_error(self.squared_distance, energy)
+            for energy in (self.before.energy, self.before.energy_around_mean)
+        )
+        numbers = {
+            f'{self.codebook}/code_perplexity': measures.usage_perplexity(self.usage),
+            f'{self.codebook}/dead_codes': float(measures.num_dead(self.usage)),
+            f'{self.codebook}/quantization_error': error,
+            f'{self.codebook}/quantization_error_around_mean': around_mean,
         }
-
-    def _codes(self) -> Codes | None:
-        for codebook in self.codebooks.values():
-            usage = (codebook.usage / codebook.usage.sum()).float()
-            tokens = codebook.codebook.compared(self.sample.tokens)
-            return Codes(codebook.codes, usage, tokens, self.sample.indices)
-        return None
+        codebook, codes = self._codebook()
+        tokens, usage = codebook.compared(self.sample.tokens), self.usage / self.usage.sum()
+        return numbers, Codes(codes, usage.float(), tokens, self.sample.indices)

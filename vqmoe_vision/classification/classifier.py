@@ -1,6 +1,7 @@
 """A classifier around any timm model."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
-from vqmoe_vision.engine.start import start_model
+from vqmoe_vision.engine.trained import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.moe.config import check, check_type
 
-from .image_classification import ImageClassification
+from .datasets import ImageClassification
 from .source import source
 from .stream_loss import check_stream_loss, watch_stream
 from .transforms import preprocessing_of
@@ -82,12 +83,6 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.num_classes = num_classes
         check_type('label_smoothing', float, label_smoothing)
         check(0 <= label_smoothing < 1, 'label_smoothing', label_smoothing, 'from 0 to below 1')
-        check(
-            'backbone' not in model_kwargs,
-            'model.backbone',
-            model_kwargs.get('backbone'),
-            'a classifier has the fields of its timm model itself, such as model.model_name',
-        )
         arguments = {'num_classes': num_classes, **model_kwargs}
         self.model = create_to_start(model_name, moe, extra_mlps, **arguments)
         if grad_checkpointing:
@@ -108,9 +103,6 @@ class Classifier(MoeTrainingMixin, BaseModel):
         self.mixup = None
         self.criterion: nn.Module
         if mixup is not None:
-            for name in ('num_classes', 'label_smoothing'):
-                allowed = f'left out, it is that of model.{name}'
-                check(name not in mixup, f'model.mixup.{name}', mixup.get(name), allowed)
             self.mixup = Mixup(num_classes=num_classes, label_smoothing=label_smoothing, **mixup)
             self.criterion = SoftTargetCrossEntropy()
         elif label_smoothing:
@@ -119,11 +111,7 @@ class Classifier(MoeTrainingMixin, BaseModel):
             self.criterion = nn.CrossEntropyLoss()
 
     def init_weights(self) -> None:
-        """Starts a new training: as every row does at this seed, or from weights.
-
-        Raises:
-            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training: as every row does at this seed, or from weights."""
         weights = start_model(self.model, self._arguments, self.checkpoint, self.features)
         if weights is not None:
             self.normalize_as(weights)
@@ -147,24 +135,16 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 self.normalize_as(dataset.normalization)
                 owner = f'{field}.transform'
 
-    def check_batches(self, loader: DataLoader, num_iters: int) -> None:
-        """As `MoeTrainingMixin`: mixup wants pairs of images.
-
-        Args:
-            loader: As there.
-            num_iters: As there.
-        """
+    def check_batches(self, loader: DataLoader) -> None:
+        """As `MoeTrainingMixin`: mixup wants pairs of images."""
         size = loader.batch_size
         if self.mixup is None or size is None:
             return
         allowed = 'an even number, as model.mixup mixes pairs of images'
         check(size % 2 == 0, 'train_dataloader.batch_size', size, allowed)
-        endless = isinstance(loader.sampler, InfiniteSampler) or num_iters < len(loader)
-        if loader.drop_last or endless:
-            return
-        last = len(loader.sampler) % size  # type: ignore[arg-type]
-        allowed = f'True, as the last batch of an epoch has {last} images, no pairs for model.mixup'
-        check(last % 2 == 0, 'train_dataloader.drop_last', False, allowed)
+        whole = loader.drop_last or isinstance(loader.sampler, InfiniteSampler)
+        allowed = 'True beside model.mixup, which mixes pairs of images'
+        check(whole, 'train_dataloader.drop_last', loader.drop_last, allowed)
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: what the transform of the data set does."""
@@ -199,19 +179,12 @@ class Classifier(MoeTrainingMixin, BaseModel):
             inputs: (B, 3, H, W) normalised images.
             targets: (B,) class indices; only mode 'loss' looks at them.
             mode: 'tensor' and 'predict' give logits (B, C), 'loss' a dictionary of losses.
-
-        Raises:
-            ValueError: There is no such mode.
         """
-        if mode == 'tensor':
-            return self.model(inputs)
-        if mode == 'predict':
-            with self.collect():
-                return self.model(inputs)
         if mode == 'loss':
             assert targets is not None
             return self.loss(inputs, targets)
-        raise ValueError(f"mode={mode!r} must be 'tensor', 'predict' or 'loss'")
+        with self.collect() if mode == 'predict' else nullcontext():
+            return self.model(inputs)
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """Auxiliary losses, the task's, that of the stream, and the accuracy, only logged.

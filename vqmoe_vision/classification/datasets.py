@@ -1,28 +1,154 @@
 """Data sets by name, for configs: images and class indices, through torchvision.
 
-A config's dataset is `dict(type='cifar10', data_root=..., split=..., transform=dict(...))`. Nothing
-is downloaded here; docs/data.md says how each folder is made.
-
-With `imbalance` training sees a long tail of its images (`splits.long_tail`). Dev and test keep all
-of theirs, and tell the metric how often training sees each class.
+Nothing is downloaded here; docs/data.md says how each folder is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
 from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.images import opened, read_rgb
+from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.engine.training_data import TrainingPart
+from vqmoe_vision.models.normalization import Normalization
 
-from .class_folder import class_folder, folder_of, missing
-from .image_classification import ImageClassification
 from .splits import check_split, long_tail, split_indices, train_counts
+from .transforms import normalization_of, normalized_as
+
+
+class WrappedError(ValueError, AttributeError):
+    """A mistake of a user, and to mmengine's runner, which asks for `full_init`, no such method."""
+
+
+class ImageClassification(Dataset):
+    """Pairs of a transformed image (3, H, W) and its class index, of RGB PIL images in `source`."""
+
+    def __init__(
+        self,
+        source: Sequence,
+        classes: Sequence[str],
+        transform: dict,
+        counts: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        part: TrainingPart | None = None,
+    ) -> None:
+        self.source, self.names, self.training_part = source, names, part
+        self.metainfo: dict[str, Any] = {'classes': tuple(classes)}
+        if counts is not None:
+            self.metainfo['train_counts'] = tuple(counts)
+        self._config = transform
+        self.transform: Callable = TRANSFORMS.build(transform)
+
+    def normalize_as(self, weights: Normalization, field: str, owner: str = 'the weights') -> None:
+        """Normalises images as the weights want it, if the config of the transform allows it."""
+        found = self.normalization
+        if found is not None and found.differing(weights):
+            self.transform = normalized_as(self._config, weights, field, owner)
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """How the transform normalises images; None if it does not as torchvision does."""
+        return normalization_of(self.transform)
+
+    @property
+    def full_init(self) -> NoReturn:
+        """What mmengine's wrappers call first; they would hide the transform."""
+        raise WrappedError(
+            'dataset.type is a wrapper of data sets, and those of classification stand in none: '
+            'train longer, or put all images into one folder per class'
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        seed_sample(index)
+        image, target = self.source[index]
+        return self.transform(image.convert('RGB')), int(target)
+
+
+@DATASETS.register_module(name='class_folder')
+def class_folder(
+    data_root: str,
+    split: str,
+    transform: dict,
+    in_memory: bool = False,
+    dev_size: int = 0,
+    imbalance: float = 1,
+) -> ImageClassification:
+    """A folder per class: `<data_root>/<split>/<class>/<image>`, as ImageNet is laid out.
+
+    Args:
+        data_root: Folder with one folder per split.
+        split: Name of a folder, usually 'train' or 'val'; with `dev_size` 'train', 'dev' or
+            'trainval', which are the folder 'train', or 'test', which is the folder 'test' or, if
+            there is none, 'val'.
+        transform: Config of the transform.
+        in_memory: Decode every image once, at the start; for small images.
+        dev_size: Number of images of 'train' that are set aside as 'dev'; 0 for none.
+        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
+
+    Raises:
+        ValueError: The folder is missing or laid out otherwise, an image cannot be read, or there
+            is no such split or no such imbalance.
+    """
+    root = Path(data_root)
+    folder, train = root / split, root / 'train'
+    if dev_size != 0:
+        check_split(split, dev_size)
+        folder = root / _folder_of(split, root)
+    source: Any = _image_folder(folder)
+    classes, counts, part = source.classes, None, None
+    if imbalance != 1:
+        targets = source.targets if folder == train else _image_folder(train).targets
+        counts = train_counts(targets, dev_size, imbalance)
+    if folder == train:
+        named = split if dev_size else 'train'  # a path may say that in other ways
+        part = TrainingPart((str(train.resolve()),), named, dev_size)
+        chosen = split_indices(source.targets, named, dev_size, imbalance)
+        source.samples = [source.samples[i] for i in chosen]
+    start = len(f'{folder}/')  # a `Path` of each would take seconds of ImageNet
+    names = [path[start:] for path, _ in source.samples]
+    if in_memory:
+        source = [(load_image(path), target) for path, target in source.samples]
+    return ImageClassification(source, classes, transform, counts, names, part)
+
+
+def _folder_of(split: str, root: Path) -> str:
+    if split != 'test':
+        return 'train'
+    return 'test' if (root / 'test').is_dir() else 'val'
+
+
+def _image_folder(folder: Path) -> datasets.ImageFolder:
+    expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
+    _check_exists(folder, expected)
+    try:
+        return datasets.ImageFolder(str(folder), loader=load_image)
+    except FileNotFoundError as error:  # no class folder, or one without an image
+        raise ValueError(
+            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; see docs/data.md'
+        ) from error
+
+
+def load_image(path: str) -> Image.Image:
+    """Reads an image file as RGB, the way it is meant to be seen."""
+    with opened(path, path) as image:
+        return read_rgb(image, path)
+
+
+def _check_exists(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise ValueError(
+            f'{path} does not exist; expected {expected}; docs/data.md says how to get it'
+        )
 
 
 @DATASETS.register_module(name='digits')
@@ -46,98 +172,59 @@ def digits(split: str, transform: dict, imbalance: float = 1) -> ImageClassifica
     return ImageClassification(pairs, DIGITS, transform, counts, list(map(str, targets)))
 
 
+@DATASETS.register_module(name='cifar10')
+def cifar10(data_root: str, **options: Any) -> ImageClassification:
+    """CIFAR-10: class folders if there are some, else torchvision's layout, always in memory.
+
+    Args:
+        data_root: Folder that holds `train` and `test` or `val`, or `cifar-10-batches-py`.
+        **options: As `class_folder`, of which `split` is one of `splits.SPLITS`; `dev_size` is 5000
+            where it is left out.
+
+    Raises:
+        ValueError: The folder is missing or laid out otherwise.
+    """
+    return _cifar('CIFAR10', 'cifar-10-batches-py', Path(data_root), **options)
+
+
+@DATASETS.register_module(name='cifar100')
+def cifar100(data_root: str, **options: Any) -> ImageClassification:
+    """CIFAR-100, as `cifar10`.
+
+    Args:
+        data_root: Folder that holds `train` and `test` or `val`, or `cifar-100-python`.
+        **options: As `cifar10`.
+
+    Raises:
+        ValueError: The folder is missing or laid out otherwise.
+    """
+    return _cifar('CIFAR100', 'cifar-100-python', Path(data_root), **options)
+
+
 def _cifar(
-    name: str, folder: str, root: Path, split: str, transform: dict, **options: Any
+    name: str,
+    folder: str,
+    root: Path,
+    split: str,
+    transform: dict,
+    in_memory: bool = False,
+    dev_size: int = 5000,
+    imbalance: float = 1,
 ) -> ImageClassification:
-    """Either layout that is around: class folders, or the archives that torchvision reads."""
-    check_split(split, options['dev_size'])
+    check_split(split, dev_size)
     if any((root / part).is_dir() for part in ('train', 'val', 'test')):
-        if options['dev_size'] == 0:  # of class folders this says that split names a folder
-            split = folder_of(split, root)
-        return class_folder(str(root), split, transform, **options)
-    if not (root / folder).is_dir():
-        raise missing(
-            root / folder, f"{root}/{folder}/ (torchvision's) or {root}/train/<class name>/*.png"
-        )
+        if dev_size == 0:  # of class folders this says that split names a folder
+            split = _folder_of(split, root)
+        return class_folder(str(root), split, transform, in_memory, dev_size, imbalance)
+    _check_exists(
+        root / folder, f"{root}/{folder}/ (torchvision's) or {root}/train/<class name>/*.png"
+    )
 
     def read(train: bool) -> Any:
         return _read(getattr(datasets, name), root / folder, root=str(root), train=train)
 
-    part = TrainingPart((str((root / folder).resolve()),), split, options['dev_size'])
-    return _part(read, 'targets', part, transform, options['imbalance'])
-
-
-def _part(
-    read: Callable[[bool], Any],
-    field: str,
-    part: TrainingPart,
-    transform: dict,
-    imbalance: float,
-) -> ImageClassification:
-    """A split of the training images, or all of the test images."""
-    _, split, dev_size = part
-    source, counts = read(split != 'test'), None
-    classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
-    if imbalance != 1:
-        training = source if split != 'test' else read(True)
-        counts = train_counts(getattr(training, field), dev_size, imbalance)
-    targets = np.asarray(getattr(source, field))
-    if split != 'test':
-        chosen = split_indices(targets, split, dev_size, imbalance)
-        source, targets = Subset(source, chosen), targets[chosen]
-    return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)
-
-
-@DATASETS.register_module(name='cifar10')
-def cifar10(
-    data_root: str,
-    split: str,
-    transform: dict,
-    in_memory: bool = False,
-    dev_size: int = 5000,
-    imbalance: float = 1,
-) -> ImageClassification:
-    """CIFAR-10: class folders if there are some, else torchvision's layout.
-
-    Args:
-        data_root: Folder that holds `train` and `test` or `val`, or `cifar-10-batches-py`.
-        split: One of `splits.SPLITS`.
-        transform: Config of the transform.
-        in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'; 0 for none.
-        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
-
-    Raises:
-        ValueError: The folder is missing or laid out otherwise.
-    """
-    options = {'in_memory': in_memory, 'dev_size': dev_size, 'imbalance': imbalance}
-    return _cifar('CIFAR10', 'cifar-10-batches-py', Path(data_root), split, transform, **options)
-
-
-@DATASETS.register_module(name='cifar100')
-def cifar100(
-    data_root: str,
-    split: str,
-    transform: dict,
-    in_memory: bool = False,
-    dev_size: int = 5000,
-    imbalance: float = 1,
-) -> ImageClassification:
-    """CIFAR-100, in the same two layouts as `cifar10`.
-
-    Args:
-        data_root: Folder that holds `train` and `test` or `val`, or `cifar-100-python`.
-        split: One of `splits.SPLITS`.
-        transform: Config of the transform.
-        in_memory: Decode class folders once, at the start; torchvision's layout always is.
-        dev_size: Training images that are set aside as 'dev'; 0 for none.
-        imbalance: Largest class over smallest in 'train' and 'trainval', as `splits.long_tail`.
-
-    Raises:
-        ValueError: The folder is missing or laid out otherwise.
-    """
-    options = {'in_memory': in_memory, 'dev_size': dev_size, 'imbalance': imbalance}
-    return _cifar('CIFAR100', 'cifar-100-python', Path(data_root), split, transform, **options)
+    part = TrainingPart((str((root / folder).resolve()),), split, dev_size)
+    return _part(read, 'targets', part, transform, imbalance)
 
 
 @DATASETS.register_module(name='stl10')
@@ -158,10 +245,7 @@ def stl10(
     """
     check_split(split, dev_size)
     folder = Path(data_root) / 'stl10_binary'
-    if not folder.is_dir():
-        raise missing(
-            folder, f'{folder}/{{train,test}}_{{X,y}}.bin, unlabeled_X.bin, class_names.txt'
-        )
+    _check_exists(folder, f'{folder}/{{train,test}}_{{X,y}}.bin, unlabeled_X.bin, class_names.txt')
 
     def read(train: bool) -> Any:
         kind = 'train' if train else 'test'
@@ -192,12 +276,31 @@ def svhn(
     def read(train: bool) -> Any:
         kind = 'train' if train else 'test'
         file = Path(data_root) / f'{kind}_32x32.mat'
-        if not file.is_file():
-            raise missing(file, f'{data_root}/{{train,test}}_32x32.mat')
+        _check_exists(file, f'{data_root}/{{train,test}}_32x32.mat')
         return _read(datasets.SVHN, file, root=data_root, split=kind)
 
     part = TrainingPart((str(Path(data_root).resolve()),), split, dev_size)
     return _part(read, 'labels', part, transform, imbalance)
+
+
+def _part(
+    read: Callable[[bool], Any],
+    field: str,
+    part: TrainingPart,
+    transform: dict,
+    imbalance: float,
+) -> ImageClassification:
+    _, split, dev_size = part
+    source, counts = read(split != 'test'), None
+    classes = getattr(source, 'classes', DIGITS)  # SVHN's have no names
+    if imbalance != 1:
+        training = source if split != 'test' else read(True)
+        counts = train_counts(getattr(training, field), dev_size, imbalance)
+    targets = np.asarray(getattr(source, field))
+    if split != 'test':
+        chosen = split_indices(targets, split, dev_size, imbalance)
+        source, targets = Subset(source, chosen), targets[chosen]
+    return ImageClassification(source, classes, transform, counts, list(map(str, targets)), part)
 
 
 def _read(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:

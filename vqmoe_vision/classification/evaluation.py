@@ -8,8 +8,6 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
-from vqmoe_vision.engine.reported import names_of
-
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
@@ -49,11 +47,7 @@ class Accuracy(BaseMetric):
         )
 
     def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
-        """The accuracies.
-
-        Args:
-            results: Per image its class, whether that is the best, and one entry per k.
-        """
+        """The accuracies, of lists per image: its class, whether it is best, one entry per k."""
         targets, best, *columns = np.array(results).T
         found = {
             f'top{k}': 100 * column.sum().item() / len(results)
@@ -67,11 +61,6 @@ class Accuracy(BaseMetric):
             if tested := [of_class[c] for c in classes if c in of_class]:
                 found[name] = float(np.mean(tested))
         return found
-
-
-@names_of.register
-def _names(metric: Accuracy) -> list[str]:
-    return [*(f'top{k}' for k in metric.topk), 'balanced', *thirds(())]
 
 
 def thirds(counts: Sequence[int]) -> dict[str, list[int]]:

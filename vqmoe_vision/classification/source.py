@@ -11,8 +11,7 @@ from mmengine.registry import DATASETS
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 from vqmoe_vision.models.normalization import Normalization
 
-from .class_folder import load_image
-from .image_classification import ImageClassification
+from .datasets import ImageClassification, load_image
 from .transforms import normalization_of, normalized_as
 
 _FIELD = 'test_dataloader.dataset.transform'

@@ -44,6 +44,7 @@ def split_indices(targets: Targets, split: str, dev_size: int, imbalance: float 
 
 def long_tail(targets: Targets, imbalance: float) -> np.ndarray:
     """A long-tailed part of images; always the same, and part of that with a smaller imbalance."""
+    # Cui et al. 2019 (arXiv 1901.05555), rounded as by Cao et al. 2019 (arXiv 1906.07413)
     check_type('imbalance', float, imbalance)
     valid = 1 <= imbalance < np.inf
     check(valid, 'imbalance', imbalance, 'at least 1, the largest class over the smallest')

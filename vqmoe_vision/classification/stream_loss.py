@@ -1,9 +1,4 @@
-"""A loss that keeps the residual stream of a vision transformer small.
-
-It is the activation regularization of recurrent networks (Merity, McCann and Socher, 2017,
-arXiv:1708.01009), a weight times the mean square of activations. There these are outputs of the
-last layer; here they are what the norm before an MLP is given. docs/results.md has what it is
-worth.
+"""A loss that keeps the residual stream small: activation regularization (arXiv:1708.01009).
 
 Legend: B images, N tokens, D embed_dim.
 """

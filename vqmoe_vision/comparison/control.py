@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.drawing import styled
 from vqmoe_vision.analysis.measures import mutual_information
 from vqmoe_vision.analysis.record import evaluating, record_layers
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
 from vqmoe_vision.moe.config import MoeConfig, check
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.image_reader import Features, ImageReader
 from vqmoe_vision.moe.layer import RoutedMlp
 from vqmoe_vision.moe.methods import Method
+from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.routing import Router, Routing
 
 from .figures import colour_of, marker_of
@@ -171,7 +170,7 @@ def find_rows(names: Sequence[str]) -> list[Row]:
 def _forms(method: str) -> Iterator[Row]:
     presets = METHODS[method].config.PRESETS
     # modules of methods begin with the name and a colon
-    title = (sys.modules[METHODS[method].build.__module__].__doc__ or method).partition(':')[0]
+    title = (sys.modules[METHODS[method].config.__module__].__doc__ or method).partition(':')[0]
     usual = {'preset': 'matched'} if 'matched' in presets else {}
     first = Row(method, title, method, usual, usual=True, form=method)
     discrete = {}
@@ -195,7 +194,7 @@ class Bed(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.head, method, config = nn.Linear(WIDTH, LABELS), _TABLE[row.method], row.config
-        self.reader: Any = method.reader(config, lambda: Features(_MeanToken(), WIDTH))
+        self.reader: Any = method.reader(config, _MeanToken)
         self.raw_patches = RawPatches(self.reader)
         ratio = HIDDEN / WIDTH if config.expert_mlp_ratio is None else config.expert_mlp_ratio
         experts = Experts(config.num_experts, WIDTH, int(ratio * WIDTH))
@@ -221,6 +220,7 @@ class _MeanToken(nn.Module):
     """The frozen network of methods that need one: the mean of an image's tokens."""
 
     image_size = sizes = (GRID * PIXELS, GRID * PIXELS)
+    num_features = WIDTH
 
     def forward(self, images: Tensor) -> Tensor:
         return F.unfold(images, PIXELS, stride=PIXELS).mean(dim=2)

@@ -46,4 +46,7 @@ def _learns_routing(model: dict[str, Any]) -> bool:
     config = METHODS[options['method']].config
     names = config.option_names()
     own = {name: value for name, value in options.items() if name in names}
-    return config.from_options(**own).learns_routing
+    try:
+        return config.from_options(**own).learns_routing
+    except ValueError:  # as `options_in_full`
+        return True

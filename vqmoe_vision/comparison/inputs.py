@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.engine.options import flat
+from vqmoe_vision.engine.config import flat
 
 from .runs import Run
 from .store import Results

@@ -30,8 +30,8 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import candidates, last_checkpoint
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.statistics import summarize
 
 from .runs import Run
 from .spec import Comparison, words_of

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vqmoe_vision.engine.options import flat
+from vqmoe_vision.engine.config import flat
 from vqmoe_vision.models.moe_options import options_in_full
 
 # Of a config: what keeps, logs and draws a run, finds its types, or is of tests with --tta, which
@@ -22,17 +22,15 @@ _LEFT_OUT = {
     'resume', 'test_pipeline', 'train_pipeline', 'tta_model', 'tta_pipeline', 'vis_backends',
     'visualizer', 'work_dir',
 }  # fmt: skip
-_KEEPING = {'checkpoint', 'logger', 'record', 'routing_history', 'visualization'}  # default hooks
+_KEEPING = {  # default hooks
+    'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
+}  # fmt: skip
 # Fields and types of today's configs that had another name when recipes began: theirs by today's.
 _RENAMED: dict[str, str] = {}
 # Options that came later, by the value with which nothing changes.
 _ADDED: dict[str, Any] = {}
 # Options that are no more: one that is used wherever they were, and the value that they had.
-_REMOVED: dict[str, tuple[str, Any]] = {
-    'moe.ema_bias_correction': ('moe.ema_decay', False),
-    'moe.ema_decay_warmup': ('moe.ema_decay', False),
-    'moe.usage_from_kmeans': ('moe.ema_decay', False),
-}
+_REMOVED: dict[str, tuple[str, Any]] = {}
 
 
 def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from mmengine.config import Config
 
-from vqmoe_vision.engine.options import parse_options
+from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.models.arguments import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import Transformer, method_of
 from vqmoe_vision.models.moe_options import STARTS
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check
@@ -140,7 +140,7 @@ def _moe_blocks(
 
 @cache
 def _depth(model_name: str) -> int:
-    with structure_only():
+    with torch.device('meta'):
         model = create_model(model_name)
     allowed = "one of timm's VisionTransformers or Evas"
     check(isinstance(model, Transformer), 'model_name', model_name, allowed)

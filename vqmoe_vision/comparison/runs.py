@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
-from vqmoe_vision.engine.options import merge_options, parse_options
+from vqmoe_vision.engine.config import merge_options, parse_options
 from vqmoe_vision.engine.trained import without_sources
-from vqmoe_vision.models.structure import structure_only
 from vqmoe_vision.moe.config import check
 
 from .recipe import recipe_of
@@ -116,7 +116,7 @@ class Run:
             check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
             with (
                 DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine')),
-                structure_only(),
+                torch.device('meta'),
             ):
                 MODELS.build(without_sources(model))
         except Exception as error:  # whatever a library makes of a value

@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config
 
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config_names import find_config
+from vqmoe_vision.engine.config import find_config
 from vqmoe_vision.moe.config import check
 
 from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, Backbone, backbone_of

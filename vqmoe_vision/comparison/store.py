@@ -222,7 +222,7 @@ def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
     loader = config.get('train_dataloader') or {}
     batch, done = loader.get('batch_size', 1), record.get('iterations', 0)  # as torch has it
     samples = record.get('data', {}).get('train', {}).get('samples')
-    in_epochs = (config.get('train_cfg') or {}).get('by_epoch')
+    in_epochs = 'max_epochs' in (config.get('train_cfg') or {})
     if not (samples and in_epochs) or loader.get('drop_last'):
         return batch * done
     epochs, rest = divmod(done, -(-samples // batch))  # the last batch of each is smaller

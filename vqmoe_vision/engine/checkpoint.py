@@ -1,23 +1,22 @@
-"""Checkpoints are read as data: weights, and the log that mmengine leaves beside them.
+"""Checkpoints are read as data, also by mmengine's own loaders.
 
-`torch.load` refuses any type that it does not know. Of the packages named mmengine only the
-onedl one says what else it writes, and leaves out the float32 scalars that mmseg's metrics are;
-where a file is refused it runs the code in it. Importing this module puts a loader in the place of
-those of mmengine: no file runs code, none changes what the process has in common, and a file whose
-checksums do not match is not used. The texts of configs in files, which mmengine's `resume` and its
-inferencers run, are left out.
+No file runs code, none that fails its checksums is used, and texts of configs, which mmengine's
+`resume` would run, are left out.
 """
 
 import functools
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.layers import to_2tuple
@@ -28,6 +27,7 @@ from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.origin import origin_of
+from vqmoe_vision.models.run_files import beside_weights
 from vqmoe_vision.models.sources import source_of
 from vqmoe_vision.models.sparse_model import SparseModel
 from vqmoe_vision.models.state_dicts import StateDict, refuse_without_values
@@ -41,7 +41,6 @@ from vqmoe_vision.models.weight_files import (
     weights_in,
 )
 
-from .as_data import as_data
 from .parts import Parts
 
 # Where the weights of a file are, those that count first: as timm's `load_state_dict` has it, so
@@ -50,6 +49,38 @@ from .parts import Parts
 _WEIGHTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 # Where mmengine looks for the text of a config, which it runs.
 _CONFIGS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
+# `torch.load` takes no file at all where both are set
+_FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+_ENVIRONMENT = threading.RLock()
+
+
+class _Log(HistoryBuffer):
+    """A log while it is read. mmengine's own lets a file set the functions of all logs."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        numbers = ('_log_history', '_count_history')
+        if not all(isinstance(state.get(name), np.ndarray) for name in numbers):
+            raise UnpicklingError('a log without numbers')
+        self._set_default_statistics()
+        self.__dict__.update({name: state[name] for name in numbers})
+        self.max_length = int(state['max_length'])
+        self.__class__ = HistoryBuffer
+
+
+torch.serialization.add_safe_globals(beside_weights(_Log))
+
+
+@contextmanager
+def as_data() -> Iterator[None]:
+    """Lets `torch.load` read data alone, whatever its caller and the environment say."""
+    with _ENVIRONMENT:  # of the whole process
+        before = {name: os.environ.pop(name, None) for name in (_FORCED, _SWITCHED_OFF)}
+        os.environ[_FORCED] = '1'
+        try:
+            yield
+        finally:
+            del os.environ[_FORCED]
+            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def start_from(model: Transformer, path: str) -> None:
@@ -88,7 +119,7 @@ def read_state(path: str) -> StateDict:
         state = load_state_dict(file, weights_only=True)
     refuse_without_values(state, file)
     if lacks_tensors(state):
-        return _in_one_piece(_load(file), file, 'state_dict')['state_dict']
+        return _in_one_piece(_load(file), file, 'state_dict.')['state_dict']
     return state
 
 
@@ -141,15 +172,12 @@ def _checked_parts(content: Any, file: str) -> Parts | None:
     return parts
 
 
-def _in_one_piece(content: Any, file: str, under: str | None = None, device: Any = None) -> Any:
-    """A checkpoint whose tensors are whole, also where it was written in parts."""
+def _in_one_piece(content: Any, file: str, under: str = '', device: Any = None) -> Any:
     parts = _checked_parts(content, file)
     if parts is not None:
         with _reading(file, verify=False):
-            content = parts.put_together(file, content, under)
+            content = parts.put_together(file, content, under, device)
     _check_tensors(content, file, device)
-    if parts is not None and device is not None:
-        parts.move(content, device)
     return content
 
 

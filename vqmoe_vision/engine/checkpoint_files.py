@@ -13,6 +13,8 @@ from uuid import uuid4
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from vqmoe_vision.moe.config import check
+
 from .checkpoint import check_content, read_content
 from .parts import RUN_FILE, Parts, delete_folder, owner_of, run_of
 
@@ -20,7 +22,9 @@ POINTER = 'last_checkpoint'
 BEST = 'best_'
 # In the message hub, the word of `identify`.
 RUN = 'run_id'
+_TEMPLATE = rf'(?!{BEST}|\.)[^/{{}}]*(\{{(:\w+)?\}}[^/{{}}]*)?\.pth'
 _LOCK = '.lock'
+_BEFORE = '.before_restarts'
 # of every checkpoint that a run can go on from
 _NEEDED = ('meta', 'state_dict', 'message_hub')
 
@@ -69,7 +73,14 @@ def sync_folder(folder: Path) -> None:
 
 @register_backend('atomic')
 class AtomicBackend(LocalBackend):
-    """mmengine's files on this machine, written whole or not at all."""
+    """mmengine's files on this machine, written whole or not at all, and deleted later."""
+
+    def __init__(self) -> None:
+        self.outdated: list[str] = []
+
+    def remove(self, filepath: str | Path) -> None:
+        """Keeps the name: mmengine's hook deletes before it writes what takes the place."""
+        self.outdated.append(Path(filepath).name)
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Writes a file."""
@@ -78,19 +89,9 @@ class AtomicBackend(LocalBackend):
 
 def check_template(name: Any) -> None:
     """Refuses names of checkpoints by which no run would find them again."""
-    valid = isinstance(name, str) and name.endswith('.pth') and '/' not in name
-    if not valid or name.startswith((BEST, '.')):
-        raise ValueError(
-            f'filename_tmpl={name!r} must be a name that ends in .pth and does not begin with '
-            f"'{BEST}' or a dot"
-        )
-    try:
-        name.format(1)
-    except (LookupError, ValueError) as error:
-        raise ValueError(
-            f'filename_tmpl={name!r} is not possible: {{}} stands for the number, as in '
-            "'epoch_{}.pth'"
-        ) from error
+    named = isinstance(name, str) and re.fullmatch(_TEMPLATE, name)
+    allowed = f"a name such as 'epoch_{{}}.pth', which begins with no dot and not with {BEST!r}"
+    check(bool(named), 'filename_tmpl', name, allowed)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -127,7 +128,6 @@ def identify(folder: Path, resumed: bool, stated: Any) -> str:
 
 
 def _is_own(path: Path, run: str) -> bool:
-    """Whether a checkpoint says that the run has written it."""
     try:
         content = read_content(str(path), verify=False)
         return bool(content['message_hub']['runtime_info'][RUN] == run)
@@ -158,7 +158,7 @@ def remove_unnamed(folder: Path, run: str, of: Collection[str] | None = None) ->
     for file in filter(_may_name_parts, folder.iterdir()):
         try:
             parts = Parts.of(read_content(str(file), verify=False))
-        except Exception:  # bytes of another format can fail in any way
+        except Exception:  # of another format, or damaged, and perhaps repaired: its folders stay
             own = {path.name for path in suspects if owners[path] == file.name}
             named |= own if file.suffix == '.pth' else {path.name for path in suspects}
         else:
@@ -189,6 +189,7 @@ def candidates(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -inf) -> Path:
     """The newest checkpoint of a run that reads completely, its checksums included."""
+    # among the files: whatever ends a run may do so before the pointer is written
     found, passed_over = _by_age(folder)
     chosen = None
     for _, path in sorted((one for one in found if one[0][0] > after), reverse=True):
@@ -211,6 +212,20 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -
 def newest_time(folder: Path) -> float:
     """When the newest checkpoint of a run was written, in seconds since 1970; 0 without one."""
     return max((saved_at for (saved_at, _), _ in _by_age(folder)[0]), default=0.0)
+
+
+def newest_before(folder: Path) -> float | None:
+    """When the newest checkpoint was written before torchrun has begun; None without a later one.
+
+    Of processes that are started again: each attempt has the same torchrun for its parent.
+    """
+    torchrun, note, newest = str(os.getppid()), folder / _BEFORE, newest_time(folder)
+    known = note.read_text().split() if note.is_file() else []
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) and known[1:] == [torchrun]:
+        return before if (before := float(known[0])) < newest else None
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        note.write_text(f'{newest!r} {torchrun}')
+    return None
 
 
 def _by_age(folder: Path) -> tuple[list[tuple[tuple[float, int], Path]], list[str]]:

@@ -1,19 +1,33 @@
 """Saves that survive whatever ends a run."""
 
+import inspect
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from math import inf, nextafter
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from mmengine.dist import broadcast_object_list, is_main_process
+import torch
+import torch.distributed as dist
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
 
 from vqmoe_vision.moe.config import check
 
-from .accumulated import keep_accumulated, restore_accumulated
 from .checkpoint_files import (
     BEST,
     POINTER,
@@ -27,50 +41,47 @@ from .checkpoint_files import (
     remove_partial,
     write_atomically,
 )
-from .class_arguments import arguments_of, check_arguments
-from .loops import SEEN
-from .progress import VALIDATED, progress_of, validation_was_cut_off
-from .reported import check_reported
-from .stop import StopSignals, keep_workers
+from .loops import (
+    SEEN,
+    VALIDATED,
+    keep_accumulated,
+    progress_of,
+    restore_accumulated,
+    validation_was_cut_off,
+)
+from .processes import timeout_of
 
 _OUTDATED = 'outdated_ckpts'
 
 
-@HOOKS.register_module('CheckpointHook', force=True)
+@HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's hook, whose files are whole at every moment, and that saves when a run is stopped.
+    """Saves that are whole at every moment, also of a run that is stopped.
 
-    mmengine's deletes the old file, writes the new one in place and then the pointer; it follows
-    whatever path a checkpoint names, and a run that is stopped loses what it did since. Here a
-    file is written beside its place and renamed, old files are deleted after that, names in files
-    are relative to the work dir, and nothing outside it is touched. A run that resumes takes the
-    newest file that reads completely, and validates first where a validation was cut off. This
-    hook takes the name of mmengine's, so that every config that imports this package has it.
+    A file is written beside its place and renamed, old ones are deleted after that, and nothing
+    outside the work dir is touched. A run that resumes takes the newest file that reads completely,
+    and validates first where a validation was cut off.
 
     Args:
         interval: Epochs, or iterations, between checkpoints.
         **options: As mmengine's, without those of another place for the files.
 
     Raises:
-        ValueError: An option is unknown, or names another place for the files, or names by which no
-            run would find them again.
+        ValueError: An option is unknown, or names another place or files that no run would find.
     """
 
     keep_ckpt_ids: deque[int]
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
         # mmengine keeps what it does not know for the call that saves, which fails on it
-        check_arguments('default_hooks.checkpoint', options, arguments_of(CheckpointHook))
+        for name in options.keys() - inspect.signature(CheckpointHook).parameters:
+            check(False, f'default_hooks.checkpoint.{name}', options[name], 'left out: not known')
         for name in ('out_dir', 'backend_args', 'file_client_args'):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f'{name}={options[name]!r} is not supported: checkpoints are files in the work '
-                    'dir, --work-dir'
-                )
+            allowed = 'left out: checkpoints are files in --work-dir'
+            check(options.get(name) is None, name, options.get(name), allowed)
         check_template(options.get('filename_tmpl') or '{}.pth')
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
-        self._former_best: dict[str, str | None] = {}
         self._saved_iter = -1
         self._resumed_from = self._run = ''
         self._saved_at = 0.0
@@ -91,28 +102,15 @@ class AtomicCheckpointHook(CheckpointHook):
             restore_accumulated(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
-        """Finds the files that a checkpoint names in the work dir, wherever that is today.
-
-        Raises:
-            ValueError: No validation reports what the best is chosen by.
-        """
-        for key in self.key_indicators if self.save_best else ():
-            if key != 'auto':
-                check_reported(runner, 'save_best', key)
+        """Finds the files that a checkpoint names in the work dir, wherever that is today."""
         hub, folder = runner.message_hub, Path(runner.work_dir)
         if is_main_process():
             self._run = identify(folder, runner._resume, hub.get_info(RUN))
             hub.update_info(RUN, self._run)
-        kept = hub.get_info('keep_ckpt_ids', [])
-        kept = [step for step in kept if type(step) is int] if isinstance(kept, list) else []
-        names = hub.get_info(_OUTDATED, [])
-        self._outdated = [str(n) for n in names] if isinstance(names, list) else []
-        if self.max_keep_ckpts > 0:
-            surplus = kept[: -self.max_keep_ckpts]
-            self._outdated += [self.filename_tmpl.format(step) for step in surplus]
-            kept = kept[-self.max_keep_ckpts :]
-        hub.update_info('keep_ckpt_ids', kept)
         super().before_train(runner)
+        self._outdated = self.file_backend.outdated  # where mmengine's hook adds to them
+        names = hub.get_info(_OUTDATED, [])
+        self._outdated += [str(name) for name in names] if isinstance(names, list) else []
         for key, path in self._best().items():
             name = Path(str(path)).name
             known = name.startswith(BEST) and (folder / name).is_file()
@@ -127,7 +125,8 @@ class AtomicCheckpointHook(CheckpointHook):
             remove_partial(folder, self._run)
         self._saved_at = newest_time(folder)
         self._progress = (runner.epoch, runner.iter)
-        self._signals = StopSignals(lambda: self._save_now(runner))
+        spread = runner.cfg.get('parallel') is not None
+        self._signals = StopSignals(lambda: self._save_now(runner), timeout_of(runner.cfg), spread)
         self._training = True
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
@@ -198,7 +197,7 @@ class AtomicCheckpointHook(CheckpointHook):
         """Gives the signals back, and deletes what a kill after the last save has left."""
         self._signals.release()
         # whatever a checkpoint says, the one that the run went on from may be the last sound one
-        self._outdated = [name for name in self._outdated if name != self._resumed_from]
+        self._outdated[:] = [name for name in self._outdated if name != self._resumed_from]
         self._delete_outdated(Path(str(self.last_ckpt)).name)
         super().after_train(runner)
 
@@ -232,19 +231,14 @@ class AtomicCheckpointHook(CheckpointHook):
         return iteration
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        if self.max_keep_ckpts > 0:
-            kept = [*(other for other in self.keep_ckpt_ids if other != step), step]
-            names = [self.filename_tmpl.format(other) for other in kept]
-            surplus = len(kept) - min(len(kept), self.max_keep_ckpts)
-            self._outdated = [name for name in self._outdated if name not in names]
-            self._outdated += names[:surplus]
-            self.keep_ckpt_ids = deque(kept[surplus:], self.max_keep_ckpts)
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                self._outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids[0]))
+            self.keep_ckpt_ids.append(step)  # in the place of the oldest
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         self._save(runner, self.filename_tmpl.format(step), meta)
 
     def _save(self, runner: Runner, name: str, meta: dict) -> None:
-        """Writes a checkpoint and the pointer, and deletes then what they replace."""
-        self._outdate_former_best()
         folder = Path(self.out_dir)
         self.last_ckpt = str(folder / name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -270,23 +264,8 @@ class AtomicCheckpointHook(CheckpointHook):
         for key in self.key_indicators:
             allowed = f'a metric of the validation, which are {", ".join(metrics)}'
             check(key in (*metrics, 'auto'), 'save_best', key, allowed)
-        # mmengine deletes the file that it knows of before it writes the new one
-        self._former_best = self._best()
-        for key in self._former_best:
-            self._set_best(key, None)
         super()._save_best_checkpoint(runner, metrics)
-        self._outdate_former_best()
         self._delete_outdated()  # of the best ones: a run goes on from the others
-
-    def _outdate_former_best(self) -> None:
-        """Sorts the former best files into those that are still the best and the others."""
-        now = self._best()
-        for key, former in self._former_best.items():
-            if now[key] is None:
-                self._set_best(key, former)
-            elif former is not None and former != now[key]:
-                self._outdated.append(Path(former).name)
-        self._former_best = {}
 
     def _best(self) -> dict[str, str | None]:
         """Paths of the best files by metric; of one metric by no name."""
@@ -305,6 +284,135 @@ class AtomicCheckpointHook(CheckpointHook):
     def _delete_outdated(self, current: str | None = None) -> None:
         """Deletes outdated files, those that a run could go on from only after a newer one."""
         names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
+        kept = {current, *(Path(path).name for path in self._best().values() if path)}
         if is_main_process():
-            delete(Path(self.out_dir), [name for name in names if name != current], self._run)
-        self._outdated = [name for name in self._outdated if name not in names]
+            delete(Path(self.out_dir), [name for name in names if name not in kept], self._run)
+        self._outdated[:] = [name for name in self._outdated if name not in names]
+
+
+_ending: Finalize | None = None
+
+
+class StopSignals:
+    """Lets a training save before a signal ends it; a second signal ends it at once."""
+
+    def __init__(self, save: Callable[[], int], timeout: float, all_save: bool) -> None:
+        self._save, self._all_save = save, all_save
+        self._received: int | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+        self.at_once = False
+        # of several processes any may be told; gloo, as what is agreed on must not wait for a GPU
+        self._group = None
+        if get_world_size() > 1:
+            self._group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there can a handler be set
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former: Any = signal.getsignal(number)
+            owner = getattr(former, '__self__', None)
+            if isinstance(owner, StopSignals):  # of a training that failed
+                former = owner._former[number]
+            if former in (signal.SIG_DFL, signal.default_int_handler):
+                self._former[number] = former
+                signal.signal(number, self._receive)
+
+    def release(self) -> None:
+        """Gives the signals back to whom they belonged before."""
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def obey(self) -> None:
+        """Saves and ends the process if a signal has come to any of the run."""
+        number = self._received or 0
+        if self._group is not None:
+            greatest = torch.tensor(number)
+            dist.all_reduce(greatest, dist.ReduceOp.MAX, self._group)
+            number = int(greatest)
+        if not number:
+            return
+        if self._all_save or get_rank() == 0:
+            self._save_and_say(number)
+        if self._group is not None:  # torchrun ends all processes as soon as one has ended
+            dist.barrier(self._group)
+        end_by(number)
+
+    def _save_and_say(self, number: int) -> None:
+        saved = self._save()
+        if get_rank() == 0:
+            name = signal.Signals(number).name
+            print(f'{name}: saved iteration {saved}; go on with: {_resume()}', file=sys.stderr)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker of a data loader has this handler too
+            if number == signal.SIGTERM:
+                end_by(number)
+            return
+        if self._received is not None:
+            end_by(number)
+        if not _trains(frame):  # it has failed, and somebody caught that
+            self.release()
+            signal.raise_signal(number)
+            return
+        self._received = number
+        # Workers may have got the same signal. PyTorch raises an error in the middle of an
+        # iteration when it is told that one has ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.at_once and get_rank() == 0 and not self._all_save:
+            self._save_and_say(number)
+            end_by(number)
+
+
+def keep_workers(loader: DataLoader) -> None:
+    """Lets the workers of a data loader outlive a signal to all processes of a run."""
+    loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+    global _ending
+    if _ending is not None:
+        _ending.cancel()
+    # with a priority it comes before children are waited for, in a process that is a child too
+    _ending = Finalize(None, _end_workers, exitpriority=100)
+
+
+def _end_workers() -> None:
+    """Before multiprocessing ends its children, by a SIGTERM after which it waits for ever."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of PyTorch, an error that a worker has ended
+    for child in children:
+        child.terminate()
+    patience = time.monotonic() + 1
+    for child in children:
+        child.join(max(patience - time.monotonic(), 0))
+        if child.is_alive():
+            child.kill()
+
+
+def _ignore_signals(own: Callable[[int], None] | None, worker_id: int) -> None:
+    # here and in no earlier place: PyTorch has just set a handler that ends the worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if own is not None:
+        own(worker_id)
+
+
+def _trains(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is Runner.train.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _resume() -> str:
+    if get_world_size() > 1:  # this process does not know how it was launched
+        return 'the same command, --resume'
+    again = [] if '--resume' in sys.orig_argv else ['--resume']
+    return shlex.join([*sys.orig_argv, *again])
+
+
+def end_by(number: int) -> NoReturn:
+    """Ends the process as a signal would have, which loops of a shell look at."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
+        stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    raise AssertionError('a default signal ends the process')

@@ -1,40 +1,50 @@
 """What `tools/train.py` and `tools/test.py` do, for every task."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from vqmoe_vision.moe.config import check
 
-from .alike import check_configs, check_datasets
-from .checkpoint_files import in_use, newest_checkpoint, newest_time
+from .checkpoint_files import in_use, newest_before, newest_checkpoint
 from .command import run
-from .config_names import find_config, missing_config
-from .host_memory import keep_freed_memory
-from .known_names import check_names
-from .launchers import LAUNCHERS, multiplied_batch
+from .config import (
+    add_config_options,
+    bases_by_name,
+    check_fields,
+    expand,
+    find_config,
+    innermost,
+    merge_options,
+    take_ours,
+)
+from .hooks import check_hooks
 from .loops import check_batches
 from .model import unwrapped
 from .numbers import passed_on, write_numbers
 from .optim import use_amp
-from .options import add_config_options, expand_config, merge_options
-from .processes import Processes, together
-from .required_hooks import check_hooks
-from .required_imports import check_imports
-from .sharded import fill_in_parallel
+from .processes import (
+    LAUNCHERS,
+    check_batch,
+    check_configs,
+    check_datasets,
+    join,
+    together,
+    with_wrapper,
+)
+from .sharded import check_parallel, spread
+from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
 from .training_data import check_training_data
-from .wrapped_data import innermost
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -69,18 +79,10 @@ def load_config(
     path: str, options: dict[str, Any] | None = None, import_modules: bool = True
 ) -> Config:
     """Reads a config file and merges the options of the command line into it."""
-    file = find_config(path)
-    try:
-        config = Config.fromfile(file, import_custom_modules=import_modules)
-    except FileNotFoundError as error:
-        if error.filename is None:
-            raise
-        base = os.path.normpath(error.filename)
-        raise missing_config(base, f', on which {path!r} builds,') from error
-    if import_modules:
-        check_imports(config)
+    with bases_by_name():
+        config = Config.fromfile(find_config(path), import_custom_modules=import_modules)
     merge_options(config, options or {})
-    expand_config(config)
+    expand(config)
     return config
 
 
@@ -97,18 +99,12 @@ def make_folder(folder: Path) -> None:
 
 def show_predictions(config: Config, folder: str) -> None:
     """Lets a config's visualization hook draw every prediction of a test."""
-    hook = config.default_hooks.get('visualization')
-    if hook is None:
-        raise ValueError('--show-dir needs a config with default_hooks.visualization')
-    hook.draw = True
+    config.default_hooks.visualization.draw = True
     config.visualizer.save_dir = folder
 
 
 def augment_test(config: Config) -> None:
     """Lets a test predict several versions of each image and merge the predictions."""
-    for name in ('tta_model', 'tta_pipeline'):
-        if name not in config:
-            raise ValueError(f'--tta needs a config with {name}')
     for dataset in innermost(config.test_dataloader.dataset):
         dataset.pipeline = config.tta_pipeline
     config.model = dict(config.tta_model, module=config.model)
@@ -124,59 +120,60 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
     # torchrun sets the variable; torch.distributed.launch passes the option
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--log', choices=CHOICES, help='a bar, as on a terminal, or all lines of the log'
+    )
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
     return parser
 
 
 def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as alone, _together(args) as processes:
+    with ExitStack() as alone, together(args.launcher):
         config = _configure(args)
-        if problem := multiplied_batch(config, processes.size, args.cfg_options):
-            processes.refuse(problem)
+        told = take_ours(config)
         if args.amp:
             use_amp(config)
+        join(args.launcher, config)
+        check_configs(config)
+        check_batch(config, args.cfg_options)
+        check_parallel(config)
         asked = deepcopy(config)
-        fill_in_parallel(config, processes.size)
-        processes.join(config)
-        check_configs(processes, asked)
-        if processes.rank == 0:
+        if get_rank() == 0:
             make_folder(Path(config.work_dir))
             alone.enter_context(in_use(Path(config.work_dir)))
-        latest = processes.decide(_latest(args, config, processes))
+        of_first = [_latest(args, Path(config.work_dir)) if get_rank() == 0 else None]
+        broadcast_object_list(of_first)
+        (latest,) = of_first
         if latest is not None:
             config.load_from, config.resume = latest, True
-        if not torch.cuda.is_available():
-            keep_freed_memory()
         kind = _runner_class(config)
-        runner = (kind if latest is None else _with_weights(kind)).from_cfg(config)
+        runner = quiet(kind if latest is None else _with_weights(kind)).from_cfg(config)
+        terminal = follow(runner, args.log)
+        if told:
+            terminal.say(told)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
                 runner.cfg.update({name: asked[name]} if name in asked else {})
             runner.dump_config()
-        check_datasets(processes, runner, ('train', 'val'))
+        check_datasets(runner, ('train', 'val'))
         if isinstance(runner, Runner):
+            spread(runner)
             check_hooks(runner)
             check_batches(runner)
             check_training_data(runner)
         runner.train()
 
 
-def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> str | None:
-    """The checkpoint to go on from, for the first process to find."""
-    folder = Path(config.work_dir)
-    if processes.rank:
-        return None
-
+def _latest(args: argparse.Namespace, folder: Path) -> str | None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
     if args.resume:
         return str(newest_checkpoint(folder, say))
     # whatever torchrun has started again goes on from its own
-    newest = newest_time(folder)
-    before = processes.newest_before(newest)
-    if newest <= before:
+    before = newest_before(folder)
+    if before is None:
         return None
     try:
         return str(newest_checkpoint(folder, say, before))
@@ -186,40 +183,36 @@ def _latest(args: argparse.Namespace, config: Config, processes: Processes) -> s
 
 
 def _test(args: argparse.Namespace) -> None:
-    with _together(args) as processes:
-        _test_together(args, processes)
+    with together(args.launcher):
+        _test_together(args)
 
 
-def _test_together(args: argparse.Namespace, processes: Processes) -> None:
+def _test_together(args: argparse.Namespace) -> None:
     config = _configure(args)
+    told = take_ours(config)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
-    if args.out is not None and processes.rank == 0:  # before the work
+    join(args.launcher, config)
+    check_configs(config)
+    if args.out is not None and get_rank() == 0:  # before the work
         check(not args.out.is_dir(), '--out', str(args.out), 'a file, and this is a folder')
         if not passed_on(args.out):
             make_folder(args.out.parent)
     config.load_from, config.resume = args.checkpoint, False
     if args.show_dir is not None:
-        if processes.size > 1:
-            raise ValueError(
-                f'--show-dir {args.show_dir} needs one process: of {processes.size} each sees a '
-                'part of the images'
-            )
+        allowed = f'one process shows predictions: of {get_world_size()} each sees a part of them'
+        check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
         show_predictions(config, args.show_dir)
     if args.tta:
         augment_test(config)
-    processes.join(config)
-    check_configs(processes, config)
-    runner = _tester(_with_weights(_runner_class(config))).from_cfg(config)
-    check_datasets(processes, runner, ('test',))
+    runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
+    terminal = follow(runner, args.log)
+    if told:
+        terminal.say(told)
+    check_datasets(runner, ('test',))
     metrics = runner.test()
-    if args.out is not None and processes.rank == 0:
+    if args.out is not None and get_rank() == 0:
         write_numbers(args.out, metrics, unwrapped(runner))
-
-
-def _together(args: argparse.Namespace) -> AbstractContextManager[Processes]:
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return together(args.launcher)
 
 
 def _configure(args: argparse.Namespace) -> Config:
@@ -229,7 +222,7 @@ def _configure(args: argparse.Namespace) -> Config:
             f'config {args.config!r} has no model: it is a part of other configs, or a comparison, '
             'which tools/compare.py runs'
         )
-    check_names(config)
+    check_fields(config)
     config.launcher = args.launcher
     # as in mmseg: the command line, then the config, then the name of the config
     if args.work_dir is not None:
@@ -241,11 +234,11 @@ def _configure(args: argparse.Namespace) -> Config:
 
 def _runner_class(config: Config) -> type[Runner]:
     if 'runner_type' not in config:
-        return Runner
+        return with_wrapper(Runner)
     found = RUNNERS.get(config.runner_type)
     allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
     check(found is not None, 'runner_type', config.runner_type, allowed)
-    return found
+    return with_wrapper(found)
 
 
 def _with_weights(runner: type[Runner]) -> type[Runner]:

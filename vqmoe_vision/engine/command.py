@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pickle import UnpicklingError
 from typing import Any
 
-from mmengine import registry
-from mmengine.registry import Registry
-
-from vqmoe_vision.moe.config import did_you_mean
-
 from .checkpoint_files import SaveError
+from .checkpoint_hook import end_by
+from .config import expand
 from .finite import NonFiniteError
-from .options import expanded
-from .rank_errors import LostError, RankError
-from .stop import end_by
+from .processes import LostError, RankError
 
 # Errors whose message says what a user did wrong; any other type is named in front of its message.
 _USER_ERRORS = (
@@ -32,8 +27,6 @@ _USER_ERRORS = (
     SaveError,
     LostError,
 )
-# What mmengine says of a type that it does not know, before advice about its manual.
-_UNREGISTERED = re.compile(r'(\S+) is not in the \S+::(.+?) registry\. ')
 # Of what cannot be written any more.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,19 +40,12 @@ def run(
     arguments = sys.argv[1:] if argv is None else list(argv)
     options: dict[str, Any] = {}
     try:
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            said = f'unrecognized arguments: {" ".join(unknown)}'
-            if hasattr(args, 'cfg_options'):
-                said += (
-                    '; fields of the config change with --cfg-options, for example '
-                    'train_dataloader.batch_size=8'
-                )
-            parser.error(said)
+        args = parser.parse_args(arguments)
         options = getattr(args, 'cfg_options', {})
         # of a log that cannot be written, as on a full disk: the error that follows is one line
         logging.raiseExceptions = '--debug' in arguments
-        action(argparse.Namespace(**expanded(vars(args))))
+        expand(vars(args))
+        action(args)
         if sys.stdout is not None:  # as where a shell has closed it
             sys.stdout.flush()
     except KeyboardInterrupt:  # of a training under way `StopSignals` takes care
@@ -101,13 +87,6 @@ def as_typed(message: str, options: Mapping[str, Any]) -> str:
     return message.replace(field, names[0], 1) if names else message
 
 
-def _of_registry(name: str, kind: str) -> str:
-    """What is wrong with a `type` of a config."""
-    roots = [r for r in vars(registry).values() if isinstance(r, Registry) and r.name == kind]
-    known = {n for r in roots for part in (r, *r.children.values()) for n in part.module_dict}
-    return f'type={name!r} is not possible: no {kind} has this name{did_you_mean(name, known)}'
-
-
 def one_line(error: BaseException) -> str:
     """What went wrong in one line, without the frames and prefixes that frameworks add."""
     # mmengine hides the reason behind advice about PYTHONPATH, and that behind "Failed to import"
@@ -122,8 +101,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return 'the checkpoint is damaged, or holds more than weights and is not loaded'
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if isinstance(error, KeyError) and (unknown := _UNREGISTERED.match(message)):
-        return _of_registry(*unknown.groups())
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if 'Original Traceback' in message:  # a data loader's worker: the reason is the last line
         return re.sub(r'^[\w.]*(Error|Exception): ', '', lines[-1])

@@ -7,7 +7,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scans and what they show, always the same, every digit in proportion."""
+    """Scans (N, 8, 8) uint8, bright on black, and digits (N,); every digit in proportion."""
     if split not in SPLITS:
         raise ValueError(f'split={split!r} must be one of {SPLITS}')
     # here, because every tool reads this file, few the scans: a second of the eight to its start

@@ -1,7 +1,7 @@
 """What `tools/export.py` does: a trained model as a file of ONNX or torch.export."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from vqmoe_vision.models.export import (
     save_program,
 )
 from vqmoe_vision.models.exported import differences, load_exported
-from vqmoe_vision.models.quantization import require_torchao
 from vqmoe_vision.models.sources import FOLDERS
 from vqmoe_vision.models.state_dicts import shorten
 from vqmoe_vision.moe.config import check
@@ -25,8 +24,8 @@ from vqmoe_vision.moe.config import check
 from .checkpoint import read_content
 from .cli import load_config, make_folder
 from .command import run
+from .config import add_config_options, as_arguments
 from .hub_folder import chosen_checkpoint, config_of
-from .options import add_config_options, as_arguments
 from .trained import load_trained
 
 _COMPARED = (1, 4)  # images
@@ -37,8 +36,11 @@ _SAID = ('model_name', 'pretrained', 'checkpoint_path')
 _SAID_BY_FOLDER = ('source', 'pretrained_cfg')
 
 
-def export(argv: Sequence[str] | None = None) -> None:
-    """Writes a model as a file for others, and compares the file with the model."""
+def export(argv: Sequence[str] | None = None, int8: Callable[..., object] | None = None) -> None:
+    """Writes a model as a file for others, and compares the file with the model.
+
+    `int8`, which writes with `--int8`, is called as `export_onnx`.
+    """
     parser = argparse.ArgumentParser(
         description='Write a model as a file of ONNX or of torch.export, and compare the two.'
     )
@@ -63,7 +65,10 @@ def export(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--batch', type=int, help='images per call (default: any number)')
     parser.add_argument('--opset', type=int, help="of ONNX (default: that of torch's exporter)")
     parser.add_argument(
-        '--int8', action='store_true', help='linear layers in int8, those of the experts included'
+        '--int8',
+        action='store_const',
+        const=int8,
+        help='linear layers in int8, those of the experts included',
     )
     add_config_options(parser)
     parser.add_argument('--debug', action='store_true', help='show the full trace of an error')
@@ -77,14 +82,14 @@ def _export(args: argparse.Namespace) -> None:
     check(onnx or args.opset is None, '--opset', args.opset, 'only for a file of ONNX')
     if onnx:
         require_packages()
-    elif args.int8:
-        require_torchao()
     make_folder(out.parent)
     model = _exportable(args)
-    if onnx:
-        export_onnx(model, out, args.batch, args.opset, args.int8)
+    if args.int8 is not None:
+        args.int8(model, out, args.batch, args.opset)
+    elif onnx:
+        export_onnx(model, out, args.batch, args.opset)
     else:
-        save_program(model, out, args.batch, args.int8)
+        save_program(model, out, args.batch)
     shape = ', '.join(map(str, (args.batch or 'B', *model.input_size)))
     print(f'wrote {out}: images ({shape}) float32 to {", ".join(model.outputs)}')
     compared = _COMPARED_INT8 if args.int8 else _COMPARED
@@ -118,7 +123,6 @@ def _exportable(args: argparse.Namespace) -> Exportable:
 
 
 def _timm_model(name: str, checkpoint: str | None, options: dict[str, Any]) -> Any:
-    """A model of timm's `create_model`, whose keyword arguments the options are."""
     model: Any
     folder = name.startswith(FOLDERS)
     for option in (*_SAID, *(_SAID_BY_FOLDER if folder else ())):

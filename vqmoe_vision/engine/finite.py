@@ -35,7 +35,7 @@ def check_losses(values: Mapping[str, float], iteration: int) -> None:
 
 
 def pass_over_infinite(model: nn.Module) -> None:
-    """Lets `check_weights` leave out buffers that are not finite by design, such as a mask of -inf."""  # LONG
+    """Lets `check_weights` leave out buffers that are infinite by design, such as a mask."""
     found = (name for name, buffer in model.named_buffers() if not buffer.isfinite().all())
     setattr(model, _INFINITE, frozenset(found))
 

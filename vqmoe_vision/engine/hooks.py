@@ -2,29 +2,35 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from mmengine.hooks import EMAHook, Hook
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.installed import config_path
 from vqmoe_vision.models.create import check_upcycled
-from vqmoe_vision.models.stated_experts import STATED, state_experts
+from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
+from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
-from vqmoe_vision.moe.statistics import summarize
+from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
+from vqmoe_vision.moe.raw_patches import image_reader
 
-from .class_names import check_class_names, check_zero_label
-from .features import fit_features
+from .config import innermost
 from .finite import check_weights, pass_over_infinite
-from .log import wrapped
-from .model import unwrapped
-from .progress import saves_after_iteration
+from .loops import saves_after_iteration
+from .model import MoeTrainingMixin, unwrapped
 from .routing import lines_of
-from .stated_experts import check_experts
+from .routing_log import wrapped
+from .trained import check_experts
 
 _ROUTING = 'routing_statistics'
+_RUNTIME = '_base_/default_runtime.py'  # of both tasks
 
 
 def _check_repeated(runner: Runner) -> None:
@@ -39,6 +45,12 @@ def _check_repeated(runner: Runner) -> None:
         check(not (within or parts), 'activation_checkpointing', name, allowed)
 
 
+def _fit_reader(runner: Runner) -> None:
+    reader = image_reader(unwrapped(runner).routed_model)
+    if reader is not None:
+        reader.before_training(runner)
+
+
 @HOOKS.register_module()
 class MoeStateHook(Hook):
     """Moves the state that learns without gradients, and reports routing.
@@ -50,10 +62,18 @@ class MoeStateHook(Hook):
     # before EMAHook, whose averages have copies of what has moved
     priority = 'ABOVE_NORMAL'
 
+    def before_run(self, runner: Runner) -> None:
+        """Teaches optimizers that look at a tensor as a whole, before their state is loaded."""
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        for one in wrapper.optim_wrappers.values() if several else [wrapper]:
+            if isinstance(one, OptimWrapper) and mixes_experts(one.optimizer):
+                per_expert(one.optimizer, unwrapped(runner))
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Goes on with the routing of an epoch that a run resumes in its middle."""
         model = unwrapped(runner)
-        if runner._resume and _ROUTING in checkpoint:  # a run of before has not kept it
+        if runner._resume and _ROUTING in checkpoint:  # a save after a validation has none
             device = next(model.parameters()).device
             model.routing_statistics.load_state_dict(checkpoint[_ROUTING], device)
 
@@ -64,25 +84,17 @@ class MoeStateHook(Hook):
             checkpoint[_ROUTING] = model.routing_statistics.state_dict()
 
     def before_train(self, runner: Runner) -> None:
-        """Tells layers and model that a training begins.
-
-        Raises:
-            ValueError: As `fit_features`, or mmengine repeats what has auxiliary losses.
-        """
+        """Tells layers and model that a training begins."""
         _check_repeated(runner)
         if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
-            fit_features(runner)  # which is first told there how images are normalised
+            _fit_reader(runner)  # which is first told there how images are normalised
         unwrapped(runner).state_is_moved = True
         batches_per_step = runner.optim_wrapper._accumulative_counts
         updates = math.ceil(runner.max_iters / batches_per_step)
         start_training(unwrapped(runner).routed_model, updates)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Reports the routing of the iterations since the last validation.
-
-        A run that is counted in epochs has done so; one that is counted in iterations is a single
-        epoch.
-        """
+        """Reports the routing since the last validation; a run by iterations is a single epoch."""
         self._report(runner, 'train_epoch')
 
     def after_train_iter(
@@ -92,10 +104,7 @@ class MoeStateHook(Hook):
         data_batch: Any = None,
         outputs: dict | None = None,
     ) -> None:
-        """Moves codebooks and the like, after a step of the optimizer.
-
-        Where gradients accumulate, the batches of a step are one update.
-        """
+        """Moves codebooks and the like, once a step of the optimizer, however many its batches."""
         if runner.optim_wrapper.should_update():
             update_state(unwrapped(runner).routed_model)
 
@@ -160,20 +169,10 @@ class NonFiniteGuardHook(Hook):
 
 @HOOKS.register_module()
 class CheckpointFitHook(Hook):
-    """Weights, the model that takes them and the images that it is fed with have to fit.
-
-    mmengine would warn of a checkpoint that does not fit the model, and go on. Images are
-    normalised as the weights want it, before the first of them is read; then what decides by images
-    is fitted to them.
-    """
+    """Refuses weights that do not fit the model, and normalises images as they want it."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compares names and shapes, and experts with those that the checkpoint says it has.
-
-        Raises:
-            ValueError: Names the keys and shapes that do not fit, or another method; or the run
-                averages its weights, and what goes on does not, or the other way round.
-        """
+        """Compares names and shapes, and experts with those that the checkpoint says it has."""
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         if runner._resume and ('ema_state_dict' in checkpoint) != averages:
             what = 'has averages of its weights, and these options have no EMAHook'
@@ -201,16 +200,11 @@ class CheckpointFitHook(Hook):
         }
 
     def before_train(self, runner: Runner) -> None:
-        """Normalises images of training and validation, and fits what reads them.
-
-        Raises:
-            ValueError: The config states another normalisation than that of the weights, or how
-                experts are made of dense weights without naming such weights; or as `fit_features`.
-        """
+        """Normalises images of training and validation, and fits what reads them."""
         if not runner._resume:  # the weights of its run are all that it needs
             check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
-        fit_features(runner)
+        _fit_reader(runner)
 
     def before_val(self, runner: Runner) -> None:
         """As `before_train`, for a validation without a training."""
@@ -232,9 +226,7 @@ class ClassCountHook(Hook):
     """Compares the classes of the model, of the data sets and of a checkpoint before a run.
 
     Raises:
-        ValueError: The model has another number of classes than a data set, or the training and
-            validation sets, or the data and the run that is tested or resumed, have different
-            classes, or count them from another label on.
+        ValueError: Their number, names or order differ, or the label that they are counted from.
     """
 
     def __init__(self) -> None:
@@ -291,3 +283,67 @@ class ClassCountHook(Hook):
                 f'classes ({", ".join(classes[:3])}, ...) in {loader}'
             )
         return classes
+
+
+def check_hooks(runner: Runner) -> None:
+    """Refuses a training without the hooks that every config of this package has."""
+    if not isinstance(unwrapped(runner), MoeTrainingMixin):
+        return
+    runtime = Config.fromfile(config_path(_RUNTIME), import_custom_modules=False)
+    missing = [
+        name
+        for name in (hook['type'] for hook in runtime.custom_hooks)
+        if not any(isinstance(hook, HOOKS.get(name)) for hook in runner.hooks)
+    ]
+    listed = [hook['type'] for hook in runner.cfg.get('custom_hooks') or []]
+    allowed = (
+        f'it lacks {", ".join(missing)} of configs/{_RUNTIME}, as a list replaces that of a base: '
+        'hooks of your own go under default_hooks.NAME'
+    )
+    check(not missing, 'custom_hooks', listed, allowed)
+    # in the order in which they are called: averages have copies of what has moved, and are saved
+    kinds = (MoeStateHook, EMAHook, CheckpointHook)
+    called = [
+        kinds.index(kind) for hook in runner.hooks for kind in kinds if isinstance(hook, kind)
+    ]
+    allowed = "after MoeStateHook and before the checkpoint hook: leave it at 'NORMAL'"
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            check(called == sorted(called), 'EMAHook.priority', hook.priority, allowed)
+
+
+# Whether label 0 of the files is nothing that is learned, and label 1 the first class.
+_REDUCED = 'reduce_zero_label'
+
+
+def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
+    """Compares names of classes, by which a label is a class, with those of a checkpoint."""
+    trained = stated_in(content).get('classes')
+    if not isinstance(trained, list | tuple):
+        return
+    for index, (before, now) in enumerate(zip_longest(map(str, trained), map(str, classes))):
+        if before != now:
+            raise ValueError(
+                f'the checkpoint was trained with other classes: its class {index} is {before!r}, '
+                f'that of {where} is {now!r}; give the classes the names of the training, in its '
+                'order'
+            )
+
+
+def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
+    """Compares from which label on data sets of one kind count their classes."""
+    field = f'{split}_dataloader'
+    now = getattr(runner, field).dataset.metainfo.get(_REDUCED)
+    before = (trained or {}).get(_REDUCED)
+    if now is None or before is None or now == before:
+        return
+    kinds = _kinds(runner.cfg, 'train_dataloader')
+    allowed = f'{before}, as in {whose}, or every class would be that of another label'
+    same = not kinds or (len(kinds) == 1 and kinds == _kinds(runner.cfg, field))
+    check(not same, f'{field}.dataset.{_REDUCED}', now, allowed)
+
+
+def _kinds(config: Config, loader: str) -> set[tuple[str, str]]:
+    dataset = (config.get(loader) or {}).get('dataset')
+    found = innermost(dataset) if isinstance(dataset, dict) else ()
+    return {(str(inner.get('type')), str(inner.get('data_root'))) for inner in found}

@@ -96,7 +96,6 @@ def _open_to_others(folder: Path) -> None:
 def _write_model(
     model: Any, config: Config, content: dict[str, Any], folder: Path, license_id: str | None
 ) -> dict[str, Any]:
-    """Weights and configuration; returns what builds the model."""
     normalization = model.known_normalization
     if normalization is None:
         raise ValueError(
@@ -115,7 +114,6 @@ def _write_model(
 
 
 def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[Score]:
-    """Metrics of the task, without those of the routing."""
     layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
     return [
         Score(use, name, value)

@@ -1,9 +1,7 @@
-"""Image files as every task reads them: which way is up, what pixels mean, what is refused.
+"""Image files as every task reads them.
 
-Legend: H, W height and width.
-
-A camera may store an image turned, and say in its EXIF data how to show it. `stored` is the pixels
-as they stand in the file, `displayed` what people see. Whoever drew a label map saw one of them.
+`stored` pixels stand in the file, `displayed` are turned as EXIF says; whoever drew a label map saw
+one of both. Legend: H, W height and width.
 """
 
 import struct
@@ -40,7 +38,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns stored pixels as they are meant to be seen."""
+    """Turns stored pixels (H, W, ...) as they are meant to be seen."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1

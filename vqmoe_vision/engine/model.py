@@ -1,7 +1,4 @@
-"""The part of a trained model that both tasks share.
-
-Auxiliary losses in, and how its images are normalised.
-"""
+"""The part of a trained model that both tasks share: losses, and how images are normalised."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,10 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vqmoe_vision.models.export import Exportable
-from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
-from vqmoe_vision.models.options_that_fit import experts_that_fit
-from vqmoe_vision.models.other_sizes import whole_that_fits
 from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of, part_of
 from vqmoe_vision.moe import Collected, collect_losses
 from vqmoe_vision.moe.collect import moe_layers
@@ -83,44 +77,24 @@ class MoeTrainingMixin(TakesOtherNames):
         return of_buffer(self.normalization)
 
     def normalize_as(self, normalization: Normalization) -> None:
-        """Takes over how images are normalised, also for what timm saves of the model.
-
-        Args:
-            normalization: Of the weights, or of the config if they have none.
-        """
+        """Takes over how images are normalised, also for what timm saves of the model."""
         self.normalization.copy_(normalization.values())
         timms: Any = self.routed_model
         timms.pretrained_cfg.update(mean=normalization.mean, std=normalization.std)
 
     def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
-        """Lets the images of a run be normalised as the weights want it.
-
-        From scratch, or from weights of which it is not known, the model learns it from the config.
-
-        Args:
-            datasets: That are about to be read, by the field of the config.
+        """Lets images of data sets, by field, be normalised as the weights want it.
 
         Raises:
             ValueError: The config states otherwise.
         """
         raise NotImplementedError
 
-    def check_batches(self, loader: DataLoader, num_iters: int) -> None:
-        """Refuses batches of training that the model cannot take.
-
-        Args:
-            loader: Of training.
-            num_iters: How many batches the training takes.
-
-        Raises:
-            ValueError: Names the field of the config.
-        """
+    def check_batches(self, loader: DataLoader) -> None:
+        """Refuses batches of training that the model cannot take."""
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """How images are prepared for tests, beside their normalisation.
-
-        Args:
-            dataset: Config of the data set of tests.
 
         Returns:
             Entries of timm's `pretrained_cfg`: `input_size` (3, H, W), `crop_pct`, `crop_mode` and
@@ -132,10 +106,7 @@ class MoeTrainingMixin(TakesOtherNames):
         raise NotImplementedError
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
-        """What leaves PyTorch of the model, for `vqmoe_vision.models.export`.
-
-        Args:
-            size: Height and width of the images; None for the model's own.
+        """What leaves PyTorch of the model, for images of (height, width); None is its own size.
 
         Raises:
             ValueError: It does not take images of this size.
@@ -146,7 +117,7 @@ class MoeTrainingMixin(TakesOtherNames):
         self, state_dict: StateDict, prefix: str, metadata: Any, strict: bool,
         missing_keys: list[str], *others: list[str],
     ) -> None:  # fmt: skip
-        """As torch's, which mmengine's loading calls too; a run of before has no normalisation."""
+        """As torch's, which mmengine's loading calls too; a file of timm has no normalisation."""
         own = part_of(state_dict, prefix)
         renamed = self.in_own_names(own)
         if renamed.keys() != own.keys():
@@ -161,7 +132,7 @@ class MoeTrainingMixin(TakesOtherNames):
             self.normalize_as(known)
 
     def misfit(self, state_dict: StateDict) -> str:
-        """As `misfit_of`; a run of before has no normalisation, nor has a file of timm."""
+        """As `misfit_of`; a file of timm has no normalisation."""
         model: Any = self
         own = {KEY: self.normalization, **state_dict}
         problem = misfit_of(model, own)
@@ -173,29 +144,15 @@ class MoeTrainingMixin(TakesOtherNames):
                 f'{problem}; it is a file of timm, without what a run has beside the timm model: '
                 'test the checkpoint, or the .pth that tools/publish.py makes of it'
             )
-        return f'{problem}{self._that_fits(own)}' if problem else ''
+        return problem
 
     def in_own_names(self, state: StateDict) -> StateDict:
-        """The state of the timm model alone, as timm saves it, in the names of a run.
-
-        Args:
-            state: Of the checkpoint; one of a run stays as it is.
-        """
+        """The state of a file of timm in the names of a run, whose own stays as it is."""
         if not self._is_of_timm(state):
             return state
         return {k if k == KEY else f'{self._place()}.{k}': value for k, value in state.items()}
 
-    def _that_fits(self, state: StateDict) -> str:
-        """What would take weights of a run that do not fit, for the end of a line."""
-        place, network = self._place(), self.routed_model
-        part = part_of(self.in_own_names(state), f'{place}.')
-        if not isinstance(network, Transformer):
-            return str(experts_that_fit(network, part))
-        field = f'model.{place.removesuffix("model")}checkpoint'
-        return whole_that_fits(network, part, field)
-
     def _place(self) -> str:
-        """Name of the timm model in this one."""
         modules = self.named_modules()  # type: ignore[attr-defined]
         return next(name for name, module in modules if module is self.routed_model)
 
@@ -211,11 +168,8 @@ class MoeTrainingMixin(TakesOtherNames):
     def collect(self) -> Iterator[Collected]:
         """Collects losses and statistics of the forward passes inside the block.
 
-        State stays as it is: `MoeStateHook` moves it after the optimizer's step. Read the losses
-        inside the block; they lose their graph at its end.
-
-        Yields:
-            What the MoE layers report.
+        State stays as it is: `MoeStateHook` moves it after the optimizer's step. The losses lose
+        their graph at the end of the block.
         """
         if self.training and not self.state_is_moved:  # type: ignore[attr-defined]
             self._tell_of_state()

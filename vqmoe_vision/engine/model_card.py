@@ -66,7 +66,6 @@ def _metadata(
     results: list[EvalResult],
     license_id: str | None,
 ) -> ModelCardData:
-    """What the hub reads. A backbone has no scores of its own."""
     task = _TASKS[bool(classes)]
     found = results if classes and results else None
     return ModelCardData(
@@ -95,7 +94,6 @@ def _results(scores: Sequence[Score], data: dict[str, dict[str, Any]]) -> list[E
 
 
 def _data(config: Config) -> dict[str, dict[str, Any]]:
-    """Type and split of each data set, by its use."""
     found = {}
     for use, name in _LOADERS.items():
         dataset = (config.get(f'{name}_dataloader') or {}).get('dataset') or {}

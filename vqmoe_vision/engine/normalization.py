@@ -114,5 +114,4 @@ def in_words(normalization: Normalization, white: float = 1.0) -> str:
 
 
 def _listed(values: tuple[float, ...], white: float) -> str:
-    """As `--cfg-options` takes a list."""
     return f'[{",".join(f"{value * white:.6g}" for value in values)}]'

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from vqmoe_vision.moe.config import check, check_type
-from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -30,11 +30,8 @@ class CpuAmpOptimWrapper(OptimWrapper):
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Runs the forward pass under autocast.
 
-        Args:
-            model: The model in training.
-
         Raises:
-            ValueError: It is on a GPU, where this autocast would change nothing.
+            ValueError: The model is on a GPU, where this autocast would change nothing.
         """
         device = next(model.parameters()).device.type
         allowed = f'--amp without it, or AmpOptimWrapper, as the model is on {device}'
@@ -79,14 +76,12 @@ def scales_loss(wrapper: OptimWrapper) -> bool:
 class TimmOptimWrapperConstructor:
     """Builds an optimizer in which biases, norms and `no_weight_decay()` names do not decay.
 
-    These are timm's rules, and make two parameter groups; mmengine's own constructor would make
-    one per parameter, which is slow to step.
+    By timm's rules, in two parameter groups; mmengine's own makes one per parameter.
 
     Args:
         optim_wrapper_cfg: As in every mmengine config: `type`, `optimizer`, `clip_grad`, ...
         paramwise_cfg: `dict(custom_keys={part of a name: dict(lr_mult=..., decay_mult=...)})`. As
-            in mmengine, the longest key in a parameter's name multiplies its learning rate and
-            weight decay; what does not decay by timm's rules still does not.
+            in mmengine, the longest key in a name counts; what does not decay still does not.
 
     Raises:
         ValueError: `paramwise_cfg` has other options, or what they hold is something else.
@@ -97,13 +92,9 @@ class TimmOptimWrapperConstructor:
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         self.optim_wrapper_cfg = optim_wrapper_cfg
         self.paramwise_cfg = paramwise_cfg or {}
-        for option in self.paramwise_cfg:
-            if option not in self.paramwise_options:
-                raise ValueError(
-                    f'paramwise_cfg.{option} is not possible with {type(self).__name__}, which '
-                    f'takes {" and ".join(self.paramwise_options)}: leave it out, or set '
-                    "optim_wrapper.constructor='DefaultOptimWrapperConstructor'"
-                )
+        for option, value in self.paramwise_cfg.items():
+            allowed = f'{type(self).__name__} takes {" and ".join(self.paramwise_options)}'
+            check(option in self.paramwise_options, f'paramwise_cfg.{option}', value, allowed)
         self.custom_keys = _checked(self.paramwise_cfg.get('custom_keys', {}))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -117,8 +108,6 @@ class TimmOptimWrapperConstructor:
         optimizer_cfg['params'] = groups
         wrapper_cfg.setdefault('type', 'OptimWrapper')
         optimizer = OPTIMIZERS.build(optimizer_cfg)
-        if mixes_experts(optimizer):
-            per_expert(optimizer, model)
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -137,21 +126,14 @@ class TimmOptimWrapperConstructor:
 _MULTIPLIERS = {'lr_mult': 'lr', 'decay_mult': 'weight_decay'}
 
 
-def _checked(custom_keys: Any) -> dict[str, dict[str, float]]:
-    named = 'paramwise_cfg.custom_keys'
-    example = "dictionaries by part of a name, such as {'head': {'lr_mult': 10}}"
-    check(isinstance(custom_keys, dict), named, custom_keys, example)
+def _checked(custom_keys: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    allowed = f'{" or ".join(_MULTIPLIERS)}, a number of at least 0'
     for key, factors in custom_keys.items():
-        check(isinstance(factors, dict), f'{named}[{key!r}]', factors, example)
         for name, value in factors.items():
-            if name not in _MULTIPLIERS:
-                raise ValueError(
-                    f'paramwise_cfg.custom_keys[{key!r}].{name} is not possible; '
-                    f'it takes {" and ".join(_MULTIPLIERS)}'
-                )
-            check_type(f'{named}[{key!r}].{name}', float, value)
-            possible = value >= 0 and math.isfinite(value)
-            check(possible, f'{named}[{key!r}].{name}', value, 'at least 0 and finite')
+            known = (
+                name in _MULTIPLIERS and isinstance(value, int | float) and 0 <= value < math.inf
+            )
+            check(known, f'paramwise_cfg.custom_keys[{key!r}].{name}', value, allowed)
     return custom_keys
 
 
@@ -171,12 +153,6 @@ def _multiplied(
                 f'paramwise_cfg.custom_keys[{key!r}] is in no name of a parameter, or each has a '
                 f'longer one; names are {", ".join(list(names.values())[:3])}, ...'
             )
-        for factor in custom_keys[key]:
-            if _MULTIPLIERS[factor] not in optimizer:
-                raise ValueError(
-                    f'paramwise_cfg.custom_keys[{key!r}].{factor} multiplies '
-                    f'optimizer.{_MULTIPLIERS[factor]}, which is not set'
-                )
     parts: list[dict[str, Any]] = []
     for group in groups:
         by_key: dict[str | None, list[nn.Parameter]] = {}
@@ -201,3 +177,53 @@ def undecayed_parameters(model: nn.Module) -> set[str]:
                 full = f'{prefix}.{pattern}' if prefix else pattern
                 found.update(fnmatch.filter(names, full))
     return found
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
+    """timm's layer-wise decay for the timm model, the full learning rate for heads beside it.
+
+    The last layer, a classifier's head or a backbone's last block and norm, has the full rate. Each
+    layer before has `layer_decay` times that of the next.
+
+    Args:
+        optim_wrapper_cfg: As in every mmengine config; `optimizer.lr` is the full rate.
+        paramwise_cfg: `dict(layer_decay=...)`, above 0 and at most 1, and `custom_keys`, whose
+            factors come on top.
+
+    Raises:
+        ValueError: `paramwise_cfg` has other options, or no `layer_decay`.
+    """
+
+    paramwise_options = ('layer_decay', 'custom_keys')
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        self.layer_decay = self.paramwise_cfg.get('layer_decay', 0.0)
+        check_type('paramwise_cfg.layer_decay', float, self.layer_decay)
+        allowed = 'above 0 and at most 1'
+        check(0 < self.layer_decay <= 1, 'paramwise_cfg.layer_decay', self.layer_decay, allowed)
+
+    def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups of a model, which may be wrapped for distributed training.
+
+        Args:
+            model: A `MoeTrainingMixin`: a classifier, or a segmentor around a `TimmViT`.
+            weight_decay: Weight decay of matrices.
+        """
+        whole: Any = model.module if is_model_wrapper(model) else model
+        encoder = whole.routed_model
+        groups = param_groups_layer_decay(
+            encoder,
+            weight_decay,
+            no_weight_decay_list=undecayed_parameters(encoder),
+            layer_decay=self.layer_decay,
+        )
+        rate = self.optim_wrapper_cfg['optimizer']['lr']
+        for group in groups:
+            group['lr'] = rate * group.pop('lr_scale')
+        inside = {id(parameter) for parameter in encoder.parameters()}
+        heads = super().param_groups(whole, weight_decay)
+        for group in heads:
+            group['params'] = [p for p in group['params'] if id(p) not in inside]
+        return groups + [group for group in heads if group['params']]

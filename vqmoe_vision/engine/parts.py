@@ -1,101 +1,45 @@
-"""Checkpoints in parts: a file, and a folder beside it that torch's distributed checkpoint wrote.
+"""Checkpoints in parts: a file, and a folder beside it with the tensors that are spread.
 
-The folder has the tensors that were spread over processes, and the file has all else: in the place
-of each of them a word, and under `KEY` which bytes of which file of the folder it is made of, with
-size and checksum of each. torch describes the folder in its `.metadata` too, which is a pickle that
-`FileSystemReader.read_metadata` runs, and reads objects other than tensors with
-`weights_only=False`. Neither is done here: what the file says is data, it knows tensors alone, and
-torch reads them with `weights_only=True`.
+The folder holds safetensors of torch's distributed checkpoint, and so no code. The file says the
+size and the checksum of each of them, and has a word in the place of each tensor.
 """
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
 KEY = 'tensors_in_parts'
 # of a checkpoint's name without .pth, and a number: a file that is written again has another folder
-_FOLDER = re.compile(r'(?P<stem>[^/]+)\.\d+\.sharded')
-_FILES = re.compile(r'__\d+_\d+\.distcp|\.metadata|\.run_id')
+_FOLDER = re.compile(r'(?P<stem>[^/.][^/]*)\.\d+\.sharded')
+_FILE = re.compile(r'shard-[\w-]+\.safetensors')
 # In such a folder, and in the work dir: the run that has made it.
 RUN_FILE = '.run_id'
 _BLOCK = 1 << 20
-_Key = str | int
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint says of its folder."""
+    """What a checkpoint says of its folder: its name, and sizes and checksums of its files."""
 
     folder: str
     files: dict[str, tuple[int, int]]
-    metadata: Metadata
-    places: dict[str, tuple[_Key, ...]]
-
-    def as_data(self) -> dict[str, Any]:
-        """What `of` reads: numbers, words and dtypes."""
-        tensors = {}
-        for name, place in self.places.items():
-            tensor = self.metadata.state_dict_metadata[name]
-            assert isinstance(tensor, TensorStorageMetadata)
-            stored = [
-                self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                for chunk in tensor.chunks
-            ]
-            tensors[name] = {
-                'place': list(place),
-                'dtype': tensor.properties.dtype,
-                'size': list(tensor.size),
-                'chunks': [
-                    [list(c.offsets), list(c.sizes), s.relative_path, s.offset, s.length]
-                    for c, s in zip(tensor.chunks, stored, strict=True)
-                ],
-            }
-        files = {name: list(numbers) for name, numbers in self.files.items()}
-        return {'folder': self.folder, 'files': files, 'tensors': tensors}
 
     @classmethod
     def of(cls, content: Any) -> 'Parts | None':
         """What a checkpoint says; None where it is in one piece."""
         if not isinstance(content, dict) or KEY not in content:
             return None
-        data = content[KEY]
-        _require(_FOLDER.fullmatch(data['folder']) and not data['folder'].startswith('.'))
-        files = {name: (int(size), int(crc)) for name, (size, crc) in data['files'].items()}
-        _require(all(_FILES.fullmatch(name) for name in files))
-        places: dict[str, tuple[_Key, ...]] = {}
-        described: dict[str, Any] = {}
-        stored = {}
-        for name, tensor in data['tensors'].items():
-            size, chunks = torch.Size(tensor['size']), []
-            for offsets, sizes, file, offset, length in tensor['chunks']:
-                _require(file in files and 0 <= offset <= offset + length <= files[file][0])
-                bounds = zip(offsets, sizes, size, strict=True)
-                _require(all(0 <= first <= first + count <= end for first, count, end in bounds))
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                stored[MetadataIndex(name, offsets)] = _StorageInfo(file, offset, length)
-            _require(sum(prod(chunk.sizes) for chunk in chunks) == prod(size))
-            _require(isinstance(tensor['dtype'], torch.dtype))
-            properties = TensorProperties(dtype=tensor['dtype'])
-            described[name] = TensorStorageMetadata(properties, size, chunks)
-            places[name] = tuple(tensor['place'])
-        return cls(data['folder'], files, Metadata(described, storage_data=stored), places)
+        folder, files = content[KEY]['folder'], content[KEY]['files']
+        _require(all([_FOLDER.fullmatch(folder), *map(_FILE.fullmatch, files)]))
+        return cls(folder, {name: (int(size), int(crc)) for name, (size, crc) in files.items()})
 
     def check(self, file: str) -> None:
         """Compares sizes and checksums of the files in the folder."""
@@ -113,48 +57,40 @@ class Parts:
                     f'checkpoint {file!r} is damaged: {str(part)!r} does not match its checksum'
                 )
 
-    def put_together(self, file: str, content: dict, under: str | None = None) -> dict:
-        """Puts whole tensors into the checkpoint."""
-        places = {n: p for n, p in self.places.items() if under is None or p[0] == under}
-        wanted = {name: self.metadata.state_dict_metadata[name] for name in places}
-        tensors = _read(Path(file).parent / self.folder, self.metadata, wanted)
-        for name, place in places.items():
-            holder, key = _entry(content, place)
-            _require(holder[key] == IN_PARTS)
-            holder[key] = tensors.pop(name)
+    def put_together(self, file: str, content: dict, under: str, device: Any) -> dict:
+        """Puts whole tensors into the checkpoint, of all that is under a key, or of all."""
+        folder = Path(file).parent / self.folder
+        _require({path.name for path in folder.glob('*.safetensors')} == self.files.keys())
+        reader = HuggingFaceStorageReader(str(folder))
+        metadata = reader.read_metadata()
+        places = {name: place for name, *place in _words(content) if name.startswith(under)}
+        tensors: dict[str, Any] = {}
+        for name in places:
+            tensor: Any = metadata.state_dict_metadata[name]
+            _require(sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel())
+            tensors[name] = torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        # as torch's `load`, which warns where a process has no group
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(tensors, metadata, is_coordinator=True)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+        for name, (holder, key) in places.items():
+            holder[key] = tensors.pop(name).to(device)
         del content[KEY]
         return content
 
-    def move(self, content: dict, device: Any) -> None:
-        """Copies to a device, one after the other, what has been put together."""
-        for place in self.places.values():
-            holder, key = _entry(content, place)
-            holder[key] = holder[key].to(device)
+
+def _words(state: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """Where a state has a word in the place of a tensor: its name, what holds it, its key."""
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        inside = f'{name}.{key}' if name else str(key)
+        if isinstance(value, dict | list):
+            yield from _words(value, inside)
+        elif isinstance(value, str) and value == IN_PARTS:
+            yield inside, state, key
 
 
-def _entry(content: Any, place: tuple[_Key, ...]) -> tuple[Any, _Key]:
-    """What holds a tensor, and under which key."""
-    *holders, last = place
-    for key in holders:
-        content = content[key]
-    return content, last
-
-
-def _read(folder: Path, metadata: Metadata, wanted: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Whole tensors by name, which torch reads without a word of the folder's own `.metadata`."""
-    tensors: dict[str, Any] = {
-        name: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in wanted.items()
-    }
-    reader = FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(tensors, metadata, is_coordinator=True)
-    reader.read_data(planner.create_local_plan(), planner).wait()
-    return tensors
-
-
-def _require(true: Any) -> None:
+def _require(true: bool) -> None:
     if not true:
         raise ValueError('not what a save in parts writes')
 
@@ -183,7 +119,7 @@ def run_of(folder: Path) -> str | None:
 def delete_folder(folder: Path) -> None:
     """Deletes a folder of parts, but nothing in it that is of others."""
     for path in folder.iterdir():
-        if path.is_file() and _FILES.fullmatch(path.name.removesuffix('.tmp')):
+        if path.is_file() and (_FILE.fullmatch(path.name) or path.name == RUN_FILE):
             path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

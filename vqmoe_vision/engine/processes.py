@@ -1,218 +1,273 @@
-"""Many processes as one run: how they find each other, and how all of them end when one does.
+"""Many processes as one run: their group, what they must have in common, and how they end.
 
-mmengine's launcher asks for a GPU, and where one process fails the others wait for it in their next
-collective operation. Here the processes meet at a store of torch.distributed before they read
-anything. Whoever fails writes there, says why in one line, and all others end without a word.
+torchrun, srun or mpirun starts them, and ends all as soon as one has failed.
 """
 
+import inspect
 import os
+import re
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import Any, NoReturn
+from threading import Thread
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.device import get_device
+from mmengine.dist import all_gather_object, get_world_size, init_dist
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.nn.parallel import DistributedDataParallel
 
-from .arrival import arrive, claim, is_complete, open_store
-from .launchers import check_alone, place
-from .process_group import TIMEOUT, claim_gpu, fill_in_wrapper, gpu_name, group_options
-from .rank_errors import RankError, plain_error
+from vqmoe_vision.moe.config import check
 
-_PULSE = 1.0  # seconds between two looks at the store
-_ENDED, _TOLD, _BEFORE = 'ended', 'told', 'newest checkpoint before'
-
-
-class Processes:
-    """The processes of a run, seen from one of them."""
-
-    def __init__(self, launcher: str) -> None:
-        self.rank, self.size, self._local_rank = 0, 1, 0
-        self._store: dist.Store | None = None
-        self._left = threading.Event()
-        self._watch: threading.Thread | None = None
-        self._told: int | None = None
-        self.timeout = TIMEOUT
-        self.save_together = False
-        self._hosts_only: dist.ProcessGroup | None = None
-        if launcher == 'none':
-            check_alone()
-            return
-        self.rank, self.size, self._local_rank = place(launcher)
-        if self.rank:
-            warnings.simplefilter('ignore')
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        # torchrun keeps a store for all attempts; elsewhere the first process does
-        self._hosts = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        self._of_all_attempts = open_store(self._hosts, self.rank)
-        self._store = dist.PrefixStore(f'attempt {attempt}', self._of_all_attempts)
-        try:
-            claim(self._store, self.rank, self.size)
-        except ValueError:
-            # they wait for the one that was meant; a run that is complete is another one
-            if not is_complete(self._store):
-                self.end()
-            raise
-        # a connection of its own: the main thread may be waiting in the other one
-        watched = dist.PrefixStore(f'attempt {attempt}', open_store(False, self.rank))
-        self._watch = threading.Thread(target=self._look, args=(watched,), daemon=True)
-        self._watch.start()
-
-    def _look(self, store: dist.Store) -> None:
-        """Ends this process after another has ended, whatever it is waiting for."""
-        while not self._left.wait(_PULSE):
-            try:
-                if store.check([_TOLD]):
-                    self._told = int(store.get(_TOLD))
-                ended = store.check([_ENDED])
-            except RuntimeError:  # the process or torchrun that kept the store has ended
-                ended = True
-            # the main thread has time to find out
-            if ended and not self._left.wait(2 * _PULSE):
-                sys.stdout.flush()
-                os._exit(1)
-
-    def join(self, config: Config) -> None:
-        """Makes the process group that mmengine works with, and lets it wrap the model for it."""
-        if self._store is None:
-            return
-        device = get_device()
-        backend, self.timeout = group_options(config.get('env_cfg', {}).get('dist_cfg', {}), device)
-        index = self._local_rank
-        if device == 'cuda':
-            index %= torch.cuda.device_count()
-            claim_gpu(self._store, gpu_name(index), self._local_rank)
-            torch.cuda.set_device(index)
-        # where mmengine looks for the GPU
-        os.environ['LOCAL_RANK'] = str(index)
-        fill_in_wrapper(config, device)
-        arrive(self._store, self.rank, self.size, self.timeout)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore('group', self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=self.timeout),
-        )
-
-    def leave(self) -> None:
-        """Ends the process group after a run; the last one waits for nobody."""
-        self._left.set()
-        if self._watch is not None:
-            self._watch.join()
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-
-    def ended(self) -> bool:
-        """Whether another process has said that the run ends."""
-        return self._store is not None and self._store.check([_ENDED])
-
-    def end(self) -> bool:
-        """Lets all other processes end."""
-        self._left.set()
-        if self._store is None:
-            return True
-        own = str(self.rank)
-        try:
-            first = self._store.compare_set(_ENDED, '', own).decode() == own
-        except RuntimeError:  # whoever kept the store is gone: nobody else can say so
-            return True
-        # whoever keeps the store waits until the others have looked, and so does who is silent:
-        # torchrun ends all processes as soon as one has ended
-        if self.size > 1 and (self._hosts or not first):
-            time.sleep(3 * _PULSE)
-        return first
-
-    def tell(self, number: int) -> None:
-        """Passes a signal on to the first process, which saves."""
-        assert self._store is not None
-        self._store.set(_TOLD, str(number))
-
-    def told(self) -> int | None:
-        """Signal that another process passed on."""
-        return self._told
-
-    def share_saves(self) -> None:
-        """Lets all processes take part in saves, also in that of a run which is told to stop."""
-        self.save_together = True
-        # what is agreed on must not wait for a GPU
-        self._hosts_only = dist.new_group(backend='gloo', timeout=timedelta(seconds=self.timeout))
-
-    def agreed(self, number: int | None) -> int | None:
-        """Signal that any of the processes has received; all have to ask."""
-        greatest = torch.tensor(number or 0)
-        dist.all_reduce(greatest, dist.ReduceOp.MAX, self._hosts_only)
-        return int(greatest) or None
-
-    def fail(self, error: Exception) -> NoReturn:
-        """Ends all processes because of an error."""
-        first = self.end()
-        if not first:
-            raise SystemExit(1) from error
-        if isinstance(error, RuntimeError):
-            error = plain_error(error, self.timeout)
-        if 'TORCHELASTIC_ERROR_FILE' in os.environ:  # what torchrun shows in the end
-            get_error_handler().record_exception(error)
-        raise RankError(self.rank, error) from error
-
-    def refuse(self, problem: str) -> NoReturn:
-        """Ends all processes because of what each of them has found."""
-        if self.rank == 0:
-            raise ValueError(problem)
-        time.sleep(3 * _PULSE)
-        raise SystemExit(1)
-
-    def decide(self, of_first: Any) -> Any:
-        """What the first process has decided."""
-        values = [of_first]
-        if dist.is_initialized():
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def newest_before(self, newest: float) -> float:
-        """When the newest checkpoint of a work dir was written before the first attempt of a run."""  # LONG
-        if self._store is None or self._hosts:
-            return newest
-        # torchrun keeps it while it starts the processes again
-        return float(self._of_all_attempts.compare_set(_BEFORE, '', repr(newest)))
+# What each launcher calls the rank, the number of processes and the rank on the machine.
+_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+LAUNCHERS = ('none', *_VARIABLES)
+_TORCHRUN = 'TORCHELASTIC_RUN_ID'
+# Seconds for which a rank lets the first one speak, which mostly has the same to say.
+_PATIENCE = 3.0
+# What gloo says where another process is gone, and where it has not answered in time.
+_GONE = re.compile(r'Connection (reset|closed) by peer|Connection refused|Broken pipe')
+_LATE = re.compile(r'Timed out waiting \d+ ?ms')
+_ADDRESS = re.compile(r' at 0x[0-9a-f]+')  # of a function in a config, in each process another one
 
 
-_current: Processes | None = None
+class LostError(Exception):
+    """Another process of the run did not answer."""
 
 
-def current() -> Processes | None:
-    """The processes that `together` has brought together; None for one that is alone."""
-    return _current
+class RankError(Exception):
+    """What a rank of several raised."""
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        super().__init__(f'rank {rank}: {error}')
+        self.rank, self.error = rank, error
 
 
 @contextmanager
-def together(launcher: str) -> Iterator[Processes]:
-    """Brings the processes of a run together, and ends all of them if one fails."""
-    global _current
-    processes = Processes(launcher)
+def together(launcher: str) -> Iterator[None]:
+    """Whatever fails inside of it ends this process of several with one line."""
+    rank = _rank(launcher)
     if launcher == 'none':
-        yield processes
+        yield
         return
-    _current = processes
-    with open(os.devnull, 'w') as nowhere:
-        silent = redirect_stdout(nowhere) if processes.rank else nullcontext()
-        try:
-            with silent:
-                yield processes
-                processes.leave()
-        except KeyboardInterrupt as error:
-            if not processes.end():
-                raise SystemExit(1) from error
-            raise
-        except Exception as error:
-            processes.fail(error)
-        finally:
-            _current = None
+    if rank:
+        warnings.simplefilter('ignore')
+    if _TORCHRUN in os.environ:  # the others end the processes that they have started themselves
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        with ExitStack() as silent:
+            if rank:
+                silent.enter_context(redirect_stdout(silent.enter_context(open(os.devnull, 'w'))))
+            yield
+        dist.barrier()  # who ends first takes nobody's connection away
+        dist.destroy_process_group()
+    except KeyboardInterrupt as error:
+        if rank:
+            raise SystemExit(1) from error
+        raise
+    except Exception as error:
+        reason = plain_error(error)
+        get_error_handler().record_exception(reason)  # what torchrun shows in the end
+        if rank and isinstance(reason, LostError):
+            raise SystemExit(1) from error
+        time.sleep(_PATIENCE if rank else 0)
+        raise RankError(rank, reason) from error
+
+
+def _rank(launcher: str) -> int:
+    """Reads the variables of a launcher, and sets those that torch reads."""
+    if launcher == 'none':
+        size = os.environ.get('WORLD_SIZE', '1') if _TORCHRUN in os.environ else '1'
+        allowed = f"'pytorch' makes the {size} processes that torchrun has started one run"
+        check(size == '1', '--launcher', launcher, allowed)
+        return 0
+    names = _VARIABLES[launcher]
+    for name, own in zip(_VARIABLES['pytorch'], names, strict=True):
+        check(own in os.environ, '--launcher', launcher, f'{own} is not set, see docs/scaling.md')
+        os.environ[name] = os.environ[own]
+    return int(os.environ['RANK'])
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once the one that started it is gone, whatever it is waiting for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def plain_error(error: Exception) -> Exception:
+    """An error of a collective operation in terms of a run; any other one as it is."""
+    said = str(error) if isinstance(error, RuntimeError) else ''
+    if 'Expected to have finished reduction' in said:
+        return ValueError(
+            'find_unused_parameters=False: some parameters got no gradient, and the processes wait '
+            'for all of them unless it is True'
+        )
+    if _GONE.search(said):
+        return LostError('another process has ended: its own line says why, unless it was killed')
+    if _LATE.search(said):
+        return LostError('another process has not answered within env_cfg.dist_cfg.timeout')
+    return error
+
+
+def timeout_of(config: Config) -> float:
+    """Seconds after which a process no longer waits for another."""
+    return config.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
+
+
+def join(launcher: str, config: Config) -> None:
+    """Makes the process group that mmengine works with."""
+    if launcher == 'none':
+        return
+    environment = config.get('env_cfg', {})
+    options = {**environment.get('dist_cfg', {}), **_of_attempt()}
+    if torch.cuda.is_available():
+        set_multi_processing(**environment.get('mp_cfg', {}), distributed=True)
+        init_dist(launcher, **options)
+        return
+    # mmengine's takes every process for one with a GPU
+    backend = options.pop('backend', 'gloo')
+    if backend == 'nccl':  # every config of OpenMMLab says so
+        print_log("env_cfg.dist_cfg.backend='nccl' needs GPUs: gloo on a CPU", 'current')
+        backend = 'gloo'
+    options['timeout'] = timedelta(seconds=timeout_of(config))
+    dist.init_process_group(backend, **options)
+
+
+def _of_attempt() -> dict[str, Any]:
+    """Where processes find each other that torchrun has started again."""
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if attempt == '0' or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}
+    # torch's own options lead to the addresses of processes of the attempt before
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
+    rank, size = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE'))
+    return {
+        'store': dist.PrefixStore(f'attempt {attempt}', store),
+        'rank': rank,
+        'world_size': size,
+    }
+
+
+def check_batch(config: Config, options: Iterable[str]) -> None:
+    """Refuses a config that trains otherwise on several processes than on one."""
+    size, name = get_world_size(), 'train_dataloader.batch_size'
+    batch = (config.get('train_dataloader') or {}).get('batch_size')
+    if size == 1 or batch is None or {name, 'train_dataloader'} & {*options}:
+        return
+    held = f'{name}={batch // size} holds {batch}, and ' if batch % size == 0 else ''
+    raise ValueError(
+        f'{name}={batch} counts one process, and {size} would train on {size * batch} images a '
+        f'step: write --cfg-options {name}=B; {held}{name}={batch} takes {size * batch}'
+    )
+
+
+def check_configs(config: Config) -> None:
+    """Compares the configs of all processes."""
+    _check_alike('configs', dict(_leaves(config.to_dict())))
+
+
+def check_datasets(runner: Runner, splits: tuple[str, ...]) -> None:
+    """Compares the data sets of all processes."""
+    fields = {}
+    for name in (f'{split}_dataloader' for split in splits):
+        if runner.cfg.get(name) is not None:
+            dataset = getattr(runner, name).dataset
+            classes = getattr(dataset, 'metainfo', {}).get('classes', ())
+            fields[f'len({name}.dataset)'] = str(len(dataset))
+            fields[f'{name}.dataset.metainfo.classes'] = ', '.join(map(str, classes))
+    _check_alike('data sets', fields)
+
+
+def _leaves(value: Any, name: str = '') -> Iterator[tuple[str, str]]:
+    """What a config holds, by dotted name."""
+    if isinstance(value, dict | list | tuple) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inside in items:
+            yield from _leaves(inside, f'{name}.{key}' if name else str(key))
+    else:  # a set is in each process in another order
+        values = sorted(map(repr, value)) if isinstance(value, set | frozenset) else value
+        yield name, _ADDRESS.sub('', repr(values))
+
+
+def _check_alike(what: str, fields: Mapping[str, str]) -> None:
+    of_ranks: list[dict[str, str]] = all_gather_object(dict(fields))
+    for name in dict.fromkeys(name for one in of_ranks for name in one):
+        values = [one.get(name, 'missing') for one in of_ranks]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f'the ranks have different {what}: {name} is {values[0]} on rank 0 and '
+                f'{values[other]} on rank {other}'
+            )
+
+
+def with_wrapper(kind: type[Runner]) -> type[Runner]:
+    """A runner that wraps models for a CPU too, and spreads those of a config with `parallel`."""
+
+    def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
+        """Leaves the config as it is, so that a next run has nothing to undo."""
+        if self.distributed:
+            unused = self.cfg.get('find_unused_parameters', False)
+            stated = {'find_unused_parameters': unused} if wrapper is None else wrapper
+            wrapper = {'type': 'OwnDataParallel', **stated}
+            if self.cfg.get('parallel') is not None:
+                wrapper = {'type': 'Unwrapped'}
+        return kind.wrap_model(self, wrapper, model)
+
+    return type(kind.__name__, (kind,), {'wrap_model': wrap_model})
+
+
+@MODEL_WRAPPERS.register_module()
+class OwnDataParallel(MMDistributedDataParallel):
+    """mmengine's, for a CPU too, that does not send buffers around.
+
+    Codebooks and counts are the same on all ranks already, as their layers add them up.
+
+    Args:
+        module: The model.
+        **options: As mmengine's.
+    """
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        renamed = 'forward_sync_buffers' in parameters  # by torch 2.13
+        options.setdefault('forward_sync_buffers' if renamed else 'broadcast_buffers', False)
+        if next(module.parameters()).device.type == 'cpu':
+            options['device_ids'] = None
+        super().__init__(_with_possible_norms(module), **options)
+
+
+@MODEL_WRAPPERS.register_module()
+class Unwrapped:
+    """No wrapper: what distributes the model is in the model."""
+
+    def __new__(cls, module: nn.Module) -> Any:
+        """The model itself."""
+        return _with_possible_norms(module)
+
+
+def _with_possible_norms(module: nn.Module) -> nn.Module:
+    """A model without batch norms over processes on a CPU, as torch has them for GPUs alone."""
+    joint = any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+    if not joint or next(module.parameters()).device.type != 'cpu':
+        return module
+    told = 'sync_bn needs GPUs: as sync_bn=None on a CPU, where each process has norms of its own'
+    print_log(told, 'current')
+    return revert_sync_batchnorm(module)

@@ -65,8 +65,6 @@ def _publish(args: argparse.Namespace) -> Path:
 def publish_checkpoint(checkpoint: str, out: str) -> Path:
     """Writes the weights, the config and the classes of a checkpoint."""
     target = Path(out)
-    if target.suffix != '.pth':
-        raise ValueError(f'out={out!r} must end in .pth')
     content = read_content(checkpoint)
     if not isinstance(content, dict) or not {'state_dict', 'meta'} <= content.keys():
         raise ValueError(f"checkpoint {checkpoint!r} has no 'state_dict' and 'meta' of a training")

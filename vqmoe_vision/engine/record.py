@@ -1,13 +1,19 @@
 """What a run says of itself, for a comparison: every number, and where it comes from."""
 
 import json
+import os
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from itertools import pairwise
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -15,12 +21,15 @@ from mmengine.runner import Runner
 
 from vqmoe_vision.models.complexity import complexity, count_params
 from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.state_dicts import StateDict
+from vqmoe_vision.models.weight_files import OF_TIMM, is_file_name
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
-from .data_record import described
+from .checkpoint import read_state
+from .config import flat
 from .model import unwrapped
-from .start_record import starting_weights
+from .step_values import read_now
 
 BEGUN = 'begun.json'
 FIRST_LOSSES = 20
@@ -32,13 +41,9 @@ PACKAGES = ('torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation', 'vqmoe-vi
 class RunRecordHook(Hook):
     """Writes `run.json` into the work dir when training ends, `progress` while it goes on.
 
-    The record covers the whole run: what it knows travels in the checkpoints, so that a resumed run
-    has the first losses, and the time of work that a kill has lost is not counted. A config names
-    what it changes; what the MoE layers were built with, defaults included, is in the record, and
-    so is which data there were, and which weights it started from: another training of the run that
-    left them gives others at the same path. Options and weights are in `begun.json` from the start
-    on, so that a run whose defaults have changed since is known without its checkpoint. A test
-    writes the data of its own as `data.json`.
+    The record is of the whole run, also where it was resumed: MoE options in full, data, starting
+    weights, first losses, time of work. `begun.json` has options and weights from the start on,
+    and a test writes `data.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
@@ -60,9 +65,7 @@ class RunRecordHook(Hook):
         self._resumed = runner._resume  # which a run that finds nothing to go on with has too
         if not self._resumed or 'run_record' not in checkpoint:
             return
-        # records of before did not say what the run began with
-        self._before, self._commits, self._held_out, *then = checkpoint['run_record']
-        self._then = then[0] if then else {}
+        self._before, self._commits, self._held_out, self._then = checkpoint['run_record']
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Leaves the record so far in the checkpoint."""
@@ -79,10 +82,10 @@ class RunRecordHook(Hook):
         begun = Path(runner.work_dir) / BEGUN
         if self._resumed and begun.is_file():
             # as its experts were made then: no check above looks at `upcycling`, or at a checkpoint
-            self._begun = _load(begun)
+            self._begun = json.loads(begun.read_text())
         else:
             self._begun = {'moe_options': options}
-            if not self._resumed:  # from before they were kept: today's may be others
+            if not self._resumed:  # or it began without this hook: today's may be others
                 weights = starting_weights(runner.cfg.model, runner._load_from)
                 self._begun['starting_weights'] = weights
             self._write(runner, BEGUN, json.dumps(self._begun))
@@ -113,6 +116,7 @@ class RunRecordHook(Hook):
         """Says how far the run is, a hundred times."""
         done = runner.iter + 1
         if self.only_first and done >= FIRST_LOSSES:
+            read_now(runner)
             self.after_train(runner)
             raise SystemExit(0)  # the loop over an epoch knows no other end
         if done % max(runner.max_iters // 100, 1) == 0:
@@ -153,16 +157,6 @@ class RunRecordHook(Hook):
         partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
 
 
-def _load(begun: Path) -> dict[str, Any]:
-    """What a run has left when it began."""
-    try:
-        content = json.loads(begun.read_text())
-        return {**content, 'moe_options': content['moe_options']}
-    except (ValueError, TypeError, KeyError) as error:
-        remedy = 'remove it to go on with the options of today'
-        raise ValueError(f'{str(begun)!r} is damaged: {error!r}; {remedy}') from error
-
-
 def _moe_options(runner: Runner) -> dict[str, Any]:
     model = runner.cfg.to_dict()['model']
     return options_in_full(model.get('backbone', model))
@@ -187,3 +181,53 @@ def _thinned(losses: np.ndarray) -> list[list[float]]:
     """Pairs of an iteration and the mean loss up to it since the pair before."""
     ends = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
     return [[int(end), round(float(losses[start:end].mean()), 5)] for start, end in pairwise(ends)]
+
+
+def described(dataset: Any) -> dict[str, Any]:
+    """The number of samples, and a digest of what they are called, in their order."""
+    names = _names(dataset)
+    digest = None if names is None else sha256('\n'.join(names).encode()).hexdigest()[:16]
+    return {'samples': len(dataset), 'digest': digest}
+
+
+def _names(dataset: Any) -> Iterable[str] | None:
+    if not isinstance(dataset, BaseDataset):
+        return getattr(dataset, 'names', None)
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    root = dataset.data_root or '.'
+    kinds = ('img_path', 'seg_map_path')
+    return [' '.join(relpath(info[kind], root) for kind in kinds if kind in info) for info in infos]
+
+
+# Options of models, and of a `pretrained_cfg_overlay`, whose files are weights under any name.
+_NAME_WEIGHTS = ('checkpoint', 'checkpoint_path', 'features', 'file', 'load_from', 'upcycle')
+_FOLDER = 'local-dir:'  # before a folder of timm
+
+
+def starting_weights(model: ConfigDict, load_from: str | None = None) -> dict[str, str]:
+    """Digests of all weights on this machine that the config of a run names."""
+    named = {**flat(model.to_dict(), 'model'), 'load_from': load_from}
+    return {name: digest_of(read_state(path)) for name, path in _weights(named)}
+
+
+def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in named.items():
+        if not isinstance(value, str):
+            continue
+        path = os.path.expanduser(value.removeprefix(_FOLDER))
+        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or is_file_name(path)
+        # not any folder: an entry point may be called as one is
+        files = [path] if meant else []
+        files += [os.path.join(path, file) for file in OF_TIMM]
+        if any(map(os.path.isfile, files)):
+            yield name, path
+
+
+def digest_of(state: StateDict) -> str:
+    """What tells weights from others: 16 digits of the sha256 of their names and values."""
+    digest = sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f'{name} {value.dtype} {list(value.shape)}\n'.encode())
+        # numpy has no bfloat16
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

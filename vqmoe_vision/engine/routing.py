@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from mmengine.dist import all_gather_object, all_reduce
 
-from vqmoe_vision.moe.statistics import describe, summarize
+from vqmoe_vision.moe.collect import describe, summarize
 
 Layout = tuple[tuple[str, torch.Size], ...]  # names and shapes of statistics, in their order
 
@@ -22,8 +22,8 @@ class Batch:
         owners = _owners(self.layout, flat.device)
         good = flat.isfinite()
         bad = flat.new_zeros(len(parts)).index_add_(0, owners, (~good).double())
-        self.finite = (bad == 0).double()
-        self.values = torch.where(self.finite[owners] == 1, flat, 0.0)
+        self.finite = (bad == 0).double()  # (S,), of each statistic
+        self.values = torch.where(self.finite[owners] == 1, flat, 0.0)  # (N,), of all in a row
 
 
 @lru_cache(maxsize=8)
@@ -75,12 +75,7 @@ class RoutingStatistics:
             self._totals[layout] = flat, counts
 
     def add(self, stats: dict[str, torch.Tensor]) -> None:
-        """Takes the statistics of one batch.
-
-        Args:
-            stats: As `Collected.stats`: `<layer>/<name>` to a scalar, or to a share per expert or
-                code.
-        """
+        """Takes the statistics of one batch, as `Collected.stats`."""
         if stats:
             self.add_batch(Batch(stats))
 
@@ -129,7 +124,7 @@ class RoutingStatistics:
         }
 
     def summary(self) -> dict[str, float]:
-        """The averages as numbers: `<layer>/load_max` and so on, see `moe.statistics.summarize`."""
+        """The averages as numbers: `<layer>/load_max` and so on, see `moe.collect.summarize`."""
         return summarize(self.means())
 
 

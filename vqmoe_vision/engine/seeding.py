@@ -31,6 +31,7 @@ def _seed_processor(seed: int) -> None:
 
 
 def _hash(*parts: int) -> int:
+    # or seed 0 at iteration 1 would be seed 1 at iteration 0
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -116,8 +117,7 @@ def seed_sample(index: int) -> None:
         _seed_processor(_hash(*index.parts))
 
 
-# Under the stock name, which configs have.
-@DATASETS.register_module(name='ClassBalancedDataset', force=True)
+@DATASETS.register_module()
 class SeededClassBalancedDataset(ClassBalancedDataset):
     """mmengine's `ClassBalancedDataset`, whose samples keep the seeds that their indices bring."""
 
@@ -129,22 +129,16 @@ class SeededClassBalancedDataset(ClassBalancedDataset):
 class SeededSampler(DefaultSampler):
     """mmengine's `DefaultSampler`, for epochs, whose indices bring the seed of their augmentation.
 
-    Without workers the model and the augmentation draw from one generator, and a method that draws
-    noise would see other images than one that does not. A sample that is seeded by the run's seed,
-    the epoch and its index is the same for all models and for every number of workers and
-    processes. The data set has to call `seed_sample`.
+    It follows from the run's seed, the epoch and the index, for all models and any number of
+    workers and processes. The data set has to call `seed_sample`.
     """
 
     _passed_over = 0
 
     def pass_over(self, num_samples: int) -> None:
-        """Passes over the first samples of the next epoch.
+        """Passes over the first samples of the next epoch, of this process.
 
-        Not `skip`, as of `InfiniteSampler`: mmengine calls that with the samples of all epochs, and
-        as if each batch were full.
-
-        Args:
-            num_samples: Of this process.
+        Not `skip`: mmengine calls that with the samples of all epochs, as if each batch were full.
         """
         self._passed_over = num_samples
 
@@ -158,12 +152,10 @@ class SeededSampler(DefaultSampler):
 
 @DATA_SAMPLERS.register_module()
 class SeededInfiniteSampler(InfiniteSampler):
-    """mmengine's `InfiniteSampler`, whose indices know their position in the run.
+    """mmengine's `InfiniteSampler`, whose indices bring the seed of their augmentation.
 
-    A run that is counted in iterations resumes in the middle of a worker's stream of random
-    numbers, which nobody can restore. A sample that is augmented with a seed of its own, from the
-    run's seed and the position among the samples of all processes, is the same after a resume, and
-    for every number of workers and processes. The data set has to call `seed_sample`.
+    It follows from the run's seed and the position among the samples of all processes, also after a
+    resume in the middle of a worker's stream. The data set has to call `seed_sample`.
     """
 
     def _indices_of_rank(self) -> Iterator[int]:
@@ -175,11 +167,7 @@ class SeededInfiniteSampler(InfiniteSampler):
 
 @FUNCTIONS.register_module()
 def keep_worker_seed(worker_id: int) -> None:
-    """A data loader's `worker_init_fn` that leaves the seeds PyTorch gave the worker.
+    """A `worker_init_fn` that leaves the seeds PyTorch gave the worker.
 
-    PyTorch seeds python, numpy and torch in each worker anew at each epoch. mmengine's default
-    overwrites that with the same seed in every epoch, and so repeats the augmentations.
-
-    Args:
-        worker_id: Ignored.
+    mmengine's default seeds it alike in every epoch, and so repeats the augmentations.
     """

@@ -1,11 +1,6 @@
 """Runs whose model is spread over processes, as the config's `parallel` says.
 
-A run starts, resumes, is validated and saved as on one process: what its files are read as has
-whole tensors under the names of the model, so that any number of processes goes on from them, in
-any layout. Between these moments a process has its part of the parameters, of their gradients and
-of the optimizer's state. Validation runs on a whole copy, which is kept on the processor while the
-run trains: images of different size need different numbers of windows, and processes that share
-layers would wait for each other.
+Their files have whole tensors, so that any number of processes goes on from them.
 """
 
 import logging
@@ -15,8 +10,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,49 +22,41 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts
 
 from .optim import scales_loss
-from .process_group import Unwrapped, forget_wrapper
-from .processes import current
+from .processes import timeout_of
 from .routing import RoutingStatistics
 from .sharded_saves import (
     KERNELS_FOR_LISTS,
-    SavesInParts,
-    WholeSaves,
+    JointSaves,
     whole,
     whole_state,
 )
 
 FIELD = 'parallel'
 _OPTIONS = ('expert_processes', 'param_dtype', 'state_dict_type')
-# the words of Composer and Lightning
-_SAVES = {'full': WholeSaves, 'sharded': SavesInParts}
+_SAVES = ('full', 'sharded')  # the words of Composer and Lightning
 
 
-def fill_in_parallel(config: Config, processes: int) -> None:
-    """Lets a run spread its model, if its config has `parallel`."""
-    # a config that a run has written has what was filled in for that run
-    forget_wrapper(config)
-    hooks = config.get('custom_hooks') or []
-    for hook in hooks:
-        stated = isinstance(hook, dict) and 'type' in hook
-        check(stated, 'custom_hooks', hook, "each has a type, such as {'type': 'EMAHook'}")
-    hooks = [hook for hook in hooks if hook['type'] != 'ShardingHook']
+def check_parallel(config: Config) -> None:
+    """Refuses options of `parallel` that there are not, or that nothing would follow."""
     options = config.get(FIELD)
     if options is None:
-        config.pop(FIELD, None)  # so that the next run may set its options one by one
-    else:
-        check(
-            isinstance(options, dict) and not options.keys() - set(_OPTIONS),
-            FIELD,
-            options,
-            f'its options are {", ".join(_OPTIONS)}, such as {FIELD}.expert_processes=1',
-        )
-        check(processes > 1, FIELD, options, 'it needs several processes, see --launcher')
-        wrapper = config.get('model_wrapper_cfg')
-        check(wrapper is None, FIELD, options, 'it goes without model_wrapper_cfg')
-        config.model_wrapper_cfg = dict(type=Unwrapped.__name__)
-        hooks.append(dict(type='ShardingHook', **options))
-    if hooks or 'custom_hooks' in config:
-        config.custom_hooks = hooks
+        return
+    check(
+        isinstance(options, dict) and not options.keys() - set(_OPTIONS),
+        FIELD,
+        options,
+        f'its options are {", ".join(_OPTIONS)}, such as {FIELD}.expert_processes=1',
+    )
+    check(get_world_size() > 1, FIELD, options, 'it needs several processes, see --launcher')
+    wrapper = config.get('model_wrapper_cfg')
+    check(wrapper is None, FIELD, options, 'it goes without model_wrapper_cfg')
+
+
+def spread(runner: Runner) -> None:
+    """Lets a run spread its model, if its config has `parallel`."""
+    options = runner.cfg.get(FIELD)
+    if options is not None:
+        runner.register_hook(ShardingHook(**options))
 
 
 def check_optim_wrapper(wrapper: Any) -> None:
@@ -87,7 +74,6 @@ def check_optim_wrapper(wrapper: Any) -> None:
     check(not scales_loss(wrapper), 'optim_wrapper.loss_scale', 'a loss scale', allowed)
 
 
-@HOOKS.register_module()
 class ShardingHook(Hook):
     """Spreads the model of a run over all processes while it trains.
 
@@ -115,16 +101,12 @@ class ShardingHook(Hook):
         allowed = "'bfloat16', 'float32' or None"
         check(param_dtype in list(dtypes), f'{FIELD}.param_dtype', param_dtype, allowed)
         allowed = ' or '.join(map(repr, _SAVES))
-        check(state_dict_type in list(_SAVES), f'{FIELD}.state_dict_type', state_dict_type, allowed)
+        check(state_dict_type in _SAVES, f'{FIELD}.state_dict_type', state_dict_type, allowed)
         self.expert_processes, self.param_dtype = expert_processes, dtypes[param_dtype]
-        self._saves = _SAVES[state_dict_type]
+        self.in_parts = state_dict_type == 'sharded'
 
     def before_run(self, runner: Runner) -> None:
-        """Refuses what has no meaning for a part of a model.
-
-        Raises:
-            ValueError: Names it.
-        """
+        """Refuses what has no meaning for a part of a model."""
         options = runner.cfg[FIELD]
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         check(not averages, FIELD, options, 'it goes without EMAHook, which averages whole models')
@@ -146,17 +128,13 @@ class ShardingHook(Hook):
             if isinstance(value, RoutingStatistics):  # who reads them may ask either of the two
                 setattr(self._whole, name, value)
         before = dict(runner.model.named_parameters())
-        processes = current()
-        timeout = None if processes is None else processes.timeout
-        shard_model(runner.model, self.expert_processes, self.param_dtype, timeout)
+        shard_model(runner.model, self.expert_processes, self.param_dtype, timeout_of(runner.cfg))
         self._sharded = runner.model
         _exchange(optimizer, before, dict(runner.model.named_parameters()))
         if wrapper.clip_grad_kwargs:
             _replace_clip(wrapper, clip_grad_norm)
         # whoever saves: all processes have to take part, and the runner's own asks the first alone
-        runner.save_checkpoint = self._saves(runner, runner.model)
-        if processes is not None:
-            processes.share_saves()
+        runner.save_checkpoint = JointSaves(runner, runner.model, self.in_parts)
 
     def before_val(self, runner: Runner) -> None:
         """Validates on a whole copy."""
@@ -173,11 +151,8 @@ class ShardingHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Puts what belongs to all in place of the parts of the first process."""
-        if not hasattr(self, '_sharded'):
-            return
-        saves = runner.save_checkpoint
-        assert isinstance(saves, WholeSaves)
-        saves.fill(checkpoint)
+        if isinstance(runner.save_checkpoint, JointSaves):
+            checkpoint.update(runner.save_checkpoint.state)
 
 
 def clip_grad_norm(

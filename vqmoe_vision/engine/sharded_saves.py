@@ -1,34 +1,29 @@
-"""How the checkpoints of a spread model are written: in one piece, or in parts.
+"""How all processes write the checkpoints of a spread model: in one piece, or in parts."""
 
-Either takes the place of a runner's `save_checkpoint`, which asks the first process alone: here all
-of them take part.
-"""
-
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import BufferedWriter, FileIO
+from contextlib import suppress
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, save
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from vqmoe_vision.models.weight_files import IN_PARTS
 
 from .checkpoint_files import RUN, SaveError, reason_of, remove_unnamed, sync_folder
 from .finite import check_own_parts, check_weights
-from .parts import KEY, RUN_FILE, Parts, checksum, delete_folder
+from .parts import KEY, RUN_FILE, checksum, delete_folder
 
 # Options of an optimizer for kernels that take lists of tensors of one layout.
 KERNELS_FOR_LISTS = ('foreach', 'fused')
+# Bytes of whole tensors, of which each process writes its part.
+_FILE_SIZE = 1 << 28
 
 
 def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -38,13 +33,17 @@ def with_kernels(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     return state
 
 
-class WholeSaves:
-    """A save before which all processes put their parts together, for a file of whole tensors."""
+class JointSaves:
+    """A save in which all processes of a spread model take part.
 
-    def __init__(self, runner: Runner, model: nn.Module) -> None:
-        self._runner, self._model = runner, model
+    They put it together for the file that the first one writes, or each writes its parts first.
+    """
+
+    def __init__(self, runner: Runner, model: nn.Module, in_parts: bool) -> None:
+        self._runner, self._model, self._in_parts = runner, model, in_parts
         self._save = runner.save_checkpoint
-        self._state: dict[str, Any] = {}
+        # what belongs to all processes, for the place of what the first one has
+        self.state: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -61,181 +60,100 @@ class WholeSaves:
             state['optimizer'] = with_kernels(wrapper.state_dict(), wrapper.optimizer)
         # as mmengine counts without: in the middle of an iteration
         done = (options.get('meta') or {}).get('iter', self._runner.iter + 1)
-        self._state = self._prepare(Path(out_dir) / filename, state, done)
+        folder, run = Path(out_dir), str(self._runner.message_hub.get_info(RUN))
+        if self._in_parts:
+            check_own_parts(self._model, done, state['state_dict'])
+            self.state = write_parts(folder / filename, state, run)
+        else:
+            self.state = whole_state(state)
+            if is_main_process():
+                check_weights(self._model, done, self.state['state_dict'])
         try:
             self._save(out_dir, filename, file_client_args, save_optimizer, **options)
         finally:
-            self._state = {}
-
-    def fill(self, checkpoint: dict) -> None:
-        """Puts what belongs to all processes in the place of what the first one has."""
-        checkpoint.update(self._state)
-
-    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
-        state = whole_state(state)
-        if is_main_process():
-            check_weights(self._model, done, state['state_dict'])
-        return state
-
-
-class SavesInParts(WholeSaves):
-    """A save in which each process writes what it has, by torch's distributed checkpoint."""
-
-    def __call__(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
-        """Saves, as the runner's method does."""
-        try:
-            super().__call__(out_dir, filename, *args, **options)
-        finally:
+            self.state = {}
             # the folder of a file that was written again, or of one that could not be written
-            if is_main_process():
-                remove_unnamed(Path(out_dir), self._run(), {filename})
-
-    def _prepare(self, file: Path, state: dict[str, Any], done: int) -> dict[str, Any]:
-        check_own_parts(self._model, done, state['state_dict'])
-        return write_parts(file, state, self._run())
-
-    def _run(self) -> str:
-        return str(self._runner.message_hub.get_info(RUN))
+            if self._in_parts and is_main_process():
+                remove_unnamed(folder, run, {filename})
 
 
 def write_parts(file: Path, state: dict[str, Any], run: str) -> dict[str, Any]:
     """Writes the folder of a checkpoint, before its file; all processes have to call it."""
-    places: dict[str, tuple] = {}
     tensors: dict[str, Tensor] = {}
-    left = _take_parts(state, (), places, tensors)
-    name = _decided(_free_name(file) if is_main_process() else '')
-    partial = file.with_name(f'.{name}.part')
-    metadata = _write(partial, tensors, file, run)
-    files = _name_folder(partial, file.with_name(name), file)
-    return {**left, KEY: Parts(name, files, metadata, places).as_data()}
-
-
-def _free_name(file: Path) -> str:
-    number = 1
-    while True:
-        name = f'{file.stem}.{number}.sharded'
-        if not any(file.with_name(taken).exists() for taken in (name, f'.{name}.part')):
-            return name
-        number += 1
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], file: Path, run: str) -> Metadata:
+    left = _take_parts(state, '', tensors)
+    name = [_make_folder(file, run) if is_main_process() else '']
+    broadcast_object_list(name)
+    partial, rank = file.with_name(f'.{name[0]}.part'), dist.get_rank()
+    writer = HuggingFaceStorageWriter(str(partial), _in_files(tensors), save_distributed=True)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    writer = FileSystemWriter(folder)
-    writer.fs = _FileSystem(run)
     try:
-        return save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as error:  # the same one on all processes, and no `Exception`
-        _discard(folder)
-        rank, (cause, _) = next(iter(error.failures.items()))
+        save(tensors, storage_writer=writer, planner=planner)
+        own = {path.name: checksum(path) for path in partial.glob(f'shard-{rank + 1:05}-*')}
+        by_rank: list[dict[str, tuple[int, int]]] = all_gather_object(own)
+        if is_main_process():
+            _check_seen(partial, by_rank)
+            sync_folder(partial)
+            partial.rename(file.with_name(name[0]))
+            sync_folder(file.parent)
+    except (CheckpointException, OSError) as error:
+        with suppress(OSError):  # others may be faster
+            delete_folder(partial)
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # the same one on all processes
+            rank, (cause, _) = next(iter(error.failures.items()))
         raise SaveError(
             f'{file} could not be written (rank {rank}: {reason_of(cause)}); what was saved before '
             'is intact'
         ) from error
+    files = {name: list(numbers) for files in by_rank for name, numbers in files.items()}
+    return {**left, KEY: {'folder': name[0], 'files': files}}
 
 
-class _FileSystem(FileSystem):
-    def __init__(self, run: str) -> None:
-        self._run = run
-
-    def mkdir(self, path: str | os.PathLike) -> None:
-        super().mkdir(path)
-        if is_main_process():
-            (Path(path) / RUN_FILE).write_text(self._run)
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        assert mode == 'wb'
-        with _Stream(FileIO(path, mode)) as stream:
-            yield stream
+def _in_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file for each tensor: torch has all that goes into one in memory twice."""
+    ends = accumulate(tensor.nbytes for tensor in tensors.values())
+    return {name: 1 + end // _FILE_SIZE for name, end in zip(tensors, ends, strict=True)}
 
 
-class _Stream(BufferedWriter):
-    """A file that may be flushed once more when it is closed, which torch's writer does."""
-
-    def flush(self) -> None:
-        if not self.closed:
-            super().flush()
-
-
-def _name_folder(partial: Path, folder: Path, file: Path) -> dict[str, tuple[int, int]]:
-    """Gives a folder its name once the first process sees all of it; returns all files."""
-    written: dict[str, tuple[int, int]] = {}
-    problem = ''
-    try:
-        own = [partial / '.metadata'] if is_main_process() else []
-        own += partial.glob(f'__{dist.get_rank()}_*')
-        written = {path.name: checksum(path) for path in own}
-    except OSError as error:
-        problem = f'rank {dist.get_rank()}: {error.strerror}'
-    found = all_gather_object((written, problem))
-    problem = next((said for _, said in found if said), '')
-    by_rank = [files for files, _ in found]
-    if is_main_process():
-        problem = _decided(problem or _unseen(partial, by_rank) or _rename(partial, folder))
-    else:
-        problem = _decided('')
-    if problem:
-        _discard(partial)
-        raise SaveError(f'{file} could not be written ({problem}); what was saved before is intact')
-    return {name: numbers for files in by_rank for name, numbers in files.items()}
+def _make_folder(file: Path, run: str) -> str:
+    """The name that a folder will have, and the folder under the name until then."""
+    for number in count(1):
+        name = f'{file.stem}.{number}.sharded'
+        partial = file.with_name(f'.{name}.part')
+        if not file.with_name(name).exists() and not partial.exists():
+            partial.mkdir()
+            (partial / RUN_FILE).write_text(run)
+            return name
+    raise AssertionError('numbers do not end')
 
 
-def _unseen(folder: Path, by_rank: list[dict[str, tuple[int, int]]]) -> str:
-    """What the first process does not see of the files that each has written."""
+def _check_seen(folder: Path, by_rank: list[dict[str, tuple[int, int]]]) -> None:
+    """Refuses a folder in which the first process does not see what each has written."""
     for rank, files in enumerate(by_rank):
         for name, (size, _) in files.items():
-            path = folder / name
             # asked by its name: a network's file system may remember a list of names for a while
-            try:
-                seen = path.stat().st_size == size
-            except OSError:
-                seen = False
-            if not seen:
-                return (
-                    f'rank 0 does not see {path} as rank {rank} has written it: all processes '
-                    'have to see the work dir'
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise OSError(
+                    f'it does not see {path} as rank {rank} has written it: all processes have to '
+                    'see the work dir'
                 )
-    return ''
 
 
-def _rename(partial: Path, folder: Path) -> str:
-    """Why it cannot be done."""
-    sync_folder(partial)
-    try:
-        partial.rename(folder)
-    except OSError as error:
-        return f'rank 0: {error.strerror}'
-    sync_folder(folder.parent)
-    return ''
-
-
-def _discard(partial: Path) -> None:
-    """Deletes a folder, also where each process has its own."""
-    with suppress(OSError):  # others may be faster
-        delete_folder(partial)
-
-
-def _take_parts(state: Any, place: tuple, places: dict, tensors: dict) -> Any:
+def _take_parts(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A state with a word in the place of each spread tensor, which are collected by name."""
     if isinstance(state, DTensor):
-        name = '.'.join(map(str, place))
-        assert name not in places
-        places[name], tensors[name] = place, state.detach()
+        assert name not in tensors
+        tensors[name] = state.detach()
         return IN_PARTS
     if isinstance(state, Tensor):
         return state.detach().cpu()
+    before = f'{name}.' if name else ''
     if isinstance(state, dict):
-        return {k: _take_parts(v, (*place, k), places, tensors) for k, v in state.items()}
+        return {k: _take_parts(v, f'{before}{k}', tensors) for k, v in state.items()}
     if isinstance(state, list):
-        return [_take_parts(v, (*place, i), places, tensors) for i, v in enumerate(state)]
+        return [_take_parts(v, f'{before}{i}', tensors) for i, v in enumerate(state)]
     return state
-
-
-def _decided(of_first: Any) -> Any:
-    values = [of_first]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def whole(tensor: Tensor) -> Tensor:

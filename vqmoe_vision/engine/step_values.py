@@ -1,8 +1,6 @@
-"""Losses and gradient norms of training steps, which stay on the device until somebody looks.
+"""Losses and gradient norms of steps, which stay on the device until somebody looks.
 
-Whoever reads a value waits until the device has computed it. mmengine reads each value at each
-step. Here a step leaves its values where they are; the first look at any of them, be it by a line
-of the log, a checkpoint or a hook, reads all of them at once, and stops at one that is not finite.
+The first look reads all of them at once, and stops at one that is not finite.
 """
 
 import math
@@ -21,66 +19,12 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from .finite import check_losses, check_weights
+from .loops import saves_after_iteration
 from .model import unwrapped
-from .progress import saves_after_iteration
 
 READ_AT_ONCE = {'cpu'}  # kinds of devices whose values cost no wait
 LONGEST = 100  # iterations that a loss may wait for a look, however rarely lines are logged
 _TRAIN = 'train/'
-
-
-class StepBuffer(HistoryBuffer):
-    """mmengine's history of a scalar, which takes tensors and does not look at them."""
-
-    def __init__(self, former: HistoryBuffer, read: Callable[[], None]) -> None:
-        self.waiting: list[tuple[Any, int]] = []
-        self._read = read
-        super().__init__(*former.data, former.max_length)
-
-    def update(self, log_val: float | Tensor, count: int = 1) -> None:
-        """Takes a value."""
-        self.waiting.append((log_val, count))
-
-    def current(self) -> Any:
-        """The newest value."""
-        if self.waiting and not isinstance(self.waiting[-1][0], Tensor):
-            return self.waiting[-1][0]
-        return super().current()
-
-    @property
-    def _log_history(self) -> np.ndarray:
-        self._join()
-        return self._values
-
-    @_log_history.setter
-    def _log_history(self, values: np.ndarray) -> None:
-        self._values = values
-
-    @property
-    def _count_history(self) -> np.ndarray:
-        self._join()
-        return self._counts
-
-    @_count_history.setter
-    def _count_history(self, counts: np.ndarray) -> None:
-        self._counts = counts
-
-    def _join(self) -> None:
-        if not self.waiting:
-            return
-        if any(isinstance(value, Tensor) for value, _ in self.waiting):
-            self._read()
-        values, counts = zip(*self.waiting, strict=True)
-        self.waiting = []
-        # an empty array is one of floats, and counts are integers
-        empty = len(self._values) == 0
-        self._values = np.array(values) if empty else np.append(self._values, values)
-        self._counts = np.array(counts) if empty else np.append(self._counts, counts)
-        self._values = self._values[-self.max_length :]
-        self._counts = self._counts[-self.max_length :]
-
-    def __reduce__(self) -> tuple:
-        return HistoryBuffer, (*self.data, self.max_length)
 
 
 class StepValues:
@@ -93,21 +37,12 @@ class StepValues:
 
     def add(self, iteration: int, name: str, value: Tensor) -> None:
         """Takes a value."""
-        assert value.numel() == 1
         at_once = value.device.type in READ_AT_ONCE
         kept = value.item() if at_once else value.detach()  # or the graph of each step would stay
-        key = _TRAIN + name
-        if key not in self._hub.log_scalars:
-            self._hub._set_resumed_keys(key, True)
-            self._hub.log_scalars[key] = HistoryBuffer()
-        self._buffer(key).update(kept)
         self._unread.append((iteration, name, kept))
-
-    def adopt(self) -> None:
-        """Makes buffers of all histories of training, which then cost the same at any length."""
-        for key in self._hub.log_scalars:
-            if key.startswith(_TRAIN):
-                self._buffer(key)
+        if _TRAIN + name not in self._hub.log_scalars:  # logs have them in the order of coming
+            buffer = self._hub.log_scalars[_TRAIN + name] = HistoryBuffer()
+            buffer._count_history = np.array([], int)  # of floats it would be
 
     def waits_since(self) -> int | None:
         """The first iteration that nobody has looked at; None without one."""
@@ -118,21 +53,22 @@ class StepValues:
         return bool(self._unread) and isinstance(self._unread[-1][2], Tensor)
 
     def read(self) -> None:
-        """Looks at all of them."""
+        """Looks at all of them, and hands them to mmengine."""
         unread, self._unread = self._unread, []
         tensors = [value for *_, value in unread if isinstance(value, Tensor)]
         numbers = dict(zip(map(id, tensors), _numbers(tensors), strict=True))
-        for buffer in self._hub.log_scalars.values() if tensors else ():
-            if isinstance(buffer, StepBuffer):
-                buffer.waiting = [(numbers.get(id(v), v), count) for v, count in buffer.waiting]
         for iteration, values in groupby(unread, key=itemgetter(0)):
-            self._check(iteration, {name: numbers.get(id(v), v) for _, name, v in values})
+            found = {name: numbers.get(id(value), value) for _, name, value in values}
+            for name, number in found.items():
+                self._hub.update_scalar(_TRAIN + name, number)
+            self._check(iteration, found)
 
-    def _buffer(self, key: str) -> StepBuffer:
-        buffer = self._hub.log_scalars[key]
-        if not isinstance(buffer, StepBuffer):
-            buffer = self._hub.log_scalars[key] = StepBuffer(buffer, self.read)
-        return buffer
+
+def read_now(runner: Runner) -> None:
+    """Hands mmengine the values of all steps, whether or not that is due."""
+    for hook in runner.hooks:
+        if isinstance(hook, StepValuesHook):
+            hook.after_train_epoch(runner)
 
 
 def _numbers(tensors: list[Tensor]) -> list[float]:
@@ -160,15 +96,12 @@ class _UnreadNorm:
             self._keep(norm)
 
 
-@HOOKS.register_module('RuntimeInfoHook', force=True)
+@HOOKS.register_module()
 class StepValuesHook(RuntimeInfoHook):
-    """mmengine's hook, which leaves the values of a training step on the device.
+    """Leaves values of a training step, and the norm of gradients, on the device.
 
     It reads them where a line of the log or a checkpoint is due, at the end of an epoch, before a
-    validation, and after `LONGEST` iterations; on a CPU at each. It also keeps the norm of the
-    gradients from the optimizer's wrapper, which would read it, and lets the data loader put
-    batches where CUDA reads them while the program goes on. This hook takes the name of mmengine's,
-    so that every config that imports this package has it.
+    validation, and after `LONGEST` iterations; on a CPU at each. Batches are put in pinned memory.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -198,20 +131,10 @@ class StepValuesHook(RuntimeInfoHook):
             clip, lambda norm: self._values.add(runner.iter + 1, name, norm)
         )
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """As mmengine's."""
-        self._values.adopt()
-        super().before_train_iter(runner, batch_idx, data_batch)
-
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Takes the values of the step, and looks at them where that is due.
-
-        Raises:
-            NonFiniteError: A loss, or a weight, is not finite; names the iteration at which it
-                became so.
-        """
+        """Takes the values of the step, and looks at them where that is due."""
         for name, value in (outputs or {}).items():
             if isinstance(value, Tensor):
                 self._values.add(runner.iter + 1, name, value)
@@ -223,6 +146,11 @@ class StepValuesHook(RuntimeInfoHook):
     def after_train_epoch(self, runner: Runner) -> None:
         """Looks at what is left, before other hooks trust the weights."""
         self._values.read()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Looks before a save that a signal asks for."""
+        self._values.read()
+        checkpoint['message_hub'] = runner.message_hub.state_dict()
 
     def before_val(self, runner: Runner) -> None:
         """Looks before a validation of the weights, which may be one in the middle of an epoch."""

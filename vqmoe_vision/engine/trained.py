@@ -1,19 +1,36 @@
-"""A trained model from its config and a checkpoint, without a runner."""
+"""A model with weights: at the start of a training, and after one, without a runner."""
 
+import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
 
 from vqmoe_vision.models.create import without_weights
-from vqmoe_vision.models.normalization import KEY
+from vqmoe_vision.models.described import describe
+from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.normalization import KEY, Normalization
+from vqmoe_vision.models.origin import origin_of
+from vqmoe_vision.models.shared_start import share_start
+from vqmoe_vision.models.sources import check_one_source
+from vqmoe_vision.models.stated_experts import (
+    StatedExperts,
+    compare_experts,
+    experts_of,
+    experts_of_run,
+)
+from vqmoe_vision.moe import restart
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.moe.raw_patches import image_reader
 
-from .checkpoint import read_state
-from .normalization import read_normalization
-from .stated_experts import check_experts
+from .checkpoint import log_weights, read_state, run_experts, start_from
+from .normalization import has_weights, read_normalization, weights_normalization
 
 # Of a model where the timm model may be: of a segmentation, and of what augments a test.
 _PARTS = ('backbone', 'module')
@@ -37,7 +54,6 @@ def without_sources(model: dict[str, Any]) -> ConfigDict:
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
     """Builds the model of a config with the weights of a checkpoint, ready to predict."""
-    _check_device(device)
     with scope_of(config):
         model = MODELS.build(without_sources(config.model))
     state = read_state(checkpoint)
@@ -50,10 +66,36 @@ def load_trained(config: Config, checkpoint: str, device: str | None = None) -> 
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
 
 
-def _check_device(device: str | None) -> None:
-    """Finds out before the weights are read."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch without CUDA, a GPU that is not there
-        reason = str(error).partition('\n')[0]
-        raise ValueError(f'device={device!r} is not possible: {reason}') from error
+def start_model(
+    model: nn.Module, arguments: dict[str, Any], checkpoint: str | None, features: str | None
+) -> Normalization | None:
+    """Starts a new training: as every row does at this seed, or from weights."""
+    check_one_source({**arguments, 'checkpoint': checkpoint})
+    share_start(model, seed=torch.initial_seed(), **arguments)
+    log_weights(model, arguments)
+    if checkpoint is not None:
+        assert isinstance(model, Transformer)
+        start_from(model, checkpoint)
+    for note in restart(model):
+        print_log(note, logger='current')
+    weights = weights_normalization(model, checkpoint, arguments)
+    if (reader := image_reader(model)) is not None:
+        started = has_weights(checkpoint, arguments)
+        weights = reader.before_start(features, started, weights)
+    else:
+        allowed = 'None, the model decides by no features of images'
+        check(features is None, 'features', features, allowed)
+    return weights
+
+
+def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
+    """Refuses weights of another method, and logs which options of the experts were others."""
+    for line in compare_experts(model, _stated(path, content), path):
+        print_log(f'{path}: {line}', 'current', logging.WARNING)
+
+
+def _stated(path: str, content: Any) -> StatedExperts | None:
+    origin = origin_of(describe(path), path) if Path(path).exists() else None
+    if origin is not None:
+        return experts_of(origin.model)
+    return run_experts(path) if content is None else experts_of_run(content)

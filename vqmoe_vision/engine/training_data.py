@@ -22,7 +22,7 @@ def check_training_data(runner: Runner) -> None:
     """Refuses data that a training would misuse, or stop at."""
     _check_held_out(runner)
     if isinstance(model := unwrapped(runner), MoeTrainingMixin):
-        model.check_batches(runner.train_dataloader, runner.max_iters)
+        model.check_batches(runner.train_dataloader)
 
 
 def _check_held_out(runner: Runner) -> None:
@@ -43,7 +43,6 @@ def _check_held_out(runner: Runner) -> None:
 
 
 def _parts(dataset: Any) -> Iterator[TrainingPart]:
-    """Of a data set, and of all inside a wrapper of mmengine."""
     if (part := getattr(dataset, 'training_part', None)) is not None:
         yield part
     for inner in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or [])):

@@ -15,9 +15,9 @@ from vqmoe_vision.models.sources import upcycle_source
 from vqmoe_vision.moe.config import check
 
 from .command import run
+from .config import add_config_options, as_arguments
 from .hub_folder import free_folder, written_whole
 from .normalization import weights_normalization
-from .options import add_config_options, as_arguments
 
 REPORT = 'upcycling.txt'
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from ..moe.config import check, check_type, did_you_mean
 from ..moe.methods import METHODS
-from .structure import structure_only
 
 # timm's names of layers, by the options that take one
 _LAYERS: dict[str, dict[str, Any]] = {
@@ -140,7 +139,7 @@ def _check_layer(name: str, layers: dict[str, Any], kwargs: dict[str, Any]) -> N
     options = {key: kwargs[key] for key in shape if kwargs.get(key) is not None}
 
     def fits(layer: str) -> bool:
-        with structure_only(), torch.no_grad():
+        with torch.device('meta'), torch.no_grad():
             try:
                 model = VisionTransformer(**{**options, name: layer, 'depth': 1})
                 tokens = torch.empty(1, model.embed_dim + 1, model.embed_dim)
@@ -179,7 +178,7 @@ def named_failures(
 
 def _failure(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> Exception | None:
     try:
-        with structure_only():
+        with torch.device('meta'):
             build(**{**kwargs, 'device': 'meta'})
     except FAILURES as error:
         return error

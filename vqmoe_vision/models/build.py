@@ -98,7 +98,7 @@ def _without_past(kwargs: dict[str, Any], saved: dict[str, Any], method: str) ->
     if not saved:
         return kwargs
     options = {k: v for k, v in kwargs.items() if k in moe_options(method) - {'moe_layers'}}
-    without_effect = {'upcycling', *METHODS[method].config.without_effect(**options)}
+    without_effect = {'upcycling', *METHODS[method].config.of_preset(**options).unused()}
     return {
         name: value
         for name, value in kwargs.items()
@@ -155,7 +155,8 @@ def load_whole(model: Transformer, filter_fn: Filter, cache_dir: str | Path | No
         load_pretrained(
             model,
             config,
-            num_classes=config['num_classes'],  # the filter has fitted the head
+            # the filter has fitted the head, and timm is not strict where this number differs
+            num_classes=config['num_classes'],
             filter_fn=no_reading(filter_fn, f'checkpoint {source!r} does not fit the model'),
             cache_dir=cache_dir,
         )

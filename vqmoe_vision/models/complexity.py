@@ -1,7 +1,6 @@
 """Parameters and multiply-accumulates of a vision transformer.
 
-Counted by torch's own counter of operations in a forward pass on the meta device, which computes
-nothing; it knows the experts by the formula that `moe.kernels.batched` registers.
+Counted by torch in a forward pass on the meta device; `moe.kernels.cpu` registers the experts.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from ..moe import MoeLayer
 from ..moe.config import check
 from ..moe.experts import SeparateLinear
 from .hosts import Transformer
-from .int8 import is_int8
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,8 @@ class Complexity:
     Args:
         params: Number of parameters.
         active_params: Parameters that one token uses.
-        macs: Multiply-accumulates per image at the model's input size. Matrix products only:
-            norms, activations and biases are left out, as is usual. What a capacity drops counts as
-            if it were computed.
+        macs: Multiply-accumulates per image at the model's input size, of matrix products. What a
+            capacity drops counts as if it were computed.
     """
 
     params: int
@@ -50,7 +47,7 @@ def complexity(model: Transformer) -> Complexity:
 
     Raises:
         ValueError: If `model` is not a timm `VisionTransformer` or `Eva`, or has separate experts
-            or layers in int8.
+            or quantized layers.
     """
     if not isinstance(model, Transformer):
         raise ValueError(
@@ -59,7 +56,7 @@ def complexity(model: Transformer) -> Complexity:
     # kernels of both need numbers, which the meta device has not
     separate = any(isinstance(module, SeparateLinear) for module in model.modules())
     for changed, kind, changed_by in (
-        (is_int8(model), 'in int8', 'quantize_int8'),
+        (not has_plain_weights(model), 'with quantized layers', 'what quantizes it'),
         (separate, 'of separate experts', 'experts_as_linear'),
     ):
         allowed = f'count the model before {changed_by} changes it'
@@ -81,13 +78,18 @@ def count_params(model: nn.Module) -> tuple[int, int]:
     return params, params - sum(layer.idle_params() for layer in layers)
 
 
+def has_plain_weights(model: nn.Module) -> bool:
+    """Whether all linear layers have weights of torch's own class; quantized ones have others."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return all(type(linear.weight) in (nn.Parameter, torch.Tensor) for linear in linears)
+
+
 def describe_params(params: int, active: int) -> str:
     """Both counts in words."""
     return f'{params / 1e6:.2f}M parameters, {active / 1e6:.2f}M active'
 
 
 def _weightless(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the meta device, without the hooks of the original."""
     memo: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()
     }

@@ -13,15 +13,21 @@ from torch import nn
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
-from ..moe.host import Host, RawPatches
-from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import (
+    NETWORK,
+    READER,
+    Host,
+    ImageReader,
+    RawPatchBlock,
+    RawPatchEmbed,
+    RawPatches,
+    hand_over,
+)
 from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
-from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
 from .layers import build_layer, host_of, scale_fresh_experts
-from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
 from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
 from .state_dicts import Report, StateDict
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle
@@ -43,15 +49,12 @@ def convert_to_moe(
 ) -> Report:
     """Make a dense vision transformer a sparse one in place, with experts made of its MLPs.
 
-    Afterwards a `VisionTransformer` is a `MoeVisionTransformer`, and its state dict is that of an
-    entry point with the same sizes and options; an `Eva` is a `MoeEva`. Convert before an optimizer
-    takes the parameters. Experts are frozen where the parameters that they are made of were;
-    routers and codebooks are new, and train. A model that timm has built by name is saved as
-    `moe_host`, which builds it again.
+    Convert before an optimizer takes the parameters. Experts are frozen where the parameters that
+    they are made of were; routers and codebooks are new, and train.
 
     Args:
-        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs, without
-            hooks. It is changed, or left as it is if anything is refused.
+        model: timm's `VisionTransformer` or `Eva` (DINOv3) whose blocks have plain MLPs. It is
+            changed, or left as it is if anything is refused.
         method: Key of `METHODS`.
         moe_layers: Which blocks become MoE, see `resolve_moe_layers`.
         upcycling: How experts are made, see `Upcycling`; None for equal copies.
@@ -129,7 +132,6 @@ def _put_layers(
 
 
 def _host(dense: Any, method: str, config: MoeConfig) -> Host:
-    """What layers may know of the model, and what reads its images for them."""
     proj = dense.patch_embed.proj
     allowed = 'a convolution; the stems of ViTamin and MobileCLIP end without one'
     check(isinstance(proj, nn.Conv2d), 'patch_embed.proj', type(proj).__name__, allowed)
@@ -137,7 +139,7 @@ def _host(dense: Any, method: str, config: MoeConfig) -> Host:
         _check_patches(dense, method)
     factory = {'device': proj.weight.device, 'dtype': proj.weight.dtype}
     # what the model was becomes what reads its images
-    reader = METHODS[method].reader(config, lambda: features_of(dense), **factory)
+    reader = METHODS[method].reader(config, lambda: copy.deepcopy(dense), **factory)
     return host_of(dense, RawPatches(reader))
 
 
@@ -161,7 +163,6 @@ def _layer_like(
     host: Host,
     of_model: dict[str, Any],
 ) -> MoeLayer:
-    """The layer in the place of a block's MLP."""
     mlp = _plain_mlp(block, name)
     weight = mlp.fc1.weight
     layer = build_layer(
@@ -214,7 +215,6 @@ def _rate(drop: nn.Module) -> float:
 
 
 def _hooks_of(module: Any) -> list[Any]:
-    """Its hooks of passes, by kind."""
     return [
         module._forward_hooks,
         module._forward_pre_hooks,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Mlp
 from torch import nn
 
@@ -31,7 +32,6 @@ from .sources import (
     source_of,
 )
 from .sparse_model import SparseModel
-from .structure import structure_only
 from .upcycle import read_upcycling, refuse_unused
 from .weight_files import weights_in
 from .whole_files import load_checkpoint, read_fitting
@@ -102,7 +102,7 @@ def _check_saved(source: str, file: str, described: Described, kwargs: dict[str,
     check(not source_of(overlay), 'pretrained_cfg_overlay', overlay, allowed)
     adapted = _ADAPTED if kwargs.get('num_classes') != 0 else (*_ADAPTED, 'num_classes')
     own = {name: value for name, value in kwargs.items() if name not in adapted}
-    with structure_only():
+    with torch.device('meta'):
         whole = create_model(
             described.name, pretrained_cfg=described.config, **{**described.arguments, **own}
         )
@@ -219,7 +219,7 @@ def _wider(model_name: str, extra_mlps: int, kwargs: dict[str, Any]) -> float:
     """The `mlp_ratio` that spreads `extra_mlps` over all blocks."""
     valid = isinstance(extra_mlps, int) and extra_mlps > 0
     check(valid, 'extra_mlps', extra_mlps, 'a whole number, at least 0')
-    with structure_only():  # for depth and ratio only
+    with torch.device('meta'):  # for depth and ratio only
         model: Any = _untrained(model_name, **kwargs)
     blocks: Any = model.blocks if isinstance(model, Transformer) else []
     mlps = [block.mlp for block in blocks if isinstance(getattr(block, 'mlp', None), Mlp)]

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..moe import moe_layers as layers_of
 from ..moe.config import check
 from ..moe.layer import MoeLayer
-from ..moe.methods import METHODS
 from .sparse_model import SparseModel
 
 
@@ -30,29 +29,19 @@ def changeable_layers(model: nn.Module) -> list[MoeLayer]:
 def to_discrete(model: nn.Module) -> nn.Module:
     """Keep the discrete branch of every MoE layer alone: for fine-tuning and serving.
 
-    What the other branch had is removed from the model, in place. The answers are those of the full
-    model whose gates give the discrete branch all the weight. Call it before an optimizer takes the
-    parameters.
+    The answers are those of the full model whose gates give the discrete branch all the weight.
+    Call it before an optimizer takes the parameters.
 
     Args:
-        model: Any model whose MoE layers have both branches, such as a classifier, a segmentor or a
-            timm model, before it is distributed. It is changed, or left as it is if a layer
-            refuses.
-
-    Returns:
-        The model.
+        model: Any model whose MoE layers have both branches, before it is distributed. It is
+            changed in place and returned, or left as it is if a layer refuses.
 
     Raises:
         ValueError: A layer has no discrete branch, or as `changeable_layers`.
     """
     layers = changeable_layers(model)
     for layer in layers:
-        try:
-            layer.check_discrete()
-        except ValueError as error:
-            with_forms = [k for k, m in METHODS.items() if 'form' in m.config.option_names()]
-            fits = f"a model of {' or '.join(with_forms)} with form='full' would fit"
-            raise ValueError(f'{error}; {fits}') from error
+        layer.check_discrete()
     # nothing is refused from here on
     changed: dict[str, Any] = {}
     for layer in layers:

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +21,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from ..moe.config import check
-from .int8 import is_int8
-from .onnx_operators import translations
-from .quantization import decomposed, quantize_int8, quantize_onnx, separated
+from .complexity import has_plain_weights
 from .quiet import quiet
 
 SUFFIXES = ('.onnx', '.pt2')
@@ -34,15 +32,16 @@ INPUT = 'images'
 # Weights beyond it go into a file beside the graph, which torch's exporter does by itself: a file
 # of ONNX ends at 2 GiB.
 _ONE_FILE_BYTES = 1536 * 2**20
+_NAMESPACES = ('aten', 'prims', 'higher_order')  # of torch's operators
 _EXAMPLE_BATCH = 2  # of one image, torch would make a graph for one image
 
 
 @dataclass(frozen=True)
 class Exportable:
-    """What becomes a graph."""
+    """What becomes a graph, and in `about` what a user of the file has to know, as JSON."""
 
-    network: nn.Module
-    input_size: tuple[int, int, int]
+    network: nn.Module  # of images (B, C, H, W) float32
+    input_size: tuple[int, int, int]  # C, H, W
     outputs: tuple[str, ...] = ('logits',)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +78,7 @@ class Exportable:
     @torch.no_grad()
     def run(self, images: Tensor) -> list[Tensor]:
         """What PyTorch predicts, in eval mode, one tensor per output."""
-        return as_list(_for_inference(self.network)(images))
+        return as_list(for_inference(self.network)(images))
 
 
 def require_packages() -> None:
@@ -101,12 +100,24 @@ def export_program(model: nn.Module | Exportable, batch: int | None = None) -> A
         check(cpu, 'device', str(tensor.device), 'cpu: move the model with model.cpu()')
         allowed = 'float32: convert the model with model.float()'
         check(whole or tensor.dtype == torch.float32, 'dtype', tensor.dtype, allowed)
-    network = _for_inference(exportable.network)
+    network = for_inference(exportable.network)
     images = exportable.images(_EXAMPLE_BATCH if batch is None else batch)
     dynamic = ({0: torch.export.Dim('batch')},) if batch is None else None
     with torch.no_grad(), quiet():
         program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
-        return decomposed(program)
+        return _decomposed(program)
+
+
+def _decomposed(program: Any) -> Any:
+    """The program, with operators of other packages written in torch's: files load without them."""
+    found = {node.target for node in program.graph.nodes if node.op == 'call_function'}
+    foreign = {op for op in found if getattr(op, 'namespace', 'aten') not in _NAMESPACES}
+    if not foreign:
+        return program
+    # where packages put what their operators consist of
+    from torch._inductor.decomposition import decompositions
+
+    return program.run_decompositions({op: decompositions[op] for op in foreign})
 
 
 def export_onnx(
@@ -114,7 +125,6 @@ def export_onnx(
     path: str | Path,
     batch: int | None = None,
     opset: int | None = None,
-    int8: bool = False,
 ) -> Path:
     """Writes a model as an ONNX file, by torch's exporter."""
     target = target_of(path, '.onnx')
@@ -124,22 +134,12 @@ def export_onnx(
     require_packages()
     exportable = Exportable.of(model)
     network = exportable.network
-    allowed = 'one in float: export_onnx(model, path, int8=True)'
-    check(not is_int8(network), 'model', f'{type(network).__name__} in int8', allowed)
-    if int8:
-        network = separated(_for_inference(network))
-    program = _onnx_program(replace(exportable, network=network), batch, opset)
+    allowed = 'one in float, of which contrib.int8.export_int8 makes a file in int8'
+    check(has_plain_weights(network), 'model', f'a quantized {type(network).__name__}', allowed)
+    program = _onnx_program(exportable, batch, opset)
     tensors = [*network.parameters(), *network.buffers()]
     large = sum(t.numel() * t.element_size() for t in tensors) > _ONE_FILE_BYTES
-
-    def save(file: Path) -> None:
-        if int8:
-            with quiet():
-                quantize_onnx(program, file, network, large)
-        else:
-            program.save(file, external_data=large)
-
-    _write(target, save)
+    write_whole(target, lambda file: program.save(file, external_data=large))
     return target
 
 
@@ -152,7 +152,7 @@ def _onnx_program(exportable: Exportable, batch: int | None, opset: int | None) 
             input_names=[INPUT],
             output_names=list(exportable.outputs),
             opset_version=opset,
-            custom_translation_table=translations(),
+            custom_translation_table=_translations(),
             verbose=False,
         )
     for name, value in exportable.about.items():
@@ -164,22 +164,37 @@ def save_program(
     model: nn.Module | Exportable,
     path: str | Path,
     batch: int | None = None,
-    int8: bool = False,
 ) -> Path:
     """Writes the program of a model, which `torch.export.load` reads without this package."""
     target = target_of(path, '.pt2')
     exportable = Exportable.of(model)
-    if int8:
-        network = quantize_int8(_for_inference(exportable.network))
-        exportable = replace(exportable, network=network)
     program = export_program(exportable, batch)
     extra = {'about.json': json.dumps(exportable.about)}
     with quiet():
-        _write(target, lambda file: torch.export.save(program, file, extra_files=extra))
+        write_whole(target, lambda file: torch.export.save(program, file, extra_files=extra))
     return target
 
 
-def _for_inference(network: nn.Module) -> nn.Module:
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators of our models that torch's exporter cannot write as ONNX by itself."""
+    from onnxscript import opset18 as op
+
+    def sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        """ONNX's TopK puts the lower index first among equals, so that it is stable."""
+        size = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim)), [1])
+        return op.TopK(x, size, axis=dim, largest=descending, sorted=True)
+
+    def searchsorted(row: Any, values: Any, **options: Any) -> Any:
+        """Of one sorted row (N,) and values (M,), from the left: how many are smaller."""
+        assert not any(options.values())
+        smaller = op.Less(op.Unsqueeze(row, [0]), op.Unsqueeze(values, [1]))
+        return op.ReduceSum(op.Cast(smaller, to=7), [1], keepdims=0)  # 7: int64
+
+    aten = torch.ops.aten
+    return {aten.sort.stable: sort, aten.searchsorted.Tensor: searchsorted}
+
+
+def for_inference(network: nn.Module) -> nn.Module:
     """A copy in eval mode that shares all tensors, so that nothing of the network changes."""
     tensors = [*network.parameters(), *network.buffers()]
     twin = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
@@ -202,7 +217,7 @@ def target_of(path: str | Path, *suffixes: str) -> Path:
     return target
 
 
-def _write(target: Path, save: Callable[[Path], object]) -> None:
+def write_whole(target: Path, save: Callable[[Path], object]) -> None:
     """Writes a file, and what belongs to it, whole or not at all."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

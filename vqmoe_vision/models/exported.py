@@ -42,10 +42,10 @@ class Difference:
 
     output: str
     batch: int
-    largest: float
+    largest: float  # absolute; nan if there is one
     differing: int
     elements: int
-    predictions: tuple[int, int] | None
+    predictions: tuple[int, int] | None  # equal ones and all; None of labels
 
     def __str__(self) -> str:
         images = f'batch {self.batch}, {self.output}'

@@ -16,7 +16,16 @@ from ..moe import moe_layers
 from .arguments import FAILURES
 from .foreign_names import from_mmseg, is_of_mmseg
 from .hosts import Transformer
-from .state_dicts import CLASSIFIERS, HEADS, StateDict, is_square, misfit, part_of, shorten
+from .state_dicts import (
+    CLASSIFIERS,
+    HEADS,
+    NORMS,
+    StateDict,
+    is_square,
+    misfit,
+    part_of,
+    shorten,
+)
 from .weight_files import is_out_of_memory, named_reason
 
 Size = tuple[int, int]
@@ -57,7 +66,7 @@ def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[
 def fit_head(
     state: StateDict, expected: StateDict, pooling: str
 ) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree."""
+    """Both without heads unless they agree; what is dropped, remarks, and which are warnings."""
     head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
     if not head:
         dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
@@ -70,7 +79,7 @@ def fit_head(
     dropped = (*theirs, *between)
     state = {k: v for k, v in state.items() if k not in dropped}
     expected = {k: v for k, v in expected.items() if k not in head}
-    otherwise = f"the checkpoint's has features that are pooled otherwise: {pooling} would fit"
+    otherwise = pooling
     if between:
         otherwise = f"the checkpoint's stands behind {shorten(sorted(between))}, which timm has not"
     notes = (f'the head is a fresh one, {problem or otherwise}',)
@@ -78,8 +87,21 @@ def fit_head(
     return state, expected, dropped, notes, () if problem else notes
 
 
+def pooled_otherwise(expected: StateDict, state: StateDict) -> bool:
+    """Whether heads are fed otherwise, as far as names tell."""
+    parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
+    return any((name in expected) != (name in state) for name in parts)
+
+
+def without_norm(expected: StateDict, fitted: StateDict) -> tuple[str, ...]:
+    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may."""
+    missing = [name for name in expected if name.startswith(NORMS) and name not in fitted]
+    told = f'the checkpoint has no {shorten(missing)}: the last norm is as initialised'
+    return (told,) if missing else ()
+
+
 def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
-    """By timm's names for a class of models, in the sizes of the model as far as timm can do that."""  # LONG
+    """By timm's names, in the sizes of the model as far as timm's filter can do that."""
     try:
         if isinstance(model, Eva):
             return eva.checkpoint_filter_fn(state, model)
@@ -113,8 +135,8 @@ def resized_positions(
     if 'register_tokens' in state and not model.no_embed_class:
         # where timm adds the position of the class token to it, which leaves it none
         raise ValueError(
-            f"checkpoint {path!r} has DINOv2's registers and does not fit the model: "
-            'no_embed_class=True would fit'
+            f"checkpoint {path!r} has DINOv2's registers, which have no positions: "
+            'no_embed_class=False is not possible'
         )
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     leading, positions = state['pos_embed'].tensor_split([prefix], dim=1)
@@ -129,18 +151,11 @@ def resized_positions(
         return {}  # as many as the model has, which is all that is known
     # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
     if not is_square(positions.shape[1]) and 'mask_token' not in state:
-        count = state['pos_embed'].shape[1]
-        other = count - model.num_prefix_tokens if model.no_embed_class else count
-        said = (
-            f'if no_embed_class={model.no_embed_class} is right: '
-            'pretrained_cfg_overlay=dict(input_size=(3, HEIGHT, WIDTH)) says it'
-        )
-        if model.num_prefix_tokens and is_square(other):
-            said = f'but no_embed_class={not model.no_embed_class} would fit'
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
-            f'{tuple(state["pos_embed"].shape)}, and of which img_size the file does not say, '
-            f'{said}'
+            f'{tuple(state["pos_embed"].shape)}, no square with '
+            f'no_embed_class={model.no_embed_class}; of other images '
+            'pretrained_cfg_overlay=dict(input_size=(3, HEIGHT, WIDTH)) says the size'
         )
     return {}
 

@@ -30,7 +30,7 @@ def is_of_mmseg(state: StateDict) -> bool:
 def from_mmseg(state: StateDict) -> StateDict:
     """The same tensors in timm's names; a stem without a bias gets one of zeros."""
     renamed = {replaced(name, _FROM_MMSEG): value for name, value in state.items()}
-    if 'patch_embed.proj.weight' in renamed:
+    if 'patch_embed.proj.weight' in renamed:  # mmseg's has no bias since 1.2
         stem = renamed['patch_embed.proj.weight']
         renamed.setdefault('patch_embed.proj.bias', torch.zeros_like(stem[:, 0, 0, 0]))
     return renamed

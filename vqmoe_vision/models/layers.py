@@ -15,9 +15,9 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import Host, RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import Host, RawPatches
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 """One of timm's own vision transformers with experts, by an entry point that can be saved.
 
-`timm.create_model('moe_host', host='vit_small_patch16_dinov3', method='smoe', num_experts=4)`: what
-`host` builds, with MoE layers in the place of MLPs. Models that `convert_to_moe` has changed, and
-those that a config names with `moe.method`, are saved under this name.
+Models that `convert_to_moe` has changed, and configs with `moe.method`, are saved as `moe_host`.
 """
 
 from __future__ import annotations

@@ -24,10 +24,12 @@ def options_in_full(model: Mapping[str, Any]) -> dict[str, Any]:
     if method not in METHODS:
         return {}
     known = METHODS[method].config.option_names()
-    if wrong := sorted(moe.keys() - known - {'method', 'moe_layers'}):
-        raise ValueError(f'moe: {method} has no options {wrong}')
-    config = METHODS[method].config.from_options(**{n: v for n, v in given.items() if n in known})
-    options = {n: v for n, v in asdict(config).items() if n not in config.unused()}
+    options: dict[str, Any] = {n: v for n, v in given.items() if n in known}
+    try:
+        config = METHODS[method].config.from_options(**options)
+        options = {n: v for n, v in asdict(config).items() if n not in config.unused()}
+    except ValueError:  # a finished comparison may name what is possible no more
+        pass
     if any(model.get(start) for start in STARTS):
         options['upcycling'] = asdict(read_upcycling(model.get('upcycling')))
     return {'method': method, **options}

@@ -128,5 +128,11 @@ def of_buffer(values: Any) -> Normalization | None:
     """What the buffer of a run's model says."""
     if not isinstance(values, Tensor) or values.shape != (2, 3):
         return None
-    mean, std = (tuple(row) for row in values.tolist())
+    mean, std = (tuple(map(_shortest, row)) for row in values.float())
     return Normalization(mean, std) if all(std) else None
+
+
+def _shortest(value: Tensor) -> float:
+    """0.485 of a float32 that is 0.48500001430511475: the fewest digits that give it again."""
+    texts = (f'{value.item():.{digits}g}' for digits in range(1, 10))
+    return next((float(x) for x in texts if value.new_tensor(float(x)) == value), value.item())

@@ -1,7 +1,6 @@
 """What may be in a checkpoint beside weights: the log of a run, and arguments of a script.
 
-This is the one list of it, for every way to name a file. Nothing of mmengine is needed to read the
-weights.
+timm's train.py and the authors of MAE and DeiT leave arguments. Nothing here needs mmengine.
 """
 
 from __future__ import annotations

@@ -123,7 +123,6 @@ def _read_back(model: nn.Module, folder: Path, input_size: Sequence[int]) -> Non
 
 
 def _difference(model: nn.Module, again: nn.Module, images: Tensor) -> str:
-    """In which two models differ; empty if in nothing."""
     state, found = model.state_dict(), again.state_dict()
     if problem := misfit(state, found):
         return problem

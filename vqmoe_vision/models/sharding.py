@@ -1,10 +1,7 @@
 """Models that are spread over processes: FSDP2 of torch, and experts that live on some of them.
 
-FSDP2 is `torch.distributed.fsdp.fully_shard` (PyTorch FSDP, arXiv 2304.11277, with a parameter as
-the unit): each process keeps its part of every parameter, of its gradient and of what the
-optimizer knows of it, and whole parameters of one block exist while it computes. Where experts are
-placed on M processes, each of the N / M groups of M processes has all experts once, and what FSDP2
-spreads of an expert's parameters is spread over the groups.
+Where experts are placed on M of N processes, each of the N / M groups of M processes has all of
+them once, and what FSDP2 spreads of an expert's parameters is spread over the groups.
 """
 
 from __future__ import annotations
@@ -22,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..moe import MoeLayer
 from ..moe.config import check
-from ..moe.expert_parallel import place_experts
+from ..moe.distributed import place_experts
 from ..moe.experts import Experts
-from ..moe.image_reader import image_reader
+from ..moe.raw_patches import image_reader
 
 # of timm and of mmseg's heads: what a network has many of, one after the other
 _BLOCK_LISTS = ('blocks', 'layers')
@@ -36,7 +33,7 @@ def shard_model(
     param_dtype: torch.dtype | None = None,
     timeout: float | None = None,
 ) -> nn.Module:
-    """Spreads the parameters of a model over all processes, in place."""
+    """Spread parameters over all processes, in place; the loss of each is a mean over tokens."""
     processes = dist.get_world_size()
     allowed = f'it must divide {processes}, the number of processes'
     check(
@@ -72,7 +69,8 @@ def shard_model(
 
 
 def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> DeviceMesh:
-    """Neighbours share a set of all experts; those of one place in all sets have the same experts."""  # LONG
+    """Neighbours share one set of all experts; `groups` are those with the same experts."""
+    # not by init_device_mesh, whose new groups have torch's own timeout
     wait = None if timeout is None else timedelta(seconds=timeout)
     places = torch.arange(shape[0] * shape[1]).view(shape)
     own: list[Any] = []
@@ -85,6 +83,7 @@ def _groups(device: str, shape: tuple[int, int], timeout: float | None) -> Devic
 
 def spread_dimension(shape: Sequence[int], processes: int) -> int:
     """The dimension of a tensor that FSDP2 is to cut, by default the first."""
+    # what does not divide evenly is filled up, and the filling travels
     return next((i for i, size in enumerate(shape) if size % processes == 0), 0)
 
 
@@ -112,6 +111,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     """What decides in MoE layers, and scalars, which FSDP2 does not take: each process has all."""
+    # updates of codebooks and stages read and write them between steps, in their own dtype
     whole = {p for p in model.parameters() if p.ndim == 0}
     for layer in [m for m in model.modules() if isinstance(m, MoeLayer)]:
         norms = [norm for norm in layer.modules() if isinstance(norm, nn.LayerNorm)]
@@ -121,7 +121,6 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _average(parameter: Tensor) -> None:
-    """Of a gradient that is complete: that over all processes."""
     assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()

@@ -1,9 +1,7 @@
 """One start for every row of a comparison: what two models have in common begins equal.
 
-At one seed, models of two methods draw different numbers of random values, and everything that is
-built after the first MoE layer would start differently. Here the tensors that a row shares with the
-dense model of the same shape are that model's, drawn from the seed alone, and so are experts. A
-router or a codebook starts as its method says.
+Methods draw different numbers of random values. So tensors that a row shares with the dense model
+of its shape are that model's, and experts are drawn from the seed alone too.
 """
 
 from __future__ import annotations

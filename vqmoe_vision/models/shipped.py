@@ -1,7 +1,6 @@
 """Two small models of CIFAR-10's ten classes at 32 pixels, as timm has its `test_vit`.
 
 Their weights come with the package, in `weights`, whose README.md is their model card.
-`test_vit_dense` has the recipe of `test_vit_vqmoe` and is there to upcycle from.
 """
 
 from __future__ import annotations

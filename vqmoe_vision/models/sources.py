@@ -1,7 +1,6 @@
 """Where weights come from when timm builds a model, and the filter that fits them.
 
-`pretrained=True` and `upcycle=` both go through timm's own loading, with `fit_pretrained` as its
-filter function.
+`pretrained=True` and `upcycle=` go through timm's loading, with `fit_pretrained` as its filter.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from timm.models import (
 
 from ..moe.config import check, did_you_mean
 from .described import Described, describe, describe_folder
-from .hosts import MODULES, VIT_MODULES
+from .hosts import VIT_MODULES
 from .normalization import KEY, of_buffer
-from .origin import Origin, origin_of, with_experts
+from .origin import Origin, origin_of
 from .sparse_model import SparseModel
 from .state_dicts import StateDict
 from .stated_experts import experts_of_file
-from .structure import structure_only
 from .transfer import Size, transfer
 from .weight_files import (
     SUFFIXES,
@@ -68,7 +66,7 @@ def check_one_source(arguments: Mapping[str, Any]) -> None:
 def upcycle_source(
     upcycle: str | PathLike[str], cache_dir: str | Path | None = None
 ) -> tuple[dict[str, Any], Described]:
-    """Where timm finds the weights of a dense model that a model starts from, and what they are of."""  # LONG
+    """Where timm finds the weights of a dense model, and what they are of."""
     file = file_of(upcycle)
     check(isinstance(upcycle, str | PathLike) and upcycle != '', 'upcycle', upcycle, _ALLOWED)
     upcycle = str(upcycle)
@@ -85,10 +83,6 @@ def upcycle_source(
         check(False, 'upcycle', upcycle, _ALLOWED + hint)
     fits = timm.models.is_model_in_modules(upcycle, VIT_MODULES)
     allowed = "one of timm's VisionTransformers, whose blocks ours have"
-    if not fits and timm.models.is_model_in_modules(upcycle, MODULES):
-        with structure_only():
-            network = timm.create_model(get_arch_name(upcycle))
-        allowed += with_experts(Origin(upcycle, network), 'smoe')
     check(fits, 'upcycle', upcycle, allowed)
     if not timm.models.is_model_pretrained(upcycle):
         check(False, 'upcycle', upcycle, _with_weights(upcycle))
@@ -98,7 +92,6 @@ def upcycle_source(
 
 
 def _with_weights(name: str) -> str:
-    """What of a model has weights, where a tag is misspelt or the model has none."""
     known = timm.list_models(f'{get_arch_name(name)}.*', pretrained=True)
     if not known:
         return 'a model with weights'
@@ -197,6 +190,7 @@ def fit_pretrained(
     sizes = _image_sizes(model, origin)
     stated = experts_of_file(source) if origin is None else None
     fitted, report = transfer(model, state, source, sizes, how, origin, stated)
+    # timm drops a head of another number of classes, whatever the file holds: loaded here instead
     model.load_state_dict(fitted, strict=False)
     model.weights_report = report
     if follow and (known := of_buffer(state.get(KEY))) is not None:

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..moe.config import MoeConfig, check
 from ..moe.experts import Experts
-from ..moe.host import RawPatches
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
+from ..moe.raw_patches import RawPatchBlock, RawPatches, hand_over, raw_patch_parts
 from .arguments import (
     MOE_LAYERS,
     check_experts,
@@ -28,23 +28,14 @@ from .arguments import (
     resolve_moe_layers,
 )
 from .complexity import count_params, describe_params
-from .feature_network import feature_network
-from .hosts import method_of
 from .layers import build_layer, host_of, output_scale, set_draw
-from .networks_that_fit import Model
-from .other_experts import kept_by_another
-from .other_sizes import sizes_that_fit
-from .raw_patches import RawPatchBlock, hand_over, raw_patch_parts
-from .state_dicts import Report, misfit_of
+from .state_dicts import Report
 from .upcycle import BEGINNING, Upcycling, read_upcycling
 from .weight_files import is_of_numpy, unreadable
 
 
 class SparseModel:
     """Mixin before a class of timm's; `describe` is called once."""
-
-    # TorchScript would compile it
-    __jit_unused_properties__ = ('_model_args',)
 
     def describe(self, method: str, config: MoeConfig, upcycling: Upcycling) -> None:
         """Set what the model says of itself."""
@@ -64,33 +55,12 @@ class SparseModel:
         left_out = {*BEGINNING, *self.moe_config.unused()}
         self._given = {k: v for k, v in args.items() if k not in left_out}
 
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, of which timm's `checkpoint_path` is a call; what does not fit is one line."""  # LONG
-        model: Any = self
-        load: Any = super().load_state_dict  # type: ignore[misc]
-        try:
-            return load(state_dict, strict, assign)
-        except RuntimeError as error:
-            problem = misfit_of(model, state_dict)
-            if not problem:
-                raise
-            # one whose class was called by hand has none
-            config = getattr(model, 'pretrained_cfg', None) or {}
-            upcycles = method_of(str(config.get('architecture'))) is not None
-            fits = kept_by_another(model, state_dict, upcycles) or sizes_that_fit(
-                model.state_dict(), state_dict, Model.of(model)
-            )
-            raise RuntimeError(f'the weights do not fit the model: {problem}{fits}') from error
-
-    @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """In the place of timm's, which reads NumPy's files and would stop at the first expert."""
         allowed = 'a file of NumPy, whose name ends so, for a dense model'
         check(is_of_numpy(checkpoint_path), 'checkpoint_path', checkpoint_path, allowed)
         raise ValueError(unreadable(checkpoint_path))
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not use weight decay."""
         timms: Any = super()
@@ -101,7 +71,6 @@ class SparseModel:
                 names |= {f'{prefix}.{name}' for name in module.no_weight_decay()}
         return names
 
-    @torch.jit.ignore
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -168,7 +137,10 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         check_patches(self, kwargs)
         self.describe(method, entry.config.from_options(**options), how)
         factory = {name: kwargs.get(name) for name in ('device', 'dtype')}
-        raw_patches.read = entry.reader(self.moe_config, lambda: feature_network(dense), **factory)
+        whole = {k: v for k, v in dense.items() if k != 'final_norm'} | {'num_classes': 0}
+        raw_patches.read = entry.reader(
+            self.moe_config, lambda: VisionTransformer(**whole), **factory
+        )
         if raw_patches.read is not None:
             hand_over(self.patch_embed, raw_patches)
         for i in resolve_moe_layers(moe_layers, len(self.blocks)):
@@ -197,12 +169,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         )
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise as timm's of the mode, and experts as the MLPs in their place.
-
-        Args:
-            mode: A value of `weight_init`; empty for the one that the model was built with.
-            needs_reset: As timm's.
-        """
+        """As timm's; experts as the MLPs in their place. Without a mode, as the model was built."""
         for module in self.modules():
             if isinstance(module, Experts):
                 set_draw(module, mode or self.weight_init_mode)
@@ -216,7 +183,6 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
             for layer in (block.attn.proj, getattr(block.mlp, 'experts', block.mlp).fc2):
                 layer.weight.div_(output_scale(i))
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing."""
         if isinstance(self.blocks[0], RawPatchBlock):

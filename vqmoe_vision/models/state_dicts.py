@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import moe_layers
-from ..moe.image_reader import ImageReader
+from ..moe.raw_patches import ImageReader
 
 StateDict = dict[str, Tensor]
 CLASSIFIERS = ('head.', 'head_dist.')
 HEADS = (*CLASSIFIERS, 'attn_pool.')
+# Where timm has the last norm.
+NORMS = ('norm.', 'fc_norm.')
 Value = TypeVar('Value')
 
 
@@ -24,14 +26,16 @@ Value = TypeVar('Value')
 class Report:
     """What became of each tensor of a model, and of each of a checkpoint."""
 
+    # of the model
     loaded: tuple[str, ...] = ()
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    copied: dict[str, str] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)  # and of which tensor of the checkpoint
     initialised: tuple[str, ...] = ()
+    # of the checkpoint: without a place in the model, and outside of the model's part
     unused: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # those of the remarks that nobody may have meant
 
     @classmethod
     def of_warnings(cls, lines: tuple[str, ...]) -> Report:

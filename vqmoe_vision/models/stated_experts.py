@@ -1,7 +1,6 @@
 """What a source says of its experts beside their tensors, and the model that takes them.
 
-Methods whose tensors have the same names, and options without tensors, are told apart by nothing
-else.
+Methods of equal tensors, and options without tensors, are told apart by nothing else.
 """
 
 from __future__ import annotations
@@ -107,9 +106,8 @@ def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -
         return ()
     if own.method != stated.method:
         raise ValueError(
-            f'checkpoint {path!r} is of another MoE method: its experts are those of '
-            f'{stated.method}, the model has those of {own.method}; a model of {stated.method} '
-            'would fit'
+            f'checkpoint {path!r} does not fit the model: saved with method={stated.method!r}, '
+            f'the model has {own.method!r}'
         )
     if own.config is None or stated.config is None:
         return ()
@@ -121,14 +119,15 @@ def compare_experts(model: nn.Module, stated: StatedExperts | None, path: str) -
     )
 
 
-def options_of(stated: StatedExperts | None, model: nn.Module) -> str:
-    """Options of a source that a model of the same method has otherwise, as they are written."""
+def saved_with(stated: StatedExperts | None, model: nn.Module) -> str:
+    """Options that a source of the same method has otherwise, for the end of a refusal."""
     own = experts_of(model)
     if own is None or own.config is None or stated is None or stated.config is None:
         return ''
-    if own.method != stated.method:
-        return ''
-    return ', '.join(f'{n}={theirs!r}' for n, theirs, _ in _differing(stated.config, own.config))
+    pairs = _differing(stated.config, own.config) if own.method == stated.method else []
+    theirs = ', '.join(f'{name}={before!r}' for name, before, _ in pairs)
+    ours = ', '.join(f'{name}={after!r}' for name, _, after in pairs)
+    return f'; saved with {theirs}, the model has {ours}' if pairs else ''
 
 
 def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:

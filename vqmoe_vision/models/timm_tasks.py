@@ -1,8 +1,6 @@
 """Tasks of timm that train what MoE layers add: auxiliary losses, codebooks and stages.
 
-A task of `timm.task` computes the loss of a batch from its model, and timm's `train.py` has all
-that it trains from one: the gradients, the moving average, the checkpoints. The script takes its
-classes from `timm.task` by name, and `install` puts ours there.
+timm's `train.py` takes its classes from `timm.task` by name, and `install` puts ours there.
 """
 
 from __future__ import annotations
@@ -10,12 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+import timm.optim
 import timm.task
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..moe import collect_losses, update_state
 from ..moe.config import check
+from ..moe.optimizer import mixes_experts, per_expert
 
 
 class TrainsExperts:
@@ -37,7 +39,7 @@ class TrainsExperts:
         return {**result, 'loss': loss, 'auxiliary_loss': auxiliary.detach()}
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the state that learns without gradients, then timm's moving average if there is one."""  # LONG
+        """Move the state that learns without gradients, then timm's moving average."""
         update_state(self.trainable_module)
         timms: Any = super()
         timms.update_ema(step)
@@ -48,7 +50,7 @@ class MoeClassificationTask(TrainsExperts, ClassificationTask):
 
 
 def install() -> None:
-    """Put tasks that train experts in the place of timm's, for scripts that import them by name."""
+    """Put tasks and optimizers that know experts in the place of timm's, for scripts."""
     tasks = {
         name: task
         for name, task in vars(timm.task).items()
@@ -57,6 +59,15 @@ def install() -> None:
     for name, task in tasks.items():
         if _knows_steps(task) and not issubclass(task, TrainsExperts):
             setattr(timm.task, name, _training_experts(task))
+    timm.optim.create_optimizer_v2 = _taught
+
+
+def _taught(model_or_params: Any, *args: Any, **kwargs: Any) -> Optimizer:
+    """Timm's optimizer, which knows the experts."""
+    optimizer = create_optimizer_v2(model_or_params, *args, **kwargs)
+    if isinstance(model_or_params, nn.Module) and mixes_experts(optimizer):
+        per_expert(optimizer, model_or_params)
+    return optimizer
 
 
 def _knows_steps(task: type) -> bool:

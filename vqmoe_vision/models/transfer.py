@@ -1,20 +1,15 @@
-"""Weights from elsewhere for a vision transformer: fitted, and nothing lost in silence.
-
-Everything here works on state dicts; `engine/checkpoint.py` reads the files.
-"""
+"""Weights from elsewhere for a vision transformer: fitted, and nothing lost in silence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..moe import moe_layers
 from ..moe.config import check
-from ..moe.image_reader import ImageReader, image_reader, reader_of
-from .feature_network import NETWORK, READER
+from ..moe.raw_patches import READER, image_reader
 from .fitting import (
     Size,
     fit_head,
@@ -22,25 +17,30 @@ from .fitting import (
     fitted_stem,
     in_names_of,
     left_out,
+    pooled_otherwise,
     rename_norm,
     resized_positions,
     strip_names,
+    without_norm,
 )
 from .hosts import Transformer
-from .networks_that_fit import Model
 from .origin import Origin, other_pooling, refuse_other_function
 from .refusals import (
     perhaps_rotary,
     refuse_gated,
     refuse_misfits,
-    refuse_other_parts,
     refuse_other_tokens,
     refuse_values,
 )
-from .state_dicts import Report, StateDict, as_tensors, other_shapes, part_of, shorten
-from .stated_experts import StatedExperts, compare_experts, experts_of, options_of
+from .state_dicts import (
+    CLASSIFIERS,
+    Report,
+    StateDict,
+    as_tensors,
+    part_of,
+)
+from .stated_experts import StatedExperts, compare_experts, experts_of, saved_with
 from .upcycle import Upcycling, units_left_out, upcycle
-from .would_fit import pooled_otherwise, without_norm
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class _Transfer:
     image_sizes: Sequence[Size]
     upcycling: Upcycling | None
     origin: Origin | None
-    options: str
+    saved_with: str
+    whole: bool  # every block is needed: features of fewer would be others
 
 
 def fit_state(
@@ -70,8 +71,13 @@ def transfer(
     upcycling: Upcycling | None = None,
     origin: Origin | None = None,
     stated: StatedExperts | None = None,
+    whole: bool = False,
 ) -> tuple[StateDict, Report]:
-    """The part of a checkpoint that belongs into a model, and what becomes of each tensor."""
+    """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
+
+    A head is taken if classes and pooling agree. Nothing else may be missing but what dense models
+    lack: routers, codebooks, slots; and the last norm, with a warning.
+    """
     expected = model.state_dict()
     on_meta = any(value.is_meta for value in expected.values())
     check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
@@ -79,7 +85,7 @@ def transfer(
         refuse_other_function(model, origin, path)
         stated = experts_of(origin.model)
     others = Report.of_warnings(compare_experts(model, stated, path))
-    how = _Transfer(path, image_sizes, upcycling, origin, options_of(stated, model))
+    how = _Transfer(path, image_sizes, upcycling, origin, saved_with(stated, model), whole)
     state, outside = strip_names(state_dict, expected, path)
     state = as_tensors(state, expected, path)
     reader = image_reader(model)
@@ -91,40 +97,8 @@ def transfer(
         {k: v for k, v in names.items() if not k.startswith(READER)} for names in (state, expected)
     )
     result, report = _fit_network(model, state, expected, outside, how)
-    read, more = _fit_reader(reader, part, state, path, image_sizes)
+    read, more = reader.adapted(part, state, path, image_sizes)
     return result | read, others.joined(report).joined(more)
-
-
-def load_features(
-    model: nn.Module,
-    state_dict: StateDict,
-    path: str,
-    image_sizes: Sequence[Size] = (),
-    origin: Origin | None = None,
-) -> Report:
-    """Loads what a model reads images with; whatever was fitted to other features is void.
-
-    Args:
-        model: Any model whose method reads images by a frozen network; only that part is changed.
-        state_dict: Of a dense model of the shape of that network, as in `fit_state`.
-        path: As in `fit_state`.
-        image_sizes: As in `fit_state`.
-        origin: As in `transfer`.
-
-    Raises:
-        ValueError: The model reads no images, the state is none or of a model with experts, or as
-            `transfer`.
-    """
-    reader = reader_of(model)
-    allowed = 'tensors by their names, such as dense.state_dict()'
-    check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
-    if any('.mlp.experts.' in name for name in state_dict):
-        raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
-    network: Any = reader.network
-    state, report = transfer(network, state_dict, path, image_sizes, origin=origin)
-    network.load_state_dict(state, strict=False)
-    reader.void()
-    return report
 
 
 def _fit_network(
@@ -136,15 +110,13 @@ def _fit_network(
 ) -> tuple[StateDict, Report]:
     """As `transfer`, of all but what reads images, by timm's names."""
     path, origin = how.path, how.origin
-    # a known network has been refused before if its heads are others
-    sized = Model.of(model, same_heads=origin is not None, options=how.options)
-    arguments = sized.arguments
+    whole = how.whole or any(k.startswith(CLASSIFIERS) for k in expected)
     refuse_gated(expected, state, path)
-    refuse_other_tokens(state, expected, path, sized)
-    doubts = perhaps_rotary(state, expected, path, sized) if origin is None else ()
-    pooling = (origin and other_pooling(model, origin)) or pooled_otherwise(
-        expected, state, arguments
-    )
+    refuse_other_tokens(state, expected, path, model)
+    doubts = perhaps_rotary(state, model) if origin is None else ()
+    pooling = other_pooling(model, origin) if origin is not None else ''
+    if not pooling and pooled_otherwise(expected, state):
+        pooling = 'its features are pooled otherwise'
     state, remarks = rename_norm(state, expected)
     state, network, dropped, head, warnings = fit_head(state, expected, pooling)
     positions = resized_positions(state, model, path, how.image_sizes)
@@ -153,10 +125,9 @@ def _fit_network(
     filtered |= positions  # timm takes them for those of the model's default size and resizes again
     filtered |= fitted_stem(filtered, network)
     fitted = fit_layers(filtered, model)
-    refuse_misfits(network, filtered, fitted, path, sized)
-    refuse_other_parts(network, fitted, path, sized)
+    refuse_misfits(network, fitted, path, whole, how.saved_with)
     refuse_values(network, filtered, path)
-    norm = without_norm(network, fitted, arguments)
+    norm = without_norm(network, fitted)
     made, copied, lost = (
         _upcycled(model, fitted, path, how.upcycling) if how.upcycling else ({}, {}, ())
     )
@@ -177,7 +148,6 @@ def _fit_network(
 def _resized(
     state: StateDict, result: StateDict
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes before and after, of what has been fitted to another size."""
     return {
         name: (tuple(state[name].shape), tuple(value.shape))
         for name, value in result.items()
@@ -189,26 +159,6 @@ def _is_fitted(name: str, before: Tensor, after: Tensor) -> bool:
     """Whether a tensor was resized; positions may be as many on another grid."""
     other = name == 'pos_embed' and before.shape == after.shape and not before.equal(after)
     return other or before.shape != after.shape
-
-
-def _fit_reader(
-    reader: ImageReader, part: StateDict, rest: StateDict, path: str, image_sizes: Sequence[Size]
-) -> tuple[StateDict, Report]:
-    """What reads images as the checkpoint does, or with the weights of a dense one."""
-    weights = part_of(part, NETWORK)
-    result = {READER + k: v for k, v in part.items() if not k.startswith(NETWORK)}
-    expected = {READER + k: v for k, v in reader.state_dict().items()}
-    if shapes := other_shapes(expected, result):
-        raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
-    read = Report()
-    if part or not any('.mlp.experts.' in name for name in rest):
-        sizes = () if 'sizes' in part else image_sizes  # the network takes those of the file
-        fitted, read = transfer(reader.network_for(part), weights or rest, path, sizes)
-        result |= {READER + NETWORK + k: v for k, v in fitted.items()}
-    resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
-    copied = {} if part else {READER + NETWORK + k: k for k in read.loaded}
-    remarks = ('images are read by a frozen copy of it',) if copied else ()
-    return result, Report.of_result(result, expected, resized, copied, remarks=remarks)
 
 
 def _upcycled(
@@ -224,7 +174,7 @@ def _upcycled(
         if not part:
             raise ValueError(
                 f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
-                f'for {name}, and would leave them random; whole weights would fit'
+                f'for {name}, and would leave them random'
             )
         if not any(key.startswith('experts.') for key in part):
             experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')

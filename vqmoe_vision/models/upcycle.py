@@ -1,9 +1,7 @@
 """Sparse upcycling: the experts of a layer are made of the dense MLP in their place.
 
-"Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints" (Komatsuzaki et al., ICLR
-2023, arXiv 2212.05055): every expert is a copy of the dense MLP, and the router starts anew. What
-a method needs so that the model then answers as the dense one does is `EXACT_UPCYCLING` of its
-options.
+arXiv 2212.05055: every expert is a copy, and the router starts anew. With `EXACT_UPCYCLING` of the
+method's options the model then answers as the dense one does.
 
 Legend: E experts, D width, H hidden width of an expert, F hidden width of the dense MLP.
 """
@@ -28,7 +26,16 @@ _PARTS = ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias')
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """How experts differ from the dense MLP that they are made of; by default not at all."""
+    """How experts differ from the dense MLP that they are made of; by default not at all.
+
+    Args:
+        noise: Gaussian, over the standard deviation of each matrix (cf. arXiv 2212.05055).
+        drop: Share of hidden units drawn anew per expert (Drop-Upcycling, arXiv 2502.19261: 0.5).
+        split: Hidden units are shuffled and dealt to narrower experts (Qwen2, arXiv 2407.10671).
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
 
     noise: float = 0.0
     drop: float = 0.0
@@ -63,7 +70,7 @@ def refuse_unused(how: Upcycling, ways: str) -> None:
 
 
 def upcycle(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> StateDict:
-    """Experts made of a dense MLP."""
+    """Experts made of a dense MLP: fc1.weight (F, D) becomes (E, H, D), fc2.weight (E, D, H)."""
     _check_fit(mlp, experts, how, name)
     dense = mlp['fc1.weight'].shape[0]
     number, hidden, _ = experts.fc1.weight.shape
@@ -148,7 +155,6 @@ def _deal(number: int, hidden: int, dense: int) -> Tensor:
 
 
 def _redraw(expert: StateDict, share: float) -> None:
-    """Draws hidden units of one expert anew, in place."""
     hidden = expert['fc1.weight'].shape[0]
     # the biases of one unit have no spread from which another could be drawn
     chosen = torch.randperm(hidden)[: max(round(share * hidden), 2)]

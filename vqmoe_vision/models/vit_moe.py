@@ -3,8 +3,7 @@
 `timm.create_model('vit_small_vqmoe', num_experts=16, moe_layers='last2')`: every argument of
 timm's `VisionTransformer` and every option of the method's configuration dataclass is a keyword.
 
-Only `blocks[i].mlp` differs from timm's ViT of the same size; the blocks, the stem, the head and
-their names are timm's, so weights of dense models fit everywhere else.
+Only `blocks[i].mlp` differs from timm's ViT of the same size.
 """
 
 from __future__ import annotations

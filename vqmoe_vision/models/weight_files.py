@@ -8,18 +8,18 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..moe.config import check
-from .hub import hub_in_reach
 from .run_files import logs_passed_over
 from .state_dicts import shorten
-from .unreadable import ZIP, found_in
 
+# How the archives begin that torch writes.
+_ZIP = b'PK\x03\x04'
 _OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 SUFFIXES = (*_OF_TORCH, '.safetensors')
 # Of the files that timm reads from a folder.
@@ -79,9 +79,8 @@ def named_source(source: str) -> Iterator[None]:
     local = is_file_name(source) or Path(source).exists()
     if local:
         check_files(source)
-    of_hub = not (local or '://' in source or source == 'state_dict')
     try:
-        with logs_passed_over(), hub_in_reach() if of_hub else nullcontext():
+        with logs_passed_over():
             yield
     except _Elsewhere as other:
         raise other.args[0] from other.args[0].__cause__
@@ -137,8 +136,10 @@ def unreadable(path: str) -> str:
             f'timm.create_model(DENSE, checkpoint_path={path!r}): save its state dict with '
             'torch.save for upcycle=FILE or checkpoint=FILE, or call convert_to_moe with the model'
         )
-    found = found_in(path) or 'is damaged, or holds more than weights and is not loaded'
-    return f'checkpoint {path!r} {found}'
+    return (
+        f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
+        'run code: save its state_dict() alone'
+    )
 
 
 def lacks_tensors(state: Mapping[str, Any]) -> bool:
@@ -191,7 +192,7 @@ def check_file(path: str) -> None:
     try:
         with open(path, 'rb') as file:
             start = file.read(32)
-        if not start.startswith(ZIP):
+        if not start.startswith(_ZIP):
             if _OF_OLD in start:
                 _logger.warning(_NO_CHECKSUMS, path)
             _check_digest(Path(path))

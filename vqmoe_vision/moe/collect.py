@@ -1,6 +1,6 @@
 """How auxiliary losses leave a model whose forward returns a plain tensor, and how state changes.
 
-    with collect_losses(model) as collected:
+    with collect_losses(model, optimizer) as collected:
         loss = criterion(model(images), targets) + collected.total()
         loss.backward()
     optimizer.step()
@@ -9,8 +9,11 @@ A recorder keeps losses inside the `with` block only: models stay deep-copyable,
 compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
 never changes in forward, but once, in `update_state`, when the block is left.
 
-With torch.distributed losses are those of the batch of all ranks, see `joint_losses.py`. Every rank
-has to read them at the same places, or not at all before the end of the block.
+With torch.distributed losses are those of the batch of all ranks, see `losses.py`. Every rank has
+to read them at the same places, or not at all before the end of the block.
+
+A statistic is a detached tensor under a name. A scalar keeps its name; a share per expert or code,
+such as `load`, becomes `load_min`, `load_max`, `load_unused` and `load_perplexity`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .config import check, check_type
-from .joint_losses import Loss, averaged_over_ranks
 from .layer import MoeLayer
-from .statistics import summarize
+from .losses import Loss, averaged_over_ranks
+from .optimizer import check_optimizer
+from .routing import perplexity
 
 
 class Collected:
@@ -105,7 +110,7 @@ class Collected:
         return torch.zeros((), device=device, dtype=torch.float32)
 
     def summary(self) -> dict[str, float]:
-        """One number per layer and statistic, for a log; see `statistics.summarize`."""
+        """One number per layer and statistic, for a log; see `summarize`."""
         return summarize(self.stats)
 
     def _close(self) -> None:
@@ -126,11 +131,14 @@ def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
 
 
 @contextmanager
-def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Collected]:
+def collect_losses(
+    model: nn.Module, optimizer: Optimizer | None = None, update_state: bool = True
+) -> Iterator[Collected]:
     """Collect the auxiliary losses of every forward pass of `model` inside the block.
 
     Args:
         model: A model, also wrapped by DDP or torch.compile, or one that contains it.
+        optimizer: What steps after the block; looked at alone. None for a pass without a step.
         update_state: Change gradient-free state when the block is left without an error. With
             gradient checkpointing call backward() inside then. False leaves it to `update_state`.
 
@@ -138,16 +146,20 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
         A `Collected`.
 
     Raises:
+        ValueError: The optimizer would update all experts of a layer as one tensor.
         RuntimeError: A block is already open for the model.
     """
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
     layers = moe_layers(model)
     if any(layer.recorder.active for layer in layers.values()):
         raise RuntimeError('collect_losses is already open for this model: blocks do not nest')
     collected = Collected(layers, next(model.parameters(), None))
     try:
         for layer in layers.values():
-            layer.begin()
-            layer.recorder.start()
+            if layer.apply_begin():
+                layer.guard.state_changed()
+            layer.recorder.active = True
         yield collected
         collected._close()
     except BaseException:
@@ -158,8 +170,7 @@ def collect_losses(model: nn.Module, update_state: bool = True) -> Iterator[Coll
         for layer in layers.values():
             layer.recorder.stop()
     if update_state:
-        for layer in layers.values():
-            layer.update()
+        _update(layers)
 
 
 def update_state(model: nn.Module) -> None:
@@ -168,8 +179,13 @@ def update_state(model: nn.Module) -> None:
     With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
     `collect_losses(..., update_state=False)` was used.
     """
-    for layer in moe_layers(model).values():
-        layer.update()
+    _update(moe_layers(model))
+
+
+def _update(layers: dict[str, MoeLayer]) -> None:
+    for layer in layers.values():
+        if layer.apply_update():
+            layer.guard.state_changed()
 
 
 def start_training(model: nn.Module, num_updates: int) -> None:
@@ -192,3 +208,39 @@ def restart(model: nn.Module) -> list[str]:
     """Let every layer begin a new training from its weights; returns what changed, for a log."""
     notes = [layer.restart() for layer in moe_layers(model).values()]
     return [f'{count} layers {note}' for note, count in Counter(filter(None, notes)).items()]
+
+
+def summarize(stats: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers of 0-dim tensors, and of shares (E,) or (M,), with one wait for their device."""
+    summary: dict[str, float] = {}
+    if not stats:
+        return summary
+    flat = torch.cat([value.reshape(-1).double() for value in stats.values()]).cpu()
+    sizes = [value.numel() for value in stats.values()]
+    for (name, value), numbers in zip(stats.items(), flat.split(sizes), strict=True):
+        if value.ndim == 0:
+            summary[name] = numbers.item()
+            continue
+        summary |= {
+            f'{name}_min': numbers.min().item(),
+            f'{name}_max': numbers.max().item(),
+            f'{name}_unused': float((numbers == 0).sum()),
+            f'{name}_perplexity': perplexity(numbers),
+        }
+    return summary
+
+
+def describe(stats: Mapping[str, Tensor]) -> str:
+    """The same in words, for a line of a log; scalars that are zero are left out."""
+    numbers = summarize(stats)
+    parts = []
+    for name, value in stats.items():
+        if value.ndim > 0:
+            parts.append(
+                f'{name} {numbers[f"{name}_min"]:.3f}..{numbers[f"{name}_max"]:.3f}'
+                f' perplexity {numbers[f"{name}_perplexity"]:.2f}'
+                f' unused {numbers[f"{name}_unused"]:.0f}/{value.numel()}'
+            )
+        elif numbers[name]:
+            parts.append(f'{name} {numbers[name]:.3g}')
+    return '  '.join(parts)

@@ -1,7 +1,8 @@
 """Options that every mixture-of-experts method shares, and the checks behind them.
 
 A method's options are a frozen dataclass, whose fields are keyword arguments of
-`timm.create_model`. One that a method does not have is unknown (`TypeError`), never ignored.
+`timm.create_model`. One that a method does not have is unknown (`TypeError`), never ignored. What
+is to be known of an option stands on its field.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
 from types import UnionType
 from typing import (
@@ -24,9 +26,6 @@ from typing import (
     get_origin,
     get_type_hints,
 )
-from weakref import WeakKeyDictionary
-
-from .joint_losses import Loss, values_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,16 +48,31 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {nearest[0]}?' if nearest else ''
 
 
-# mypy takes a dataclass itself for not hashable, so that functools.cache has no types here
-_TYPES: WeakKeyDictionary[type, Mapping[str, Any]] = WeakKeyDictionary()
+# Types of the fields of a dataclass, kept: Python compiles all annotations at each call.
+types_of: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 
 
-def types_of(kind: type) -> Mapping[str, Any]:
-    """The types of the fields of a dataclass."""
-    if kind not in _TYPES:
-        # kept: Python compiles all annotations at each call
-        _TYPES[kind] = get_type_hints(kind)
-    return _TYPES[kind]
+def option(
+    default: Any,
+    *trials: Any,
+    of_weights: bool = True,
+    idle: dict[str, Any] | None = None,
+    balances: bool = False,
+) -> Any:
+    """A field of options, and what is to be known of it.
+
+    Args:
+        default: Its value where none is given.
+        *trials: Other values that run other code, for tests of every kind; a dictionary is a
+            combination of options. Every option has one, or another value in a preset.
+        of_weights: False where trained weights need not be used with it: answers do not follow it,
+            as losses, or tensors show it.
+        idle: Other options, and a value of each (several as a tuple, or a function of it) that
+            leaves this one without effect. Giving it then is an error.
+        balances: Whether it is the weight of a loss that balances tokens.
+    """
+    facts = dict(trials=trials, of_weights=of_weights, idle=idle or {}, balances=balances)
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,24 +90,18 @@ class MoeConfig:
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {}}
-    # Options by name that run other code than the presets; tests of every kind try them, and each
-    # option has to be in one of them.
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {}
     # Options by name with which a layer of equal experts answers as one of them alone: a model that
     # starts from a dense one then begins with its answers. Empty where no options do so; a method
     # that needs none has an entry without options.
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
-    # Options of a class that trained weights need not be used with: the answers of a model do not
-    # follow them, as those of losses, or tensors show them.
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'num_experts', 'expert_mlp_ratio'})
 
-    num_experts: int = 8
-    expert_mlp_ratio: float | None = None
+    num_experts: int = option(8, of_weights=False)
+    expert_mlp_ratio: float | None = option(None, of_weights=False)
 
     def __post_init__(self) -> None:
         types = types_of(type(self))
-        for field in fields(self):
-            check_type(field.name, types[field.name], getattr(self, field.name))
+        for each in fields(self):
+            check_type(each.name, types[each.name], getattr(self, each.name))
         self.require('num_experts', self.num_experts >= 1, 'at least 1')
         ratio = self.expert_mlp_ratio
         possible = ratio is None or 0 < ratio <= 1000
@@ -102,7 +110,7 @@ class MoeConfig:
     @classmethod
     def option_names(cls) -> set[str]:
         """Names that a user may pass, `preset` included."""
-        return {field.name for field in fields(cls)} | {'preset'}
+        return {each.name for each in fields(cls)} | {'preset'}
 
     @classmethod
     def from_options(cls, preset: str | None = None, **options: Any) -> Self:
@@ -116,7 +124,7 @@ class MoeConfig:
             ValueError: Unknown preset, impossible value, or option without effect.
             TypeError: An option that the method does not have.
         """
-        config = cls._of_preset(preset, options)
+        config = cls.of_preset(preset, **options)
         for name, hint in types_of(cls).items():
             _check_size(name, hint, getattr(config, name))
         for name, reason in config.unused().items():
@@ -124,21 +132,13 @@ class MoeConfig:
         return config
 
     @classmethod
-    def without_effect(cls, preset: str | None = None, **options: Any) -> set[str]:
-        """Names of the options that `from_options` would refuse for having no effect.
+    def of_preset(cls, preset: str | None = None, **options: Any) -> Self:
+        """As `from_options`, and options without effect are passed over.
 
         Args:
-            preset: Key of `PRESETS`, or None.
-            **options: Fields.
-
-        Raises:
-            ValueError: Unknown preset, or impossible value.
-            TypeError: An option that the method does not have.
+            preset: As there.
+            **options: As there.
         """
-        return cls._of_preset(preset, options).unused().keys() & options.keys()
-
-    @classmethod
-    def _of_preset(cls, preset: str | None, options: dict[str, Any]) -> Self:
         if preset is None:
             return cls(**options)
         known = isinstance(preset, str) and preset in cls.PRESETS
@@ -159,8 +159,14 @@ class MoeConfig:
         check(valid, name, getattr(self, name), allowed)
 
     def unused(self) -> dict[str, str]:
-        """Options without effect, and the value that leaves them so; giving one is an error."""
-        return {}
+        """Options without effect, and the value of another that leaves them so."""
+        found: dict[str, str] = {}
+        for each in fields(self):
+            for name, idle in each.metadata['idle'].items():
+                value, several = getattr(self, name), isinstance(idle, tuple)
+                if idle(value) if callable(idle) else value in (idle if several else (idle,)):
+                    found.setdefault(each.name, f'{name}={value!r}')
+        return found
 
     @property
     def learns_routing(self) -> bool:
@@ -169,10 +175,7 @@ class MoeConfig:
 
     def of_weights(self) -> set[str]:
         """Options that say, beside tensors, what the answers of a model are."""
-        left_out: set[str] = set()
-        for kind in type(self).__mro__:
-            left_out |= kind.__dict__.get('NOT_OF_WEIGHTS', frozenset())
-        return {field.name for field in fields(self)} - left_out
+        return {each.name for each in fields(self) if each.metadata['of_weights']}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,15 +184,12 @@ class TopKConfig(MoeConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
 
-    top_k: int = 1
+    top_k: int = option(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            'top_k',
-            1 <= self.top_k <= self.num_experts,
-            f'between 1 and num_experts={self.num_experts}',
-        )
+        possible = 1 <= self.top_k <= self.num_experts
+        self.require('top_k', possible, f'between 1 and num_experts={self.num_experts}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +199,16 @@ class BalancedConfig(MoeConfig):
     With `global_balance` it is over the tokens of all processes, without it the mean of each one's.
     """
 
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'global_balance'})
+    global_balance: bool = option(True, False, of_weights=False)
 
-    global_balance: bool = True
-
-    def balanced(self, terms: dict[str, Loss]) -> dict[str, Loss]:
-        """Losses by name, of this process's tokens alone without `global_balance`."""
-        return terms if self.global_balance else {**values_of(terms)}
+    def unused(self) -> dict[str, str]:
+        """Without a loss that balances, over which tokens it does."""
+        found = super().unused()
+        weights = [each.name for each in fields(self) if each.metadata['balances']]
+        if all(name in found or getattr(self, name) == 0 for name in weights):
+            reasons = dict.fromkeys(found.get(name, f'{name}=0') for name in weights)
+            found['global_balance'] = ', '.join(reasons)
+        return found
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:

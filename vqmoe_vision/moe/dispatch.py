@@ -2,26 +2,25 @@
 
 A plan of the rows, a gather, two grouped linear layers, and a weighted sum. Each assignment has one
 row, so that backward passes gather as well: autograd would scatter, on CPU one thread's work and a
-tenth of a layer's time. Graphs that leave PyTorch take operators of all runtimes: see `exporting`.
+tenth of a layer's time. Graphs that leave PyTorch take operators of all runtimes: an expert
+computes the rows that chose it, and how many these are is a size inside the graph.
 
-Legend: T tokens, K experts per token, A assignments (T * K, or as many as a routing names), R rows
-that stand together by expert, E experts, D width, S rows of each expert.
+Legend: T tokens, K experts per token or branches, A assignments (T * K, or as many as a routing
+names), R rows that stand together by expert, E experts, D width, S rows of each expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import standard_operators
 from .experts import Experts
 from .kernels import Plan, compute_dtype, refuse_named
 from .routing import Routing
-
-_EXPORTED = 'in a graph that is exported, its operators are those of every runtime'
 
 
 def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
@@ -32,8 +31,7 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
         flat = flat.masked_fill(~routing.kept, experts.num_experts)  # no expert's
     dtype = compute_dtype(x)
     if exporting():
-        refuse_named(_EXPORTED)
-        return standard_operators.run_experts(experts, x.to(dtype), routing)
+        return _run_experts_exported(experts, x.to(dtype), routing, flat.reshape(-1))
     plan = experts.plan(flat.reshape(-1), dtype)
     sources, bags, weights = _sources_and_bags(plan, routing, x.shape[0])
     rows = experts(_Gather.apply(x.to(dtype), *sources), plan.offsets)
@@ -42,17 +40,67 @@ def run_experts(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
 
 def run_experts_evenly(experts: Experts, rows: Tensor) -> Tensor:
     """Every expert on as many rows of its own, (E, S, D) -> (E, S, D)."""
-    if exporting():
-        refuse_named(_EXPORTED)
-        return standard_operators.run_experts_evenly(experts, rows)
+    if exporting():  # stacked weights give two batched products
+        hidden = experts.drop1(experts.act(experts.fc1.evenly(rows)))
+        return experts.drop2(experts.fc2.evenly(hidden))
     num_experts, per_expert, _ = rows.shape
     ends = torch.arange(1, num_experts + 1, device=rows.device, dtype=torch.int32) * per_expert
     return experts(rows.flatten(0, 1), ends).view(rows.shape)
 
 
+class Branch(NamedTuple):
+    """What one of several branches over the same experts asks of them, for every token."""
+
+    inputs: Tensor  # (T, D), what its expert is fed
+    experts: Tensor  # (T,) int64 in [0, E)
+    weights: Tensor  # (T, 1) float32
+
+
+def run_branches(
+    experts: Experts,
+    branches: Sequence[Branch],
+    gates: Tensor | None = None,  # (T, K) float32, factors of the weights
+    last_norm: nn.Module | None = None,  # of the answers of the last branch
+) -> Tensor:
+    """Weighted sum (T, D) of branches: one sort, and one pass over the experts' weights."""
+    weights = torch.cat([branch.weights for branch in branches], dim=1)
+    if gates is not None:
+        weights = weights * gates
+    indices = torch.stack([branch.experts for branch in branches], dim=1)
+    dtype = compute_dtype(branches[0].inputs)
+    inputs = torch.stack([branch.inputs.to(dtype) for branch in branches], dim=1).flatten(0, 1)
+    if last_norm is None:
+        return run_experts(experts, inputs, Routing(indices, weights))
+    each = Routing(indices.view(-1, 1), torch.ones_like(weights).view(-1, 1))
+    answers = list(run_experts(experts, inputs, each).unflatten(0, indices.shape).unbind(1))
+    answers[-1] = last_norm(answers[-1]).to(dtype)
+    pairs = zip(answers, weights.to(dtype).split(1, dim=1), strict=True)
+    return torch.stack([answer * weight for answer, weight in pairs]).sum(dim=0)
+
+
 def exporting() -> bool:
     """Whether a graph is made for other runtimes, in which this package's operators are unknown."""
-    return torch.compiler.is_exporting()
+    found = torch.compiler.is_exporting()
+    if found:
+        refuse_named('in a graph that is exported, its operators are those of every runtime')
+    return found
+
+
+def _run_experts_exported(experts: Experts, x: Tensor, routing: Routing, chosen: Tensor) -> Tensor:
+    """As `run_experts`, one expert after the other; `chosen` (A,) is E where none computes."""
+    weights = routing.weights.reshape(-1, 1).to(x.dtype)
+    per_token = 1 if routing.tokens is not None else routing.indices.shape[1]
+    num_tokens = x.shape[0] if routing.tokens is not None else routing.indices.shape[0]
+    own_inputs = per_token > 1 and x.shape[0] == routing.indices.numel()
+    out = x.new_zeros(num_tokens, x.shape[1])
+    for expert in range(experts.num_experts):
+        assignments = (chosen == expert).nonzero().flatten()
+        tokens = assignments // per_token if routing.tokens is None else routing.tokens[assignments]
+        rows = x[assignments if own_inputs else tokens]
+        hidden = experts.drop1(experts.act(experts.fc1.one(expert, rows)))
+        answers = experts.drop2(experts.fc2.one(expert, hidden))
+        out = out.index_add(0, tokens, answers * weights[assignments])
+    return out
 
 
 class Bags(NamedTuple):
@@ -112,23 +160,3 @@ class _Combine(torch.autograd.Function):
         # rows that only fill a group get no gradient: their weight is zero
         row_weights = weights.new_zeros(len(answers)).scatter(0, rows.flatten(), weights.flatten())
         return by_row.mul_(row_weights[:, None]), grad_weights, None, None, None
-
-
-def run_experts_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """As `run_experts` on tokens, one expert after the other: slow, plain, the tests' oracle."""
-    indices, weights = routing.indices, routing.weights
-    weights = weights if routing.kept is None else weights * routing.kept
-    tokens = routing.tokens
-    if tokens is None:
-        tokens = torch.arange(len(x), device=x.device)[:, None].expand_as(indices)
-    out = torch.zeros_like(x)
-    fc1, fc2 = experts.fc1, experts.fc2
-    for e in range(experts.num_experts):
-        chosen = indices == e
-        token = tokens[chosen]
-        hidden = F.linear(x[token], fc1.weight[e], None if fc1.bias is None else fc1.bias[e])
-        answer = F.linear(
-            experts.act(hidden), fc2.weight[e], None if fc2.bias is None else fc2.bias[e]
-        )
-        out.index_add_(0, token, answer * weights[chosen][:, None].to(answer.dtype))
-    return out

@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Plan, grouped_linear, make_plan, refuse_named, sorted_plan
-from .optimizer import track_stacked
+from .kernels import Plan, grouped_linear, make_plan, refuse_named
+from .kernels.cpu import sorted_plan
 
 if TYPE_CHECKING:
-    from .expert_parallel import Exchange
+    from .distributed import Exchange
 
 
 class StackedLinear(nn.Module):
     """E linear layers, applied to consecutive groups of rows."""
 
+    stacks_experts = True  # what `per_expert` looks for
     own: Callable[[Tensor], Tensor] | None = None  # takes this process's part
     draw: Callable[[nn.Linear], None] | None = None  # initialises one layer
 
@@ -47,7 +48,6 @@ class StackedLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
         )
-        track_stacked(self)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -62,10 +62,6 @@ class StackedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     reset_parameters = init_weights
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        track_stacked(self)  # a copy, which no constructor made
 
     def layer(self, expert: int) -> nn.Linear:
         """One of the layers, whose parameters are in the memory of these."""

@@ -5,60 +5,116 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .codebooks.codebook import Quantized
 from .dispatch import run_experts
+from .distributed import sum_over_ranks
 from .experts import Experts
-from .host import RawPatches
-from .joint_losses import Loss
-from .losses import token_mean
-from .recorder import Decisions, Recorder
-from .repeated import Repetitions, in_recomputation, refuse_reentrant, to_be_repeated
+from .losses import Loss, token_mean
+from .raw_patches import (
+    RawPatches,
+    RecomputationGuard,
+    in_recomputation,
+    refuse_reentrant,
+    to_be_repeated,
+)
 from .routing import Router, Routing, expert_load
-from .said_once import warn_once
-from .scripting import StaysPython
 
 UNCOLLECTED = (
     'training without collect_losses(model): auxiliary losses are not part of the loss and '
     'codebooks do not learn'
 )
+_said: set[str] = set()
+
+# What a pass decided for every token, by name; a module that decided has the name it has in the
+# layer. Then come the tokens (B, N, D) that the layer was given, and its answer.
+Decisions = dict[str, Routing | Quantized | Tensor]
+Watcher = Callable[[Decisions, Tensor, Tensor], None]
 
 
-class MoeLayer(StaysPython):
+@torch.compiler.assume_constant_result  # a compiled model says it as it is compiled
+def warn_once(text: str) -> None:
+    """Warn, unless this process has said this text."""
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=2)
+
+
+class Recorder:
+    """Keeps what a layer reports while a `collect_losses` block is open."""
+
+    def __init__(self) -> None:
+        self.watcher: Watcher | None = None  # of what is decided for every token
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop keeping, and forget."""
+        self.active = False
+        self.losses: list[tuple[str, Loss, int]] = []  # the last is the number of tokens
+        self.stats: list[tuple[str, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles of a model start closed, empty and unwatched
+        return vars(Recorder())
+
+
+class Counts:
+    """Sums over the passes of a step and over all ranks, which a layer's state learns from.
+
+    They wait for `take`. As a layer's `observed` they go into a checkpoint in the middle of an
+    accumulated step, and a block that ends in an error forgets them.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add those of a pass, of one shape in all passes; float32, or integers."""
+        self.sums = values.detach() if self.sums is None else self.sums + values.detach()
+
+    def take(self) -> Tensor | None:
+        """The sum over ranks, which all ask, and forget it; None if there was no pass."""
+        sums, self.sums = self.sums, None
+        return None if sums is None else sum_over_ranks(sums)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'sums': None}  # as `Recorder`
+
+
+class MoeLayer(nn.Module):
     """Base of every mixture-of-experts layer: tensor in, tensor of the same shape out.
 
-    A subclass implements `run`, without a change of buffers. There it calls `show` and, if it has
-    losses or statistics, once `record`. The other methods are for layers that need them.
+    You need `run` and `experts_per_token`. `run` changes no buffers; there it calls `show` and, if
+    it has losses or statistics, once `record`. The members of a layer with state come next, then
+    those that few layers need.
     """
 
     needs_collecting = True  # whether it has losses, or state that learns without gradients
     permutation_equivariant = True  # not where tokens are routed by position
     experts: Experts
-    # TorchScript would compile properties
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *StaysPython.__jit_unused_properties__,
-        'experts_per_token',
-        'listens',
-    ]
 
     def __init__(self) -> None:
         super().__init__()
         self.recorder = Recorder()
-        self.repetitions = Repetitions()
+        self.counts = Counts()
+        self.guard = RecomputationGuard()
+
+    # --- you need
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the layer computes; (B, N, D) -> (B, N, D)."""
+        raise NotImplementedError
 
     @property
     def experts_per_token(self) -> float:
         """Experts that compute for a token, on average."""
         raise NotImplementedError
-
-    def idle_params(self) -> int:
-        """Parameters of the experts that a token does not use, on average."""
-        idle = max(self.experts.num_experts - self.experts_per_token, 0)
-        return round(idle * self.experts.params_per_expert())
 
     def record(
         self, losses: Mapping[str, Loss], stats: Mapping[str, Tensor], num_tokens: int
@@ -76,6 +132,11 @@ class MoeLayer(StaysPython):
             self.recorder.losses.extend((n, loss, num_tokens) for n, loss in losses.items())
             self.recorder.stats.extend(stats.items())
 
+    @property
+    def listens(self) -> bool:
+        """Whether somebody keeps what is recorded now, so that statistics are worth computing."""
+        return self.recorder.active and not in_recomputation()
+
     def show(self, decisions: Decisions, inputs: Tensor, outputs: Tensor) -> None:
         """Let whoever watches see what a pass decided; nothing is kept or computed for it here.
 
@@ -88,35 +149,33 @@ class MoeLayer(StaysPython):
         if self.recorder.watcher is not None and not in_recomputation():
             self.recorder.watcher(decisions, inputs, outputs)
 
-    @property
-    def listens(self) -> bool:
-        """Whether somebody keeps what is recorded now, so that statistics are worth computing."""
-        return self.recorder.active and not in_recomputation()
+    # --- with state that learns without gradients
 
-    def begin(self) -> None:
-        """Get ready for the passes of a block, which opens now."""
-        if self.apply_begin():
-            self.repetitions.state_changed()
+    def apply_update(self) -> bool:
+        """Change it, once per step; returns whether it changed, or may have."""
+        return False
+
+    def moves_state(self) -> bool:
+        """Whether there is state that `apply_update` has to move while the layer trains."""
+        return type(self).apply_update is not MoeLayer.apply_update
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What passes have left for the next `apply_update`, for a checkpoint; {} if nothing."""
+        return {} if self.counts.sums is None else {'counts': self.counts.sums}
+
+    @observed.setter
+    def observed(self, kept: dict[str, Any]) -> None:
+        sums = kept.get('counts')
+        self.counts.sums = None if sums is None else sums.to(next(self.parameters()).device)
+
+    def discard(self) -> None:
+        """Forget that, as the block ended in an error."""
+        self.observed = {}
 
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
         return False
-
-    def update(self) -> None:
-        """Apply what the last block collected for the state of this layer."""
-        if self.apply_update():
-            self.repetitions.state_changed()
-
-    def apply_update(self) -> bool:
-        """Change state that learns without gradients; returns whether it changed, or may have."""
-        return False
-
-    def moves_state(self) -> bool:
-        """Whether there is state that `update` has to move while the layer trains."""
-        return type(self).apply_update is not MoeLayer.apply_update
-
-    def discard(self) -> None:
-        """Forget what the next update would learn from, as the block ended in an error."""
 
     def start_training(self, num_updates: int) -> None:
         """Hear how many updates a training will have, before it starts."""
@@ -125,17 +184,17 @@ class MoeLayer(StaysPython):
         """Begin a new training from the weights as they are; returns what changed, in words."""
         return None
 
-    def check_discrete(self) -> None:
-        """Refuse `to_discrete` with `ValueError` where the layer has no discrete branch."""
-        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
+    # --- rarely
 
-    def to_discrete(self) -> dict[str, Any]:
-        """Keep the discrete branch alone; returns the options that are now others.
+    def reads(self) -> RawPatches | None:
+        """Where the layer finds the images that it decides by; None if it sees tokens alone."""
+        return None
 
-        Raises:
-            ValueError: The layer has no discrete branch.
+    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
+        """Options that build a layer like this one in a model of another number of tokens.
+
+        They are those that the layer left to the number of tokens per image when it was built.
         """
-        self.check_discrete()
         return {}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,25 +209,22 @@ class MoeLayer(StaysPython):
         """Names of another form's state, relative to the layer, that every loading leaves out."""
         return set()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # the one place that torch's, timm's and mmengine's loading have in common
-        names = [name[len(prefix) :] for name in state_dict if name.startswith(prefix)]
-        for name in self.omitted(names):
-            del state_dict[prefix + name]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def check_discrete(self) -> None:
+        """Refuse `to_discrete` with `ValueError` where the layer has no discrete branch."""
+        raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
 
-    def options_in_size(self, num_tokens: int) -> dict[str, Any]:
-        """Options that build a layer like this one in a model of another number of tokens.
+    def to_discrete(self) -> dict[str, Any]:
+        """Keep the discrete branch alone; returns the options that are now others.
 
-        They are those that the layer left to the number of tokens per image when it was built.
+        Raises:
+            ValueError: The layer has no discrete branch.
         """
+        self.check_discrete()
         return {}
 
-    def reads(self) -> RawPatches | None:
-        """Where the layer finds the images that it decides by; None if it sees tokens alone."""
-        return None
+    # --- as every layer has it
 
-    def answer(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """`run`, which is not repeated where the answer, or what it is for, would be another one.
 
         Raises:
@@ -182,7 +238,7 @@ class MoeLayer(StaysPython):
             out = self.run(x)
             self._watch(out)
             return out
-        self.repetitions.begin(self.reads())
+        self.guard.repeated()
         out = self.run(x)
         if collecting:
             refuse_reentrant(out)
@@ -192,13 +248,26 @@ class MoeLayer(StaysPython):
         """Let no backward pass of an answer repeat this layer as another one."""
         if torch.compiler.is_compiling() or not to_be_repeated():
             return
-        kind, raw_patches = type(self), self.reads()
-        changes = (
-            kind.apply_update is not MoeLayer.apply_update
-            or kind.apply_begin is not MoeLayer.apply_begin
+        raw_patches = self.reads()
+        if (self.training and self.moves_state()) or raw_patches is not None:
+            self.guard.watch(answer, raw_patches)
+
+    def idle_params(self) -> int:
+        """Parameters of the experts that a token does not use, on average."""
+        idle = max(self.experts.num_experts - self.experts_per_token, 0)
+        return round(idle * self.experts.params_per_expert())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # the one place that torch's, timm's and mmengine's loading have in common
+        names = [name[len(prefix) :] for name in state_dict if name.startswith(prefix)]
+        for name in self.omitted(names):
+            del state_dict[prefix + name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            'torch.jit.script is not possible with MoE layers, and deprecated: use torch.export'
         )
-        if (changes and self.training) or raw_patches is not None:
-            self.repetitions.watch(answer, raw_patches)
 
 
 class RoutedMlp(MoeLayer):
@@ -215,8 +284,8 @@ class RoutedMlp(MoeLayer):
         super().__init__()
         self.router = router
         self.experts = experts
-        if not router.has_losses and type(self).apply_update is MoeLayer.apply_update:
-            self.needs_collecting = False
+        self.needs_collecting = router.has_losses or self.moves_state()
+        self.permutation_equivariant = router.permutation_equivariant
 
     def reads(self) -> RawPatches | None:
         """What its router does."""
@@ -227,9 +296,25 @@ class RoutedMlp(MoeLayer):
         routing = self.router(x if self.router.per_image else x.flatten(0, 1))
         out = run_experts(self.experts, x.flatten(0, 1), routing)
         self.record(routing.losses, self.statistics(routing, out.shape[0]), out.shape[0])
+        if self.training and self.listens:
+            self.observe(routing)
         out = out.view(x.shape)
         self.show({'router': routing}, x, out)
         return out
+
+    def observe(self, routing: Routing) -> None:
+        """Keep what the router's state learns from, of a pass of training, for `apply_update`."""
+        if self.router.has_state:
+            self.counts.add(self.router.observe(routing))
+
+    def apply_update(self) -> bool:
+        """Let the router's state learn from what all passes and ranks have observed."""
+        counts = self.counts.take()
+        return counts is not None and self.router.update(counts)
+
+    def moves_state(self) -> bool:
+        """Whether the router has such state."""
+        return self.router.has_state
 
     def statistics(self, routing: Routing, num_tokens: int) -> dict[str, Tensor]:
         """Of a routing, if somebody listens: what the router reports, `load`, and `unrouted`.

@@ -3,59 +3,28 @@
 AdamW and its like work element by element: (E, out, in) is no different from E matrices. Others
 would let experts share what each matrix of a dense model has for itself: LAMB and LARS one norm,
 Muon one orthogonal factor, Shampoo and SOAP correlations along every dimension, 'cautious' variants
-one mean. They are refused at their first step, unless `per_expert` has taught them the experts.
+one mean. `collect_losses` refuses them, unless `per_expert` has taught them the experts.
 
 Legend: E experts.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # Class names in timm, torch, apex, torch_optimizer and SOAP's repository, in small letters. The
 # tests hold every optimizer that timm lists against E separate matrices. apex's LARC is none: it
 # scales gradients before another optimizer steps, which nothing here sees.
-_WHOLE_TENSOR = frozenset(
-    {
-        'adafactor',
-        'adafactorbigvision',
-        'adamp',
-        'fusedlamb',
-        'fusednovograd',
-        'kron',
-        'lamb',
-        'lars',
-        'mars',
-        'muon',
-        'novograd',
-        'nvnovograd',
-        'sgdp',
-        'shampoo',
-        'soap',
-    }
-)
+_WHOLE_TENSOR = {
+    'adafactor', 'adafactorbigvision', 'adamp', 'fusedlamb', 'fusednovograd', 'kron', 'lamb',
+    'lars', 'mars', 'muon', 'novograd', 'nvnovograd', 'sgdp', 'shampoo', 'soap',
+}  # fmt: skip
 # What timm's `Lookahead` keeps of a parameter, in the state of the optimizer that it wraps.
 _SLOW = 'lookahead_slow_buff'
-_stacked_modules: WeakSet[nn.Module] = WeakSet()
-
-
-def track_stacked(module: nn.Module) -> None:
-    """Remember a module whose own parameters have the experts as their first dimension."""
-    _watch_optimizers()
-    _stacked_modules.add(module)
-
-
-@cache
-def _watch_optimizers() -> None:
-    # with the first layer, not with the import, which should have no such effect
-    register_optimizer_step_pre_hook(_refuse)
 
 
 def mixes_experts(optimizer: Optimizer) -> bool:
@@ -74,11 +43,12 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     Args:
         optimizer: Any over parameters of `model`, changed in place (inside timm's `Lookahead`).
             Teach it before its state is loaded, and a copy of it anew.
-        model: Holds the experts; those of other models stay refused.
+        model: Holds the experts.
     """
-    stacked = [p for m in model.modules() if m in _stacked_modules for p in m.parameters(False)]
-    views = _ExpertViews(stacked)
-    inner: Optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+    inner = _inside(optimizer)
+    views = _ExpertViews(_untaught(inner, model))
+    if not views.views:
+        return optimizer
     inner.register_step_pre_hook(views.before_step)
     inner.register_step_post_hook(views.join)
     inner.register_state_dict_pre_hook(views.before_save)
@@ -86,6 +56,34 @@ def per_expert(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     inner.register_load_state_dict_pre_hook(views.split)
     inner.register_load_state_dict_post_hook(views.after_load)
     return optimizer
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that would mix the experts of a model."""
+    if not mixes_experts(inner := _inside(optimizer)):
+        return
+    stacked = {*_untaught(inner, model)}
+    if any(p in stacked for group in inner.param_groups for p in group['params']):
+        raise ValueError(
+            f'optimizer={type(inner).__name__} is not possible as it is: it would update all '
+            'experts of a layer as one tensor; call vqmoe_vision.per_expert(optimizer, model) '
+            'once, or take one that works element by element, such as AdamW'
+        )
+
+
+def _untaught(inner: Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that have the experts as their first dimension, without those with views."""
+    hooks = inner._optimizer_step_pre_hooks.values()
+    views = [getattr(hook, '__self__', None) for hook in hooks]
+    taught = {p for each in views if isinstance(each, _ExpertViews) for p in each.views}
+    modules = (m for m in model.modules() if getattr(m, 'stacks_experts', False))
+    found = (p for module in modules for p in module.parameters(recurse=False))
+    return [p for p in found if p not in taught]
+
+
+def _inside(optimizer: Optimizer) -> Optimizer:
+    inner: Optimizer = getattr(optimizer, '_base_optimizer', optimizer)  # of timm's `Lookahead`
+    return inner
 
 
 class _ExpertViews:
@@ -166,19 +164,3 @@ class _ExpertViews:
             view.data = parameter.detach()[i]
             view.grad = None if parameter.grad is None else parameter.grad[i]
         return views
-
-
-def _refuse(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Stop an optimizer that would mix the experts, before its first step."""
-    if not mixes_experts(optimizer):
-        return
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    views = [getattr(hook, '__self__', None) for hook in hooks]
-    taught = {p for each in views if isinstance(each, _ExpertViews) for p in each.views}
-    stacked = {p for module in _stacked_modules for p in module.parameters(False)} - taught
-    if any(p in stacked for group in optimizer.param_groups for p in group['params']):
-        raise ValueError(
-            f'optimizer={type(optimizer).__name__} is not possible as it is: it would update all '
-            'experts of a layer as one tensor; call vqmoe_vision.per_expert(optimizer, model) '
-            'once, or take one that works element by element, such as AdamW'
-        )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import TopKConfig
-from .host import RawPatches
-from .joint_losses import Loss
+from .raw_patches import RawPatches
+
+if TYPE_CHECKING:
+    from .losses import Loss
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Router(nn.Module):
 
     per_image = False  # whether it routes images (B, N, D), not tokens (T, D)
     has_losses: bool = True  # in training, as its options are
+    has_state: bool = False  # that learns without gradients
+    permutation_equivariant = True  # not where tokens are routed by position
     raw_patches: RawPatches | None = None  # of the images, if it decides by them
 
     def forward(self, x: Tensor) -> Routing:
@@ -44,6 +49,29 @@ class Router(nn.Module):
     def experts_per_token(self) -> float:
         """Experts that a token is sent to, on average."""
         raise NotImplementedError
+
+    def observe(self, routing: Routing) -> Tensor:
+        """What `update` learns from of a pass of training: numbers that passes and ranks add up."""
+        raise NotImplementedError
+
+    def update(self, observed: Tensor) -> bool:
+        """Change state by these sums, once per step; returns whether it changed, or may have."""
+        raise NotImplementedError
+
+
+class ExactBuffers(nn.Module):
+    """Base of modules of which some buffers stay as exact as they are when a model is cast."""
+
+    exact_buffers: tuple[str, ...] = ()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(*args, **kwargs)
+        for name in before.keys() & set(self.exact_buffers):
+            buffer = self.get_buffer(name)
+            if buffer.itemsize < 4:  # 16 bits round small steps away
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
 
 
 class TopKRouter(Router):

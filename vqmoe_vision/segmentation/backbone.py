@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from vqmoe_vision.engine.start import start_model
+from vqmoe_vision.engine.trained import start_model
 from vqmoe_vision.models.create import create_to_start
 from vqmoe_vision.models.hosts import MODULES, Transformer
 from vqmoe_vision.models.normalization import Normalization
@@ -21,13 +21,6 @@ _DEFAULTS = {
     'global_pool': '',  # else the last norm would belong to the pooled features
     'dynamic_img_size': True,
     'dynamic_img_pad': True,
-}
-
-# What mmseg's backbones call it, and how it is done here.
-_OF_MMSEG = {
-    'init_cfg': 'model.backbone.checkpoint=FILE, or pretrained=True for weights of timm',
-    'with_cp': 'model.backbone.grad_checkpointing=True',
-    'frozen_stages': 'freeze(runner.model.backbone.model, ...), see docs/commands.md#freezing',
 }
 
 
@@ -62,7 +55,7 @@ class TimmViT(BaseModule):
 
     Raises:
         ValueError: The model or the blocks do not exist, the model is no vision transformer,
-            `norm_eps` is out of range, or an argument is one of mmseg's own backbones.
+            or `norm_eps` is out of range.
         TypeError: The model does not know one of `model_kwargs`.
     """
 
@@ -80,9 +73,6 @@ class TimmViT(BaseModule):
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        for name in sorted(_OF_MMSEG.keys() & model_kwargs.keys()):
-            allowed = f"one of mmseg's; here it is {_OF_MMSEG[name]}"
-            check(False, f'model.backbone.{name}', model_kwargs[name], allowed)
         arguments = {**_DEFAULTS, **model_kwargs}
         if norm_eps is not None:
             check_type('norm_eps', float, norm_eps)
@@ -106,11 +96,7 @@ class TimmViT(BaseModule):
         self.weights_normalization: Normalization | None = None
 
     def init_weights(self) -> None:
-        """Starts a new training: as every row does at this seed, or from weights.
-
-        Raises:
-            ValueError: The checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training: as every row does at this seed, or from weights."""
         self.weights_normalization = start_model(
             self.model, self._arguments, self.checkpoint, self.features
         )

@@ -10,7 +10,7 @@ from mmengine.utils import track_iter_progress
 
 from vqmoe_vision.engine.cli import CHECKPOINT_HELP, CONFIG_HELP
 from vqmoe_vision.engine.command import run
-from vqmoe_vision.engine.options import add_config_options
+from vqmoe_vision.engine.config import add_config_options
 
 from .inference import Predictor, list_images
 

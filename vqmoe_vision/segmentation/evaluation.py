@@ -4,27 +4,22 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from torch import Tensor
 
-from vqmoe_vision.engine.class_arguments import check_arguments
-from vqmoe_vision.engine.reported import names_of
 from vqmoe_vision.moe.config import check
 
-_NAME = 'IoUMetric'
+_NAME = 'CheckedIoUMetric'
 # What mmseg computes; it says so when it is asked for another, after the first validation.
 _KINDS = ('mIoU', 'mDice', 'mFscore')
 # What mmseg's own confusion_matrix.py passes on, which the metric has always ignored.
 _OF_TOOLS = frozenset({'keep_results'})
 
 
-@METRICS.register_module(_NAME, force=True)
+@METRICS.register_module()
 class CheckedIoUMetric(IoUMetric):
     """mmseg's metric, which ignores options that it does not know.
-
-    It takes the name of mmseg's, so that every config that imports this package has it.
 
     Args:
         *args: As mmseg's.
@@ -39,7 +34,8 @@ class CheckedIoUMetric(IoUMetric):
     def __init__(self, *args: Any, **options: Any) -> None:
         # not those of its base, which it does not hand on
         known = inspect.signature(IoUMetric).parameters.keys() - {'kwargs'}
-        check_arguments(_NAME, options, known | _OF_TOOLS)
+        for name in options.keys() - known - _OF_TOOLS:
+            check(False, f'{_NAME}.{name}', options[name], f'it takes {", ".join(sorted(known))}')
         super().__init__(*args, **options)
         kinds = [self.metrics] if isinstance(self.metrics, str) else self.metrics
         possible = bool(kinds) and all(kind in _KINDS for kind in kinds)
@@ -49,15 +45,7 @@ class CheckedIoUMetric(IoUMetric):
         check(written, f'{_NAME}.output_dir', self.output_dir, allowed)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Takes a batch.
-
-        Args:
-            data_batch: Is not used.
-            data_samples: mmseg's samples with predictions, and with label maps to compare.
-
-        Raises:
-            ValueError: There is nothing to compare with.
-        """
+        """Takes a batch of mmseg's samples with predictions, and with label maps to compare."""
         labelled = self.format_only or all('gt_sem_seg' in sample for sample in data_samples)
         allowed = (
             'the images have no label maps: format_only=True and output_dir=FOLDER of the '
@@ -72,8 +60,6 @@ class CheckedIoUMetric(IoUMetric):
         pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As mmseg's, whose histograms torch refuses on a GPU with `randomness.deterministic`.
-
-        Of a single class mmseg counts all pixels as its own, those of other labels too.
 
         Args:
             pred_label: (H, W) classes that are predicted; floating of a head with one channel.
@@ -95,13 +81,3 @@ class CheckedIoUMetric(IoUMetric):
 def _area(classes: Tensor, num_classes: int) -> Tensor:
     known = classes[(classes >= 0) & (classes < num_classes)]
     return known.long().bincount(minlength=num_classes).float().cpu()
-
-
-@names_of.register(CheckedIoUMetric)
-@names_of.register(IoUMetric)
-def _names(metric: IoUMetric) -> list[str]:
-    if metric.format_only:
-        return []
-    areas = [torch.zeros(1)] * 4  # of one class that no pixel has
-    found = metric.total_area_to_metrics(*areas, metric.metrics)
-    return [name if name == 'aAcc' else f'm{name}' for name in found]

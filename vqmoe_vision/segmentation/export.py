@@ -1,8 +1,6 @@
 """A segmentor as a graph: normalised images of one size to logits and label maps.
 
-Windows of a sliding segmentor are cut, run as one batch, and averaged inside the graph.
-
-Legend: B images, H height, W width, C classes, N windows.
+Legend: B images, H height, W width, C classes, N windows, which are one batch inside the graph.
 """
 
 from itertools import product
@@ -31,7 +29,7 @@ class SegmentorGraph(nn.Module):
         self.windows = _windows(segmentor.test_cfg, (size[0] + below, size[1] + right))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Segments images."""
+        """Normalised images (B, 3, H, W) to logits (B, C, H, W) and labels (B, H, W) int64."""
         right, below = self.padding
         padded = F.pad(images, (0, right, 0, below), value=self.pad_value)
         cut = torch.stack([padded[:, :, rows, columns] for rows, columns in self.windows])

@@ -15,15 +15,14 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.class_names import check_class_names
 from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.config import innermost
+from vqmoe_vision.engine.hooks import check_class_names
 from vqmoe_vision.engine.trained import load_trained
-from vqmoe_vision.engine.wrapped_data import innermost
 from vqmoe_vision.moe.config import check
 
+from .datasets import complete_metainfo
 from .loading import IMAGE_SUFFIXES, LOADING, LoadImage, image_loader, in_bgr
-from .metainfo import complete_metainfo
-from .opencv import refused_image
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def predict(
 
 
 class Predictor:
-    """A trained model with the pipeline of its tests, and the options with which it reads images."""  # LONG
+    """A trained model with the pipeline of its tests, and how it reads images."""
 
     def __init__(
         self,
@@ -122,7 +121,8 @@ class Predictor:
             data = self.pipeline({'img_path': str(name), **self.load.entries(pixels)})
         except cv2.error as error:
             height, width = pixels.shape[:2]
-            raise refused_image(f'{name}, of {width}x{height} pixels,', error) from error
+            what = f'{name}, of {width}x{height} pixels, is nothing that the pipeline can change'
+            raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
         batch = {key: [value] for key, value in data.items()}
         (sample,) = self.model.test_step(batch)
         labels = sample.pred_sem_seg.data[0].to(torch.uint8).cpu().numpy()
@@ -168,7 +168,6 @@ def list_images(images: Any) -> list[Any]:
 
 
 def _read(image: str | Path | np.ndarray, load: LoadImage) -> np.ndarray:
-    """Pixels as the test reads those of its files."""
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise ValueError(f'image {str(image)!r} does not exist')

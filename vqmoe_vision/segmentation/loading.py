@@ -14,8 +14,9 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL.JpegImagePlugin import JpegImageFile
 
+from vqmoe_vision.engine.config import innermost
 from vqmoe_vision.engine.images import displayed, opened, orientation, read_rgb, stored
-from vqmoe_vision.engine.wrapped_data import innermost
+from vqmoe_vision.engine.seeding import seed_sample
 from vqmoe_vision.moe.config import check
 
 IGNORE = 255
@@ -29,8 +30,7 @@ LOADING = LOADING_LABELS | LOADING_IMAGES
 _UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, struct.error, cv2.error)
 
 
-# Under the stock names too: mmseg's inference and tools look for them in a pipeline.
-@TRANSFORMS.register_module(name=['LoadImageFromFile', 'LoadImage'], force=True)
+@TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
     """mmcv's `LoadImageFromFile`, always three channels, with an error that names the file.
 
@@ -57,11 +57,8 @@ class LoadImage(LoadImageFromFile):
         check(args is None, 'file_client_args', args, "backend_args, mmcv's newer name for it")
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Loads `img_path`.
-
-        Raises:
-            ValueError: The file cannot be read as an image, or is too large.
-        """
+        """Loads `img_path`, and seeds what augments it as the index of the sample says."""
+        seed_sample(results.get('sample_idx', 0))
         try:
             pixels = self.read(results['img_path'], results.get('seg_map_path'))
         except ValueError:
@@ -71,21 +68,13 @@ class LoadImage(LoadImageFromFile):
         return {**results, **self.entries(pixels)}
 
     def entries(self, pixels: np.ndarray) -> dict[str, Any]:
-        """What the steps that follow in a pipeline want of an image.
-
-        Args:
-            pixels: As `read` gives them.
-        """
+        """What the steps that follow in a pipeline want of an image."""
         shape = pixels.shape[:2]
         image = pixels.astype(np.float32) if self.to_float32 else pixels
         return {'img': image, 'img_shape': shape, 'ori_shape': shape}
 
     def shifted(self, pixels: np.ndarray) -> np.ndarray:
-        """An image as the corruption leaves it, if there is one.
-
-        Args:
-            pixels: (H, W, 3) uint8, BGR.
-        """
+        """An image (H, W, 3) uint8 BGR as the corruption leaves it, if there is one."""
         if self.corrupt is None:
             return pixels
         return np.ascontiguousarray(self.corrupt(pixels[..., ::-1])[..., ::-1])  # it takes RGB
@@ -159,11 +148,11 @@ def image_loader(dataset: dict[str, Any], **defaults: Any) -> LoadImage:
 
 
 def in_bgr(pixels: np.ndarray) -> np.ndarray:
-    """The pixels that a `LoadImage` gives, for a picture."""
+    """The pixels (H, W) or (H, W, 3 or more) of a `LoadImage` as a picture (H, W, 3)."""
     return mmcv.gray2bgr(pixels) if pixels.ndim == 2 else pixels[..., :3]
 
 
-@TRANSFORMS.register_module(name=['LoadAnnotations', 'LoadLabels'], force=True)
+@TRANSFORMS.register_module()
 class LoadLabels(LoadAnnotations):
     """mmseg's `LoadAnnotations`, with checks that name the file.
 
@@ -178,13 +167,7 @@ class LoadLabels(LoadAnnotations):
         self.num_classes = num_classes
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Loads `seg_map_path` into `gt_seg_map` (H, W).
-
-        Raises:
-            ValueError: There is no file, it cannot be read, is no map of class indices, holds a
-                label outside the classes, or has another size than its image; or the number of
-                classes is another than that of the data set.
-        """
+        """Loads `seg_map_path` into `gt_seg_map` (H, W)."""
         path = results.get('seg_map_path')
         if path is None:
             raise ValueError(
@@ -239,7 +222,7 @@ class _MapFile(NamedTuple):
     turn: int
     shape: tuple[int, int]
     bands: int
-    beyond: np.ndarray = np.empty(0)
+    beyond: np.ndarray = np.empty(0)  # no uint8: mmseg would make 256 class 0 in silence
 
     def restored(self, labels: np.ndarray, path: str) -> np.ndarray:
         """The map (H, W) as it is stored, of what mmseg makes of the file."""

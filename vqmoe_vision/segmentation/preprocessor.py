@@ -1,10 +1,11 @@
-"""What mmseg's data preprocessor normalises images with, and what the weights want."""
+"""Batches of images: one size, on the device, normalised as the weights want it."""
 
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from mmengine.model import ImgDataPreprocessor
+from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 
 from vqmoe_vision.engine.normalization import must_change
@@ -14,6 +15,40 @@ from vqmoe_vision.moe.config import check
 _WHITE = 255.0
 _FIELD = 'model.data_preprocessor'
 _PER_CHANNEL = 'a list with a number from 0 to 255 for each channel'
+
+
+@MODELS.register_module()
+class CheckedPreProcessor(SegDataPreProcessor):
+    """mmseg's data preprocessor, which waits for no copy to the device.
+
+    Args:
+        *args: As mmseg's.
+        **kwargs: As mmseg's.
+    """
+
+    _channel_conversion: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._non_blocking = True
+
+    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
+        """As mmseg's.
+
+        Args:
+            data: `inputs`, a list of (3, H, W) images, and `data_samples`.
+            training: Whether all images get one size.
+        """
+        converts = self._channel_conversion
+        data = self.cast_data(data)
+        if converts:
+            # mmseg indexes with a list, which is copied to the device
+            data['inputs'] = [x.flip(0) if x.size(0) == 3 else x for x in data['inputs']]
+        self._channel_conversion = False
+        try:
+            return super().forward(data, training)
+        finally:
+            self._channel_conversion = converts
 
 
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

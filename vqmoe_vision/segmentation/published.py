@@ -1,9 +1,4 @@
-"""Released Segmenters of others, in the names of ours.
-
-Checkpoints of mmsegmentation have other names in the backbone alone, as the head is mmseg's here
-too. Those of the authors, github.com/rstrudel/segmenter, have timm's names in the encoder; their
-decoder has the blocks of timm, and projections that multiply from the other side.
-"""
+"""Released Segmenters of mmsegmentation and of rstrudel/segmenter, in the names of ours."""
 
 from __future__ import annotations
 

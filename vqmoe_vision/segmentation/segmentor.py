@@ -24,13 +24,12 @@ from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.state_dicts import StateDict, part_of
 from vqmoe_vision.moe.config import check
 
+from . import mmseg_patches
 from .backbone import TimmViT
 from .export import SegmentorGraph
-from .heads import check_decode_head, completed_head, completed_neck
 from .preprocessor import completed, follow, normalization_of
 from .published import in_our_names
 from .source import source
-from .windows import check_test_cfg
 
 
 @MODELS.register_module()
@@ -51,9 +50,8 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         **kwargs: As `EncoderDecoder`.
 
     Raises:
-        ValueError: The backbone is not a `TimmViT`, the decode head has no `num_classes` or is one
-            that it cannot feed, an auxiliary head has another, there is no such argument, or
-            `test_cfg` is as `check_test_cfg` refuses it.
+        ValueError: The backbone is not a `TimmViT`, there are several decode heads, an auxiliary
+            head has another `num_classes`, or `test_cfg` has what mmseg would pass over.
     """
 
     def __init__(
@@ -62,13 +60,10 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in kwargs.keys() - inspect.signature(EncoderDecoder).parameters:
-            allowed = (
-                f'a segmentor has no such field; of the timm model it is model.backbone.{name}'
-            )
-            check(False, f'model.{name}', kwargs[name], allowed)
-        if kwargs.get('test_cfg') is not None:
-            check_test_cfg(kwargs['test_cfg'])
+        for name, value in (kwargs.get('test_cfg') or {}).items():
+            known = ('mode', 'crop_size', 'stride')  # mmseg passes over all others
+            check(name in known, f'model.test_cfg.{name}', value, f'it has {", ".join(known)}')
+        mmseg_patches.apply()
         self._neck = neck  # mmseg would build it before its width is known
         self._stated: tuple[str, ...] = ('mean', 'std')
         if isinstance(data_preprocessor, dict):
@@ -77,28 +72,21 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     @drawn_apart(0)
     def _init_decode_head(self, decode_head: Any) -> None:
-        if not isinstance(self.backbone, TimmViT):
-            found = type(self.backbone).__name__
-            raise ValueError(
-                f"backbone.type={found!r} must be 'TimmViT'; mmseg's EncoderDecoder takes others"
-            )
+        allowed = "'TimmViT'; mmseg's EncoderDecoder takes others"
+        known = isinstance(self.backbone, TimmViT)
+        check(known, 'model.backbone.type', type(self.backbone).__name__, allowed)
         if self._neck is not None:
-            self.neck = MODELS.build(completed_neck(self._neck, self.backbone))
-        check_decode_head(decode_head)
-        head = self._fitted(decode_head, num_classes=None)
-        if 'num_classes' in head and head['num_classes'] is None:
-            raise ValueError(
-                "model.decode_head.num_classes=None must be the number of the data set's classes"
-            )
-        super()._init_decode_head(head)
+            width = self.backbone.model.embed_dim
+            levels = [width] * len(self.backbone.out_indices)
+            sizes = dict(in_channels=levels, out_channels=width, embed_dim=width)
+            self.neck = MODELS.build(_completed(self._neck, **sizes))
+        allowed = 'one head, as there are no cascades here; others are model.auxiliary_head=[...]'
+        check(isinstance(decode_head, dict), 'model.decode_head', decode_head, allowed)
+        super()._init_decode_head(self._fitted(decode_head))
 
     @drawn_apart(2)
     def init_weights(self) -> None:
-        """Starts a new training; neck and heads start alike in all rows at one seed.
-
-        Raises:
-            ValueError: A checkpoint cannot be read or does not fit; names keys and shapes.
-        """
+        """Starts a new training; neck and heads start alike in all rows at one seed."""
         self._check_pretrained()
         super().init_weights()
         weights = self.backbone.weights_normalization
@@ -125,14 +113,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
                 check(False, 'model.init_cfg.checkpoint', path, allowed)
 
     def normalize_as(self, normalization: Normalization) -> None:
-        """Takes over how images are normalised, and lets the data preprocessor do so.
-
-        Args:
-            normalization: Of the weights, or of the config if they have none.
-
-        Raises:
-            ValueError: The config states otherwise.
-        """
+        """Takes over how images are normalised, and lets the data preprocessor do so."""
         super().normalize_as(normalization)
         known = self.known_normalization  # as rounded in the buffer: tests are fed the same bits
         assert known is not None
@@ -153,26 +134,28 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         super()._init_auxiliary_head(auxiliary_head)
 
     def _fitted_auxiliary(self, head: dict[str, Any]) -> dict[str, Any]:
-        """As `_fitted`, with the classes of the decode head."""
         head = self._fitted(head, num_classes=self.num_classes)
-        if head.get('num_classes', self.num_classes) != self.num_classes:
-            raise ValueError(
-                f'model.auxiliary_head.num_classes={head["num_classes"]}, but '
-                f'model.decode_head.num_classes={self.num_classes}'
-            )
+        own = head.get('num_classes', self.num_classes)
+        allowed = f'{self.num_classes}, as model.decode_head.num_classes'
+        check(own == self.num_classes, 'model.auxiliary_head.num_classes', own, allowed)
         return head
 
-    def _fitted(self, head: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
+    def _fitted(self, head: dict[str, Any], **values: Any) -> dict[str, Any]:
         """A head's config with what follows from backbone and neck."""
-        neck = self.neck if self.with_neck else None
-        return completed_head(head, self.backbone, neck, num_classes)
+        model: Any = self.backbone.model
+        width = getattr(self.neck if self.with_neck else None, 'out_channels', model.embed_dim)
+        index = head.get('in_index', -1)
+        return _completed(
+            head,
+            in_channels=width if isinstance(index, int) else [width] * len(index),
+            channels=width,
+            embed_dims=width,
+            num_heads=model.blocks[0].attn.num_heads,
+            **values,
+        )
 
     def in_own_names(self, state: StateDict) -> StateDict:
-        """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'.
-
-        Args:
-            state: Of the checkpoint; one of this class stays as it is.
-        """
+        """As `MoeTrainingMixin`, also of mmseg's own Segmenter, or of its authors'."""
         return in_our_names(super().in_own_names(state))[0]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -199,11 +182,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         }
 
     def exportable(self, size: tuple[int, int] | None = None) -> Exportable:
-        """As `MoeTrainingMixin`: logits and label maps of images of one size.
-
-        Args:
-            size: None for the window that slides, or else the size that the backbone was built for.
-        """
+        """As `MoeTrainingMixin`: logits and label maps of images of one size, or the window."""
         own = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
         height, width = size or own
         known = self.known_normalization or normalization_of(self.data_preprocessor)
@@ -225,10 +204,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         return source(dataset, self.data_preprocessor, size, folder)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """As mmseg's, where a map covers more than the images too, as it does in the last patches.
-
-        mmseg would squeeze the whole map onto the images: here it is resized to what it covers, and
-        what is not of the images is cut off.
+        """As mmseg's, where a map covers more than the images too, as in the last patches.
 
         Args:
             inputs: (B, 3, H, W) normalised images.
@@ -298,3 +274,18 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         """
         with self.collect():
             return super().predict(inputs, data_samples)
+
+
+def _completed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A config with those of `values` that it lacks and its class cannot be built without."""
+    kind = MODELS.get(config['type']) if isinstance(config.get('type'), str) else None
+    if kind is None:  # the registry says what is wrong
+        return config
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:  # each hands on to the next what it has no name for
+        own = inspect.signature(base.__init__).parameters
+        parameters = {**own, **parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    needed = {n for n, p in parameters.items() if p.default is p.empty}
+    return {**{name: value for name, value in values.items() if name in needed}, **config}

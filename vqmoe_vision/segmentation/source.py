@@ -1,10 +1,4 @@
-"""Test images of a segmentation config, or those of a folder, for a survey of the routing.
-
-A survey looks at one crop from the middle of each image, of the size that the model is trained on,
-so that what is seen are the tokens that the model knows.
-
-Legend: H, W height and width.
-"""
+"""What a survey of segmentation looks at: the middle of each image, in the trained size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +28,6 @@ class _Files(Sequence):
 
 
 class _Crops(Sequence):
-    """Middles of images, normalised."""
-
     def __init__(self, found: Sequence, preprocessor: Any, crop_size: tuple[int, int]) -> None:
         self.found, self.preprocessor, self.crop_size = found, preprocessor, crop_size
 

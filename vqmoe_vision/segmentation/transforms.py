@@ -4,10 +4,6 @@ import inspect
 import os
 from typing import Any
 
-# or its import asks pypi.org for a newer version
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
-
-import albumentations
 import mmcv
 import torch
 from mmcv.transforms import BaseTransform
@@ -38,14 +34,14 @@ class Albumentations(BaseTransform):
     """
 
     def __init__(self, transforms: list[dict[str, Any]]) -> None:
+        # or its import asks pypi.org for a newer version
+        os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+        import albumentations
+
         self.compose = albumentations.Compose([_build(config) for config in transforms])
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes.
-
-        Raises:
-            ValueError: The image is not uint8.
-        """
+        """Changes `img` (H, W, 3), `gt_seg_map` (H, W) where there is one, and the sizes."""
         kind = str(results['img'].dtype)
         allowed = 'uint8, as LoadImageFromFile has it without to_float32; floats are cut to 0..1'
         check(kind == 'uint8', "results['img'].dtype", kind, allowed)
@@ -62,6 +58,8 @@ class Albumentations(BaseTransform):
 
 
 def _build(config: dict[str, Any]) -> Any:
+    import albumentations
+
     arguments = dict(config)
     name = arguments.pop('type')
     kind = getattr(albumentations, name, None)

@@ -3,7 +3,7 @@
 model = dict(
     type='MoeEncoderDecoder',
     data_preprocessor=dict(
-        type='SegDataPreProcessor',
+        type='CheckedPreProcessor',
         # of weights that are known to want others, mean and std are theirs
         from_scratch=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
         bgr_to_rgb=True,

@@ -6,7 +6,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2.5e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-train_cfg = dict(by_epoch=True, max_epochs=300)
+train_cfg = dict(type='ResumableEpochLoop', max_epochs=300)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.004, end=20, convert_to_iter_based=True),
     dict(

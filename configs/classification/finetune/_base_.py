@@ -21,7 +21,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1.0),
     paramwise_cfg=dict(layer_decay=0.65),
 )
-train_cfg = dict(by_epoch=True, max_epochs=30)
+train_cfg = dict(type='ResumableEpochLoop', max_epochs=30)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, end=5, convert_to_iter_based=True),
     dict(

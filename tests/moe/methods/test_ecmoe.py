@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses
 from vqmoe_vision.moe.methods.ecmoe import ExpertChoiceConfig, ExpertChoiceRouter
+from vqmoe_vision.moe.raw_patches import Host
 
 D, E = 8, 4
 
@@ -108,6 +109,6 @@ def test_capacity_factors_that_are_not_possible(make_layer, factor):
 )
 def test_experts_per_token_are_those_that_compute(num_experts, factor, expected):
     config = ExpertChoiceConfig(num_experts=num_experts, capacity_factor=factor)
-    router = ExpertChoiceRouter(D, config, num_tokens=17)
+    router = ExpertChoiceRouter(D, config, Host(17))
     assert router.experts_per_token == pytest.approx(expected)
     assert len(router(torch.randn(3, 17, D)).tokens) == pytest.approx(3 * 17 * expected)

@@ -8,7 +8,7 @@ from vqmoe_vision.moe.methods.hashmoe import POSITIONS, HashConfig, HashRouter
 
 @pytest.mark.parametrize('top_k', [1, 2, 4])
 def test_each_block_of_positions_has_every_expert_first_once(top_k: int) -> None:
-    router = HashRouter(HashConfig(num_experts=4, top_k=top_k))
+    router = HashRouter(8, HashConfig(num_experts=4, top_k=top_k))
     first = router.hash[:, 0].view(-1, 4)
     assert torch.equal(first.sort(dim=1).values, torch.arange(4).expand_as(first))
     assert all(len(set(row)) == top_k for row in router.hash.tolist())  # different ones
@@ -16,7 +16,7 @@ def test_each_block_of_positions_has_every_expert_first_once(top_k: int) -> None
 
 
 def test_a_token_goes_where_its_position_says_whatever_it_is() -> None:
-    router = HashRouter(HashConfig(num_experts=4, top_k=2))
+    router = HashRouter(8, HashConfig(num_experts=4, top_k=2))
     one, other = router(torch.randn(3, 5, 8)), router(torch.randn(3, 5, 8))
     assert torch.equal(one.indices, other.indices)
     assert torch.equal(one.indices, router.hash[:5].repeat(3, 1))
@@ -25,7 +25,7 @@ def test_a_token_goes_where_its_position_says_whatever_it_is() -> None:
 
 
 def test_positions_repeat_after_the_table() -> None:
-    router = HashRouter(HashConfig(num_experts=2))
+    router = HashRouter(1, HashConfig(num_experts=2))
     indices = router(torch.zeros(1, POSITIONS + 3, 1)).indices
     assert torch.equal(indices[POSITIONS:], indices[:3])
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from vqmoe_vision.moe import METHODS, collect_losses
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.host import Host
+from vqmoe_vision.moe.raw_patches import Host
 
 D, E = 8, 4
 

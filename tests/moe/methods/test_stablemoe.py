@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from vqmoe_vision.moe import collect_losses, losses, restart, start_training
-from vqmoe_vision.moe.host import Host, RawPatches
-from vqmoe_vision.moe.methods._distilled_router import (
+from vqmoe_vision.moe.methods.stablemoe import (
     DISTILLED_WIDTH,
     DistilledRouter,
+    EmbeddingRouter,
+    StableMoEConfig,
+    StableRouter,
     read_patches,
 )
-from vqmoe_vision.moe.methods._embedding_router import EmbeddingRouter
-from vqmoe_vision.moe.methods.stablemoe import StableMoEConfig, StableRouter
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
 D, E = 8, 4
 

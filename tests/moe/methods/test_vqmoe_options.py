@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from vqmoe_vision.moe import MoeConfig, collect_losses
 from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.methods._vqmoe_config import VQMoEConfig
+from vqmoe_vision.moe.methods.vqmoe import VQMoEConfig
 
 from .by_hand import D, E, expert, moved
 

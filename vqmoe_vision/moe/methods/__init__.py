@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
+from torch import nn
+
 from ..config import MoeConfig
-from ..host import ReadPatches
-from ..image_reader import Features, ImageReader
-from ..layer import MoeLayer
-from . import ecmoe, hashmoe, mocle, smoe, softmoe, stablemoe, vqmoe, xmoe
-from ._distilled_router import read_patches
+from ..experts import Experts
+from ..layer import MoeLayer, RoutedMlp
+from ..raw_patches import Host, ImageReader, ReadPatches
+from ..routing import Router
+from . import ecmoe, hashmoe, smoe, softmoe, stablemoe, vqmoe, xmoe
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,22 @@ class Method:
     """One method."""
 
     config: type[MoeConfig]  # of its options
-    # from the width of tokens, the options, the experts, the `Host`, `device` and `dtype`
-    build: Callable[..., MoeLayer]
-    # of a method that decides by the raw image: what its layers find in `host.raw_patches`
+    # a router, from the width of tokens, the options, the `Host`, `device` and `dtype`; or what
+    # makes a layer, with the experts before the `Host`
+    parts: type[Router] | Callable[..., MoeLayer]
+    # of a method that decides by the raw image: what its layers find in `host.raw_patches`; a class
+    # is called with the options and a dense model
     read_patches: ReadPatches | type[ImageReader] | None = None
+
+    def build(
+        self, in_features: int, config: MoeConfig, experts: Experts, host: Host, **factory: Any
+    ) -> MoeLayer:
+        """A layer for tokens of width `in_features`."""
+        make: Any = self.parts
+        if isinstance(make, type) and issubclass(make, Router):
+            return RoutedMlp(make(in_features, config, host, **factory), experts)
+        layer: MoeLayer = make(in_features, config, experts, host, **factory)
+        return layer
 
     @property
     def needs_features(self) -> bool:
@@ -30,20 +46,32 @@ class Method:
         return isinstance(self.read_patches, type)
 
     def reader(
-        self, config: MoeConfig, features: Callable[[], Features], **factory: Any
+        self, config: MoeConfig, dense: Callable[[], nn.Module], **factory: Any
     ) -> ReadPatches | None:
         """What reads images for the layers of one model; None if nothing does."""
         read: Any = self.read_patches
-        return read(config, features(), **factory) if self.needs_features else read
+        return read(config, dense(), **factory) if self.needs_features else read
 
 
-METHODS: dict[str, Method] = {
-    'smoe': Method(smoe.SMoEConfig, smoe.build),
-    'xmoe': Method(xmoe.XMoEConfig, xmoe.build),
-    'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, read_patches),
-    'softmoe': Method(softmoe.SoftMoEConfig, softmoe.build),
-    'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.build),
-    'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.build),
-    'hashmoe': Method(hashmoe.HashConfig, hashmoe.build),
-    'mocle': Method(mocle.MoCLEConfig, mocle.build, mocle.Clusters),
-}
+class _Methods(UserDict[str, Any]):
+    """Of one that stands outside of this folder a path, which is imported on first use."""
+
+    def __getitem__(self, name: Any) -> Method:
+        found = self.data[name]
+        if isinstance(found, str):
+            found = self.data[name] = resolve_name(found)
+        return found
+
+
+METHODS = _Methods(
+    {
+        'smoe': Method(smoe.SMoEConfig, smoe.SMoERouter),
+        'xmoe': Method(xmoe.XMoEConfig, xmoe.XMoERouter),
+        'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, stablemoe.read_patches),
+        'softmoe': Method(softmoe.SoftMoEConfig, softmoe.SoftMoEMlp),
+        'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.VQMoEMlp),
+        'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
+        'hashmoe': Method(hashmoe.HashConfig, hashmoe.HashRouter),
+        'mocle': 'vqmoe_vision.contrib.mocle:METHOD',
+    }
+)

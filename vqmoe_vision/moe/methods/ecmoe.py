@@ -27,10 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig
-from ..experts import Experts
-from ..host import Host
-from ..layer import RoutedMlp
+from ..config import MoeConfig, option
+from ..raw_patches import Host
 from ..routing import Router, Routing, full_precision, init_lecun_normal
 
 
@@ -38,15 +36,13 @@ from ..routing import Router, Routing, full_precision, init_lecun_normal
 class ExpertChoiceConfig(MoeConfig):
     """Options of expert choice: `capacity_factor` experts per token on average, at most all."""
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {'one': {'capacity_factor': 1.0}}
-
     # Weights of a token sum to 1 over all experts: every expert has to take every token, which
     # costs them all.
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
         'all': {'num_experts': 2, 'capacity_factor': 2.0},
     }
 
-    capacity_factor: float = 2.0
+    capacity_factor: float = option(2.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,12 +56,13 @@ class ExpertChoiceRouter(Router):
     """Chooses tokens for every expert, expert choice (1) and (2)."""
 
     per_image = True
+    has_losses = False
 
     def __init__(
-        self, in_features: int, config: ExpertChoiceConfig, num_tokens: int, **factory: Any
+        self, in_features: int, config: ExpertChoiceConfig, host: Host, **factory: Any
     ) -> None:
         super().__init__()
-        self.config, self.num_tokens = config, num_tokens
+        self.config, self.num_tokens = config, host.num_tokens
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         self.init_weights()
 
@@ -103,18 +100,3 @@ class ExpertChoiceRouter(Router):
     def _capacity(self, num_tokens: int) -> int:
         """Tokens that an expert chooses of an image, (2)."""
         return max(round(num_tokens * self.config.capacity_factor / self.config.num_experts), 1)
-
-
-class ExpertChoiceMlp(RoutedMlp):
-    """`RoutedMlp` without losses or state."""
-
-    needs_collecting = False
-
-
-def build(
-    in_features: int, config: ExpertChoiceConfig, experts: Experts, host: Host, **factory: Any
-) -> ExpertChoiceMlp:
-    """Expert choice layer for tokens of width `in_features`."""
-    return ExpertChoiceMlp(
-        ExpertChoiceRouter(in_features, config, host.num_tokens, **factory), experts
-    )

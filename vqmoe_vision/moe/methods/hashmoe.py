@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import TopKConfig
-from ..experts import Experts
-from ..host import Host
-from ..layer import RoutedMlp
+from ..raw_patches import Host
 from ..routing import Routing, TopKRouter
 
 POSITIONS = 4096
@@ -50,12 +48,17 @@ class HashRouter(TopKRouter):
     """Experts by position."""
 
     per_image = True
+    has_losses = False
+    permutation_equivariant = False
     hash: Tensor  # (4096, K) int64, experts of every position; another draw per layer
 
-    def __init__(self, config: HashConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, in_features: int, config: HashConfig, host: Host | None = None, **factory: Any
+    ) -> None:
         super().__init__()
         self.config = config
-        table = torch.empty((POSITIONS, config.top_k), dtype=torch.int64, device=device)
+        shape, device = (POSITIONS, config.top_k), factory.get('device')
+        table = torch.empty(shape, dtype=torch.int64, device=device)
         self.register_buffer('hash', table)
         self.init_weights()
 
@@ -76,22 +79,3 @@ class HashRouter(TopKRouter):
         indices = self.hash[positions].repeat(batch, 1)
         weights = torch.full_like(indices, 1 / self.config.top_k, dtype=torch.float32)
         return Routing(indices, weights)
-
-
-class HashMlp(RoutedMlp):
-    """`RoutedMlp` that decides nothing."""
-
-    needs_collecting = False
-    permutation_equivariant = False
-
-
-def build(
-    in_features: int,
-    config: HashConfig,
-    experts: Experts,
-    host: Host,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> HashMlp:
-    """Hash layer."""
-    return HashMlp(HashRouter(config, device), experts)

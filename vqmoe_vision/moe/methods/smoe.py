@@ -8,7 +8,7 @@ V-MoE, "Scaling Vision with Sparse Mixture of Experts" (arXiv 2106.05974), numbe
 TOP_k keeps the k largest and does not renormalise (`renormalize=True` gives GShard's and Mixtral's
 softmax over the selected logits). Auxiliary losses: importance (6) and load (9), at 0.005 each as
 in its released configurations. Options are the balance loss of Switch (arXiv 2101.03961, 4) and the
-z-loss of ST-MoE (arXiv 2202.08906, 5).
+z-loss of ST-MoE (arXiv 2202.08906, 5), and a bias in the place of a loss, see `loss_free.py`.
 
 Where we differ: dropless unless `capacity_factor` is set, then capacity = ceil(k T C / E), not
 rounded up to a multiple of 4 as by the released code. The routing group is the batch on a device,
@@ -28,24 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
-from ..experts import Experts
-from ..host import Host
-from ..joint_losses import Loss
-from ..layer import RoutedMlp
+from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..loss_free import LossFreeConfig, LossFreeRouter
+from ..losses import Loss
+from ..raw_patches import Host
 from ..routing import (
     Routing,
-    TopKRouter,
     full_precision,
     init_lecun_normal,
     renormalized,
-    top_k_experts,
     within_capacity,
 )
 
+LOSS_WEIGHTS = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
+
 
 @dataclass(frozen=True, kw_only=True)
-class SMoEConfig(BalancedConfig, TopKConfig):
+class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     """Options of SMoE; weights of losses are at least 0.
 
     Args:
@@ -86,51 +85,26 @@ class SMoEConfig(BalancedConfig, TopKConfig):
         },
     }
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'switch': {
-            'top_k': 1,
-            'router_init_scale': 0.1,
-            'router_noise': 0.5,
-            'importance_weight': 0.1,
-            'load_weight': 0.1,
-            'balance_weight': 0.1,
-            'z_weight': 0.1,
-        },
-        'capacity': {'capacity_factor': 1.0, 'batch_prioritized': True, 'global_balance': False},
-        'eval-capacity': {'eval_capacity_factor': 1.0},
-    }
-
     # the K largest of a softmax sum to less than 1
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
         'renormalize': {'renormalize': True},
     }
 
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
-        {
-            'router_init_scale',
-            'router_noise',
-            'importance_weight',
-            'load_weight',
-            'balance_weight',
-            'z_weight',
-            'capacity_factor',
-            'train_router',
-        }
+    top_k: int = option(2, 1)
+    renormalize: bool = option(False)
+    router_bias: bool = option(False)
+    router_init_scale: float = option(1.0, 0.1, of_weights=False)
+    router_noise: float = option(1.0, 0.5, of_weights=False)
+    importance_weight: float = option(0.005, 0.1, of_weights=False, balances=True)
+    load_weight: float = option(0.005, 0.1, of_weights=False, balances=True)
+    balance_weight: float = option(0.0, 0.1, of_weights=False, balances=True)
+    z_weight: float = option(0.0, 0.1, of_weights=False)
+    capacity_factor: float | None = option(
+        None, {'capacity_factor': 1.0, 'batch_prioritized': True}, of_weights=False
     )
-
-    top_k: int = 2
-    renormalize: bool = False
-    router_bias: bool = False
-    router_init_scale: float = 1.0
-    router_noise: float = 1.0
-    importance_weight: float = 0.005
-    load_weight: float = 0.005
-    balance_weight: float = 0.0
-    z_weight: float = 0.0
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    batch_prioritized: bool = False
-    train_router: bool = True
+    eval_capacity_factor: float | None = option(None, {'eval_capacity_factor': 1.0})
+    batch_prioritized: bool = option(False)
+    train_router: bool = option(True, of_weights=False)
 
     @property
     def learns_routing(self) -> bool:
@@ -140,57 +114,34 @@ class SMoEConfig(BalancedConfig, TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_renormalize(self.renormalize, self.top_k)
-        weights = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
-        check_weights(self, 'router_noise', *weights)
-        for name in weights:
+        check_weights(self, 'router_noise', 'bias_update_rate', *LOSS_WEIGHTS)
+        for name in (*LOSS_WEIGHTS, 'bias_update_rate'):
             valid = self.train_router or getattr(self, name) == 0
             self.require(name, valid, '0 with train_router=False')
-        self.require(
-            'load_weight',
-            self.load_weight == 0 or self.router_noise > 0,
-            '0 when router_noise=0, as the load loss is defined by the noise',
-        )
-        self.require(
-            'router_init_scale',
-            1e-6 <= self.router_init_scale <= 1e4,
-            'from 1e-6 to 1e4: with 0 all tokens tie, and with more a router is too sure to learn',
-        )
+        valid = self.load_weight == 0 or self.router_noise > 0
+        self.require('load_weight', valid, '0 when router_noise=0, which defines the load loss')
+        allowed = 'from 1e-6 to 1e4: with 0 tokens tie, with more a router is too sure to learn'
+        self.require('router_init_scale', 1e-6 <= self.router_init_scale <= 1e4, allowed)
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
             possible = factor is None or 0 < factor < math.inf
             self.require(name, possible, 'above 0 and finite, or None for dropless')
         capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
-        self.require(
-            'batch_prioritized',
-            capped or not self.batch_prioritized,
-            'False unless a capacity_factor is set',
-        )
-
-    def unused(self) -> dict[str, str]:
-        """Without a loss that balances, over which tokens it does."""
-        names = ('importance_weight', 'load_weight', 'balance_weight')
-        if any(getattr(self, name) > 0 for name in names):
-            return {}
-        return {'global_balance': ', '.join(f'{name}=0' for name in names)}
+        valid = capped or not self.batch_prioritized
+        self.require('batch_prioritized', valid, 'False unless a capacity_factor is set')
 
 
-class SMoERouter(TopKRouter):
+class SMoERouter(LossFreeRouter):
     """Softmax top-k router, V-MoE (2)."""
 
     config: SMoEConfig
 
     def __init__(
-        self,
-        in_features: int,
-        config: SMoEConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, config: SMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
         self.config = config
-        weights = (config.importance_weight, config.load_weight, config.balance_weight)
-        self.has_losses = any(weight > 0 for weight in (*weights, config.z_weight))
-        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.has_losses = any(getattr(config, name) > 0 for name in LOSS_WEIGHTS)
         self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
         bias = torch.empty(config.num_experts, **factory)
         self.bias = nn.Parameter(bias) if config.router_bias else None
@@ -200,6 +151,7 @@ class SMoERouter(TopKRouter):
 
     def init_weights(self) -> None:
         """V-MoE's lecun normal, or Switch's narrower one."""
+        super().init_weights()
         init_lecun_normal(self.weight, self.config.router_init_scale)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -216,7 +168,7 @@ class SMoERouter(TopKRouter):
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
-            indices = top_k_experts(noisy, config.top_k)[1]
+            indices = self.choose(noisy, probs)
             weights = probs.gather(1, indices)
             kept = self._within_capacity(indices, weights)
             if config.renormalize:
@@ -253,7 +205,7 @@ class SMoERouter(TopKRouter):
             terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         if config.z_weight > 0:
             terms['z'] = config.z_weight * losses.router_z(logits)
-        return config.balanced(terms)
+        return losses.balanced(terms, config.global_balance)
 
     def _within_capacity(self, indices: Tensor, weights: Tensor) -> Tensor | None:
         config = self.config
@@ -266,10 +218,3 @@ class SMoERouter(TopKRouter):
         capacity = (assigned * factor / config.num_experts).ceil().minimum(assigned).long()
         priority = weights[:, 0] if config.batch_prioritized else None
         return within_capacity(indices, config.num_experts, capacity, priority)
-
-
-def build(
-    in_features: int, config: SMoEConfig, experts: Experts, host: Host, **factory: Any
-) -> RoutedMlp:
-    """SMoE layer for tokens of width `in_features`."""
-    return RoutedMlp(SMoERouter(in_features, config, **factory), experts)

@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig
+from ..config import MoeConfig, option
 from ..dispatch import run_experts_evenly
 from ..experts import Experts
-from ..host import Host
 from ..kernels import compute_dtype
 from ..layer import MoeLayer
+from ..raw_patches import Host
 from ..routing import full_precision
 
 
@@ -61,16 +61,12 @@ class SoftMoEConfig(MoeConfig):
         'lucidrains': {'slot_norm': 'rms'},
     }
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'slots': {'slots_per_expert': 3, 'init_scale': 8.0},
-    }
     # no EXACT_UPCYCLING: experts see mixtures of tokens, however equal they are
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset({'init_scale'})
 
-    slots_per_expert: int | None = None
-    slots_per_token: float | None = None
-    slot_norm: str = 'l2'
-    init_scale: float = 1.0
+    slots_per_expert: int | None = option(None, 3)
+    slots_per_token: float | None = option(None)
+    slot_norm: str = option('l2')
+    init_scale: float = option(1.0, 8.0, of_weights=False, idle={'slot_norm': 'rms'})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,10 +80,6 @@ class SoftMoEConfig(MoeConfig):
         self.require('slot_norm', self.slot_norm in ('l2', 'rms'), "'l2' or 'rms'")
         # float16 holds both ends
         self.require('init_scale', 1e-4 <= self.init_scale <= 1e4, 'from 1e-4 to 1e4')
-
-    def unused(self) -> dict[str, str]:
-        """With RMS norms there is no scale."""
-        return {'init_scale': "slot_norm='rms'"} if self.slot_norm == 'rms' else {}
 
 
 class SoftMoEMlp(MoeLayer):
@@ -207,10 +199,3 @@ class SoftMoEMlp(MoeLayer):
     def extra_repr(self) -> str:
         """Slots, for print(model)."""
         return f'slots_per_expert={self.slots_per_expert}, slot_norm={self.slot_norm!r}'
-
-
-def build(
-    in_features: int, config: SoftMoEConfig, experts: Experts, host: Host, **factory: Any
-) -> SoftMoEMlp:
-    """SoftMoE layer for tokens of width `in_features`."""
-    return SoftMoEMlp(in_features, config, experts, host, **factory)

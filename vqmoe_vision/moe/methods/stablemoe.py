@@ -23,9 +23,12 @@ model. Weights of the losses are the paper's; the authors' scripts give 0.3 to t
 Dropless, the authors' code has a capacity of 2.
 
 Preset 'group' is what the tables published with VQMoE call StableMoE: a one-stage softmax router
-with normalised expert embeddings.
+with normalised expert embeddings. Their code, `CustomNaiveGate_Balance_StableMoE` of
+giangdip2410/VQMoE, has neither the distillation nor the second stage of the method of that name.
 
-Legend: B images, N tokens per image, T = B * N tokens, D width, E experts, K experts per token.
+Legend: B images, L patches per image, N tokens per image, T = B * N tokens, D width, E experts, K
+experts per token, F = 16 * channels raw features of a patch, W = 50 distilled width, G prefix
+tokens.
 """
 
 from __future__ import annotations
@@ -38,16 +41,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_weights
+from ..config import BalancedConfig, TopKConfig, check_weights, option
 from ..experts import Experts
-from ..host import Host, RawPatches
-from ..joint_losses import Loss
 from ..layer import RoutedMlp
+from ..losses import Loss
+from ..raw_patches import Host, RawPatches
 from ..routing import Routing, TopKRouter, full_precision, init_orthogonal, top_k_experts
-from ._distilled_router import CELLS, DistilledRouter
-from ._embedding_router import EmbeddingRouter
 
+CELLS = 4  # a patch is averaged to CELLS x CELLS cells before D sees it
+DISTILLED_WIDTH = 50  # of the paper
 DEFAULT_STAGE1_STEPS = 6000  # of the paper's language model, where nobody says how long training is
+_ONE_STAGE = {'two_stage': False}  # where options have no effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +73,18 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
         'group': {'two_stage': False, 'top_k': 2},
     }
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'short': {'stage1_steps': 1, 'balance_weight': 0.1, 'distill_weight': 0.5},
-        'long': {'stage1_fraction': 0.5, 'global_balance': False},
-    }
-
     # the sigmoid of two stages begins a little above a half
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
         'one-stage': {'two_stage': False, 'top_k': 2},
     }
 
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
-        {'stage1_steps', 'stage1_fraction', 'balance_weight', 'distill_weight'}
+    stage1_steps: int | None = option(None, 1, of_weights=False, idle=_ONE_STAGE)
+    stage1_fraction: float = option(
+        0.1, 0.5, of_weights=False, idle={**_ONE_STAGE, 'stage1_steps': lambda n: n is not None}
     )
-
-    stage1_steps: int | None = None
-    stage1_fraction: float = 0.1
-    balance_weight: float = 0.3
-    distill_weight: float = 1.0
-    two_stage: bool = True
+    balance_weight: float = option(0.3, 0.1, of_weights=False, balances=True, idle=_ONE_STAGE)
+    distill_weight: float = option(1.0, 0.5, of_weights=False, idle=_ONE_STAGE)
+    two_stage: bool = option(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,17 +98,95 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
             'at least 2 with two_stage=False, else every weight is 1 and the router learns nothing',
         )
 
-    def unused(self) -> dict[str, str]:
-        """What belongs to two stages, and the fraction beside a number of steps."""
-        if not self.two_stage:
-            names = ('stage1_steps', 'stage1_fraction', 'balance_weight', 'distill_weight')
-            return dict.fromkeys((*names, 'global_balance'), 'two_stage=False')
-        unused = {}
-        if self.stage1_steps is not None:
-            unused['stage1_fraction'] = f'stage1_steps={self.stage1_steps}'
-        if self.balance_weight == 0:
-            unused['global_balance'] = 'balance_weight=0'
-        return unused
+
+def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Average patches to 4 x 4 cells, (B, channels, height, width) -> (B, L, F) without a graph."""
+    rows, columns = grid_size
+    cells = F.adaptive_avg_pool2d(images.detach(), (rows * CELLS, columns * CELLS))
+    # not pixel_unshuffle, which leaves an empty batch in the shape it came in
+    return F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)
+
+
+class DistilledRouter(nn.Module):
+    """D and E^ of (6), with their frozen copy: raw patches in, scores out.
+
+    It has no bias, as the authors' code, and so learns first what tells most patches apart:
+    brightness. The frozen router is a copy kept in buffers. Parameters themselves cannot be frozen:
+    momentum and weight decay move one whose gradient is zero, and one without breaks data-parallel
+    training.
+    """
+
+    project: Tensor
+    prefix: Tensor
+    expert_embed: Tensor
+    frozen: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, in_chans: int, num_experts: int, num_prefix_tokens: int, **factory: Any
+    ) -> None:
+        super().__init__()
+        shapes = {
+            'project': (DISTILLED_WIDTH, in_chans * CELLS * CELLS),
+            'prefix': (num_prefix_tokens, DISTILLED_WIDTH),
+            'expert_embed': (num_experts, DISTILLED_WIDTH),
+        }
+        self.names = [name for name, shape in shapes.items() if shape[0] > 0]
+        for name in self.names:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name], **factory)))
+            self.register_buffer(f'frozen_{name}', torch.empty(shapes[name], **factory))
+        device = factory.get('device')
+        self.register_buffer('frozen', torch.empty((), dtype=torch.bool, device=device))
+        self.register_buffer('steps', torch.empty((), dtype=torch.int64, device=device))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layer as timm's, prefix of 0.02, experts orthogonal with gain 0.1; stage 1."""
+        nn.init.trunc_normal_(self.project, std=0.02)
+        if 'prefix' in self.names:
+            nn.init.normal_(self.prefix, std=0.02)
+        init_orthogonal(self.expert_embed)
+        for name in self.names:
+            nn.init.zeros_(getattr(self, f'frozen_{name}'))
+        self.frozen.fill_(False)
+        self.steps.zero_()
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter, or its frozen copy in stage 2 (then with a gradient of exact zeros)."""
+        # a copy: autograd keeps it, and another block may begin before a backward that comes later
+        frozen = self.frozen.clone()
+        chosen = torch.where(frozen, getattr(self, f'frozen_{name}'), getattr(self, name))
+        return chosen.float()
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Scores (6); raw patches (B, L, F) -> (B * (G + L), E) float32."""
+        features = F.linear(cells.float(), self.weight('project'))
+        if 'prefix' in self.names:
+            prefix = self.weight('prefix').expand(cells.shape[0], -1, -1)
+            features = torch.cat([prefix, features], dim=1)
+        return F.linear(features, self.weight('expert_embed')).flatten(0, 1)
+
+    @torch.no_grad()
+    def freeze(self, due: Tensor) -> None:
+        """Begin stage 2 if it is due, 0-dim bool, and has not begun; nothing is read back."""
+        begins = due & ~self.frozen
+        for name in self.names:
+            copy = getattr(self, f'frozen_{name}')
+            copy.copy_(torch.where(begins, getattr(self, name), copy))
+        self.frozen |= due
+
+    @torch.no_grad()
+    def restart(self) -> bool:
+        """Back to the start of stage 1 with what was frozen; returns whether it was frozen."""
+        self.steps.zero_()
+        if not self.frozen:
+            return False
+        # optimizers have moved the parameters behind the copies
+        for name in self.names:
+            getattr(self, name).copy_(getattr(self, f'frozen_{name}'))
+            getattr(self, f'frozen_{name}').zero_()
+        self.frozen.fill_(False)
+        return True
 
 
 class StableRouter(TopKRouter):
@@ -119,6 +194,8 @@ class StableRouter(TopKRouter):
 
     config: StableMoEConfig
     raw_patches: RawPatches
+    # assigns by the raw patch of a position, wherever the token in it comes from
+    permutation_equivariant = False
 
     def __init__(
         self, in_features: int, config: StableMoEConfig, host: Host, **factory: Any
@@ -167,12 +244,39 @@ class StableRouter(TopKRouter):
         # without gates it is zero
         gates = torch.where(stage1, gates, 0.0)
         balance = losses.overload(gates, indices, config.num_experts)
-        return config.balanced(
-            {
-                'balance': config.balance_weight * balance,
-                'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
-            }
-        )
+        terms: dict[str, Loss] = {
+            'balance': config.balance_weight * balance,
+            'distill': torch.where(stage1, config.distill_weight * distill, 0.0),
+        }
+        return losses.balanced(terms, config.global_balance)
+
+
+class EmbeddingRouter(TopKRouter):
+    """Softmax over the K best of E_i . x / |E_i|."""
+
+    has_losses = False
+
+    def __init__(self, in_features: int, config: TopKConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.expert_embed = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Orthogonal of gain 0.32, as the tables' code."""
+        # no score depends on the length, but a step of the optimizer turns a longer embedding less
+        init_orthogonal(self.expert_embed, gain=0.32)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        with full_precision(x):
+            scores = F.linear(x.float(), F.normalize(self.expert_embed.float(), dim=-1))
+            chosen, indices = top_k_experts(scores, self.config.top_k)
+        return Routing(indices, chosen.softmax(dim=-1))
+
+    def no_weight_decay(self) -> set[str]:
+        """The expert embeddings: only their direction counts."""
+        return {'expert_embed'}
 
 
 class StableMoEMlp(RoutedMlp):
@@ -183,8 +287,6 @@ class StableMoEMlp(RoutedMlp):
         experts: The layer's experts.
     """
 
-    # assigns by the raw patch of a position, wherever the token in it comes from
-    permutation_equivariant = False
     _counted = True  # an update since the last block began, as far as the host knows
     router: StableRouter
 
@@ -207,6 +309,10 @@ class StableMoEMlp(RoutedMlp):
         distilled.freeze(distilled.steps >= self.stage1_steps)
         counted, self._counted = self._counted, False
         return counted
+
+    def moves_state(self) -> bool:
+        """Whether there is a stage to count for."""
+        return True
 
     def apply_update(self) -> bool:
         """Count an update, which changes no answer."""

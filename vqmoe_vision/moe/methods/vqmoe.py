@@ -15,8 +15,8 @@ One codebook; code q belongs to expert q mod E. The full form computes two exper
 top-2 router does; the discrete form computes one.
 
 Where we differ: fed the code itself (3), with M = E every expert maps its one code to one constant;
-`expert_input` has other readings, see `_quantizer.py`. The paper's gate states no right-hand side
-for g_c + g_d; softmax is the authors' code. (6) uses means over tokens and channels, as their code
+`expert_input` has other readings, see `Quantizer`. The paper's gate states no right-hand side for
+g_c + g_d; softmax is the authors' code. (6) uses means over tokens and channels, as their code
 does; a squared norm is D times larger. Their balance loss is always zero by mistake; ours has
 `balance_weight`. Their top-1 weight is always one, which leaves the router untrained; ours is the
 probability, as (2) says, and starts as SMoE's. The code vector passes a LayerNorm of its own before
@@ -31,29 +31,298 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..branches import Branch, branch_statistics, run_branches
-from ..codebook import Quantized
+from .. import losses
+from ..codebooks import CODEBOOKS
+from ..codebooks.codebook import Codebook, Quantized, rotate_to
+from ..config import BalancedConfig, check_weights, option
+from ..dispatch import Branch, run_branches
 from ..experts import Experts
-from ..host import Host
-from ..joint_losses import Loss
 from ..layer import Decisions, MoeLayer
-from ..losses import diversity, token_mean
-from ..routing import full_precision
-from ._continuous_router import ContinuousRouter
-from ._quantizer import Quantizer
-from ._vqmoe_config import VQMoEConfig
+from ..losses import Loss, token_mean
+from ..raw_patches import Host
+from ..routing import (
+    Router,
+    Routing,
+    expert_load,
+    full_precision,
+    init_lecun_normal,
+    top_k_experts,
+)
 
+FORMS = ('full', 'discrete', 'continuous')
+EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
+FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
 # What the full form has and the discrete one has not.
 _OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
+# Where options of the branches have no effect.
+_NO_CODES = {'form': 'continuous'}
+_NO_ROUTER = {'form': 'discrete'}
+
+
+def _lacking(name: str) -> Callable[[str], bool]:
+    return lambda codebook: name not in CODEBOOKS[codebook].OPTIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQMoEConfig(BalancedConfig):
+    """Options of VQMoE; docs/methods.md has what was measured.
+
+    `use_cosine_sim` and `rotation_trick` are as in vector-quantize-pytorch.
+
+    Args:
+        form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
+        num_codes: M, a multiple of `num_experts`; None gives one code per expert.
+        codebook: 'ema' (starts by k-means and replaces dead codes), 'plain' (VQ-VAE's), 'simvq' or
+            'cvq'.
+        vq_weight: alpha of (6), at least 0.
+        commitment: beta of (6), at least 0.
+        use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
+        ema_decay: Of the averages of 'ema' and 'cvq', at least 0 and below 1.
+        dead_code_threshold: Share of even usage, from 0 (never) to below 1, under which 'ema'
+            replaces a code.
+        train_codebook: False keeps the codes as they are; tokens are still drawn to them.
+        expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
+        code_share: c of 'mix' and 'official', from 0 to 1.
+        rotation_trick: Gradients through the code by rotation in place of straight through.
+        input_norm: LayerNorm between code and expert.
+        output_norm: LayerNorm after the expert of the discrete branch.
+        balance_weight: Weight of the router's balance loss, at least 0.
+        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0), at least 0.
+        train_router: False freezes the router at its random start with weight one.
+        routed_scaling_factor: Of the router's weight, not of losses; above 0 and at most 1e6.
+
+    Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults;
+    'official', the released code.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        'paper': {
+            'form': 'full',  # (4)
+            'num_codes': None,
+            # (2)
+            'train_router': True,
+            'routed_scaling_factor': 1.0,
+            # (3)
+            'use_cosine_sim': False,
+            'expert_input': 'ste',
+            'rotation_trick': False,
+            'input_norm': False,
+            'output_norm': False,
+            # (6), whose weights are those of the released code, as the text does not give them
+            'codebook': 'plain',
+            'train_codebook': True,
+            'vq_weight': 0.08,
+            'commitment': 0.25,
+            'balance_weight': 0.0,
+            'diversity_weight': 0.0,
+        },
+        'matched': {},
+        'official': {
+            'codebook': 'plain',
+            'expert_input': 'official',
+            'output_norm': True,
+            'balance_weight': 0.0,
+            'train_router': False,
+        },
+    }
+    # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
+    # the continuous branch is a probability, below 1, unless its router is frozen.
+    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+        'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
+        'full': {
+            'expert_input': 'token',
+            'input_norm': False,
+            'train_router': False,
+            'balance_weight': 0.0,
+        },
+    }
+
+    form: str = option('full', 'discrete', 'continuous', of_weights=False)
+    num_codes: int | None = option(None, 48, of_weights=False, idle=_NO_CODES)
+    codebook: str = option('ema', 'simvq', 'cvq', idle=_NO_CODES)
+    vq_weight: float = option(0.08, 0.5, of_weights=False, idle=_NO_CODES)
+    commitment: float = option(0.25, 0.5, of_weights=False, idle={**_NO_CODES, 'vq_weight': 0})
+    use_cosine_sim: bool = option(False, True, idle=_NO_CODES)
+    ema_decay: float = option(
+        0.99,
+        0.9,
+        of_weights=False,
+        idle={**_NO_CODES, 'codebook': _lacking('ema_decay'), 'train_codebook': False},
+    )
+    dead_code_threshold: float = option(
+        0.01,
+        0.1,
+        of_weights=False,
+        idle={**_NO_CODES, 'codebook': _lacking('dead_code_threshold'), 'train_codebook': False},
+    )
+    train_codebook: bool = option(
+        True, {'train_codebook': False, 'form': 'discrete'}, of_weights=False, idle=_NO_CODES
+    )
+    expert_input: str = option('mix', 'ste', 'token', idle=_NO_CODES)
+    code_share: float = option(0.05, 0.3, idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)})
+    rotation_trick: bool = option(False, True, of_weights=False, idle=_NO_CODES)
+    input_norm: bool = option(True, False, idle=_NO_CODES)
+    output_norm: bool = option(False, idle=_NO_CODES)
+    balance_weight: float = option(0.01, of_weights=False, balances=True, idle=_NO_ROUTER)
+    diversity_weight: float = option(0.0, 0.1, of_weights=False, balances=True, idle=_NO_CODES)
+    train_router: bool = option(True, idle=_NO_ROUTER)
+    routed_scaling_factor: float = option(1.0, 2.75, idle={**_NO_ROUTER, 'train_router': False})
+
+    @property
+    def learns_routing(self) -> bool:
+        """By codes, too, which are learned whatever becomes of the router."""
+        return self.form != 'continuous' or self.train_router
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require('form', self.form in FORMS, f'one of {FORMS}')
+        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
+        self.require('ema_decay', 0 <= self.ema_decay < 1, 'at least 0 and below 1')
+        share = self.dead_code_threshold
+        self.require('dead_code_threshold', 0 <= share < 1, 'at least 0 and below 1')
+        inputs = self.expert_input
+        self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
+        self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
+        check_weights(self, 'vq_weight', 'commitment', 'balance_weight', 'diversity_weight')
+        codes = self.num_codes
+        valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
+        multiple = f'a positive multiple of num_experts={self.num_experts}'
+        self.require('num_codes', valid, f'{multiple}, or None for one per expert')
+        factor = self.routed_scaling_factor
+        self.require('routed_scaling_factor', 0 < factor <= 1e6, 'above 0 and at most 1e6')
+        valid = self.train_router or self.balance_weight == 0
+        self.require('balance_weight', valid, '0 with train_router=False')
+
+    def unused(self) -> dict[str, str]:
+        """As its base, and what the values of two options leave without effect together."""
+        found = super().unused()
+        learns_by_loss = CODEBOOKS[self.codebook].codebook_scale > 0
+        if self.vq_weight > 0 and self.commitment == 0:
+            if not self.train_codebook:
+                found.setdefault('vq_weight', 'commitment=0 and train_codebook=False')
+            elif not learns_by_loss:
+                found.setdefault('vq_weight', f'commitment=0 and codebook={self.codebook!r}')
+        if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
+            found.setdefault('rotation_trick', 'experts that are fed the token alone')
+        return found
+
+
+class ContinuousRouter(Router):
+    """Equation (2): the most probable expert, by its probability.
+
+    Of eight experts it is 0.36 at the start, where a code's expert has the weight 1.
+    `routed_scaling_factor` evens that, as in DeepSeek-V2 (arXiv 2405.04434), which does not
+    renormalise either: renormalised, one weight is 1, as if the router were not trained.
+    """
+
+    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.has_losses = config.balance_weight > 0
+        self.weight = nn.Parameter(torch.empty(config.num_experts, in_features, **factory))
+        self.weight.requires_grad_(config.train_router)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As SMoE's."""
+        init_lecun_normal(self.weight)
+
+    reset_parameters = init_weights
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens (T, D) in float32."""
+        config = self.config
+        terms: dict[str, Loss] = {}
+        # detached: a fine-tuning may freeze and unfreeze a model as a whole
+        weight = self.weight if config.train_router else self.weight.detach()
+        with full_precision(x):
+            logits = F.linear(x.float(), weight.float())
+            probs = logits.softmax(dim=-1)
+            # by logit: small probabilities underflow to equals
+            indices = top_k_experts(logits, 1)[1]
+            weights = probs.gather(1, indices)
+            if self.training and self.has_losses:
+                terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
+        if not config.train_router:
+            weights = torch.ones_like(weights)
+        elif config.routed_scaling_factor != 1:
+            weights = config.routed_scaling_factor * weights
+        return Routing(indices, weights, losses.balanced(terms, config.global_balance))
+
+
+class Quantizer(nn.Module):
+    """Equation (3) and its readings: tokens to their codes, and to what an expert is fed.
+
+    The paper feeds the code v itself to the expert. The authors' code feeds almost the token x, and
+    lets the code decide only which expert. `expert_input` has both and more, with c = `code_share`:
+
+        'mix'       (1 - c) x + c v     gradient 1 with respect to x
+        'ste'       v                   'mix' with c = 1: equation (3), straight through
+        'token'     x                   'mix' with c = 0: the code is only an index
+        'official'  (1 - 2c) x + c v    the value and gradient (1 - c) of the authors' code
+
+    Gradients are straight through the code: as if v were x. With `rotation_trick` v has the
+    gradient of x turned onto it, see `rotate_to`.
+    """
+
+    codebook: Codebook
+
+    def __init__(self, in_features: int, config: VQMoEConfig, **factory: Any) -> None:
+        super().__init__()
+        kind = CODEBOOKS[config.codebook]
+        options = {name: getattr(config, name) for name in kind.OPTIONS}
+        num_codes = config.num_codes or config.num_experts
+        self.codebook = kind(num_codes, in_features, **options, **factory)
+        if not config.train_codebook:
+            self.codebook.freeze()
+        normed = config.input_norm
+        self.norm = nn.LayerNorm(in_features, **factory) if normed else nn.Identity()
+        self.reading, self.rotation_trick = config.expert_input, config.rotation_trick
+        self.code_share = FIXED_SHARES.get(config.expert_input, config.code_share)
+
+    def forward(self, x: Tensor, precise: Tensor) -> tuple[Tensor, Quantized]:
+        """Quantize tokens (T, D), and the same in float32; first comes what the expert is fed."""
+        quantized = self.codebook(precise)
+        return self.norm(self.expert_input(x, quantized.codes.to(x.dtype))), quantized
+
+    def expert_input(self, x: Tensor, code: Tensor) -> Tensor:
+        """What the expert is fed for tokens (T, D) and their codes (T, D), before the norm."""
+        share, official = self.code_share, self.reading == 'official'
+        if share == 0:
+            return x
+        if self.rotation_trick:
+            of_token = 1 - 2 * share if official else 1 - share
+            return torch.add(of_token * x, rotate_to(x, code.detach()), alpha=share)
+        if share == 1 and not official:
+            # exactly the code, in half precision too, and the gradient of the token
+            return code.detach() + (x - x.detach())
+        kept = (1 - share) * x if official else x
+        return torch.add(kept, (code - x).detach(), alpha=share)
+
+    def observe(
+        self, tokens: Tensor, quantized: Quantized, tokens_per_image: int
+    ) -> dict[str, Tensor]:
+        """Statistics of tokens (T, D) float32; a codebook in training sees them."""
+        energy = torch.linalg.vector_norm(tokens.detach()).square()
+        stats = {
+            'code_usage': expert_load(quantized.indices, self.codebook.num_codes),
+            # of the tokens' energy
+            'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
+        }
+        if self.training and not self.codebook.frozen:
+            left_out = self.codebook.observe(tokens, quantized.indices, tokens_per_image)
+            if left_out is not None:
+                stats['nonfinite_tokens'] = left_out
+        return stats
 
 
 class VQMoEMlp(MoeLayer):
@@ -63,17 +332,23 @@ class VQMoEMlp(MoeLayer):
         in_features: D.
         config: Options.
         experts: The experts that both branches share.
+        host: Unused.
     """
 
     def __init__(
-        self, in_features: int, config: VQMoEConfig, experts: Experts, **factory: Any
+        self,
+        in_features: int,
+        config: VQMoEConfig,
+        experts: Experts,
+        host: Host | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         self.config = config
         self.experts = experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
-        self.router = _router(in_features, config, **factory) if continuous else None
-        self.quantizer = _quantizer(in_features, config, **factory) if discrete else None
+        self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
+        self.quantizer = Quantizer(in_features, config, **factory) if discrete else None
         balanced = self.router is not None and self.router.has_losses
         self.needs_collecting = discrete or balanced
         normed = discrete and config.output_norm
@@ -94,43 +369,44 @@ class VQMoEMlp(MoeLayer):
         tokens = x.flatten(0, 1)
         precise = tokens.float()  # once for all that decides in float32
         branches: list[Branch] = []
-        losses: dict[str, Loss] = {}
+        terms: dict[str, Loss] = {}
         stats: dict[str, Tensor] = {}
         decisions: Decisions = {}
         if self.router is not None:
             routing = decisions['router'] = self.router(precise)
             branches.append(Branch(tokens, routing.indices[:, 0], routing.weights))
-            losses |= routing.losses
+            terms |= routing.losses
         if self.quantizer is not None:
             inputs, quantized = self.quantizer(tokens, precise)
             decisions['quantizer.codebook'] = quantized
             experts = quantized.indices % self.experts.num_experts
             branches.append(Branch(inputs, experts, torch.ones_like(precise[:, :1])))
             if self.training:
-                losses |= self._code_losses(precise, quantized)
+                terms |= self._code_losses(self.quantizer.codebook, precise, quantized)
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
         out = run_branches(self.experts, branches, gates, self.output_norm)
         if self.listens:
-            stats = {**branch_statistics(self.experts.num_experts, branches), **stats}
+            stats = {**_branch_statistics(self.experts.num_experts, branches), **stats}
             if gates is not None:
                 stats['gate_continuous'] = token_mean(gates[:, 0].detach())
-        self.record(losses, stats, tokens.shape[0])
+        self.record(terms, stats, tokens.shape[0])
         if gates is not None:
             decisions['gates'] = gates
         out = out.view(x.shape)
         self.show(decisions, x, out)
         return out
 
-    def _code_losses(self, tokens: Tensor, quantized: Quantized) -> dict[str, Loss]:
+    def _code_losses(
+        self, codebook: Codebook, tokens: Tensor, quantized: Quantized
+    ) -> dict[str, Loss]:
         config = self.config
         terms: dict[str, Loss] = {'vq': config.vq_weight * quantized.loss}
         if config.diversity_weight > 0:
-            assert self.quantizer is not None
-            probs = self.quantizer.codebook.soft_assignment(tokens)
-            terms['diversity'] = config.diversity_weight * diversity(probs)
-        return config.balanced(terms)
+            probs = codebook.soft_assignment(tokens)
+            terms['diversity'] = config.diversity_weight * losses.diversity(probs)
+        return losses.balanced(terms, config.global_balance)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
         """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""
@@ -140,6 +416,13 @@ class VQMoEMlp(MoeLayer):
             logits = F.linear(tokens.float(), self.gate.weight.float(), self.gate.bias.float())
             return logits.softmax(dim=-1)
 
+    @property
+    def experts_per_token(self) -> float:
+        """One per branch."""
+        return (self.router is not None) + (self.quantizer is not None)
+
+    # --- the codebook's state
+
     def apply_update(self) -> bool:
         """Let the codebook learn from what it observed."""
         return self.quantizer is not None and self.quantizer.codebook.update()
@@ -148,15 +431,17 @@ class VQMoEMlp(MoeLayer):
         """Whether the codebook learns from what it observes."""
         return self.quantizer is not None and self.quantizer.codebook.moves()
 
-    def discard(self) -> None:
-        """Let the codebook forget what it observed."""
-        if self.quantizer is not None:
-            self.quantizer.codebook.discard()
-
     @property
-    def experts_per_token(self) -> float:
-        """One per branch."""
-        return (self.router is not None) + (self.quantizer is not None)
+    def observed(self) -> dict[str, Any]:
+        """The codebook's."""
+        return {} if self.quantizer is None else self.quantizer.codebook.observed
+
+    @observed.setter
+    def observed(self, kept: dict[str, Any]) -> None:
+        if self.quantizer is not None:
+            self.quantizer.codebook.observed = kept
+
+    # --- the discrete form
 
     def omitted(self, names: Iterable[str]) -> set[str]:
         """Router and gate of a full form, all of them: the discrete form does without."""
@@ -179,27 +464,10 @@ class VQMoEMlp(MoeLayer):
         return changed
 
 
-def _router(in_features: int, config: VQMoEConfig, **factory: Any) -> ContinuousRouter:
-    return ContinuousRouter(
-        in_features,
-        config.num_experts,
-        config.balance_weight,
-        config.global_balance,
-        config.train_router,
-        config.routed_scaling_factor,
-        **factory,
-    )
-
-
-def _quantizer(in_features: int, config: VQMoEConfig, **factory: Any) -> Quantizer:
-    num_codes = config.num_codes or config.num_experts
-    codebook = config.build_codebook(num_codes, in_features, **factory)
-    norm = nn.LayerNorm(in_features, **factory) if config.input_norm else nn.Identity()
-    return Quantizer(codebook, norm, config.expert_input, config.code_share, config.rotation_trick)
-
-
-def build(
-    in_features: int, config: VQMoEConfig, experts: Experts, host: Host, **factory: Any
-) -> VQMoEMlp:
-    """VQMoE layer for tokens of width `in_features`."""
-    return VQMoEMlp(in_features, config, experts, **factory)
+def _branch_statistics(num_experts: int, branches: Sequence[Branch]) -> dict[str, Tensor]:
+    """`load` (E,) by all branches; of two also `agreement`, the share of tokens with one expert."""
+    experts = torch.stack([branch.experts for branch in branches], dim=1)
+    stats = {'load': expert_load(experts, num_experts)}
+    if len(branches) == 2:
+        stats['agreement'] = token_mean((experts[:, 0] == experts[:, 1]).float())
+    return stats

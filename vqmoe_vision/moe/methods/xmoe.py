@@ -28,18 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights
-from ..experts import Experts
-from ..host import Host
-from ..joint_losses import Loss
-from ..layer import RoutedMlp
+from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..loss_free import LossFreeConfig, LossFreeRouter
+from ..losses import Loss
+from ..raw_patches import Host
 from ..routing import (
     Routing,
-    TopKRouter,
     full_precision,
     init_orthogonal,
     renormalized,
-    top_k_experts,
 )
 
 EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
@@ -48,7 +45,7 @@ _TEMPERATURES = {'softmax': (0.3, 0.3), 'sigmoid': (0.07, 0.07)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class XMoEConfig(BalancedConfig, TopKConfig):
+class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     """Options of XMoE.
 
     Args:
@@ -78,33 +75,27 @@ class XMoEConfig(BalancedConfig, TopKConfig):
         },
     }
 
-    TRIALS: ClassVar[dict[str, dict[str, Any]]] = {
-        'sigmoid': {'gate': 'sigmoid', 'balance_temperature': 0.5, 'global_balance': False},
-    }
-
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
         'renormalize': {'renormalize': True, 'top_k': 2},
     }
 
-    NOT_OF_WEIGHTS: ClassVar[frozenset[str]] = frozenset(
-        {'temperature', 'learn_temperature', 'balance_temperature', 'balance_weight'}
+    gate: str = option('softmax', 'sigmoid')
+    router_dim: int | None = option(None)
+    temperature: float | None = option(None, of_weights=False)
+    learn_temperature: bool = option(True, of_weights=False)
+    balance_temperature: float | None = option(
+        None, 0.5, of_weights=False, idle={'balance_weight': 0}
     )
-
-    gate: str = 'softmax'
-    router_dim: int | None = None
-    temperature: float | None = None
-    learn_temperature: bool = True
-    balance_temperature: float | None = None
-    normalize_tokens: bool = True
-    renormalize: bool = False
-    balance_weight: float = 0.01
+    normalize_tokens: bool = option(True)
+    renormalize: bool = option(False)
+    balance_weight: float = option(0.01, of_weights=False, balances=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require('gate', self.gate in _TEMPERATURES, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(self, 'balance_weight')
+        check_weights(self, 'balance_weight', 'bias_update_rate')
         dim = self.router_dim
         self.require('router_dim', dim is None or dim >= 2, 'at least 2, or None for E / 2')
         for name in ('temperature', 'balance_temperature'):
@@ -112,28 +103,18 @@ class XMoEConfig(BalancedConfig, TopKConfig):
             valid = value is None or 0 < value <= 1e6
             self.require(name, valid, "above 0 and at most 1e6, or None for the paper's")
 
-    def unused(self) -> dict[str, str]:
-        """Without the balance loss, what belongs to it."""
-        names = ('balance_temperature', 'global_balance') if self.balance_weight == 0 else ()
-        return dict.fromkeys(names, 'balance_weight=0')
 
-
-class XMoERouter(TopKRouter):
+class XMoERouter(LossFreeRouter):
     """Cosine router, XMoE (5) to (8)."""
 
     config: XMoEConfig
 
     def __init__(
-        self,
-        in_features: int,
-        config: XMoEConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, config: XMoEConfig, host: Host | None = None, **factory: Any
     ) -> None:
-        super().__init__()
+        super().__init__(config.num_experts, config.bias_update_rate, factory.get('device'))
         self.config = config
         self.has_losses = config.balance_weight > 0
-        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         dim = config.router_dim or max(config.num_experts // 2, 2)
         gate_default, balance_default = _TEMPERATURES[config.gate]
         self.initial_temperature = config.temperature or gate_default
@@ -149,6 +130,7 @@ class XMoERouter(TopKRouter):
 
     def init_weights(self) -> None:
         """Projection as timm's linear layers, embeddings orthogonal, each of length 1.5."""
+        super().init_weights()
         nn.init.trunc_normal_(self.project, std=0.02)
         init_orthogonal(self.expert_embed)
         with torch.no_grad():
@@ -183,21 +165,14 @@ class XMoERouter(TopKRouter):
             scores = self.scores(x)
             scaled = scores * torch.exp(-self.log_temperature.float())
             # by score: gates near 1 or 0 round to equals, in the sigmoid form from the start
-            indices = top_k_experts(scores, config.top_k)[1]
+            indices = self.choose(scores, scores)
             weights = self._weights(scaled, indices)
             terms: dict[str, Loss] = {}
             if self.training and config.balance_weight > 0:
                 probs = (scores / self.balance_temperature).softmax(dim=-1)
                 terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
-        return Routing(indices, weights, config.balanced(terms))
+        return Routing(indices, weights, losses.balanced(terms, config.global_balance))
 
     def no_weight_decay(self) -> set[str]:
         """The expert embeddings: only their direction counts."""
         return {'expert_embed'}
-
-
-def build(
-    in_features: int, config: XMoEConfig, experts: Experts, host: Host, **factory: Any
-) -> RoutedMlp:
-    """XMoE layer for tokens of width `in_features`."""
-    return RoutedMlp(XMoERouter(in_features, config, **factory), experts)

@@ -57,7 +57,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
-train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=5)
+train_cfg = dict(type='ResumableEpochLoop', max_epochs=40, val_interval=5)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, end=2, convert_to_iter_based=True),
     dict(

@@ -1,0 +1,3 @@
+"""Images and methods of the models' tests."""
+
+from ..models.conftest import images, method  # noqa: F401  fixtures

@@ -1,0 +1,290 @@
+"""Experts as nn.Linear modules, and int8 of them and all else, in PyTorch and in onnxruntime."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
+from vqmoe_vision.engine.export import export
+from vqmoe_vision.models.export import Exportable, export_onnx
+from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
+from vqmoe_vision.moe.experts import StackedLinear
+
+from ..models.conftest import TINY, make
+from ..models.elsewhere import IMAGES, run_elsewhere
+from ..variants import VARIANTS
+
+# Other kernels sum float32 in another order: a few 1e-7 of values near 1.
+CLOSE = {'rtol': 1e-5, 'atol': 2e-6}
+# Five tokens of an image leave at least three experts without one, unless a method mixes them.
+SMALL = {'img_size': 16, 'depth': 1, 'moe_layers': [0], 'embed_dim': 16, 'num_experts': 8}
+
+
+def started(method: str, **options: object) -> nn.Module:
+    """In eval mode, with codebooks that have seen tokens, and experts that differ by much."""
+    model = make(method, **{'depth': 2, **options})
+    with torch.no_grad(), collect_losses(model):
+        model.train()(torch.randn(8, 3, *[options.get('img_size', 32)] * 2))
+    with torch.no_grad():
+        for layer in moe_layers(model).values():
+            for parameter in layer.experts.parameters():
+                parameter.mul_(5)
+    return model.eval()
+
+
+def rows_of_experts(model: nn.Module, images: Tensor) -> list[list[int]]:
+    """By stacked layer, how many rows each expert computes; none that is called for none."""
+    found: list[list[int]] = []
+    for layer in moe_layers(model).values():
+        for linear in (layer.experts.fc1, layer.experts.fc2):
+            found.append(rows := [0] * layer.experts.num_experts)
+            if isinstance(linear, StackedLinear):
+                linear.register_forward_pre_hook(
+                    lambda _, given, rows=rows: rows.__setitem__(
+                        slice(None), given[1].diff(prepend=given[1].new_zeros(1)).tolist()
+                    )
+                )
+                continue
+            for expert, own in enumerate(linear):
+
+                def count(_: nn.Module, given: tuple, rows=rows, expert=expert) -> None:
+                    assert len(given[0]) > 0
+                    rows[expert] += len(given[0])
+
+                own.register_forward_pre_hook(count)
+    with torch.no_grad():
+        model(images)
+    return found
+
+
+def is_int8(module: nn.Module) -> bool:
+    return type(module.weight).__name__ == 'Int8Tensor'
+
+
+def assert_experts_alone(model: nn.Module) -> None:
+    """Of a MoE layer, all experts are int8, and nothing that decides is."""
+    (layer,) = moe_layers(model).values()
+    inside = [n for n, m in layer.named_modules() if hasattr(m, 'weight') and is_int8(m)]
+    assert len(inside) == 2 * layer.experts.num_experts
+    assert all(name.startswith('experts.') for name in inside)
+
+
+def check_the_same(model: nn.Module, images: Tensor) -> None:
+    separate = experts_as_linear(copy.deepcopy(model))
+    assert not any(isinstance(module, StackedLinear) for module in separate.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(separate(images), model(images), **CLOSE)
+    assert rows_of_experts(separate, images) == rows_of_experts(copy.deepcopy(model), images)
+    again = experts_as_linear(copy.deepcopy(separate))
+    assert list(again.state_dict()) == list(separate.state_dict())
+
+
+def test_answers_and_rows_of_experts_are_the_same(method: str) -> None:
+    check_the_same(started(method), torch.randn(3, 3, 32, 32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_so_they_are_in_every_variant(variant: str) -> None:
+    method, options = VARIANTS[variant]
+    check_the_same(started(method, **options), torch.randn(3, 3, 32, 32))
+
+
+def test_separate_experts_learn() -> None:
+    model, images = started('smoe', depth=2), torch.randn(8, 3, 32, 32)
+    separate = experts_as_linear(copy.deepcopy(model))
+    for each in (model, separate):
+        each(images).square().sum().backward()
+    stacked, own = (moe_layers(m).popitem()[1].experts.fc1 for m in (model, separate))
+    grads = [torch.zeros_like(e.weight) if e.weight.grad is None else e.weight.grad for e in own]
+    torch.testing.assert_close(torch.stack(grads), stacked.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_int8_of_every_method_is_near_and_as_small_as_it_should_be(method: str) -> None:
+    pytest.importorskip('torchao')
+    model, images = started(method), torch.randn(32, 3, 32, 32)
+    separate = experts_as_linear(copy.deepcopy(model))
+    quantized = quantize_int8(copy.deepcopy(model))
+    with torch.no_grad():
+        expected, found = model(images), quantized(images)
+    # A step of int8 is 1/254 of a row's range, so that several layers are a few hundredths off; the
+    # median leaves out images of which a token goes to another expert.
+    off = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert 1e-4 < off.median() < 0.06
+    sizes = []
+    for each in (separate, quantized):
+        torch.save(each.state_dict(), file := io.BytesIO())
+        sizes.append(file.tell())
+    assert_experts_alone(quantized)
+    layers = [m for m in quantized.modules() if isinstance(m, nn.Linear) and is_int8(m)]
+    # of four bytes per weight one is left, and an output has a scale (4) and a zero point (1)
+    saved = sum(3 * m.weight.numel() - 5 * m.out_features for m in layers)
+    assert len(layers) == 2 * 2 + 2 + 2 * 8 + 1  # attention, MLP, experts, head
+    assert saved == pytest.approx(sizes[0] - sizes[1], abs=1500 * len(layers))
+    assert saved > 0.5 * sizes[0] or METHODS[method].needs_features
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_what_decides_stays_float_with_torchaos_own_call_too(variant: str) -> None:
+    quantization = pytest.importorskip('torchao.quantization')
+    method, options = VARIANTS[variant]
+    model = make(method, **{'depth': 2, **options}).eval()
+    config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    theirs = experts_as_linear(copy.deepcopy(model))
+    quantization.quantize_(theirs, config)
+    for quantized in (quantize_int8(model), theirs):
+        assert_experts_alone(quantized)
+        with torch.no_grad():
+            assert quantized(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+def test_bfloat16_too() -> None:
+    pytest.importorskip('torchao')
+    model, images = started('vqmoe').bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
+    with torch.no_grad():
+        assert quantize_int8(model)(images).dtype == torch.bfloat16
+
+
+def check_onnx(exportable: Exportable, tmp_path: Path, layers: int) -> None:
+    """Int8 in as many layers, near to the model, which stays as it was."""
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    before = copy.deepcopy(exportable.network.state_dict())
+    file = export_int8(exportable, tmp_path / 'model.onnx')
+    torch.testing.assert_close(exportable.network.state_dict(), before, rtol=0, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
+    graph = onnx.load(file)
+    integers = [node for node in graph.graph.node if node.op_type == 'MatMulInteger']
+    assert len(integers) == layers
+    assert {entry.key for entry in graph.metadata_props} == {'onnx.infer', *exportable.about}
+    run = load_exported(file, threads=1)
+    for difference in differences(exportable, run, (1, 8)):
+        # a step of seven bits is 1/126 of a range; a token that goes elsewhere changes more
+        assert 1e-6 < difference.largest < 0.2
+
+
+def plain() -> Exportable:
+    """Two layers that become int8, and one that decides."""
+    last = NonDynamicallyQuantizableLinear(8, 3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), last)
+    return Exportable(network.eval(), (1, 2, 2), about={'channels': 'L'})
+
+
+@pytest.mark.long
+def test_an_onnx_file_in_int8(tmp_path: Path) -> None:
+    check_onnx(plain(), tmp_path, 2)
+
+
+@pytest.mark.long
+def test_onnx_files_in_int8(method: str, tmp_path: Path) -> None:
+    exportable = Exportable.of(started(method, **SMALL))
+    check_onnx(exportable, tmp_path, 2 + 2 * SMALL['num_experts'] + 1)
+
+
+@pytest.mark.long
+def test_a_program_in_int8_needs_torch_alone(tmp_path: Path) -> None:
+    pytest.importorskip('torchao')
+    exportable = plain()
+    file = export_int8(exportable, tmp_path / 'model.pt2')
+    program = torch.export.load(file)
+    called = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+    assert 'aten._int_mm.default' in called and 'aten.linear.default' in called
+    assert not any('torchao' in name for name in called)
+    images = torch.randn(5, 1, 2, 2)
+    with torch.no_grad():
+        # the same operators in another order of float32
+        torch.testing.assert_close(
+            program.module()(images), quantize_int8(exportable.network)(images)
+        )
+
+
+@pytest.mark.long
+def test_a_program_in_int8_loads_where_neither_torchao_nor_this_package_is(tmp_path: Path) -> None:
+    pytest.importorskip('torchao')
+    model = started('vqmoe', **SMALL)
+    file = export_int8(model, tmp_path / 'model.pt2')
+    answers, dtypes = run_elsewhere(
+        file,
+        'print([program.module()(images[:n]).tolist() for n in (1, 3)])',
+        'assert "torchao" not in sys.modules and "vqmoe_vision" not in sys.modules',
+        'print(sorted({str(weight.dtype) for weight in program.state_dict.values()}))',
+    )
+    assert 'torch.int8' in dtypes
+    quantized = quantize_int8(model)
+    with torch.no_grad():
+        for number, found in zip((1, 3), json.loads(answers), strict=True):
+            # roundings to int8 flip where float32 is summed in another order
+            torch.testing.assert_close(
+                torch.tensor(found), quantized(IMAGES[:number]), rtol=0.02, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda m: m.train(), r'model.training=True .*call model.eval\(\)'),
+        (lambda m: m.double(), r'dtype=torch.float64 .*float32 or bfloat16: .*model.float\(\)'),
+        (lambda m: m.half(), r'dtype=torch.float16 .*float32 or bfloat16'),
+        (lambda m: m.to('meta'), r"device='meta' .*cpu or cuda: .*model.cpu\(\)"),
+        (quantize_int8, "model='MoeVisionTransformer' .*one with linear layers in float"),
+    ],
+    ids=['training', 'float64', 'float16', 'meta', 'int8'],
+)
+def test_what_has_no_kernel_is_one_line_and_changes_nothing(spoil, message: str) -> None:
+    pytest.importorskip('torchao')
+    model = spoil(make('vqmoe', depth=2).eval())
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message) as caught:
+        quantize_int8(model)
+    assert '\n' not in str(caught.value)
+    assert list(model.state_dict()) == before
+
+
+def test_int8_does_not_become_onnx(tmp_path: Path) -> None:
+    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    model = quantize_int8(make('smoe', **SMALL).eval())
+    with pytest.raises(ValueError, match=r'model=.*quantized.* not possible: one in float'):
+        export_onnx(model, tmp_path / 'model.onnx')
+
+
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('vqmoe_vision.contrib.int8._PACKAGE', 'torchao_of_nobody')
+    with pytest.raises(ModuleNotFoundError, match=r'needs torchao_of_nobody: pip .*\[export\]'):
+        quantize_int8(make('smoe', depth=2).eval())
+
+
+def test_a_dense_model() -> None:
+    pytest.importorskip('torchao')
+    model = timm.create_model('vit_tiny_patch16_224', **{**TINY, 'depth': 1}).eval()
+    with pytest.raises(ValueError, match=r"model='VisionTransformer' .*a model with MoE layers"):
+        experts_as_linear(model)
+    assert is_int8(quantize_int8(model).head)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('suffix', ['.pt2', '.onnx'])
+def test_the_tool_writes_and_compares_it(tmp_path: Path, capsys, suffix: str) -> None:
+    for name in ('torchao', 'onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    sizes = []
+    for options in ([], ['--int8']):
+        out = tmp_path / f'model{len(options)}{suffix}'
+        export(['test_vit_vqmoe', str(out), *options], int8=export_int8)
+        sizes.append(out.stat().st_size)
+    one, many = capsys.readouterr().out.splitlines()[-2:]
+    assert one.startswith('batch 1, logits: ') and many.startswith('batch 32, logits: ')
+    # between rounding in another order and rounding to 255 steps in several layers
+    assert all(1e-5 < float(line.split()[-1]) < 0.5 for line in (one, many))
+    # of a model this small most of a file of torch.export is the graph, which grows
+    assert suffix == '.pt2' or sizes[1] < sizes[0]

@@ -1,0 +1,239 @@
+"""MoCLE against a plain reading of its equations, and what holds of clusters in any training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig
+from vqmoe_vision.moe.raw_patches import Host, RawPatches
+
+from ..moe.conftest import OneLayer as make_layer
+from ..moe.conftest import Pixels
+
+D, E = 8, 4
+
+
+def naive(net, x):
+    """Images (B, N, D), one token after the other."""
+    out, router, experts = torch.zeros_like(x), net.layer.router, net.layer.experts
+
+    def answer(expert, token):
+        hidden = F.gelu(experts.fc1.weight[expert] @ token + experts.fc1.bias[expert])
+        return experts.fc2.weight[expert] @ hidden + experts.fc2.bias[expert]
+
+    for b, image in enumerate(x):
+        distances = (net.reader.centroids - image.detach().mean(dim=0)).norm(dim=1)
+        embedding = router.cluster_embed[distances.argmin()]
+        scores = (router.weight @ embedding + router.bias) / router.config.temperature
+        gates = scores.exp() / scores.exp().sum()
+        e = int(gates.argmax())
+        for t, token in enumerate(image):
+            out[b, t] = gates[e] * answer(e, token) + (1 - gates[e]) * answer(E - 1, token)
+    return out
+
+
+@pytest.mark.parametrize('num_tokens', [1, 6])
+def test_output_and_every_gradient(num_tokens):
+    # at 0.05 the gates of the tests' spread routers are 0 and 1
+    net = make_layer('mocle', router_noise=0.0, temperature=1.0, num_clusters=5)
+    cotangent = torch.randn(6, num_tokens, D)
+    found = []
+    for function in (net, lambda x: naive(net, x)):
+        torch.manual_seed(1)
+        x = torch.randn(6, num_tokens, D, requires_grad=True)
+        net.zero_grad()
+        out = function(x)
+        (out * cotangent).sum().backward()
+        grads = {name: p.grad.clone() for name, p in net.named_parameters()}
+        found.append({'out': out.detach(), 'x': x.grad, **grads})
+    torch.testing.assert_close(found[0], found[1])
+
+
+def router_of(clusters, **options):
+    """A router of images of these clusters, with logits so near that noise decides."""
+    patches = RawPatches()
+    patches.value = torch.tensor(clusters)
+    config = MoCLEConfig(num_experts=3, num_clusters=2, **options)
+    router = ClusterRouter(2, config, Host(1, raw_patches=patches))
+    with torch.no_grad():
+        router.cluster_embed.mul_(0.02)
+        router.bias.zero_()
+    return router
+
+
+def test_known_answer():
+    # Embeddings (1, 0) and (0, 1); logits of cluster 0: (0.05, 0), of cluster 1: (0, 0.1). Over
+    # tau = 0.05 these are (1, 0) and (0, 2): sigmoid(1) = 0.731059 and sigmoid(2) = 0.880797.
+    router = router_of([0, 1, 0]).eval()
+    with torch.no_grad():
+        router.cluster_embed.copy_(torch.eye(2))
+        router.weight.copy_(torch.tensor([[0.05, 0.0], [0.0, 0.1]]))
+    routing = router(torch.randn(3, 2, 2))
+    assert routing.indices.tolist() == [[0, 2]] * 2 + [[1, 2]] * 2 + [[0, 2]] * 2
+    first, second = [0.731059, 0.268941], [0.880797, 0.119203]
+    expected = torch.tensor([first, first, second, second, first, first])
+    torch.testing.assert_close(routing.weights, expected, rtol=0, atol=1e-6)
+    assert routing.losses == {}
+    assert routing.stats['gate'].item() == pytest.approx((2 * 0.731059 + 0.880797) / 3)
+    assert routing.stats['cluster_usage'].tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_all_tokens_of_an_image_share_their_experts_and_weights_sum_to_one(training):
+    net = make_layer('mocle', router_noise=2.0).train(training)
+    x = torch.randn(32, 5, D)
+    net(x)
+    routing = net.layer.router(x)
+    for values in (routing.indices, routing.weights):
+        image = values.view(32, 5, 2)
+        assert torch.equal(image, image[:, :1].expand_as(image))
+    assert (routing.indices[:, 1] == E - 1).all() and (routing.indices[:, 0] < E - 1).all()
+    torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(160))
+
+
+def test_images_of_one_cluster_have_one_expert_but_for_the_noise_of_training():
+    clusters = torch.arange(2).repeat(400)
+    router, x = router_of(clusters.tolist(), router_noise=0.1), torch.zeros(800, 1, 2)
+    for index, mode in enumerate((False, True)):
+        experts = router.train(mode)(x).indices[:, 0]
+        found = [len(experts[clusters == k].unique()) for k in range(2)]
+        assert found == [index + 1] * 2
+
+
+def test_noise_is_a_tenth_in_the_logits_and_drawn_from_torchs_generator():
+    # Two experts of equal logits: the gate is sigmoid(|a - b| / tau) of two draws; the difference
+    # has a standard deviation of 0.1 * sqrt(2).
+    router = router_of([0] * 20000, temperature=1.0)
+    with torch.no_grad():
+        router.weight.zero_()
+    gates = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        gates.append(router(torch.zeros(20000, 1, 2)).weights[:, 0])
+    assert torch.equal(gates[0], gates[1])
+    spread = gates[0].logit().square().mean().sqrt().item()
+    # of 20,000 draws the estimate is within 0.5 % one time in two: 3 % never fails by chance
+    assert spread == pytest.approx(0.1 * 2**0.5, rel=0.03)
+
+
+def clusters_of(num_clusters, width=2):
+    config = MoCLEConfig(num_clusters=num_clusters)
+    return Clusters(config, Pixels(1, width))
+
+
+BLOBS = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+
+
+def test_blobs_become_clusters_and_an_unknown_image_has_the_nearest():
+    features = BLOBS.repeat_interleave(20, dim=0) + 0.1 * torch.randn(60, 2)
+    reader, again = clusters_of(3), clusters_of(3)
+    assert not reader.fitted
+    state = torch.get_rng_state()
+    counts = reader.fit(features)
+    assert torch.equal(torch.get_rng_state(), state), 'k-means has draws of its own'
+    assert counts.tolist() == [20] * 3
+    found = reader(features[..., None, None], (1, 1)).view(3, 20)
+    assert torch.equal(found, found[:, :1].expand_as(found)) and len(found.unique()) == 3
+    unknown = torch.tensor([[4.0, 1.0], [6.0, 1.0], [-3.0, 30.0]])[..., None, None]
+    assert reader(unknown, (1, 1)).tolist() == found[:, 0].tolist()
+    again.fit(features)
+    assert torch.equal(again.centroids, reader.centroids)
+    assert reader.fitted
+
+
+def test_clusters_travel_with_the_state():
+    reader, other = clusters_of(3), clusters_of(3)
+    reader.fit(BLOBS)
+    other.load_state_dict(reader.state_dict())
+    images = BLOBS[..., None, None]
+    assert other.fitted and torch.equal(other(images, (1, 1)), reader(images, (1, 1)))
+
+
+def test_more_clusters_than_images_are_refused():
+    with pytest.raises(ValueError, match=r'num_clusters=4 is not possible: at most 3, one for'):
+        clusters_of(4).fit(BLOBS)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    features = BLOBS.clone()
+    features[1, 0] = torch.nan
+    reader = clusters_of(2)
+    with pytest.raises(ValueError, match=r'features=.nan or infinite. is not possible: finite num'):
+        reader.fit(features)
+    assert not reader.fitted
+
+
+def test_the_cluster_decides_from_the_start_on():
+    # Logits have a deviation of sqrt(1/3 + 1/(3 D)) = 0.58, twice that of the noise between two is
+    # 0.28. With a start of 0.02, as of positions, every fifth image went where its cluster says.
+    config = MoCLEConfig(num_experts=8)
+    patches = RawPatches()
+    patches.value = torch.arange(64).repeat(20)
+    router = ClusterRouter(192, config, Host(1, raw_patches=patches))
+    x = torch.zeros(len(patches.value), 1, 192)
+    noisy, quiet = (router.train(mode)(x).indices[:, 0] for mode in (True, False))
+    assert (noisy == quiet).double().mean() > 0.75
+
+
+def test_training_moves_no_cluster():
+    net, x = make_layer('mocle'), torch.randn(16, 3, D)
+    before = {k: v.clone() for k, v in net.reader.state_dict().items()}
+    assert not list(net.reader.parameters())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    start = net.layer.router.cluster_embed.clone()
+    net(x)
+    clusters = net.raw_patches.value
+    for _ in range(3):
+        net(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(net.raw_patches.value, clusters)
+    assert not torch.equal(net.layer.router.cluster_embed, start)
+    assert all(torch.equal(v, before[k]) for k, v in net.reader.state_dict().items())
+
+
+def test_a_network_is_frozen_whatever_the_model_does():
+    network = Pixels(2, 4, nn.Linear(12, 4), nn.Dropout(0.5))
+    reader = Clusters(MoCLEConfig(num_clusters=2), network).train()
+    assert reader.training and not any(part.training for part in network.modules())
+    assert list(reader.parameters()) == []
+    assert set(network.state_dict()) == {'1.weight', '1.bias'}
+    images = torch.randn(3, 3, 2, 2, requires_grad=True)
+    features = reader.features(images)
+    assert not features.requires_grad and torch.equal(features, reader.features(images))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(features, reader.features(images))
+
+
+def test_images_of_another_size_are_resized_as_a_whole():
+    reader = Clusters(MoCLEConfig(num_clusters=2), Pixels(2, 4))
+    image = torch.arange(4.0).view(1, 1, 2, 2)
+    large = image.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    expected = F.interpolate(large, (2, 2), mode='bilinear', antialias=True).flatten(1)
+    torch.testing.assert_close(reader.features(large), expected)
+    # the average over 4 x 4 equal pixels, and a little of the neighbours: in the same order
+    assert reader.features(large).argsort().tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({'num_experts': 1}, 'num_experts=1 is not possible: at least 2'),
+        ({'num_clusters': 0}, 'num_clusters=0 is not possible: at least 1'),
+        ({'temperature': 0.0}, 'temperature=0.0 is not possible: above 0'),
+        ({'router_noise': -0.1}, 'router_noise=-0.1 is not possible: at least 0'),
+    ],
+)
+def test_options_that_are_not_possible(options, said):
+    with pytest.raises(ValueError, match=said):
+        MoCLEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    'option', [{'num_clusters': 4}, {'temperature': 1.0}, {'router_noise': 0.0}]
+)
+def test_two_experts_leave_nothing_to_choose(option):
+    said = f'{next(iter(option))}=.* is not possible: it has no effect with num_experts=2'
+    with pytest.raises(ValueError, match=said):
+        MoCLEConfig.from_options(num_experts=2, **option)
+    assert MoCLEConfig.from_options(num_experts=3, **option).num_experts == 3

@@ -1,0 +1,360 @@
+"""The dense network by whose features images are clustered: its answers, weights and cost."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from vqmoe_vision.contrib.mocle import fit_reader, load_features
+from vqmoe_vision.models import complexity, convert_to_moe
+from vqmoe_vision.models.state_dicts import misfit_of
+from vqmoe_vision.models.transfer import fit_state, transfer
+from vqmoe_vision.moe import METHODS
+from vqmoe_vision.moe import layer as layer_module
+from vqmoe_vision.moe.raw_patches import image_reader
+
+from ..models.conftest import TINY, make
+
+METHOD = next(name for name, method in METHODS.items() if method.needs_features)
+
+
+def dense(**kwargs: Any) -> Any:
+    return timm.create_model('vit_tiny_patch16_224', **{**TINY, **kwargs})
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    reader = image_reader(model)
+    assert reader is not None
+    return reader.features(images)
+
+
+def averaged(model: Any, images: Tensor) -> Tensor:
+    """Of a dense model: the mean over patches after the last norm, or the norm of the mean."""
+    tokens = model.eval().forward_features(images)
+    return model.fc_norm(tokens[:, model.num_prefix_tokens :].mean(dim=1))
+
+
+POOLS = [
+    {},
+    {'class_token': False, 'global_pool': 'avg'},
+    {'reg_tokens': 2},
+    {'class_token': False, 'global_pool': 'map'},
+    {'global_pool': 'prr'},
+    {'global_pool': 'avg', 'pool_include_prefix': True},
+]
+
+
+@pytest.mark.parametrize('kwargs', POOLS)
+@torch.no_grad()
+def test_features_are_those_of_the_dense_model(images: Tensor, kwargs: dict) -> None:
+    source = dense(**kwargs)
+    expected = averaged(source, images)
+    state = source.state_dict()
+    loaded, upcycled, converted = make(METHOD, **kwargs), make(METHOD, **kwargs), source
+    load_features(loaded, state, 'dense.pth')
+    upcycled.load_state_dict(transfer(upcycled, state, 'dense.pth')[0], strict=False)
+    convert_to_moe(converted, METHOD)
+    for model in (loaded, upcycled, converted):
+        torch.testing.assert_close(features(model.train(), images), expected)
+        assert not image_reader(model).fitted
+
+
+def test_a_file_that_a_model_starts_from_is_one_for_its_features(
+    images: Tensor, tmp_path: Path
+) -> None:
+    source = dense()
+    torch.save(source.state_dict(), tmp_path / 'dense.pth')
+    model: Any = make(METHOD, upcycle=str(tmp_path / 'dense.pth'))
+    torch.testing.assert_close(features(model, images), averaged(source, images))
+    report = model.weights_report
+    name = 'patch_embed.reader.network.blocks.1.mlp.fc1.weight'
+    assert report.copied[name] == 'blocks.1.mlp.fc1.weight'
+    assert 'images are read by a frozen copy of it' in report.lines()
+    assert not any(name in line for line in report.lines() if line.startswith('made of'))
+
+
+def test_loading_other_features_voids_the_clusters(images: Tensor) -> None:
+    model = make(METHOD, num_clusters=2)
+    counts = fit_reader(model, [images[:2], images[2:]])
+    assert len(counts) == 2 and counts.sum() == 4 and image_reader(model).fitted
+    load_features(model, dense().state_dict(), 'dense.pth')
+    assert not image_reader(model).fitted
+
+
+def test_fitted_clusters_travel_and_route_alike(images: Tensor) -> None:
+    model: Any = make(METHOD, num_clusters=3).eval()
+    fit_reader(model, [images])
+    again: Any = make(METHOD, num_clusters=3).eval()
+    state, _ = fit_state(again, model.state_dict(), 'run.pth')
+    again.load_state_dict(state)
+    assert image_reader(again).fitted
+    assert torch.equal(again(images), model(images))
+
+
+def warned(call: Callable[[], Any]) -> list[str]:
+    """What a call says of models that are not fitted."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        call()
+    return [str(w.message) for w in caught if 'not fitted to the training set' in str(w.message)]
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been warned of yet."""
+    monkeypatch.setattr(layer_module, '_said', set())
+
+
+def compiled(model: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend='aot_eager')
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('wrap', [lambda model: model, compiled], ids=['eager', 'compiled'])
+def test_a_training_that_nobody_has_fitted_warns_once(images: Tensor, wrap: Callable) -> None:
+    model = wrap(make(METHOD, depth=2))
+
+    def train() -> None:
+        for _ in range(2):
+            model(images).sum().backward()
+
+    (said,) = warned(train)
+    assert 'fit_reader(model, batches)' in said and 'load_features(model, ...)' in said
+    assert not warned(train)
+
+
+@pytest.mark.usefixtures('anew')
+def test_only_a_training_warns(images: Tensor) -> None:
+    model = make(METHOD)
+    fit = [image_reader(model).features, lambda _: fit_reader(model, [images, images] * 8)]
+    calls = [torch.no_grad()(model), lambda images: model.eval()(images), *fit]
+    assert not any(warned(lambda call=call: call(images)) for call in calls)
+
+
+def loaded(model: nn.Module, strict: bool, assign: bool = False) -> nn.Module:
+    other = make(METHOD, num_clusters=2, device='meta' if assign else None)
+    other.load_state_dict(model.state_dict(), strict=strict, assign=assign)
+    return other.train()
+
+
+AGAIN = {
+    'itself': lambda model: model,
+    'copy': copy.deepcopy,
+    'pickle': lambda model: pickle.loads(pickle.dumps(model)),
+    'strict': lambda model: loaded(model, strict=True),
+    'lenient': lambda model: loaded(model, strict=False),
+    'assigned': lambda model: loaded(model, strict=True, assign=True),
+    'double': lambda model: model.double().float(),
+}
+
+
+def test_a_file_or_a_model_is_no_state() -> None:
+    for given in ('dense.pth', dense(), None):
+        with pytest.raises(ValueError, match=r'state_dict=.* is not possible: tensors by'):
+            load_features(make(METHOD, num_clusters=2), given, 'dense.pth')
+
+
+def test_batches_of_something_else_than_images_are_refused(images: Tensor) -> None:
+    for batch in ([images, torch.arange(len(images))], images[0], None):
+        with pytest.raises(ValueError, match=r'batches=.* is not possible: images alone'):
+            fit_reader(make(METHOD, num_clusters=2), [batch])
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('fitted', [True, False])
+@pytest.mark.parametrize('again', AGAIN.values(), ids=AGAIN)
+def test_a_model_knows_whether_it_is_fitted_wherever_it_comes_from(
+    images: Tensor, again: Callable, fitted: bool
+) -> None:
+    model = make(METHOD, num_clusters=2)
+    if fitted:
+        fit_reader(model, [images])
+    model = again(model)
+    assert len(warned(lambda: model(images))) == (not fitted)
+    assert bool(image_reader(model).fitted) == fitted
+
+
+@pytest.mark.usefixtures('anew')
+@pytest.mark.parametrize('void', ['features', 'state'])
+def test_a_model_whose_clusters_are_void_warns_again(images: Tensor, void: str) -> None:
+    model = make(METHOD, num_clusters=2)
+    fit_reader(model, [images])
+    if void == 'features':
+        load_features(model, dense().state_dict(), 'dense.pth')
+    else:
+        model.load_state_dict(make(METHOD, num_clusters=2).state_dict())
+    assert len(warned(lambda: model(images))) == 1
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'said'),
+    [
+        ({'embed_dim': 48}, r"^checkpoint 'f\.pth' .*\(1, 1, 48\), the model"),
+        ({'depth': 5}, r'unexpected keys: blocks\.4\.'),
+        ({'depth': 3}, r'missing keys: blocks\.3\.'),
+        ({'class_token': False, 'global_pool': 'avg'}, 'only the model has cls_token'),
+    ],
+)
+def test_features_of_another_shape_are_refused(kwargs: dict, said: str) -> None:
+    model = make(METHOD)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        load_features(model, dense(**kwargs).state_dict(), 'f.pth')
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_features_of_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'f\.pth' has experts; images are read by a dense"):
+        load_features(make(METHOD), make('smoe').state_dict(), 'f.pth')
+
+
+def test_another_number_of_clusters_is_refused() -> None:
+    model = make(METHOD, num_clusters=3)
+    with pytest.raises(ValueError, match=r'cluster_embed is \(5, 32\), the model has \(3, 32\)'):
+        fit_state(model, make(METHOD, num_clusters=5).state_dict(), 'run.pth')
+
+
+@pytest.mark.parametrize('call', [load_features, fit_reader])
+def test_a_model_that_reads_no_images_is_refused(call: Any) -> None:
+    arguments = ({}, 'f.pth') if call is load_features else ([],)
+    with pytest.raises(ValueError, match=r'model=.* is not possible: a model that reads images'):
+        call(make('smoe'), *arguments)
+
+
+def test_features_from_another_image_size_are_resized(images: Tensor) -> None:
+    model, source = make(METHOD), dense(img_size=64)
+    report = load_features(model, source.state_dict(), 'f.pth')
+    assert report.resized == {'pos_embed': ((1, 65, 32), (1, 17, 32))}
+    # a crop of another size than the network's is resized to it
+    assert features(model, torch.randn(2, 3, 40, 24)).shape == (2, 32)
+
+
+def moved(how: str, model: nn.Module, sizes: dict[str, Any], folder: Path) -> Any:
+    """A model of other sizes with the weights of one."""
+    if how == 'folder':
+        save_for_hf(model, folder, model_args={**TINY, **sizes}, safe_serialization=True)
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    again, state = make(METHOD, **sizes), model.state_dict()
+    if how == 'path':
+        torch.save(state, folder.with_suffix('.pth'))
+        return make(METHOD, checkpoint_path=str(folder.with_suffix('.pth')), **sizes)
+    if how == 'fitted':
+        assert misfit_of(again, state) == ''
+        sizes_of_images = [tuple(model.patch_embed.img_size)]
+        state = fit_state(again, state, 'f.pth', sizes_of_images)[0]
+    if how == 'cast':  # which averages and tools that cast whole files do
+        state = {name: value.float() for name, value in state.items()}
+    again.load_state_dict(state, assign=how == 'assigned')
+    return again
+
+
+@pytest.mark.parametrize('how', ['folder', 'path', 'strict', 'assigned', 'cast', 'fitted'])
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        ({}, {'img_size': 48}),
+        ({'img_size': (32, 64)}, {'img_size': 32}),
+        ({'img_size': (32, 64)}, {'img_size': (64, 32)}),  # as many positions
+        ({}, {'patch_size': 4}),
+        ({'no_embed_class': True, 'reg_tokens': 2}, {'img_size': 16, 'patch_size': 4}),
+        ({'img_size': 30, 'dynamic_img_size': True, 'dynamic_img_pad': True}, {'img_size': 44}),
+    ],
+)
+def test_a_network_keeps_the_size_that_clusters_were_fitted_at(
+    before: dict, after: dict, how: str, tmp_path: Path
+) -> None:
+    model, images = make(METHOD, **before), torch.randn(8, 3, 32, 64)
+    fit_reader(model, [images.repeat(8, 1, 1, 1) + torch.randn(64, 3, 32, 64)])
+    network, expected = image_reader(model).network, features(model, images)
+    model.set_input_size(**after)
+    assert torch.equal(features(model, images), expected)
+    again = moved(how, model, {**before, **after}, tmp_path / 'model')
+    reader = image_reader(again)
+    assert reader.network.sizes == tuple(reader.sizes.tolist()) == network.sizes
+    assert list(reader.parameters()) == [] and reader.sizes.dtype == torch.int64
+    assert torch.equal(features(again, images), expected)
+    small = torch.randn(2, 3, *model.patch_embed.img_size)
+    assert torch.equal(again.eval()(small), model.eval()(small))
+
+
+def test_a_part_of_a_state_resizes_the_network_too(images: Tensor) -> None:
+    model, again = make(METHOD), make(METHOD, img_size=48)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith('patch_embed.reader.')}
+    del state['patch_embed.reader.fitted']
+    again.load_state_dict(state, strict=False)
+    assert torch.equal(features(again, images), features(model, images))
+
+
+def test_sizes_that_were_rounded_are_those_of_the_model_or_refused() -> None:
+    model, name = make(METHOD, img_size=518, patch_size=14), 'patch_embed.reader.sizes'
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    assert state[name].tolist() == [520, 520, 14, 14]  # of eight bits
+    model.load_state_dict(state)
+    assert image_reader(model).sizes.tolist() == [518, 518, 14, 14]
+    state[name] = state[name] + torch.tensor([0.0, 0.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match=r'sizes=\[520\.0, .* whole numbers above 0'):
+        model.load_state_dict(state)
+    state[name] = torch.tensor([520, 520, 14, 14]).bfloat16()
+    with pytest.raises(ValueError, match=r'that torch\.bfloat16 has exactly'):
+        make(METHOD, img_size=224, patch_size=14).load_state_dict(state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('converted', [False, True])
+def test_images_that_the_model_pads_are_read_as_padded(converted: bool) -> None:
+    padding = dict(img_size=30, dynamic_img_size=True, dynamic_img_pad=True)
+    source, images = dense(**padding), torch.randn(2, 3, 30, 30)
+    expected, model = averaged(source, images), make(METHOD, **padding)
+    load_features(model, source.state_dict(), 'f.pth')
+    if converted:
+        model = source
+        convert_to_moe(model, METHOD)
+    seen: list[Tensor] = []
+    network = image_reader(model).network
+    network.register_forward_hook(lambda _module, _images, found: seen.append(found))
+    model.eval()(images)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_a_network_without_gradients_checkpoints_nothing(images: Tensor) -> None:
+    model = dense()
+    model.set_grad_checkpointing(True)
+    convert_to_moe(model, METHOD)
+    assert not image_reader(model).network.grad_checkpointing
+    assert all(block.grad_checkpointing for block in model.blocks)
+
+
+def test_clusters_are_not_decayed() -> None:
+    names = {f'blocks.{i}.mlp.router.cluster_embed' for i in (1, 3)}
+    model: Any = make(METHOD)
+    assert names <= model.no_weight_decay()
+    assert names <= dict(model.named_parameters()).keys()
+
+
+def test_a_network_keeps_its_last_norm_where_the_model_has_none(images: Tensor) -> None:
+    model = make(METHOD, final_norm=False, num_classes=0, global_pool='')
+    assert 'patch_embed.reader.network.norm.weight' in model.state_dict()
+
+
+def test_the_network_is_counted_in_the_macs_and_not_in_the_parameters() -> None:
+    # As test_known_answer_of_smoe of test_complexity.py; per image of 17 tokens:
+    #   the dense network: stem 98 304, attention 4 * 88 128, MLPs 4 * 139 264
+    #   the nearest of 64 centroids  64 * 32 = 2 048
+    #   an MoE layer: a gate of 7 * 32 = 224, two experts 17 * 2 * 2 * 32 * 128 = 278 528
+    network = 98_304 + 4 * 88_128 + 4 * 139_264
+    expected = 98_304 + 4 * 88_128 + 2 * 139_264 + 2 * (224 + 278_528) + 320 + network + 2_048
+    counts = complexity(make(METHOD))
+    assert counts.macs == expected
+    router = 64 * 32 + 7 * 32 + 7
+    experts = 8 * (2 * 32 * 128 + 128 + 32)
+    dense_params = sum(p.numel() for p in dense().parameters())
+    assert counts.params == dense_params + 2 * (router + experts - experts // 8)

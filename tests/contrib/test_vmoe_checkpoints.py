@@ -1,0 +1,267 @@
+"""V-MoE's files and trees as `vit_*_smoe`: what they compute, what is refused."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from vqmoe_vision.contrib.vmoe_checkpoints import arguments_of, in_our_names, load_vmoe
+from vqmoe_vision.models.state_dicts import misfit
+
+from .vmoe import B16, CHUNKS, S32, TINY, forward, make_tree, padded_capacity, shard_file
+from .vmoe import write_files as write
+
+# float32 here and float64 there; with logits of about one. The other form of GELU is 1e-4 off.
+CLOSE = {'rtol': 0, 'atol': 1e-5}
+Tree = dict[str, Tensor]
+
+
+@pytest.fixture
+def tree() -> Tree:
+    return make_tree(**TINY)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 16, 16, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def answers(model: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images.permute(0, 3, 1, 2)).double()
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_logits_are_those_of_jax(tree: Tree, images: Tensor, top_k: int, tmp_path: Path) -> None:
+    write(tmp_path / 'tiny', tree)
+    model: Any = load_vmoe(str(tmp_path / 'tiny'), top_k=top_k)
+    assert not model.training and model.method == 'smoe'
+    torch.testing.assert_close(answers(model, images), forward(tree, images, top_k), **CLOSE)
+
+
+def test_without_head_the_answers_are_the_features(images: Tensor, tmp_path: Path) -> None:
+    tree = make_tree(**TINY, representation=True)
+    write(tmp_path / 'tiny', tree)
+    features = {name: value for name, value in tree.items() if not name.startswith('head')}
+    model = load_vmoe(str(tmp_path / 'tiny.index'), head=False)
+    torch.testing.assert_close(answers(model, images), forward(features, images, 2), **CLOSE)
+
+
+def test_a_full_expert_drops_the_same_tokens(tree: Tree, images: Tensor, tmp_path: Path) -> None:
+    write(tmp_path / 'tiny', tree)
+    model = load_vmoe(str(tmp_path / 'tiny'), eval_capacity_factor=1.05)
+    # the batch is one group, and this number is a multiple of four without rounding
+    capacity = padded_capacity(4 * 17, 4, 2, 1.05)
+    assert capacity == 36
+    expected = forward(tree, images, 2, capacity)
+    assert (expected - forward(tree, images, 2)).abs().max() > 0.01  # some are dropped
+    torch.testing.assert_close(answers(model, images), expected, **CLOSE)
+
+
+def test_the_capacities_that_the_documentation_names() -> None:
+    page = (Path(__file__).parents[2] / 'docs/weights.md').read_text()
+    rows = re.findall(r'^\| [BS]/\d+, (\d+) pixels \| ([\d.]+) \| ([\d.]+) \|$', page, re.M)
+    assert len(rows) == 4
+    for (pixels, factor, ours), patch in zip(rows, (16, 16, 32, 32), strict=True):
+        tokens = 8 * ((int(pixels) // patch) ** 2 + 1)  # their group
+        places = math.ceil(2 * tokens * float(ours) / 8)  # ours, as `SMoERouter` counts them
+        assert places == padded_capacity(tokens, 8, 2, float(factor))
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'image', 'classes', 'name', 'expected', 'millions'),
+    [
+        (B16, 224, 21_843, 'vit_base_smoe', {'img_size': 224, 'depth': 12}, 301.0),
+        (B16, 384, 1_000, 'vit_base_smoe', {'img_size': 384, 'patch_size': 16}, 285.2),
+        (S32, 384, 1_000, 'vit_small_smoe', {'embed_dim': 512, 'depth': 8, 'num_heads': 8}, 56.8),
+    ],
+)
+def test_published_sizes(
+    sizes: dict, image: int, classes: int, name: str, expected: dict, millions: float
+) -> None:
+    tree = make_tree(**sizes, image=image, classes=classes, device='meta')
+    entry_point, arguments = arguments_of(tree, 'published')
+    assert entry_point == name
+    expected = {**expected, 'num_experts': 8, 'num_classes': classes}
+    expected['moe_layers'] = list(sizes['moe_layers'])
+    assert arguments.items() >= expected.items()
+    model = timm.create_model(name, device='meta', **arguments)
+    assert misfit(model.state_dict(), in_our_names(tree)) == ''
+    assert round(sum(value.numel() for value in tree.values()) / 1e6, 1) == millions
+
+
+def test_every_tensor_comes_back(tree: Tree) -> None:
+    """From ours by formulas of its own."""
+    state = in_our_names(tree)
+    assert sum(v.numel() for v in state.values()) == sum(v.numel() for v in tree.values())
+    back = {
+        'cls': state['cls_token'],
+        'Encoder/posembed_input/pos_embedding': state['pos_embed'],
+        'embedding/kernel': torch.einsum('dcpq->pqcd', state['patch_embed.proj.weight']),
+        'embedding/bias': state['patch_embed.proj.bias'],
+        'head/kernel': state['head.weight'].mT,
+        'head/bias': state['head.bias'],
+        'Encoder/encoder_norm/scale': state['norm.weight'],
+        'Encoder/encoder_norm/bias': state['norm.bias'],
+    }
+    for i in range(3):
+        ours, theirs = f'blocks.{i}', f'Encoder/encoderblock_{i}'
+        for j in range(2):
+            back[f'{theirs}/LayerNorm_{j}/scale'] = state[f'{ours}.norm{j + 1}.weight']
+            back[f'{theirs}/LayerNorm_{j}/bias'] = state[f'{ours}.norm{j + 1}.bias']
+            mlp = f'{theirs}/Mlp/Dense_{j}' if i == 1 else f'{theirs}/Moe/Mlp/Dense_{j}'
+            linear = f'{ours}.mlp.fc{j + 1}' if i == 1 else f'{ours}.mlp.experts.fc{j + 1}'
+            back[f'{mlp}/kernel'] = state[f'{linear}.weight'].mT
+            back[f'{mlp}/bias'] = state[f'{linear}.bias']
+        if i != 1:
+            back[f'{theirs}/Moe/Router/dense/kernel'] = state[f'{ours}.mlp.router.weight'].mT
+        weight = state[f'{ours}.attn.qkv.weight'].reshape(3, 4, 8, 32)
+        bias = state[f'{ours}.attn.qkv.bias'].reshape(3, 4, 8)
+        for j, part in enumerate(('query', 'key', 'value')):
+            back[f'{theirs}/SelfAttention/{part}/kernel'] = torch.einsum('hkd->dhk', weight[j])
+            back[f'{theirs}/SelfAttention/{part}/bias'] = bias[j]
+        out = state[f'{ours}.attn.proj.weight'].reshape(32, 4, 8)
+        back[f'{theirs}/SelfAttention/out/kernel'] = torch.einsum('dhk->hkd', out)
+        back[f'{theirs}/SelfAttention/out/bias'] = state[f'{ours}.attn.proj.bias']
+    assert back.keys() == tree.keys()
+    for name, value in tree.items():
+        assert torch.equal(back[name], value), name
+
+
+@pytest.mark.parametrize('shards', [1, 3])
+@pytest.mark.parametrize('version', ['20220622', None])
+def test_files_of_both_versions(
+    tree: Tree, shards: int, version: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path / 'tiny', tree, shards, version)
+    state = load_vmoe(str(tmp_path / 'tiny')).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in in_our_names(tree).items())
+
+
+def test_weights_in_the_state_of_a_training(tree: Tree, tmp_path: Path) -> None:
+    """Leaves before and behind them count, and bfloat16 is read."""
+    tree = {name: value.bfloat16() for name, value in tree.items()}
+    others = {'opt_state': {'mu': torch.ones(3)}, 'step': {'count': torch.tensor(7)}}
+    write(tmp_path / 'tiny', tree, **others)
+    state = load_vmoe(str(tmp_path / 'tiny')).state_dict()
+    assert all(torch.equal(state[k], v.float()) for k, v in in_our_names(tree).items())
+    write(tmp_path / 'tiny', tree, version=None, **others)
+    with pytest.raises(ValueError, match=r'index=.* weights alone, or of a tr'):
+        load_vmoe(str(tmp_path / 'tiny'))
+
+
+def changed(name: str, value: Any) -> Callable[[Tree], Tree]:
+    def change(tree: Tree) -> Tree:
+        others = {k: v for k, v in tree.items() if k != name}
+        return others if value is None else {**others, name: value}
+
+    return change
+
+
+BLOCK = 'Encoder/encoderblock_2'
+
+
+@pytest.mark.parametrize(
+    ('change', 'options', 'message'),
+    [
+        (changed('cls', None), {}, 'missing keys: cls_token'),
+        (changed(f'{BLOCK}/SelfAttention/key/bias', None), {}, r'missing keys: .*2\.attn\.qkv\.b'),
+        (changed('MapHead/probe', torch.ones(1)), {}, 'unexpected keys: MapHead.probe'),
+        (
+            changed(f'{BLOCK}/Moe/Mlp/Dense_1/bias', torch.ones(8, 32)), {},
+            r'fc2\.bias is \(8, 32\), the model has \(4, 32\)',
+        ),
+        (
+            changed(f'{BLOCK}/LayerNorm_0/scale', torch.ones(64)), {},
+            r'norm1\.weight is \(64,\), the model has \(32,\)',
+        ),
+        (
+            changed(f'{BLOCK}/Moe/Router/dense/kernel', torch.ones(32, 2)), {},
+            r'router\.weight is \(2, 32\), the model has \(4, 32\)',
+        ),
+        (
+            changed('Encoder/posembed_input/pos_embedding', torch.ones(1, 16, 32)), {},
+            '=16 is not possible: those of a class token',
+        ),
+        (changed('Encoder/posembed_input/pos_embedding', None), {}, 'pos_embedding is None'),
+        (changed('embedding/kernel', torch.ones(4, 4)), {}, r'kernel is \(4, 4\), with 4'),
+        (changed('pre_logits/kernel', torch.ones(32, 32)), {}, 'without its head .* fit'),
+        (
+            lambda tree: {k: v for k, v in tree.items() if '/Moe/' not in k}, {},
+            'it is of a dense ViT',
+        ),
+        (changed('head/bias', torch.full((10,), torch.nan)), {}, 'head.bias has values nan'),
+        (changed('head/bias', torch.ones(10, dtype=torch.int32)), {}, 'the model has real numbers'),
+        (dict, {'num_experts': 16}, 'num_experts=16 .* 4, which checkpoint .* has'),
+        (dict, {'depth': 12}, 'depth=12 .* 3, which'),
+        (dict, {'embed_dim': 384}, 'embed_dim=384 .* 32, which'),
+        (dict, {'eval_capacity_factor': 0.0}, 'eval_capacity_factor=0.0'),
+        (dict, {'top_k': 5}, 'top_k=5'),
+        (dict, {'router_bias': True}, "does not fit with {'router_bias': True}: .*router.bias"),
+        (dict, {'init_values': 1e-5}, "does not fit with {'init_values': 1e-05}: missing keys"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(
+    tree: Tree, change: Callable, options: dict, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / 'tiny', change(tree))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_vmoe(str(tmp_path / 'tiny'), **options)
+    assert '\n' not in str(caught.value)
+
+
+def without_a_chunk(prefix: Path) -> None:
+    content = msgpack.unpackb(shard_file(prefix).read_bytes())
+    del content['0']
+    shard_file(prefix).write_bytes(msgpack.packb(content))
+
+
+def shorter(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (lambda p: Path(f'{p}.index').unlink(), r"tiny\.index' does not exist; a checkpoint of"),
+        (lambda p: shard_file(p, 1).unlink(), r"tiny\.data-00001-of-00002' does not exist"),
+        (lambda p: shorter(Path(f'{p}.index')), r"tiny\.index' is truncated or damaged"),
+        (lambda p: shorter(shard_file(p, 1)), r"00001-of-00002' is truncated or damaged"),
+        (without_a_chunk, r'incomplete or damaged: of Encoder/encoder_norm/bias, .* 16 of 32'),
+        (lambda p: Path(f'{p}.index').write_bytes(b'\x80\x04K\x01.'), 'truncated or damaged'),
+        (lambda p: Path(f'{p}.index').write_bytes(b''), 'truncated or damaged'),
+        (
+            lambda p: Path(f'{p}.index').write_bytes(msgpack.packb({'params': {}})),
+            "damaged, or no file of V-MoE: 'shard_count'",
+        ),
+        (
+            lambda p: shard_file(p).write_bytes(msgpack.packb({CHUNKS: msgpack.ExtType(7, b'x')})),
+            'msgpack=7 is not possible',
+        ),
+        (
+            lambda p: shard_file(p).write_bytes(msgpack.packb({'0': []})),
+            'in a file of chunks',
+        ),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_line(
+    tree: Tree, damage: Callable, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / 'tiny', tree)
+    damage(tmp_path / 'tiny')
+    with pytest.raises(ValueError, match=message) as caught:
+        load_vmoe(str(tmp_path / 'tiny'))
+    assert '\n' not in str(caught.value)
+
+
+def test_a_later_version_is_refused(tree: Tree, tmp_path: Path) -> None:
+    write(tmp_path / 'tiny', tree, version='20300101')
+    with pytest.raises(ValueError, match="version='20300101' is not possible: '20220622' or none"):
+        load_vmoe(str(tmp_path / 'tiny'))

@@ -1,0 +1,117 @@
+"""`--cfg-options`, also as docs/commands.md writes them."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+
+from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.command import run
+from vqmoe_vision.engine.config import (
+    add_config_options,
+    check_fields,
+    flat,
+    merge_options,
+    parse_options,
+)
+from vqmoe_vision.engine.trained import scope_of
+
+from .test_cli import DIGITS
+
+DOCUMENT = (Path(__file__).parents[2] / 'docs/commands.md').read_text().replace('\\\n', ' ')
+DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCUMENT, re.M)
+
+
+@pytest.mark.parametrize(
+    ('written', 'value'),
+    [
+        ("{'layer_decay': 0.8}", {'layer_decay': 0.8}),
+        ("{'custom_keys': {'head': {'lr_mult': 2}}}", {'custom_keys': {'head': {'lr_mult': 2}}}),
+        ('{}', {}),
+        ("[{'type': 'A', 'size': (1, 2)}, 'b']", [{'type': 'A', 'size': (1, 2)}, 'b']),
+        # as mmengine reads them
+        ('[(1,2),(a,b)]', [(1, 2), ('a', 'b')]),
+        ('epoch_{}.pth', 'epoch_{}.pth'),
+        ('1,2', [1, 2]),
+    ],
+)  # fmt: skip
+def test_values(written: str, value: Any) -> None:
+    assert parse_options([f'a.b={written}']) == {'a.b': value}
+
+
+@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}'])
+def test_what_is_no_dictionary_is_one_line(written: str) -> None:
+    with pytest.raises(ValueError, match=r'--cfg-options .* write a dictionary as in Python'):
+        parse_options([f'a.b={written}'])
+
+
+def test_only_a_hook_that_is_there_is_left_out() -> None:
+    hooks = {'logger2': {'type': 'LoggerHook'}, 'runtime': {'type': 'StepValuesHook'}}
+    config = Config({'default_hooks': hooks})
+    merge_options(config, {'default_hooks.logger2': None, 'default_hooks.timer': None})
+    merge_options(config, {'default_hooks.runtime.priority': None})  # an option of a hook
+    with pytest.raises(ValueError, match=r'^default_hooks\.logger3=None is not possible'):
+        merge_options(config, {'default_hooks.logger3': None})
+    check_fields(config)
+    runtime = {'type': 'StepValuesHook', 'priority': None}
+    assert config.default_hooks == {'runtime': runtime, 'timer': None}  # which mmengine pops
+
+
+PLACES = {
+    'model.checkpoint': '~/x.pth',
+    'model.upcycle': 'local-dir:~/folder',
+    'model.pretrained_cfg_overlay.file': '~/y.pth',
+    'load_from': '~/z.pth',
+    'train_dataloader.dataset.data_root': '~',
+    'custom_hooks': [{'type': 'a~b', 'path': '~/w'}],
+}
+
+
+def test_the_folder_of_the_user_is_known_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    expected = {
+        name: value if value == 'a~b' else value.replace('~', str(tmp_path))
+        for name, value in flat(PLACES).items()
+    }
+    # in a file of the user, and among options
+    own = tmp_path / 'own.py'
+    load_config(str(DIGITS), PLACES).dump(own)
+    own.write_text(own.read_text().replace(str(tmp_path), '~'))
+    for config in (load_config(str(own)), load_config(str(DIGITS), PLACES)):
+        found = flat(config.to_dict())
+        assert {name: found[name] for name in expected} == expected
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument('files', nargs='+')
+    parser.add_argument('--out', type=Path)
+    add_config_options(parser)
+    seen: list[Any] = []
+    run(
+        parser, ['~/a.pth', 'local-dir:~/b', '--out=~/c.json', '--cfg-options', 'upcycle=~/d'],
+        lambda args: seen.append((args.files, args.out, args.cfg_options)),
+    )  # fmt: skip
+    home = str(tmp_path)
+    files = [f'{home}/a.pth', f'local-dir:{home}/b']
+    assert seen == [(files, tmp_path / 'c.json', {'upcycle': f'{home}/d'})]
+
+
+@pytest.mark.parametrize('options', DOCUMENTED)
+def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None:
+    given = parse_options(shlex.split(options, comments=True))
+    # nothing is left as text that was meant as more
+    assert not [v for v in flat(given).values() if isinstance(v, str) and v[:1] in '{[(']
+    config = load_config(str(DIGITS), given)
+    with scope_of(config):
+        build_optim_wrapper(MODELS.build(config.model), config.optim_wrapper)
+
+
+def test_many_commands_are_documented() -> None:
+    assert len(DOCUMENTED) > 10

@@ -1,0 +1,149 @@
+"""Loss-free balancing: what a bias chooses, and how counts of passes and processes move it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqmoe_vision.moe import collect_losses, update_state
+from vqmoe_vision.moe.experts import Experts
+from vqmoe_vision.moe.layer import RoutedMlp
+from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
+from vqmoe_vision.moe.methods.xmoe import XMoEConfig, XMoERouter
+
+from ..forked import spawn
+from ..groups import begin
+from .conftest import D, E
+
+QUIET = {'router_noise': 0.0, 'importance_weight': 0.0, 'load_weight': 0.0}
+METHODS = {
+    'smoe': (SMoERouter, SMoEConfig, {**QUIET, 'top_k': 1}),
+    'xmoe': (XMoERouter, XMoEConfig, {'balance_weight': 0.0}),
+    'xmoe-sigmoid': (XMoERouter, XMoEConfig, {'gate': 'sigmoid', 'renormalize': True, 'top_k': 2}),
+}
+every_method = pytest.mark.parametrize('method', METHODS)
+WORLD = 2
+
+
+def make(method: str = 'smoe', rate: float = 0.1) -> RoutedMlp:
+    router, config, options = METHODS[method]
+    torch.manual_seed(0)
+    options = {'num_experts': E, 'bias_update_rate': rate, **options}
+    made = router(D, config.from_options(**options))
+    nn.init.normal_(next(iter(made.parameters())), std=0.5)
+    return RoutedMlp(made, Experts(E, D, D))
+
+
+def tokens(seed: int, number: int = 40) -> Tensor:
+    return torch.randn(number, 1, D, generator=torch.Generator().manual_seed(seed))
+
+
+def collect(layer: RoutedMlp, *passes: Tensor) -> RoutedMlp:
+    for x in passes:
+        with collect_losses(layer, update_state=False):
+            layer(x)
+    return layer
+
+
+def test_a_bias_moves_by_the_sign_of_the_error_known_answer() -> None:
+    # tokens along the axes of four experts, 3, 1, 1 and 0 of them: the mean is 5 / 4, so that the
+    # first is over it and the others below: -0.1, +0.1, +0.1, +0.1
+    layer = make()
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(E, D))
+    x = torch.eye(D)[[0, 0, 0, 1, 2]][:, None]
+    with collect_losses(layer):
+        layer(x)
+    expected = torch.tensor([-0.1, 0.1, 0.1, 0.1])
+    torch.testing.assert_close(layer.router.choice_bias, expected)
+    # softmax of (1, 0, 0, 0) is 0.475 and three times 0.175: a bias of 0.31 on the last one makes
+    # 0.485, which is chosen, and its weight stays 0.175
+    layer.router.choice_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.31]))
+    routing = layer.eval().router(x[:1, 0])
+    assert routing.indices.tolist() == [[3]]
+    assert routing.weights.item() == pytest.approx(0.175, abs=1e-3)
+
+
+@every_method
+def test_a_bias_evens_a_load_that_is_uneven(method: str) -> None:
+    layer, x = make(method, rate=0.002), tokens(0, 400)
+    excess = []
+    for _ in range(300):
+        with collect_losses(layer) as collected:
+            layer(x + 2)  # a common mean: some experts win more
+        excess.append(collected.stats['/load'].max().item() - 1 / E)
+    assert excess[0] > 0.05 and sum(excess[-20:]) / 20 < excess[0] / 2
+
+
+@every_method
+def test_without_a_rate_nothing_is_there(method: str) -> None:
+    layer, free = make(method, rate=0.0), make(method)
+    assert 'router.choice_bias' not in layer.state_dict() and not layer.router.has_state
+    x = tokens(1)
+    ours, theirs = layer(x), free(x)  # zero at the start
+    torch.testing.assert_close(ours, theirs)
+    assert not layer.moves_state() and free.moves_state() and free.needs_collecting
+
+
+def test_passes_of_an_update_count_together() -> None:
+    parts = [tokens(seed) for seed in range(3)]
+    apart, whole = collect(make(), *parts), collect(make(), torch.cat(parts))
+    assert torch.equal(apart.observed['counts'], whole.observed['counts'])
+    update_state(apart)
+    assert apart.observed == {} and apart.router.choice_bias.abs().max() > 0
+
+
+def test_what_waits_goes_into_a_checkpoint_and_an_error_forgets_it() -> None:
+    straight, stopped = collect(make(), tokens(0)), collect(make(), tokens(0))
+    resumed = make()
+    resumed.observed = copy.deepcopy(stopped.observed)
+    for layer in (straight, resumed):
+        update_state(collect(layer, tokens(1)))
+    assert torch.equal(straight.router.choice_bias, resumed.router.choice_bias)
+    with pytest.raises(ZeroDivisionError), collect_losses(resumed):
+        resumed(tokens(2))
+        raise ZeroDivisionError
+    assert resumed.observed == {}
+
+
+def test_a_model_that_is_cast_keeps_its_bias_exact(snapshot: Callable) -> None:
+    layer = make(rate=0.001)
+    update_state(collect(layer, tokens(0)))
+    before = snapshot(layer)['router.choice_bias']
+    after = layer.bfloat16().router
+    assert after.weight.dtype == torch.bfloat16 and torch.equal(after.choice_bias, before)
+
+
+def test_a_router_that_stays_as_drawn_has_no_bias() -> None:
+    with pytest.raises(ValueError, match=r'^bias_update_rate='):
+        SMoEConfig.from_options(preset='frozen', bias_update_rate=0.1)
+    with pytest.raises(ValueError, match=r'^bias_update_rate='):
+        XMoEConfig.from_options(bias_update_rate=-0.1)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    begin(rank, WORLD, folder)
+    found = {}
+    for method in METHODS:
+        layer = make(method)
+        for step in range(3):
+            part = tokens(step)[rank::WORLD]
+            update_state(collect(layer, part[:0] if step == 1 and rank else part))
+        found[method] = layer.router.choice_bias
+    torch.save(found, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_move_one_bias_by_the_tokens_of_both(tmp_path) -> None:
+    spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+    ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
+    for method in METHODS:
+        single = make(method)
+        for step in range(3):
+            x = tokens(step)
+            update_state(collect(single, x[::WORLD] if step == 1 else x))
+        for found in ranks:
+            assert torch.equal(found[method], single.router.choice_bias), method

@@ -1,0 +1,277 @@
+"""The pictures of a survey: load, classes, similarity, patches, codes, and curves over training.
+
+Legend: E experts, C classes, M codes, D width, S sampled tokens. Needs matplotlib (extra `train`).
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .checkpoints import Convergence
+from .drawing import WIDTH, Picture, heat_map, panels, percent, short, styled
+from .measures import mean_similarity
+from .pictures import LEGEND, expert_colours, plot_experts, rows_of_pictures, with_legend
+from .surveyed import Codes, LayerSurvey, Survey
+
+CLASSES = 30  # rows of a map that a page has room for
+COLUMNS = 6  # examples in a row: more would be too small
+NAMED = 32  # codes; more numbers would lie on each other
+
+History = Sequence[dict[str, Any]]  # lines of `routing.jsonl`
+Lines = dict[str, tuple[list[float], list[float]]]  # x and y by name
+
+
+@styled
+def load_maps(survey: Survey) -> list[Picture]:
+    """Load per expert, a row per layer and decider."""
+    loads = {
+        short(f'{name}.{decider}'): load
+        for name, layer in survey.layers.items()
+        for decider, load in layer.load.items()
+    }
+    if not loads:
+        return []
+    widest = max(len(load) for load in loads.values())
+    values = torch.full((len(loads), widest), torch.nan)
+    for row, load in zip(values, loads.values(), strict=True):
+        row[: len(load)] = 100 * load
+    figure = Figure(figsize=(WIDTH, 0.5 * len(loads) + 1.6), layout='constrained')
+    axes = figure.subplots()
+    # the same for all models, and brightest where an expert does the work of four
+    heat_map(axes, values, (0, min(400 / widest, 100)), '.0f')
+    axes.set_yticks(range(len(loads)), loads)
+    axes.set(xlabel='expert', title=f'Load in %; an even load is {100 / widest:.3g} %')
+    most = percent(max(load.max().item() for load in loads.values()))
+    return [Picture('load', 'Load per expert and layer', f'The largest load is {most}.', figure)]
+
+
+@styled
+def class_maps(survey: Survey) -> list[Picture]:
+    """How the tokens of a class go to experts; each row sums to 100."""
+    return [
+        _class_map(f'{name}.{decider}', counts, layer.load[decider], survey.classes)
+        for name, layer in survey.layers.items()
+        for decider, counts in layer.expert_by_class.items()
+        if survey.classes is not None
+    ]
+
+
+def _class_map(decider: str, counts: Tensor, load: Tensor, classes: list[str]) -> Picture:
+    shares = counts.double().t() / counts.double().sum(0).clamp(min=1)[:, None]  # (C, E)
+    seen = counts.sum(0) > 0
+    apart = torch.where(seen, (shares - load).abs().sum(1), -1)
+    rows = apart.argsort(descending=True, stable=True)[:CLASSES].sort().values
+    rows = rows[seen[rows]]
+    figure = Figure(figsize=(WIDTH, 0.42 * len(rows) + 1.8), layout='constrained')
+    axes = figure.subplots()
+    heat_map(axes, 100 * shares[rows], (0, 100 * shares.max().item()), '.0f')
+    axes.set_yticks(range(len(rows)), [classes[i] for i in rows.tolist()])
+    chosen = '' if len(rows) == int(seen.sum()) else f' ({len(rows)} that differ most)'
+    axes.set(xlabel='expert', title=f'{short(decider)}: % of a class{chosen}')
+    most, expert = divmod(int(shares.argmax()), shares.shape[1])
+    share = percent(shares.max().item())
+    alt = f'Most together: {share} of the tokens of {classes[most]} go to expert {expert}.'
+    return Picture(f'classes-{decider}', f'{decider}: experts and classes', alt, figure)
+
+
+@styled
+def similarity_maps(survey: Survey) -> list[Picture]:
+    """Cosine similarity of the experts, a panel per kind."""
+    return [_similarity_map(name, layer) for name, layer in survey.layers.items()]
+
+
+def _similarity_map(name: str, layer: LayerSurvey) -> Picture:
+    figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
+    said = []
+    grid = figure.subplots(1, len(layer.similarity))
+    for axes, (kind, cosine) in zip(grid, layer.similarity.items(), strict=True):
+        digits = 2 if len(cosine) <= 5 else 1
+        # rounded here: adding zero turns -0.0 into 0.0
+        heat_map(axes, cosine.round(decimals=digits) + 0.0, (-1, 1), f'.{digits}f', 'RdBu_r')
+        axes.set_yticks(axes.get_xticks())
+        axes.set(title=f'{short(name)}: {kind}', xlabel='expert', ylabel='expert')
+        said.append(f'{mean_similarity(cosine):.2f} of {kind}')
+    alt = f'Mean cosine of two experts: {", ".join(said)}.'
+    return Picture(f'similarity-{name}', f'{name}: cosine similarity of experts', alt, figure)
+
+
+@styled
+def patch_maps(survey: Survey) -> list[Picture]:
+    """Examples with the expert and the code of each patch, gates and slots, layer by layer."""
+    examples = survey.examples[:COLUMNS]
+    images = [example.image for example in examples]
+    found = []
+    for name, layer in survey.layers.items() if examples else ():
+        experts, codes = (
+            {
+                decider: [getattr(example, kind)[decider] for example in examples]
+                for decider in getattr(examples[0], kind)
+                if decider == name or decider.startswith(f'{name}.')
+            }
+            for kind in ('experts', 'codes')
+        )
+        below: dict[str, list[Tensor]] = {}
+        if name in examples[0].gates:
+            below['continuous\nshare'] = [_bright(each.gates[name]) for each in examples]
+        if name in examples[0].slots:
+            slots = [each.slots[name] / each.slots[name].max() for each in examples]
+            below |= {f'expert {i}': [_bright(s[i]) for s in slots] for i in range(len(slots[0]))}
+        drawn = {'expert': (experts, layer.num_experts, below)}
+        if layer.codebook is not None:
+            drawn['code'] = (codes, len(layer.codebook.usage), {})
+        for kind, (maps, count, others) in drawn.items():
+            title = f'{short(name)}: {kind} of each patch'
+            figure = plot_experts(images, maps, count, title, kind, others)
+            seen = {i for of in maps.values() for each in of for i in each.unique().tolist()}
+            alt = f'{len(seen - {-1})} of {count} {kind}s occur in {len(images)} pictures.'
+            found.append(Picture(f'patch-{kind}s-{name}', f'{name}: {kind}s', alt, figure))
+    return found
+
+
+def _bright(values: Tensor) -> Tensor:
+    """Values (rows, columns) in [0, 1] as a picture (3, rows, columns), dark to bright."""
+    colours = matplotlib.colormaps['viridis'](values.clamp(0, 1).numpy())
+    return torch.as_tensor(colours)[..., :3].movedim(-1, 0)
+
+
+@styled
+def surest_patches(survey: Survey) -> list[Picture]:
+    """The patches of each expert with the largest weights, a row per expert."""
+    found = []
+    for name, layer in survey.layers.items():
+        for decider, patches in layer.confident.items():
+            if not any(patches):
+                continue
+            loads = [percent(share) for share in layer.load[decider].tolist()]
+            rows = {
+                f'expert {expert}\n{load}': [patch.pixels for patch in own]
+                for expert, (own, load) in enumerate(zip(patches, loads, strict=True))
+            }
+            figure = rows_of_pictures(rows, f'{short(f"{name}.{decider}")}: surest patches')
+            weights = [patch.weight for own in patches for patch in own]
+            alt = f'Their weights are from {min(weights):.2f} to {max(weights):.2f}.'
+            title = f'{name}, {decider}: the surest patches of each expert'
+            found.append(Picture(f'surest-{name}.{decider}', title, alt, figure))
+    return found
+
+
+@styled
+def code_maps(survey: Survey) -> list[Picture]:
+    """Tokens and codes on the two axes along which the tokens vary most (PCA)."""
+    return [
+        _code_map(name, layer.codebook, layer.num_experts)
+        for name, layer in survey.layers.items()
+        if layer.codebook is not None
+    ]
+
+
+def _code_map(name: str, codebook: Codes, num_experts: int) -> Picture:
+    tokens, codes = codebook.tokens.double(), codebook.codes.double()
+    mean, plane, shares = _plane(tokens)
+    colours = expert_colours(num_experts)
+    figure = Figure(figsize=(WIDTH, 7), layout='constrained')
+    axes = figure.subplots()
+    x, y = ((tokens - mean) @ plane).t().numpy()
+    of_tokens = colours[codebook.indices % num_experts].numpy()
+    axes.scatter(x, y, c=of_tokens, s=9, alpha=0.35, linewidths=0)
+    of_codes = colours[torch.arange(len(codes)) % num_experts]
+    _draw_codes(axes, (codes - mean) @ plane, codebook.usage, of_codes)
+    axes.set(
+        title=f'{short(name)}: codes (large, x: unused) among tokens',
+        xlabel=f'first component, {percent(shares[0])} of the variance',
+        ylabel=f'second component, {percent(shares[1])}',
+    )
+    axes.grid(alpha=0.3)
+    if num_experts <= LEGEND:
+        with_legend(figure, [f'expert {i}' for i in range(num_experts)], colours)
+    alt = f'{int((codebook.usage > 0).sum())} of {len(codes)} codes are used.'
+    return Picture(f'codes-{name}', f'{name}: codes among tokens', alt, figure)
+
+
+def _draw_codes(axes: Axes, places: Tensor, usage: Tensor, colours: Tensor) -> None:
+    """Codes at (M, 2) places, as large as their usage (M,) and with numbers if they are few."""
+    looks: dict[str, Any] = {'edgecolors': 'black', 'linewidths': 1.5}
+    for mask, marker in ((usage > 0, 'o'), (usage <= 0, 'X')):
+        x, y = places[mask].t().numpy()
+        sizes = (60 + 600 * usage[mask]).numpy()
+        axes.scatter(x, y, c=colours[mask].numpy(), s=sizes, marker=marker, **looks)
+    if len(places) <= NAMED:
+        for number, place in enumerate(places.tolist()):
+            axes.annotate(str(number), place, xytext=(7, 7), textcoords='offset points')
+
+
+def _plane(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean (D,), first two principal axes (D, 2) and their shares of the variance."""
+    # not scikit-learn's: tokens that are all the same have no variance to divide by
+    mean = tokens.mean(dim=0)
+    spread, axes = torch.linalg.eigh((tokens - mean).t() @ (tokens - mean))  # smallest first
+    shares = spread.clamp(min=0) / spread.sum().clamp(min=1e-12)
+    return mean, axes[:, -2:].flip(1), shares[-2:].flip(0).tolist()
+
+
+def training_curves(history: History) -> list[Picture]:
+    """Load of each expert, use of each code, and movement of weights, over the iterations."""
+    found = []
+    for kind, word, title in (
+        ('load', 'expert', 'Load per expert over training'),
+        ('code_usage', 'code', 'Share of tokens per code over training'),
+        ('change', '', 'Movement of weights from one record to the next'),
+    ):
+        layers: dict[str, Lines] = {}
+        for line in history:
+            for name, recorded in line['layers'].items():
+                values = recorded.get(kind) or {}
+                if kind != 'change':
+                    values = {f'{word} {i}': share for i, share in enumerate(values)}
+                for label, value in values.items():
+                    x, y = layers.setdefault(name, {}).setdefault(label, ([], []))
+                    x.append(line['iteration'])
+                    # a part that is frozen has no place on an axis of logarithms
+                    y.append(value if kind != 'change' or value > 0 else float('nan'))
+        if layers:
+            found.append(_curves(f'training-{kind}', title, 'iteration', layers))
+    return found
+
+
+def convergence_curves(convergence: Convergence) -> list[Picture]:
+    """What is left of the way to the last checkpoint, a panel per layer and a line per part."""
+    layers: dict[str, Lines] = {}
+    for name, measured in convergence.parts.items():
+        layer, _, part = name.rpartition('.')
+        left = measured['distance']
+        layers.setdefault(layer, {})[part] = [float(i + 1) for i in range(len(left))], left
+    title = 'Way that is left to the last checkpoint'
+    return [_curves('convergence', title, 'checkpoint', layers)]
+
+
+@styled
+def _curves(name: str, title: str, xlabel: str, layers: Mapping[str, Lines]) -> Picture:
+    figure, grid = panels(len(layers), WIDTH, 3, room=1.6, sharex=True)
+    for axes, (layer, lines) in zip(grid.flat, layers.items(), strict=False):
+        colours = expert_colours(len(lines)).tolist()
+        styles = zip(lines.items(), colours, cycle(('-', '--', ':', '-.')), strict=False)
+        for (label, (x, y)), colour, style in styles:
+            axes.plot(x, y, style, label=label, color=colour)
+        axes.set(title=short(layer), xlabel=xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    # of all panels, once all of them are drawn: a limit that is set leaves later lines outside
+    if name == 'training-change':
+        grid[0, 0].set(yscale='log', ylabel='|new - old| / |new|')
+    else:
+        grid[0, 0].set(ylabel='share')
+        grid[0, 0].set_ylim(bottom=0)
+    handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    if len(handles) <= LEGEND:
+        below: Any = {'loc': 'outside lower center', 'ncols': 4, 'frameon': False}
+        figure.legend(handles=list(handles.values()), **below)
+    figure.suptitle(title)
+    most = max(y[0] for lines in layers.values() for _, y in lines.values())
+    last = max(y[-1] for lines in layers.values() for _, y in lines.values())
+    return Picture(name, title, f'The largest goes from {most:.2g} to {last:.2g}.', figure)

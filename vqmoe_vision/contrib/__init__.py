@@ -1,0 +1,1 @@
+"""What is kept working and not promised: MoCLE, V-MoE's checkpoints, int8."""

@@ -1,0 +1,257 @@
+"""What a config is: by which name, with which options, of which types.
+
+Our tools take our types for stock ones, so that any run goes on to the bit.
+"""
+
+import argparse
+import ast
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import DATASETS, Registry
+from mmengine.runner import Runner
+
+from vqmoe_vision.installed import config_path
+
+from ..moe.config import check
+
+_PREFIX = 'vqmoe_vision::'  # of configs that come with the package
+# Fields that mmengine's Runner takes from the config without being arguments of its constructor,
+# that of sharded.py, and those of tests with --tta.
+_EXTRA_FIELDS = frozenset(
+    {
+        'activation_checkpointing',
+        'compile',
+        'efficient_conv_bn_eval',
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'parallel',
+        'runner_type',
+        'sync_bn',
+        'tta_model',
+        'tta_pipeline',
+    }
+)
+# Of these mmengine's Runner reads the named entries, and passes over all others.
+_READ = {
+    'env_cfg': ('cudnn_benchmark', 'dist_cfg', 'mp_cfg', 'resource_limit'),
+    'auto_scale_lr': ('base_batch_size', 'enable'),
+}
+# Hooks that it adds to every run, and leaves out where a config says None.
+_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+# Ours do what mmengine's, mmcv's and mmseg's of the same options do.
+STOCK_LOADING = {'LoadImageFromFile': 'LoadImage', 'LoadAnnotations': 'LoadLabels'}
+OURS = {
+    'CheckpointHook': 'AtomicCheckpointHook',
+    'ClassBalancedDataset': 'SeededClassBalancedDataset',
+    'EpochBasedTrainLoop': 'ResumableEpochLoop',
+    'RuntimeInfoHook': 'StepValuesHook',
+}
+_OF_MMSEG = {'IoUMetric': 'CheckedIoUMetric', 'SegDataPreProcessor': 'CheckedPreProcessor'}
+_SAMPLERS = {'DefaultSampler': 'SeededSampler', 'InfiniteSampler': 'SeededInfiniteSampler'}
+_FIELDS = (
+    'default_hooks', 'model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader',
+    'val_evaluator', 'test_evaluator',
+)  # fmt: skip
+# What mmengine adds to a config that does not say it.
+_ADDED = {'checkpoint': 'CheckpointHook', 'runtime_info': 'RuntimeInfoHook'}
+_SEGMENTATION = 'vqmoe_vision.segmentation'
+
+
+def find_config(path: str) -> str:
+    """The file of a config."""
+    return config_path(path.removeprefix(_PREFIX)) if path.startswith(_PREFIX) else path
+
+
+def innermost(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The data sets of a config that are no wrappers of others, in order."""
+    found = [dataset.get('dataset'), *(dataset.get('datasets') or [])]
+    wrapped = [inner for inner in found if isinstance(inner, dict)]
+    if not wrapped:
+        yield dataset
+    for inner in wrapped:
+        yield from innermost(inner)
+
+
+def _base_path(base: str, filename: str) -> tuple[str, str | None]:
+    """File and scope of a `_base_`, which may also be one that comes with the package."""
+    if base.startswith(_PREFIX):
+        return find_config(base), None
+    return _mmengine_base_path(base, filename)
+
+
+_mmengine_base_path = Config._get_cfg_path
+
+
+@contextmanager
+def bases_by_name() -> Iterator[None]:
+    """Lets a config that is read inside the block build on one of the package by name."""
+    Config._get_cfg_path = staticmethod(_base_path)
+    try:
+        yield
+    finally:
+        Config._get_cfg_path = staticmethod(_mmengine_base_path)
+
+
+class _CfgOptions(DictAction):
+    """mmengine's action, but takes dictionaries, and says which argument is not NAME=VALUE."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        """A value with a dictionary is written as in Python; mmengine would leave a string."""
+        if not val.startswith(('{', '[', '(')) or '{' not in val:
+            return DictAction._parse_iterable(val)
+        try:
+            return ast.literal_eval(val)
+        except (ValueError, SyntaxError, TypeError) as error:
+            allowed = "a dictionary as in Python, such as {'lr_mult': 0.1}"
+            raise ValueError(f'--cfg-options {val}: write {allowed}') from error
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        for value in values:
+            if '=' not in value:
+                raise ValueError(f'--cfg-options {value}: write it as name=value')
+        super().__call__(parser, namespace, values, option)
+
+
+def add_config_options(
+    parser: argparse.ArgumentParser,
+    purpose: str = 'change fields of the config, for example train_cfg.max_epochs=5 '
+    'model.moe.top_k=1',
+) -> None:
+    """Adds `--cfg-options` to a parser."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        default={},
+        metavar='NAME=VALUE',
+        help=purpose,
+    )
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """The values of options by dotted name."""
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options
+
+
+def as_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as keyword arguments: what has a dotted name is in a dictionary."""
+    nested = Config()
+    nested.merge_from_dict(options)
+    return dict(nested.to_dict())
+
+
+def merge_options(config: Config, options: dict[str, Any]) -> None:
+    """Merges options of the command line into a config; refuses those that nothing would read."""
+    fields = (set(inspect.signature(Runner).parameters) | _EXTRA_FIELDS) - {'cfg'}
+    hooks = {*(config.get('default_hooks') or {}), *_HOOKS}
+    for name, value in options.items():
+        first, _, hook = name.partition('.')
+        check(first in fields, name, value, f'a field of {", ".join(sorted(fields))}')
+        left_out = first == 'default_hooks' and value is None and hook and '.' not in hook
+        allowed = f'left out is one of {", ".join(sorted(hooks))}'
+        check(not left_out or hook in hooks, name, value, allowed)
+    try:
+        config.merge_from_dict(options)
+    except (KeyError, TypeError) as error:  # of an element that a list lacks, or of what holds none
+        raise ValueError(f'--cfg-options {" ".join(options)}: {error}') from error
+
+
+def check_fields(config: Config) -> None:
+    """Refuses what mmengine would pass over in silence; drops other hooks that None leaves out."""
+    for field, known in _READ.items():
+        for name, value in (config.get(field) or {}).items():
+            check(name in known, f'{field}.{name}', value, f'it has {", ".join(known)}')
+    hooks = config.get('default_hooks') or {}
+    for name in [name for name, hook in hooks.items() if hook is None and name not in _HOOKS]:
+        hooks.pop(name)  # of any name but its own six mmengine wants a hook
+    # of a CUDA graph, what is read for the log after some steps would be that of the last replay
+    compiled = config.get('compile')
+    mode = compiled.get('mode') if isinstance(compiled, dict) else None
+    allowed = "one without CUDA graphs: 'default' or 'max-autotune-no-cudagraphs'"
+    check(mode not in ('reduce-overhead', 'max-autotune'), 'compile.mode', mode, allowed)
+
+
+def expand(holder: Any) -> None:
+    """Puts the user's folder in the place of `~` in all paths of a config, dictionary or list."""
+    # in place: a config that is built lazily stays so; a shell does it in some words only
+    for key in range(len(holder)) if isinstance(holder, list) else list(holder):
+        inner = holder[key]
+        if isinstance(inner, dict | list):
+            expand(inner)
+        elif isinstance(inner, str | Path):
+            scheme, colon, path = str(inner).rpartition('local-dir:')
+            if (found := os.path.expanduser(path)) != path:
+                holder[key] = type(inner)(scheme + colon + found)
+
+
+def flat(value: Any, name: str = '') -> dict[str, Any]:
+    """Values by dotted name."""
+    if isinstance(value, list | tuple) and value:
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f'{name}.{key}' if name else str(key))
+    return found
+
+
+def take_ours(config: Config) -> str:
+    """Puts our types in the place of stock ones, and says which; '' where there were none."""
+    names, found = dict(OURS), set[str]()
+    if config.get('default_scope') == 'mmseg':
+        names |= STOCK_LOADING | _OF_MMSEG
+        import_module(f'{_SEGMENTATION}.mmseg_patches').apply()
+        # for whoever reads the config of the run
+        imports = list((config.get('custom_imports') or {}).get('imports') or [])
+        if _SEGMENTATION not in imports:
+            config.custom_imports = dict(imports=[*imports, _SEGMENTATION])
+    hooks = config.get('default_hooks') or {}
+    config.default_hooks = {**{n: dict(type=kind) for n, kind in _ADDED.items()}, **hooks}
+    loop = config.get('train_cfg') or {}
+    if loop.get('by_epoch') and 'type' not in loop:
+        del loop['by_epoch']
+        loop['type'] = 'EpochBasedTrainLoop'
+    for field in _FIELDS:
+        if config.get(field) is not None:
+            own = names | (_SAMPLERS if field == 'train_dataloader' else {})
+            with DATASETS.switch_scope_and_registry(config.get('default_scope')) as datasets:
+                config[field] = renamed(config[field], own, found, datasets)
+    told = [f'{(names | _SAMPLERS)[name]} for {name}' for name in sorted(found)]
+    every = [*(config.get('custom_hooks') or []), *config.default_hooks.values()]
+    if found and not any(hook and hook.get('type') == 'ReseedHook' for hook in every):
+        config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='ReseedHook')]
+        told.append('ReseedHook')
+    return f'so that this run goes on to the bit, it has {", ".join(told)}' if told else ''
+
+
+def renamed(
+    node: Any, names: Mapping[str, str], found: set[str], datasets: Registry = DATASETS
+) -> Any:
+    """A part of a config with other types; a data set of ours reads its files as it likes."""
+    if isinstance(node, list | tuple):
+        return type(node)(renamed(inner, names, found, datasets) for inner in node)
+    if not isinstance(node, dict):
+        return node
+    kind = node.get('type')
+    if 'pipeline' in node and _is_ours(datasets.get(kind) if isinstance(kind, str) else kind):
+        names = {name: ours for name, ours in names.items() if name not in STOCK_LOADING}
+    changed = {name: renamed(inner, names, found, datasets) for name, inner in node.items()}
+    if isinstance(kind, str) and kind in names:
+        found.add(kind)
+        changed['type'] = names[kind]
+    return type(node)(changed)
+
+
+def _is_ours(kind: Any) -> bool:
+    return any(b.__module__.startswith('vqmoe_vision.') for b in getattr(kind, '__mro__', ()))

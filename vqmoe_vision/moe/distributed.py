@@ -1,0 +1,163 @@
+"""Processes that share a batch, and experts that live on several of them.
+
+Ranks take turns with samples, as all samplers of torch, timm and mmengine deal them: of S ranks,
+rank r has the samples r, r + S, r + 2 S and so on of the joint batch. A last batch may be smaller
+on the later ranks.
+
+Where experts are shared out, rows travel to them and back: GShard (arXiv 2006.16668), section 3.2,
+but with groups of any size, as in MegaBlocks (arXiv 2211.15841). The answer is that of all experts
+on one process. Sizes are read back once per layer: torch's all-to-all wants them on the host.
+Process m keeps experts m L to (m + 1) L - 1 as `DTensor`s, which torch.distributed.checkpoint saves
+under the names and shapes of one process.
+
+Legend: T tokens of this rank, N tokens per sample, R rows sorted by expert, A rows that arrived, E
+experts, L = E / M of each of M processes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import check
+from .experts import Experts, StackedLinear
+from .kernels import make_plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, and of how many; (0, 1) without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def joint_rows(num_tokens: int, tokens_per_sample: int, device: torch.device) -> Tensor:
+    """Places (T,) int64, rising, of this rank's tokens, sample after sample, among all ranks'."""
+    rows = torch.arange(num_tokens, device=device)
+    rank, size = rank_and_size()
+    if size == 1:
+        return rows
+    sample = torch.div(rows, tokens_per_sample, rounding_mode='floor')
+    # sample s of this rank is number s * size + rank of all
+    return rows + (sample * (size - 1) + rank) * tokens_per_sample
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's tensor, of one shape, without gradient; every rank has to ask."""
+    total = values.detach().clone()
+    if rank_and_size()[1] > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave to each process of a mesh of one dimension its experts of every layer, in place."""
+    # all processes hold the same model before, and call it as often as each other after
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
+    for name, experts in layers:
+        check(
+            experts.num_experts % mesh.size() == 0,
+            f'number of experts of {name}',
+            experts.num_experts,
+            f'it must be a multiple of {mesh.size()}, the number of processes that share them',
+        )
+    for _, experts in layers:
+        for linear in experts.modules():
+            if isinstance(linear, StackedLinear):
+                _distribute(linear, mesh)
+        experts.exchange = Exchange(mesh.get_group(), mesh.size())
+
+
+def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for name, whole in list(linear.named_parameters()):
+        own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+        setattr(linear, name, nn.Parameter(own, whole.requires_grad))
+    linear.own = partial(_own, mesh.size())
+
+
+def _own(size: int, parameter: Any) -> Tensor:
+    own: Tensor = _MeanOverProcesses.apply(parameter.to_local(), size)
+    return own
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # of the mean of all losses, as data-parallel training has it for other parameters
+        return grads[0] / ctx.size, None
+
+
+class Exchange:
+    """Runs experts on the processes that hold them."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+        self.group, self.size = group, size
+
+    def __call__(
+        self, compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """Run rows (R, D) with ends (E,) int32; `compute` takes own ones (A, D), with ends (L,)."""
+        # no row only fills a group
+        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2)
+        sent, received = both.tolist()
+        arrived = self._travel(rows[: sum(sent)], sent, received)
+        answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
+        back = self._travel(answers, received, sent)
+        return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))  # past the last end
+
+    def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        travelled: Tensor = _Travel.apply(rows, sent, received, self.group)
+        return travelled
+
+
+# torch's own is deprecated, and its successor is not public
+class _Travel(torch.autograd.Function):
+    """Rows (..., D) to the processes in their order, and theirs to this one; gradients back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.way_back = received, sent, group
+        return _send(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _send(grads[0], *ctx.way_back), None, None, None
+
+
+def _send(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+    return arrived
+
+
+def _compute_mixed(
+    compute: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor
+) -> Tensor:
+    """Run experts on rows that stand by process and then by expert; counts (M, L)."""
+    num_experts = counts.shape[1]
+    experts = torch.arange(num_experts, device=rows.device).repeat(len(counts))
+    experts = experts.repeat_interleave(counts.flatten(), output_size=len(rows))
+    plan = make_plan(experts, num_experts, rows.dtype)
+    answers = compute(rows.index_select(0, plan.order), plan.offsets)
+    return answers.index_select(0, plan.inverse)

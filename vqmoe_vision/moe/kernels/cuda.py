@@ -1,0 +1,141 @@
+"""torch's own product of groups: the kernel of CUDA, which never waits for the host.
+
+The ends of the groups stay on the device, forward and backward. It is one kernel in bfloat16 on
+compute capability 9 and 10 (H100, H200, B200). Elsewhere torch loops over the groups, and reads
+their ends back. It takes no bias, no float64, and no rows that are not a multiple of 16 bytes.
+
+Legend: R rows sorted by expert, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_SINCE = '2.10'  # before, `grouped_mm` was private
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 16  # bytes
+
+
+def misfit(x: Tensor, weight: Tensor) -> str | None:
+    """Why it cannot compute rows (R, in) and weight (E, out, in); None if it can."""
+    if not hasattr(F, 'grouped_mm'):
+        return f'it needs torch {_SINCE}, this is {torch.__version__}'
+    if x.dtype not in _DTYPES or (x.device.type == 'meta' and x.dtype != torch.bfloat16):
+        return f'it has no {x.dtype} on {x.device.type}'
+    for width in weight.shape[1:]:
+        if width * x.element_size() % _ALIGNMENT:
+            least = _ALIGNMENT // x.element_size()
+            return f'in {x.dtype} it takes widths that are multiples of {least}, not {width}'
+    return None
+
+
+def is_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is one kernel for (R, in) and (E, out, in) that reads nothing back."""
+    is_cuda = x.device.type == 'cuda' and x.dtype == torch.bfloat16
+    return is_cuda and misfit(x, weight) is None and _has_kernel(x.device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device: int) -> bool:
+    # ROCm reports compute capability 9 too, for cards on which this was never tried
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """As `Kernel.grouped_linear`."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+    experts = torch.searchsorted(offsets, rows, right=True)  # E for rows past the last end
+    return _GroupedLinear.apply(x.contiguous(), weight.contiguous(), bias, offsets, experts)
+
+
+def _product(
+    a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool = False, turn_b: bool = False
+) -> Tensor:
+    """`F.grouped_mm` of contiguous tensors, or of them with their last two dimensions exchanged."""
+    product = _opaque if torch.compiler.is_compiling() else _torchs
+    return product(a, b, offsets, turn_a, turn_b)
+
+
+def _torchs(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    # without rows `contiguous()` keeps the strides of an expanded tensor, which it refuses
+    if a.numel() == 0:
+        return a.new_zeros(_shape(a, b, offsets, turn_a, turn_b))
+    return F.grouped_mm(a.mT if turn_a else a, b.mT if turn_b else b, offs=offsets)
+
+
+# Inductor chooses strides for what it hands to torch's operator, and asks only that one of them is
+# 1: with 9 rows it stores transposed ones in rows of 18 bytes, which that operator refuses. What it
+# hands to an operator of ours is as it was written.
+@torch.library.custom_op('vqmoe_vision::grouped_product', mutates_args=())
+def _opaque(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    return _torchs(a, b, offsets, turn_a, turn_b)
+
+
+@_opaque.register_fake
+def _(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
+    return a.new_empty(_shape(a, b, offsets, turn_a, turn_b))
+
+
+@register_flop_formula(torch.ops.vqmoe_vision.grouped_product)
+def _opaque_flops(
+    a: torch.Size, b: torch.Size, _: torch.Size, turn_a: bool, turn_b: bool, **__: Any
+) -> int:
+    return 2 * math.prod(a) * b[-2 if turn_b else -1]
+
+
+def _flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """From shapes: of (R, in) and (E, in, out), and of (out, R) and (R, in), all rows in groups."""
+    return 2 * math.prod(a) * b[-1]
+
+
+# torch 2.13 counts its own operator as nothing
+if torch.ops.aten._grouped_mm not in flop_registry:
+    register_flop_formula(torch.ops.aten._grouped_mm)(_flops)
+
+
+def _shape(a: Tensor, b: Tensor, offsets: Tensor, turn_a: bool, turn_b: bool) -> list[int]:
+    rows, columns = a.shape[-1 if turn_a else -2], b.shape[-2 if turn_b else -1]
+    return [rows, columns] if b.ndim == 3 else [offsets.shape[0], rows, columns]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Zeros what torch leaves open: rows past the last end, gradients of experts without rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, experts: Tensor
+    ) -> Tensor:
+        past = (experts == weight.shape[0])[:, None]
+        ctx.save_for_backward(x, weight, offsets, past)
+        out = _product(x, weight, offsets, turn_b=True)
+        if bias is not None:
+            out += F.pad(bias, (0, 0, 0, 1)).index_select(0, experts)
+        return out.masked_fill_(past, 0)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, offsets, past = ctx.saved_tensors
+        grad = grads[0].contiguous()  # of a sum it is one expanded number
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            grad_x = _product(grad, weight, offsets).masked_fill_(past, 0)
+        if wants_weight:
+            grad_weight = _product(grad, x, offsets, turn_a=True)
+            grad_weight.masked_fill_(empty[:, None, None], 0)
+        if wants_bias:
+            # a product with ones sums each group alone, in float32 and in a fixed order, which
+            # adding rows to their experts would not
+            ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
+            sums = _product(ones, grad, offsets, turn_a=True)[:, 0]
+            grad_bias = sums.masked_fill(empty[:, None], 0)
+        return grad_x, grad_weight, grad_bias, None, None

@@ -1,0 +1,290 @@
+"""What a layer may know of its model, and what holds while gradient checkpointing repeats it.
+
+A model's stem shows the images of a pass, and layers that decide by the raw image look at what was
+made of them. Checkpointing runs a layer again in the backward pass, and does not say of which
+forward pass; a gradient does, by the hook that its pass left where the answer went out. Either may
+come first, but both come in one backward pass.
+
+Legend: B images, L patches, F raw features of a patch, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, register_notrace_module
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import check
+
+if TYPE_CHECKING:
+    from .losses import Loss
+
+# images (B, channels, height, width), grid of patches (rows, columns) -> (B, L, F)
+ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
+# Where what reads images by a network stands in a model, and the network in that.
+READER, NETWORK = 'patch_embed.reader.', 'network.'
+
+_REENTRANT = (
+    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of MoE layers: use '
+    'use_reentrant=False'
+)
+_CHANGED = (
+    'gradient checkpointing repeats a MoE layer that would answer otherwise now: call backward() '
+    'inside the collect_losses block; for a method that decides by the raw image use '
+    'model.set_grad_checkpointing(), which keeps the images of a pass'
+)
+
+
+class RawPatches:
+    """Raw patches of a pass's images, from a model's stem to its layers: data, never a graph."""
+
+    def __init__(self, read: ReadPatches | None = None, kept: bool = False) -> None:
+        self.read = read
+        self.kept = kept  # whether checkpointed blocks keep those of their pass
+        self.value: Tensor | None = None  # (B, L, F), or what else a method makes of B images
+        self.shown = 0  # batches, but for those of a compiled stem
+        self._thread: int | None = None
+
+    def current(self) -> Tensor:
+        """The `value` of a pass that is under way."""
+        if self.value is None:
+            raise RuntimeError(
+                'a layer that decides by the raw image was shown none: that does the stem of the '
+                'model which the layer was built in, so copy and use that model as a whole'
+            )
+        if not (torch.compiler.is_compiling() or in_recomputation()):
+            here = self._thread in (None, threading.get_ident())
+            check(here, 'thread', 'another', 'each needs a copy of a model that reads raw images')
+        return self.value
+
+    def check_number(self, name: str, found: int, shown: int) -> None:
+        """Refuse another number than of the images shown last: that it is them, nobody can tell."""
+        if torch.jit.is_tracing() or found == shown:  # traced sizes are tensors
+            return
+        raise ValueError(
+            f'{name}={found} is not possible: {shown}, as those of the images that the stem saw '
+            'last, by which the method decides; call the model as a whole'
+        )
+
+    def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
+        """Read the patches of the images that the model looks at now."""
+        assert self.read is not None
+        value = self.read(images, grid_size)
+        if in_recomputation() and _equal(value, self.value):
+            return  # whoever checkpoints a whole model repeats its stem too
+        self.value = value
+        if not torch.compiler.is_compiling():  # or every number would be compiled for
+            self.shown += 1
+            self._thread = threading.get_ident()
+
+    @contextmanager
+    def restoring(self, value: Tensor | None) -> Iterator[None]:
+        """Context in which a part of an earlier pass, with this `value`, is repeated."""
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'read': self.read, 'kept': self.kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RawPatches.__init__(self, **state)
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model around a layer, as it is when the layer is built."""
+
+    num_tokens: int  # per image, prefix tokens included
+    num_prefix_tokens: int = 0  # class, registers
+    in_chans: int = 3
+    # what a method's `read_patches` made of the images; empty without one
+    raw_patches: RawPatches = field(default_factory=RawPatches)
+
+
+class ImageReader(nn.Module):
+    """Base of `ReadPatches` by a frozen network, which somebody has to train before."""
+
+    network: Any  # buffers alone, as no training changes it
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, F) float32 of normalised images, without graph."""
+        raise NotImplementedError
+
+    def fit(self, features: Tensor) -> Any:
+        """Take over what features of a training set say."""
+        raise NotImplementedError
+
+    def expected(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What its part of a state dict has to have in order to be loaded, with any values."""
+        raise NotImplementedError
+
+    def adapted(
+        self,
+        own: dict[str, Tensor],
+        others: dict[str, Tensor],
+        path: str,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> tuple[dict[str, Tensor], Any]:
+        """What it loads of a checkpoint, of its own part or all others, and the report of it."""
+        raise NotImplementedError
+
+    def before_start(self, features: str | None, started: bool, weights: Any) -> Any:
+        """Reads a file for its network before a new training; gives how images are normalised."""
+        raise NotImplementedError
+
+    def before_training(self, runner: Any) -> None:
+        """Is fitted to the training set of a run."""
+        raise NotImplementedError
+
+
+def image_reader(model: nn.Module) -> ImageReader | None:
+    """What reads images by a network in a model; None if nothing does."""
+    return next((part for part in model.modules() if isinstance(part, ImageReader)), None)
+
+
+def hand_over(stem: nn.Module, raw_patches: RawPatches) -> None:
+    """Let a stem show images to the layers; what reads them becomes a part of it."""
+    stem.raw_patches = raw_patches  # type: ignore[assignment]  # no module
+    if isinstance(raw_patches.read, nn.Module):
+        stem.reader = raw_patches.read
+
+
+def raw_patch_parts(raw_patches: RawPatches, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Stem and blocks of a vision transformer whose layers look at raw patches."""
+    for name in ('embed_layer', 'block_fn'):
+        allowed = 'not set, a method that looks at raw patches brings its own'
+        check(name not in kwargs, name, kwargs.get(name), allowed)
+    return {
+        'embed_layer': partial(RawPatchEmbed, raw_patches=raw_patches),
+        'block_fn': partial(RawPatchBlock, raw_patches=raw_patches),
+    }
+
+
+@register_notrace_module
+class RawPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed` that also hands the raw patches to the layers."""
+
+    def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.raw_patches = raw_patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed patches; (B, channels, height, width) -> (B, L, D), or (B, rows, columns, D)."""
+        height, width = x.shape[-2:]
+        rows, columns = self.dynamic_feat_size((height, width))
+        down = max(rows * self.patch_size[0] - height, 0)
+        right = max(columns * self.patch_size[1] - width, 0)
+        self.raw_patches.show(F.pad(x, (0, right, 0, down)), (rows, columns))
+        return super().forward(x)
+
+
+class RawPatchBlock(Block):
+    """timm's `Block` that checkpoints itself, and keeps the raw patches of its pass for that."""
+
+    def __init__(self, *, raw_patches: RawPatches, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.raw_patches = raw_patches
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Of all blocks of a model at once."""
+        return self.raw_patches.kept
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        self.raw_patches.kept = enable
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Block`; (B, N, D) -> (B, N, D)."""
+        forward = super().forward
+        if not self.grad_checkpointing:
+            return forward(x, *args, **kwargs)
+
+        def run(x: Tensor, patches: Tensor | None) -> Tensor:
+            if in_recomputation():
+                with self.raw_patches.restoring(patches):
+                    return forward(x, *args, **kwargs)
+            self.raw_patches.value = patches
+            return forward(x, *args, **kwargs)
+
+        return checkpoint(run, x, self.raw_patches.value, use_reentrant=False)
+
+
+def in_recomputation() -> bool:
+    """Whether autograd's backward is running, as when gradient checkpointing repeats a layer."""
+    return not torch.compiler.is_compiling() and _backward_pass() != -1
+
+
+def to_be_repeated() -> bool:
+    """Whether this forward pass may be repeated: checkpointing stores nothing in the usual way."""
+    # that is costly to prepare for, and most trainings do without
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _backward_pass() -> int:
+    """Number of the backward pass that is running; no other has the same, -1 is none."""
+    return torch._C._current_graph_task_id()
+
+
+class RecomputationGuard:
+    """Refuses a backward pass that repeats a layer and has a gradient of an outdated pass."""
+
+    def __init__(self) -> None:
+        self.state_changed()
+        self._repeated_in = self._outdated_in = -1
+
+    def state_changed(self) -> None:
+        """Know that the layer answers otherwise from now on."""
+        # not a number: a compiled step would read it, and be compiled anew after each change
+        self._state = object()
+
+    def repeated(self) -> None:
+        """Know that the layer is repeated now."""
+        self._repeated_in = _backward_pass()
+        self._check()
+
+    def watch(self, answer: Tensor | Loss, raw_patches: RawPatches | None) -> None:
+        """Remember how things stand in a first pass, for the gradient of its answer."""
+        left = answer if isinstance(answer, Tensor) else answer.means
+        if left.requires_grad:
+            seen = raw_patches if raw_patches is not None and not raw_patches.kept else None
+            shown = 0 if seen is None else seen.shown
+            left.register_hook(partial(self._arrived, self._state, shown, seen))
+
+    def _arrived(
+        self, state: object, shown: int, seen: RawPatches | None, gradient: Tensor
+    ) -> None:
+        if state is not self._state or (seen is not None and shown != seen.shown):
+            self._outdated_in = _backward_pass()
+            self._check()
+
+    def _check(self) -> None:
+        if self._repeated_in == self._outdated_in:
+            raise RuntimeError(_CHANGED)
+
+
+def refuse_reentrant(repeated_answer: Tensor) -> None:
+    """Refuse use_reentrant=True, which alone sends gradients through what was repeated."""
+    if repeated_answer.requires_grad:
+        repeated_answer.register_hook(_raise_reentrant)
+
+
+def _raise_reentrant(gradient: Tensor) -> None:
+    raise RuntimeError(_REENTRANT)

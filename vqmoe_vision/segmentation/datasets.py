@@ -1,0 +1,361 @@
+"""Segmentation data sets that say what is missing, where it belongs and where to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+from mmseg.datasets import (
+    ADE20KDataset,
+    BaseSegDataset,
+    CityscapesDataset,
+    PascalContextDataset59,
+)
+from mmseg.registry import DATASETS
+
+from vqmoe_vision.engine.config import STOCK_LOADING, renamed
+from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.seeding import seed_sample
+from vqmoe_vision.engine.training_data import TrainingPart
+from vqmoe_vision.moe.config import check
+
+from .loading import LOADING
+
+PARTS = ('all', 'train', 'dev')
+_BLOCK = 20  # neighbours, such as frames of a video, are set aside together
+# Sides of a pasted scan in pixels. A classifier that saw scans enlarged to 48x48 knows this scale.
+_SIDES = (40, 48)
+_DIGITS = (3, 6)  # per scene, the upper end excluded
+_ATTEMPTS = 20
+
+
+def complete_metainfo(
+    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The `metainfo` that a data set of a config has, without loading it."""
+    empty = type('Empty', (BaseSegDataset,), {'METAINFO': dataset.METAINFO})
+    return empty(metainfo=coloured(dataset, metainfo), lazy_init=True).metainfo
+
+
+def coloured(
+    dataset: type[BaseSegDataset], metainfo: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The `metainfo` of a config with names of a file, and with colours of chosen classes."""
+    chosen, own = dict(metainfo or {}), dataset.METAINFO
+    if 'classes' not in {**own, **chosen}:
+        raise ValueError(
+            f'{dataset.__name__} needs metainfo=dict(classes=(...)), the names of labels 0, 1, ...'
+        )
+    if isinstance(names := chosen.get('classes'), str):
+        allowed = f'a sequence of names, such as ({names!r},), or a file with one per line'
+        check(Path(names).is_file(), 'metainfo.classes', names, allowed)
+        # mmseg would take blank lines at the end for classes
+        chosen['classes'] = Path(names).read_text().rstrip().splitlines()
+    classes = chosen.get('classes', own.get('classes'))
+    unique = len(classes) == len({*classes}) and all(str(name).strip() for name in classes)
+    check(unique, 'metainfo.classes', classes, 'names, each of one label')
+    if 'classes' in chosen and 'palette' not in chosen and {'classes', 'palette'} <= own.keys():
+        # mmseg gives those of another order the colours of the data set's order
+        colours = dict(zip(own['classes'], own['palette'], strict=True))
+        chosen['palette'] = [colours.get(name, [0, 0, 0]) for name in chosen['classes']]
+    return chosen or None
+
+
+def part_indices(num_pairs: int, part: str, dev_size: int) -> list[int]:
+    """Which pairs belong to a part, always the same."""
+    check(part in PARTS, 'part', part, f'one of {PARTS}')
+    if part == 'all':
+        return list(range(num_pairs))
+    allowed = f"between 1 and {num_pairs - 1}, there are {num_pairs} pairs; or train on part='all'"
+    check(0 < dev_size < num_pairs, 'dev_size', dev_size, allowed)
+    blocks = np.array_split(np.arange(num_pairs), -(-num_pairs // _BLOCK))
+    order = np.random.default_rng(0).permutation(len(blocks))
+    dev = np.concatenate([blocks[i] for i in order])[:dev_size]
+    return sorted(dev.tolist() if part == 'dev' else set(range(num_pairs)) - set(dev.tolist()))
+
+
+class SeededDataset(BaseSegDataset):
+    """A data set that augments with the seed that an index of `SeededInfiniteSampler` brings."""
+
+    def __getitem__(self, idx: int) -> Any:
+        """Loads and augments a sample."""
+        seed_sample(idx)
+        return super().__getitem__(idx)
+
+
+@DATASETS.register_module()
+class CheckedDataset(SeededDataset):
+    """A folder of images and one of label maps, complete or refused.
+
+    Without a `palette`, mmseg generates one, always the same for a number of classes.
+
+    Args:
+        part: 'all' of the pairs, or 'train' or 'dev': what is set aside to choose by, always the
+            same.
+        dev_size: Number of pairs of 'dev', which 'train' leaves out.
+        metainfo: `classes`, a sequence of names or a file with one per line, and `palette`, a
+            colour (R, G, B) of 0..255 for each; of a data set with classes, some of them.
+        **kwargs: As mmseg's `BaseSegDataset`; `data_prefix` without `seg_map_path`, or with None,
+            is for images without label maps.
+
+    Attributes:
+        source: Where to get the data set, and how it is laid out; part of the messages.
+
+    Raises:
+        ValueError: Classes and palette do not fit, the files are not complete, or there is no such
+            part.
+    """
+
+    source = 'docs/own-data.md says how to lay out a data set'
+
+    def __init__(
+        self,
+        metainfo: dict[str, Any] | None = None,
+        part: str = 'all',
+        dev_size: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        metainfo = coloured(type(self), metainfo)
+        if 'data_prefix' in kwargs:
+            # the command line cannot leave out what a config has
+            named = {kind: f for kind, f in kwargs['data_prefix'].items() if f is not None}
+            check('img_path' in named, 'data_prefix.img_path', None, 'the folder of the images')
+            kwargs['data_prefix'] = named
+        # a config has the stock names, for which mmseg's inference looks in a pipeline
+        kwargs['pipeline'] = renamed(kwargs.get('pipeline', []), STOCK_LOADING, set())
+        self.part, self.dev_size = part, dev_size
+        super().__init__(metainfo=metainfo, **kwargs)
+
+    @property
+    def training_part(self) -> TrainingPart:
+        """Which part of which pairs these are."""
+        files = (self.data_prefix['img_path'], self.ann_file)
+        source = (*(str(Path(file).resolve()) for file in files), self.img_suffix)
+        return TrainingPart(source, self.part, self.dev_size)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Finds the pairs, and tells `LoadAnnotations` how many classes there are."""
+        folders = [self.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
+        for path in filter(None, [*folders, self.ann_file]):
+            self._expect(Path(path).exists(), f'{path} does not exist')
+        pairs = super().load_data_list()
+        listed = self.ann_file or f'{folders[0]}/*{self.img_suffix}'
+        self._expect(bool(pairs), f'{listed} names no image')
+        with_map = [pair for pair in pairs if 'seg_map_path' in pair]
+        absent = [pair for pair in with_map if not Path(pair['seg_map_path']).is_file()]
+        first = absent[0] if absent else {}
+        self._expect(
+            not absent,
+            f'{len(absent)} of {len(pairs)} images have no label map: {first.get("img_path")} '
+            f'needs {first.get("seg_map_path")}',
+        )
+        chosen = part_indices(len(pairs), self.part, self.dev_size)
+        num_classes = len(self.metainfo['classes'])
+        return [dict(pairs[i], num_classes=num_classes) for i in chosen]
+
+    def _expect(self, found: bool, problem: str) -> None:
+        if not found:
+            raise ValueError(f'{problem}; {self.source}')
+
+    def prepare_data(self, idx: int) -> Any:
+        """Loads and augments a pair; names an image that a transform cannot take."""
+        try:
+            return super().prepare_data(idx)
+        except cv2.error as error:
+            path = self.get_data_info(idx)['img_path']
+            said = ' '.join(str(error).split())
+            raise ValueError(f'{path} is nothing that the pipeline can change: {said}') from error
+
+
+@DATASETS.register_module()
+class ADE20K(CheckedDataset, ADE20KDataset):
+    """ADE20K with 150 classes; label 0 in the files is everything else, and ignored."""
+
+    source = (
+        'expected ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}, '
+        'from http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip; '
+        'see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class PascalContext59(CheckedDataset, PascalContextDataset59):
+    """Pascal Context with 59 classes; label 0 in the files is background, and ignored."""
+
+    source = (
+        'expected VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext}, from '
+        'https://www.cs.stanford.edu/~roozbeh/pascal-context/; see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class Cityscapes(CheckedDataset, CityscapesDataset):
+    """Cityscapes with 19 classes."""
+
+    source = (
+        'expected leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and '
+        'gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png, from '
+        'https://www.cityscapes-dataset.com; see docs/segmentation.md'
+    )
+
+
+@DATASETS.register_module()
+class CamVid(CheckedDataset):
+    """CamVid with 11 classes; 255 is void.
+
+    Args:
+        img_suffix: Ending of the images' names.
+        seg_map_suffix: Ending of the label maps' names.
+        **kw: Passed on to `CheckedDataset`.
+    """
+
+    METAINFO: ClassVar = dict(
+        classes=(
+            'sky', 'building', 'pole', 'road', 'pavement', 'tree',
+            'sign symbol', 'fence', 'car', 'pedestrian', 'bicyclist',
+        ),
+        palette=[
+            [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [0, 0, 192],
+            [128, 128, 0], [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0],
+            [0, 128, 192],
+        ],
+    )  # fmt: skip
+    source = (
+        'expected images/{train,val}/*.jpg (or another img_suffix in the config) and '
+        'annotations/{train,val}/*.png with labels 0-10 and 255, from '
+        'http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/; see docs/segmentation.md'
+    )
+
+    def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kw: Any) -> None:
+        super().__init__(
+            img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, reduce_zero_label=False, **kw
+        )
+
+
+@DATASETS.register_module()
+class DigitScenes(SeededDataset):
+    """Scenes of handwritten digits, composed on the fly from scikit-learn's scans.
+
+    A scene depends on its index, the split and the seed only. Each split has scans of its own.
+
+    Args:
+        split: 'train', 'dev' or 'test'.
+        num_scenes: Length of the data set.
+        size: Height and width of a scene in pixels.
+        seed: Another seed makes other scenes of the same scans.
+        pipeline: Transforms; those that load are left out, as there is no file. A config has them
+            for what predicts files, such as mmseg's inferencer.
+
+    Raises:
+        ValueError: There is no such split, or the size is not possible.
+    """
+
+    METAINFO: ClassVar = dict(
+        classes=('background', *DIGITS),
+        palette=[
+            [0, 0, 0], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
+            [245, 130, 48], [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60],
+            [250, 190, 212],
+        ],
+    )  # fmt: skip
+
+    def __init__(
+        self, split: str, num_scenes: int, size: int, pipeline: Sequence, seed: int = 0
+    ) -> None:
+        self.split = split
+        self.num_scenes = num_scenes
+        self._make = digit_scene_maker(split, size, seed)
+        super().__init__(
+            pipeline=[step for step in pipeline if step['type'] not in LOADING],
+            data_prefix=dict(img_path=None),
+            reduce_zero_label=False,
+        )
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """An entry per scene; the path is a name for overlays, there is no such file."""
+        # Validation compares at the original size: mmseg's transforms resize what is listed.
+        seg_fields = ['gt_seg_map'] if self.split == 'train' else []
+        return [
+            dict(
+                img_path=f'{self.split}_{index:05d}.png',
+                label_map=None,
+                reduce_zero_label=False,
+                seg_fields=list(seg_fields),
+            )
+            for index in range(self.num_scenes)
+        ]
+
+    def scene(self, index: int) -> DigitScene:
+        """Composes a scene."""
+        return self._make(index)
+
+    def prepare_data(self, idx: int) -> Any:
+        """Composes a scene and runs the pipeline on it."""
+        info = self.get_data_info(idx)
+        scene = self.scene(idx)
+        size = scene.labels.shape
+        info.update(img=scene.image, gt_seg_map=scene.labels, img_shape=size, ori_shape=size)
+        return self.pipeline(info)
+
+
+@dataclass(frozen=True)
+class DigitScene:
+    """Real strokes of scanned digits, with labels that are exact by construction."""
+
+    image: np.ndarray  # (H, W, 3) uint8, BGR
+    labels: np.ndarray  # (H, W) uint8: 0 for background, d + 1 for the strokes of digit d
+
+
+def digit_scene_maker(split: str, size: int, seed: int) -> Callable[[int], DigitScene]:
+    """A function from an index to a scene, always the same for the same arguments."""
+    scans, digits = digit_scans(split)
+    if size < _SIDES[1]:
+        raise ValueError(f'size={size} must be at least {_SIDES[1]}, the side of a large digit')
+    own = ('train', 'test', 'dev').index(split)
+    # a partial and not a lambda: workers that are spawned get their data set pickled
+    return partial(_compose, scans=scans, digits=digits, size=size, seeds=(seed, own))
+
+
+def _compose(
+    index: int, scans: np.ndarray, digits: np.ndarray, size: int, seeds: tuple[int, int]
+) -> DigitScene:
+    rng = np.random.default_rng([*seeds, index])
+    image = _background(rng, size)
+    labels = np.zeros((size, size), np.uint8)
+    taken = np.zeros((size, size), bool)
+    for chosen in rng.integers(len(scans), size=rng.integers(*_DIGITS)):
+        side = int(rng.integers(_SIDES[0], _SIDES[1] + 1))
+        place = _free_place(rng, taken, side)
+        if place is None:
+            continue
+        taken[place] = True
+        scan = cv2.resize(scans[chosen], (side, side), interpolation=cv2.INTER_CUBIC)
+        ink = scan.astype(np.float32)[..., None] / 255
+        colour = rng.uniform(150, 255, 3).astype(np.float32)
+        image[place] = image[place] * (1 - ink) + colour * ink
+        labels[place][scan >= 96] = digits[chosen] + 1
+    image += rng.normal(0, 4, image.shape)
+    return DigitScene(np.clip(image, 0, 255).round().astype(np.uint8), labels)
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth dark colours, (size, size, 3) float32 in 0..100."""
+    coarse = rng.uniform(0, 100, (3, 3, 3)).astype(np.float32)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _free_place(
+    rng: np.random.Generator, taken: np.ndarray, side: int
+) -> tuple[slice, slice] | None:
+    """A square where nothing is yet, None if a number of attempts found none."""
+    for _ in range(_ATTEMPTS):
+        top, left = rng.integers(0, len(taken) - side + 1, 2)
+        place = slice(top, top + side), slice(left, left + side)
+        if not taken[place].any():
+            return place
+    return None
