@@ -10,7 +10,7 @@ from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.engine.record import BEGUN
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import options_in_full
 from vqmoe_vision.moe import METHODS
 
 pytestmark = pytest.mark.usefixtures('tables_alone')

@@ -18,7 +18,7 @@ from vqmoe_vision.engine.hooks import (
     NonFiniteGuardHook,
 )
 from vqmoe_vision.engine.routing import RoutingStatistics
-from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.compat import STATED
 
 
 def stub_runner(hooks: Sequence[Hook] = ()) -> Any:

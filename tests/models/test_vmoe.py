@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vqmoe_vision.models.state_dicts import misfit
+from vqmoe_vision.models.compat import misfit
 from vqmoe_vision.models.vmoe import arguments_of, in_our_names, load_vmoe
 from vqmoe_vision.moe import MoeLayer
 

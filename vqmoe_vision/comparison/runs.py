@@ -16,7 +16,7 @@ from mmengine.config import Config
 from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.options import flat, merge_options, parse_options
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import options_in_full
 from vqmoe_vision.moe.config import check
 
 from .spec import STARTS, Comparison

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import options_in_full
 from vqmoe_vision.moe import METHODS
 
 from . import cells

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from vqmoe_vision.models.run_files import beside_weights
+from vqmoe_vision.models.weights import beside_weights
 
 # `torch.load` takes no file at all where both are set
 _FORCED, _SWITCHED_OFF = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'

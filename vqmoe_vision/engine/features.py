@@ -8,15 +8,14 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.feature_network import fit_reader
+from vqmoe_vision.models.fitting import load_features
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.origin import origin_of
-from vqmoe_vision.models.transfer import load_features
+from vqmoe_vision.models.weights import network_of
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.image_reader import image_reader
 
-from .checkpoint import read_image_sizes, read_state
+from .checkpoint import read_state
 from .model import unwrapped
 from .normalization import in_words, read_normalization
 
@@ -39,8 +38,8 @@ def start_features(
     reader.lacks_weights = features is None and not started
     if features is None:
         return weights
-    origin, state = origin_of(describe(features), features), read_state(features)
-    report = load_features(model, state, features, read_image_sizes(features), origin)
+    state = read_state(features)
+    report = load_features(model, state, features, network=network_of(features))
     for line in report.lines():
         print_log(f'{features}: features: {line}', logger='current')
     found = read_normalization(features)

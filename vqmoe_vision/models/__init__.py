@@ -1,13 +1,13 @@
 """Vision transformers of the timm family with mixture-of-experts layers."""
 
-from . import moe_host, shipped, vit_moe  # noqa: F401  registers the models with timm
+from . import create, shipped, vit_moe  # noqa: F401  registers the models with timm
 from .complexity import Complexity, complexity
 from .convert import convert_to_moe
 from .discrete import to_discrete
 from .feature_network import fit_reader
+from .fitting import load_features
+from .moe_vit import MoeVisionTransformer
 from .quantization import experts_as_linear, quantize_int8
-from .sparse_model import MoeVisionTransformer
-from .transfer import load_features
 
 __all__ = [
     'Complexity',

@@ -17,13 +17,23 @@ from ..moe.host import Host, RawPatches
 from ..moe.image_reader import ImageReader
 from ..moe.layer import MoeLayer
 from ..moe.methods import METHODS
-from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
+from .compat import StateDict
 from .feature_network import NETWORK, READER, features_of
 from .hosts import MOE_HOST
-from .layers import build_layer, host_of, scale_fresh_experts
+from .moe_vit import (
+    MOE_LAYERS,
+    MoeEva,
+    MoeVisionTransformer,
+    SparseModel,
+    build_layer,
+    check_method,
+    host_of,
+    moe_options,
+    resolve_moe_layers,
+    scale_fresh_experts,
+)
 from .raw_patches import RawPatchBlock, RawPatchEmbed, hand_over
-from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
-from .state_dicts import Report, StateDict
+from .report import Report
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.

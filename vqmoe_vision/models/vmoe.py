@@ -20,11 +20,10 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..moe.config import check
+from .compat import StateDict, misfit, refuse_values, shorten
 from .create import create_model
-from .foreign_names import replaced
-from .refusals import refuse_values
-from .sparse_model import MoeVisionTransformer
-from .state_dicts import StateDict, misfit, shorten
+from .fitting import replaced
+from .moe_vit import MoeVisionTransformer
 from .vit_moe import SIZES
 from .vmoe_files import read_tree
 

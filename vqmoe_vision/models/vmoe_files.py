@@ -18,8 +18,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from .state_dicts import StateDict, shorten
-from .weight_files import first_line
+from .compat import StateDict, shorten
 
 # Types of V-MoE's msgpack; a tree of weights has no others.
 _ARRAY, _SLICES, _LEAF = 1, 6, 8
@@ -103,7 +102,7 @@ def _decoded(path: str, decode: Callable[[Any], Any]) -> Any:
         return decode(msgpack.unpackb(Path(path).read_bytes(), ext_hook=_extension))
     except Exception as error:  # bytes can fail in any way
         raise ValueError(
-            f'{path!r} is truncated or damaged, or no file of V-MoE: {first_line(error)}'
+            f'{path!r} is truncated or damaged, or no file of V-MoE: {error}'
         ) from error
 
 
