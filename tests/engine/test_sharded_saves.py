@@ -31,7 +31,7 @@ from vqmoe_vision.engine.sharded_saves import (
 )
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sharding import shard_model
-from vqmoe_vision.models.weight_files import IN_PARTS
+from vqmoe_vision.models.weights import IN_PARTS
 
 from ..forked import spawn
 from ..groups import begin
