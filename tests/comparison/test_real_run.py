@@ -1,8 +1,10 @@
 """From end to end with the programs of the repository: a run and its row."""
 
 import json
+from base64 import b64decode
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vqmoe_vision.comparison import measured
@@ -58,6 +60,8 @@ def test_a_run_leaves_every_number(
     samples = {split: data['samples'] for split, data in row['data'].items()}
     assert samples == {'train': 1257, 'val': 180, 'test': 360}
     assert row['commit'] and row['versions']['torch']
+    bits = np.unpackbits(np.frombuffer(b64decode(row['correct']), np.uint8), count=360)
+    assert bits.sum() == round(right)
 
     compare(['shifts', str(tmp_path / 'digits.py'), *folders])
     content = json.loads((tmp_path / 'rows/digits/vqmoe-seed3.json').read_text())

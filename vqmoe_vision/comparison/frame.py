@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vqmoe_vision.moe.config import check
@@ -19,6 +21,7 @@ from .statistics import (
     differences,
     holm,
     noise_of_all,
+    over_images,
     with_noise,
 )
 from .store import Results
@@ -104,6 +107,9 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
     for name in ('mean', 'low', 'high') if held_out else ():
         column = f'held_out_{"difference" if name == "mean" else name}'
         frame[column] = [getattr(held_out.get(row), name, math.nan) for row in scores]
+    images = _over_images(comparison, results)
+    for place, column in enumerate(('images_low', 'images_high')):
+        frame[column] = [images.get(row, (math.nan, math.nan))[place] for row in scores]
     for name in ('params', 'active_params', 'macs', 'images'):
         frame[name] = [
             int(next(iter(scores_of(values, RUN, name)[row].values()))) for row in scores
@@ -124,6 +130,18 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
         compute /= compute[comparison.reference]
         frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
     return frame
+
+
+def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[float, float]]:
+    """Of rows that have kept which images they got right, and accuracy as their metric."""
+    bits: dict[str, dict[int, np.ndarray]] = {}
+    for (row, seed), content in results.usable.items():
+        if content.get('correct') and comparison.metric == 'accuracy/top1':
+            packed = np.frombuffer(b64decode(content['correct']), np.uint8)
+            right = np.unpackbits(packed, count=content['data']['test']['samples'])
+            bits.setdefault(row, {})[seed] = right
+    base = bits.pop(comparison.reference, {})
+    return {row: over_images(of_row, base) for row, of_row in bits.items()}
 
 
 def _add_further(

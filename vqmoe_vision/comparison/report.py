@@ -39,6 +39,7 @@ from .statistics import FEW_SEEDS, Difference
 from .store import Results
 
 _HELD_OUT = 'the same on held-out images'
+_IMAGES = 'interval over images'
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _DPI = 110
 _ERROR = 'quantization error'
@@ -72,6 +73,7 @@ def shown(
         _difference_to(comparison): _intervals(compared(comparison, values), seeds),
         'p (Holm)': frame['p_holm'].map(_p_value),
         _HELD_OUT: _intervals(compared(comparison, values, HELD_OUT), seeds),
+        _IMAGES: map(_ends, frame['images_low'], frame['images_high']),
         'parameters, M: all / active': [f'{all_:.2f} / {active:.2f}' for all_, active in sizes],
         'MACs, M': (frame['macs'] / 1e6).map('{:.1f}'.format),
         'minutes': frame['minutes'].map('{:.1f}'.format),
@@ -84,6 +86,8 @@ def shown(
         del columns['minutes']
     if 'held_out_difference' not in frame:
         del columns[_HELD_OUT]
+    if frame['images_low'].isna().all():
+        del columns[_IMAGES]
     return pd.DataFrame({name: list(column) for name, column in columns.items()})
 
 
@@ -113,8 +117,12 @@ def _interval(difference: Difference | None, seeds: int) -> str:
         return '-'
     pairs, told = difference.pairs, f'{difference.mean:+.2f}'
     if not math.isnan(difference.low):
-        told += f' ({difference.low:+.2f} to {difference.high:+.2f})'
+        told += f' ({_ends(difference.low, difference.high)})'
     return told if pairs == seeds else f'{told}, {pairs} {"pairs" if pairs > 1 else "pair"}'
+
+
+def _ends(low: float, high: float) -> str:
+    return '-' if math.isnan(low) else f'{low:+.2f} to {high:+.2f}'
 
 
 def _layer_cell(values: Sequence[float]) -> str:

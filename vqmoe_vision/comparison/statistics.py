@@ -18,6 +18,7 @@ POWER = 0.8
 FEW_SEEDS = 2  # of which a row alone says next to nothing of its noise
 _ROUNDING = 1e-12  # of scores: what is left of differences that are equal
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
+Bits = Mapping[int, np.ndarray]  # by seed
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -100,6 +101,21 @@ def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
     low, high = map(float, spread.interval(1 - LEVEL))
     p = 2 * float(min(spread.cdf(0), spread.sf(0)))
     return replace(found, low=low, high=high, p=p, noise=noise, freedom=freedom)
+
+
+def over_images(row: Bits, reference: Bits) -> tuple[float, float]:
+    """The 95 % interval of a difference in percent over other images, at the seeds that both have.
+
+    Args:
+        row: Whether each image is right, (N,) bool by seed.
+        reference: The same of the other.
+    """
+    seeds = row.keys() & reference.keys()
+    if not seeds:
+        return math.nan, math.nan
+    each = np.mean([100.0 * row[seed] - 100.0 * reference[seed] for seed in seeds], axis=0)
+    half = stats.norm.isf(LEVEL / 2) * each.std(ddof=1) / math.sqrt(len(each))
+    return float(each.mean() - half), float(each.mean() + half)
 
 
 def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:

@@ -22,10 +22,10 @@ VERSION = 2
 _RECORDED = (
     'seed', 'commit', 'versions', 'device', 'hardware', 'threads', 'minutes', 'cpu_minutes',
     'iterations', 'params', 'active_params', 'macs', 'data', 'starting_weights', 'first_losses',
-    'training_loss',
+    'training_loss', 'correct',
 )  # fmt: skip
-# What tables, figures and commands use of every row. The first rows have no `data`; `checked`,
-# `shifts`, `shift_routing` and `routing` come later.
+# What tables, figures and commands use of every row. The first rows have neither `data` nor
+# `correct`, a bit per test image; `checked`, `shifts`, `shift_routing` and `routing` come later.
 FIELDS = (
     'row', 'seed', 'recipe', 'budget', 'metric', 'stage', 'test', 'commit', 'device', 'hardware',
     'minutes', 'cpu_minutes', 'iterations', 'images', 'params', 'active_params', 'macs',
@@ -93,9 +93,11 @@ class Store:
             return False
         record, *tests = map(load, files)
         test = tests[0] if tests else _last_validation(record, run)
-        tested = folder / 'test' / 'data.json'
-        if tests and tested.is_file():
-            record['data'] = {**record.get('data', {}), **load(tested)}
+        seen, right = (folder / 'test' / name for name in ('data.json', 'correct.json'))
+        if tests and seen.is_file():
+            record['data'] = {**record.get('data', {}), **load(seen)}
+        if tests and right.is_file():
+            record['correct'] = load(right)['correct']
         metric = comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
