@@ -50,8 +50,8 @@ def every_two(leaves: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def result_options(model: str) -> list[str]:
-    """The options that docs/notes/first-runs.md gives for its rows, those of `model` only."""
-    lines = (CONFIGS.parent / 'docs/notes/first-runs.md').read_text().splitlines()
+    """The options that docs/archive/first-runs.md gives for its rows, those of `model` only."""
+    lines = (CONFIGS.parent / 'docs/archive/first-runs.md').read_text().splitlines()
     cells = [cell.strip() for line in lines if line.startswith('|') for cell in line.split('|')]
     return [c.strip('`') for c in cells if re.match(rf'`{model}\.(model_name|moe)[.=]', c)]
 

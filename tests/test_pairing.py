@@ -124,7 +124,7 @@ def keep(tmp_path_factory):
         return hook
 
     def features(kind: str, model: str, folder: Path) -> dict[str, Any]:
-        torch.save({'state_dict': run(kind, 'dense').start}, folder / 'dense.pth')
+        torch.save({'state_dict': run(kind, 'dense_1x').start}, folder / 'dense.pth')
         return {f'{model}.features': str(folder / 'dense.pth'), f'{model}.moe.num_clusters': 4}
 
     return run
@@ -138,7 +138,7 @@ def shared(one: Keep, other: Keep) -> list[str]:
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('row', ALL_ROWS)
 def test_rows_at_one_seed_are_a_pair(keep, kind: str, row: str) -> None:
-    dense, other = keep(kind, 'dense'), keep(kind, row)
+    dense, other = keep(kind, 'dense_1x'), keep(kind, row)
     names = shared(dense, other)
     assert len(names) > 0.6 * len(dense.start)  # but the MLPs that are experts, or wider
     assert [k for k in names if not torch.equal(dense.start[k], other.start[k])] == []
@@ -165,7 +165,7 @@ def test_experts_start_alike_whatever_routes_to_them(keep, task: str) -> None:
     ],
 )
 def test_the_number_of_workers_changes_no_image(keep, kind: str, row: str) -> None:
-    assert keep(kind, row, num_workers=2).images == keep(kind, 'dense').images
+    assert keep(kind, row, num_workers=2).images == keep(kind, 'dense_1x').images
 
 
 @TASKS

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 # Variables that let a processor compute with other kernels than it would by itself, so that sums
-# round otherwise and take another time: docs/notes/one-run-on-two-processors.md. What is preloaded
-# may be something else, such as an allocator, which nobody can tell by its name.
+# round otherwise and take another time: docs/archive/one-run-on-two-processors.md. What is
+# preloaded may be something else, such as an allocator, which nobody can tell by its name.
 _CHOOSE_KERNELS = (
     'ATEN_CPU_CAPABILITY',
     'DNNL_MAX_CPU_ISA',

@@ -3,16 +3,16 @@
 # camvid_pretrained, where pairs share more. docs/compare.md
 config = 'configs/segmentation/camvid_budget.py'
 metric = 'mIoU'
-reference = 'dense_wide'
+reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
-controls = ['smoe_frozen', 'hashmoe']
+controls = ['smoe_frozen', 'position']
 rows = dict(
-    dense='dense',
-    dense_wide='dense_wide',
+    dense_1x='dense_1x',
+    dense_2x='dense_2x',
     smoe='smoe',
     vqmoe='vqmoe',
     smoe_frozen='smoe_frozen',
-    hashmoe='hashmoe',
+    position='position',
 )
 options = [
     'train_cfg.max_iters=2400',

@@ -4,14 +4,14 @@
 # one, and begins from nothing as dense does. docs/compare.md
 config = 'configs/segmentation/camvid_budget.py'
 metric = 'mIoU'
-reference = 'dense_started'
+reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]
-start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
+start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
-controls = ['smoe_frozen_started', 'hashmoe_started']
+controls = ['smoe_frozen_started', 'position_started']
 rows = dict(
-    dense='dense',
-    dense_wide='dense_wide',
+    dense_1x='dense_1x',
+    dense_2x='dense_2x',
     smoe_frozen_started='smoe_frozen model.backbone.checkpoint={start}',
     vqmoe_full='vqmoe model.backbone.checkpoint={start:vqmoe}',
     vqmoe_discrete='vqmoe model.backbone.checkpoint={start:vqmoe} model.backbone.moe.form=discrete',

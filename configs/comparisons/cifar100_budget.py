@@ -3,16 +3,16 @@
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 also = ['accuracy/top5']
-reference = 'dense_wide'
+reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
-controls = ['smoe_frozen', 'hashmoe']
+controls = ['smoe_frozen', 'position']
 rows = dict(
-    dense='dense',
-    dense_wide='dense_wide',
+    dense_1x='dense_1x',
+    dense_2x='dense_2x',
     smoe='smoe',
     vqmoe='vqmoe',
     smoe_frozen='smoe_frozen',
-    hashmoe='hashmoe',
+    position='position',
     vqmoe_token='vqmoe model.moe.expert_input=token',
     vqmoe_discrete='vqmoe model.moe.form=discrete',
     vqmoe_continuous='vqmoe model.moe.form=continuous',

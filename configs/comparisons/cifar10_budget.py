@@ -1,11 +1,11 @@
 # Six epochs of CIFAR-10 on a CPU, compute matched: docs/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
-reference = 'dense_wide'
+reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
 all_presets = True
-controls = ['smoe_frozen', 'hashmoe']
+controls = ['smoe_frozen', 'position']
 rows = dict(
     vqmoe_token='vqmoe model.moe.expert_input=token',
     vqmoe_official_input='vqmoe model.moe.expert_input=official',
@@ -29,9 +29,6 @@ shifts = {
 }
 # what docs/findings.md shows: tools/compare.py table --images docs/images
 images = {
-    'collapse': 'findings-collapse',
-    'inconsistency': 'findings-inconsistency',
-    'convergence': 'findings-convergence',
     'shifts': 'findings-shifts',
     'differences': 'findings-differences',
 }

@@ -1,17 +1,17 @@
 # 40 epochs of CIFAR-10 on a CPU, 18 to 65 minutes a run: docs/compare.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
-reference = 'dense'
+reference = 'dense_1x'
 seeds = [1, 2, 3]
 rows = dict(
-    dense='dense',
+    dense_1x='dense_1x',
     smoe='smoe',
     vqmoe='vqmoe',
-    dense_wide='dense_wide',
+    dense_2x='dense_2x',
     smoe_frozen='smoe_frozen',
-    hashmoe='hashmoe',
+    position='position',
 )
-controls = ['smoe_frozen', 'hashmoe']
+controls = ['smoe_frozen', 'position']
 options = ['train_cfg.max_epochs=40', 'param_scheduler.1.end=40', 'param_scheduler.1.T_max=39']
 # what docs/results.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-long-curves'}

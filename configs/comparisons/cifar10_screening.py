@@ -11,7 +11,7 @@ seeds = [11, 12]
 rows = dict(
     vqmoe='vqmoe',
     smoe='smoe',
-    dense='dense',
+    dense_1x='dense_1x',
     vqmoe_decay_90='vqmoe model.moe.ema_decay=0.9',
     vqmoe_decay_warmup='vqmoe model.moe.ema_decay_warmup=True',
     vqmoe_revival_10='vqmoe model.moe.dead_code_threshold=0.1',

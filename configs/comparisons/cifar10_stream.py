@@ -3,10 +3,10 @@
 # docs/notes/residual-stream.md.
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
-reference = 'dense_wide'
+reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
-controls = ['smoe_frozen', 'hashmoe']
-names = ('dense', 'dense_wide', 'smoe', 'vqmoe', 'smoe_frozen', 'hashmoe')
+controls = ['smoe_frozen', 'position']
+names = ('dense_1x', 'dense_2x', 'smoe', 'vqmoe', 'smoe_frozen', 'position')
 rows = {name: name for name in names}
 del names
 options = ['model.stream_loss.weight=0.02', 'model.stream_loss.blocks=[1,3]']

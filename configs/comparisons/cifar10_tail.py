@@ -18,12 +18,12 @@ rows = dict(
     # the code itself is fed to the expert: how its gradient is made decides most there
     ste='vqmoe model.moe.expert_input=ste',
     rotation='vqmoe model.moe.expert_input=ste model.moe.rotation_trick=True',
-    dense='dense',
-    dense_wide='dense_wide',
+    dense_1x='dense_1x',
+    dense_2x='dense_2x',
     smoe_frozen='smoe_frozen',
-    hashmoe='hashmoe',
+    position='position',
 )
-controls = ['smoe_frozen', 'hashmoe']
+controls = ['smoe_frozen', 'position']
 options = [
     'model.embed_dim=64',
     'model.num_heads=2',

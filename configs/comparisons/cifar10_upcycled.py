@@ -2,13 +2,13 @@
 # experts made of its MLPs, and each method from scratch. docs/compare.md
 config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
-reference = 'dense_started'
+reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]
-start = 'configs/comparisons/cifar10_budget.py dense epoch_6.pth'
+start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
 all_methods = True
 # for the rows from scratch, and for those that start from the dense model
-controls = ['smoe_frozen', 'hashmoe', 'smoe_frozen_started', 'hashmoe_started', 'dense_longer']
+controls = ['smoe_frozen', 'position', 'smoe_frozen_started', 'position_started', 'dense_longer']
 rows = dict(
     smoe_frozen='smoe_frozen',
     smoe_frozen_started='smoe_frozen model.checkpoint={start}',
@@ -20,18 +20,18 @@ rows = dict(
     # model has 13.2 million, so that eight epochs cost it as much: what that compute is worth
     # without experts.
     dense_longer=(
-        'dense model.checkpoint={start} train_cfg.max_epochs=8 param_scheduler.1.end=8 '
+        'dense_1x model.checkpoint={start} train_cfg.max_epochs=8 param_scheduler.1.end=8 '
         'param_scheduler.1.T_max=7'
     ),
 )
 # what docs/results.md shows: tools/compare.py table --images docs/images
 images = {'curves': 'cifar10-upcycled-curves'}
 highlighted = [
-    'dense',
-    'dense_started',
+    'dense_1x',
+    'dense_1x_started',
     'dense_longer',
-    'hashmoe',
-    'hashmoe_started',
+    'position',
+    'position_started',
     'smoe',
     'smoe_started',
     'vqmoe',

@@ -1,3 +1,6 @@
+from base64 import b64decode
+
+import numpy as np
 import torch
 
 from vqmoe_vision.classification import Accuracy
@@ -9,6 +12,8 @@ def test_accuracy_by_hand() -> None:
     metric.process([None, torch.tensor([0, 1, 2, 2])], list(logits))
     # first choices: right, wrong, wrong, right; among two: right, right, wrong, right
     assert metric.evaluate(4) == {'accuracy/top1': 50.0, 'accuracy/top2': 75.0}
+    right = np.unpackbits(np.frombuffer(b64decode(metric.correct), np.uint8), count=4)
+    assert right.tolist() == [1, 0, 0, 1]
 
 
 def test_more_best_logits_than_classes() -> None:

@@ -89,7 +89,7 @@ def spec(repository: Path) -> Callable[..., str]:
     """Writes a comparison with rows besides dense; gives its path."""
 
     def write(more: str = '', **rows: str) -> str:
-        given = {'dense': 'dense', **rows}
+        given = {'dense': 'dense_1x', **rows}
         Path('spec.py').write_text(
             SPEC.format(rows=', '.join(f'{k}={v!r}' for k, v in given.items())) + more
         )

@@ -7,15 +7,19 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
-from vqmoe_vision.comparison.outcome import Outcome
+from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, compared, scores_of, tidy
 from vqmoe_vision.comparison.runs import WORK_DIR
-from vqmoe_vision.comparison.statistics import Scores
+from vqmoe_vision.comparison.spec import Comparison
+from vqmoe_vision.comparison.statistics import FEW_SEEDS, Scores
 from vqmoe_vision.comparison.work import Work
 
 from ..rows import CONFIGS
@@ -51,11 +55,36 @@ Interval = tuple[float, float, float]
 Known = Mapping[Interval, set[float]]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The numbers of a comparison that is checked in."""
+
+    comparison: Comparison
+    values: pd.DataFrame
+
+    @property
+    def screens(self) -> bool:
+        return len(self.comparison.seeds) <= FEW_SEEDS
+
+    @cached_property
+    def scores(self) -> Scores:
+        return scores_of(self.values, TEST, self.comparison.metric)
+
+    @cached_property
+    def held_out(self) -> Scores:
+        return scores_of(self.values, HELD_OUT, self.comparison.metric)
+
+    def shifted(self) -> Iterator[Scores]:
+        for name in (self.comparison.metric, LEFT):
+            yield from (scores_of(self.values, shift, name) for shift in self.comparison.shifts)
+
+
 def outcomes() -> Iterator[Outcome]:
     for folder in sorted(ROWS.iterdir()):
         spec = str(CONFIGS / f'comparisons/{folder.name}.py')
-        work = Work(Namespace(spec=spec, work_dir=WORK_DIR, results=ROWS.parent), whole=True)
-        yield Outcome(work.comparison, work.read())
+        given = {'work_dir': WORK_DIR, 'results': ROWS.parent, 'rows': None, 'seeds': None}
+        work = Work(Namespace(spec=spec, **given))
+        yield Outcome(work.comparison, tidy(work.comparison, work.read()))
 
 
 def scores_of_images(outcome: Outcome) -> Iterator[Scores]:
@@ -72,8 +101,7 @@ def scores_of_images(outcome: Outcome) -> Iterator[Scores]:
 
 def sets_of_scores(outcome: Outcome) -> Iterator[Scores]:
     yield from scores_of_images(outcome)
-    yield from outcome.shifted.values()
-    yield from outcome.left.values()
+    yield from outcome.shifted()
 
 
 def interval(differences: list[float]) -> Interval:
@@ -103,9 +131,11 @@ def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
     """Every interval that the rows give, and p of it corrected for all rows."""
     if outcome.screens:  # with the noise of all rows
         for reference in outcome.scores:
-            turned = Outcome(outcome.comparison, outcome.results, reference=reference)
-            for row, each in turned.differences.items():
-                yield (each.mean, each.low, each.high), {turned.corrected[row]}
+            turned = compared(replace(outcome.comparison, reference=reference), outcome.values)
+            alone = {row: each.p for row, each in turned.items() if not math.isnan(each.p)}
+            corrected = holm(alone, len(outcome.comparison.rows) - 1)
+            for row, each in turned.items():
+                yield (each.mean, each.low, each.high), {corrected.get(row, math.nan)}
         return
     for scores in sets_of_scores(outcome):
         for reference in scores:
@@ -270,11 +300,11 @@ COLUMNS = (
     'camvid_budget',
 )
 LINES = {
-    'dense-2x, the compute of two experts': 'dense_wide',
+    'dense-2x, the compute of two experts': 'dense_2x',
     'SMoE': 'smoe',
     'SMoE, router frozen at random': 'smoe_frozen',
     'VQMoE': 'vqmoe',
-    'experts by position': 'hashmoe',
+    'experts by position': 'position',
 }
 
 
@@ -285,7 +315,7 @@ def test_the_table_of_the_readme_is_that_of_rows(monkeypatch: pytest.MonkeyPatch
     of = {each.comparison.name: each for each in outcomes()}
     for column, name in enumerate(COLUMNS):
         scores, planned = of[name].scores, len(of[name].comparison.rows) - 1
-        compared = dict(paired(scores, 'dense_wide', planned))
+        compared = dict(paired(scores, 'dense_2x', planned))
         for line, row in LINES.items():
             expected = f'{sum(scores[row].values()) / len(scores[row]):.1f}'
             if row in compared:

@@ -8,7 +8,7 @@ from shutil import rmtree
 
 import pytest
 
-from vqmoe_vision.comparison import routing, shifts
+from vqmoe_vision.comparison import measured
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -72,7 +72,7 @@ def test_a_folder_whose_name_would_divide_an_option(started, says) -> None:
 
 
 def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
-    path = started('dense')  # as the row dense of the other
+    path = started('dense_1x')  # as the row dense of the other
     said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')
     assert '0 of 2 runs are there already' in said
     assert calls() == ['first/dense-seed2', 'spec/started-seed2']
@@ -83,12 +83,12 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
 @pytest.mark.parametrize('action', ['check', 'routing', 'shifts'])
 def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypatch, action) -> None:
     """Its row dense is this one's too, and is looked at with that comparison."""
-    path = started('dense')
+    path = started('dense_1x')
     with Path(path).open('a') as file:
         file.write("\nshifts = {'fog': 'model.fog=1'}\n")
     says('run', path, '--seeds', '1')
-    monkeypatch.setattr(shifts, '_is_measured', lambda *which: True)
-    monkeypatch.setattr(routing, '_routing', lambda run: {})
+    monkeypatch.setattr(measured, 'shift_scores', lambda *which: {'fog': 1.0})
+    monkeypatch.setattr(measured, '_routing', lambda run: {})
     with suppress(SystemExit):
         compare([action, path, '--rows', 'dense', '--seeds', '1'])
     said = capsys.readouterr().err
@@ -96,20 +96,6 @@ def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypat
     assert said.startswith(line)
     compare([action, path, '--rows', 'started', '--seeds', '1'])
     assert 'are those of' not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('damaged', ['dense-seed1.json', 'checks.json'])
-def test_what_does_not_count_of_the_other_comparison_is_left_out_with_its_reason(
-    started, says, damaged
-) -> None:
-    path = started('dense')
-    says('run', path)
-    (ROWS / 'first' / damaged).write_text('{')
-    says('table', path)
-    text = Path('docs/results/tables/spec.md').read_text()
-    said = text.split('Left out:')[1].split('The command')[0]
-    assert damaged in said and 'rows/first' in said and 'is damaged' in said
-    assert 'Not run' not in said
 
 
 def test_a_row_that_the_other_comparison_trains_otherwise_is_not_left_out(started, says) -> None:

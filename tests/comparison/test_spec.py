@@ -13,7 +13,7 @@ import vqmoe_vision.classification
 import vqmoe_vision.segmentation  # noqa: F401  both register models
 from vqmoe_vision.comparison.cli import compare
 from vqmoe_vision.comparison.controls import challengers
-from vqmoe_vision.comparison.curves import _styles
+from vqmoe_vision.comparison.figures import curve_styles
 from vqmoe_vision.comparison.rows import CONTROLS, FEATURE_ROWS, ROWS
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
@@ -58,14 +58,14 @@ def test_every_row_of_every_comparison_can_be_built(path: Path, root: None) -> N
 def test_curves_of_no_two_rows_look_alike(path: Path, root: None) -> None:
     comparison = read_comparison(str(path))
     for shown in (comparison, replace(comparison, highlighted=())):
-        styles = _styles(shown)
+        styles = curve_styles(shown)
         assert [*styles] == list(shown.highlighted or shown.rows)
         looks = [(look['color'], str(look['linestyle'])) for look in styles.values()]
         assert len({*looks}) == len(looks)
 
 
 def test_controls_are_a_frozen_router_and_a_fixed_assignment() -> None:
-    assert sorted(CONTROLS) == ['hashmoe', 'smoe_frozen']
+    assert sorted(CONTROLS) == ['position', 'smoe_frozen']
 
 
 @pytest.mark.parametrize('path', SPECS, ids=lambda path: path.stem)
@@ -74,7 +74,7 @@ def test_every_learned_router_has_every_control_and_dense_beside_it(path: Path, 
     if not comparison.tested:  # what is chosen by it meets the controls in a table of its own
         assert not comparison.controls
         return
-    assert {'dense', 'dense_wide'} < comparison.rows.keys()
+    assert {'dense_1x', 'dense_2x'} < comparison.rows.keys()
     rows = {c: set(challengers(comparison, c)) for c in comparison.controls}
     routed = [c for c in rows if not any(o.endswith('moe=None') for o in comparison.rows[c])]
     assert {control.removesuffix('_started') for control in routed} == set(CONTROLS)
@@ -92,12 +92,15 @@ def test_methods_that_are_screened_have_as_many_trials_or_all_there_are(root: No
     assert screenings
     for screening in screenings:
         trials: dict[str, list[str]] = {}
-        for row in (row for row in screening.rows if '_' in row):
+        for row in (row for row in screening.rows if '_' in row and row not in ROWS):
             trials.setdefault(row.partition('_')[0], []).append(row)
         most = max(map(len, trials.values()))
         assert sum(len(rows) == most for rows in trials.values()) > 1
         for method, rows in trials.items():
-            own = METHODS[method].config.option_names() - MoeConfig.option_names()
+            own = (
+                METHODS[method.replace('position', 'hashmoe')].config.option_names()
+                - MoeConfig.option_names()
+            )
             set_there = ' '.join(word for row in rows for word in screening.rows[row])
             assert len(rows) == most or all(f'moe.{name}=' in set_there for name in own)
 
@@ -134,19 +137,20 @@ KEPT = ('classification/finetune/imagenette.py', 'segmentation/ade20k/segmenter_
 @pytest.mark.parametrize('leaf', KEPT)
 def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> None:
     comparison = read_comparison(f'configs/{leaf}')
-    assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_wide'}  # whose weights fit none
+    assert comparison.rows.keys() == {*ROWS, *CONTROLS} - {'dense_2x'}  # whose weights fit none
     for row in comparison.rows:
         run = Run(comparison, row, 1, Path('work_dirs'))
         own, model = (c.model.get('backbone', c.model) for c in (comparison.base, run.merged()))
         assert (model.model_name, model.pretrained) == (own.model_name, True)
-        if row == 'dense':
+        if row == 'dense_1x':
             assert model.moe is None
         else:
-            assert model.moe.method == row.partition('_')[0]
+            method = row.partition('_')[0].replace('position', 'hashmoe')
+            assert model.moe.method == method
         scope = DefaultScope.overwrite_default_scope(comparison.base.default_scope)
         with torch.device('meta'), scope:
             built = MODELS.build(without_sources(model))
-        assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense')
+        assert any(isinstance(part, MoeLayer) for part in built.modules()) == (row != 'dense_1x')
 
 
 @pytest.mark.parametrize(
@@ -161,32 +165,32 @@ def test_rows_keep_a_model_of_timm_and_its_weights(leaf: str, root: None) -> Non
         ('vit_tiny_patch16_224', dict(moe=dict(method='vqmoe', moe_layers=(1, 3, 4))), [], 3),
     ],
 )
-def test_dense_wide_has_the_compute_of_two_experts_in_every_config(
+def test_dense_2x_has_the_compute_of_two_experts_in_every_config(
     name: str, options: dict, of_all_rows: list[str], moe_blocks: int, tmp_path: Path
 ) -> None:
     own = dict(type='Classifier', model_name=name, num_classes=10, img_size=32, patch_size=4)
     own |= {**options, 'moe': {'preset': 'matched', **options['moe']}, '_delete_': True}
     path, spec = tmp_path / 'own.py', tmp_path / 'compared.py'
     path.write_text(f'_base_ = {str(CONFIGS / "classification/cifar10.py")!r}\nmodel = {own}\n')
-    rows = {row: row for row in ('dense', 'dense_wide', 'smoe')}
+    rows = {row: row for row in ('dense_1x', 'dense_2x', 'smoe')}
     fields = f"config = {str(path)!r}\nmetric = 'accuracy/top1'\nseeds = [1]\nrows = {rows}\n"
     spec.write_text(f'{fields}options = {of_all_rows}\n')
     comparison = read_comparison(str(spec))
-    assert f'model.extra_mlps={moe_blocks}' in comparison.rows['dense_wide']
+    assert f'model.extra_mlps={moe_blocks}' in comparison.rows['dense_2x']
     macs = {}
-    for row in ('dense', 'dense_wide', 'smoe'):
+    for row in ('dense_1x', 'dense_2x', 'smoe'):
         config = Run(comparison, row, 1, Path('work_dirs')).merged()
         with torch.device('meta'), DefaultScope.overwrite_default_scope(config.default_scope):
             macs[row] = complexity(MODELS.build(config.model).model).macs
     # a router has a product with 8 vectors, where an MLP of width 192 has 2 x 768
-    assert macs['smoe'] == pytest.approx(macs['dense_wide'], rel=0.01)
-    assert macs['dense_wide'] > 1.05 * macs['dense']
+    assert macs['smoe'] == pytest.approx(macs['dense_2x'], rel=0.01)
+    assert macs['dense_2x'] > 1.05 * macs['dense_1x']
 
 
 def test_pretrained_weights_fit_no_wider_model(says, root: None, tmp_path: Path) -> None:
     path = tmp_path / 'wide.py'
     config = 'configs/classification/finetune/imagenette.py'
-    path.write_text(SPEC.format(rows="wide='dense_wide'").replace('config.py', config))
+    path.write_text(SPEC.format(rows="wide='dense_2x'").replace('config.py', config))
     assert says('list', str(path), '--work-dir', str(tmp_path)) == (
         'error: comparison wide: row wide: model.extra_mlps=2 is not possible: '
         '0 beside pretrained weights'
@@ -243,14 +247,14 @@ def test_all_methods_follow_the_table(spec) -> None:
     comparison = read_comparison(
         spec('all_methods = True', more_experts='smoe model.moe.num_experts=16')
     )
-    assert tuple(comparison.rows) == (*ROWS, 'more_experts')
+    assert tuple(comparison.rows) == (*ROWS, 'dense', 'more_experts')
     assert comparison.rows['more_experts'][-1] == 'model.moe.num_experts=16'
 
 
 def test_all_presets_are_those_that_differ_from_the_rows_of_the_methods(spec) -> None:
     comparison = read_comparison(spec('all_presets = True'))
     differing = {
-        f'{name}_{preset}'
+        f'{name}_{preset}'.replace('hashmoe', 'position')
         for name, method in METHODS.items()
         for preset in method.config.PRESETS
         if method.config.from_options(preset=preset) != method.config.from_options(preset='matched')
@@ -265,7 +269,7 @@ def test_rows_that_start_from_another_run_take_it_at_their_seed(spec, says) -> N
     path = spec("start = 'first.py dense iter_2.pth'\nall_started = True")
     comparison = read_comparison(path)
     assert comparison.rows.keys() == {'dense'} | {
-        f'{row}_started' for row in (*ROWS, *FEATURE_ROWS) if row != 'dense_wide'
+        f'{row}_started' for row in (*ROWS, *FEATURE_ROWS) if row != 'dense_2x'
     }
     first = Run(read_comparison('first.py'), 'dense', 2, Path('work')).folder
     run = Run(comparison, 'smoe_started', 2, Path('work'))
@@ -318,12 +322,12 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
     Path('first.py').write_text(Path('spec.py').read_text())
     start = "start = 'first.py dense iter_2.pth'\nall_methods = True"
     comparison = read_comparison(spec(start))
-    assert tuple(comparison.rows) == (*ROWS, *FEATURE_ROWS)
+    assert tuple(comparison.rows) == (*ROWS, *FEATURE_ROWS, 'dense')
     first = Run(read_comparison('first.py'), 'dense', 1, Path('work')).folder
     for row in FEATURE_ROWS:
         run = Run(comparison, row, 1, Path('work'))
         assert run.resolved['model']['features'] == str(first / 'iter_2.pth')
-    assert tuple(read_comparison(spec('all_methods = True')).rows) == ROWS
+    assert tuple(read_comparison(spec('all_methods = True')).rows) == (*ROWS, 'dense')
 
 
 @pytest.mark.parametrize(
@@ -331,7 +335,7 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
     [
         ("start = 'dense'", "start='dense' must be 'COMPARISON ROW CHECKPOINT'"),
         (
-            "rows = dict(dense='dense', a='smoe model.checkpoint={start}')",
+            "rows = dict(dense='dense_1x', a='smoe model.checkpoint={start}')",
             'a needs the field start',
         ),
         (
@@ -339,15 +343,15 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
             "options='model.checkpoint={start}' is not possible: {start} in rows alone",
         ),
         (
-            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start:b-c}')",
+            "start = 'first.py dense a.pth'\nrows = dict(dense='dense_1x', a='smoe a={start:b-c}')",
             '{start:b-c}: row b-c does not exist; there are dense',
         ),
         (
-            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start:}')",
+            "start = 'first.py dense a.pth'\nrows = dict(dense='dense_1x', a='smoe a={start:}')",
             '{start:}: row  does not exist; there are dense',
         ),
         (
-            "start = 'first.py dense a.pth'\nrows = dict(dense='dense', a='smoe a={start :dense}')",
+            "start = 'first.py dense a.pth'\nrows = dict(b='dense_1x', a='smoe a={start :dense}')",
             "a={start :dense}' is not possible: {start} or '{start:ROW}'",
         ),
         ("all_methods = True\nrows = dict(smoe='vqmoe')", "rows ['smoe'] stand for others"),
@@ -363,7 +367,10 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
             "shifts = dict(fog='a.b=1')",
             "shifts.fog='a.b=1' is not possible: a.b=1 ",
         ),
-        ("rows = dict(one='dense a=\\'1')", 'rows.one="dense a=\'1" is not possible: No closing'),
+        (
+            "rows = dict(one='dense_1x a=\\'1')",
+            'rows.one="dense_1x a=\'1" is not possible: No closing',
+        ),
         ('rows = dict(', "spec.py, line 5: '(' was never closed"),
         ('metric = 3', 'spec.py: metric=3 is not possible: a text'),
         (
@@ -374,7 +381,7 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
             "rows['one'] = 'vqmoe model.moe.ema_decay=2.0'",
             'row one: model.moe.ema_decay=2.0 is not possible: at least 0 and below 1',
         ),
-        ("rows['one'] = 'dense model.embed_dim=-1'", 'comparison spec: row one: '),
+        ("rows['one'] = 'dense_1x model.embed_dim=-1'", 'comparison spec: row one: '),
         ('seeds = 5', 'seeds=5 is not possible: a list'),
         ("also = 'mAcc'", "also='mAcc' is not possible: a list"),
         ("options = 'model.depth=2'", "options='model.depth=2' is not possible: a list"),
@@ -383,7 +390,7 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ("highlighted = ['smoke']", 'row smoke does not exist; there are dense'),
         *(
             (
-                f'rows = {{"dense": "dense", "{row}": "smoe"}}',
+                f'rows = {{"dense": "dense_1x", "{row}": "smoe"}}',
                 f'row={row!r} is not possible: a name',
             )
             for row in ('lr/2', 'lr/', '/')
@@ -392,15 +399,11 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ("reference = 'smoke'", 'row smoke does not exist; there are dense'),
         ("rows = dict(one='smoke')", "row 'smoke' does not exist"),
         ('rows = dict(one=3)', "rows={'one': 3} is not possible: texts by name"),
-        ("rows = dict(dense='dense', one='optimiser.lr=3')", 'optimiser.lr=3 is not possible'),
-        ("rows = dict(dense='dense', one='model.depth')", "row 'model.depth' does not exist"),
+        ("rows = dict(dense='dense_1x', one='optimiser.lr=3')", 'optimiser.lr=3 is not possible'),
+        ("rows = dict(dense='dense_1x', one='model.depth')", "row 'model.depth' does not exist"),
         ("stage = 'val'", "stage='val' is not possible: one of ('test', 'dev')"),
         ("stage = 'dev'\nshifts = dict(a='model.b=1')", "none with stage='dev', which tests"),
         ("also = ['mIoU']", "also='mIoU' is the metric, which the table has"),
-        (
-            "start = 'first.py dense iter_3.pth'\nrows['a'] = 'smoe model.checkpoint={start}'",
-            "start='iter_3.pth' is not possible: one that first leaves, which ends with iter 2",
-        ),
         ("start = 'spec.py dense iter_2.pth'", 'spec.py: start='),
         ("config = 'first.py'", 'first.py: model.model_name=None must be the name of a model'),
         ("shifts = dict(a='train_cfg.max_iters=1')", "begins with 'test_' or 'model.'"),

@@ -30,7 +30,6 @@ def test_the_score_is_that_of_the_last_validation(spec, says) -> None:
     says('table', path)
     shown = Path('docs/results/tables/spec.md').read_text()
     assert 'mIoU at the end of training on held-out data; no test data was seen.' in shown
-    assert 'those of the validation pass' in shown and 'test pass' not in shown
     assert 'the same on held-out images' not in shown  # they are these
     cells = [cell.strip() for cell in shown.split('\n| dense')[1].split('\n')[0].split('|')]
     assert cells[1:4] == ['2.00', '0.00', '2'] and cells[-4] == '1'
@@ -73,15 +72,6 @@ def test_rows_of_one_stage_are_not_those_of_the_other(fill, says) -> None:
     path.write_text(path.read_text() + f'\n{DEV}\n')
     line = says('table', str(path))
     assert "dense-seed1.json: its numbers are of stage='test', not of 'dev'" in line
-
-
-def test_rows_from_before_there_were_stages_are_of_the_test(fill, says) -> None:
-    path = fill({'dense': [1.0, 2.0]})
-    for file in ROWS.glob('*.json'):
-        file.write_text(file.read_text().replace('"stage": "test",\n', ''))
-    assert '"stage"' not in file.read_text()
-    says('table', path)
-    assert 'on the test data' in Path('docs/results/tables/spec.md').read_text()
 
 
 def test_nothing_is_measured_on_test_images(spec, says) -> None:

@@ -41,7 +41,7 @@ MMSEG = {
 } | {
     ZOO_NAME.format('s_fcn'): (
         'segmenter_linear_ade20k',
-        row_options('dense', 'small', 'model.backbone'),
+        row_options('dense_1x', 'small', 'model.backbone'),
     )
 }
 MASK, LINEAR = ZOO_NAME.format('t_mask'), ZOO_NAME.format('s_fcn')
@@ -203,7 +203,7 @@ def test_names_shapes_and_protocol_of_the_zoo(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize('size', SIZES)
 def test_names_and_shapes_of_the_authors_files(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = {'large': 640}
-    options = row_options('dense', size, 'model.backbone')
+    options = row_options('dense_1x', size, 'model.backbone')
     shape = SIZES[size]
     side = sides.get(size, 512)
     options['model.backbone.img_size'] = (side, side)

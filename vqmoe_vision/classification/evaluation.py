@@ -1,5 +1,6 @@
 """Accuracy of a classifier."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class Accuracy(BaseMetric):
     """
 
     default_prefix = 'accuracy'
+    correct = ''  # whether the best class is right: a bit per image, as base64
 
     def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
         super().__init__()
@@ -49,6 +51,7 @@ class Accuracy(BaseMetric):
     def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
         """The accuracies, of lists per image: its class, whether it is best, one entry per k."""
         targets, best, *columns = np.array(results).T
+        self.correct = b64encode(np.packbits(best)).decode()
         found = {
             f'top{k}': 100 * column.sum().item() / len(results)
             for k, column in zip(self.topk, columns, strict=True)

@@ -38,15 +38,8 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     if content.get('starting_weights', weights) != weights:
         there = ', '.join(f'{name} ({digest})' for name, digest in weights.items())
         raise ValueError(f'{run.name} cannot be repeated: it began with other weights than {there}')
-    losses = record['first_losses']
-    kept = content['first_losses']
-    return {
-        **compared(losses, kept, run.name),
-        'commit': commit(),
-        'losses': kept,
-        'moe_options': record['moe_options'],
-        'starting_weights': weights,
-    }
+    found = compared(record['first_losses'], content['first_losses'], run.name)
+    return {'commit': commit(), **found}
 
 
 def _require_sources(run: Run) -> None:

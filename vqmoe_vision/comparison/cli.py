@@ -15,23 +15,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vqmoe_vision.engine.cli import make_folder
+from vqmoe_vision.engine.cli import load_config, make_folder
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, processor
 
 from . import control
 from .check import repeat
-from .mistakes import refuse_mistakes
+from .measured import measure_routing, measure_shifts
 from .noise import PAIRS, noise_of
-from .outcome import Outcome
-from .queue import Queue
+from .queue import Queue, tasks_of
 from .report import draw_figures, write_images, write_tables
-from .routing import measure_routing
-from .runs import WORK_DIR
-from .shifts import measure_shifts
+from .runs import WORK_DIR, Run
 from .store import save
-from .tasks import tasks_of
 from .work import Work
 
 FIGURE = Path('work_dirs/control/control.png')
@@ -45,8 +41,11 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one = actions.add_parser(action, help=text, description=text)
         one.set_defaults(function=function)
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
-        one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
-        one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
+        if action in ('table', 'noise'):  # p is corrected for all rows, whatever is looked at
+            one.set_defaults(rows=None, seeds=None)
+        else:
+            one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
+            one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
         one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
         one.add_argument(
             '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
@@ -54,10 +53,6 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
         if action == 'run':
             one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
-        if action in ('table', 'noise'):
-            one.add_argument(
-                '--reference', metavar='ROW', help='take differences to this row, not the usual one'
-            )
         if action == 'table':
             one.add_argument(
                 '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
@@ -82,13 +77,24 @@ def _require_positive(option: str, number: int | None) -> None:
         raise ValueError(f'{option} {number} must be at least 1')
 
 
+def _refuse_mistakes(runs: Sequence[Run]) -> None:
+    """Builds the model of each row, before the first run."""
+    first: dict[tuple[str, str], Run] = {}
+    for one in runs:
+        first.setdefault((one.comparison.name, one.row), one)
+    for config in dict.fromkeys(one.comparison.config for one in runs):
+        load_config(config)  # imports the modules that it names
+    for one in first.values():
+        one.build()
+
+
 def _run(args: argparse.Namespace) -> None:
     _require_positive('--jobs', args.jobs)
     work = Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
-    refuse_mistakes([task.run for task in tasks])
+    _refuse_mistakes([task.run for task in tasks])
     if sources := [task.name for task in tasks if task.leaves is not None]:
         print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
     # a seed of all rows before the next; in it what others start from is the first
@@ -104,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     tasks = Work(args).current()
-    refuse_mistakes([task.run for task in tasks])
+    _refuse_mistakes([task.run for task in tasks])
     for task in tasks:
         print(task.line())
     held = [
@@ -139,17 +145,14 @@ def _collect(args: argparse.Namespace) -> None:
         raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
 
 
-def _outcome(args: argparse.Namespace) -> Outcome:
-    work = Work(args, whole=True)  # p is corrected for all rows, whatever is shown
-    return Outcome(work.comparison, work.read(), args.rows, args.seeds, args.reference)
-
-
 def _table(args: argparse.Namespace) -> None:
-    outcome = _outcome(args)
-    made = outcome, args.results / 'tables'
-    images = [] if args.images is None else write_images(outcome, args.images)
-    for path in [*write_tables(*made), *draw_figures(*made), *images]:
-        print(path)
+    work = Work(args)
+    made = work.comparison, work.read()
+    folder = args.results / 'tables'
+    written = [*write_tables(*made, folder), *draw_figures(*made, folder)]
+    if args.images is not None:
+        written += write_images(*made, args.images)
+    print(*written, sep='\n')
 
 
 def _shifts(args: argparse.Namespace) -> None:
@@ -176,8 +179,7 @@ def _say_absent(names: list[str]) -> None:
 def _check(args: argparse.Namespace) -> None:
     work = Work(args)
     _require_positive('--sample', args.sample)
-    work.store.checks()  # what is found goes there: if it cannot, that is said before it is sought
-    _, usable = work.own('checked', checked=False)
+    _, usable = work.own('checked', refuted=True)
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
@@ -189,7 +191,7 @@ def _check(args: argparse.Namespace) -> None:
             unknown.append(one.name)
             tqdm.write(str(error))
             continue
-        work.store.keep_check(one, finding)
+        work.store.add(one, checked=finding)
         if not finding['equal']:
             wrong.append(one.name)
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
@@ -207,15 +209,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _noise(args: argparse.Namespace) -> None:
-    outcome = _outcome(args)
-    comparison = outcome.comparison
-    frame, budget = noise_of(comparison, outcome.results)
+    work = Work(args)
+    comparison = work.comparison
+    frame, budget = noise_of(comparison, work.read())
     known = frame.astype(object).where(frame.notna(), None)
     print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
-    together = 'the rows and seeds above' if outcome.partial else 'all rows'
     print(
         f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {comparison.metric} '
-        f'with 80 % power at the 5 % level, if the noise is that of {together} together. '
+        'with 80 % power at the 5 % level, if the noise is that of all rows together. '
         f'Differences are to {comparison.reference}.'
     )
 

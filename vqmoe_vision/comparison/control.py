@@ -40,7 +40,7 @@ from vqmoe_vision.moe.methods import Method
 from vqmoe_vision.moe.raw_patches import Host, ImageReader, RawPatches
 from vqmoe_vision.moe.routing import Router, Routing
 
-from .curves import colour_of, marker_of
+from .figures import colour_of, marker_of
 
 WIDTH, INFORMATIVE = 64, 16  # channels of a token, and of the nuisance those that labels go by
 LABELS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vqmoe_vision.models.moe_options import STARTS, options_in_full
+from vqmoe_vision.models.create import STARTS, options_in_full
 from vqmoe_vision.moe import METHODS
 
 from .runs import Run

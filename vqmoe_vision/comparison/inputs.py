@@ -1,39 +1,38 @@
-"""Rows that were given other data or other weights than the others, although configs are equal."""
+"""Rows that were given other data or other weights than the others, although recipes are equal."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Results
-from .validity import named_weights
+from vqmoe_vision.engine.config import flat
+
+from .runs import Run
+from .store import Results
 
 SPLITS = ('train', 'val', 'test')
 Place = tuple[str, str]  # what was given to a run, and how its config names that
 
 
-def without_other_inputs(results: Results) -> Results:
+def without_other_inputs(results: Results, runs: Sequence[Run]) -> Results:
     """Leaves out rows whose data or starting weights differ from those of most others."""
-    inputs = {run: _inputs(content) for run, content in results.usable.items()}
+    named = {(run.row, run.seed): run for run in runs}
+    inputs = {key: dict(_inputs(named[key], of)) for key, of in results.usable.items()}
     seen: dict[Place, Counter[str]] = {}
     for of_run in inputs.values():
         for place, given in of_run.items():
             seen.setdefault(place, Counter())[given] += 1
     usable, left_out = {}, dict(results.left_out)
-    for (row, seed), content in results.usable.items():
-        of_run = inputs[row, seed]
-        found = (_mixed(place[0], given, seen[place]) for place, given in of_run.items())
-        mixed = list(filter(None, found))
-        if mixed:
-            left_out[f'{row}-seed{seed}.json'] = mixed[0]
+    for key, content in results.usable.items():
+        found = (_mixed(place[0], given, seen[place]) for place, given in inputs[key].items())
+        if mixed := next(filter(None, found), None):
+            left_out[f'{named[key].name}.json'] = mixed
         else:
-            usable[row, seed] = content
-    checked = {key: commit for key, commit in results.checked.items() if key in usable}
-    return replace(results, usable=usable, left_out=left_out, checked=checked)
+            usable[key] = content
+    return Results(usable, left_out, results.missing)
 
 
 def _mixed(kind: str, given: str, seen: Counter[str]) -> str | None:
@@ -45,23 +44,21 @@ def _mixed(kind: str, given: str, seen: Counter[str]) -> str | None:
     return f'mixed: its {kind} are {given}, those of {others[usual]} others {usual}'
 
 
-def _inputs(content: dict[str, Any]) -> dict[Place, str]:
-    data = {(f'{split} data', config): what for split, config, what in data_of(content)}
-    return data | dict(_weights(content))
-
-
-def data_of(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Split, how its config describes the data, and what they were."""
-    for split, data in content.get('data', {}).items():
-        loader = content['config'].get(f'{split}_dataloader') or {}
-        config = {n: v for n, v in (loader.get('dataset') or {}).items() if n != 'transform'}
-        what = f'{data["samples"]:,} samples ({data["digest"]})'
-        yield split, json.dumps(config, sort_keys=True), what
-
-
-def _weights(content: dict[str, Any]) -> Iterator[tuple[Place, str]]:
-    named = named_weights(content['config'])
+def _inputs(run: Run, content: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+    """What was given to a run, by how its config names it."""
+    config = run.resolved
+    for split, what in data_of(content):
+        dataset = (config.get(f'{split}_dataloader') or {}).get('dataset') or {}
+        place = {name: value for name, value in dataset.items() if name != 'transform'}
+        yield (f'{split} data', json.dumps(place, sort_keys=True)), what
+    named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
     for option, digest in content.get('starting_weights', {}).items():
         # by the comparison, the row and the seed that its folders are named by
         file = '/'.join(Path(named[option]).parts[-3:])
         yield ('starting weights', file), f'{file} ({digest})'
+
+
+def data_of(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Splits, and what they were."""
+    for split, data in content.get('data', {}).items():
+        yield split, f'{data["samples"]:,} samples ({data["digest"]})'

@@ -6,17 +6,17 @@ import math
 
 import pandas as pd
 
-from .outcome import scores_of
-from .results import Results
+from .frame import TEST, scores_of, tidy
 from .spec import Comparison
 from .statistics import detectable, differences, once_each
+from .store import Results
 
 PAIRS = 5
 
 
 def noise_of(comparison: Comparison, results: Results) -> tuple[pd.DataFrame, float]:
     """Spread over seeds by row, and the difference that five pairs detect, by all rows."""
-    scores = scores_of(comparison, results)
+    scores = scores_of(tidy(comparison, results), TEST, comparison.metric)
     found = differences(scores, comparison.reference)
     lines, squares, freedom = {}, 0.0, 0
     distinct = once_each({comparison.reference: scores.get(comparison.reference, {}), **scores})

@@ -1,10 +1,11 @@
-"""Files of a comparison, made again from its rows: tables in four formats and figures."""
+"""Tables and figures of a comparison, made again from its rows by way of one tidy frame."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,40 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqmoe_vision.engine.cli import make_folder
+from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check
 
-from .curves import plot_curves
-from .difference_figure import plot_differences
-from .outcome import Outcome
-from .routing import SEVERITY, SHIFTED_IMAGES, routed_images, routing_table
-from .routing_figure import plot_routing
-from .sentences import said_of_checks, said_of_inputs, sentences
-from .tables import frame_of, notes, shift_table, shown
+from .figures import plot_curves, plot_differences
+from .frame import (
+    HELD_OUT,
+    LAYERS,
+    LEFT,
+    ROUTING,
+    UNEQUAL,
+    compared,
+    of_layers,
+    scores_of,
+    summary,
+    tidy,
+)
+from .inputs import SPLITS, data_of
+from .measured import SEVERITY, SHIFTED_IMAGES
+from .runs import WORK_DIR, Run
+from .spec import Comparison, starts
+from .statistics import FEW_SEEDS, Difference
+from .store import Results
 
+_HELD_OUT = 'the same on held-out images'
+_IMAGES = 'interval over images'
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _DPI = 110
-_FIGURES = ('curves', 'differences', 'shifts', 'collapse', 'inconsistency', 'convergence')
+_ERROR = 'quantization error'
+_FIGURES = ('curves', 'differences', 'shifts')
 _SHIFTED = (
     'The same checkpoints on test images that are changed. A corruption is the mean over the '
     'fifteen of ImageNet-C at that severity. Left is what a checkpoint still has of its own score '
-    'on unchanged images; one without any has none. Intervals are those of single comparisons, and '
-    'a difference says over how many pairs it is where the reference has other seeds.'
+    'on unchanged images; one without any has none.'
 )
 _ROUTED = (
     'What the routing of the last checkpoints is like on {images} test images; '
@@ -41,36 +58,292 @@ _ROUTED = (
 )
 
 
-def write_tables(outcome: Outcome, folder: Path) -> list[Path]:
+def shown(
+    comparison: Comparison, results: Results, values: pd.DataFrame, frame: pd.DataFrame
+) -> pd.DataFrame:
+    """The summary as a reader sees it, rounded and with units."""
+    planned, seeds = len(comparison.seeds), frame['seeds']
+    unequal = frame.get('unequal_compute', pd.Series(False, frame.index))
+    sizes = zip(frame['params'] / 1e6, frame['active_params'] / 1e6, strict=True)
+    columns: dict[str, Any] = {
+        'row': [f'{row}{"*" if unequal[row] else ""}' for row in frame.index],
+        comparison.metric: frame['score'].map(_number),
+        'std': frame['std'].map(_number),
+        'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in seeds],
+        _difference_to(comparison): _intervals(compared(comparison, values), seeds),
+        'p (Holm)': frame['p_holm'].map(_p_value),
+        _HELD_OUT: _intervals(compared(comparison, values, HELD_OUT), seeds),
+        _IMAGES: map(_ends, frame['images_low'], frame['images_high']),
+        'parameters, M: all / active': [f'{all_:.2f} / {active:.2f}' for all_, active in sizes],
+        'MACs, M': (frame['macs'] / 1e6).map('{:.1f}'.format),
+        'minutes': frame['minutes'].map('{:.1f}'.format),
+        **{name.replace('_', ' '): frame[name].map(_layer_cell) for name in LAYERS},
+    }
+    for name in comparison.also:
+        deviations = frame.get(f'{name}_std', pd.Series(math.nan, frame.index))
+        columns[name] = map(_mean_cell, frame[name], deviations)
+    if len(_machines(results)) > 1:
+        del columns['minutes']
+    if 'held_out_difference' not in frame:
+        del columns[_HELD_OUT]
+    if frame['images_low'].isna().all():
+        del columns[_IMAGES]
+    return pd.DataFrame({name: list(column) for name, column in columns.items()})
+
+
+def _difference_to(comparison: Comparison) -> str:
+    return f'difference to {comparison.reference} (95 % interval)'
+
+
+def _machines(results: Results) -> list[str]:
+    return sorted({content['hardware'] for content in results.usable.values()})
+
+
+def _number(value: float) -> str:
+    return '-' if math.isnan(value) else f'{value:.2f}'
+
+
+def _p_value(value: float) -> str:
+    return '-' if math.isnan(value) else '<0.001' if value < 0.001 else f'{value:.3f}'
+
+
+def _intervals(found: Mapping[str, Difference], seeds: pd.Series) -> list[str]:
+    """A cell for each row: '+1.00 (+0.50 to +1.50), 2 pairs'."""
+    return [_interval(found.get(row), n) for row, n in seeds.items()]
+
+
+def _interval(difference: Difference | None, seeds: int) -> str:
+    if difference is None or math.isnan(difference.mean):
+        return '-'
+    pairs, told = difference.pairs, f'{difference.mean:+.2f}'
+    if not math.isnan(difference.low):
+        told += f' ({_ends(difference.low, difference.high)})'
+    return told if pairs == seeds else f'{told}, {pairs} {"pairs" if pairs > 1 else "pair"}'
+
+
+def _ends(low: float, high: float) -> str:
+    return '-' if math.isnan(low) else f'{low:+.2f} to {high:+.2f}'
+
+
+def _layer_cell(values: Sequence[float]) -> str:
+    """A number of each layer; a dash for nan, and for none."""
+    return ' / '.join(_number(value).rstrip('0').rstrip('.') for value in values) or '-'
+
+
+def _mean_cell(value: float | list[float], deviation: float) -> str:
+    if isinstance(value, list):
+        return _layer_cell(value)
+    return _number(value) + ('' if math.isnan(deviation) else f' ± {deviation:.2f}')
+
+
+def shift_table(comparison: Comparison, values: pd.DataFrame) -> pd.DataFrame:
+    """Scores under shifts, for each row and shift that was measured."""
+    lines, metric = [], comparison.metric
+    for shift in comparison.shifts:
+        scores, left = scores_of(values, shift, metric), scores_of(values, shift, LEFT)
+        seeds = pd.Series({row: len(of) for row, of in scores.items()})
+        for row, *intervals in zip(
+            scores,
+            _intervals(compared(comparison, values, shift), seeds),
+            _intervals(compared(comparison, values, shift, LEFT), seeds),
+            strict=True,
+        ):
+            column = pd.Series(scores[row])
+            lines.append(
+                {
+                    'shift': shift,
+                    'row': row,
+                    metric: _number(column.mean()),
+                    'std': _number(column.std()),
+                    'seeds': str(len(column)),
+                    _difference_to(comparison): intervals[0],
+                    LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
+                    f'its {_difference_to(comparison)}': intervals[1],
+                }
+            )
+        errors = of_layers(values, shift, 'quantization_error', list(scores))
+        for line, layers in zip(lines[len(lines) - len(scores) :], errors, strict=True):
+            line[_ERROR] = _layer_cell(layers)
+    table = pd.DataFrame(lines)
+    return (
+        table
+        if any(line[_ERROR] != '-' for line in lines)
+        else table.drop(columns=_ERROR, errors='ignore')
+    )
+
+
+def routing_table(values: pd.DataFrame) -> pd.DataFrame:
+    """Measures as means over layers, with the standard deviation over seeds; a line per decider."""
+    of = values[values['split'] == ROUTING]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for (row, name), each in of.groupby(['row', 'name'], sort=False)['value']:
+        decider, _, measure = name.rpartition('/')
+        line = lines.setdefault((row, decider), {'row': row, 'decider': decider})
+        line['seeds'] = str(len(each))
+        line[measure] = _mean_cell(each.mean(), each.std())
+    return pd.DataFrame([*lines.values()])
+
+
+def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list[str]:
+    """What a reader of the table must know."""
+    said, metric = [], comparison.metric
+    where = 'of the last checkpoint on the test data'
+    if not comparison.tested:
+        where = 'at the end of training on held-out data; no test data was seen'
+    test = 'the paired t-test'
+    if len(comparison.seeds) <= FEW_SEEDS:
+        test = 'a t-test with the noise of all finished rows together'
+    said.append(
+        f'{metric} {where}. Differences are paired by seed; intervals are those of {test} for one '
+        f'comparison, without correction; p is corrected for all {len(comparison.rows) - 1} rows '
+        'that are planned beside the reference, by the method of Holm, and is given once a row has '
+        f'all {len(comparison.seeds)} seeds. Held-out images are those that training validates '
+        'on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
+    )
+    said += _said_of_compute(comparison.reference, frame)
+    if beside := [row for row in frame.index if _needs_features(comparison, row)]:
+        said.append(
+            f'{", ".join(beside)}: the frozen network whose features decide is in the '
+            'multiply-accumulates, and its weights are not in the parameters.'
+        )
+    machines = _machines(results)
+    kind = 'processor' if (frame['device'] == 'cpu').all() else 'wall-clock'
+    if len(machines) > 1:
+        said.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
+    else:
+        said.append(f'Minutes are {kind} time of training: {machines[0]}.')
+    modified = [
+        f'{row}-seed{seed} ({content["commit"]})'
+        for (row, seed), content in results.usable.items()
+        if '+' in content['commit']
+    ]
+    if modified:
+        said.append(
+            'Trained by a checkout whose files differed from their commit, which + marks: '
+            f'{", ".join(modified)}.'
+        )
+    return [*said, *_said_of_inputs(comparison, results), _said_of_checks(results)]
+
+
+def _said_of_compute(reference: str, frame: pd.DataFrame) -> list[str]:
+    """What a star marks, and which rows are trained on more or fewer images than the reference."""
+    if reference not in frame.index:
+        return []
+    lines, images = [], frame['images'][reference]
+    others = frame['images'][frame['images'] != images]
+    if frame['unequal_compute'].any():
+        lines.append(
+            f'* does not have the compute of {reference}: multiply-accumulates of an image times '
+            f'images seen in training differ by more than {UNEQUAL:.0%}.'
+        )
+    if not others.empty:
+        seen = ', '.join(f'{row} {count:,}' for row, count in others.items())
+        lines.append(f'Images seen in training, repeated ones too: {reference} {images:,}, {seen}.')
+    return lines
+
+
+def _needs_features(comparison: Comparison, row: str) -> bool:
+    model = Run(comparison, row, comparison.seeds[0], WORK_DIR).resolved['model']
+    options = options_in_full(model.get('backbone', model))
+    return bool(options) and METHODS[options['method']].needs_features
+
+
+def _said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
+    """Which data the rows have seen, and of which it is known what they started from."""
+    seen: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
+    for content in results.usable.values():
+        for split, data in data_of(content):
+            seen[split][data] = None
+    parts = [f'{split} {" and ".join(found)}' for split, found in seen.items() if found]
+    total, unknown = len(results.usable), sum('data' not in c for c in results.usable.values())
+    lines = [f'Data: {"; ".join(parts)}.'] if parts else []
+    if unknown:
+        lines.append(f'Which data they saw is not recorded of {unknown} of {total} runs.')
+    started = [
+        bool(content.get('starting_weights'))
+        for (row, _), content in results.usable.items()
+        if starts(comparison.rows[row])
+    ]
+    if started:
+        known = f'{sum(started)} of {len(started)} started runs'
+        lines.append(f'Which weights it started from is recorded of {known}.')
+    return lines
+
+
+def _said_of_checks(results: Results) -> str:
+    """How many rows have been checked and where, and which have not."""
+    usable = results.usable
+    right = {key: content['checked'] for key, content in usable.items() if 'checked' in content}
+    if not right:
+        return f'None of the {len(usable)} runs has been checked: `tools/compare.py check` does so.'
+    commits = Counter(check['commit'] or 'outside git' for check in right.values())
+    at = ', '.join(f'{commit} ({n})' for commit, n in sorted(commits.items()))
+    line = f'The first losses of {len(right)} of {len(usable)} runs came out again, at {at}.'
+    open_ = ', '.join(f'{row}-seed{seed}' for row, seed in usable if (row, seed) not in right)
+    return f'{line} Not checked: {open_}.' if open_ else line
+
+
+def write_tables(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
     """Writes the table of a comparison; the same rows give the same bytes."""
-    frame = frame_of(outcome)
-    table = shown(outcome, frame)
-    said = sentences(outcome)
-    remarks = [*_which(outcome), *notes(outcome, frame)]
+    values = tidy(comparison, results)
+    frame = summary(comparison, results, values)
+    table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
+    left_out, missing = results.left_out, [run.name for run in results.missing]
+    content = {
+        'rows': _finite(frame.reset_index(names='row').to_dict(orient='records')),
+        'values': _finite(values.to_dict(orient='records')),
+        'notes': said,
+        'left_out': left_out,
+        'missing': missing,
+    }
     texts = {
-        'md': _markdown(outcome, frame, table, [*remarks, *said]),
-        'tex': _latex(table, ' '.join(remarks)),
+        'md': _markdown(comparison, results, values, table, said),
+        'tex': _latex(table, ' '.join(said)),
         'csv': frame.to_csv(index_label='row'),
-        'json': json.dumps(
-            {
-                'rows': _plain(frame),
-                'scores': {row: outcome.scores[row] for row in frame.index},
-                'notes': remarks,
-                'sentences': said,
-                'checks': said_of_checks(outcome.comparison, outcome.results),
-                'left_out': outcome.results.left_out,
-                'missing': [run.name for run in outcome.results.missing],
-            },
-            indent=1,
-            allow_nan=False,
-        ),
+        'json': json.dumps(content, indent=1, allow_nan=False),
     }
     make_folder(folder)
     written = []
     for kind, text in texts.items():
-        written.append(_file(folder / f'{outcome.name}.{kind}'))
+        written.append(_file(folder / f'{comparison.name}.{kind}'))
         written[-1].write_text(text.rstrip() + '\n')
     return written
+
+
+def _markdown(
+    comparison: Comparison,
+    results: Results,
+    values: pd.DataFrame,
+    table: pd.DataFrame,
+    said: Sequence[str],
+) -> str:
+    commits = sorted({content['commit'] for content in results.usable.values()})
+    left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
+    routed = {c['routing']['images'] for c in results.usable.values() if c.get('routing')}
+    told = _ROUTED.format(images=' or '.join(map(str, sorted(routed))))
+    parts = [
+        f'# {comparison.name}',
+        f'Made from the rows by `python tools/compare.py table`; commits {", ".join(commits)}.',
+        _table(table),
+        _list(said),
+    ]
+    for text, more in ((_SHIFTED, shift_table(comparison, values)), (told, routing_table(values))):
+        parts += [] if more.empty else [text, _table(more)]
+    parts += ['Left out:', _list(left_out)] if left_out else []
+    parts += ['Not run:', _list([', '.join(r.name for r in results.missing)])] * bool(
+        results.missing
+    )
+    return '\n\n'.join(parts)
+
+
+def _table(table: pd.DataFrame) -> str:
+    # numbers are strings already, with the digits that they deserve
+    return table.fillna('-').to_markdown(index=False, disable_numparse=True)
+
+
+def _list(lines: Sequence[str]) -> str:
+    # a star at the beginning of a line would begin a list in the list
+    return '\n'.join('- ' + (f'\\{line}' if line.startswith('*') else line) for line in lines)
 
 
 def _latex(table: pd.DataFrame, caption: str) -> str:
@@ -79,14 +352,23 @@ def _latex(table: pd.DataFrame, caption: str) -> str:
     return text.replace('<', r'\textless{}')
 
 
-def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
+def _finite(value: Any) -> Any:
+    """JSON has neither nan nor infinity."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw_figures(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
     """Draws the figures of a comparison; the same rows give the same bytes."""
     written = []
-    figures = _figures(outcome)
+    figures = _figures(comparison, results)
     for name in _FIGURES:
         # without the time and the version of matplotlib
         for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-            file = _file(folder / f'{outcome.name}-{name}.{kind}')
+            file = _file(folder / f'{comparison.name}-{name}.{kind}')
             if name not in figures:
                 file.unlink(missing_ok=True)
                 continue
@@ -95,24 +377,14 @@ def draw_figures(outcome: Outcome, folder: Path) -> list[Path]:
     return written
 
 
-def write_images(outcome: Outcome, folder: Path) -> list[Path]:
+def write_images(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
     """Draws the figures that documents show, as `Comparison.images` names them."""
-    comparison = outcome.comparison
-    if outcome.partial:
-        raise ValueError('--images is not possible with a part: documents show all rows and seeds')
-    if outcome.turned:
-        raise ValueError(
-            '--images is not possible with --reference: documents show the differences to '
-            f'{outcome.planned_reference}'
-        )
     if not comparison.images:
         raise ValueError(f'--images: {comparison.name} names no images')
-    frame_of(outcome)  # says so where there is nothing to draw
+    figures, written = _figures(comparison, results), []
     make_folder(folder)
-    figures, written = _figures(outcome), []
     for figure, name in comparison.images.items():
-        if figure not in figures:
-            raise ValueError(f'images: {figure!r} is not drawn; drawn are {", ".join(figures)}')
+        check(figure in figures, 'images', figure, f'one of those drawn, {", ".join(figures)}')
         written.append(_file(folder / f'{name}.png'))
         drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
         figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
@@ -124,96 +396,14 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _figures(outcome: Outcome) -> dict[str, Figure]:
+def _figures(comparison: Comparison, results: Results) -> dict[str, Figure]:
     """By name, those that there is something to draw of."""
-    comparison, differences = outcome.comparison, outcome.differences
-    as_trained = {row: differences[row] for row in outcome.rows if row in differences}
-    # curves and routing are the same, whatever is the reference
-    turned = outcome.turned
+    values = tidy(comparison, results)
+    trained = {'as in training': compared(comparison, values)}
+    shifts = {name: compared(comparison, values, name) for name in comparison.shifts}
     figures = {
-        **({} if turned else {'curves': plot_curves(comparison, outcome.results.usable)}),
-        'differences': plot_differences(comparison, {'as in training': as_trained}),
-        'shifts': plot_differences(comparison, outcome.shifted_differences),
-        **({} if turned else plot_routing(comparison, outcome.results)),
+        'curves': plot_curves(comparison, results.usable),
+        'differences': plot_differences(comparison, trained),
+        'shifts': plot_differences(comparison, {n: of for n, of in shifts.items() if of}),
     }
-    assert figures.keys() <= {*_FIGURES}
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def _which(outcome: Outcome) -> list[str]:
-    """Which part is shown and from where it is looked at; nothing of the whole as it is planned."""
-    lines = []
-    if outcome.partial:
-        rows, seeds = ', '.join(outcome.rows), ', '.join(map(str, outcome.seeds))
-        lines.append(f'A part of {outcome.comparison.name}: rows {rows}; seeds {seeds}.')
-    if outcome.turned:
-        lines.append(
-            f'A second look at the same runs: differences are to {outcome.comparison.reference}, '
-            f'where {outcome.planned_reference} is the reference that the comparison plans. p is '
-            'corrected for all rows beside this one, and not for those beside the other as well.'
-        )
-    return lines
-
-
-def _markdown(
-    outcome: Outcome, frame: pd.DataFrame, table: pd.DataFrame, lines: Sequence[str]
-) -> str:
-    comparison, results = outcome.comparison, outcome.results
-    left_out = [f'`{name}`: {reason}' for name, reason in results.left_out.items()]
-    missing = [', '.join(run.name for run in results.missing)] if results.missing else []
-    option = f' --reference {comparison.reference}' if outcome.turned else ''
-    routed = _ROUTED.replace('{images}', routed_images(results))
-    parts = [
-        f'# {comparison.name}'
-        + (f', differences to {comparison.reference}' if outcome.turned else '')
-        + (', a part' if outcome.partial else ''),
-        f'Made from the rows by `python tools/compare.py table{option}`; commits '
-        f'{_commits(frame)}.',
-        # numbers are strings already, with the digits that they deserve
-        table.to_markdown(index=False, disable_numparse=True),
-        _list([*lines, *said_of_inputs(comparison, results), said_of_checks(comparison, results)]),
-        *_told(_SHIFTED, shift_table(outcome)),
-        *([] if outcome.turned else _told(routed, routing_table(comparison, results))),
-        *(['Left out:', _list(left_out)] if left_out else []),
-        *(['Not run:', _list(missing)] if missing else []),
-        *_commands_of(outcome, frame),
-    ]
-    return '\n\n'.join(parts)
-
-
-def _commands_of(outcome: Outcome, frame: pd.DataFrame) -> list[str]:
-    if outcome.turned:
-        return [
-            'How the rows route, and the command of each, are the same for any reference: '
-            f'{outcome.comparison.name}.md has them.'
-        ]
-    commands = [f'OMP_NUM_THREADS=1 {frame.command[row]}' for row in frame.index]
-    return [
-        'The command of each row, with its first seed:',
-        '```sh\n' + '\n'.join(commands) + '\n```',
-    ]
-
-
-def _told(text: str, table: pd.DataFrame) -> list[str]:
-    return [] if table.empty else [text, table.to_markdown(index=False, disable_numparse=True)]
-
-
-def _commits(frame: pd.DataFrame) -> str:
-    return ', '.join(sorted({c for line in frame.commits for c in line.split(', ')}))
-
-
-def _list(lines: Sequence[str]) -> str:
-    # a star at the beginning of a line would begin a list in the list
-    return '\n'.join('- ' + (f'\\{line}' if line.startswith('*') else line) for line in lines)
-
-
-def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Lines of the frame; JSON has neither nan nor infinity."""
-    lines = frame.reset_index(names='row').to_dict(orient='records')
-    return [{name: _finite(value) for name, value in line.items()} for line in lines]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,18 +8,22 @@ import torch
 from mmengine.config import Config
 
 from vqmoe_vision.engine.config import parse_options
-from vqmoe_vision.models.arguments import MOE_LAYERS, resolve_moe_layers
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.models.create import STARTS, create_model
 from vqmoe_vision.models.hosts import Transformer, method_of
-from vqmoe_vision.models.moe_options import STARTS
+from vqmoe_vision.models.moe_vit import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check
 
-_MATCHED = [name for name, method in METHODS.items() if 'matched' in method.config.PRESETS]
+_NAMES = {'hashmoe': 'position'}  # of rows by method, where that says less
+_METHODS = {
+    _NAMES.get(name, name): name
+    for name, method in METHODS.items()
+    if 'matched' in method.config.PRESETS
+}
 # Rows that need a dense checkpoint of the same training set, by whose features they decide.
-FEATURE_ROWS = tuple(name for name in _MATCHED if METHODS[name].needs_features)
-ROWS = ('dense', 'dense_wide', *(name for name in _MATCHED if name not in FEATURE_ROWS))
+FEATURE_ROWS = tuple(row for row, name in _METHODS.items() if METHODS[name].needs_features)
+ROWS = ('dense_1x', 'dense_2x', *(row for row in _METHODS if row not in FEATURE_ROWS))
 
 
 def _learns_routing(method: str, preset: str) -> bool:
@@ -31,12 +35,13 @@ def _other_presets() -> dict[str, tuple[str, str]]:
     for name, method in METHODS.items():
         if method.needs_features:
             continue
-        seen = [method.config.from_options(preset='matched')] if name in ROWS else []
-        for preset in method.config.PRESETS:
+        presets = method.config.PRESETS
+        seen = [method.config.from_options(preset='matched')] if 'matched' in presets else []
+        for preset in presets:
             config = method.config.from_options(preset=preset)
             if config not in seen:
                 seen.append(config)
-                found[f'{name}_{preset}'] = (name, preset)
+                found[f'{_NAMES.get(name, name)}_{preset}'] = (name, preset)
     return found
 
 
@@ -46,7 +51,7 @@ PRESET_ROWS = _other_presets()
 # Rows that a learned router has to beat: methods that learn nothing of where tokens go, and presets
 # that freeze what a method learns of it.
 CONTROLS = (
-    *(row for row in ROWS if row in METHODS and not _learns_routing(row, 'matched')),
+    *(row for row in ROWS if row in _METHODS and not _learns_routing(_METHODS[row], 'matched')),
     *(
         row
         for row, (name, preset) in PRESET_ROWS.items()
@@ -64,15 +69,15 @@ def row_options(
     known = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
     if row not in known:
         raise ValueError(f'row {row!r} does not exist; those that need no options are {known}')
-    method, preset = PRESET_ROWS.get(row, (row, None))
-    if method in METHODS:
+    method, preset = PRESET_ROWS.get(row, (_METHODS.get(row, ''), None))
+    if method:
         options = [f'{model}.moe.method={method}']
         if size is not None:
             experts = f'{model}.moe.num_experts={NUM_EXPERTS[size]}'
             options = [f'{model}.model_name=vit_{size}_{method}', experts]
         return options if preset is None else [*options, f'{model}.moe.preset={preset}']
     name = [] if size is None else [f'{model}.model_name=vit_{size}_patch16_224']
-    wider = [f'{model}.extra_mlps={moe_blocks}'] if row == 'dense_wide' else []
+    wider = [f'{model}.extra_mlps={moe_blocks}'] if row == 'dense_2x' else []
     return [*name, f'{model}.moe=None', *wider]
 
 
@@ -89,10 +94,10 @@ class Backbone(NamedTuple):
     def options(self, row: str) -> list[str]:
         """The options that make a row of it."""
         options = row_options(row, self.size, self.field, self.moe_blocks)
-        if self.dense and row not in ('dense', 'dense_wide'):
+        if self.dense and row not in ('dense_1x', 'dense_2x'):
             raise ValueError(
                 f'{self.path}: {self.field}.moe=None makes a dense model, and row {row} cannot '
-                'be made of it; name a config with experts, of which dense can'
+                'be made of it; name a config with experts, of which dense_1x can'
             )
         return options
 

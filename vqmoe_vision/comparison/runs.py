@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from copy import deepcopy
@@ -11,47 +10,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
 from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.config import flat, merge_options, parse_options
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.engine.command import as_typed, one_line
+from vqmoe_vision.engine.config import merge_options, parse_options
+from vqmoe_vision.engine.trained import without_sources
 from vqmoe_vision.moe.config import check
 
+from .recipe import recipe_of
 from .spec import STARTS, Comparison
 
 WORK_DIR = Path('work_dirs/comparisons')  # unless the command line says otherwise
 # the environment of a run's process
 ONE_THREAD = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
-# What keeps, logs and draws a run, or is of tests with --tta, which no row has: it cannot change
-# what a run gives.
-_KEEPING = (
-    'default_hooks.checkpoint.',
-    'default_hooks.logger.',
-    'default_hooks.routing_history.',
-    'default_hooks.runtime_info.',
-    'default_hooks.visualization.',
-    'log_processor.',
-    'tta_model.',
-    'tta_pipeline',
-    'visualizer.',
-)
 RECORD = 'default_hooks.record.type=RunRecordHook'
-# Types of ours that compute what those of mmengine and mmseg do, by whose names the first rows and
-# the work dirs of their runs are known.
-_STOCK = {'CheckedIoUMetric': 'IoUMetric', 'CheckedPreProcessor': 'SegDataPreProcessor'}
-_EPOCHS = 'ResumableEpochLoop'
-
-
-def _as_stock(config: Any) -> Any:
-    if isinstance(config, list):
-        return [_as_stock(inner) for inner in config]
-    if not isinstance(config, dict):
-        return _STOCK.get(config, config) if isinstance(config, str) else config
-    if config.get('type') == _EPOCHS:
-        config = {'by_epoch': True, **{n: v for n, v in config.items() if n != 'type'}}
-    return {name: _as_stock(inner) for name, inner in config.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class Run:
     @cached_property
     def resolved(self) -> dict[str, Any]:
         """The config with all options merged in, as JSON has it."""
-        return json.loads(json.dumps(self.merged().to_dict(), default=str))
+        return as_json(self.merged())
 
     def merged(self, *more: str) -> Config:
         """As `config`, without importing the modules that the file names."""
@@ -107,29 +83,48 @@ class Run:
         return load_config(self.comparison.config, parse_options([*self.options, *more]))
 
     @cached_property
-    def moe_options(self) -> dict[str, Any]:
-        """Options of its MoE layers in full, as JSON has them; a config leaves most to defaults."""
-        model = self.resolved['model']
-        return json.loads(json.dumps(options_in_full(model.get('backbone', model))))
+    def recipe(self) -> str:
+        """What its row has to be made by: the same for all seeds, wherever its sources lie."""
+        sources = {
+            file.relative_to(self.root).as_posix(): '/'.join(
+                (run.comparison.name, run.row, run.recipe, file.name)
+            )
+            for run, file in self.sources.values()
+        }
+        try:
+            return recipe_of(self.resolved, sources)
+        except ValueError as error:
+            raise ValueError(self._said(error)) from error
 
-    def counting(self, config: dict[str, Any]) -> dict[str, Any]:
-        """All of a config that decides what this run gives."""
-        config = _as_stock(config)
-        values = {n: v for n, v in flat(config).items() if not n.startswith(_KEEPING)}
-        # what it starts from counts by the end of its path, wherever the root is or was
-        for _, file in self.sources.values():
-            inside = file.relative_to(self.root).as_posix()
-            for name, value in values.items():
-                if isinstance(value, str) and f'/{value}'.endswith(f'/{inside}'):
-                    values[name] = str(WORK_DIR / inside)
-        return values
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What has to be equal for a row of another comparison to be this one's too."""
+        return self.name, self.recipe, self.comparison.metric, self.comparison.stage
 
     @cached_property
     def folder(self) -> Path:
-        """Its work dir, named by what is run too: another config never resumes its checkpoints."""
-        content = json.dumps(self.counting(self.resolved), sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-        return self.root / self.comparison.name / f'{self.name}-{digest}'
+        """Its work dir, named by its recipe too: another one never resumes its checkpoints."""
+        return self.root / self.comparison.name / f'{self.name}-{self.recipe[:8]}'
+
+    def build(self) -> None:
+        """Builds its model without memory for it: a mistake there would end all runs of the row."""
+        config = self.merged()
+        # of a segmentor the backbone alone, which rows differ in
+        model = config.model.get('backbone', config.model)
+        try:
+            fits = not (model.get('pretrained') and model.get('extra_mlps'))
+            check(fits, 'extra_mlps', model.get('extra_mlps'), '0 beside pretrained weights')
+            with (
+                DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmengine')),
+                torch.device('meta'),
+            ):
+                MODELS.build(without_sources(model))
+        except Exception as error:  # whatever a library makes of a value
+            raise ValueError(self._said(error)) from error
+
+    def _said(self, error: Exception) -> str:
+        said = as_typed(one_line(error), parse_options(self.options))
+        return f'comparison {self.comparison.name}: row {self.row}: {said}'
 
     def train(self, folder: Path, *more: str) -> list[str]:
         """Command line of its training."""
@@ -165,3 +160,15 @@ class Run:
             work += f' && OMP_NUM_THREADS=1 {test}'
         busy = f'echo {quoted} is worked on already >&2; exit 1'
         return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'
+
+
+def budget_of(comparison: Comparison) -> str:
+    """What all rows of a comparison share: the recipe of its config and options without a row's."""
+    config = deepcopy(comparison.base)
+    merge_options(config, parse_options(comparison.options))
+    return recipe_of(as_json(config))
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """A config as plain values."""
+    return json.loads(json.dumps(config.to_dict(), default=str))

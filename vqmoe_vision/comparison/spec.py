@@ -37,7 +37,7 @@ _ROWS = {
     'all_started': {
         f'{row}{STARTED}': f'{row} MODEL.checkpoint={START}'
         for row in (*ROWS, *FEATURE_ROWS)
-        if row != 'dense_wide'
+        if row != 'dense_2x'
     },  # a dense model of another width is no start
 }
 
@@ -206,6 +206,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def starts(options: Sequence[str]) -> bool:
+    """Whether a row with these options starts from the run of another comparison."""
+    return STARTS.search(' '.join(options)) is not None
+
+
 def words_of(field: str, line: str) -> list[str]:
     """What a shell makes of a line of options."""
     try:
@@ -233,9 +238,10 @@ def _of_config(path: str) -> Comparison:
         raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
     rows = {row: backbone.options(row) for row in dict.fromkeys((*ROWS, *CONTROLS))}
     if backbone.started:
-        del rows['dense_wide']
+        del rows['dense_2x']
     also = _ALSO.get(metric, ())
-    return Comparison(name, path, rows, (1, 2, 3, 4, 5), 'dense', metric, also, controls=CONTROLS)
+    seeds = 1, 2, 3, 4, 5
+    return Comparison(name, path, rows, seeds, 'dense_1x', metric, also, controls=CONTROLS)
 
 
 def _options(row: str, line: str, backbone: Backbone) -> list[str]:

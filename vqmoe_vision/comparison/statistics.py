@@ -7,7 +7,6 @@ are less than another library. Tests hold both to tables and to answers by hand.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,9 +16,9 @@ from scipy import optimize, stats
 LEVEL = 0.05
 POWER = 0.8
 FEW_SEEDS = 2  # of which a row alone says next to nothing of its noise
-_MOST_PAIRS = 1000
 _ROUNDING = 1e-12  # of scores: what is left of differences that are equal
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
+Bits = Mapping[int, np.ndarray]  # by seed
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -104,6 +103,21 @@ def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
     return replace(found, low=low, high=high, p=p, noise=noise, freedom=freedom)
 
 
+def over_images(row: Bits, reference: Bits) -> tuple[float, float]:
+    """The 95 % interval of a difference in percent over other images, at the seeds that both have.
+
+    Args:
+        row: Whether each image is right, (N,) bool by seed.
+        reference: The same of the other.
+    """
+    seeds = row.keys() & reference.keys()
+    if not seeds:
+        return math.nan, math.nan
+    each = np.mean([100.0 * row[seed] - 100.0 * reference[seed] for seed in seeds], axis=0)
+    half = stats.norm.isf(LEVEL / 2) * each.std(ddof=1) / math.sqrt(len(each))
+    return float(each.mean() - half), float(each.mean() + half)
+
+
 def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
     """Corrects p by Holm's step-down method; those that are planned and not there count as 1."""
     names = list(p_values)
@@ -122,17 +136,6 @@ def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None
         most *= 2
     missing = optimize.brentq(lambda d: _power(d, pairs, level, freedom) - POWER, 0, most)
     return std * missing
-
-
-def pairs_needed(std: float, difference: float, level: float = LEVEL) -> int | None:
-    """How many pairs find a true difference with `POWER`; None above a thousand."""
-    effect = abs(difference) / std
-    most = 2
-    while not _power(effect, most, level, most - 1) >= POWER:  # not <: NaN is not enough
-        if most == _MOST_PAIRS:
-            return None
-        most = min(2 * most, _MOST_PAIRS)
-    return bisect_left(range(most), POWER, 2, key=lambda n: _power(effect, n, level, n - 1))
 
 
 def _power(effect: float, pairs: int, level: float, freedom: int) -> float:

@@ -5,49 +5,52 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import math
 import os
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
-from vqmoe_vision.engine.numbers import WEIGHTS
-from vqmoe_vision.engine.record import BEGUN
 
-from .results import Results, Usable
-from .runs import Run
-from .validity import (
-    VERSION,
-    Check,
-    damage,
-    other_config,
-    other_options,
-    refutation,
-)
+from .runs import Run, budget_of
 
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, of which others see the old content or the new one."""
-    # a line for each field, so that a difference of two versions can be read
-    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
-    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
+VERSION = 2
+# What a run leaves and a row keeps, as it is.
+_RECORDED = (
+    'seed', 'commit', 'versions', 'device', 'hardware', 'threads', 'minutes', 'cpu_minutes',
+    'iterations', 'params', 'active_params', 'macs', 'data', 'starting_weights', 'first_losses',
+    'training_loss', 'correct',
+)  # fmt: skip
+# What tables, figures and commands use of every row. The first rows have neither `data` nor
+# `correct`, a bit per test image; `checked`, `shifts`, `shift_routing` and `routing` come later.
+FIELDS = (
+    'row', 'seed', 'recipe', 'budget', 'metric', 'stage', 'test', 'commit', 'device', 'hardware',
+    'minutes', 'cpu_minutes', 'iterations', 'images', 'params', 'active_params', 'macs',
+    'first_losses', 'training_loss', 'held_out',
+)  # fmt: skip
+Usable = dict[tuple[str, int], dict[str, Any]]
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The object of JSON in a file."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: it holds no object')
-    return content
+@dataclass(frozen=True)
+class Results:
+    """What is there of a comparison."""
+
+    usable: Usable  # rows that count
+    left_out: dict[str, str]  # reasons by file
+    missing: list[Run]
+
+    @property
+    def why_none(self) -> str:
+        """How a sentence ends that says that none counts."""
+        kept = '; '.join(f'{name}: {why}' for name, why in self.left_out.items())
+        return f' ({kept})' if kept else ': none is finished, tools/compare.py run trains them'
 
 
 class Store:
-    """The folder of a comparison's rows: `<row>-seed<n>.json` each, and `checks.json`."""
+    """The folder of a comparison's rows: `<row>-seed<n>.json` each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,6 +58,32 @@ class Store:
     def path(self, run: Run) -> Path:
         """The file of a run."""
         return self.folder / f'{run.name}.json'
+
+    def read(self, runs: Sequence[Run], refuted: bool = False) -> Results:
+        """Reads what is there and sorts out what may not stand beside today's."""
+        results = Results({}, {}, [])
+        for run in runs:
+            path = self.path(run)
+            if not path.exists():
+                results.missing.append(run)
+                continue
+            try:
+                content = load(path)
+                reason = damage(content, run) or stale(content, run)
+                if reason is None and not refuted:
+                    reason = refutation(content)
+            except ValueError as error:
+                reason = str(error)
+            if reason is None:
+                results.usable[run.row, run.seed] = content
+            else:
+                results.left_out[path.name] = reason
+        return results
+
+    def unnamed(self, runs: Sequence[Run]) -> list[str]:
+        """Names of rows that no run has, such as those of a seed that is not compared any more."""
+        named = {self.path(run) for run in runs}
+        return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
 
     def collect(self, run: Run) -> bool:
         """Writes the file of a run from its work dir, unless there is one that counts."""
@@ -64,44 +93,38 @@ class Store:
             return False
         record, *tests = map(load, files)
         test = tests[0] if tests else _last_validation(record, run)
-        test.pop(WEIGHTS, None)  # a row has numbers alone, and one checkpoint
-        tested = folder / 'test' / 'data.json'
-        if tests and tested.is_file():
-            record['data'] = {**record.get('data', {}), **load(tested)}
-        metric = run.comparison.metric
+        seen, right = (folder / 'test' / name for name in ('data.json', 'correct.json'))
+        if tests and seen.is_file():
+            record['data'] = {**record.get('data', {}), **load(seen)}
+        if tests and right.is_file():
+            record['correct'] = load(right)['correct']
+        metric = comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
             raise ValueError(f'metric {metric!r} is not a result of {run.name}; those are {names}')
+        held_out = record.get('held_out') or []
         content = {
             'version': VERSION,
             'row': run.row,
-            'command': shlex.join(run.train(folder)),
-            'options': run.options,
-            **record,
+            'recipe': run.recipe,
+            'budget': budget_of(comparison),
+            **{name: record[name] for name in _RECORDED if name in record},
+            'images': images_seen(run.resolved, record),
             'metric': metric,
             'stage': comparison.stage,
-            'test': test,
-            'held_out': _curve(record, metric),
-            'config': run.resolved,
+            # numbers alone, and not which weights were tested
+            'test': {n: v for n, v in test.items() if isinstance(v, int | float)},
+            'held_out': [[step, found[metric]] for step, found in held_out if metric in found],
         }
         if reason := damage(content, run):
             raise ValueError(f'results in {folder} cannot be used: {reason}')
         with self._alone():
             if not self.read([run]).usable:
                 save(self.path(run), content)
-                self._forget_refutation(run)
         return True
 
-    def _forget_refutation(self, run: Run) -> None:
-        # it is of the training before, which may have had the same losses: then it would stand
-        # against every training, however often the run is made anew
-        checks, _ = self._readable_checks()
-        if refutation(checks.get(run.name)):
-            del checks[run.name]
-            save(self.folder / 'checks.json', checks)
-
     def add(self, run: Run, **measured: dict[str, Any]) -> None:
-        """Adds to a row what was measured of its checkpoints, beside what it has by now."""
+        """Adds to a row what was found of it later, beside what it has by now."""
         path = self.path(run)
         with self._alone():
             content = load(path)
@@ -120,40 +143,6 @@ class Store:
         finally:
             os.close(descriptor)
 
-    def read(self, runs: Sequence[Run], checked: bool = True) -> Results:
-        """Reads what is there and sorts out what may not be mixed with today's."""
-        usable, left_out, missing, right = {}, {}, [], {}
-        checks, unread = self._readable_checks()
-        if unread is not None:
-            left_out['checks.json'] = f'{unread}; no row counts as checked or refuted'
-        for run in runs:
-            path = self.path(run)
-            if not path.exists():
-                missing.append(run)
-                continue
-            try:
-                content = load(path)
-                reason = damage(content, run) or other_config(content, run)
-                check = _check_of(content, run, checks)
-                reason = reason or other_options(content, run, check)
-            except ValueError as error:
-                reason = str(error)
-            if reason is None and checked:
-                reason = refutation(check)
-            if reason is None:
-                usable[run.row, run.seed] = content
-                if check is not None and check['equal']:
-                    right[run.row, run.seed] = check['commit'] or 'outside git'
-                    _add_start(content, check)
-            else:
-                left_out[path.name] = reason
-        return Results(usable, left_out, missing, right)
-
-    def unnamed(self, runs: Sequence[Run]) -> list[str]:
-        """Names of rows that no run has, such as those of a seed that is not compared any more."""
-        named = {self.path(run) for run in runs}
-        return sorted(path.name for path in {*self.folder.glob('*-seed*.json')} - named)
-
     def with_checkpoints(self, runs: Sequence[Run]) -> tuple[Usable, list[Run], list[str]]:
         """Rows that count, their runs whose checkpoints are here, and the names of the others."""
         usable = self.read(runs).usable
@@ -163,48 +152,95 @@ class Store:
         ]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def stale(self, run: Run) -> str | None:
-        """Why what the work dir of a run holds may not be gone on with; None if it may."""
-        records = [run.folder / name for name in ('run.json', BEGUN)]
-        path = next(filter(Path.is_file, records), None)
-        if path is None:
-            return None
+    def refuted(self, run: Run) -> str | None:
+        """What a check has found against the row of a run, which its work dir has left."""
         try:
-            record = load(path)
-        except ValueError:
+            return refutation(load(self.path(run)))
+        except ValueError:  # none, or none that can be read
             return None
-        check = _check_of(record, run, self._readable_checks()[0])
-        return refutation(check) or other_options(record, run, check)
 
     def set_aside(self, run: Run) -> str | None:
-        """Renames the work dir of a stale run, and its lock with it; says why and where to."""
-        if (reason := self.stale(run)) is None:
+        """Renames the work dir of a refuted row, its lock and the row with it; says where to."""
+        if (reason := self.refuted(run)) is None:
             return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
         free = (p for p in map(run.folder.with_name, names) if not p.exists())
         there = run.folder.rename(next(free))
+        write_atomically(there / 'row.json', self.path(run).read_bytes())
+        self.path(run).unlink()
         return f'{reason}; what it left is in {there}'
 
-    def checks(self) -> dict[str, Check]:
-        """What `check` has found, by the name of the run."""
-        path = self.folder / 'checks.json'
-        return load(path) if path.exists() else {}
 
-    def _readable_checks(self) -> tuple[dict[str, Check], str | None]:
-        """The same, or none and why: a damaged file is no reason to stop."""
-        try:
-            return self.checks(), None
-        except ValueError as error:
-            return {}, str(error)
-
-    def keep_check(self, run: Run, finding: dict[str, Any]) -> None:
-        """Writes down what `check` has found."""
-        with self._alone():
-            checks = dict(sorted({**self.checks(), run.name: finding}.items()))
-            save(self.folder / 'checks.json', checks)
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file, of which others see the old content or the new one."""
+    # a line for each field, so that a difference of two versions can be read
+    lines = ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in content.items())
+    write_atomically(path, f'{{\n{lines}\n}}\n'.encode())
 
 
-def _has_checkpoint(run: Run, content: dict[str, Any]) -> bool:
+def load(path: Path) -> dict[str, Any]:
+    """The object of JSON in a file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is damaged: it holds no object')
+    return content
+
+
+def damage(content: Mapping[str, Any], run: Run) -> str | None:
+    """Says why a row cannot be read."""
+    if content.get('version') != VERSION:
+        return f'it is of version {content.get("version")}, this program reads version {VERSION}'
+    if missing := [name for name in FIELDS if content.get(name) is None]:
+        return f'it is damaged: {missing} are missing'
+    for name, value in (('row', run.row), ('seed', run.seed), ('metric', run.comparison.metric)):
+        if content[name] != value:
+            return f'it is of {name}={content[name]!r}, not of {value!r}'
+    if (then := content['stage']) != (stage := run.comparison.stage):
+        return f'its numbers are of stage={then!r}, not of {stage!r}'
+    score = content['test'].get(run.comparison.metric)
+    if score is None or not math.isfinite(score):
+        return f'it is damaged: test has no number for {run.comparison.metric!r}'
+    return None
+
+
+def stale(content: Mapping[str, Any], run: Run) -> str | None:
+    """Says whether a row is of another recipe than today's."""
+    if (then := content['recipe']) == run.recipe:
+        return None
+    return f'stale: recipe {then} of commit {content["commit"]}, today {run.recipe}'
+
+
+def refutation(content: Mapping[str, Any]) -> str | None:
+    """Says what a check has found against a row."""
+    checked = content.get('checked', {'equal': True})
+    return None if checked['equal'] else f'stale: {checked["finding"]}'
+
+
+def images_seen(config: Mapping[str, Any], record: Mapping[str, Any]) -> int:
+    """How many images a run has been trained on, those that it saw again counted again."""
+    loader = config.get('train_dataloader') or {}
+    batch, done = loader.get('batch_size', 1), record.get('iterations', 0)  # as torch has it
+    samples = record.get('data', {}).get('train', {}).get('samples')
+    in_epochs = 'max_epochs' in (config.get('train_cfg') or {})
+    if not (samples and in_epochs) or loader.get('drop_last'):
+        return batch * done
+    epochs, rest = divmod(done, -(-samples // batch))  # the last batch of each is smaller
+    return samples * epochs + batch * rest
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to five digits, so that a row is a few kilobytes."""
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f'{value:.5g}') if isinstance(value, float) else value
+
+
+def _has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
     """Whether the checkpoint of a row is here, and not that of another training of its name."""
     folder, record = run.folder, run.folder / 'run.json'
     if not (
@@ -214,24 +250,7 @@ def _has_checkpoint(run: Run, content: dict[str, Any]) -> bool:
     return load(record).get('training_loss') == content['training_loss']
 
 
-def _check_of(record: dict[str, Any], run: Run, checks: dict[str, Check]) -> Check | None:
-    """The check of a training; one of another training of the same name says nothing of it."""
-    check = checks.get(run.name)
-    return check if check and check['losses'] == record.get('first_losses') else None
-
-
-def _add_start(content: dict[str, Any], check: Check) -> None:
-    """Of a row from before it was kept: the weights with which a check found it to be right."""
-    if 'starting_weights' in check:
-        content.setdefault('starting_weights', check['starting_weights'])
-
-
-def _curve(record: dict[str, Any], metric: str) -> list[list[float]]:
-    points = record.get('held_out') or []
-    return [[step, values[metric]] for step, values in points if metric in values]
-
-
-def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
+def _last_validation(record: Mapping[str, Any], run: Run) -> dict[str, float]:
     step, numbers = (record.get('held_out') or [(0, {})])[-1]
     if step != record.get('iterations'):
         raise ValueError(
@@ -239,49 +258,3 @@ def _last_validation(record: dict[str, Any], run: Run) -> dict[str, float]:
             f"iterations, which stage='dev' needs; the last is after {step}"
         )
     return numbers
-
-
-def completed(results: Results, other: Store) -> Results:
-    """Results with what another comparison has trained in the same way."""
-    more = other.read(results.missing)
-    waiting = {f'{run.name}.json': run for run in results.missing}
-    refused = {
-        name: f'in {other.folder}: {reason}'
-        for name, reason in more.left_out.items()
-        if name in waiting and _is_shared(waiting[name])
-    }
-    of_no_run = {
-        f'{other.folder / name}': reason
-        for name, reason in more.left_out.items()
-        if name not in waiting
-    }
-    missing = [
-        run
-        for name, run in waiting.items()
-        if name not in refused and (run.row, run.seed) not in more.usable
-    ]
-    return Results(
-        {**results.usable, **more.usable},
-        {**results.left_out, **refused, **of_no_run},
-        missing,
-        {**results.checked, **more.checked},
-    )
-
-
-def _is_shared(run: Run) -> bool:
-    start = run.comparison.start
-    if start is None or (run.row, run.seed) not in start.comparison.selected():
-        return False
-    return counts_for(Run(start.comparison, run.row, run.seed, run.root), run)
-
-
-def counts_for(source: Run, run: Run) -> bool:
-    """Whether the row of one is that of the other: the folder's name holds all that decides."""
-    start = run.comparison.start
-    return (
-        start is not None
-        and start.comparison.name == source.comparison.name
-        and source.comparison.metric == run.comparison.metric
-        and source.comparison.stage == run.comparison.stage
-        and source.folder.name == run.folder.name
-    )

@@ -19,10 +19,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.models.compat import StateDict
 from vqmoe_vision.models.complexity import complexity, count_params
-from vqmoe_vision.models.moe_options import options_in_full
-from vqmoe_vision.models.state_dicts import StateDict
-from vqmoe_vision.models.weight_files import OF_TIMM, is_file_name
+from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.models.weights import OF_TIMM, is_file_name
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
@@ -43,7 +43,7 @@ class RunRecordHook(Hook):
 
     The record is of the whole run, also where it was resumed: MoE options in full, data, starting
     weights, first losses, time of work. `begun.json` has options and weights from the start on,
-    and a test writes `data.json`.
+    and a test writes `data.json` and `correct.json`.
 
     Args:
         only_first: End the run, successfully, after the first `FIRST_LOSSES` iterations.
@@ -105,6 +105,12 @@ class RunRecordHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Writes `data.json`: which data the test sees."""
         self._write(runner, 'data.json', json.dumps(_data(runner, ('test',))))
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Writes `correct.json`: which test images are right, of a metric that says so."""
+        for metric in runner.test_loop.evaluator.metrics:
+            if bits := getattr(metric, 'correct', ''):
+                self._write(runner, 'correct.json', json.dumps({'correct': bits}))
 
     def after_train_iter(
         self,

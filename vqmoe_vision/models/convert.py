@@ -25,11 +25,21 @@ from ..moe.raw_patches import (
     RawPatches,
     hand_over,
 )
-from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
+from .compat import StateDict
 from .hosts import MOE_HOST
-from .layers import build_layer, host_of, scale_fresh_experts
-from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
-from .state_dicts import Report, StateDict
+from .moe_vit import (
+    MOE_LAYERS,
+    MoeEva,
+    MoeVisionTransformer,
+    SparseModel,
+    build_layer,
+    check_method,
+    host_of,
+    moe_options,
+    resolve_moe_layers,
+    scale_fresh_experts,
+)
+from .report import Report
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..moe import moe_layers as layers_of
 from ..moe.config import check
 from ..moe.layer import MoeLayer
-from .sparse_model import SparseModel
+from .moe_vit import SparseModel
 
 
 def changeable_layers(model: nn.Module) -> list[MoeLayer]:

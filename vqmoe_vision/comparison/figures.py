@@ -1,0 +1,137 @@
+"""Figures of a comparison: differences with their intervals, and learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from vqmoe_vision.models.create import STARTS
+
+from .spec import STARTED, Comparison
+from .statistics import Difference, mean_and_deviation
+from .store import Usable
+
+Curve = list[list[float]]  # abscissa and value
+# Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
+_STYLES = (
+    ('-', '--'),
+    (':', '-.'),
+    ((0, (1, 4)), (0, (6, 2, 1, 2, 1, 2))),
+    ((0, (12, 3)), (0, (12, 3, 1, 3))),
+    ((0, (20, 2)), (0, (20, 2, 1, 2, 1, 2))),
+)
+_OTHERS: dict[str, Any] = {'color': '0.8', 'linestyle': '-', 'linewidth': 0.8}
+_COLOURS = colormaps['tab10'].colors  # type: ignore[attr-defined]
+
+
+def colour_of(number: int) -> tuple[float, float, float]:
+    """Colour of the curve with that number."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def marker_of(number: int) -> str:
+    """Marker of the points with that number, which tells them from others of their colour."""
+    return 'os^D'[number // len(_COLOURS) % 4]
+
+
+def plot_differences(
+    comparison: Comparison, tests: Mapping[str, Mapping[str, Difference]]
+) -> Figure | None:
+    """Draws each row's differences to the reference: a point per seed, and the mean's interval."""
+    found = {row for differences in tests.values() for row, d in differences.items() if d.pairs}
+    rows = [row for row in comparison.rows if row in found]
+    if not rows:
+        return None
+    columns = min(len(tests), 2)
+    lines = -(-len(tests) // columns)
+    size = 4 + 4 * columns, lines * (1.6 + 0.45 * len(rows))
+    figure = Figure(figsize=size, layout='constrained')
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for axes, (title, differences) in zip(grid, tests.items(), strict=False):
+        axes.axvline(0, color='black', linewidth=0.8)
+        axes.grid(alpha=0.3)
+        for place, row in enumerate(rows):
+            if row in differences:
+                _difference(axes, place, differences[row])
+        axes.set(title=title, xlabel=f'{comparison.metric}, difference to {comparison.reference}')
+    for axes in figure.axes[len(tests) :]:
+        axes.set_visible(False)
+    # the first row is on top
+    figure.axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+    figure.suptitle(f'{comparison.name}: a point per seed; bars are 95 % intervals of the mean')
+    return figure
+
+
+def _difference(axes: Axes, place: int, found: Difference) -> None:
+    points = list(found.each.values())
+    axes.plot(points, [place] * len(points), 'o', color='C0', alpha=0.6)
+    if found.freedom > 1:  # the interval of two alone hides everything else
+        ends = [[found.mean - found.low], [found.high - found.mean]]
+        axes.errorbar(found.mean, place, xerr=ends, fmt='|', color='C1', capsize=4, lw=2)
+
+
+def plot_curves(comparison: Comparison, usable: Usable) -> Figure:
+    """Draws the held-out metric over iterations and over compute: mean and deviation over seeds."""
+    figure = Figure(figsize=(15, 6), layout='constrained')
+    over_iterations, over_compute = figure.subplots(1, 2, sharey=True)
+    over_iterations.set(xlabel='iteration', ylabel=f'{comparison.metric}, held out')
+    over_compute.set(xlabel='images seen times MACs per image, in 1e12')
+    styles = curve_styles(comparison)
+    finished = {row for row, _ in usable}
+    others = [row for row in comparison.rows if row in finished and row not in styles]
+    for row in (*others, *styles):
+        contents = [content for (name, _), content in usable.items() if name == row]
+        compute = [c['macs'] * c['images'] / c['iterations'] / 1e12 for c in contents]
+        curves = [c['held_out'] for c in contents]
+        if not any(curves):
+            continue
+        _draw(over_iterations, row, styles.get(row), curves)
+        scaled = [[[s * x, y] for x, y in c] for c, s in zip(curves, compute, strict=True)]
+        _draw(over_compute, row, styles.get(row), scaled)
+    for axes in (over_iterations, over_compute):
+        axes.grid(alpha=0.3)
+    handles, labels = over_iterations.get_legend_handles_labels()
+    if others:
+        handles.append(Line2D([], [], **_OTHERS))
+        labels.append(f'other rows: {len(others)}')
+    # inches of a name: 0.08 for a letter, and 0.6 for its line and the gaps
+    columns = int(figure.get_figwidth() / (0.08 * max(map(len, labels), default=1) + 0.6))
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+    figure.suptitle(f'{comparison.name}: mean and standard deviation over seeds')
+    return figure
+
+
+def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Colour and line of each row that has them; one from a checkpoint has its row's colour."""
+    names: dict[str, int] = {}
+    styles = {}
+    for row in comparison.highlighted or comparison.rows:
+        number = names.setdefault(row.removesuffix(STARTED), len(names))
+        of_ten = _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        named = {option.partition('=')[0].rpartition('.')[2] for option in comparison.rows[row]}
+        style = of_ten[not named.isdisjoint(STARTS)]
+        styles[row] = {'color': colour_of(number), 'linestyle': style}
+    return styles
+
+
+def _draw(axes: Axes, row: str, style: dict[str, Any] | None, curves: Iterable[Curve]) -> None:
+    points: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in {step: value for step, value in curve}.items():
+            points.setdefault(step, []).append(value)
+    steps = sorted(points)
+    mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
+    marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
+    if style is None:  # matplotlib's legend leaves out what begins with an underscore
+        axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **_OTHERS)
+        return
+    label = f'{row} ({len(points[steps[-1]])})'
+    axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
+    band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
+    axes.fill_between(steps, mean - deviation, mean + deviation, **band)

@@ -1,0 +1,174 @@
+"""All numbers of a comparison as one tidy frame, and the summary of each row by it."""
+
+from __future__ import annotations
+
+import math
+from base64 import b64decode
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vqmoe_vision.moe.config import check
+
+from .measured import routing_numbers, shift_scores
+from .spec import Comparison
+from .statistics import (
+    FEW_SEEDS,
+    Difference,
+    Scores,
+    differences,
+    holm,
+    noise_of_all,
+    over_images,
+    with_noise,
+)
+from .store import Results
+
+UNEQUAL = 0.05  # share of the reference's compute
+TEST, HELD_OUT, RUN, ROUTING = 'test', 'held out', 'run', 'routing'  # splits beside the shifts
+LEFT = 'left, %'  # of a run's own score, under a shift
+LAYERS = {
+    'unused_experts': 'load_unused',
+    'load_perplexity': 'load_perplexity',
+    'code_perplexity': 'code_usage_perplexity',
+}
+
+
+def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
+    """Every number of every run: a line each of row, seed, split, name and value."""
+    lines = [
+        (row, seed, split, name, value)
+        for row in comparison.rows
+        for (own, seed), content in results.usable.items()
+        if own == row
+        for split, name, value in _numbers(comparison, content)
+    ]
+    return pd.DataFrame(lines, columns=['row', 'seed', 'split', 'name', 'value'])
+
+
+def _numbers(comparison: Comparison, content: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    metric, test = comparison.metric, content['test']
+    yield from ((TEST, name, value) for name, value in test.items())
+    last, score = (content['held_out'] or [(None, math.nan)])[-1]
+    if comparison.tested and last == content['iterations']:  # the checkpoint that is tested
+        yield HELD_OUT, metric, score
+    for name in ('params', 'active_params', 'macs', 'images', 'minutes', 'cpu_minutes'):
+        yield RUN, name, content[name]
+    for shift, score in shift_scores(comparison, content).items():
+        yield shift, metric, score
+        if test[metric]:
+            yield shift, LEFT, 100 * score / test[metric]
+        routed = content.get('shift_routing', {}).get(shift, {})
+        yield from ((shift, name, value) for name, value in routed.items())
+    yield from ((ROUTING, *each) for each in routing_numbers(content.get('routing', {})))
+
+
+def scores_of(values: pd.DataFrame, split: str, name: str) -> Scores:
+    """A number by row and seed."""
+    of = values[(values['split'] == split) & (values['name'] == name)]
+    return {
+        str(row): dict(zip(of_row['seed'], of_row['value'], strict=True))
+        for row, of_row in of.groupby('row', sort=False)
+    }
+
+
+def compared(
+    comparison: Comparison, values: pd.DataFrame, split: str = TEST, name: str | None = None
+) -> dict[str, Difference]:
+    """The difference of each row to the reference."""
+    scores = scores_of(values, split, name or comparison.metric)
+    found = differences(scores, comparison.reference)
+    if len(comparison.seeds) > FEW_SEEDS:
+        return found
+    # a row's own seeds say next to nothing of its noise
+    noise = noise_of_all(scores, comparison.seeds)
+    return {row: with_noise(each, *noise) for row, each in found.items()}
+
+
+def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:
+    """One line for each row that has results, all numbers unrounded."""
+    scores = scores_of(values, TEST, comparison.metric)
+    if not scores:
+        raise ValueError(f'no run of {comparison.name} can be used{results.why_none}')
+    of = {row: [c for (own, _), c in results.usable.items() if own == row] for row in scores}
+    frame = pd.DataFrame(index=[*scores])
+    frame['seeds'] = [len(of[row]) for row in scores]
+    frame['score'] = [pd.Series(scores[row]).mean() for row in scores]
+    frame['std'] = [pd.Series(scores[row]).std() for row in scores]
+    found, held_out = compared(comparison, values), compared(comparison, values, HELD_OUT)
+    for name in ('pairs', 'mean', 'low', 'high', 'p', 'std', 'noise', 'freedom'):
+        column = {'mean': 'difference', 'std': 'difference_std'}.get(name, name)
+        frame[column] = [getattr(found.get(row), name, math.nan) for row in scores]
+    # an early p may be small by chance, and then the finished rows would get smaller factors
+    p = {r: d.p if d.pairs == len(comparison.seeds) else math.nan for r, d in found.items()}
+    frame['p_holm'] = pd.Series(holm(p, len(comparison.rows) - 1), dtype=float)
+    for name in ('mean', 'low', 'high') if held_out else ():
+        column = f'held_out_{"difference" if name == "mean" else name}'
+        frame[column] = [getattr(held_out.get(row), name, math.nan) for row in scores]
+    images = _over_images(comparison, results)
+    for place, column in enumerate(('images_low', 'images_high')):
+        frame[column] = [images.get(row, (math.nan, math.nan))[place] for row in scores]
+    for name in ('params', 'active_params', 'macs', 'images'):
+        frame[name] = [
+            int(next(iter(scores_of(values, RUN, name)[row].values()))) for row in scores
+        ]
+    clock = {row: 'cpu_minutes' if of[row][0]['device'] == 'cpu' else 'minutes' for row in scores}
+    for row, kind in clock.items():  # times of different machines are no mean
+        one = len({c['hardware'] for c in of[row]}) == 1
+        minutes = pd.Series(scores_of(values, RUN, kind)[row]).mean()
+        frame.loc[row, 'minutes'] = minutes if one else math.nan
+    for column, name in LAYERS.items():
+        frame[column] = of_layers(values, TEST, name, frame.index)
+    for name in ('device', 'hardware', 'commit'):
+        frame[name] = [', '.join(sorted({c[name] for c in of[row]})) for row in scores]
+    for name in comparison.also:
+        _add_further(frame, name, values, comparison)
+    if comparison.reference in frame.index:
+        compute = frame['macs'] * frame['images']
+        compute /= compute[comparison.reference]
+        frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
+    return frame
+
+
+def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[float, float]]:
+    """Of rows that have kept which images they got right, and accuracy as their metric."""
+    bits: dict[str, dict[int, np.ndarray]] = {}
+    for (row, seed), content in results.usable.items():
+        if content.get('correct') and comparison.metric == 'accuracy/top1':
+            packed = np.frombuffer(b64decode(content['correct']), np.uint8)
+            right = np.unpackbits(packed, count=content['data']['test']['samples'])
+            bits.setdefault(row, {})[seed] = right
+    base = bits.pop(comparison.reference, {})
+    return {row: over_images(of_row, base) for row, of_row in bits.items()}
+
+
+def _add_further(
+    frame: pd.DataFrame, name: str, values: pd.DataFrame, comparison: Comparison
+) -> None:
+    """Mean and standard deviation of a number of the test, or means of each layer that has it."""
+    known = sorted(set(values.loc[values['split'] == TEST, 'name']))
+    # a row without results may still have it
+    may = len(frame) < len(comparison.rows) or any(name in (k, k.rpartition('/')[2]) for k in known)
+    check(may, 'also', name, f'a number of the tests, {", ".join(known)}')
+    scores = scores_of(values, TEST, name)
+    if not scores:
+        frame[name] = of_layers(values, TEST, name, frame.index)
+        return
+    columns = {row: pd.Series(scores.get(row, {}), dtype=float) for row in frame.index}
+    frame[name] = [columns[row].mean() for row in frame.index]
+    frame[f'{name}_std'] = [columns[row].std() for row in frame.index]
+
+
+def of_layers(
+    values: pd.DataFrame, split: str, name: str, rows: Iterable[str]
+) -> list[list[float]]:
+    """A statistic of each layer as mean over seeds, in the order of layers, for each row."""
+    of = values[(values['split'] == split) & values['name'].str.endswith(f'/{name}')]
+    found: dict[str, dict[str, float]] = {row: {} for row in rows}
+    for (row, layer), each in of.groupby(['row', 'name'], sort=False)['value']:
+        found[row][layer] = float(each.mean(skipna=False))
+    # blocks.2 before blocks.10
+    by_length = [sorted(of_row, key=lambda n: (len(n), n)) for of_row in found.values()]
+    return [[of[n] for n in names] for of, names in zip(found.values(), by_length, strict=True)]

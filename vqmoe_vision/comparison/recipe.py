@@ -1,0 +1,82 @@
+"""The recipe of a run: a hash of all that decides what it gives, in a form that outlasts names.
+
+A default that changes is another recipe, because the function has changed. What changes in name
+alone, comes with a value that changes nothing, or is removed, is said in the tables below; it
+leaves the recipes of all rows as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vqmoe_vision.engine.config import flat
+from vqmoe_vision.models.create import options_in_full
+
+# Of a config: what keeps, logs and draws a run, finds its types, or is of tests with --tta, which
+# no row has; and the pipelines of mmseg's configs, which their data sets repeat.
+_LEFT_OUT = {
+    'custom_imports', 'default_scope', 'env_cfg', 'launcher', 'log_level', 'log_processor',
+    'resume', 'test_pipeline', 'train_pipeline', 'tta_model', 'tta_pipeline', 'vis_backends',
+    'visualizer', 'work_dir',
+}  # fmt: skip
+_KEEPING = {  # default hooks
+    'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
+}  # fmt: skip
+# Fields and types of today's configs that had another name when recipes began: theirs by today's.
+_RENAMED: dict[str, str] = {}
+# Options that came later, by the value with which nothing changes.
+_ADDED: dict[str, Any] = {}
+# Options that are no more: one that is used wherever they were, and the value that they had.
+_REMOVED: dict[str, tuple[str, Any]] = {}
+
+
+def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:
+    """16 digits of the sha256 of a resolved config.
+
+    Args:
+        config: As JSON has it.
+        sources: What stands for checkpoints of other runs, by the ends of their paths.
+    """
+    text = json.dumps(canonical(config, sources), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def canonical(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> dict[str, Any]:
+    """All that decides what a run gives, by dotted name."""
+    counting = {name: value for name, value in config.items() if name not in _LEFT_OUT}
+    hooks = counting.pop('default_hooks', {})
+    counting['default_hooks'] = {n: hook for n, hook in hooks.items() if n not in _KEEPING}
+    # by their types: where one stands among the others is no matter
+    counting['custom_hooks'] = {hook['type']: hook for hook in config.get('custom_hooks') or ()}
+    counting['randomness'] = {n: v for n, v in config.get('randomness', {}).items() if n != 'seed'}
+    model = config['model']
+    moe = options_in_full(model.get('backbone', model))
+    found = {name: value for name, value in flat(counting).items() if not _is_option(name, moe)}
+    found |= flat({'moe': moe})  # defaults and presets included
+    named = {
+        _RENAMED.get(name, name): _plain(value, sources)
+        for name, value in found.items()
+        if value not in ({}, [])
+    }
+    for name, (beside, value) in _REMOVED.items():
+        if beside in named:
+            named.setdefault(name, value)
+    return {n: v for n, v in named.items() if not (n in _ADDED and v == _ADDED[n])}
+
+
+def _is_option(name: str, moe: Mapping[str, Any]) -> bool:
+    """Whether it is among the options in full; where MoE layers stand is not."""
+    return '.moe.' in name and name.rpartition('.moe.')[2].partition('.')[0] in {*moe, 'preset'}
+
+
+def _plain(value: Any, sources: Mapping[str, str]) -> Any:
+    """As JSON has it; 1.0 is 1, and the run behind a checkpoint stands for its path."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    run = next((run for end, run in sources.items() if f'/{value}'.endswith(f'/{end}')), value)
+    return _RENAMED.get(run, run)
