@@ -13,8 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
 from vqmoe_vision.engine.export import export
-from vqmoe_vision.models.export import Exportable, export_onnx
-from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.export import Exportable, differences, export_onnx, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 

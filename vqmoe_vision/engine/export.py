@@ -13,11 +13,12 @@ from vqmoe_vision.models.create import create_model, create_saved
 from vqmoe_vision.models.export import (
     SUFFIXES,
     Exportable,
+    differences,
     export_onnx,
+    load_exported,
     require_packages,
     save_program,
 )
-from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.models.weights import FOLDERS
 from vqmoe_vision.moe.config import check
 

@@ -2,8 +2,7 @@
 
 from . import create, shipped, vit_moe  # noqa: F401  registers the models with timm
 from .complexity import Complexity, complexity
-from .convert import convert_to_moe
-from .discrete import to_discrete
+from .convert import convert_to_moe, to_discrete
 from .moe_vit import MoeVisionTransformer
 
 __all__ = [

@@ -141,10 +141,7 @@ def reading(source: str, verify: bool = True) -> Iterator[None]:
 def unreadable(path: str) -> str:
     """What to say of a file whose bytes are no weights of torch."""
     if path.lower().endswith(_OF_NUMPY):
-        return (
-            f'checkpoint {path!r} is of NumPy, which dense models of timm alone read, by '
-            'checkpoint_path: save the state dict of one, or call convert_to_moe with it'
-        )
+        return f'checkpoint {path!r} is of NumPy, which dense models of timm alone read'
     return (
         f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
         'run code: save its state_dict() alone'
