@@ -191,7 +191,6 @@ def test_label_smoothing_without_mixup() -> None:
     ('change', 'message'),
     [
         ({'img_size': 9}, 'img_size=9 is not possible: a multiple of patch_size=4x4'),
-        ({'num_heads': 5}, 'num_heads=5 is not possible: a divisor of embed_dim=12'),
         ({'num_experts': 2, 'top_k': 3}, 'top_k=3'),
     ],
 )

@@ -375,7 +375,7 @@ def test_rows_that_decide_by_features_have_those_of_the_start(spec) -> None:
         ('metric = 3', 'spec.py: metric=3 is not possible: a text'),
         (
             "rows['one'] = 'smoe model.moe.absent=1'",
-            'comparison spec: row one: model.moe.absent=1 is not possible: the options of vit_tiny',
+            'comparison spec: row one: model.moe.absent=1 is not possible: the options are',
         ),
         (
             "rows['one'] = 'vqmoe model.moe.ema_decay=2.0'",

@@ -226,17 +226,17 @@ def create_model(
         check(name not in kwargs, name, kwargs.get(name), f'moe.{name}={value!r} is set, change it')
     if path := kwargs.get('checkpoint_path'):
         kwargs['checkpoint_path'] = weights_in(str(path))  # timm reads no folders here
-    dense = method_of(model_name) is None
+    method = method_of(model_name)
+    dense = method is None
+    if moe is not None:
+        _check_options(moe, method)
     if dense and timm.models.is_model_in_modules(model_name, ('vision_transformer', 'shipped')):
         check_vit_arguments(kwargs)
     if dense and moe is not None:
         check(not extra_mlps, 'extra_mlps', extra_mlps, '0, moe gives the model experts')
-        check_method(moe.get('method'), 'moe.method')
         kwargs = {'host': model_name, **moe, **_from_pretrained(kwargs)}
         model = timm.create_model(MOE_HOST, **kwargs)
     else:
-        named = (moe or {}).get('method')
-        check(named is None, 'moe.method', named, f'left out, {model_name} names it')
         kwargs.update(moe or {})
         if extra_mlps:
             kwargs['mlp_ratio'] = _wider(model_name, extra_mlps, kwargs)
@@ -244,6 +244,18 @@ def create_model(
     check_patches(model, kwargs)
     record_arguments(model, kwargs)
     return model
+
+
+def _check_options(moe: dict[str, Any], method: str | None) -> None:
+    """Refuses options that experts do not have; a model of timm takes their method too."""
+    if method is None:
+        check_method(moe.get('method'), 'moe.method')
+        options = {'method', *moe_options(moe['method'])}
+    else:
+        options = moe_options(method)
+    for name, value in moe.items():
+        allowed = f'the options are {", ".join(sorted(options))}{did_you_mean(name, options)}'
+        check(name in options, f'moe.{name}', value, allowed)
 
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:

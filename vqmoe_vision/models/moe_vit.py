@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -106,7 +107,7 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
 
     Raises:
         ValueError: If a value is impossible; names the field, the value and what is allowed.
-        TypeError: If an argument is unknown, in timm's words.
+        TypeError: If an argument is unknown.
     """
 
     def __init__(
@@ -122,6 +123,10 @@ class MoeVisionTransformer(SparseModel, VisionTransformer):
         check_method(method)
         names = METHODS[method].config.option_names()
         options = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        known = [*inspect.signature(VisionTransformer).parameters, *names]
+        for name in kwargs.keys() - {*known}:
+            hint = did_you_mean(name, known)
+            raise TypeError(f'{name!r} is no option of {method} and no argument of timm{hint}')
         check_vit_arguments({**kwargs, 'fix_init': fix_init})
         for name, possible in (('scale_mlp_norm', (None, False)), ('mlp_layer', (None, Mlp))):
             allowed = f"one of {possible}, as in timm's Mlp, whose layout experts have"
