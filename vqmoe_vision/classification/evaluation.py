@@ -51,7 +51,7 @@ class Accuracy(BaseMetric):
     def compute_metrics(self, results: list[list[int]]) -> dict[str, float]:
         """The accuracies, of lists per image: its class, whether it is best, one entry per k."""
         targets, best, *columns = np.array(results).T
-        self.correct = b64encode(np.packbits(best)).decode()
+        self.correct = b64encode(np.packbits(best).tobytes()).decode()
         found = {
             f'top{k}': 100 * column.sum().item() / len(results)
             for k, column in zip(self.topk, columns, strict=True)

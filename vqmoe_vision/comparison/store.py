@@ -182,9 +182,11 @@ def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
         with suppress(ValueError, KeyError):  # of a damaged one
             content = load(path)
             same = (content['budget'], content['metric']) in budgets
-            if same and _trained_on(content) in data and refutation(content) is None:
+            score = content['test'][content['metric']]
+            finite = isinstance(score, int | float) and math.isfinite(score)
+            if same and finite and _trained_on(content) in data and refutation(content) is None:
                 of_row = found.setdefault(path.parent, {}).setdefault(content['row'], {})
-                of_row[content['seed']] = content['test'][content['metric']]
+                of_row[content['seed']] = score
     return pooled_noise(found[folder] for folder in sorted(found))
 
 
