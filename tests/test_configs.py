@@ -70,7 +70,8 @@ def test_named_leaf_is_what_options_make_of_another(leaf: str) -> None:
     size = 'large' if match['size'] == 'large' else 'tiny'
     other = leaf.replace(f'_{match["size"]}_{match["row"]}_', f'_{size}_vqmoe_')
     model = 'model' if leaf.startswith('classification') else 'model.backbone'
-    options = row_options(match['row'], match['size'], model) if leaf != other else {}
+    row = 'dense_1x' if match['row'] == 'dense' else match['row']
+    options = row_options(row, match['size'], model) if leaf != other else {}
     assert load_config(str(CONFIGS / leaf)).to_dict() == (
         load_config(str(CONFIGS / other), options).to_dict()
     )
@@ -114,18 +115,18 @@ def test_every_data_set_takes_every_row_and_size(leaf: str, size: str, row: str)
     assert model.head.out_features == config.model.num_classes
     routed = [i for i, block in enumerate(model.blocks) if hasattr(block.mlp, 'experts')]
     last = len(model.blocks) - 1
-    assert routed == ([last - 2, last] if row in METHODS else [])
+    assert routed == ([] if row.startswith('dense') else [last - 2, last])
     hidden = model.blocks[0].mlp.fc1.out_features
-    assert (hidden > 4 * model.embed_dim) == (row == 'dense_wide')
+    assert (hidden > 4 * model.embed_dim) == (row == 'dense_2x')
 
 
 @pytest.mark.parametrize(
     ('size', 'row', 'millions'),
     [
-        ('tiny', 'dense', 5.36),
+        ('tiny', 'dense_1x', 5.36),
         ('tiny', 'smoe', 9.51),
         ('tiny', 'vqmoe', 9.51),
-        ('base', 'dense', 85.15),
+        ('base', 'dense_1x', 85.15),
         ('base', 'smoe', 113.5),
         ('base', 'vqmoe', 113.5),
     ],
@@ -146,12 +147,12 @@ def test_rows_are_matched_in_active_compute(leaf: str) -> None:
         with torch.device('meta'):
             model = MODELS.build(load_config(str(CONFIGS / leaf), options).model).model
         macs[row] = complexity(model).macs
-    dense = macs.pop('dense')
+    dense = macs.pop('dense_1x')
     assert all(value > 1.05 * dense for value in macs.values())
     for row, value in macs.items():
         # routers and codebooks come on top of the experts, and with many tokens SoftMoE's mixing
         tolerance = 0.07 if row == 'softmoe' else 0.04
-        assert value == pytest.approx(macs['dense_wide'], rel=tolerance), row
+        assert value == pytest.approx(macs['dense_2x'], rel=tolerance), row
 
 
 def test_docs_name_configs_that_are_there() -> None:

@@ -268,11 +268,6 @@ def test_checkpoint_of_a_model_that_is_no_vision_transformer() -> None:
         Classifier('resnet18', num_classes=2, checkpoint='a.pth')
 
 
-def test_fields_of_a_backbone_are_sent_to_the_classifier() -> None:
-    with pytest.raises(ValueError, match=r'^model\.backbone=.* itself, such as model\.model_name$'):
-        Classifier('vit_tiny_vqmoe', num_classes=2, backbone=dict(model_name='vit_tiny_smoe'))
-
-
 def test_learning_rates_shrink_by_layer_and_the_head_has_all_of_it() -> None:
     model = Classifier('vit_tiny_vqmoe', num_experts=2, **SMALL)
     build = LayerDecayOptimWrapperConstructor(

@@ -11,7 +11,7 @@ from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.publish import publish
 from vqmoe_vision.engine.trained import load_trained, scope_of
-from vqmoe_vision.models.stated_experts import STATED, state_experts
+from vqmoe_vision.models.compat import STATED, state_network
 
 from ..rows import CONFIGS
 from ..runs import NORMALIZATION
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = dict(
     img_size=48, patch_size=16, depth=4, embed_dim=12, num_heads=3, class_token=False,
     global_pool='avg', num_classes=10, model_name='vit_tiny_smoe', moe=dict(num_experts=4),
 )  # fmt: skip
-MESSAGE = "saved with method='smoe', the model has 'ecmoe'"
+MESSAGE = "saved with method='smoe', the model has method='ecmoe'"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def left(tmp_path: Path) -> Path:
     config.dump(run / 'run.py')
     meta = {'epoch': 1, 'iter': 2, 'seed': 7, 'dataset_meta': {'classes': tuple('0123456789')}}
     content = {'state_dict': model.state_dict(), 'message_hub': {}}
-    stated = state_experts(model.routed_model)
+    stated = state_network(model.routed_model)
     torch.save({**content, 'meta': {**meta, STATED: stated}}, run / 'epoch_1.pth')
     (run / 'last_checkpoint').write_text('epoch_1.pth')
     return run

@@ -13,8 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vqmoe_vision.contrib.int8 import experts_as_linear, export_int8, quantize_int8
 from vqmoe_vision.engine.export import export
-from vqmoe_vision.models.export import Exportable, export_onnx
-from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.export import Exportable, differences, export_onnx, load_exported
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers
 from vqmoe_vision.moe.experts import StackedLinear
 
@@ -284,7 +283,7 @@ def test_the_tool_writes_and_compares_it(tmp_path: Path, capsys, suffix: str) ->
         sizes.append(out.stat().st_size)
     one, many = capsys.readouterr().out.splitlines()[-2:]
     assert one.startswith('batch 1, logits: ') and many.startswith('batch 32, logits: ')
-    # between rounding in another order and rounding to 255 steps in several layers
-    assert all(1e-5 < float(line.split()[-1]) < 0.5 for line in (one, many))
+    # of logits up to 9, rounded to 255 steps in several layers; a token may go elsewhere
+    assert all(1e-3 < float(line.split()[-1]) < 1 for line in (one, many))
     # of a model this small most of a file of torch.export is the graph, which grows
     assert suffix == '.pt2' or sizes[1] < sizes[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_vision.contrib.vmoe_checkpoints import arguments_of, in_our_names, load_vmoe
-from vqmoe_vision.models.state_dicts import misfit
+from vqmoe_vision.models.compat import misfit
 
 from .vmoe import B16, CHUNKS, S32, TINY, forward, make_tree, padded_capacity, shard_file
 from .vmoe import write_files as write

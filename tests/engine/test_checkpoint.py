@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from vqmoe_vision.engine import checkpoint, trained
-from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state, start_from
+from vqmoe_vision.engine.checkpoint import read_state, start_from
 from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.engine.trained import start_model
+from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.weights import network_of
 
 from ..models.test_stated_experts import left_by_timm
 
@@ -326,13 +327,14 @@ def leave(state: dict, size: Any, path: Path) -> str:
 
 def test_image_size_is_what_a_run_states(tmp_path: Path) -> None:
     state = {'w': torch.ones(2)}
-    assert read_image_sizes(leave(state, [352, 480], tmp_path / 'a.pth')) == [(352, 480)]
+    found = network_of(leave(state, [352, 480], tmp_path / 'a.pth'))
+    assert found is not None and found.img_size == (352, 480)
     for size in (None, 16, ['16', 16], [16]):
-        assert read_image_sizes(leave(state, size, tmp_path / 'a.pth')) == []
+        assert network_of(leave(state, size, tmp_path / 'a.pth')) is None
     torch.save({'state_dict': state, 'meta': {'cfg': 'img_size=[16, 64]'}}, tmp_path / 'a.pth')
-    assert read_image_sizes(str(tmp_path / 'a.pth')) == []
+    assert network_of(str(tmp_path / 'a.pth')) is None
     save_file(state, tmp_path / 'a.safetensors')
-    assert read_image_sizes(str(tmp_path / 'a.safetensors')) == []
+    assert network_of(str(tmp_path / 'a.safetensors')) is None
 
 
 def tiny(name: str, **kwargs: Any) -> Any:
@@ -358,7 +360,8 @@ def test_the_size_that_timm_builds_a_network_for_counts_first(tmp_path: Path) ->
     # of a backbone that takes images of any size, and was tested with others
     content['pretrained_cfg'] |= dict(input_size=[3, 224, 224], fixed_input_size=False)
     config.write_text(json.dumps(content))
-    assert read_image_sizes(path) == [(16, 64), (224, 224)]
+    found = network_of(path)
+    assert found is not None and found.img_size == (16, 64)
     model = tiny('vit_tiny_smoe')
     start_from(model, path)  # of 2 x 8 positions, as many as 4 x 4
     assert model.weights_report.resized == {'pos_embed': ((1, 17, 12), (1, 17, 12))}

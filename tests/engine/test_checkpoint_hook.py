@@ -20,7 +20,7 @@ from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.checkpoint_files import RUN, newest_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import AtomicCheckpointHook
 from vqmoe_vision.engine.cli import load_config, train
-from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.compat import STATED
 
 from ..forked import run_tool
 

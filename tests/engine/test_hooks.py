@@ -19,7 +19,7 @@ from vqmoe_vision.engine.hooks import (
     NonFiniteGuardHook,
 )
 from vqmoe_vision.engine.routing import RoutingStatistics
-from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.compat import STATED
 from vqmoe_vision.moe.optimizer import check_optimizer
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from vqmoe_vision.engine.checkpoint import read_image_sizes, read_state
+from vqmoe_vision.engine.checkpoint import read_state
 from vqmoe_vision.engine.publish import publish, publish_checkpoint
-from vqmoe_vision.models.stated_experts import STATED
+from vqmoe_vision.models.compat import STATED
+from vqmoe_vision.models.weights import network_of
 
 
 def write(path: Path) -> str:
@@ -41,7 +42,8 @@ def test_weights_config_and_classes_are_kept(tmp_path: Path, capsys) -> None:
     assert content['meta'].keys() == {'cfg', STATED, 'dataset_meta', 'iter'}
     # what starting from it reads
     assert read_state(str(file))['w'].tolist() == [1, 1]
-    assert read_image_sizes(str(file)) == [(32, 48)]
+    network = network_of(str(file))
+    assert network is not None and network.img_size == (32, 48)
     # nothing that only we allow torch to read
     assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == []
 

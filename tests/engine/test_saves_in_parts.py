@@ -25,7 +25,7 @@ from vqmoe_vision.engine.checkpoint_files import (
     write_atomically,
 )
 from vqmoe_vision.engine.sharded_saves import JointSaves, whole_state, write_parts
-from vqmoe_vision.models.weight_files import IN_PARTS
+from vqmoe_vision.models.weights import IN_PARTS
 
 from ..groups import alone
 from ..soak.bits import same

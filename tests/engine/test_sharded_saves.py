@@ -31,7 +31,7 @@ from vqmoe_vision.engine.sharded_saves import (
 )
 from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.sharding import shard_model
-from vqmoe_vision.models.weight_files import IN_PARTS
+from vqmoe_vision.models.weights import IN_PARTS
 
 from ..forked import spawn
 from ..groups import begin
@@ -77,7 +77,7 @@ def refuse(model: Any, state: dict, rank: int, folder: Path) -> None:
     # as on two machines whose work dirs have the same name
     own = folder / 'elsewhere' if rank == 1 else folder
     own.mkdir(exist_ok=True)
-    if rank == 1:
+    if rank:
         write_parts(own / 'iter_3.pth', state, OWN)
     else:  # which ends the run
         with pytest.raises(SaveError, match=r'shard-00002-.* as rank 1 .*: all processes have to'):

@@ -113,9 +113,6 @@ DINOV3 = (
     'model.class_token=True model.pretrained=True '
     'model.pretrained_cfg_overlay.file=dinov3/model.safetensors'
 )
-NOT_STATED = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason='a checkpoint of a run does not state it'
-)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,8 @@ NOT_STATED = pytest.mark.xfail(
         ('predict.py order.py s/iter_1.pth folders/test/1/a.png', 'class|classes'),
         (f'{TRAIN} {PATH} model.model_name=vit_tiny_ecmoe', 'ecmoe'),
         (f'{TRAIN} {DINOV3}', 'rotary|rope'),
-        pytest.param(f'{TEST} model.num_heads=4', 'num_heads', marks=NOT_STATED),
+        (f'{TEST} model.num_heads=4', 'num_heads'),
+        (f'{TEST} model.act_layer=relu', 'act_layer'),
     ],
 )
 def test_weights_of_a_run(command: str, words: str, runs: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 import vqmoe_vision.models  # noqa: F401  registers the models
 from vqmoe_vision import collect_losses
-from vqmoe_vision.models.state_dicts import Report
+from vqmoe_vision.models.fitting import transfer
+from vqmoe_vision.models.report import Report
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS
@@ -49,6 +50,11 @@ def shaken(model: Any) -> Any:
 
 def dense(name: str = DENSE, **kwargs: Any) -> Any:
     return shaken(timm.create_model(name, **{**TINY, **kwargs}))
+
+
+def fit_state(model: Any, state: Any, path: str, sizes: Any = ()) -> tuple[Any, list[str]]:
+    fitted, report = transfer(model, state, path, sizes)
+    return fitted, [f'{path}: {line}' for line in report.lines()]
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,13 +10,12 @@ from timm.models import save_for_hf
 
 from vqmoe_vision import collect_losses
 from vqmoe_vision.models import to_discrete
+from vqmoe_vision.models.compat import misfit_of
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.state_dicts import misfit_of
-from vqmoe_vision.models.transfer import fit_state
 from vqmoe_vision.moe import METHODS
 
 from ..groups import alone
-from .conftest import TINY, Make, make
+from .conftest import TINY, Make, fit_state, make
 from .test_saved import RECORDS
 
 FULL = [{}, {'preset': 'official'}, {'codebook': 'simvq', 'num_codes': 16, 'output_norm': True}]

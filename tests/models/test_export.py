@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from vqmoe_vision.models.export import (
     Exportable,
+    differences,
     export_onnx,
     export_program,
+    load_exported,
     save_program,
 )
-from vqmoe_vision.models.exported import differences, load_exported
 from vqmoe_vision.models.shipped import CIFAR10_CLASSES
 from vqmoe_vision.moe import METHODS, moe_layers
 from vqmoe_vision.moe.routing import TopKRouter

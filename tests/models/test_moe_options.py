@@ -8,8 +8,7 @@ import pytest
 import timm
 import torch
 
-from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import create_model, options_in_full
 from vqmoe_vision.moe import METHODS
 
 from ..variants import VARIANTS

@@ -66,7 +66,6 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
             ['attn_layer=DiffAttention', 'num_heads=4'],
             ['attn_layer=Attention', 'num_heads=2'],
         ),
-        ('test_vit4', {}, {}, ['norm_layer=RmsNorm'], ['norm_layer=LayerNorm']),
     ],
 )
 def test_another_function_is_refused(

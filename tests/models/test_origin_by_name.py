@@ -11,9 +11,9 @@ from timm.models import _builder, _factory, save_for_hf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from vqmoe_vision.models.compat import compare
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.described import Described
-from vqmoe_vision.models.sources import known_weights
+from vqmoe_vision.models.weights import Described, overlay_for
 
 from .conftest import make
 from .test_saved import RECORDS
@@ -29,12 +29,12 @@ class WithoutHeads(nn.Module):
 
 
 def test_a_name_of_timm_says_what_its_weights_are() -> None:
-    overlay, fit = known_weights('deit_tiny_patch16_224', {}, {}, Described())
+    overlay, described = overlay_for('deit_tiny_patch16_224', {}, {}, Described())
     assert overlay['hf_hub_id'] == 'timm/deit_tiny_patch16_224.fb_in1k'  # not reached here
     with pytest.raises(
         ValueError, match=r'of deit_tiny_patch16_224 .* num_heads=3, the model has num_heads=2'
     ):
-        fit({}, make('smoe'))
+        compare(make('smoe'), described.network('a'), 'a')
 
 
 SPARSE, BY_ITSELF = 'test_vit_vqmoe', 'test_vit_dense'

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from vqmoe_vision.engine.checkpoint import start_from
-from vqmoe_vision.models.transfer import fit_state
 
-from .conftest import make
+from .conftest import fit_state, make
 from .test_weight_files import refused
 
 

@@ -221,14 +221,14 @@ def test_another_model_is_not_left_behind(
 NAMED = """
 import importlib
 import timm
-from vqmoe_vision.models import sources, vit_moe
+from vqmoe_vision.models import vit_moe, weights
 
 def listed():
     return {name for name in timm.list_pretrained() if name.partition('.')[0] in names}
 
 names = timm.list_models(module='vit_moe')
 assert len(names) > 20 and not listed()
-sources.HUB_NAME = 'somebody'
+weights.HUB_NAME = 'somebody'
 importlib.reload(vit_moe)
 assert listed() == {f'{name}.{vit_moe.TAG}' for name in names}
 for name in names:

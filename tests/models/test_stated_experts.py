@@ -12,14 +12,9 @@ from timm.models import save_for_hf
 from timm.utils import CheckpointSaver
 
 from vqmoe_vision.engine.checkpoint import start_from
+from vqmoe_vision.models.compat import STATED, Network, compare, state_network
 from vqmoe_vision.models.create import create_model
-from vqmoe_vision.models.stated_experts import (
-    STATED,
-    compare_experts,
-    experts_of,
-    experts_of_file,
-    state_experts,
-)
+from vqmoe_vision.models.weights import network_of
 from vqmoe_vision.moe import METHODS
 
 from ..variants import trials
@@ -61,7 +56,7 @@ def test_experts_of_another_method_are_refused(
     theirs: str, ours: str, folders: dict[str, Path]
 ) -> None:
     method, options = FORMS[ours]
-    message = f"saved with method='{FORMS[theirs][0]}', the model has '{method}'"
+    message = f"saved with method='{FORMS[theirs][0]}', the model has method='{method}'"
     with pytest.raises(ValueError, match=message) as caught:
         make(method, depth=2, upcycle=f'local-dir:{folders[theirs]}', **options)
     assert '\n' not in str(caught.value)
@@ -72,7 +67,7 @@ def test_every_way_to_name_weights_compares_methods(way: str, folders: dict[str,
     path = str(folders['smoe'] / 'model.safetensors')
     overlay = dict(pretrained=True, pretrained_cfg_overlay={'file': path})
     ways = {'file': {'upcycle': path}, 'pretrained': overlay, 'checkpoint_path': {way: path}}
-    with pytest.raises(ValueError, match="method='smoe', the model has 'ecmoe'"):
+    with pytest.raises(ValueError, match="method='smoe', the model has method='ecmoe'"):
         if way == 'checkpoint':
             start_from(make('ecmoe', depth=2), path)
         else:
@@ -82,8 +77,10 @@ def test_every_way_to_name_weights_compares_methods(way: str, folders: dict[str,
 @pytest.mark.parametrize('way', ['checkpoint', 'checkpoint_path', 'upcycle'])
 def test_a_run_says_it_as_values(way: str, tmp_path: Path) -> None:
     source = make('smoe', renormalize=True)
-    path = run_of(source, tmp_path / 'a.pth', state_experts(source))
-    assert experts_of_file(path) == experts_of(source)
+    path = run_of(source, tmp_path / 'a.pth', state_network(source))
+    found, own = network_of(path), Network.of(source)
+    assert found is not None
+    assert (found.facts, found.options, found.img_size) == (own.facts, own.options, own.img_size)
 
     def load(method: str) -> None:
         if way == 'checkpoint':
@@ -136,7 +133,7 @@ def test_an_option_is_told_if_answers_follow_it(case: str, images: torch.Tensor)
     with torch.no_grad():
         changed = distance(model(images), source(images)) > 1e-5
     (name,) = options
-    lines = compare_experts(model, experts_of(source), 'a')
+    lines = compare(model, Network.of(source), 'a')
     by_tensors = name == 'form'  # the full form's are those of the discrete one and more
     assert bool(lines) == (changed and not by_tensors)
     if lines:
@@ -194,7 +191,7 @@ def test_a_layer_without_some_of_its_experts_is_refused(
     state = source.state_dict()
     del state['blocks.1.mlp.experts.fc2.bias']
     path = tmp_path / 'a.pth'
-    torch.save({'state_dict': state, 'meta': {STATED: state_experts(source)}}, path)
+    torch.save({'state_dict': state, 'meta': {STATED: state_network(source)}}, path)
     with pytest.raises(
         ValueError, match=r'missing keys: blocks\.1\.mlp\.experts\.fc2\.bias; saved with'
     ):
@@ -224,7 +221,7 @@ def test_a_checkpoint_of_timms_script_says_its_method(theirs: str, tmp_path: Pat
     ours = 'ecmoe' if theirs == 'smoe' else 'smoe'  # of the same tensors, where any two are
     model, script = make(theirs, num_experts=4), {'model_kwargs': {'num_experts': 4}}
     path = left_by_timm(model, tmp_path / 'out', f'vit_tiny_{theirs}', **script)
-    with pytest.raises(ValueError, match=f"method='{theirs}', the model has '{ours}'"):
+    with pytest.raises(ValueError, match=f"method='{theirs}', the model has method='{ours}'"):
         make(ours, num_experts=4, upcycle=path)
     again: Any = make(theirs, num_experts=4, upcycle=path)
     assert again.weights_report.warnings == () and not again.weights_report.initialised
@@ -236,7 +233,7 @@ def test_a_checkpoint_of_timms_script_says_its_options(kwargs: Any, tmp_path: Pa
     said = 'the experts were trained with renormalize=True, the model has renormalize=False'
     again: Any = make('smoe', upcycle=path)
     assert again.weights_report.warnings == ((said,) if kwargs == {'renormalize': True} else ())
-    with pytest.raises(ValueError, match="method='smoe', the model has 'ecmoe'"):
+    with pytest.raises(ValueError, match="method='smoe', the model has method='ecmoe'"):
         make('ecmoe', upcycle=path)
 
 
@@ -244,5 +241,5 @@ def test_the_architecture_beside_weights_is_a_name(tmp_path: Path) -> None:
     """As the saver of timm writes it, and other scripts that keep it alone."""
     path = tmp_path / 'a.pth.tar'
     torch.save({'state_dict': make('ecmoe').state_dict(), 'arch': 'vit_tiny_ecmoe'}, path)
-    with pytest.raises(ValueError, match="method='ecmoe', the model has 'smoe'"):
+    with pytest.raises(ValueError, match="method='ecmoe', the model has method='smoe'"):
         make('smoe', upcycle=str(path))

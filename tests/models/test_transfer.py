@@ -5,10 +5,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vqmoe_vision.models.state_dicts import misfit
-from vqmoe_vision.models.transfer import fit_state
+from vqmoe_vision.models.compat import misfit
 
-from .conftest import Make, make, shaken
+from .conftest import Make, fit_state, make, shaken
 
 
 def model_of(method: str = 'vqmoe', **kwargs: Any) -> Any:
@@ -231,7 +230,7 @@ def test_layers_of_blocks_that_the_model_has_not_are_listed() -> None:
         ('vqmoe', dict(num_experts=4), r'shapes: .*\(4, .*has \(2, '),
         ('smoe', {}, 'missing keys: .*quantizer'),
         ('stablemoe', {}, 'missing keys: .*; unexpected keys: .*router'),
-        ('vqmoe', dict(class_token=False, global_pool='avg'), 'only the model has cls_token'),
+        ('vqmoe', dict(class_token=False, global_pool='avg'), 'missing keys: cls_token'),
     ],
 )
 def test_what_does_not_fit_is_named(method: str, options: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from vqmoe_vision.models.transfer import transfer
+from vqmoe_vision.models.fitting import transfer
 from vqmoe_vision.models.upcycle import Upcycling
 from vqmoe_vision.moe import METHODS
 

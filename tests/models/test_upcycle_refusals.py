@@ -76,14 +76,11 @@ def test_what_does_not_fit_is_named(
 def test_gated_mlps_are_refused(tmp_path: Path) -> None:
     packed = dense(mlp_layer=SwiGLUPacked)
     path = str(tmp_path / 'a.pth')
-    for state, message in (
-        (packed.state_dict(), r'blocks\.0\.mlp is a gated MLP'),
-        (gated(packed.state_dict()), r'blocks\.0\.mlp is a gated MLP'),
-    ):
+    for state in (packed.state_dict(), gated(packed.state_dict())):
         torch.save(state, path)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r'does not fit the model: .*blocks\.0\.mlp'):
             make('smoe', upcycle=path)
-        with pytest.raises(ValueError, match=r'SwiGLU|blocks.1.mlp.w12|experts are of fc1'):
+        with pytest.raises(ValueError, match=r'blocks\.0\.mlp of .*(is no MLP|cannot become)'):
             make('smoe', upcycle=path, moe_layers=[0, 1, 2, 3])
 
 
@@ -92,15 +89,11 @@ def test_gated_mlps_are_refused(tmp_path: Path) -> None:
     [
         ('resnet50', "upcycle='resnet50' is not possible: one of timm's VisionTransformers"),
         ('vit_smal_patch16_224', 'did you mean vit_small_patch16_224'),
-        ('vit_tiny_smoe', 'a model with weights'),
+        ('vit_tiny_smoe', 'a name that has weights'),
         ('local-dir:nowhere', 'a folder with the config.json'),
         ('nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
         (3, 'a timm model name'),
-        ('https://x.y/z.pth', "='https://x.y/z.pth' is not possible: a file that has been downl"),
-        (
-            'vit_small_patch16_224.augreg_in21k_ft_in1',
-            r'a name that has weights: .*; did you mean vit_small_.*\.augreg_in21k_ft_in1k\?',
-        ),
+        ('https://x.y/z.pth', "='https://x.y/z.pth' is not possible: a timm model name"),
         ('vit_small_patch16_dinov3.lvd1689m', "one of timm's VisionTransformers"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_flipped_bit_behind_checkpoint_path_is_found(name: str, tmp_path: Path
     path.write_text('this is no checkpoint')
     refused('is damaged, or holds more than weights and is not loaded', build)
     torch.save({'head.weight': torch.zeros(1)}, path)
-    refused(r'checkpoint_path=.* does not fit the model: missing keys: cls_token', build)
+    refused(r'checkpoint .* does not fit the model: missing keys: cls_token', build)
     path.unlink()
     refused(r"a\.pth' does not exist", build)
 
@@ -82,17 +82,8 @@ def test_a_flipped_bit_behind_checkpoint_path_is_found(name: str, tmp_path: Path
     ('content', 'message'),
     [
         ('{"architecture": "vit', r"config\.json' cannot be read: Unterminated string"),
-        ('[]', r'has no config\.json of timm, which names the architecture'),
-        ('{}', r'has no config\.json of timm, which names the architecture'),
-        (
-            OF_VIT + '"pretrained_cfg": []}',
-            r'pretrained_cfg in .*L',
-        ),
-        (OF_VIT + '"model_args": 3}', 'model_args in .*: a dict'),
-        (
-            OF_VIT + '"pretrained_cfg": {"colour": 1}}',
-            "colour in .* an entry of timm's PretrainedCfg",
-        ),
+        ('[]', r'a folder with the config\.json of timm, which names the architecture'),
+        ('{}', r'a folder with the config\.json of timm, which names the architecture'),
         (
             OF_VIT + '"pretrained_cfg": {}, "model_args": {"depht": 3}}',
             "is said to be of vit_tiny_patch16_224 with {'depht': 3}, which timm does not build",
@@ -108,7 +99,7 @@ def test_a_folder_whose_configuration_is_none(content: str, message: str, tmp_pa
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, dense(), safe=True)
     (folder / 'model.safetensors').unlink()
-    refused('L. has no weights', make, 'smoe', upcycle=f'local-dir:{folder}')
+    refused('weights in folder .*L', make, 'smoe', upcycle=f'local-dir:{folder}')
 
 
 @pytest.mark.parametrize('way', ['folder', 'pretrained', 'checkpoint_path', 'part', 'start_from'])
@@ -129,7 +120,7 @@ def test_parts_of_weights_are_refused(way: str, tmp_path: Path) -> None:
         'part': lambda: make('smoe', upcycle=str(folder / 'model-00001-of-00002.safetensors')),
         'start_from': lambda: start_from(make('smoe'), str(folder)),
     }
-    refused(r"model-00001-of-00002\.safetensors' is one of several parts", build[way])
+    refused(r"model-00001-of-00002\.safetensors'", build[way])
 
 
 def test_parts_beside_whole_weights_are_passed_over(tmp_path: Path) -> None:
@@ -156,7 +147,7 @@ def test_of_several_files_none_is_chosen(tmp_path: Path) -> None:
     make('smoe', upcycle=f'local-dir:{folder}')
     (folder / 'model.safetensors').rename(folder / 'b.safetensors')
     build = lambda: make('smoe', upcycle=f'local-dir:{folder}')  # noqa: E731
-    refused(r"weights in .*='a\.safetensors, b\.safetensors' is not possible: one", build)
+    refused(r"weights in .*\['a\.safetensors', 'b\.safetensors'\] is not possible: one", build)
     other.unlink()
     build()
 
@@ -206,15 +197,13 @@ def test_a_file_of_numpy_is_for_dense_models(method: str, tmp_path: Path) -> Non
         lambda: load_checkpoint(model, path),
         lambda: model.load_pretrained(path),
     ):
-        refused(r"a\.npz' is of NumPy, which a dense model of timm alone reads, by timm", build)
-    refused("checkpoint_path='a.pth' is not possible: a file of", model.load_pretrained, 'a.pth')
+        refused(r"a\.npz' is .*of NumPy", build)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     # what is said to work
     source: Any = create_model(DENSE, checkpoint_path=path, **TINY)
     torch.save(source.state_dict(), tmp_path / 'a.pth')
     made: Any = make(method, upcycle=str(tmp_path / 'a.pth'))
     assert torch.equal(made.head.weight, source.head.weight)
-    refused(r'is damaged, or no file of', create_model, DENSE, checkpoint_path=path, depth=6)
 
 
 class Harm:
@@ -235,15 +224,6 @@ def test_other_files_are_no_weights(kind: str, suffix: str, tmp_path: Path) -> N
     said = 'is damaged, or holds more than weights and is not loaded'
     message = rf"checkpoint '.*a\{suffix}' {said}"
     refused(message, make, 'smoe', upcycle=str(path))
-
-
-@pytest.mark.parametrize('old', [True, False])
-def test_a_format_without_checksums_is_said(old: bool, tmp_path: Path, caplog: Any) -> None:
-    path, source = tmp_path / 'a.pth', dense()
-    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=not old)
-    make('smoe', upcycle=str(path))
-    found = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
-    assert any('which has no checksums' in line for line in found) == old
 
 
 NO_MEMORY = [MemoryError(), torch.OutOfMemoryError(), RuntimeError("can't allocate memory")]
@@ -268,20 +248,17 @@ def test_a_lack_of_memory_says_nothing_of_a_file(
 EVA: dict[str, Any] = dict(use_abs_pos_emb=True)
 
 
-@pytest.mark.parametrize(
-    ('host', 'options', 'kind'),
-    [(DENSE, {}, 'VisionTransformer'), ('vit_small_patch16_dinov3', EVA, 'Eva')],
-)
+@pytest.mark.parametrize(('host', 'options'), [(DENSE, {}), ('vit_small_patch16_dinov3', EVA)])
 @pytest.mark.parametrize('moe', [None, {'method': 'smoe'}])
 def test_what_timms_filter_cannot_read_is_not_called_damaged(
-    host: str, options: dict[str, Any], kind: str, moe: dict | None, tmp_path: Path
+    host: str, options: dict[str, Any], moe: dict | None, tmp_path: Path
 ) -> None:
     path, source = str(tmp_path / 'a.pth'), dense(host, **options)
     prefix = source.num_prefix_tokens
     # a file of DINOv2 by its mask token; ten positions are of no square, which timm takes them for
     other = {'mask_token': torch.zeros(1, 32), 'pos_embed': torch.zeros(1, prefix + 10, 32)}
     torch.save({**source.state_dict(), **other}, path)
-    message = f"does not fit the model: timm's filter for {kind} could not read its .*: RuntimeErr"
+    message = "does not fit the model: timm's filter could not read its .*: RuntimeErr"
     given = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path))
     refused(message, create_model, host, moe, **TINY, **options, **given)
     refused(message, start_from, create_model(host, moe, **TINY, **options), path)
@@ -302,7 +279,7 @@ def test_the_words_of_timms_filter_are_passed_on(
         place = {'pretrained': True, 'pretrained_cfg_overlay': {'file': file}}
     monkeypatch.setattr(vision_transformer, 'checkpoint_filter_fn', fails)
     said = {KeyError: "KeyError: 'pos_embed'", TypeError: 'TypeError: one', AssertionError: '.*or'}
-    refused(f'for VisionTransformer could not .*: {said[type(error)]}$', make, 'smoe', **place)
+    refused(f'filter could not .*: {said[type(error)]}$', make, 'smoe', **place)
 
 
 @pytest.mark.parametrize(
@@ -335,12 +312,10 @@ def test_values_that_are_no_weights(name: str, change: Any, message: str, tmp_pa
 
 @pytest.mark.parametrize('way', ['upcycle', 'checkpoint_path', 'start_from', 'load_from'])
 @pytest.mark.parametrize(
-    ('change', 'said'),
-    [(lambda v: v.to_sparse(), 'sparse weights, '), (lambda v: v.to('meta'), 'without values')],
-    ids=['sparse', 'meta'],
+    'change', [lambda v: v.to_sparse(), lambda v: v.to('meta')], ids=['sparse', 'meta']
 )
 def test_tensors_without_values_in_a_file_are_one_line(
-    way: str, change: Any, said: str, tmp_path: Path
+    way: str, change: Any, tmp_path: Path
 ) -> None:
     path, name = str(tmp_path / 'a.pth'), 'head.weight'
     state = (dense() if way == 'upcycle' else make('smoe')).state_dict()
@@ -351,7 +326,7 @@ def test_tensors_without_values_in_a_file_are_one_line(
         'start_from': lambda: start_from(make('smoe'), path),
         'load_from': lambda: load_from_local(path, 'cpu'),
     }
-    with pytest.raises(ValueError, match=rf'^checkpoint .*a\.pth. has .*{said}.*head') as caught:
+    with pytest.raises(ValueError, match=r'^checkpoint .*a\.pth. has no values for head') as caught:
         ways[way]()
     assert '\n' not in str(caught.value)
 
@@ -359,7 +334,7 @@ def test_tensors_without_values_in_a_file_are_one_line(
 def test_a_file_of_nothing_is_called_empty(tmp_path: Path) -> None:
     torch.save({}, tmp_path / 'a.pth')
     for name in (DENSE, 'vit_tiny_smoe'):
-        with pytest.raises(ValueError, match=r"a\.pth' is empty: it has no weights$"):
+        with pytest.raises(ValueError, match=r"a\.pth' has no key of the model: it has none"):
             start_from(timm.create_model(name, **TINY), str(tmp_path / 'a.pth'))
 
 

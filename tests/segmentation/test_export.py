@@ -9,8 +9,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from vqmoe_vision.contrib.int8 import experts_as_linear, quantize_int8
-from vqmoe_vision.models.export import export_onnx
-from vqmoe_vision.models.exported import differences, load_exported
+from vqmoe_vision.models.export import differences, export_onnx, load_exported
 from vqmoe_vision.moe import moe_layers
 from vqmoe_vision.segmentation.export import SegmentorGraph
 

@@ -131,6 +131,10 @@ class Classifier(MoeTrainingMixin, BaseModel):
                 print_log(told, 'current')
             elif known is not None:
                 dataset.normalize_as(known, f'{field}.transform', owner)
+                fed = dataset.normalization
+                if field.startswith('train') and fed is not None and fed.differing(known):
+                    self.normalize_as(fed)  # what a training was fed with, its checkpoints say
+                    owner = f'{field}.transform'
             elif dataset.normalization is not None:
                 self.normalize_as(dataset.normalization)
                 owner = f'{field}.transform'
@@ -180,6 +184,8 @@ class Classifier(MoeTrainingMixin, BaseModel):
             targets: (B,) class indices; only mode 'loss' looks at them.
             mode: 'tensor' and 'predict' give logits (B, C), 'loss' a dictionary of losses.
         """
+        allowed = "'tensor', 'predict' or 'loss'"
+        check(mode in ('tensor', 'predict', 'loss'), 'mode', mode, allowed)
         if mode == 'loss':
             assert targets is not None
             return self.loss(inputs, targets)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vqmoe_vision.models.moe_options import STARTS
+from vqmoe_vision.models.create import STARTS
 
 from .spec import STARTED, Comparison
 from .statistics import Difference, mean_and_deviation

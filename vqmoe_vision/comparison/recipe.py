@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqmoe_vision.engine.config import flat
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import options_in_full
 
 # Of a config: what keeps, logs and draws a run, finds its types, or is of tests with --tta, which
 # no row has; and the pipelines of mmseg's configs, which their data sets repeat.

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqmoe_vision.engine.cli import make_folder
-from vqmoe_vision.models.moe_options import options_in_full
+from vqmoe_vision.models.create import options_in_full
 from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..models.discrete import changeable_layers
+from ..models.convert import changeable_layers
 from ..models.export import (
     SUFFIXES,
     Exportable,

@@ -13,11 +13,10 @@ Both weights sum to 1, and there is no balance loss.
 Where we differ: experts are whole MLPs in the place of the dense one, one of them universal; the
 paper's are LoRAs (rank 8) beside a frozen linear layer of a language model. The paper clusters
 instructions by sentence embeddings. Images are clustered by features of a dense vision transformer
-of this model's shape and training set: means of the patches after its last norm. MoCE (arXiv
-2402.05382) takes an autoencoder's. The paper's embedding is as wide as its features, ours as the
-tokens. Every layer has its own, which starts as in their code, as the paper does not say how: the
-cluster decides from the first step on. Their code multiplies each expert by its weight twice, the
-paper and we once. Noise is drawn per image.
+of this model's shape and training set: means of the patches after its last norm. The paper's
+embedding is as wide as its features, ours as the tokens; every layer has its own, which starts as
+in their code. That multiplies each expert by its weight twice, the paper and we once. Noise is
+drawn per image.
 
 The frozen network runs once per image, before the first block and for all layers. Network and
 centroids are buffers of one module in the stem: a checkpoint has all that routes, and clusters
@@ -34,19 +33,18 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..models.described import describe
-from ..models.fitting import Size
+from ..models.compat import Network, StateDict, misfit, part_of
+from ..models.fitting import transfer
 from ..models.normalization import Normalization
-from ..models.origin import Origin, origin_of
-from ..models.state_dicts import Report, StateDict, other_shapes, part_of, shorten
-from ..models.transfer import transfer
+from ..models.report import Report, Size
+from ..models.weights import network_of
 from ..moe.codebooks.codebook import nearest_code
 from ..moe.codebooks.usage import kmeans
 from ..moe.config import MoeConfig, check, check_weights, option
@@ -55,9 +53,6 @@ from ..moe.losses import token_mean
 from ..moe.methods import Method
 from ..moe.raw_patches import NETWORK, READER, Host, ImageReader, RawPatches, image_reader
 from ..moe.routing import Router, Routing, expert_load, full_precision
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ['fit_reader', 'load_features']
 
@@ -163,7 +158,7 @@ class Clusters(ImageReader):
         self.sizes.copy_(torch.tensor(self.network.sizes))
         self._fit_due = True
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Any:
         """As torch's, but for the network, which stays in eval mode."""
         super().train(mode)
         self.network.eval()
@@ -219,11 +214,9 @@ class Clusters(ImageReader):
         if torch.equal(torch.tensor(own, device=given.device).to(given.dtype), given):
             return own
         numbers = [float(number) for number in given.tolist()]
-        # up to which a type has every whole number
-        most = 2 / torch.finfo(given.dtype).eps if given.is_floating_point() else math.inf
-        whole = all(number.is_integer() and 0 < number <= most for number in numbers)
-        allowed = f'{len(own)} whole numbers above 0 that {given.dtype} has exactly'
-        check(whole and len(numbers) == len(own), 'sizes', numbers, allowed)
+        exact = given.element_size() > 2 and all(map(float.is_integer, numbers))
+        allowed = f'{own}, or other whole numbers of a type that has them exactly: {given.dtype}'
+        check(exact, 'sizes', numbers, allowed)
         return tuple(map(int, numbers))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -242,8 +235,9 @@ class Clusters(ImageReader):
         """As `ImageReader`: as a checkpoint has it, or with the weights of a dense one."""
         result = {READER + k: v for k, v in own.items() if not k.startswith(NETWORK)}
         expected = {READER + k: v for k, v in self.state_dict().items()}
-        if shapes := other_shapes(expected, result):
-            raise ValueError(f'checkpoint {path!r} is of another size: {shorten(shapes)}')
+        shared = {k: v for k, v in expected.items() if k in result}
+        if problem := misfit(shared, {k: v for k, v in result.items() if k in shared}):
+            raise ValueError(f'checkpoint {path!r} is of another size: {problem}')
         read = Report()
         if own or not any('.mlp.experts.' in name for name in others):
             weights, network = part_of(own, NETWORK) or others, self._network_for(own)
@@ -253,7 +247,7 @@ class Clusters(ImageReader):
         resized = {READER + NETWORK + k: shapes for k, shapes in read.resized.items()}
         copied = {} if own else {READER + NETWORK + k: k for k in read.loaded}
         remarks = ('images are read by a frozen copy of it',) if copied else ()
-        return result, Report.of_result(result, expected, resized, copied, remarks=remarks)
+        return result, Report.of(result, expected, resized, copied, remarks=remarks)
 
     def before_start(
         self, features: str | None, started: bool, weights: Normalization | None
@@ -261,14 +255,14 @@ class Clusters(ImageReader):
         """As `ImageReader`."""
         from mmengine.logging import print_log
 
-        from ..engine.checkpoint import read_image_sizes, read_state
+        from ..engine.checkpoint import read_state
         from ..engine.normalization import in_words, read_normalization
 
         self.lacks_weights = features is None and not started
         if features is None:
             return weights
-        origin, sizes = origin_of(describe(features), features), read_image_sizes(features)
-        for line in load_features(self, read_state(features), features, sizes, origin).lines():
+        state, network = read_state(features), network_of(features)
+        for line in load_features(self, state, features, network=network).lines():
             print_log(f'{features}: features: {line}', logger='current')
         found = read_normalization(features)
         if weights is not None and found is not None and weights.differing(found):
@@ -356,7 +350,7 @@ def load_features(
     state_dict: StateDict,
     path: str,
     image_sizes: Sequence[Size] = (),
-    origin: Origin | None = None,
+    network: Network | None = None,
 ) -> Report:
     """Loads what a model reads images with; clusters of other features are void.
 
@@ -365,7 +359,7 @@ def load_features(
         state_dict: Of a dense model of the shape of that network.
         path: For messages.
         image_sizes: (H, W), of which one may be that of its positions.
-        origin: The network that the weights are of, if that is known.
+        network: That the weights are of, if it is known.
 
     Raises:
         ValueError: The model reads no images, the state is none or of a model with experts, or it
@@ -376,9 +370,9 @@ def load_features(
     check(isinstance(state_dict, Mapping), 'state_dict', state_dict, allowed)
     if any('.mlp.experts.' in name for name in state_dict):
         raise ValueError(f'checkpoint {path!r} has experts; images are read by a dense model')
-    network: Any = reader.network
-    state, report = transfer(network, state_dict, path, image_sizes, origin=origin, whole=True)
-    network.load_state_dict(state, strict=False)
+    own: Any = reader.network
+    state, report = transfer(own, state_dict, path, image_sizes, network=network, whole=True)
+    own.load_state_dict(state, strict=False)
     reader.void()
     return report
 

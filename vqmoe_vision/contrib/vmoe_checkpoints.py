@@ -27,14 +27,12 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from ..models.compat import StateDict, misfit, refuse_values, shorten
 from ..models.create import create_model
-from ..models.foreign_names import replaced
-from ..models.refusals import refuse_values
+from ..models.fitting import replaced
+from ..models.moe_vit import MoeVisionTransformer
 from ..models.saved import preprocessing_of, save
-from ..models.sparse_model import MoeVisionTransformer
-from ..models.state_dicts import StateDict, misfit, shorten
 from ..models.vit_moe import SIZES
-from ..models.weight_files import first_line
 from ..moe.config import check
 
 __all__ = ['load_vmoe']
@@ -252,7 +250,7 @@ def _decoded(path: str, decode: Callable[[Any], Any]) -> Any:
         return decode(msgpack.unpackb(Path(path).read_bytes(), ext_hook=_extension))
     except Exception as error:  # bytes can fail in any way
         raise ValueError(
-            f'{path!r} is truncated or damaged, or no file of V-MoE: {first_line(error)}'
+            f'{path!r} is truncated or damaged, or no file of V-MoE: {error}'
         ) from error
 
 

@@ -19,24 +19,22 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
-from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import nn
 
-from vqmoe_vision.models.described import describe
+from vqmoe_vision.models.compat import StateDict, is_out_of_memory, refuse_without_values
+from vqmoe_vision.models.fitting import transfer
 from vqmoe_vision.models.hosts import Transformer
+from vqmoe_vision.models.moe_vit import SparseModel
 from vqmoe_vision.models.normalization import KEY, Normalization
-from vqmoe_vision.models.origin import origin_of
-from vqmoe_vision.models.run_files import beside_weights
-from vqmoe_vision.models.sources import source_of
-from vqmoe_vision.models.sparse_model import SparseModel
-from vqmoe_vision.models.state_dicts import StateDict, refuse_without_values
-from vqmoe_vision.models.stated_experts import StatedExperts, experts_of_run, stated_in
-from vqmoe_vision.models.transfer import Size, transfer
-from vqmoe_vision.models.weight_files import (
+from vqmoe_vision.models.upcycle import read_upcycling
+from vqmoe_vision.models.weights import (
+    beside_weights,
     check_file,
-    is_out_of_memory,
+    describe,
     lacks_tensors,
+    network_of,
+    source_of,
     unreadable,
     weights_in,
 )
@@ -85,13 +83,8 @@ def as_data() -> Iterator[None]:
 
 def start_from(model: Transformer, path: str) -> None:
     """Loads weights from elsewhere for a new training, and logs what became of them."""
-    how = model.upcycling if isinstance(model, SparseModel) else None
-    origin, state = origin_of(describe(path), path), read_state(path)
-    # what the options say is tried last
-    timms: Any = model
-    stated = timms.pretrained_cfg.get('input_size', (3,))[1:]
-    sizes = [*read_image_sizes(path), *([to_2tuple(stated)] if stated else [])]
-    state, report = transfer(model, state, path, sizes, how, origin, run_experts(path))
+    how = read_upcycling(model.upcycling) if isinstance(model, SparseModel) else None
+    state, report = transfer(model, read_state(path), path, (), how, network_of(path))
     model.load_state_dict(state, strict=False)
     if isinstance(model, SparseModel):
         model.weights_report = report
@@ -121,28 +114,6 @@ def read_state(path: str) -> StateDict:
     if lacks_tensors(state):
         return _in_one_piece(_load(file), file, 'state_dict.')['state_dict']
     return state
-
-
-def read_image_sizes(path: str) -> list[Size]:
-    """Image sizes that a run or timm has left beside its weights."""
-    described = describe(path)
-    # what a network was built for counts before what it was tested with
-    stated = (described.arguments.get('img_size'), described.config.get('input_size', ())[-2:])
-    sizes = list(dict.fromkeys(to_2tuple(size) for size in stated if size))
-    if sizes or path.endswith('.safetensors'):
-        return sizes
-    match stated_in(read_content(path, verify=False)).get('img_size'):
-        case [int(height), int(width)]:
-            return [(height, width)]
-    return []
-
-
-def run_experts(path: str) -> StatedExperts | None:
-    """What the checkpoint of a run says of its experts."""
-    file = weights_in(path)
-    if file.endswith('.safetensors'):
-        return None
-    return experts_of_run(read_content(file, verify=False))
 
 
 def read_content(path: str, verify: bool = True) -> Any:

@@ -8,17 +8,18 @@ from typing import Any
 
 import timm
 
+from vqmoe_vision.models.compat import shorten
 from vqmoe_vision.models.create import create_model, create_saved
 from vqmoe_vision.models.export import (
     SUFFIXES,
     Exportable,
+    differences,
     export_onnx,
+    load_exported,
     require_packages,
     save_program,
 )
-from vqmoe_vision.models.exported import differences, load_exported
-from vqmoe_vision.models.sources import FOLDERS
-from vqmoe_vision.models.state_dicts import shorten
+from vqmoe_vision.models.weights import FOLDERS
 from vqmoe_vision.moe.config import check
 
 from .checkpoint import read_content

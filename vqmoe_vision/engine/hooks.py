@@ -13,8 +13,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from vqmoe_vision.installed import config_path
+from vqmoe_vision.models.compat import STATED, state_network, stated_in
 from vqmoe_vision.models.create import check_upcycled
-from vqmoe_vision.models.stated_experts import STATED, state_experts, stated_in
 from vqmoe_vision.moe import moe_layers, start_training, update_state
 from vqmoe_vision.moe.collect import summarize
 from vqmoe_vision.moe.config import check
@@ -171,6 +171,8 @@ class NonFiniteGuardHook(Hook):
 class CheckpointFitHook(Hook):
     """Refuses weights that do not fit the model, and normalises images as they want it."""
 
+    _trains = False
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compares names and shapes, and experts with those that the checkpoint says it has."""
         averages = any(isinstance(hook, EMAHook) for hook in runner.hooks)
@@ -190,10 +192,8 @@ class CheckpointFitHook(Hook):
         """Says as plain values what whoever loads the weights has to know of their run."""
         model = unwrapped(runner)
         network, known = model.routed_model, model.known_normalization
-        size = getattr(getattr(network, 'patch_embed', None), 'img_size', None)
         checkpoint['meta'][STATED] = {
-            **state_experts(network),
-            'img_size': size and list(size),
+            **state_network(network),
             'mean': known and known.mean,
             'std': known and known.std,
             'classes': runner.train_dataloader.dataset.metainfo.get('classes'),
@@ -204,11 +204,13 @@ class CheckpointFitHook(Hook):
         if not runner._resume:  # the weights of its run are all that it needs
             check_upcycled(unwrapped(runner).routed_model)
         self._normalize(runner, ('train',) if runner.val_loop is None else ('train', 'val'))
+        self._trains = True
         _fit_reader(runner)
 
     def before_val(self, runner: Runner) -> None:
         """As `before_train`, for a validation without a training."""
-        self._normalize(runner, ('val',))
+        if not self._trains:
+            self._normalize(runner, ('val',))
 
     def before_test(self, runner: Runner) -> None:
         """As `before_train`, for images of a test."""

@@ -13,9 +13,9 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vqmoe_vision.models.compat import StateDict, misfit_of, part_of
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import KEY, Normalization, of_buffer
-from vqmoe_vision.models.state_dicts import StateDict, TakesOtherNames, misfit_of, part_of
 from vqmoe_vision.moe import Collected, collect_losses
 from vqmoe_vision.moe.collect import moe_layers
 
@@ -45,7 +45,7 @@ def loss_entries(collected: Collected) -> dict[str, torch.Tensor]:
     }
 
 
-class MoeTrainingMixin(TakesOtherNames):
+class MoeTrainingMixin:
     """Stands left of mmengine's `BaseModel` in the bases of a model that may hold MoE layers.
 
     Attributes:
@@ -134,8 +134,8 @@ class MoeTrainingMixin(TakesOtherNames):
     def misfit(self, state_dict: StateDict) -> str:
         """As `misfit_of`; a file of timm has no normalisation."""
         model: Any = self
-        own = {KEY: self.normalization, **state_dict}
-        problem = misfit_of(model, own)
+        own = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+        problem = misfit_of(model, self.in_own_names({KEY: self.normalization, **own}))
         inside = (f'{self._place()}.', KEY)
         if self._is_of_timm(state_dict) and not all(
             k.startswith(inside) for k in model.state_dict()

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmengine.config import Config
 
-from vqmoe_vision.models.weight_files import is_file_name
+from vqmoe_vision.models.weights import is_file_name
 from vqmoe_vision.provenance import commit, installed
 
 _TEMPLATE = Path(__file__).parent / 'templates/model_card.md'

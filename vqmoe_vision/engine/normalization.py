@@ -3,20 +3,21 @@
 A model keeps what it is fed with as a buffer, so that its checkpoints say it to whoever loads them.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from mmengine.logging import print_log
+from timm.data import resolve_model_data_config
 from torch import nn
 
-from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.normalization import (
     KEY,
     Normalization,
     of_buffer,
     stated_normalization,
 )
-from vqmoe_vision.models.sources import file_of, source_of
+from vqmoe_vision.models.weights import describe, source_of
 
 from .checkpoint import read_content
 
@@ -56,21 +57,21 @@ def _pretrained_cfg(model: Any) -> dict[str, Any]:
     return config
 
 
-def _of_timms(model: nn.Module, arguments: dict[str, Any]) -> Normalization | None:
+def _of_timms(model: Any, arguments: dict[str, Any]) -> Normalization | None:
     """Of weights that timm has loaded, whose configuration it keeps beside the model."""
-    config, upcycle = _pretrained_cfg(model), arguments.get('upcycle')
-    given = arguments.get('pretrained_cfg')
+    given, upcycle = arguments.get('pretrained_cfg'), arguments.get('upcycle')
+    stated = given if isinstance(given, dict) and not upcycle else {}
     # what it leaves out timm fills with the numbers of ImageNet, of any weights
-    described = given if isinstance(given, dict) and not upcycle else {}
-    overlay = arguments.get('pretrained_cfg_overlay') or {}
-    numbers = {'mean', 'std'} <= described.keys()
-    file = file_of(upcycle) or {**described, **overlay}.get('file')
-    if file and not numbers and (found := read_normalization(str(file))):
+    if {'mean', 'std'} <= stated.keys():
+        return Normalization.of(stated)
+    report = getattr(model, 'weights_report', None)
+    if report is not None and report.normalization is not None:
+        found: Normalization = report.normalization
         return found
-    # a model of this package without weights of its own has a configuration if others brought one
-    brought = bool(upcycle) and not file_of(upcycle)
-    own = not (upcycle or described) and config.get('tag') != 'untrained'
-    return Normalization.of(config) if brought or numbers or own else None
+    # a model of this package without weights of its own has no configuration of any
+    own = not (upcycle or stated) and model.pretrained_cfg.get('tag') != 'untrained'
+    config = resolve_model_data_config(model)
+    return Normalization.of(config) if own else None
 
 
 def read_normalization(path: str) -> Normalization | None:
@@ -91,17 +92,15 @@ def must_change(
     white: float = 1.0,
     owner: str = 'the weights',
 ) -> bool:
-    """Whether images have to be normalised otherwise than they are."""
+    """Whether images have to be normalised otherwise than they are; what a config states stays."""
     differing = found.differing(weights)
-    for name in differing:
-        if name in stated:
-            value = _listed(getattr(found, name), white)
-            raise ValueError(
-                f'{field}.{name}={value} contradicts {owner}, whose images had '
-                f'{name}={_listed(getattr(weights, name), white)}: write --cfg-options '
-                f'{field}.mean={_listed(weights.mean, white)} '
-                f'{field}.std={_listed(weights.std, white)}'
-            )
+    if set(stated) & set(differing):
+        told = (
+            f'{field} states {in_words(found, white)}, which count, and contradict {owner}, '
+            f'whose images had {in_words(weights, white)}'
+        )
+        print_log(told, 'current', logging.WARNING)
+        return False
     if differing:
         print_log(f'{field}: {in_words(weights, white)}, as {owner} had them', logger='current')
     return bool(differing)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 
-from vqmoe_vision.models.weight_files import IN_PARTS
+from vqmoe_vision.models.weights import IN_PARTS
 
 KEY = 'tensors_in_parts'
 # of a checkpoint's name without .pth, and a number: a file that is written again has another folder

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from vqmoe_vision.models.stated_experts import STATED
-from vqmoe_vision.models.weight_files import digest_of
+from vqmoe_vision.models.compat import STATED
+from vqmoe_vision.models.weights import digest_of
 
 from .checkpoint import read_content
 from .checkpoint_files import SaveError, reason_of

@@ -19,10 +19,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from vqmoe_vision.models.compat import StateDict
 from vqmoe_vision.models.complexity import complexity, count_params
-from vqmoe_vision.models.moe_options import options_in_full
-from vqmoe_vision.models.state_dicts import StateDict
-from vqmoe_vision.models.weight_files import OF_TIMM, is_file_name
+from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.models.weights import OF_TIMM, is_file_name
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageW
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from vqmoe_vision.models.weight_files import IN_PARTS
+from vqmoe_vision.models.weights import IN_PARTS
 
 from .checkpoint_files import RUN, SaveError, reason_of, remove_unnamed, sync_folder
 from .finite import check_own_parts, check_weights

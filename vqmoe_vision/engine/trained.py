@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +11,17 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+from vqmoe_vision.models.compat import compare, network_of_run
 from vqmoe_vision.models.create import without_weights
-from vqmoe_vision.models.described import describe
 from vqmoe_vision.models.hosts import Transformer
 from vqmoe_vision.models.normalization import KEY, Normalization
-from vqmoe_vision.models.origin import origin_of
 from vqmoe_vision.models.shared_start import share_start
-from vqmoe_vision.models.sources import check_one_source
-from vqmoe_vision.models.stated_experts import (
-    StatedExperts,
-    compare_experts,
-    experts_of,
-    experts_of_run,
-)
+from vqmoe_vision.models.weights import check_one_source, describe, network_of
 from vqmoe_vision.moe import restart
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.raw_patches import image_reader
 
-from .checkpoint import log_weights, read_state, run_experts, start_from
+from .checkpoint import log_weights, read_state, start_from
 from .normalization import has_weights, read_normalization, weights_normalization
 
 # Of a model where the timm model may be: of a segmentation, and of what augments a test.
@@ -90,12 +82,6 @@ def start_model(
 
 def check_experts(model: nn.Module, path: str, content: Any = None) -> None:
     """Refuses weights of another method, and logs which options of the experts were others."""
-    for line in compare_experts(model, _stated(path, content), path):
+    network = network_of(path) if content is None else describe(path).network(path)
+    for line in compare(model, network or network_of_run(content), path):
         print_log(f'{path}: {line}', 'current', logging.WARNING)
-
-
-def _stated(path: str, content: Any) -> StatedExperts | None:
-    origin = origin_of(describe(path), path) if Path(path).exists() else None
-    if origin is not None:
-        return experts_of(origin.model)
-    return run_experts(path) if content is None else experts_of_run(content)

@@ -11,7 +11,7 @@ from vqmoe_vision.models.create import create_model
 from vqmoe_vision.models.hosts import method_of
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.models.saved import preprocessing_of, save
-from vqmoe_vision.models.sources import upcycle_source
+from vqmoe_vision.models.weights import find_source
 from vqmoe_vision.moe.config import check
 
 from .command import run
@@ -64,7 +64,7 @@ def _upcycle(args: argparse.Namespace) -> None:
 
 def _kept(model: Any, source: str) -> tuple[list[str], str | None]:
     """What the source calls its classes, if its head is kept, and the licence of its weights."""
-    known = upcycle_source(source)[1].config
+    known = find_source(source)[1].config
     names = known.get('label_names')
     if 'head.weight' not in model.weights_report.loaded or not isinstance(names, list):
         names = []

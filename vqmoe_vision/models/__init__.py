@@ -1,10 +1,9 @@
 """Vision transformers of the timm family with mixture-of-experts layers."""
 
-from . import moe_host, shipped, vit_moe  # noqa: F401  registers the models with timm
+from . import create, shipped, vit_moe  # noqa: F401  registers the models with timm
 from .complexity import Complexity, complexity
-from .convert import convert_to_moe
-from .discrete import to_discrete
-from .sparse_model import MoeVisionTransformer
+from .convert import convert_to_moe, to_discrete
+from .moe_vit import MoeVisionTransformer
 
 __all__ = [
     'Complexity',

@@ -1,15 +1,17 @@
-"""A dense model that is already there, made sparse in place."""
+"""A model that is already there: a dense one made sparse, or a full one made discrete."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import Mlp, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..moe import moe_layers as layers_of
 from ..moe.config import MoeConfig, check
@@ -25,11 +27,21 @@ from ..moe.raw_patches import (
     RawPatches,
     hand_over,
 )
-from .arguments import MOE_LAYERS, check_method, moe_options, resolve_moe_layers
+from .compat import StateDict
 from .hosts import MOE_HOST
-from .layers import build_layer, host_of, scale_fresh_experts
-from .sparse_model import MoeEva, MoeVisionTransformer, SparseModel
-from .state_dicts import Report, StateDict
+from .moe_vit import (
+    MOE_LAYERS,
+    MoeEva,
+    MoeVisionTransformer,
+    SparseModel,
+    build_layer,
+    check_method,
+    host_of,
+    moe_options,
+    resolve_moe_layers,
+    scale_fresh_experts,
+)
+from .report import Report
 from .upcycle import Upcycling, read_upcycling, units_left_out, upcycle
 
 # What a model of timm becomes. A class of its own may compute otherwise and is not converted.
@@ -280,3 +292,42 @@ def _record(model: Any, sparse: dict[str, Any]) -> None:
     if config.get('architecture'):
         model._model_args = {**model._model_args, 'host': config['architecture'], **sparse}
         model.pretrained_cfg = model.default_cfg = {**config, 'architecture': MOE_HOST}
+
+
+def changeable_layers(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of a model whose parameters are about to change, or go."""
+    is_model = isinstance(model, nn.Module)
+    check(is_model, 'model', type(model).__name__, 'a model with MoE layers and its weights')
+    layers = list(layers_of(model).values())
+    check(len(layers) > 0, 'model', type(model).__name__, 'a model with MoE layers')
+    for module in model.modules():
+        wrapped = isinstance(module, DistributedDataParallel)
+        check(not wrapped, 'model', type(module).__name__, 'one that is not wrapped yet')
+    return layers
+
+
+def to_discrete(model: nn.Module) -> nn.Module:
+    """Keep the discrete branch of every MoE layer alone: for fine-tuning and serving.
+
+    The answers are those of the full model whose gates give the discrete branch all the weight.
+    Call it before an optimizer takes the parameters.
+
+    Args:
+        model: Any model whose MoE layers have both branches, before it is distributed. It is
+            changed in place and returned, or left as it is if a layer refuses.
+
+    Raises:
+        ValueError: A layer has no discrete branch, or as `changeable_layers`.
+    """
+    layers = changeable_layers(model)
+    for layer in layers:
+        layer.check_discrete()
+    # nothing is refused from here on
+    changed: dict[str, Any] = {}
+    for layer in layers:
+        changed |= layer.to_discrete()
+    for module in model.modules():
+        if isinstance(module, SparseModel):
+            module.moe_config = replace(module.moe_config, **changed)
+            module._model_args = {**module._model_args, **changed}
+    return model

@@ -1,46 +1,166 @@
-"""Parts of a checkpoint by the names and in the sizes that a vision transformer of ours has."""
+"""Weights from elsewhere for a vision transformer: renamed, resized, none lost in silence."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import adapt_input_conv, eva, vision_transformer
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 
 from ..moe import moe_layers
-from .arguments import FAILURES
-from .foreign_names import from_mmseg, is_of_mmseg
-from .hosts import Transformer
-from .state_dicts import (
+from ..moe.config import check
+from ..moe.raw_patches import READER, image_reader
+from .compat import (
     CLASSIFIERS,
     HEADS,
     NORMS,
+    Network,
     StateDict,
-    is_square,
+    as_tensors,
+    compare,
+    is_out_of_memory,
     misfit,
+    options_aside,
+    other_pooling,
     part_of,
+    refuse_misfits,
+    refuse_rotary,
+    refuse_values,
     shorten,
 )
-from .weight_files import is_out_of_memory, named_reason
+from .hosts import Transformer
+from .normalization import KEY, of_buffer
+from .report import Report, Size
+from .upcycle import Upcycling, units_left_out, upcycle
 
-Size = tuple[int, int]
 # Where the keys of a vision transformer begin: in a segmentation run, in a classification run (or
 # in a backbone alone), in a run of mmseg's own backbone, in rstrudel/segmenter, in timm.
 _PREFIXES = ('backbone.model.', 'model.', 'backbone.', 'encoder.', '')
 _STEM = 'patch_embed.proj.weight'
+_TOKENS = ('cls_token', 'reg_token', 'dist_token')
+# timm's name for DINOv2's and DINOv3's
+_OTHER_TOKENS = {'register_tokens': 'reg_token', 'storage_tokens': 'reg_token'}
+# mmseg's `VisionTransformer` has other names for the same parts.
+_FROM_MMSEG = (
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+    (r'^layers\.', 'blocks.'),
+    (r'^ln1\.', 'norm.'),
+    (r'\.ln([12])\.', r'.norm\1.'),
+    (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
+    (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
+    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+)
 
 
-def strip_names(
+def transfer(
+    model: Transformer,
+    state_dict: StateDict,
+    path: str,
+    image_sizes: Sequence[Size] = (),
+    upcycling: Upcycling | None = None,
+    network: Network | None = None,
+    whole: bool = False,
+) -> tuple[StateDict, Report]:
+    """The part of a checkpoint that belongs into a model, and what becomes of each tensor.
+
+    A head is taken if classes and pooling agree. Nothing else may be missing but what dense models
+    lack: routers, codebooks, slots; and the last norm, with a warning.
+    """
+    expected = model.state_dict()
+    on_meta = any(value.is_meta for value in expected.values())
+    check(not on_meta, 'device', 'meta', f'one with memory for the weights of {path!r}')
+    others = compare(model, network, path)
+    state, outside = in_names_of_timm(state_dict, expected, path)
+    state = as_tensors(state, expected, path)
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    own = network.img_size if network is not None else ()
+    sizes = [size for size in (own, *image_sizes, config.get('input_size', ())[1:]) if size]
+    reader = image_reader(model)
+    shown = part_of(state, READER) if reader is not None else {}
+    if reader is not None:
+        expected = {k: v for k, v in expected.items() if not k.startswith(READER)}
+        state = {k: v for k, v in state.items() if not k.startswith(READER)}
+    result, report = _fit(model, state, expected, path, sizes, upcycling, network, whole)
+    report = replace(
+        report,
+        outside=(*outside, *report.outside),
+        remarks=(*others, *report.remarks),
+        warnings=(*others, *report.warnings),
+    )
+    if reader is not None:
+        read, more = reader.adapted(shown, state, path, sizes)
+        result, report = result | read, report.joined(more)
+    return result, replace(report, normalization=of_buffer(state_dict.get(KEY)))
+
+
+def _fit(
+    model: Transformer,
+    state: StateDict,
+    expected: StateDict,
+    path: str,
+    sizes: Sequence[Size],
+    how: Upcycling | None,
+    network: Network | None,
+    whole: bool,  # every block is needed: features of fewer would be others
+) -> tuple[StateDict, Report]:
+    """As `transfer`, of all but what reads images, by timm's names."""
+    whole = whole or any(k.startswith(CLASSIFIERS) for k in expected)
+    rotary = refuse_rotary(state, model, path)
+    # by which timm's filter would take positions apart
+    theirs = {_OTHER_TOKENS.get(name, name): value for name, value in state.items()}
+    ours, theirs = ({k: x[k] for k in _TOKENS if k in x} for x in (expected, theirs))
+    refuse_misfits(ours, theirs, path, whole=True)
+    doubts = rotary if network is None or not network.facts else ()
+    pooling = other_pooling(model, network)
+    if not pooling and _pooled_otherwise(expected, state):
+        pooling = 'its features are pooled otherwise'
+    state, renamed = _rename_norm(state, expected)
+    body, dropped, note, asked = _fit_head(state, expected, pooling)
+    state = {name: value for name, value in state.items() if name not in dropped}
+    positions = _resized_positions(state, model, path, sizes)
+    filtered = _filtered(model, {**state, **positions}, path)
+    lost_by_timm = _left_out(state, filtered)
+    filtered |= positions  # timm takes them for those of the model's default size and resizes again
+    filtered |= _fitted_stem(filtered, body)
+    fitted = _fit_layers(filtered, model)
+    refuse_misfits(body, fitted, path, whole, options_aside(model, network))
+    refuse_values(body, filtered, path)
+    norms = [name for name in body if name.startswith(NORMS) and name not in fitted]
+    lacking = f'the checkpoint has no {shorten(norms)}: the last norm is as initialised'
+    no_norm = (lacking,) if norms else ()
+    made, copied, split = _upcycled(model, fitted, path, how) if how is not None else ({}, {}, ())
+    result = {name: value for name, value in fitted.items() if name in body} | made
+    used = {*result, *copied.values()}
+    resized = {
+        name: (tuple(before.shape), tuple(value.shape))
+        for name, value in result.items()
+        if (before := state.get(name)) is not None
+        # positions may be as many on another grid
+        if before.shape != value.shape or (name == 'pos_embed' and not before.equal(value))
+    }
+    return result, Report.of(
+        result,
+        expected,
+        resized,
+        copied,
+        unused=(*(k for k in filtered if k not in used), *lost_by_timm),
+        outside=dropped,
+        remarks=(*doubts, *renamed, *note, *no_norm, *split),
+        # of as many classes, nobody has asked for a fresh head
+        warnings=(*doubts, *(() if asked else note), *no_norm, *split),
+    )
+
+
+def in_names_of_timm(
     state_dict: StateDict, expected: StateDict, path: str
 ) -> tuple[StateDict, tuple[str, ...]]:
     """Without the prefix of a run, and by timm's names; and what else there is in the run."""
-    if not state_dict:
-        raise ValueError(f'checkpoint {path!r} is empty: it has no weights')
     for prefix in _PREFIXES:
         state = part_of(state_dict, prefix)
         if is_of_mmseg(state):
@@ -48,75 +168,84 @@ def strip_names(
         if any(name in expected and not name.startswith(HEADS) for name in state):
             return state, tuple(k for k in state_dict if not k.startswith(prefix))
     raise ValueError(
-        f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict)}; '
+        f'checkpoint {path!r} has no key of the model: it has {shorten(state_dict) or "none"}; '
         f'the model has {shorten(expected)}'
     )
 
 
-def rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, list[str]]:
+def is_of_mmseg(state: StateDict) -> bool:
+    """Whether tensors have the names of mmseg's `VisionTransformer`."""
+    return any(name.startswith('layers.0.') for name in state)
+
+
+def from_mmseg(state: StateDict) -> StateDict:
+    """The same tensors in timm's names; a stem without a bias gets one of zeros."""
+    renamed = {replaced(name, _FROM_MMSEG): value for name, value in state.items()}
+    if _STEM in renamed:  # mmseg's has no bias since 1.2
+        renamed.setdefault('patch_embed.proj.bias', torch.zeros_like(renamed[_STEM][:, 0, 0, 0]))
+    return renamed
+
+
+def replaced(name: str, replacements: Sequence[tuple[str, str]]) -> str:
+    """A name after all replacements."""
+    for theirs, ours in replacements:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def _rename_norm(state: StateDict, expected: StateDict) -> tuple[StateDict, tuple[str, ...]]:
     """A classifier that averages its features normalises them afterwards, others before."""
     for theirs, ours in (('fc_norm', 'norm'), ('norm', 'fc_norm')):
         name, other = f'{ours}.weight', f'{theirs}.weight'
         if name in expected and name not in state and other in state:
             renamed = {re.sub(rf'^{theirs}\.', f'{ours}.', k): v for k, v in state.items()}
-            return renamed, [f'{theirs} becomes {ours}']
-    return state, []
+            return renamed, (f'{theirs} becomes {ours}',)
+    return state, ()
 
 
-def fit_head(
-    state: StateDict, expected: StateDict, pooling: str
-) -> tuple[StateDict, StateDict, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Both without heads unless they agree; what is dropped, remarks, and which are warnings."""
-    head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
-    if not head:
-        dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
-        return {k: v for k, v in state.items() if k not in dropped}, expected, dropped, (), ()
-    between = [k for k in state if k.startswith('pre_logits.')]
-    theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
-    problem = misfit(head, theirs)
-    if not problem and not pooling and not between:
-        return state, expected, (), ('the head is the one of the checkpoint',), ()
-    dropped = (*theirs, *between)
-    state = {k: v for k, v in state.items() if k not in dropped}
-    expected = {k: v for k, v in expected.items() if k not in head}
-    otherwise = pooling
-    if between:
-        otherwise = f"the checkpoint's stands behind {shorten(sorted(between))}, which timm has not"
-    notes = (f'the head is a fresh one, {problem or otherwise}',)
-    # of as many classes, nobody has asked for a fresh one
-    return state, expected, dropped, notes, () if problem else notes
-
-
-def pooled_otherwise(expected: StateDict, state: StateDict) -> bool:
+def _pooled_otherwise(expected: StateDict, state: StateDict) -> bool:
     """Whether heads are fed otherwise, as far as names tell."""
     parts = ('attn_pool.latent', 'norm.weight', 'fc_norm.weight')
     return any((name in expected) != (name in state) for name in parts)
 
 
-def without_norm(expected: StateDict, fitted: StateDict) -> tuple[str, ...]:
-    """A warning of a last norm that a checkpoint lacks, as that of a backbone without one may."""
-    missing = [name for name in expected if name.startswith(NORMS) and name not in fitted]
-    told = f'the checkpoint has no {shorten(missing)}: the last norm is as initialised'
-    return (told,) if missing else ()
+def _fit_head(
+    state: StateDict, expected: StateDict, pooling: str
+) -> tuple[StateDict, tuple[str, ...], tuple[str, ...], bool]:
+    """What has to fit, names that are dropped, what to say, and whether a fresh head was asked."""
+    head = {k: v for k, v in expected.items() if k.startswith(CLASSIFIERS)}
+    if not head:
+        dropped = tuple(k for k in state if k.startswith(HEADS) and k not in expected)
+        return expected, dropped, (), True
+    between = [k for k in state if k.startswith('pre_logits.')]
+    theirs = {k: v for k, v in state.items() if k.startswith(CLASSIFIERS)}
+    problem = misfit(head, theirs)
+    if not problem and not pooling and not between:
+        return expected, (), ('the head is the one of the checkpoint',), True
+    if between:
+        pooling = f"the checkpoint's stands behind {shorten(sorted(between))}, which timm has not"
+    note = f'the head is a fresh one, {problem or pooling}'
+    body = {k: v for k, v in expected.items() if k not in head}
+    return body, (*theirs, *between), (note,), bool(problem)
 
 
-def in_names_of(model: Transformer, state: StateDict, path: str) -> StateDict:
+def _filtered(model: Transformer, state: StateDict, path: str) -> StateDict:
     """By timm's names, in the sizes of the model as far as timm's filter can do that."""
     try:
         if isinstance(model, Eva):
             return eva.checkpoint_filter_fn(state, model)
         return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-    except FAILURES as error:
+    except Exception as error:
         if is_out_of_memory(error):
             raise
-        kind = Eva if isinstance(model, Eva) else VisionTransformer
+        said = ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"checkpoint {path!r} does not fit the model: timm's filter for {kind.__name__} could "
-            f'not read its weights: {named_reason(error)}'
+            f"checkpoint {path!r} does not fit the model: timm's filter could not read its "
+            f'weights: {said}'
         ) from error
 
 
-def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
+def _left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
     """What timm's filter drops, such as the mask token of DINOv2."""
     renamed = {value.data_ptr() for name, value in filtered.items() if name not in state}
     return tuple(
@@ -126,7 +255,7 @@ def left_out(state: StateDict, filtered: StateDict) -> tuple[str, ...]:
     )
 
 
-def resized_positions(
+def _resized_positions(
     state: StateDict, model: Transformer, path: str, image_sizes: Sequence[Size]
 ) -> StateDict:
     """The position embedding for the model's grid, if an image size fits it."""
@@ -147,10 +276,11 @@ def resized_positions(
             new_size = list(model.patch_embed.grid_size)
             resized = resample_abs_pos_embed_nhwc(positions.unflatten(1, grid), new_size)
             return {'pos_embed': torch.cat([leading, resized.flatten(1, 2)], dim=1)}
-    if positions.shape[1] == math.prod(model.patch_embed.grid_size):
+    number = positions.shape[1]
+    if number == math.prod(model.patch_embed.grid_size):
         return {}  # as many as the model has, which is all that is known
     # timm would reshape any number somehow; DINOv2's files have a prefix that it takes off first
-    if not is_square(positions.shape[1]) and 'mask_token' not in state:
+    if (number == 0 or math.isqrt(number) ** 2 != number) and 'mask_token' not in state:
         raise ValueError(
             f'checkpoint {path!r} does not fit the model: pos_embed is '
             f'{tuple(state["pos_embed"].shape)}, no square with '
@@ -160,7 +290,7 @@ def resized_positions(
     return {}
 
 
-def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
+def _fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
     """The patch embedding for images of other channels than three, as timm makes it."""
     if _STEM not in state or _STEM not in expected:
         return {}
@@ -170,7 +300,7 @@ def fitted_stem(state: StateDict, expected: StateDict) -> StateDict:
     return {_STEM: adapt_input_conv(channels, state[_STEM])}
 
 
-def fit_layers(state: StateDict, model: Transformer) -> StateDict:
+def _fit_layers(state: StateDict, model: Transformer) -> StateDict:
     """What each MoE layer makes of its part, if that has experts like its own."""
     for name, layer in moe_layers(model).items():
         prefix = f'{name}.'
@@ -181,3 +311,28 @@ def fit_layers(state: StateDict, model: Transformer) -> StateDict:
             others = {k: v for k, v in state.items() if not k.startswith(prefix)}
             state = others | fitted
     return state
+
+
+def _upcycled(
+    model: Transformer, state: StateDict, path: str, how: Upcycling
+) -> tuple[StateDict, dict[str, str], tuple[str, ...]]:
+    """Experts made of the dense MLPs in their place, which tensor each was made of, and losses."""
+    made: StateDict = {}
+    sources: dict[str, str] = {}
+    lost: dict[str, None] = {}
+    for name, layer in moe_layers(model).items():
+        prefix = f'{name}.'
+        part = part_of(state, prefix)
+        if not part:
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: it has neither an MLP nor experts '
+                f'for {name}, and would leave them random'
+            )
+        if not any(key.startswith('experts.') for key in part):
+            experts = upcycle(part, layer.experts, how, f'{name} of checkpoint {path!r}')
+            lost |= dict.fromkeys(units_left_out(part, layer.experts))
+            made |= {f'{prefix}experts.{key}': value for key, value in experts.items()}
+            sources |= {f'{prefix}experts.{key}': prefix + key for key in experts}
+    allowed = f'its defaults, checkpoint {path!r} has no dense MLP to make experts of'
+    check(bool(made) or how == Upcycling(), 'upcycling', how, allowed)
+    return made, sources, tuple(lost)

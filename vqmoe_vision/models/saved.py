@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..moe import moe_layers
 from ..moe.config import check
+from .compat import misfit
 from .hosts import Transformer
-from .sparse_model import SparseModel
-from .state_dicts import misfit
+from .moe_vit import SparseModel
 from .upcycle import BEGINNING
-from .weight_files import CONFIG, DIGEST, OF_TIMM, digest_of
+from .weights import CONFIG, DIGEST, OF_TIMM, digest_of
 
 # Arguments of timm's `create_model` that say where weights come from, or how to build for now.
 _OF_THE_CALL = frozenset(

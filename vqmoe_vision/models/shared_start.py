@@ -14,10 +14,8 @@ from torch import nn
 
 from ..moe.experts import StackedLinear
 from . import shipped
-from .arguments import moe_options
 from .hosts import method_of
-from .layers import scale_fresh_experts
-from .sparse_model import SparseModel
+from .moe_vit import SparseModel, moe_options, scale_fresh_experts
 
 
 def share_start(model: nn.Module, model_name: str, seed: int, **kwargs: Any) -> None:

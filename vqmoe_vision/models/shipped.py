@@ -11,8 +11,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from .build import build
-from .sparse_model import MoeVisionTransformer
+from .create import build
+from .moe_vit import MoeVisionTransformer
 
 __all__: list[str] = []  # register_model adds each entry point
 

@@ -8,6 +8,7 @@ Legend: E experts, D width, H hidden width of an expert, F hidden width of the d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ..moe.config import check, check_type, types_of
 from ..moe.experts import Experts, SeparateLinear
-from .layers import mlp_ratio_of
-from .state_dicts import StateDict, shorten
+
+StateDict = dict[str, Tensor]
 
 # Arguments of a model that say what its weights began as; no model is built again with them.
 BEGINNING = ('upcycle', 'upcycling')
@@ -114,7 +115,7 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
     expected = experts.state_dict()
     if mlp.keys() != expected.keys():
         raise ValueError(
-            f'{name} cannot become experts: it has {shorten(sorted(mlp))}, and experts are of '
+            f'{name} cannot become experts: it has {", ".join(sorted(mlp))}, and experts are of '
             f'{", ".join(expected)}'
         )
     weight = mlp['fc1.weight']
@@ -141,7 +142,7 @@ def _check_fit(mlp: StateDict, experts: Experts, how: Upcycling, name: str) -> N
         cut = ', or upcycling.split=True cuts it into narrower experts' if hidden < dense else ''
         raise ValueError(
             f'{name} has {dense} hidden units and experts {hidden}: '
-            f'expert_mlp_ratio={mlp_ratio_of(dense, width)} fits{cut}'
+            f'expert_mlp_ratio={_mlp_ratio_of(dense, width)} fits{cut}'
         )
 
 
@@ -168,3 +169,11 @@ def _redraw(expert: StateDict, share: float) -> None:
 
 def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape).to(like)
+
+
+def _mlp_ratio_of(features: int, width: int) -> float:
+    """Ratio by which timm gives an MLP as many hidden features."""
+    ratio = features / width
+    # timm rounds the product down: the next number above the quotient is always enough
+    possible = (round(ratio, 4), ratio, math.nextafter(ratio, math.inf))
+    return next(r for r in possible if int(width * r) == features)

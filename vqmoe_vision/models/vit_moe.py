@@ -14,9 +14,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 from ..moe.methods import METHODS
-from .build import build
-from .sources import HUB_NAME
-from .sparse_model import MoeVisionTransformer
+from .create import build
+from .moe_vit import MoeVisionTransformer
+from .weights import HUB_NAME
 
 __all__ = ['SIZES']  # register_model adds each entry point
 

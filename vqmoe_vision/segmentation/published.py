@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vqmoe_vision.models.foreign_names import from_mmseg, is_of_mmseg, replaced
-from vqmoe_vision.models.state_dicts import StateDict, part_of
+from vqmoe_vision.models.compat import StateDict, part_of
+from vqmoe_vision.models.fitting import from_mmseg, is_of_mmseg, replaced
 
 _THEIRS, _OURS = 'backbone.', 'backbone.model.'
 _DECODER = (

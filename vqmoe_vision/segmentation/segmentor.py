@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.source import Source
 from vqmoe_vision.engine.model import MoeTrainingMixin, loss_entries
 from vqmoe_vision.engine.seeding import drawn_apart
+from vqmoe_vision.models.compat import StateDict, part_of
 from vqmoe_vision.models.export import Exportable
 from vqmoe_vision.models.normalization import Normalization
-from vqmoe_vision.models.state_dicts import StateDict, part_of
 from vqmoe_vision.moe.config import check
 
 from . import mmseg_patches
@@ -118,6 +118,9 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         known = self.known_normalization  # as rounded in the buffer: tests are fed the same bits
         assert known is not None
         follow(self.data_preprocessor, known, self._stated)
+        fed = normalization_of(self.data_preprocessor)
+        if fed is not None and fed.differing(known):  # the config states it
+            super().normalize_as(fed)
 
     def normalize_inputs(self, datasets: Mapping[str, Any]) -> None:
         """As `MoeTrainingMixin`: the data preprocessor normalises the images of every data set."""

@@ -160,7 +160,7 @@ FAULTS = (
         'discrete-saved-as-full',
         'models',
         "A model built with form='full' and made discrete is saved as a full one.",
-        'vqmoe_vision/models/discrete.py',
+        'vqmoe_vision/models/convert.py',
         'module._model_args = {**module._model_args, **changed}',
         'module._model_args = {**changed, **module._model_args}',
         'models/test_discrete.py models/test_saved.py',

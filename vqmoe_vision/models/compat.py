@@ -1,0 +1,359 @@
+"""Whether weights and a model are of one function.
+
+Names and shapes of tensors say much of it. What they do not say is compared where the source does:
+a config.json of timm beside them, a run of this package, or a script of timm.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from ..moe import moe_layers
+from ..moe.config import MoeConfig
+from ..moe.methods import METHODS
+from ..moe.raw_patches import ImageReader
+from .hosts import Transformer, method_of, timms_class
+from .moe_vit import SparseModel
+
+StateDict = dict[str, Tensor]
+Value = TypeVar('Value')
+# In `meta` of a checkpoint: what this package says of its run, as plain values.
+STATED = 'vqmoe_vision'
+CLASSIFIERS = ('head.', 'head_dist.')
+HEADS = (*CLASSIFIERS, 'attn_pool.')
+# Where timm has the last norm.
+NORMS = ('norm.', 'fc_norm.')
+# Where activations are compared: of those that timm names, no two agree in all these points.
+_POINTS = torch.linspace(-8.0, 8.0, 65)
+# What rotary positions are made of beside weights, and the arguments of timm's `Eva` for it.
+_ROTARY = {
+    'temperature': 'rope_temperature',
+    'rotate_half': 'rope_rotate_half',
+    'grid_offset': 'rope_grid_offset',
+    'grid_indexing': 'rope_grid_indexing',
+    'ref_feat_shape': 'ref_feat_shape',
+    'mrope_section': 'rope_mrope_section',
+}
+# What timm's `Eva` and files of DINOv3's authors have, where there are no absolute positions.
+_OF_ROTARY = r'^rope|^storage_tokens$|\.gamma_1$|\.q_bias$'
+# Perception Encoders have both kinds of positions, and no other names than these of a ViT.
+_OF_PE = {'norm_pre.weight', 'attn_pool.latent'}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of the network that weights are of."""
+
+    name: str = ''
+    facts: Mapping[str, str] = field(default_factory=dict)  # that answers follow
+    pooling: Mapping[str, str] = field(default_factory=dict)  # that a head follows
+    options: MoeConfig | None = None  # of its experts
+    img_size: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: Any, name: str = '') -> Network:
+        """That of a model, which may be on the meta device."""
+        sparse = isinstance(model, SparseModel)
+        facts = _facts(model) | ({'method': repr(model.method)} if sparse else {})
+        size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or ()
+        options = model.moe_config if sparse else None
+        return cls(name, facts, _pooling(model), options, tuple(size))
+
+
+def state_network(model: Any) -> dict[str, Any]:
+    """What `network_of_run` reads again, in plain values."""
+    own = Network.of(model)
+    stated: dict[str, Any] = {'method': getattr(model, 'method', None), 'options': None}
+    if own.options is not None:
+        unused = own.options.unused()
+        options = {k: v for k, v in asdict(own.options).items() if k not in unused}
+        stated = {'method': model.method, 'options': options}
+    return {**stated, 'network': dict(own.facts), 'img_size': list(own.img_size) or None}
+
+
+def stated_in(content: Any) -> dict[str, Any]:
+    """What a checkpoint of this package says of its run; {} of others, which are asked nothing."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    stated = meta.get(STATED) if isinstance(meta, dict) else None
+    return stated if isinstance(stated, dict) else {}
+
+
+def network_of_run(content: Any) -> Network | None:
+    """What the checkpoint of a run says, or what timm's train.py leaves in its own."""
+    if not isinstance(content, dict):
+        return None
+    stated = stated_in(content)
+    if not stated:
+        script = vars(content['args']) if isinstance(content.get('args'), Namespace) else {}
+        options = script.get('model_kwargs')
+        method = method_of(str(script.get('model', content.get('arch'))))
+        if method is None and isinstance(options, dict):
+            method = options.get('method')
+        stated = {'method': method, 'options': options}
+    method, found = stated.get('method'), stated.get('network')
+    facts = {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    match stated.get('img_size'):
+        case [int(height), int(width)]:
+            size: tuple[int, ...] = (height, width)
+        case _:
+            size = ()
+    if not isinstance(method, str) or method not in METHODS:
+        return Network('', facts, {}, None, size) if facts or size else None
+    facts['method'] = repr(method)
+    return Network('', facts, {}, _options(method, stated.get('options')), size)
+
+
+def _options(method: str, options: Any) -> MoeConfig | None:
+    kind = METHODS[method].config
+    if not isinstance(options, dict):
+        return None
+    try:
+        return kind.from_options(**{k: v for k, v in options.items() if k in kind.option_names()})
+    except (TypeError, ValueError):  # of another version of this package
+        return None
+
+
+def compare(model: nn.Module, theirs: Network | None, path: str) -> tuple[str, ...]:
+    """Refuse weights of another function, and say which options of experts were others."""
+    if theirs is None:
+        return ()
+    ours = Network.of(model)
+    if told := _saved_with(theirs.facts, ours.facts):
+        of = f' of {theirs.name}' if theirs.name else ''
+        raise ValueError(f'checkpoint {path!r}{of} does not fit the model: {told}')
+    if ours.options is None or theirs.options is None:
+        return ()
+    names = theirs.options.of_weights() & ours.options.of_weights()
+    return tuple(
+        f'the experts were trained with {name}={before!r}, the model has {name}={after!r}'
+        for name, before, after in _differing(theirs.options, ours.options)
+        if name in names
+    )
+
+
+def other_pooling(model: Any, theirs: Network | None) -> str:
+    """How the head of a source is fed otherwise than that of the model; empty if it is not."""
+    return _saved_with(theirs.pooling, _pooling(model)) if theirs is not None else ''
+
+
+def options_aside(model: Any, theirs: Network | None) -> str:
+    """Options that a source of the same method has otherwise, for the end of a refusal."""
+    if not isinstance(model, SparseModel) or theirs is None or theirs.options is None:
+        return ''
+    pairs = _differing(theirs.options, model.moe_config)
+    before = {name: repr(value) for name, value, _ in pairs}
+    told = _saved_with(before, {name: repr(value) for name, _, value in pairs})
+    return f'; {told}' if told else ''
+
+
+def _differing(theirs: MoeConfig, ours: MoeConfig) -> list[tuple[str, Any, Any]]:
+    """Options that differ, and both values; what one of both does not use is not theirs to say."""
+    if type(theirs) is not type(ours):
+        return []
+    unused = {**theirs.unused(), **ours.unused()}
+    names = [each.name for each in fields(theirs) if each.name not in unused]
+    both = ((name, getattr(theirs, name), getattr(ours, name)) for name in names)
+    return [(name, before, after) for name, before, after in both if before != after]
+
+
+def _saved_with(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    before, after = (', '.join(f'{n}={facts[n]}' for n in names) for facts in (theirs, ours))
+    return f'saved with {before}, the model has {after}' if names else ''
+
+
+def _pooling(model: Any) -> dict[str, str]:
+    after = not isinstance(getattr(model, 'fc_norm', None), nn.Identity | None)
+    prefix = getattr(model, 'pool_include_prefix', False)
+    pool = getattr(model, 'global_pool', None)
+    known = {'global_pool': pool, 'fc_norm': after, 'pool_include_prefix': prefix}
+    return {name: repr(value) for name, value in known.items()}
+
+
+def _facts(network: Any) -> dict[str, str]:
+    """What a network computes with, by timm's arguments where there is one."""
+    rope = getattr(network, 'rope', None)
+    kind = 'none' if rope is None else type(rope).__name__
+    facts = {'model': timms_class(network).__name__, 'rotary positions': kind}
+    for name, option in _ROTARY.items():
+        if hasattr(rope, name):
+            value = getattr(rope, name)  # a config.json has lists
+            facts[option] = repr(tuple(value) if isinstance(value, list) else value)
+    if not isinstance(network, Transformer):
+        return facts
+    block = network.blocks[0]
+    parts: dict[str, Any] = {}  # the first of each name
+    for path, module in block.named_modules():
+        parts.setdefault(path.rpartition('.')[2], module)
+    with_heads = (module for module in block.modules() if hasattr(module, 'num_heads'))
+    attention: Any = next(with_heads, parts.get('attn', block))
+    norm = next((parts[name] for name in ('norm1', 'in_norm', 'norm') if name in parts), None)
+    mlp = parts.get('mlp')
+    act = getattr(getattr(mlp, 'experts', mlp), 'act', None) if mlp else parts.get('mlp_act')
+    facts |= {
+        'block_fn': timms_class(block).__name__,
+        'attn_layer': timms_class(attention).__name__,
+        'eps': str(getattr(norm, 'eps', None)),
+    }
+    if hasattr(attention, 'num_heads'):
+        facts['num_heads'] = str(attention.num_heads)
+    if isinstance(act, nn.Module):
+        # by what it computes: its class may be torch's, where timm names one of its own
+        named = (name for name, kind in _ACT_LAYER_DEFAULT.items() if _same(kind(), act))
+        facts['act_layer'] = next(named, type(act).__name__)
+    return facts
+
+
+def _same(act: nn.Module, other: nn.Module) -> bool:
+    """Whether two activations are one function: timm has several classes of some."""
+    if any(True for layer in (act, other) for _ in layer.parameters()):
+        return type(act) is type(other)
+    with torch.no_grad():  # some work in place
+        return torch.allclose(act(_POINTS.clone()), other(_POINTS.clone()), atol=1e-5, rtol=0)
+
+
+def refuse_rotary(state: StateDict, model: Transformer, path: str) -> tuple[str, ...]:
+    """Refuse a bare file of rotary positions; a warning where names do not tell."""
+    if isinstance(model, Eva):
+        return ()
+    if 'pos_embed' not in state and any(re.search(_OF_ROTARY, name) for name in state):
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: it has the names of an Eva or BEiT, '
+            'whose positions are rotary or relative'
+        )
+    doubt = (
+        'it has norm_pre and attn_pool, as an Eva such as Perception Encoder, whose positions are '
+        'rotary too; names do not tell it from a VisionTransformer'
+    )
+    return (doubt,) if state.keys() >= _OF_PE else ()
+
+
+def refuse_values(expected: StateDict, state: StateDict, path: str) -> None:
+    """Refuse weights that are no numbers, or whole numbers where the model has real ones."""
+    layers = {layer_of(name) for name in expected} - {''}  # whose dense MLPs experts are made of
+    for name, value in state.items():
+        if name not in expected and layer_of(name) not in layers:
+            continue
+        real = name not in expected or expected[name].is_floating_point()
+        if value.is_floating_point() != real:
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: {name} is of {value.dtype}, the '
+                f'model has {"real" if real else "whole"} numbers there'
+            )
+        if real and not torch.isfinite(value.float()).all():
+            raise ValueError(f'checkpoint {path!r} is damaged: {name} has values nan or infinite')
+
+
+def refuse_misfits(
+    expected: StateDict, fitted: StateDict, path: str, whole: bool, aside: str = ''
+) -> None:
+    """Refuse tensors that only one of both has, or in other shapes: it would be another function.
+
+    A backbone (not `whole`) may end before its checkpoint. Free are heads, last norms, and MoE
+    layers for which the checkpoint has no experts.
+    """
+    ours, theirs = (
+        {layer_of(name) for name in part if '.mlp.experts.' in name} for part in (expected, fitted)
+    )
+    blocks = {_block_of(name) for name in expected}
+
+    def matters(name: str) -> bool:
+        if name.startswith((*HEADS, *NORMS)) or layer_of(name) in ours - theirs:
+            return name in expected and name in fitted
+        return whole or _block_of(name) in blocks
+
+    parts = ({k: v for k, v in part.items() if matters(k)} for part in (expected, fitted))
+    if problem := misfit(*parts):
+        raise ValueError(f'checkpoint {path!r} does not fit the model: {problem}{aside}')
+
+
+def misfit_of(model: nn.Module, state_dict: StateDict) -> str:
+    """As `misfit`, of a model that is about to load a state dict."""
+    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    for layer_name, layer in moe_layers(model).items():
+        prefix = f'{layer_name}.'
+        for name in layer.omitted(list(part_of(state, prefix))):
+            del state[prefix + name]
+    expected = model.state_dict()
+    for reader_name, reader in model.named_modules():
+        if isinstance(reader, ImageReader):
+            prefix = f'{reader_name}.'
+            own = reader.expected(part_of(state, prefix))
+            expected = {k: v for k, v in expected.items() if not k.startswith(prefix)}
+            expected |= {prefix + name: value for name, value in own.items()}
+    return misfit(expected, state)
+
+
+def misfit(expected: StateDict, state_dict: StateDict) -> str:
+    """What keeps a state dict from being loaded, in words; empty if nothing does."""
+    state = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    parts = {
+        'missing keys': [name for name in expected if name not in state],
+        'unexpected keys': [name for name in state if name not in expected],
+        'shapes': [
+            f'{name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}'
+            for name, value in expected.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    return '; '.join(f'{what}: {shorten(names)}' for what, names in parts.items() if names)
+
+
+def as_tensors(state: Mapping[str, Any], expected: StateDict, path: str) -> StateDict:
+    """Weights with which can be computed: those of eight bits as float32, which has all of them."""
+    refuse_without_values(state, path)
+    for name, value in state.items():
+        if name in expected and not isinstance(value, Tensor):
+            raise ValueError(
+                f'checkpoint {path!r} does not fit the model: {name} is a {type(value).__name__}, '
+                'and weights are tensors'
+            )
+    small = {k for k, v in state.items() if isinstance(v, Tensor) and v.element_size() == 1}
+    return {k: v.float() if k in small and v.is_floating_point() else v for k, v in state.items()}
+
+
+def refuse_without_values(state: Mapping[str, Any], path: str) -> None:
+    """Refuse tensors that are sparse, or of the meta device, which no parameter can take."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+            kind = 'of the meta device' if value.is_meta else f'of {value.layout}'
+            raise ValueError(f'checkpoint {path!r} has no values for {name}, which is {kind}')
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was missing, whatever was to be done with it."""
+    # what torch raises on the processor has no type of its own
+    of_torch = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def part_of(state: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """What has names under a prefix, by the rest of its names."""
+    return {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
+
+
+def layer_of(name: str) -> str:
+    """'blocks.1.mlp' of 'blocks.1.mlp.router.weight', and nothing of what is not in an MLP."""
+    layer, found, _ = name.partition('.mlp.')
+    return f'{layer}.mlp' if found else ''
+
+
+def _block_of(name: str) -> str:
+    match = re.match(r'blocks\.\d+\.', name)
+    return match[0] if match else ''
+
+
+def shorten(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more

@@ -1,0 +1,449 @@
+"""Where weights are, how their files are read as data, and how a model takes them.
+
+`upcycle=`, `pretrained=True` and `checkpoint_path=` end in one way: a model is built without
+weights, they are read by `read_weights`, and `load_weights` fits them or refuses them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_pretrained_cfg, load_model_config_from_hf, load_pretrained
+from timm.models import load_checkpoint as load_numpy
+from timm.models import load_state_dict as load_file
+from timm.models._hub import load_model_config_from_path  # timm.models exports the hub's alone
+from torch import nn
+from torch.serialization import get_safe_globals, safe_globals
+
+from ..moe.config import check, did_you_mean
+from .compat import (
+    Network,
+    StateDict,
+    as_tensors,
+    compare,
+    is_out_of_memory,
+    misfit_of,
+    network_of_run,
+    refuse_values,
+)
+from .fitting import in_names_of_timm, transfer
+from .hosts import VIT_MODULES, Transformer
+from .moe_vit import SparseModel
+from .normalization import Normalization, check_normalization
+from .upcycle import BEGINNING, read_upcycling
+
+# Owner on the Hugging Face hub of published weights; None while there are none, because timm lists
+# every configuration with such a name as a model that it can load.
+HUB_NAME: str | None = None
+# What names of timm begin with whose configuration is beside their weights.
+FOLDERS = ('local-dir:', 'hf-hub:')
+_OF_TORCH = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
+_OF_NUMPY = ('.npz', '.npy')
+# What timm's `save_for_hf` writes, in the order in which timm reads it.
+OF_TIMM = ('model.safetensors', 'pytorch_model.bin')
+# timm's description beside them, in which `publish` leaves the digest of the first one.
+CONFIG, DIGEST = 'config.json', 'weights_sha256'
+# Names of the parts that other libraries split large weights into, with an index beside them.
+_PART = re.compile(r'-\d+-of-(?!0*1\.)\d+\.')
+# What a file has in the place of a tensor that lies in a folder beside it.
+IN_PARTS = 'in the folder beside this file'
+# Of a configuration what says where weights are, and of which model; the format is that of a place.
+_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
+_PLACES = (*_SOURCES, 'source', 'hf_hub_filename', 'custom_load')
+_NOT_OF_WEIGHTS = (*_PLACES, 'architecture', 'tag', 'label_offset')
+# Arguments that name weights, of timm, of this package and of a task, and what leaves them out.
+GIVEN = {'pretrained': False, 'upcycle': None, 'checkpoint_path': None, 'checkpoint': None}
+_ALLOWED = (
+    "a timm model name such as 'vit_small_patch16_224.augreg_in21k_ft_in1k', 'hf-hub:NAME', "
+    f"'local-dir:FOLDER', or a file ({', '.join((*_OF_TORCH, '.safetensors'))})"
+)
+# What mmengine calls the class of its log.
+_LOG = 'mmengine.logging.history_buffer.HistoryBuffer'
+_NUMBERS = '?' + np.typecodes['AllInteger'] + np.typecodes['AllFloat']
+_KNOWN: list[Any] = [
+    argparse.Namespace,  # timm's train.py and the authors of MAE and DeiT leave arguments
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in _NUMBERS},
+    # numpy's functions that rebuild an array and a scalar; their module depends on the version
+    np.ndarray(0).__reduce__()[0],
+    np.float32(0).__reduce__()[0],
+]
+_logger = logging.getLogger(__name__)
+
+
+class _NoLog:
+    """In the place of a log that nobody asks for."""
+
+    def __setstate__(self, state: object) -> None:
+        """Keeps nothing."""
+
+
+def beside_weights(log: type) -> list[Any]:
+    """All that may be beside weights, for torch's list of what it may read."""
+
+    def name_of(owner: object, name: str) -> None:
+        """What a log calls to name its means and minima: those of the code that reads it."""
+        if owner is not log:
+            raise UnpicklingError(f'{name} of {owner!r} is not part of a log')
+
+    # by name: timm and mmengine, which list some themselves, strike theirs out after each file
+    known = [(item, f'{item.__module__}.{item.__qualname__}') for item in _KNOWN]
+    return [*known, (log, _LOG), (name_of, 'builtins.getattr')]
+
+
+_PASSED_OVER = beside_weights(_NoLog)
+
+
+@contextmanager
+def reading(source: str, verify: bool = True) -> Iterator[None]:
+    """Lets torch read data alone, from a file of sound checksums; says in one line what fails."""
+    # torch reads a file of any name
+    local = is_file_name(source) or Path(source).exists()
+    if local and verify:
+        check_file(source)
+    known = get_safe_globals()
+    # where logs are read, as by mmengine, they stay what they are
+    names = {item[1] for item in known if isinstance(item, tuple)}
+    new = [] if _LOG in names else [item for item in _PASSED_OVER if item not in known]
+    try:
+        with safe_globals(new):
+            yield
+    except Exception as error:  # bytes and networks can fail in any way
+        if type(error) is ValueError or is_out_of_memory(error):  # the file may well be whole
+            raise
+        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        # torch's words for a file are advice to run the code in it
+        if local or 'weights_only' in reason:
+            raise ValueError(unreadable(source)) from error
+        raise ValueError(
+            f'weights of {source!r} cannot be read: {reason.rstrip(".")}; a file of them needs no '
+            'network: upcycle=FILE, in a config model.pretrained=False model.checkpoint=FILE'
+        ) from error
+
+
+def unreadable(path: str) -> str:
+    """What to say of a file whose bytes are no weights of torch."""
+    if path.lower().endswith(_OF_NUMPY):
+        return f'checkpoint {path!r} is of NumPy, which dense models of timm alone read'
+    return (
+        f'checkpoint {path!r} is damaged, or holds more than weights and is not loaded, as it may '
+        'run code: save its state_dict() alone'
+    )
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is called as a file of weights is, wherever it lies."""
+    return source.endswith('.safetensors') or source.lower().endswith(_OF_TORCH)
+
+
+def weights_in(source: str) -> str:
+    """The file of weights in a folder of timm; anything else as it is."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    found = [folder / name for name in OF_TIMM if (folder / name).is_file()][:1]
+    endings = ('.safetensors', '.pth', '.pth.tar', '.bin')
+    found = found or sorted(path for path in folder.iterdir() if path.name.endswith(endings))
+    names = [path.name for path in found]
+    allowed = f'one file, or one of the name {" or ".join(OF_TIMM)}'
+    check(len(found) == 1, f'weights in folder {source!r}', names, allowed)
+    return str(found[0])
+
+
+def check_file(path: str) -> None:
+    """Refuse a file that is not there, or whose checksums do not match; torch ignores them."""
+    if not Path(path).is_file():
+        raise ValueError(f'checkpoint {path!r} does not exist')
+    if _PART.search(Path(path).name):
+        raise ValueError(f'checkpoint {path!r} is one of several parts: write them as one file')
+    try:
+        if not zipfile.is_zipfile(path):
+            return _check_digest(Path(path))
+        with zipfile.ZipFile(path) as archive:
+            # torch reads nothing of what is marked as a folder
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            spoilt = archive.testzip() or next(iter(folders), None)
+    except Exception as error:  # a flipped bit can make it fail in any way
+        raise ValueError(f'checkpoint {path!r} is damaged: {error}') from error
+    if spoilt is not None:
+        raise ValueError(f'checkpoint {path!r} is damaged: {spoilt} does not match its checksum')
+
+
+def _check_digest(path: Path) -> None:
+    """Compares a file with what the folder that it was published in says of it, if it does."""
+    config = path.with_name(CONFIG)
+    if path.name == OF_TIMM[0] and config.is_file():
+        described = json.loads(config.read_bytes())
+        stated = described.get(DIGEST) if isinstance(described, dict) else None
+        if stated is not None and stated != digest_of(path):
+            raise ValueError(f'it does not match {DIGEST} in {str(config)!r}')
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def lacks_tensors(state: Mapping[str, Any]) -> bool:
+    """Whether a file has words in the place of some tensors."""
+    return any(isinstance(value, str) and value == IN_PARTS for value in state.values())
+
+
+def _in_one_piece(state: Mapping[str, Any], source: str) -> None:
+    if lacks_tensors(state):
+        raise ValueError(
+            f'checkpoint {source!r} is in parts, and timm reads whole files: '
+            'tools/publish.py makes one of it'
+        )
+
+
+@dataclass(frozen=True)
+class Described:
+    """What timm's configuration says of weights beside their tensors."""
+
+    config: dict[str, Any] = field(default_factory=dict)  # of `pretrained_cfg`, without a place
+    name: str = ''
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: dict[str, Any], name: str, arguments: Any = None) -> Described:
+        """Of what timm's functions return, without what its experts were made of."""
+        kept = {k: v for k, v in config.items() if k not in _NOT_OF_WEIGHTS}
+        return cls(kept, name, {k: v for k, v in (arguments or {}).items() if k not in BEGINNING})
+
+    def network(self, source: str) -> Network | None:
+        """The network that is described, built without memory."""
+        if not self.name:
+            return None
+        if not timm.is_model(self.name):
+            told = '%s is of %r, which this timm does not know: its architecture was not compared'
+            _logger.warning(told, source, self.name)
+            return None
+        try:
+            with torch.device('meta'):
+                network = Network.of(timm.create_model(self.name, **self.arguments), self.name)
+        except Exception as error:
+            raise ValueError(
+                f'{source!r} is said to be of {self.name} with {self.arguments}, which timm does '
+                f'not build: {error}'
+            ) from error
+        stated = () if 'img_size' in self.arguments else self.config.get('input_size', ())[1:]
+        size = tuple(stated) or network.img_size
+        return Network(network.name, network.facts, network.pooling, network.options, size)
+
+
+def describe(source: str) -> Described:
+    """What timm's config.json says of a folder, or of a file in it; that of others nothing."""
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent
+    of_folder = path.is_dir() or path.suffix == '.safetensors' or path.name in OF_TIMM
+    file = folder / CONFIG
+    if not source or not of_folder or not file.is_file():
+        return Described()
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # no text, or no JSON
+        raise ValueError(f'{str(file)!r} cannot be read: {error}') from error
+    if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
+        return Described()
+    config, name, arguments = load_model_config_from_path(folder)
+    check_normalization(config, f'{str(file)!r}: ')
+    return Described.of(config, name, arguments)
+
+
+def network_of(source: str) -> Network | None:
+    """What a file, or a folder of timm, says of the network that its weights are of."""
+    file = weights_in(source)
+    if (described := describe(source)).name or not Path(file).is_file():
+        return described.network(source)
+    if file.endswith('.safetensors'):
+        return None
+    with reading(file, verify=False):
+        return network_of_run(
+            torch.load(file, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+        )
+
+
+def check_one_source(arguments: Mapping[str, Any]) -> None:
+    """Refuses weights from two places: one would replace the other, and the report tell of one."""
+    names = [name for name in GIVEN if arguments.get(name)]
+    if len(names) > 1:
+        first, second = names[:2]
+        allowed = f'{GIVEN[first]} with {second}={arguments[second]!r}'
+        check(False, first, arguments[first], allowed)
+
+
+def source_of(config: Mapping[str, Any]) -> str:
+    """What weights of a pretrained configuration are called in messages; empty if it has none."""
+    name = next((name for name in _SOURCES if config.get(name)), '')
+    return name if name == 'state_dict' else str(config.get(name, ''))
+
+
+def place_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the weights of a configuration are, and nothing of where others would be."""
+    found = {name: config[name] for name in _PLACES if config.get(name)}
+    # the format of what the address leads to; the hub has timm's own
+    return {**dict.fromkeys(_PLACES), **found, 'custom_load': False}
+
+
+def find_source(
+    source: str | PathLike[str], cache_dir: str | Path | None = None, field: str = 'upcycle'
+) -> tuple[dict[str, Any], Described]:
+    """Where timm finds the weights of a dense model, and what is known of them."""
+    check(isinstance(source, str | PathLike) and source != '', field, source, _ALLOWED)
+    name = str(source)
+    scheme, _, rest = name.partition(':')
+    if scheme == 'local-dir':
+        described = describe(rest)
+        allowed = f'a folder with the {CONFIG} of timm, which names the architecture'
+        check(bool(described.name), field, name, allowed)
+        return place_of({'source': 'local-dir', 'file': rest}), described
+    if scheme == 'hf-hub':
+        with reading(name):
+            config, name, arguments = load_model_config_from_hf(rest, cache_dir=cache_dir)
+        return place_of(config), Described.of(config, name, arguments)
+    if name.lower().endswith(_OF_NUMPY):
+        raise ValueError(unreadable(name))
+    if is_file_name(name) and '://' not in name:
+        file = os.path.expanduser(name)
+        return place_of({'file': file}), describe(file)
+    hint = did_you_mean(name, timm.list_models(module='vision_transformer'))
+    check(timm.is_model(name), field, name, _ALLOWED + hint)
+    fits = timm.models.is_model_in_modules(name, VIT_MODULES)
+    check(fits, field, name, "one of timm's VisionTransformers, whose blocks ours have")
+    config = get_pretrained_cfg(name)
+    found = place_of(config.to_dict()) if config is not None else {}
+    known = timm.list_models(f'{name.partition(".")[0]}.*', pretrained=True)
+    check(bool(source_of(found)), field, name, f'a name that has weights: {", ".join(known)}')
+    assert config is not None
+    return found, Described.of(config.to_dict(), name.partition('.')[0])
+
+
+def overlay_for(
+    upcycle: str | PathLike[str] | None,
+    config: dict[str, Any],
+    overlay: dict[str, Any],
+    own: Described,
+    cache_dir: str | Path | None = None,
+) -> tuple[dict[str, Any], Described]:
+    """Timm's `pretrained_cfg_overlay` for the weights that a model begins with, and their source.
+
+    What a call states counts first, then what stands beside the weights, then `config`, of whose
+    weights `own` is known.
+    """
+    stated = overlay if upcycle else {**config, **overlay}
+    offset = stated.get('label_offset')
+    check(not offset, 'pretrained_cfg.label_offset', offset, '0, a head is that of its classes')
+    described = describe(source_of(stated))
+    place: dict[str, Any] = {}
+    if upcycle is not None:
+        place, named = find_source(upcycle, cache_dir)
+        if not source_of(overlay):
+            described = named
+        else:  # elsewhere, where the name says only what the place does not
+            entries = {**named.config, **described.config}
+            described = Described(entries, described.name, described.arguments)
+    elif not described.name and source_of(stated) == source_of(config):
+        described = own
+    if source_of(overlay):  # timm would look for those of the overlay as for those of the model
+        place = place_of(overlay)
+    known = {name: value for name, value in described.config.items() if name not in stated}
+    return {**known, **place, **overlay}, described
+
+
+def read_weights(model: Any, cache_dir: str | Path | None = None) -> StateDict:
+    """The weights that a model's `pretrained_cfg` names, as timm reads them."""
+    config = {**model.pretrained_cfg, 'custom_load': False}
+    source = source_of(config)
+    allowed = f'False, timm has no weights of {config["architecture"]}'
+    check(bool(source), 'pretrained', True, allowed)
+    if config.get('file'):
+        config |= {'source': None, 'file': weights_in(config['file'])}
+    found: dict[str, Any] = {}
+
+    def keep(state: dict[str, Any], model: nn.Module) -> StateDict:
+        found.update(state)
+        return model.state_dict()
+
+    with reading(config.get('file') or source):
+        load_pretrained(
+            model,
+            config,
+            num_classes=config['num_classes'],
+            in_chans=(config.get('input_size') or (3,))[0],
+            filter_fn=keep,
+            cache_dir=cache_dir,
+        )
+    state = found.get('model', found)
+    state = state.get('state_dict', state)
+    _in_one_piece(state, source)
+    return state
+
+
+def load_weights(
+    model: Any, described: Described, cache_dir: str | Path | None = None, follow: bool = True
+) -> None:
+    """All of the weights that a model's `pretrained_cfg` names that fit, or none; logs a report."""
+    source = source_of(model.pretrained_cfg)
+    state = read_weights(model, cache_dir)
+    network = described.network(source)
+    if network is None and model.pretrained_cfg.get('file'):
+        network = network_of(source)
+    how = read_upcycling(model.upcycling) if isinstance(model, SparseModel) else None
+    fitted, report = transfer(model, state, source, (), how, network)
+    model.load_state_dict(fitted, strict=False)
+    known, beside = report.normalization, described.config
+    if known is None and {'mean', 'std'} <= beside.keys():
+        known = Normalization.of(beside, channels=(beside.get('input_size') or (3,))[0])
+    model.weights_report = replace(report, normalization=known)
+    if follow and known is not None:
+        model.pretrained_cfg.update(mean=known.mean, std=known.std)
+    for line in report.lines():
+        level = logging.WARNING if line in report.warnings else logging.INFO
+        _logger.log(level, '%s: %s', source, line)
+
+
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """What timm's `checkpoint_path` is: all of a model's weights, from a file that is compared."""
+    if path.lower().endswith(_OF_NUMPY):
+        check_file(path)
+        return load_numpy(model, path)
+    model.load_state_dict(read_fitting(model, path))
+
+
+def read_fitting(model: nn.Module, path: str) -> StateDict:
+    """A file of all of a model's weights, in its names; it may be on the meta device."""
+    with reading(path):
+        state = load_file(path)
+    _in_one_piece(state, path)
+    expected = model.state_dict()
+    if isinstance(model, Transformer):
+        for line in compare(model, network_of(path), path):
+            _logger.warning('%s: %s', path, line)
+        if expected.keys().isdisjoint(state):
+            state, _ = in_names_of_timm(state, expected, path)  # of a run
+    state = as_tensors(state, expected, path)
+    if problem := misfit_of(model, state):
+        raise ValueError(
+            f'checkpoint {path!r} does not fit the model: {problem}; options of the model, '
+            'such as num_classes=10, have to be those of its weights'
+        )
+    refuse_values(expected, state, path)
+    return state
