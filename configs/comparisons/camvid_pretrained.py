@@ -8,7 +8,13 @@ reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]
 start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
-controls = ['smoe_frozen_started', 'position_started']
+# named when the runs were there
+contrasts = [
+    'smoe_started - smoe_frozen_started',
+    'vqmoe_started - smoe_started',
+    'smoe_started - dense_1x_started',
+]
+margin = 1.0
 rows = dict(
     dense_1x='dense_1x',
     dense_2x='dense_2x',

@@ -5,7 +5,9 @@ reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
 all_methods = True
 all_presets = True
-controls = ['smoe_frozen', 'position']
+# named when the runs were there
+contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'vqmoe_paper - smoe', 'smoe - dense_2x']
+margin = 1.0
 rows = dict(
     vqmoe_token='vqmoe model.moe.expert_input=token',
     vqmoe_official_input='vqmoe model.moe.expert_input=official',

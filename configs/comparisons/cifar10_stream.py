@@ -5,7 +5,9 @@ config = 'configs/classification/cifar10_budget.py'
 metric = 'accuracy/top1'
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
-controls = ['smoe_frozen', 'position']
+# named when the runs were there
+contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+margin = 1.0
 names = ('dense_1x', 'dense_2x', 'smoe', 'vqmoe', 'smoe_frozen', 'position')
 rows = {name: name for name in names}
 del names

@@ -23,7 +23,9 @@ rows = dict(
     smoe_frozen='smoe_frozen',
     position='position',
 )
-controls = ['smoe_frozen', 'position']
+# named when the runs were there
+contrasts = ['ema - smoe_frozen', 'ema - dense_2x']
+margin = 1.0
 options = [
     'model.embed_dim=64',
     'model.num_heads=2',

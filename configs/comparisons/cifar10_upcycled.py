@@ -7,8 +7,13 @@ seeds = [1, 2, 3, 4, 5]
 start = 'configs/comparisons/cifar10_budget.py dense_1x epoch_6.pth'
 all_started = True
 all_methods = True
-# for the rows from scratch, and for those that start from the dense model
-controls = ['smoe_frozen', 'position', 'smoe_frozen_started', 'position_started', 'dense_longer']
+# named when the runs were there
+contrasts = [
+    'smoe_started - smoe_frozen_started',
+    'vqmoe_started - smoe_started',
+    'smoe_started - dense_longer',
+]
+margin = 1.0
 rows = dict(
     smoe_frozen='smoe_frozen',
     smoe_frozen_started='smoe_frozen model.checkpoint={start}',

@@ -7,7 +7,9 @@ metric = 'accuracy/top1'
 also = ['accuracy/top5']
 reference = 'dense_2x'
 seeds = [1, 2, 3, 4, 5]
-controls = ['smoe_frozen', 'position']
+# named when the runs were there
+contrasts = ['smoe - smoe_frozen', 'vqmoe - smoe', 'smoe - dense_2x', 'vqmoe - dense_2x']
+margin = 1.0
 rows = dict(
     dense_1x='dense_1x',
     dense_2x='dense_2x',

@@ -7,7 +7,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations
 from pathlib import Path
@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
-from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, compared, scores_of, tidy
+from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, scores_of, tidy
 from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.spec import Comparison
-from vqmoe_vision.comparison.statistics import FEW_SEEDS, Scores
+from vqmoe_vision.comparison.statistics import Scores, differences, pooled_noise, with_noise
 from vqmoe_vision.comparison.work import Work
 
 from ..rows import CONFIGS
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def screens(self) -> bool:
-        return len(self.comparison.seeds) <= FEW_SEEDS
+        return len(self.comparison.seeds) == 2
 
     @cached_property
     def scores(self) -> Scores:
@@ -131,9 +131,11 @@ def differences_of(outcome: Outcome) -> Iterator[tuple[Interval, set[float]]]:
     """Every interval that the rows give, and p of it corrected for all rows."""
     if outcome.screens:  # with the noise of all rows
         for reference in outcome.scores:
-            turned = compared(replace(outcome.comparison, reference=reference), outcome.values)
-            alone = {row: each.p for row, each in turned.items() if not math.isnan(each.p)}
-            corrected = holm(alone, len(outcome.comparison.rows) - 1)
+            alone = differences(outcome.scores, reference)
+            noise = pooled_noise([outcome.scores])
+            turned = {row: with_noise(each, *noise) for row, each in alone.items()}
+            p = {row: each.p for row, each in turned.items() if not math.isnan(each.p)}
+            corrected = holm(p, len(outcome.comparison.rows) - 1)
             for row, each in turned.items():
                 yield (each.mean, each.low, each.high), {corrected.get(row, math.nan)}
         return

@@ -14,13 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from vqmoe_vision.comparison.cli import compare
-from vqmoe_vision.comparison.controls import challengers
 from vqmoe_vision.comparison.figures import plot_curves, plot_differences
 from vqmoe_vision.comparison.rows import FEATURE_ROWS
-from vqmoe_vision.comparison.rows import ROWS as NAMED
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.statistics import differences, with_noise
+from vqmoe_vision.comparison.statistics import differences
 from vqmoe_vision.comparison.store import Store, images_seen
 
 from ..rows import CONFIGS
@@ -109,13 +107,14 @@ def test_numbers_of_the_table_by_hand(fill, says) -> None:
     better = rows['better']
     assert (float(better['score']), float(better['std'])) == pytest.approx((22, 11))
     assert (float(better['difference']), float(better['difference_std'])) == pytest.approx((2, 1))
-    # p = 0.0742 (test_statistics.py), twice that for two rows; 'same' has t = 0
-    assert float(better['p_holm']) == pytest.approx(0.1484, abs=1e-4)
+    # p = 0.0742 (test_statistics.py); 'same' has t = 0
+    assert float(better['p']) == pytest.approx(0.0742, abs=1e-4)
     assert float(rows['same']['p']) == pytest.approx(1)
     shown = (TABLES / 'spec.md').read_text()
     cells = [cell.strip() for cell in shown.split('\n| better')[1].split('\n')[0].split('|')]
     assert cells[1:-1] == [
-        '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '0.148', '+2.00 (-0.48 to +4.48)',
+        '22.00', '11.00', '3', '+2.00 (-0.48 to +4.48)', '-0.27 to +4.27', '(0.070)',
+        '+2.00 (-0.48 to +4.48)',
         '2.00 / 1.00', '10.0', '1.5', '0 / 1', '-', '4.25 / 4.25',
     ]  # fmt: skip
     values = json.loads((TABLES / 'spec.json').read_text())['values']
@@ -129,8 +128,8 @@ def test_latex_prints_less_than(fill, says) -> None:
     """The fonts that LaTeX starts with have an upside-down exclamation mark in that place."""
     # differences of 10, 10.01 and 10.02: t = 10.01 / (0.01 / sqrt(3)) = 1734
     says('table', fill({'dense': [10.0, 20.0, 30.0], 'better': [20.0, 30.01, 40.02]}))
-    assert '| <0.001 ' in (TABLES / 'spec.md').read_text()
-    assert r' & \textless{}0.001 & ' in (TABLES / 'spec.tex').read_text()
+    assert '| (<0.001) ' in (TABLES / 'spec.md').read_text()
+    assert r' & (\textless{}0.001) & ' in (TABLES / 'spec.tex').read_text()
 
 
 def test_further_numbers_are_columns(fill, says) -> None:
@@ -322,7 +321,6 @@ def test_nothing_is_finished_yet(spec, says) -> None:
     assert says('table', path, '--images', '.') == untrained
     for action, done in {'check': 'checked', 'shifts': 'tested', 'routing': 'measured'}.items():
         assert says(action, path) == untrained.replace('used', done)
-    assert says('noise', path).startswith('error: no row of spec shares two seeds with dense')
     assert says('collect', path) == '0 runs collected, 2 are not finished\n'
 
 
@@ -363,10 +361,8 @@ def test_differences_are_points_and_an_interval(fill) -> None:
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
     assert not second.collections  # nothing to pair it with
     two = differences({row: dict(enumerate(values[:2])) for row, values in SCORES.items()}, 'dense')
-    screened = {row: with_noise(each, 1.0, 2) for row, each in two.items()}
-    for tests, intervals in ((two, 0), (screened, 2)):
-        drawn = plot_differences(comparison, {'as trained': tests})
-        assert drawn is not None and len(drawn.axes[0].collections) == intervals
+    drawn = plot_differences(comparison, {'as trained': two})
+    assert drawn is not None and not drawn.axes[0].collections
     assert plot_differences(comparison, {'fog': alone}) is None
 
 
@@ -424,12 +420,6 @@ def test_a_row_from_a_checkpoint_has_the_colour_of_its_own(fill) -> None:
         assert lines[name].get_color() == lines[f'{name}_started'].get_color()
     drawn = {(line.get_color(), str(line.get_linestyle())) for line in lines.values()}
     assert len(drawn) == len(lines) == len(names)
-
-
-def test_noise_by_hand(fill, says) -> None:
-    said = says('noise', fill(SCORES))
-    # both rows' differences have standard deviation 1; five pairs detect 1.68 of those
-    assert '5 paired seeds detect a difference of 1.68 in mIoU' in said
 
 
 def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:
@@ -496,12 +486,6 @@ def test_a_comparison_without_validations_at_the_end_has_no_column_of_them(fill,
     assert 'held-out images' not in Path('docs/results/tables/spec.md').read_text()
 
 
-def test_what_is_one_run_under_two_names_counts_once_for_the_noise(fill, says) -> None:
-    """As an option without effect, of which the reference here is the other name."""
-    said = says('noise', fill({**SCORES, 'again': SCORES['dense']}))
-    assert '5 paired seeds detect a difference of 1.68 in mIoU' in said  # as by hand above
-
-
 @pytest.mark.parametrize(
     ('by_epoch', 'drop_last', 'iterations', 'images'),
     [
@@ -519,96 +503,86 @@ def test_images_seen(by_epoch: bool, drop_last: bool, iterations: int, images: i
     assert images_seen(config, record) == images
 
 
-# the first row is the reference; 'sure' is better whatever it is corrected for
+# differences to dense: 2, 2.001, 2; and 1, 1.1, 1.3
 SURE = {'dense': [10.0, 20.0, 30.0], 'sure': [12.0, 22.001, 32.0], 'near': [11.0, 21.1, 31.3]}
 
 
-def rows_of_table() -> dict[str, dict[str, Any]]:
-    return {row['row']: row for row in json.loads((TABLES / 'spec.json').read_text())['rows']}
+def contrasts() -> dict[str, dict[str, Any]]:
+    found = json.loads((TABLES / 'spec.json').read_text())['contrasts']
+    return {line['contrast']: line for line in found}
 
 
-def test_rows_that_are_not_finished_count_for_the_correction_and_have_no_p(fill, says) -> None:
-    """Each further row that is planned makes p larger, though none of them has a result."""
-    says('table', fill(SURE))
-    p = rows_of_table()['near']['p']
-    assert p < 0.05 / 2
-    plan = Path('spec.py').read_text()
-    more = ', '.join(f"more{n}='train_cfg.row=more{n}'" for n in range(20))
-    Path('spec.py').write_text(f'{plan}\nrows |= dict({more})')
-    says('table', 'spec.py')
-    assert 'corrected for all 22 rows' in (TABLES / 'spec.md').read_text()
-    # sure is first and gets 22, near 21
-    assert rows_of_table()['near']['p_holm'] == pytest.approx(21 * p)
-    Path('spec.py').write_text(f'{plan}\nseeds = [1, 2, 3, 4]')
-    says('table', 'spec.py')
-    line = next(x for x in (TABLES / 'spec.md').read_text().splitlines() if x.startswith('| sure'))
-    cells = [cell.strip() for cell in line.split('|')]
-    assert cells[4] == '3 of 4' and cells[5].startswith('+2.00 (') and cells[6] == '-'
-
-
-def test_an_early_p_makes_that_of_no_finished_row_smaller(fill, says) -> None:
-    """Two pairs that nearly agree have a tiny p, which the end need not keep."""
-    dense, near = [10.0, 20.0, 30.0, 40.0, 50.0], [11.0, 21.3, 30.5, 41.9, 50.2]
-    path = fill({'dense': dense, 'near': near, 'early': [11.0, 21.0001]})
+def test_contrasts_are_corrected_among_themselves(fill, says) -> None:
+    """By the noise of all rows; other rows have a p in brackets, which is not corrected."""
+    path = fill(SURE, "contrasts = ['sure - dense', 'near - dense']\nmargin = 1.5")
     says('table', path)
-    rows = rows_of_table()
-    assert rows['early']['p'] < 1e-3 and rows['early']['p_holm'] is None
-    assert rows['near']['p_holm'] == pytest.approx(2 * rows['near']['p'])
+    sure, near = contrasts().values()
+    # less the means of rows and of seeds squares are 0.03114, over (3 - 1)(3 - 1): a difference of
+    # two rows has a deviation of sqrt(2 x 0.00778), and their mean one of that over sqrt(3)
+    assert sure['pooled_noise'] == near['pooled_noise'] == pytest.approx(0.1248, abs=1e-4)
+    half = 2.7764 * 0.1248 / math.sqrt(3)  # t of four degrees of freedom
+    ends = near['pooled_low'], near['pooled_high']
+    assert ends == pytest.approx((1.1333 - half, 1.1333 + half), abs=1e-3)
+    assert near['p_holm'] == near['p'] and sure['p_holm'] == pytest.approx(2 * sure['p'])
+    assert sure['finding'] == near['finding'] == 'better'
+    shown = (TABLES / 'spec.md').read_text()
+    assert '| sure - dense | 3 of 3 ' in ' '.join(shown.split()).replace(' | ', ' | ')
+    assert 'for all 2 contrasts' in shown and '(4 degrees of freedom)' in shown
 
 
-def test_a_figure_that_cannot_be_drawn_any_more_is_removed(fill, says) -> None:
-    """It would show rows that the new table leaves out."""
-    path = fill({'dense': [10.0, 20.0], 'better': [12.0, 21.0]})
+def test_what_is_found_is_one_of_four_words(fill, says) -> None:
+    rows = {'a': [10.0, 20.0, 30.0], 'b': [10.1, 20.0, 29.9], 'c': [7.0, 17.1, 26.9]}
+    named = "contrasts = ['a - b', 'c - a', 'd - a']\nmargin = 0.5"
+    path = fill({**rows, 'd': [10.3, 20.9, 30.6], 'e': [10.0, 20.4, 29.7]}, named)
     says('table', path)
-    assert {'spec-differences.png', 'spec-differences.pdf', 'spec-curves.png'} <= files().keys()
-    for row in Path('docs/results/rows/spec').glob('better-*'):
+    words = {name: line['finding'] for name, line in contrasts().items()}
+    assert words == {'a - b': 'equal within 0.5', 'c - a': 'worse', 'd - a': 'better'}
+    Path(path).write_text(Path(path).read_text().replace('margin = 0.5', 'margin = 0.01'))
+    says('table', path)
+    assert contrasts()['a - b']['finding'] == 'open'
+
+
+def test_a_contrast_that_is_not_finished_has_no_p_and_makes_no_other_smaller(fill, says) -> None:
+    named = "contrasts = ['near - dense', 'early - dense']\nmargin = 5.0"
+    path = fill({**SURE, 'early': [11.0, 21.0001]}, named)
+    says('table', path)
+    near, early = contrasts().values()
+    assert early['p'] is None and early['p_holm'] is None and early['finding'] == 'open'
+    assert early['pairs'] == 2 and near['p_holm'] == pytest.approx(2 * near['p'])
+
+
+def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill, says) -> None:
+    path = fill(SURE, "contrasts = ['near - dense']")
+    says('table', path)
+    alone = contrasts()['near - dense']
+    other, budget = Path('docs/results/rows/other'), Path('docs/results/rows/longer')
+    for folder in (other, budget):
+        folder.mkdir()
+        for row in ROWS.iterdir():
+            content = json.loads(row.read_text())
+            content['test']['mIoU'] += content['seed'] * (content['row'] == 'sure')
+            if folder is budget:
+                content['budget'] = 'another'
+            (folder / row.name).write_text(json.dumps(content))
+    says('table', path)
+    assert contrasts()['near - dense']['pooled_noise'] > 2 * alone['pooled_noise']
+    assert '(8 degrees of freedom)' in (TABLES / 'spec.md').read_text()
+    for row in other.iterdir():
         row.write_text('damaged')
     says('table', path)
-    assert not any('differences' in name for name in files()) and 'spec-curves.png' in files()
+    assert contrasts()['near - dense'] == alone
 
 
-# two seeds; the first row is the reference
-SCREENED = {
-    'dense': [10.0, 20.0],
-    'far': [90.0, 99.0],
-    'agrees': [10.3, 20.3],
-    'near': [12.0, 20.0],
-    'twin': [10.0, 20.0],
-}
-
-
-def test_two_seeds_are_tested_with_the_noise_of_all_rows(fill, says) -> None:
-    """Each row alone would be hidden by its own two seeds, or agree by chance."""
-    path = fill(SCREENED)
-    says('table', path)
-    far, agrees, near, twin = [*rows_of_table().values()][1:]
-    assert far['p_holm'] < 0.05 < near['p_holm'] < agrees['p_holm']
-    assert twin['p'] is None and twin['low'] == twin['high'] == 0
-    assert {row['freedom'] for row in (far, agrees, near)} == {3}  # of four that differ
-    assert len({row['noise'] for row in (far, agrees, near)}) == 1
-    assert 'with the noise of all finished rows together' in (TABLES / 'spec.md').read_text()
-    # with a third seed to come there is no p, and later each has its own noise
-    with Path(path).open('a') as file:
-        file.write('\nseeds = [1, 2, 3]')
-    says('table', path)
-    assert all(row['p_holm'] is None for row in rows_of_table().values())
-    assert 'those of the paired t-test' in (TABLES / 'spec.md').read_text()
-
-
-def test_a_control_is_there_for_rows_that_begin_as_it_does(spec) -> None:
-    spec()
-    Path('first.py').write_text(Path('spec.py').read_text())
-    comparison = read_comparison(
-        spec(
-            "start = 'first.py dense iter_2.pth'\nall_methods = True\nall_started = True\n"
-            "rows = dict(smoe_frozen='smoe_frozen', frozen='smoe_frozen', codes='vqmoe_official',"
-            "by_chance='vqmoe model.moe.form=continuous model.moe.train_router=False "
-            "model.moe.balance_weight=0')\n"
-            "controls = ['smoe_frozen', 'position_started']",
-        )
-    )
-    learned = {row for row in (*NAMED, *FEATURE_ROWS) if 'dense' not in row} - {'position'}
-    # codes are learned beside a frozen router
-    assert set(challengers(comparison, 'smoe_frozen')) == learned | {'codes'}
-    started = {f'{row}_started' for row in learned}
-    assert set(challengers(comparison, 'position_started')) == started
+def test_a_forest_has_a_line_per_comparison_and_one_for_all(fill, says) -> None:
+    first = fill(SURE, "contrasts = ['near - dense', 'sure - near']")
+    Path('first.py').write_text(Path(first).read_text().replace(", 'sure - near'", ''))
+    ROWS.rename(ROWS.with_name('first'))
+    for folder in Path('work_dirs/comparisons').iterdir():
+        folder.rename('gone')
+    fill({'dense': [10.0, 20.0, 30.0], 'sure': [9.0, 19.5, 29.0], 'near': [12.0, 21.0, 32.0]})
+    Path('spec.py').write_text(Path('spec.py').read_text() + "contrasts = ['near - dense']\n")
+    said = says('forest', 'first.py', 'spec.py', '--out', 'drawn/forest.png')
+    lines = [[c.strip() for c in x.split('|')[1:4]] for x in said.splitlines() if 'near' in x]
+    assert [line[1] for line in lines] == ['first', 'spec', 'together']
+    assert float(lines[0][2]) < float(lines[2][2]) < float(lines[1][2])
+    assert Path('drawn/forest.png').is_file()

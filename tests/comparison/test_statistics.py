@@ -8,11 +8,13 @@ import pytest
 from vqmoe_vision.comparison.statistics import (
     detectable,
     differences,
+    equivalence,
     holm,
     mean_and_deviation,
-    noise_of_all,
     over_images,
     paired_difference,
+    pooled_noise,
+    together,
     with_noise,
 )
 
@@ -80,7 +82,7 @@ SCREENED = {'b': {1: 12.0, 2: 20.0}, 'a': {2: 23.0, 1: 11.0}, 'ref': {1: 10.0, 2
 
 
 def test_noise_of_all_rows_by_hand() -> None:
-    noise, freedom = noise_of_all(SCREENED, [1, 2])
+    noise, freedom = pooled_noise([SCREENED])
     # the means of seeds are 11 and 21: less them rows are 1 -1, 0 2, -1 -1; less their own means,
     # 0 1 -1, they are 1 -1, -1 1, 0 0: squares are 4, over (3 - 1)(2 - 1) they are 2, and a
     # difference of two rows has twice that variance
@@ -95,19 +97,44 @@ def test_noise_of_all_rows_by_hand() -> None:
 
 
 def test_rows_that_lack_a_seed_or_repeat_another_tell_no_noise() -> None:
-    more = {'early': {1: 99.0}, 'twin of b': SCREENED['b'], 'other': {1: 0.0, 3: 7.0}}
-    assert noise_of_all({**SCREENED, **more}, [1, 2]) == noise_of_all(SCREENED, [1, 2])
-    for scores, seeds in ((more, [1, 2]), (SCREENED, [1]), ({}, [1, 2])):
-        noise, freedom = noise_of_all(scores, seeds)
+    more = {'early': {1: 99.0}, 'twin of b': SCREENED['b']}
+    assert pooled_noise([{**SCREENED, **more}]) == pooled_noise([SCREENED])
+    for scores in (more, {}):
+        noise, freedom = pooled_noise([scores])
         assert math.isnan(noise) and freedom == 0
 
 
 def test_noise_of_two_rows_is_that_of_their_difference() -> None:
     two = {row: SCREENED[row] for row in ('a', 'ref')}
     alone = differences(two, 'ref')['a']
-    found = with_noise(alone, *noise_of_all(two, [1, 2]))
+    found = with_noise(alone, *pooled_noise([two]))
     for name in ('low', 'high', 'p', 'noise', 'freedom'):
         assert getattr(found, name) == pytest.approx(getattr(alone, name))
+
+
+def test_noise_of_comparisons_is_weighted_by_their_degrees_of_freedom() -> None:
+    two = {row: SCREENED[row] for row in ('a', 'ref')}
+    # squares 4 of two degrees of freedom, as above; rows that differ by 1 and 3 leave 1 of one
+    assert pooled_noise([SCREENED, two]) == (pytest.approx(math.sqrt(2 * (4 + 1) / 3)), 3)
+
+
+def test_two_one_sided_tests_by_hand() -> None:
+    # mean 2, deviation 1, three seeds: t = (5 - 2) sqrt(3) and (5 + 2) sqrt(3) with two degrees of
+    # freedom; the larger p is that of the first, 1/2 - t / (2 sqrt(2 + t^2))
+    found = paired_difference({1: 1.0, 2: 2.0, 3: 3.0}, dict.fromkeys((1, 2, 3), 0.0))
+    assert equivalence(found, 5.0) == pytest.approx(0.5 - math.sqrt(27) / (2 * math.sqrt(29)))
+    assert equivalence(found, 1.0) > 0.5
+    assert math.isnan(equivalence(paired_difference({1: 1.0}, {1: 0.0}), 5.0))
+
+
+def test_a_mean_over_comparisons_by_hand() -> None:
+    # alike: the mean of equal variances, no variance between
+    assert together([1.0, 1.0], [0.5, 0.5]) == pytest.approx((1, 1 - 0.98, 1 + 0.98), abs=1e-3)
+    # Q = 2 of one degree of freedom, so that the variance between is (2 - 1) / (4 - 2) = 0.5
+    mean, low, high = together([0.0, 2.0], [1.0, 1.0])
+    between = (2 - 1) / (2 - 2 / 2)
+    half = 1.95996 * math.sqrt((1 + between) / 2)
+    assert (mean, low, high) == pytest.approx((1, 1 - half, 1 + half), abs=1e-4)
 
 
 def test_differences_that_agree_by_chance_have_the_noise_of_others() -> None:
@@ -125,7 +152,7 @@ def test_differences_that_agree_by_chance_have_the_noise_of_others() -> None:
 
 def test_rows_that_all_agree_have_no_noise() -> None:
     scores = {'a': {1: 0.3, 2: 0.7}, 'b': {1: 0.1, 2: 0.5}}  # 0.2 but for rounding
-    assert noise_of_all(scores, [1, 2]) == (0, 1)
+    assert pooled_noise([scores]) == (0, 1)
     found = differences(scores, 'b')['a']
     assert with_noise(found, 0.0, 1) is found and found.low == found.high
 

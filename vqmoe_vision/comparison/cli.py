@@ -22,14 +22,16 @@ from vqmoe_vision.provenance import commit, processor
 
 from . import control
 from .check import repeat
+from .figures import plot_forest
+from .frame import contrasts, forest, tidy
 from .measured import measure_routing, measure_shifts
-from .noise import PAIRS, noise_of
 from .queue import Queue, tasks_of
 from .report import draw_figures, write_images, write_tables
 from .runs import WORK_DIR, Run
 from .store import save
 from .work import Work
 
+FOREST = Path('work_dirs/comparisons/forest.png')
 FIGURE = Path('work_dirs/control/control.png')
 
 
@@ -41,7 +43,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
         one = actions.add_parser(action, help=text, description=text)
         one.set_defaults(function=function)
         one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
-        if action in ('table', 'noise'):  # p is corrected for all rows, whatever is looked at
+        if action == 'table':  # p is corrected for all rows, whatever is looked at
             one.set_defaults(rows=None, seeds=None)
         else:
             one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
@@ -59,6 +61,13 @@ def compare(argv: Sequence[str] | None = None) -> None:
             )
         if action == 'check':
             one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
+    text = 'draw contrasts of several comparisons, and what they say together'
+    one = actions.add_parser('forest', help=text, description=text)
+    one.set_defaults(function=_forest, rows=None, seeds=None, work_dir=WORK_DIR)
+    one.add_argument('specs', nargs='+', metavar='SPEC', help='files in configs/comparisons')
+    one.add_argument('--results', type=Path, default=Path('docs/results'), help='for rows')
+    one.add_argument('--out', type=Path, default=FOREST, metavar='FILE.png', help='figure')
+    one.add_argument('--debug', action='store_true', help='show the full trace of an error')
     text = 'see which router finds which structure, in tokens with a known answer'
     one = actions.add_parser('control', help=text, description=text)
     one.set_defaults(function=_control)
@@ -155,6 +164,24 @@ def _table(args: argparse.Namespace) -> None:
     print(*written, sep='\n')
 
 
+def _forest(args: argparse.Namespace) -> None:
+    found, margins = {}, set()
+    for spec in args.specs:
+        work = Work(argparse.Namespace(**{**vars(args), 'spec': spec}))
+        results = work.read()
+        values = tidy(work.comparison, results)
+        found[work.comparison.name] = contrasts(work.comparison, results, values)
+        margins.add(work.comparison.margin)
+    frame = forest(found)
+    if frame.empty:
+        raise ValueError(f'contrasts: the rows of none are finished in {", ".join(found)}')
+    print(frame.to_markdown(index=False, floatfmt='+.2f'))
+    make_folder(args.out.parent)
+    margin = margins.pop() if len(margins) == 1 else None
+    plot_forest(frame, margin).savefig(args.out, dpi=110)
+    print(args.out)
+
+
 def _shifts(args: argparse.Namespace) -> None:
     work = Work(args)
     if not work.comparison.shifts:
@@ -208,19 +235,6 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _noise(args: argparse.Namespace) -> None:
-    work = Work(args)
-    comparison = work.comparison
-    frame, budget = noise_of(comparison, work.read())
-    known = frame.astype(object).where(frame.notna(), None)
-    print(known.to_markdown(floatfmt=('', '.0f', '.2f', '.0f', '.2f', '.2f'), missingval='-'))
-    print(
-        f'\n{PAIRS} paired seeds detect a difference of {budget:.2f} in {comparison.metric} '
-        'with 80 % power at the 5 % level, if the noise is that of all rows together. '
-        f'Differences are to {comparison.reference}.'
-    )
-
-
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
@@ -252,5 +266,4 @@ _ACTIONS = {
     'shifts': (_shifts, 'test finished runs under the shifts that the comparison names'),
     'routing': (_routing, 'measure what the routing of finished runs is like'),
     'check': (_check, 'repeat the first losses of runs that have results'),
-    'noise': (_noise, 'say which differences the seeds of this budget allow to be seen'),
 }

@@ -1,4 +1,4 @@
-"""Figures of a comparison: differences with their intervals, and learning curves."""
+"""Figures of comparisons: differences with their intervals, learning curves, and a forest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from .spec import STARTED, Comparison
 from .statistics import Difference, mean_and_deviation
 from .store import Usable
 
+TOGETHER = 'together'  # in place of a comparison's name
 Curve = list[list[float]]  # abscissa and value
 # Lines of a row, and of the same one from a checkpoint: of ten colours, of ten more, and so on.
 _STYLES = (
@@ -135,3 +137,35 @@ def _draw(axes: Axes, row: str, style: dict[str, Any] | None, curves: Iterable[C
     axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
     band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
     axes.fill_between(steps, mean - deviation, mean + deviation, **band)
+
+
+def plot_forest(frame: pd.DataFrame, margin: float | None) -> Figure:
+    """Draws contrasts of comparisons, a panel each, with what they say together as a diamond.
+
+    Args:
+        frame: A line each of contrast, comparison or `TOGETHER`, difference, low and high.
+        margin: Drawn as a band.
+    """
+    panels = dict(tuple(frame.groupby('contrast', sort=False)))
+    names = [name for name in dict.fromkeys(frame['comparison']) if name != TOGETHER]
+    size = 1.5 + 4 * len(panels), 1.6 + 0.35 * len(names)
+    figure = Figure(figsize=size, layout='constrained')
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (contrast, lines) in zip(grid, panels.items(), strict=True):
+        axes.axvline(0, color='black', linewidth=0.8)
+        if margin is not None:
+            axes.axvspan(-margin, margin, color='0.9', zorder=0)
+        for _, line in lines.iterrows():
+            place = [*names, TOGETHER].index(line['comparison'])
+            low, middle, high = line['low'], line['difference'], line['high']
+            if place < len(names):
+                ends = [[middle - low], [high - middle]]
+                axes.errorbar(middle, place, xerr=ends, fmt='o', color='C0', capsize=3)
+            else:
+                axes.fill(
+                    [low, middle, high, middle], [place, place - 0.25, place, place + 0.25], 'k'
+                )
+        axes.set(title=contrast, xlabel='difference (95 % interval)')
+    grid[0].set(yticks=range(len(names) + 1), yticklabels=[*names, TOGETHER])
+    grid[0].set_ylim(len(names) + 0.5, -0.5)
+    return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,19 @@ import pandas as pd
 
 from vqmoe_vision.moe.config import check
 
+from .figures import TOGETHER
 from .measured import routing_numbers, shift_scores
-from .spec import Comparison
+from .spec import Comparison, pair_of
 from .statistics import (
-    FEW_SEEDS,
+    LEVEL,
     Difference,
     Scores,
     differences,
+    equivalence,
     holm,
-    noise_of_all,
     over_images,
+    paired_difference,
+    together,
     with_noise,
 )
 from .store import Results
@@ -79,12 +82,64 @@ def compared(
 ) -> dict[str, Difference]:
     """The difference of each row to the reference."""
     scores = scores_of(values, split, name or comparison.metric)
-    found = differences(scores, comparison.reference)
-    if len(comparison.seeds) > FEW_SEEDS:
-        return found
-    # a row's own seeds say next to nothing of its noise
-    noise = noise_of_all(scores, comparison.seeds)
-    return {row: with_noise(each, *noise) for row, each in found.items()}
+    return differences(scores, comparison.reference)
+
+
+def contrasts(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:
+    """What a comparison asks first: its contrasts, by the noise of its budget."""
+    scores = scores_of(values, TEST, comparison.metric)
+    lines = {}
+    for contrast in comparison.contrasts:
+        row, other = (scores.get(name, {}) for name in pair_of(contrast))
+        own = paired_difference(row, other)
+        known = with_noise(own, *results.noise)
+        finished = own.pairs == len(comparison.seeds)  # less is a look ahead
+        equal = math.nan if comparison.margin is None else equivalence(known, comparison.margin)
+        lines[contrast] = {
+            **_fields(own, 'pairs', 'mean', 'low', 'high'),
+            **_fields(known, 'low', 'high', 'p', 'noise', prefix='pooled_'),
+            'p': known.p if finished else math.nan,
+            'p_equal': equal if finished else math.nan,
+        }
+    frame = pd.DataFrame.from_dict(lines, orient='index')
+    if lines:
+        frame['p_holm'] = pd.Series(holm(frame['p'].to_dict(), len(lines)), dtype=float)
+        frame['finding'] = [_word(line, comparison.margin) for _, line in frame.iterrows()]
+    return frame
+
+
+def forest(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Contrasts of comparisons by name, and what each says over all of them: a line each."""
+    lines = []
+    for contrast in dict.fromkeys(name for frame in found.values() for name in frame.index):
+        of = {
+            name: frame.loc[contrast]
+            for name, frame in found.items()
+            if contrast in frame.index and frame.loc[contrast, 'pooled_noise'] > 0
+        }
+        if len(of) < min(len(found), 2):  # the table of that comparison says as much
+            continue
+        for name, line in of.items():
+            ends = line['pooled_low'], line['pooled_high']
+            lines.append((contrast, name, line['difference'], *ends))
+        if len(of) > 1:
+            variances = [line['pooled_noise'] ** 2 / line['pairs'] for line in of.values()]
+            means = [line['difference'] for line in of.values()]
+            lines.append((contrast, TOGETHER, *together(means, variances)))
+    return pd.DataFrame(lines, columns=['contrast', 'comparison', 'difference', 'low', 'high'])
+
+
+def _fields(found: Difference | None, *names: str, prefix: str = '') -> dict[str, float]:
+    return {
+        f'{prefix}{"difference" if name == "mean" else name}': getattr(found, name, math.nan)
+        for name in names
+    }
+
+
+def _word(contrast: pd.Series, margin: float | None) -> str:
+    if contrast['p_holm'] < LEVEL:
+        return 'better' if contrast['difference'] > 0 else 'worse'
+    return f'equal within {margin:g}' if contrast['p_equal'] < LEVEL else 'open'
 
 
 def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> pd.DataFrame:
@@ -98,15 +153,15 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
     frame['score'] = [pd.Series(scores[row]).mean() for row in scores]
     frame['std'] = [pd.Series(scores[row]).std() for row in scores]
     found, held_out = compared(comparison, values), compared(comparison, values, HELD_OUT)
-    for name in ('pairs', 'mean', 'low', 'high', 'p', 'std', 'noise', 'freedom'):
-        column = {'mean': 'difference', 'std': 'difference_std'}.get(name, name)
-        frame[column] = [getattr(found.get(row), name, math.nan) for row in scores]
-    # an early p may be small by chance, and then the finished rows would get smaller factors
-    p = {r: d.p if d.pairs == len(comparison.seeds) else math.nan for r, d in found.items()}
-    frame['p_holm'] = pd.Series(holm(p, len(comparison.rows) - 1), dtype=float)
-    for name in ('mean', 'low', 'high') if held_out else ():
-        column = f'held_out_{"difference" if name == "mean" else name}'
-        frame[column] = [getattr(held_out.get(row), name, math.nan) for row in scores]
+    of_held_out = ('mean', 'low', 'high') if held_out else ()
+    columns = [
+        _fields(found.get(row), 'pairs', 'mean', 'low', 'high', 'p', 'std', 'freedom')
+        | _fields(_known(found.get(row), results), 'low', 'high', 'p', prefix='pooled_')
+        | _fields(held_out.get(row), *of_held_out, prefix='held_out_')
+        for row in scores
+    ]
+    more = pd.DataFrame(columns, index=frame.index).rename(columns={'std': 'difference_std'})
+    frame = frame.join(more)
     images = _over_images(comparison, results)
     for place, column in enumerate(('images_low', 'images_high')):
         frame[column] = [images.get(row, (math.nan, math.nan))[place] for row in scores]
@@ -130,6 +185,10 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
         compute /= compute[comparison.reference]
         frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
     return frame
+
+
+def _known(found: Difference | None, results: Results) -> Difference | None:
+    return None if found is None else with_noise(found, *results.noise)
 
 
 def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[float, float]]:

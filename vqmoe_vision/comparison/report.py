@@ -26,6 +26,7 @@ from .frame import (
     ROUTING,
     UNEQUAL,
     compared,
+    contrasts,
     of_layers,
     scores_of,
     summary,
@@ -35,11 +36,12 @@ from .inputs import SPLITS, data_of
 from .measured import SEVERITY, SHIFTED_IMAGES
 from .runs import WORK_DIR, Run
 from .spec import Comparison, starts
-from .statistics import FEW_SEEDS, Difference
+from .statistics import Difference, detectable
 from .store import Results
 
 _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
+_BY_NOISE = 'by the noise of the budget'
 _LATEX = str.maketrans({sign: f'\\{sign}' for sign in '%_&#$'})  # pandas leaves a caption as it is
 _DPI = 110
 _ERROR = 'quantization error'
@@ -71,7 +73,8 @@ def shown(
         'std': frame['std'].map(_number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in seeds],
         _difference_to(comparison): _intervals(compared(comparison, values), seeds),
-        'p (Holm)': frame['p_holm'].map(_p_value),
+        _BY_NOISE: map(_ends, frame['pooled_low'], frame['pooled_high']),
+        'p, one of many': [f'({_p_value(p)})' for p in frame['pooled_p']],
         _HELD_OUT: _intervals(compared(comparison, values, HELD_OUT), seeds),
         _IMAGES: map(_ends, frame['images_low'], frame['images_high']),
         'parameters, M: all / active': [f'{all_:.2f} / {active:.2f}' for all_, active in sizes],
@@ -89,6 +92,25 @@ def shown(
     if frame['images_low'].isna().all():
         del columns[_IMAGES]
     return pd.DataFrame({name: list(column) for name, column in columns.items()})
+
+
+def contrast_table(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """The contrasts as a reader sees them."""
+    lines = [
+        {
+            'contrast': name,
+            'seeds': f'{line["pairs"]} of {len(comparison.seeds)}',
+            'difference (95 % interval)': (
+                f'{line["difference"]:+.2f} ({_ends(line["low"], line["high"])})'
+            ),
+            _BY_NOISE: _ends(line['pooled_low'], line['pooled_high']),
+            'p (Holm)': _p_value(line['p_holm']),
+            'p of equality': _p_value(line['p_equal']),
+            'finding': line['finding'],
+        }
+        for name, line in frame.iterrows()
+    ]
+    return pd.DataFrame(lines)
 
 
 def _difference_to(comparison: Comparison) -> str:
@@ -190,16 +212,25 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
     where = 'of the last checkpoint on the test data'
     if not comparison.tested:
         where = 'at the end of training on held-out data; no test data was seen'
-    test = 'the paired t-test'
-    if len(comparison.seeds) <= FEW_SEEDS:
-        test = 'a t-test with the noise of all finished rows together'
+    (noise, freedom), seeds = results.noise, len(comparison.seeds)
     said.append(
-        f'{metric} {where}. Differences are paired by seed; intervals are those of {test} for one '
-        f'comparison, without correction; p is corrected for all {len(comparison.rows) - 1} rows '
-        'that are planned beside the reference, by the method of Holm, and is given once a row has '
-        f'all {len(comparison.seeds)} seeds. Held-out images are those that training validates '
-        'on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
+        f'{metric} {where}. Differences are paired by seed; intervals and p are those of single '
+        'comparisons by t-tests. p of a contrast is corrected by the method of Holm for all '
+        f'{len(comparison.contrasts)} contrasts, and given once they have all {seeds} seeds; other '
+        'rows have theirs in brackets, uncorrected. Held-out images are those that training '
+        'validates on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
     )
+    if freedom:
+        said.append(
+            f'The noise of a difference at one seed is {noise:.2f} by all comparisons of this '
+            f'budget ({freedom} degrees of freedom): {seeds} seeds find a true difference of '
+            f'{detectable(noise, seeds, freedom=freedom):.2f} with 80 % power at the 5 % level.'
+        )
+    if comparison.margin is not None:
+        said.append(
+            f'Equal are rows whose difference lies within {comparison.margin:g} to both sides, by '
+            'two one-sided tests at the 5 % level.'
+        )
     said += _said_of_compute(comparison.reference, frame)
     if beside := [row for row in frame.index if _needs_features(comparison, row)]:
         said.append(
@@ -288,8 +319,11 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     values = tidy(comparison, results)
     frame = summary(comparison, results, values)
     table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
+    asked = contrasts(comparison, results, values)
+    first = contrast_table(comparison, asked)
     left_out, missing = results.left_out, [run.name for run in results.missing]
     content = {
+        'contrasts': _finite(asked.reset_index(names='contrast').to_dict(orient='records')),
         'rows': _finite(frame.reset_index(names='row').to_dict(orient='records')),
         'values': _finite(values.to_dict(orient='records')),
         'notes': said,
@@ -297,7 +331,7 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
         'missing': missing,
     }
     texts = {
-        'md': _markdown(comparison, results, values, table, said),
+        'md': _markdown(comparison, results, values, [first, table], said),
         'tex': _latex(table, ' '.join(said)),
         'csv': frame.to_csv(index_label='row'),
         'json': json.dumps(content, indent=1, allow_nan=False),
@@ -314,7 +348,7 @@ def _markdown(
     comparison: Comparison,
     results: Results,
     values: pd.DataFrame,
-    table: pd.DataFrame,
+    tables: Sequence[pd.DataFrame],
     said: Sequence[str],
 ) -> str:
     commits = sorted({content['commit'] for content in results.usable.values()})
@@ -324,7 +358,7 @@ def _markdown(
     parts = [
         f'# {comparison.name}',
         f'Made from the rows by `python tools/compare.py table`; commits {", ".join(commits)}.',
-        _table(table),
+        *(_table(table) for table in tables if not table.empty),
         _list(said),
     ]
     for text, more in ((_SHIFTED, shift_table(comparison, values)), (told, routing_table(values))):

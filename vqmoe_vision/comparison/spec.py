@@ -43,10 +43,12 @@ _ROWS = {
 
 # What the fields of a file are: texts, lists of texts, and texts by name.
 _TEXTS = {'config', 'metric', 'reference', 'stage', 'start'}
-_LISTS = {'also', 'controls', 'highlighted', 'options', 'seeds'}
+_LISTS = {'also', 'contrasts', 'highlighted', 'options', 'seeds'}
 _BY_NAME = {'images', 'rows', 'shifts'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
+# What such a comparison asks first.
+_CONTRASTS = ('smoe - smoe_frozen', 'vqmoe - smoe', 'vqmoe - dense_2x')
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Comparison:
     metric: str
     also: tuple[str, ...] = ()  # further numbers: names, or what stands after a layer's name
     options: tuple[str, ...] = ()  # of all rows
-    controls: tuple[str, ...] = ()  # rows that a learned router has to beat
+    contrasts: tuple[str, ...] = ()  # 'ROW - OTHER', which p is corrected for
+    margin: float | None = None  # within which two rows are called equal
     start: Start | None = None  # what rows start from that say `{start}`
     shifts: dict[str, str] = field(default_factory=dict)  # options of further tests
     images: dict[str, str] = field(default_factory=dict)  # names in documents, by figure
@@ -94,8 +97,11 @@ class Comparison:
         check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
-        for row in (self.reference, *self.controls, *self.highlighted):
+        named = [row for contrast in self.contrasts for row in pair_of(contrast)]
+        for row in (self.reference, *self.highlighted, *named):
             choose(f'comparison {self.name}: row', [row], self.rows)
+        if self.margin is not None:
+            check(self.margin > 0, f'{where}margin', self.margin, 'above 0')
         for option in self.options:
             check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
             _check_no_seed(f'{where}options', option)
@@ -174,7 +180,8 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
         metric=given['metric'],
         also=tuple(given.get('also', ())),
         options=tuple(given.get('options', ())),
-        controls=tuple(given.get('controls', ())),
+        contrasts=tuple(given.get('contrasts', ())),
+        margin=given.get('margin'),
         start=_start(path, given['start'], within) if 'start' in given else None,
         shifts=given.get('shifts', {}),
         images=given.get('images', {}),
@@ -184,13 +191,15 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
 
 
 def _check_fields(path: str, given: dict[str, Any]) -> None:
-    known = _TEXTS | _LISTS | _BY_NAME | _ROWS.keys()
+    known = _TEXTS | _LISTS | _BY_NAME | _ROWS.keys() | {'margin'}
     if wrong := sorted((given.keys() - known) | ({'config', 'seeds', 'metric'} - given.keys())):
         raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
     for name, value in given.items():
         where = f'{path}: {name}'
         if name in _TEXTS:
             check(isinstance(value, str), where, value, 'a text')
+        elif name == 'margin':
+            check(isinstance(value, int | float), where, value, 'a number')
         elif name in _ROWS:
             check(isinstance(value, bool), where, value, 'True or False')
         elif name in _BY_NAME:
@@ -204,6 +213,13 @@ def _check_fields(path: str, given: dict[str, Any]) -> None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def pair_of(contrast: str) -> tuple[str, str]:
+    """The rows of 'ROW - OTHER'."""
+    words = contrast.split(' - ')
+    check(len(words) == 2, 'contrasts', contrast, "'ROW - OTHER'")
+    return words[0], words[1]
 
 
 def starts(options: Sequence[str]) -> bool:
@@ -241,7 +257,8 @@ def _of_config(path: str) -> Comparison:
         del rows['dense_2x']
     also = _ALSO.get(metric, ())
     seeds = 1, 2, 3, 4, 5
-    return Comparison(name, path, rows, seeds, 'dense_1x', metric, also, controls=CONTROLS)
+    contrasts = tuple(c for c in _CONTRASTS if rows.keys() >= {*pair_of(c)})
+    return Comparison(name, path, rows, seeds, 'dense_1x', metric, also, contrasts=contrasts)
 
 
 def _options(row: str, line: str, backbone: Backbone) -> list[str]:

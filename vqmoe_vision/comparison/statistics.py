@@ -1,13 +1,14 @@
-"""Tests, intervals and power for differences that are paired by seed.
+"""Tests, intervals and power for differences that are paired by seed, and what they say together.
 
-Power is scipy's noncentral t distribution and a search in it, which statsmodels has too; ten lines
-are less than another library. Tests hold both to tables and to answers by hand.
+Power is scipy's noncentral t distribution and a search in it, and the mean over comparisons is
+DerSimonian and Laird's, both of which statsmodels has too; twenty lines are less than another
+library. Tests hold them to tables and to answers by hand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,6 @@ from scipy import optimize, stats
 
 LEVEL = 0.05
 POWER = 0.8
-FEW_SEEDS = 2  # of which a row alone says next to nothing of its noise
 _ROUNDING = 1e-12  # of scores: what is left of differences that are equal
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 Bits = Mapping[int, np.ndarray]  # by seed
@@ -70,31 +70,39 @@ def differences(scores: Scores, reference: str) -> dict[str, Difference]:
     return {row: paired_difference(own, base) for row, own in scores.items() if row != reference}
 
 
-def once_each(scores: Scores) -> dict[str, Mapping[int, float]]:
-    """Rows without those that have all scores of an earlier one: one run under several names."""
-    first: dict[tuple, str] = {}
-    for row, values in scores.items():
-        first.setdefault(tuple(sorted(values.items())), row)
-    return {row: scores[row] for row in first.values()}
+def residual_noise(scores: Scores) -> tuple[float, int]:
+    """Squares of what is left of scores by row and seed, and their degrees of freedom.
 
-
-def noise_of_all(scores: Scores, seeds: Sequence[int]) -> tuple[float, int]:
-    """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0."""
-    distinct = once_each(scores).values()
-    whole = [[row[seed] for seed in seeds] for row in distinct if row.keys() >= set(seeds)]
-    left = np.array(whole)
+    It is what is left when each row and each seed has a mean of its own, as in analysis of
+    variance. Rows that lack a seed do not count, nor does one run under a second name.
+    """
+    seeds = sorted({seed for row in scores.values() for seed in row})
+    whole = {
+        tuple(row[seed] for seed in seeds) for row in scores.values() if len(row) == len(seeds)
+    }
+    if len(whole) < 2 or len(seeds) < 2:
+        return 0.0, 0
+    left = np.array(sorted(whole))
     freedom = (len(left) - 1) * (len(seeds) - 1)
-    if freedom < 1:
-        return math.nan, 0
-    # what is left when each row and each seed has a mean of its own, as in analysis of variance
     left -= left.mean(0)
     left -= left.mean(1, keepdims=True)
-    noise = math.sqrt(2 * (left**2).sum() / freedom)
-    return (0.0 if noise <= _ROUNDING * np.abs(whole).max() else noise), freedom
+    squares = float((left**2).sum())
+    # rounding leaves a little of what is equal
+    return (0.0 if squares <= (_ROUNDING * np.abs([*whole]).max()) ** 2 else squares), freedom
+
+
+def pooled_noise(comparisons: Iterable[Scores]) -> tuple[float, int]:
+    """Deviation of a difference of two rows by chance, and its degrees of freedom; nan and 0."""
+    found = [residual_noise(scores) for scores in comparisons]
+    freedom = sum(each for _, each in found)
+    if not freedom:
+        return math.nan, 0
+    # a difference of two rows has twice the variance
+    return math.sqrt(2 * sum(squares for squares, _ in found) / freedom), freedom
 
 
 def with_noise(found: Difference, noise: float, freedom: int) -> Difference:
-    """The same difference with another interval and p: for planned comparisons of two rows."""
+    """The same difference with the interval and p of a noise that is known better."""
     if not freedom or not noise or found.pairs < 2 or not any(found.each.values()):
         return found
     spread = stats.t(freedom, found.mean, noise / math.sqrt(found.pairs))
@@ -126,6 +134,27 @@ def holm(p_values: Mapping[str, float], planned: int) -> dict[str, float]:
     factors = planned - np.arange(len(order))
     corrected[order] = np.minimum(np.maximum.accumulate(corrected[order] * factors), 1)
     return dict(zip(names, corrected.tolist(), strict=True))
+
+
+def equivalence(found: Difference, margin: float) -> float:
+    """The p of two one-sided tests: that the difference lies outside of a margin to both sides."""
+    if found.pairs < 2 or not found.noise:
+        return math.nan
+    spread = stats.t(found.freedom, found.mean, found.noise / math.sqrt(found.pairs))
+    return float(max(spread.cdf(-margin), spread.sf(margin)))
+
+
+def together(means: Sequence[float], variances: Sequence[float]) -> tuple[float, float, float]:
+    """The mean over comparisons whose true differences vary, and its 95 % interval."""
+    y, v = np.array(means), np.array(variances)
+    weights = 1 / v
+    fixed = (weights * y).sum() / weights.sum()
+    excess = (weights * (y - fixed) ** 2).sum() - (len(y) - 1)
+    between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
+    weights = 1 / (v + between)
+    mean = float((weights * y).sum() / weights.sum())
+    half = float(stats.norm.isf(LEVEL / 2) / math.sqrt(weights.sum()))
+    return mean, mean - half, mean + half
 
 
 def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None = None) -> float:

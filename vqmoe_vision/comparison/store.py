@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
 
 from .runs import Run, budget_of
+from .statistics import pooled_noise
 
 VERSION = 2
 # What a run leaves and a row keeps, as it is.
@@ -41,6 +42,7 @@ class Results:
     usable: Usable  # rows that count
     left_out: dict[str, str]  # reasons by file
     missing: list[Run]
+    noise: tuple[float, int] = (math.nan, 0)  # of a difference in all comparisons of the budget
 
     @property
     def why_none(self) -> str:
@@ -169,6 +171,27 @@ class Store:
         write_atomically(there / 'row.json', self.path(run).read_bytes())
         self.path(run).unlink()
         return f'{reason}; what it left is in {there}'
+
+
+def noise_of(rows: Path, usable: Usable) -> tuple[float, int]:
+    """The noise of all comparisons with the budget and the training data of some rows."""
+    found: dict[Path, dict[str, dict[int, float]]] = {}
+    budgets = {(content['budget'], content['metric']) for content in usable.values()}
+    data = set(map(_trained_on, usable.values())) | {None}  # which the first rows do not say
+    for path in rows.glob('*/*-seed*.json'):
+        with suppress(ValueError, KeyError):  # of a damaged one
+            content = load(path)
+            same = (content['budget'], content['metric']) in budgets
+            score = content['test'][content['metric']]
+            finite = isinstance(score, int | float) and math.isfinite(score)
+            if same and finite and _trained_on(content) in data and refutation(content) is None:
+                of_row = found.setdefault(path.parent, {}).setdefault(content['row'], {})
+                of_row[content['seed']] = score
+    return pooled_noise(found[folder] for folder in sorted(found))
+
+
+def _trained_on(content: Mapping[str, Any]) -> str | None:
+    return content.get('data', {}).get('train', {}).get('digest')
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

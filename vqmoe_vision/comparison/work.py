@@ -14,7 +14,7 @@ from .measured import check_shifts
 from .queue import Task, tasks_of
 from .runs import Run
 from .spec import read_comparison
-from .store import Results, Store, Usable
+from .store import Results, Store, Usable, noise_of
 
 
 class Work:
@@ -34,7 +34,7 @@ class Work:
         check_shifts(self._all[0])
         self.folder = args.work_dir / name
         rows = args.results / 'rows'
-        self.store = Store(rows / name)
+        self._rows, self.store = rows, Store(rows / name)
         start = self.comparison.start
         self._others = [] if start is None else [Store(rows / start.comparison.name)]
 
@@ -50,7 +50,7 @@ class Work:
         for name, reason in (results := without_other_inputs(results, self._all)).left_out.items():
             print(f'left out: {name}: {reason}', file=sys.stderr)
         missing = [run for run in results.missing if (run.row, run.seed) not in self._stored]
-        return replace(results, missing=missing)
+        return replace(results, missing=missing, noise=noise_of(self._rows, results.usable))
 
     def unfinished(self) -> list[Run]:
         """The chosen runs without results."""
