@@ -26,7 +26,8 @@ from . import probe
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parent / 'data'
-COMPARISONS = sorted((ROOT / 'configs/comparisons').glob('*.py'))
+ROWS = ROOT / 'docs/results/rows'
+COMPARISONS = [ROOT / f'configs/comparisons/{rows.name}.py' for rows in sorted(ROWS.iterdir())]
 
 # Of a line of `docs/results/tables/*.csv`, which `tools/compare.py table` writes.
 FIELDS = ('seeds', 'score', 'std', 'pairs', 'difference', 'low', 'high', 'p', 'p_holm')
@@ -75,7 +76,7 @@ def table(spec: Path) -> dict[str, dict[str, float]]:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         patched.chdir(ROOT)
         patched.setattr(Figure, '__init__', draw)
-        (Path(folder) / 'rows').symlink_to(ROOT / 'docs/results/rows')
+        (Path(folder) / 'rows').symlink_to(ROWS)
         spec = spec.relative_to(ROOT)
         probe.run('tools/compare.py', 'table', str(spec), '--results', folder)
         with (Path(folder) / f'tables/{spec.stem}.csv').open() as file:
