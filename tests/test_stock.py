@@ -193,3 +193,12 @@ def test_what_a_config_leaves_to_mmengine_is_ours_too(options: dict[str, Any]) -
     assert kept is None if options else kept.type == 'AtomicCheckpointHook'
     assert config.default_hooks.runtime_info.type == 'StepValuesHook'
     assert take_ours(config) == ''
+
+
+def test_stock_types_are_known_with_the_name_of_their_library_too() -> None:
+    hooks = {'checkpoint': dict(type='mmengine.CheckpointHook', interval=3)}
+    own = [dict(type='mmengine.CheckpointHook', interval=5)]
+    config = Config(dict(train_cfg=dict(max_iters=2), default_hooks=hooks, custom_hooks=own))
+    take_ours(config)
+    for hook, interval in ((config.default_hooks.checkpoint, 3), (config.custom_hooks[0], 5)):
+        assert hook.to_dict() == dict(type='AtomicCheckpointHook', interval=interval)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqmoe_vision.classification import datasets
 from vqmoe_vision.engine import cli
 
 from ..rows import printed_config
@@ -74,3 +75,16 @@ def test_bad_data_is_one_line(
     with pytest.raises(SystemExit, match=message) as caught:
         cli.train([config, *work, '--cfg-options', 'resume=False', *options])
     assert '\n' not in str(caught.value)
+
+
+def test_files_that_are_left_out_for_their_ending_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ('cat/a.png', 'cat/b.heic', 'cat/c.gif'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new('RGB', (4, 4)).save(path, 'png')
+    told: list[str] = []
+    monkeypatch.setattr(datasets, 'print_log', lambda text, *_: told.append(text))
+    assert len(datasets._image_folder(tmp_path)) == 1
+    assert len(told) == 1 and '2 files are left out' in told[0]

@@ -66,6 +66,13 @@ def folder_of(path: Path, name: str, **options: Any) -> tuple[Any, str]:
             ['attn_layer=DiffAttention', 'num_heads=4'],
             ['attn_layer=Attention', 'num_heads=2'],
         ),
+        (
+            'vit_tiny_patch16_224',
+            dict(norm_layer='rmsnorm'),
+            dict(norm_layer='simplenorm'),
+            ['norm_layer=RmsNorm'],
+            ['norm_layer=SimpleNorm'],
+        ),
     ],
 )
 def test_another_function_is_refused(

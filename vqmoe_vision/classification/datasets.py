@@ -3,11 +3,13 @@
 Nothing is downloaded here; docs/data.md says how each folder is made.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import Dataset, Subset
@@ -130,12 +132,26 @@ def _folder_of(split: str, root: Path) -> str:
 def _image_folder(folder: Path) -> datasets.ImageFolder:
     expected = f'{folder}/<class name>/<image>.jpg (or .png, ...)'
     _check_exists(folder, expected)
+    left_out: list[str] = []
+
+    def is_image(path: str) -> bool:
+        taken = path.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+        if not taken:
+            left_out.append(path)
+        return taken
+
     try:
-        return datasets.ImageFolder(str(folder), loader=load_image)
+        found = datasets.ImageFolder(str(folder), loader=load_image, is_valid_file=is_image)
     except FileNotFoundError as error:  # no class folder, or one without an image
+        endings = ', '.join(datasets.folder.IMG_EXTENSIONS)
+        said = f'{str(error).rstrip(". ")}, of images that end in {endings}'
         raise ValueError(
-            f'{folder} is not laid out as {expected}: {str(error).rstrip(". ")}; see docs/data.md'
+            f'{folder} is not laid out as {expected}: {said}; see docs/data.md'
         ) from error
+    if left_out:
+        told = f'{folder}: {len(left_out)} files are left out for their endings, such as'
+        print_log(f'{told} {left_out[0]}', 'current', logging.WARNING)
+    return found
 
 
 def load_image(path: str) -> Image.Image:

@@ -189,6 +189,8 @@ def _test(args: argparse.Namespace) -> None:
 
 def _test_together(args: argparse.Namespace) -> None:
     config = _configure(args)
+    if args.tta:
+        augment_test(config)
     told = take_ours(config)
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
@@ -203,8 +205,6 @@ def _test_together(args: argparse.Namespace) -> None:
         allowed = f'one process shows predictions: of {get_world_size()} each sees a part of them'
         check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
         show_predictions(config, args.show_dir)
-    if args.tta:
-        augment_test(config)
     runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
     terminal = follow(runner, args.log)
     if told:

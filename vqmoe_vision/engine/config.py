@@ -7,6 +7,7 @@ import argparse
 import ast
 import inspect
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -56,8 +57,8 @@ OURS = {
 _OF_MMSEG = {'IoUMetric': 'CheckedIoUMetric', 'SegDataPreProcessor': 'CheckedPreProcessor'}
 _SAMPLERS = {'DefaultSampler': 'SeededSampler', 'InfiniteSampler': 'SeededInfiniteSampler'}
 _FIELDS = (
-    'default_hooks', 'model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'test_dataloader',
-    'val_evaluator', 'test_evaluator',
+    'default_hooks', 'custom_hooks', 'model', 'train_cfg', 'train_dataloader', 'val_dataloader',
+    'test_dataloader', 'val_evaluator', 'test_evaluator',
 )  # fmt: skip
 # What mmengine adds to a config that does not say it.
 _ADDED = {'checkpoint': 'CheckpointHook', 'runtime_info': 'RuntimeInfoHook'}
@@ -247,9 +248,10 @@ def renamed(
     if 'pipeline' in node and _is_ours(datasets.get(kind) if isinstance(kind, str) else kind):
         names = {name: ours for name, ours in names.items() if name not in STOCK_LOADING}
     changed = {name: renamed(inner, names, found, datasets) for name, inner in node.items()}
-    if isinstance(kind, str) and kind in names:
-        found.add(kind)
-        changed['type'] = names[kind]
+    plain = re.sub(r'^(mmengine|mmseg)\.', '', kind) if isinstance(kind, str) else ''
+    if plain in names:
+        found.add(plain)
+        changed['type'] = names[plain]
     return type(node)(changed)
 
 

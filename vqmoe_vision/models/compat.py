@@ -204,12 +204,15 @@ def _facts(network: Any) -> dict[str, str]:
         'attn_layer': timms_class(attention).__name__,
         'eps': str(getattr(norm, 'eps', None)),
     }
+    kinds = ('RmsNorm', 'SimpleNorm')  # of the same tensors; others have more or fewer
+    if named := [kind for kind in kinds if type(norm).__name__.startswith(kind)]:
+        facts['norm_layer'] = named[0]
     if hasattr(attention, 'num_heads'):
         facts['num_heads'] = str(attention.num_heads)
     if isinstance(act, nn.Module):
         # by what it computes: its class may be torch's, where timm names one of its own
-        named = (name for name, kind in _ACT_LAYER_DEFAULT.items() if _same(kind(), act))
-        facts['act_layer'] = next(named, type(act).__name__)
+        same = (name for name, kind in _ACT_LAYER_DEFAULT.items() if _same(kind(), act))
+        facts['act_layer'] = next(same, type(act).__name__)
     return facts
 
 
