@@ -219,7 +219,7 @@ def test_patches_of_another_size_are_resized(tmp_path: Path) -> None:
         (DINOV3, dict(moe=dict(method='moe')), "moe.method='moe' is not possible: one of smoe"),
         (DINOV3, dict(moe='smoe'), "moe='smoe' is not possible: a dictionary of options"),
         (DINOV3, dict(moe=dict(method='smoe'), extra_mlps=2), 'extra_mlps=2 is not possible: 0'),
-        ('vit_tiny_smoe', dict(moe=dict(method='smoe')), "moe.method='smoe' is not possible: left"),
+        ('vit_tiny_smoe', dict(moe=dict(method='smoe')), "moe.method='smoe' is not possible"),
     ],
 )
 def test_what_cannot_be_is_one_line(host: str, options: dict[str, Any], message: str) -> None:

@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         ([source, source + '.index'], 'exists: name a folder that does not'),
         ([source, out, '--cfg-options', 'num_experts=8'], r'num_experts=8.* 4, which checkpoint'),
         ([source, out, '--cfg-options', 'eval_capacity_factor=-1.0'], 'eval_capacity_factor=-1.0'),
-        ([source, out, '--cfg-options', 'capacity=1'], "keyword argument 'capacity'"),
+        ([source, out, '--cfg-options', 'capacity=1'], "'capacity'"),
     ):
         with pytest.raises(SystemExit, match=message) as caught:
             convert_vmoe(arguments)

@@ -7,8 +7,8 @@ on the later ranks.
 Where experts are shared out, rows travel to them and back: GShard (arXiv 2006.16668), section 3.2,
 but with groups of any size, as in MegaBlocks (arXiv 2211.15841). The answer is that of all experts
 on one process. Sizes are read back once per layer: torch's all-to-all wants them on the host.
-Process m keeps experts m L to (m + 1) L - 1 as `DTensor`s, which torch.distributed.checkpoint saves
-under the names and shapes of one process.
+Process m keeps experts m L to (m + 1) L - 1 as tensors of the type `DTensor`, which
+torch.distributed.checkpoint saves under the names and shapes of one process.
 
 Legend: T tokens of this rank, N tokens per sample, R rows sorted by expert, A rows that arrived, E
 experts, L = E / M of each of M processes, D width.

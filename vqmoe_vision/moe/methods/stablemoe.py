@@ -252,7 +252,7 @@ class StableRouter(TopKRouter):
 
 
 class EmbeddingRouter(TopKRouter):
-    """Softmax over the K best of E_i . x / |E_i|."""
+    """Softmax over the K best of `E_i . x / |E_i|`."""
 
     has_losses = False
 
