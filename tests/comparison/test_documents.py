@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
+from vqmoe_vision.comparison.cli import Work
 from vqmoe_vision.comparison.frame import HELD_OUT, LEFT, TEST, scores_of, tidy
 from vqmoe_vision.comparison.runs import WORK_DIR
 from vqmoe_vision.comparison.spec import Comparison
 from vqmoe_vision.comparison.statistics import Scores, differences, pooled_noise, with_noise
-from vqmoe_vision.comparison.work import Work
 
 from ..rows import CONFIGS
 
