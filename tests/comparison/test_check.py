@@ -5,10 +5,6 @@ from pathlib import Path
 import pytest
 
 from vqmoe_vision.comparison.check import compared
-from vqmoe_vision.comparison.queue import Task, _claimed, _lock
-from vqmoe_vision.comparison.runs import Run
-from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.store import Store
 
 ROWS = Path('docs/results/rows/spec')
 
@@ -60,31 +56,6 @@ def test_a_refuted_row_that_comes_out_again_is_trained_anew_once(spec, says, mon
     assert 'The first losses of 1 of 2 runs came out again, at ' in table()
     assert 'Not checked: dense-seed2.' in table()
     assert '2 of 2 runs are there already' in says('run', path)
-
-
-def test_a_refuted_run_that_another_process_works_on_is_not_set_aside(
-    spec, says, monkeypatch
-) -> None:
-    path = spec('seeds = [1]')
-    says('run', path)
-    monkeypatch.setenv('DRIFT', '0.01')
-    says('check', path)
-    run = Run(read_comparison(path), 'dense', 1, Path('work_dirs/comparisons'))
-    task, folder = Task(run, Store(ROWS)), run.folder
-    other = _lock(folder / 'lock')
-    assert _claimed(task) is None and (folder / 'run.json').is_file()
-    other.close()
-    lock = _claimed(task)
-    # the lock is that of the folder in which the next training will be
-    assert lock is not None and _lock(folder / 'lock') is None
-    assert [file.name for file in folder.iterdir()] == ['lock']
-    lock.close()
-
-
-def test_a_sample(spec, says) -> None:
-    path = spec()
-    says('run', path)
-    assert says('check', path, '--sample', '1').startswith('the first losses of 1 of 1 rows')
 
 
 def test_a_training_that_fails_refutes_nothing_and_loses_no_other(

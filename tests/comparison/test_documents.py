@@ -238,17 +238,6 @@ def test_intervals_of_documents_are_those_of_rows(path: Path, known) -> None:
     assert not [said for said, found in found_in(path, INTERVAL) if interval_of(found) not in right]
 
 
-@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
-def test_a_mean_with_a_sign_is_the_middle_of_its_interval(path: Path) -> None:
-    wrong = []
-    for said, found in found_in(path, INTERVAL):
-        mean, low, high = map(float, found.groups()[:3])
-        last = 10 ** -min(len(number.partition('.')[2]) for number in found.groups()[:3])
-        if found[1][0] in '+-' and abs(mean - (low + high) / 2) > 1.01 * last:  # all are rounded
-            wrong.append(said)
-    assert not wrong
-
-
 def test_p_of_documents_are_those_of_rows(known) -> None:
     wrong, count = [], 0
     for path in DOCUMENTS:

@@ -171,16 +171,6 @@ def test_a_paused_queue_stops_its_runs_and_starts_none(spec, says) -> None:
     assert len(list(ROWS.glob('*.json'))) == 2
 
 
-def test_a_folder_that_cannot_be_written(spec, says) -> None:
-    path = spec()
-    Path('file').touch()
-    line = says('run', path, '--work-dir', 'file')
-    assert line.startswith('error: folder file/spec cannot be written: ')
-    line = says('run', path, '--results', 'file')
-    assert line.startswith('error: folder file/rows/spec cannot be written: ')
-    assert calls() == []
-
-
 def test_rows_that_cannot_be_written_are_said_before_the_work(spec, says) -> None:
     path = spec('seeds = [1]')
     says('run', path)

@@ -190,12 +190,6 @@ def test_times_of_different_machines_in_one_row_are_no_mean(fill, says) -> None:
         assert all(line['minutes'] == '' for line in csv.DictReader(file))
 
 
-def test_time_on_a_gpu_is_that_of_the_clock(fill, says) -> None:
-    says('table', fill({'dense': [1.0]}, dense={'device': 'cuda'}))
-    shown = (TABLES / 'spec.md').read_text()
-    assert '| 9.0 ' in shown and 'wall-clock' in shown
-
-
 def test_rows_of_another_config_are_listed_and_not_mixed_in(fill, says) -> None:
     path = fill(SCORES)
     Path(path).write_text(Path(path).read_text().replace('row=same', 'row=changed'))
@@ -285,25 +279,6 @@ def test_curves_are_means_with_bands_and_other_rows_are_grey(fill) -> None:
     assert {tuple(point) for point in band.vertices} == {(1, 5.5), (1, 16.5), (2, 11), (2, 33)}
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()][-1] == 'other rows: 1'
-
-
-def test_quantization_errors_under_shifts_stand_beside_the_scores(fill, says) -> None:
-    path = fill({'dense': [1.0, 2.0], 'a': [3.0, 4.0]}, "shifts = {'fog': 'model.fog=1'}")
-    for seed in (1, 2):
-        for row in ('dense', 'a'):
-            file = ROWS / f'{row}-seed{seed}.json'
-            content = json.loads(file.read_text())
-            content['shifts'] = {'fog': {'model.fog=1': 1.0 * seed}}
-            if row == 'a':
-                errors = {'blocks.1.mlp': 0.5 * seed, 'blocks.3.mlp': 1.0}
-                named = {f'{layer}/quantization_error': v for layer, v in errors.items()}
-                content['shift_routing'] = {'fog': {**named, 'blocks.1.mlp/load_unused': 0.0}}
-            file.write_text(json.dumps(content))
-    says('table', path)
-    shown = (TABLES / 'spec.md').read_text().split('| shift')[1].splitlines()
-    lines = {c[2].strip(): c[-2].strip() for c in (s.split('|') for s in shown[2:4])}
-    # means over seeds by layer: 0.5 and 1.0 are 0.75
-    assert lines == {'dense': '-', 'a': '0.75 / 1'}
 
 
 def test_what_is_left_under_a_shift_is_of_the_own_score_of_each_run(fill, says) -> None:
@@ -398,14 +373,6 @@ def test_what_is_found_is_one_of_four_words(fill) -> None:
     assert words == {'a - b': 'equal within 0.5', 'c - a': 'worse', 'd - a': 'better'}
     Path(path).write_text(Path(path).read_text().replace('margin = 0.5', 'margin = 0.01'))
     assert found(path)['finding']['a - b'] == 'open'
-
-
-def test_a_contrast_that_is_not_finished_has_no_p_and_makes_no_other_smaller(fill) -> None:
-    named = "contrasts = ['near - dense', 'early - dense']\nmargin = 5.0"
-    path = fill({**SURE, 'early': [11.0, 21.0001]}, named)
-    near, early = (line for _, line in found(path).iterrows())
-    assert math.isnan(early['p']) and math.isnan(early['p_holm']) and early['finding'] == 'open'
-    assert early['pairs'] == 2 and near['p_holm'] == pytest.approx(2 * near['p'])
 
 
 def test_noise_is_that_of_all_comparisons_of_the_budget_and_data(fill) -> None:

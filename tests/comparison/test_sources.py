@@ -66,11 +66,6 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
     assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
 
 
-def test_rows_that_need_no_checkpoint_need_no_source(started, says) -> None:
-    says('run', started(), '--rows', 'dense')
-    assert calls() == ['spec/dense-seed1', 'spec/dense-seed2']
-
-
 def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, capsys) -> None:
     path = started('train_cfg.kind=fails', other='train_cfg.row=3')
     line = says('run', path, '--seeds', '1')
@@ -78,14 +73,6 @@ def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, 
     assert collected('spec') == {'dense-seed1', 'other-seed1'}
     said = capsys.readouterr().out
     assert 'started-seed1 failed: first/dense-seed1 has left no work_dirs/' in said
-
-
-def test_a_checkpoint_that_no_training_leaves(started, says, capsys) -> None:
-    path = Path(started())
-    path.write_text(path.read_text().replace('iter_2.pth', 'iter_1.pth'))
-    line = says('run', str(path), '--seeds', '1')
-    assert line == 'error: 2 of 3 runs failed: first/dense-seed1, started-seed1'
-    assert 'its commands left no iter_1.pth in work_dirs/' in capsys.readouterr().out
 
 
 def test_runs_wait_while_their_source_is_trained(started, says) -> None:
@@ -110,13 +97,3 @@ def test_a_source_that_was_trained_and_not_tested_is_tested(started, says) -> No
     says('run', path, '--seeds', '1')
     assert collected('first') == {'dense-seed1'}
     assert len(calls()) == 3
-
-
-def test_a_check_says_what_cannot_be_repeated_and_goes_on(started, says, capsys) -> None:
-    path = started()
-    says('run', path, '--seeds', '1')
-    rmtree(WORK)
-    assert says('check', path) == 'error: 1 rows cannot be repeated: started-seed1'
-    said = capsys.readouterr().out
-    assert 'iter_2.pth is not there' in said
-    assert 'the first losses of 1 of 2 rows came out again' in said

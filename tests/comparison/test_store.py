@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from vqmoe_vision.comparison.report import draw_figures
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
 from vqmoe_vision.comparison.store import FIELDS, Store
-from vqmoe_vision.engine.checkpoint_files import SaveError
 
 pytestmark = pytest.mark.usefixtures('tables_alone')
 ROWS = Path('docs/results/rows/spec')
@@ -72,18 +70,6 @@ def test_many_writers_at_the_same_moment(finished) -> None:
     at_once(*(lambda n=n: Store(ROWS).add(run, shifts={n: {n: 1.0}}) for n in names))
     assert row(run)['shifts'].keys() == set(names)
     assert {path.name for path in ROWS.iterdir()} == {f'{run.name}.json' for run in finished}
-
-
-def test_a_full_disk_leaves_the_row_as_it_was(finished, monkeypatch) -> None:
-    before = row(finished[0])
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(SaveError):
-        Store(ROWS).add(finished[0], shifts={'fog': {'a': 1.0}})
-    assert row(finished[0]) == before
 
 
 def test_tables_and_figures_use_no_other_field(fill, says, monkeypatch) -> None:
