@@ -38,7 +38,7 @@ class LayerSurvey:
     num_experts: int  # E
     numbers: dict[str, float]  # measures by name, such as 'router/load_entropy'
     load: dict[str, Tensor]  # by decider, or 'slots': (E,), sums to 1
-    # by decider: (E, C), how many tokens of a class an expert took as their first; {} without labels
+    # by decider: (E, C), how many tokens of a class an expert took as their first; {} if unlabelled
     expert_by_class: dict[str, Tensor]
     similarity: dict[str, Tensor]  # 'weights' and 'outputs': (E, E), cosine of the experts
     confident: dict[str, list[list[Patch]]]  # by decider and expert, the largest weights first

@@ -27,7 +27,7 @@ from .figures import plot_forest
 from .frame import contrasts, forest, tidy
 from .measured import check_shifts, measure_routing, measure_shifts
 from .queue import Queue, tasks_of
-from .report import draw_figures, write_images, write_tables
+from .report import draw_figures, write_tables
 from .runs import WORK_DIR, Run
 from .spec import read_comparison
 from .store import Results, Store, Usable, leave_out_other_inputs, noise_of, save
@@ -130,9 +130,7 @@ def _table(args: argparse.Namespace) -> None:
     work = Work(args)
     made = work.comparison, work.read()
     folder = args.results / 'tables'
-    written = [*write_tables(*made, folder), *draw_figures(*made, folder)]
-    if args.images is not None:
-        written += write_images(*made, args.images)
+    written = write_tables(*made, folder) + draw_figures(*made, folder, args.images)
     print(*written, sep='\n')
 
 

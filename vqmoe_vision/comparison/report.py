@@ -263,7 +263,8 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     make_folder(folder)
     written = []
     for kind, text in texts.items():
-        written.append(_file(folder / f'{comparison.name}.{kind}'))
+        written.append(folder / f'{comparison.name}.{kind}')
+        _check_file(written[-1])
         written[-1].write_text(text.rstrip() + '\n')
     return written
 
@@ -309,36 +310,31 @@ def _latex(table: pd.DataFrame, caption: str) -> str:
     return text.replace('<', r'\textless{}')
 
 
-def draw_figures(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
-    """Draws the figures of a comparison; the same rows give the same bytes."""
-    written, figures = [], _figures(comparison, results)
-    for name in _FIGURES:
-        file = _file(folder / f'{comparison.name}-{name}.png')
-        if name in figures:  # without the version of matplotlib
-            figures[name].savefig(file, metadata={'Software': None}, dpi=_DPI)
+def draw_figures(
+    comparison: Comparison, results: Results, folder: Path, images: Path | None = None
+) -> list[Path]:
+    """Draws the figures of a comparison, and those that documents show; the same from the same."""
+    figures, written = _figures(comparison, results), []
+    files = {folder / f'{comparison.name}-{name}.png': (name, None) for name in _FIGURES}
+    if images is not None:
+        check(bool(comparison.images), '--images', str(images), 'where a comparison names images')
+        make_folder(images)
+        drawn_by = f'matplotlib {matplotlib.__version__}'
+        named = comparison.images.items()
+        files |= {images / f'{name}.png': (figure, drawn_by) for figure, name in named}
+    for file, (figure, software) in files.items():
+        _check_file(file)
+        if figure in figures:
+            figures[figure].savefig(file, metadata={'Software': software}, dpi=_DPI)
             written.append(file)
         else:
+            check(software is None, 'images', figure, f'one of those drawn, {", ".join(figures)}')
             file.unlink(missing_ok=True)
     return written
 
 
-def write_images(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
-    """Draws the figures that documents show, as `Comparison.images` names them."""
-    if not comparison.images:
-        raise ValueError(f'--images: {comparison.name} names no images')
-    figures, written = _figures(comparison, results), []
-    make_folder(folder)
-    for figure, name in comparison.images.items():
-        check(figure in figures, 'images', figure, f'one of those drawn, {", ".join(figures)}')
-        written.append(_file(folder / f'{name}.png'))
-        drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
-        figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
-    return written
-
-
-def _file(path: Path) -> Path:
+def _check_file(path: Path) -> None:
     check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')
-    return path
 
 
 def _figures(comparison: Comparison, results: Results) -> dict[str, Figure]:
