@@ -1,5 +1,7 @@
 """How `make gpu-check` runs training steps, on the CPU, and with a card that waits."""
 
+import re
+
 import pytest
 import torch
 
