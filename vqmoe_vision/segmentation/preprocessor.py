@@ -52,7 +52,6 @@ def converts_channels(preprocessor: Any) -> bool:
     return any(getattr(preprocessor, name, False) for name in names)
 
 
-
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A data preprocessor's config as mmseg takes it, and what it states of `mean` and `std`."""
     config = dict(config)
