@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:
 
 WORK_DIR = Path('work_dirs/demo')
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 # for the report: what the routing did while the model was trained
 HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
 

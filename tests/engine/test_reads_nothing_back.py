@@ -25,7 +25,7 @@ from ..rows import CONFIGS
 from ..watch import Watch
 
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 IMAGENET = 'classification/imagenet/vit_tiny_vqmoe_imagenet.py'
 SMALL = {'depth': 2, 'embed_dim': 16, 'num_heads': 2, 'patch_size': 8}
 SIZE = 48  # of the images, in pixels
@@ -68,7 +68,7 @@ TASKS = {
     'cutmix': Task(IMAGENET, 'criterion', DIGITS, {'model.mixup.switch_prob': 1.0}),
     'segmentation': Task(SCENES, 'decode_head.loss_decode', SCENES),
     'upernet': Task(
-        'segmentation/ade20k/upernet_ade20k.py',
+        'segmentation/ade20k/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py',
         'auxiliary_head.loss_decode',
         SCENES,
         {

@@ -1,4 +1,4 @@
-# From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: segmenter_upcycled_ade20k.py
+# From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: the config of in21k-pre
 # Segmenter's linear head: one 1x1 convolution.
 _base_ = '_base_.py'
 model = dict(

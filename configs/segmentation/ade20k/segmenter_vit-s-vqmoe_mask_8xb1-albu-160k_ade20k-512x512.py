@@ -1,4 +1,4 @@
-# From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: segmenter_upcycled_ade20k.py
+# From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: the config of in21k-pre
 # Segmenter with albumentations in place of mmsegmentation's flips and colours: rotation and blur as
 # PSPNet's own code has them for ADE20K (hszhao/semseg), and the ranges of PhotoMetricDistortion.
 _base_ = '_base_.py'

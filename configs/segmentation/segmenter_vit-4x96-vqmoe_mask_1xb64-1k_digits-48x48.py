@@ -1,8 +1,8 @@
 # The backbone of configs/classification/digits/demo, whose checkpoints it can start from:
 # model.backbone.checkpoint=work_dirs/.../epoch_40.pth
 _base_ = [
-    '../../_base_/models/segmenter.py',
-    '../../_base_/segmentation_runtime.py',
+    '../_base_/models/segmenter.py',
+    '../_base_/segmentation_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(
