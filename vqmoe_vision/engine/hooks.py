@@ -21,6 +21,7 @@ from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.raw_patches import image_reader
 
+from .config import innermost
 from .images import TrainingPart
 from .model import MoeTrainingMixin, lines_of, unwrapped
 from .routing_log import wrapped
@@ -211,7 +212,7 @@ class ClassCountHook(Hook):
     """Compares the classes of the model, of the data sets and of a checkpoint before a run.
 
     Raises:
-        ValueError: Their number, names or order differ.
+        ValueError: Their number, names or order differ, or the label that they are counted from.
     """
 
     def __init__(self) -> None:
@@ -227,8 +228,12 @@ class ClassCountHook(Hook):
         seen = self._check(runner, 'train')
         if not self._resumed:  # another task may start from the weights
             self._content = {}
-        check_class_names(self._content, seen, 'train_dataloader.dataset')
-        if runner.val_loop is not None and seen != (held_out := self._check(runner, 'val')):
+        self._compare(runner, 'train', seen)
+        if runner.val_loop is None:
+            return
+        metainfo, held_out = runner.train_dataloader.dataset.metainfo, self._check(runner, 'val')
+        check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
+        if seen != held_out:
             differ = ', '.join(sorted(set(seen) ^ set(held_out))[:5])
             raise ValueError(
                 'the training and validation sets have different classes: only one of them has '
@@ -237,7 +242,13 @@ class ClassCountHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Checks the test set, and that it numbers the classes as the training did."""
-        check_class_names(self._content, self._check(runner, 'test'), 'test_dataloader.dataset')
+        self._compare(runner, 'test', self._check(runner, 'test'))
+
+    def _compare(self, runner: Runner, split: str, classes: tuple[str, ...]) -> None:
+        check_class_names(self._content, classes, f'{split}_dataloader.dataset')
+        meta = self._content.get('meta')
+        trained = meta.get('dataset_meta') if isinstance(meta, dict) else None
+        check_zero_label(runner, split, trained, 'the training of the checkpoint')
 
     @staticmethod
     def _check(runner: Runner, split: str) -> tuple[str, ...]:
@@ -320,3 +331,18 @@ def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
                 f'that of {where} is {now!r}; give the classes the names of the training, in its '
                 'order'
             )
+
+
+def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
+    """Compares whether label 0 is nothing that is learned, and label 1 the first class."""
+    loaders = ('train_dataloader', f'{split}_dataloader')
+    now = getattr(runner, loaders[1]).dataset.metainfo.get('reduce_zero_label')
+    before = (trained or {}).get('reduce_zero_label')
+    if now is None or before is None or now == before:
+        return
+    # of data of one kind: files of others may be written otherwise
+    datasets = [(runner.cfg.get(loader) or {}).get('dataset') or {} for loader in loaders]
+    kinds = [{(part.get('type'), part.get('data_root')) for part in innermost(d)} for d in datasets]
+    allowed = f'{before}, as in {whose}, or every class would be that of another label'
+    same = not datasets[0] or (len(kinds[0]) == 1 and kinds[0] == kinds[1])
+    check(not same, f'{loaders[1]}.dataset.reduce_zero_label', now, allowed)
