@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
@@ -183,42 +184,19 @@ def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -
         assert found[name] == expected[name]
 
 
-def tensors(state: Any) -> list[Tensor]:
-    if isinstance(state, dict | list):
-        values = state.values() if isinstance(state, dict) else state
-        return [tensor for value in values for tensor in tensors(value)]
-    return [state] if isinstance(state, Tensor) else []
-
-
 def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None:
     folder, ended = run
     assert ended['sharded'] == [0, 0]
     expected, found = (read_content(str(folder / w / 'epoch_2.pth')) for w in ('w', 'wp'))
     for part in ('state_dict', 'optimizer'):
-        assert len(tensors(expected[part])) == len(tensors(found[part])) > 40
+        theirs, ours = (
+            [leaf for leaf in tree_leaves(content[part]) if isinstance(leaf, Tensor)]
+            for content in (expected, found)
+        )
+        assert len(ours) > 40
         # float32: experts sum the tokens of both ranks at once, and Adam, after six steps, makes
         # as much of a rounding error of a tiny gradient as of another
-        torch.testing.assert_close(
-            tensors(found[part]), tensors(expected[part]), rtol=1e-3, atol=1e-5
-        )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('option', ['parallel.param_dtype=float32', None])
-def test_a_run_goes_on_in_another_layout(run, option: str | None, tmp_path: Path) -> None:
-    folder, _ = run
-    (tmp_path / 'w').mkdir()
-    shutil.copy(folder / 'wp/epoch_2.pth', tmp_path / 'w')
-    (tmp_path / 'w/last_checkpoint').write_text('epoch_2.pth')
-    go_on = ('--resume', '--work-dir', str(tmp_path / 'w'))
-    options = ('--cfg-options', 'train_cfg.max_epochs=3', *([option] if option else []))
-    again = ranks('train', str(tmp_path / 'c.py'), *go_on, *options)
-    ended = start(tmp_path, {'again': again})
-    assert ended['again'] == [0, 0], said(tmp_path, 'again')
-    content = read_content(str(tmp_path / 'w/epoch_3.pth'))
-    assert content['meta']['iter'] == 9
-    steps = [state['step'] for state in content['optimizer']['state'].values()]
-    assert {float(step) for step in steps} == {9.0}
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_different_configs_are_one_line(run) -> None:
