@@ -340,7 +340,7 @@ FAULTS = (
         'other-data-beside',
         'comparison',
         'A row that was trained on as many other images stands in the table.',
-        'vqmoe_vision/comparison/inputs.py',
+        'vqmoe_vision/comparison/store.py',
         """yield split, f'{data["samples"]:,} samples ({data["digest"]})'""",
         """yield split, f'{data["samples"]:,} samples'""",
         'comparison/test_inputs.py comparison/test_report.py',
