@@ -28,9 +28,15 @@ SPECS = sorted(CONFIGS.glob('comparisons/*.py'))
 # Options that rows of finished comparisons had: they can be read, and not be trained again.
 GONE = ('ema_decay_warmup', 'ema_bias_correction', 'usage_from_kmeans', 'codebook=gradient')
 # the paper's tables: docs/compare.md
-PAPER = ('classification/cifar100.py', 'segmentation/ade20k/segmenter_vit_small_vqmoe_ade20k.py')
+PAPER = (
+    'classification/cifar100.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+)
 # models of timm, with weights
-KEPT = ('classification/finetune/imagenette.py', 'segmentation/ade20k/segmenter_upcycled_ade20k.py')
+KEPT = (
+    'classification/finetune/imagenette.py',
+    'segmentation/ade20k/segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py',
+)
 
 
 @pytest.fixture

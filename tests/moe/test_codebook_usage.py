@@ -113,18 +113,6 @@ def test_the_sample_covers_all_positions_of_a_grid_of_patches():
     assert columns.min() > 32 and columns.max() < 96
 
 
-def test_every_update_samples_other_places():
-    book = make('ema')
-    places = torch.arange(4.0 * SAMPLE_SIZE)[:, None].expand(-1, D)
-    seen = []
-    for _ in range(2):
-        book.observe(places, torch.zeros(len(places), dtype=torch.int64))
-        seen.append(set(book._pending.tokens[:, 0].tolist()))
-        book.update()
-    # a quarter of the places each: a quarter of 1024 is in both by chance, +- 14
-    assert 200 < len(seen[0] & seen[1]) < 312
-
-
 def test_a_sample_of_several_passes_takes_of_each():
     x = torch.randn(3 * SAMPLE_SIZE, D)
     usage = None
@@ -134,12 +122,3 @@ def test_a_sample_of_several_passes_takes_of_each():
     origin = [(x == token).all(dim=1).nonzero().item() // SAMPLE_SIZE for token in usage.tokens]
     # 341 +- 15 of each pass
     assert min(origin.count(number) for number in range(3)) > 280
-
-
-def test_observing_without_an_update_keeps_memory_bounded():
-    book = make('ema')
-    for _ in range(5):
-        x = torch.randn(2 * SAMPLE_SIZE, D)
-        book.observe(x, book(x).indices)
-    assert book._pending.tokens.shape == (SAMPLE_SIZE, D)
-    assert book._pending.num_tokens == 10 * SAMPLE_SIZE

@@ -99,7 +99,7 @@ class Mesh:
 
 def test_refuses_processes_that_do_not_divide_the_experts() -> None:
     layer = OneLayer('smoe')
-    message = r'number of experts of layer.experts=4 is not possible: it must be a multiple of 3'
+    message = r'^experts of layer.experts=4'
     with pytest.raises(ValueError, match=message):
         place_experts(layer, Mesh())  # type: ignore[arg-type]
     assert all(m.exchange is None for m in layer.modules() if isinstance(m, Experts))

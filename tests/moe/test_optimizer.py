@@ -80,14 +80,6 @@ def test_every_optimizer_of_timm_updates_an_expert_as_a_matrix_or_is_refused(nam
     assert_equal(case[0], case[2])
 
 
-@pytest.mark.parametrize('name', ['lamb', 'muon'])
-def test_without_the_views_the_experts_would_be_mixed(name: str, monkeypatch) -> None:
-    monkeypatch.setattr('vqmoe_vision.moe.optimizer._WHOLE_TENSOR', frozenset())
-    case = pair(name)
-    step(*case)
-    assert (case[0].weight - case[2].stack('weight')).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize('name', ['LARS', 'NovoGrad', 'Shampoo', 'SOAP', 'Own'])
 def test_optimizers_of_others_are_known_by_name_and_by_base(name: str) -> None:
     stacked = StackedLinear(E, IN, OUT)
@@ -114,11 +106,6 @@ def test_the_experts_of_one_model_do_not_teach_those_of_another() -> None:
     with pytest.raises(ValueError, match='Lamb'):
         check_optimizer(optimizer, models)
     check_optimizer(per_expert(optimizer, models[1]), models)
-
-
-def test_dense_models_are_left_alone() -> None:
-    model = nn.Linear(IN, OUT)
-    check_optimizer(make(model, 'lamb'), model)
 
 
 @pytest.mark.parametrize('name', SOME)

@@ -5,15 +5,11 @@
         loss.backward()
     optimizer.step()
 
-A recorder keeps losses inside the `with` block only: models stay deep-copyable, picklable and
-compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
-never changes in forward, but once, in `update_state`, when the block is left.
+A recorder keeps losses inside the `with` block only. State that learns without gradients never
+changes in forward, but once, in `update_state`, when the block is left.
 
 With torch.distributed losses are those of the batch of all ranks, see `losses.py`. Every rank has
 to read them at the same places, or not at all before the end of the block.
-
-A statistic is a detached tensor under a name. A scalar keeps its name; a share per expert or code,
-such as `load`, becomes `load_min`, `load_max`, `load_unused` and `load_perplexity`.
 """
 
 from __future__ import annotations
@@ -113,11 +109,6 @@ class Collected:
         """One number per layer and statistic, for a log; see `summarize`."""
         return summarize(self.stats)
 
-    def _close(self) -> None:
-        # losses lose their graph here, or a kept `Collected` would keep a whole step alive
-        losses = {name: value.detach() for name, value in self.losses.items()}
-        self._closed = (losses, self.stats)
-
 
 def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
     """MoE layers of a model by name, without the prefixes of DDP and torch.compile wrappers."""
@@ -161,16 +152,18 @@ def collect_losses(
                 layer.guard.state_changed()
             layer.recorder.active = True
         yield collected
-        collected._close()
+        # losses lose their graph here, or a kept `Collected` would keep a whole step alive
+        losses = {name: value.detach() for name, value in collected.losses.items()}
+        collected._closed = (losses, collected.stats)
     except BaseException:
         for layer in layers.values():
-            layer.discard()
+            layer.observed = {}
         raise
     finally:
         for layer in layers.values():
             layer.recorder.stop()
     if update_state:
-        _update(layers)
+        _update(model)
 
 
 def update_state(model: nn.Module) -> None:
@@ -179,13 +172,12 @@ def update_state(model: nn.Module) -> None:
     With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
     `collect_losses(..., update_state=False)` was used.
     """
-    _update(moe_layers(model))
-
-
-def _update(layers: dict[str, MoeLayer]) -> None:
-    for layer in layers.values():
+    for layer in moe_layers(model).values():
         if layer.apply_update():
             layer.guard.state_changed()
+
+
+_update = update_state  # a name that the argument of `collect_losses` does not hide
 
 
 def start_training(model: nn.Module, num_updates: int) -> None:

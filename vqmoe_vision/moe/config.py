@@ -1,8 +1,7 @@
-"""Options that every mixture-of-experts method shares, and the checks behind them.
+"""Options that every method shares, and the checks behind them.
 
 A method's options are a frozen dataclass, whose fields are keyword arguments of
-`timm.create_model`. One that a method does not have is unknown (`TypeError`), never ignored. What
-is to be known of an option stands on its field.
+`timm.create_model`. What is to be known of an option stands on its field.
 """
 
 from __future__ import annotations
@@ -16,29 +15,18 @@ from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-LONGEST_VALUE = 500  # letters of it that a message has
+NamedOptions = dict[str, dict[str, Any]]
+Config = TypeVar('Config', bound='MoeConfig')
 
 
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
     """Refuse a user's value in one line: `ValueError` with field, value and what is allowed."""
     if not valid:
         shown = repr(value).replace('\n', ' ')
-        if len(shown) > LONGEST_VALUE:  # such as all weights of a model
-            shown = f'{shown[:LONGEST_VALUE]}...'
+        if len(shown) > 500:  # such as all weights of a model
+            shown = f'{shown[:500]}...'
         raise ValueError(f'{field}={shown} is not possible: {allowed}')
 
 
@@ -89,11 +77,10 @@ class MoeConfig:
     """
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {}}
-    # Options by name with which a layer of equal experts answers as one of them alone: a model that
-    # starts from a dense one then begins with its answers. Empty where no options do so; a method
-    # that needs none has an entry without options.
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[NamedOptions] = {'paper': {}, 'matched': {}}
+    # Options by name with which a layer of equal experts answers as one of them alone, so that a
+    # model that starts from a dense one begins with its answers; empty where none do so.
+    EXACT_UPCYCLING: ClassVar[NamedOptions] = {}
 
     num_experts: int = option(8, of_weights=False)
     expert_mlp_ratio: float | None = option(None, of_weights=False)
@@ -113,7 +100,7 @@ class MoeConfig:
         return {each.name for each in fields(cls)} | {'preset'}
 
     @classmethod
-    def from_options(cls, preset: str | None = None, **options: Any) -> Self:
+    def from_options(cls: type[Config], preset: str | None = None, **options: Any) -> Config:
         """Build from a named preset with single options on top.
 
         Args:
@@ -132,29 +119,24 @@ class MoeConfig:
         return config
 
     @classmethod
-    def of_preset(cls, preset: str | None = None, **options: Any) -> Self:
+    def of_preset(cls: type[Config], preset: str | None = None, **options: Any) -> Config:
         """As `from_options`, and options without effect are passed over.
 
         Args:
             preset: As there.
             **options: As there.
         """
-        if preset is None:
-            return cls(**options)
-        known = isinstance(preset, str) and preset in cls.PRESETS
+        known = preset is None or (isinstance(preset, str) and preset in cls.PRESETS)
         check(known, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
-        return cls(**{**cls.PRESETS[preset], **options})
+        return cls(**{**(cls.PRESETS[preset] if preset else {}), **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
-        """Refuse the value of a field in one line.
+        """Refuse the value of a field by `ValueError` in one line.
 
         Args:
             name: Of the field.
             valid: Whether its value is possible.
             allowed: What is possible, in words.
-
-        Raises:
-            ValueError: It is not.
         """
         check(valid, name, getattr(self, name), allowed)
 
@@ -182,7 +164,7 @@ class MoeConfig:
 class TopKConfig(MoeConfig):
     """Options of methods that send a token to its `top_k` best experts, from 1 to `num_experts`."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
+    PRESETS: ClassVar[NamedOptions] = {'paper': {}, 'matched': {'top_k': 2}}
 
     top_k: int = option(1)
 
@@ -206,19 +188,14 @@ class BalancedConfig(MoeConfig):
         found = super().unused()
         weights = [each.name for each in fields(self) if each.metadata['balances']]
         if all(name in found or getattr(self, name) == 0 for name in weights):
-            reasons = dict.fromkeys(found.get(name, f'{name}=0') for name in weights)
-            found['global_balance'] = ', '.join(reasons)
+            found['global_balance'] = ', '.join({found.get(n, f'{n}=0'): None for n in weights})
         return found
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:
     """Refuse the combination in which every weight is 1, so that a router learns nothing."""
-    check(
-        not (renormalize and top_k == 1),
-        'renormalize',
-        renormalize,
-        'False when top_k=1, else every weight is 1 and the router gets no gradient',
-    )
+    allowed = 'False when top_k=1, else every weight is 1 and the router gets no gradient'
+    check(not (renormalize and top_k == 1), 'renormalize', renormalize, allowed)
 
 
 def check_type(name: str, hint: Any, value: object) -> None:
@@ -229,12 +206,9 @@ def check_type(name: str, hint: Any, value: object) -> None:
 def _check_size(name: str, hint: Any, value: Any) -> None:
     """Refuse numbers that float32 or a shape cannot hold, of options that do not say it closer."""
     kinds = get_args(hint) or (hint,)
-    if value is None:
-        return
-    if float in kinds:
-        size = abs(float(value))
-        check(size == 0 or 1e-30 <= size <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
-    elif int in kinds:
+    if float in kinds and value:
+        check(1e-30 <= abs(value) <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
+    elif int in kinds and value:
         check(value < 2**31, name, value, 'below 2**31')
 
 
@@ -259,5 +233,4 @@ def _has_type(value: Any, hint: Any) -> bool:
 def check_weights(config: MoeConfig, *names: str) -> None:
     """Refuse loss weights that are negative or not finite."""
     for name in names:
-        value = getattr(config, name)
-        check(value >= 0 and math.isfinite(value), name, value, 'at least 0 and finite')
+        config.require(name, 0 <= getattr(config, name) < math.inf, 'at least 0 and finite')

@@ -28,17 +28,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..config import (
+    BalancedConfig,
+    NamedOptions,
+    TopKConfig,
+    check_renormalize,
+    check_weights,
+    option,
+)
 from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
-from ..routing import (
-    Routing,
-    full_precision,
-    init_lecun_normal,
-    renormalized,
-    within_capacity,
-)
+from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
 
 LOSS_WEIGHTS = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
 
@@ -67,7 +68,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     'frozen', a control that a learned router has to beat.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[NamedOptions] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {
@@ -86,7 +87,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # the K largest of a softmax sum to less than 1
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[NamedOptions] = {
         'renormalize': {'renormalize': True},
     }
 
@@ -120,8 +121,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
             self.require(name, valid, '0 with train_router=False')
         valid = self.load_weight == 0 or self.router_noise > 0
         self.require('load_weight', valid, '0 when router_noise=0, which defines the load loss')
-        allowed = 'from 1e-6 to 1e4: with 0 tokens tie, with more a router is too sure to learn'
-        self.require('router_init_scale', 1e-6 <= self.router_init_scale <= 1e4, allowed)
+        self.require('router_init_scale', 1e-6 <= self.router_init_scale <= 1e4, '1e-6 to 1e4')
         for name in ('capacity_factor', 'eval_capacity_factor'):
             factor = getattr(self, name)
             possible = factor is None or 0 < factor < math.inf
@@ -161,9 +161,14 @@ class SMoERouter(LossFreeRouter):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         config = self.config
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not config.train_router:
+            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         with full_precision(x):
-            logits = self._logits(x.float())
-            noisy = logits
+            bias = None if bias is None else bias.float()
+            noisy = logits = F.linear(x.float(), weight.float(), bias)
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
@@ -175,14 +180,6 @@ class SMoERouter(LossFreeRouter):
                 weights = renormalized(weights)
             terms = self._losses(logits, noisy, probs, indices) if self.training else {}
         return Routing(indices, weights, terms, kept=kept)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if not self.config.train_router:
-            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return F.linear(x, weight.float(), None if bias is None else bias.float())
 
     def noise_std(self) -> float:
         """Standard deviation of the noise in logits."""

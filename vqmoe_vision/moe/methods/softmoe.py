@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, option
+from ..config import MoeConfig, NamedOptions, option
 from ..dispatch import run_experts_evenly
 from ..experts import Experts
 from ..kernels import compute_dtype
@@ -55,7 +55,7 @@ class SoftMoEConfig(MoeConfig):
             start almost even: products of unit vectors of D numbers are about D ** -0.5.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[NamedOptions] = {
         'paper': {},
         'matched': {'slots_per_token': 2.0},
         'lucidrains': {'slot_norm': 'rms'},

@@ -10,9 +10,7 @@
 Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing. tau is kept
 positive as exp(log_temperature). `top_k` above 1 selects by the same scores. Embeddings start with
 length 1.5, to which torchscale's code brings them in every forward pass: that changes no score, but
-how far a step of the optimizer turns them. In all else torchscale's X-MoE is another router (no
-token normalisation, no temperature); the answers recorded of it in tests/moe name the options that
-equal it.
+how far a step of the optimizer turns them.
 
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
@@ -28,16 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..config import (
+    BalancedConfig,
+    NamedOptions,
+    TopKConfig,
+    check_renormalize,
+    check_weights,
+    option,
+)
 from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
-from ..routing import (
-    Routing,
-    full_precision,
-    init_orthogonal,
-    renormalized,
-)
+from ..routing import Routing, full_precision, init_orthogonal, renormalized
 
 EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
@@ -61,7 +61,7 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     Preset 'group' is the router of the tables published with VQMoE.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[NamedOptions] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {
@@ -76,7 +76,7 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[NamedOptions] = {
         'renormalize': {'renormalize': True, 'top_k': 2},
     }
 
