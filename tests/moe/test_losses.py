@@ -41,14 +41,6 @@ def test_load_known_answer():
     torch.testing.assert_close(value, torch.tensor(0.485738), rtol=0, atol=1e-6)
 
 
-def test_load_of_a_threshold_reached_without_noise_is_one_half():
-    # one token, K = 1, no noise drawn: the threshold is its own logit, 1 - Phi(0) = 1/2; the
-    # other expert is 100 standard deviations below. Mean 1/4, var 1/16: 1
-    logits = torch.tensor([[1.0, 0.0]])
-    value = losses.load(logits, logits, noise_std=0.01, top_k=1).value()
-    torch.testing.assert_close(value, torch.tensor(1.0))
-
-
 def test_router_z_of_zero_logits():
     # logsumexp of eight zeros = ln 8 = 2.0794; squared 4.3241
     value = losses.router_z(torch.zeros(5, 8))
