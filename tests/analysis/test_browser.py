@@ -95,13 +95,3 @@ def test_the_slider_steps_through_the_layers_by_keyboard(visit: Callable[..., An
     page.keyboard.press('End')
     assert page.evaluate(VISIBLE) == [False] * 3 + [True]
     assert page.get_by_role('slider', name='4 of 4').count() == 1
-
-
-def test_without_scripts_all_pictures_are_there(visit: Callable[..., Any]) -> None:
-    page = visit(java_script_enabled=False)
-    figures = page.locator('figure')
-    assert figures.count() == 19
-    # evaluate works all the same: it is the browser's, not the page's
-    assert all(figure.is_visible() for figure in figures.all())
-    assert min(page.evaluate(LOADED)) > 800
-    assert page.locator('input').count() == 0

@@ -21,11 +21,6 @@ Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 Bits = Mapping[int, np.ndarray]  # by seed
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Of what a line and its band show at one place; one value alone deviates by nothing."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 @dataclass(frozen=True)
 class Difference:
     """Of a row to a reference, over the seeds that both have."""
