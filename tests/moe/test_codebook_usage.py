@@ -48,16 +48,6 @@ def test_a_token_that_is_not_finite_spoils_nothing(name, bad, started):
 
 
 @pytest.mark.parametrize('name', CODEBOOKS)
-def test_a_pass_without_a_finite_token_changes_nothing(name):
-    book = make(name)
-    before = state(book)
-    x = torch.full((5, D), torch.nan)
-    book.observe(x, torch.zeros(5, dtype=torch.int64))
-    book.update()
-    assert same(before, book.state_dict())
-
-
-@pytest.mark.parametrize('name', CODEBOOKS)
 def test_updates_without_any_token_change_nothing(name):
     book = CODEBOOKS[name](M, D)
     before = state(book)
