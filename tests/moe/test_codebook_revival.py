@@ -87,17 +87,6 @@ def test_cvq_rate_known_answers():
     assert share[5].item() == pytest.approx(0, abs=1e-7)
 
 
-def test_cvq_anchors_are_tokens():
-    book = make('cvq')
-    x = torch.randn(60, D)
-    before = book.codes().clone()
-    book.observe(x, torch.zeros(60, dtype=torch.int64))
-    book.update()
-    anchors = (book.codes() - before) / math.exp(-0.001) + before
-    nearest = (anchors[1:, None] - x[None]).abs().amax(dim=-1).min(dim=1).values
-    assert nearest.max() < 1e-4
-
-
 def test_cvq_draws_anchors_by_the_squared_distance():
     # distances 1 and 3 from the code: exp(-1) / (exp(-1) + exp(-9)) = 0.99966; not squared, 0.88
     sample = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 0.0]])

@@ -31,17 +31,6 @@ def test_kmeans_of_fewer_tokens_than_codes_repeats_them():
 
 
 @pytest.mark.parametrize('name', STARTED)
-def test_first_update_starts_from_the_tokens(name):
-    book = CODEBOOKS[name](M, D)
-    x, centres = clusters(120, mean=10.0)
-    assert not book.started
-    learn(book, x)
-    assert book.started
-    assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
-    torch.testing.assert_close(book.usage, torch.full((M,), 1 / M))
-
-
-@pytest.mark.parametrize('name', STARTED)
 def test_a_start_happens_once(name):
     book = CODEBOOKS[name](M, D)
     x = clusters(120)[0]

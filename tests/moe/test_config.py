@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -27,102 +28,58 @@ def test_an_unknown_option_is_a_type_error(method):
         METHODS[method].config.from_options(num_exprts=4)
 
 
-# the last option is what the message names, if nothing else is said
+# the message names the last option of each
 REFUSED = {
-    'smoe': [
-        {'num_experts': 0},
-        {'num_experts': 2.5},
-        {'num_experts': '8'},
-        {'num_experts': True},
-        {'expert_mlp_ratio': 0.0},
-        {'expert_mlp_ratio': math.inf},
-        {'top_k': 0},
-        {'top_k': 9},
-        {'top_k': 1.5},
-        {'renormalize': 'no'},
-        {'top_k': 1, 'renormalize': True},
-        {'router_noise': math.inf},
-        {'router_noise': 0.0, 'load_weight': 0.1},
-        {'z_weight': -1.0},
-        {'capacity_factor': 0.0},
-        {'eval_capacity_factor': -1.0},
-        {'batch_prioritized': True},
-        {'router_init_scale': 9e-7},
-        {'router_init_scale': math.nan},
-        {'preset': 'papr'},
-        {'preset': ['frozen']},
-        {'train_router': False, 'importance_weight': 0.1},
-        {'preset': 'frozen', 'router_noise': 1.0, 'load_weight': 0.1},
-        {'preset': 'frozen', 'bias_update_rate': 0.1},
-        {'preset': 'frozen', 'z_weight': 0.1},
-    ],
-    'xmoe': [
-        {'gate': 'tanh'},
-        {'top_k': 1, 'renormalize': True},
-        {'router_dim': 1},
-        {'temperature': 0.0},
-        {'temperature': math.inf},  # all gates would be equal, with no gradient
-        {'balance_temperature': -1.0},
-        {'balance_weight': 0.0, 'balance_temperature': 9.0},
-        {'bias_update_rate': -0.1},
-    ],
-    'stablemoe': [
-        {'stage1_steps': 0},
-        {'stage1_fraction': 0.0},
-        {'two_stage': False, 'top_k': 1},
-        {'stage1_steps': 7, 'stage1_fraction': 0.1},
-        {'two_stage': False, 'top_k': 2, 'stage1_steps': 7},
-    ],
-    'softmoe': [
-        {'slots_per_token': 0.0},
-        {'slots_per_token': math.inf},
-        {'slots_per_token': 2.0, 'slots_per_expert': 4},
-        {'slot_norm': 'l1'},
-        {'init_scale': 9e-5},
-        {'init_scale': 10**10},
-        {'preset': 'lucidrains', 'init_scale': 2.0},
-    ],
-    'ecmoe': [{'capacity_factor': 0.0}, {'capacity_factor': 9.0}, {'capacity_factor': math.inf}],
-    'vqmoe': [
-        {'form': 'both'},
-        {'codebook': 'kmeans'},
-        {'expert_input': 'code'},
-        {'code_share': 1.5},
-        {'num_codes': 12},  # 8 experts
-        {'num_codes': 0},
-        {'vq_weight': -0.1},
-        {'diversity_weight': math.inf},
-        {'ema_decay': 1.0},
-        {'dead_code_threshold': -0.1},
-        {'routed_scaling_factor': math.nan},
-        {'train_router': False, 'balance_weight': 0.01},
-        # no effect with the others, also if the value is the default
-        {'form': 'discrete', 'balance_weight': 5.0},
-        {'form': 'discrete', 'global_balance': False},
-        {'form': 'discrete', 'routed_scaling_factor': 2.0},
-        {'train_router': False, 'balance_weight': 0.0, 'routed_scaling_factor': 2.0},
-        {'balance_weight': 0.0, 'global_balance': False},
-        {'form': 'continuous', 'num_codes': 16},
-        {'form': 'continuous', 'vq_weight': 9.0},
-        {'form': 'continuous', 'diversity_weight': 0.1},
-        {'form': 'continuous', 'dead_code_threshold': 0.1},
-        {'form': 'continuous', 'use_cosine_sim': True},
-        {'expert_input': 'ste', 'code_share': 0.05},
-        {'expert_input': 'token', 'rotation_trick': True},
-        {'code_share': 0.0, 'rotation_trick': True},
-        {'vq_weight': 0.0, 'commitment': 3.0},
-        {'commitment': 0.0, 'vq_weight': 0.5},
-        {'codebook': 'plain', 'ema_decay': 0.9},
-        {'codebook': 'cvq', 'dead_code_threshold': 0.1},
-        {'train_codebook': False, 'ema_decay': 0.9},
-    ],
+    'smoe': """
+        num_experts=0 | num_experts=2.5 | num_experts='8' | num_experts=True | expert_mlp_ratio=0.0
+        expert_mlp_ratio=inf | top_k=0 | top_k=9 | top_k=1.5 | renormalize='no'
+        top_k=1, renormalize=True | router_noise=inf | router_noise=0.0, load_weight=0.1
+        z_weight=-1.0 | capacity_factor=0.0 | eval_capacity_factor=-1.0 | batch_prioritized=True
+        router_init_scale=9e-7 | router_init_scale=nan | preset='papr' | preset=['frozen']
+        train_router=False, importance_weight=0.1 | preset='frozen', bias_update_rate=0.1
+        preset='frozen', router_noise=1.0, load_weight=0.1 | preset='frozen', z_weight=0.1
+    """,
+    'xmoe': """
+        gate='tanh' | top_k=1, renormalize=True | router_dim=1 | temperature=0.0 | temperature=inf
+        balance_temperature=-1.0 | balance_weight=0.0, balance_temperature=9.0
+        bias_update_rate=-0.1
+    """,
+    'stablemoe': """
+        stage1_steps=0 | stage1_fraction=0.0 | two_stage=False, top_k=1
+        stage1_steps=7, stage1_fraction=0.1 | two_stage=False, top_k=2, stage1_steps=7
+    """,
+    'softmoe': """
+        slots_per_token=0.0 | slots_per_token=inf | slots_per_token=2.0, slots_per_expert=4
+        slot_norm='l1' | init_scale=9e-5 | init_scale=10**10 | preset='lucidrains', init_scale=2.0
+    """,
+    'ecmoe': 'capacity_factor=0.0 | capacity_factor=9.0 | capacity_factor=inf',
+    # num_codes of 8 experts; then what has no effect with the others, also if it is the default
+    'vqmoe': """
+        form='both' | codebook='kmeans' | expert_input='code' | code_share=1.5 | num_codes=12
+        num_codes=0 | vq_weight=-0.1 | diversity_weight=inf | ema_decay=1.0
+        dead_code_threshold=-0.1 | routed_scaling_factor=nan
+        train_router=False, balance_weight=0.01
+        form='discrete', balance_weight=5.0 | form='discrete', global_balance=False
+        form='discrete', routed_scaling_factor=2.0
+        train_router=False, balance_weight=0.0, routed_scaling_factor=2.0
+        balance_weight=0.0, global_balance=False | form='continuous', num_codes=16
+        form='continuous', vq_weight=9.0 | form='continuous', diversity_weight=0.1
+        form='continuous', dead_code_threshold=0.1 | form='continuous', use_cosine_sim=True
+        expert_input='ste', code_share=0.05 | expert_input='token', rotation_trick=True
+        code_share=0.0, rotation_trick=True | vq_weight=0.0, commitment=3.0
+        commitment=0.0, vq_weight=0.5 | codebook='plain', ema_decay=0.9
+        codebook='cvq', dead_code_threshold=0.1 | train_codebook=False, ema_decay=0.9
+    """,
 }
+NUMBERS = {'inf': math.inf, 'nan': math.nan}
 
 
 @pytest.mark.parametrize(
-    ('method', 'options'), [(name, each) for name, several in REFUSED.items() for each in several]
+    ('method', 'given'),
+    [(m, each.strip()) for m, text in REFUSED.items() for each in re.split(r'\||\n', text.strip())],
 )
-def test_impossible_options_and_those_without_effect(method, options):
+def test_impossible_options_and_those_without_effect(method, given):
+    options = eval(f'dict({given})', NUMBERS)
     *_, field = options
     with pytest.raises(ValueError, match=f'^{field}=.* is not possible: '):
         METHODS[method].config.from_options(**options)

@@ -54,24 +54,6 @@ def test_numbers_are_uniform(counters: tuple[int, ...], bits: range) -> None:
     assert abs(chi_square(torch.bincount(found, minlength=256))) < 5
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """In standard deviations of that of independent numbers."""
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].item() * len(a) ** 0.5
-
-
-def test_neighbours_are_unrelated() -> None:
-    # rows of a stream, one counter beside another, and the same place at the end of each stream
-    streams = torch.stack([random_integers(ROWS, number, 0, 0) for number in range(9)]).double()
-    assert all(abs(correlation(s[1:], s[:-1])) < 5 for s in streams)
-    assert all(abs(correlation(*pair)) < 5 for pair in zip(streams[1:], streams[:-1], strict=True))
-    numbers = [torch.tensor(number) for number in range(4096)]
-    places = (
-        torch.stack([random_integers(ROWS[:1], number) for number in numbers]).flatten().double()
-    )
-    assert abs(correlation(places[1:], places[:-1])) < 5
-    assert abs(chi_square(torch.bincount(places.long() >> 26, minlength=64))) < 5
-
-
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.long)])
 def test_compiled_numbers_are_the_same(backend: str) -> None:
     torch._dynamo.reset()

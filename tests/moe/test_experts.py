@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.kernels import KERNELS, use_kernel
 
 
 def test_every_expert_starts_with_the_spread_of_a_vit_layer():
@@ -32,16 +31,6 @@ def test_an_expert_equals_timm_mlp_with_its_weights():
     torch.testing.assert_close(experts(x, torch.tensor([0, 5, 5], dtype=torch.int32)), mlp(x))
 
 
-def test_dropout_only_while_training():
-    experts = Experts(2, 8, 16, drop=0.5)
-    nn.init.normal_(experts.fc2.bias)
-    x, offsets = torch.randn(6, 8), torch.tensor([3, 6], dtype=torch.int32)
-    assert (experts(x, offsets) == 0).any()
-    experts.eval()
-    assert torch.equal(experts(x, offsets), experts(x, offsets))
-    assert (experts(x, offsets) != 0).all()
-
-
 @pytest.mark.parametrize('bias', [True, False])
 def test_separate_experts_equal_stacked_ones_in_every_call(bias):
     stacked = Experts(3, 8, 16, bias=bias).double()
@@ -61,14 +50,3 @@ def test_separate_experts_equal_stacked_ones_in_every_call(bias):
     even = rows[:6].view(3, 2, 8)
     torch.testing.assert_close(separate.fc1.evenly(even), stacked.fc1.evenly(even), **close)
     assert separate.params_per_expert() == stacked.params_per_expert()
-
-
-@pytest.mark.parametrize('kernel', KERNELS)
-def test_separate_experts_refuse_a_kernel_by_name(kernel):
-    experts = Experts(2, 8, 16)
-    experts.separate()
-    rows, offsets = torch.randn(4, 8), torch.tensor([1, 4], dtype=torch.int32)
-    message = f"kernel='{kernel}' is not possible: leave use_kernel out, no kernel runs experts"
-    with use_kernel(kernel), pytest.raises(ValueError, match=message):
-        experts(rows, offsets)
-    assert experts(rows, offsets).shape == (4, 8)

@@ -43,7 +43,7 @@ class Collected:
         self._closed: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self._added: list[tuple[str, Loss, int]] = []
         # of each layer, and of what was added, what is averaged over ranks already
-        self._averaged: dict[str | None, list[Tensor]] = defaultdict(list)
+        self._averaged: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
 
     def add(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
         """Let other losses be averaged over ranks, and be part of the total.
@@ -62,22 +62,20 @@ class Collected:
         """
         if self._closed is not None:
             return self._closed[0]
-        reported: dict[str | None, list[tuple[str, Loss, int]]] = {
-            name: layer.recorder.losses for name, layer in self._layers.items()
-        }
-        reported[None] = self._added
+        reported = {f'{name}/': layer.recorder.losses for name, layer in self._layers.items()}
+        reported[''] = self._added
         new = [
-            (place, loss, number)
+            (place, name, loss, number)
             for place, entries in reported.items()
-            for _, loss, number in entries[len(self._averaged[place]) :]
+            for name, loss, number in entries[len(self._averaged[place]) :]
         ]
-        values = averaged_over_ranks([(loss, number) for _, loss, number in new])
-        for (place, _, _), value in zip(new, values, strict=True):
-            self._averaged[place].append(value)
+        values = averaged_over_ranks([(loss, number) for _, _, loss, number in new])
+        for (place, name, *_), value in zip(new, values, strict=True):
+            self._averaged[place].append((f'{place}{name}', value))
         found: dict[str, list[Tensor]] = defaultdict(list)
-        for place, entries in reported.items():
-            for (name, _, _), value in zip(entries, self._averaged[place], strict=True):
-                found[name if place is None else f'{place}/{name}'].append(value)
+        for place in reported:
+            for name, value in self._averaged[place]:
+                found[name].append(value)
         return {name: torch.stack(values).sum(0) for name, values in found.items()}
 
     @property

@@ -7,7 +7,6 @@ A method's options are a frozen dataclass, whose fields are keyword arguments of
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,7 +16,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-NamedOptions = dict[str, dict[str, Any]]
+Named = dict[str, dict[str, Any]]
 Config = TypeVar('Config', bound='MoeConfig')
 
 
@@ -43,6 +42,7 @@ types_of: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 def option(
     default: Any,
     *trials: Any,
+    bounds: str = '',
     of_weights: bool = True,
     idle: dict[str, Any] | None = None,
     balances: bool = False,
@@ -51,48 +51,50 @@ def option(
 
     Args:
         default: Its value where none is given.
-        *trials: Other values that run other code, for tests of every kind; a dictionary is a
-            combination of options. Every option has one, or another value in a preset.
-        of_weights: False where trained weights need not be used with it: answers do not follow it,
-            as losses, or tensors show it.
+        *trials: Other values that run other code, for tests; a dictionary combines options.
+        bounds: Of a number that is not None, such as '[0, 1)': at least 0 and below 1.
+        of_weights: False where trained weights need not be used with it, or tensors show it.
         idle: Other options, and a value of each (several as a tuple, or a function of it) that
             leaves this one without effect. Giving it then is an error.
         balances: Whether it is the weight of a loss that balances tokens.
     """
-    facts = dict(trials=trials, of_weights=of_weights, idle=idle or {}, balances=balances)
-    return field(default=default, metadata=facts)
+    facts = dict(bounds=bounds, of_weights=of_weights, idle=idle or {}, balances=balances)
+    return field(default=default, metadata={'trials': trials, **facts})
+
+
+def loss_weight(default: float, *trials: Any, **facts: Any) -> Any:
+    """An `option` that is the weight of a loss."""
+    return option(default, *trials, bounds='[0, inf)', of_weights=False, **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """Options of every MoE layer.
+    """Options of every MoE layer; `bounds` of a field says which numbers it takes.
 
     Args:
-        num_experts: E, at least 1.
-        expert_mlp_ratio: Hidden width of an expert over D, above 0 and at most 1000; None takes the
-            dense blocks' `mlp_ratio`.
+        num_experts: E.
+        expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
 
     Raises:
         ValueError: A field holds an impossible value.
     """
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
-    PRESETS: ClassVar[NamedOptions] = {'paper': {}, 'matched': {}}
+    PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {}}
     # Options by name with which a layer of equal experts answers as one of them alone, so that a
     # model that starts from a dense one begins with its answers; empty where none do so.
-    EXACT_UPCYCLING: ClassVar[NamedOptions] = {}
+    EXACT_UPCYCLING: ClassVar[Named] = {}
 
-    num_experts: int = option(8, of_weights=False)
-    expert_mlp_ratio: float | None = option(None, of_weights=False)
+    num_experts: int = option(8, bounds='[1, inf)', of_weights=False)
+    expert_mlp_ratio: float | None = option(None, bounds='(0, 1000]', of_weights=False)
 
     def __post_init__(self) -> None:
         types = types_of(type(self))
         for each in fields(self):
-            check_type(each.name, types[each.name], getattr(self, each.name))
-        self.require('num_experts', self.num_experts >= 1, 'at least 1')
-        ratio = self.expert_mlp_ratio
-        possible = ratio is None or 0 < ratio <= 1000
-        self.require('expert_mlp_ratio', possible, 'above 0 and at most 1000, or None')
+            value, bounds = getattr(self, each.name), each.metadata['bounds']
+            check_type(each.name, types[each.name], value)
+            if bounds and value is not None:
+                self.require(each.name, *_within(value, bounds))
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -164,7 +166,7 @@ class MoeConfig:
 class TopKConfig(MoeConfig):
     """Options of methods that send a token to its `top_k` best experts, from 1 to `num_experts`."""
 
-    PRESETS: ClassVar[NamedOptions] = {'paper': {}, 'matched': {'top_k': 2}}
+    PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {'top_k': 2}}
 
     top_k: int = option(1)
 
@@ -190,6 +192,16 @@ class BalancedConfig(MoeConfig):
         if all(name in found or getattr(self, name) == 0 for name in weights):
             found['global_balance'] = ', '.join({found.get(n, f'{n}=0'): None for n in weights})
         return found
+
+
+def _within(value: Any, bounds: str) -> tuple[bool, str]:
+    """Whether a number lies in an interval such as '[0, 1)', and that in words."""
+    low, high = bounds[1:-1].split(', ')
+    from_low, to_high = bounds[0] == '[', bounds[-1] == ']'
+    above = value > float(low) or (from_low and value == float(low))
+    below = value < float(high) or (to_high and value == float(high))
+    first, last = 'at least' if from_low else 'above', 'at most' if to_high else 'below'
+    return above and below, f'{first} {low} and {last} {high}'
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:
@@ -228,9 +240,3 @@ def _has_type(value: Any, hint: Any) -> bool:
     if hint is float and isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:
         return False
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and not confused
-
-
-def check_weights(config: MoeConfig, *names: str) -> None:
-    """Refuse loss weights that are negative or not finite."""
-    for name in names:
-        config.require(name, 0 <= getattr(config, name) < math.inf, 'at least 0 and finite')

@@ -5,8 +5,8 @@ rank r has the samples r, r + S, r + 2 S and so on of the joint batch. A last ba
 on the later ranks.
 
 Where experts are shared out, rows travel to them and back: GShard (arXiv 2006.16668), section 3.2,
-but with groups of any size, as in MegaBlocks (arXiv 2211.15841). The answer is that of all experts
-on one process. Sizes are read back once per layer: torch's all-to-all wants them on the host.
+but with groups of any size. Sizes are read back once per layer: torch's all-to-all wants them on
+the host.
 Process m keeps experts m L to (m + 1) L - 1 as tensors of the type `DTensor`, which
 torch.distributed.checkpoint saves under the names and shapes of one process.
 

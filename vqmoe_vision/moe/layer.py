@@ -247,6 +247,11 @@ class MoeLayer(nn.Module):
             del state_dict[prefix + name]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            'torch.jit.script is not possible with MoE layers, and deprecated: use torch.export'
+        )
+
 
 class RoutedMlp(MoeLayer):
     """Drop-in for timm's `Mlp` whose tokens, prefix tokens too, go to experts by a router.

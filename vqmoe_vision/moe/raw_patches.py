@@ -10,7 +10,7 @@ Legend: B images, L patches, F raw features of a patch, N tokens, D width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,30 +110,12 @@ class ImageReader(nn.Module):
     """Base of `ReadPatches` by a frozen network, which somebody has to train before."""
 
     network: Any  # buffers alone, as no training changes it
-
-    def features(self, images: Tensor) -> Any:
-        """Features (B, F) float32 of normalised images, without graph."""
-
-    def fit(self, features: Tensor) -> Any:
-        """Take over what features of a training set say."""
-
-    def expected(self, state_dict: Mapping[str, Tensor]) -> Any:
-        """What its part of a state dict has to have in order to be loaded, with any values."""
-
-    def adapted(
-        self,
-        own: dict[str, Tensor],
-        others: dict[str, Tensor],
-        path: str,
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> Any:
-        """What it loads of a checkpoint, of its own part or all others, and the report of it."""
-
-    def before_start(self, features: str | None, started: bool, weights: Any) -> Any:
-        """Reads a file for its network before a new training; gives how images are normalised."""
-
-    def before_training(self, runner: Any) -> None:
-        """Is fitted to the training set of a run."""
+    features: Any  # (B, F) float32 of normalised images, without graph
+    fit: Any  # takes over what features of a training set say
+    expected: Any  # what its part of a state dict has to have in order to be loaded
+    adapted: Any  # what it loads of a checkpoint, its own part or all others, and the report of it
+    before_start: Any  # reads a file before a new training; gives how images are normalised
+    before_training: Any  # is fitted to the training set of a run
 
 
 def image_reader(model: nn.Module) -> ImageReader | None:

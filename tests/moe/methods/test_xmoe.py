@@ -43,25 +43,6 @@ def test_output_and_every_gradient(make_layer, gate, options):
     assert_by_hand(net, naive, torch.randn(2, 7, D), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_have_no_radial_part():
-    router, x = make_router(), torch.randn(20, D, requires_grad=True)
-    (router.scores(x) * torch.randn(20, E)).sum().backward()
-    for tensor in (x, router.expert_embed):
-        along = (tensor * tensor.grad).sum(dim=-1)
-        assert tensor.grad.norm() > 0.1
-        # of terms of size one, in float32
-        torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=2e-6)
-
-
-@gates
-@pytest.mark.parametrize('top_k', [1, 2])
-@pytest.mark.parametrize('temperature', [1e-3, 0.01, 0.07, 0.3, 1.0, 100.0])
-def test_the_choice_does_not_depend_on_the_temperature(gate, top_k, temperature):
-    router = make_router(gate=gate, top_k=top_k, temperature=temperature)
-    x = torch.randn(500, D)
-    assert torch.equal(router(x).indices, router.scores(x).topk(top_k, dim=-1).indices)
-
-
 @pytest.mark.parametrize(
     ('gate', 'start', 'balance'), [('softmax', 0.3, 0.3), ('sigmoid', 0.07, 0.07)]
 )

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, NamedOptions, option
+from ..config import MoeConfig, Named, option
 from ..raw_patches import Host
 from ..routing import Router, Routing, full_precision, init_lecun_normal
 
@@ -37,17 +37,16 @@ class ExpertChoiceConfig(MoeConfig):
 
     # Weights of a token sum to 1 over all experts: every expert has to take every token, which
     # costs them all.
-    EXACT_UPCYCLING: ClassVar[NamedOptions] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'all': {'num_experts': 2, 'capacity_factor': 2.0},
     }
 
-    capacity_factor: float = option(2.0, 1.0)
+    capacity_factor: float = option(2.0, 1.0, bounds='(0, inf)')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factor = self.capacity_factor
-        allowed = f'above 0 and at most num_experts={self.num_experts}'
-        self.require('capacity_factor', 0 < factor <= self.num_experts, allowed)
+        possible = self.capacity_factor <= self.num_experts
+        self.require('capacity_factor', possible, f'at most num_experts={self.num_experts}')
 
 
 class ExpertChoiceRouter(Router):

@@ -40,7 +40,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, NamedOptions, TopKConfig, check_weights, option
+from ..config import BalancedConfig, Named, TopKConfig, loss_weight, option
 from ..experts import Experts
 from ..layer import RoutedMlp
 from ..losses import Loss
@@ -58,44 +58,40 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
     """Options of StableMoE.
 
     Args:
-        stage1_steps: Updates after which the distilled router is frozen, at least 1; None takes
-            the fraction.
-        stage1_fraction: Share of an announced training, above 0 and at most 1.
-        balance_weight: Weight of (5), stage 1, at least 0.
-        distill_weight: Weight of (7), stage 1, at least 0.
+        stage1_steps: Updates until the distilled router is frozen; None takes the fraction.
+        stage1_fraction: Share of an announced training.
+        balance_weight: Weight of (5), stage 1.
+        distill_weight: Weight of (7), stage 1.
         two_stage: False gives the simplified one-stage router of the 'group' preset.
     """
 
-    PRESETS: ClassVar[NamedOptions] = {
+    PRESETS: ClassVar[Named] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {'two_stage': False, 'top_k': 2},
     }
 
     # the sigmoid of two stages begins a little above a half
-    EXACT_UPCYCLING: ClassVar[NamedOptions] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'one-stage': {'two_stage': False, 'top_k': 2},
     }
 
-    stage1_steps: int | None = option(None, 1, of_weights=False, idle=_ONE_STAGE)
+    stage1_steps: int | None = option(None, 1, bounds='[1, inf)', of_weights=False, idle=_ONE_STAGE)
     stage1_fraction: float = option(
-        0.1, 0.5, of_weights=False, idle={**_ONE_STAGE, 'stage1_steps': lambda n: n is not None}
+        0.1,
+        0.5,
+        bounds='(0, 1]',
+        of_weights=False,
+        idle={**_ONE_STAGE, 'stage1_steps': lambda n: n is not None},
     )
-    balance_weight: float = option(0.3, 0.1, of_weights=False, balances=True, idle=_ONE_STAGE)
-    distill_weight: float = option(1.0, 0.5, of_weights=False, idle=_ONE_STAGE)
+    balance_weight: float = loss_weight(0.3, 0.1, balances=True, idle=_ONE_STAGE)
+    distill_weight: float = loss_weight(1.0, 0.5, idle=_ONE_STAGE)
     two_stage: bool = option(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps, fraction = self.stage1_steps, self.stage1_fraction
-        self.require('stage1_steps', steps is None or steps >= 1, 'at least 1, or None')
-        self.require('stage1_fraction', 0 < fraction <= 1, 'above 0 and at most 1')
-        check_weights(self, 'balance_weight', 'distill_weight')
-        self.require(
-            'top_k',
-            self.two_stage or self.top_k > 1,
-            'at least 2 with two_stage=False, else every weight is 1 and the router learns nothing',
-        )
+        allowed = 'at least 2 with two_stage=False, else every weight is 1 and nothing is learned'
+        self.require('top_k', self.two_stage or self.top_k > 1, allowed)
 
 
 def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:

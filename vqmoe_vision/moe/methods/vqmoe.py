@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import losses
 from ..codebooks import CODEBOOKS
 from ..codebooks.codebook import Codebook, Quantized, rotate_to
-from ..config import BalancedConfig, NamedOptions, check_weights, option
+from ..config import BalancedConfig, Named, loss_weight, option
 from ..dispatch import Branch, run_branches
 from ..experts import Experts
 from ..layer import Decisions, MoeLayer
@@ -48,8 +48,6 @@ from ..losses import Loss, token_mean
 from ..raw_patches import Host
 from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
 
-FORMS = ('full', 'discrete', 'continuous')
-EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
 # What the full form has and the discrete one has not.
 _OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
@@ -65,30 +63,28 @@ class VQMoEConfig(BalancedConfig):
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        codebook: 'ema' (starts by k-means and replaces dead codes), 'plain' (VQ-VAE's), 'simvq' or
-            'cvq'.
-        vq_weight: alpha of (6), at least 0.
-        commitment: beta of (6), at least 0.
+        codebook: 'ema' starts by k-means and replaces dead codes, 'plain' is VQ-VAE's.
+        vq_weight: alpha of (6).
+        commitment: beta of (6).
         use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
-        ema_decay: Of the averages of 'ema' and 'cvq', at least 0 and below 1.
-        dead_code_threshold: Share of even usage, from 0 (never) to below 1, under which 'ema'
-            replaces a code.
+        ema_decay: Of the averages of 'ema' and 'cvq'.
+        dead_code_threshold: Share of even usage under which 'ema' replaces a code; 0 is never.
         train_codebook: False keeps the codes as they are; tokens are still drawn to them.
-        expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
-        code_share: c of 'mix' and 'official', from 0 to 1.
+        expert_input: What the discrete branch feeds its expert.
+        code_share: c of 'mix' and 'official'.
         rotation_trick: Gradients through the code by rotation in place of straight through.
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
-        balance_weight: Weight of the router's balance loss, at least 0.
-        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0), at least 0.
+        balance_weight: Weight of the router's balance loss.
+        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0).
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Of the router's weight, not of losses; above 0 and at most 1e6.
+        routed_scaling_factor: Of the router's weight, not of losses.
 
     Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults;
     'official', the released code.
     """
 
-    PRESETS: ClassVar[NamedOptions] = {
+    PRESETS: ClassVar[Named] = {
         # weights of (6) are those of the released code, as the text does not give them
         'paper': {
             'codebook': 'plain',
@@ -107,7 +103,7 @@ class VQMoEConfig(BalancedConfig):
     }
     # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
     # the continuous branch is a probability, below 1, unless its router is frozen.
-    EXACT_UPCYCLING: ClassVar[NamedOptions] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
         'full': {
             'expert_input': 'token',
@@ -117,36 +113,48 @@ class VQMoEConfig(BalancedConfig):
         },
     }
 
-    form: str = option('full', 'discrete', 'continuous', of_weights=False)
-    num_codes: int | None = option(None, 48, of_weights=False, idle=_NO_CODES)
-    codebook: str = option('ema', 'simvq', 'cvq', idle=_NO_CODES)
-    vq_weight: float = option(0.08, 0.5, of_weights=False, idle=_NO_CODES)
-    commitment: float = option(0.25, 0.5, of_weights=False, idle={**_NO_CODES, 'vq_weight': 0})
+    form: Literal['full', 'discrete', 'continuous'] = option(
+        'full', 'discrete', 'continuous', of_weights=False
+    )
+    num_codes: int | None = option(None, 48, bounds='[1, inf)', of_weights=False, idle=_NO_CODES)
+    codebook: Literal['ema', 'plain', 'simvq', 'cvq'] = option(
+        'ema', 'simvq', 'cvq', idle=_NO_CODES
+    )
+    vq_weight: float = loss_weight(0.08, 0.5, idle=_NO_CODES)
+    commitment: float = loss_weight(0.25, 0.5, idle={**_NO_CODES, 'vq_weight': 0})
     use_cosine_sim: bool = option(False, True, idle=_NO_CODES)
     ema_decay: float = option(
         0.99,
         0.9,
+        bounds='[0, 1)',
         of_weights=False,
         idle={**_NO_CODES, 'codebook': ('plain', 'simvq'), 'train_codebook': False},
     )
     dead_code_threshold: float = option(
         0.01,
         0.1,
+        bounds='[0, 1)',
         of_weights=False,
         idle={**_NO_CODES, 'codebook': ('plain', 'simvq', 'cvq'), 'train_codebook': False},
     )
     train_codebook: bool = option(
         True, {'train_codebook': False, 'form': 'discrete'}, of_weights=False, idle=_NO_CODES
     )
-    expert_input: str = option('mix', 'ste', 'token', idle=_NO_CODES)
-    code_share: float = option(0.05, 0.3, idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)})
+    expert_input: Literal['mix', 'ste', 'token', 'official'] = option(
+        'mix', 'ste', 'token', idle=_NO_CODES
+    )
+    code_share: float = option(
+        0.05, 0.3, bounds='[0, 1]', idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)}
+    )
     rotation_trick: bool = option(False, True, of_weights=False, idle=_NO_CODES)
     input_norm: bool = option(True, False, idle=_NO_CODES)
     output_norm: bool = option(False, idle=_NO_CODES)
-    balance_weight: float = option(0.01, of_weights=False, balances=True, idle=_NO_ROUTER)
-    diversity_weight: float = option(0.0, 0.1, of_weights=False, balances=True, idle=_NO_CODES)
+    balance_weight: float = loss_weight(0.01, balances=True, idle=_NO_ROUTER)
+    diversity_weight: float = loss_weight(0.0, 0.1, balances=True, idle=_NO_CODES)
     train_router: bool = option(True, idle=_NO_ROUTER)
-    routed_scaling_factor: float = option(1.0, 2.75, idle={**_NO_ROUTER, 'train_router': False})
+    routed_scaling_factor: float = option(
+        1.0, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
+    )
 
     @property
     def learns_routing(self) -> bool:
@@ -155,20 +163,8 @@ class VQMoEConfig(BalancedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require('form', self.form in FORMS, f'one of {FORMS}')
-        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
-        for name in ('ema_decay', 'dead_code_threshold'):
-            self.require(name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
-        inputs = self.expert_input
-        self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
-        self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
-        check_weights(self, 'vq_weight', 'commitment', 'balance_weight', 'diversity_weight')
-        codes = self.num_codes
-        valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
-        multiple = f'a positive multiple of num_experts={self.num_experts}'
-        self.require('num_codes', valid, f'{multiple}, or None for one per expert')
-        factor = self.routed_scaling_factor
-        self.require('routed_scaling_factor', 0 < factor <= 1e6, 'above 0 and at most 1e6')
+        allowed = f'a multiple of num_experts={self.num_experts}, or None for one per expert'
+        self.require('num_codes', (self.num_codes or 0) % self.num_experts == 0, allowed)
         valid = self.train_router or self.balance_weight == 0
         self.require('balance_weight', valid, '0 with train_router=False')
 
