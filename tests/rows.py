@@ -22,6 +22,13 @@ def leaves(part: str) -> list[str]:
     )
 
 
+def ade20k(size: str, row: str) -> str:
+    """Stem of the Segmenter of a row of the paper; `row` is 'dense' or a method."""
+    backbone = f'vit-{size[0]}' if row == 'dense' else f'vit-{size[0]}-{row}'
+    side = 640 if size == 'large' else 512
+    return f'segmenter_{backbone}_mask_8xb1-160k_ade20k-{side}x{side}'
+
+
 def row_options(row: str, size: str = 'tiny', model: str = 'model') -> dict[str, Any]:
     """What `--cfg-options` makes of a row's line of options.
 

@@ -20,7 +20,7 @@ from .rows import CONFIGS, ROWS, row_options
 # all rows that comparisons have by name, controls among them
 ALL_ROWS = (*ROWS, *FEATURE_ROWS, *PRESET_ROWS)
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 SIZES = {'patch_size': 16, 'depth': 4, 'embed_dim': 12, 'num_heads': 3}
 # two iterations, a validation, and on: into the next epoch
 EPOCHS = {

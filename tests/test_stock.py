@@ -84,7 +84,7 @@ def test_every_stock_name_is_stock_and_no_function_is_patched() -> None:
 
 LEAVES = [
     'classification/digits/demo/vit_tiny_vqmoe_demo.py',
-    'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
+    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
 ]
 SMALL = {'depth': 2, 'embed_dim': 12, 'num_heads': 3}
 

@@ -14,14 +14,13 @@ try:
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config
-    from vqmoe_vision.engine.command import one_line
-    from vqmoe_vision.engine.terminal import follow, quiet
+    from vqmoe_vision.engine.command import follow, one_line, quiet
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 
 WORK_DIR = Path('work_dirs/demo')
 DIGITS = 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-SCENES = 'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SCENES = 'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 # for the report: what the routing did while the model was trained
 HISTORY = {'default_hooks.routing_history.type': 'RoutingHistoryHook'}
 

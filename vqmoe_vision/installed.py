@@ -11,7 +11,7 @@ def config_path(name: str) -> str:
     """Path of a config that comes with the package.
 
     A config that any program of mmengine or mmseg reads can build on it:
-    `_base_ = __import__('vqmoe_vision').config_path('segmentation/camvid.py')`.
+    `_base_ = __import__('vqmoe_vision').config_path('classification/cifar10.py')`.
 
     Args:
         name: Such as 'classification/cifar10.py'. Whoever reads the file finds out if it exists.

@@ -2,7 +2,7 @@
 # dense checkpoint of cifar10_budget, and VQMoE from its own, with both branches, with the discrete
 # one alone, and with its codes fixed. A dense model of matched width cannot start from the dense
 # one, and begins from nothing as dense does. docs/compare.md
-config = 'configs/segmentation/camvid_budget.py'
+config = 'configs/segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
 metric = 'mIoU'
 reference = 'dense_1x_started'
 seeds = [1, 2, 3, 4, 5]

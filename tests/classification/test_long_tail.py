@@ -14,7 +14,7 @@ from PIL import Image
 from vqmoe_vision.classification.datasets import _part
 from vqmoe_vision.classification.evaluation import thirds
 from vqmoe_vision.classification.splits import SPLITS, long_tail, split_indices
-from vqmoe_vision.engine.training_data import TrainingPart
+from vqmoe_vision.engine.images import TrainingPart
 
 TO_TENSOR = dict(type='timm', input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 

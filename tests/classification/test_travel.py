@@ -21,8 +21,7 @@ from vqmoe_vision.classification.datasets import digits
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import load_from_local, read_state
 from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.model_card import _sources
-from vqmoe_vision.engine.publish import publish
+from vqmoe_vision.engine.publish import _sources, publish
 from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.models.create import create_model
 

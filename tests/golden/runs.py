@@ -15,7 +15,7 @@ train_cfg = dict(max_epochs=1, val_interval=1)
 default_hooks = dict(checkpoint=dict(interval=1))
 """
 LOADER = 'batch_size=2, num_workers=0, persistent_workers=False'
-DIGIT_SCENES = 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+DIGIT_SCENES = 'configs/segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 SCENES = f"""
 _base_ = {str(ROOT / DIGIT_SCENES)!r}
 model = dict(backbone=dict({BACKBONE} depth=2, patch_size=16), decode_head=dict(num_layers=1))

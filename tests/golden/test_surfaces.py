@@ -27,6 +27,7 @@ from . import probe
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parent / 'data'
 ROWS = ROOT / 'docs/results/rows'
+CAMVID = 'segmentation/segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py'
 COMPARISONS = [ROOT / f'configs/comparisons/{rows.name}.py' for rows in sorted(ROWS.iterdir())]
 
 # Of a line of `docs/results/tables/*.csv`, which `tools/compare.py table` writes.
@@ -121,10 +122,10 @@ def test_a_config_elsewhere_builds_on_one_of_the_package_by_name(
 
 def test_a_config_elsewhere_builds_on_one_of_the_package_by_path(outside: Path) -> None:
     """As any program of mmengine or mmseg reads it."""
-    path = "__import__('vqmoe_vision').config_path('segmentation/camvid.py')"
+    path = f"__import__('vqmoe_vision').config_path({CAMVID!r})"
     outside.write_text(f'_base_ = {path}\nmodel = dict(backbone=dict(depth=3))\n')
     found = probe.flat(Config.fromfile(outside).to_dict(), ROOT)
-    expected = read_configs()['segmentation/camvid.py'] | {'model.backbone.depth': '3'}
+    expected = read_configs()[CAMVID] | {'model.backbone.depth': '3'}
     assert not list(differences(found, expected))
 
 

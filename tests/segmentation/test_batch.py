@@ -5,7 +5,7 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor
+from vqmoe_vision.segmentation.preprocessor import CheckedPreProcessor, converts_channels
 
 
 @pytest.mark.parametrize('converts', [True, False])
@@ -21,4 +21,4 @@ def test_images_are_prepared_as_by_mmseg(converts: bool, training: bool) -> None
         data = {'inputs': list(images), 'data_samples': samples}
         results.append(preprocessor(data, training)['inputs'])
     assert torch.equal(*results)
-    assert ours._channel_conversion is converts
+    assert converts_channels(ours) is converts_channels(preprocessor) is converts

@@ -27,7 +27,7 @@ from ..logs import reports
 
 SCENES = (
     Path(__file__).parents[2]
-    / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+    / 'configs/segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 )
 TINY = f"""
 _base_ = {str(SCENES)!r}

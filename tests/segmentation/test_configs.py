@@ -15,26 +15,36 @@ from mmseg.registry import DATASETS
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.models.vit_moe import SIZES
+from vqmoe_vision.moe import METHODS
 
-from ..rows import CONFIGS, ROWS, every_two, leaves, parse_options, result_options, row_options
+from ..rows import (
+    CONFIGS,
+    ROWS,
+    ade20k,
+    every_two,
+    leaves,
+    parse_options,
+    result_options,
+    row_options,
+)
 from .conftest import build, write_pair
 
 LEAVES = leaves('segmentation')
 ADE = 'segmentation/ade20k'
 DATA_SETS = (
-    f'{ADE}/segmenter_vit_tiny_vqmoe_ade20k.py',
-    'segmentation/pascal_context.py',
-    'segmentation/cityscapes.py',
-    'segmentation/camvid.py',
+    f'{ADE}/segmenter_vit-t-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+    'segmentation/segmenter_vit-t-vqmoe_mask_8xb2-80k_pascal-context-59-480x480.py',
+    'segmentation/segmenter_vit-t-vqmoe_mask_8xb1-80k_cityscapes-768x768.py',
+    'segmentation/segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py',
 )
 # of one size
 SMALL = {
-    f'{ADE}/segmenter_vit_large_vqmoe_ade20k.py': 'large',
-    f'{ADE}/segmenter_linear_ade20k.py': 'small',
-    f'{ADE}/segmenter_original_ade20k.py': 'small',
-    f'{ADE}/upernet_ade20k.py': 'base',
-    'segmentation/camvid_budget.py': 'tiny',
-    'segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py': 'tiny',
+    f'{ADE}/segmenter_vit-l-vqmoe_mask_8xb1-160k_ade20k-640x640.py': 'large',
+    f'{ADE}/segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512.py': 'small',
+    f'{ADE}/segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512.py': 'small',
+    f'{ADE}/upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py': 'base',
+    'segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py': 'tiny',
+    'segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py': 'tiny',
 }
 EVERY = [(leaf, size) for leaf in DATA_SETS for size in SIZES] + list(SMALL.items())
 
@@ -72,7 +82,7 @@ def test_every_config_takes_every_row(
 
 def test_heads_of_the_decoder_are_those_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, given in SIZES.items():
-        config = load_config(str(CONFIGS / ADE / f'segmenter_vit_{size}_smoe_ade20k.py'))
+        config = load_config(str(CONFIGS / ADE / f'{ade20k(size, "smoe")}.py'))
         head = build(config, monkeypatch).decode_head
         assert (head.channels, head.cls_emb.shape[-1]) == (given['embed_dim'],) * 2
         assert {layer.attn.attn.num_heads for layer in head.layers} == {given['num_heads']}
@@ -80,7 +90,7 @@ def test_heads_of_the_decoder_are_those_of_the_backbone(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize('line', result_options('model.backbone'))
 def test_rows_of_the_results_can_be_built(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = CONFIGS / 'segmentation/camvid_budget.py'
+    budget = CONFIGS / 'segmentation/segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py'
     assert build(load_config(str(budget), parse_options(line)), monkeypatch).num_classes == 11
 
 
@@ -130,7 +140,7 @@ def flat(leaf: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ('train_pipeline', 'test_pipeline')}
 
 
-LARGE = 'segmenter_vit_large_vqmoe_ade20k.py'
+LARGE = 'segmenter_vit-l-vqmoe_mask_8xb1-160k_ade20k-640x640.py'
 AT_640 = {
     'model.data_preprocessor.size': (640, 640),
     'model.backbone.img_size': (640, 640),
@@ -149,19 +159,21 @@ AT_640 = {
 
 def test_large_has_the_crops_of_its_reference() -> None:
     row = row_options('vqmoe', 'large', 'model.backbone')
-    tiny = flat('segmenter_vit_tiny_vqmoe_ade20k.py', row)
+    tiny = flat('segmenter_vit-t-vqmoe_mask_8xb1-160k_ade20k-512x512.py', row)
     assert changes(tiny, flat(LARGE)) == {**AT_640, 'model.test_cfg.stride': (608, 608)}
 
 
 def test_the_original_schedule_of_every_size() -> None:
     page = (CONFIGS.parent / 'docs/segmentation.md').read_text()
     (line,) = re.findall(
-        r'^python tools/train.py .*/segmenter_original_ade20k.py.*\\\n(.*)', page, re.M
+        r'^python tools/train.py .*/segmenter-original_.*\\\n(.*)',
+        page,
+        re.M,
     )
     line = line.replace('--cfg-options', '').strip()
     assert parse_options(line) == row_options('vqmoe', 'large', 'model.backbone')
-    original = 'segmenter_original_ade20k.py'
-    ours = flat('segmenter_vit_small_vqmoe_ade20k.py')
+    original = 'segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512.py'
+    ours = flat('segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py')
     schedule = changes(ours, flat(original))
     assert schedule == {
         'optim_wrapper.optimizer.nesterov': True,
@@ -176,9 +188,7 @@ def test_the_original_schedule_of_every_size() -> None:
         'model.test_cfg.stride': (512, 512),
     }
     # Large at 640, whose windows do not overlap either
-    (printed,) = re.findall(
-        r'```\n(python tools/train.py \S+/segmenter_vit_large.*?)```', page, re.S
-    )
+    (printed,) = re.findall(r'```\n(python tools/train.py \S+/segmenter_vit-l.*?)```', page, re.S)
     words = shlex.split(printed.replace('\\\n', ' '))
     options = parse_options(' '.join(words[words.index('--cfg-options') + 1 :]))
     expected = flat(
@@ -193,7 +203,7 @@ def test_the_table_of_configs_says_what_they_have() -> None:
     found = set()
     for row in table.splitlines()[2:]:
         cells = [cell.strip() for cell in row.strip('|').split('|')]
-        leaf = cells[0].strip('`').replace('SIZE_ROW', 'tiny_vqmoe')
+        leaf = cells[0].strip('`').replace('SIZE-ROW', 't-vqmoe')
         found.add(f'segmentation/{leaf}.py')
         config = load_config(str(CONFIGS / f'segmentation/{leaf}.py'))
         if cells[3] != 'its own':
@@ -208,7 +218,9 @@ def test_the_table_of_configs_says_what_they_have() -> None:
         assert int(re.sub(r'\D', '', cells[5])) == config.train_cfg.max_iters
         crop = config.model.data_preprocessor['size']
         assert cells[2].startswith('x'.join(str(side) for side in dict.fromkeys(crop)))
-    assert found == {leaf for leaf in LEAVES if '_vit_' not in leaf or '_tiny_vqmoe_' in leaf}
+    others = {f'{ADE}/{ade20k(size, row)}.py' for size in SIZES for row in ('dense', *METHODS)}
+    others.remove(DATA_SETS[0])
+    assert found == {leaf for leaf in LEAVES if leaf not in others}
 
 
 def test_the_page_says_which_configs_draw_masks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,25 +236,29 @@ def test_the_page_says_which_configs_draw_masks(monkeypatch: pytest.MonkeyPatch)
 
     for leaf in (*DATA_SETS, *SMALL):
         assert drawing(leaf)
-        if 'budget' in leaf or 'digit_scenes' in leaf:
+        if 'vit-4x' in leaf:
             # a default of mmseg's, of which their configs say nothing
             assert drawing(leaf) == {'decode_head'} and not drawing(leaf, option)
 
 
 def test_albumentations_replace_flips_and_colours() -> None:
-    other = flat('segmenter_albumentations_ade20k.py')
-    (changed,) = changes(flat('segmenter_vit_small_vqmoe_ade20k.py'), other).items()
+    other = flat('segmenter_vit-s-vqmoe_mask_8xb1-albu-160k_ade20k-512x512.py')
+    (changed,) = changes(
+        flat('segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py'), other
+    ).items()
     name, pipeline = changed
     assert name == 'train_dataloader.dataset.pipeline'
     assert [step['type'] for step in pipeline[-2:]] == ['Albumentations', 'PackSegInputs']
-    ours = flat('segmenter_vit_small_vqmoe_ade20k.py')['train_dataloader']['dataset']['pipeline']
+    ours = flat('segmenter_vit-s-vqmoe_mask_8xb1-160k_ade20k-512x512.py')['train_dataloader'][
+        'dataset'
+    ]['pipeline']
     assert pipeline[:-2] == ours[:-3]
 
 
 def test_upernet_is_trained_as_its_reference() -> None:
     mmseg_configs = Path(mmseg.__file__).parent / '.mim/configs/vit'
     theirs = Config.fromfile(mmseg_configs / 'vit_deit-b16_upernet_8xb2-160k_ade20k-512x512.py')
-    ours = load_config(str(CONFIGS / ADE / 'upernet_ade20k.py'))
+    ours = load_config(str(CONFIGS / ADE / 'upernet_vit-b-vqmoe_mln_8xb2-160k_ade20k-512x512.py'))
     assert ours.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
     for a, b in zip(ours.param_scheduler, theirs.param_scheduler, strict=True):
         assert {**a, 'type': a.type} == b
@@ -263,7 +279,7 @@ def dataset(config: Config, split: str = 'train') -> Any:
 FILES = {
     'ade20k': ('images/{}/a.jpg', 'annotations/{}/a.png', ('training', 'validation')),
     'camvid': ('images/{}/a.jpg', 'annotations/{}/a.png', ('train', 'val')),
-    'pascal_context': ('JPEGImages/a.jpg', 'SegmentationClassContext/a.png', ('train', 'val')),
+    'pascal-context': ('JPEGImages/a.jpg', 'SegmentationClassContext/a.png', ('train', 'val')),
     'cityscapes': (
         'leftImg8bit/{}/town/a_leftImg8bit.png',
         'gtFine/{}/town/a_gtFine_labelTrainIds.png',

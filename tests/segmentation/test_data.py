@@ -9,7 +9,7 @@ import pytest
 from mmcv.transforms import BaseTransform
 from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.digits import digit_scans
+from vqmoe_vision.engine.images import digit_scans
 from vqmoe_vision.segmentation.datasets import ADE20K, CamVid, DigitScenes, digit_scene_maker
 
 from .conftest import write_pair

@@ -59,7 +59,9 @@ def test_two_iterations(row: str, way: str, tmp_path: Path) -> None:
         given = dict(pretrained=False, checkpoint=path)
     experts = row == 'upcycled'
     moe = dict(num_experts=2) if experts else None
-    text = TINY.replace('BASE', repr(str(ADE / 'segmenter_upcycled_ade20k.py')))
+    text = TINY.replace(
+        'BASE', repr(str(ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py'))
+    )
     text = text.replace('BACKBONE', repr({**SIZES, 'moe': moe, **given}))
     text = text.replace('ROOT', repr(str(tmp_path / 'data')))
     (tmp_path / 'tiny.py').write_text(text.replace('NAME', repr(str(tmp_path))))
@@ -88,7 +90,7 @@ def test_every_size_and_method_is_an_option(
         'model.backbone.model_name': name,
         'model.backbone.moe.method': method,
     }
-    path = str(ADE / 'segmenter_upcycled_ade20k.py')
+    path = str(ADE / 'segmenter_vit-s-vqmoe-in21k-pre_mask_8xb1-160k_ade20k-512x512.py')
     model = build(load_config(path, options), monkeypatch).routed_model
     assert timm.models.is_model_pretrained(name)
     assert [i for i, b in enumerate(model.blocks) if hasattr(b.mlp, 'experts')][-1] == (

@@ -121,7 +121,13 @@ def test_no_checkpoint_builds_what_its_config_names(kind: str, where: str, tmp_p
     assert not theirs.exists()
 
 
-@pytest.mark.parametrize('leaf', ['camvid.py', 'ade20k/segmenter_vit_tiny_vqmoe_ade20k.py'])
+@pytest.mark.parametrize(
+    'leaf',
+    [
+        'segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py',
+        'ade20k/segmenter_vit-t-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+    ],
+)
 def test_mmsegs_functions_take_the_pipelines_of_photographs(leaf: str, image: Path) -> None:
     config = Config.fromfile(Path(__file__).parents[2] / 'configs/segmentation' / leaf)
     config.model.update(test_cfg=dict(mode='whole'))

@@ -298,7 +298,7 @@ def test_weights_of_timm_are_followed(trained: tuple[str, Path], tmp_path: Path)
 def test_from_scratch_nothing_has_changed(path: Path) -> None:
     preprocessor = load_config(str(path)).model.data_preprocessor
     config, stated = completed(preprocessor)
-    expected = SCENES if 'digit_scenes' in path.name else ([127.5] * 3, [127.5] * 3)
+    expected = SCENES if 'digits' in path.name else ([127.5] * 3, [127.5] * 3)
     assert (config['mean'], config['std']) == expected
     # the rows of a comparison are fed alike
-    assert stated == (('mean', 'std') if 'budget' in path.name else ())
+    assert stated == (('mean', 'std') if '4x128' in path.name else ())

@@ -243,7 +243,7 @@ def test_camvids_test_split_is_two_options(tmp_path: Path) -> None:
         image, mask = f'images/{split}/{split}.jpg', f'annotations/{split}/{split}.png'
         write_pair(tmp_path, image, mask, np.full((8, 8), label))
     config: Config = load_config(
-        str(CONFIGS / 'segmentation/camvid.py'),
+        str(CONFIGS / 'segmentation/segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py'),
         {**options, 'test_dataloader.dataset.data_root': str(tmp_path)},
     )
     (sample,) = DATASETS.build(config.test_dataloader.dataset)

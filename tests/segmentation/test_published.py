@@ -28,7 +28,7 @@ from vqmoe_vision.engine.trained import load_trained
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.segmentation.preprocessor import completed
 
-from ..rows import CONFIGS, parse_options, row_options
+from ..rows import CONFIGS, ade20k, parse_options, row_options
 from .conftest import build
 from .test_cli import TINY
 
@@ -36,11 +36,9 @@ ADE = CONFIGS / 'segmentation/ade20k'
 ZOO = Path(mmseg.__file__).parent / '.mim/configs/segmenter'
 ZOO_NAME = 'segmenter_vit-{}_8xb1-160k_ade20k-512x512'
 # mmseg's config, and ours with its options
-MMSEG = {
-    ZOO_NAME.format(f'{size[0]}_mask'): (f'segmenter_vit_{size}_dense_ade20k', {}) for size in SIZES
-} | {
+MMSEG = {ZOO_NAME.format(f'{size[0]}_mask'): (ade20k(size, 'dense'), {}) for size in SIZES} | {
     ZOO_NAME.format('s_fcn'): (
-        'segmenter_linear_ade20k',
+        'segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512',
         row_options('dense_1x', 'small', 'model.backbone'),
     )
 }
@@ -168,10 +166,10 @@ def test_files_of_the_authors_give_their_logits(mask: bool, tmp_path: Path) -> N
     path = str(tmp_path / 'theirs.pth')
     torch.save({'model': theirs.state_dict(), 'n_cls': 150, 'epoch': 63}, path)
     if mask:
-        config = small('segmenter_original_ade20k', SIDE)
+        config = small('segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512', SIDE)
     else:
         options = {'model.backbone.norm_eps': 1e-5}
-        config = small('segmenter_linear_ade20k', SIDE, **options)
+        config = small('segmenter_vit-s-vqmoe_linear_8xb1-160k_ade20k-512x512', SIDE, **options)
     ours = load_trained(config, path)
     image = torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8)
     with torch.no_grad():
@@ -207,7 +205,12 @@ def test_names_and_shapes_of_the_authors_files(size: str, monkeypatch: pytest.Mo
     shape = SIZES[size]
     side = sides.get(size, 512)
     options['model.backbone.img_size'] = (side, side)
-    ours = build(load_config(str(ADE / 'segmenter_original_ade20k.py'), options), monkeypatch)
+    ours = build(
+        load_config(
+            str(ADE / 'segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512.py'), options
+        ),
+        monkeypatch,
+    )
     with torch.device('meta'):
         theirs = Original(shape['embed_dim'], shape['num_heads'], shape['depth'], side)
     assert ours.misfit(theirs.state_dict()) == ''
@@ -251,7 +254,7 @@ def test_the_tool_tests_a_released_file(
 
 
 def test_a_file_of_a_dense_model_is_refused_by_one_with_experts() -> None:
-    config = small('segmenter_vit_tiny_dense_ade20k', SIDE).model
+    config = small('segmenter_vit-t_mask_8xb1-160k_ade20k-512x512', SIDE).model
     config.backbone.update(model_name='vit_tiny_smoe', moe=dict(num_experts=2))
     problem = MODELS.build(config).misfit(zoo_model(MASK).state_dict())
     assert problem.startswith('missing keys: backbone.model.blocks.1.mlp.')
@@ -260,7 +263,7 @@ def test_a_file_of_a_dense_model_is_refused_by_one_with_experts() -> None:
 def test_a_backbone_starts_from_a_file_of_the_authors(tmp_path: Path) -> None:
     theirs = drawn(Original(WIDTH, HEADS, 2, SIDE))
     torch.save({'model': theirs.state_dict()}, tmp_path / 'theirs.pth')
-    config = small('segmenter_original_ade20k', SIDE)
+    config = small('segmenter-original_vit-s-vqmoe_mask_8xb1-162k_ade20k-512x512', SIDE)
     model = MODELS.build(config.model.backbone).model
     start_from(model, str(tmp_path / 'theirs.pth'))
     state = theirs.encoder.state_dict()

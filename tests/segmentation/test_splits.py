@@ -35,12 +35,12 @@ def test_an_unknown_part() -> None:
 @pytest.mark.parametrize(
     'leaf',
     [
-        'ade20k/segmenter_vit_tiny_vqmoe_ade20k.py',
-        'ade20k/segmenter_vit_large_vqmoe_ade20k.py',
-        'pascal_context.py',
-        'cityscapes.py',
-        'camvid.py',
-        'camvid_budget.py',
+        'ade20k/segmenter_vit-t-vqmoe_mask_8xb1-160k_ade20k-512x512.py',
+        'ade20k/segmenter_vit-l-vqmoe_mask_8xb1-160k_ade20k-640x640.py',
+        'segmenter_vit-t-vqmoe_mask_8xb2-80k_pascal-context-59-480x480.py',
+        'segmenter_vit-t-vqmoe_mask_8xb1-80k_cityscapes-768x768.py',
+        'segmenter_vit-t-vqmoe_mask_8xb1-20k_camvid-352x480.py',
+        'segmenter_vit-4x128-vqmoe_mask_1xb8-600_camvid-192x192.py',
     ],
 )
 def test_configs_choose_by_what_training_leaves_out(leaf: str) -> None:

@@ -14,7 +14,7 @@ train_dataloader = dict(batch_size=300)  # four iterations an epoch
 train_cfg = dict(max_epochs=3, val_interval=1)
 default_hooks = dict(reached=dict(type='ReachedHook'), checkpoint=dict(CHECKPOINT), MORE)
 """
-SCENES = ROOT / 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py'
+SCENES = ROOT / 'configs/segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py'
 FOUR_SCENES = """
 train_dataloader = dict(
     batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(num_scenes=4),
@@ -42,14 +42,7 @@ STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training.
-
-    Args:
-        config: Text of its config.
-        interval: Iterations between checkpoints.
-        values: Replaces words in capitals.
-        arguments: Of the command line.
-    """
+    """A kind of training."""
 
     config: str
     interval: int

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 # a small config of each task, whose data come with a library
 CONFIGS = {
     'classification': 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py',
-    'segmentation': 'configs/segmentation/digit_scenes/segmenter_vit_tiny_vqmoe_digit_scenes.py',
+    'segmentation': 'configs/segmentation/segmenter_vit-4x96-vqmoe_mask_1xb64-1k_digits-48x48.py',
 }
 SMALL_DATA = {'train_dataloader.dataset.num_scenes': 512}  # else clusters of 20,000 are sought
 STEPS = 4  # of which the first two may wait: an optimizer makes its state

@@ -8,7 +8,7 @@ from mmengine.model import ImgDataPreprocessor
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 
-from vqmoe_vision.engine.normalization import must_change
+from vqmoe_vision.engine.trained import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 
@@ -26,11 +26,11 @@ class CheckedPreProcessor(SegDataPreProcessor):
         **kwargs: As mmseg's.
     """
 
-    _channel_conversion: bool
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._non_blocking = True
+        self.converts = converts_channels(self)
+        self._channel_conversion = self.channel_conversion = False  # `forward` does it
 
     def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
         """As mmseg's.
@@ -39,16 +39,17 @@ class CheckedPreProcessor(SegDataPreProcessor):
             data: `inputs`, a list of (3, H, W) images, and `data_samples`.
             training: Whether all images get one size.
         """
-        converts = self._channel_conversion
         data = self.cast_data(data)
-        if converts:
+        if self.converts:
             # mmseg indexes with a list, which is copied to the device
             data['inputs'] = [x.flip(0) if x.size(0) == 3 else x for x in data['inputs']]
-        self._channel_conversion = False
-        try:
-            return super().forward(data, training)
-        finally:
-            self._channel_conversion = converts
+        return super().forward(data, training)
+
+
+def converts_channels(preprocessor: Any) -> bool:
+    """Whether images change from BGR to RGB; mmseg and its continuation name it otherwise."""
+    names = ('converts', '_channel_conversion', 'channel_conversion')
+    return any(getattr(preprocessor, name, False) for name in names)
 
 
 def completed(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -27,7 +27,7 @@ from vqmoe_vision.moe.config import check
 from . import mmseg_patches
 from .backbone import TimmViT
 from .export import SegmentorGraph
-from .preprocessor import completed, follow, normalization_of
+from .preprocessor import completed, converts_channels, follow, normalization_of
 from .published import in_our_names
 from .source import source
 
@@ -173,7 +173,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
 
     def test_preprocessing(self, dataset: ConfigDict) -> dict[str, Any]:
         """As `MoeTrainingMixin`: images of any size, of which the model's own is named."""
-        converted = getattr(self.data_preprocessor, '_channel_conversion', False)
+        converted = converts_channels(self.data_preprocessor)
         allowed = "True: mmseg's images are BGR, timm's are RGB"
         check(converted, 'model.data_preprocessor.bgr_to_rgb', converted, allowed)
         stem = self.backbone.model.patch_embed
@@ -189,7 +189,7 @@ class MoeEncoderDecoder(MoeTrainingMixin, EncoderDecoder):
         own = self.test_cfg.get('crop_size') or self.backbone.model.patch_embed.img_size
         height, width = size or own
         known = self.known_normalization or normalization_of(self.data_preprocessor)
-        converted = getattr(self.data_preprocessor, '_channel_conversion', False)
+        converted = converts_channels(self.data_preprocessor)
         about: dict[str, Any] = {'channels': 'RGB' if converted else 'BGR'}
         if known is not None:
             about |= {'mean': list(known.mean), 'std': list(known.std)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqmoe_vision.analysis.source import Sample, Source, image_files
 
 from .loading import LOADING_LABELS
-from .preprocessor import normalization_of
+from .preprocessor import converts_channels, normalization_of
 
 
 class _Files(Sequence):
@@ -38,7 +38,7 @@ class _Crops(Sequence):
         data = self.found[index]
         inputs = data['inputs']
         image = self._middle(inputs).float()
-        if self.preprocessor._channel_conversion:
+        if converts_channels(self.preprocessor):
             image = image.flip(0)
         if self.preprocessor._enable_normalize:
             image = (image - self.preprocessor.mean.cpu()) / self.preprocessor.std.cpu()

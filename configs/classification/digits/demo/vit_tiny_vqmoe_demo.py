@@ -1,5 +1,5 @@
 # Depth, width and patch as suit scans of 8x8 pixels; make demo trains this, and starts
-# configs/segmentation/digit_scenes from it: 48 pixels leave patches enough to draw a digit.
+# the scenes of digits from it: 48 pixels leave patches enough to draw a digit.
 _base_ = '../../../_base_/classification_runtime.py'
 model = dict(
     type='Classifier',

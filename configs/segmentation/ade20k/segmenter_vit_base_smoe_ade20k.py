@@ -1,3 +1,0 @@
-# From scratch: expect 14 to 17 mIoU, as in the paper; from ImageNet: segmenter_upcycled_ade20k.py
-_base_ = '_base_.py'
-model = dict(backbone=dict(model_name='vit_base_smoe', moe=dict(num_experts=4)))
