@@ -17,11 +17,11 @@ DENSE = 'vit_tiny_patch16_224'
 
 
 def test_options_of_the_moe_layers_reach_the_model() -> None:
-    moe = dict(preset='group', num_experts=2, moe_layers=[0])
-    model = create_model('vit_tiny_smoe', moe, **SMALL)
+    moe = dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
+    model = create_model('vit_tiny_smoe', moe, **SMALL)  # which says the method too
     assert model.moe_config == METHODS['smoe'].config.from_options(preset='group', num_experts=2)
     assert [hasattr(block.mlp, 'experts') for block in model.blocks] == [True, False, False, False]
-    assert moe == dict(preset='group', num_experts=2, moe_layers=[0])
+    assert moe == dict(method='smoe', preset='group', num_experts=2, moe_layers=[0])
 
 
 @pytest.mark.parametrize(

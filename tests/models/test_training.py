@@ -99,22 +99,6 @@ def test_backward_outside_the_block_is_an_error_in_a_block_of_timm(
         loss.backward()
 
 
-def test_layer_decay_reaches_the_experts(tiny) -> None:
-    model = tiny()
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    scale = {
-        id(p): group.get('lr_scale', 1.0)
-        for group in optimizer.param_groups
-        for p in group['params']
-    }
-    named = dict(model.named_parameters())
-    assert scale.keys() == {id(p) for p in named.values()}
-    for i in range(4):
-        of_block = {scale[id(p)] for n, p in named.items() if n.startswith(f'blocks.{i}.')}
-        # the head has 1, the last block as norm before it, every block below half of the next
-        assert of_block == {scale[id(named['blocks.3.norm1.weight'])] / 2 ** (3 - i)}
-
-
 def decayed(model: nn.Module, **options) -> set[str]:
     optimizer = create_optimizer_v2(model, opt='adamw', weight_decay=0.1, **options)
     with_decay = [g['params'] for g in optimizer.param_groups if g['weight_decay'] > 0]
