@@ -96,31 +96,6 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -
     assert change['shares']['blocks.1.mlp.router'] > 0.5
 
 
-def test_what_the_hook_wrote_is_drawn(untrained, report) -> None:
-    config, checkpoint = untrained()
-    lines = [
-        {
-            'iteration': i,
-            'layers': {'blocks.1.mlp': {'load': [0.125] * 8, 'change': {'router': 0.1}}},
-        }
-        for i in (1, 2)
-    ]
-    (Path(checkpoint).parent / 'routing.jsonl').write_text(
-        ''.join(json.dumps(line) + '\n' for line in lines)
-    )
-    report(config, checkpoint)
-    pictures = [path.name for path in (Path(checkpoint).parents[1] / 'out/pictures').iterdir()]
-    assert any('training' in name for name in pictures), pictures
-
-
-@pytest.mark.parametrize('base', [DIGITS, SCENES])
-def test_a_folder_of_images_of_different_sizes(base: Path, untrained, report, tmp_path) -> None:
-    image(tmp_path / 'own' / 'a.png', 60, 90)
-    image(tmp_path / 'own' / 'b.jpg', 100, 50)
-    (survey,) = report(*untrained(base), '--images', str(tmp_path / 'own'))['surveys']
-    assert survey['images'] == 2 and survey['classes'] is None
-
-
 def test_mistakes_are_one_line(untrained, tmp_path) -> None:
     config, checkpoint = untrained()
     assert 'absent.pth' in says(config, 'absent.pth')

@@ -69,19 +69,6 @@ def test_a_patch_has_the_colour_that_the_legend_gives_its_expert() -> None:
         assert cell(first, row, 1).tolist() == pytest.approx(shown[name], abs=1e-6)
 
 
-def test_surest_patches_stand_in_the_row_of_their_expert() -> None:
-    (picture,) = figures.surest_patches(of_layer(layer_survey()))
-    names = [t.get_text() for t in picture.figure.axes[0].get_yticklabels()]
-    assert plain(names[0]) == 'expert 0\n50 %' and len(names) == 4
-    patches = layer_survey().confident[ROUTER]
-    for expert in range(3):  # smooth: the middle of a cell is one of four pixels
-        middle = patches[expert][0].pixels[:, 3:5, 3:5].flatten(1)
-        assert (middle.amin(1) <= cell(picture, expert, 0)).all()
-        assert (cell(picture, expert, 0) <= middle.amax(1)).all()
-    assert (cell(picture, 3, 0) == 1).all()  # the last is dead
-    assert '0.50 to 0.90' in picture.alt
-
-
 def test_axes_of_the_map_by_hand() -> None:
     # around their mean the tokens are (+-3, 0, 0) and (0, +-1, 0): variances 18 and 2 of 20
     tokens = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]]) + 5

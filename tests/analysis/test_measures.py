@@ -65,13 +65,6 @@ def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_ra
         assert measure(load / load.sum()) == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize('load', [ONE_TAKES_ALL, EVEN, torch.tensor([6.0, 3.0, 2.0, 1.0])])
-def test_routing_that_knows_nothing_of_the_class_tells_nothing(load: Tensor) -> None:
-    table = load[:, None] * torch.tensor([1.0, 2.0, 5.0])
-    assert measures.mutual_information(table) == pytest.approx(0, abs=1e-12)
-    assert measures.normalized_mutual_information(table) == pytest.approx(0, abs=1e-12)
-
-
 @given(tables)
 def test_mutual_information_agrees_with_scikit_learn(table: Tensor) -> None:
     experts, labels = (

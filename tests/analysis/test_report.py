@@ -1,7 +1,6 @@
 """The report: what stands in it, from surveys made by hand."""
 
 import base64
-import json
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -101,14 +100,6 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
     page = Page(write_report([named], tmp_path)[0].read_text())
     assert ('h3', '<b>x</b> & "y"') in page.texts
     assert page.all('b') == []
-
-
-def test_numbers_are_those_of_the_surveys(written: list[Path]) -> None:
-    numbers = json.loads(written[1].read_text())
-    assert [s['title'] for s in numbers['surveys']] == ['vit_tiny_vqmoe', 'vit_tiny_softmoe']
-    assert numbers['surveys'][0] == json.loads(json.dumps(survey().numbers()))
-    assert numbers['history'] == {'run': history()}
-    assert numbers['changes'] == [vars(CHANGES[0])]
 
 
 def test_models_as_they_are(tmp_path: Path) -> None:

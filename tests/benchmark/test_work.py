@@ -1,7 +1,6 @@
 """Contenders do equal work: their formulas against torch's own count of their products."""
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import ours
@@ -9,8 +8,6 @@ from benchmark.cells import Cell, Settings
 from benchmark.contenders import Contender, UnsuitableError
 from benchmark.inputs import Inputs
 from benchmark.layers import OURS, PEERS, REFERENCES
-from benchmark.peers import moe_jetpack
-from vqmoe_vision.moe.methods.softmoe import SoftMoEMlp
 
 # width 48: two thirds of its hidden width, 128, are whole and a multiple of eight
 CELL = Cell(tokens=16, batch=2, width=48, experts=4, top_k=2)
@@ -59,17 +56,3 @@ def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> No
         assert abs(peer.rows - equal.rows) <= (4 if peer.drop_rate else 0)
         if 'grouped_mm' not in peer.name:  # which the counter does not know
             assert peer.macs == counted_macs(peer)
-
-
-def test_the_reference_of_moe_jetpack_computes_what_our_softmoe_does() -> None:
-    equal, peer = (contender.module for contender in moe_jetpack(CELL, Settings(), Inputs(CELL)))
-    assert isinstance(equal, SoftMoEMlp)
-    with torch.no_grad():
-        # (D, E, P) -> (E * P, D), and our linear layers are (out, in)
-        equal.slot_embed.copy_(peer.slot_embed.permute(1, 2, 0).flatten(0, 1))
-        for name, linear in (('1', equal.experts.fc1), ('2', equal.experts.fc2)):
-            linear.weight.copy_(peer.get_parameter(f'weight{name}').mT)
-            linear.bias.copy_(peer.get_parameter(f'bias{name}')[:, 0])
-        x = torch.randn(2, 16, 48)
-        # answers of size 0.01 to 0.1 after sums of up to 192 float32 products
-        torch.testing.assert_close(peer(x), equal(x), rtol=1e-4, atol=1e-6)

@@ -13,19 +13,6 @@ def table() -> str:
     return Path('docs/results/tables/spec.md').read_text()
 
 
-@pytest.mark.parametrize(('drift', 'equal'), [('0', True), ('0.0009', True), ('0.0011', False)])
-def test_first_losses_come_out_again_within_a_thousandth(
-    spec, says, monkeypatch, drift: str, equal: bool
-) -> None:
-    path = spec('seeds = [1]')
-    says('run', path)
-    monkeypatch.setenv('DRIFT', drift)
-    said = says('check', path)
-    expected = 'the first losses of 1 of 1 rows came out again\n'
-    assert said == (expected if equal else 'error: 1 rows are stale: dense-seed1')
-    assert 'only_first=True' in Path('calls').read_text().splitlines()[-1]
-
-
 def test_what_a_check_refutes_is_left_out_until_it_is_run_again(spec, says, monkeypatch) -> None:
     path = spec()
     says('run', path)

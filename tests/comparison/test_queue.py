@@ -46,16 +46,6 @@ def test_finished_runs_leave_rows_and_are_not_repeated(spec, says) -> None:
     assert len(calls()) == 4
 
 
-def test_only_what_is_asked_for(spec, says) -> None:
-    says('run', spec(other='train_cfg.row=3'), '--rows', 'other', '--seeds', '2')
-    assert [path.name for path in ROWS.glob('*.json')] == ['other-seed2.json']
-    line = says('run', 'spec.py', '--rows', 'others')
-    assert line == 'error: --rows others does not exist; there are dense, other'
-    assert says('run', 'spec.py', '--seeds', '7').endswith(
-        '--seeds 7 does not exist; there are 1, 2'
-    )
-
-
 def test_runs_that_fail_or_are_killed_are_listed_and_lose_no_other(spec, says, capsys) -> None:
     path = spec('seeds = [1]', bad='train_cfg.kind=fails', dead='train_cfg.kind=killed', good='')
     line = says('run', path)
@@ -179,13 +169,6 @@ def test_rows_that_cannot_be_written_are_said_before_the_work(spec, says) -> Non
     line = says('check', path)
     assert line.startswith(f'error: folder {rows} cannot be written: ')
     assert len(calls()) == 1
-
-
-def test_other_mistakes_are_one_line(spec, says) -> None:
-    path = str(Path(spec("metric = 'mAcc'\nseeds = [1]")).absolute())
-    assert says('run', path) == 'error: 1 of 1 runs failed: dense-seed1'
-    Path('tools/train.py').unlink()
-    assert says('run', path).startswith('error: tools/train.py is not here: start this at the root')
 
 
 @pytest.mark.parametrize(

@@ -142,15 +142,6 @@ def started(spec, says) -> str:
     return 'started.py'
 
 
-def test_where_the_runs_lie_that_rows_start_from_does_not_count(started, says) -> None:
-    for folder in ('work_dirs/comparisons', 'elsewhere', '.', str(Path('far').absolute())):
-        assert says('run', started, '--work-dir', folder).startswith('2 of 2 runs are there')
-    says('table', started, '--work-dir', 'elsewhere')
-    assert 'stale' not in Path('docs/results/tables/started.md').read_text()
-    rows = Path('docs/results/rows/started').iterdir()
-    assert len({json.loads(row.read_text())['recipe'] for row in rows}) == 1
-
-
 @pytest.mark.parametrize(
     'change',
     [

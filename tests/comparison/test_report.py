@@ -4,8 +4,6 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,11 +13,10 @@ from PIL import Image
 
 from vqmoe_vision.comparison import cli
 from vqmoe_vision.comparison.cli import compare
-from vqmoe_vision.comparison.figures import plot_curves, plot_differences
+from vqmoe_vision.comparison.figures import plot_curves
 from vqmoe_vision.comparison.frame import contrasts, tidy
 from vqmoe_vision.comparison.runs import Run
 from vqmoe_vision.comparison.spec import read_comparison
-from vqmoe_vision.comparison.statistics import differences
 from vqmoe_vision.comparison.store import Store, images_seen
 
 from ..rows import CONFIGS
@@ -55,19 +52,6 @@ def test_tables_that_are_checked_in_are_those_of_their_rows(table, says, tmp_pat
     says('table', f'configs/comparisons/{table}.py', '--results', str(tmp_path))
     made = (tmp_path / f'tables/{table}.md').read_text()
     assert made == (RESULTS / f'tables/{table}.md').read_text()
-
-
-def test_corruptions_that_were_measured_are_shown_without_their_library(tmp_path) -> None:
-    """The extra `compare` has none."""
-    (tmp_path / 'rows').symlink_to(RESULTS / 'rows')
-    spec = 'configs/comparisons/cifar10_budget.py'
-    program = (
-        "import sys; sys.modules['imagecorruptions'] = None\n"
-        'from vqmoe_vision.comparison import cli; cli.draw_figures = lambda *made: []\n'
-        f"cli.compare(['table', {spec!r}, '--results', {str(tmp_path)!r}, '--debug'])"
-    )
-    subprocess.run([sys.executable, '-c', program], cwd=CONFIGS.parent, check=True)
-    assert '| corruptions 3 ' in (tmp_path / 'tables/cifar10_budget.md').read_text()
 
 
 IMAGES = [
@@ -125,20 +109,6 @@ def test_signs_that_latex_takes_for_others_and_unequal_compute(fill, says) -> No
 
 
 @pytest.mark.parametrize(
-    ('changes', 'starred'),
-    [
-        ({'iterations': 4}, True),
-        ({'iterations': 4, 'macs': 5_000_000}, False),
-        ({'macs': 20_000_000}, True),
-    ],
-)
-def test_compute_is_that_of_the_whole_training(fill, says, changes: dict, starred: bool) -> None:
-    says('table', fill(SCORES, same=changes))
-    shown = (TABLES / 'spec.md').read_text()
-    assert ('| same* ' in shown) == starred and '| better ' in shown
-
-
-@pytest.mark.parametrize(
     ('layer', 'value', 'cell'),
     [(1, None, '0 / 1'), (3, None, '0 / 1'), (3, math.nan, '0 / -'), (3, math.inf, '0 / inf')],
 )
@@ -178,30 +148,6 @@ def test_further_numbers_are_columns(fill, says) -> None:
     assert float(rows['same']['aAcc_std']) == pytest.approx(9)
 
 
-def test_times_of_different_machines_in_one_row_are_no_mean(fill, says) -> None:
-    """Each row has runs of both, so that rows alone do not differ."""
-    says('table', fill(SCORES))
-    for row in ROWS.glob('*-seed2.json'):
-        row.write_text(row.read_text().replace('"stub"', '"other"'))
-    says('table', 'spec.py')
-    shown = (TABLES / 'spec.md').read_text()
-    assert '| minutes' not in shown and 'machines differ: other; stub' in shown
-    with (TABLES / 'spec.csv').open() as file:
-        assert all(line['minutes'] == '' for line in csv.DictReader(file))
-
-
-def test_rows_of_another_config_are_listed_and_not_mixed_in(fill, says) -> None:
-    path = fill(SCORES)
-    Path(path).write_text(Path(path).read_text().replace('row=same', 'row=changed'))
-    says('table', path)
-    shown = (TABLES / 'spec.md').read_text()
-    assert '| same' not in shown
-    assert '`same-seed3.json`: stale: recipe ' in shown
-    says('run', path, '--seeds', '1')
-    says('table', path)
-    assert '| same' in (TABLES / 'spec.md').read_text()
-
-
 def test_nothing_is_finished_yet(spec, says) -> None:
     path = spec("images = {'curves': 'curves'}\nshifts = {'fog': 'model.fog=1'}")
     for action in ('table', 'check', 'shifts', 'routing'):
@@ -237,27 +183,6 @@ def test_rows_that_the_comparison_does_not_name_are_one_line(fill, says, capsys)
     assert f'left out: {line}\n' in capsys.readouterr().err
     shown = (TABLES / 'spec.md').read_text()
     assert f'- `{line.replace(": ", "`: ")}\n' in shown
-
-
-def test_differences_are_points_and_an_interval(fill) -> None:
-    comparison = read_comparison(fill(SCORES))
-    scores = {row: dict(enumerate(values)) for row, values in SCORES.items()}
-    alone = differences({'same': {0: 1.0}}, 'dense')
-    found = {'as trained': differences(scores, 'dense'), 'fog': alone}
-    figure = plot_differences(comparison, found)
-    assert figure is not None
-    first, second = figure.axes
-    assert [label.get_text() for label in first.get_yticklabels()] == ['better', 'same']
-    points = [line for line in first.lines if line.get_marker() == 'o']
-    assert points[0].get_xdata().tolist() == [1, 2, 3]
-    # mean 2, and as far to both sides as t_{0.975, 2} = 4.3027 times 1 / sqrt(3)
-    ((low, _), (high, _)) = first.collections[0].get_segments()[0]
-    assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
-    assert not second.collections  # nothing to pair it with
-    two = differences({row: dict(enumerate(values[:2])) for row, values in SCORES.items()}, 'dense')
-    drawn = plot_differences(comparison, {'as trained': two})
-    assert drawn is not None and not drawn.axes[0].collections
-    assert plot_differences(comparison, {'fog': alone}) is None
 
 
 def test_curves_are_means_with_bands_and_other_rows_are_grey(fill) -> None:

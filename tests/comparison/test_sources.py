@@ -52,11 +52,6 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     assert len(calls()) == 6
 
 
-def test_a_folder_whose_name_would_divide_an_option(started, says) -> None:
-    line = says('run', started(), '--work-dir', 'a,b')
-    assert line.startswith("error: {start}='a,b/first/dense-seed1-") and 'without a comma' in line
-
-
 def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
     path = started('dense_1x')  # as the row dense of the other
     said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')

@@ -85,18 +85,6 @@ def test_controls_learn_nothing_of_where_tokens_go() -> None:
     assert not METHODS['smoe'].config.from_options(preset='frozen').learns_routing
 
 
-def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
-    page = (CONFIGS.parent / 'docs/methods.md').read_text()
-    lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
-    measured, names = set(), set[str]()
-    for line in lines.splitlines():
-        first, _, known, *_ = [*line.strip('|').split('|'), '', '']
-        names = set(re.findall(r'`(\w+)[=`]', first)) or names  # an empty cell is of the row above
-        if re.search(r'\d', known):
-            measured |= names
-    assert METHODS['vqmoe'].config.option_names() - {'preset'} - measured == set()
-
-
 @pytest.mark.parametrize('leaf', PAPER)
 def test_a_config_is_a_comparison_of_all_rows(leaf: str, root: None) -> None:
     comparison = read_comparison(f'configs/{leaf}')
@@ -293,3 +281,15 @@ def test_models_that_rows_cannot_be_made_of(says, root: None, tmp_path, config, 
         path = str(tmp_path / 'own.py')
     folders = ['--work-dir', str(tmp_path), '--results', str(tmp_path)]
     assert said in says('run', path, *folders)
+
+
+def test_every_option_of_vqmoe_has_a_line_on_its_default() -> None:
+    page = (CONFIGS.parent / 'docs/methods.md').read_text()
+    lines = page.split('### What stands behind the defaults')[1].split('\n### ')[0]
+    measured, names = set(), set[str]()
+    for line in lines.splitlines():
+        first, _, known, *_ = [*line.strip('|').split('|'), '', '']
+        names = set(re.findall(r'`(\w+)[=`]', first)) or names  # an empty cell is of the row above
+        if re.search(r'\d', known):
+            measured |= names
+    assert METHODS['vqmoe'].config.option_names() - {'preset'} - measured == set()

@@ -39,7 +39,7 @@ FIGURE = Path('work_dirs/control/control.png')
 def compare(argv: Sequence[str] | None = None) -> None:
     """Compares rows of options over seeds."""
     parser = argparse.ArgumentParser(description='Compare models over seeds.')
-    actions = parser.add_subparsers(required=True, metavar='ACTION')
+    actions = parser.add_subparsers(required=True, metavar='ACTION', dest='action')
     for action, (function, text) in _ACTIONS.items():
         one = actions.add_parser(action, help=text, description=text)
         # of a table p is corrected for all rows, whatever is looked at
@@ -152,24 +152,15 @@ def _forest(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _shifts(args: argparse.Namespace) -> None:
+def _measure(args: argparse.Namespace) -> None:
     work = Work(args)
-    if not work.comparison.shifts:
+    if args.action == 'shifts' and not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    work.own('tested')
-    _say_absent(measure_shifts(work.runs, work.store))
-
-
-def _routing(args: argparse.Namespace) -> None:
-    work = Work(args)
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
     work.own('measured')
-    _say_absent(measure_routing(work.runs, work.store))
-
-
-def _say_absent(names: list[str]) -> None:
-    if names:
+    measure = measure_shifts if args.action == 'shifts' else measure_routing
+    if names := measure(work.runs, work.store):
         print(f'no checkpoint is here of the training of: {", ".join(names)}')
 
 
@@ -225,8 +216,8 @@ def _control(args: argparse.Namespace) -> None:
 _ACTIONS = {
     'run': (_run, 'work through all runs that have no results yet'),
     'table': (_table, 'make tables and learning curves from the results'),
-    'shifts': (_shifts, 'test finished runs under the shifts that the comparison names'),
-    'routing': (_routing, 'measure what the routing of finished runs is like'),
+    'shifts': (_measure, 'test finished runs under the shifts that the comparison names'),
+    'routing': (_measure, 'measure what the routing of finished runs is like'),
     'check': (_check, 'repeat the first losses of runs that have results'),
     'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
     'control': (_control, 'see which router finds which structure, in tokens of known clusters'),

@@ -124,36 +124,24 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
 def _are_texts(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_text, value))
-
-
-def _are_named(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
 
 # What the fields of a file are.
+_TEXT = (lambda value: isinstance(value, str), 'a text')
+_TEXTS = (_are_texts, 'a list of texts')
+_NAMED = (
+    lambda value: isinstance(value, dict) and _are_texts([*value, *value.values()]),
+    "texts by name, dict(NAME='TEXT')",
+)
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), (_is_text, 'a text')),
-    **dict.fromkeys(
-        ('also', 'contrasts', 'highlighted', 'options'), (_are_texts, 'a list of texts')
-    ),
-    **dict.fromkeys(('images', 'rows', 'shifts'), (_are_named, "texts by name, dict(NAME='TEXT')")),
+    **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), _TEXT),
+    **dict.fromkeys(('also', 'contrasts', 'highlighted', 'options'), _TEXTS),
+    **dict.fromkeys(('images', 'rows', 'shifts'), _NAMED),
     **dict.fromkeys(_ROWS, (lambda value: isinstance(value, bool), 'True or False')),
-    'seeds': (_is_list, 'a list'),
-    'margin': (_is_number, 'a number'),
+    'seeds': (lambda value: isinstance(value, list | tuple), 'a list'),
+    'margin': (lambda value: isinstance(value, int | float), 'a number'),
 }
 
 
@@ -185,7 +173,7 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
         raise ValueError(f'{path}: rows {other} stand for others by all_methods or all_presets')
     rows |= own
     given.setdefault('reference', next(iter(rows), ''))
-    fields: dict[str, Any] = {n: tuple(v) if _is_list(v) else v for n, v in given.items()}
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     fields['rows'] = {row: _options(row, line, backbone) for row, line in rows.items()}
     if 'start' in given:
         fields['start'] = _start(path, given['start'], within)
