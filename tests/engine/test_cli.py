@@ -321,7 +321,7 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
         ),
         (
             ['train_dataloader.dataset.type=class_folder', 'train_dataloader.dataset.data_root=no'],
-            'no/train does not exist; expected no/train/<class name>/<image>.jpg',
+            'no/train is not laid out as no/train/<class name>/<image>',
         ),
     ],
 )
