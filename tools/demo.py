@@ -14,8 +14,7 @@ try:
     from vqmoe_vision.analysis.pictures import plot_experts, plot_segmentation
     from vqmoe_vision.engine.checkpoint_files import last_checkpoint
     from vqmoe_vision.engine.cli import load_config
-    from vqmoe_vision.engine.command import one_line
-    from vqmoe_vision.engine.terminal import follow, quiet
+    from vqmoe_vision.engine.command import follow, one_line, quiet
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; the demo needs: pip install '.[seg,analyze]'")
 

@@ -10,7 +10,6 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-import vqmoe_vision.models
 from vqmoe_vision.analysis.cli import analyze
 from vqmoe_vision.engine.cli import load_config
 
@@ -97,89 +96,6 @@ def test_checkpoints_of_one_run_are_compared_in_their_order(untrained, report) -
     assert change['shares']['blocks.1.mlp.router'] > 0.5
 
 
-def test_three_checkpoints_of_one_run_say_which_part_arrives_first(
-    untrained, report, tmp_path
-) -> None:
-    config, first = untrained(seed=0)
-    last = untrained(seed=1)[1]
-    start, end = (torch.load(path)['state_dict'] for path in (first, last))
-    # half of the way, but for the router, which is there already
-    between = {
-        name: end[name]
-        if '.router.' in name or not value.is_floating_point()
-        else (value + end[name]) / 2
-        for name, value in start.items()
-    }
-    second = str(Path(first).with_name('between.pth'))
-    torch.save({'state_dict': between}, second)
-    converged = report(config, first, second, last)['convergence']
-    assert converged['checkpoints'] == ['run/seed_0', 'run/between', 'run/seed_1']
-    left = {part: found['distance'] for part, found in converged['parts'].items()}
-    assert left['blocks.1.mlp.router'] == [1, 0, 0]
-    # float32 halves of sums are rounded
-    assert left['blocks.1.mlp.experts'] == pytest.approx([1, 0.5, 0], abs=1e-6)
-    assert (tmp_path / 'out/pictures/checkpoints-convergence.png').is_file()
-    page = (tmp_path / 'out/report.html').read_text()
-    assert 'On the way to the last checkpoint' in page
-
-
-def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained) -> None:
-    config, first = untrained(seed=0)
-    second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
-    state = torch.load(first)['state_dict']
-    for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
-        torch.save(
-            {'state_dict': state, 'meta': dict(zip(('iter', 'seed'), meta, strict=True))}, path
-        )
-    assert 'iter=1 is not possible: above 2' in says(config, first, second)
-    assert 'seed=7 is not possible: 1, ' in says(config, first, third)
-
-
-def test_what_the_hook_wrote_is_drawn(untrained, report) -> None:
-    config, checkpoint = untrained()
-    lines = [
-        {
-            'iteration': i,
-            'layers': {'blocks.1.mlp': {'load': [0.125] * 8, 'change': {'router': 0.1}}},
-        }
-        for i in (1, 2)
-    ]
-    (Path(checkpoint).parent / 'routing.jsonl').write_text(
-        ''.join(json.dumps(line) + '\n' for line in lines)
-    )
-    report(config, checkpoint)
-    pictures = [path.name for path in (Path(checkpoint).parents[1] / 'out/pictures').iterdir()]
-    assert any('training' in name for name in pictures), pictures
-
-
-@pytest.mark.parametrize('base', [DIGITS, SCENES])
-def test_a_folder_of_images_of_different_sizes(base: Path, untrained, report, tmp_path) -> None:
-    image(tmp_path / 'own' / 'a.png', 60, 90)
-    image(tmp_path / 'own' / 'b.jpg', 100, 50)
-    (survey,) = report(*untrained(base), '--images', str(tmp_path / 'own'))['surveys']
-    assert survey['images'] == 2 and survey['classes'] is None
-
-
-def test_the_weights_that_come_with_the_package(report) -> None:
-    weights = Path(vqmoe_vision.models.__file__).parent / 'weights'
-    config = CONFIGS / 'classification/test_vit.py'
-    words = (str(config), str(weights / 'test_vit_vqmoe.safetensors'), '--images', str(weights))
-    (survey,) = report(*words)['surveys']
-    for layer in survey['layers'].values():
-        assert layer['load'].keys() == {'router', 'quantizer.codebook'}
-
-
-def test_shifts_have_a_share_for_every_decider(untrained, report, tmp_path) -> None:
-    image(tmp_path / 'own' / 'a.png', 64, 64)
-    words = ('--images', str(tmp_path / 'own'), '--shifts')
-    (survey,) = report(*untrained(), *words)['surveys']
-    assert len(survey['shifts']) == 3 + 15 * 3
-    assert all(
-        shares.keys() == {'blocks.1.mlp.router', 'blocks.1.mlp.quantizer.codebook'}
-        for shares in survey['shifts'].values()
-    )
-
-
 def test_mistakes_are_one_line(untrained, tmp_path) -> None:
     config, checkpoint = untrained()
     assert 'absent.pth' in says(config, 'absent.pth')
@@ -197,6 +113,13 @@ def test_mistakes_are_one_line(untrained, tmp_path) -> None:
     assert 'cannot be written' in says(config, checkpoint, '--out', str(tmp_path / 'file' / 'out'))
 
 
-def test_a_dense_model_has_nothing_to_show(untrained) -> None:
-    dense = untrained(model_name='vit_tiny_patch16_224', moe=None)
-    assert 'is dense, it has no layer of experts' in says(*dense)
+def test_checkpoints_that_are_not_of_one_run_in_its_order_are_refused(untrained) -> None:
+    config, first = untrained(seed=0)
+    second, third = str(Path(first).with_name('b.pth')), str(Path(first).with_name('c.pth'))
+    state = torch.load(first)['state_dict']
+    for path, meta in ((first, (2, 1)), (second, (1, 1)), (third, (3, 7))):
+        torch.save(
+            {'state_dict': state, 'meta': dict(zip(('iter', 'seed'), meta, strict=True))}, path
+        )
+    assert 'iter=1' in says(config, first, second)
+    assert 'seed=7' in says(config, first, third)

@@ -48,22 +48,6 @@ def test_one_expert_with_all_tokens_is_the_far_end_of_each_measure_of_load() -> 
     assert measures.usage_perplexity(ONE_TAKES_ALL) == 1
 
 
-def test_even_load_is_the_other_end() -> None:
-    assert measures.load_entropy(EVEN) == pytest.approx(1)
-    assert measures.load_variation(EVEN) == 0
-    assert measures.num_dead(EVEN) == 0
-    assert measures.usage_perplexity(EVEN) == pytest.approx(E)
-
-
-def test_load_of_two_of_four_experts() -> None:
-    # H(1/2, 1/2) / log 4 = log 2 / log 4 = 1/2; mean 1/4, std 1/4; two codes in even use
-    load = torch.tensor([0.5, 0.0, 0.5, 0.0])
-    assert measures.load_entropy(load) == pytest.approx(0.5)
-    assert measures.load_variation(load) == pytest.approx(1)
-    assert measures.num_dead(load) == 2
-    assert measures.usage_perplexity(load) == pytest.approx(2)
-
-
 @given(counts)
 def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_range(
     load: Tensor,
@@ -79,20 +63,6 @@ def test_measures_of_load_do_not_depend_on_numbering_or_amount_and_keep_their_ra
         assert low - 1e-9 <= value <= high + 1e-9
         assert measure(load.flip(0)) == pytest.approx(value)
         assert measure(load / load.sum()) == pytest.approx(value, abs=1e-6)
-
-
-def test_an_expert_that_copies_the_class_tells_all_of_it() -> None:
-    # classes 1/2, 1/4, 1/4: H = 1/2 log 2 + 2 * 1/4 log 4 = 1.5 log 2
-    table = torch.diag(torch.tensor([20, 10, 10]))
-    assert measures.mutual_information(table) == pytest.approx(1.5 * math.log(2))
-    assert measures.normalized_mutual_information(table) == pytest.approx(1)
-
-
-@pytest.mark.parametrize('load', [ONE_TAKES_ALL, EVEN, torch.tensor([6.0, 3.0, 2.0, 1.0])])
-def test_routing_that_knows_nothing_of_the_class_tells_nothing(load: Tensor) -> None:
-    table = load[:, None] * torch.tensor([1.0, 2.0, 5.0])
-    assert measures.mutual_information(table) == pytest.approx(0, abs=1e-12)
-    assert measures.normalized_mutual_information(table) == pytest.approx(0, abs=1e-12)
 
 
 @given(tables)
@@ -112,23 +82,8 @@ def test_mutual_information_agrees_with_scikit_learn(table: Tensor) -> None:
         assert measures.normalized_mutual_information(table) == pytest.approx(expected, abs=1e-9)
 
 
-def test_quantization_error_of_the_mean_is_one_around_the_mean() -> None:
-    # tokens (3, 1), (3, -1), code (3, 0): distance 1 + 1, energy 10 + 10, around the mean 1 + 1
-    assert measures.quantization_error(2, 20) == 0.1
-    assert measures.quantization_error(2, 2) == 1
-
-
 def gram(tokens: Tensor) -> Tensor:
     return tokens.double().t() @ tokens.double()
-
-
-def test_effective_rank_of_known_spectra() -> None:
-    assert measures.effective_rank(gram(torch.eye(5))) == pytest.approx(5)
-    assert measures.effective_rank(gram(torch.ones(7, 5))) == pytest.approx(1, abs=1e-6)
-    # singular values 3, 1: shares 3/4, 1/4; H = log 4 - 3/4 log 3
-    tokens = torch.diag(torch.tensor([3.0, 1.0]))
-    expected = math.exp(math.log(4) - 0.75 * math.log(3))
-    assert measures.effective_rank(gram(tokens)) == pytest.approx(expected)
 
 
 def test_effective_rank_is_that_of_the_singular_values_in_any_basis_and_length() -> None:
@@ -150,29 +105,6 @@ def test_identical_experts_are_wholly_similar_and_others_are_not() -> None:
             torch.testing.assert_close(similarity.diagonal(), torch.ones(E).double())
             mean = measures.mean_similarity(similarity)
             assert mean == pytest.approx(1) if similar else abs(mean) < 0.5
-
-
-def test_hidden_units_in_another_order_are_similar_by_outputs_only() -> None:
-    experts = identical_experts()
-    order = torch.tensor([4, 3, 2, 1, 0])
-    with torch.no_grad():
-        experts.fc1.weight[1] = experts.fc1.weight[1, order]
-        experts.fc1.bias[1] = experts.fc1.bias[1, order]
-        experts.fc2.weight[1] = experts.fc2.weight[1, :, order]
-    outputs = measures.expert_outputs(experts, torch.randn(9, 6))
-    assert measures.output_similarity(outputs)[0, 1] == pytest.approx(1)
-    assert measures.weight_similarity(experts)[0, 1] < 0.9
-
-
-def test_every_expert_answers_every_token() -> None:
-    experts, tokens = different_experts().double(), torch.randn(3, 6)
-    outputs = measures.expert_outputs(experts, tokens)
-    for e in range(E):
-        hidden = nn.functional.linear(tokens.double(), experts.fc1.weight[e], experts.fc1.bias[e])
-        answer = nn.functional.linear(
-            experts.act(hidden), experts.fc2.weight[e], experts.fc2.bias[e]
-        )
-        torch.testing.assert_close(outputs[e], answer)
 
 
 def test_cosine_of_outputs_is_averaged_over_tokens() -> None:

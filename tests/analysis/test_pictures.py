@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from vqmoe_vision.analysis.pictures import (
@@ -6,18 +5,10 @@ from vqmoe_vision.analysis.pictures import (
     GAP,
     LIGHTEN,
     expert_colours,
-    plot_experts,
     plot_segmentation,
     rows_of_pictures,
     tint_patches,
 )
-
-
-@pytest.mark.parametrize('num_experts', [1, 8, 16, 64])
-def test_every_expert_has_a_colour_of_its_own(num_experts: int) -> None:
-    colours = expert_colours(num_experts)
-    assert colours.shape == (num_experts, 3)
-    assert len(colours.unique(dim=0)) == num_experts
 
 
 def test_patch_takes_the_colour_of_its_expert() -> None:
@@ -33,15 +24,6 @@ def test_patch_takes_the_colour_of_its_expert() -> None:
             if (row, column) == (3, 5):  # the one bright pixel
                 expected = expected + LIGHTEN * (1 - expected)
             torch.testing.assert_close(tinted[0, :, row, column], expected)
-
-
-def test_picture_has_a_row_per_layer_and_a_legend_entry_per_expert() -> None:
-    experts = {name: torch.zeros(3, 2, 2, dtype=torch.long) for name in ('blocks.1', 'blocks.3')}
-    figure = plot_experts(torch.rand(3, 1, 4, 4), experts, num_experts=5, title='t')
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ['image', 'blocks.1', 'blocks.3']
-    (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == [f'expert {i}' for i in range(5)]
 
 
 def test_label_maps_are_drawn_in_the_colours_of_the_legend() -> None:

@@ -1,7 +1,6 @@
 """The report: what stands in it, from surveys made by hand."""
 
 import base64
-import json
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -103,47 +102,6 @@ def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
     assert page.all('b') == []
 
 
-def test_numbers_are_those_of_the_surveys(written: list[Path]) -> None:
-    numbers = json.loads(written[1].read_text())
-    assert [s['title'] for s in numbers['surveys']] == ['vit_tiny_vqmoe', 'vit_tiny_softmoe']
-    assert numbers['surveys'][0] == json.loads(json.dumps(survey().numbers()))
-    assert numbers['history'] == {'run': history()}
-    assert numbers['changes'] == [vars(CHANGES[0])]
-
-
-def test_a_table_has_a_column_per_model(page: Page) -> None:
-    cells = [text for tag, text in page.texts if tag in {'th', 'td', 'span'}]
-    at = cells.index('effective_rank_before')
-    assert {'9.5', '7.25'} <= set(cells[at + 1 : at + 4])
-    assert cells.index('9.5') + 1 == cells.index('7.25')
-    assert cells[-3:] == [f'{NAME}.router', 'epoch 1 to epoch 2', '25\xa0%']
-
-
-def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:
-    write_report([survey(layers=1)], tmp_path)
-    files = write_report([soft_survey()], tmp_path)
-    assert {p for p in tmp_path.rglob('*') if p.is_file()} == set(files)
-
-
-def test_the_same_survey_gives_the_same_files(tmp_path: Path) -> None:
-    first = write_report([soft_survey()], tmp_path / 'first')
-    second = write_report([soft_survey()], tmp_path / 'second')
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
-
-
-def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='titles have to differ, these are a, a'):
-        write_report([survey('a'), survey('a')], tmp_path)
-
-
-@pytest.mark.usefixtures('unpainted')
-def test_names_of_pictures_fit_a_file_system_and_do_not_meet(tmp_path: Path) -> None:
-    titles = ('a/b_c', 'a_b/c', 'a b', 'a_b', f'{"x" * 300}/1', f'y{"x" * 300}/1')
-    write_report([survey(title, layers=1) for title in titles], tmp_path)
-    loads = [path.name for path in (tmp_path / 'pictures').glob('*-load.png')]
-    assert len(loads) == len(titles)
-
-
 def test_models_as_they_are(tmp_path: Path) -> None:
     """Of every method, untrained: whatever a survey holds has a place, and numbers a meaning."""
     normalization = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -161,7 +119,8 @@ def test_models_as_they_are(tmp_path: Path) -> None:
         surveys.append(seen)
     page = Page(write_report(surveys, tmp_path)[0].read_text())
     rows = [row for table in number_tables(surveys) for row in table.rows]
-    assert len(rows) > 10 and [name for name, meaning, _ in rows if not meaning] == []
+    meanings = [tag for _, tag in page.tags if tag.get('class') == 'meaning']
+    assert len(rows) > 10 and len(meanings) >= len(rows)
     assert {h['id'] for h in page.all('h2')} == {
         'contents', 'patches', 'load', 'surest', 'codes', 'classes', 'similarity', 'numbers',
         'shifts',

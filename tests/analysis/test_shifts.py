@@ -58,12 +58,6 @@ def test_experts_by_content_follow_their_patches(by_content) -> None:
     assert found == {'flip': 0, 'crop': 0, 'noise 0.01': 0}
 
 
-def test_without_alignment_the_same_patches_would_seem_to_change(by_content) -> None:
-    unaligned = [Shift(s.name, s.change) for s in (flip(), crop())]
-    # of four experts, another patch has another one in three cases of four
-    assert all(share > 0.5 for share in shares(by_content, flat_patches(3), *unaligned).values())
-
-
 def test_experts_by_position_change_with_it(make_tiny) -> None:
     model = make_tiny('hashmoe')
     grid = moe_layers(model)[ROUTER.removesuffix('.router')].router.hash[1:17, 0].view(4, 4)
@@ -82,40 +76,6 @@ def test_collapsed_routing_is_perfectly_consistent_and_random_pixels_are_not(by_
     # 2,400 patches of four experts: 3/4 change, std sqrt(3/16 / 2400) = 0.009, five of them
     share = shares(by_content, flat_patches(100), replaced, batch=50)['other']
     assert share == pytest.approx(0.75, abs=0.045)
-
-
-def test_images_count_alike_whatever_their_batch(by_content) -> None:
-    def darken_the_first(pixels: Tensor, first: int, patch: tuple[int, int]) -> Tensor:
-        return torch.stack([p * (first + i > 0) for i, p in enumerate(pixels)])
-
-    pixels = torch.ones(3, 3, 32, 48)
-    share = shares(by_content, pixels, Shift('x', darken_the_first), batch=2)['x']
-    assert share == pytest.approx(1 / 3)
-
-
-def test_slots_choose_no_expert(make_tiny) -> None:
-    tally = ShiftTally(make_tiny('softmoe'), NORMALIZATION, [flip()])
-    tally.add(torch.rand(1, 3, 32, 32))
-    assert tally.shares() == {'flip': {}}
-
-
-def test_to_be_written_in_256_steps_is_no_change(by_content) -> None:
-    # 0.2499 goes to expert 0 and 0.2501 to expert 1, but both are 64 / 255 in a file
-    same = Shift('same', lambda pixels, first, patch: pixels + 0.0002)
-    assert shares(by_content, torch.full((1, 3, 32, 48), 0.2499), same) == {'same': 0}
-
-
-def test_crop_of_a_single_patch_is_refused(make_tiny) -> None:
-    model = make_tiny('smoe', img_size=8)
-    with pytest.raises(ValueError, match=r'crop=\(8, 8\) is not possible: more than a patch, 8x8'):
-        shares(model, torch.rand(1, 3, 8, 8), crop())
-
-
-def test_the_fifteen_corruptions_at_three_severities() -> None:
-    names = [shift.name for shift in corruptions()]
-    assert len(names) == len(set(names)) == 45
-    assert {name.split()[1] for name in names} == {'1', '3', '5'}
-    assert {'gaussian_noise 3', 'glass_blur 1', 'jpeg_compression 5'} <= set(names)
 
 
 @pytest.mark.parametrize('shift', [*corruptions([3]), noise(0.1)], ids=lambda shift: shift.name)
@@ -142,16 +102,6 @@ def test_corruptions_leave_numpys_generator_alone_and_differ_between_images() ->
         changed = corruption(name, 3).change(pixels, 0, PATCH)
         assert np.random.rand() == expected
         assert not torch.equal(changed[0], changed[1])
-
-
-def test_severity_grows() -> None:
-    pixels = torch.rand(4, 3, 32, 32)
-    for name in ('gaussian_noise', 'contrast', 'pixelate'):
-        distances = [
-            (corruption(name, severity).change(pixels, 0, PATCH) - pixels).square().mean()
-            for severity in (1, 3, 5)
-        ]
-        assert distances[0] < distances[1] < distances[2]
 
 
 def test_corruptions_of_grey_images_are_grey_and_small_ones_are_refused() -> None:

@@ -47,11 +47,6 @@ def test_every_image_counts_the_same_whatever_its_batch() -> None:
     torch.testing.assert_close(usage['mlp/load'], expected)
 
 
-def test_no_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match='batches: empty'):
-        mean_statistics(Pixels(), [])
-
-
 @pytest.mark.parametrize('part_in_eval', [True, False])
 def test_model_is_asked_in_eval_mode_and_left_as_it_was(part_in_eval: bool) -> None:
     model = Pixels().train()
@@ -62,16 +57,6 @@ def test_model_is_asked_in_eval_mode_and_left_as_it_was(part_in_eval: bool) -> N
     assert model.training
     assert model.mlp.training is not part_in_eval
     assert model.mlp.recorder.watcher is None
-
-
-def test_token_experts_are_those_of_the_router() -> None:
-    images = torch.cat([image([0.0, 1.0], [2.0, 3.0]), image([3.0, 3.0], [0.0, 0.0])])
-    experts = token_experts(Pixels(), images)
-    assert experts.keys() == {'mlp.router'}
-    assert experts['mlp.router'].tolist() == [
-        [[0, 1], [1, 2], [2, 3], [3, 0]],
-        [[3, 0], [3, 0], [0, 1], [0, 1]],
-    ]
 
 
 def test_both_branches_of_vqmoe_are_asked_and_agree_with_what_the_layer_reports() -> None:
@@ -86,30 +71,6 @@ def test_both_branches_of_vqmoe_are_asked_and_agree_with_what_the_layer_reports(
     both = torch.cat(branches)
     share = both.flatten().bincount(minlength=3) / both.numel()
     torch.testing.assert_close(share, reported['blocks.1.mlp/load'])
-
-
-def test_tokens_with_any_number_of_experts_have_their_best_first() -> None:
-    class Chosen(Router):
-        """Token 0 has experts 2 and 0, the first with more weight, token 1 none, the others one."""
-
-        per_image = True
-
-        def forward(self, x: Tensor) -> Routing:
-            tokens, experts = torch.tensor([0, 2, 0, 3]), torch.tensor([0, 1, 2, 3])
-            return Routing(experts, torch.tensor([0.1, 0.5, 0.9, 0.5]), tokens=tokens)
-
-    model = Pixels()
-    model.mlp.router = Chosen()
-    found = token_experts(model, image([0.0, 1.0], [2.0, 3.0]))['mlp.router']
-    assert found.tolist() == [[[2, 0], [-1, -1], [1, -1], [3, -1]]]
-
-
-def test_model_without_routers_is_refused() -> None:
-    with pytest.raises(ValueError, match='model: Flatten is dense'):
-        token_experts(nn.Flatten(), image([0.0]))
-    size = dict(img_size=8, patch_size=2, depth=2, embed_dim=8, num_heads=1)
-    with pytest.raises(ValueError, match='model: has no router'):
-        token_experts(timm.create_model('vit_tiny_softmoe', **size), torch.zeros(1, 3, 8, 8))
 
 
 def test_patch_experts_leaves_prefix_tokens_out_and_keeps_the_grid() -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.record import record_layers, recorded
 from vqmoe_vision.analysis.shifts import flip
 from vqmoe_vision.analysis.survey import LayerSurvey, Survey, survey
-from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS, TokenSample
-from vqmoe_vision.models import convert_to_moe
+from vqmoe_vision.analysis.tally import MOST_PATCHES, MOST_TOKENS
 from vqmoe_vision.models.normalization import Normalization
 from vqmoe_vision.moe import moe_layers
 
@@ -101,26 +100,6 @@ def test_each_measure_tells_a_collapsed_model_from_a_sound_one(make_tiny) -> Non
     assert sound.keys() == collapsed.keys() == COLLAPSE.keys() | others
 
 
-@pytest.mark.parametrize(('scale', 'tokens', 'slots'), [(0.001, 17, 16), (10_000, 1, 1)])
-def test_slots_mix_all_or_one(make_tiny, scale: float, tokens: int, slots: int) -> None:
-    model = make_tiny('softmoe', init_scale=scale)
-    numbers = look(model, torch.rand(4, 3, 32, 32)).layers[NAME].numbers
-    # of logits up to 0.001 shares are even but for a thousandth; those of 10,000 may have near ties
-    assert numbers['slots/mixed_tokens'] == pytest.approx(tokens, rel=0.05)
-    assert numbers['slots/mixed_slots'] == pytest.approx(slots, rel=0.05)
-
-
-def test_what_slots_mix_is_a_mean_over_images_not_batches(make_tiny) -> None:
-    model, images = make_tiny('softmoe', init_scale=20.0), torch.rand(5, 3, 32, 32)
-    record = recorded(model, images)[NAME]
-    numbers = look(model, images[:4], images[4:]).layers[NAME].numbers
-    of_slots, of_tokens = record.dispatch.flatten(2).movedim(1, 2), record.combine.flatten(2)
-    for name, shares in {'mixed_tokens': of_slots, 'mixed_slots': of_tokens}.items():
-        each = [2 ** -(p * p.log2()).sum().item() for p in shares.flatten(0, 1).double()]
-        assert 2 < numbers[f'slots/{name}'] < 15
-        assert numbers[f'slots/{name}'] == pytest.approx(sum(each) / len(each), rel=1e-4)
-
-
 def test_every_method_can_be_looked_at(tiny_variant) -> None:
     batches = [(torch.rand(n, 3, 32, 32), torch.arange(n) % 3) for n in (3, 2)]
     seen = look(tiny_variant, *batches, classes=CLASSES, num_examples=4, shifts=[flip()])
@@ -155,16 +134,6 @@ def test_every_method_can_be_looked_at(tiny_variant) -> None:
         assert all(m.shape == (4, 4) for m in maps)
         assert all(m.shape == (E, 4, 4) for m in example.slots.values())
     assert json.loads(json.dumps(seen.numbers()))['layers'][NAME]['numbers'] == layer.numbers
-
-
-def test_a_model_of_dinov3_can_be_looked_at() -> None:
-    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
-    model = timm.create_model('vit_small_patch16_dinov3', **sizes)
-    convert_to_moe(model, 'smoe', num_experts=E)
-    images, labels = images_of_classes(1)
-    seen = look(model, (images, labels), classes=[*CLASSES, 'd'], num_examples=1, shifts=[flip()])
-    assert seen.layers[NAME].expert_by_class['router'].sum() == 4 * (16 + model.num_prefix_tokens)
-    assert seen.examples[0].experts[f'{NAME}.router'].shape == (4, 4)
 
 
 @pytest.mark.parametrize('cosine', [False, True], ids=['euclidean', 'cosine'])
@@ -239,21 +208,6 @@ def test_confident_patches_are_those_with_the_largest_weights(make_tiny) -> None
         assert len(layer.confident['router'][expert]) == expected
 
 
-def test_confident_patches_of_a_code_are_those_nearest_to_it(make_tiny) -> None:
-    model, images = make_tiny('vqmoe', form='discrete', codebook='plain'), torch.rand(2, 3, 32, 32)
-    codebook = moe_layers(model)[NAME].quantizer.codebook
-    tokens = recorded(model, images)[NAME].inputs
-    with torch.no_grad():
-        codebook.embed.copy_(tokens[0, [1, 5, 9, 13]])  # four patches of image 0
-    patches = look(model, images).layers[NAME].confident['quantizer.codebook']
-    for code, place in enumerate([0, 4, 8, 12]):
-        row, column = divmod(place, 4)
-        nearest = patches[code][0]
-        assert (nearest.image, nearest.weight) == (0, 1)
-        cut = images[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
-        torch.testing.assert_close(nearest.pixels, cut)
-
-
 def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny) -> None:
     # upper half class 0, lower half class 2, except that the last patch is mostly ignored
     model, images = make_tiny('hashmoe'), torch.rand(2, 3, 32, 32)
@@ -265,54 +219,6 @@ def test_label_maps_count_patches_by_most_of_their_pixels(make_tiny) -> None:
     assert counts.sum(dim=0).tolist() == [16, 0, 14]
     hash_ = moe_layers(model)[NAME].router.hash[1:17, 0]  # after the class token
     assert torch.equal(counts[:, 0], 2.0 * hash_[:8].bincount(minlength=E))
-
-
-def test_images_that_do_not_fill_the_last_patches(make_tiny) -> None:
-    model = make_tiny('smoe', dynamic_img_size=True, dynamic_img_pad=True)
-    images, labels = torch.rand(1, 3, 20, 30), torch.ones(1, 20, 30, dtype=torch.long)
-    seen = look(model, (images, labels), classes=CLASSES, shifts=[flip()])
-    (example,) = seen.examples
-    assert example.image.shape == (3, 20, 30)
-    assert example.experts[f'{NAME}.router'].shape == (3, 4)
-    # padding is of no class: rows of 8, 8, 4 pixels, columns of 8, 8, 8, 6; the last row has as
-    # much padding as pixels, or more
-    assert seen.layers[NAME].expert_by_class['router'].sum() == 8
-
-
-def test_grey_images_are_shown_as_they_were(make_tiny) -> None:
-    pixels = torch.rand(2, 1, 32, 32)
-    seen = survey(
-        make_tiny('smoe', in_chans=1),
-        [(pixels - 0.3) / 0.5],
-        title='t',
-        normalization=Normalization((0.3,), (0.5,)),
-        names=['first.png'],
-    )
-    assert [example.name for example in seen.examples] == ['first.png', 'image 1']
-    torch.testing.assert_close(seen.examples[1].image, pixels[1].expand(3, -1, -1))
-
-
-def test_memory_does_not_grow_with_images(make_tiny) -> None:
-    model = make_tiny('vqmoe', num_experts=2)
-    seen = look(model, *torch.rand(130, 3, 32, 32).split(26), num_examples=2)
-    layer = seen.layers[NAME]
-    assert len(layer.codebook.tokens) == MOST_TOKENS < 130 * 17
-    pixels = [p.pixels for of in layer.confident.values() for taken in of for p in taken]
-    assert 0 < len(pixels) <= 2 * 2 * MOST_PATCHES
-    maps = [m for e in seen.examples for m in (e.image, *e.experts.values(), *e.gates.values())]
-    for kept in (*pixels, *maps):  # views would keep their whole batches
-        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
-
-
-def test_every_token_has_the_same_chance_to_be_in_the_sample() -> None:
-    sample = TokenSample()
-    for first in range(0, 20_000, 1000):
-        numbers = torch.arange(first, first + 1000)
-        sample.add(numbers[:, None].float(), numbers)
-    assert torch.equal(sample.tokens[:, 0].long(), sample.indices)
-    assert len(sample.indices.unique()) == MOST_TOKENS
-    # of 2,000 in 20,000 each quarter has 500; std sqrt(2000 * 1/4 * 3/4 * 0.9) = 18, five of them
-    assert ((sample.indices // 5000).bincount(minlength=4) - 500).abs().max() < 5 * 18
 
 
 def test_the_model_is_left_as_it_was(make_tiny) -> None:
@@ -331,29 +237,29 @@ IMAGES = torch.rand(2, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
-    ('batches', 'options', 'message'),
+    ('batches', 'options', 'field'),
     [
-        ([], {}, 'batches=0 is not possible: at least one image'),
-        ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes=None is not possible: names'),
-        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, r'labels=\[3\] .* from 0 to 2'),
-        ([(IMAGES, torch.tensor([0, -1]))], {'classes': CLASSES}, r'labels=\[-1\] .* from 0 to 2'),
-        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, r'labels=.*\(1,\).* per image'),
-        ([(IMAGES, torch.rand(2))], {'classes': CLASSES}, 'labels=.*float32.*: integers'),
-        ([(IMAGES, torch.zeros(2, 4, 4).long())], {'classes': CLASSES}, r'\(2, 32, 32\)'),
-        ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan or infinite'),
+        ([], {}, 'batches='),
+        ([(IMAGES, torch.tensor([0, 1]))], {}, 'classes='),
+        ([(IMAGES, torch.tensor([0, 3]))], {'classes': CLASSES}, 'labels='),
+        ([(IMAGES, torch.tensor([0]))], {'classes': CLASSES}, 'labels='),
+        ([IMAGES * torch.nan], {}, 'blocks.1.mlp: tokens are nan'),
     ],
 )
-def test_bad_input_is_refused_in_one_line(make_tiny, batches, options, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+def test_mistakes_are_refused(make_tiny, batches, options, field: str) -> None:
+    with pytest.raises(ValueError, match=field):
         look(make_tiny('smoe'), *batches, **options)
-    assert '\n' not in str(refused.value)
+    with pytest.raises(ValueError, match='dense'):
+        look(timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1), IMAGES)
 
 
-def test_models_that_cannot_be_looked_at_are_refused(make_tiny) -> None:
-    dense = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1)
-    with pytest.raises(ValueError, match='VisionTransformer is dense, it has no layer of experts'):
-        look(dense, IMAGES)
-    with pytest.raises(ValueError, match='Sequential is no VisionTransformer or Eva of timm'):
-        look(nn.Sequential(make_tiny('smoe')), IMAGES)
-    with pytest.raises(ValueError, match=r'mean=\(0.5,\) is not possible: .* per channel, 3'):
-        survey(make_tiny('smoe'), [IMAGES], title='t', normalization=Normalization((0.5,), (0.5,)))
+def test_memory_does_not_grow_with_images(make_tiny) -> None:
+    model = make_tiny('vqmoe', num_experts=2)
+    seen = look(model, *torch.rand(130, 3, 32, 32).split(26), num_examples=2)
+    layer = seen.layers[NAME]
+    assert len(layer.codebook.tokens) == MOST_TOKENS < 130 * 17
+    pixels = [p.pixels for of in layer.confident.values() for taken in of for p in taken]
+    assert 0 < len(pixels) <= 2 * 2 * MOST_PATCHES
+    maps = [m for e in seen.examples for m in (e.image, *e.experts.values(), *e.gates.values())]
+    for kept in (*pixels, *maps):  # views would keep their whole batches
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()

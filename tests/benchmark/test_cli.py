@@ -32,15 +32,6 @@ def test_layers_end_to_end(tmp_path: Path, capsys) -> None:
     assert '2 x 8 tokens, width 8, 4 experts, top-2, float32, skew 1' in printed
 
 
-def test_skewed_cells_leave_out_what_routes_by_itself(tmp_path: Path) -> None:
-    out = tmp_path / 'run.json'
-    main(['moe', *TINY, '--skew', '3', '--contenders', 'ours', 'layer', '--out', str(out)])
-    run = json.loads(out.read_text())
-    assert [row['contender'] for row in run['rows']] == ['dense', 'bound', 'ours']
-    assert run['rows'][-1]['load'] == 3.0  # 12 of 16 tokens, the mean is 4
-    assert 'routes by itself' in run['skipped'][0]['reasons']['layer']
-
-
 def test_models_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / 'run.json'
     tiny = 'depth=2,embed_dim=24,num_heads=2'
@@ -60,44 +51,24 @@ def test_models_end_to_end(tmp_path: Path) -> None:
     assert smoe['images_per_s'] == pytest.approx(2000 / smoe['median_ms'])
 
 
-def test_a_model_of_evas_blocks_is_measured(tmp_path: Path) -> None:
-    tiny = 'depth=1,embed_dim=24,num_heads=2,patch_size=16'
-    command = f'model --models eva02_tiny_patch14_224,{tiny} --img-size 32 --modes inference '
-    command += f'--baseline vit_tiny_patch16_224,{tiny} --batch 1 --repeats 1 --threads 1 '
-    main([*command.split(), '--out', str(tmp_path / 'run.json')])
-    rows = json.loads((tmp_path / 'run.json').read_text())['rows']
-    # 2 x 2 patches and a class token
-    assert [row['tokens'] for row in rows] == [5, 5] and rows[1]['macs'] > 0
-
-
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('arguments', 'field'),
     [
-        ('moe --contenders nobody', "contenders='nobody' is not possible: one of"),
-        ('moe --preset ci --tokens 3', "--preset='ci' is not possible: only without --tokens"),
-        ('moe --gate', '--gate=True is not possible: only with --preset'),
-        ('model --preset discrete --gate', '--gate=True is not possible: only with a preset that'),
-        ('moe --device cuda --clock process', "clock='process' is not possible: 'wall' on a GPU"),
-        ('moe --preset table --gate --mode fwd', "--mode='fwd' is not possible: fwdbwd where"),
-        ('moe --preset ci --mode fwd', "--mode='fwd' is not possible: fwdbwd where"),
-        ('moe --repeats 0', 'repeats=0 is not possible: at least 1'),
-        ('model --threads 1 --models nobody', "models='nobody' is not possible: a timm model"),
-        (
-            'model --threads 1 --models vit_tiny_smoe,x',
-            "models='vit_tiny_smoe,x' is not possible: options are",
-        ),
+        ('moe --contenders nobody', 'contenders='),
+        ('moe --preset ci --tokens 3', '--preset='),
+        ('moe --gate', '--gate='),
+        ('moe --device cuda --clock process', 'clock='),
+        ('moe --preset ci --mode fwd', '--mode='),
+        ('moe --repeats 0', 'repeats='),
+        ('moe --skew 9 --experts 8', 'skew='),
+        ('model --threads 1 --models vit_tiny_smoe,x', 'models='),
     ],
 )
-def test_mistakes_are_one_line(arguments: str, message: str) -> None:
+def test_mistakes_are_one_line(arguments: str, field: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments.split())
     line = str(exit_.value.code)
-    assert line.startswith('error: ') and message in line and '\n' not in line
-
-
-def test_debug_shows_the_trace() -> None:
-    with pytest.raises(ValueError, match='nobody'):
-        main(['moe', '--contenders', 'nobody', '--debug'])
+    assert line.startswith('error: ') and field in line and '\n' not in line
 
 
 @pytest.mark.parametrize('at_most', [1e-9, 1e9])

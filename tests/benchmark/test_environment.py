@@ -4,12 +4,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
-import torch
-
-from benchmark.environment import MALLOC, describe_machine
+from benchmark.environment import MALLOC
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 PROGRAM = """
@@ -31,18 +27,6 @@ def test_restarts_once_with_the_environment_it_needs() -> None:
     assert lines[1].startswith('3 ')
     if 'MALLOC_TOP_PAD_' in lines[0]:  # glibc
         assert lines[1] == ' '.join(['3', *MALLOC.values()])
-
-
-def test_a_card_is_told_by_what_decides_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(major=9, minor=0, total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: card)
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
-    told = describe_machine('cuda')
-    assert told['device'] == 'a card'
-    assert (told['capability'], told['memory_gib']) == ('9.0', 80.0)
-    assert told['torch_build'] == torch.__version__
-    assert told['cuda'] == (torch.version.cuda or torch.version.hip)
-    assert 'capability' not in describe_machine('cpu')
 
 
 def test_the_program_finds_its_package_beside_it(tmp_path: Path) -> None:

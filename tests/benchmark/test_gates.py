@@ -75,15 +75,6 @@ def test_every_method_is_in_the_tables() -> None:
         assert names == {f'vit_small_{method}' for method in METHODS}
 
 
-def test_speed_is_held_in_bfloat16_where_the_processor_computes_it() -> None:
-    for bfloat16 in (True, False):
-        preset = ci_preset(bfloat16)
-        measured = {cell.dtype for cell, _ in preset.runs}
-        assert measured == ({'float32', 'bfloat16'} if bfloat16 else {'float32'})
-        assert {gate.where.get('dtype', 'float32') for gate in preset.gates} == measured
-        assert bool(preset.notes) is not bfloat16
-
-
 def test_every_preset_measures_what_its_gates_judge() -> None:
     for preset in (*LAYER_PRESETS.values(), ci_preset(True), ci_preset(False)):
         rows = []

@@ -31,12 +31,3 @@ def test_a_wrong_backend_is_not_timed(method: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Experts, 'forward', wrong)
     with pytest.raises(WrongResultError, match='differs from the plain loop; not timed'):
         check_against_loops(network(method))
-
-
-def test_a_compiled_network_trains_the_weights_of_the_eager_one() -> None:
-    eager = network('smoe')
-    compiled = eager.compiled()
-    assert compiled.model is eager.model and compiled.optimizer is eager.optimizer
-    assert compiled.name == f'{eager.name}+compiled' != eager.name
-    assert isinstance(compiled.call, torch._dynamo.OptimizedModule)
-    assert eager.call is eager.model

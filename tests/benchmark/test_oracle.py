@@ -11,14 +11,8 @@ from benchmark.cells import Cell, Settings
 from benchmark.contenders import UnsuitableError
 from benchmark.inputs import Batch, Inputs
 from benchmark.layers import OURS, measure_layer
-from benchmark.methods import whole_layer
 from benchmark.oracle import WrongResultError, check_against_oracle
 from vqmoe_vision.moe.dispatch import run_experts
-from vqmoe_vision.moe.experts import Experts
-from vqmoe_vision.moe.layer import RoutedMlp
-from vqmoe_vision.moe.methods import METHODS, Method
-from vqmoe_vision.moe.methods.smoe import SMoEConfig, SMoERouter
-from vqmoe_vision.moe.raw_patches import Host
 from vqmoe_vision.moe.routing import Routing
 
 
@@ -46,29 +40,6 @@ def test_ours_equals_the_loop(name: str, backward: bool, change, cell: Cell) -> 
     except UnsuitableError as reason:
         pytest.skip(str(reason))
     check_against_oracle(contender, inputs.batch(0), cell, settings)
-
-
-class Doubled(RoutedMlp):
-    """Computes more than its routing tells."""
-
-    def run(self, x: Tensor) -> Tensor:
-        return 2 * super().run(x)
-
-
-def build_doubled(
-    width: int, config: SMoEConfig, experts: Experts, host: Host, **factory
-) -> Doubled:
-    router = SMoERouter(width, config, **factory)
-    router.weight.requires_grad_(False)
-    return Doubled(router, experts)
-
-
-def test_a_new_method_enters_by_its_line_in_the_table(monkeypatch, cell: Cell, settings) -> None:
-    monkeypatch.setitem(METHODS, 'new', Method(SMoEConfig, build_doubled))
-    inputs = Inputs(cell)
-    contender = whole_layer('new', 'new', cell, settings, inputs)
-    check_against_oracle(contender, inputs.batch(0), cell, settings)
-    assert contender.rows == 48  # 24 tokens, two experts each
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:

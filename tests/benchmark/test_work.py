@@ -1,19 +1,13 @@
 """Contenders do equal work: their formulas against torch's own count of their products."""
 
-import dataclasses
-
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import ours
 from benchmark.cells import Cell, Settings
 from benchmark.contenders import Contender, UnsuitableError
 from benchmark.inputs import Inputs
-from benchmark.layers import OURS, PEERS, REFERENCES, choose
-from benchmark.methods import whole_layer
-from benchmark.peers import mixture_of_experts, moe_jetpack, st_moe_pytorch
-from vqmoe_vision.moe.methods.softmoe import SoftMoEMlp
+from benchmark.layers import OURS, PEERS, REFERENCES
 
 # width 48: two thirds of its hidden width, 128, are whole and a multiple of eight
 CELL = Cell(tokens=16, batch=2, width=48, experts=4, top_k=2)
@@ -47,14 +41,6 @@ def test_formulas_of_ours_equal_a_count_of_their_oracles(name: str) -> None:
     assert contender.rows == 64
 
 
-def test_a_method_that_cannot_do_the_work_is_left_out() -> None:
-    cell = dataclasses.replace(CELL, top_k=1)
-    with pytest.raises(UnsuitableError, match='it computes 2 experts per token'):
-        whole_layer('vqmoe', 'vqmoe', cell, Settings(), Inputs(cell))
-    with pytest.raises(UnsuitableError, match='top_k=1 is not possible: at least 2'):
-        whole_layer('stablemoe', 'stablemoe', cell, Settings(), Inputs(cell), two_stage=False)
-
-
 @pytest.mark.parametrize('name', PEERS)
 @pytest.mark.parametrize('backward', [True, False])
 def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> None:
@@ -70,38 +56,3 @@ def test_peers_do_the_work_they_are_compared_at(name: str, backward: bool) -> No
         assert abs(peer.rows - equal.rows) <= (4 if peer.drop_rate else 0)
         if 'grouped_mm' not in peer.name:  # which the counter does not know
             assert peer.macs == counted_macs(peer)
-
-
-def test_the_reference_of_moe_jetpack_computes_what_our_softmoe_does() -> None:
-    equal, peer = (contender.module for contender in moe_jetpack(CELL, Settings(), Inputs(CELL)))
-    assert isinstance(equal, SoftMoEMlp)
-    with torch.no_grad():
-        # (D, E, P) -> (E * P, D), and our linear layers are (out, in)
-        equal.slot_embed.copy_(peer.slot_embed.permute(1, 2, 0).flatten(0, 1))
-        for name, linear in (('1', equal.experts.fc1), ('2', equal.experts.fc2)):
-            linear.weight.copy_(peer.get_parameter(f'weight{name}').mT)
-            linear.bias.copy_(peer.get_parameter(f'bias{name}')[:, 0])
-        x = torch.randn(2, 16, 48)
-        # answers of size 0.01 to 0.1 after sums of up to 192 float32 products
-        torch.testing.assert_close(peer(x), equal(x), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize('build', [mixture_of_experts, st_moe_pytorch])
-def test_drop_rate_is_the_peers_own(build) -> None:
-    pytest.importorskip(build.__name__)
-    inputs = Inputs(CELL)
-    equal, peer = build(CELL, Settings(), inputs)
-    assert 0 <= peer.drop_rate < 1
-    assert equal.drop_rate == pytest.approx(peer.drop_rate, abs=4 / 64)
-
-
-@pytest.mark.parametrize('build', [mixture_of_experts, st_moe_pytorch])
-def test_top_1_is_left_out_where_a_peer_cannot(build) -> None:
-    pytest.importorskip(build.__name__)
-    cell = Cell(tokens=16, batch=2, width=48, experts=4, top_k=1)
-    with pytest.raises(UnsuitableError, match='two experts'):
-        build(cell, Settings(), Inputs(cell))
-
-
-def test_floors_are_always_measured() -> None:
-    assert choose(['ours']) == ('dense', 'bound', 'ours')

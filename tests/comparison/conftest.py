@@ -159,5 +159,5 @@ def says(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 @pytest.fixture
 def tables_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds, so only the tests that are about them draw them."""
-    if 'figure' not in request.node.name:
+    if not any(word in request.node.name for word in ('figure', 'images')):
         monkeypatch.setattr(cli, 'draw_figures', lambda *made: [])

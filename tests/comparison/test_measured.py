@@ -3,13 +3,10 @@
 import math
 from typing import Any
 
-import pandas as pd
 import pytest
 from imagecorruptions import get_corruption_names
 
-from vqmoe_vision.comparison.frame import ROUTING
 from vqmoe_vision.comparison.measured import expanded, routing_numbers
-from vqmoe_vision.comparison.report import routing_table
 
 NUMBERS = {
     'effective_rank_before': 10.0,
@@ -47,17 +44,6 @@ def test_a_run_with_one_checkpoint_and_one_expert() -> None:
     for layer in routing['layers'].values():
         layer['router/changed_by_chance'] = 0.0  # a collapsed layer: nothing can change
     assert math.isnan(dict(routing_numbers(routing))['router/kept when mirrored'])
-
-
-def test_a_table_has_a_line_per_row_and_decider() -> None:
-    lines = [('one', seed, ROUTING, 'router/after', rank) for seed, rank in ((1, 4.0), (2, 6.0))]
-    lines.append(('two', 1, ROUTING, 'codebook/after', 3.0))
-    table = routing_table(pd.DataFrame(lines, columns=['row', 'seed', 'split', 'name', 'value']))
-    # 4 and 6: mean 5, standard deviation sqrt(2)
-    assert table.values.tolist() == [
-        ['one', 'router', '2', '5.00 ± 1.41'],
-        ['two', 'codebook', '1', '3.00'],
-    ]
 
 
 def test_a_corruption_stands_for_all_fifteen() -> None:

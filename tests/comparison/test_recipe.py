@@ -17,9 +17,8 @@ ROWS = Path('docs/results/rows/spec')
 SCORES = {'dense': [10.0, 20.0], 'other': [11.0, 20.0]}
 CONFIG: Any = METHODS['smoe'].config
 MODEL = {'type': 'Classifier', 'model_name': 'vit_tiny_vqmoe', 'moe': {'preset': 'matched'}}
-# An option that a method gets belongs into `recipe._ADDED`, with the value that changes nothing;
-# one that it loses into `recipe._REMOVED`. A default that changes makes another recipe, and all
-# rows that had it stale: then this line changes too.
+# An option that a method gets belongs into `recipe._ADDED`, with the value that changes nothing. A
+# default that changes makes another recipe, and all rows that had it stale: then its line changes.
 RECIPES = {
     'smoe': '512ba48df4e4b278',
     'xmoe': 'c77d062be8bb875b',
@@ -86,31 +85,12 @@ def test_what_may_change_a_number_changes_the_recipe(change: dict[str, Any]) -> 
     assert recipe_of({'model': MODEL, **change}) != recipe_of({'model': MODEL})
 
 
-def test_a_field_and_a_type_that_are_renamed_leave_a_recipe(monkeypatch) -> None:
-    then = {'model': MODEL, 'train_dataloader': {'shuffled': True}}
-    now = {'model': {**MODEL, 'type': 'ViTClassifier'}, 'train_dataloader': {'shuffle': True}}
-    assert recipe_of(now) != recipe_of(then)
-    named = {'ViTClassifier': 'Classifier', 'train_dataloader.shuffle': 'train_dataloader.shuffled'}
-    monkeypatch.setattr(recipe, '_RENAMED', named)
-    assert recipe_of(now) == recipe_of(then)
-
-
 def test_an_option_that_is_added_leaves_recipes_unless_it_is_used(monkeypatch) -> None:
     config, used = {'model': MODEL}, {'model': {**MODEL, 'moe': {'output_norm': True}}}
     before, other = canonical(config), recipe_of(used)
     monkeypatch.setattr(recipe, '_ADDED', {'moe.output_norm': False})
     assert canonical(config) == {n: v for n, v in before.items() if n != 'moe.output_norm'}
     assert recipe_of(used) == other
-
-
-def test_an_option_that_is_removed_is_in_recipes_as_it_was(monkeypatch) -> None:
-    config = {'model': MODEL}
-    monkeypatch.setattr(recipe, '_REMOVED', {})
-    before = canonical(config)
-    monkeypatch.setattr(recipe, '_REMOVED', {'moe.halving': ('moe.ema_decay', 0.5)})
-    assert canonical(config) == {**before, 'moe.halving': 0.5}
-    plain = {'model': {**MODEL, 'moe': {'codebook': 'plain'}}}
-    assert 'moe.halving' not in canonical(plain)  # which has no decay
 
 
 def change_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,15 +140,6 @@ def started(spec, says) -> str:
     Path('started.py').write_text(text + "rows = dict(one='model.checkpoint={start}')\n")
     assert says('run', 'started.py').startswith('0 of 2')
     return 'started.py'
-
-
-def test_where_the_runs_lie_that_rows_start_from_does_not_count(started, says) -> None:
-    for folder in ('work_dirs/comparisons', 'elsewhere', '.', str(Path('far').absolute())):
-        assert says('list', started, '--work-dir', folder) == ''
-    says('table', started, '--work-dir', 'elsewhere')
-    assert 'stale' not in Path('docs/results/tables/started.md').read_text()
-    rows = Path('docs/results/rows/started').iterdir()
-    assert len({json.loads(row.read_text())['recipe'] for row in rows}) == 1
 
 
 @pytest.mark.parametrize(

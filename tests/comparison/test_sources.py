@@ -1,17 +1,9 @@
 """Rows that start from the runs of another comparison: those come first, by the tool itself."""
 
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
 import pytest
-
-from vqmoe_vision.comparison import measured
-from vqmoe_vision.comparison.cli import compare
-from vqmoe_vision.comparison.runs import Run
-from vqmoe_vision.comparison.spec import read_comparison
 
 from .conftest import SPEC
 
@@ -42,12 +34,6 @@ def collected(name: str) -> set[str]:
     return {path.stem for path in (ROWS / name).glob('*.json')}
 
 
-def execute(line: str) -> int:
-    return subprocess.run(
-        line.replace('python tools', f'{sys.executable} tools'), shell=True
-    ).returncode
-
-
 def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, says) -> None:
     path = started()
     says('run', 'first.py')
@@ -66,11 +52,6 @@ def test_a_fresh_clone_trains_what_rows_start_from_and_keeps_its_rows(started, s
     assert len(calls()) == 6
 
 
-def test_a_folder_whose_name_would_divide_an_option(started, says) -> None:
-    line = says('list', started(), '--work-dir', 'a,b')
-    assert line.startswith("error: {start}='a,b/first/dense-seed1-") and 'without a comma' in line
-
-
 def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) -> None:
     path = started('dense_1x')  # as the row dense of the other
     said = says('run', path, '--rows', 'dense', 'started', '--seeds', '2')
@@ -80,39 +61,6 @@ def test_a_source_without_a_row_leaves_one_which_counts_for_both(started, says) 
     assert '2 of 2 runs are there already' in says('run', path, '--seeds', '2')
 
 
-@pytest.mark.parametrize('action', ['check', 'routing', 'shifts'])
-def test_rows_of_the_other_comparison_are_named(started, says, capsys, monkeypatch, action) -> None:
-    """Its row dense is this one's too, and is looked at with that comparison."""
-    path = started('dense_1x')
-    with Path(path).open('a') as file:
-        file.write("\nshifts = {'fog': 'model.fog=1'}\n")
-    says('run', path, '--seeds', '1')
-    monkeypatch.setattr(measured, 'shift_scores', lambda *which: {'fog': 1.0})
-    monkeypatch.setattr(measured, '_routing', lambda run: {})
-    with suppress(SystemExit):
-        compare([action, path, '--rows', 'dense', '--seeds', '1'])
-    said = capsys.readouterr().err
-    line = '1 rows are those of first, with which this has to be done for them: dense-seed1\n'
-    assert said.startswith(line)
-    compare([action, path, '--rows', 'started', '--seeds', '1'])
-    assert 'are those of' not in capsys.readouterr().err
-
-
-def test_a_row_that_the_other_comparison_trains_otherwise_is_not_left_out(started, says) -> None:
-    path = started('train_cfg.row=1')
-    says('run', 'first.py')
-    says('run', path, '--seeds', '1')
-    (ROWS / 'first/dense-seed2.json').write_text('{')
-    says('table', path)
-    text = Path('docs/results/tables/spec.md').read_text()
-    assert 'Left out' not in text and '- dense-seed2, started-seed2' in text
-
-
-def test_rows_that_need_no_checkpoint_need_no_source(started, says) -> None:
-    says('run', started(), '--rows', 'dense')
-    assert calls() == ['spec/dense-seed1', 'spec/dense-seed2']
-
-
 def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, capsys) -> None:
     path = started('train_cfg.kind=fails', other='train_cfg.row=3')
     line = says('run', path, '--seeds', '1')
@@ -120,14 +68,6 @@ def test_a_source_that_fails_holds_back_only_what_starts_from_it(started, says, 
     assert collected('spec') == {'dense-seed1', 'other-seed1'}
     said = capsys.readouterr().out
     assert 'started-seed1 failed: first/dense-seed1 has left no work_dirs/' in said
-
-
-def test_a_checkpoint_that_no_training_leaves(started, says, capsys) -> None:
-    path = Path(started())
-    path.write_text(path.read_text().replace('iter_2.pth', 'iter_1.pth'))
-    line = says('run', str(path), '--seeds', '1')
-    assert line == 'error: 2 of 3 runs failed: first/dense-seed1, started-seed1'
-    assert 'its commands left no iter_1.pth in work_dirs/' in capsys.readouterr().out
 
 
 def test_runs_wait_while_their_source_is_trained(started, says) -> None:
@@ -152,48 +92,3 @@ def test_a_source_that_was_trained_and_not_tested_is_tested(started, says) -> No
     says('run', path, '--seeds', '1')
     assert collected('first') == {'dense-seed1'}
     assert len(calls()) == 3
-
-
-def test_a_list_has_sources_first_and_says_what_waits_for_them(started, says, capsys) -> None:
-    path = started()
-    says('run', path, '--rows', 'dense')
-    Path('calls').unlink()
-    compare(['list', path])
-    said = capsys.readouterr()
-    assert said.err == (
-        'the first 2 lines leave the checkpoints that others start from; let them end before the '
-        'lines of started-seed1, started-seed2\n'
-    )
-    lines = said.out.splitlines()
-    assert [execute(line) for line in lines[2:]] == [1, 1]
-    assert [execute(line) for line in lines] == [0] * 4
-    source = ['first/dense-seed1', 'first/dense-seed2']
-    own = ['spec/started-seed1', 'spec/started-seed2']
-    assert calls() == [*own, *source, *own]
-    assert says('collect', path) == '4 runs collected, 0 are not finished\n'
-    assert collected('first') == {'dense-seed1', 'dense-seed2'}
-    assert says('list', path) == ''
-
-
-def test_a_line_trains_again_where_the_checkpoint_is_gone(started, says) -> None:
-    path = started()
-    says('run', path, '--seeds', '1')
-    (ROWS / 'spec/started-seed1.json').unlink()
-    next((WORK / 'first').rglob('iter_2.pth')).unlink()
-    first, _ = says('list', path, '--seeds', '1').splitlines()
-    assert execute(first) == 0 and len(calls()) == 4
-    assert next((WORK / 'first').rglob('iter_2.pth')).is_file()
-
-
-def test_a_check_says_what_cannot_be_repeated_and_goes_on(started, says, capsys) -> None:
-    path = started()
-    says('run', path, '--seeds', '1')
-    rmtree(WORK)
-    assert says('check', path) == 'error: 1 rows cannot be repeated: started-seed1'
-    said = capsys.readouterr().out
-    assert 'iter_2.pth, which is not there; first: python tools/train.py config.py' in said
-    assert 'the first losses of 1 of 2 rows came out again' in said
-    run = Run(read_comparison('first.py'), 'dense', 1, WORK)
-    train = said.split('first: ')[1].splitlines()[0]
-    assert execute(train) == 0 and (run.folder / 'iter_2.pth').is_file()
-    assert says('check', path) == 'the first losses of 2 of 2 rows came out again\n'

@@ -8,6 +8,7 @@ from torch import nn
 from vqmoe_vision.contrib.mocle import ClusterRouter, Clusters, MoCLEConfig
 from vqmoe_vision.moe.raw_patches import Host, RawPatches
 
+from ..moe.by_hand import assert_by_hand, expert
 from ..moe.conftest import OneLayer as make_layer
 from ..moe.conftest import Pixels
 
@@ -18,10 +19,6 @@ def naive(net, x):
     """Images (B, N, D), one token after the other."""
     out, router, experts = torch.zeros_like(x), net.layer.router, net.layer.experts
 
-    def answer(expert, token):
-        hidden = F.gelu(experts.fc1.weight[expert] @ token + experts.fc1.bias[expert])
-        return experts.fc2.weight[expert] @ hidden + experts.fc2.bias[expert]
-
     for b, image in enumerate(x):
         distances = (net.reader.centroids - image.detach().mean(dim=0)).norm(dim=1)
         embedding = router.cluster_embed[distances.argmin()]
@@ -29,7 +26,8 @@ def naive(net, x):
         gates = scores.exp() / scores.exp().sum()
         e = int(gates.argmax())
         for t, token in enumerate(image):
-            out[b, t] = gates[e] * answer(e, token) + (1 - gates[e]) * answer(E - 1, token)
+            own, universal = expert(experts, e, token), expert(experts, E - 1, token)
+            out[b, t] = gates[e] * own + (1 - gates[e]) * universal
     return out
 
 
@@ -37,17 +35,7 @@ def naive(net, x):
 def test_output_and_every_gradient(num_tokens):
     # at 0.05 the gates of the tests' spread routers are 0 and 1
     net = make_layer('mocle', router_noise=0.0, temperature=1.0, num_clusters=5)
-    cotangent = torch.randn(6, num_tokens, D)
-    found = []
-    for function in (net, lambda x: naive(net, x)):
-        torch.manual_seed(1)
-        x = torch.randn(6, num_tokens, D, requires_grad=True)
-        net.zero_grad()
-        out = function(x)
-        (out * cotangent).sum().backward()
-        grads = {name: p.grad.clone() for name, p in net.named_parameters()}
-        found.append({'out': out.detach(), 'x': x.grad, **grads})
-    torch.testing.assert_close(found[0], found[1])
+    assert_by_hand(net, lambda x: naive(net, x), torch.randn(6, num_tokens, D))
 
 
 def router_of(clusters, **options):

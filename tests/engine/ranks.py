@@ -26,11 +26,7 @@ GRACE = 10.0
 
 
 def rank(folder: Path, tool: str, variables: dict[str, str], arguments: list[str]) -> int:
-    """Starts a rank.
-
-    Returns:
-        Its process.
-    """
+    """Starts a rank, and returns its process."""
     process = os.fork()
     if process:
         return process
@@ -54,11 +50,7 @@ def free_port() -> int:
 
 
 def run(folder: Path, tool: str, ranks: list[dict]) -> list[int]:
-    """Waits for all ranks of a run; as torchrun does, ends all as soon as one has failed.
-
-    Returns:
-        Their statuses, negative for the number of a signal.
-    """
+    """Statuses of all ranks of a run; as torchrun does, ends all as soon as one has failed."""
     where = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     processes = []
     for number, one in enumerate(ranks):

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +21,6 @@ from vqmoe_vision.engine.checkpoint_files import (
     last_checkpoint,
     newest_before,
     newest_checkpoint,
-    newest_time,
     remove_partial,
     write_atomically,
 )
@@ -46,14 +44,6 @@ def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / 'a.pth'
-    for content in (b'old', b'new and longer'):
-        write_atomically(path, content)
-        assert path.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
 
 def write_limited(_rank: int, path: Path, killed: bool) -> None:
@@ -157,21 +147,6 @@ def test_a_file_that_is_cut_off_anywhere_is_passed_over(tmp_path: Path) -> None:
     for length in [*range(0, len(content), 331), 4096, 4097, len(content) - 1]:
         (tmp_path / 'iter_2.pth').write_bytes(content[:length])
         assert newest_checkpoint(tmp_path, lambda _: None).name == 'iter_1.pth', length
-
-
-def test_files_without_a_time_are_as_old_as_their_folder_says(tmp_path: Path) -> None:
-    for age, iteration in enumerate((4, 3)):
-        write(tmp_path / f'iter_{iteration}.pth', iteration, None)
-        os.utime(tmp_path / f'iter_{iteration}.pth', (age, age))
-    assert newest_checkpoint(tmp_path, print).name == 'iter_3.pth'
-
-
-def test_a_time_that_is_no_time_is_the_oldest(tmp_path: Path) -> None:
-    for iteration, saved_at in enumerate((float('nan'), float('inf'), sys.float_info.max, 5.0)):
-        write(tmp_path / f'iter_{iteration}.pth', iteration, saved_at)
-    assert newest_checkpoint(tmp_path, print).name == 'iter_3.pth'
-    assert newest_time(tmp_path) == 5.0
-    assert newest_time(tmp_path / 'none') == 0.0
 
 
 def hold(folder: Path) -> None:

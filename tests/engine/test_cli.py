@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from vqmoe_vision.engine import NonFiniteError, cli, optim
+from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.cli import load_config, train
 from vqmoe_vision.engine.command import one_line
 from vqmoe_vision.engine.optim import use_amp
@@ -76,15 +77,6 @@ def test_training_leaves_last_and_best_checkpoint_and_logs(trained: Path) -> Non
     assert list(trained.glob('*/vis_data/events.out.tfevents*'))
 
 
-def test_training_starts_from_the_weights_of_another_run(
-    trained: Path, config: str, tmp_path: Path
-) -> None:
-    options = [f'model.checkpoint={trained / "epoch_2.pth"}', 'train_cfg.max_epochs=1']
-    train([config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *options])
-    (log,) = (tmp_path / 'w').glob('*/*.log')
-    assert 'epoch_2.pth: the head is the one of the checkpoint' in log.read_text()
-
-
 def test_log_shows_time_left_and_one_report_per_layer_and_epoch(trained: Path) -> None:
     told = reports(trained)
     steps = [report for report in told if 'Epoch(train)' in report]
@@ -109,31 +101,6 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     equal(resumed['state_dict'], whole['state_dict'])
     equal(resumed['optimizer']['state'], whole['optimizer']['state'])
     assert resumed['param_schedulers'] == whole['param_schedulers']
-
-
-def test_a_run_that_is_complete_says_so(
-    trained: Path, config: str, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    shutil.copytree(trained, tmp_path / 'run')
-    message = 'Nothing is left to train: train_cfg.max_epochs={} is reached'
-    for epochs in (2, 3):
-        # mmengine keeps one logger per name in a process
-        name = f'experiment_name={tmp_path.name}-{epochs}'
-        more = ['--cfg-options', name, f'train_cfg.max_epochs={epochs}']
-        train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *more])
-        out = ''.join(capfd.readouterr())
-        assert (message.format(epochs) in out) == (epochs == 2)
-    assert (tmp_path / 'run/epoch_3.pth').is_file()
-
-
-def test_what_goes_on_says_what_it_began_with(trained: Path, config: str, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / 'run')
-    (tmp_path / 'run/epoch_2.pth').unlink()
-    name = f'experiment_name={tmp_path.name}'
-    train([config, '--work-dir', str(tmp_path / 'run'), '--resume', '--cfg-options', name])
-    after = Config.fromfile(tmp_path / 'run/tiny.py')
-    assert (tmp_path / 'run/epoch_2.pth').is_file()
-    assert 'load_from' not in after and 'resume' not in after
 
 
 @pytest.mark.parametrize('line', ['', "runner_type = 'Runner'\n"])
@@ -173,13 +140,6 @@ def test_a_run_goes_on_with_averages_if_it_has_them(
         train([config, '--work-dir', str(tmp_path / 'run'), '--resume', *options])
 
 
-def test_codebook_moves_between_epochs(trained: Path) -> None:
-    before, after = (load(trained / f'epoch_{i}.pth')['state_dict'] for i in (1, 2))
-    codes = [name for name in after if name.endswith('codebook.embed')]
-    assert codes
-    assert all(not torch.equal(before[name], after[name]) for name in codes)
-
-
 @pytest.mark.parametrize('linked', [False, True])
 def test_test_writes_metrics_and_routing(
     linked: bool, trained: Path, config: str, tmp_path: Path
@@ -194,19 +154,6 @@ def test_test_writes_metrics_and_routing(
     assert 0 <= metrics['accuracy/top1'] <= metrics['accuracy/top5'] <= 100
     assert metrics['blocks.1.mlp/load_unused'] in (0, 1)
     assert 1 <= metrics['blocks.1.mlp/code_usage_perplexity'] <= 2
-
-
-def test_a_place_for_the_metrics_that_is_none_is_refused_before_the_test(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Runner, 'from_cfg', lambda config: pytest.fail('the test begins'))
-    (tmp_path / 'file').touch()
-    for out, said in (
-        (tmp_path, f"--out='{tmp_path}' is not possible: a file, and this is a folder"),
-        (tmp_path / 'file/m.json', f'folder {tmp_path / "file"} cannot be written: '),
-    ):
-        with pytest.raises(SystemExit, match=f'^error: {re.escape(said)}'):
-            cli.test([config, config, '--out', str(out), '--work-dir', str(tmp_path / 'run')])
 
 
 @HOOKS.register_module()
@@ -235,28 +182,6 @@ def test_mixed_precision_trains_on_the_cpu(config: str, tmp_path: Path, amp: boo
 
 
 @HOOKS.register_module()
-class TeacherHook(Hook):
-    """Stands for a model whose `loss` has names with a slash of its own."""
-
-    priority = 'HIGHEST'
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
-    ) -> None:
-        outputs |= {'teacher/kd_loss': torch.tensor(0.3), 'acc/top1': torch.tensor(12.0)}
-
-
-def test_lines_sum_over_layers_with_experts_alone(config: str, tmp_path: Path) -> None:
-    options = ['train_cfg.max_epochs=1', 'default_hooks.teacher.type=TeacherHook']
-    options += ['default_hooks.logger.interval=5', 'log_processor.log_with_hierarchy=True']
-    train([config, '--work-dir', str(tmp_path / 'run'), '--cfg-options', *options])
-    (line,) = (text for text in reports(tmp_path / 'run') if 'Epoch(train)' in text)
-    assert 'teacher/kd_loss: 0.3000' in line and 'acc/top1: 12.0000' in line
-    assert 'moe/kd_loss' not in line
-    assert 'moe/balance_loss: ' in line and 'blocks.' not in line
-
-
-@HOOKS.register_module()
 class SpoilHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         if runner.epoch == 1:
@@ -278,57 +203,33 @@ def test_loss_that_becomes_nan_stops_and_leaves_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
-        (['model.top_k=3', 'model.model_name=vit_tiny_smoe'], 'top_k=3'),
-        (['model.num_experts=4'], 'num_experts=4 is not possible: moe.num_experts=2 is set'),
-        (['model.moe.top_k=2'], 'moe.top_k=2 is not possible: the options are'),
-        (['model.moe.foo=1'], 'moe.foo=1 is not possible: the options are'),
-        (
-            ['model.model_name=vit_tiny_patch16_224'],
-            'moe.method=None is not possible: one of',
-        ),
-        (
-            ['model.moe=None', 'model.moe.top_k=2'],
-            '--cfg-options model.moe model.moe.top_k: ',
-        ),
-        (['model.embed_dim.top_k=2'], "embed_dim={'top_k': 2}"),
-        (['model.extra_mlps=2'], 'extra_mlps=2 is not possible: 0, vit_tiny_vqmoe is no dense'),
+        (['model.moe.top_k=3', 'model.model_name=vit_tiny_smoe'], 'model.moe.top_k=3 is not'),
+        (['model.moe.foo=1'], 'model.moe.foo=1 is not'),
+        (['model.model_name=vit_tiny_vqmo'], "model.model_name='vit_tiny_vqmo' is not"),
+        (['model.moe=None', 'model.moe.top_k=2'], '--cfg-options model.moe model.moe.top_k: '),
         (['model.num_heads=5'], 'dim should be divisible by num_heads'),
-        (['model.patch_size=5'], 'img_size=48 is not possible: a multiple of patch_size=5x5'),
-        (['model.num_classes=7'], 'model.num_classes=7, but the data set has 10 classes'),
+        (['model.num_classes=7'], 'model.num_classes=7'),
         (['model.number_experts=2'], 'number_experts'),
-        (
-            ['activation_checkpointing=model.blocks'],
-            "activation_checkpointing='model.blocks' is not possible: modules without MoE layers",
-        ),
-        (
-            ["activation_checkpointing=['model.blocks.0','model.blocks.1.mlp.router']"],
-            "activation_checkpointing='model.blocks.1.mlp.router' is not possible: modules without",
-        ),
-        (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not possible: a field of '),
+        (['activation_checkpointing=model.blocks'], "activation_checkpointing='model.blocks'"),
+        (["activation_checkpointing=['model.blocks.1.mlp.router']"], 'activation_checkpointing='),
+        (['runner_type=Foo'], "runner_type='Foo' is not"),
+        (['optim_wrapper.type=ApexOptimWrapper'], "optim_wrapper.type='ApexOptimWrapper' is not"),
+        (['trian_cfg.max_epochs=1'], 'trian_cfg.max_epochs=1 is not'),
         (['max_epochs'], '--cfg-options max_epochs: write it as name=value'),
-        (
-            ['default_hooks.loger=None'],
-            'default_hooks.loger=None is not possible',
-        ),
-        (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not possible: it has'),
-        (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not possible: it has'),
-        (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not possible: one without"),
+        (['default_hooks.loger=None'], 'default_hooks.loger=None is not'),
+        (['env_cfg.cudnn_benchmrk=False'], 'env_cfg.cudnn_benchmrk=False is not'),
+        (['auto_scale_lr.enabled=True'], 'auto_scale_lr.enabled=True is not'),
+        (['compile.mode=max-autotune'], "compile.mode='max-autotune' is not"),
         (['train_cfg.max_epoch=1'], 'max_epoch'),
-        (
-            ['default_hooks.logger.type=LoggerHook', 'default_hooks.ema.type=EMA'],
-            'EMA is not in the',
-        ),
-        (
-            ['train_dataloader.dataset.type=class_folder', 'train_dataloader.dataset.data_root=no'],
-            'no/train is not laid out as no/train/<class name>/<image>',
-        ),
+        (["custom_hooks=[{'type': 'EMAHook'}]"], "custom_hooks=['EMAHook'] is not"),
+        (['default_hooks.ema.type=EMA'], 'EMA is not in the'),
+        (['train_dataloader.dataset.dev_size=-1'], 'dev_size'),
     ],
 )
 def test_mistake_in_options_is_one_line(
     config: str, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    command = [config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *arguments]
+    command = [config, '--amp', '--work-dir', str(tmp_path / 'w'), '--cfg-options', *arguments]
     with pytest.raises(SystemExit) as caught:
         train(command)
     text = caught.value.code
@@ -338,57 +239,29 @@ def test_mistake_in_options_is_one_line(
         train([*command, '--debug'])
 
 
-def test_missing_module_is_named(config: str) -> None:
-    with open(config, 'a') as file:
-        file.write("custom_imports = dict(imports=['no_such'], allow_failed_imports=False)\n")
-    with pytest.raises(SystemExit, match=r"^error: No module named 'no_such'$"):
-        train([config])
-
-
-def test_missing_config() -> None:
-    with pytest.raises(SystemExit, match=r"^error: .*No such file or directory: 'none.py'$"):
-        train(['none.py'])
-
-
-@pytest.mark.parametrize('leaf', ['_base_/datasets/recipe.py', 'comparisons/cifar10_budget.py'])
-@pytest.mark.parametrize('others', [[], ['none.pth']])
-def test_a_config_without_a_model(others: list[str], leaf: str) -> None:
-    config = str(CONFIGS / leaf)
-    tool = cli.test if others else train
-    with pytest.raises(SystemExit) as caught:
-        tool([config, *others])
-    assert str(caught.value).startswith(f'error: config {config!r} has no model: it is a part of')
-
-
 @pytest.mark.parametrize(
-    ('option', 'message'),
+    ('arguments', 'message'),
     [
-        ('model.moe.num_expert=4', r'^error: model\.moe\.num_expert=4 is not possible: the op'),
-        ('model.moe.num_experts=0', r'^error: model\.moe\.num_experts=0 is not possible: at least'),
-        ('model.model_name=vit_tiny_vqmo', r"^error: model\.model_name='vit_tiny_vqmo' is not a"),
-        ('runner_type=Foo', r"^error: runner_type='Foo' is not possible: .*, which are .*Runner$"),
+        (['none.py'], r"No such file or directory: 'none.py'"),
+        ([str(CONFIGS / 'comparisons/cifar10_budget.py')], 'has no model: it is a part of other'),
+        (['CONFIG', '--resume', '--work-dir', 'no'], '--resume finds no checkpoint in .*no'),
+        (['CONFIG', '--launcher', 'pytorch'], "--launcher='pytorch' .* RANK is not set"),
+        (['CONFIG', 'none.pth'], "checkpoint 'none.pth' does not exist"),
+        (['CONFIG', 'CONFIG', '--out', '.'], r"--out='\.' is not possible: a file"),
+        (['CONFIG', 'CONFIG', '--out', 'tiny.py/m.json'], r'folder tiny\.py cannot be written'),
+        (['CONFIG', 'CONFIG'], 'is damaged, or holds more than weights'),
     ],
+    ids=str,
 )
-def test_a_mistake_in_an_option_names_it_as_it_was_typed(
-    config: str, tmp_path: Path, option: str, message: str
+def test_mistake_in_arguments_is_one_line(
+    config: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=message):
-        train([config, '--work-dir', str(tmp_path), '--cfg-options', option])
-
-
-def test_launcher_without_torchrun(config: str) -> None:
-    with pytest.raises(SystemExit, match=r"^error: --launcher='pytorch' .* RANK is not set"):
-        train([config, '--launcher', 'pytorch'])
-
-
-def test_resume_without_a_checkpoint_does_not_start_again(config: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r'--resume finds no checkpoint in .*empty'):
-        train([config, '--work-dir', str(tmp_path / 'empty'), '--resume'])
-
-
-def test_missing_checkpoint(config: str) -> None:
-    with pytest.raises(SystemExit, match=r"^error: checkpoint 'none.pth' does not exist$"):
-        cli.test([config, 'none.pth'])
+    monkeypatch.chdir(tmp_path)
+    command = [config if argument == 'CONFIG' else argument for argument in arguments]
+    tool = train if len(command) == 1 or command[1].startswith('-') else cli.test
+    with pytest.raises(SystemExit, match=f'^error: .*{message}') as caught:
+        tool(command)
+    assert '\n' not in str(caught.value)
 
 
 def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path) -> None:
@@ -400,18 +273,29 @@ def test_checkpoint_that_does_not_fit(trained: Path, config: str, tmp_path: Path
     assert 'is (1, 9, 12), the model has (1, 9, 24)' in text and '\n' not in text
 
 
-@pytest.mark.parametrize('cut_off', [True, False])
-def test_damaged_checkpoint(trained: Path, config: str, tmp_path: Path, cut_off: bool) -> None:
-    path = tmp_path / 'damaged.pth'
-    path.write_bytes((trained / 'epoch_2.pth').read_bytes()[:9000] if cut_off else b'no weights')
-    with pytest.raises(SystemExit, match=r"^error: checkpoint '\S+\.pth' is damaged"):
-        cli.test([config, str(path), '--work-dir', str(tmp_path / 'w')])
+STOCK = """
+default_scope = 'mmseg'
+model = dict(type='EncoderDecoder')
+test_dataloader = dict(dataset=dict(type='BaseSegDataset', pipeline=[]))
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[[dict(type='LoadAnnotations')]]),
+]
+tta_model = dict(type='SegTTAModel')
+"""
 
 
-def test_checkpoint_with_code_in_it_is_not_run(config: str, tmp_path: Path) -> None:
-    torch.save({'state_dict': {}, 'code': test_damaged_checkpoint}, tmp_path / 'code.pth')
-    with pytest.raises(SystemExit, match='holds more than weights'):
-        cli.test([config, str(tmp_path / 'code.pth'), '--work-dir', str(tmp_path / 'w')])
+def test_an_augmented_test_reads_files_as_the_test_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(Runner, 'from_cfg', seen.append)
+    (path := tmp_path / 'stock.py').write_text(STOCK)
+    with pytest.raises(SystemExit):  # there is no runner
+        cli.test([str(path), str(path), '--tta', '--work-dir', str(tmp_path)])
+    image, augmented = seen[0].test_dataloader.dataset.pipeline
+    assert image.type == 'LoadImage' and augmented.transforms[0][0].type == 'LoadLabels'
+    assert seen[0].model.module.type == 'EncoderDecoder'
 
 
 def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,64 +309,44 @@ def test_work_dir_precedence(config: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert used == [str(Path('work_dirs/tiny')), 'b', 'c']
 
 
-@pytest.mark.parametrize('options', [{}, {'optim_wrapper.dtype': None}])
 @pytest.mark.parametrize(('supported', 'dtype'), [(True, 'bfloat16'), (False, 'float16')])
 def test_amp_on_a_gpu_is_bfloat16_where_the_gpu_has_it(
-    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str, options: dict
+    config: str, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
-    settings = load_config(config, options)
+    settings = load_config(config, {'optim_wrapper.dtype': None})
     use_amp(settings)
-    assert settings.optim_wrapper.type == 'AmpOptimWrapper'
-    assert settings.optim_wrapper.dtype == dtype
+    wrapper = settings.optim_wrapper
+    assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', dtype)
     # a loss scale reads back at each step; float16 is lost without one
-    assert settings.optim_wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
+    assert wrapper.loss_scale == ({'enabled': False} if supported else 'dynamic')
 
 
 @pytest.mark.parametrize(
-    ('options', 'told'),
-    [
-        ({}, False),
-        ({'dtype': 'bfloat16'}, False),
-        ({'dtype': 'float16'}, True),
-        ({'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}, True),
-        ({'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic'}, True),
-        ({'use_fsdp': False, 'dtype': 'bfloat16'}, True),
-    ],
+    'options', [{}, {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic', 'dtype': 'float16'}]
 )
 def test_amp_on_a_cpu_takes_a_config_for_a_gpu(
-    config: str, options: dict, told: bool, monkeypatch: pytest.MonkeyPatch
+    config: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(optim, 'print_log', lambda line, logger: lines.append(line))
-    settings = load_config(config, {f'optim_wrapper.{name}': v for name, v in options.items()})
-    plain = load_config(config)
+    settings, plain = (
+        load_config(config, {f'optim_wrapper.{n}': v for n, v in given.items()})
+        for given in (options, {})
+    )
     for each in (plain, settings):
         use_amp(each)
     assert settings.optim_wrapper == plain.optim_wrapper
-    given = ', '.join(
-        f'optim_wrapper.{n}={v!r}'
-        for n, v in sorted(options.items())
-        if n != 'type' and v != 'bfloat16'
-    )
-    line = f'--amp: {given} is for GPUs: bfloat16 without a loss scale on a CPU'
-    assert lines == [line] * told
+    said = "optim_wrapper.dtype='float16', optim_wrapper.loss_scale='dynamic' is for GPUs"
+    assert [said in line for line in lines] == [True] * bool(options)
     build_optim_wrapper(torch.nn.Linear(1, 1), settings.optim_wrapper)
-
-
-def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:
-    settings = load_config(config, {'optim_wrapper.type': 'ApexOptimWrapper'})
-    with pytest.raises(ValueError, match=r"optim_wrapper.type='ApexOptimWrapper'"):
-        use_amp(settings)
 
 
 @pytest.mark.parametrize(
     ('error', 'text'),
     [
-        (ValueError('a is bad'), 'a is bad'),
         (NonFiniteError('x became nan'), 'x became nan'),
-        (KeyError('X is not in the registry'), 'KeyError: X is not in the registry'),
         (
             ValueError('class `A` in a/b.py: class `B` in c/d.py: top_k=3 is bad'),
             'top_k=3 is bad',
@@ -503,3 +367,34 @@ def test_amp_refuses_a_wrapper_it_does_not_know(config: str) -> None:
 )
 def test_one_line(error: Exception, text: str) -> None:
     assert one_line(error) == text
+
+
+AVERAGES = ['default_hooks.ema.type=EMAHook', 'default_hooks.ema.momentum=0.001']
+CODES = 'model.blocks.1.mlp.quantizer.codebook.'
+
+
+def averaged(config: str, folder: Path, book: str, *more: str) -> dict[str, Any]:
+    options = [*AVERAGES, f'model.moe.codebook={book}', f'experiment_name={folder.name}-{folder}']
+    train([config, '--work-dir', str(folder), *more, '--cfg-options', *options])
+    return read_content(str(folder / 'epoch_2.pth'))
+
+
+@pytest.mark.parametrize('book', ['ema', 'cvq'])
+def test_a_run_with_averages_resumes_exactly(book: str, config: str, tmp_path: Path) -> None:
+    """Codes that statistics move are copied; codes that are weights are averaged."""
+    whole, folder = averaged(config, tmp_path / 'whole', book), tmp_path / 'resumed'
+    one, other = (
+        {n: v for n, v in whole[of].items() if n.startswith(f'{prefix}{CODES}')}
+        for of, prefix in (('state_dict', ''), ('ema_state_dict', 'module.'))
+    )
+    embed, trained = one[f'{CODES}embed'], other[f'module.{CODES}embed']
+    if book == 'ema':
+        equal(list(one.values()), list(other.values()))
+        assert one[f'{CODES}updates'] == whole['meta']['iter']
+    else:  # the random codes before k-means are no longer than a tenth of a token
+        assert 0 < (embed - trained).norm() < 0.3 * trained.norm()
+    folder.mkdir()
+    shutil.copy(tmp_path / 'whole/epoch_1.pth', folder)
+    resumed = averaged(config, folder, book, '--resume')
+    for part in ('state_dict', 'ema_state_dict'):
+        equal(resumed[part], whole[part])

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing import ProcessExitedException
 
+from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.command import run
 
 from ..forked import spawn
+from ..logs import reports
+from ..rows import CONFIGS
 
 
 def prints(length: int, _: argparse.Namespace) -> None:
@@ -43,13 +46,6 @@ def test_a_tool_whose_output_is_read_no_more_ends_as_others_do(length: int, tmp_
     assert (tmp_path / 'errors').read_text() == ''
 
 
-def test_a_tool_without_an_output_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('sys.stdout', None)  # as the interpreter has it after a shell's >&-
-    done: list[argparse.Namespace] = []
-    run(argparse.ArgumentParser(), [], done.append)
-    assert len(done) == 1
-
-
 @pytest.mark.usefixtures('capfd')  # whose output is a file, as a shell's may be
 @pytest.mark.parametrize('output', ['file', None, io.StringIO()], ids=['file', 'none', 'text'])
 def test_another_broken_pipe_is_an_error(output: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +54,34 @@ def test_another_broken_pipe_is_an_error(output: object, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as ended:
         run(argparse.ArgumentParser(), [], loses_another_pipe)
     assert ended.value.code == 'error: BrokenPipeError: [Errno 32] Broken pipe'
+
+
+DIGITS = str(CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py')
+TINY = 'model.depth=2 model.embed_dim=12 model.patch_size=16 train_cfg.max_epochs=1 '
+TINY += 'train_cfg.val_interval=1 train_dataloader.batch_size=600'
+
+
+@pytest.mark.parametrize('choice', ['bar', 'plain', None])
+def test_a_terminal_shows_a_bar_and_a_file_every_line(
+    choice: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['--cfg-options', *TINY.split(), f'experiment_name=terminal_{choice}']
+    asked = [] if choice is None else ['--log', choice]  # what is no terminal is plain
+    run = tmp_path / 'run'
+    cli.train([DIGITS, '--work-dir', str(run), *asked, *options])
+    shown = capsys.readouterr().out
+    assert 'Training vit_tiny_vqmoe (' in shown and 'on digits (1257 images): 1 epochs' in shown
+    assert f'last {run}/epoch_1.pth' in shown
+    drawn = [line for line in shown.split('\r') if '█' in line]
+    if choice == 'bar':
+        assert ' 2/2  loss ' in ''.join(drawn) and 'accuracy/top1 ' in shown
+        assert '0:00:0' in drawn[0] and 'INFO' not in shown
+    else:
+        assert not drawn and 'Epoch(val) [1][1/1]' in shown
+    assert 'Config:' not in shown  # which the file has
+    (log,) = run.glob('*/*.log')
+    assert 'Config:' in log.read_text()
+    assert any('Epoch(val)' in line for line in reports(run))
+    tested = ['--work-dir', str(run), *asked, *options[:-1], f'experiment_name=test_{choice}']
+    cli.test([DIGITS, str(run / 'epoch_1.pth'), *tested])
+    assert 'Tested  accuracy/top1 ' in capsys.readouterr().out

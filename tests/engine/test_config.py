@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
+from vqmoe_vision import config_path
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import run
 from vqmoe_vision.engine.config import (
@@ -22,6 +23,7 @@ from vqmoe_vision.engine.config import (
 )
 from vqmoe_vision.engine.trained import scope_of
 
+from ..rows import CONFIGS
 from .test_cli import DIGITS
 
 DOCUMENT = (Path(__file__).parents[2] / 'docs/commands.md').read_text().replace('\\\n', ' ')
@@ -43,12 +45,6 @@ DOCUMENTED = re.findall(r'^python tools/train\.py \$C --cfg-options (.+)$', DOCU
 )  # fmt: skip
 def test_values(written: str, value: Any) -> None:
     assert parse_options([f'a.b={written}']) == {'a.b': value}
-
-
-@pytest.mark.parametrize('written', ['{a: 2}', "{'a': 1", "[{'a': 1},", '{[]: 1}'])
-def test_what_is_no_dictionary_is_one_line(written: str) -> None:
-    with pytest.raises(ValueError, match=r'--cfg-options .* write a dictionary as in Python'):
-        parse_options([f'a.b={written}'])
 
 
 def test_only_a_hook_that_is_there_is_left_out() -> None:
@@ -113,5 +109,27 @@ def test_documented_options_are_read_and_make_an_optimizer(options: str) -> None
         build_optim_wrapper(MODELS.build(config.model), config.optim_wrapper)
 
 
-def test_many_commands_are_documented() -> None:
-    assert len(DOCUMENTED) > 10
+CIFAR = 'classification/cifar10.py'
+NAME = f'vqmoe_vision::{CIFAR}'
+
+
+def test_a_config_of_the_package_by_name() -> None:
+    assert Path(config_path(CIFAR)) == CONFIGS / CIFAR
+    options = {'train_cfg.max_epochs': 3}
+    assert load_config(NAME, options).to_dict() == (
+        load_config(str(CONFIGS / CIFAR), options).to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    'base', [repr(NAME), f'[{NAME!r}]', f'__import__("vqmoe_vision").config_path({CIFAR!r})']
+)
+def test_a_config_outside_builds_on_it(base: str, tmp_path: Path) -> None:
+    path = tmp_path / 'mine.py'
+    path.write_text(f'_base_ = {base}\nmodel = dict(num_classes=7)\n')
+    expected = load_config(NAME, {'model.num_classes': 7}).to_dict()
+    assert load_config(str(path)).to_dict() == expected
+    # nothing tells registries to look for a package
+    assert '_scope_' not in load_config(str(path)).dump()
+    if base.startswith('__import__'):  # as any program of mmengine reads it
+        assert Config.fromfile(path).to_dict() == expected

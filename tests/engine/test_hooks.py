@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,21 +6,31 @@ import pytest
 import timm
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from PIL import Image
 from timm.optim import Lamb
 from torch import nn
+from torch.utils.data import ConcatDataset
 
-from vqmoe_vision.engine import NonFiniteError, hooks
+from vqmoe_vision.classification.datasets import ImageClassification, class_folder
+from vqmoe_vision.engine import NonFiniteError, cli, hooks
 from vqmoe_vision.engine.hooks import (
     CheckpointFitHook,
     ClassCountHook,
     MoeStateHook,
     NonFiniteGuardHook,
+    check_held_out,
+    check_hooks,
 )
-from vqmoe_vision.engine.routing import RoutingStatistics
+from vqmoe_vision.engine.model import RoutingStatistics
 from vqmoe_vision.models.compat import STATED
+from vqmoe_vision.moe.collect import moe_layers
 from vqmoe_vision.moe.optimizer import check_optimizer
+
+from ..classification.test_own_data import write_config
+from ..logs import messages
+from .tiny import NO_VALIDATION, config_of, trained
 
 SIZES: Any = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_experts=2)
 
@@ -41,33 +51,6 @@ def test_optimizers_are_taught_the_experts_once_before_their_state_is_loaded(sev
     MoeStateHook().before_run(SimpleNamespace(model=model, optim_wrapper=None))  # of a test alone
 
 
-def stub_runner(hooks: Sequence[Hook] = ()) -> Any:
-    model = nn.Linear(1, 1)
-    nn.init.constant_(model.weight, torch.inf)
-    return SimpleNamespace(model=model, iter=4, max_iters=9, hooks=hooks)
-
-
-def test_guard_looks_at_the_weights_before_a_checkpoint_is_written() -> None:
-    runner = stub_runner()
-    content = {'state_dict': runner.model.state_dict(), 'meta': {'iter': 5}}
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
-        NonFiniteGuardHook().before_save_checkpoint(runner, content)
-
-
-def test_guard_looks_before_the_checkpoint_of_an_epoch_removes_an_older_one() -> None:
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 4'):
-        NonFiniteGuardHook().after_train_epoch(stub_runner())
-
-
-def test_guard_looks_before_the_checkpoint_of_an_iteration_removes_an_older_one() -> None:
-    guard = NonFiniteGuardHook()
-    due = stub_runner([CheckpointHook(interval=5, by_epoch=False)])
-    with pytest.raises(NonFiniteError, match=r'parameter weight .* at iteration 5'):
-        guard.after_train_iter(due, 0)  # the fifth iteration
-    # no checkpoint now: nothing to look at
-    guard.after_train_iter(stub_runner([CheckpointHook(6, by_epoch=False)]), 0)
-
-
 @pytest.mark.parametrize('kind', ['parameter', 'buffer'])
 def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> None:
     model = nn.BatchNorm1d(2)
@@ -86,30 +69,10 @@ def test_guard_passes_over_buffers_that_are_built_infinite_alone(kind: str) -> N
         guard.before_save_checkpoint(runner, content)
 
 
-def test_layers_hear_how_long_the_training_is() -> None:
-    model = timm.create_model(
-        'vit_tiny_stablemoe', img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3
-    )
-    model_of_run = SimpleNamespace(routed_model=model)
-    runner = SimpleNamespace(
-        model=model_of_run,
-        cfg={},
-        max_iters=250,
-        optim_wrapper=sgd_wrapper(model),
-        hooks=[CheckpointFitHook()],  # which fits what reads images
-    )
-    MoeStateHook().before_train(runner)
-    assert model.blocks[1].mlp.stage1_steps == 25  # a tenth
-
-
-def sgd_wrapper(model: nn.Module, accumulate: int = 1) -> OptimWrapper:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return OptimWrapper(optimizer, accumulative_counts=accumulate)
-
-
 def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(1, 1)
-    wrapper = sgd_wrapper(model, accumulate=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
     wrapper.initialize_count_status(model, 0, 5)
     runner: Any = SimpleNamespace(model=SimpleNamespace(routed_model=model), max_iters=5)
     runner.cfg = {}
@@ -128,152 +91,151 @@ def test_state_moves_once_per_step_of_the_optimizer(monkeypatch: pytest.MonkeyPa
     assert announced == [3]
 
 
-def test_training_and_validation_are_reported_apart() -> None:
-    statistics, written = RoutingStatistics(), []
-    runner = SimpleNamespace(
-        model=SimpleNamespace(routing_statistics=statistics),
-        logger=SimpleNamespace(info=lambda line: None),
-        visualizer=SimpleNamespace(add_scalars=lambda scalars, step: written.append(scalars)),
-        iter=4,
-    )
-    hook = MoeStateHook()
-    for load, report in (([1.0, 0.0], hook.before_val_epoch), ([0.5, 0.5], hook.after_val_epoch)):
-        statistics.add({'layer/load': torch.tensor(load)})
-        report(runner, **({'metrics': {}} if report == hook.after_val_epoch else {}))
-    hook.after_train_epoch(runner)  # nothing was trained since
-    assert [(next(iter(s)), s[next(iter(s))]) for s in written] == [
-        ('train_epoch/layer/load_min', 0.0),
-        ('val/layer/load_min', 0.5),
-    ]
+ONCE = {**NO_VALIDATION, 'train_cfg.max_epochs': 1}
 
 
-class Reporting(nn.Linear):
-    """Stands for a model; has what `MoeStateHook` reads of one."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-        self.routing_statistics = RoutingStatistics()
+def runner_of(folder: Path, **options: Any) -> Runner:
+    return Runner.from_cfg(config_of(folder / 'run', **ONCE, **options))
 
 
-def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
-    loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
-    runners = [SimpleNamespace(model=Reporting(), _resume=True) for _ in range(3)]
-    whole, stopped, resumed = (runner.model.routing_statistics for runner in runners)
-    for load in loads:
-        whole.add({'layer/load': load})
-    for load in loads[:2]:
-        stopped.add({'layer/load': load})
-    checkpoint: dict[str, Any] = {}
-    MoeStateHook().before_save_checkpoint(runners[1], checkpoint)
-    MoeStateHook().after_load_checkpoint(runners[2], checkpoint)
-    resumed.add({'layer/load': loads[2]})
-    assert resumed.means().keys() == whole.means().keys() == {'layer/load'}
-    torch.testing.assert_close(resumed.means(), whole.means(), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ('method', 'options'),
+    [('vqmoe', {}), ('smoe', {}), ('vqmoe', {'model.moe.codebook': 'plain'})],
+)
+def test_a_runner_without_the_hook_says_that_state_stands_still(
+    method: str, options: dict, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path / 'run', **ONCE, **{'model.model_name': f'vit_tiny_{method}'})
+    config.merge_from_dict(options)
+    config.custom_hooks = []
+    runner = trained(config)
+    layers = moe_layers(runner.model).values()
+    told = [line for line in messages(tmp_path / 'run') if 'has no MoeStateHook' in line]
+    assert len(told) == any(layer.moves_state() for layer in layers)
 
 
-def test_routing_of_a_validation_that_is_cut_off_is_not_kept() -> None:
-    runner = SimpleNamespace(model=Reporting().eval(), _resume=True)
-    runner.model.routing_statistics.add({'layer/load': torch.ones(2) / 2})
-    checkpoint: dict[str, Any] = {}
-    MoeStateHook().before_save_checkpoint(runner, checkpoint)
-    resumed = SimpleNamespace(model=Reporting(), _resume=True)
-    MoeStateHook().after_load_checkpoint(resumed, checkpoint)  # as one of before, without any
-    assert resumed.model.routing_statistics.means() == {}
+@pytest.mark.parametrize('priority', ['VERY_HIGH', 'LOWEST', 'NORMAL'])
+def test_averages_are_taken_between_the_codebooks_and_the_save(
+    priority: str, tmp_path: Path
+) -> None:
+    ema = {'default_hooks.ema.type': 'EMAHook', 'default_hooks.ema.priority': priority}
+    runner = runner_of(tmp_path / priority, **ema)
+    if priority == 'NORMAL':
+        check_hooks(runner)
+        return
+    said = rf"^EMAHook\.priority='{priority}' is not possible: after MoeStateHook "
+    with pytest.raises(ValueError, match=said):
+        check_hooks(runner)
 
 
-def runner_for(num_classes: int) -> Any:
-    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo={'classes': ('cat', 'dog')}))
+TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def classes(root: Path, part: str, dev_size: int) -> ImageClassification:
+    for name in ('cat', 'dog'):
+        for number in range(10):
+            path = root / 'train' / name / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8)).save(path)
+    return class_folder(str(root), part, TRANSFORM, dev_size=dev_size)
+
+
+def test_a_training_is_refused_before_it_begins(tmp_path: Path) -> None:
+    names = ('cat', 'dog', 'owl')
+    config = write_config(tmp_path, dict(train=names, val=names))
+    options = ['val_dataloader.dataset.split=dev', 'val_dataloader.dataset.dev_size=3']
+    with pytest.raises(SystemExit, match=r'^error: val_dataloader\.dataset\.dev_size=3') as caught:
+        cli.train([config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *options])
+    assert '\n' not in str(caught.value)
+
+
+def test_validation_sees_no_image_of_training(tmp_path: Path) -> None:
+    dev, other = classes(tmp_path, 'dev', 8), classes(tmp_path / 'other', 'train', 3)
+    # the same folder, however it is written
+    seen = classes(tmp_path / '..' / tmp_path.name, 'train', 3)
+    for one in (seen, ConcatDataset([other, seen])):
+        with pytest.raises(ValueError, match=r'^val_dataloader\.dataset\.dev_size=8 '):
+            check_held_out(one, dev)
+    # who trains on both parts means to
+    for one in (other, classes(tmp_path, 'train', 8), classes(tmp_path, 'trainval', 3)):
+        check_held_out(one, dev)
+
+
+def runner_for(num_classes: int = 2, **of_loaders: Any) -> Any:
+    loaders = {
+        f'{split}_dataloader': SimpleNamespace(dataset=SimpleNamespace(metainfo={'classes': names}))
+        for split, names in {**dict.fromkeys(('train', 'val', 'test'), 'ab'), **of_loaders}.items()
+    }
     model = SimpleNamespace(num_classes=num_classes)
-    return SimpleNamespace(
-        model=model,
-        train_dataloader=loader,
-        val_dataloader=loader,
-        test_dataloader=loader,
-        val_loop=None,
-    )
+    return SimpleNamespace(model=model, val_loop='a loop', cfg={}, **loaders)
 
 
-@pytest.mark.parametrize('stage', ['before_train', 'before_test'])
-def test_class_count(stage: str) -> None:
-    getattr(ClassCountHook(), stage)(runner_for(2))
-    with pytest.raises(ValueError, match=r'num_classes=3.* has 2 classes \(cat, dog'):
-        getattr(ClassCountHook(), stage)(runner_for(3))
+@pytest.mark.parametrize(
+    ('runner', 'message'),
+    [
+        (runner_for(3), 'num_classes=3, but the data set has 2 classes'),
+        (runner_for(train=()), r'train_dataloader\.dataset has no classes'),
+        (runner_for(val='ac'), 'only one of them has b, c'),
+        (runner_for(val='ba'), 'none, their order differs'),
+    ],
+)
+def test_classes_that_differ(runner: Any, message: str) -> None:
+    ClassCountHook().before_train(runner_for(val=['a', 'b']))  # a file of names is read as a list
+    with pytest.raises(ValueError, match=message):
+        ClassCountHook().before_train(runner)
 
 
-def test_validation_set_with_other_classes() -> None:
-    training = runner_for(2)
-    training.val_loop = object()
-    ClassCountHook().before_train(training)
-    metainfo = {'classes': ('cat', 'owl')}
-    training.val_dataloader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
-    with pytest.raises(ValueError, match='only one of them has dog, owl'):
-        ClassCountHook().before_train(training)
-    metainfo['classes'] = ('dog', 'cat')
-    with pytest.raises(ValueError, match='have their classes in different orders'):
-        ClassCountHook().before_train(training)
-    metainfo['classes'] = ['cat', 'dog']  # a file of names is read as a list
-    ClassCountHook().before_train(training)
-    del metainfo['classes']
-    with pytest.raises(ValueError, match=r'val_dataloader\.dataset has no classes; metainfo=dict'):
-        ClassCountHook().before_train(training)
-
-
-def load_meta(hook: ClassCountHook, meta: dict[str, Any], resume: bool) -> None:
-    hook.after_load_checkpoint(SimpleNamespace(_resume=resume), {'meta': meta})
+@pytest.mark.parametrize('stage', ['before_test', 'before_train'])
+@pytest.mark.parametrize('trained', ['ba', 'ac'])
+def test_classes_are_those_of_the_training(stage: str, trained: str) -> None:
+    hook, meta = ClassCountHook(), {STATED: {'classes': list(trained)}}
+    hook.after_load_checkpoint(SimpleNamespace(_resume=stage == 'before_train'), {'meta': meta})
+    with pytest.raises(ValueError, match=r"its class \d is '\w', that of \w+_dataloader"):
+        getattr(hook, stage)(runner_for())
+    hook.after_load_checkpoint(SimpleNamespace(_resume=False), {'meta': meta})
+    hook.before_train(runner_for())  # another task may start from weights
 
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 def test_data_sets_of_one_kind_count_classes_from_one_label_on(split: str) -> None:
-    def run(trained: Any, now: Any, **other_data: str) -> None:
-        hook, runner = ClassCountHook(), runner_for(2)
-        seen, other = ({'classes': ('cat', 'dog'), **made} for made in (trained, now))
-        runner.val_loop = 'a loop' if split == 'val' else None
-        for name, metainfo in (('train', seen), (split, other)):
-            loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=metainfo))
-            setattr(runner, f'{name}_dataloader', loader)
+    def run(trained: bool | None, now: bool | None, **other_data: str) -> None:
+        hook, runner = ClassCountHook(), runner_for()
+        seen, other = ({'classes': 'ab', 'reduce_zero_label': value} for value in (trained, now))
+        runner.train_dataloader.dataset.metainfo = seen
+        getattr(runner, f'{split}_dataloader').dataset.metainfo = other
         scenes = dict(type='Scenes', data_root='data/scenes')
-        wrapped = dict(type='RepeatDataset', times=2, dataset=scenes)
-        loaders = {'train_dataloader': wrapped, f'{split}_dataloader': {**scenes, **other_data}}
-        runner.cfg = Config({name: dict(dataset=dataset) for name, dataset in loaders.items()})
-        load_meta(hook, {'dataset_meta': seen}, resume=split == 'train')
+        loaders = {'train': dict(type='RepeatDataset', dataset=scenes), split: scenes | other_data}
+        runner.cfg = Config({f'{n}_dataloader': dict(dataset=d) for n, d in loaders.items()})
+        meta = {'meta': {'dataset_meta': seen}}
+        hook.after_load_checkpoint(SimpleNamespace(_resume=split == 'train'), meta)
         hook.before_test(runner) if split == 'test' else hook.before_train(runner)
 
-    reduced, kept = dict(reduce_zero_label=True), dict(reduce_zero_label=False)
-    for trained, now in ((reduced, kept), (kept, reduced)):
-        value, before = now['reduce_zero_label'], trained['reduce_zero_label']
-        said = rf'^{split}_dataloader\.dataset\.reduce_zero_label={value} is not .*: {before}, as'
-        with pytest.raises(ValueError, match=said):
-            run(trained, now)
-        run(trained, trained)
+    for value in (True, False):
+        with pytest.raises(ValueError, match=rf'^{split}_dataloader\.dataset\.reduce_zero_label='):
+            run(value, not value)
+        run(value, value)
+        run(None, value)  # of others, or of classification
         if split != 'train':
-            run(trained, now, type='CamVid')  # whose files may be written otherwise
-            run(trained, now, data_root='data/others')
-        run({}, now)  # of others, or of classification
+            run(value, not value, type='CamVid')  # whose files may be written otherwise
 
 
-def load(hook: ClassCountHook, classes: Sequence[str] | None, resume: bool) -> None:
-    load_meta(hook, {STATED: {'classes': classes}}, resume)
-
-
-@pytest.mark.parametrize(('stage', 'resume'), [('before_test', False), ('before_train', True)])
-@pytest.mark.parametrize('classes', [('dog', 'cat'), ('cat', 'owl')])
-def test_classes_are_those_of_the_training(
-    stage: str, resume: bool, classes: tuple[str, ...]
-) -> None:
-    hook, first = ClassCountHook(), next(i for i in (0, 1) if classes[i] != ('cat', 'dog')[i])
-    message = rf"its class {first} is '{classes[first]}', that of \w+_dataloader\.dataset is '"
-    load(hook, classes, resume)
-    with pytest.raises(ValueError, match=rf'{message}.*; give the classes the names of'):
-        getattr(hook, stage)(runner_for(2))
-    load_meta(hook, {'dataset_meta': {'classes': classes}}, resume)  # others may spell otherwise
-    getattr(hook, stage)(runner_for(2))
-    for same in (['cat', 'dog'], None):
-        load(hook, same, resume)
-        getattr(hook, stage)(runner_for(2))
-
-
-def test_another_task_may_start_from_weights() -> None:
-    hook = ClassCountHook()
-    load(hook, ('dog', 'cat'), resume=False)
-    hook.before_train(runner_for(2))
-    hook.before_test(runner_for(2))  # of what it has become
+def test_routing_of_an_epoch_survives_a_stop_in_its_middle() -> None:
+    loads = [torch.tensor([share, 1 - share]) for share in (1.0, 0.75, 0.5)]
+    models: list[Any] = [nn.Linear(1, 1) for _ in range(3)]
+    for model in models:
+        model.routing_statistics = RoutingStatistics()
+    whole, stopped, resumed = models
+    for load in loads:
+        whole.routing_statistics.add({'layer/load': load})
+    for load in loads[:2]:
+        stopped.routing_statistics.add({'layer/load': load})
+    checkpoint: dict[str, Any] = {}
+    MoeStateHook().before_save_checkpoint(SimpleNamespace(model=stopped), checkpoint)
+    MoeStateHook().after_load_checkpoint(SimpleNamespace(model=resumed, _resume=True), checkpoint)
+    resumed.routing_statistics.add({'layer/load': loads[2]})
+    found, expected = (model.routing_statistics.means() for model in (resumed, whole))
+    assert found.keys() == {'layer/load'}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    checkpoint = {}  # of a validation that is cut off, which begins anew
+    MoeStateHook().before_save_checkpoint(SimpleNamespace(model=stopped.eval()), checkpoint)
+    assert checkpoint == {}

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vqmoe_vision.engine import cli
 from vqmoe_vision.engine.checkpoint import read_content
 from vqmoe_vision.engine.routing_log import read_history
 
+from ..soak.bits import same
 from ..soak.kinds import FOUR_SCENES, SCENES
 
 ROOT = Path(__file__).parents[2]
@@ -182,47 +184,19 @@ def test_scores_are_those_of_one_process(run, monkeypatch: pytest.MonkeyPatch) -
         assert found[name] == expected[name]
 
 
-def tensors(state: Any) -> list[Tensor]:
-    if isinstance(state, dict | list):
-        values = state.values() if isinstance(state, dict) else state
-        return [tensor for value in values for tensor in tensors(value)]
-    return [state] if isinstance(state, Tensor) else []
-
-
 def test_a_run_that_is_spread_over_ranks_writes_what_another_writes(run) -> None:
     folder, ended = run
     assert ended['sharded'] == [0, 0]
     expected, found = (read_content(str(folder / w / 'epoch_2.pth')) for w in ('w', 'wp'))
     for part in ('state_dict', 'optimizer'):
-        assert len(tensors(expected[part])) == len(tensors(found[part])) > 40
+        theirs, ours = (
+            [leaf for leaf in tree_leaves(content[part]) if isinstance(leaf, Tensor)]
+            for content in (expected, found)
+        )
+        assert len(ours) > 40
         # float32: experts sum the tokens of both ranks at once, and Adam, after six steps, makes
         # as much of a rounding error of a tiny gradient as of another
-        torch.testing.assert_close(
-            tensors(found[part]), tensors(expected[part]), rtol=1e-3, atol=1e-5
-        )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('option', ['parallel.param_dtype=float32', None])
-def test_a_run_goes_on_in_another_layout(run, option: str | None, tmp_path: Path) -> None:
-    folder, _ = run
-    (tmp_path / 'w').mkdir()
-    shutil.copy(folder / 'wp/epoch_2.pth', tmp_path / 'w')
-    (tmp_path / 'w/last_checkpoint').write_text('epoch_2.pth')
-    go_on = (
-        '--resume',
-        '--work-dir',
-        str(tmp_path / 'w'),
-        '--cfg-options',
-        'train_cfg.max_epochs=3',
-    )
-    arguments = (str(tmp_path / 'c.py'), *go_on, *([option] if option else []))
-    ended = start(tmp_path, {'again': ranks('train', *arguments)})
-    assert ended['again'] == [0, 0], said(tmp_path, 'again')
-    content = read_content(str(tmp_path / 'w/epoch_3.pth'))
-    assert content['meta']['iter'] == 9
-    steps = [state['step'] for state in content['optimizer']['state'].values()]
-    assert {float(step) for step in steps} == {9.0}
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_different_configs_are_one_line(run) -> None:
@@ -243,50 +217,40 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
     bad = ('train', config, '--work-dir', work)
     told = (*hook, 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=99')
     history = ('--cfg-options', 'default_hooks.history.type=RoutingHistoryHook')
-    late = (*bad, *hook, 'default_hooks.dies.how=wait', 'env_cfg.dist_cfg.timeout=10')
     runs = {
         'slurm': ranks('train', scenes, '--work-dir', f'{work}s', *history, launcher='slurm'),
+        'spread': ranks('train', scenes, '--work-dir', f'{work}p', *history, EXPERTS),
         'two': ranks(*test, '--out', str(tmp_path / '2.json')),
         'one': ranks(*test, '--out', str(tmp_path / '1.json'), more=((),)),
-        'missing': ranks('train', 'nothing.py'),
-        'raises': ranks(*bad, *hook, 'default_hooks.dies.how=raise'),
-        'late': ranks(*late),
-        'data': ranks(*bad, '--cfg-options', 'train_dataloader.dataset.type=uneven'),
         'told': ranks(*bad, *told),
         'told-spread': ranks('train', config, '--work-dir', f'{work}t', *told, EXPERTS),
-        'spread': ranks('train', scenes, '--work-dir', f'{work}p', *history, EXPERTS),
-        'shown': ranks('test', config, f'{work}s/iter_4.pth', '--show-dir', work),
+        'raises': ranks(*bad, *hook, 'default_hooks.dies.how=raise'),
+        'late': ranks(*bad, *hook, 'default_hooks.dies.how=wait', 'env_cfg.dist_cfg.timeout=10'),
+        'data': ranks(*bad, '--cfg-options', 'train_dataloader.dataset.type=uneven'),
         'batch': ranks(*bad, '--cfg-options', 'train_dataloader.batch_size=900'),
-        'layout': ranks('test', config, f'{work}s/iter_4.pth', '--work-dir', work),
+        'shown': ranks('test', config, f'{work}s/iter_4.pth', '--show-dir', work),
     }
     ended = start(tmp_path, runs)
-    assert [ended[name] for name in ('slurm', 'two', 'one')] == [[0, 0], [0, 0], [0]]
+    assert [ended[name] for name in ('slurm', 'spread', 'two', 'one')] == [[0, 0]] * 3 + [[0]]
     expected, found = (json.loads((tmp_path / f'{n}.json').read_text()) for n in (1, 2))
     assert {n: found[n] for n in ('mIoU', 'aAcc')} == {n: expected[n] for n in ('mIoU', 'aAcc')}
+    records = [read_history(Path(f'{work}{name}/routing.jsonl')) for name in 'sp']
+    assert len(records[0]) == 4
+    # as far as two layouts round differently
+    torch.testing.assert_close(records[1], records[0], rtol=1e-2, atol=1e-4)
     # the first rank saves, though another one was told to stop
     for name in ('told', 'told-spread'):
         assert ended[name] == [-15, -15]
         (line,) = ''.join(said(tmp_path, name)).splitlines()
-        assert re.fullmatch(
-            r'SIGTERM: saved iteration \d+; go on with: the same command, --resume', line
-        )
+        again = 'go on with: the same command, --resume'
+        assert re.fullmatch(rf'SIGTERM: saved iteration \d+; {again}', line)
     # spread: between two iterations of all, the one that is under way
     assert read_content(f'{work}t/iter_4.pth')['meta']['iter'] == 4
-    assert ended['spread'] == [0, 0], said(tmp_path, 'spread')
-    reports = [(tmp_path / name / '0/out').read_text() for name in ('slurm', 'spread')]
-    assert [report.count('train_epoch  blocks.1.mlp') for report in reports] == [2, 2]
-    records = [read_history(Path(f'{work}{name}/routing.jsonl')) for name in 'sp']
-    assert len(records[0]) == 4
-    for expected, found in zip(*records, strict=True):
-        # as far as two layouts round differently
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
     for name, message in {
-        'missing': "No such file or directory: 'nothing.py'",
         'late': 'another process has not answered within env_cfg.dist_cfg.timeout',
-        'data': 'rank 0: the ranks have different data sets: len(train_dataloader.dataset) is 1257',
-        'shown': 'of 2 each sees a part of them',
+        'data': 'the ranks have different data sets: len(train_dataloader.dataset) is 1257',
         'batch': 'the number of training images for each of 2 processes',
-        'layout': 'the checkpoint does not fit the model',
+        'shown': "--show-dir='",
     }.items():
         assert ended[name][0] == 1 and ended[name][1] != 0, name
         (line,) = ''.join(said(tmp_path, name)).splitlines()
@@ -295,3 +259,60 @@ def test_slurm_segmentation_and_what_goes_wrong(tmp_path: Path) -> None:
     first, other = said(tmp_path, 'raises')
     assert 0 not in ended['raises'] and other == 'error: rank 1: this rank has had enough\n'
     assert first in ('', f'error: rank 0: {GONE}\n')
+
+
+PARTS = 'parallel.state_dict_type=sharded'
+
+
+@pytest.mark.long
+def test_a_run_that_saves_in_parts(tmp_path: Path) -> None:
+    config, whole, parts = str(tmp_path / 'c.py'), tmp_path / 'w', tmp_path / 'wp'
+    spread = ('train', config, '--cfg-options', EXPERTS)
+    told = ('default_hooks.dies.type=Dies', 'default_hooks.dies.how="15"', 'train_cfg.max_epochs=9')
+    runs = {
+        'whole': ranks(*spread, '--work-dir', str(whole)),
+        'parts': ranks(*spread, PARTS, '--work-dir', str(parts)),
+        'told': ranks(*spread, PARTS, *told, '--work-dir', str(tmp_path / 'stopped')),
+        'tested': ranks(
+            'test', config, f'{parts}/epoch_2.pth', '--work-dir', str(parts),
+            '--out', str(tmp_path / 'scores.json'), more=((),),
+        ),
+    }  # fmt: skip
+    ended = start(tmp_path, runs)
+    assert {name: ended[name] for name in ('whole', 'parts', 'tested')} == {
+        'whole': [0, 0],
+        'parts': [0, 0],
+        'tested': [0],
+    }, said(tmp_path, 'parts')
+    assert 'accuracy/top1' in json.loads((tmp_path / 'scores.json').read_text())
+    names = sorted(path.name for path in whole.glob('*.pth'))
+    assert sorted(path.name for path in parts.glob('*.pth')) == names and 'epoch_2.pth' in names
+    assert len(list(parts.glob('*.sharded'))) == len(names) > 1 and not list(parts.glob('.*.part'))
+    for name in names:
+        expected, found = (read_content(str(work / name)) for work in (whole, parts))
+        assert found.keys() == expected.keys()
+        for part in {'state_dict', 'optimizer'} & found.keys():
+            assert same(found[part], expected[part])
+    # rank 1 was told, and all of them saved
+    assert ended['told'] == [-15, -15]
+    assert 'SIGTERM: saved iteration 4;' in ''.join(said(tmp_path, 'told'))
+    assert read_content(str(tmp_path / 'stopped/iter_4.pth'))['meta']['iter'] == 4
+    goes_on(tmp_path, parts)
+
+
+def goes_on(folder: Path, saved: Path) -> None:
+    """One process, two with whole models, and four that are spread otherwise and save in parts."""
+    layouts = {'1': ((), 1), '2': ((), 2), '4': ((PARTS, 'parallel.param_dtype=float32'), 4)}
+    runs = {}
+    for name, (options, processes) in layouts.items():
+        work = shutil.copytree(saved, folder / f'again{name}')
+        arguments = ('train', str(folder / 'c.py'), '--resume', '--work-dir', str(work))
+        more = ('--cfg-options', 'train_cfg.max_epochs=3', *options)
+        runs[name] = ranks(*arguments, *more, more=((),) * processes)
+    ended = start(folder, runs)
+    for name, (_, processes) in layouts.items():
+        assert ended[name] == [0] * processes, said(folder, name)
+        content = read_content(str(folder / f'again{name}/epoch_3.pth'))
+        assert content['meta']['epoch'] == 3
+        written_in_parts = list((folder / f'again{name}').glob('epoch_3.*.sharded'))
+        assert len(written_in_parts) == (processes == 4)

@@ -1,38 +1,27 @@
 """What a run says of itself covers the whole run, however often it was resumed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mmengine.config import Config
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
+from PIL import Image
+from timm.models import create_model, save_for_hf
 
-from vqmoe_vision.engine.cli import load_config
-from vqmoe_vision.engine.record import BEGUN
+from vqmoe_vision.classification.datasets import class_folder
+from vqmoe_vision.engine.record import BEGUN, described, starting_weights
 from vqmoe_vision.models.complexity import complexity
 from vqmoe_vision.moe import METHODS
 
-from ..rows import CONFIGS
+from .tiny import config_of, resumed, trained
 
-OPTIONS = {
-    'model.depth': 2,
-    'model.embed_dim': 12,
-    'model.patch_size': 16,
-    'train_dataloader.batch_size': 120,  # 10 batches
-    'train_cfg.max_epochs': 2,
-    'train_cfg.val_interval': 1,
-    'param_scheduler.1.end': 3,
-    'default_hooks.checkpoint.interval': 1,
-    'default_hooks.record.type': 'RunRecordHook',
-}
-
-
-def config_of(folder: Path, **more: Any) -> Config:
-    leaf = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-    config = load_config(str(leaf), {**OPTIONS, **more})
-    config.work_dir, config.experiment_name = str(folder), f'{folder.parent.name}_{folder.name}'
-    return config
+RECORD = {'default_hooks.record.type': 'RunRecordHook'}
+ONCE = {**RECORD, 'train_cfg.max_epochs': 1}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -42,45 +31,37 @@ def record(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """A run of two epochs, trained."""
-    runner = Runner.from_cfg(config_of(tmp_path_factory.mktemp('record') / 'whole'))
-    runner.train()
-    return runner
+    return trained(config_of(tmp_path_factory.mktemp('record') / 'whole', **RECORD))
 
 
 def test_a_resumed_run_has_the_record_of_one_that_was_not_interrupted(
     whole: Runner, tmp_path: Path
 ) -> None:
-    first = config_of(tmp_path / 'parts')
-    first.train_cfg.max_epochs = 1
-    Runner.from_cfg(first).train()
+    trained(config_of(tmp_path / 'parts', **ONCE))
     before = record(tmp_path / 'parts')
     assert len(before['first_losses']) == 10
     # its experts were made once, by what was the default then
     then = {**before['moe_options'], 'upcycling': {'drop': 0.5}}
     (tmp_path / 'parts' / BEGUN).write_text(json.dumps({'moe_options': then}))
-    second = config_of(tmp_path / 'parts')
-    second.resume, second.experiment_name = True, 'second_part'
-    Runner.from_cfg(second).train()
+    trained(resumed(tmp_path / 'parts', **RECORD))
     one, other = record(Path(whole.work_dir)), record(tmp_path / 'parts')
-    for field in ('first_losses', 'held_out', 'training_loss', 'params', 'macs'):
+    # the commit once, not once for each part
+    for field in ('first_losses', 'held_out', 'training_loss', 'params', 'macs', 'commit'):
         assert one[field] == other[field], field
     assert len(one['first_losses']) == 20 and len(one['held_out']) == 2
     begun = json.loads((Path(whole.work_dir) / BEGUN).read_text())
     assert begun == {'moe_options': one['moe_options'], 'starting_weights': {}}
     assert other['moe_options'] == then
-    assert other['minutes'] > before['minutes']
-    assert other['cpu_minutes'] > before['cpu_minutes']
-    assert one['commit'] == other['commit']  # once, not once for each part
+    assert other['minutes'] > before['minutes'] and other['cpu_minutes'] > before['cpu_minutes']
     assert one['macs'] == complexity(whole.model.routed_model).macs
     assert (Path(whole.work_dir) / 'progress').read_text() == '20 20\n'
 
 
 def test_the_first_losses_can_be_had_alone(whole: Runner, tmp_path: Path) -> None:
-    runner = Runner.from_cfg(
-        config_of(tmp_path / 'first', **{'default_hooks.record.only_first': True})
-    )
     with pytest.raises(SystemExit) as end:
-        runner.train()
+        trained(
+            config_of(tmp_path / 'first', **RECORD, **{'default_hooks.record.only_first': True})
+        )
     assert end.value.code == 0
     found = record(tmp_path / 'first')
     assert len(found['training_loss']) == 20
@@ -88,20 +69,124 @@ def test_the_first_losses_can_be_had_alone(whole: Runner, tmp_path: Path) -> Non
 
 
 def test_a_run_is_not_resumed_with_other_defaults_or_data(
-    whole: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert record(Path(whole.work_dir))['moe_options']['code_share'] == 0.05
-    first = config_of(tmp_path / 'parts')
-    first.train_cfg.max_epochs = 1
-    Runner.from_cfg(first).train()
-    other = config_of(tmp_path / 'parts', **{'train_dataloader.dataset.imbalance': 2})
-    other.resume, other.experiment_name = True, 'with_other_data'
-    with pytest.raises(
-        ValueError, match=r'data.train=.* is not possible: .* as when the run began'
-    ):
-        Runner.from_cfg(other).train()
+    trained(config_of(tmp_path / 'parts', **ONCE))
+    with pytest.raises(ValueError, match=r'data.train=.* is not possible: .* as when the run'):
+        trained(resumed(tmp_path / 'parts', **RECORD, **{'train_dataloader.dataset.imbalance': 2}))
     monkeypatch.setitem(METHODS['vqmoe'].config.__init__.__kwdefaults__, 'code_share', 0.3)
-    second = config_of(tmp_path / 'parts')
-    second.resume, second.experiment_name = True, 'with_other_defaults'
     with pytest.raises(ValueError, match=r'moe.code_share=0.3 is not possible: 0.05, as when'):
-        Runner.from_cfg(second).train()
+        trained(resumed(tmp_path / 'parts', **RECORD))
+
+
+TRANSFORM = dict(type='timm', input_size=8, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def folder(root: Path, names: list[str]) -> dict[str, Any]:
+    for name in names:
+        path = root / 'train' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(path)
+    return described(class_folder(str(root), 'train', TRANSFORM))
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    names = ['cat/1.png', 'cat/2.png', 'dog/3.png']
+    one = folder(tmp_path / 'one', names)
+    assert one['samples'] == 3
+    assert folder(tmp_path / 'elsewhere', names[::-1]) == one
+    in_memory = class_folder(str(tmp_path / 'one'), 'train', TRANSFORM, in_memory=True)
+    assert described(in_memory) == one
+    digests = {
+        folder(tmp_path / str(number), other)['digest']
+        for number, other in enumerate(
+            [names[:2], ['cat/1.png', 'dog/2.png', 'dog/3.png'], ['cat/1.png', 'cat/4.png']]
+        )
+    }
+    assert len(digests | {one['digest']}) == 4
+
+
+class Pairs(BaseDataset):
+    def load_data_list(self) -> list[dict[str, Any]]:
+        names = self.metainfo['names']
+        return [
+            {'img_path': f'{self.data_root}/{n}.jpg', 'seg_map_path': f'{self.data_root}/{n}.png'}
+            for n in names
+        ]
+
+
+def test_pairs_of_files(tmp_path: Path) -> None:
+    def of(root: str, *names: str) -> dict[str, Any]:
+        return described(Pairs(metainfo={'names': names}, data_root=str(tmp_path / root)))
+
+    assert of('a', 'x', 'y') == of('b', 'x', 'y')
+    assert of('a', 'x', 'y')['samples'] == 2
+    assert of('a', 'x', 'y')['digest'] != of('a', 'x', 'z')['digest']
+
+
+def written(path: Path, state: dict[str, Any], **more: Any) -> Path:
+    torch.save({'state_dict': state, **more}, path)
+    return path
+
+
+def digest(path: Path) -> str:
+    found = starting_weights(ConfigDict(type='Model', backbone={'checkpoint': str(path)}))
+    assert list(found) == ['model.backbone.checkpoint']
+    return found['model.backbone.checkpoint']
+
+
+STATE = {'a': torch.arange(4.0), 'b': torch.tensor(3), 'c': torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_the_digest_is_of_names_and_values(tmp_path: Path) -> None:
+    expected = digest(written(tmp_path / 'first.pth', STATE, meta={'time': 'Monday'}))
+    turned = dict(reversed(STATE.items()))
+    assert digest(written(tmp_path / 'later.pth', turned, meta={'time': 'Tuesday'})) == expected
+    for name, value in STATE.items():
+        other = {**STATE, name: value + 1}
+        assert digest(written(tmp_path / f'{name}.pth', other)) != expected, name
+    renamed = {f'{name}s': value for name, value in STATE.items()}
+    assert digest(written(tmp_path / 'renamed.pth', renamed)) != expected
+    for a in (STATE['a'].view(torch.int32), STATE['a'].reshape(2, 2)):  # the same bytes
+        assert digest(written(tmp_path / 'other.pth', {**STATE, 'a': a})) != expected
+
+
+def test_weights_count_however_they_are_named(tmp_path: Path) -> None:
+    model = create_model('vit_tiny_patch16_224', depth=1, img_size=16)
+    save_for_hf(model, str(tmp_path / 'timm'), safe_serialization=True)
+    weights, bare = str(tmp_path / 'timm/model.safetensors'), tmp_path / 'bare'
+    copy = str(written(tmp_path / 'weights.ckpt', model.state_dict()))
+    bare.mkdir()
+    torch.save(model.state_dict(), bare / 'pytorch_model.bin')
+    config = ConfigDict(
+        upcycle=f'local-dir:{tmp_path}/timm',
+        checkpoint=copy,
+        backbone={'pretrained_cfg_overlay': {'file': copy}},
+        teachers=(str(tmp_path / 'timm'), str(bare)),
+        other=weights,
+        features='gone.pth',
+        text='x' * 5_000,
+    )
+    found = starting_weights(config, copy)
+    names = 'upcycle checkpoint backbone.pretrained_cfg_overlay.file teachers.0 teachers.1 other'
+    assert found.keys() == {*(f'model.{name}' for name in names.split()), 'load_from'}
+    assert len(set(found.values())) == 1  # the same values
+
+
+def test_a_run_says_what_it_started_from_and_not_what_is_there_now(
+    whole: Runner, tmp_path: Path
+) -> None:
+    source, folder = tmp_path / 'source.pth', tmp_path / 'run'
+    shutil.copy(Path(whole.work_dir) / 'epoch_2.pth', source)
+    expected, start = {'model.checkpoint': digest(source)}, {'model.checkpoint': str(source)}
+    folder.mkdir()  # of one that was killed before its first checkpoint
+    left = {'moe_options': {}, 'starting_weights': {'model.checkpoint': 'lost'}}
+    (folder / BEGUN).write_text(json.dumps(left))
+    trained(resumed(folder, **ONCE, **start))
+    assert record(folder)['starting_weights'] == expected
+    assert record(folder)['moe_options']['num_experts'] > 0
+    content = torch.load(source, weights_only=False)
+    changed = {name: value + 1 for name, value in content['state_dict'].items()}
+    torch.save({**content, 'state_dict': changed}, source)
+    trained(resumed(folder, **RECORD, **start))
+    assert record(folder)['starting_weights'] == expected != {'model.checkpoint': digest(source)}

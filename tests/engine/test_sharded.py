@@ -1,15 +1,22 @@
 """What a config may say of spreading a model, and gradients whose layouts differ."""
 
-import re
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from vqmoe_vision import collect_losses
 from vqmoe_vision.engine import sharded
 from vqmoe_vision.engine.sharded import (
     ShardingHook,
@@ -17,89 +24,55 @@ from vqmoe_vision.engine.sharded import (
     check_optim_wrapper,
     check_parallel,
     clip_grad_norm,
-    spread,
-    whole_state,
+    with_kernels,
 )
-from vqmoe_vision.engine.sharded_saves import with_kernels
+from vqmoe_vision.models.sharding import shard_model
+
+from ..forked import spawn
+from ..groups import begin
+from ..variants import VARIANTS
 
 
 @pytest.mark.parametrize(
-    ('fields', 'processes', 'message'),
+    ('options', 'processes', 'field'),
     [
-        (
-            {'parallel': {'expert': 2}},
-            2,
-            r"parallel={'expert': 2} is not possible: its options are expert_pr",
-        ),
-        ({'parallel': 2}, 2, r'parallel=2 is not possible: its options are expert_processes'),
-        ({'parallel': {}}, 1, r'parallel={} is not possible: it needs several processes'),
-        (
-            {'parallel': {}, 'model_wrapper_cfg': {'type': 'MMDistributedDataParallel'}},
-            2,
-            'it goes without model_wrapper_cfg',
-        ),
+        ({'expert': 2}, 2, 'parallel'),
+        (2, 2, 'parallel'),
+        ({}, 1, 'parallel'),
+        ({'param_dtype': 'float16'}, 2, 'parallel.param_dtype'),
+        ({'state_dict_type': 'parts'}, 2, 'parallel.state_dict_type'),
     ],
 )
-def test_refused(
-    fields: dict[str, Any], processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+def test_options_that_there_are_not(
+    options: Any, processes: int, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharded, 'get_world_size', lambda: processes)
-    with pytest.raises(ValueError, match=message):
-        check_parallel(Config(fields))
+    with pytest.raises(ValueError, match=rf'^{field}='):
+        check_parallel(Config({'parallel': options}))
+        ShardingHook(**options)
 
 
-def test_a_model_is_spread_where_the_config_says_so() -> None:
-    hooks: list[ShardingHook] = []
-    for options in ({}, {'parallel': None}, {'parallel': {'expert_processes': 2}}):
-        config = Config({'model': {}, **options})
-        runner: Any = SimpleNamespace(cfg=config, register_hook=hooks.append)
-        spread(runner)
-        assert config.to_dict() == {'model': {}, **options}  # which a next run may change
-    (hook,) = hooks
-    assert hook.expert_processes == 2
-
-
-@pytest.mark.parametrize('name', ['int8', 'float16', 'nn', ['float32']])
-def test_dtypes_that_parameters_cannot_have(name: Any) -> None:
-    message = re.escape(f'parallel.param_dtype={name!r} is not possible')
-    with pytest.raises(ValueError, match=message):
-        ShardingHook(param_dtype=name)
-
-
-@pytest.mark.parametrize('name', ['parts', ['sharded']])
-def test_ways_to_save_that_there_are_not(name: Any) -> None:
-    message = re.escape(f"state_dict_type={name!r} is not possible: 'full' or 'sharded'")
-    with pytest.raises(ValueError, match=message):
-        ShardingHook(state_dict_type=name)
-
-
-def wrapper(kind: str = 'SGD', clip_grad: dict | None = None, **options: Any) -> OptimWrapper:
-    optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1)
-    made = OptimWrapper(optimizer, clip_grad=clip_grad)
-    vars(made).update(options)
+def wrapper(
+    kind: str = 'SGD', clip_grad: dict | None = None, loss_scaler: Any = None, **options: Any
+) -> OptimWrapper:
+    optimizer = create_optimizer_v2(torch.nn.Linear(3, 2), kind, lr=0.1, **options)
+    made: Any = OptimWrapper(optimizer, clip_grad=clip_grad)
+    made.loss_scaler = loss_scaler
     return made
 
 
 def test_optimizers_that_see_wholes() -> None:
     check_optim_wrapper(wrapper(clip_grad={'max_norm': 1.0}))
-    for bad, message in [
-        (wrapper('lamb'), r"optimizer.type='Lamb' is not possible: one that treats all elements"),
-        (
-            wrapper(clip_grad={'type': 'value', 'clip_value': 1.0}),
-            r"clip_grad.type='value' is not possible: 'norm' beside parallel",
-        ),
-        # what mmengine's `AmpOptimWrapper` has, which needs a GPU
-        (wrapper(loss_scaler=torch.amp.GradScaler('cpu')), r'optim_wrapper.loss_scale=.*bfloat16'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            check_optim_wrapper(bad)
+    # what mmengine's `AmpOptimWrapper` has, which needs a GPU
     check_optim_wrapper(wrapper(loss_scaler=torch.amp.GradScaler('cpu', enabled=False)))
-    for kernel in ('foreach', 'fused'):
-        made = OptimWrapper(
-            torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], **{kernel: True})
-        )
-        with pytest.raises(ValueError, match=rf'optim_wrapper\.optimizer\.{kernel}=True is not'):
-            check_optim_wrapper(made)
+    for bad, field in [
+        (wrapper('lamb'), 'optimizer.type'),
+        (wrapper(clip_grad={'type': 'value', 'clip_value': 1.0}), 'clip_grad.type'),
+        (wrapper(loss_scaler=torch.amp.GradScaler('cpu')), 'loss_scale'),
+        (wrapper('adamw', foreach=True), 'optimizer.foreach'),
+    ]:
+        with pytest.raises(ValueError, match=rf'^optim_wrapper\.{field}='):
+            check_optim_wrapper(bad)
 
 
 @pytest.mark.parametrize('kernels', [{}, {'foreach': True}, {'fused': True}, {'foreach': False}])
@@ -131,18 +104,48 @@ def test_clips_as_torch_does(options: dict[str, Any]) -> None:
         torch.testing.assert_close(same.grad, parameter.grad)
 
 
-def test_a_norm_that_is_not_finite_is_an_error_where_torch_has_one() -> None:
-    layer = torch.nn.Linear(3, 2)
-    (layer(torch.ones(4, 3)) * torch.inf).sum().backward()
-    messages = []
-    for clip in (torch.nn.utils.clip_grad_norm_, clip_grad_norm):
-        assert not clip(list(layer.parameters()), max_norm=0.1).isfinite()
-        with pytest.raises(RuntimeError, match='is non-finite, so it cannot be clipped') as caught:
-            clip(list(layer.parameters()), max_norm=0.1, error_if_nonfinite=True)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+TINY = {'img_size': 16, 'patch_size': 8, 'depth': 2, 'embed_dim': 16, 'num_heads': 2}
 
 
-def test_whole_tensors_stay_what_they_are() -> None:
-    state = {'a': [torch.ones(2), 3], 'b': {'c': 'd'}}
-    assert str(whole_state(state)) == str(state)
+class Mixtures(TorchDispatchMode):
+    """Operators that are given floating tensors of several dtypes, which those of CUDA refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 0]
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+        if len(dtypes) > 1 and 'copy' not in func.name():
+            self.found.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def make(method: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(f'vit_tiny_{method}', num_classes=4, **{**TINY, **options})
+
+
+def take_steps(rank: int, world: int, folder: Path) -> None:
+    begin(rank, world, folder)
+    # as on a GPU, where torch takes kernels for lists of tensors unasked
+    optimizers._get_foreach_kernels_supported_devices = lambda: ['cpu', 'cuda']
+    for name, (method, options) in VARIANTS.items():
+        model = make(method, **options)
+        optimizer = torch.optim.AdamW(model.parameters())
+        before = dict(model.named_parameters())
+        shard_model(model, param_dtype=torch.bfloat16)
+        _exchange(optimizer, before, dict(model.named_parameters()))
+        with collect_losses(model) as collected:
+            with Mixtures() as mixtures:
+                logits = model(torch.randn(4, 3, 16, 16))
+            collected.add({'task': F.cross_entropy(logits.float(), torch.arange(4))}, 4)
+            collected.total().backward()
+        optimizer.step()
+        assert not mixtures.found, f'{name}: {mixtures.found}'
+    dist.destroy_process_group()
+
+
+def test_every_method_takes_a_step_in_bfloat16(tmp_path: Path) -> None:
+    spawn(take_steps, (2, tmp_path), nprocs=2)

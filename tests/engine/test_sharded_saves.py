@@ -1,10 +1,12 @@
 """Checkpoints in parts: written by two processes, read by one, damaged, orphaned and forged."""
 
+import io
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,29 +14,37 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 
-from vqmoe_vision.engine.checkpoint import load_from_local, read_content, read_state
+from vqmoe_vision.engine.checkpoint import (
+    PARTS,
+    checksum,
+    load_from_local,
+    read_content,
+    read_state,
+)
 from vqmoe_vision.engine.checkpoint_files import (
     RUN,
     SaveError,
     delete,
     newest_checkpoint,
     remove_partial,
+    write_atomically,
 )
-from vqmoe_vision.engine.finite import NonFiniteError, check_own_parts, check_weights
-from vqmoe_vision.engine.parts import KEY, checksum
 from vqmoe_vision.engine.publish import publish_checkpoint
-from vqmoe_vision.engine.sharded_saves import (
+from vqmoe_vision.engine.sharded import (
+    JointSaves,
     whole_state,
     write_parts,
 )
-from vqmoe_vision.models.create import create_model
+from vqmoe_vision.engine.step_values import NonFiniteError, check_own_parts, check_weights
 from vqmoe_vision.models.sharding import shard_model
 from vqmoe_vision.models.weights import IN_PARTS
 
 from ..forked import spawn
-from ..groups import begin
+from ..groups import alone, begin
 from ..models.test_sharding import make, train
 from ..soak.bits import same
 
@@ -127,28 +137,11 @@ def test_what_is_read_is_what_a_whole_file_has(saved: Path) -> None:
     assert {value.device.type for value in on_another_device.values()} == {'meta'}
 
 
-def test_the_file_itself_has_words_in_the_place_of_tensors(saved: Path) -> None:
-    content = read_content(str(saved / 'iter_2.pth'), verify=False)
-    words = [name for name, value in content['state_dict'].items() if value == IN_PARTS]
-    assert 10 < len(words) < len(content['state_dict'])
-    (folder,) = saved.glob('iter_2.*.sharded')
-    in_folder = sum(path.stat().st_size for path in folder.iterdir())
-    assert in_folder > 3 * (saved / 'iter_2.pth').stat().st_size
-
-
 def test_published_in_one_piece(saved: Path, tmp_path: Path) -> None:
     file = publish_checkpoint(str(saved / 'iter_2.pth'), str(tmp_path / 'out.pth'))
     content = torch.load(file, weights_only=True)
     assert same(content['state_dict'], read_state(str(saved / 'iter_2.pth')))
     assert content.keys() == {'meta', 'state_dict'}
-
-
-@pytest.mark.parametrize('option', ['checkpoint_path', 'upcycle'])
-def test_a_model_begins_with_whole_files(saved: Path, option: str) -> None:
-    options = {'img_size': 16, 'patch_size': 8, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}
-    file = str(saved / 'iter_2.pth')
-    with pytest.raises(ValueError, match=r"iter_2.pth' is in parts, and timm reads whole files: "):
-        create_model('vit_tiny_vqmoe', **options, **{option: file})
 
 
 def flip(path: Path) -> None:
@@ -218,9 +211,9 @@ def forge(work: Path, change: Callable[[dict], None]) -> str:
     """A checkpoint whose checksums are right, and that says something else."""
     file = work / 'iter_2.pth'
     content = torch.load(file, weights_only=True)
-    for path in (work / content[KEY]['folder']).glob('*.safetensors'):
-        content[KEY]['files'][path.name] = list(checksum(path))
-    change(content[KEY])
+    for path in (work / content[PARTS]['folder']).glob('*.safetensors'):
+        content[PARTS]['files'][path.name] = list(checksum(path))
+    change(content[PARTS])
     file.unlink()  # who has read it may have it mapped
     torch.save(content, file)
     return str(file)
@@ -266,3 +259,80 @@ def test_what_no_save_has_written_is_refused(work: Path, change: Callable, harm:
         harm(work / 'iter_2.1.sharded')
     with pytest.raises(ValueError, match=r"iter_2.pth' is damaged, or holds more than weights"):
         read_content(forge(work, change))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One process, over which tensors are spread all the same."""
+    with alone():
+        yield init_device_mesh('cpu', (1,))
+
+
+def write(mesh: DeviceMesh, file: Path, value: torch.Tensor) -> None:
+    state = {'state_dict': {'weight': distribute_tensor(value, mesh, [Shard(0)])}}
+    content, buffer = write_parts(file, state, OWN), io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+class Writer:
+    """What a runner does at a save."""
+
+    iter = 0
+    message_hub = SimpleNamespace(get_info={RUN: OWN}.get)
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = self
+        self.saves = JointSaves(whole, model, in_parts=True)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *_: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(self.saves.state, buffer)
+        write_atomically(Path(out_dir) / filename, buffer.getvalue())
+
+
+@pytest.mark.parametrize('name', ['iter_1.pth', 'iter_2.pth'])
+def test_parts_go_whose_file_cannot_be_written(mesh: DeviceMesh, tmp_path: Path, name: str) -> None:
+    model = distribute_module(nn.Linear(4, 2), mesh)
+    save = Writer(model).saves
+    save(str(tmp_path), 'iter_1.pth', save_optimizer=False)
+    blocked = tmp_path / f'.{name}.part'
+    blocked.mkdir()
+    with pytest.raises(SaveError, match=rf'{name} could not be written \(Is a directory\)'):
+        save(str(tmp_path), name, save_optimizer=False)
+    assert folders(tmp_path) == [blocked.name, 'iter_1.1.sharded']
+    found = read_content(str(tmp_path / 'iter_1.pth'))['state_dict']
+    assert same(found, whole_state(model.state_dict()))
+
+
+@pytest.mark.parametrize('name', ['best.pt', 'iter_1.pth.bak'])
+def test_a_checkpoint_under_another_name_keeps_its_folder(
+    mesh: DeviceMesh, tmp_path: Path, name: str
+) -> None:
+    write(mesh, tmp_path / 'iter_1.pth', torch.ones(4))
+    (tmp_path / 'iter_1.pth').rename(tmp_path / name)
+    shutil.copytree(tmp_path / 'iter_1.1.sharded', tmp_path / 'iter_7.1.sharded')
+    delete(tmp_path, ['iter_1.pth'], OWN)
+    remove_partial(tmp_path, OWN)
+    assert folders(tmp_path) == ['iter_1.1.sharded']
+    assert same(read_content(str(tmp_path / name)), {'state_dict': {'weight': torch.ones(4)}})
+
+
+@pytest.mark.parametrize('under', ['state_dict', 'model', ''])
+def test_weights_without_their_parts(tmp_path: Path, under: str) -> None:
+    state = {'weight': IN_PARTS, 'bias': torch.ones(2)}
+    torch.save({under: state} if under else state, tmp_path / 'mine.pth')
+    for read in (read_content, read_state, lambda path: load_from_local(path, 'cpu')):
+        with pytest.raises(ValueError, match=r"mine.pth' lacks tensors, and does not say which"):
+            read(str(tmp_path / 'mine.pth'))
+
+
+def test_a_file_that_is_written_again_stays_whole(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """Until it is replaced: what is written meanwhile has another name."""
+    file, old, new = tmp_path / 'iter_1.pth', torch.ones(4), torch.zeros(4)
+    write(mesh, file, old)
+    spread = {'state_dict': {'weight': distribute_tensor(new, mesh, [Shard(0)])}}
+    write_parts(file, spread, OWN)
+    assert same(read_content(str(file)), {'state_dict': {'weight': old}})
+    write(mesh, file, new)
+    assert same(read_content(str(file)), {'state_dict': {'weight': new}})

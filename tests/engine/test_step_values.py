@@ -10,37 +10,21 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
-from vqmoe_vision.engine import NonFiniteError, step_values
+from vqmoe_vision.engine import step_values
 from vqmoe_vision.engine.checkpoint import read_content
-from vqmoe_vision.engine.cli import load_config
+from vqmoe_vision.engine.step_values import NonFiniteError, check_losses
 
-from ..rows import CONFIGS
+from .tiny import NO_VALIDATION, config_of
 
-# ten iterations in an epoch
-OPTIONS = {
-    'model.model_name': 'vit_tiny_smoe',
-    'model.depth': 2,
-    'model.embed_dim': 12,
-    'model.patch_size': 16,
-    'train_dataloader.batch_size': 120,
-    'train_cfg.max_epochs': 1,
-    'default_hooks.checkpoint.interval': 1,
-}
+
+def runner_of(folder: Path, **options: Any) -> Runner:
+    smoe = {'model.model_name': 'vit_tiny_smoe', 'train_cfg.max_epochs': 1}
+    return Runner.from_cfg(config_of(folder, **smoe, **NO_VALIDATION, **options))
 
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_values, 'READ_AT_ONCE', set())
-
-
-def runner_of(folder: Path, **options: Any) -> Runner:
-    leaf = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
-    config = load_config(str(leaf), {**OPTIONS, **options})
-    for name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
-        config[name] = None
-    config.default_hooks.checkpoint.pop('save_best')
-    config.work_dir, config.experiment_name = str(folder), f'{folder.parent.name}_{folder.name}'
-    return Runner.from_cfg(config)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -128,35 +112,13 @@ def test_a_look_that_comes_later_names_the_iteration_and_saves_nothing(
     assert not any('NaN' in path.read_text() for path in written)
 
 
-def test_on_a_cpu_a_loss_is_looked_at_at_once(tmp_path: Path) -> None:
-    runner = runner_of(tmp_path / 'run', **{'default_hooks.logger.interval': 50})
-    spoil = Spoil(4, False)
-    runner.register_hook(spoil)
-    with pytest.raises(NonFiniteError, match=r'at iteration 4[; ]'):
-        runner.train()
-    assert spoil.begun == 4
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_loss_that_is_not_finite_names_layer_component_and_iteration(value: float) -> None:
+    losses = {'loss': value, 'a/vq_loss': 0.1, 'b/balance_loss': value, 'cross_entropy_loss': value}
+    with pytest.raises(NonFiniteError, match=r'^b/balance became \w+ at .* 120 \(as did cross_ent'):
+        check_losses(losses, 120)
 
 
-class SpoilsLast(Hook):
-    """The last step leaves an infinite weight."""
-
-    priority = 'VERY_HIGH'
-
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        if self.is_last_train_iter(runner):
-            runner.model.model.head.weight.data.fill_(torch.inf)
-
-
-@pytest.mark.parametrize(
-    'options',
-    [{}, {'default_hooks.checkpoint.by_epoch': False, 'default_hooks.checkpoint.interval': 10}],
-    ids=['epoch', 'iteration'],
-)
-def test_a_weight_that_the_last_step_spoils_is_of_that_iteration(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    runner = runner_of(tmp_path / 'run', **options)
-    runner.register_hook(SpoilsLast())
-    with pytest.raises(NonFiniteError, match=r'^parameter \S+ became .* at iteration 10; '):
-        runner.train()
-    assert not list((tmp_path / 'run').glob('*.pth'))
+def test_finite_losses_whose_sum_overflows_are_refused() -> None:
+    with pytest.raises(NonFiniteError, match=r'^loss became inf'):
+        check_losses({'loss': float('inf'), 'a_loss': 3e38, 'b_loss': 3e38}, 1)

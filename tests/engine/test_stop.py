@@ -22,7 +22,6 @@ from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
 from ..forked import ROOT, run_tool
-from ..soak.kinds import FOUR_SCENES, SCENES
 
 DIGITS = ROOT / 'configs/classification/digits/demo/vit_tiny_vqmoe_demo.py'
 # four iterations an epoch; sends itself a signal in the second iteration of the second epoch, in
@@ -44,21 +43,6 @@ default_hooks = dict(
 EARLY = TINY.replace("type='ToldToStop'", "type='ToldEarly'")
 ADDED = TINY + 'optim_wrapper = dict(accumulative_counts=3)\n'
 BY_ITERATION = TINY.replace('interval=2)', 'interval=2, by_epoch=False)')
-# by iterations, with averages too; the fifth of seven is no checkpoint that is due
-SEGMENTATION = f"""
-_base_ = {str(SCENES)!r}
-custom_imports = dict(imports=['vqmoe_vision.segmentation', 'told_to_stop'])
-model = dict(
-    backbone=dict(patch_size=16, embed_dim=12, depth=2, num_heads=3, moe=dict(num_experts=2)),
-    decode_head=dict(num_layers=1),
-)
-{FOUR_SCENES}
-train_cfg = dict(max_iters=7, val_interval=3)
-default_hooks = dict(
-    checkpoint=dict(interval=2), stop=dict(type='ToldToStop', at=AT, signals=SIGNALS),
-    ema=dict(type='EMAHook', momentum=0.1),
-)
-"""
 HOOK = """
 import os, signal, threading, time
 from mmengine.hooks import Hook
@@ -144,38 +128,43 @@ def equal(work: Path, whole: dict) -> None:
     assert best[0] == best[1]
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
-    ('number', 'at', 'saved', 'workers'),
+    ('number', 'at', 'saved', 'workers', 'config', 'last'),
     [
-        (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', ''),
+        (signal.SIGTERM, ['iteration', 5], 'iter_6.pth', '', TINY, 'epoch_3.pth'),
         pytest.param(
-            *(signal.SIGINT, ['iteration', 5], 'iter_6.pth', 'num_workers=1'),
-            marks=pytest.mark.long,
+            signal.SIGINT, ['iteration', 7], 'iter_8.pth', 'num_workers=1', TINY, 'epoch_3.pth',
+            marks=LONG,
         ),
         pytest.param(
-            *(signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', ''), marks=pytest.mark.long
+            signal.SIGINT, ['validation', 1, 0], 'epoch_1.pth', '', TINY, 'epoch_3.pth', marks=LONG
         ),
-        pytest.param(signal.SIGTERM, ['iteration', 7], 'iter_8.pth', '', marks=pytest.mark.long),
+        pytest.param(
+            signal.SIGINT, ['iteration', 4], 'iter_5.pth', '', BY_ITERATION, 'iter_12.pth',
+            marks=LONG,
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    number: int, at: list, saved: str, workers: str, uninterrupted, tmp_path: Path
-) -> None:
-    write(tmp_path, at, [number], workers)
+    number: int, at: list, saved: str, workers: str, config: str, last: str, uninterrupted,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    write(tmp_path, at, [number], workers, config)
     stop_and_go_on(tmp_path, number, saved)
-    equal(tmp_path / 'w', uninterrupted(TINY))
-    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {'epoch_3.pth'}
+    equal(tmp_path / 'w', uninterrupted(config))
+    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {last}
 
 
 @pytest.mark.parametrize(
     ('config', 'at', 'saved'),
     [
-        pytest.param(EARLY, ['iteration', 5], 'iter_5.pth', marks=pytest.mark.long),
-        pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=pytest.mark.long),
-        # in the last iteration of an epoch, in a validation, and in the middle
+        pytest.param(EARLY, ['after', 5], 'iter_6.pth', marks=LONG),
+        # in the last iteration of an epoch, and in the middle
         (ADDED, ['iteration', 3], 'iter_4.pth'),
-        pytest.param(ADDED, ['validation', 1, 0], 'epoch_1.pth', marks=pytest.mark.long),
-        pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=pytest.mark.long),
+        pytest.param(ADDED, ['iteration', 4], 'iter_5.pth', marks=LONG),
     ],
 )
 def test_a_signal_at_any_moment_loses_no_batch_and_no_gradient(
@@ -197,45 +186,6 @@ def test_a_signal_to_all_processes_while_the_first_batch_is_awaited(
     assert 'SIGTERM: saved iteration 4;' in done.stderr
     assert start(tmp_path, '--resume').returncode == 0
     equal(tmp_path / 'w', uninterrupted(TINY))
-
-
-@pytest.mark.long
-def test_another_size_of_batches_is_refused_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    write(tmp_path, ['iteration', 5], [signal.SIGTERM])
-    assert start(tmp_path).returncode == -signal.SIGTERM
-    options = ['--cfg-options', 'train_dataloader.batch_size=150']
-    done = start(tmp_path, '--resume', *options)
-    assert done.returncode == 1
-    assert done.stderr == (
-        'error: train_dataloader.batch_size=150 is not possible: the checkpoint is in the middle '
-        'of an epoch, which goes on with 300\n'
-    )
-
-
-@pytest.mark.parametrize(
-    ('number', 'config', 'at', 'saved', 'last'),
-    [
-        pytest.param(
-            *(signal.SIGTERM, SEGMENTATION, ['iteration', 4], 'iter_5.pth', 'iter_7.pth'),
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            *(signal.SIGINT, SEGMENTATION, ['validation', 0, 0], 'iter_3.pth', 'iter_7.pth'),
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            *(signal.SIGINT, BY_ITERATION, ['iteration', 4], 'iter_5.pth', 'iter_12.pth'),
-            marks=pytest.mark.long,
-        ),
-    ],
-)
-def test_a_run_by_iterations_that_is_stopped_goes_on_bit_for_bit(
-    number: int, config: str, at: list, saved: str, last: str, uninterrupted, tmp_path: Path
-) -> None:
-    write(tmp_path, at, [number], config=config)
-    stop_and_go_on(tmp_path, number, saved)
-    equal(tmp_path / 'w', uninterrupted(config))
-    assert {path.name for path in (tmp_path / 'w').glob('[ei]*.pth')} == {last}
 
 
 def stop_and_go_on(tmp_path: Path, number: int, saved: str) -> None:
@@ -288,7 +238,7 @@ from torch.utils.data import DataLoader
 from vqmoe_vision.engine.checkpoint_hook import keep_workers
 
 def work():
-    loader = DataLoader(range(9), num_workers=1, multiprocessing_context='METHOD')
+    loader = DataLoader(range(9), num_workers=1, multiprocessing_context='fork')
     keep_workers(loader)
     keep_workers(loader)
     batches = iter(loader)
@@ -318,21 +268,15 @@ def begin(worker_id: int) -> None:
     SlowSamples.begun = True
 
 
-@pytest.mark.parametrize('method', ['fork', pytest.param('spawn', marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    'inside', ['work()', "p = get_context('METHOD').Process(target=work); p.start(); p.join()"]
+    'inside', ['work()', "p = get_context('fork').Process(target=work); p.start(); p.join()"]
 )
-def test_a_process_ends_whose_loader_is_still_at_work(
-    inside: str, method: str, tmp_path: Path
-) -> None:
+def test_a_process_ends_whose_loader_is_still_at_work(inside: str, tmp_path: Path) -> None:
     path = tmp_path / 'at_work.py'
-    path.write_text(AT_WORK.replace('INSIDE', inside).replace('METHOD', method))
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )
+    path.write_text(AT_WORK.replace('INSIDE', inside))
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, '')
     (worker,) = done.stdout.split()
     with pytest.raises(ProcessLookupError):

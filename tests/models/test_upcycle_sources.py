@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
-from vqmoe_vision.engine.normalization import weights_normalization
 from vqmoe_vision.engine.record import starting_weights
+from vqmoe_vision.engine.trained import weights_normalization
 from vqmoe_vision.models.create import create_model
 
 from .conftest import DENSE, TINY, dense, make

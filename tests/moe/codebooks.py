@@ -16,12 +16,14 @@ every_codebook = pytest.mark.parametrize('name', CODEBOOKS)
 STARTED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, EmaCodebook)]
 
 
-def make(name, num_codes=M, dim=D, **options):
-    """Codebook with codes of the size of the tokens, past its start if it has one."""
-    book = CODEBOOKS[name](num_codes, dim, **options)
-    codes = torch.randn(num_codes, dim)
+def make(name, codes=None, **options):
+    """Codebook with these codes, or of the size of the tokens, past its start if it has one."""
+    codes = torch.randn(M, D) if codes is None else codes
+    book = CODEBOOKS[name](*codes.shape, **options)
     with torch.no_grad():
         if isinstance(book, SimVQCodebook):
+            book.project.weight.copy_(torch.eye(codes.shape[1]))
+            book.project.bias.zero_()
             book.frozen_embed.copy_(codes)
         elif name in STARTED:
             book._start(codes, LEARNS)
@@ -30,10 +32,10 @@ def make(name, num_codes=M, dim=D, **options):
     return book
 
 
-def learn(book, x):
+def learn(book, x, indices=None):
     """One training pass: quantize, observe, update."""
     quantized = book(x)
-    book.observe(x, quantized.indices)
+    book.observe(x, quantized.indices if indices is None else indices)
     book.update()
     return quantized
 

@@ -1,42 +1,18 @@
 """Options of codebooks: directions, averages that start fast, dead codes; and another library."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from vqmoe_vision.moe.codebooks import CODEBOOKS
-from vqmoe_vision.moe.codebooks.codebook import Codebook
 from vqmoe_vision.moe.codebooks.ema import UsageCodebook
-from vqmoe_vision.moe.codebooks.usage import kmeans
-from vqmoe_vision.moe.methods.vqmoe import Quantizer, VQMoEConfig
 
-from .codebooks import M, every_codebook, state
+from .codebooks import M, every_codebook, learn, make
 from .conftest import D
 
 AVERAGED = [name for name, cls in CODEBOOKS.items() if issubclass(cls, UsageCodebook)]
-
-
-def make(name: str, codes: Tensor, **options: float) -> Codebook:
-    """Codebook with these codes, past its start if it has one."""
-    book = CODEBOOKS[name](*codes.shape, **options)
-    with torch.no_grad():
-        if name == 'simvq':
-            book.project.weight.copy_(torch.eye(codes.shape[1]))
-            book.project.bias.zero_()
-            book.frozen_embed.copy_(codes)
-        elif name == 'ema':
-            book._start(codes, torch.tensor(True))
-        else:
-            book.embed.copy_(codes)
-    return book
-
-
-def learn(book: Codebook, x: Tensor, indices: Tensor | None = None) -> None:
-    book.observe(x, book(x).indices if indices is None else indices)
-    book.update()
 
 
 # --- directions
@@ -70,14 +46,6 @@ def test_the_length_of_a_token_decides_nothing_and_has_no_gradient(name: str) ->
     torch.testing.assert_close((x.grad * x).sum(dim=1), torch.zeros(20), rtol=0, atol=1e-6)
 
 
-@every_codebook
-def test_a_token_without_a_direction_has_a_finite_gradient(name: str) -> None:
-    book, x = make(name, torch.randn(M, D), use_cosine_sim=True), torch.zeros(2, D).requires_grad_()
-    book(x).loss.backward()
-    # at most 1 / NORM_EPS
-    assert x.grad is not None and x.grad.abs().max() < 1e4
-
-
 def directions(num_tokens: int) -> tuple[Tensor, Tensor]:
     """Tokens of very different length around M directions, and these."""
     centres = torch.eye(D)[:M]
@@ -99,35 +67,6 @@ def test_a_start_by_directions_finds_them() -> None:
     for _ in range(10):
         learn(book, x)
     assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
-
-
-def test_kmeans_of_directions_gives_directions() -> None:
-    sample = torch.nn.functional.normalize(torch.randn(100, D), dim=1)
-    assert kmeans(sample, M).norm(dim=1).max() < 0.95  # a mean lies inside the sphere
-    torch.testing.assert_close(kmeans(sample, M, cosine=True).norm(dim=1), torch.ones(M))
-
-
-def test_cvq_moves_directions_to_directions() -> None:
-    # unused codes go 0.999 of the way to the only token's direction, whatever its length
-    book = make('cvq', torch.eye(D)[:M] * 7, use_cosine_sim=True)
-    x = 100 * torch.eye(D)[:1].expand(10, D)
-    learn(book, x)
-    torch.testing.assert_close(book.codes(), torch.eye(D)[:1].expand(M, D), rtol=0, atol=2e-3)
-    assert book.embed.norm(dim=1).max() <= 1 + 1e-6
-
-
-@pytest.mark.parametrize('name', AVERAGED)
-@pytest.mark.parametrize('bad', [math.nan, math.inf, 3e38])
-def test_a_token_that_is_not_finite_has_no_direction(name: str, bad: float) -> None:
-    # 3e38 is finite, but the length of the token is not: divided by it, it would be zero
-    book, clean = (make(name, torch.eye(D)[:M], use_cosine_sim=True) for _ in range(2))
-    x = torch.randn(60, D)
-    indices = torch.arange(61) % M
-    assert book.observe(torch.cat([x, torch.full((1, D), bad)]), indices) == 1
-    book.update()
-    learn(clean, x, indices[:60])
-    torch.testing.assert_close(book.usage, clean.usage)
-    assert book.codes().isfinite().all()
 
 
 # --- averages
@@ -167,32 +106,7 @@ def test_averages_stay_float32_in_a_model_that_is_cast(name: str, dtype: torch.d
             assert torch.equal(book.get_buffer(key), value), key
 
 
-@pytest.mark.parametrize('name', AVERAGED)
-def test_averages_are_moved_and_become_no_less_exact(name: str) -> None:
-    book = CODEBOOKS[name](M, D)
-    learn(book, torch.randn(50, D))
-    before = state(book)
-    # 1 / 6 is no number of bfloat16: rounded on the way, it would come back as another
-    assert torch.equal(book.bfloat16().usage, before['usage'])
-    moved = copy.deepcopy(book).to('meta', torch.float16).usage
-    assert moved.is_meta and moved.dtype == torch.float32
-    assert copy.deepcopy(book).to('meta').to_empty(device='cpu').usage.dtype == torch.float32
-    assert book.double().usage.dtype == torch.float64
-
-
 # --- dead codes
-
-
-@pytest.mark.parametrize(('threshold', 'replaced'), [(0.0, []), (0.01, [0]), (0.1, [0, 1])])
-def test_codes_below_the_threshold_are_replaced(threshold: float, replaced: list[int]) -> None:
-    book = make('ema', torch.randn(M, D), dead_code_threshold=threshold, ema_decay=0.999)
-    with torch.no_grad():
-        book.usage[:2] = torch.tensor([0.001, 0.05]) / M
-        book.usage[2:] = 0.24
-    # of 0.0010, 0.0500 and 1.4 of even usage the average leaves 0.999
-    learn(book, torch.randn(20, D), torch.full((20,), 5))
-    even = (book.usage * M - 1).abs() < 1e-5
-    assert even.nonzero().flatten().tolist() == replaced
 
 
 # --- another library
@@ -237,43 +151,3 @@ def test_ema_codebooks_are_those_of_vector_quantize_pytorch(cosine: bool) -> Non
 
 
 # --- options of a method
-
-
-@pytest.mark.parametrize(
-    'options',
-    [
-        {'ema_decay': 1.0},
-        {'ema_decay': -0.1},
-        {'dead_code_threshold': 1.0},
-        {'dead_code_threshold': -0.1},
-        {'codebook': 'plain', 'ema_decay': 0.9},
-        {'codebook': 'simvq', 'ema_decay': 0.9},
-        {'train_codebook': False, 'ema_decay': 0.9},
-        {'form': 'continuous', 'dead_code_threshold': 0.1},
-        {'codebook': 'cvq', 'dead_code_threshold': 0.1},
-        {'expert_input': 'token', 'rotation_trick': True},
-        {'code_share': 0.0, 'rotation_trick': True},
-        {'form': 'continuous', 'use_cosine_sim': True},
-    ],
-    ids=str,
-)
-def test_options_that_are_impossible_or_without_effect(options: dict[str, object]) -> None:
-    *_, name = options
-    with pytest.raises(ValueError, match=f'^{name}='):
-        VQMoEConfig.from_options(**options)
-
-
-@every_codebook
-def test_a_codebook_is_built_with_the_options_of_its_method(name: str) -> None:
-    given = {
-        'commitment': 0.5,
-        'use_cosine_sim': True,
-        'ema_decay': 0.9,
-        'dead_code_threshold': 0.1,
-    }
-    known = {option: given[option] for option in CODEBOOKS[name].OPTIONS}
-    config = VQMoEConfig.from_options(codebook=name, num_codes=M, num_experts=2, **known)
-    book = Quantizer(D, config).codebook
-    assert type(book) is CODEBOOKS[name] and (book.num_codes, book.dim) == (M, D)
-    assert {option: getattr(book, option) for option in known} == known
-    assert all(f'{option}={value}' in repr(book) for option, value in known.items())

@@ -22,30 +22,12 @@ def test_kmeans_finds_separated_clusters(mean):
     assert distance.max() < 0.02
 
 
-def test_kmeans_is_the_same_for_the_same_sample():
-    x = torch.randn(100, D)
-    first = kmeans(x, M)
-    torch.manual_seed(123)
-    assert torch.equal(first, kmeans(x, M))
-
-
 def test_kmeans_of_fewer_tokens_than_codes_repeats_them():
     x = torch.randn(3, D)
     codes = kmeans(x, M)
     distance = torch.cdist(codes, x).min(dim=1).values
     assert distance.max() < 1e-5
     assert len({nearest.item() for nearest in torch.cdist(codes, x).argmin(dim=1)}) == 3
-
-
-@pytest.mark.parametrize('name', STARTED)
-def test_first_update_starts_from_the_tokens(name):
-    book = CODEBOOKS[name](M, D)
-    x, centres = clusters(120, mean=10.0)
-    assert not book.started
-    learn(book, x)
-    assert book.started
-    assert torch.cdist(centres, book.codes()).min(dim=1).values.max() < 0.02
-    torch.testing.assert_close(book.usage, torch.full((M,), 1 / M))
 
 
 @pytest.mark.parametrize('name', STARTED)

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_vision.moe import collect_losses, update_state
+from vqmoe_vision.moe import collect_losses
 
 from .steps import assert_same_step, checkpointed_loss, every_case, step, tokens
 
@@ -35,44 +35,6 @@ def test_checkpointing_changes_neither_losses_nor_gradients_nor_state(
     torch.testing.assert_close(dict(checkpointed.state_dict()), dict(plain.state_dict()))
 
 
-@every_case
-def test_checkpointed_backward_after_a_block_without_update(make_model, method, options):
-    model = make_model(method, **options)
-    assert_same_after(model, tokens(), lambda: None)
-    update_state(model)
-
-
-def assert_same_after(model, x, meanwhile):
-    """A checkpointed step has the same gradients if its backward comes later."""
-    torch.manual_seed(1)
-    expected = step(model, x, update_state=False)
-    model.checkpointing = True
-    model.zero_grad()
-    torch.manual_seed(1)
-    with collect_losses(model, update_state=False) as collected:
-        loss = model(x).square().mean() + collected.total()
-    meanwhile()
-    loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert_same_step((loss.detach(), dict(collected.losses), grads), expected)
-
-
-@pytest.mark.parametrize('codebook', ['ema', 'cvq'])
-def test_checkpointed_backward_after_the_state_changed_is_an_error(make_model, codebook):
-    model = make_model('vqmoe', codebook=codebook)
-    loss = checkpointed_loss(model)
-    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
-        loss.backward()
-
-
-def test_the_error_stays_when_another_update_changes_nothing(make_model):
-    model = make_model('vqmoe', codebook='ema')
-    loss = checkpointed_loss(model)
-    update_state(model)  # nothing new was observed
-    with pytest.raises(RuntimeError, match=r'call backward\(\) inside the collect_losses block'):
-        loss.backward()
-
-
 def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
     model = make_model('stablemoe', stage1_steps=1)
     loss = checkpointed_loss(model)
@@ -80,12 +42,6 @@ def test_checkpointed_backward_after_stablemoe_froze_is_an_error(make_model):
     # stage 1 is over when the next block opens
     with collect_losses(model), pytest.raises(RuntimeError, match=match):
         loss.backward()
-
-
-def test_checkpointed_backward_after_a_block_without_stateful_layers_is_fine(make_model):
-    model = make_model('smoe')
-    loss = checkpointed_loss(model)
-    loss.backward()
 
 
 @pytest.mark.parametrize('residual', [True, False], ids=['followed by LayerScale', 'last'])
@@ -107,39 +63,6 @@ def test_a_later_pass_does_not_hide_that_the_state_changed(make_model, residual,
             loss.backward()
 
 
-def test_losses_alone_are_refused_after_the_state_changed(make_model):
-    model = make_model('vqmoe', codebook='ema')
-    model.blocks, model.checkpointing = model.blocks[:1], True
-    with collect_losses(model) as collected:
-        model(tokens())
-        loss = collected.total()
-    match = r'call backward\(\) inside the collect_losses block'
-    with collect_losses(model) as collected:
-        model(tokens())
-        with pytest.raises(RuntimeError, match=match):
-            (loss + collected.total()).backward()
-
-
-def test_an_outdated_pass_that_nobody_asks_gradients_of_is_fine(make_model):
-    model = make_model('vqmoe', codebook='ema')
-    _kept = checkpointed_loss(model)
-    step(model, tokens())
-
-
-def test_an_outdated_pass_that_is_not_repeated_is_fine(make_model):
-    model = make_model('vqmoe', codebook='ema')
-    with collect_losses(model) as collected:
-        loss = model(tokens()).square().mean() + collected.total()
-    with collect_losses(model) as collected:
-        (loss + model(tokens()).square().mean() + collected.total()).backward()
-
-
-@every_case
-def test_a_pass_without_gradients_leaves_a_checkpointed_one_alone(make_model, method, options):
-    model, x = make_model(method, **options), tokens()
-    assert_same_after(model, x, lambda: torch.no_grad()(model)(x))
-
-
 @every_case
 def test_a_reentrant_repetition_is_refused_where_it_would_lose_losses(make_model, method, options):
     model = make_model(method, **options)
@@ -154,12 +77,44 @@ def refusal(expected, match):
     return pytest.raises(RuntimeError, match=match) if expected else nullcontext()
 
 
-def test_training_goes_on_after_the_error(make_model):
-    model = make_model('vqmoe')
-    loss = checkpointed_loss(model)
-    with pytest.raises(RuntimeError, match='inside the collect_losses block'):
-        loss.backward()
-    step(model, tokens())
+# --- a backward pass that runs after its block was left
+
+
+@every_case
+@pytest.mark.parametrize('update_state', [True, False], ids=['updated', 'waiting'])
+def test_a_later_backward_has_the_gradients_of_one_in_the_block(
+    make_model, method, options, update_state
+):
+    model, x = make_model(method, **options), tokens()
+    with collect_losses(model):
+        model(x)  # codes that start by the tokens have started
+    torch.manual_seed(1)
+    _, _, expected = step(model, x, update_state=False)
+    model.zero_grad()
+    torch.manual_seed(1)
+    with collect_losses(model, update_state=update_state) as collected:
+        loss = model(x).square().mean() + collected.total()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_step([grads], [expected])
+
+
+@every_case
+def test_blocks_may_wait_for_one_backward(make_model, method, options):
+    model, batches = make_model(method, **options), [tokens(), tokens()]
+    total, expected = 0.0, {}
+    for number, x in enumerate(batches):
+        torch.manual_seed(number)
+        _, _, grads = step(model, x, update_state=False)
+        expected = {name: expected.get(name, 0.0) + grad for name, grad in grads.items()}
+    model.zero_grad()
+    for number, x in enumerate(batches):
+        torch.manual_seed(number)
+        with collect_losses(model, update_state=False) as collected:
+            total = total + model(x).square().mean() + collected.total()
+    total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_step([grads], [expected])
 
 
 # --- compile

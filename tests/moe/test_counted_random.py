@@ -54,43 +54,6 @@ def test_numbers_are_uniform(counters: tuple[int, ...], bits: range) -> None:
     assert abs(chi_square(torch.bincount(found, minlength=256))) < 5
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """In standard deviations of that of independent numbers."""
-    return torch.corrcoef(torch.stack([a, b]))[0, 1].item() * len(a) ** 0.5
-
-
-def test_neighbours_are_unrelated() -> None:
-    # rows of a stream, one counter beside another, and the same place at the end of each stream
-    streams = torch.stack([random_integers(ROWS, number, 0, 0) for number in range(9)]).double()
-    assert all(abs(correlation(s[1:], s[:-1])) < 5 for s in streams)
-    assert all(abs(correlation(*pair)) < 5 for pair in zip(streams[1:], streams[:-1], strict=True))
-    numbers = [torch.tensor(number) for number in range(4096)]
-    places = (
-        torch.stack([random_integers(ROWS[:1], number) for number in numbers]).flatten().double()
-    )
-    assert abs(correlation(places[1:], places[:-1])) < 5
-    assert abs(chi_square(torch.bincount(places.long() >> 26, minlength=64))) < 5
-
-
-def test_every_stream_is_another_one() -> None:
-    # rows 0 to 65535 of two streams share 65536^2 / 2^32 = 1 number by chance
-    seen = [set(random_integers(ROWS, *counters).tolist()) for counters in STREAMS]
-    for number, numbers in enumerate(seen):
-        assert len(numbers) == len(ROWS)
-        assert all(len(numbers & other) < 10 for other in seen[:number])
-
-
-def test_the_order_of_counters_matters() -> None:
-    assert not torch.equal(random_integers(ROWS, 1, 2), random_integers(ROWS, 2, 1))
-
-
-def test_rows_and_counters_do_not_change_places() -> None:
-    # of 65536 numbers below 2^32 half a pair is equal by chance, 65536^2 / 2 / 2^32; when (row,
-    # counter) and (counter + 1, row - 1) were one number, half of them were there twice
-    table = torch.stack([random_integers(ROWS[:256], counter) for counter in range(256)])
-    assert len(table.unique()) >= 256**2 - 4
-
-
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.long)])
 def test_compiled_numbers_are_the_same(backend: str) -> None:
     torch._dynamo.reset()
@@ -121,11 +84,6 @@ def test_a_weight_of_zero_is_not_chosen_where_a_number_rounds_to_one() -> None:
     # the last clock to ring all the same
     weights[0] = 1e-3
     assert random_choice(weights, counter).item() == 0
-
-
-def test_a_choice_of_one_row_is_a_number() -> None:
-    assert random_choice(torch.tensor([0.0, 0.0, 1e-30, 0.0]), 1).item() == 2
-    assert random_choice(torch.zeros(4), 1).ndim == 0
 
 
 def test_an_operator_that_compilers_can_trace() -> None:

@@ -68,28 +68,6 @@ def test_equals_all_experts_on_each_process(batches: list[int], tmp_path: Path) 
     assert all('layer.experts.fc1.weight' in names for names in found.values())
 
 
-def backward_twice(rank: int, world: int, folder: Path) -> None:
-    begin(rank, world, folder)
-    layer = make('smoe')
-    place_experts(layer, init_device_mesh('cpu', (world,)))
-    generator = torch.Generator().manual_seed(rank)
-    # other numbers of tokens on each, so that what is sent and what is received differ
-    x = torch.randn(rank + 1, 6, D, generator=generator, dtype=torch.double).requires_grad_()
-    out = layer(x)
-    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
-    weights = [x, *layer.parameters()]
-    first, second = (
-        torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) for _ in range(2)
-    )
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
-    dist.destroy_process_group()
-
-
-@pytest.mark.long
-def test_gradients_travel_the_same_way_when_they_are_asked_for_again(tmp_path: Path) -> None:
-    spawn(backward_twice, (2, tmp_path), nprocs=2)
-
-
 class Mesh:
     """As many processes as an error needs to know."""
 
@@ -99,7 +77,7 @@ class Mesh:
 
 def test_refuses_processes_that_do_not_divide_the_experts() -> None:
     layer = OneLayer('smoe')
-    message = r'number of experts of layer.experts=4 is not possible: it must be a multiple of 3'
+    message = r'^experts of layer.experts=4'
     with pytest.raises(ValueError, match=message):
         place_experts(layer, Mesh())  # type: ignore[arg-type]
     assert all(m.exchange is None for m in layer.modules() if isinstance(m, Experts))

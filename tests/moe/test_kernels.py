@@ -1,7 +1,5 @@
 """Every kernel against plain loops, on CPU tensors, and the one place that chooses one."""
 
-import re
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqmoe_vision.moe import dispatch
-from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, make_plan, use_kernel
+from vqmoe_vision.moe.kernels import KERNELS, _chosen, grouped_linear, use_kernel
 from vqmoe_vision.moe.routing import Routing
 
 from .naive_experts import TOLERANCES, assert_same, make_case, naive, run_and_backward
@@ -60,15 +58,6 @@ def test_outputs_and_every_gradient(kernel, dtype, tokens, num_experts, k, bias,
     compare(case, dtype, kernel, kept)
 
 
-@pytest.mark.parametrize('kernel', EVERY_KERNEL)
-def test_experts_without_tokens_and_tokens_without_experts(kernel):
-    case = make_case(9, 5, 2, 8, 16, bias=True)
-    case[2][:] = torch.tensor([3, 1])  # experts 0, 2 and 4 have none
-    kept = torch.ones(9, 2, dtype=torch.bool)
-    kept[4:] = False
-    compare(case, torch.float32, kernel, kept)
-
-
 @needs_grouped_mm
 @pytest.mark.parametrize('bias', [True, False])
 def test_what_a_card_leaves_undefined_is_read_by_nobody(monkeypatch, bias):
@@ -106,43 +95,6 @@ def test_no_rows_at_all(kernel, expanded):
         out.backward(out.new_ones(()).expand(0, 4) if expanded else torch.ones(0, 4))
     for leaf in (x, weight, bias):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
-
-
-@pytest.mark.parametrize('kernel', EVERY_KERNEL)
-def test_a_token_that_is_not_finite_spoils_only_its_own_expert(kernel):
-    experts, x, indices, weights = make_case(30, 4, 1, 8, 16, bias=True)
-    x[0] = torch.inf
-    experts.float()
-    with use_kernel(kernel):
-        found = run_and_backward(dispatch.run_experts, experts, x.float(), indices, weights.float())
-    others = [e for e in range(4) if e != indices[0].item()]
-    for name, parameter in experts.named_parameters():
-        assert parameter.grad[others].isfinite().all(), name
-    assert found['x'][1:].isfinite().all() and found['out'][1:].isfinite().all()
-
-
-@pytest.mark.parametrize('kernel', EVERY_KERNEL)
-def test_a_gradient_that_is_one_expanded_number(kernel):
-    x, weight, bias = (torch.ones(s, requires_grad=True) for s in ((6, 8), (2, 4, 8), (2, 4)))
-    with use_kernel(kernel):
-        grouped_linear(x, weight, bias, torch.tensor([1, 5], dtype=torch.int32)).sum().backward()
-    # experts have 1 and 4 of the six rows of ones; the last row has no expert, others 4 outputs
-    assert weight.grad[:, 0, 0].tolist() == bias.grad[:, 0].tolist() == [1, 4]
-    assert x.grad[:, 0].tolist() == [4, 4, 4, 4, 4, 0]
-
-
-@needs_grouped_mm
-@pytest.mark.parametrize('wanted', [(), ('fc1.bias',), ('fc2.weight',)], ids=str)
-def test_grouped_mm_computes_no_gradient_that_nobody_wants(wanted):
-    case = make_case(12, 4, 2, 8, 16, bias=True)
-    case = (case[0].float(), *(t.float() if t.is_floating_point() else t for t in case[1:]))
-    for name, parameter in case[0].named_parameters():
-        parameter.requires_grad_(name in wanted)
-    with use_kernel('grouped_mm'):
-        found = run_and_backward(dispatch.run_experts, *case)
-    assert {name for name, value in found.items() if value is None} == {
-        name for name, _ in case[0].named_parameters() if name not in wanted
-    }
 
 
 @needs_grouped_mm
@@ -187,52 +139,15 @@ def test_a_kernel_is_chosen_by_device_and_dtype(monkeypatch):
     assert _chosen(OnCard(x), OnCard(weight)) is KERNELS['batched']
 
 
-def test_a_kernel_by_name_is_for_its_block_alone():
-    indices = torch.tensor([0] * 40 + [1] * 43)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        lengths = [len(make_plan(indices, 2, torch.bfloat16).order)]
-        with use_kernel('reference'):
-            with pytest.raises(ZeroDivisionError), use_kernel('batched'):
-                lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
-                raise ZeroDivisionError
-            lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
-        lengths.append(len(make_plan(indices, 2, torch.bfloat16).order))
-    finally:
-        torch.set_num_threads(before)
-    assert lengths[0] == lengths[1] == lengths[3] > lengths[2] == 83
-
-
 @needs_grouped_mm
 @pytest.mark.parametrize(
-    ('dtype', 'width', 'message'),
-    [
-        (torch.float64, 8, "kernel='grouped_mm' .* reference, batched here: it has no .*float64"),
-        (torch.bfloat16, 12, 'in torch.bfloat16 it takes widths that are multiples of 8, not 12'),
-        (torch.float32, 6, 'in torch.float32 it takes widths that are multiples of 4, not 6'),
-    ],
+    ('dtype', 'width'), [(torch.float64, 8), (torch.bfloat16, 12), (torch.float32, 6)]
 )
-def test_a_kernel_that_cannot_run_is_one_line(dtype, width, message):
+def test_a_kernel_that_cannot_run_or_does_not_exist(dtype, width):
     x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, width, 8, dtype=dtype)
-    with use_kernel('grouped_mm'), pytest.raises(ValueError, match=message):
+    with use_kernel('grouped_mm'), pytest.raises(ValueError, match=r'^kernel='):
         grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
-
-
-def test_a_torch_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.delattr(F, 'grouped_mm', raising=False)
-    x, weight = torch.zeros(4, 8), torch.zeros(2, 8, 8)
-    with (
-        use_kernel('grouped_mm'),
-        pytest.raises(ValueError, match=r'it needs torch 2\.10, this is'),
-    ):
-        grouped_linear(x, weight, None, torch.tensor([2, 4], dtype=torch.int32))
-
-
-@pytest.mark.parametrize('name', ['triton', ['batched'], None], ids=str)
-def test_a_kernel_that_does_not_exist(name):
-    message = rf'^kernel={re.escape(repr(name))} .*one of reference, batched'
-    with pytest.raises(ValueError, match=message), use_kernel(name):
+    with pytest.raises(ValueError, match=r'^kernel='), use_kernel('triton'):
         pass
 
 
@@ -246,21 +161,6 @@ def test_one_graph_for_every_routing(kernel):
         compiled = torch.compile(run, backend='aot_eager', fullgraph=True)
         for case in (indices.contiguous(), torch.zeros(16, 2, dtype=torch.int64)):
             torch.testing.assert_close(compiled(case), run(case), rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.long
-@needs_grouped_mm
-@pytest.mark.parametrize('tokens', [1, 9, 16])
-def test_inductor_hands_over_rows_of_any_number(tokens):
-    """Of which torch's operator takes a transposed product only by 16 bytes: 8 rows."""
-    torch._dynamo.reset()
-    experts, x, indices, weights = make_case(tokens, 4, 1, 8, 16, bias=True)
-    case = experts.bfloat16(), x.bfloat16(), indices.contiguous(), weights.bfloat16()
-    with use_kernel('grouped_mm'):
-        expected = run_and_backward(dispatch.run_experts, *case)
-        compiled = torch.compile(dispatch.run_experts, fullgraph=True)
-        found = run_and_backward(compiled, *case)
-    assert_same(found, expected, **TOLERANCES[torch.bfloat16])
 
 
 @needs_grouped_mm
@@ -297,10 +197,3 @@ def test_operations_of_grouped_mm_are_counted(compiled):
         run_and_backward(run, *case)
     # 9 rows through 8 x 16 and 16 x 8, each with the gradients of rows and of weights
     assert counter.get_total_flops() == 3 * 2 * (2 * 9 * 8 * 16)
-
-
-def test_no_cuda_graph_records_what_reads_back():
-    # tagged so, the operator runs between two graphs of `mode='reduce-overhead'`
-    for operator in ('grouped_linear', 'grouped_linear_backward'):
-        tags = getattr(torch.ops.vqmoe_vision, operator).default.tags
-        assert torch.Tag.cudagraph_unsafe in tags

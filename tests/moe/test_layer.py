@@ -23,16 +23,6 @@ def tokens(batch=4, num_tokens=6):
 
 
 @every_case
-def test_a_tensor_in_a_tensor_of_the_same_shape_out(make_layer, method, options):
-    layer = make_layer(method, **options)
-    for training in (True, False):
-        out = layer.train(training)(tokens())
-        assert isinstance(out, torch.Tensor)
-        assert (out.shape, out.dtype) == ((4, 6, D), torch.float32)
-        assert out.isfinite().all()
-
-
-@every_case
 def test_every_parameter_that_learns_gets_a_gradient(make_layer, method, options):
     layer = make_layer(method, **options)
     x = tokens()
@@ -45,62 +35,15 @@ def test_every_parameter_that_learns_gets_a_gradient(make_layer, method, options
 
 
 @every_case
-def test_one_token_leaves_no_expert_without_a_gradient(make_layer, method, options):
+def test_neither_forward_nor_eval_mode_changes_state(make_layer, snapshot, method, options):
     layer = make_layer(method, **options)
-    layer(tokens(1, 1)).sum().backward()
-    for parameter in layer.layer.experts.parameters():
-        assert parameter.grad is not None
-
-
-@every_case
-def test_the_task_reaches_the_input_of_the_layer(make_layer, method, options):
-    layer, x = make_layer(method, **options), tokens().requires_grad_()
-    out = layer(x)
-    out.square().sum().backward()
-    served = out.abs().sum(dim=-1) > 0  # an expert may not choose a token, a capacity drop it
-    assert torch.equal(x.grad.abs().sum(dim=-1) > 0, served)
-    assert served.float().mean() > 0.5
-
-
-@every_case
-@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_forward_changes_no_state(make_layer, snapshot, method, options, training):
-    layer = make_layer(method, **options).train(training)
     before = snapshot(layer)
     layer(tokens())
-    with torch.no_grad():
-        layer(tokens())
-    after = layer.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@every_case
-def test_collecting_in_eval_mode_changes_no_state(make_layer, snapshot, method, options):
-    layer = make_layer(method, **options).eval()
-    before = snapshot(layer)
-    with collect_losses(layer) as collected:
+    with collect_losses(layer.eval()) as collected:
         layer(tokens())
     after = layer.state_dict()
     assert collected.losses == {}
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@every_case
-def test_eval_is_deterministic(make_layer, method, options):
-    layer, x = make_layer(method, **options).eval(), tokens()
-    assert torch.equal(layer(x), layer(x))
-
-
-@every_case
-def test_losses_are_float32_scalars_with_a_gradient(make_layer, method, options):
-    layer = make_layer(method, **options)
-    with collect_losses(layer) as collected:
-        layer(tokens().requires_grad_())
-        for name, loss in collected.losses.items():
-            assert name.startswith('layer/')
-            assert (loss.shape, loss.dtype) == ((), torch.float32)
-            assert loss.requires_grad, name
-            assert loss.isfinite()
 
 
 @every_case
@@ -177,16 +120,6 @@ def test_bfloat16_autocast_chooses_the_same_experts(make_layer, choices, method,
 
 
 @every_case
-def test_bfloat16_tokens_are_routed_in_float32(make_layer, choices, method, options):
-    layer = make_layer(method, num_experts=16, **options).eval()
-    x = tokens(4, 1000).bfloat16()
-    expected = choices(layer, x.float())
-    with torch.autocast('cpu', torch.bfloat16):
-        actual = choices(layer, x)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-@every_case
 def test_autocast_gives_the_same_losses(make_layer, method, options):
     layer, x = make_layer(method, **options), tokens()
     totals = []
@@ -199,16 +132,6 @@ def test_autocast_gives_the_same_losses(make_layer, method, options):
             layer(x)
         totals.append(collected.losses)
     assert totals[0] == totals[1]
-
-
-@every_case
-def test_a_bfloat16_layer_trains(make_layer, method, options):
-    layer, x = make_layer(method, **options).bfloat16(), tokens().bfloat16()
-    with collect_losses(layer) as collected:
-        out = layer(x)
-        (out.float().square().mean() + collected.total()).backward()
-    assert out.dtype == torch.bfloat16
-    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
 @every_case
@@ -258,9 +181,10 @@ def test_any_size_is_finite_forward_and_backward(
 
 
 @every_case
-def test_no_image_at_all(make_layer, method, options):
+@pytest.mark.parametrize('batch', [0, 2], ids=['no image', 'zeros'])
+def test_nothing_to_see(make_layer, method, options, batch):
     model = make_layer(method, **options).train()
-    x = torch.zeros(0, 3, D, requires_grad=True)
+    x = torch.zeros(batch, 3, D, requires_grad=True)
     with collect_losses(model) as collected:
         out = model(x)
         (out.sum() + collected.total()).backward()
@@ -268,31 +192,5 @@ def test_no_image_at_all(make_layer, method, options):
         assert all(loss.isfinite() for loss in collected.losses.values())
         assert all(value.isfinite().all() for value in collected.stats.values())
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert grads and all(grad.isfinite().all() for grad in grads)
-
-
-@every_case
-def test_zero_tokens_vectors_are_finite(make_layer, method, options):
-    layer = make_layer(method, **options)
-    x = torch.zeros(2, 3, D, requires_grad=True)
-    with collect_losses(layer) as collected:
-        (layer(x).sum() + collected.total()).backward()
-    assert x.grad.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
-
-
-@every_case
-def test_no_weight_decay_names_parameters(make_layer, method, options):
-    for module in make_layer(method, **options).modules():
-        if hasattr(module, 'no_weight_decay'):
-            assert module.no_weight_decay() <= {name for name, _ in module.named_parameters()}
-
-
-@every_case
-def test_idle_parameters_are_whole_experts(make_layer, method, options):
-    experts = make_layer(method, **options).layer.experts
-    # fc1 16 * 8 + 16 and fc2 8 * 16 + 8 numbers in an expert
-    idle, rest = divmod(make_layer(method, **options).layer.idle_params(), 280)
-    assert rest == 0
-    assert 0 <= idle < experts.num_experts
+    grads = [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert len(grads) > 1 and all(grad.isfinite().all() for grad in grads)

@@ -1,7 +1,6 @@
 """Loss-free balancing: what a bias chooses, and how counts of passes and processes move it."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,16 +77,6 @@ def test_a_bias_evens_a_load_that_is_uneven(method: str) -> None:
     assert excess[0] > 0.05 and sum(excess[-20:]) / 20 < excess[0] / 2
 
 
-@every_method
-def test_without_a_rate_nothing_is_there(method: str) -> None:
-    layer, free = make(method, rate=0.0), make(method)
-    assert 'router.choice_bias' not in layer.state_dict() and not layer.router.has_state
-    x = tokens(1)
-    ours, theirs = layer(x), free(x)  # zero at the start
-    torch.testing.assert_close(ours, theirs)
-    assert not layer.moves_state() and free.moves_state() and free.needs_collecting
-
-
 def test_passes_of_an_update_count_together() -> None:
     parts = [tokens(seed) for seed in range(3)]
     apart, whole = collect(make(), *parts), collect(make(), torch.cat(parts))
@@ -107,21 +96,6 @@ def test_what_waits_goes_into_a_checkpoint_and_an_error_forgets_it() -> None:
         resumed(tokens(2))
         raise ZeroDivisionError
     assert resumed.observed == {}
-
-
-def test_a_model_that_is_cast_keeps_its_bias_exact(snapshot: Callable) -> None:
-    layer = make(rate=0.001)
-    update_state(collect(layer, tokens(0)))
-    before = snapshot(layer)['router.choice_bias']
-    after = layer.bfloat16().router
-    assert after.weight.dtype == torch.bfloat16 and torch.equal(after.choice_bias, before)
-
-
-def test_a_router_that_stays_as_drawn_has_no_bias() -> None:
-    with pytest.raises(ValueError, match=r'^bias_update_rate='):
-        SMoEConfig.from_options(preset='frozen', bias_update_rate=0.1)
-    with pytest.raises(ValueError, match=r'^bias_update_rate='):
-        XMoEConfig.from_options(bias_update_rate=-0.1)
 
 
 def run_rank(rank: int, folder: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 
-from vqmoe_vision.engine.digits import digit_scans
+from vqmoe_vision.engine.images import digit_scans
 from vqmoe_vision.segmentation.datasets import ADE20K, CamVid, DigitScenes, part_indices
 
 from .conftest import write_pair

@@ -35,10 +35,9 @@ from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from vqmoe_vision.engine.checkpoint import read_content
+from vqmoe_vision.engine.checkpoint import owner_of, read_content
 from vqmoe_vision.engine.checkpoint_files import POINTER, candidates, last_checkpoint
 from vqmoe_vision.engine.cli import train
-from vqmoe_vision.engine.parts import owner_of
 
 # mmengine lays out the text of the config for every checkpoint, which is half of such a training
 mmengine_config.FormatCode = lambda text, **_: (text, True)
@@ -109,13 +108,7 @@ def _noted_in(path: Path) -> Callable[[int, str], None]:
 
 
 def dies_at(number: int, in_write_at: int | None, told: Path) -> Callable[[int, str], None]:
-    """Ends the process at a step of a save, or in the write that follows the step.
-
-    Args:
-        number: Of the step.
-        in_write_at: Bytes of the file after which the kernel ends the process; None is at once.
-        told: File that is given the name of the step.
-    """
+    """Ends the process at a step of a save, or in the write that follows the step."""
 
     def step(now: int, name: str) -> None:
         if now < number or (in_write_at is not None and 'create' not in name):
@@ -137,17 +130,7 @@ def run(
     prepare: Callable[[], None] = lambda: None,
     kill_after: tuple[int, float] | None = None,
 ) -> int:
-    """Trains in a process of its own, resumed where there is a checkpoint.
-
-    Args:
-        kind: What to train.
-        folder: Holds the config; the work dir is beside it.
-        prepare: Called in the process first.
-        kill_after: Kill it after so many iterations and seconds.
-
-    Returns:
-        Status, negative for the number of the signal that ended it.
-    """
+    """Trains in a process of its own, resumed where there is a checkpoint."""
     resume = ['--resume'] if candidates(folder / 'work') else []
     Shared.reached.value = Shared.events.value = Shared.begun.value = 0
     process = os.fork()
@@ -189,13 +172,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an uninterrupted training did.
-
-    Args:
-        outcome: What it left.
-        steps: Names of the steps of its saves.
-        iterations: How many there were.
-    """
+    """What an uninterrupted training did."""
 
     outcome: dict[str, Any]
     steps: list[str]
@@ -205,17 +182,7 @@ class Reference:
 def kill_and_go_on(
     kind: Kind, root: Path, whole: Reference, draw: random.Random
 ) -> tuple[str, list[str]]:
-    """Kills a training once, goes on with it, and compares.
-
-    Args:
-        kind: Of the training.
-        root: Folder for files.
-        whole: The same training, left alone.
-        draw: Chooses the moment.
-
-    Returns:
-        What it was killed at, empty if it was not, and faults that were found.
-    """
+    """Kills a training once, goes on with it, and compares."""
     folder = Path(tempfile.mkdtemp(dir=root))
     kind.write(folder)
     told = folder / 'told'
@@ -247,11 +214,7 @@ def kill_and_go_on(
 
 
 def soak(kills: int, seed: int, kinds: dict[str, Kind], out: Path | None) -> int:
-    """Kills as many trainings as asked for, of some kinds in turn.
-
-    Returns:
-        The number of faults.
-    """
+    """Kills as many trainings as asked for, of some kinds in turn."""
     draw, counts = random.Random(seed), Counter[str]()
     faults: list[str] = []
     torch.set_num_threads(1)

@@ -42,14 +42,7 @@ STAGES = ', stage1_steps=5'  # StableMoE freezes its router in the middle
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training.
-
-    Args:
-        config: Text of its config.
-        interval: Iterations between checkpoints.
-        values: Replaces words in capitals.
-        arguments: Of the command line.
-    """
+    """A kind of training."""
 
     config: str
     interval: int

@@ -113,11 +113,7 @@ def alike(a: Any, b: Any, ranks: int) -> bool:
 
 
 def soak(kind: Kind, ranks: int, kills: int, draw: random.Random) -> tuple[Counter, list[str]]:
-    """A training that is left alone, and one that is killed and goes on.
-
-    Returns:
-        What it was killed at, and faults.
-    """
+    """A training that is left alone, and one that is killed and goes on."""
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / 'whole', Path(name) / 'killed'
         whole.mkdir()

@@ -24,14 +24,6 @@ def soak(tmp_path: Path, *arguments: str, program: str = 'kills.py') -> dict:
 
 
 @pytest.mark.long
-def test_killed_trainings_end_as_if_they_had_not_been(tmp_path: Path) -> None:
-    kind = 'classification, iterations, StableMoE, EMA'
-    figures = soak(tmp_path, '--kills', '3', '--seed', '2', '--kind', kind)
-    assert figures['faults'] == []
-    assert sum(figures['kills'].values()) == 3
-
-
-@pytest.mark.long
 def test_all_kinds(tmp_path: Path) -> None:
     figures = soak(tmp_path, '--kills', '20', '--seed', '3')
     assert figures['faults'] == []

@@ -44,28 +44,25 @@ def computes(dtype: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _describe_card(device: str) -> dict[str, Any]:
-    """What the name of a card and of a release of torch leave open."""
-    card = torch.cuda.get_device_properties(device)
-    return {
-        'capability': f'{card.major}.{card.minor}',  # by which the kernel is chosen
-        'memory_gib': round(card.total_memory / 2**30, 1),
-        # metadata of PyPI's builds do not name CUDA
-        'torch_build': torch.__version__,
-        'cuda': torch.version.cuda or torch.version.hip,
-        'triton': installed('triton'),
-    }
-
-
 def describe_machine(device: str) -> dict[str, Any]:
     """Machine, threads, versions and commit of a run, by name."""
-    cuda = device.startswith('cuda')
+    card: dict[str, Any] = {'device': 'cpu'}
+    if device.startswith('cuda'):
+        found = torch.cuda.get_device_properties(device)
+        card = {
+            'device': torch.cuda.get_device_name(device),
+            'capability': f'{found.major}.{found.minor}',  # by which the kernel is chosen
+            'memory_gib': round(found.total_memory / 2**30, 1),
+            # metadata of PyPI's builds do not name CUDA
+            'torch_build': torch.__version__,
+            'cuda': torch.version.cuda or torch.version.hip,
+            'triton': installed('triton'),
+        }
     return {
         'machine': processor(),
         'cores': os.cpu_count(),
         'load_average': round(os.getloadavg()[0], 2),
-        'device': torch.cuda.get_device_name(device) if cuda else 'cpu',
-        **(_describe_card(device) if cuda else {}),
+        **card,
         'isa': torch.backends.cpu.get_cpu_capability(),
         'threads': torch.get_num_threads(),
         'allocator': {name: os.environ.get(name) for name in MALLOC},

@@ -149,7 +149,7 @@ def run_layer(
         return [call(batch.x)]
     with collect_losses(module, update_state=False) as collected:
         answer, loss = call(batch.x), collected.total()
-    module.discard()
+    module.observed = {}
     return [answer, loss] if loss.requires_grad else [answer]
 
 

@@ -200,8 +200,7 @@ def _measure_mode(
         step = network.train_step if mode == 'training' else network.infer
         step(0)
         memory[network.name] = peak_memory(partial(step, 1), settings.device)
-    time_step = _time_training if mode == 'training' else _time_inference
-    steps = {network.name: partial(time_step, network, clock) for network in networks}
+    steps = {network.name: partial(_time, network, mode, clock) for network in networks}
     times = interleave(steps, settings.repeats)
     baseline = times[comparison.baseline]['step']
     return [
@@ -210,14 +209,11 @@ def _measure_mode(
     ]
 
 
-def _time_inference(network: Network, clock: Clock, index: int) -> dict[str, float]:
-    clock.prepare()
-    return {'step': clock.time(lambda: network.infer(index))}
-
-
-def _time_training(network: Network, clock: Clock, index: int) -> dict[str, float]:
+def _time(network: Network, mode: str, clock: Clock, index: int) -> dict[str, float]:
     losses: list[Tensor] = []
     clock.prepare()
+    if mode == 'inference':
+        return {'step': clock.time(lambda: network.infer(index))}
     parts = {
         'forward': clock.time(lambda: losses.append(network.forward(index))),
         'backward': clock.time(lambda: losses[0].backward()),

@@ -53,13 +53,14 @@ def _analyze(args: argparse.Namespace) -> None:
     own = load_config(args.config, args.cfg_options)
     files = [(own, checkpoint) for checkpoint in args.checkpoints]
     files += [(load_config(config), checkpoint) for config, checkpoint in args.beside]
-    titles = ['/'.join(Path(path).with_suffix('').parts[-2:]) for _, path in files]
+    names = [path for _, path in files]
+    check(len(set(names)) == len(names), 'checkpoints', names, 'none of them twice')
+    titles = ['/'.join(Path(path).with_suffix('').parts[-2:]) for path in names]
     if len(set(titles)) < len(titles):
-        titles = [path for _, path in files]
-    if len(set(titles)) < len(titles):
-        raise ValueError('a checkpoint is there twice')
+        titles = names
     trained = dict(zip(titles, files, strict=True))
-    _check_order(args.checkpoints)
+    if len(args.checkpoints) > 1:
+        _check_order(args.checkpoints)
     make_folder(args.out)
     surveys, changes, states = [], [], []
     before: tuple[str, Any] | None = None
@@ -88,18 +89,14 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _check_order(paths: Sequence[str]) -> None:
     """Refuses checkpoints of other trainings and other orders, as far as they say what they are."""
-    if len(paths) < 2:
-        return
     # checksums are compared when the weights are loaded
     metas = [read_content(path, verify=False).get('meta') or {} for path in paths]
     for (first, earlier), (path, later) in pairwise(zip(paths, metas, strict=True)):
         allowed = f'of the training of {first} and after it, the oldest first'
-        if 'seed' in earlier and 'seed' in later:
-            same = earlier['seed'] == later['seed']
-            check(same, f'{path}: seed', later['seed'], f'{earlier["seed"]}, {allowed}')
+        same = earlier.get('seed') == later.get('seed', earlier.get('seed'))
+        check(same or 'seed' not in earlier, f'{path}: seed', later.get('seed'), allowed)
         if 'iter' in earlier and 'iter' in later:
-            after = earlier['iter'] < later['iter']
-            check(after, f'{path}: iter', later['iter'], f'above {earlier["iter"]}, {allowed}')
+            check(earlier['iter'] < later['iter'], f'{path}: iter', later['iter'], allowed)
 
 
 def _survey(title: str, model: Any, source: Source, args: argparse.Namespace) -> Survey:

@@ -48,20 +48,6 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
-def panels(
-    count: int, width: float, height: float, room: float = 0.0, sharex: bool = False
-) -> tuple[Figure, Any]:
-    """A figure of one column of panels or two, with one y axis for all; sizes in inches."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(width, lines * height + room), layout='constrained')
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < count)
-        axes.grid(alpha=0.3)
-    return figure, grid
-
-
 def percent(share: float) -> str:
     """A share in words of a page, which no line breaks: '14 %', '0.3 %', '0 %'."""
     if 0 < share < 0.0005:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .checkpoints import Convergence
-from .drawing import WIDTH, Picture, heat_map, panels, percent, short, styled
+from .drawing import WIDTH, Picture, heat_map, percent, short, styled
 from .measures import mean_similarity
 from .pictures import LEGEND, expert_colours, plot_experts, rows_of_pictures, with_legend
 from .surveyed import Codes, LayerSurvey, Survey
@@ -253,7 +253,13 @@ def convergence_curves(convergence: Convergence) -> list[Picture]:
 
 @styled
 def _curves(name: str, title: str, xlabel: str, layers: Mapping[str, Lines]) -> Picture:
-    figure, grid = panels(len(layers), WIDTH, 3, room=1.6, sharex=True)
+    columns, lines_of_panels = min(len(layers), 2), -(-len(layers) // 2)
+    size = WIDTH, 3 * lines_of_panels + 1.6
+    figure = Figure(figsize=size, layout='constrained')
+    grid = figure.subplots(lines_of_panels, columns, squeeze=False, sharex=True, sharey=True)
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(layers))
+        axes.grid(alpha=0.3)
     for axes, (layer, lines) in zip(grid.flat, layers.items(), strict=False):
         colours = expert_colours(len(lines)).tolist()
         styles = zip(lines.items(), colours, cycle(('-', '--', ':', '-.')), strict=False)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vqmoe_vision.moe.config import check
+
 from . import figures
 from .checkpoints import Change, Convergence
 from .drawing import Picture, percent
@@ -24,64 +26,14 @@ from .surveyed import Survey
 DPI = 110
 MOST_LETTERS = 100  # of a name; file systems end at 255
 BY_CHANCE = 'by chance'
-# By the last part of a number's name; docs/routing-measures.md has definitions and sources.
-MEANINGS = {
-    'load_entropy': '1 if all experts take as many tokens, 0 if one takes all',
-    'load_variation': 'standard deviation of the load over its mean, 0 if it is even',
-    'dead_experts': 'experts that received nothing from any image',
-    'unrouted': 'share of tokens without any expert',
-    'changed_by_chance': 'share of tokens that would change if experts were drawn from the load',
-    'mixed_tokens': 'how many tokens a slot mixes; if all evenly, their mean',
-    'mixed_slots': 'of how many slots a token mixes the answers',
-    'mutual_information': 'what the expert says about the class, in nats, 0 if nothing',
-    'normalized_mutual_information': 'the same, from 0 to 1: one of them tells the other',
-    'code_perplexity': 'how many codes are in use, weighted by how often',
-    'dead_codes': 'codes that no token took',
-    'quantization_error': "squared distance of tokens to their codes, over the tokens' energy",
-    'quantization_error_around_mean': 'the same over the variance of tokens; below 1 codes help',
-    'similarity_weights': "mean cosine of two experts' parameters, 1 if all are the same",
-    'similarity_outputs': "mean cosine of two experts' answers to the same tokens",
-    'effective_rank_before': 'directions that the tokens of the layer spread over, 1 if collapsed',
-    'effective_rank_after': "the same of the layer's answers",
-    'gate_continuous': 'mean share of the continuous branch, the router; the rest is the codebook',
-}
-# how to read the sections
-PATCHES = """
-Every patch has the colour of its expert, or of its code. Gates and slots are bright where they have
-much weight."""
-LOAD = """
-An even row shares the work. A cell is brightest from four times an even load on; a row with one
-such cell and dark others has collapsed, unless most tokens are of one kind."""
-SUREST = """
-What an expert takes with the largest weights, these first; of a codebook what lies nearest to the
-code."""
-CODES = 'A token goes to its nearest code. Near on a plane may be far in the other directions.'
-CLASSES = """
-Each row is a class and sums to 100. Where all are alike experts do not follow classes."""
-SIMILARITY = """
-Of their parameters as they lie, and of their answers to the same tokens. Experts that are all alike
-do the work of one."""
-TRAINING = """
-The load of a layer with a router and a codebook is that of both together. A router or codebook that
-has come to rest before the experts has converged faster."""
-NUMBERS = 'One table per layer; docs/routing-measures.md defines them and names their sources.'
-SHIFTS = """
-The same tokens with the picture corrupted, cropped or mirrored. It says something only if much less
-changes than by chance: one expert that takes everything never changes."""
-CHANGES = """
-The same tokens, seen by two checkpoints of a run: a router that is still undecided late in training
-sends them elsewhere."""
-CONVERGENCE = """
-Theorem 4.1 of the paper says that routers settle long before the experts. A learning rate that goes
-to zero brings all to rest together: the early part of lines counts."""
-# In the order of the page: anchor, heading, how to read it, and what draws a model's pictures.
+# In the order of the page: anchor, heading, and what draws a model's pictures.
 PICTURES = (
-    ('patches', 'Where the patches go', PATCHES, figures.patch_maps),
-    ('load', 'Load of the experts', LOAD, figures.load_maps),
-    ('surest', 'The surest patches of each expert', SUREST, figures.surest_patches),
-    ('codes', 'Codes among tokens', CODES, figures.code_maps),
-    ('classes', 'Experts and classes', CLASSES, figures.class_maps),
-    ('similarity', 'Similarity of the experts', SIMILARITY, figures.similarity_maps),
+    ('patches', 'Where the patches go', figures.patch_maps),
+    ('load', 'Load of the experts', figures.load_maps),
+    ('surest', 'The surest patches of each expert', figures.surest_patches),
+    ('codes', 'Codes among tokens', figures.code_maps),
+    ('classes', 'Experts and classes', figures.class_maps),
+    ('similarity', 'Similarity of the experts', figures.similarity_maps),
 )
 
 
@@ -100,12 +52,12 @@ class Shown(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of the page; a row is a name, what it means, and cells."""
+    """A table of the page; a row is a name and cells."""
 
     caption: str
     corner: str
     heads: list[str]
-    rows: list[tuple[str, str, list[str]]]
+    rows: list[tuple[str, list[str]]]
 
 
 class Section(NamedTuple):
@@ -113,7 +65,6 @@ class Section(NamedTuple):
 
     id: str
     title: str
-    text: str
     columns: dict[str, list[Shown]]
     tables: Sequence[Table] = ()
 
@@ -127,8 +78,7 @@ def write_report(
 ) -> list[Path]:
     """Writes `report.html`, which holds all it shows, its pictures as files, and `numbers.json`."""
     titles = [survey.title for survey in surveys]
-    if len(set(titles)) < len(titles):
-        raise ValueError(f'surveys: titles have to differ, these are {", ".join(titles)}')
+    check(len(set(titles)) == len(titles), 'surveys', titles, 'of titles that differ')
     sections = _sections(surveys, history or {}, changes, convergence)
     pictures = out / 'pictures'
     pictures.mkdir(parents=True, exist_ok=True)
@@ -165,22 +115,26 @@ def _sections(
 ) -> list[Section]:
     """All sections that have something to show, in the order of the page."""
     found = [
-        Section(anchor, title, text, {s.title: _shown(draw(s), s.title) for s in surveys})
-        for anchor, title, text, draw in PICTURES
+        Section(anchor, title, {s.title: _shown(draw(s), s.title) for s in surveys})
+        for anchor, title, draw in PICTURES
     ]
     curves = {name: _shown(figures.training_curves(h), name) for name, h in history.items()}
     shifts, changed = shift_tables(surveys), change_tables(changes, surveys)
     found += [
-        Section('training', 'Over training', TRAINING, curves),
-        Section('numbers', 'Numbers', NUMBERS, {}, number_tables(surveys)),
-        Section('shifts', 'When the picture changes', SHIFTS, {}, shifts),
-        Section('changes', 'Changes between checkpoints', CHANGES, {}, changed),
+        Section('training', 'Over training', curves),
+        Section('numbers', 'Numbers', {}, number_tables(surveys)),
+        Section('shifts', 'When the picture changes', {}, shifts),
+        Section('changes', 'Changes between checkpoints', {}, changed),
     ]
     if convergence is not None:
         title = 'On the way to the last checkpoint'
         curves = {title: _shown(figures.convergence_curves(convergence), 'checkpoints')}
-        tables = [convergence_table(convergence)]
-        found.append(Section('convergence', title, CONVERGENCE, curves, tables))
+        rows = {
+            name: {part: found['distance'][at] for part, found in convergence.parts.items()}
+            for at, name in enumerate(convergence.checkpoints)
+        }
+        table = _table('Share of the way that is left to the last', 'checkpoint', rows)
+        found.append(Section('convergence', title, curves, [table]))
     for section in found:
         for title in [title for title, pictures in section.columns.items() if not pictures]:
             del section.columns[title]
@@ -198,8 +152,8 @@ def _shown(pictures: Iterable[Picture], title: str) -> list[Shown]:
         data = io.BytesIO()
         # without the version of matplotlib: the same survey gives the same file
         picture.figure.savefig(data, format='png', dpi=DPI, metadata={'Software': None})
-        file = f'{name}-{picture.name}.png'
-        found.append(Shown(file, picture.title, picture.alt, data.getvalue()))
+        shown = f'{name}-{picture.name}.png', picture.title, picture.alt, data.getvalue()
+        found.append(Shown(*shown))
     return found
 
 
@@ -208,11 +162,11 @@ def _table(
 ) -> Table:
     """Numbers by row and column, as shares where no form is given; what is missing is blank."""
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
-    lines = []
-    for name, row in rows.items():
-        texts = {head: f'{v:{form}}' if form else percent(v) for head, v in row.items()}
-        cells = [texts.get(head, '') for head in heads]
-        lines.append((name, MEANINGS.get(name.rpartition('/')[2], ''), cells))
+    texts = {
+        name: {head: f'{v:{form}}' if form else percent(v) for head, v in row.items()}
+        for name, row in rows.items()
+    }
+    lines = [(name, [text.get(head, '') for head in heads]) for name, text in texts.items()]
     return Table(caption, corner, heads, lines)
 
 
@@ -271,12 +225,3 @@ def _by_chance(survey: Survey) -> dict[str, float]:
         for number, value in layer.numbers.items()
         if number.endswith(end)
     }
-
-
-def convergence_table(convergence: Convergence) -> Table:
-    """What is left of the way to the last checkpoint, by checkpoint and part."""
-    rows = {
-        title: {part: found['distance'][at] for part, found in convergence.parts.items()}
-        for at, title in enumerate(convergence.checkpoints)
-    }
-    return _table('Share of the way that is left to the last', 'checkpoint', rows)

@@ -10,34 +10,21 @@ from torch import Tensor
 
 
 class Patch(NamedTuple):
-    """One patch that an expert took.
+    """One patch that an expert took."""
 
-    Args:
-        pixels: (3, h, w) in [0, 1].
-        weight: The combine weight of the expert for this patch.
-        image: Index of the image in the data set.
-    """
-
-    pixels: Tensor
-    weight: float
-    image: int
+    pixels: Tensor  # (3, h, w) in [0, 1]
+    weight: float  # the combine weight of the expert for this patch
+    image: int  # its index in the data set
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A codebook and some of the tokens around its codes.
+    """A codebook and some of the tokens around its codes."""
 
-    Args:
-        codes: (M, D).
-        usage: (M,), share of tokens per code, sums to 1.
-        tokens: (S, D), a sample of the tokens of all images, as they are compared with the codes.
-        indices: (S,) int64, the codes of the sampled tokens.
-    """
-
-    codes: Tensor
-    usage: Tensor
-    tokens: Tensor
-    indices: Tensor
+    codes: Tensor  # (M, D)
+    usage: Tensor  # (M,), share of tokens per code, sums to 1
+    tokens: Tensor  # (S, D), a sample of all tokens, as they are compared with the codes
+    indices: Tensor  # (S,) int64, the codes of the sampled tokens
 
 
 @dataclass(frozen=True)
@@ -46,68 +33,42 @@ class LayerSurvey:
 
     A decider is what chooses experts in a layer, by its module name inside the layer: 'router',
     'quantizer.codebook'. SoftMoE has none, but slots.
-
-    Args:
-        num_experts: E.
-        numbers: Scalar measures by name, such as 'router/load_entropy'.
-        load: By decider, or 'slots': (E,), sums to 1.
-        expert_by_class: By decider: (E, C), how many tokens of a class an expert took as their
-            first; {} without labels.
-        similarity: 'weights' and 'outputs': (E, E) cosine similarity of the experts.
-        confident: By decider and expert: the patches with the largest weights, largest first.
-        codebook: Of the layer, None where it has none.
     """
 
-    num_experts: int
-    numbers: dict[str, float]
-    load: dict[str, Tensor]
+    num_experts: int  # E
+    numbers: dict[str, float]  # measures by name, such as 'router/load_entropy'
+    load: dict[str, Tensor]  # by decider, or 'slots': (E,), sums to 1
+    # by decider: (E, C), how many tokens of a class an expert took as their first; {} if unlabelled
     expert_by_class: dict[str, Tensor]
-    similarity: dict[str, Tensor]
-    confident: dict[str, list[list[Patch]]]
-    codebook: Codes | None
+    similarity: dict[str, Tensor]  # 'weights' and 'outputs': (E, E), cosine of the experts
+    confident: dict[str, list[list[Patch]]]  # by decider and expert, the largest weights first
+    codebook: Codes | None  # None where the layer has none
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what every layer does with its patches.
-
-    Args:
-        name: Of the picture.
-        image: (3, H, W) in [0, 1].
-        experts: 'blocks.1.mlp.router': (rows, columns) int64, the first expert, -1 for none.
-        codes: 'blocks.1.mlp.quantizer.codebook': (rows, columns) int64.
-        gates: 'blocks.1.mlp': (rows, columns), share of the continuous branch.
-        slots: 'blocks.1.mlp': (E, rows, columns), SoftMoE's dispatch weights, summed over the slots
-            of an expert.
-    """
+    """One picture and what every layer does with its patches."""
 
     name: str
-    image: Tensor
+    image: Tensor  # (3, H, W) in [0, 1]
+    # 'blocks.1.mlp.router': (rows, columns) int64, the first expert, -1 for none
     experts: dict[str, Tensor]
-    codes: dict[str, Tensor]
-    gates: dict[str, Tensor]
+    codes: dict[str, Tensor]  # 'blocks.1.mlp.quantizer.codebook': (rows, columns) int64
+    gates: dict[str, Tensor]  # 'blocks.1.mlp': (rows, columns), share of the continuous branch
+    # 'blocks.1.mlp': (E, rows, columns), SoftMoE's dispatch weights, summed over slots of an expert
     slots: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was seen of a model over a data set.
+    """What was seen of a model over a data set."""
 
-    Args:
-        title: Says which model or checkpoint.
-        images: How many were looked at.
-        classes: Names by index, None without labels.
-        layers: By name, such as 'blocks.1.mlp'.
-        examples: The first pictures.
-        shifts: By shift and severity, such as 'gaussian_noise 3', and by decider, such as
-            'blocks.1.mlp.router': share of tokens whose first expert changes; {} if not asked for.
-    """
-
-    title: str
-    images: int
-    classes: list[str] | None
-    layers: dict[str, LayerSurvey]
-    examples: list[Example]
+    title: str  # says which model or checkpoint
+    images: int  # how many were looked at
+    classes: list[str] | None  # names by index, None without labels
+    layers: dict[str, LayerSurvey]  # by name, such as 'blocks.1.mlp'
+    examples: list[Example]  # the first pictures
+    # by 'gaussian_noise 3' and 'blocks.1.mlp.router': share of tokens whose first expert changes
     shifts: dict[str, dict[str, float]]
 
     def numbers(self) -> dict[str, Any]:

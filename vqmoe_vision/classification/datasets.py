@@ -15,10 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
-from vqmoe_vision.engine.digits import DIGITS, digit_scans
-from vqmoe_vision.engine.images import opened, read_rgb
+from vqmoe_vision.engine.images import DIGITS, TrainingPart, digit_scans, opened, read_rgb
 from vqmoe_vision.engine.seeding import seed_sample
-from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.models.normalization import Normalization
 
 from .splits import check_split, long_tail, split_indices, train_counts

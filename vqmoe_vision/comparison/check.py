@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ TOLERANCE = 1e-3  # relative: another processor rounds differently
 
 def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     """Trains for as many iterations as a row keeps losses of, and compares them."""
-    _require_sources(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = run.train(folder, 'default_hooks.record.only_first=True')
@@ -42,31 +40,16 @@ def repeat(run: Run, content: dict[str, Any]) -> dict[str, Any]:
     return {'commit': commit(), **found}
 
 
-def _require_sources(run: Run) -> None:
-    for first, checkpoint in run.sources.values():
-        if checkpoint.is_file():
-            continue
-        train = shlex.join(first.train(first.folder))
-        raise ValueError(
-            f'{run.name} cannot be repeated: it starts from {checkpoint}, which is not there; '
-            f'first: {train}'
-        )
-
-
 def compared(losses: Sequence[float], kept: Sequence[float], name: str) -> dict[str, Any]:
     """Whether losses came out again; those that are no number never did."""
     if len(losses) != len(kept):
         raise ValueError(f'{name}: its row has {len(kept)} first losses, today has {len(losses)}')
-    off = [_distance(now, then) for now, then in zip(losses, kept, strict=True)]
-    worst = max(range(len(off)), key=off.__getitem__)
+    pairs = zip(losses, kept, strict=True)
+    off = [abs(now - then) / (abs(then) or 1) for now, then in pairs]
+    off = [math.inf if math.isnan(distance) else distance for distance in off]
+    worst = off.index(max(off))
     return {
-        'equal': all(distance <= TOLERANCE for distance in off),
+        'equal': max(off) <= TOLERANCE,
         'finding': f'loss {worst + 1} is {losses[worst]:.6g}, was {kept[worst]:.6g}',
-        'largest_relative_difference': off[worst] if math.isfinite(off[worst]) else None,
+        'largest_relative_difference': max(off) if math.isfinite(max(off)) else None,
     }
-
-
-def _distance(now: float, then: float) -> float:
-    """Relative, and infinite where either is no number: nan would pass every comparison by."""
-    distance = abs(now - then) / abs(then) if then else abs(now - then)
-    return math.inf if math.isnan(distance) else distance

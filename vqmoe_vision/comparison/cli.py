@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,12 +25,12 @@ from . import control
 from .check import repeat
 from .figures import plot_forest
 from .frame import contrasts, forest, tidy
-from .measured import measure_routing, measure_shifts
+from .measured import check_shifts, measure_routing, measure_shifts
 from .queue import Queue, tasks_of
-from .report import draw_figures, write_images, write_tables
+from .report import draw_figures, write_tables
 from .runs import WORK_DIR, Run
-from .store import save
-from .work import Work
+from .spec import read_comparison
+from .store import Results, Store, Usable, leave_out_other_inputs, noise_of, save
 
 FOREST = Path('work_dirs/comparisons/forest.png')
 FIGURE = Path('work_dirs/control/control.png')
@@ -38,129 +39,98 @@ FIGURE = Path('work_dirs/control/control.png')
 def compare(argv: Sequence[str] | None = None) -> None:
     """Compares rows of options over seeds."""
     parser = argparse.ArgumentParser(description='Compare models over seeds.')
-    actions = parser.add_subparsers(required=True, metavar='ACTION')
+    actions = parser.add_subparsers(required=True, metavar='ACTION', dest='action')
     for action, (function, text) in _ACTIONS.items():
         one = actions.add_parser(action, help=text, description=text)
-        one.set_defaults(function=function)
-        one.add_argument('spec', help='file in configs/comparisons, or a config that trains')
-        if action == 'table':  # p is corrected for all rows, whatever is looked at
-            one.set_defaults(rows=None, seeds=None)
-        else:
-            one.add_argument('--rows', nargs='+', metavar='ROW', help='only these')
-            one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
-        one.add_argument('--work-dir', type=Path, default=WORK_DIR, help='for runs')
-        one.add_argument(
-            '--results', type=Path, default=Path('docs/results'), help='for rows and tables'
-        )
+        # of a table p is corrected for all rows, whatever is looked at
+        one.set_defaults(function=function, rows=None, seeds=None, work_dir=WORK_DIR)
+        for name, of, options in _ARGUMENTS:
+            if action in of.split():
+                one.add_argument(name, **options)
         one.add_argument('--debug', action='store_true', help='show the full trace of an error')
-        if action == 'run':
-            one.add_argument('--jobs', type=int, help='at a time (default: one, or one per GPU)')
-        if action == 'table':
-            one.add_argument(
-                '--images', type=Path, metavar='FOLDER', help='write what documents show of it here'
-            )
-        if action == 'check':
-            one.add_argument('--sample', type=int, metavar='N', help='only N rows, drawn at random')
-    text = 'draw contrasts of several comparisons, and what they say together'
-    one = actions.add_parser('forest', help=text, description=text)
-    one.set_defaults(function=_forest, rows=None, seeds=None, work_dir=WORK_DIR)
-    one.add_argument('specs', nargs='+', metavar='SPEC', help='files in configs/comparisons')
-    one.add_argument('--results', type=Path, default=Path('docs/results'), help='for rows')
-    one.add_argument('--out', type=Path, default=FOREST, metavar='FILE.png', help='figure')
-    one.add_argument('--debug', action='store_true', help='show the full trace of an error')
-    text = 'see which router finds which structure, in tokens with a known answer'
-    one = actions.add_parser('control', help=text, description=text)
-    one.set_defaults(function=_control)
-    one.add_argument('--quick', action='store_true', help='two separations and one seed')
-    one.add_argument('--separation', nargs='+', type=float, metavar='S', help='only these')
-    one.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='only these')
-    text = "only these, with other options as in 'NAME top_k=1'"
-    one.add_argument('--methods', nargs='+', default=[], metavar='ROW', help=text)
-    one.add_argument('--out', type=Path, metavar='FILE.json', help='scores; the figure beside it')
-    one.add_argument('--debug', action='store_true', help='show the full trace of an error')
     run(parser, argv, lambda args: args.function(args))
 
 
-def _require_positive(option: str, number: int | None) -> None:
-    if number is not None and number < 1:
-        raise ValueError(f'{option} {number} must be at least 1')
+class Work:
+    """The rows and seeds that an action was asked for, and what is there of them."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.comparison = read_comparison(args.spec)
+        self._all = [
+            Run(self.comparison, row, seed, args.work_dir)
+            for row, seed in self.comparison.selected()
+        ]
+        chosen = self.comparison.selected(args.rows, args.seeds)
+        self.runs = [one for one in self._all if (one.row, one.seed) in chosen]
+        for one in self.runs:  # a mistake in any of them is found before the first starts
+            one.folder  # noqa: B018
+        check_shifts(self._all[0])
+        self.folder = args.work_dir / self.comparison.name
+        self._rows = args.results / 'rows'
+        self.store = Store(self._rows / self.comparison.name)
+        start = self.comparison.start
+        self._others = [] if start is None else [Store(self._rows / start.comparison.name)]
 
-def _refuse_mistakes(runs: Sequence[Run]) -> None:
-    """Builds the model of each row, before the first run."""
-    first: dict[tuple[str, str], Run] = {}
-    for one in runs:
-        first.setdefault((one.comparison.name, one.row), one)
-    for config in dict.fromkeys(one.comparison.config for one in runs):
-        load_config(config)  # imports the modules that it names
-    for one in first.values():
-        one.build()
+    def read(self) -> Results:
+        """What is there of the whole comparison, with a line for all that is left out."""
+        results = self.store.read(self._all)
+        if others := self.store.unnamed(self._all):
+            results.left_out[', '.join(others)] = 'the comparison names no such row or seed'
+        # what was trained in the same way for the comparison that rows start from counts here too
+        for other in self._others:
+            results.usable.update(other.read(results.missing).usable)
+        self._stored = set(results.usable)  # one of other inputs would end as it did
+        leave_out_other_inputs(results, self._all)
+        for name, reason in results.left_out.items():
+            print(f'left out: {name}: {reason}', file=sys.stderr)
+        results.missing = [r for r in results.missing if (r.row, r.seed) not in self._stored]
+        results.noise = noise_of(self._rows, results.usable)
+        return results
+
+    def unfinished(self) -> list[Run]:
+        """The chosen runs without results."""
+        self.read()
+        return [run for run in self.runs if (run.row, run.seed) not in self._stored]
+
+    def own(self, what: str, refuted: bool = False) -> Usable:
+        """What counts of its own rows, which is to be done something with."""
+        results = self.store.read(self.runs, refuted)
+        if not results.usable:
+            name = self.comparison.name
+            raise ValueError(f'no run of {name} can be {what}{results.why_none}')
+        make_folder(self.store.folder)
+        return results.usable
 
 
 def _run(args: argparse.Namespace) -> None:
-    _require_positive('--jobs', args.jobs)
+    check(args.jobs is None or args.jobs > 0, '--jobs', args.jobs, 'at least 1')
     work = Work(args)
     waiting = work.unfinished()
     print(f'{len(work.runs) - len(waiting)} of {len(work.runs)} runs are there already')
     tasks = tasks_of(waiting, work.store)
-    _refuse_mistakes([task.run for task in tasks])
+    # the model of each row is built before the first run
+    first = {(task.run.comparison.name, task.run.row): task.run for task in reversed(tasks)}
+    for config in {one.comparison.config for one in first.values()}:
+        load_config(config)  # imports the modules that it names
+    for one in reversed(first.values()):
+        one.build()
     if sources := [task.name for task in tasks if task.leaves is not None]:
         print(f'{len(sources)} runs that others start from come first: {", ".join(sources)}')
     # a seed of all rows before the next; in it what others start from is the first
     tasks.sort(key=lambda task: work.comparison.seeds.index(task.run.seed))
-    queue = Queue(tasks, args.jobs, work.folder / 'PAUSE')
     try:
-        failed = queue.work()
+        failed = Queue(tasks, args.jobs, work.folder / 'PAUSE').work()
     except KeyboardInterrupt:
         raise ValueError('stopped; the same command goes on from the last checkpoints') from None
     if failed:
         raise ValueError(f'{len(failed)} of {len(tasks)} runs failed: {", ".join(failed)}')
 
 
-def _list(args: argparse.Namespace) -> None:
-    tasks = Work(args).current()
-    _refuse_mistakes([task.run for task in tasks])
-    for task in tasks:
-        print(task.line())
-    held = [
-        task.name
-        for task in tasks
-        if not all(file.is_file() for _, file in task.run.sources.values())
-    ]
-    if held:
-        count = sum(task.leaves is not None for task in tasks)
-        print(
-            f'the first {count} lines leave the checkpoints that others start from; '
-            f'let them end before the lines of {", ".join(held)}',
-            file=sys.stderr,
-        )
-
-
-def _collect(args: argparse.Namespace) -> None:
-    work = Work(args)
-    waiting = [task for task in work.current() if task.row]
-    for folder in dict.fromkeys(task.store.folder for task in waiting):
-        make_folder(folder)
-    found, damaged = 0, []
-    for task in waiting:
-        try:
-            found += task.collect()
-        except ValueError as error:
-            damaged.append(task.name)
-            print(f'left out: {task.name}: {error}', file=sys.stderr)
-    unfinished = len(waiting) - found - len(damaged)
-    print(f'{found} runs collected, {unfinished} are not finished')
-    if damaged:
-        raise ValueError(f'results of {len(damaged)} runs are damaged: {", ".join(damaged)}')
-
-
 def _table(args: argparse.Namespace) -> None:
     work = Work(args)
     made = work.comparison, work.read()
     folder = args.results / 'tables'
-    written = [*write_tables(*made, folder), *draw_figures(*made, folder)]
-    if args.images is not None:
-        written += write_images(*made, args.images)
+    written = write_tables(*made, folder) + draw_figures(*made, folder, args.images)
     print(*written, sep='\n')
 
 
@@ -182,31 +152,22 @@ def _forest(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _shifts(args: argparse.Namespace) -> None:
+def _measure(args: argparse.Namespace) -> None:
     work = Work(args)
-    if not work.comparison.shifts:
+    if args.action == 'shifts' and not work.comparison.shifts:
         raise ValueError(f'{args.spec}: shifts names none')
-    store, _ = work.own('tested')
-    _say_absent(measure_shifts(work.runs, store))
-
-
-def _routing(args: argparse.Namespace) -> None:
-    work = Work(args)
     if not work.comparison.tested:
         raise ValueError(f"{args.spec}: routing is measured on test data, which stage='dev' spares")
-    store, _ = work.own('measured')
-    _say_absent(measure_routing(work.runs, store))
-
-
-def _say_absent(names: list[str]) -> None:
-    if names:
+    work.own('measured')
+    measure = measure_shifts if args.action == 'shifts' else measure_routing
+    if names := measure(work.runs, work.store):
         print(f'no checkpoint is here of the training of: {", ".join(names)}')
 
 
 def _check(args: argparse.Namespace) -> None:
     work = Work(args)
-    _require_positive('--sample', args.sample)
-    _, usable = work.own('checked', refuted=True)
+    check(args.sample is None or args.sample > 0, '--sample', args.sample, 'at least 1')
+    usable = work.own('checked', refuted=True)
     runs = [one for one in work.runs if (one.row, one.seed) in usable]
     if args.sample is not None:
         runs = random.sample(runs, min(args.sample, len(runs)))
@@ -224,24 +185,18 @@ def _check(args: argparse.Namespace) -> None:
             tqdm.write(f'{one.name} is stale: {finding["finding"]}')
     came = len(runs) - len(wrong) - len(unknown)
     print(f'the first losses of {came} of {len(runs)} rows came out again')
-    found = {'are stale': wrong, 'cannot be repeated': unknown}
-    if wrong or unknown:
-        raise ValueError(
-            '; '.join(
-                f'{len(names)} rows {what}: {", ".join(names)}'
-                for what, names in found.items()
-                if names
-            )
-        )
+    if wrong:
+        raise ValueError(f'{len(wrong)} rows are stale: {", ".join(wrong)}')
+    if unknown:
+        raise ValueError(f'{len(unknown)} rows cannot be repeated: {", ".join(unknown)}')
 
 
 def _control(args: argparse.Namespace) -> None:
     separations = args.separation or control.SEPARATIONS[args.quick]
     seeds = args.seeds or control.SEEDS[args.quick]
-    for separation in separations:
-        check(0 < separation < math.inf, '--separation', separation, 'above 0 and finite')
-    for seed in seeds:
-        check(0 <= seed < 2**63, '--seeds', seed, 'at least 0 and below 2**63')
+    valid = all(0 < separation < math.inf for separation in separations)
+    check(valid, '--separation', separations, 'above 0 and finite')
+    check(all(0 <= seed < 2**63 for seed in seeds), '--seeds', seeds, 'from 0 to 2**63 - 1')
     rows, out = control.find_rows(args.methods), args.out or FIGURE
     make_folder(out.parent)  # before the work
     torch.set_num_threads(1)  # more would wait for one another in layers of this size
@@ -260,10 +215,33 @@ def _control(args: argparse.Namespace) -> None:
 
 _ACTIONS = {
     'run': (_run, 'work through all runs that have no results yet'),
-    'list': (_list, 'print the commands of those runs, one a line, for a scheduler'),
-    'collect': (_collect, 'take up the results of runs that a scheduler has finished'),
     'table': (_table, 'make tables and learning curves from the results'),
-    'shifts': (_shifts, 'test finished runs under the shifts that the comparison names'),
-    'routing': (_routing, 'measure what the routing of finished runs is like'),
+    'shifts': (_measure, 'test finished runs under the shifts that the comparison names'),
+    'routing': (_measure, 'measure what the routing of finished runs is like'),
     'check': (_check, 'repeat the first losses of runs that have results'),
+    'forest': (_forest, 'draw contrasts of several comparisons, and what they say together'),
+    'control': (_control, 'see which router finds which structure, in tokens of known clusters'),
 }
+_RUNS: Any = {'type': Path, 'default': WORK_DIR, 'help': 'for runs'}
+_RESULTS: Any = {'type': Path, 'default': Path('docs/results'), 'help': 'for rows and tables'}
+# arguments, the actions that take them, and what argparse is told
+_ARGUMENTS: list[tuple[str, str, Any]] = [
+    (
+        'spec',
+        'run table shifts routing check',
+        {'help': 'file in configs/comparisons, or a config'},
+    ),
+    ('specs', 'forest', {'nargs': '+', 'metavar': 'SPEC', 'help': 'files in configs/comparisons'}),
+    ('--rows', 'run shifts routing check', {'nargs': '+', 'metavar': 'ROW', 'help': 'only these'}),
+    ('--separation', 'control', {'nargs': '+', 'type': float, 'metavar': 'S'}),
+    ('--seeds', 'run shifts routing check control', {'nargs': '+', 'type': int, 'metavar': 'SEED'}),
+    ('--methods', 'control', {'nargs': '+', 'default': [], 'metavar': 'ROW', 'help': 'only these'}),
+    ('--quick', 'control', {'action': 'store_true', 'help': 'two separations and one seed'}),
+    ('--work-dir', 'run table shifts routing check', _RUNS),
+    ('--results', 'run table shifts routing check forest', _RESULTS),
+    ('--jobs', 'run', {'type': int, 'help': 'at a time (default: one, or one per GPU)'}),
+    ('--images', 'table', {'type': Path, 'help': 'folder for what documents show of it'}),
+    ('--sample', 'check', {'type': int, 'metavar': 'N', 'help': 'only N rows, drawn at random'}),
+    ('--out', 'forest', {'type': Path, 'default': FOREST, 'metavar': 'FILE.png'}),
+    ('--out', 'control', {'type': Path, 'metavar': 'FILE.json', 'help': 'scores; a figure beside'}),
+]

@@ -11,11 +11,10 @@ Legend: B images, N tokens per image, D width, C clusters, L labels.
 from __future__ import annotations
 
 import math
-import sys
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from vqmoe_vision.analysis.drawing import styled
 from vqmoe_vision.analysis.measures import mutual_information
 from vqmoe_vision.analysis.record import evaluating, record_layers
-from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.moe import METHODS, collect_losses, moe_layers, start_training
 from vqmoe_vision.moe.config import MoeConfig, check
 from vqmoe_vision.moe.experts import Experts
@@ -43,20 +41,12 @@ from vqmoe_vision.moe.routing import Router, Routing
 from .figures import colour_of, marker_of
 
 WIDTH, INFORMATIVE = 64, 16  # channels of a token, and of the nuisance those that labels go by
-LABELS = 4
+CLUSTERS, LABELS = 8, 4
 PIXELS, GRID = 4, 4  # a token is a patch of 4 x 4 pixels and 4 channels, an image has 4 x 4 of them
 IMAGES, TOKENS = 64, GRID**2  # of a batch, of an image
 HIDDEN = 32  # of an expert
 STEPS, LEARNING_RATE, TESTED = 400, 2e-3, 16  # the last is in batches
 SEPARATIONS, SEEDS = ((0.5, 1.0, 1.5, 2.0, 3.0), (1.0, 3.0)), ((1, 2, 3), (1,))  # and quick ones
-_TITLES = {
-    'oracle': 'oracle: experts by cluster',
-    'frozen': 'router frozen at random',
-    'position': 'experts by position',
-    'random': 'experts drawn anew',
-    'dense_2x': 'dense, compute of two',
-    'dense_1x': 'dense, compute of one',
-}
 _LINES = ('-', '--', ':', '-.', (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))
 
 
@@ -65,11 +55,6 @@ class Structure:
     """What there is to find in tokens."""
 
     separation: float = 3.0  # s, over the deviation of the nuisance
-    clusters: int = 8
-    imbalance: float = 1.0  # size of the largest cluster over that of the smallest
-    correlation: float = 0.0  # cosine of the directions of two clusters
-    alike: float = 0.0  # chance that a token is of the cluster of its image, not of one of its own
-    nuisance: float = 1.0  # deviation of z in a channel
     seed: int = 1  # of everything that is drawn
 
 
@@ -77,23 +62,20 @@ class Source:
     """Draws batches of a structure, the same for all rows, whatever these draw."""
 
     def __init__(self, structure: Structure) -> None:
-        self.structure, clusters = structure, structure.clusters
+        self.structure = structure
         self.generator = torch.Generator().manual_seed(structure.seed)
         self.normal = partial(torch.randn, generator=self.generator)
         basis = torch.linalg.qr(self.normal(WIDTH, WIDTH))[0].t()
-        cosines = torch.full((clusters, clusters), structure.correlation).fill_diagonal_(1)
-        self.directions = torch.linalg.cholesky(cosines) @ basis[:clusters]  # (C, D)
-        self.others = basis[clusters:]  # of the nuisance, (D - C, D)
-        matrices = self.normal(clusters, LABELS, INFORMATIVE)
+        self.directions, self.others = basis[:CLUSTERS], basis[CLUSTERS:]  # (C, D), (D - C, D)
+        matrices = self.normal(CLUSTERS, LABELS, INFORMATIVE)
         self.matrices = matrices - matrices.mean(dim=0)
-        self.sizes = structure.imbalance ** -torch.linspace(0, 1, clusters)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), and the cluster and the label of each, (B, N) int64."""
-        of_token, of_image = self._clusters(TOKENS), self._clusters(1)
-        alike = torch.rand(of_token.shape, generator=self.generator) < self.structure.alike
-        clusters = torch.where(alike, of_image, of_token)
-        nuisance = self.structure.nuisance * self.normal(IMAGES, TOKENS, len(self.others))
+        clusters = self._clusters(TOKENS)
+        # not used since all tokens of an image are of clusters of their own, but scores are of it
+        self._clusters(1), torch.rand(clusters.shape, generator=self.generator)
+        nuisance = self.normal(IMAGES, TOKENS, len(self.others))
         tokens = self.structure.separation * self.directions[clusters] + nuisance @ self.others
         # what each cluster would answer, (B, N, C, L): cheaper than a matrix for each token
         answers = torch.einsum('bni,kli->bnkl', nuisance[..., :INFORMATIVE], self.matrices)
@@ -101,7 +83,7 @@ class Source:
         return tokens, clusters, labels
 
     def _clusters(self, number: int) -> Tensor:
-        drawn = self.sizes.multinomial(IMAGES * number, True, generator=self.generator)
+        drawn = torch.ones(CLUSTERS).multinomial(IMAGES * number, True, generator=self.generator)
         return drawn.view(IMAGES, number)
 
 
@@ -110,19 +92,14 @@ class Row:
     """One layer that is trained and scored."""
 
     name: str
-    title: str
     method: str  # key of METHODS, or of what else there is
-    options: Mapping[str, Any]
-    usual: bool = False  # the form that rows of comparisons have, or the discrete one
-    form: str = ''  # what it would be called if it were no control
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = 'control'  # or 'usual', the form that rows of comparisons have, or another 'form'
 
     @property
     def config(self) -> MoeConfig:
         """Options of its method in full."""
-        kind = _TABLE[self.method].config
-        unknown = sorted(self.options.keys() - kind.option_names())
-        check(not unknown, '--methods', self.name, f'there are no options {unknown}')
-        return kind.from_options(**self.options)
+        return _TABLE[self.method].config.from_options(**self.options)
 
 
 @dataclass(frozen=True)
@@ -139,49 +116,36 @@ class Score:
 
 def all_rows() -> dict[str, Row]:
     """By name: every method in its usual form, its discrete one and its presets; and controls."""
-    found, controls = {'oracle': Row('oracle', _TITLES['oracle'], 'oracle', {})}, dict[str, Row]()
+    found, controls = {'oracle': Row('oracle', 'oracle')}, dict[str, Row]()
     for row in chain.from_iterable(map(_forms, METHODS)):
         if row.config.learns_routing:
             found[row.name] = row
             continue
         name = 'frozen' if Bed(row).layer.permutation_equivariant else 'position'
-        if name not in controls:
-            row = replace(row, name=name, title=_TITLES[name], usual=False)
-        controls[row.name] = row
-    return found | controls | {name: Row(name, _TITLES[name], name, {}) for name in _CONTROLS}
+        row = replace(row, name=row.name if name in controls else name)
+        controls[row.name] = replace(row, kind='form' if row.name != name else 'control')
+    return found | controls | {name: Row(name, name) for name in _CONTROLS}
 
 
 def find_rows(names: Sequence[str]) -> list[Row]:
-    """Rows by what a user calls them; all of them if there is no name."""
-    rows, found = all_rows(), dict[str, Row]()
-    known = {row.form: row for row in rows.values() if row.form} | rows
-    for text in names:
-        name, *words = text.split() or ['']
-        check(name in known, '--methods', name, f'one of {", ".join(rows)}')
-        row = known[name]
-        if words:
-            options = {**row.options, **parse_options(words)}
-            row = Row(text, text, row.method, options)
-            Bed(row)  # refuses what is impossible
-        found[row.name] = row
-    return list((found or rows).values())
+    """Rows by their names; all of them if there is no name."""
+    rows = all_rows()
+    for name in names:
+        check(name in rows, '--methods', name, f'one of {", ".join(rows)}')
+    return [rows[name] for name in dict.fromkeys(names or rows)]
 
 
 def _forms(method: str) -> Iterator[Row]:
     presets = METHODS[method].config.PRESETS
-    # modules of methods begin with the name and a colon
-    title = (sys.modules[METHODS[method].config.__module__].__doc__ or method).partition(':')[0]
     usual = {'preset': 'matched'} if 'matched' in presets else {}
-    first = Row(method, title, method, usual, usual=True, form=method)
-    discrete = {}
+    first = Row(method, method, usual, 'usual')
+    forms = {name: {'preset': name} for name in presets}
     with suppress(ValueError):  # of a layer without such a form
-        discrete = Bed(first).layer.to_discrete()
-    forms = {'discrete': {**usual, **discrete}, **{name: {'preset': name} for name in presets}}
+        forms = {'discrete': {**usual, **Bed(first).layer.to_discrete()}} | forms
     seen = [first.config]
     yield first
     for form, options in forms.items():
-        name = f'{method}_{form}'
-        row = Row(name, f'{title}, {form}', method, options, form == 'discrete', name)
+        row = Row(f'{method}_{form}', method, options, 'usual' if form == 'discrete' else 'form')
         if row.config not in seen:
             seen.append(row.config)
             yield row
@@ -289,7 +253,7 @@ def score(row: Row, structure: Structure, steps: int = STEPS) -> Score:
             for record in records.values():
                 for name, experts in record.experts.items():
                     # -1, of no expert, is the last row, which does not count
-                    met = torch.zeros(record.num_experts + 1, structure.clusters)
+                    met = torch.zeros(record.num_experts + 1, CLUSTERS)
                     places, one = (experts[..., 0], clusters), torch.ones(())
                     counts[name] = counts.get(name, 0) + met.index_put_(places, one, True)
     deciders = {name: mutual_information(met[:-1]) for name, met in counts.items()}
@@ -321,9 +285,8 @@ def plot_control(scores: Sequence[Score]) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     rows, places = all_rows(), defaultdict[str, Any](count)
     for name in dict.fromkeys(frame.row):
-        row = rows.get(name)
-        kind = 'control' if name in _TITLES else 'form' if row and not row.usual else 'usual'
-        place, style = next(places[kind]), dict[str, Any](label=row.title if row else name)
+        kind = rows[name].kind
+        place, style = next(places[kind]), dict[str, Any](label=name)
         if kind == 'control':
             style |= {'color': 'black', 'linestyle': _LINES[place % 6]}
         elif kind == 'form':
@@ -334,7 +297,7 @@ def plot_control(scores: Sequence[Score]) -> Figure:
         upper.plot(of_row.index, of_row.accuracy, **style)
         lower.plot(of_row.index, of_row.information, **style)
     upper.axhline(100 / LABELS, label='chance', color='0.5', linewidth=1)
-    lower.axhline(math.log(Structure.clusters), color='0.5', linewidth=1)
+    lower.axhline(math.log(CLUSTERS), color='0.5', linewidth=1)
     upper.set(title='right labels of new tokens, % (grey: other forms)', ylim=(20, 100))
     lower.set(title='what a choice tells of the cluster, nats (line: all there is)')
     lower.set(xlabel='separation of clusters, over the deviation of the nuisance')

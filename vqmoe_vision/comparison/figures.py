@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -15,7 +14,7 @@ from matplotlib.lines import Line2D
 from vqmoe_vision.models.create import STARTS
 
 from .spec import STARTED, Comparison
-from .statistics import Difference, mean_and_deviation
+from .statistics import Difference
 from .store import Usable
 
 TOGETHER = 'together'  # in place of a comparison's name
@@ -123,29 +122,22 @@ def curve_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def _draw(axes: Axes, row: str, style: dict[str, Any] | None, curves: Iterable[Curve]) -> None:
-    points: dict[float, list[float]] = {}
-    for curve in curves:
-        for step, value in {step: value for step, value in curve}.items():
-            points.setdefault(step, []).append(value)
-    steps = sorted(points)
-    mean, deviation = np.transpose([mean_and_deviation(points[step]) for step in steps])
+    # a resumed run may have recorded a step twice
+    by_step = pd.concat([pd.Series(dict(curve)) for curve in curves if curve]).groupby(level=0)
+    mean, deviation, count = by_step.mean(), by_step.std().fillna(0), by_step.size()
+    steps = mean.index
     marker = 'o' if len(steps) < 15 else None  # a point alone would be invisible
     if style is None:  # matplotlib's legend leaves out what begins with an underscore
         axes.plot(steps, mean, label=f'_{row}', marker=marker, markersize=1.5, **_OTHERS)
         return
-    label = f'{row} ({len(points[steps[-1]])})'
+    label = f'{row} ({count.iloc[-1]})'
     axes.plot(steps, mean, label=label, marker=marker, markersize=3, **style)
     band = {'color': style['color'], 'alpha': 0.15, 'lw': 0}
     axes.fill_between(steps, mean - deviation, mean + deviation, **band)
 
 
 def plot_forest(frame: pd.DataFrame, margin: float | None) -> Figure:
-    """Draws contrasts of comparisons, a panel each, with what they say together as a diamond.
-
-    Args:
-        frame: A line each of contrast, comparison or `TOGETHER`, difference, low and high.
-        margin: Drawn as a band.
-    """
+    """Draws contrasts of `forest`, a panel each, with what they say together as a diamond."""
     panels = dict(tuple(frame.groupby('contrast', sort=False)))
     names = [name for name in dict.fromkeys(frame['comparison']) if name != TOGETHER]
     size = 1.5 + 4 * len(panels), 1.6 + 0.35 * len(names)

@@ -1,4 +1,4 @@
-"""All numbers of a comparison as one tidy frame, and the summary of each row by it."""
+"""Numbers of a comparison as one tidy frame, and the summary of each row by it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from .statistics import (
 from .store import Results
 
 UNEQUAL = 0.05  # share of the reference's compute
-TEST, HELD_OUT, RUN, ROUTING = 'test', 'held out', 'run', 'routing'  # splits beside the shifts
+TEST, HELD_OUT, ROUTING = 'test', 'held out', 'routing'  # splits beside the shifts
 LEFT = 'left, %'  # of a run's own score, under a shift
+_UNKNOWN = (math.nan, math.nan)
 LAYERS = {
     'unused_experts': 'load_unused',
     'load_perplexity': 'load_perplexity',
@@ -40,7 +41,7 @@ LAYERS = {
 
 
 def tidy(comparison: Comparison, results: Results) -> pd.DataFrame:
-    """Every number of every run: a line each of row, seed, split, name and value."""
+    """What tests gave of every run: a line each of row, seed, split, name and value."""
     lines = [
         (row, seed, split, name, value)
         for row in comparison.rows
@@ -57,8 +58,6 @@ def _numbers(comparison: Comparison, content: dict[str, Any]) -> Iterator[tuple[
     last, score = (content['held_out'] or [(None, math.nan)])[-1]
     if comparison.tested and last == content['iterations']:  # the checkpoint that is tested
         yield HELD_OUT, metric, score
-    for name in ('params', 'active_params', 'macs', 'images', 'minutes', 'cpu_minutes'):
-        yield RUN, name, content[name]
     for shift, score in shift_scores(comparison, content).items():
         yield shift, metric, score
         if test[metric]:
@@ -147,37 +146,34 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
     scores = scores_of(values, TEST, comparison.metric)
     if not scores:
         raise ValueError(f'no run of {comparison.name} can be used{results.why_none}')
-    of = {row: [c for (own, _), c in results.usable.items() if own == row] for row in scores}
-    frame = pd.DataFrame(index=[*scores])
-    frame['seeds'] = [len(of[row]) for row in scores]
-    frame['score'] = [pd.Series(scores[row]).mean() for row in scores]
-    frame['std'] = [pd.Series(scores[row]).std() for row in scores]
     found, held_out = compared(comparison, values), compared(comparison, values, HELD_OUT)
     of_held_out = ('mean', 'low', 'high') if held_out else ()
-    columns = [
-        _fields(found.get(row), 'pairs', 'mean', 'low', 'high', 'p', 'std', 'freedom')
-        | _fields(_known(found.get(row), results), 'low', 'high', 'p', prefix='pooled_')
-        | _fields(held_out.get(row), *of_held_out, prefix='held_out_')
-        for row in scores
-    ]
-    more = pd.DataFrame(columns, index=frame.index).rename(columns={'std': 'difference_std'})
-    frame = frame.join(more)
-    images = _over_images(comparison, results)
-    for place, column in enumerate(('images_low', 'images_high')):
-        frame[column] = [images.get(row, (math.nan, math.nan))[place] for row in scores]
-    for name in ('params', 'active_params', 'macs', 'images'):
-        frame[name] = [
-            int(next(iter(scores_of(values, RUN, name)[row].values()))) for row in scores
-        ]
-    clock = {row: 'cpu_minutes' if of[row][0]['device'] == 'cpu' else 'minutes' for row in scores}
-    for row, kind in clock.items():  # times of different machines are no mean
-        one = len({c['hardware'] for c in of[row]}) == 1
-        minutes = pd.Series(scores_of(values, RUN, kind)[row]).mean()
-        frame.loc[row, 'minutes'] = minutes if one else math.nan
-    for column, name in LAYERS.items():
-        frame[column] = of_layers(values, TEST, name, frame.index)
-    for name in ('device', 'hardware', 'commit'):
-        frame[name] = [', '.join(sorted({c[name] for c in of[row]})) for row in scores]
+    images, lines = _over_images(comparison, results), {}
+    for row, of_row in scores.items():
+        own, score = found.get(row), pd.Series(of_row)
+        contents = [c for (name, _), c in results.usable.items() if name == row]
+        first = contents[0]
+        clock = 'cpu_minutes' if first['device'] == 'cpu' else 'minutes'
+        # times of different machines are no mean
+        one = len({c['hardware'] for c in contents}) == 1
+        lines[row] = {
+            **{'seeds': len(contents), 'score': score.mean(), 'std': score.std()},
+            **_fields(own, 'pairs', 'mean', 'low', 'high', 'p'),
+            **_fields(own, 'std', prefix='difference_'),
+            **_fields(own, 'freedom'),
+            **_fields(
+                own and with_noise(own, *results.noise), 'low', 'high', 'p', prefix='pooled_'
+            ),
+            **_fields(held_out.get(row), *of_held_out, prefix='held_out_'),
+            **dict(zip(('images_low', 'images_high'), images.get(row, _UNKNOWN), strict=True)),
+            **{name: first[name] for name in ('params', 'active_params', 'macs', 'images')},
+            'minutes': pd.Series([c[clock] for c in contents]).mean() if one else math.nan,
+        }
+        for name in ('device', 'hardware', 'commit'):
+            lines[row][name] = ', '.join(sorted({c[name] for c in contents}))
+    frame = pd.DataFrame.from_dict(lines, orient='index')
+    for place, (column, name) in enumerate(LAYERS.items(), frame.columns.get_loc('minutes') + 1):
+        frame.insert(place, column, of_layers(values, TEST, name, frame.index))
     for name in comparison.also:
         _add_further(frame, name, values, comparison)
     if comparison.reference in frame.index:
@@ -185,10 +181,6 @@ def summary(comparison: Comparison, results: Results, values: pd.DataFrame) -> p
         compute /= compute[comparison.reference]
         frame['unequal_compute'] = (compute - 1).abs() > UNEQUAL
     return frame
-
-
-def _known(found: Difference | None, results: Results) -> Difference | None:
-    return None if found is None else with_noise(found, *results.noise)
 
 
 def _over_images(comparison: Comparison, results: Results) -> dict[str, tuple[float, float]]:

@@ -1,9 +1,7 @@
 """What was measured of finished runs later: their scores under shifts, and how they route.
 
 Nothing is trained for it: the last checkpoints are tested again, all of them on the same images,
-which are read and changed once. docs/routing-measures.md defines the measures of routing. The
-statistics of routing under shifts are kept beside the scores: codes may be far from tokens of a
-scale that they have not seen, which is another thing than what that costs.
+which are read and changed once. docs/routing-measures.md defines the measures of routing.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,9 +51,8 @@ CORRUPTIONS = (
 
 def expanded(line: str) -> list[str]:
     """The options of each test that a shift stands for: of each corruption, if it names them."""
-    if PLACE not in line:
-        return [line]
-    return [line.replace(PLACE, name) for name in CORRUPTIONS]
+    names = CORRUPTIONS if PLACE in line else ('',)
+    return [line.replace(PLACE, name) for name in names]
 
 
 def check_shifts(run: Run) -> None:
@@ -74,12 +70,12 @@ def check_shifts(run: Run) -> None:
 
 def shift_scores(comparison: Comparison, content: Mapping[str, Any]) -> dict[str, float]:
     """The score of a row under each shift of which all tests were made as they are written."""
-    found, scores = content.get('shifts', {}), {}
-    for name, line in comparison.shifts.items():
-        values = found.get(name, {})
-        if values.keys() == set(expanded(line)):
-            scores[name] = sum(values.values()) / len(values)
-    return scores
+    found = {name: content.get('shifts', {}).get(name, {}) for name in comparison.shifts}
+    return {
+        name: sum(values.values()) / len(values)
+        for name, values in found.items()
+        if values.keys() == set(expanded(comparison.shifts[name]))
+    }
 
 
 def measure_shifts(runs: Sequence[Run], store: Store) -> list[str]:
@@ -153,8 +149,9 @@ def _routing(run: Run) -> dict[str, Any]:
         shifts=all_shifts((SEVERITY,)),
         shifted_images=SHIFTED_IMAGES,
     )
-    files = sorted(candidates(run.folder), key=_iteration)
-    # each is read once
+    # weights are verified when they are loaded
+    iterations = {p: read_content(str(p), False)['meta']['iter'] for p in candidates(run.folder)}
+    files = sorted(iterations, key=iterations.__getitem__)
     models = [model if path == last else load_trained(config, str(path)) for path in files]
     prefix = next(n for n, module in model.named_modules() if module is model.routed_model)
     names = [f'{prefix}.{name}' if prefix else name for name in layers]
@@ -173,24 +170,20 @@ def _routing(run: Run) -> dict[str, Any]:
     return rounded(found)
 
 
-def _iteration(path: Path) -> int:
-    content = read_content(str(path), verify=False)  # which is done when its weights are loaded
-    return content['meta']['iter']
-
-
 def routing_numbers(routing: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """What a table says of a run's routing, as 'decider/measure': means over layers."""
     layers = routing.get('layers', {})
     deciders = (n.rpartition('/')[0] for numbers in layers.values() for n in numbers if '/' in n)
     for decider in dict.fromkeys(deciders):
         shifts, changes = routing['shifts'], routing['changes']
+        for name, of in _MEASURES.items():
+            found = [layer[n] for layer in layers.values() if (n := of.format(decider)) in layer]
+            yield f'{decider}/{name}', float(np.mean(found)) if found else math.nan
         corrupted = [_kept(routing, decider, shifts[n]) for n in shifts if n.endswith(_CORRUPTED)]
-        measures = {name: _mean(layers, of.format(decider)) for name, of in _MEASURES.items()} | {
-            'kept since the checkpoint before': _kept(routing, decider, *changes[-1:]),
-            'kept when mirrored': _kept(routing, decider, shifts['flip']),
-            'kept when corrupted': float(np.mean(corrupted)),
-        }
-        yield from ((f'{decider}/{measure}', value) for measure, value in measures.items())
+        before = _kept(routing, decider, *changes[-1:])
+        yield f'{decider}/kept since the checkpoint before', before
+        yield f'{decider}/kept when mirrored', _kept(routing, decider, shifts['flip'])
+        yield f'{decider}/kept when corrupted', float(np.mean(corrupted))
 
 
 _CORRUPTED = f' {SEVERITY}'  # ends the names of corruptions
@@ -201,11 +194,6 @@ _MEASURES = {
     'after': 'effective_rank_after',
     'similarity of answers': 'similarity_outputs',
 }
-
-
-def _mean(layers: Mapping[str, Any], name: str) -> float:
-    found = [layer[name] for layer in layers.values() if name in layer]
-    return float(np.mean(found)) if found else math.nan
 
 
 def _kept(routing: Mapping[str, Any], decider: str, changes: Mapping[str, float] = {}) -> float:

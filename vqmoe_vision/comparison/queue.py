@@ -2,7 +2,6 @@
 
 A run holds a lock while it works. The lock is inherited by the process that trains and lives as
 long as that does: a queue that was killed leaves no lock, and no second process on a run either.
-It is one of flock(2), which the lines for a scheduler take by flock(1).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .store import Store
 _POLL_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Task:
     """A run that has something left to do."""
 
@@ -39,6 +38,11 @@ class Task:
     store: Store
     leaves: Path | None = None  # checkpoint that others start from
     row: bool = True  # is missing; otherwise it is trained again for the checkpoint alone
+    # while it is worked on
+    slot: int = 0
+    lock: IO[str] | None = None
+    process: subprocess.Popen | None = None
+    testing: bool = False
 
     @property
     def name(self) -> str:
@@ -54,29 +58,25 @@ class Task:
     @property
     def trained(self) -> bool:
         """Whether its training is over."""
-        return all(file.is_file() for file in (self.run.folder / 'run.json', *self._checkpoint))
+        checkpoint = [] if self.leaves is None else [self.leaves]
+        return all(file.is_file() for file in (self.run.folder / 'run.json', *checkpoint))
 
     @property
     def missing(self) -> list[str]:
         """Names of the files that it has not left yet."""
-        files = self._checkpoint
-        if self.row:
-            files += [self.run.folder / 'run.json']
-        if self.tested:
-            files += [self.run.folder / 'test.json']
-        return [file.name for file in files if not file.is_file()]
+        folder = self.run.folder
+        needed = {self.leaves: True, folder / 'run.json': self.row}
+        needed |= {folder / 'test.json': self.tested}
+        return [f.name for f, due in needed.items() if f is not None and due and not f.is_file()]
 
     @property
-    def _checkpoint(self) -> list[Path]:
-        return [] if self.leaves is None else [self.leaves]
+    def log(self) -> Path:
+        """What its process says."""
+        return self.run.folder / ('test.log' if self.testing else 'train.log')
 
     def collect(self) -> bool:
         """Writes its row, if that is missing; returns whether nothing is left to do."""
         return not self.missing and (not self.row or self.store.collect(self.run))
-
-    def line(self) -> str:
-        """Its commands as one line for a shell."""
-        return self.run.line(self.tested, self.leaves)
 
 
 def tasks_of(runs: Sequence[Run], store: Store) -> list[Task]:
@@ -103,21 +103,6 @@ def _sources(runs: Sequence[Run], rows: Path) -> dict[Path, Task]:
     return found
 
 
-@dataclass
-class _Job:
-    task: Task
-    folder: Path
-    slot: int
-    lock: IO[str]
-    process: subprocess.Popen | None = None
-    testing: bool = False
-
-    @property
-    def log(self) -> Path:
-        """What its process says."""
-        return self.folder / ('test.log' if self.testing else 'train.log')
-
-
 class Queue:
     """Works through tasks in their order; a task waits for what it starts from."""
 
@@ -125,15 +110,15 @@ class Queue:
         if not Path('tools/train.py').is_file():
             raise ValueError('tools/train.py is not here: start this at the root of the repository')
         self._gpus = visible_gpus(os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.device_count())
-        self._slots = list(range(jobs or max(len(self._gpus), 1)))
+        self._slots = range(jobs or max(len(self._gpus), 1))
         self._waiting, self._pause = list(tasks), pause
-        self._jobs: list[_Job] = []
-        self._failed: dict[str, str] = {}
+        self._jobs: list[Task] = []
+        self._failed: list[str] = []
         for folder in (pause.parent, *dict.fromkeys(task.store.folder for task in tasks)):
             make_folder(folder)
 
-    def work(self) -> dict[str, str]:
-        """Works until nothing is left; returns what failed runs said last."""
+    def work(self) -> list[str]:
+        """Works until nothing is left; returns the names of what failed."""
         total = len(self._waiting)
         with (
             _terminated_as_interrupted(),
@@ -146,41 +131,44 @@ class Queue:
                     for job in list(self._jobs):
                         with self._losing_no_other(job):
                             self._advance(job)
-                    begun = sum(_share(job) for job in self._jobs)
+                    begun = sum(map(_share, self._jobs))
                     bar.update(total - len(self._waiting) - len(self._jobs) + begun - bar.n)
-                    bar.set_postfix_str(', '.join(job.task.name for job in self._jobs), False)
+                    bar.set_postfix_str(', '.join(job.name for job in self._jobs), False)
                     time.sleep(_POLL_SECONDS)
             finally:
                 for job in self._jobs:
-                    _end(job.process)
+                    if job.process is not None and job.process.poll() is None:
+                        job.process.terminate()
+                        job.process.wait()
         return self._failed
 
     def _start(self) -> None:
         for task in list(self._waiting):
-            free = [s for s in self._slots if s not in {job.slot for job in self._jobs}]
+            free = {*self._slots} - {job.slot for job in self._jobs}
             if not free:
                 return
             if self._is_held(task):
                 continue
             try:
-                lock = _claimed(task)
+                task.lock = _claimed(task)
             except (OSError, ValueError) as error:
                 self._waiting.remove(task)
                 self._say(task, str(error))
                 continue
-            if lock is None:
+            if task.lock is None:
                 continue  # another queue works on it: perhaps it is finished when we look again
             self._waiting.remove(task)
-            job = _Job(task, task.run.folder, free[0], lock, testing=task.tested and task.trained)
-            self._jobs.append(job)
-            with self._losing_no_other(job):
-                if not self._collect(job):
-                    self._launch(job)
+            task.slot, task.testing = min(free), task.tested and task.trained
+            self._jobs.append(task)
+            with self._losing_no_other(task):
+                if not self._collect(task):
+                    self._launch(task)
 
     def _is_held(self, task: Task) -> bool:
         """Whether it cannot start: what it starts from is not there yet, or never will be."""
+        unfinished = {other.run.folder for other in (*self._waiting, *self._jobs)}
         for first, checkpoint in task.run.sources.values():
-            if any(other.run.folder == first.folder for other in self._unfinished()):
+            if first.folder in unfinished:
                 return True
             if not checkpoint.is_file():
                 self._waiting.remove(task)
@@ -188,19 +176,15 @@ class Queue:
                 return True
         return False
 
-    def _unfinished(self) -> list[Task]:
-        return [*self._waiting, *(job.task for job in self._jobs)]
-
-    def _launch(self, job: _Job) -> None:
-        if job.testing:
-            command = job.task.run.test(job.folder)
-        else:
-            command = job.task.run.train(job.folder)
-            if candidates(job.folder):
-                command.insert(command.index('--work-dir'), '--resume')
+    def _launch(self, job: Task) -> None:
+        folder = job.run.folder
+        command = job.run.test(folder) if job.testing else job.run.train(folder)
+        if not job.testing and candidates(folder):
+            command.insert(command.index('--work-dir'), '--resume')
         environment = {**os.environ, **ONE_THREAD}
         if self._gpus:
             environment['CUDA_VISIBLE_DEVICES'] = self._gpus[job.slot % len(self._gpus)]
+        assert job.lock is not None
         with job.log.open('a') as log:
             job.process = subprocess.Popen(
                 [sys.executable, *command[1:]],
@@ -211,26 +195,26 @@ class Queue:
                 pass_fds=[job.lock.fileno()],
             )
 
-    def _advance(self, job: _Job) -> None:
+    def _advance(self, job: Task) -> None:
         assert job.process is not None
         if job.process.poll() is None:
             return
         if job.process.returncode != 0:
-            self._finish(job, _last_line(job))
-        elif job.task.tested and not job.testing:
+            self._finish(job, _last_line(job, job.process.returncode))
+        elif job.tested and not job.testing:
             job.testing = True
             self._launch(job)
         elif not self._collect(job):
-            missing = ' and '.join(job.task.missing)
-            self._finish(job, f'its commands left no {missing} in {job.folder}')
+            missing = ' and '.join(job.missing)
+            self._finish(job, f'its commands left no {missing} in {job.run.folder}')
 
-    def _collect(self, job: _Job) -> bool:
-        if finished := job.task.collect():
+    def _collect(self, job: Task) -> bool:
+        if finished := job.collect():
             self._finish(job)
         return finished
 
     @contextmanager
-    def _losing_no_other(self, job: _Job) -> Iterator[None]:
+    def _losing_no_other(self, job: Task) -> Iterator[None]:
         """A run whose files are damaged, or can be neither read nor written, ends alone."""
         try:
             yield
@@ -239,14 +223,14 @@ class Queue:
                 raise
             self._finish(job, str(error))
 
-    def _finish(self, job: _Job, error: str | None = None) -> None:
+    def _finish(self, job: Task, error: str | None = None) -> None:
         self._jobs.remove(job)
-        job.lock.close()
-        self._say(job.task, error)
+        if job.lock is not None:
+            job.lock.close()
+        self._say(job, error)
 
     def _say(self, task: Task, error: str | None) -> None:
-        if error is not None:
-            self._failed[task.name] = error
+        self._failed += [] if error is None else [task.name]
         tqdm.write(f'{task.name} failed: {error}' if error else f'{task.name} is finished')
 
     def _hold_while_paused(self) -> None:
@@ -296,28 +280,19 @@ def _lock(path: Path) -> IO[str] | None:
     return file
 
 
-def _share(job: _Job) -> float:
+def _share(job: Task) -> float:
     try:
-        done, total = map(int, (job.folder / 'progress').read_text().split())
+        done, total = map(int, (job.run.folder / 'progress').read_text().split())
         return done / total
     except (OSError, ValueError, ZeroDivisionError):  # not there yet, or written in half
         return 0.0
 
 
-def _last_line(job: _Job) -> str:
-    log = job.log
-    lines = [line.strip() for line in log.read_text(errors='replace').splitlines()]
-    last = next((line for line in reversed(lines) if line), 'it said nothing')
-    assert job.process is not None
-    code = job.process.returncode
-    return f'killed by {signal.Signals(-code).name}, see {log}' if code < 0 else f'{last} ({log})'
-
-
-def _end(process: subprocess.Popen | None) -> None:
-    if process is None or process.poll() is not None:
-        return
-    process.terminate()
-    process.wait()
+def _last_line(job: Task, code: int) -> str:
+    if code < 0:
+        return f'killed by {signal.Signals(-code).name}, see {job.log}'
+    lines = [line.strip() for line in job.log.read_text(errors='replace').splitlines()]
+    return f'{next(filter(None, reversed(lines)), "it said nothing")} ({job.log})'
 
 
 @contextmanager

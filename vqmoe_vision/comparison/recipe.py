@@ -1,8 +1,7 @@
 """The recipe of a run: a hash of all that decides what it gives, in a form that outlasts names.
 
-A default that changes is another recipe, because the function has changed. What changes in name
-alone, comes with a value that changes nothing, or is removed, is said in the tables below; it
-leaves the recipes of all rows as they are.
+A default that changes is another recipe, because the function has changed. An option that comes
+with a value that changes nothing is said below; it leaves the recipes of all rows as they are.
 """
 
 from __future__ import annotations
@@ -25,12 +24,8 @@ _LEFT_OUT = {
 _KEEPING = {  # default hooks
     'checkpoint', 'logger', 'record', 'routing_history', 'runtime_info', 'visualization',
 }  # fmt: skip
-# Fields and types of today's configs that had another name when recipes began: theirs by today's.
-_RENAMED: dict[str, str] = {}
 # Options that came later, by the value with which nothing changes.
 _ADDED: dict[str, Any] = {}
-# Options that are no more: one that is used wherever they were, and the value that they had.
-_REMOVED: dict[str, tuple[str, Any]] = {}
 
 
 def recipe_of(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> str:
@@ -56,15 +51,8 @@ def canonical(config: Mapping[str, Any], sources: Mapping[str, str] = {}) -> dic
     moe = options_in_full(model.get('backbone', model))
     found = {name: value for name, value in flat(counting).items() if not _is_option(name, moe)}
     found |= flat({'moe': moe})  # defaults and presets included
-    named = {
-        _RENAMED.get(name, name): _plain(value, sources)
-        for name, value in found.items()
-        if value not in ({}, [])
-    }
-    for name, (beside, value) in _REMOVED.items():
-        if beside in named:
-            named.setdefault(name, value)
-    return {n: v for n, v in named.items() if not (n in _ADDED and v == _ADDED[n])}
+    plain = {n: _plain(value, sources) for n, value in found.items() if value not in ({}, [])}
+    return {n: v for n, v in plain.items() if not (n in _ADDED and v == _ADDED[n])}
 
 
 def _is_option(name: str, moe: Mapping[str, Any]) -> bool:
@@ -78,5 +66,4 @@ def _plain(value: Any, sources: Mapping[str, str]) -> Any:
         return int(value)
     if not isinstance(value, str):
         return value
-    run = next((run for end, run in sources.items() if f'/{value}'.endswith(f'/{end}')), value)
-    return _RENAMED.get(run, run)
+    return next((run for end, run in sources.items() if f'/{value}'.endswith(f'/{end}')), value)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vqmoe_vision.engine.cli import make_folder
-from vqmoe_vision.models.create import options_in_full
-from vqmoe_vision.moe import METHODS
 from vqmoe_vision.moe.config import check
 
 from .figures import plot_curves, plot_differences
@@ -32,12 +29,10 @@ from .frame import (
     summary,
     tidy,
 )
-from .inputs import SPLITS, data_of
 from .measured import SEVERITY, SHIFTED_IMAGES
-from .runs import WORK_DIR, Run
-from .spec import Comparison, starts
+from .spec import Comparison
 from .statistics import Difference, detectable
-from .store import Results
+from .store import SPLITS, Results, data_of
 
 _HELD_OUT = 'the same on held-out images'
 _IMAGES = 'interval over images'
@@ -65,6 +60,7 @@ def shown(
 ) -> pd.DataFrame:
     """The summary as a reader sees it, rounded and with units."""
     planned, seeds = len(comparison.seeds), frame['seeds']
+    found, held_out = compared(comparison, values), compared(comparison, values, HELD_OUT)
     unequal = frame.get('unequal_compute', pd.Series(False, frame.index))
     sizes = zip(frame['params'] / 1e6, frame['active_params'] / 1e6, strict=True)
     columns: dict[str, Any] = {
@@ -72,10 +68,10 @@ def shown(
         comparison.metric: frame['score'].map(_number),
         'std': frame['std'].map(_number),
         'seeds': [f'{n}' if n == planned else f'{n} of {planned}' for n in seeds],
-        _difference_to(comparison): _intervals(compared(comparison, values), seeds),
+        _difference_to(comparison): [_interval(found.get(row), n) for row, n in seeds.items()],
         _BY_NOISE: map(_ends, frame['pooled_low'], frame['pooled_high']),
         'p, one of many': [f'({_p_value(p)})' for p in frame['pooled_p']],
-        _HELD_OUT: _intervals(compared(comparison, values, HELD_OUT), seeds),
+        _HELD_OUT: [_interval(held_out.get(row), n) for row, n in seeds.items()],
         _IMAGES: map(_ends, frame['images_low'], frame['images_high']),
         'parameters, M: all / active': [f'{all_:.2f} / {active:.2f}' for all_, active in sizes],
         'MACs, M': (frame['macs'] / 1e6).map('{:.1f}'.format),
@@ -129,12 +125,8 @@ def _p_value(value: float) -> str:
     return '-' if math.isnan(value) else '<0.001' if value < 0.001 else f'{value:.3f}'
 
 
-def _intervals(found: Mapping[str, Difference], seeds: pd.Series) -> list[str]:
-    """A cell for each row: '+1.00 (+0.50 to +1.50), 2 pairs'."""
-    return [_interval(found.get(row), n) for row, n in seeds.items()]
-
-
 def _interval(difference: Difference | None, seeds: int) -> str:
+    """Such as '+1.00 (+0.50 to +1.50), 2 pairs'."""
     if difference is None or math.isnan(difference.mean):
         return '-'
     pairs, told = difference.pairs, f'{difference.mean:+.2f}'
@@ -160,38 +152,28 @@ def _mean_cell(value: float | list[float], deviation: float) -> str:
 
 def shift_table(comparison: Comparison, values: pd.DataFrame) -> pd.DataFrame:
     """Scores under shifts, for each row and shift that was measured."""
-    lines, metric = [], comparison.metric
+    lines, metric, difference = [], comparison.metric, _difference_to(comparison)
     for shift in comparison.shifts:
         scores, left = scores_of(values, shift, metric), scores_of(values, shift, LEFT)
-        seeds = pd.Series({row: len(of) for row, of in scores.items()})
-        for row, *intervals in zip(
-            scores,
-            _intervals(compared(comparison, values, shift), seeds),
-            _intervals(compared(comparison, values, shift, LEFT), seeds),
-            strict=True,
-        ):
-            column = pd.Series(scores[row])
-            lines.append(
-                {
-                    'shift': shift,
-                    'row': row,
-                    metric: _number(column.mean()),
-                    'std': _number(column.std()),
-                    'seeds': str(len(column)),
-                    _difference_to(comparison): intervals[0],
-                    LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
-                    f'its {_difference_to(comparison)}': intervals[1],
-                }
-            )
-        errors = of_layers(values, shift, 'quantization_error', list(scores))
-        for line, layers in zip(lines[len(lines) - len(scores) :], errors, strict=True):
-            line[_ERROR] = _layer_cell(layers)
+        own, of_left = (compared(comparison, values, shift, name) for name in (metric, LEFT))
+        errors = of_layers(values, shift, 'quantization_error', scores)
+        for (row, of_row), layers in zip(scores.items(), errors, strict=True):
+            column = pd.Series(of_row)
+            line = {
+                'shift': shift,
+                'row': row,
+                metric: _number(column.mean()),
+                'std': _number(column.std()),
+                'seeds': str(len(column)),
+                difference: _interval(own.get(row), len(column)),
+                LEFT: _number(pd.Series(left.get(row, {}), dtype=float).mean()),
+                f'its {difference}': _interval(of_left.get(row), len(column)),
+                _ERROR: _layer_cell(layers),
+            }
+            lines.append(line)
     table = pd.DataFrame(lines)
-    return (
-        table
-        if any(line[_ERROR] != '-' for line in lines)
-        else table.drop(columns=_ERROR, errors='ignore')
-    )
+    none = all(line[_ERROR] == '-' for line in lines)
+    return table.drop(columns=_ERROR, errors='ignore') if none else table
 
 
 def routing_table(values: pd.DataFrame) -> pd.DataFrame:
@@ -208,18 +190,18 @@ def routing_table(values: pd.DataFrame) -> pd.DataFrame:
 
 def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list[str]:
     """What a reader of the table must know."""
-    said, metric = [], comparison.metric
+    metric, reference = comparison.metric, comparison.reference
     where = 'of the last checkpoint on the test data'
     if not comparison.tested:
         where = 'at the end of training on held-out data; no test data was seen'
     (noise, freedom), seeds = results.noise, len(comparison.seeds)
-    said.append(
+    said = [
         f'{metric} {where}. Differences are paired by seed; intervals and p are those of single '
         'comparisons by t-tests. p of a contrast is corrected by the method of Holm for all '
         f'{len(comparison.contrasts)} contrasts, and given once they have all {seeds} seeds; other '
         'rows have theirs in brackets, uncorrected. Held-out images are those that training '
         'validates on; they choose no checkpoint. Other numbers are of the same pass, by layer.'
-    )
+    ]
     if freedom:
         said.append(
             f'The noise of a difference at one seed is {noise:.2f} by all comparisons of this '
@@ -231,11 +213,10 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
             f'Equal are rows whose difference lies within {comparison.margin:g} to both sides, by '
             'two one-sided tests at the 5 % level.'
         )
-    said += _said_of_compute(comparison.reference, frame)
-    if beside := [row for row in frame.index if _needs_features(comparison, row)]:
+    if reference in frame.index and frame['unequal_compute'].any():
         said.append(
-            f'{", ".join(beside)}: the frozen network whose features decide is in the '
-            'multiply-accumulates, and its weights are not in the parameters.'
+            f'* does not have the compute of {reference}: multiply-accumulates of an image times '
+            f'images seen in training differ by more than {UNEQUAL:.0%}.'
         )
     machines = _machines(results)
     kind = 'processor' if (frame['device'] == 'cpu').all() else 'wall-clock'
@@ -243,62 +224,16 @@ def notes(comparison: Comparison, results: Results, frame: pd.DataFrame) -> list
         said.append(f'Times are left out, because machines differ: {"; ".join(machines)}.')
     else:
         said.append(f'Minutes are {kind} time of training: {machines[0]}.')
-    modified = [
-        f'{row}-seed{seed} ({content["commit"]})'
-        for (row, seed), content in results.usable.items()
-        if '+' in content['commit']
-    ]
-    if modified:
-        said.append(
-            'Trained by a checkout whose files differed from their commit, which + marks: '
-            f'{", ".join(modified)}.'
-        )
-    return [*said, *_said_of_inputs(comparison, results), _said_of_checks(results)]
-
-
-def _said_of_compute(reference: str, frame: pd.DataFrame) -> list[str]:
-    """What a star marks, and which rows are trained on more or fewer images than the reference."""
-    if reference not in frame.index:
-        return []
-    lines, images = [], frame['images'][reference]
-    others = frame['images'][frame['images'] != images]
-    if frame['unequal_compute'].any():
-        lines.append(
-            f'* does not have the compute of {reference}: multiply-accumulates of an image times '
-            f'images seen in training differ by more than {UNEQUAL:.0%}.'
-        )
-    if not others.empty:
-        seen = ', '.join(f'{row} {count:,}' for row, count in others.items())
-        lines.append(f'Images seen in training, repeated ones too: {reference} {images:,}, {seen}.')
-    return lines
-
-
-def _needs_features(comparison: Comparison, row: str) -> bool:
-    model = Run(comparison, row, comparison.seeds[0], WORK_DIR).resolved['model']
-    options = options_in_full(model.get('backbone', model))
-    return bool(options) and METHODS[options['method']].needs_features
-
-
-def _said_of_inputs(comparison: Comparison, results: Results) -> list[str]:
-    """Which data the rows have seen, and of which it is known what they started from."""
-    seen: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
-    for content in results.usable.values():
-        for split, data in data_of(content):
-            seen[split][data] = None
-    parts = [f'{split} {" and ".join(found)}' for split, found in seen.items() if found]
-    total, unknown = len(results.usable), sum('data' not in c for c in results.usable.values())
-    lines = [f'Data: {"; ".join(parts)}.'] if parts else []
-    if unknown:
-        lines.append(f'Which data they saw is not recorded of {unknown} of {total} runs.')
-    started = [
-        bool(content.get('starting_weights'))
-        for (row, _), content in results.usable.items()
-        if starts(comparison.rows[row])
-    ]
-    if started:
-        known = f'{sum(started)} of {len(started)} started runs'
-        lines.append(f'Which weights it started from is recorded of {known}.')
-    return lines
+    seen: dict[str, dict[str, None]] = {}
+    for split, data in (each for c in results.usable.values() for each in data_of(c)):
+        seen.setdefault(split, {})[data] = None
+    if seen:
+        parts = [f'{split} {" and ".join(seen[split])}' for split in SPLITS if split in seen]
+        said.append(f'Data: {"; ".join(parts)}.')
+    if unknown := sum('data' not in c for c in results.usable.values()):
+        total = len(results.usable)
+        said.append(f'Which data they saw is not recorded of {unknown} of {total} runs.')
+    return [*said, _said_of_checks(results)]
 
 
 def _said_of_checks(results: Results) -> str:
@@ -319,27 +254,17 @@ def write_tables(comparison: Comparison, results: Results, folder: Path) -> list
     values = tidy(comparison, results)
     frame = summary(comparison, results, values)
     table, said = shown(comparison, results, values, frame), notes(comparison, results, frame)
-    asked = contrasts(comparison, results, values)
-    first = contrast_table(comparison, asked)
-    left_out, missing = results.left_out, [run.name for run in results.missing]
-    content = {
-        'contrasts': _finite(asked.reset_index(names='contrast').to_dict(orient='records')),
-        'rows': _finite(frame.reset_index(names='row').to_dict(orient='records')),
-        'values': _finite(values.to_dict(orient='records')),
-        'notes': said,
-        'left_out': left_out,
-        'missing': missing,
-    }
+    first = contrast_table(comparison, contrasts(comparison, results, values))
     texts = {
         'md': _markdown(comparison, results, values, [first, table], said),
         'tex': _latex(table, ' '.join(said)),
         'csv': frame.to_csv(index_label='row'),
-        'json': json.dumps(content, indent=1, allow_nan=False),
     }
     make_folder(folder)
     written = []
     for kind, text in texts.items():
-        written.append(_file(folder / f'{comparison.name}.{kind}'))
+        written.append(folder / f'{comparison.name}.{kind}')
+        _check_file(written[-1])
         written[-1].write_text(text.rstrip() + '\n')
     return written
 
@@ -364,9 +289,8 @@ def _markdown(
     for text, more in ((_SHIFTED, shift_table(comparison, values)), (told, routing_table(values))):
         parts += [] if more.empty else [text, _table(more)]
     parts += ['Left out:', _list(left_out)] if left_out else []
-    parts += ['Not run:', _list([', '.join(r.name for r in results.missing)])] * bool(
-        results.missing
-    )
+    if results.missing:
+        parts += ['Not run:', _list([', '.join(run.name for run in results.missing)])]
     return '\n\n'.join(parts)
 
 
@@ -386,48 +310,31 @@ def _latex(table: pd.DataFrame, caption: str) -> str:
     return text.replace('<', r'\textless{}')
 
 
-def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinity."""
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw_figures(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
-    """Draws the figures of a comparison; the same rows give the same bytes."""
-    written = []
-    figures = _figures(comparison, results)
-    for name in _FIGURES:
-        # without the time and the version of matplotlib
-        for kind, metadata in (('png', {'Software': None}), ('pdf', {'CreationDate': None})):
-            file = _file(folder / f'{comparison.name}-{name}.{kind}')
-            if name not in figures:
-                file.unlink(missing_ok=True)
-                continue
-            figures[name].savefig(file, metadata=metadata, dpi=_DPI)
-            written.append(file)
-    return written
-
-
-def write_images(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
-    """Draws the figures that documents show, as `Comparison.images` names them."""
-    if not comparison.images:
-        raise ValueError(f'--images: {comparison.name} names no images')
+def draw_figures(
+    comparison: Comparison, results: Results, folder: Path, images: Path | None = None
+) -> list[Path]:
+    """Draws the figures of a comparison, and those that documents show; the same from the same."""
     figures, written = _figures(comparison, results), []
-    make_folder(folder)
-    for figure, name in comparison.images.items():
-        check(figure in figures, 'images', figure, f'one of those drawn, {", ".join(figures)}')
-        written.append(_file(folder / f'{name}.png'))
-        drawn_by = {'Software': f'matplotlib {matplotlib.__version__}'}
-        figures[figure].savefig(written[-1], metadata=drawn_by, dpi=_DPI)
+    files = {folder / f'{comparison.name}-{name}.png': (name, None) for name in _FIGURES}
+    if images is not None:
+        check(bool(comparison.images), '--images', str(images), 'where a comparison names images')
+        make_folder(images)
+        drawn_by = f'matplotlib {matplotlib.__version__}'
+        named = comparison.images.items()
+        files |= {images / f'{name}.png': (figure, drawn_by) for figure, name in named}
+    for file, (figure, software) in files.items():
+        _check_file(file)
+        if figure in figures:
+            figures[figure].savefig(file, metadata={'Software': software}, dpi=_DPI)
+            written.append(file)
+        else:
+            check(software is None, 'images', figure, f'one of those drawn, {", ".join(figures)}')
+            file.unlink(missing_ok=True)
     return written
 
 
-def _file(path: Path) -> Path:
+def _check_file(path: Path) -> None:
     check(not path.is_dir(), 'file', str(path), 'it is a folder; move it away')
-    return path
 
 
 def _figures(comparison: Comparison, results: Results) -> dict[str, Figure]:

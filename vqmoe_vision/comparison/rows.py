@@ -9,11 +9,10 @@ from mmengine.config import Config
 
 from vqmoe_vision.engine.config import parse_options
 from vqmoe_vision.models.create import STARTS, create_model
-from vqmoe_vision.models.hosts import Transformer, method_of
+from vqmoe_vision.models.hosts import method_of
 from vqmoe_vision.models.moe_vit import MOE_LAYERS, resolve_moe_layers
 from vqmoe_vision.models.vit_moe import SIZES
 from vqmoe_vision.moe import METHODS
-from vqmoe_vision.moe.config import check
 
 _NAMES = {'hashmoe': 'position'}  # of rows by method, where that says less
 _METHODS = {
@@ -24,23 +23,19 @@ _METHODS = {
 # Rows that need a dense checkpoint of the same training set, by whose features they decide.
 FEATURE_ROWS = tuple(row for row, name in _METHODS.items() if METHODS[name].needs_features)
 ROWS = ('dense_1x', 'dense_2x', *(row for row in _METHODS if row not in FEATURE_ROWS))
-
-
-def _learns_routing(method: str, preset: str) -> bool:
-    return METHODS[method].config.from_options(preset=preset).learns_routing
+# Rows that a learned router has to beat: they learn nothing of where tokens go.
+CONTROLS = ('position', 'smoe_frozen')
 
 
 def _other_presets() -> dict[str, tuple[str, str]]:
     found = {}
     for name, method in METHODS.items():
-        if method.needs_features:
-            continue
-        presets = method.config.PRESETS
-        seen = [method.config.from_options(preset='matched')] if 'matched' in presets else []
-        for preset in presets:
-            config = method.config.from_options(preset=preset)
-            if config not in seen:
-                seen.append(config)
+        kind, seen = method.config, []
+        for preset in sorted(kind.PRESETS, key=lambda preset: preset != 'matched'):
+            if (config := kind.from_options(preset=preset)) in seen or method.needs_features:
+                continue
+            seen.append(config)
+            if preset != 'matched':
                 found[f'{_NAMES.get(name, name)}_{preset}'] = (name, preset)
     return found
 
@@ -48,16 +43,6 @@ def _other_presets() -> dict[str, tuple[str, str]]:
 # Method and preset of further rows: the papers' own forms, and what else a method names. Their
 # compute may be another.
 PRESET_ROWS = _other_presets()
-# Rows that a learned router has to beat: methods that learn nothing of where tokens go, and presets
-# that freeze what a method learns of it.
-CONTROLS = (
-    *(row for row in ROWS if row in _METHODS and not _learns_routing(_METHODS[row], 'matched')),
-    *(
-        row
-        for row, (name, preset) in PRESET_ROWS.items()
-        if _learns_routing(name, 'paper') and not _learns_routing(name, preset)
-    ),
-)
 # as the paper: "small, 10M" and "large, 110M"
 NUM_EXPERTS = {size: 4 if size in ('base', 'large') else 8 for size in SIZES}
 
@@ -89,7 +74,7 @@ class Backbone(NamedTuple):
     size: str | None  # key of `SIZES`; None of a model of timm, which rows keep
     dense: bool
     started: bool  # from weights
-    moe_blocks: int = 2
+    moe_blocks: int
 
     def options(self, row: str) -> list[str]:
         """The options that make a row of it."""
@@ -102,46 +87,32 @@ class Backbone(NamedTuple):
         return options
 
 
-def backbone_of(path: str, config: Config, options: Sequence[str] = ()) -> Backbone:
-    """The model of a config."""
+def backbone_of(path: str, config: Config, of_all_rows: Sequence[str] = ()) -> Backbone:
+    """The model of a config with the options of all rows."""
     model = config.get('model', {})
     field = 'model.backbone' if 'backbone' in model else 'model'
     model = model.get('backbone', model)
-    name, moe = model.get('model_name'), model.get('moe')
+    name, moe, size = model.get('model_name'), model.get('moe'), None
     if not isinstance(name, str):
         raise ValueError(f'{path}: {field}.model_name={name!r} must be the name of a model')
-    started = any(model.get(weights) for weights in STARTS)
     if method_of(name) is not None:
         size = name.split('_')[1]
         if size not in SIZES:
             raise ValueError(f'{path}: {field}.model_name={name!r} is of no size of {[*SIZES]}')
-        moe_blocks = _moe_blocks(path, field, model, SIZES[size]['depth'], options)
-        return Backbone(path, field, size, False, started, moe_blocks)
-    if moe is None:
-        return Backbone(path, field, None, True, started)
-    if moe.get('method') not in METHODS:
-        raise ValueError(f'{path}: {field}.moe.method={moe.get("method")!r} must be {[*METHODS]}')
-    moe_blocks = _moe_blocks(path, field, model, _depth(name), options)
-    return Backbone(path, field, None, False, started, moe_blocks)
-
-
-def _moe_blocks(
-    path: str, field: str, model: dict[str, Any], depth: int, options: Sequence[str]
-) -> int:
-    option = f'{field}.depth'
-    of_all_rows = parse_options([each for each in options if each.startswith(f'{option}=')])
-    stated = of_all_rows.get(option, model.get('depth'))
-    depth = depth if stated is None else stated
-    check(type(depth) is int and depth > 0, f'{path}: {option}', depth, 'a whole number')
-    chosen = (model.get('moe') or {}).get('moe_layers', MOE_LAYERS)
-    return len(resolve_moe_layers(chosen, depth))
+    dense, blocks = size is None and moe is None, 2
+    if not dense:
+        option = f'{field}.depth'
+        given = parse_options([each for each in of_all_rows if each.startswith(f'{option}=')])
+        depth = given.get(option, model.get('depth'))
+        if depth is None:
+            depth = _depth(name) if size is None else SIZES[size]['depth']
+        blocks = len(resolve_moe_layers((moe or {}).get('moe_layers', MOE_LAYERS), depth))
+    started = any(model.get(weights) for weights in STARTS)
+    return Backbone(path, field, size, dense, started, blocks)
 
 
 @cache
 def _depth(model_name: str) -> int:
     with torch.device('meta'):
-        model = create_model(model_name)
-    allowed = "one of timm's VisionTransformers or Evas"
-    check(isinstance(model, Transformer), 'model_name', model_name, allowed)
-    assert isinstance(model, Transformer)
+        model: Any = create_model(model_name)
     return len(model.blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from vqmoe_vision.engine.checkpoint_files import BEST, POINTER, last_checkpoint
+from vqmoe_vision.engine.checkpoint_files import last_checkpoint
 from vqmoe_vision.engine.cli import load_config
 from vqmoe_vision.engine.command import as_typed, one_line
 from vqmoe_vision.engine.config import merge_options, parse_options
@@ -74,9 +74,7 @@ class Run:
 
     def merged(self, *more: str) -> Config:
         """As `config`, without importing the modules that the file names."""
-        config = deepcopy(self.comparison.base)
-        merge_options(config, parse_options([*self.options, *more]))
-        return config
+        return _merged(self.comparison, [*self.options, *more])
 
     def config(self, *more: str) -> Config:
         """The config with all options merged in."""
@@ -133,40 +131,20 @@ class Run:
 
     def test(self, folder: Path) -> list[str]:
         """Command line of the test of its last checkpoint, once that is there."""
-        return self._test(folder, str(last_checkpoint(folder)))
-
-    def _test(self, folder: Path, checkpoint: str) -> list[str]:
         out = ['--work-dir', str(folder / 'test'), '--out', str(folder / 'test.json')]
-        command = ['python', 'tools/test.py', self.comparison.config, checkpoint, *out]
-        return [*command, '--cfg-options', *self.options]
-
-    def line(self, tested: bool = True, leaves: Path | None = None) -> str:
-        """Training, resumed where there is a checkpoint, and test as one line for a shell."""
-        folder = self.folder
-        quoted, last = (shlex.quote(str(path)) for path in (folder, folder / POINTER))
-        # what is trained is not trained again: its record would have the commit of today
-        ends = [folder / 'run.json', *([] if leaves is None else [leaves])]
-        trained = ' && '.join(f'test -e {shlex.quote(str(file))}' for file in ends)
-        train = shlex.join(self.train(folder))
-        # as `candidates`: whatever ended the run may have done so before the pointer was written
-        resume = f"$(ls {quoted} | grep '[.]pth$' | grep -qv '^{BEST}' && echo --resume)"
-        # before the options, which take all that follows them
-        train = train.replace(' --work-dir ', f' {resume} --work-dir ', 1)
-        work = f'{{ {trained} || OMP_NUM_THREADS=1 {train}; }}'
-        if tested:
-            test = shlex.join(self._test(folder, 'CHECKPOINT'))
-            name = f'"$(basename "$(cat {last})")"'  # as `last_checkpoint`
-            test = test.replace(' CHECKPOINT ', f' {quoted}/{name} ', 1)
-            work += f' && OMP_NUM_THREADS=1 {test}'
-        busy = f'echo {quoted} is worked on already >&2; exit 1'
-        return f'mkdir -p {quoted} && (flock -n 9 || {{ {busy}; }}; {work}) 9>{quoted}/lock'
+        given = [self.comparison.config, str(last_checkpoint(folder)), *out]
+        return ['python', 'tools/test.py', *given, '--cfg-options', *self.options]
 
 
 def budget_of(comparison: Comparison) -> str:
     """What all rows of a comparison share: the recipe of its config and options without a row's."""
+    return recipe_of(as_json(_merged(comparison, comparison.options)))
+
+
+def _merged(comparison: Comparison, options: Sequence[str]) -> Config:
     config = deepcopy(comparison.base)
-    merge_options(config, parse_options(comparison.options))
-    return recipe_of(as_json(config))
+    merge_options(config, parse_options(options))
+    return config
 
 
 def as_json(config: Config) -> dict[str, Any]:

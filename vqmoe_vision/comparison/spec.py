@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,9 @@ from .rows import CONTROLS, FEATURE_ROWS, PRESET_ROWS, ROWS, Backbone, backbone_
 START = '{start}'
 # How the name of a row ends that is another one from that checkpoint.
 STARTED = '_started'
-_LARGEST_SEED = 2**32 - 1  # which numpy takes
+STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
 # What the numbers of a comparison are of. Choices are made on what no final table uses.
 STAGES = ('test', 'dev')
-STARTS = re.compile(r'\{start(?::([^{}]*))?\}')
 # Fields of a file that stand for many rows, with what each row is.
 _ROWS = {
     'all_methods': {
@@ -40,11 +39,6 @@ _ROWS = {
         if row != 'dense_2x'
     },  # a dense model of another width is no start
 }
-
-# What the fields of a file are: texts, lists of texts, and texts by name.
-_TEXTS = {'config', 'metric', 'reference', 'stage', 'start'}
-_LISTS = {'also', 'contrasts', 'highlighted', 'options', 'seeds'}
-_BY_NAME = {'images', 'rows', 'shifts'}
 # What tables of a config show beside its metric, as the paper's table of ADE20K does.
 _ALSO = {'mIoU': ('aAcc', 'mAcc')}
 # What such a comparison asks first.
@@ -82,44 +76,34 @@ class Comparison:
 
     def __post_init__(self) -> None:
         where = f'comparison {self.name}: '
-        for name in ('seeds', 'rows'):
-            if not getattr(self, name):
-                raise ValueError(f'comparison {self.name}: {name} is empty')
-        allowed = f'whole numbers from 0 to {_LARGEST_SEED}'
-        valid = all(type(n) is int and 0 <= n <= _LARGEST_SEED for n in self.seeds)
+        check(bool(self.rows), f'{where}rows', self.rows, 'not empty')
+        valid = all(type(n) is int and 0 <= n < 2**32 for n in self.seeds)  # as numpy takes them
+        valid &= 0 < len(self.seeds) == len({*self.seeds})
+        allowed = 'different whole numbers from 0 to 4294967295'
         check(valid, f'{where}seeds', self.seeds, allowed)
-        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
-            raise ValueError(f'comparison {self.name}: seeds {twice} are there twice')
-        if self.metric in self.also:
-            raise ValueError(
-                f'comparison {self.name}: also={self.metric!r} is the metric, which the table has'
-            )
         check(self.stage in STAGES, f'{where}stage', self.stage, f'one of {STAGES}')
         allowed = "none with stage='dev', which tests nothing"
         check(self.tested or not self.shifts, f'{where}shifts', self.shifts, allowed)
+        check(self.margin is None or self.margin > 0, f'{where}margin', self.margin, 'above 0')
         named = [row for contrast in self.contrasts for row in pair_of(contrast)]
-        for row in (self.reference, *self.highlighted, *named):
-            choose(f'comparison {self.name}: row', [row], self.rows)
-        if self.margin is not None:
-            check(self.margin > 0, f'{where}margin', self.margin, 'above 0')
-        for option in self.options:
-            check('{start' not in option, f'{where}options', option, f'{START} in rows alone')
-            _check_no_seed(f'{where}options', option)
+        choose(f'{where}row', [self.reference, *self.highlighted, *named], self.rows)
+        allowed = f'{START} in rows alone'
+        check('{start' not in ' '.join(self.options), f'{where}options', self.options, allowed)
         for row, options in self.rows.items():
             allowed = 'a name that a file can have'
             check(Path(row).name == row and '\0' not in row, f'{where}row', row, allowed)
-            self._check_starts(row, ' '.join(options))
-            for option in options:
-                _check_no_seed(f'{where}rows.{row}', option)
+            self._check_starts(f'{where}rows.{row}', ' '.join(options))
+            for option in (*self.options, *options):
+                ours = option.partition('=')[0] not in ('randomness', 'randomness.seed')
+                check(ours, f'{where}rows.{row}', option, 'left to seeds, which give each run one')
 
-    def _check_starts(self, row: str, line: str) -> None:
+    def _check_starts(self, where: str, line: str) -> None:
+        check('{start' not in STARTS.sub('', line), where, line, f"{START} or '{{start:ROW}}'")
         for found in STARTS.finditer(line):
             if self.start is None:
-                raise ValueError(f'comparison {self.name}: row {row} needs the field start')
-            other = self.start.row if found[1] is None else found[1]
-            choose(f'comparison {self.name}: {found[0]}: row', [other], self.start.comparison.rows)
-        left = '{start' not in STARTS.sub('', line)
-        check(left, f'comparison {self.name}: rows.{row}', line, f"{START} or '{{start:ROW}}'")
+                raise ValueError(f'{where} needs the field start')
+            if found[1] is not None:
+                choose(f'{where}: {found[0]}: row', [found[1]], self.start.comparison.rows)
 
     @property
     def tested(self) -> bool:
@@ -140,30 +124,47 @@ class Comparison:
         return [(row, seed) for seed in seeds for row in rows]
 
 
-def _check_no_seed(field: str, option: str) -> None:
-    ours = option.partition('=')[0] not in ('randomness', 'randomness.seed')
-    check(ours, field, option, 'left to seeds, which give each run its own')
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+# What the fields of a file are.
+_TEXT = (lambda value: isinstance(value, str), 'a text')
+_TEXTS = (_are_texts, 'a list of texts')
+_NAMED = (
+    lambda value: isinstance(value, dict) and _are_texts([*value, *value.values()]),
+    "texts by name, dict(NAME='TEXT')",
+)
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(('config', 'metric', 'reference', 'stage', 'start'), _TEXT),
+    **dict.fromkeys(('also', 'contrasts', 'highlighted', 'options'), _TEXTS),
+    **dict.fromkeys(('images', 'rows', 'shifts'), _NAMED),
+    **dict.fromkeys(_ROWS, (lambda value: isinstance(value, bool), 'True or False')),
+    'seeds': (lambda value: isinstance(value, list | tuple), 'a list'),
+    'margin': (lambda value: isinstance(value, int | float), 'a number'),
+}
 
 
 def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     """Reads a comparison, or a config that trains: `ROWS` and `CONTROLS` at five seeds."""
     path = find_config(path)
     check(path not in within, f'{path}: start', path, 'a comparison that does not start from it')
-    name = Path(path).stem
-    try:
-        given = Config.fromfile(path, import_custom_modules=False).to_dict()
-    except SyntaxError as error:
-        raise ValueError(f'{path}, line {error.lineno}: {error.msg}') from error
+    given = Config.fromfile(path, import_custom_modules=False).to_dict()
     if 'model' in given:
         return _of_config(path)
-    _check_fields(path, given)
-    config = given.pop('config')
-    base = load_config(config, import_modules=False)
-    backbone = backbone_of(config, base, given.get('options', ()))
+    needed = {'config', 'seeds', 'metric'}
+    if wrong := sorted((given.keys() - _FIELDS) | (needed - given.keys())):
+        known = sorted(_FIELDS)
+        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {known}')
+    for name, value in given.items():
+        valid, allowed = _FIELDS[name]
+        check(valid(value), f'{path}: {name}', value, allowed)
+    base = load_config(given['config'], import_modules=False)
+    backbone = backbone_of(given['config'], base, given.get('options', ()))
     rows = {
         row: line.replace('MODEL', backbone.field)
-        for field, lines in _ROWS.items()
-        if given.pop(field, False)
+        for of_field, lines in _ROWS.items()
+        if given.pop(of_field, False)
         for row, line in lines.items()
         if 'start' in given or row not in FEATURE_ROWS
     }
@@ -171,48 +172,12 @@ def read_comparison(path: str, within: tuple[str, ...] = ()) -> Comparison:
     if other := sorted(row for row in rows.keys() & own.keys() if rows[row] != own[row]):
         raise ValueError(f'{path}: rows {other} stand for others by all_methods or all_presets')
     rows |= own
-    return Comparison(
-        name=name,
-        config=config,
-        rows={row: _options(row, line, backbone) for row, line in rows.items()},
-        seeds=tuple(given['seeds']),
-        reference=given.get('reference', next(iter(rows), '')),
-        metric=given['metric'],
-        also=tuple(given.get('also', ())),
-        options=tuple(given.get('options', ())),
-        contrasts=tuple(given.get('contrasts', ())),
-        margin=given.get('margin'),
-        start=_start(path, given['start'], within) if 'start' in given else None,
-        shifts=given.get('shifts', {}),
-        images=given.get('images', {}),
-        highlighted=tuple(given.get('highlighted', ())),
-        stage=given.get('stage', 'test'),
-    )
-
-
-def _check_fields(path: str, given: dict[str, Any]) -> None:
-    known = _TEXTS | _LISTS | _BY_NAME | _ROWS.keys() | {'margin'}
-    if wrong := sorted((given.keys() - known) | ({'config', 'seeds', 'metric'} - given.keys())):
-        raise ValueError(f'{path}: fields {wrong} are missing or not known; known: {sorted(known)}')
-    for name, value in given.items():
-        where = f'{path}: {name}'
-        if name in _TEXTS:
-            check(isinstance(value, str), where, value, 'a text')
-        elif name == 'margin':
-            check(isinstance(value, int | float), where, value, 'a number')
-        elif name in _ROWS:
-            check(isinstance(value, bool), where, value, 'True or False')
-        elif name in _BY_NAME:
-            valid = isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
-            check(valid, where, value, f"texts by name, {name} = dict(NAME='TEXT')")
-        else:
-            valid = isinstance(value, Sequence) and not isinstance(value, str)
-            check(valid, where, value, 'a list')
-            check(name == 'seeds' or all(map(_is_text, value)), where, value, 'a list of texts')
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    given.setdefault('reference', next(iter(rows), ''))
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    fields['rows'] = {row: _options(row, line, backbone) for row, line in rows.items()}
+    if 'start' in given:
+        fields['start'] = _start(path, given['start'], within)
+    return Comparison(Path(path).stem, **fields)
 
 
 def pair_of(contrast: str) -> tuple[str, str]:
@@ -220,11 +185,6 @@ def pair_of(contrast: str) -> tuple[str, str]:
     words = contrast.split(' - ')
     check(len(words) == 2, 'contrasts', contrast, "'ROW - OTHER'")
     return words[0], words[1]
-
-
-def starts(options: Sequence[str]) -> bool:
-    """Whether a row with these options starts from the run of another comparison."""
-    return STARTS.search(' '.join(options)) is not None
 
 
 def words_of(field: str, line: str) -> list[str]:
@@ -237,8 +197,7 @@ def words_of(field: str, line: str) -> list[str]:
 
 def _start(path: str, line: str, within: tuple[str, ...]) -> Start:
     words = line.split()
-    if len(words) != 3:
-        raise ValueError(f"{path}: start={line!r} must be 'COMPARISON ROW CHECKPOINT'")
+    check(len(words) == 3, f'{path}: start', line, "'COMPARISON ROW CHECKPOINT'")
     comparison = read_comparison(words[0], (*within, path))
     choose(f'{path}: start: row', [words[1]], comparison.rows)
     return Start(comparison, words[1], words[2])
@@ -250,13 +209,12 @@ def _of_config(path: str) -> Comparison:
     config = load_config(path, import_modules=False)
     backbone = backbone_of(path, config)
     metric = config.get('default_hooks', {}).get('checkpoint', {}).get('save_best')
-    if not isinstance(metric, str) or metric == 'auto':
-        raise ValueError(f'{path}: default_hooks.checkpoint.save_best does not name a metric')
+    valid = isinstance(metric, str) and metric != 'auto'
+    check(valid, f'{path}: default_hooks.checkpoint.save_best', metric, 'the name of a metric')
     rows = {row: backbone.options(row) for row in dict.fromkeys((*ROWS, *CONTROLS))}
     if backbone.started:
         del rows['dense_2x']
-    also = _ALSO.get(metric, ())
-    seeds = 1, 2, 3, 4, 5
+    also, seeds = _ALSO.get(metric, ()), (1, 2, 3, 4, 5)
     contrasts = tuple(c for c in _CONTRASTS if rows.keys() >= {*pair_of(c)})
     return Comparison(name, path, rows, seeds, 'dense_1x', metric, also, contrasts=contrasts)
 
@@ -274,7 +232,6 @@ def choose(field: str, wanted: Sequence[Any] | None, known: Iterable[Any]) -> li
         return list(known)
     for name in wanted:
         if name not in known:
-            raise ValueError(
-                f'{field} {name} does not exist; there are {", ".join(map(str, known))}'
-            )
+            there = ', '.join(map(str, known))
+            raise ValueError(f'{field} {name} does not exist; there are {there}')
     return list(dict.fromkeys(wanted))

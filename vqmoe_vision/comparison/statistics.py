@@ -1,9 +1,4 @@
-"""Tests, intervals and power for differences that are paired by seed, and what they say together.
-
-Power is scipy's noncentral t distribution and a search in it, and the mean over comparisons is
-DerSimonian and Laird's, both of which statsmodels has too; twenty lines are less than another
-library. Tests hold them to tables and to answers by hand.
-"""
+"""Tests, intervals and power for differences that are paired by seed, and their mean."""
 
 from __future__ import annotations
 
@@ -19,11 +14,6 @@ POWER = 0.8
 _ROUNDING = 1e-12  # of scores: what is left of differences that are equal
 Scores = Mapping[str, Mapping[int, float]]  # by row and seed
 Bits = Mapping[int, np.ndarray]  # by seed
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Of what a line and its band show at one place; one value alone deviates by nothing."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ def equivalence(found: Difference, margin: float) -> float:
 
 
 def together(means: Sequence[float], variances: Sequence[float]) -> tuple[float, float, float]:
-    """The mean over comparisons whose true differences vary, and its 95 % interval."""
+    """The mean over comparisons whose true differences vary, by DerSimonian and Laird."""
     y, v = np.array(means), np.array(variances)
     weights = 1 / v
     fixed = (weights * y).sum() / weights.sum()
@@ -157,20 +147,18 @@ def together(means: Sequence[float], variances: Sequence[float]) -> tuple[float,
     return mean, mean - half, mean + half
 
 
-def detectable(std: float, pairs: int, level: float = LEVEL, freedom: int | None = None) -> float:
+def detectable(std: float, pairs: int, freedom: int | None = None) -> float:
     """The smallest true difference that a paired t-test finds with `POWER`."""
     freedom = pairs - 1 if freedom is None else freedom
     most = 1.0  # scipy's power of an effect far beyond the answer does not converge
-    while _power(most, pairs, level, freedom) < POWER:
+    while _power(most, pairs, freedom) < POWER:
         most *= 2
-    missing = optimize.brentq(lambda d: _power(d, pairs, level, freedom) - POWER, 0, most)
-    return std * missing
+    return std * optimize.brentq(lambda d: _power(d, pairs, freedom) - POWER, 0, most)
 
 
-def _power(effect: float, pairs: int, level: float, freedom: int) -> float:
+def _power(effect: float, pairs: int, freedom: int) -> float:
     """Of the two-sided paired t-test, of an effect over the deviation of differences."""
-    shift = effect * math.sqrt(pairs)
-    critical = stats.t.isf(level / 2, freedom)
+    critical = stats.t.isf(LEVEL / 2, freedom)
     # the test statistic beyond the other end is too rare to count, and hard to compute
     with np.errstate(divide='ignore'):  # some versions of scipy divide by zero on their way
-        return float(stats.nct.sf(critical, freedom, shift))
+        return float(stats.nct.sf(critical, freedom, effect * math.sqrt(pairs)))

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_vision.engine.checkpoint_files import POINTER, last_checkpoint, write_atomically
+from vqmoe_vision.engine.config import flat
 
 from .runs import Run, budget_of
 from .statistics import pooled_noise
@@ -33,9 +35,11 @@ FIELDS = (
     'first_losses', 'training_loss', 'held_out',
 )  # fmt: skip
 Usable = dict[tuple[str, int], dict[str, Any]]
+SPLITS = ('train', 'val', 'test')
+Place = tuple[str, str]  # what was given to a run, and how its config names that
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
     """What is there of a comparison."""
 
@@ -65,13 +69,15 @@ class Store:
         """Reads what is there and sorts out what may not stand beside today's."""
         results = Results({}, {}, [])
         for run in runs:
-            path = self.path(run)
-            if not path.exists():
+            if not (path := self.path(run)).exists():
                 results.missing.append(run)
                 continue
             try:
                 content = load(path)
-                reason = damage(content, run) or stale(content, run)
+                reason = damage(content, run)
+                if reason is None and (then := content['recipe']) != run.recipe:
+                    by = content['commit']
+                    reason = f'stale: recipe {then} of commit {by}, today {run.recipe}'
                 if reason is None and not refuted:
                     reason = refutation(content)
             except ValueError as error:
@@ -95,11 +101,10 @@ class Store:
             return False
         record, *tests = map(load, files)
         test = tests[0] if tests else _last_validation(record, run)
-        seen, right = (folder / 'test' / name for name in ('data.json', 'correct.json'))
-        if tests and seen.is_file():
-            record['data'] = {**record.get('data', {}), **load(seen)}
-        if tests and right.is_file():
-            record['correct'] = load(right)['correct']
+        if tests and (file := folder / 'test/data.json').is_file():
+            record['data'] = {**record.get('data', {}), **load(file)}
+        if tests and (file := folder / 'test/correct.json').is_file():
+            record['correct'] = load(file)['correct']
         metric = comparison.metric
         if metric not in test:
             names = ', '.join(name for name in test if '.' not in name)
@@ -154,16 +159,13 @@ class Store:
         ]
         return usable, [run for run in finished if run.name not in absent], absent
 
-    def refuted(self, run: Run) -> str | None:
-        """What a check has found against the row of a run, which its work dir has left."""
-        try:
-            return refutation(load(self.path(run)))
-        except ValueError:  # none, or none that can be read
-            return None
-
     def set_aside(self, run: Run) -> str | None:
         """Renames the work dir of a refuted row, its lock and the row with it; says where to."""
-        if (reason := self.refuted(run)) is None:
+        try:
+            reason = refutation(load(self.path(run)))
+        except ValueError:  # there is no row, or none that can be read
+            return None
+        if reason is None:
             return None
         names = (f'{run.folder.name}-stale{n}' for n in itertools.count(1))
         free = (p for p in map(run.folder.with_name, names) if not p.exists())
@@ -218,22 +220,14 @@ def damage(content: Mapping[str, Any], run: Run) -> str | None:
         return f'it is of version {content.get("version")}, this program reads version {VERSION}'
     if missing := [name for name in FIELDS if content.get(name) is None]:
         return f'it is damaged: {missing} are missing'
-    for name, value in (('row', run.row), ('seed', run.seed), ('metric', run.comparison.metric)):
+    own = {'row': run.row, 'seed': run.seed, 'metric': run.comparison.metric}
+    for name, value in {**own, 'stage': run.comparison.stage}.items():
         if content[name] != value:
             return f'it is of {name}={content[name]!r}, not of {value!r}'
-    if (then := content['stage']) != (stage := run.comparison.stage):
-        return f'its numbers are of stage={then!r}, not of {stage!r}'
     score = content['test'].get(run.comparison.metric)
     if score is None or not math.isfinite(score):
         return f'it is damaged: test has no number for {run.comparison.metric!r}'
     return None
-
-
-def stale(content: Mapping[str, Any], run: Run) -> str | None:
-    """Says whether a row is of another recipe than today's."""
-    if (then := content['recipe']) == run.recipe:
-        return None
-    return f'stale: recipe {then} of commit {content["commit"]}, today {run.recipe}'
 
 
 def refutation(content: Mapping[str, Any]) -> str | None:
@@ -265,12 +259,9 @@ def rounded(value: Any) -> Any:
 
 def _has_checkpoint(run: Run, content: Mapping[str, Any]) -> bool:
     """Whether the checkpoint of a row is here, and not that of another training of its name."""
-    folder, record = run.folder, run.folder / 'run.json'
-    if not (
-        record.is_file() and (folder / POINTER).is_file() and last_checkpoint(folder).is_file()
-    ):
-        return False
-    return load(record).get('training_loss') == content['training_loss']
+    record, pointer = run.folder / 'run.json', run.folder / POINTER
+    there = record.is_file() and pointer.is_file() and last_checkpoint(run.folder).is_file()
+    return there and load(record).get('training_loss') == content['training_loss']
 
 
 def _last_validation(record: Mapping[str, Any], run: Run) -> dict[str, float]:
@@ -281,3 +272,45 @@ def _last_validation(record: Mapping[str, Any], run: Run) -> dict[str, float]:
             f"iterations, which stage='dev' needs; the last is after {step}"
         )
     return numbers
+
+
+def leave_out_other_inputs(results: Results, runs: Sequence[Run]) -> None:
+    """Leaves out rows whose data or starting weights differ from those of most others.
+
+    Their recipes are equal all the same. Of two halves none stays.
+    """
+    named = {(run.row, run.seed): run for run in runs}
+    inputs = {key: dict(_inputs(named[key], of)) for key, of in results.usable.items()}
+    seen: dict[Place, Counter[str]] = {}
+    for of_run in inputs.values():
+        for place, given in of_run.items():
+            seen.setdefault(place, Counter())[given] += 1
+    for key, of_run in inputs.items():
+        for place, given in of_run.items():
+            others = {what: rows for what, rows in seen[place].items() if what != given}
+            usual = max(others, key=others.__getitem__, default=given)
+            if usual != given and seen[place][given] <= others[usual]:
+                mixed = f'its {place[0]} are {given}, those of {others[usual]} others {usual}'
+                results.left_out[f'{named[key].name}.json'] = f'mixed: {mixed}'
+                del results.usable[key]
+                break
+
+
+def _inputs(run: Run, content: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+    """What was given to a run, by how its config names it."""
+    config = run.resolved
+    for split, what in data_of(content):
+        dataset = (config.get(f'{split}_dataloader') or {}).get('dataset') or {}
+        place = {name: value for name, value in dataset.items() if name != 'transform'}
+        yield (f'{split} data', json.dumps(place, sort_keys=True)), what
+    named = {**flat(config['model'], 'model'), 'load_from': config.get('load_from')}
+    for option, digest in content.get('starting_weights', {}).items():
+        # by the comparison, the row and the seed that its folders are named by
+        file = '/'.join(Path(named[option]).parts[-3:])
+        yield ('starting weights', file), f'{file} ({digest})'
+
+
+def data_of(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Splits, and what they were."""
+    for split, data in content.get('data', {}).items():
+        yield split, f'{data["samples"]:,} samples ({data["digest"]})'

@@ -30,7 +30,6 @@ clusters, F features of an image, S images of a training set.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,7 +46,7 @@ from ..models.report import Report, Size
 from ..models.weights import network_of
 from ..moe.codebooks.codebook import nearest_code
 from ..moe.codebooks.usage import kmeans
-from ..moe.config import MoeConfig, check, check_weights, option
+from ..moe.config import MoeConfig, check, option
 from ..moe.layer import warn_once
 from ..moe.losses import token_mean
 from ..moe.methods import Method
@@ -66,6 +65,7 @@ _UNFITTED = (
 _MOST_IMAGES, _BATCH_SIZE = 16384, 64
 # What a data set is prepared by: of classification, and of mmseg.
 _PREPARATIONS = ('transform', 'pipeline')
+_NO_CHOICE = {'num_experts': 2}  # where options have no effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +81,14 @@ class MoCLEConfig(MoeConfig):
     # both weights of a token sum to 1
     EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
 
-    num_clusters: int = option(64, 8, of_weights=False, idle={'num_experts': 2})
-    temperature: float = option(0.05, 1.0, idle={'num_experts': 2})
-    router_noise: float = option(0.1, 0.0, of_weights=False, idle={'num_experts': 2})
+    num_clusters: int = option(64, 8, bounds='[1, inf)', of_weights=False, idle=_NO_CHOICE)
+    temperature: float = option(0.05, 1.0, bounds='(0, inf)', idle=_NO_CHOICE)
+    router_noise: float = option(0.1, 0.0, bounds='[0, inf)', of_weights=False, idle=_NO_CHOICE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = 'at least 2: the universal one, and others to choose from'
         self.require('num_experts', self.num_experts >= 2, allowed)
-        self.require('num_clusters', self.num_clusters >= 1, 'at least 1')
-        self.require('temperature', 0 < self.temperature < math.inf, 'above 0 and finite')
-        check_weights(self, 'router_noise')
 
 
 class FeatureViT(VisionTransformer):
@@ -256,7 +253,7 @@ class Clusters(ImageReader):
         from mmengine.logging import print_log
 
         from ..engine.checkpoint import read_state
-        from ..engine.normalization import in_words, read_normalization
+        from ..engine.trained import in_words, read_normalization
 
         self.lacks_weights = features is None and not started
         if features is None:

@@ -331,7 +331,7 @@ def convert_vmoe(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from ..engine.hub_folder import free_folder, written_whole
+    from ..engine.publish import free_folder, written_whole
 
     target = free_folder(args.out)
     model: Any = load_vmoe(args.checkpoint, head=not args.without_head, **args.cfg_options)

@@ -3,36 +3,16 @@
 Importing this package registers it, under names of its own.
 """
 
-from . import (
-    checkpoint,
-    checkpoint_files,
-    checkpoint_hook,
-    config,
-    hooks,
-    loops,
-    optim,
-    record,
-    routing_log,
-    seeding,
-    step_values,
-)
-from .finite import NonFiniteError
-from .model import MoeTrainingMixin
-from .routing import RoutingStatistics
+from . import checkpoint_hook, hooks, optim, record
+from .model import MoeTrainingMixin, RoutingStatistics
+from .step_values import NonFiniteError
 
 __all__ = [
     'MoeTrainingMixin',
     'NonFiniteError',
     'RoutingStatistics',
-    'checkpoint',
-    'checkpoint_files',
     'checkpoint_hook',
-    'config',
     'hooks',
-    'loops',
     'optim',
     'record',
-    'routing_log',
-    'seeding',
-    'step_values',
 ]

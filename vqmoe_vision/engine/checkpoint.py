@@ -1,15 +1,20 @@
 """Checkpoints are read as data, also by mmengine's own loaders.
 
 No file runs code, none that fails its checksums is used, and texts of configs, which mmengine's
-`resume` would run, are left out.
+`resume` would run, are left out. A checkpoint in parts is a file, and a folder beside it with the
+tensors that are spread: safetensors of torch's distributed checkpoint, and so no code. The file
+says the size and the checksum of each of them, and has a word in the place of each tensor.
 """
 
-import functools
 import os
+import re
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,7 +25,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as upstream
 from timm.models import load_state_dict
-from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
 
 from vqmoe_vision.models.compat import StateDict, is_out_of_memory, refuse_without_values
 from vqmoe_vision.models.fitting import transfer
@@ -29,6 +34,7 @@ from vqmoe_vision.models.moe_vit import SparseModel
 from vqmoe_vision.models.normalization import KEY, Normalization
 from vqmoe_vision.models.upcycle import read_upcycling
 from vqmoe_vision.models.weights import (
+    IN_PARTS,
     beside_weights,
     check_file,
     describe,
@@ -39,12 +45,17 @@ from vqmoe_vision.models.weights import (
     weights_in,
 )
 
-from .parts import Parts
-
 # Where the weights of a file are, those that count first: as timm's `load_state_dict` has it, so
 # that what is tested is what a model that is built of the file has. mmengine's averages are in
 # none of these, and its hook for them knows when they count.
 _WEIGHTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+PARTS = 'tensors_in_parts'
+# of a checkpoint's name without .pth, and a number: a file that is written again has another folder
+_FOLDER = re.compile(r'(?P<stem>[^/.][^/]*)\.\d+\.sharded')
+_FILE = re.compile(r'shard-[\w-]+\.safetensors')
+# In such a folder, and in the work dir: the run that has made it.
+RUN_FILE = '.run_id'
+_BLOCK = 1 << 20
 # Where mmengine looks for the text of a config, which it runs.
 _CONFIGS = (('meta', 'config'), ('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
 # `torch.load` takes no file at all where both are set
@@ -66,6 +77,106 @@ class _Log(HistoryBuffer):
 
 
 torch.serialization.add_safe_globals(beside_weights(_Log))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint says of its folder: its name, and sizes and checksums of its files."""
+
+    folder: str
+    files: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, content: Any) -> 'Parts | None':
+        """What a checkpoint says; None where it is in one piece."""
+        if not isinstance(content, dict) or PARTS not in content:
+            return None
+        folder, files = content[PARTS]['folder'], content[PARTS]['files']
+        _require(all([_FOLDER.fullmatch(folder), *map(_FILE.fullmatch, files)]))
+        return cls(folder, {name: (int(size), int(crc)) for name, (size, crc) in files.items()})
+
+    def check(self, file: str) -> None:
+        """Compares sizes and checksums of the files in the folder."""
+        for name, expected in self.files.items():
+            part = Path(file).parent / self.folder / name
+            try:
+                found = checksum(part)
+            except OSError as error:
+                raise ValueError(
+                    f'checkpoint {file!r} is in parts, and {str(part)!r} cannot be read: '
+                    f'{error.strerror}'
+                ) from error
+            if found != expected:
+                raise ValueError(
+                    f'checkpoint {file!r} is damaged: {str(part)!r} does not match its checksum'
+                )
+
+    def put_together(self, file: str, content: dict, under: str, device: Any) -> dict:
+        """Puts whole tensors into the checkpoint, of all that is under a key, or of all."""
+        folder = Path(file).parent / self.folder
+        _require({path.name for path in folder.glob('*.safetensors')} == self.files.keys())
+        reader = HuggingFaceStorageReader(str(folder))
+        metadata = reader.read_metadata()
+        places = {name: place for name, *place in _words(content) if name.startswith(under)}
+        tensors: dict[str, Any] = {}
+        for name in places:
+            tensor: Any = metadata.state_dict_metadata[name]
+            _require(sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel())
+            tensors[name] = torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+        # as torch's `load`, which warns where a process has no group
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(tensors, metadata, is_coordinator=True)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+        for name, (holder, key) in places.items():
+            holder[key] = tensors.pop(name).to(device)
+        del content[PARTS]
+        return content
+
+
+def _words(state: Any, name: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """Where a state has a word in the place of a tensor: its name, what holds it, its key."""
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        inside = f'{name}.{key}' if name else str(key)
+        if isinstance(value, dict | list):
+            yield from _words(value, inside)
+        elif isinstance(value, str) and value == IN_PARTS:
+            yield inside, state, key
+
+
+def _require(true: bool) -> None:
+    if not true:
+        raise ValueError('not what a save in parts writes')
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Size of a file in bytes, and its CRC-32."""
+    size = crc = 0
+    with path.open('rb') as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def owner_of(folder: str) -> str | None:
+    """The checkpoint that a folder was written for; None if it is no folder of parts."""
+    match = _FOLDER.fullmatch(folder)
+    return f'{match["stem"]}.pth' if match else None
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that made a folder of parts; None if it does not say."""
+    file = folder / RUN_FILE
+    return file.read_text(errors='replace') if file.is_file() and not folder.is_symlink() else None
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder of parts, but nothing in it that is of others."""
+    for path in folder.iterdir():
+        if path.is_file() and (_FILE.fullmatch(path.name) or path.name == RUN_FILE):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 @contextmanager
@@ -91,12 +202,10 @@ def start_from(model: Transformer, path: str) -> None:
     _log(report.lines(), path)
 
 
-def log_weights(model: nn.Module, arguments: dict[str, Any]) -> None:
+def log_weights(model: Any, arguments: dict[str, Any]) -> None:
     """Logs what became of the weights that a model was built with, if there are some."""
-    report = getattr(model, 'weights_report', None)
-    if report is not None:
-        timms: Any = model
-        source = arguments.get('checkpoint_path') or source_of(timms.pretrained_cfg)
+    if (report := getattr(model, 'weights_report', None)) is not None:
+        source = arguments.get('checkpoint_path') or source_of(model.pretrained_cfg)
         _log(report.lines(), source)
 
 
@@ -207,15 +316,14 @@ def _of_timm(path: str) -> dict[str, Any]:
 
 def _named_as_expected(content: dict) -> dict:
     """The weights where mmengine looks for them, or else takes everything for weights."""
-    name = next((name for name in _WEIGHTS if isinstance(content.get(name), dict)), None)
-    if name is None:
-        return content
-    others = {other: value for other, value in content.items() if other not in _WEIGHTS}
-    return {**others, 'state_dict': content[name]}
+    for name in _WEIGHTS:
+        if isinstance(content.get(name), dict):
+            others = {other: value for other, value in content.items() if other not in _WEIGHTS}
+            return {**others, 'state_dict': content[name]}
+    return content
 
 
 def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """In place of onedl-mmengine's function, which runs the code of a file that torch refuses."""
     with as_data():
         return torch.load(file, map_location, weights_only=True)
 
@@ -223,11 +331,10 @@ def _load_as_data(file: Any, map_location: Any = None, weights_only: bool | None
 def _guarded(loader: Callable[..., Any]) -> Callable[..., Any]:
     """A loader of mmengine, such as that of addresses, that reads data alone."""
 
-    @functools.wraps(loader)
+    @wraps(loader)
     def load(filename: str, *args: Any, **kwargs: Any) -> Any:
         with as_data():
-            content = loader(filename, *args, **kwargs)
-            return _named_as_expected(_without_configs(content, filename))
+            return _named_as_expected(_without_configs(loader(filename, *args, **kwargs), filename))
 
     return load
 
@@ -258,5 +365,5 @@ for _prefix, _loader in list(CheckpointLoader._schemes.items()):
     _own = load_from_local if _prefix == '' else _guarded(_loader)
     CheckpointLoader.register_scheme(_prefix, _own, force=True)
     setattr(upstream, _loader.__name__, _own)  # where it is called by its name
-if hasattr(upstream, '_safe_torch_load'):
+if hasattr(upstream, '_safe_torch_load'):  # of onedl, which runs code that torch refuses
     upstream._safe_torch_load = _load_as_data

@@ -15,8 +15,15 @@ from mmengine.fileio import LocalBackend, register_backend
 
 from vqmoe_vision.moe.config import check
 
-from .checkpoint import check_content, read_content
-from .parts import RUN_FILE, Parts, delete_folder, owner_of, run_of
+from .checkpoint import (
+    RUN_FILE,
+    Parts,
+    check_content,
+    delete_folder,
+    owner_of,
+    read_content,
+    run_of,
+)
 
 POINTER = 'last_checkpoint'
 BEST = 'best_'
@@ -191,22 +198,17 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], after: float = -
     """The newest checkpoint of a run that reads completely, its checksums included."""
     # among the files: whatever ends a run may do so before the pointer is written
     found, passed_over = _by_age(folder)
-    chosen = None
+    for reason in passed_over:
+        say(f'passed over: {reason}')
     for _, path in sorted((one for one in found if one[0][0] > after), reverse=True):
         try:
             check_content(str(path))
-            chosen = path
-            break
+            return path
         except ValueError as error:
             passed_over.append(str(error))
-    for reason in passed_over:
-        say(f'passed over: {reason}')
-    if chosen is None:
-        raise FileNotFoundError(
-            f'--resume finds no checkpoint in {str(folder)!r}'
-            + (f' that reads completely: {"; ".join(passed_over)}' if passed_over else '')
-        )
-    return chosen
+            say(f'passed over: {error}')
+    reasons = f' that reads completely: {"; ".join(passed_over)}' if passed_over else ''
+    raise FileNotFoundError(f'--resume finds no checkpoint in {str(folder)!r}{reasons}')
 
 
 def newest_time(folder: Path) -> float:

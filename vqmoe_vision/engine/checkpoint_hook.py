@@ -41,7 +41,8 @@ from .checkpoint_files import (
     remove_partial,
     write_atomically,
 )
-from .loops import (
+from .processes import timeout_of
+from .seeding import (
     SEEN,
     VALIDATED,
     keep_accumulated,
@@ -49,7 +50,6 @@ from .loops import (
     restore_accumulated,
     validation_was_cut_off,
 )
-from .processes import timeout_of
 
 _OUTDATED = 'outdated_ckpts'
 
@@ -74,19 +74,18 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, interval: int = -1, **options: Any) -> None:
         # mmengine keeps what it does not know for the call that saves, which fails on it
-        for name in options.keys() - inspect.signature(CheckpointHook).parameters:
-            check(False, f'default_hooks.checkpoint.{name}', options[name], 'left out: not known')
-        for name in ('out_dir', 'backend_args', 'file_client_args'):
-            allowed = 'left out: checkpoints are files in --work-dir'
-            check(options.get(name) is None, name, options.get(name), allowed)
+        known = inspect.signature(CheckpointHook).parameters
+        others = {'out_dir', 'backend_args', 'file_client_args'}
+        for name, value in options.items():
+            allowed = 'left out: not known, or checkpoints would not be files in --work-dir'
+            valid = name in known and (name not in others or value is None)
+            check(valid, f'default_hooks.checkpoint.{name}', value, allowed)
         check_template(options.get('filename_tmpl') or '{}.pth')
         super().__init__(interval, **{**options, 'backend_args': {'backend': 'atomic'}})
         self._outdated: list[str] = []
-        self._saved_iter = -1
+        self._saved_iter, self._saved_at = -1, 0.0
         self._resumed_from = self._run = ''
-        self._saved_at = 0.0
-        self._validating = False
-        self._training = False
+        self._validating = self._training = False
 
     def before_run(self, runner: Runner) -> None:
         """Chooses the checkpoint of a run that resumes, for mmengine follows the pointer alone."""
@@ -111,10 +110,11 @@ class AtomicCheckpointHook(CheckpointHook):
         self._outdated = self.file_backend.outdated  # where mmengine's hook adds to them
         names = hub.get_info(_OUTDATED, [])
         self._outdated += [str(name) for name in names] if isinstance(names, list) else []
-        for key, path in self._best().items():
-            name = Path(str(path)).name
+        paths, keys = self._best()
+        for key in keys:
+            name = Path(str(paths.get(key))).name
             known = name.startswith(BEST) and (folder / name).is_file()
-            self._set_best(key, str(folder / name) if known else None)
+            paths[key] = str(folder / name) if known else None
         # mmengine writes the last one again after a new best, if this process has written it
         last = folder / Path(str(hub.get_info('last_ckpt'))).name
         # as the first process sees it: a disk of a network shows a file to some of them later
@@ -146,17 +146,15 @@ class AtomicCheckpointHook(CheckpointHook):
         self._signals.obey()
         self._signals.at_once = True  # the first batch may take its time
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """A run that is told to stop does so after this iteration."""
         self._signals.at_once = False
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, *more: Any, **named: Any) -> None:
         """Saves where that is due, and ends a run that was told to stop."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             runner.message_hub.update_info(SEEN, batch_idx + 1)
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        super().after_train_iter(runner, batch_idx, *more, **named)
         self._progress = (runner.epoch, runner.iter + 1)
         self._signals.obey()
         # after the last iteration of an epoch other hooks change what is saved
@@ -177,9 +175,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._signals.obey()
         self._signals.at_once = True
 
-    def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_val_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """After the last batch hooks change what is saved."""
         if self._training and batch_idx + 1 == len(runner.val_dataloader):
             self._signals.at_once = False
@@ -215,10 +211,9 @@ class AtomicCheckpointHook(CheckpointHook):
     def _save_now(self, runner: Runner) -> int:
         """Saves a run that is told to stop, whatever the interval."""
         epoch, iteration = self._progress
-        if self._validating:
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):  # validation is with the averages
-                    hook._swap_ema_parameters()
+        for hook in runner.hooks:
+            if self._validating and isinstance(hook, EMAHook):  # validation is with the averages
+                hook._swap_ema_parameters()
         if self._saved_iter != iteration:
             meta = {'epoch': epoch, 'iter': iteration}
             if self.by_epoch and runner.message_hub.get_info(SEEN, 0):
@@ -259,32 +254,25 @@ class AtomicCheckpointHook(CheckpointHook):
         self._delete_outdated(name)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
-        if not self.save_best:
-            return
-        for key in self.key_indicators:
+        for key in self.key_indicators if self.save_best else ():
             allowed = f'a metric of the validation, which are {", ".join(metrics)}'
             check(key in (*metrics, 'auto'), 'save_best', key, allowed)
         super()._save_best_checkpoint(runner, metrics)
         self._delete_outdated()  # of the best ones: a run goes on from the others
 
-    def _best(self) -> dict[str, str | None]:
-        """Paths of the best files by metric; of one metric by no name."""
+    def _best(self) -> tuple[dict[str, str | None], list[str]]:
+        """Where mmengine's hook keeps paths of the best files, and their names there."""
         if not self.save_best:
-            return {}
+            return {}, []
         if len(self.key_indicators) == 1:
-            return {'': self.best_ckpt_path}
-        return {key: self.best_ckpt_path_dict.get(key) for key in self.key_indicators}
-
-    def _set_best(self, key: str, path: str | None) -> None:
-        if key:
-            self.best_ckpt_path_dict[key] = path
-        else:
-            self.best_ckpt_path = path
+            return self.__dict__, ['best_ckpt_path']
+        return self.best_ckpt_path_dict, self.key_indicators
 
     def _delete_outdated(self, current: str | None = None) -> None:
         """Deletes outdated files, those that a run could go on from only after a newer one."""
         names = [n for n in self._outdated if current is not None or n.startswith(BEST)]
-        kept = {current, *(Path(path).name for path in self._best().values() if path)}
+        paths, keys = self._best()
+        kept = {current, *(Path(str(paths.get(key))).name for key in keys)}
         if is_main_process():
             delete(Path(self.out_dir), [name for name in names if name not in kept], self._run)
         self._outdated[:] = [name for name in self._outdated if name not in names]

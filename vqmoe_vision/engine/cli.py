@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmengine.runner import Runner
 from vqmoe_vision.moe.config import check
 
 from .checkpoint_files import in_use, newest_before, newest_checkpoint
-from .command import run
+from .command import CHOICES, follow, quiet, run
 from .config import (
     add_config_options,
     bases_by_name,
@@ -27,10 +28,8 @@ from .config import (
     merge_options,
     take_ours,
 )
-from .hooks import check_hooks
-from .loops import check_batches
+from .hooks import check_hooks, check_training_data
 from .model import unwrapped
-from .numbers import passed_on, write_numbers
 from .optim import use_amp
 from .processes import (
     LAUNCHERS,
@@ -41,10 +40,10 @@ from .processes import (
     together,
     with_wrapper,
 )
+from .record import passed_on, write_numbers
+from .seeding import check_batches
 from .sharded import check_parallel, spread
-from .terminal import CHOICES, follow, quiet
 from .trained import without_sources
-from .training_data import check_training_data
 
 # What every tool says of its first argument, and those of trained models of the second.
 CONFIG_HELP = 'config file, or vqmoe_vision::NAME for one that comes with the package'
@@ -60,7 +59,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, float16 on an older GPU'
     )
-    run(parser, argv, _train)
+    _run(parser, argv, _train)
 
 
 def test(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +71,7 @@ def test(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--tta', action='store_true', help="augment the test as the config's tta_pipeline says"
     )
-    run(parser, argv, _test)
+    _run(parser, argv, _test)
 
 
 def load_config(
@@ -127,8 +126,20 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    action: Callable[[argparse.Namespace], None],
+) -> None:
+    def alone_or_together(args: argparse.Namespace) -> None:
+        with together(args.launcher):
+            action(args)
+
+    run(parser, argv, alone_or_together)
+
+
 def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as alone, together(args.launcher):
+    with ExitStack() as alone:
         config = _configure(args)
         told = take_ours(config)
         if args.amp:
@@ -143,14 +154,11 @@ def _train(args: argparse.Namespace) -> None:
             alone.enter_context(in_use(Path(config.work_dir)))
         of_first = [_latest(args, Path(config.work_dir)) if get_rank() == 0 else None]
         broadcast_object_list(of_first)
-        (latest,) = of_first
+        latest = of_first[0]
         if latest is not None:
             config.load_from, config.resume = latest, True
-        kind = _runner_class(config)
-        runner = quiet(kind if latest is None else _with_weights(kind)).from_cfg(config)
-        terminal = follow(runner, args.log)
-        if told:
-            terminal.say(told)
+        runner = _runner_of(config, loads=latest is not None)
+        follow(runner, args.log, told)
         if latest is not None:  # what it went on from is no part of what the run is
             for name in ('load_from', 'resume'):
                 runner.cfg.pop(name)
@@ -166,9 +174,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _latest(args: argparse.Namespace, folder: Path) -> str | None:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    say = partial(print, file=sys.stderr)
     if args.resume:
         return str(newest_checkpoint(folder, say))
     # whatever torchrun has started again goes on from its own
@@ -183,11 +189,6 @@ def _latest(args: argparse.Namespace, folder: Path) -> str | None:
 
 
 def _test(args: argparse.Namespace) -> None:
-    with together(args.launcher):
-        _test_together(args)
-
-
-def _test_together(args: argparse.Namespace) -> None:
     config = _configure(args)
     if args.tta:
         augment_test(config)
@@ -205,10 +206,8 @@ def _test_together(args: argparse.Namespace) -> None:
         allowed = f'one process shows predictions: of {get_world_size()} each sees a part of them'
         check(get_world_size() == 1, '--show-dir', args.show_dir, allowed)
         show_predictions(config, args.show_dir)
-    runner = quiet(_tester(_with_weights(_runner_class(config)))).from_cfg(config)
-    terminal = follow(runner, args.log)
-    if told:
-        terminal.say(told)
+    runner = _runner_of(config, loads=True, tests=True)
+    follow(runner, args.log, told)
     check_datasets(runner, ('test',))
     metrics = runner.test()
     if args.out is not None and get_rank() == 0:
@@ -232,29 +231,16 @@ def _configure(args: argparse.Namespace) -> Config:
     return config
 
 
-def _runner_class(config: Config) -> type[Runner]:
-    if 'runner_type' not in config:
-        return with_wrapper(Runner)
-    found = RUNNERS.get(config.runner_type)
+def _runner_of(config: Config, loads: bool, tests: bool = False) -> Runner:
+    """The runner of a config, whose model gets the weights of its run and reads no others."""
+    name, methods = config.get('runner_type', 'Runner'), dict[str, Any]()
+    found = RUNNERS.get(name)
     allowed = f'a runner of the registry, which are {", ".join(sorted(RUNNERS.module_dict))}'
-    check(found is not None, 'runner_type', config.runner_type, allowed)
-    return with_wrapper(found)
-
-
-def _with_weights(runner: type[Runner]) -> type[Runner]:
-    """A runner whose model gets the weights of its run, and reads no others."""
-
-    def build_model(self: Runner, model: Any) -> Any:
-        """Keeps what the config says of it, for the work dir and for checkpoints."""
-        return runner.build_model(self, without_sources(model))
-
-    return type(runner.__name__, (runner,), {'build_model': build_model})
-
-
-def _tester(runner: type[Runner]) -> type[Runner]:
-    """A runner for tests, which often have the work dir of the training."""
-
-    def dump_config(self: Runner) -> None:
-        """Leaves the training's config as it is: that of a test stands beside its log."""
-
-    return type(runner.__name__, (runner,), {'dump_config': dump_config})
+    check(found is not None, 'runner_type', name, allowed)
+    kind = quiet(with_wrapper(found))
+    if loads:
+        methods['build_model'] = lambda self, model: kind.build_model(self, without_sources(model))
+    if tests:  # often in the work dir of the training, whose config stays as it is
+        methods['dump_config'] = lambda self: None
+    ours: Any = type(kind.__name__, (kind,), methods)
+    return ours.from_cfg(config)

@@ -25,20 +25,10 @@ from ..moe.config import check
 _PREFIX = 'vqmoe_vision::'  # of configs that come with the package
 # Fields that mmengine's Runner takes from the config without being arguments of its constructor,
 # that of sharded.py, and those of tests with --tta.
-_EXTRA_FIELDS = frozenset(
-    {
-        'activation_checkpointing',
-        'compile',
-        'efficient_conv_bn_eval',
-        'find_unused_parameters',
-        'model_wrapper_cfg',
-        'parallel',
-        'runner_type',
-        'sync_bn',
-        'tta_model',
-        'tta_pipeline',
-    }
-)
+_EXTRA_FIELDS = {
+    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
+    'model_wrapper_cfg', 'parallel', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline',
+}  # fmt: skip
 # Of these mmengine's Runner reads the named entries, and passes over all others.
 _READ = {
     'env_cfg': ('cudnn_benchmark', 'dist_cfg', 'mp_cfg', 'resource_limit'),

@@ -26,7 +26,7 @@ from .checkpoint import read_content
 from .cli import load_config, make_folder
 from .command import run
 from .config import add_config_options, as_arguments
-from .hub_folder import chosen_checkpoint, config_of
+from .publish import chosen_checkpoint, config_of
 from .trained import load_trained
 
 _COMPARED = (1, 4)  # images

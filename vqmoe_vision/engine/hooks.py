@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product, zip_longest
 from typing import Any
 
 from mmengine.config import Config
@@ -22,11 +22,11 @@ from vqmoe_vision.moe.optimizer import mixes_experts, per_expert
 from vqmoe_vision.moe.raw_patches import image_reader
 
 from .config import innermost
-from .finite import check_weights, pass_over_infinite
-from .loops import saves_after_iteration
-from .model import MoeTrainingMixin, unwrapped
-from .routing import lines_of
+from .images import TrainingPart
+from .model import MoeTrainingMixin, lines_of, unwrapped
 from .routing_log import wrapped
+from .seeding import saves_after_iteration
+from .step_values import check_weights, pass_over_infinite
 from .trained import check_experts
 
 _ROUTING = 'routing_statistics'
@@ -34,15 +34,12 @@ _RUNTIME = '_base_/default_runtime.py'  # of both tasks
 
 
 def _check_repeated(runner: Runner) -> None:
-    named = runner.cfg.get('activation_checkpointing')
-    if not named:
-        return
-    layers = moe_layers(unwrapped(runner))
+    named = runner.cfg.get('activation_checkpointing') or []
     allowed = 'modules without MoE layers, and none of their parts; grad_checkpointing takes those'
     for name in [named] if isinstance(named, str) else named:
-        within = any(f'{layer}.'.startswith(f'{name}.') for layer in layers)
-        parts = any(f'{name}.'.startswith(f'{layer}.') for layer in layers)
-        check(not (within or parts), 'activation_checkpointing', name, allowed)
+        for layer in moe_layers(unwrapped(runner)):
+            inside = f'{layer}.'.startswith(f'{name}.') or f'{name}.'.startswith(f'{layer}.')
+            check(not inside, 'activation_checkpointing', name, allowed)
 
 
 def _fit_reader(runner: Runner) -> None:
@@ -89,21 +86,14 @@ class MoeStateHook(Hook):
         if not any(isinstance(hook, CheckpointFitHook) for hook in runner.hooks):
             _fit_reader(runner)  # which is first told there how images are normalised
         unwrapped(runner).state_is_moved = True
-        batches_per_step = runner.optim_wrapper._accumulative_counts
-        updates = math.ceil(runner.max_iters / batches_per_step)
+        updates = math.ceil(runner.max_iters / runner.optim_wrapper._accumulative_counts)
         start_training(unwrapped(runner).routed_model, updates)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Reports the routing since the last validation; a run by iterations is a single epoch."""
         self._report(runner, 'train_epoch')
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Moves codebooks and the like, once a step of the optimizer, however many its batches."""
         if runner.optim_wrapper.should_update():
             update_state(unwrapped(runner).routed_model)
@@ -147,13 +137,7 @@ class NonFiniteGuardHook(Hook):
         """Looks at what is not finite by design."""
         pass_over_infinite(unwrapped(runner))
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Looks at the parameters before the checkpoint of an iteration is due."""
         if any(saves_after_iteration(hook, runner) for hook in runner.hooks):
             check_weights(unwrapped(runner), runner.iter + 1)
@@ -244,29 +228,24 @@ class ClassCountHook(Hook):
         seen = self._check(runner, 'train')
         if not self._resumed:  # another task may start from the weights
             self._content = {}
-        else:
-            check_class_names(self._content, seen, 'train_dataloader.dataset')
-            self._check_zero_label(runner, 'train')
-        if runner.val_loop is not None:
-            held_out = self._check(runner, 'val')
-            metainfo = runner.train_dataloader.dataset.metainfo
-            check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
-            if seen != held_out:
-                differ = sorted(set(seen) ^ set(held_out))
-                raise ValueError(
-                    'the training and validation sets have different classes: '
-                    f'only one of them has {", ".join(differ[:5])}'
-                    if differ
-                    else 'the training and validation sets have their classes in different orders'
-                )
+        self._compare(runner, 'train', seen)
+        if runner.val_loop is None:
+            return
+        metainfo, held_out = runner.train_dataloader.dataset.metainfo, self._check(runner, 'val')
+        check_zero_label(runner, 'val', metainfo, 'train_dataloader.dataset')
+        if seen != held_out:
+            differ = ', '.join(sorted(set(seen) ^ set(held_out))[:5])
+            raise ValueError(
+                'the training and validation sets have different classes: only one of them has '
+                f'{differ or "none, their order differs"}'
+            )
 
     def before_test(self, runner: Runner) -> None:
         """Checks the test set, and that it numbers the classes as the training did."""
-        classes = self._check(runner, 'test')
-        check_class_names(self._content, classes, 'test_dataloader.dataset')
-        self._check_zero_label(runner, 'test')
+        self._compare(runner, 'test', self._check(runner, 'test'))
 
-    def _check_zero_label(self, runner: Runner, split: str) -> None:
+    def _compare(self, runner: Runner, split: str, classes: tuple[str, ...]) -> None:
+        check_class_names(self._content, classes, f'{split}_dataloader.dataset')
         meta = self._content.get('meta')
         trained = meta.get('dataset_meta') if isinstance(meta, dict) else None
         check_zero_label(runner, split, trained, 'the training of the checkpoint')
@@ -304,18 +283,40 @@ def check_hooks(runner: Runner) -> None:
     )
     check(not missing, 'custom_hooks', listed, allowed)
     # in the order in which they are called: averages have copies of what has moved, and are saved
-    kinds = (MoeStateHook, EMAHook, CheckpointHook)
-    called = [
-        kinds.index(kind) for hook in runner.hooks for kind in kinds if isinstance(hook, kind)
-    ]
+    kinds = list(enumerate((MoeStateHook, EMAHook, CheckpointHook)))
+    called = [n for hook in runner.hooks for n, kind in kinds if isinstance(hook, kind)]
+    ema = next((hook for hook in runner.hooks if isinstance(hook, EMAHook)), None)
     allowed = "after MoeStateHook and before the checkpoint hook: leave it at 'NORMAL'"
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook):
-            check(called == sorted(called), 'EMAHook.priority', hook.priority, allowed)
+    given = getattr(ema, 'priority', None)
+    check(ema is None or called == sorted(called), 'EMAHook.priority', given, allowed)
 
 
-# Whether label 0 of the files is nothing that is learned, and label 1 the first class.
-_REDUCED = 'reduce_zero_label'
+def check_training_data(runner: Runner) -> None:
+    """Refuses data that a training would misuse, or stop at."""
+    if runner.val_loop is not None:
+        check_held_out(runner.train_dataloader.dataset, runner.val_dataloader.dataset)
+    if isinstance(model := unwrapped(runner), MoeTrainingMixin):
+        model.check_batches(runner.train_dataloader)
+
+
+def check_held_out(trained: Any, validated: Any) -> None:
+    """Whoever trains on all images, both parts, means it: docs/data.md says what that is for."""
+    for part, other in product(_parts(validated), _parts(trained)):
+        held_out = {part.name, other.name} == {'train', 'dev'} and part.source == other.source
+        allowed = (
+            f'train_dataloader.dataset has dev_size={other.dev_size} of the same images, and '
+            'validation would look at images of training; give both data sets the same'
+        )
+        same = not held_out or part.dev_size == other.dev_size
+        check(same, 'val_dataloader.dataset.dev_size', part.dev_size, allowed)
+
+
+def _parts(dataset: Any) -> Iterator[TrainingPart]:
+    if (part := getattr(dataset, 'training_part', None)) is not None:
+        yield part
+    for inner in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or [])):
+        if inner is not None:
+            yield from _parts(inner)
 
 
 def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
@@ -333,19 +334,15 @@ def check_class_names(content: Any, classes: Iterable[Any], where: str) -> None:
 
 
 def check_zero_label(runner: Runner, split: str, trained: Any, whose: str) -> None:
-    """Compares from which label on data sets of one kind count their classes."""
-    field = f'{split}_dataloader'
-    now = getattr(runner, field).dataset.metainfo.get(_REDUCED)
-    before = (trained or {}).get(_REDUCED)
+    """Compares whether label 0 is nothing that is learned, and label 1 the first class."""
+    loaders = ('train_dataloader', f'{split}_dataloader')
+    now = getattr(runner, loaders[1]).dataset.metainfo.get('reduce_zero_label')
+    before = (trained or {}).get('reduce_zero_label')
     if now is None or before is None or now == before:
         return
-    kinds = _kinds(runner.cfg, 'train_dataloader')
+    # of data of one kind: files of others may be written otherwise
+    datasets = [(runner.cfg.get(loader) or {}).get('dataset') or {} for loader in loaders]
+    kinds = [{(part.get('type'), part.get('data_root')) for part in innermost(d)} for d in datasets]
     allowed = f'{before}, as in {whose}, or every class would be that of another label'
-    same = not kinds or (len(kinds) == 1 and kinds == _kinds(runner.cfg, field))
-    check(not same, f'{field}.dataset.{_REDUCED}', now, allowed)
-
-
-def _kinds(config: Config, loader: str) -> set[tuple[str, str]]:
-    dataset = (config.get(loader) or {}).get('dataset')
-    found = innermost(dataset) if isinstance(dataset, dict) else ()
-    return {(str(inner.get('type')), str(inner.get('data_root'))) for inner in found}
+    same = not datasets[0] or (len(kinds[0]) == 1 and kinds[0] == kinds[1])
+    check(not same, f'{loaders[1]}.dataset.reduce_zero_label', now, allowed)

@@ -1,14 +1,14 @@
-"""Image files as every task reads them.
+"""Image files and digits as every task reads them, and which part of them a data set has.
 
 `stored` pixels stand in the file, `displayed` are turned as EXIF says; whoever drew a label map saw
-one of both. Legend: H, W height and width.
+one of both. Legend: H, W height and width, N scans.
 """
 
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -72,3 +72,34 @@ def read_rgb(image: Image.Image, name: str) -> Image.Image:
         image = Image.fromarray((values * 255).round().astype(np.uint8))
     rgb = image.convert('RGB')
     return rgb if turn == 1 else Image.fromarray(displayed(np.asarray(rgb), turn))
+
+
+SPLITS = ('train', 'dev', 'test')
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scans (N, 8, 8) uint8, bright on black, and digits (N,); every digit in proportion."""
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r} must be one of {SPLITS}')
+    # here, because every tool reads this file, few the scans: a second of the eight to its start
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    def parted(indices: np.ndarray, size: int) -> list[np.ndarray]:
+        return train_test_split(indices, test_size=size, stratify=targets[indices], random_state=0)
+
+    images, targets = load_digits(return_X_y=True)
+    rest, test = parted(np.arange(len(targets)), 360)
+    train, dev = parted(rest, 180)
+    chosen = {'train': train, 'dev': dev, 'test': test}[split]
+    scans = np.round(images[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return scans, targets[chosen]
+
+
+class TrainingPart(NamedTuple):
+    """A part of training images; a data set has it as `training_part`."""
+
+    source: tuple[str, ...]
+    name: str
+    dev_size: int

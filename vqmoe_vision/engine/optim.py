@@ -18,6 +18,9 @@ from torch import nn
 
 from vqmoe_vision.moe.config import check, check_type
 
+# What `custom_keys` multiply, and which field of the optimizer gives.
+_MULTIPLIERS = {'lr_mult': 'lr', 'decay_mult': 'weight_decay'}
+
 
 @OPTIM_WRAPPERS.register_module()
 class CpuAmpOptimWrapper(OptimWrapper):
@@ -42,28 +45,28 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
 def use_amp(config: Config) -> None:
     """Turns on mixed precision in a config."""
+    wrapper = config.optim_wrapper
+    given = wrapper.get('type', 'OptimWrapper')
     known = ('OptimWrapper', 'AmpOptimWrapper', 'CpuAmpOptimWrapper')
-    wrapper = config.optim_wrapper.get('type', 'OptimWrapper')
-    if wrapper not in known:
-        raise ValueError(f'--amp does not know optim_wrapper.type={wrapper!r}; it knows {known}')
+    check(given in known, 'optim_wrapper.type', given, f'with --amp one of {", ".join(known)}')
     if torch.cuda.is_available():
-        config.optim_wrapper.type = 'AmpOptimWrapper'
         # None is float16, and the wrapper's default
-        if config.optim_wrapper.get('dtype') is None:
+        if wrapper.get('dtype') is None:
             exact = torch.cuda.is_bf16_supported(including_emulation=False)
-            config.optim_wrapper.dtype = 'bfloat16' if exact else 'float16'
+            wrapper.dtype = 'bfloat16' if exact else 'float16'
         # a loss scale reads back at each step, and only float16 has too small a range without one
-        scaled = config.optim_wrapper.dtype in ('float16', torch.float16)
-        config.optim_wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
+        scaled = wrapper.dtype in ('float16', torch.float16)
+        wrapper.setdefault('loss_scale', 'dynamic' if scaled else dict(enabled=False))
+        wrapper.type = 'AmpOptimWrapper'
         return
-    config.optim_wrapper.type = 'CpuAmpOptimWrapper'
-    of_gpus = inspect.signature(AmpOptimWrapper).parameters.keys() & config.optim_wrapper.keys()
-    given = {name: config.optim_wrapper.pop(name) for name in sorted(of_gpus)}
-    if given.get('dtype') in ('bfloat16', torch.bfloat16):
-        del given['dtype']  # as here
-    if given:
-        said = ', '.join(f'optim_wrapper.{name}={value!r}' for name, value in given.items())
-        print_log(f'--amp: {said} is for GPUs: bfloat16 without a loss scale on a CPU', 'current')
+    wrapper.type = 'CpuAmpOptimWrapper'
+    of_gpus = inspect.signature(AmpOptimWrapper).parameters.keys() & wrapper.keys()
+    told = [f'optim_wrapper.{name}={wrapper.pop(name)!r}' for name in sorted(of_gpus)]
+    if told:
+        print_log(
+            f'--amp: {", ".join(told)} is for GPUs: bfloat16 without a loss scale on a CPU',
+            'current',
+        )
 
 
 def scales_loss(wrapper: OptimWrapper) -> bool:
@@ -95,14 +98,19 @@ class TimmOptimWrapperConstructor:
         for option, value in self.paramwise_cfg.items():
             allowed = f'{type(self).__name__} takes {" and ".join(self.paramwise_options)}'
             check(option in self.paramwise_options, f'paramwise_cfg.{option}', value, allowed)
-        self.custom_keys = _checked(self.paramwise_cfg.get('custom_keys', {}))
+        self.custom_keys = self.paramwise_cfg.get('custom_keys', {})
+        allowed = f'{" or ".join(_MULTIPLIERS)}, a number of at least 0'
+        for key, factors in self.custom_keys.items():
+            for name, value in factors.items():
+                valid = isinstance(value, int | float) and 0 <= value < math.inf
+                field = f'paramwise_cfg.custom_keys[{key!r}].{name}'
+                check(valid and name in _MULTIPLIERS, field, value, allowed)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, which may be wrapped for distributed training."""
         wrapper_cfg = dict(self.optim_wrapper_cfg)
         optimizer_cfg = dict(wrapper_cfg.pop('optimizer'))
-        decay = optimizer_cfg.get('weight_decay', 0.0)
-        groups = self.param_groups(model, decay)
+        groups = self.param_groups(model, optimizer_cfg.get('weight_decay', 0.0))
         if self.custom_keys:
             groups = _multiplied(groups, model, self.custom_keys, optimizer_cfg)
         optimizer_cfg['params'] = groups
@@ -111,30 +119,10 @@ class TimmOptimWrapperConstructor:
         return OPTIM_WRAPPERS.build(wrapper_cfg, default_args={'optimizer': optimizer})
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameters that decay and those that do not.
-
-        Args:
-            model: The model.
-            weight_decay: Weight decay of the first kind.
-        """
+        """Parameters that decay, with this weight decay, and those that do not."""
         return param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=undecayed_parameters(model)
         )
-
-
-# What `custom_keys` multiply, and which field of the optimizer gives.
-_MULTIPLIERS = {'lr_mult': 'lr', 'decay_mult': 'weight_decay'}
-
-
-def _checked(custom_keys: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    allowed = f'{" or ".join(_MULTIPLIERS)}, a number of at least 0'
-    for key, factors in custom_keys.items():
-        for name, value in factors.items():
-            known = (
-                name in _MULTIPLIERS and isinstance(value, int | float) and 0 <= value < math.inf
-            )
-            check(known, f'paramwise_cfg.custom_keys[{key!r}].{name}', value, allowed)
-    return custom_keys
 
 
 def _multiplied(
@@ -205,12 +193,7 @@ class LayerDecayOptimWrapperConstructor(TimmOptimWrapperConstructor):
         check(0 < self.layer_decay <= 1, 'paramwise_cfg.layer_decay', self.layer_decay, allowed)
 
     def param_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of a model, which may be wrapped for distributed training.
-
-        Args:
-            model: A `MoeTrainingMixin`: a classifier, or a segmentor around a `TimmViT`.
-            weight_decay: Weight decay of matrices.
-        """
+        """Groups of a `MoeTrainingMixin`, which may be wrapped for distributed training."""
         whole: Any = model.module if is_model_wrapper(model) else model
         encoder = whole.routed_model
         groups = param_groups_layer_decay(

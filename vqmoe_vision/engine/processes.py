@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_vision.moe.config import check
 
+from .config import flat
+
 # What each launcher calls the rank, the number of processes and the rank on the machine.
 _VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
@@ -171,16 +173,20 @@ def check_batch(config: Config, options: Iterable[str]) -> None:
     batch = (config.get('train_dataloader') or {}).get('batch_size')
     if size == 1 or batch is None or {name, 'train_dataloader'} & {*options}:
         return
-    held = f'{name}={batch // size} holds {batch}, and ' if batch % size == 0 else ''
     raise ValueError(
         f'{name}={batch} counts one process, and {size} would train on {size * batch} images a '
-        f'step: write --cfg-options {name}=B; {held}{name}={batch} takes {size * batch}'
+        f'step: write --cfg-options {name}=B; {size} x B is what one process had as {batch}'
     )
 
 
 def check_configs(config: Config) -> None:
     """Compares the configs of all processes."""
-    _check_alike('configs', dict(_leaves(config.to_dict())))
+    # a set is in each process in another order
+    fields = {
+        name: _ADDRESS.sub('', repr(sorted(map(repr, value)) if isinstance(value, set) else value))
+        for name, value in flat(config.to_dict()).items()
+    }
+    _check_alike('configs', fields)
 
 
 def check_datasets(runner: Runner, splits: tuple[str, ...]) -> None:
@@ -195,27 +201,16 @@ def check_datasets(runner: Runner, splits: tuple[str, ...]) -> None:
     _check_alike('data sets', fields)
 
 
-def _leaves(value: Any, name: str = '') -> Iterator[tuple[str, str]]:
-    """What a config holds, by dotted name."""
-    if isinstance(value, dict | list | tuple) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inside in items:
-            yield from _leaves(inside, f'{name}.{key}' if name else str(key))
-    else:  # a set is in each process in another order
-        values = sorted(map(repr, value)) if isinstance(value, set | frozenset) else value
-        yield name, _ADDRESS.sub('', repr(values))
-
-
 def _check_alike(what: str, fields: Mapping[str, str]) -> None:
-    of_ranks: list[dict[str, str]] = all_gather_object(dict(fields))
-    for name in dict.fromkeys(name for one in of_ranks for name in one):
-        values = [one.get(name, 'missing') for one in of_ranks]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise ValueError(
-                f'the ranks have different {what}: {name} is {values[0]} on rank 0 and '
-                f'{values[other]} on rank {other}'
-            )
+    first, *others = all_gather_object(dict(fields))
+    for rank, other in enumerate(others, start=1):
+        for name in {**first, **other}:
+            values = first.get(name, 'missing'), other.get(name, 'missing')
+            if values[0] != values[1]:
+                raise ValueError(
+                    f'the ranks have different {what}: {name} is {values[0]} on rank 0 and '
+                    f'{values[1]} on rank {rank}'
+                )
 
 
 def with_wrapper(kind: type[Runner]) -> type[Runner]:

@@ -1,22 +1,42 @@
 """What `tools/publish.py` does: a run's model as timm's folder, or a checkpoint of ours."""
 
 import argparse
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from mmengine.config import Config
 
 from vqmoe_vision.models.compat import STATED
-from vqmoe_vision.models.weights import digest_of
+from vqmoe_vision.models.saved import save
+from vqmoe_vision.models.weights import digest_of, is_file_name
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.config import check
+from vqmoe_vision.provenance import commit, installed
 
 from .checkpoint import read_content
-from .checkpoint_files import SaveError, reason_of
+from .checkpoint_files import BEST, POINTER, SaveError, last_checkpoint, reason_of
+from .cli import load_config, make_folder
 from .command import run
-from .hub_folder import publish_folder
+from .record import read_numbers
+from .trained import load_trained
 
 # Of `meta`: what starting from the file and a reader want to know, and mmseg's functions elsewhere.
 _META = (STATED, 'cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
+# What mmengine logs beside the metrics of a validation.
+_NO_METRICS = ('data_time', 'time')
+# Of a config what is about the machine of the run.
+_OF_THE_MACHINE = ('work_dir', 'resume', 'launcher')
+_TEMPLATE = Path(__file__).parent / 'templates/model_card.md'
+_PACKAGES = ('vqmoe-vision', 'torch', 'timm', 'onedl-mmengine', 'onedl-mmsegmentation')
+_LOADERS = {'training': 'train', 'validation': 'val', 'test': 'test'}
 
 
 def publish(argv: Sequence[str] | None = None) -> None:
@@ -42,33 +62,23 @@ def publish(argv: Sequence[str] | None = None) -> None:
 
 
 def _publish(args: argparse.Namespace) -> Path:
-    if not Path(args.source).exists():
-        raise ValueError(
-            f'source={args.source!r} does not exist: the work dir of a run, or a checkpoint of it'
-        )
-    if Path(args.source).is_dir():
-        if args.out.endswith('.pth'):
-            raise ValueError(f'out={args.out!r} is a file: name the checkpoint, or a folder')
-        options = args.checkpoint, args.license, args.numbers
-        return publish_folder(args.source, args.out, *options)
-    for name in ('checkpoint', 'license', 'numbers'):
-        if getattr(args, name) is not None:
-            raise ValueError(f'--{name} is for a folder, which is made of a work dir')
-    if not args.out.endswith('.pth'):
-        raise ValueError(
-            f'out={args.out!r} must end in .pth; a folder is made of the work dir of a run, which '
-            f'{args.source!r} is not'
-        )
-    return publish_checkpoint(args.source, args.out)
+    source, out = Path(args.source), args.out
+    check(source.exists(), 'source', args.source, 'a work dir, or a checkpoint, that exists')
+    folder = source.is_dir()
+    allowed = 'a folder of a work dir, and a file that ends in .pth of a checkpoint'
+    check(folder != out.endswith('.pth'), 'out', out, allowed)
+    options = {name: getattr(args, name) for name in ('checkpoint', 'license', 'numbers')}
+    if folder:
+        return publish_folder(args.source, out, *options.values())
+    for name, value in options.items():
+        check(value is None, f'--{name}', value, 'left out, it is for the folder of a work dir')
+    return publish_checkpoint(args.source, out)
 
 
 def publish_checkpoint(checkpoint: str, out: str) -> Path:
     """Writes the weights, the config and the classes of a checkpoint."""
-    target = Path(out)
-    content = read_content(checkpoint)
-    if not isinstance(content, dict) or not {'state_dict', 'meta'} <= content.keys():
-        raise ValueError(f"checkpoint {checkpoint!r} has no 'state_dict' and 'meta' of a training")
-    meta = {name: content['meta'][name] for name in _META if name in content['meta']}
+    target, content = Path(out), read_content(checkpoint)
+    meta = {k: v for k, v in _meta(content, checkpoint).items() if k in _META}
     target.parent.mkdir(parents=True, exist_ok=True)
     unnamed = target.with_suffix('.part')
     try:
@@ -76,9 +86,211 @@ def publish_checkpoint(checkpoint: str, out: str) -> Path:
             torch.save({'meta': meta, 'state_dict': content['state_dict']}, unnamed)
         except RuntimeError as error:  # of torch's writer
             raise SaveError(f'{target} could not be written ({reason_of(error)})') from error
-        digits = digest_of(unnamed)[:8]
-        named = target.with_name(f'{target.stem}-{digits}.pth')
+        named = target.with_name(f'{target.stem}-{digest_of(unnamed)[:8]}.pth')
         os.replace(unnamed, named)
     finally:  # of a disk that is full
         unnamed.unlink(missing_ok=True)
     return named
+
+
+def _meta(content: Any, checkpoint: str) -> dict[str, Any]:
+    found = content.get('meta') if isinstance(content, dict) and 'state_dict' in content else None
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint {checkpoint!r} has no 'state_dict' and 'meta' of a training")
+    return found
+
+
+def publish_folder(
+    work_dir: str,
+    out: str,
+    checkpoint: str | None = None,
+    license_id: str | None = None,
+    numbers: str | None = None,
+) -> Path:
+    """Writes weights, configuration and model card of a run."""
+    target, run = free_folder(out), Path(work_dir)
+    valid = license_id is None or re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', license_id)
+    allowed = "a name of the hub in small letters, such as 'apache-2.0' or 'cc-by-nc-4.0'"
+    check(bool(valid), 'license', license_id, allowed)
+    config_file = config_of(run)
+    how = 'choose one with --checkpoint'
+    file = chosen_checkpoint(run, how) if checkpoint is None else Path(checkpoint)
+    config = load_config(str(config_file))
+    model = load_trained(config, str(file), 'cpu')
+    content = read_content(str(file), verify=False)
+    meta = _meta(content, str(file))
+    tested = read_numbers(numbers, model, file) if numbers else {}
+    best = _validated(content) if file.name.startswith(BEST) else {}
+    with written_whole(target) as folder:
+        arguments = _write_model(model, config, meta, folder, license_id)
+        shared = Config({k: v for k, v in config.items() if k not in _OF_THE_MACHINE})
+        shared.dump(folder / config_file.name)
+        record = content.get('run_record') or [None, []]
+        _write_card(
+            folder, target.name, model.routed_model, config,
+            _scores(model, {'validation': best, 'test': tested}), license_id,
+            arguments=json.dumps(arguments, indent=2), config_name=config_file.name, meta=meta,
+            checkpoint=file.name, commits=[c for c in record[1] if c],
+            chosen='validation' if best else None,
+        )  # fmt: skip
+    return target
+
+
+def free_folder(out: str) -> Path:
+    """Where a folder is to be written."""
+    target = Path(out).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f'out={out!r} exists: name a folder that does not, nothing is overwritten')
+    return target
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name when all is in it, and is gone after an error."""
+    make_folder(target.parent)
+    with TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}.') as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
+        mask = os.umask(0o077)  # there is no other way to read it
+        os.umask(mask)
+        for path in filter(Path.is_file, folder.rglob('*')):
+            path.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
+        os.replace(folder, target)
+
+
+def _write_model(
+    model: Any, config: Config, meta: dict[str, Any], folder: Path, license_id: str | None
+) -> dict[str, Any]:
+    normalization = model.known_normalization
+    if normalization is None:
+        raise ValueError(
+            'the run does not say how its images were normalised, which config.json has to: its '
+            'data set is of another class than those of this package'
+        )
+    dataset = (config.get('test_dataloader') or {}).get('dataset')
+    check(dataset is not None, 'test_dataloader', None, 'there, it says how images are prepared')
+    preprocessing = model.test_preprocessing(dataset)
+    preprocessing |= {'mean': normalization.mean, 'std': normalization.std}
+    timms = model.routed_model
+    timms.set_grad_checkpointing(False)
+    classes = (meta.get('dataset_meta') or {}).get('classes') or ()
+    names = classes if len(classes) == timms.num_classes else ()
+    return save(timms, folder, preprocessing, names, license_id)
+
+
+def config_of(run: Path) -> Path:
+    """The config that a run left in its work dir."""
+    found = sorted(run.glob('*.py'))
+    if len(found) != 1:
+        names = ', '.join(path.name for path in found) or 'none'
+        raise ValueError(
+            f'work dir {str(run)!r} must hold one config, as tools/train.py leaves it: it has '
+            f'{names}'
+        )
+    return found[0]
+
+
+def chosen_checkpoint(run: Path, how: str = 'name one of them after the work dir') -> Path:
+    """The best checkpoint of a work dir, or else the last."""
+    best = sorted(run.glob(f'{BEST}*.pth'))
+    if len(best) > 1:
+        names = ', '.join(path.name for path in best)
+        raise ValueError(f'work dir {str(run)!r} has {names}: {how}')
+    if not best and not ((run / POINTER).is_file() and last_checkpoint(run).is_file()):
+        raise ValueError(f'work dir {str(run)!r} has no checkpoint of a training')
+    return best[0] if best else last_checkpoint(run)
+
+
+def _validated(content: dict[str, Any]) -> dict[str, float]:
+    """Metrics of the validation after which the best checkpoint was written."""
+    logged = (content.get('message_hub') or {}).get('log_scalars') or {}
+    values = {n.removeprefix('val/'): v for n, v in logged.items() if n.startswith('val/')}
+    return {n: float(v.current()) for n, v in values.items() if n not in _NO_METRICS}
+
+
+def _scores(model: Any, measured: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    layers = tuple(f'{name}/' for name in moe_layers(model.routed_model))
+    return [
+        {'use': use, 'metric': name, 'value': value}
+        for use, values in measured.items()
+        for name, value in values.items()
+        if not name.startswith(layers)
+    ]
+
+
+def _write_card(
+    folder: Path,
+    name: str,
+    model: Any,
+    config: Config,
+    scores: list[dict[str, Any]],
+    license_id: str | None,
+    **values: Any,
+) -> None:
+    """Writes `README.md`: usage, data, command, numbers and licence."""
+    method, data = getattr(model, 'method', None), {}
+    for use, loader in _LOADERS.items():
+        dataset = (config.get(f'{loader}_dataloader') or {}).get('dataset') or {}
+        if 'type' in dataset:
+            data[use] = {'type': dataset['type'], 'split': dataset.get('split')}
+    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=str(data[score['use']]['type']),
+            dataset_name=str(data[score['use']]['type']),
+            dataset_split=data[score['use']]['split'],
+            metric_type=score['metric'],
+            metric_value=score['value'],
+        )
+        for score in scores
+        if score['use'] in data and model.num_classes
+    ]
+    metadata = ModelCardData(
+        library_name='timm',
+        pipeline_tag=task,
+        tags=[task, 'timm', *(['mixture-of-experts', method] if method else [])],
+        license=license_id,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    versions = {package: installed(package) for package in _PACKAGES}
+    at = {'vqmoe-vision': f' (commit {now})'} if (now := commit()) else {}
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(_TEMPLATE),
+        name=name,
+        architecture=model.pretrained_cfg['architecture'],
+        classes=model.num_classes,
+        method=method,
+        preprocessing=model.pretrained_cfg,
+        data=data,
+        started_from=_sources(config),
+        scores=scores,
+        license=license_id,
+        versions=[f'{n} {version}{at.get(n, "")}' for n, version in versions.items() if version],
+        **values,
+    )
+    card.save(folder / 'README.md')
+
+
+def _sources(config: Config) -> list[str]:
+    """What a training started from; of files the name alone, for folders are the writer's own."""
+    named = [config.get('load_from')]
+    for part in (config.model, config.model.get('backbone') or {}):
+        names = ('checkpoint', 'checkpoint_path', 'features', 'upcycle')
+        named += [part.get(name) for name in names]
+        if part.get('pretrained'):
+            file = (part.get('pretrained_cfg_overlay') or {}).get('file')
+            named.append(file or f"timm's weights of {part.get('model_name')}")
+    return [_without_folder(str(name)) for name in named if name]
+
+
+def _without_folder(source: str) -> str:
+    """A source as others may read it: of a path on this machine the last part alone."""
+    if '://' in source:
+        return source
+    scheme, colon, path = source.rpartition('local-dir:')
+    of_files = colon or path[:1] in '/.~' or is_file_name(path) or Path(path).exists()
+    return scheme + colon + (Path(path).name if of_files else path)

@@ -1,4 +1,4 @@
-"""What a run says of itself, for a comparison: every number, and where it comes from."""
+"""What a run says of itself: every number, where it comes from, and which weights have it."""
 
 import json
 import os
@@ -18,15 +18,18 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import nn
 
 from vqmoe_vision.models.compat import StateDict
 from vqmoe_vision.models.complexity import complexity, count_params
 from vqmoe_vision.models.create import options_in_full
+from vqmoe_vision.models.normalization import KEY
 from vqmoe_vision.models.weights import OF_TIMM, is_file_name
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.provenance import commit, installed, processor
 
 from .checkpoint import read_state
+from .checkpoint_files import write_atomically
 from .config import flat
 from .model import unwrapped
 from .step_values import read_now
@@ -74,7 +77,9 @@ class RunRecordHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Starts the clocks, and counts before the work rather than after it."""
-        options, self._data = _moe_options(runner), _data(runner, ('train', 'val'))
+        model = runner.cfg.to_dict()['model']
+        options = options_in_full(model.get('backbone', model))
+        self._data = _data(runner, ('train', 'val'))
         now = _beginning(options, self._data)
         for name, value in self._then.items():
             allowed = f'{value!r}, as when the run began that is resumed; else take a new work dir'
@@ -89,8 +94,8 @@ class RunRecordHook(Hook):
                 weights = starting_weights(runner.cfg.model, runner._load_from)
                 self._begun['starting_weights'] = weights
             self._write(runner, BEGUN, json.dumps(self._begun))
-        model = unwrapped(runner)
-        self._size = *count_params(model), complexity(model.routed_model).macs
+        whole = unwrapped(runner)
+        self._size = *count_params(whole), complexity(whole.routed_model).macs
         self._start = time.perf_counter(), time.process_time()
         if (at := commit()) not in self._commits:
             self._commits.append(at)
@@ -112,13 +117,7 @@ class RunRecordHook(Hook):
             if bits := getattr(metric, 'correct', ''):
                 self._write(runner, 'correct.json', json.dumps({'correct': bits}))
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Says how far the run is, a hundred times."""
         done = runner.iter + 1
         if self.only_first and done >= FIRST_LOSSES:
@@ -163,17 +162,11 @@ class RunRecordHook(Hook):
         partial.replace(path)  # whoever reads it meanwhile finds the old or the new, never half
 
 
-def _moe_options(runner: Runner) -> dict[str, Any]:
-    model = runner.cfg.to_dict()['model']
-    return options_in_full(model.get('backbone', model))
-
-
 def _data(runner: Runner, splits: tuple[str, ...]) -> dict[str, Any]:
-    loaders = {split: f'{split}_dataloader' for split in splits}
     return {
-        split: described(getattr(runner, name).dataset)
-        for split, name in loaders.items()
-        if runner.cfg.get(name) is not None
+        split: described(getattr(runner, f'{split}_dataloader').dataset)
+        for split in splits
+        if runner.cfg.get(f'{split}_dataloader') is not None
     }
 
 
@@ -221,10 +214,9 @@ def _weights(named: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if not isinstance(value, str):
             continue
         path = os.path.expanduser(value.removeprefix(_FOLDER))
-        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or is_file_name(path)
         # not any folder: an entry point may be called as one is
-        files = [path] if meant else []
-        files += [os.path.join(path, file) for file in OF_TIMM]
+        meant = name.rpartition('.')[2] in _NAME_WEIGHTS or is_file_name(path)
+        files = [*([path] if meant else []), *(os.path.join(path, file) for file in OF_TIMM)]
         if any(map(os.path.isfile, files)):
             yield name, path
 
@@ -237,3 +229,43 @@ def digest_of(state: StateDict) -> str:
         # numpy has no bfloat16
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+# Name of the digest among the scores.
+WEIGHTS = 'weights'
+
+
+def write_numbers(path: Path, metrics: dict[str, Any], model: nn.Module) -> None:
+    """Writes what a test has measured."""
+    named = {**metrics, WEIGHTS: weights_digest(model)}
+    content = f'{json.dumps(named, indent=2, default=float)}\n'
+    if passed_on(path):
+        path.write_text(content)
+    else:
+        write_atomically(path, content.encode())
+
+
+def passed_on(path: Path) -> bool:
+    """Whether what is written goes elsewhere, as into a pipe, /dev/stdout or what a link names."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of a run's model, which all files with the same weights have in common."""
+    return digest_of({k: v for k, v in model.state_dict().items() if k != KEY})
+
+
+def read_numbers(path: str, model: nn.Module, checkpoint: Path) -> dict[str, float]:
+    """The scores of a model that `write_numbers` has written."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:  # not there, no text or no JSON
+        raise ValueError(f'numbers={path!r} cannot be read: {error}') from error
+    tested = values.pop(WEIGHTS, None) if isinstance(values, dict) else None
+    own = weights_digest(model)
+    other = (
+        f'scores of the weights {own}, and these are of {tested}: test those of {checkpoint.name} '
+        'again with --out, or name the checkpoint that was tested with --checkpoint'
+    )
+    check(tested == own, 'numbers', path, other)
+    return dict(values)

@@ -21,8 +21,7 @@ from vqmoe_vision.moe.config import check, check_type
 from vqmoe_vision.moe.layer import MoeLayer
 
 from .checkpoint_files import write_atomically
-from .model import unwrapped
-from .routing import RoutingStatistics
+from .model import RoutingStatistics, unwrapped
 from .sharded import whole
 
 FILE = 'routing.jsonl'
@@ -138,13 +137,7 @@ class RoutingHistoryHook(Hook):
             kept = [json.dumps(line) + '\n' for line in lines if line['iteration'] <= runner.iter]
             write_atomically(path, ''.join(kept).encode())
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: dict | None = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Writes a line when one is due."""
         done = runner.iter + 1
         if done % max(runner.max_iters // self.records, 1):

@@ -1,8 +1,8 @@
-"""Random numbers that make a resumed run equal to one that was never interrupted."""
+"""What makes a resumed run equal to one that was never interrupted: seeds, samplers and loops."""
 
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import ClassBalancedDataset, DefaultSampler, InfiniteSampler
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, HOOKS
-from mmengine.runner import Runner
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS, HOOKS, LOOPS
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.utils import apply_to
+from torch import Tensor
+
+from vqmoe_vision.moe import moe_layers
+from vqmoe_vision.moe.config import check
+
+from .model import unwrapped
 
 
 def seed_generators(*parts: int) -> None:
@@ -55,16 +62,10 @@ class ReseedHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Before the data loader starts: it draws its workers' seeds from torch's generator."""
-        self._reseed(runner)
+        seed_generators(runner.seed, runner.iter, get_rank())
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: object | None = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Before the forward pass."""
-        self._reseed(runner)
-
-    @staticmethod
-    def _reseed(runner: Runner) -> None:
         seed_generators(runner.seed, runner.iter, get_rank())
 
 
@@ -76,24 +77,26 @@ class SeededIndex(int):
 
     parts: tuple[int, ...]
 
-    def __add__(self, other: int) -> int:
-        return with_seed_of(self, super().__add__(_whole(other)))
+    def __add__(self, other: Any) -> int:
+        return _computed(self, operator.add, other)
 
     __radd__ = __add__
 
-    def __sub__(self, other: int) -> int:
-        return with_seed_of(self, super().__sub__(_whole(other)))
+    def __sub__(self, other: Any) -> int:
+        return _computed(self, operator.sub, other)
 
-    def __mod__(self, other: int) -> int:
-        return with_seed_of(self, super().__mod__(_whole(other)))
+    def __mod__(self, other: Any) -> int:
+        return _computed(self, operator.mod, other)
 
-    def __floordiv__(self, other: int) -> int:
-        return with_seed_of(self, super().__floordiv__(_whole(other)))
+    def __floordiv__(self, other: Any) -> int:
+        return _computed(self, operator.floordiv, other)
 
 
-def _whole(number: Any) -> Any:
-    """Python's integer in the place of NumPy's, which would compute itself and lose the seed."""
-    return operator.index(number) if hasattr(number, '__index__') else number
+def _computed(index: SeededIndex, how: Callable[[int, int], int], other: Any) -> int:
+    if not hasattr(other, '__index__'):  # such as a float
+        return NotImplemented
+    # Python's integer in the place of NumPy's, which would compute itself and lose the seed
+    return with_seed_of(index, how(int(index), operator.index(other)))
 
 
 def _seeded(index: int, *parts: int) -> SeededIndex:
@@ -104,7 +107,7 @@ def _seeded(index: int, *parts: int) -> SeededIndex:
 
 def with_seed_of(outer: int, inner: int) -> int:
     """What a wrapper of data sets that looks indices up hands on."""
-    if not isinstance(outer, SeededIndex) or inner is NotImplemented:
+    if not isinstance(outer, SeededIndex):
         return inner
     return _seeded(inner, *outer.parts)
 
@@ -171,3 +174,131 @@ def keep_worker_seed(worker_id: int) -> None:
 
     mmengine's default seeds it alike in every epoch, and so repeats the augmentations.
     """
+
+
+SEEN, SIZE = 'batches_seen_in_epoch', 'size_of_batches'
+PROCESSES = 'processes_in_epoch'
+_FIELDS = {SIZE: 'train_dataloader.batch_size', PROCESSES: 'number of processes'}
+VALIDATED = 'validated_iter'
+_ACCUMULATED = 'accumulated'
+
+
+@LOOPS.register_module()
+class ResumableEpochLoop(EpochBasedTrainLoop):
+    """mmengine's loop, which starts an epoch again when it resumes in the middle of it.
+
+    This one passes over the samples that the epoch has seen.
+    """
+
+    def run_epoch(self) -> None:
+        """Iterates over what is left of an epoch."""
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        seen = self._seen()
+        sampler = self.dataloader.sampler
+        if hasattr(sampler, 'pass_over') and self.dataloader.batch_size is not None:
+            sampler.pass_over(seen * self.dataloader.batch_size)
+            batches: Iterable = enumerate(self.dataloader, start=seen)
+        else:  # of an order that only the data loader knows: what was seen is read again
+            batches = islice(enumerate(self.dataloader), seen, None)
+        for index, batch in batches:
+            self.run_iter(index, batch)  # in which `AtomicCheckpointHook` counts
+        self.runner.message_hub.update_info(SEEN, 0)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def _seen(self) -> int:
+        hub, now = self.runner.message_hub, {SIZE: self.dataloader.batch_size}
+        seen = hub.get_info(SEEN, 0)
+        for name, value in {**now, PROCESSES: get_world_size()}.items():
+            former = hub.get_info(name, value)
+            allowed = f'{former}, in the middle of an epoch that a checkpoint goes on with'
+            check(not seen or former == value, _FIELDS[name], value, allowed)
+            hub.update_info(name, value)
+        return seen
+
+
+def check_batches(runner: Runner) -> None:
+    """Refuses an epoch without an iteration, or without an end."""
+    loader, size = runner.train_dataloader, get_world_size()
+    if isinstance(loader.sampler, InfiniteSampler):
+        # which fills a batch with the images of several rounds
+        own = getattr(type(runner.train_loop), 'run_epoch', None)
+        allowed = (
+            'an epoch of it never ends: SeededSampler for training by epochs, or '
+            "train_cfg.type='IterBasedTrainLoop' with max_iters"
+        )
+        ends = own is not ResumableEpochLoop.run_epoch
+        check(ends, 'train_dataloader.sampler.type', type(loader.sampler).__name__, allowed)
+        return
+    allowed = (
+        f'at most {len(loader.sampler)}, the number of training images'
+        f'{f" for each of {size} processes" if size > 1 else ""}: drop_last=True leaves out what '
+        'fills no batch'
+    )
+    check(len(loader) > 0, 'train_dataloader.batch_size', loader.batch_size, allowed)
+
+
+def progress_of(runner: Runner) -> tuple[int, int, str]:
+    """What is done, what there is to do, and the option of `train_cfg` that says so."""
+    loop = runner.train_loop
+    if isinstance(loop, EpochBasedTrainLoop):
+        return loop.epoch, loop.max_epochs, 'max_epochs'
+    return loop.iter, loop.max_iters, 'max_iters'
+
+
+def validation_was_cut_off(runner: Runner) -> bool:
+    """Whether a run that resumes stands where one was due that its checkpoint knows nothing of."""
+    loop = runner.train_loop
+    done, end, _ = progress_of(runner)
+    loop._decide_current_val_interval()  # or it would be that of the start of the run
+    return (
+        runner.val_loop is not None
+        and runner._resume
+        and done >= max(loop.val_begin, 1)
+        and (done % loop.val_interval == 0 or done == end)
+        and not runner.message_hub.get_info(SEEN, 0)
+        and runner.message_hub.get_info(VALIDATED) != runner.iter
+    )
+
+
+def saves_after_iteration(hook: Hook, runner: Runner) -> bool:
+    """Whether a hook writes a checkpoint after the iteration that is ending."""
+    if not isinstance(hook, CheckpointHook) or hook.by_epoch:
+        return False
+    due = hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+    return due or (hook.save_last and hook.is_last_train_iter(runner))
+
+
+def keep_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
+    """Adds gradients, and what layers have observed, that no step has used yet to a checkpoint."""
+    if runner.optim_wrapper.should_update() or get_world_size() > 1:  # of several they are lost
+        return
+    if 'optimizer' not in checkpoint:  # as in the best one, from which no training goes on
+        return
+    model = unwrapped(runner)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    observed = {name: layer.observed for name, layer in moe_layers(model).items()}
+    # as mmengine keeps all else
+    kept = {'gradients': gradients, 'observed': observed}
+    checkpoint[_ACCUMULATED] = apply_to(kept, lambda x: isinstance(x, Tensor), Tensor.cpu)
+
+
+def restore_accumulated(runner: Runner, checkpoint: dict[str, Any]) -> None:
+    """Puts what a checkpoint kept where the next batch adds to it."""
+    if _ACCUMULATED not in checkpoint:
+        return
+    model, kept = unwrapped(runner), checkpoint[_ACCUMULATED]
+    parameters, layers = dict(model.named_parameters()), moe_layers(model)
+    try:
+        for name, gradient in kept['gradients'].items():
+            parameter = parameters[name]
+            parameter.grad = gradient.to(parameter.device).view_as(parameter)
+        for name, observed in kept['observed'].items():
+            layers[name].observed = observed
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'{_ACCUMULATED!r} of the checkpoint does not fit the model: {error}'
+        ) from error
+    # mmengine warns that they are lost
+    runner.logger.info('What waits for more batches is that of the checkpoint')

@@ -1,6 +1,11 @@
-"""A model with weights: at the start of a training, and after one, without a runner."""
+"""A model with weights: at the start of a training, and after one, without a runner.
+
+Normalisation follows the weights: a model keeps what it is fed with as a buffer, so that its
+checkpoints say it to whoever loads them.
+"""
 
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,20 +14,106 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from vqmoe_vision.models.compat import compare, network_of_run
 from vqmoe_vision.models.create import without_weights
 from vqmoe_vision.models.hosts import Transformer
-from vqmoe_vision.models.normalization import KEY, Normalization
+from vqmoe_vision.models.normalization import (
+    KEY,
+    Normalization,
+    of_buffer,
+    stated_normalization,
+)
 from vqmoe_vision.models.shared_start import share_start
-from vqmoe_vision.models.weights import check_one_source, describe, network_of
+from vqmoe_vision.models.weights import check_one_source, describe, network_of, source_of
 from vqmoe_vision.moe import restart
 from vqmoe_vision.moe.config import check
 from vqmoe_vision.moe.raw_patches import image_reader
 
-from .checkpoint import log_weights, read_state, start_from
-from .normalization import has_weights, read_normalization, weights_normalization
+from .checkpoint import log_weights, read_content, read_state, start_from
+
+
+def weights_normalization(
+    model: Any, checkpoint: str | None, arguments: dict[str, Any]
+) -> Normalization | None:
+    """How images were normalised for the weights that a training starts from; logs it."""
+    checkpoint = checkpoint or arguments.get('checkpoint_path')
+    source, overlay = 'pretrained_cfg_overlay', arguments.get('pretrained_cfg_overlay') or {}
+    found = stated_normalization(overlay, f'{source}.')
+    if has_weights(checkpoint, arguments):
+        source = checkpoint or arguments.get('upcycle') or source_of(model.pretrained_cfg)
+        if found is None:
+            found = read_normalization(checkpoint) if checkpoint else _of_timms(model, arguments)
+    elif found is None:
+        return None
+    known = f'images are normalised with {in_words(found)}' if found is not None else ''
+    unknown = 'how images were normalised for it is not known, they are as the config says'
+    print_log(f'{source}: {known or unknown}', logger='current')
+    return found
+
+
+def has_weights(checkpoint: str | None, arguments: dict[str, Any]) -> bool:
+    """Whether a training starts from weights."""
+    given = ('upcycle', 'pretrained', 'checkpoint_path')
+    return bool(checkpoint is not None or any(arguments.get(name) for name in given))
+
+
+def _of_timms(model: Any, arguments: dict[str, Any]) -> Normalization | None:
+    """Of weights that timm has loaded, whose configuration it keeps beside the model."""
+    given, upcycle = arguments.get('pretrained_cfg'), arguments.get('upcycle')
+    stated = given if isinstance(given, dict) and not upcycle else {}
+    # what it leaves out timm fills with the numbers of ImageNet, of any weights
+    if {'mean', 'std'} <= stated.keys():
+        return Normalization.of(stated)
+    if (report := getattr(model, 'weights_report', None)) is not None and report.normalization:
+        return report.normalization
+    # a model of this package without weights of its own has no configuration of any
+    own = not (upcycle or stated) and model.pretrained_cfg.get('tag') != 'untrained'
+    return Normalization.of(resolve_model_data_config(model)) if own else None
+
+
+def read_normalization(path: str) -> Normalization | None:
+    """How images were normalised in the run that has left a file, or its folder for timm."""
+    config = describe(path).config
+    if {'mean', 'std'} <= config.keys():
+        return Normalization.of(config)
+    content = None if path.endswith('.safetensors') else read_content(path, verify=False)
+    state = content.get('state_dict') if isinstance(content, dict) else None
+    return of_buffer(state.get(KEY)) if isinstance(state, dict) else None
+
+
+def must_change(
+    found: Normalization,
+    weights: Normalization,
+    stated: Iterable[str],
+    field: str,
+    white: float = 1.0,
+    owner: str = 'the weights',
+) -> bool:
+    """Whether images have to be normalised otherwise than they are; what a config states stays."""
+    differing = found.differing(weights)
+    if set(stated) & set(differing):
+        told = (
+            f'{field} states {in_words(found, white)}, which count, and contradict {owner}, '
+            f'whose images had {in_words(weights, white)}'
+        )
+        print_log(told, 'current', logging.WARNING)
+        return False
+    if differing:
+        print_log(f'{field}: {in_words(weights, white)}, as {owner} had them', logger='current')
+    return bool(differing)
+
+
+def in_words(normalization: Normalization, white: float = 1.0) -> str:
+    """Mean and standard deviation for a message."""
+    mean, std = (
+        ','.join(f'{value * white:.6g}' for value in values)
+        for values in (normalization.mean, normalization.std)
+    )
+    return f'mean [{mean}] and std [{std}]'
+
 
 # Of a model where the timm model may be: of a segmentation, and of what augments a test.
 _PARTS = ('backbone', 'module')
@@ -35,13 +126,12 @@ def scope_of(config: Config) -> AbstractContextManager:
 
 def without_sources(model: dict[str, Any]) -> ConfigDict:
     """The model of a config whose weights are those of its run."""
-    parts = {name: model.get(name) for name in _PARTS}
-    inner = {name: without_sources(part) for name, part in parts.items() if isinstance(part, dict)}
+    inner = {n: without_sources(model[n]) for n in _PARTS if isinstance(model.get(n), dict)}
     changed = {**model, **inner}
-    if not isinstance(changed.get('model_name'), str):  # what builds it says what is wrong
-        return ConfigDict(changed)
-    changed = without_weights(changed)
-    return ConfigDict({**changed, **({'features': None} if changed.get('features') else {})})
+    if isinstance(changed.get('model_name'), str):  # or what builds it says what is wrong
+        changed = without_weights(changed)
+        changed |= {'features': None} if changed.get('features') else {}
+    return ConfigDict(changed)
 
 
 def load_trained(config: Config, checkpoint: str, device: str | None = None) -> Any:
@@ -72,11 +162,8 @@ def start_model(
         print_log(note, logger='current')
     weights = weights_normalization(model, checkpoint, arguments)
     if (reader := image_reader(model)) is not None:
-        started = has_weights(checkpoint, arguments)
-        weights = reader.before_start(features, started, weights)
-    else:
-        allowed = 'None, the model decides by no features of images'
-        check(features is None, 'features', features, allowed)
+        return reader.before_start(features, has_weights(checkpoint, arguments), weights)
+    check(features is None, 'features', features, 'None, the model decides by no such features')
     return weights
 
 

@@ -16,8 +16,8 @@ from vqmoe_vision.moe.config import check
 
 from .command import run
 from .config import add_config_options, as_arguments
-from .hub_folder import free_folder, written_whole
-from .normalization import weights_normalization
+from .publish import free_folder, written_whole
+from .trained import weights_normalization
 
 REPORT = 'upcycling.txt'
 

@@ -5,15 +5,11 @@
         loss.backward()
     optimizer.step()
 
-A recorder keeps losses inside the `with` block only: models stay deep-copyable, picklable and
-compilable, and gradient checkpointing counts no loss twice. State that learns without gradients
-never changes in forward, but once, in `update_state`, when the block is left.
+A recorder keeps losses inside the `with` block only. State that learns without gradients never
+changes in forward, but once, in `update_state`, when the block is left.
 
 With torch.distributed losses are those of the batch of all ranks, see `losses.py`. Every rank has
 to read them at the same places, or not at all before the end of the block.
-
-A statistic is a detached tensor under a name. A scalar keeps its name; a share per expert or code,
-such as `load`, becomes `load_min`, `load_max`, `load_unused` and `load_perplexity`.
 """
 
 from __future__ import annotations
@@ -47,7 +43,7 @@ class Collected:
         self._closed: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self._added: list[tuple[str, Loss, int]] = []
         # of each layer, and of what was added, what is averaged over ranks already
-        self._averaged: dict[str | None, list[Tensor]] = defaultdict(list)
+        self._averaged: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
 
     def add(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
         """Let other losses be averaged over ranks, and be part of the total.
@@ -66,22 +62,20 @@ class Collected:
         """
         if self._closed is not None:
             return self._closed[0]
-        reported: dict[str | None, list[tuple[str, Loss, int]]] = {
-            name: layer.recorder.losses for name, layer in self._layers.items()
-        }
-        reported[None] = self._added
+        reported = {f'{name}/': layer.recorder.losses for name, layer in self._layers.items()}
+        reported[''] = self._added
         new = [
-            (place, loss, number)
+            (place, name, loss, number)
             for place, entries in reported.items()
-            for _, loss, number in entries[len(self._averaged[place]) :]
+            for name, loss, number in entries[len(self._averaged[place]) :]
         ]
-        values = averaged_over_ranks([(loss, number) for _, loss, number in new])
-        for (place, _, _), value in zip(new, values, strict=True):
-            self._averaged[place].append(value)
+        values = averaged_over_ranks([(loss, number) for _, _, loss, number in new])
+        for (place, name, *_), value in zip(new, values, strict=True):
+            self._averaged[place].append((f'{place}{name}', value))
         found: dict[str, list[Tensor]] = defaultdict(list)
-        for place, entries in reported.items():
-            for (name, _, _), value in zip(entries, self._averaged[place], strict=True):
-                found[name if place is None else f'{place}/{name}'].append(value)
+        for place in reported:
+            for name, value in self._averaged[place]:
+                found[name].append(value)
         return {name: torch.stack(values).sum(0) for name, values in found.items()}
 
     @property
@@ -112,11 +106,6 @@ class Collected:
     def summary(self) -> dict[str, float]:
         """One number per layer and statistic, for a log; see `summarize`."""
         return summarize(self.stats)
-
-    def _close(self) -> None:
-        # losses lose their graph here, or a kept `Collected` would keep a whole step alive
-        losses = {name: value.detach() for name, value in self.losses.items()}
-        self._closed = (losses, self.stats)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoeLayer]:
@@ -161,16 +150,18 @@ def collect_losses(
                 layer.guard.state_changed()
             layer.recorder.active = True
         yield collected
-        collected._close()
+        # losses lose their graph here, or a kept `Collected` would keep a whole step alive
+        losses = {name: value.detach() for name, value in collected.losses.items()}
+        collected._closed = (losses, collected.stats)
     except BaseException:
         for layer in layers.values():
-            layer.discard()
+            layer.observed = {}
         raise
     finally:
         for layer in layers.values():
             layer.recorder.stop()
     if update_state:
-        _update(layers)
+        _update(model)
 
 
 def update_state(model: nn.Module) -> None:
@@ -179,13 +170,12 @@ def update_state(model: nn.Module) -> None:
     With torch.distributed, by all ranks. Call it once per optimizer step, after backward(), where
     `collect_losses(..., update_state=False)` was used.
     """
-    _update(moe_layers(model))
-
-
-def _update(layers: dict[str, MoeLayer]) -> None:
-    for layer in layers.values():
+    for layer in moe_layers(model).values():
         if layer.apply_update():
             layer.guard.state_changed()
+
+
+_update = update_state  # a name that the argument of `collect_losses` does not hide
 
 
 def start_training(model: nn.Module, num_updates: int) -> None:

@@ -1,14 +1,12 @@
-"""Options that every mixture-of-experts method shares, and the checks behind them.
+"""Options that every method shares, and the checks behind them.
 
 A method's options are a frozen dataclass, whose fields are keyword arguments of
-`timm.create_model`. One that a method does not have is unknown (`TypeError`), never ignored. What
-is to be known of an option stands on its field.
+`timm.create_model`. What is to be known of an option stands on its field.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,29 +14,18 @@ from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-LONGEST_VALUE = 500  # letters of it that a message has
+Named = dict[str, dict[str, Any]]
+Config = TypeVar('Config', bound='MoeConfig')
 
 
 def check(valid: bool, field: str, value: object, allowed: str) -> None:
     """Refuse a user's value in one line: `ValueError` with field, value and what is allowed."""
     if not valid:
         shown = repr(value).replace('\n', ' ')
-        if len(shown) > LONGEST_VALUE:  # such as all weights of a model
-            shown = f'{shown[:LONGEST_VALUE]}...'
+        if len(shown) > 500:  # such as all weights of a model
+            shown = f'{shown[:500]}...'
         raise ValueError(f'{field}={shown} is not possible: {allowed}')
 
 
@@ -55,6 +42,7 @@ types_of: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 def option(
     default: Any,
     *trials: Any,
+    bounds: str = '',
     of_weights: bool = True,
     idle: dict[str, Any] | None = None,
     balances: bool = False,
@@ -63,49 +51,50 @@ def option(
 
     Args:
         default: Its value where none is given.
-        *trials: Other values that run other code, for tests of every kind; a dictionary is a
-            combination of options. Every option has one, or another value in a preset.
-        of_weights: False where trained weights need not be used with it: answers do not follow it,
-            as losses, or tensors show it.
+        *trials: Other values that run other code, for tests; a dictionary combines options.
+        bounds: Of a number that is not None, such as '[0, 1)': at least 0 and below 1.
+        of_weights: False where trained weights need not be used with it, or tensors show it.
         idle: Other options, and a value of each (several as a tuple, or a function of it) that
             leaves this one without effect. Giving it then is an error.
         balances: Whether it is the weight of a loss that balances tokens.
     """
-    facts = dict(trials=trials, of_weights=of_weights, idle=idle or {}, balances=balances)
-    return field(default=default, metadata=facts)
+    facts = dict(bounds=bounds, of_weights=of_weights, idle=idle or {}, balances=balances)
+    return field(default=default, metadata={'trials': trials, **facts})
+
+
+def loss_weight(default: float, *trials: Any, **facts: Any) -> Any:
+    """An `option` that is the weight of a loss."""
+    return option(default, *trials, bounds='[0, inf)', of_weights=False, **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """Options of every MoE layer.
+    """Options of every MoE layer; `bounds` of a field says which numbers it takes.
 
     Args:
-        num_experts: E, at least 1.
-        expert_mlp_ratio: Hidden width of an expert over D, above 0 and at most 1000; None takes the
-            dense blocks' `mlp_ratio`.
+        num_experts: E.
+        expert_mlp_ratio: Hidden width of an expert over D; None takes the dense `mlp_ratio`.
 
     Raises:
         ValueError: A field holds an impossible value.
     """
 
     # 'matched' has the compute of two experts per token, as every row of our comparisons
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {}}
-    # Options by name with which a layer of equal experts answers as one of them alone: a model that
-    # starts from a dense one then begins with its answers. Empty where no options do so; a method
-    # that needs none has an entry without options.
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {}}
+    # Options by name with which a layer of equal experts answers as one of them alone, so that a
+    # model that starts from a dense one begins with its answers; empty where none do so.
+    EXACT_UPCYCLING: ClassVar[Named] = {}
 
-    num_experts: int = option(8, of_weights=False)
-    expert_mlp_ratio: float | None = option(None, of_weights=False)
+    num_experts: int = option(8, bounds='[1, inf)', of_weights=False)
+    expert_mlp_ratio: float | None = option(None, bounds='(0, 1000]', of_weights=False)
 
     def __post_init__(self) -> None:
         types = types_of(type(self))
         for each in fields(self):
-            check_type(each.name, types[each.name], getattr(self, each.name))
-        self.require('num_experts', self.num_experts >= 1, 'at least 1')
-        ratio = self.expert_mlp_ratio
-        possible = ratio is None or 0 < ratio <= 1000
-        self.require('expert_mlp_ratio', possible, 'above 0 and at most 1000, or None')
+            value, bounds = getattr(self, each.name), each.metadata['bounds']
+            check_type(each.name, types[each.name], value)
+            if bounds and value is not None:
+                self.require(each.name, *_within(value, bounds))
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -113,7 +102,7 @@ class MoeConfig:
         return {each.name for each in fields(cls)} | {'preset'}
 
     @classmethod
-    def from_options(cls, preset: str | None = None, **options: Any) -> Self:
+    def from_options(cls: type[Config], preset: str | None = None, **options: Any) -> Config:
         """Build from a named preset with single options on top.
 
         Args:
@@ -132,29 +121,24 @@ class MoeConfig:
         return config
 
     @classmethod
-    def of_preset(cls, preset: str | None = None, **options: Any) -> Self:
+    def of_preset(cls: type[Config], preset: str | None = None, **options: Any) -> Config:
         """As `from_options`, and options without effect are passed over.
 
         Args:
             preset: As there.
             **options: As there.
         """
-        if preset is None:
-            return cls(**options)
-        known = isinstance(preset, str) and preset in cls.PRESETS
+        known = preset is None or (isinstance(preset, str) and preset in cls.PRESETS)
         check(known, 'preset', preset, f'one of {sorted(cls.PRESETS)}')
-        return cls(**{**cls.PRESETS[preset], **options})
+        return cls(**{**(cls.PRESETS[preset] if preset else {}), **options})
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
-        """Refuse the value of a field in one line.
+        """Refuse the value of a field by `ValueError` in one line.
 
         Args:
             name: Of the field.
             valid: Whether its value is possible.
             allowed: What is possible, in words.
-
-        Raises:
-            ValueError: It is not.
         """
         check(valid, name, getattr(self, name), allowed)
 
@@ -182,7 +166,7 @@ class MoeConfig:
 class TopKConfig(MoeConfig):
     """Options of methods that send a token to its `top_k` best experts, from 1 to `num_experts`."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {'paper': {}, 'matched': {'top_k': 2}}
+    PRESETS: ClassVar[Named] = {'paper': {}, 'matched': {'top_k': 2}}
 
     top_k: int = option(1)
 
@@ -206,19 +190,24 @@ class BalancedConfig(MoeConfig):
         found = super().unused()
         weights = [each.name for each in fields(self) if each.metadata['balances']]
         if all(name in found or getattr(self, name) == 0 for name in weights):
-            reasons = dict.fromkeys(found.get(name, f'{name}=0') for name in weights)
-            found['global_balance'] = ', '.join(reasons)
+            found['global_balance'] = ', '.join({found.get(n, f'{n}=0'): None for n in weights})
         return found
+
+
+def _within(value: Any, bounds: str) -> tuple[bool, str]:
+    """Whether a number lies in an interval such as '[0, 1)', and that in words."""
+    low, high = bounds[1:-1].split(', ')
+    from_low, to_high = bounds[0] == '[', bounds[-1] == ']'
+    above = value > float(low) or (from_low and value == float(low))
+    below = value < float(high) or (to_high and value == float(high))
+    first, last = 'at least' if from_low else 'above', 'at most' if to_high else 'below'
+    return above and below, f'{first} {low} and {last} {high}'
 
 
 def check_renormalize(renormalize: bool, top_k: int) -> None:
     """Refuse the combination in which every weight is 1, so that a router learns nothing."""
-    check(
-        not (renormalize and top_k == 1),
-        'renormalize',
-        renormalize,
-        'False when top_k=1, else every weight is 1 and the router gets no gradient',
-    )
+    allowed = 'False when top_k=1, else every weight is 1 and the router gets no gradient'
+    check(not (renormalize and top_k == 1), 'renormalize', renormalize, allowed)
 
 
 def check_type(name: str, hint: Any, value: object) -> None:
@@ -229,12 +218,9 @@ def check_type(name: str, hint: Any, value: object) -> None:
 def _check_size(name: str, hint: Any, value: Any) -> None:
     """Refuse numbers that float32 or a shape cannot hold, of options that do not say it closer."""
     kinds = get_args(hint) or (hint,)
-    if value is None:
-        return
-    if float in kinds:
-        size = abs(float(value))
-        check(size == 0 or 1e-30 <= size <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
-    elif int in kinds:
+    if float in kinds and value:
+        check(1e-30 <= abs(value) <= 1e30, name, value, 'from 1e-30 to 1e30 in size')
+    elif int in kinds and value:
         check(value < 2**31, name, value, 'below 2**31')
 
 
@@ -254,10 +240,3 @@ def _has_type(value: Any, hint: Any) -> bool:
     if hint is float and isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:
         return False
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and not confused
-
-
-def check_weights(config: MoeConfig, *names: str) -> None:
-    """Refuse loss weights that are negative or not finite."""
-    for name in names:
-        value = getattr(config, name)
-        check(value >= 0 and math.isfinite(value), name, value, 'at least 0 and finite')

@@ -5,8 +5,8 @@ rank r has the samples r, r + S, r + 2 S and so on of the joint batch. A last ba
 on the later ranks.
 
 Where experts are shared out, rows travel to them and back: GShard (arXiv 2006.16668), section 3.2,
-but with groups of any size, as in MegaBlocks (arXiv 2211.15841). The answer is that of all experts
-on one process. Sizes are read back once per layer: torch's all-to-all wants them on the host.
+but with groups of any size. Sizes are read back once per layer: torch's all-to-all wants them on
+the host.
 Process m keeps experts m L to (m + 1) L - 1 as tensors of the type `DTensor`, which
 torch.distributed.checkpoint saves under the names and shapes of one process.
 
@@ -17,7 +17,6 @@ experts, L = E / M of each of M processes, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,12 +63,8 @@ def place_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     # all processes hold the same model before, and call it as often as each other after
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]
     for name, experts in layers:
-        check(
-            experts.num_experts % mesh.size() == 0,
-            f'number of experts of {name}',
-            experts.num_experts,
-            f'it must be a multiple of {mesh.size()}, the number of processes that share them',
-        )
+        number, size = experts.num_experts, mesh.size()
+        check(number % size == 0, f'experts of {name}', number, f'a multiple of {size} processes')
     for _, experts in layers:
         for linear in experts.modules():
             if isinstance(linear, StackedLinear):
@@ -83,12 +78,7 @@ def _distribute(linear: StackedLinear, mesh: DeviceMesh) -> None:
     for name, whole in list(linear.named_parameters()):
         own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
         setattr(linear, name, nn.Parameter(own, whole.requires_grad))
-    linear.own = partial(_own, mesh.size())
-
-
-def _own(size: int, parameter: Any) -> Tensor:
-    own: Tensor = _MeanOverProcesses.apply(parameter.to_local(), size)
-    return own
+    linear.own = lambda whole: _MeanOverProcesses.apply(whole.to_local(), mesh.size())
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -119,14 +109,10 @@ class Exchange:
         dist.all_to_all_single(arriving, counts, group=self.group)
         both = torch.stack([counts, arriving]).view(2, self.size, -1).sum(dim=2)
         sent, received = both.tolist()
-        arrived = self._travel(rows[: sum(sent)], sent, received)
+        arrived = _Travel.apply(rows[: sum(sent)], sent, received, self.group)
         answers = _compute_mixed(compute, arrived, arriving.view(self.size, -1))
-        back = self._travel(answers, received, sent)
+        back: Tensor = _Travel.apply(answers, received, sent, self.group)
         return F.pad(back, (0, 0, 0, len(rows) - sum(sent)))  # past the last end
-
-    def _travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        travelled: Tensor = _Travel.apply(rows, sent, received, self.group)
-        return travelled
 
 
 # torch's own is deprecated, and its successor is not public

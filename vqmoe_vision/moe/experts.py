@@ -28,7 +28,7 @@ class StackedLinear(nn.Module):
     """E linear layers, applied to consecutive groups of rows."""
 
     stacks_experts = True  # what `per_expert` looks for
-    own: Callable[[Tensor], Tensor] | None = None  # takes this process's part
+    own: Callable[[Any], Tensor] | None = None  # takes this process's part
     draw: Callable[[nn.Linear], None] | None = None  # initialises one layer
 
     def __init__(
@@ -37,17 +37,13 @@ class StackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **factory))
-        self.bias = (
-            nn.Parameter(torch.empty(num_experts, out_features, **factory)) if bias else None
-        )
+        shift = torch.empty(num_experts, out_features, **factory)
+        self.bias = nn.Parameter(shift) if bias else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -65,12 +61,10 @@ class StackedLinear(nn.Module):
 
     def layer(self, expert: int) -> nn.Linear:
         """One of the layers, whose parameters are in the memory of these."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device='meta'
-        )
+        sizes = self.in_features, self.out_features
+        linear = nn.Linear(*sizes, self.bias is not None, device='meta')
         for name, whole in self.named_parameters():
-            own = nn.Parameter(whole[expert].detach(), whole.requires_grad)
-            setattr(linear, name, own)
+            setattr(linear, name, nn.Parameter(whole[expert].detach(), whole.requires_grad))
         return linear
 
     def no_weight_decay(self) -> set[str]:
@@ -95,7 +89,7 @@ class StackedLinear(nn.Module):
         return answers if self.bias is None else answers + self.bias[:, None]
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """For print(model)."""
         return f'num_experts={self.weight.shape[0]}, {self.in_features} -> {self.out_features}'
 
 
@@ -141,16 +135,14 @@ class Experts(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         bias: bool = True,
         drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        sizes = (num_experts, in_features, hidden_features)
-        self.fc1 = StackedLinear(*sizes, bias, device, dtype)
+        self.fc1 = StackedLinear(num_experts, in_features, hidden_features, bias, **factory)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, device, dtype)
+        self.fc2 = StackedLinear(num_experts, hidden_features, in_features, bias, **factory)
         self.drop2 = nn.Dropout(drop)
 
     def params_per_expert(self) -> int:
@@ -165,9 +157,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run expert e on rows offsets[e - 1]:offsets[e] of (R, D)."""
-        if self.exchange is not None:
-            return self.exchange(self._run, rows, offsets)
-        return self._run(rows, offsets)
+        exchange = self.exchange
+        return exchange(self._run, rows, offsets) if exchange else self._run(rows, offsets)
 
     def _run(self, rows: Tensor, offsets: Tensor) -> Tensor:
         hidden = self.drop1(self.act(self.fc1(rows, offsets)))

@@ -60,16 +60,11 @@ class Recorder:
         self.stats: list[tuple[str, Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles of a model start closed, empty and unwatched
-        return vars(Recorder())
+        return vars(type(self)())  # copies and pickles of a model start closed and empty
 
 
 class Counts:
-    """Sums over the passes of a step and over all ranks, which a layer's state learns from.
-
-    They wait for `take`. As a layer's `observed` they go into a checkpoint in the middle of an
-    accumulated step, and a block that ends in an error forgets them.
-    """
+    """Sums over the passes of a step and all ranks, which state learns from; they await `take`."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -83,8 +78,7 @@ class Counts:
         sums, self.sums = self.sums, None
         return None if sums is None else sum_over_ranks(sums)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {'sums': None}  # as `Recorder`
+    __getstate__ = Recorder.__getstate__
 
 
 class MoeLayer(nn.Module):
@@ -127,9 +121,9 @@ class MoeLayer(nn.Module):
             num_tokens: Of the pass, by which losses count where processes share a batch.
         """
         if self.listens:
-            for loss in losses.values():
+            for name, loss in losses.items():
                 self._watch(loss)
-            self.recorder.losses.extend((n, loss, num_tokens) for n, loss in losses.items())
+                self.recorder.losses.append((name, loss, num_tokens))
             self.recorder.stats.extend(stats.items())
 
     @property
@@ -169,10 +163,6 @@ class MoeLayer(nn.Module):
         sums = kept.get('counts')
         self.counts.sums = None if sums is None else sums.to(next(self.parameters()).device)
 
-    def discard(self) -> None:
-        """Forget that, as the block ended in an error."""
-        self.observed = {}
-
     def apply_begin(self) -> bool:
         """Change state that is due before the next pass; returns whether it may have changed."""
         return False
@@ -191,14 +181,11 @@ class MoeLayer(nn.Module):
         return None
 
     def options_in_size(self, num_tokens: int) -> dict[str, Any]:
-        """Options that build a layer like this one in a model of another number of tokens.
-
-        They are those that the layer left to the number of tokens per image when it was built.
-        """
+        """Options that it left to the number of tokens, for a model of another number of them."""
         return {}
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the state of a layer of other sizes or form fit this one; names are relative to it.
+        """Make the state of a layer of other sizes or form fit, by names relative to this one.
 
         What fits is changed, what is of no use here left out; the rest stays as it is.
         """
@@ -214,11 +201,7 @@ class MoeLayer(nn.Module):
         raise ValueError(f'{type(self).__name__} has no discrete branch to keep')
 
     def to_discrete(self) -> dict[str, Any]:
-        """Keep the discrete branch alone; returns the options that are now others.
-
-        Raises:
-            ValueError: The layer has no discrete branch.
-        """
+        """Keep the discrete branch alone; returns the options that are now others."""
         self.check_discrete()
         return {}
 
@@ -240,8 +223,8 @@ class MoeLayer(nn.Module):
             return out
         self.guard.repeated()
         out = self.run(x)
-        if collecting:
-            refuse_reentrant(out)
+        if collecting and out.requires_grad:
+            out.register_hook(refuse_reentrant)
         return out
 
     def _watch(self, answer: Tensor | Loss) -> None:
@@ -282,8 +265,7 @@ class RoutedMlp(MoeLayer):
 
     def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
-        self.router = router
-        self.experts = experts
+        self.router, self.experts = router, experts
         self.needs_collecting = router.has_losses or self.moves_state()
         self.permutation_equivariant = router.permutation_equivariant
 
@@ -293,9 +275,12 @@ class RoutedMlp(MoeLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """Route, run, report; (B, N, D) -> (B, N, D)."""
-        routing = self.router(x if self.router.per_image else x.flatten(0, 1))
-        out = run_experts(self.experts, x.flatten(0, 1), routing)
-        self.record(routing.losses, self.statistics(routing, out.shape[0]), out.shape[0])
+        tokens = x.flatten(0, 1)
+        routing = self.router(x if self.router.per_image else tokens)
+        out = run_experts(self.experts, tokens, routing)
+        num_tokens = tokens.shape[0]  # not `len`, which a trace warns of
+        stats = self.statistics(routing, num_tokens) if self.listens else {}
+        self.record(routing.losses, stats, num_tokens)
         if self.training and self.listens:
             self.observe(routing)
         out = out.view(x.shape)
@@ -317,17 +302,12 @@ class RoutedMlp(MoeLayer):
         return self.router.has_state
 
     def statistics(self, routing: Routing, num_tokens: int) -> dict[str, Tensor]:
-        """Of a routing, if somebody listens: what the router reports, `load`, and `unrouted`.
-
-        `load` (E,) is of the assignments that are kept. `unrouted` is the share of tokens without
-        an expert, where some can be.
+        """What the router reports, `load`, and `unrouted`, where some tokens can be.
 
         Args:
-            routing: The routing.
+            routing: Whose kept assignments make the load (E,).
             num_tokens: T.
         """
-        if not self.listens:
-            return {}
         stats = {'load': expert_load(routing.indices, self.experts.num_experts, routing.kept)}
         if routing.kept is not None:
             stats['unrouted'] = 1 - token_mean(routing.kept.any(dim=-1).float())

@@ -22,7 +22,7 @@ from .routing import ExactBuffers, Routing, TopKRouter, top_k_experts
 class LossFreeConfig(MoeConfig):
     """Options of loss-free balancing: `bias_update_rate` is u, at least 0; 0 has no bias."""
 
-    bias_update_rate: float = option(0.0, 0.01, of_weights=False)
+    bias_update_rate: float = option(0.0, 0.01, bounds='[0, inf)', of_weights=False)
 
 
 class LossFreeRouter(ExactBuffers, TopKRouter):

@@ -39,13 +39,9 @@ class BalanceLoss:
     def __rmul__(self, weight: float) -> BalanceLoss:
         return BalanceLoss(self.means, self.function, weight * self.weight)
 
-    def value(self) -> Tensor:
-        """0-dim tensor, of the means as they are."""
-        return self.value_of(self.means)
-
-    def value_of(self, means: Tensor) -> Tensor:
-        """0-dim tensor, of other means of the same shape."""
-        return self.weight * self.function(means)
+    def value(self, means: Tensor | None = None) -> Tensor:
+        """0-dim tensor, of its means or of others of the same shape."""
+        return self.weight * self.function(self.means if means is None else means)
 
 
 Loss = Tensor | BalanceLoss
@@ -61,8 +57,10 @@ def values_of(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
     return {name: _value(loss) for name, loss in losses.items()}
 
 
-def _value(loss: Loss) -> Tensor:
-    return loss.value() if isinstance(loss, BalanceLoss) else loss
+def _value(loss: Loss, means: Tensor | None = None) -> Tensor:
+    if isinstance(loss, BalanceLoss):
+        return loss.value(None if means is None else means.view_as(loss.means))
+    return loss if means is None else means.view_as(loss)
 
 
 def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
@@ -82,15 +80,9 @@ def averaged_over_ranks(losses: Sequence[tuple[Loss, int]]) -> list[Tensor]:
     sums, counts = total.split([own.numel(), len(losses)])
     # the value of all ranks, the gradient of this one
     sums = sums + size * (own - own.detach())
-    averaged = []
     lengths = [part.numel() for part in parts]
-    for (loss, _), part, count in zip(losses, sums.split(lengths), counts, strict=True):
-        means = part / count.clamp(min=1)
-        if isinstance(loss, BalanceLoss):
-            averaged.append(loss.value_of(means.view_as(loss.means)))
-        else:
-            averaged.append(means.view_as(loss))
-    return averaged
+    by_loss = zip(losses, sums.split(lengths), counts, strict=True)
+    return [_value(loss, part / count.clamp(min=1)) for (loss, _), part, count in by_loss]
 
 
 def load_balance(probs: Tensor, indices: Tensor) -> BalanceLoss:

@@ -1,9 +1,8 @@
 """What a layer may know of its model, and what holds while gradient checkpointing repeats it.
 
-A model's stem shows the images of a pass, and layers that decide by the raw image look at what was
-made of them. Checkpointing runs a layer again in the backward pass, and does not say of which
-forward pass; a gradient does, by the hook that its pass left where the answer went out. Either may
-come first, but both come in one backward pass.
+Checkpointing runs a layer again in the backward pass, and does not say of which forward pass; a
+gradient does, by the hook that its pass left where the answer went out. Either may come first, but
+both come in one backward pass.
 
 Legend: B images, L patches, F raw features of a patch, N tokens, D width.
 """
@@ -11,7 +10,7 @@ Legend: B images, L patches, F raw features of a patch, N tokens, D width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,10 +33,6 @@ ReadPatches = Callable[[Tensor, tuple[int, int]], Tensor]
 # Where what reads images by a network stands in a model, and the network in that.
 READER, NETWORK = 'patch_embed.reader.', 'network.'
 
-_REENTRANT = (
-    'gradient checkpointing with use_reentrant=True loses the auxiliary losses of MoE layers: use '
-    'use_reentrant=False'
-)
 _CHANGED = (
     'gradient checkpointing repeats a MoE layer that would answer otherwise now: call backward() '
     'inside the collect_losses block; for a method that decides by the raw image use '
@@ -69,18 +64,15 @@ class RawPatches:
 
     def check_number(self, name: str, found: int, shown: int) -> None:
         """Refuse another number than of the images shown last: that it is them, nobody can tell."""
-        if torch.jit.is_tracing() or found == shown:  # traced sizes are tensors
-            return
-        raise ValueError(
-            f'{name}={found} is not possible: {shown}, as those of the images that the stem saw '
-            'last, by which the method decides; call the model as a whole'
-        )
+        if not torch.jit.is_tracing() and found != shown:  # traced sizes are tensors
+            allowed = f'{shown}, as of the images that the stem saw last; call the model as a whole'
+            check(False, name, found, allowed)
 
     def show(self, images: Tensor, grid_size: tuple[int, int]) -> None:
         """Read the patches of the images that the model looks at now."""
         assert self.read is not None
-        value = self.read(images, grid_size)
-        if in_recomputation() and _equal(value, self.value):
+        value, before = self.read(images, grid_size), self.value
+        if in_recomputation() and before is not None and torch.equal(value, before):
             return  # whoever checkpoints a whole model repeats its stem too
         self.value = value
         if not torch.compiler.is_compiling():  # or every number would be compiled for
@@ -103,10 +95,6 @@ class RawPatches:
         RawPatches.__init__(self, **state)
 
 
-def _equal(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
 @dataclass(frozen=True)
 class Host:
     """The model around a layer, as it is when the layer is built."""
@@ -122,36 +110,12 @@ class ImageReader(nn.Module):
     """Base of `ReadPatches` by a frozen network, which somebody has to train before."""
 
     network: Any  # buffers alone, as no training changes it
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, F) float32 of normalised images, without graph."""
-        raise NotImplementedError
-
-    def fit(self, features: Tensor) -> Any:
-        """Take over what features of a training set say."""
-        raise NotImplementedError
-
-    def expected(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What its part of a state dict has to have in order to be loaded, with any values."""
-        raise NotImplementedError
-
-    def adapted(
-        self,
-        own: dict[str, Tensor],
-        others: dict[str, Tensor],
-        path: str,
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> tuple[dict[str, Tensor], Any]:
-        """What it loads of a checkpoint, of its own part or all others, and the report of it."""
-        raise NotImplementedError
-
-    def before_start(self, features: str | None, started: bool, weights: Any) -> Any:
-        """Reads a file for its network before a new training; gives how images are normalised."""
-        raise NotImplementedError
-
-    def before_training(self, runner: Any) -> None:
-        """Is fitted to the training set of a run."""
-        raise NotImplementedError
+    features: Any  # (B, F) float32 of normalised images, without graph
+    fit: Any  # takes over what features of a training set say
+    expected: Any  # what its part of a state dict has to have in order to be loaded
+    adapted: Any  # what it loads of a checkpoint, its own part or all others, and the report of it
+    before_start: Any  # reads a file before a new training; gives how images are normalised
+    before_training: Any  # is fitted to the training set of a run
 
 
 def image_reader(model: nn.Module) -> ImageReader | None:
@@ -238,9 +202,8 @@ def to_be_repeated() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _backward_pass() -> int:
-    """Number of the backward pass that is running; no other has the same, -1 is none."""
-    return torch._C._current_graph_task_id()
+# Number of the backward pass that is running; no other has the same, -1 is none.
+_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class RecomputationGuard:
@@ -280,11 +243,9 @@ class RecomputationGuard:
             raise RuntimeError(_CHANGED)
 
 
-def refuse_reentrant(repeated_answer: Tensor) -> None:
-    """Refuse use_reentrant=True, which alone sends gradients through what was repeated."""
-    if repeated_answer.requires_grad:
-        repeated_answer.register_hook(_raise_reentrant)
-
-
-def _raise_reentrant(gradient: Tensor) -> None:
-    raise RuntimeError(_REENTRANT)
+def refuse_reentrant(gradient: Tensor) -> None:
+    """Hook for an answer that was repeated: use_reentrant=True alone sends gradients through it."""
+    raise RuntimeError(
+        'gradient checkpointing with use_reentrant=True loses the auxiliary losses of MoE layers: '
+        'use use_reentrant=False'
+    )

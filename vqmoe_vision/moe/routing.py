@@ -88,20 +88,16 @@ class TopKRouter(Router):
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Context in which autocast leaves float32 alone."""
     # in bfloat16, on CPU, 0.4 % of tokens get another expert by logits, 6 % by probabilities
-    # the meta device knows no autocast, there is nothing to switch off
-    if x.device.type == 'meta':
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return nullcontext() if kind == 'meta' else torch.autocast(kind, enabled=False)
 
 
 def top_k_experts(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` best of scores (T, E), best first: scores (T, K) with gradient, indices int64."""
     if k == 1:
         # max is several times faster than topk on CPU, and defines ties: the first expert wins
-        values, indices = scores.max(dim=-1, keepdim=True)
-        return values, indices
-    values, indices = scores.topk(k, dim=-1)
-    return values, indices
+        return scores.max(dim=-1, keepdim=True)
+    return scores.topk(k, dim=-1)
 
 
 def renormalized(weights: Tensor) -> Tensor:
@@ -111,10 +107,9 @@ def renormalized(weights: Tensor) -> Tensor:
 
 def expert_load(indices: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
     """Share of assignments, those `kept`, of each expert: (E,) float32; zero without tokens."""
-    flat = indices.reshape(-1)
-    ones = torch.ones_like(flat, dtype=torch.float32) if kept is None else kept.reshape(-1).float()
-    counts = ones.new_zeros(num_experts).scatter_add(0, flat, ones)
-    return counts / (max(flat.numel(), 1) if kept is None else counts.sum().clamp(min=1))
+    ones = (torch.ones_like(indices) if kept is None else kept).reshape(-1).float()
+    counts = ones.new_zeros(num_experts).scatter_add(0, indices.reshape(-1), ones)
+    return counts / (max(indices.numel(), 1) if kept is None else counts.sum().clamp(min=1))
 
 
 def perplexity(shares: Tensor) -> float:

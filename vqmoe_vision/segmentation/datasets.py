@@ -17,9 +17,8 @@ from mmseg.datasets import (
 from mmseg.registry import DATASETS
 
 from vqmoe_vision.engine.config import STOCK_LOADING, renamed
-from vqmoe_vision.engine.digits import DIGITS, digit_scans
+from vqmoe_vision.engine.images import DIGITS, TrainingPart, digit_scans
 from vqmoe_vision.engine.seeding import seed_sample
-from vqmoe_vision.engine.training_data import TrainingPart
 from vqmoe_vision.moe.config import check
 
 from .loading import LOADING, named

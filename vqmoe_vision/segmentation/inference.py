@@ -86,7 +86,9 @@ class Predictor:
         settings = load_config(config, options)
         for name in ('model', 'test_dataloader'):
             given = settings.get(name)
-            check(given is not None, f'{config}: {name}', given, 'a config, or nothing is predicted')
+            check(
+                given is not None, f'{config}: {name}', given, 'a config, or nothing is predicted'
+            )
         init_default_scope(settings.get('default_scope', 'mmseg'))
         field, dataset = 'test_dataloader.dataset', settings.test_dataloader.dataset
         first, *others = innermost(dataset)

@@ -8,7 +8,7 @@ from mmengine.model import ImgDataPreprocessor
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 
-from vqmoe_vision.engine.normalization import must_change
+from vqmoe_vision.engine.trained import must_change
 from vqmoe_vision.models.normalization import Normalization, stated_normalization
 from vqmoe_vision.moe.config import check
 

@@ -5,6 +5,8 @@ import torch
 
 from vqmoe_vision.moe.methods.hashmoe import POSITIONS, HashConfig, HashRouter
 
+from ..by_hand import assert_by_hand, expert
+
 
 @pytest.mark.parametrize('top_k', [1, 2, 4])
 def test_each_block_of_positions_has_every_expert_first_once(top_k: int) -> None:
@@ -24,12 +26,6 @@ def test_a_token_goes_where_its_position_says_whatever_it_is() -> None:
     assert router.hash.shape[0] == POSITIONS
 
 
-def test_positions_repeat_after_the_table() -> None:
-    router = HashRouter(1, HashConfig(num_experts=2))
-    indices = router(torch.zeros(1, POSITIONS + 3, 1)).indices
-    assert torch.equal(indices[POSITIONS:], indices[:3])
-
-
 def test_layers_are_hashed_apart_and_a_layer_keeps_its_hash(make_layer) -> None:
     one, other = make_layer('hashmoe').layer.router, make_layer('hashmoe').layer.router
     assert not torch.equal(one.hash, other.hash)
@@ -37,13 +33,18 @@ def test_layers_are_hashed_apart_and_a_layer_keeps_its_hash(make_layer) -> None:
     assert torch.equal(one.hash, other.hash)
 
 
-def test_known_answer(make_layer) -> None:
-    # two experts per token at weight one half: the mean of both answers
-    layer = make_layer('hashmoe', top_k=2).layer
-    x = torch.randn(2, 3, 8)
-    both = layer.router.hash[:3]
-    ends = torch.arange(1, 5, dtype=torch.int32) * 6
-    everywhere = layer.experts(x.flatten(0, 1).repeat(4, 1), ends).view(4, 2, 3, 8)
-    for position, (a, b) in enumerate(both.tolist()):
-        expected = (everywhere[a, :, position] + everywhere[b, :, position]) / 2
-        torch.testing.assert_close(layer(x)[:, position], expected)
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_output_and_every_gradient(make_layer, top_k: int) -> None:
+    net = make_layer('hashmoe', top_k=top_k)
+    experts, table = net.layer.experts, net.layer.router.hash
+
+    def naive(x):
+        """The mean of the answers of the experts of a position, which repeat after the table."""
+        places = [position % POSITIONS for position in range(x.shape[1])]
+        answers = [
+            [sum(expert(experts, e, token) for e in table[place]) / top_k for place, token in rows]
+            for rows in (zip(places, image, strict=True) for image in x)
+        ]
+        return torch.stack([torch.stack(rows) for rows in answers])
+
+    assert_by_hand(net, naive, torch.randn(2, 7, 8))

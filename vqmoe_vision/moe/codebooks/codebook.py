@@ -1,6 +1,6 @@
 """The nearest code of a token: the plain codebook of VQ-VAE, and SimVQ's.
 
-Every codebook has, in float32 and with autocast off (VQ-VAE, arXiv 1711.00937):
+Every codebook has, in float32 (VQ-VAE, arXiv 1711.00937):
 
     q = argmin_j |x - v_j|^2
     loss = codebook_scale * mean |sg[x] - v_q|^2 + commitment * mean |x - sg[v_q]|^2
@@ -62,19 +62,17 @@ class Codebook(nn.Module):
         dim: int,
         commitment: float = 0.25,  # beta
         use_cosine_sim: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         self.num_codes, self.dim = num_codes, dim
         self.commitment, self.use_cosine_sim = commitment, use_cosine_sim
-        self.factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.frozen = False
-        self._create()
+        self._create(**factory)
         self.init_weights()
 
-    def _create(self) -> None:
-        self.embed = nn.Parameter(torch.empty(self.num_codes, self.dim, **self.factory))
+    def _create(self, **factory: Any) -> None:
+        self.embed = nn.Parameter(torch.empty(self.num_codes, self.dim, **factory))
 
     def init_weights(self) -> None:
         """The paper's uniform start."""
@@ -82,7 +80,7 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embed, -1 / self.num_codes, 1 / self.num_codes)
 
     def _learned(self) -> Tensor:
-        """What is learned of the codes, (M, D) float32, of any length."""
+        """(M, D) float32, of any length."""
         return self.embed.float()
 
     def codes(self) -> Tensor:
@@ -131,6 +129,11 @@ class Codebook(nn.Module):
             return codes
         return codes * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
 
+    def freeze(self) -> None:
+        """Keep the codes as they are; of the loss only the commitment is left."""
+        self.requires_grad_(False)
+        self.frozen, self.codebook_scale = True, 0.0
+
     @property
     def observed(self) -> dict[str, Any]:
         """What passes have left for the next `update`; {} if there is nothing."""
@@ -139,12 +142,6 @@ class Codebook(nn.Module):
     @observed.setter
     def observed(self, kept: dict[str, Any]) -> None:
         assert not kept
-
-    def freeze(self) -> Codebook:
-        """Keep the codes as they are; of the loss only the commitment is left."""
-        self.requires_grad_(False)
-        self.frozen, self.codebook_scale = True, 0.0
-        return self
 
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor | None:
         """Keep what `update` needs of tokens (T, D), codes (T,); returns how many are left out."""
@@ -159,9 +156,8 @@ class Codebook(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        """Sizes and options, for print(model)."""
-        options = ', '.join(f'{name}={getattr(self, name)}' for name in self.OPTIONS)
-        return f'num_codes={self.num_codes}, dim={self.dim}, {options}'
+        """For print(model)."""
+        return ', '.join(f'{n}={getattr(self, n)}' for n in ('num_codes', 'dim', *self.OPTIONS))
 
 
 def _mean_squared(a: Tensor, b: Tensor) -> Tensor:
@@ -178,10 +174,10 @@ class SimVQCodebook(Codebook):
 
     frozen_embed: Tensor
 
-    def _create(self) -> None:
-        self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **self.factory))
+    def _create(self, **factory: Any) -> None:
+        self.register_buffer('frozen_embed', torch.empty(self.num_codes, self.dim, **factory))
         # float when the rest is int8: it decides
-        self.project = NonDynamicallyQuantizableLinear(self.dim, self.dim, **self.factory)
+        self.project = NonDynamicallyQuantizableLinear(self.dim, self.dim, **factory)
 
     def init_weights(self) -> None:
         """Standard deviation D^-1/2 for the codes, torch's default for the layer."""
@@ -202,8 +198,7 @@ def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
 
     The rotation trick (arXiv 2410.06424, section 4.2): with directions x^ and v^, and w of the
     direction of x^ + v^, v = s R x, s = norm(v) / norm(x) and R = I - 2 w w^T + 2 v^ x^^T, where s
-    and R are constants. A gradient keeps its angle to the code as its angle to the token. Straight
-    through, it would be the same for all tokens of a code, as it is for a token of no length.
+    and R are constants. A token of no length has its gradient straight through.
     """
     if not x.requires_grad:
         return codes

@@ -13,14 +13,14 @@ CVQ-VAE (arXiv 2307.15139): codes are learned by gradient, and those that are no
 starts at zero and is averaged with `ema_decay`. Code k moves to an anchor by alpha_k =
 exp(-10 usage_k M / (1 - ema_decay) - 0.001): fully if never used, not measurably if used. An anchor
 is a token drawn with probability softmax(-distance^2) ('probrandom'). Where we differ: distances
-are Euclidean, an option of the authors' code. Its default, the cosine, leaves codes and anchors as
-long as they are; `use_cosine_sim` makes them of length one.
+are Euclidean, an option of the authors' code, whose default cosine leaves lengths as they are.
 
 Legend: T tokens, D width, M codes.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,13 +45,12 @@ class UsageCodebook(ExactBuffers, Codebook):
         super().__init__(num_codes, dim, **options)
         self.ema_decay = ema_decay
 
-    def _create(self) -> None:
-        super()._create()
-        device = self.factory['device']
-        usage = torch.empty(self.num_codes, device=device, dtype=torch.float32)
-        self.register_buffer('usage', usage)
-        self.register_buffer('started', torch.empty((), dtype=torch.bool, device=device))
-        self.register_buffer('updates', torch.empty((), dtype=torch.int64, device=device))
+    def _create(self, **factory: Any) -> None:
+        super()._create(**factory)
+        buffer = partial(torch.empty, device=factory.get('device'))
+        self.register_buffer('usage', buffer(self.num_codes, dtype=torch.float32))
+        self.register_buffer('started', buffer((), dtype=torch.bool))
+        self.register_buffer('updates', buffer((), dtype=torch.int64))
 
     def _reset_usage(self, share: float) -> None:
         self.usage.fill_(share)
@@ -61,13 +60,10 @@ class UsageCodebook(ExactBuffers, Codebook):
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, tokens_per_sample: int = 1) -> Tensor:
         """Keep statistics of tokens (T, D), codes (T,) for `update`; their memory does not grow."""
-        before = self._pending
-        number = 0 if before is None else before.num_passes
-        x = x.detach().float()
+        before, x = self._pending, x.detach().float()
+        number, codes = 0 if before is None else before.num_passes, self.num_codes
         cosine = self.use_cosine_sim
-        seen = code_usage(
-            x, indices, self.num_codes, self.updates, number, cosine, tokens_per_sample
-        )
+        seen = code_usage(x, indices, codes, self.updates, number, cosine, tokens_per_sample)
         self._pending = seen if before is None else before.merged(seen)
         return x.shape[0] - seen.num_tokens
 
@@ -78,11 +74,9 @@ class UsageCodebook(ExactBuffers, Codebook):
 
     @observed.setter
     def observed(self, kept: dict[str, Any]) -> None:
-        device = self.updates.device
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in kept.items()
-        }
+        device, moved = self.updates.device, {**kept}
+        for name, value in kept.items():
+            moved[name] = value.to(device) if isinstance(value, Tensor) else value
         self._pending = CodeUsage(**moved) if moved else None
 
     @torch.no_grad()
@@ -123,10 +117,10 @@ class EmaCodebook(UsageCodebook):
         super().__init__(num_codes, dim, **options)
         self.dead_code_threshold = dead_code_threshold
 
-    def _create(self) -> None:
-        super()._create()
+    def _create(self, **factory: Any) -> None:
+        super()._create(**factory)
         del self.embed  # no parameter
-        exact = {'device': self.factory['device'], 'dtype': torch.float32}
+        exact = {**factory, 'dtype': torch.float32}
         for name in ('embed', 'token_sums'):
             self.register_buffer(name, torch.empty(self.num_codes, self.dim, **exact))
 
@@ -158,8 +152,13 @@ class EmaCodebook(UsageCodebook):
             self.started |= usage.seen
             # a rank that has seen no token does not know whether another has
             self._start_due = usage.num_passes == 0
-        self._average(self.usage, usage.counts / usage.num_tokens.clamp(min=1), learns)
-        self._move(usage, learns)
+        num_tokens = usage.num_tokens.clamp(min=1)
+        self._average(self.usage, usage.counts / num_tokens, learns)
+        self._average(self.token_sums, usage.token_sums / num_tokens, learns)
+        total, epsilon = self.usage.sum(), self.epsilon / num_tokens
+        smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
+        moved = (self.token_sums / smoothed[:, None]).to(self.embed.dtype)
+        self.embed.copy_(torch.where(learns, moved, self.embed))
         if self.dead_code_threshold > 0:
             self._replace_dead(usage, learns)
 
@@ -169,14 +168,6 @@ class EmaCodebook(UsageCodebook):
         self._put(starts, codes)
         self.started |= learns
         return again
-
-    def _move(self, usage: CodeUsage, learns: Tensor) -> None:
-        num_tokens = usage.num_tokens.clamp(min=1)
-        self._average(self.token_sums, usage.token_sums / num_tokens, learns)
-        total, epsilon = self.usage.sum(), self.epsilon / num_tokens
-        smoothed = (self.usage + epsilon) / (total + self.num_codes * epsilon) * total
-        moved = (self.token_sums / smoothed[:, None]).to(self.embed.dtype)
-        self.embed.copy_(torch.where(learns, moved, self.embed))
 
     def _replace_dead(self, usage: CodeUsage, learns: Tensor) -> None:
         dead = self.usage * self.num_codes < self.dead_code_threshold

@@ -8,10 +8,8 @@ left alone.
 
 Random numbers are functions of counters, after "Parallel Random Numbers: As Easy as 1, 2, 3"
 (Salmon et al., SC 2011): torch's generators take their seed from the host, which would wait for
-one that is model state. The mixing function is [16 21f0aaad 15 735a2d97 15] of "Prospecting for
-Hash Functions" (Wellons, hash-prospector on GitHub, issue 19), the one of least bias with two
-multiplications. torch has no arithmetic of uint32; in int64 no product overflows, as the
-multipliers are below 2^31.
+one that is model state. The mixing function is [16 21f0aaad 15 735a2d97 15] of hash-prospector
+(Wellons, on GitHub, issue 19). In int64 no product overflows, as multipliers are below 2^31.
 
 Legend: T tokens, N tokens per sample, D width, M codes, S = SAMPLE_SIZE sampled tokens.
 """

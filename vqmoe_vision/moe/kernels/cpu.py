@@ -147,14 +147,10 @@ def _spare_rows(num_assignments: int, num_experts: int, block: int, several: boo
     return _smaller(num_assignments // _MOST_SPARE, spare)
 
 
-# Python's `min` and `max` would make torch.export ask which one it is; torch.compile knows what to
-# do with them, and up to torch 2.9 not with `sym_min` and `sym_max`.
+# Python's `min` would make torch.export ask which one it is; torch.compile knows what to do with
+# it, and up to torch 2.9 not with `sym_min`.
 def _smaller(a: int, b: int) -> int:
     return (min if torch.compiler.is_dynamo_compiling() else torch.sym_min)(a, b)
-
-
-def _larger(a: int, b: int) -> int:
-    return (max if torch.compiler.is_dynamo_compiling() else torch.sym_max)(a, b)
 
 
 def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
@@ -162,10 +158,7 @@ def _most_rows(num_assignments: int, num_experts: int, block: int) -> int:
     spare = _spare_rows(num_assignments, num_experts, block, several=True)
     # a group gets less than a block more, or less than this share of a load with larger blocks
     share = num_assignments // (_MOST_BLOCKS // 2) if block > 1 else 0
-    whole = num_experts * (block - 1) + share
-    if _run_lengths(num_experts, block) == (num_experts,):  # all groups get one size, or none does
-        return num_assignments + _larger(spare, whole)
-    return num_assignments + spare + whole
+    return num_assignments + spare + num_experts * (block - 1) + share
 
 
 @_padded_plan.register_fake

@@ -45,9 +45,7 @@ class Method:
         """Whether it reads images by a frozen network, which somebody has to train before."""
         return isinstance(self.read_patches, type)
 
-    def reader(
-        self, config: MoeConfig, dense: Callable[[], nn.Module], **factory: Any
-    ) -> ReadPatches | None:
+    def reader(self, config: MoeConfig, dense: Callable[[], nn.Module], **factory: Any) -> Any:
         """What reads images for the layers of one model; None if nothing does."""
         read: Any = self.read_patches
         return read(config, dense(), **factory) if self.needs_features else read
@@ -58,20 +56,16 @@ class _Methods(UserDict[str, Any]):
 
     def __getitem__(self, name: Any) -> Method:
         found = self.data[name]
-        if isinstance(found, str):
-            found = self.data[name] = resolve_name(found)
-        return found
+        return resolve_name(found) if isinstance(found, str) else found
 
 
 METHODS = _Methods(
-    {
-        'smoe': Method(smoe.SMoEConfig, smoe.SMoERouter),
-        'xmoe': Method(xmoe.XMoEConfig, xmoe.XMoERouter),
-        'stablemoe': Method(stablemoe.StableMoEConfig, stablemoe.build, stablemoe.read_patches),
-        'softmoe': Method(softmoe.SoftMoEConfig, softmoe.SoftMoEMlp),
-        'vqmoe': Method(vqmoe.VQMoEConfig, vqmoe.VQMoEMlp),
-        'ecmoe': Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
-        'hashmoe': Method(hashmoe.HashConfig, hashmoe.HashRouter),
-        'mocle': 'vqmoe_vision.contrib.mocle:METHOD',
-    }
+    smoe=Method(smoe.SMoEConfig, smoe.SMoERouter),
+    xmoe=Method(xmoe.XMoEConfig, xmoe.XMoERouter),
+    stablemoe=Method(stablemoe.StableMoEConfig, stablemoe.build, stablemoe.read_patches),
+    softmoe=Method(softmoe.SoftMoEConfig, softmoe.SoftMoEMlp),
+    vqmoe=Method(vqmoe.VQMoEConfig, vqmoe.VQMoEMlp),
+    ecmoe=Method(ecmoe.ExpertChoiceConfig, ecmoe.ExpertChoiceRouter),
+    hashmoe=Method(hashmoe.HashConfig, hashmoe.HashRouter),
+    mocle='vqmoe_vision.contrib.mocle:METHOD',
 )

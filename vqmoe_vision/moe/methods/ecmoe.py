@@ -19,7 +19,6 @@ Legend: B images, N tokens per image, D width, E experts, C tokens per expert an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, option
+from ..config import MoeConfig, Named, option
 from ..raw_patches import Host
 from ..routing import Router, Routing, full_precision, init_lecun_normal
 
@@ -38,18 +37,16 @@ class ExpertChoiceConfig(MoeConfig):
 
     # Weights of a token sum to 1 over all experts: every expert has to take every token, which
     # costs them all.
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'all': {'num_experts': 2, 'capacity_factor': 2.0},
     }
 
-    capacity_factor: float = option(2.0, 1.0)
+    capacity_factor: float = option(2.0, 1.0, bounds='(0, inf)')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factor = self.capacity_factor
-        valid = 0 < factor <= self.num_experts and math.isfinite(factor)
-        allowed = f'above 0 and at most num_experts={self.num_experts}'
-        self.require('capacity_factor', valid, allowed)
+        possible = self.capacity_factor <= self.num_experts
+        self.require('capacity_factor', possible, f'at most num_experts={self.num_experts}')
 
 
 class ExpertChoiceRouter(Router):
@@ -79,13 +76,11 @@ class ExpertChoiceRouter(Router):
         batch, num_tokens, _ = x.shape
         if torch.jit.is_tracing():  # sizes are tensors then
             num_tokens = int(num_tokens)
-        config = self.config
-        capacity = self._capacity(num_tokens)
         with full_precision(x):
             probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
-            chosen = probs.transpose(1, 2).topk(capacity, dim=-1)  # (B, E, C)
+            chosen = probs.transpose(1, 2).topk(self._capacity(num_tokens), dim=-1)  # (B, E, C)
         first = torch.arange(batch, device=x.device)[:, None, None] * num_tokens
-        experts = torch.arange(config.num_experts, device=x.device)[:, None]
+        experts = torch.arange(self.config.num_experts, device=x.device)[:, None]
         return Routing(
             indices=experts.expand_as(chosen.indices).flatten(),
             weights=chosen.values.flatten(),

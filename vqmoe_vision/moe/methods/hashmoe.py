@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..config import TopKConfig
+from ..config import Named, TopKConfig
 from ..raw_patches import Host
 from ..routing import Routing, TopKRouter
 
@@ -36,7 +36,7 @@ class HashConfig(TopKConfig):
     """Options of hash routing."""
 
     # K equal answers are averaged
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {'any': {}}
+    EXACT_UPCYCLING: ClassVar[Named] = {'any': {}}
 
     @property
     def learns_routing(self) -> bool:

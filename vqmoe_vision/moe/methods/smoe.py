@@ -19,7 +19,6 @@ Legend: T tokens, D width, E experts, K experts per token, C capacity.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,31 +27,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
 from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
-from ..routing import (
-    Routing,
-    full_precision,
-    init_lecun_normal,
-    renormalized,
-    within_capacity,
-)
+from ..routing import Routing, full_precision, init_lecun_normal, renormalized, within_capacity
 
 LOSS_WEIGHTS = ('importance_weight', 'load_weight', 'balance_weight', 'z_weight')
 
 
 @dataclass(frozen=True, kw_only=True)
 class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
-    """Options of SMoE; weights of losses are at least 0.
+    """Options of SMoE.
 
     Args:
         top_k: Experts per token.
         renormalize: Let the weights of the selected experts sum to 1; not with one.
         router_bias: Bias in the router.
-        router_init_scale: Variance of the router's start times D, from 1e-6 to 1e4; Switch (section
-            2.4) takes 0.1.
+        router_init_scale: Variance of the router's start times D; Switch (2.4) takes 0.1.
         router_noise: Standard deviation of the router noise times E, training only.
         importance_weight: Weight of the importance loss.
         load_weight: Weight of the load loss; needs noise.
@@ -67,7 +59,7 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     'frozen', a control that a learned router has to beat.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Named] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {
@@ -86,23 +78,29 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # the K largest of a softmax sum to less than 1
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'renormalize': {'renormalize': True},
     }
 
     top_k: int = option(2, 1)
     renormalize: bool = option(False)
     router_bias: bool = option(False)
-    router_init_scale: float = option(1.0, 0.1, of_weights=False)
-    router_noise: float = option(1.0, 0.5, of_weights=False)
-    importance_weight: float = option(0.005, 0.1, of_weights=False, balances=True)
-    load_weight: float = option(0.005, 0.1, of_weights=False, balances=True)
-    balance_weight: float = option(0.0, 0.1, of_weights=False, balances=True)
-    z_weight: float = option(0.0, 0.1, of_weights=False)
+    # with 0 tokens tie, with more a router is too sure to learn
+    router_init_scale: float = option(1.0, 0.1, bounds='[1e-6, 1e4]', of_weights=False)
+    router_noise: float = option(1.0, 0.5, bounds='[0, inf)', of_weights=False)
+    importance_weight: float = loss_weight(0.005, 0.1, balances=True)
+    load_weight: float = loss_weight(0.005, 0.1, balances=True)
+    balance_weight: float = loss_weight(0.0, 0.1, balances=True)
+    z_weight: float = loss_weight(0.0, 0.1)
     capacity_factor: float | None = option(
-        None, {'capacity_factor': 1.0, 'batch_prioritized': True}, of_weights=False
+        None,
+        {'capacity_factor': 1.0, 'batch_prioritized': True},
+        bounds='(0, inf)',
+        of_weights=False,
     )
-    eval_capacity_factor: float | None = option(None, {'eval_capacity_factor': 1.0})
+    eval_capacity_factor: float | None = option(
+        None, {'eval_capacity_factor': 1.0}, bounds='(0, inf)'
+    )
     batch_prioritized: bool = option(False)
     train_router: bool = option(True, of_weights=False)
 
@@ -114,18 +112,11 @@ class SMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(self, 'router_noise', 'bias_update_rate', *LOSS_WEIGHTS)
         for name in (*LOSS_WEIGHTS, 'bias_update_rate'):
             valid = self.train_router or getattr(self, name) == 0
             self.require(name, valid, '0 with train_router=False')
         valid = self.load_weight == 0 or self.router_noise > 0
         self.require('load_weight', valid, '0 when router_noise=0, which defines the load loss')
-        allowed = 'from 1e-6 to 1e4: with 0 tokens tie, with more a router is too sure to learn'
-        self.require('router_init_scale', 1e-6 <= self.router_init_scale <= 1e4, allowed)
-        for name in ('capacity_factor', 'eval_capacity_factor'):
-            factor = getattr(self, name)
-            possible = factor is None or 0 < factor < math.inf
-            self.require(name, possible, 'above 0 and finite, or None for dropless')
         capped = self.capacity_factor is not None or self.eval_capacity_factor is not None
         valid = capped or not self.batch_prioritized
         self.require('batch_prioritized', valid, 'False unless a capacity_factor is set')
@@ -161,9 +152,14 @@ class SMoERouter(LossFreeRouter):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens (T, D) in float32."""
         config = self.config
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not config.train_router:
+            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         with full_precision(x):
-            logits = self._logits(x.float())
-            noisy = logits
+            bias = None if bias is None else bias.float()
+            noisy = logits = F.linear(x.float(), weight.float(), bias)
             if self.training and config.router_noise > 0:
                 noisy = logits + torch.randn_like(logits) * self.noise_std()
             probs = noisy.softmax(dim=-1)
@@ -175,14 +171,6 @@ class SMoERouter(LossFreeRouter):
                 weights = renormalized(weights)
             terms = self._losses(logits, noisy, probs, indices) if self.training else {}
         return Routing(indices, weights, terms, kept=kept)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if not self.config.train_router:
-            # a fine-tuning may freeze and unfreeze a model as a whole, as `requires_grad_` does
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return F.linear(x, weight.float(), None if bias is None else bias.float())
 
     def noise_std(self) -> float:
         """Standard deviation of the noise in logits."""

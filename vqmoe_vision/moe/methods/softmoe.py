@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MoeConfig, option
+from ..config import MoeConfig, Named, option
 from ..dispatch import run_experts_evenly
 from ..experts import Experts
 from ..kernels import compute_dtype
@@ -46,16 +46,16 @@ class SoftMoEConfig(MoeConfig):
     """Options of SoftMoE.
 
     Args:
-        slots_per_expert: P, at least 1; None gives about as many slots in all as the model has
-            tokens when it is built.
-        slots_per_token: Slots in all over the patches at that time, up to 1000, in place of
-            `slots_per_expert`; rounded to whole slots per expert.
+        slots_per_expert: P; None gives about as many slots in all as the model has tokens when it
+            is built.
+        slots_per_token: Slots in all over the patches at that time, in place of `slots_per_expert`;
+            rounded to whole slots per expert.
         slot_norm: 'l2' as in the paper, or 'rms' (preset 'lucidrains').
-        init_scale: Start of the learned scale of 'l2', from 1e-4 to 1e4. At the paper's 1 mixtures
-            start almost even: products of unit vectors of D numbers are about D ** -0.5.
+        init_scale: Start of the learned scale of 'l2'. At the paper's 1 mixtures start almost even:
+            products of unit vectors of D numbers are about D ** -0.5.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Named] = {
         'paper': {},
         'matched': {'slots_per_token': 2.0},
         'lucidrains': {'slot_norm': 'rms'},
@@ -63,23 +63,19 @@ class SoftMoEConfig(MoeConfig):
 
     # no EXACT_UPCYCLING: experts see mixtures of tokens, however equal they are
 
-    slots_per_expert: int | None = option(None, 3)
-    slots_per_token: float | None = option(None)
-    slot_norm: str = option('l2')
-    init_scale: float = option(1.0, 8.0, of_weights=False, idle={'slot_norm': 'rms'})
+    slots_per_expert: int | None = option(None, 3, bounds='[1, inf)')
+    slots_per_token: float | None = option(None, bounds='(0, 1000]')
+    slot_norm: Literal['l2', 'rms'] = option('l2')
+    # float16 holds both ends
+    init_scale: float = option(
+        1.0, 8.0, bounds='[1e-4, 1e4]', of_weights=False, idle={'slot_norm': 'rms'}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        slots = self.slots_per_expert
-        self.require('slots_per_expert', slots is None or slots >= 1, 'at least 1, or None')
         ratio = self.slots_per_token
-        valid = ratio is None or 0 < ratio <= 1000
-        self.require('slots_per_token', valid, 'above 0 and at most 1000, or None')
-        together = f'None with slots_per_token={ratio}, or set slots_per_token=None'
-        self.require('slots_per_expert', slots is None or ratio is None, together)
-        self.require('slot_norm', self.slot_norm in ('l2', 'rms'), "'l2' or 'rms'")
-        # float16 holds both ends
-        self.require('init_scale', 1e-4 <= self.init_scale <= 1e4, 'from 1e-4 to 1e4')
+        allowed = f'None with slots_per_token={ratio}, or set slots_per_token=None'
+        self.require('slots_per_expert', None in (self.slots_per_expert, ratio), allowed)
 
 
 class SoftMoEMlp(MoeLayer):

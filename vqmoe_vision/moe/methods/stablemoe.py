@@ -18,9 +18,7 @@ Where we differ: the paper's raw token is a word and D its embedding of width 50
 image patch, averaged to 4 x 4 cells, and D one linear layer of that width per MoE layer; a prefix
 token has a learned D. Losses are means over tokens where the authors' code sums. `top_k` above 1
 assigns the K best and distils all K. Stage 1 is the paper's first tenth of a training that
-announces its length by `start_training`, or `stage1_steps`, or the 6,000 updates of their language
-model. Weights of the losses are the paper's; the authors' scripts give 0.3 to the distillation too.
-Dropless, the authors' code has a capacity of 2.
+announces its length by `start_training`, or `stage1_steps`. It is dropless.
 
 Preset 'group' is what the tables published with VQMoE call StableMoE: a one-stage softmax router
 with normalised expert embeddings. Their code, `CustomNaiveGate_Balance_StableMoE` of
@@ -38,10 +36,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_weights, option
+from ..config import BalancedConfig, Named, TopKConfig, loss_weight, option
 from ..experts import Experts
 from ..layer import RoutedMlp
 from ..losses import Loss
@@ -59,44 +58,40 @@ class StableMoEConfig(BalancedConfig, TopKConfig):
     """Options of StableMoE.
 
     Args:
-        stage1_steps: Updates after which the distilled router is frozen, at least 1; None takes
-            the fraction.
-        stage1_fraction: Share of an announced training, above 0 and at most 1.
-        balance_weight: Weight of (5), stage 1, at least 0.
-        distill_weight: Weight of (7), stage 1, at least 0.
+        stage1_steps: Updates until the distilled router is frozen; None takes the fraction.
+        stage1_fraction: Share of an announced training.
+        balance_weight: Weight of (5), stage 1.
+        distill_weight: Weight of (7), stage 1.
         two_stage: False gives the simplified one-stage router of the 'group' preset.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Named] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {'two_stage': False, 'top_k': 2},
     }
 
     # the sigmoid of two stages begins a little above a half
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'one-stage': {'two_stage': False, 'top_k': 2},
     }
 
-    stage1_steps: int | None = option(None, 1, of_weights=False, idle=_ONE_STAGE)
+    stage1_steps: int | None = option(None, 1, bounds='[1, inf)', of_weights=False, idle=_ONE_STAGE)
     stage1_fraction: float = option(
-        0.1, 0.5, of_weights=False, idle={**_ONE_STAGE, 'stage1_steps': lambda n: n is not None}
+        0.1,
+        0.5,
+        bounds='(0, 1]',
+        of_weights=False,
+        idle={**_ONE_STAGE, 'stage1_steps': lambda n: n is not None},
     )
-    balance_weight: float = option(0.3, 0.1, of_weights=False, balances=True, idle=_ONE_STAGE)
-    distill_weight: float = option(1.0, 0.5, of_weights=False, idle=_ONE_STAGE)
+    balance_weight: float = loss_weight(0.3, 0.1, balances=True, idle=_ONE_STAGE)
+    distill_weight: float = loss_weight(1.0, 0.5, idle=_ONE_STAGE)
     two_stage: bool = option(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps, fraction = self.stage1_steps, self.stage1_fraction
-        self.require('stage1_steps', steps is None or steps >= 1, 'at least 1, or None')
-        self.require('stage1_fraction', 0 < fraction <= 1, 'above 0 and at most 1')
-        check_weights(self, 'balance_weight', 'distill_weight')
-        self.require(
-            'top_k',
-            self.two_stage or self.top_k > 1,
-            'at least 2 with two_stage=False, else every weight is 1 and the router learns nothing',
-        )
+        allowed = 'at least 2 with two_stage=False, else every weight is 1 and nothing is learned'
+        self.require('top_k', self.two_stage or self.top_k > 1, allowed)
 
 
 def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -108,12 +103,10 @@ def read_patches(images: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 class DistilledRouter(nn.Module):
-    """D and E^ of (6), with their frozen copy: raw patches in, scores out.
+    """D and E^ of (6): raw patches in, scores out. The frozen router is a copy kept in buffers.
 
-    It has no bias, as the authors' code, and so learns first what tells most patches apart:
-    brightness. The frozen router is a copy kept in buffers. Parameters themselves cannot be frozen:
-    momentum and weight decay move one whose gradient is zero, and one without breaks data-parallel
-    training.
+    Parameters themselves cannot be frozen: momentum and weight decay move one whose gradient is
+    zero, and one without breaks data-parallel training.
     """
 
     project: Tensor
@@ -316,30 +309,21 @@ class StableMoEMlp(RoutedMlp):
 
     def apply_update(self) -> bool:
         """Count an update, which changes no answer."""
-        # statistics may be collected in eval mode, which is no step of training
-        if self.training:
+        if self.training:  # statistics may be collected in eval mode
             self.router.distilled.steps += 1
             self._counted = True
         return False
 
     def fit_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The distilled router of images of three channels, for images of others.
-
-        As timm's `adapt_input_conv`: one channel has the sum of the weights, so that a grey image
-        has the answer that it has in colour; more channels have them in turn, and scaled.
-        """
+        """The distilled router of images of three channels, for others: as timm's stem."""
         fitted = super().fit_state(state)
         width, features = self.router.distilled.project.shape
-        in_chans = features // CELLS**2
         for name in ('router.distilled.project', 'router.distilled.frozen_project'):
-            if name not in fitted or in_chans == 3 or fitted[name].shape != (width, 3 * CELLS**2):
-                continue
-            by_channel = fitted[name].view(width, 3, CELLS**2)
-            if in_chans == 1:
-                by_channel = by_channel.sum(dim=1)
-            else:
-                by_channel = by_channel[:, torch.arange(in_chans) % 3] * (3 / in_chans)
-            fitted[name] = by_channel.reshape(width, features)
+            value = fitted.get(name)
+            if value is not None and value.shape == (width, 3 * CELLS**2) != (width, features):
+                by_channel = value.view(width, 3, CELLS, CELLS)
+                adapted = adapt_input_conv(features // CELLS**2, by_channel)
+                fitted[name] = adapted.reshape(width, features)
         return fitted
 
     def restart(self) -> str | None:

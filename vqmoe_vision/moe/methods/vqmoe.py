@@ -11,18 +11,15 @@ For one token x with experts f_1 .. f_E and codes v_1 .. v_M:
     (5)  y = f_q(x~)                                    form 'discrete': fine-tuning, inference
     (6)  L = L_task + alpha (|sg[x] - v_q|^2 + beta |x - sg[v_q]|^2)
 
-One codebook; code q belongs to expert q mod E. The full form computes two experts per token, as a
-top-2 router does; the discrete form computes one.
+Code q belongs to expert q mod E. The full form computes two experts per token, as a top-2 router
+does; the discrete form computes one.
 
 Where we differ: fed the code itself (3), with M = E every expert maps its one code to one constant;
-`expert_input` has other readings, see `Quantizer`. The paper's gate states no right-hand side for
-g_c + g_d; softmax is the authors' code. (6) uses means over tokens and channels, as their code
-does; a squared norm is D times larger. Their balance loss is always zero by mistake; ours has
-`balance_weight`. Their top-1 weight is always one, which leaves the router untrained; ours is the
-probability, as (2) says, and starts as SMoE's. The code vector passes a LayerNorm of its own before
-the expert (`input_norm`); their second norm, after the expert, is `output_norm`. The default
-codebook is an EMA codebook with a data-dependent start and replacement of dead codes: the paper's
-own (`codebook='plain'`) collapses on tokens with a common mean. `diversity_weight` is not theirs.
+`expert_input` has other readings, see `Quantizer`. (6) uses means over tokens and channels, as the
+authors' code; a squared norm is D times larger. Their balance loss is always zero by mistake, and
+their top-1 weight one, which leaves the router untrained; ours is the probability, as (2) says. The
+code passes a LayerNorm before the expert (`input_norm`). The default codebook starts from data and
+replaces dead codes: the paper's own ('plain') collapses on tokens with a common mean.
 
 Preset 'official' is the released code; docs/methods.md names what it lacks of it.
 
@@ -31,9 +28,9 @@ Legend: B images, N tokens per image, T = B * N, D width, E experts, M codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,23 +40,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import losses
 from ..codebooks import CODEBOOKS
 from ..codebooks.codebook import Codebook, Quantized, rotate_to
-from ..config import BalancedConfig, check_weights, option
+from ..config import BalancedConfig, Named, loss_weight, option
 from ..dispatch import Branch, run_branches
 from ..experts import Experts
 from ..layer import Decisions, MoeLayer
 from ..losses import Loss, token_mean
 from ..raw_patches import Host
-from ..routing import (
-    Router,
-    Routing,
-    expert_load,
-    full_precision,
-    init_lecun_normal,
-    top_k_experts,
-)
+from ..routing import Router, Routing, expert_load, full_precision, init_lecun_normal, top_k_experts
 
-FORMS = ('full', 'discrete', 'continuous')
-EXPERT_INPUTS = ('mix', 'ste', 'token', 'official')
 FIXED_SHARES = {'ste': 1.0, 'token': 0.0}
 # What the full form has and the discrete one has not.
 _OF_FULL = {'router.weight', 'gate.weight', 'gate.bias'}
@@ -68,62 +56,41 @@ _NO_CODES = {'form': 'continuous'}
 _NO_ROUTER = {'form': 'discrete'}
 
 
-def _lacking(name: str) -> Callable[[str], bool]:
-    return lambda codebook: name not in CODEBOOKS[codebook].OPTIONS
-
-
 @dataclass(frozen=True, kw_only=True)
 class VQMoEConfig(BalancedConfig):
     """Options of VQMoE; docs/methods.md has what was measured.
 
-    `use_cosine_sim` and `rotation_trick` are as in vector-quantize-pytorch.
-
     Args:
         form: 'full' (4), 'discrete' (5), or 'continuous', the router branch alone for diagnosis.
         num_codes: M, a multiple of `num_experts`; None gives one code per expert.
-        codebook: 'ema' (starts by k-means and replaces dead codes), 'plain' (VQ-VAE's), 'simvq' or
-            'cvq'.
-        vq_weight: alpha of (6), at least 0.
-        commitment: beta of (6), at least 0.
+        codebook: 'ema' starts by k-means and replaces dead codes, 'plain' is VQ-VAE's.
+        vq_weight: alpha of (6).
+        commitment: beta of (6).
         use_cosine_sim: Compare tokens and codes by direction: both are made of length one.
-        ema_decay: Of the averages of 'ema' and 'cvq', at least 0 and below 1.
-        dead_code_threshold: Share of even usage, from 0 (never) to below 1, under which 'ema'
-            replaces a code.
+        ema_decay: Of the averages of 'ema' and 'cvq'.
+        dead_code_threshold: Share of even usage under which 'ema' replaces a code; 0 is never.
         train_codebook: False keeps the codes as they are; tokens are still drawn to them.
-        expert_input: What the discrete branch feeds its expert: 'mix', 'ste', 'official', 'token'.
-        code_share: c of 'mix' and 'official', from 0 to 1.
+        expert_input: What the discrete branch feeds its expert.
+        code_share: c of 'mix' and 'official'.
         rotation_trick: Gradients through the code by rotation in place of straight through.
         input_norm: LayerNorm between code and expert.
         output_norm: LayerNorm after the expert of the discrete branch.
-        balance_weight: Weight of the router's balance loss, at least 0.
-        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0), at least 0.
+        balance_weight: Weight of the router's balance loss.
+        diversity_weight: Weight of a loss that evens the use of codes (wav2vec 2.0).
         train_router: False freezes the router at its random start with weight one.
-        routed_scaling_factor: Of the router's weight, not of losses; above 0 and at most 1e6.
+        routed_scaling_factor: Of the router's weight, not of losses.
 
     Presets: 'paper', equations (1) to (6) with nothing added; 'matched', the defaults;
     'official', the released code.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Named] = {
+        # weights of (6) are those of the released code, as the text does not give them
         'paper': {
-            'form': 'full',  # (4)
-            'num_codes': None,
-            # (2)
-            'train_router': True,
-            'routed_scaling_factor': 1.0,
-            # (3)
-            'use_cosine_sim': False,
-            'expert_input': 'ste',
-            'rotation_trick': False,
-            'input_norm': False,
-            'output_norm': False,
-            # (6), whose weights are those of the released code, as the text does not give them
             'codebook': 'plain',
-            'train_codebook': True,
-            'vq_weight': 0.08,
-            'commitment': 0.25,
+            'expert_input': 'ste',
+            'input_norm': False,
             'balance_weight': 0.0,
-            'diversity_weight': 0.0,
         },
         'matched': {},
         'official': {
@@ -136,7 +103,7 @@ class VQMoEConfig(BalancedConfig):
     }
     # An expert has to be fed the token alone, as the dense MLP was, and not its norm. The weight of
     # the continuous branch is a probability, below 1, unless its router is frozen.
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'discrete': {'form': 'discrete', 'expert_input': 'token', 'input_norm': False},
         'full': {
             'expert_input': 'token',
@@ -146,36 +113,48 @@ class VQMoEConfig(BalancedConfig):
         },
     }
 
-    form: str = option('full', 'discrete', 'continuous', of_weights=False)
-    num_codes: int | None = option(None, 48, of_weights=False, idle=_NO_CODES)
-    codebook: str = option('ema', 'simvq', 'cvq', idle=_NO_CODES)
-    vq_weight: float = option(0.08, 0.5, of_weights=False, idle=_NO_CODES)
-    commitment: float = option(0.25, 0.5, of_weights=False, idle={**_NO_CODES, 'vq_weight': 0})
+    form: Literal['full', 'discrete', 'continuous'] = option(
+        'full', 'discrete', 'continuous', of_weights=False
+    )
+    num_codes: int | None = option(None, 48, bounds='[1, inf)', of_weights=False, idle=_NO_CODES)
+    codebook: Literal['ema', 'plain', 'simvq', 'cvq'] = option(
+        'ema', 'simvq', 'cvq', idle=_NO_CODES
+    )
+    vq_weight: float = loss_weight(0.08, 0.5, idle=_NO_CODES)
+    commitment: float = loss_weight(0.25, 0.5, idle={**_NO_CODES, 'vq_weight': 0})
     use_cosine_sim: bool = option(False, True, idle=_NO_CODES)
     ema_decay: float = option(
         0.99,
         0.9,
+        bounds='[0, 1)',
         of_weights=False,
-        idle={**_NO_CODES, 'codebook': _lacking('ema_decay'), 'train_codebook': False},
+        idle={**_NO_CODES, 'codebook': ('plain', 'simvq'), 'train_codebook': False},
     )
     dead_code_threshold: float = option(
         0.01,
         0.1,
+        bounds='[0, 1)',
         of_weights=False,
-        idle={**_NO_CODES, 'codebook': _lacking('dead_code_threshold'), 'train_codebook': False},
+        idle={**_NO_CODES, 'codebook': ('plain', 'simvq', 'cvq'), 'train_codebook': False},
     )
     train_codebook: bool = option(
         True, {'train_codebook': False, 'form': 'discrete'}, of_weights=False, idle=_NO_CODES
     )
-    expert_input: str = option('mix', 'ste', 'token', idle=_NO_CODES)
-    code_share: float = option(0.05, 0.3, idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)})
+    expert_input: Literal['mix', 'ste', 'token', 'official'] = option(
+        'mix', 'ste', 'token', idle=_NO_CODES
+    )
+    code_share: float = option(
+        0.05, 0.3, bounds='[0, 1]', idle={**_NO_CODES, 'expert_input': (*FIXED_SHARES,)}
+    )
     rotation_trick: bool = option(False, True, of_weights=False, idle=_NO_CODES)
     input_norm: bool = option(True, False, idle=_NO_CODES)
     output_norm: bool = option(False, idle=_NO_CODES)
-    balance_weight: float = option(0.01, of_weights=False, balances=True, idle=_NO_ROUTER)
-    diversity_weight: float = option(0.0, 0.1, of_weights=False, balances=True, idle=_NO_CODES)
+    balance_weight: float = loss_weight(0.01, balances=True, idle=_NO_ROUTER)
+    diversity_weight: float = loss_weight(0.0, 0.1, balances=True, idle=_NO_CODES)
     train_router: bool = option(True, idle=_NO_ROUTER)
-    routed_scaling_factor: float = option(1.0, 2.75, idle={**_NO_ROUTER, 'train_router': False})
+    routed_scaling_factor: float = option(
+        1.0, 2.75, bounds='(0, 1e6]', idle={**_NO_ROUTER, 'train_router': False}
+    )
 
     @property
     def learns_routing(self) -> bool:
@@ -184,32 +163,18 @@ class VQMoEConfig(BalancedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require('form', self.form in FORMS, f'one of {FORMS}')
-        self.require('codebook', self.codebook in CODEBOOKS, f'one of {sorted(CODEBOOKS)}')
-        self.require('ema_decay', 0 <= self.ema_decay < 1, 'at least 0 and below 1')
-        share = self.dead_code_threshold
-        self.require('dead_code_threshold', 0 <= share < 1, 'at least 0 and below 1')
-        inputs = self.expert_input
-        self.require('expert_input', inputs in EXPERT_INPUTS, f'one of {EXPERT_INPUTS}')
-        self.require('code_share', 0 <= self.code_share <= 1, 'between 0 and 1')
-        check_weights(self, 'vq_weight', 'commitment', 'balance_weight', 'diversity_weight')
-        codes = self.num_codes
-        valid = codes is None or (codes >= self.num_experts and codes % self.num_experts == 0)
-        multiple = f'a positive multiple of num_experts={self.num_experts}'
-        self.require('num_codes', valid, f'{multiple}, or None for one per expert')
-        factor = self.routed_scaling_factor
-        self.require('routed_scaling_factor', 0 < factor <= 1e6, 'above 0 and at most 1e6')
+        allowed = f'a multiple of num_experts={self.num_experts}, or None for one per expert'
+        self.require('num_codes', (self.num_codes or 0) % self.num_experts == 0, allowed)
         valid = self.train_router or self.balance_weight == 0
         self.require('balance_weight', valid, '0 with train_router=False')
 
     def unused(self) -> dict[str, str]:
         """As its base, and what the values of two options leave without effect together."""
         found = super().unused()
-        learns_by_loss = CODEBOOKS[self.codebook].codebook_scale > 0
-        if self.vq_weight > 0 and self.commitment == 0:
+        if self.commitment == 0 and self.vq_weight > 0:
             if not self.train_codebook:
                 found.setdefault('vq_weight', 'commitment=0 and train_codebook=False')
-            elif not learns_by_loss:
+            elif CODEBOOKS[self.codebook].codebook_scale == 0:
                 found.setdefault('vq_weight', f'commitment=0 and codebook={self.codebook!r}')
         if FIXED_SHARES.get(self.expert_input, self.code_share) == 0:
             found.setdefault('rotation_trick', 'experts that are fed the token alone')
@@ -249,21 +214,19 @@ class ContinuousRouter(Router):
             probs = logits.softmax(dim=-1)
             # by logit: small probabilities underflow to equals
             indices = top_k_experts(logits, 1)[1]
-            weights = probs.gather(1, indices)
+            weights = config.routed_scaling_factor * probs.gather(1, indices)
             if self.training and self.has_losses:
                 terms['balance'] = config.balance_weight * losses.load_balance(probs, indices)
         if not config.train_router:
             weights = torch.ones_like(weights)
-        elif config.routed_scaling_factor != 1:
-            weights = config.routed_scaling_factor * weights
         return Routing(indices, weights, losses.balanced(terms, config.global_balance))
 
 
 class Quantizer(nn.Module):
     """Equation (3) and its readings: tokens to their codes, and to what an expert is fed.
 
-    The paper feeds the code v itself to the expert. The authors' code feeds almost the token x, and
-    lets the code decide only which expert. `expert_input` has both and more, with c = `code_share`:
+    The paper feeds the code v itself to the expert, the authors' code almost the token x:
+    `expert_input` has both and more, with c = `code_share`.
 
         'mix'       (1 - c) x + c v     gradient 1 with respect to x
         'ste'       v                   'mix' with c = 1: equation (3), straight through
@@ -308,9 +271,7 @@ class Quantizer(nn.Module):
         kept = (1 - share) * x if official else x
         return torch.add(kept, (code - x).detach(), alpha=share)
 
-    def observe(
-        self, tokens: Tensor, quantized: Quantized, tokens_per_image: int
-    ) -> dict[str, Tensor]:
+    def observe(self, tokens: Tensor, quantized: Quantized, per_image: int) -> dict[str, Tensor]:
         """Statistics of tokens (T, D) float32; a codebook in training sees them."""
         energy = torch.linalg.vector_norm(tokens.detach()).square()
         stats = {
@@ -319,7 +280,7 @@ class Quantizer(nn.Module):
             'quantization_error': quantized.error * tokens.numel() / energy.clamp(min=1e-12),
         }
         if self.training and not self.codebook.frozen:
-            left_out = self.codebook.observe(tokens, quantized.indices, tokens_per_image)
+            left_out = self.codebook.observe(tokens, quantized.indices, per_image)
             if left_out is not None:
                 stats['nonfinite_tokens'] = left_out
         return stats
@@ -344,18 +305,15 @@ class VQMoEMlp(MoeLayer):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.experts = experts
+        self.config, self.experts = config, experts
         continuous, discrete = config.form != 'discrete', config.form != 'continuous'
         self.router = ContinuousRouter(in_features, config, **factory) if continuous else None
         self.quantizer = Quantizer(in_features, config, **factory) if discrete else None
-        balanced = self.router is not None and self.router.has_losses
-        self.needs_collecting = discrete or balanced
-        normed = discrete and config.output_norm
+        normed, full = discrete and config.output_norm, continuous and discrete
         self.output_norm = nn.LayerNorm(in_features, **factory) if normed else None
-        full = config.form == 'full'
         # float when the rest is int8, as a router is
         self.gate = NonDynamicallyQuantizableLinear(in_features, 2, **factory) if full else None
+        self.needs_collecting = discrete or config.balance_weight > 0
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -386,15 +344,16 @@ class VQMoEMlp(MoeLayer):
             if self.listens:
                 stats |= self.quantizer.observe(precise, quantized, x.shape[1])
         gates = self.gates(precise)
-        out = run_branches(self.experts, branches, gates, self.output_norm)
+        out = run_branches(self.experts, branches, gates, self.output_norm).view(x.shape)
+        chosen = torch.stack([branch.experts for branch in branches], dim=1)
         if self.listens:
-            stats = {**_branch_statistics(self.experts.num_experts, branches), **stats}
-            if gates is not None:
-                stats['gate_continuous'] = token_mean(gates[:, 0].detach())
-        self.record(terms, stats, tokens.shape[0])
+            stats = {'load': expert_load(chosen, self.experts.num_experts), **stats}
         if gates is not None:
             decisions['gates'] = gates
-        out = out.view(x.shape)
+            if self.listens:
+                stats['agreement'] = token_mean((chosen[:, 0] == chosen[:, 1]).float())
+                stats['gate_continuous'] = token_mean(gates[:, 0].detach())
+        self.record(terms, stats, tokens.shape[0])
         self.show(decisions, x, out)
         return out
 
@@ -409,7 +368,7 @@ class VQMoEMlp(MoeLayer):
         return losses.balanced(terms, config.global_balance)
 
     def gates(self, tokens: Tensor) -> Tensor | None:
-        """g(x) = softmax(W_g x), (T, 2) float32 of continuous and discrete; None in other forms."""
+        """g(x), (T, 2) float32 of continuous and discrete; None in other forms."""
         if self.gate is None:
             return None
         with full_precision(tokens):
@@ -460,14 +419,5 @@ class VQMoEMlp(MoeLayer):
         self.check_discrete()
         changed: dict[str, Any] = {} if self.config.form == 'discrete' else {'form': 'discrete'}
         self.config = replace(self.config, **changed)
-        self.router, self.gate = None, None
+        self.router = self.gate = None
         return changed
-
-
-def _branch_statistics(num_experts: int, branches: Sequence[Branch]) -> dict[str, Tensor]:
-    """`load` (E,) by all branches; of two also `agreement`, the share of tokens with one expert."""
-    experts = torch.stack([branch.experts for branch in branches], dim=1)
-    stats = {'load': expert_load(experts, num_experts)}
-    if len(branches) == 2:
-        stats['agreement'] = token_mean((experts[:, 0] == experts[:, 1]).float())
-    return stats

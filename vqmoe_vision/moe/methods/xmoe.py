@@ -10,9 +10,7 @@
 Where we differ: t_i is the share of assignments, so that (8) is 1 at even routing. tau is kept
 positive as exp(log_temperature). `top_k` above 1 selects by the same scores. Embeddings start with
 length 1.5, to which torchscale's code brings them in every forward pass: that changes no score, but
-how far a step of the optimizer turns them. In all else torchscale's X-MoE is another router (no
-token normalisation, no temperature); the answers recorded of it in tests/moe name the options that
-equal it.
+how far a step of the optimizer turns them.
 
 Legend: T tokens, D width, E experts, K experts per token, R router width.
 """
@@ -21,23 +19,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import BalancedConfig, TopKConfig, check_renormalize, check_weights, option
+from ..config import BalancedConfig, Named, TopKConfig, check_renormalize, loss_weight, option
 from ..loss_free import LossFreeConfig, LossFreeRouter
 from ..losses import Loss
 from ..raw_patches import Host
-from ..routing import (
-    Routing,
-    full_precision,
-    init_orthogonal,
-    renormalized,
-)
+from ..routing import Routing, full_precision, init_orthogonal, renormalized
 
 EMBED_NORM = 1.5  # of the authors' torchscale, whose every forward pass brings rows back to it
 # gate form -> (initial gate temperature, fixed balance temperature), section 4.1 of the paper
@@ -49,19 +42,19 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     """Options of XMoE.
 
     Args:
-        gate: 'softmax' or 'sigmoid', the form of (6).
-        router_dim: R, at least 2: in one dimension all experts of a sign tie. None gives E / 2.
-        temperature: Initial tau, above 0 and at most 1e6; None takes the paper's for the gate form.
+        gate: The form of (6).
+        router_dim: R; in one dimension all experts of a sign would tie. None gives E / 2.
+        temperature: Initial tau; None takes the paper's for the gate form.
         learn_temperature: Whether tau is learned.
-        balance_temperature: tau_0, fixed; its values as those of `temperature`.
+        balance_temperature: tau_0, fixed; None as with `temperature`.
         normalize_tokens: Put tokens on the hypersphere, not only experts.
         renormalize: Let the weights of the selected experts sum to 1; not with one.
-        balance_weight: Weight of (8), at least 0.
+        balance_weight: Weight of (8).
 
     Preset 'group' is the router of the tables published with VQMoE.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[Named] = {
         'paper': {},
         'matched': {'top_k': 2},
         'group': {
@@ -76,32 +69,24 @@ class XMoEConfig(BalancedConfig, LossFreeConfig, TopKConfig):
     }
 
     # a gate alone is below 1, and one that is made 1 teaches the router nothing
-    EXACT_UPCYCLING: ClassVar[dict[str, dict[str, Any]]] = {
+    EXACT_UPCYCLING: ClassVar[Named] = {
         'renormalize': {'renormalize': True, 'top_k': 2},
     }
 
-    gate: str = option('softmax', 'sigmoid')
-    router_dim: int | None = option(None)
-    temperature: float | None = option(None, of_weights=False)
+    gate: Literal['softmax', 'sigmoid'] = option('softmax', 'sigmoid')
+    router_dim: int | None = option(None, bounds='[2, inf)')
+    temperature: float | None = option(None, bounds='(0, 1e6]', of_weights=False)
     learn_temperature: bool = option(True, of_weights=False)
     balance_temperature: float | None = option(
-        None, 0.5, of_weights=False, idle={'balance_weight': 0}
+        None, 0.5, bounds='(0, 1e6]', of_weights=False, idle={'balance_weight': 0}
     )
     normalize_tokens: bool = option(True)
     renormalize: bool = option(False)
-    balance_weight: float = option(0.01, of_weights=False, balances=True)
+    balance_weight: float = loss_weight(0.01, balances=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require('gate', self.gate in _TEMPERATURES, f'one of {sorted(_TEMPERATURES)}')
         check_renormalize(self.renormalize, self.top_k)
-        check_weights(self, 'balance_weight', 'bias_update_rate')
-        dim = self.router_dim
-        self.require('router_dim', dim is None or dim >= 2, 'at least 2, or None for E / 2')
-        for name in ('temperature', 'balance_temperature'):
-            value = getattr(self, name)
-            valid = value is None or 0 < value <= 1e6
-            self.require(name, valid, "above 0 and at most 1e6, or None for the paper's")
 
 
 class XMoERouter(LossFreeRouter):

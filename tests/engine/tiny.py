@@ -1,0 +1,47 @@
+"""A training of digits in twenty iterations of a model of a few hundred weights."""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from vqmoe_vision.engine.cli import load_config
+
+from ..rows import CONFIGS
+
+DIGITS = CONFIGS / 'classification/digits/demo/vit_tiny_vqmoe_demo.py'
+OPTIONS = {
+    'model.depth': 2,
+    'model.embed_dim': 12,
+    'model.patch_size': 16,
+    'train_dataloader.batch_size': 120,  # 10 batches
+    'train_cfg.max_epochs': 2,
+    'train_cfg.val_interval': 1,
+    'param_scheduler.1.end': 3,
+    'default_hooks.checkpoint.interval': 1,
+}
+# of a training that validates nothing
+NO_VALIDATION = {
+    **dict.fromkeys(('val_cfg', 'val_dataloader', 'val_evaluator')),
+    'default_hooks.checkpoint.save_best': None,
+}
+
+
+def config_of(folder: Path, **more: Any) -> Config:
+    config = load_config(str(DIGITS), {**OPTIONS, **more})
+    # mmengine keeps one logger per name in a process
+    config.work_dir, config.experiment_name = str(folder), f'{folder.parent.name}_{folder.name}'
+    return config
+
+
+def resumed(folder: Path, **more: Any) -> Config:
+    config = config_of(folder, **more)
+    config.resume, config.experiment_name = True, f'{config.experiment_name} goes on {len(more)}'
+    return config
+
+
+def trained(config: Config) -> Runner:
+    runner = Runner.from_cfg(config)
+    runner.train()
+    return runner
