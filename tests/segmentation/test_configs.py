@@ -94,6 +94,7 @@ def test_rows_are_matched_in_active_compute(leaf: str, monkeypatch: pytest.Monke
 
 def changes(one: Any, other: Any, name: str = '') -> dict[str, Any]:
     """What `other` has where it differs from `one`, by dotted name; no variables of configs."""
+    one, other = (e.to_dict() if isinstance(e, Config) else e for e in (one, other))
     if type(one) is type(other) is list and len(one) == len(other):
         one, other = ({str(i): v for i, v in enumerate(each)} for each in (one, other))
     if isinstance(one, dict) and isinstance(other, dict):

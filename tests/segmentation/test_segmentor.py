@@ -147,7 +147,6 @@ def test_neck_and_heads_have_the_width_and_heads_of_the_backbone() -> None:
 @pytest.mark.parametrize(
     ('field', 'config'),
     [
-        ('backbone.type', dict(backbone=dict(type='ResNet', depth=18, model_name='patch16'))),
         ('decode_head', dict(decode_head=[LINEAR] * 2)),
         ('init_cfg', dict(init_cfg=dict(type='Pretrained', checkpoint='a.pth'))),
         ('auxiliary_head.num_classes', dict(auxiliary_head=[dict(AUXILIARY, num_classes=5)])),
